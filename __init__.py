@@ -1,0 +1,1 @@
+"""cascadekit: convert, export, run and verify Stable Cascade."""

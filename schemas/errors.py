@@ -1,0 +1,33 @@
+"""One exception tree: whatever goes wrong reaches the user as a CascadeError."""
+
+
+class CascadeError(Exception):
+    """Base of every error cascadekit raises on purpose; its text is what the user reads."""
+
+
+class CheckpointError(CascadeError):
+    """A file cannot be read as the weights, config or tokenizer it should be."""
+
+
+class LayoutError(CascadeError):
+    """Tensor names or shapes are not those of the network and layout they are taken for."""
+
+
+class ConversionError(CascadeError):
+    """A checkpoint was read but cannot be written in the layout asked for."""
+
+
+class ExportError(CascadeError):
+    """A network cannot be written as a graph or bundle."""
+
+
+class EngineError(CascadeError):
+    """An engine cannot load a stage, or was fed something its ports do not take."""
+
+
+class ParityError(CascadeError):
+    """Two executions cannot be compared."""
+
+
+class UsageError(CascadeError):
+    """The call itself is wrong: an argument, a size, an existing output."""

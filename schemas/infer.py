@@ -1,0 +1,145 @@
+"""A network's config read off the names and shapes of its tensors (diffusers layout), without a preset.
+
+What shapes cannot tell is taken from the releases: heads of 64 channels, patches of 2 in stage B and 1 in
+stage C, dropout where there is attention. A network that equals a release gets the release's own config,
+placeholders included.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+from .errors import LayoutError
+from .stages import (
+    HEAD_CHANNELS,
+    PRESETS,
+    RES_TIMESTEP,
+    RES_TIMESTEP_ATTENTION,
+    NetworkConfig,
+    Stage,
+    UNetConfig,
+    VQGANConfig,
+    same_network,
+)
+from .tensors import Shape, expected_tensors
+
+
+def infer_config(stage: Stage, shapes: Mapping[str, Shape]) -> NetworkConfig:
+    """The config of the network whose tensors have these shapes.
+
+    Raises LayoutError when a tensor the config is read from is missing or has the wrong number of axes.
+    """
+    config = _READERS[stage](stage, _Shapes(stage, shapes))
+    for (preset_stage, _), preset in PRESETS.items():
+        if preset_stage is stage and same_network(config, preset):
+            return preset
+    return config
+
+
+class _Shapes:
+    """Shape look-ups that answer a missing or odd tensor with a LayoutError."""
+
+    def __init__(self, stage: Stage, shapes: Mapping[str, Shape]) -> None:
+        self.stage = stage
+        self.shapes = shapes
+
+    def size(self, name: str, axis: int) -> int:
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise LayoutError(f"the {self.stage} has no tensor {name}, from which its config is read")
+        if axis >= len(shape) or shape[axis] <= 0:
+            raise LayoutError(f"{name}: expected a positive size on axis {axis}, found shape {list(shape)}")
+        return shape[axis]
+
+    def optional_size(self, name: str, axis: int) -> int | None:
+        return self.size(name, axis) if name in self.shapes else None
+
+    def count(self, template: str) -> int:
+        """One more than the largest number standing at `#` in any tensor name, 0 if there is none."""
+        pattern = re.compile(re.escape(template).replace(r"\#", r"(\d{1,6})"))
+        return max((int(m[1]) + 1 for name in self.shapes if (m := pattern.match(name))), default=0)
+
+
+def _unet(stage: Stage, shapes: _Shapes) -> UNetConfig:
+    levels = shapes.count("down_blocks.#.")
+    if not 1 <= levels <= 16:
+        raise LayoutError(f"the {stage} has {levels} levels of down_blocks; expected 2 to 4")
+    widths = tuple(shapes.size(f"down_blocks.{level}.0.depthwise.weight", 0) for level in range(levels))
+    attention = tuple(f"down_blocks.{level}.2.kv_mapper.1.weight" in shapes.shapes for level in range(levels))
+    attended = next((level for level in range(levels) if attention[level]), None)
+    if attended is None:
+        raise LayoutError(f"the {stage} has no attention block; the conditioning width is read from one")
+    cond = shapes.size(f"down_blocks.{attended}.2.kv_mapper.1.weight", 1)
+    patch = 2 if stage is Stage.DECODER else 1
+    kinds = tuple(RES_TIMESTEP_ATTENTION if attended else RES_TIMESTEP for attended in attention)
+    period = [len(kind) for kind in kinds]
+    switch = None if stage is Stage.DECODER else (False,) * (levels - 1)
+    mappers = ("sca", "crp")
+    first_mapper = "down_blocks.0.1.mapper"
+    return UNetConfig(
+        in_channels=shapes.size("embedding.1.weight", 1) // patch**2,
+        out_channels=shapes.size("clf.1.weight", 0) // patch**2,
+        patch_size=patch,
+        conditioning_dim=cond,
+        block_out_channels=widths,
+        num_attention_heads=tuple(w // HEAD_CHANNELS if a else 0 for w, a in zip(widths, attention, strict=True)),
+        down_num_layers_per_block=tuple(_layers(shapes, f"down_blocks.{i}.#.", period[i]) for i in range(levels)),
+        up_num_layers_per_block=tuple(_layers(shapes, f"up_blocks.{i}.#.", period[-1 - i]) for i in range(levels)),
+        down_blocks_repeat_mappers=tuple(shapes.count(f"down_repeat_mappers.{i}.#.") + 1 for i in range(levels)),
+        up_blocks_repeat_mappers=tuple(shapes.count(f"up_repeat_mappers.{i}.#.") + 1 for i in range(levels)),
+        block_types_per_layer=kinds,
+        clip_text_in_channels=shapes.optional_size("clip_txt_mapper.weight", 1),
+        clip_text_pooled_in_channels=shapes.size("clip_txt_pooled_mapper.weight", 1),
+        clip_image_in_channels=shapes.optional_size("clip_img_mapper.weight", 1),
+        effnet_in_channels=shapes.optional_size("effnet_mapper.0.weight", 1),
+        pixel_mapper_in_channels=shapes.optional_size("pixels_mapper.0.weight", 1),
+        dropout=tuple(0.1 if a else 0 for a in attention),
+        switch_level=switch,
+        timestep_conditioning_type=tuple(c for c in mappers if f"{first_mapper}_{c}.weight" in shapes.shapes),
+        clip_seq=shapes.size("clip_txt_pooled_mapper.weight", 0) // cond,
+        kernel_size=shapes.size("down_blocks.0.0.depthwise.weight", 2),
+        timestep_ratio_embedding_dim=shapes.size(f"{first_mapper}.weight", 1),
+    )
+
+
+def _layers(shapes: _Shapes, template: str, period: int) -> int:
+    """Layers of a level: its blocks come in runs of `period`, and a damaged file may lack the last one."""
+    return -(-shapes.count(template) // period)
+
+
+def _vqgan(stage: Stage, shapes: _Shapes) -> VQGANConfig:
+    down_blocks = shapes.count("down_blocks.#.")
+    levels = down_blocks // 2  # residual blocks with a strided convolution between two, then the latent head
+    if not 1 <= levels <= 8:
+        raise LayoutError(f"the {stage} has {down_blocks} down_blocks; expected 4")
+    latent = shapes.size("vquantizer.embedding.weight", 1)
+    embed = shapes.size("up_blocks.0.0.weight", 0)
+    return VQGANConfig(
+        # up_blocks: one entrance, the bottleneck, then an upsampler and one block for every further level
+        bottleneck_blocks=shapes.count("up_blocks.#.") - 1 - 2 * (levels - 1),
+        embed_dim=embed,
+        levels=levels,
+        in_channels=shapes.size("in_block.1.weight", 1) // 4,
+        out_channels=shapes.size("out_block.0.weight", 0) // 4,
+        latent_channels=latent,
+        num_vq_embeddings=shapes.size("vquantizer.embedding.weight", 0),
+    )
+
+
+def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
+    """Only the released encoders: their heads and activation cannot be read off shapes."""
+    for (preset_stage, _), preset in PRESETS.items():
+        if preset_stage is stage and expected_tensors(preset).items() <= dict(shapes.shapes).items():
+            return preset
+    raise LayoutError(
+        f"the {stage} is none of the released ones, and its heads and activation cannot be read off its tensors: "
+        "give the folder that holds its config.json"
+    )
+
+
+_READERS: Mapping[Stage, Callable[[Stage, _Shapes], NetworkConfig]] = {
+    Stage.PRIOR: _unet,
+    Stage.DECODER: _unet,
+    Stage.VQGAN: _vqgan,
+    Stage.TEXT_ENCODER: _encoder,
+    Stage.IMAGE_ENCODER: _encoder,
+}

@@ -1,0 +1,191 @@
+"""Rules that turn one layout's tensor names into another's, each with its inverse.
+
+Every rule is a rename or a cut between rows, so applying a map moves bytes and never computes: the result
+says, for each tensor of the target layout, which rows of which source tensors it is made of.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from .errors import LayoutError
+from .tensors import Shape
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start:stop` along the first axis of the source tensor `name`; without a stop, the whole tensor."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor of the target layout: its shape, and the source rows it is made of, one after another."""
+
+    shape: Shape
+    parts: tuple[Rows, ...]
+
+
+Group = Mapping[str, Shape]  # the source tensors that one application of a rule takes, by full name
+
+
+class Rule(Protocol):
+    """Turns the tensors matching `sources` into those named by `targets`; "{}" stands for a common prefix."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+    @property
+    def inverse(self) -> "Rule": ...
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]: ...
+
+
+@dataclass(frozen=True)
+class Rename:
+    """`source` is called `target` in the other layout."""
+
+    source: str
+    target: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def inverse(self) -> "Rename":
+        return Rename(self.target, self.source)
+
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+        return {targets[0]: Made(shapes[sources[0]], (Rows(sources[0]),))}
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """`source` is cut along its first axis into equal parts, one for each name in `targets`."""
+
+    source: str
+    targets: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def inverse(self) -> "JoinRows":
+        return JoinRows(self.targets, self.source)
+
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+        shape = shapes[sources[0]]
+        if not shape or shape[0] % len(targets):
+            raise LayoutError(f"{sources[0]}: shape {list(shape)} cannot be cut into {len(targets)} equal parts")
+        rows = shape[0] // len(targets)
+        return {
+            target: Made((rows, *shape[1:]), (Rows(sources[0], i * rows, (i + 1) * rows),))
+            for i, target in enumerate(targets)
+        }
+
+
+@dataclass(frozen=True)
+class JoinRows:
+    """The tensors `sources` are stacked along their first axis into `target`."""
+
+    sources: tuple[str, ...]
+    target: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def inverse(self) -> SplitRows:
+        return SplitRows(self.target, self.sources)
+
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+        missing = [name for name in sources if name not in shapes]
+        if missing:
+            raise LayoutError(f"{targets[0]} needs {', '.join(missing)}, which is missing")
+        shape = shapes[sources[0]]
+        for name in sources:
+            if shapes[name] != shape:
+                raise LayoutError(f"{name}: expected shape {list(shape)} as {sources[0]}, found {list(shapes[name])}")
+        parts = tuple(Rows(name) for name in sources)
+        return {targets[0]: Made((shape[0] * len(sources), *shape[1:]), parts)}
+
+
+@dataclass(frozen=True)
+class Drop:
+    """`source` carries nothing the target layout needs. Its inverse drops it just the same."""
+
+    source: str
+    targets: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def inverse(self) -> "Drop":
+        return self
+
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+        return {}
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """A table of rules; a tensor that no rule names keeps its name."""
+
+    rules: tuple[Rule, ...] = ()
+
+    @cached_property
+    def inverse(self) -> "KeyMap":
+        return KeyMap(tuple(rule.inverse for rule in self.rules))
+
+    @cached_property
+    def _sources(self) -> list[tuple[re.Pattern[str], Rule]]:
+        return [(_pattern(source), rule) for rule in self.rules for source in rule.sources]
+
+    def apply(self, shapes: Mapping[str, Shape]) -> dict[str, Made]:
+        """What each tensor of the target layout is made of, in the order of the sources.
+
+        Raises LayoutError when rows cannot be cut or joined, or two tensors claim one name."""
+        made: dict[str, Made] = {}
+        done: set[str] = set()
+        for name in shapes:
+            if name in done:
+                continue
+            group, tensors = self._apply_one(name, shapes)
+            done.update(group)
+            for target, tensor in tensors.items():
+                if target in made:
+                    raise LayoutError(f"{name}: the name {target} is taken already by another tensor")
+                made[target] = tensor
+        return made
+
+    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[Group, dict[str, Made]]:
+        """The sources that the rule for `name` takes, and what it makes of them."""
+        for pattern, rule in self._sources:
+            if match := pattern.fullmatch(name):
+                prefix = match[1] if pattern.groups else ""
+                sources = _fill(rule.sources, prefix)
+                group = {source: shapes[source] for source in sources if source in shapes}
+                return group, rule.apply(sources, _fill(rule.targets, prefix), group)
+        return {name: shapes[name]}, {name: Made(shapes[name], (Rows(name),))}
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile("(.+)".join(re.escape(piece) for piece in template.split("{}")))
+
+
+def _fill(templates: Iterable[str], prefix: str) -> list[str]:
+    return [template.replace("{}", prefix) for template in templates]

@@ -1,0 +1,117 @@
+"""Inputs and outputs of every exported stage: name, dtype, dims and what the symbolic dims may be."""
+
+from dataclasses import dataclass
+
+from .stages import ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named tensor going in or out; `dims` are sizes or the names of symbolic dims, dtype is numpy's name."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A symbolic dim is at least `minimum` and a multiple of `step`; the graphs themselves set no upper bound."""
+
+    minimum: int = 1
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class StagePorts:
+    """What one exported stage takes and gives."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    ranges: dict[str, Range]
+
+
+def ports_of(config: NetworkConfig) -> StagePorts:
+    """Ports of the stage that `config` describes; they carry the names diffusers gives its arguments."""
+    match config:
+        case UNetConfig() if config.stage is Stage.PRIOR:
+            return _prior(config)
+        case UNetConfig():
+            return _decoder(config)
+        case VQGANConfig():
+            return _vqgan(config)
+        case TextEncoderConfig():
+            return _text_encoder(config)
+        case ImageEncoderConfig():
+            return _image_encoder(config)
+    raise TypeError(type(config).__name__)
+
+
+def _prior(config: UNetConfig) -> StagePorts:
+    latent = ("batch", config.in_channels, "height", "width")
+    return StagePorts(
+        inputs=(
+            Port("sample", "float32", latent),
+            Port("timestep_ratio", "float32", ("batch",)),
+            Port("clip_text_pooled", "float32", ("batch", 1, config.clip_text_pooled_in_channels)),
+            Port("clip_text", "float32", ("batch", "tokens", config.clip_text_in_channels or 0)),
+            Port("clip_img", "float32", ("batch", "images", config.clip_image_in_channels or 0)),
+        ),
+        outputs=(Port("noise_pred", "float32", ("batch", config.out_channels, "height", "width")),),
+        ranges={dim: Range() for dim in ("batch", "height", "width", "tokens", "images")},
+    )
+
+
+def _decoder(config: UNetConfig) -> StagePorts:
+    # Every level but the first halves the embedded size, rounding down, and must leave at least one pixel.
+    smallest = config.patch_size * 2 ** (config.levels - 1)
+    side = Range(minimum=smallest, step=config.patch_size)
+    return StagePorts(
+        inputs=(
+            Port("sample", "float32", ("batch", config.in_channels, "height", "width")),
+            Port("timestep_ratio", "float32", ("batch",)),
+            Port("clip_text_pooled", "float32", ("batch", 1, config.clip_text_pooled_in_channels)),
+            Port("effnet", "float32", ("batch", config.effnet_in_channels or 0, "effnet_height", "effnet_width")),
+        ),
+        outputs=(Port("noise_pred", "float32", ("batch", config.out_channels, "height", "width")),),
+        ranges={
+            "batch": Range(),
+            "height": side,
+            "width": side,
+            "effnet_height": Range(),
+            "effnet_width": Range(),
+        },
+    )
+
+
+def _vqgan(config: VQGANConfig) -> StagePorts:
+    factor = config.up_down_scale_factor * 2 ** (config.levels - 1)
+    return StagePorts(
+        inputs=(Port("latents", "float32", ("batch", config.latent_channels, "height", "width")),),
+        outputs=(Port("images", "float32", ("batch", config.out_channels, f"{factor}*height", f"{factor}*width")),),
+        ranges={dim: Range() for dim in ("batch", "height", "width")},
+    )
+
+
+def _text_encoder(config: TextEncoderConfig) -> StagePorts:
+    length = config.max_position_embeddings
+    return StagePorts(
+        inputs=(
+            Port("input_ids", "int64", ("batch", length)),
+            Port("attention_mask", "int64", ("batch", length)),
+        ),
+        outputs=(
+            Port("prompt_embeds", "float32", ("batch", length, config.hidden_size)),
+            Port("pooled", "float32", ("batch", 1, config.projection_dim)),
+        ),
+        ranges={"batch": Range()},
+    )
+
+
+def _image_encoder(config: ImageEncoderConfig) -> StagePorts:
+    side = config.image_size
+    return StagePorts(
+        inputs=(Port("pixel_values", "float32", ("batch", config.num_channels, side, side)),),
+        outputs=(Port("image_embeds", "float32", ("batch", config.projection_dim)),),
+        ranges={"batch": Range()},
+    )

@@ -1,0 +1,64 @@
+"""From the size of an image to the sizes of the latents.
+
+Stability's code takes ceil(side / 42.67) for stage C and ceil(side / 4) for stage B, which gives exactly the
+size asked for at every multiple of 8. diffusers takes int(10.67 * stage C side) for stage B: other sizes come
+out than were asked for, and an odd stage B side cannot be decoded at all.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .errors import UsageError
+
+PRIOR_COMPRESSION = 42.67
+DIFFUSERS_LATENT_SCALE = 10.67
+VQGAN_COMPRESSION = 4
+SIZE_STEP = 8
+SMALLEST_SIDE = 64  # stage B's four levels need 16 latent pixels
+
+
+class SizePolicy(StrEnum):
+    """Whose rule gives the stage B latent its size."""
+
+    EXACT = "exact"
+    DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True)
+class LatentSizes:
+    """(height, width) of the two latents and of the image they end in."""
+
+    prior: tuple[int, int]
+    decoder: tuple[int, int]
+    image: tuple[int, int]
+
+
+def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT) -> LatentSizes:
+    """Latent sizes for an image of `height` x `width` pixels. Raises UsageError for a size that cannot be made."""
+    for name, side in (("height", height), ("width", width)):
+        if side < SMALLEST_SIDE or side % SIZE_STEP:
+            nearest = max(SMALLEST_SIDE, round(side / SIZE_STEP) * SIZE_STEP)
+            raise UsageError(
+                f"{name} {side}: expected a multiple of {SIZE_STEP}, at least {SMALLEST_SIDE}; the nearest is {nearest}"
+            )
+    prior = (_prior_side(height), _prior_side(width))
+    decoder = decoder_size(prior, policy, (height, width))
+    return LatentSizes(prior, decoder, (decoder[0] * VQGAN_COMPRESSION, decoder[1] * VQGAN_COMPRESSION))
+
+
+def decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the stage B latent."""
+    if policy is SizePolicy.EXACT:
+        return math.ceil(image[0] / VQGAN_COMPRESSION), math.ceil(image[1] / VQGAN_COMPRESSION)
+    height, width = (int(side * DIFFUSERS_LATENT_SCALE) for side in prior)
+    if height % 2 or width % 2:
+        raise UsageError(
+            f"size {image[1]}x{image[0]}: diffusers' rule gives an odd stage B latent ({width}x{height}) that cannot "
+            "be decoded; use multiples of 128, or --size-policy exact"
+        )
+    return height, width
+
+
+def _prior_side(side: int) -> int:
+    return math.ceil(side / PRIOR_COMPRESSION)

@@ -1,0 +1,253 @@
+"""The stages of the cascade, one frozen config per network, and the presets of the releases.
+
+Field names are those of the published ``config.json`` files (diffusers for prior, decoder and vqgan,
+transformers for the encoders), so a config and its JSON differ in punctuation only.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """One network of the cascade; the value is its folder in a model folder and in a bundle."""
+
+    TEXT_ENCODER = "text_encoder"
+    IMAGE_ENCODER = "image_encoder"
+    PRIOR = "prior"
+    DECODER = "decoder"
+    VQGAN = "vqgan"
+
+
+class Variant(StrEnum):
+    """Which release a config equals: Stability's two sizes, our tiny one, or none of them."""
+
+    FULL = "full"
+    LITE = "lite"
+    TINY = "tiny"
+    CUSTOM = "custom"
+
+
+class Block(StrEnum):
+    """Block kinds of the prior and the decoder, by their diffusers class names."""
+
+    RES = "SDCascadeResBlock"
+    TIMESTEP = "SDCascadeTimestepBlock"
+    ATTENTION = "SDCascadeAttnBlock"
+
+
+RES_TIMESTEP = (Block.RES, Block.TIMESTEP)
+RES_TIMESTEP_ATTENTION = (Block.RES, Block.TIMESTEP, Block.ATTENTION)
+
+HEAD_CHANNELS = 64  # channels of one attention head, in every release of stage B and C
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Prior (stage C) or decoder (stage B). Per-level tuples run from the outermost level inwards,
+    the ``up_*`` ones from the deepest level outwards, which is the order of ``up_blocks.N``."""
+
+    in_channels: int
+    out_channels: int
+    patch_size: int
+    conditioning_dim: int
+    block_out_channels: tuple[int, ...]
+    num_attention_heads: tuple[int, ...]  # on levels without attention a placeholder without meaning
+    down_num_layers_per_block: tuple[int, ...]
+    up_num_layers_per_block: tuple[int, ...]
+    down_blocks_repeat_mappers: tuple[int, ...]  # passes through the level, one mapper between two passes
+    up_blocks_repeat_mappers: tuple[int, ...]
+    block_types_per_layer: tuple[tuple[Block, ...], ...]
+    clip_text_in_channels: int | None
+    clip_text_pooled_in_channels: int
+    clip_image_in_channels: int | None
+    effnet_in_channels: int | None
+    pixel_mapper_in_channels: int | None
+    dropout: tuple[float, ...]
+    switch_level: tuple[bool, ...] | None  # None: strided convolutions between levels; False: 1x1, size kept
+    timestep_conditioning_type: tuple[str, ...]
+    clip_seq: int = 4
+    kernel_size: int = 3
+    self_attn: bool = True
+    timestep_ratio_embedding_dim: int = 64
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.PRIOR if self.effnet_in_channels is None else Stage.DECODER
+
+    @property
+    def levels(self) -> int:
+        return len(self.block_out_channels)
+
+    def has_attention(self, level: int) -> bool:
+        return Block.ATTENTION in self.block_types_per_layer[level]
+
+    def without_placeholders(self) -> "UNetConfig":
+        """Heads of attention-free levels set to 0: equal results mean equal networks."""
+        heads = (n if self.has_attention(level) else 0 for level, n in enumerate(self.num_attention_heads))
+        return replace(self, num_attention_heads=tuple(heads))
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Stage A."""
+
+    bottleneck_blocks: int
+    embed_dim: int
+    levels: int = 2
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    num_vq_embeddings: int = 8192
+    up_down_scale_factor: int = 2
+    scale_factor: float = 0.3764  # diffusers' value; Stability's code multiplies by ORIGINAL_VQGAN_SCALE
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.VQGAN
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels per level, outermost first."""
+        return tuple(self.embed_dim // 2**i for i in reversed(range(self.levels)))
+
+
+ORIGINAL_VQGAN_SCALE = 0.43
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """CLIP text model with projection (ViT-bigG/14 in the releases)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    projection_dim: int
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 1
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.TEXT_ENCODER
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """CLIP vision model with projection (ViT-L/14 in the releases)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    projection_dim: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.IMAGE_ENCODER
+
+
+NetworkConfig = UNetConfig | VQGANConfig | TextEncoderConfig | ImageEncoderConfig
+
+
+def prior_config(
+    widths: tuple[int, ...], heads: tuple[int, ...], layers: tuple[int, ...], *, text: int = 1280, pooled: int = 1280
+) -> UNetConfig:
+    """A stage C as released: two levels of equal size, attention on both, `layers` counted downwards."""
+    return UNetConfig(
+        in_channels=16,
+        out_channels=16,
+        patch_size=1,
+        conditioning_dim=widths[0],
+        block_out_channels=widths,
+        num_attention_heads=heads,
+        down_num_layers_per_block=layers,
+        up_num_layers_per_block=layers[::-1],
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(RES_TIMESTEP_ATTENTION, RES_TIMESTEP_ATTENTION),
+        clip_text_in_channels=text,
+        clip_text_pooled_in_channels=pooled,
+        clip_image_in_channels=768,
+        effnet_in_channels=None,
+        pixel_mapper_in_channels=None,
+        dropout=(0.1, 0.1),
+        switch_level=(False,),
+        timestep_conditioning_type=("sca", "crp"),
+    )
+
+
+def decoder_config(
+    widths: tuple[int, ...],
+    heads: tuple[int, ...],
+    layers: tuple[int, ...],
+    up_repeats: tuple[int, ...],
+    *,
+    conditioning: int = 1280,
+    pooled: int = 1280,
+) -> UNetConfig:
+    """A stage B as released: four levels, attention on the inner two."""
+    return UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        conditioning_dim=conditioning,
+        block_out_channels=widths,
+        num_attention_heads=heads,
+        down_num_layers_per_block=layers,
+        up_num_layers_per_block=layers[::-1],
+        down_blocks_repeat_mappers=(1, 1, 1, 1),
+        up_blocks_repeat_mappers=up_repeats,
+        block_types_per_layer=(RES_TIMESTEP, RES_TIMESTEP, RES_TIMESTEP_ATTENTION, RES_TIMESTEP_ATTENTION),
+        clip_text_in_channels=None,
+        clip_text_pooled_in_channels=pooled,
+        clip_image_in_channels=None,
+        effnet_in_channels=16,
+        pixel_mapper_in_channels=3,
+        dropout=(0, 0, 0.1, 0.1),
+        switch_level=None,
+        timestep_conditioning_type=("sca",),
+    )
+
+
+PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
+    (Stage.PRIOR, Variant.FULL): prior_config((2048, 2048), (32, 32), (8, 24)),
+    (Stage.PRIOR, Variant.LITE): prior_config((1536, 1536), (24, 24), (4, 12)),
+    (Stage.PRIOR, Variant.TINY): prior_config((64, 64), (1, 1), (1, 1), text=8, pooled=12),
+    (Stage.DECODER, Variant.FULL): decoder_config((320, 640, 1280, 1280), (0, 0, 20, 20), (2, 6, 28, 6), (3, 3, 2, 2)),
+    (Stage.DECODER, Variant.LITE): decoder_config((320, 576, 1152, 1152), (0, 9, 18, 18), (2, 4, 14, 4), (2, 2, 2, 2)),
+    (Stage.DECODER, Variant.TINY): decoder_config(
+        (16, 32, 64, 64), (0, 0, 1, 1), (1, 1, 1, 1), (3, 2, 2, 2), conditioning=48, pooled=12
+    ),
+    (Stage.VQGAN, Variant.FULL): VQGANConfig(bottleneck_blocks=12, embed_dim=384),
+    (Stage.VQGAN, Variant.TINY): VQGANConfig(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64),
+    (Stage.TEXT_ENCODER, Variant.FULL): TextEncoderConfig(1280, 5120, 20, 32, 1280),
+    (Stage.TEXT_ENCODER, Variant.TINY): TextEncoderConfig(8, 32, 2, 2, 12),
+    (Stage.IMAGE_ENCODER, Variant.FULL): ImageEncoderConfig(1024, 4096, 16, 24, 768),
+}
+
+
+def variant_of(config: NetworkConfig) -> Variant:
+    """The release whose network `config` describes, or CUSTOM."""
+    for (_, variant), preset in PRESETS.items():
+        if same_network(config, preset):
+            return variant
+    return Variant.CUSTOM
+
+
+def same_network(a: NetworkConfig, b: NetworkConfig) -> bool:
+    """Equal but for what does not change the network: head placeholders and the VQGAN's scale."""
+    if isinstance(a, UNetConfig) and isinstance(b, UNetConfig):
+        return a.without_placeholders() == b.without_placeholders()
+    if isinstance(a, VQGANConfig) and isinstance(b, VQGANConfig):
+        return replace(a, scale_factor=0) == replace(b, scale_factor=0)
+    return a == b
