@@ -1,0 +1,1 @@
+"""From a file to another file: checkpoints, model folders, ONNX bundles."""

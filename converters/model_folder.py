@@ -1,0 +1,102 @@
+"""The files of a model folder ("modular", the diffusers tree) that are not weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.tokenizer import save_tokenizer_folder
+from ..schemas.config_json import DIFFUSERS_VERSION, to_json
+from ..schemas.stages import NetworkConfig, Stage
+
+SCHEDULER = {
+    "_class_name": "DDPMWuerstchenScheduler",
+    "_diffusers_version": DIFFUSERS_VERSION,
+    "s": 0.008,
+    "scaler": 1.0,
+}
+
+# What CLIP ViT-L/14 expects: 224 pixels, bicubic (resample 3), its own mean and deviation per channel.
+FEATURE_EXTRACTOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 224},
+}
+
+# model_index.json: the library and class that load each component. The vqgan's library is a pipeline module's
+# name: diffusers up to 0.37 finds it there, and later versions load no other spelling either.
+INDEX_ENTRIES: Mapping[str, tuple[str, str]] = {
+    "prior": ("diffusers", "StableCascadeUNet"),
+    "decoder": ("diffusers", "StableCascadeUNet"),
+    "vqgan": ("wuerstchen", "PaellaVQModel"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizerFast"),
+    "scheduler": ("diffusers", "DDPMWuerstchenScheduler"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+}
+
+
+@dataclass(frozen=True)
+class ComponentFiles:
+    """Where a component's files go below a model folder."""
+
+    config: Path
+    weights: Path
+
+
+def component_files(stage: Stage) -> ComponentFiles:
+    """The names diffusers (prior, decoder, vqgan) and transformers (encoders) look for."""
+    encoder = stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
+    weights = "model.safetensors" if encoder else "diffusion_pytorch_model.safetensors"
+    return ComponentFiles(Path(stage, "config.json"), Path(stage, weights))
+
+
+def write_folder_files(folder: Path, configs: Mapping[Stage, NetworkConfig], *, index: bool) -> None:
+    """Write config.json for each stage, and with `index` what makes the folder loadable as a pipeline:
+    scheduler, tokenizer, feature extractor and model_index.json."""
+    for stage, config in configs.items():
+        _write_json(folder / component_files(stage).config, to_json(config))
+    if Stage.IMAGE_ENCODER in configs:
+        _write_json(folder / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
+    if index:
+        save_tokenizer_folder(folder / "tokenizer")
+        _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+        _write_json(folder / "model_index.json", model_index(configs))
+
+
+def model_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
+    """The pipeline index of a folder with these stages.
+
+    A tree with both stages carries the entries of both pipelines; either class loads it, taking its own entries
+    (StableCascadePriorPipeline.from_pretrained(folder), the decoder's likewise)."""
+    prior_only = Stage.DECODER not in configs
+    name = "StableCascadePriorPipeline" if prior_only else "StableCascadeDecoderPipeline"
+    present = {*map(str, configs), "tokenizer", "scheduler"}
+    if Stage.PRIOR in configs:  # optional components of the prior pipeline, null where the folder has none
+        present |= {"image_encoder", "feature_extractor"}
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
+    for component, entry in INDEX_ENTRIES.items():
+        if component in present:
+            optional = component in ("image_encoder", "feature_extractor") and Stage.IMAGE_ENCODER not in configs
+            index[component] = [None, None] if optional else list(entry)
+    if Stage.PRIOR in configs:
+        index["resolution_multiple"] = 42.67
+    if Stage.DECODER in configs:
+        index["latent_dim_scale"] = 10.67
+    return index
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,33 @@
+"""The tiny cascade, made once for all tests: original files, model folder, bundle."""
+
+from pathlib import Path
+
+import pytest
+
+from cascadekit import convert, export
+from cascadekit.converters.tiny import write_tiny_cascade
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def catalog_folder() -> Path:
+    return DATA / "catalog"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds original/, model/ and bundle/ of the tiny cascade; read only."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_tiny_cascade(root / "original")
+    convert([root / "original"], root / "model", "diffusers")
+    export(root / "model", root / "bundle")
+    return root
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny cascade's original files alone, for tests that need no bundle; read only."""
+    folder = tmp_path_factory.mktemp("original")
+    write_tiny_cascade(folder)
+    return folder

@@ -1,0 +1,112 @@
+"""The rules, configs and shape formulas against every published layout, as listed in the catalog."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascadekit.schemas.config_json import from_json, to_json
+from cascadekit.schemas.infer import infer_config
+from cascadekit.schemas.layouts import ORIGINAL_TO_DIFFUSERS, Layout, foreign_name, layout_of, stage_of
+from cascadekit.schemas.stages import Stage, Variant, variant_of
+from cascadekit.schemas.tensors import Shape, expected_tensors
+
+PAIRS = [
+    ("original_stage_a", "diffusers_vqgan", Stage.VQGAN, Variant.FULL),
+    ("original_stage_b", "diffusers_decoder", Stage.DECODER, Variant.FULL),
+    ("original_stage_b_lite", "diffusers_decoder_lite", Stage.DECODER, Variant.LITE),
+    ("original_stage_c", "diffusers_prior", Stage.PRIOR, Variant.FULL),
+    ("original_stage_c_lite", "diffusers_prior_lite", Stage.PRIOR, Variant.LITE),
+]
+ENCODERS = [("diffusers_text_encoder", Stage.TEXT_ENCODER), ("diffusers_image_encoder", Stage.IMAGE_ENCODER)]
+UNREAD = [
+    "original_controlnet_canny",
+    "original_controlnet_identity",
+    "original_controlnet_inpainting",
+    "original_controlnet_super_resolution",
+    "original_effnet_encoder",
+    "original_previewer",
+]
+COMFYUI = [("comfyui_stage_b", "diffusers_decoder"), ("comfyui_stage_c", "diffusers_prior")]
+
+
+def load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Shape]]:
+    content = json.loads((folder / f"{name}.json").read_text())
+    return content, {key: tuple(spec["shape"]) for key, spec in content["tensors"].items()}
+
+
+def test_every_catalog_file_is_tested(catalog_folder: Path) -> None:
+    tested = {name for pair in PAIRS for name in pair[:2]}
+    tested |= {name for name, _ in ENCODERS} | set(UNREAD) | {name for name, _ in COMFYUI}
+    assert tested == {path.stem for path in catalog_folder.glob("*.json")}
+
+
+@pytest.mark.parametrize(("original", "diffusers", "stage", "variant"), PAIRS)
+class TestStages:
+    def test_rules_both_ways(
+        self, catalog_folder: Path, original: str, diffusers: str, stage: Stage, variant: Variant
+    ) -> None:
+        _, theirs = load(catalog_folder, original)
+        _, wanted = load(catalog_folder, diffusers)
+        rules = ORIGINAL_TO_DIFFUSERS[stage]
+        assert {name: made.shape for name, made in rules.apply(theirs).items()} == wanted
+        assert {name: made.shape for name, made in rules.inverse.apply(wanted).items()} == theirs
+
+    def test_recognised(
+        self, catalog_folder: Path, original: str, diffusers: str, stage: Stage, variant: Variant
+    ) -> None:
+        _, theirs = load(catalog_folder, original)
+        _, wanted = load(catalog_folder, diffusers)
+        assert stage_of(theirs) is stage_of(wanted) is stage
+        assert layout_of(stage, theirs) is Layout.ORIGINAL
+        assert layout_of(stage, wanted) is Layout.DIFFUSERS
+
+    def test_config_read_off_shapes_is_the_published_one(
+        self, catalog_folder: Path, original: str, diffusers: str, stage: Stage, variant: Variant
+    ) -> None:
+        content, shapes = load(catalog_folder, diffusers)
+        config = infer_config(stage, shapes)
+        assert variant_of(config) is variant
+        written = json.loads(json.dumps(to_json(config)))
+        assert written.pop("_diffusers_version")
+        assert written == content["config"]
+        assert from_json(stage, content["config"]) == config
+        assert expected_tensors(config) == shapes
+
+
+@pytest.mark.parametrize(("name", "stage"), ENCODERS)
+def test_encoders(catalog_folder: Path, name: str, stage: Stage) -> None:
+    content, shapes = load(catalog_folder, name)
+    assert stage_of(shapes) is stage
+    rules = ORIGINAL_TO_DIFFUSERS[stage]
+    assert {key: made.shape for key, made in rules.apply(shapes).items()} == shapes
+    config = infer_config(stage, shapes)
+    assert expected_tensors(config) == shapes
+    assert json.loads(json.dumps(to_json(config))) == content["config"]
+    assert from_json(stage, content["config"]) == config
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_components_without_a_layout_of_their_own(catalog_folder: Path, name: str) -> None:
+    """They have one spelling, which no rule may touch, and are told apart from the stages."""
+    _, shapes = load(catalog_folder, name)
+    assert stage_of(shapes) is None
+    assert "Stable Cascade" in (foreign_name(shapes) or "")
+    for rules in ORIGINAL_TO_DIFFUSERS.values():
+        assert {key: made.shape for key, made in rules.apply(shapes).items()} == shapes
+        assert {key: made.shape for key, made in rules.inverse.apply(shapes).items()} == shapes
+
+
+@pytest.mark.parametrize(("name", "diffusers"), COMFYUI)
+def test_unet_of_comfyui_files(catalog_folder: Path, name: str, diffusers: str) -> None:
+    """Inside its prefix an all-in-one file spells the UNet as the original does."""
+    _, shapes = load(catalog_folder, name)
+    _, wanted = load(catalog_folder, diffusers)
+    prefix = "model.diffusion_model."
+    unet = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    stage = stage_of(unet)
+    assert stage is not None
+    assert {key: made.shape for key, made in ORIGINAL_TO_DIFFUSERS[stage].apply(unet).items()} == wanted
+    assert stage_of(shapes) is None
+    assert "ComfyUI" in (foreign_name(shapes) or "")

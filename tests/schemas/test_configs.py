@@ -1,0 +1,80 @@
+"""Configs from JSON: what is taken, what is refused; configs of fine-tunes read off their shapes."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from cascadekit.schemas.bundle import parse_manifest
+from cascadekit.schemas.config_json import from_json, to_json
+from cascadekit.schemas.errors import CheckpointError, LayoutError
+from cascadekit.schemas.infer import infer_config
+from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, same_network, variant_of
+from cascadekit.schemas.tensors import expected_tensors
+
+PRIOR = PRESETS[Stage.PRIOR, Variant.LITE]
+DECODER = PRESETS[Stage.DECODER, Variant.LITE]
+
+ODD_UNETS = [
+    dataclasses.replace(PRIOR, block_out_channels=(128, 320), num_attention_heads=(2, 5), conditioning_dim=96),
+    dataclasses.replace(PRIOR, down_num_layers_per_block=(3, 2), up_num_layers_per_block=(1, 4)),
+    dataclasses.replace(PRIOR, down_blocks_repeat_mappers=(2, 1), up_blocks_repeat_mappers=(1, 3), clip_seq=2),
+    dataclasses.replace(DECODER, up_blocks_repeat_mappers=(4, 3, 2, 1), effnet_in_channels=24),
+    dataclasses.replace(PRIOR, timestep_conditioning_type=("sca",), clip_text_in_channels=99, kernel_size=5),
+]
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), *ODD_UNETS, VQGANConfig(3, 96, num_vq_embeddings=10)])
+def test_shapes_tell_the_config(config: NetworkConfig) -> None:
+    assert same_network(infer_config(config.stage, expected_tensors(config)), config)
+
+
+@pytest.mark.parametrize(("key", "preset"), PRESETS.items())
+def test_presets_are_known_by_name_and_survive_json(key: tuple[Stage, Variant], preset: NetworkConfig) -> None:
+    assert (preset.stage, variant_of(preset)) == key
+    assert from_json(preset.stage, to_json(preset)) == preset
+
+
+def test_a_fine_tune_is_custom() -> None:
+    assert variant_of(ODD_UNETS[0]) is Variant.CUSTOM
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "expected class StableCascadeUNet, found UNet2DConditionModel"),
+        ({"switch_level": [True]}, "switch_level"),
+        ({"self_attn": False}, "self_attn"),
+        ({"block_out_channels": [64]}, "must have 1 entries"),
+        ({"block_types_per_layer": [["Conv"], ["Conv"]]}, "Conv"),
+        ({"effnet_in_channels": 16}, "describes a decoder"),
+    ],
+)
+def test_refused_configs(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        from_json(Stage.PRIOR, {**to_json(PRIOR), **change})
+
+
+def test_missing_fields_are_named() -> None:
+    values = to_json(PRIOR)
+    del values["block_out_channels"], values["patch_size"]
+    with pytest.raises(LayoutError, match="missing patch_size, block_out_channels"):
+        from_json(Stage.PRIOR, values)
+
+
+@pytest.mark.parametrize("lost", ["down_blocks.0.0.depthwise.weight", "clip_txt_pooled_mapper.weight"])
+def test_a_tensor_the_config_is_read_from_is_missing(lost: str) -> None:
+    shapes = expected_tensors(PRIOR)
+    del shapes[lost]
+    with pytest.raises(LayoutError, match=lost):
+        infer_config(Stage.PRIOR, shapes)
+
+
+def test_manifests_that_lead_out_of_the_bundle_or_are_damaged() -> None:
+    with pytest.raises(CheckpointError, match=r"cascade\.json: not a manifest.*stages"):
+        parse_manifest('{"created_by": "x"}', "cascade.json")
+    with pytest.raises(CheckpointError, match="leads out of the bundle"):
+        parse_manifest(
+            '{"created_by": "x", "default_size": [8, 8], "vqgan_scale": null, "stages": {}, "tokenizer": "../../etc"}',
+            "cascade.json",
+        )
