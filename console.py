@@ -1,0 +1,90 @@
+"""How the command line speaks: errors without tracebacks, bars on a terminal, plain lines in a pipe."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from .schemas.errors import CascadeError, UsageError
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+class CascadeGroup(click.Group):
+    """Turns a CascadeError into one message and an exit code; `--debug` lets the traceback through."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CascadeError as error:
+            if ctx.params.get("debug"):
+                raise
+            err.print(f"error: {error}", style="red", markup=False)
+            ctx.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILED)
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing was written", markup=False)
+            ctx.exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """A line for the person, on standard output."""
+    out.print(text, markup=False)
+
+
+def note(text: str) -> None:
+    """Something the person should know that is no error, on standard error."""
+    err.print(f"note: {text}", style="yellow", markup=False)
+
+
+@contextmanager
+def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
+    """Progress over bytes: call the yielded function with a file's name and size, then what it returns with
+    each number of bytes done."""
+    if not err.is_terminal:
+
+        def announce(name: str, total: int) -> Callable[[int], object]:
+            err.print(f"{name}: {total / 1e6:.1f} MB", markup=False)
+            return lambda done: None
+
+        yield announce
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as bars:
+
+        def start(name: str, total: int) -> Callable[[int], object]:
+            task = bars.add_task(name, total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield start
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int], object]]:
+    """Progress over steps: call the yielded function with a name, the steps done and their total."""
+    if not err.is_terminal:
+        yield lambda name, done, total: err.print(f"{name}: {total} steps", markup=False) if done == total else None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield update

@@ -1,0 +1,1 @@
+"""What executes a stage: one file per engine behind one protocol."""

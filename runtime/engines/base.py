@@ -1,0 +1,60 @@
+"""The protocol every engine follows, and the check of what is fed to a stage."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.errors import EngineError
+from ...schemas.stages import Stage
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class PortSpec(Protocol):
+    """What a port has to say for the check: `schemas.ports.Port` and `schemas.bundle.PortEntry` both do."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def dims(self) -> tuple[int | str, ...]: ...
+
+
+class StageRunner(Protocol):
+    """One loaded stage: call it with an array for each input port, get one for each output port."""
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
+
+    def close(self) -> None:
+        """Give back the memory of the weights."""
+
+
+class Engine(Protocol):
+    """Loads stages for execution."""
+
+    name: str
+
+    def load(self, stage: Stage) -> StageRunner:
+        """Raises EngineError when the stage cannot be loaded, naming what to install or export."""
+
+
+def check_inputs(stage: Stage, ports: Iterable[PortSpec], inputs: Tensors) -> None:
+    """Raise EngineError unless `inputs` has exactly the ports of `stage`, in the right dtype and shape."""
+    expected = {port.name: port for port in ports}
+    if expected.keys() != inputs.keys():
+        raise EngineError(f"{stage}: expected inputs {', '.join(expected)}, found {', '.join(inputs)}")
+    sizes: dict[str, int] = {}
+    for name, port in expected.items():
+        array = inputs[name]
+        fits = array.ndim == len(port.dims) and all(
+            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for dim, size in zip(port.dims, array.shape, strict=True)
+        )
+        if array.dtype != np.dtype(port.dtype) or not fits:
+            dims = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else str(dim) for dim in map(str, port.dims))
+            raise EngineError(
+                f"{stage}, input {name}: expected {port.dtype} [{dims}], found {array.dtype} {list(array.shape)}"
+            )

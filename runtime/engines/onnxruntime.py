@@ -1,0 +1,78 @@
+"""Runs the graphs of a bundle with ONNX Runtime."""
+
+import gc
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ...schemas.bundle import StageEntry
+from ...schemas.errors import EngineError
+from ...schemas.stages import Stage
+from ..bundle import Bundle
+from .base import Tensors, check_inputs
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+
+
+class OnnxRuntimeEngine:
+    """An engine for every stage of `bundle` on `device`, "cpu" or "cuda"."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+        """Raises EngineError when the device is unknown, or ONNX Runtime or its provider is not installed."""
+        if device not in PROVIDERS:
+            raise EngineError(f"device {device!r}: expected one of {', '.join(PROVIDERS)}")
+        self.bundle = bundle
+        self.device = device
+        self._ort = _import_onnxruntime(device)
+
+    def load(self, stage: Stage) -> "OnnxRuntimeStage":
+        entry = self.bundle.entry(stage)
+        path = self.bundle.graph(stage)
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors only: what matters comes as an exception
+        provider = PROVIDERS[self.device]
+        try:
+            session = self._ort.InferenceSession(path, options, providers=[provider])
+        except Exception as error:  # onnxruntime raises a class of its own for each status code
+            raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {error}") from error
+        if provider not in session.get_providers():  # it falls back to the CPU in silence
+            raise EngineError(f"{stage}: onnxruntime did not start its {provider}; check the driver, or use device cpu")
+        return OnnxRuntimeStage(stage, entry, session)
+
+
+class OnnxRuntimeStage:
+    """One stage's session."""
+
+    def __init__(self, stage: Stage, entry: StageEntry, session: Any) -> None:
+        self.stage = stage
+        self.entry = entry
+        self._session = session
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        check_inputs(self.stage, self.entry.inputs, inputs)
+        names = [port.name for port in self.entry.outputs]
+        try:
+            outputs = self._session.run(names, dict(inputs))
+        except Exception as error:
+            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+        return dict(zip(names, outputs, strict=True))
+
+    def close(self) -> None:
+        self._session = None
+        gc.collect()  # the session holds gigabytes; do not wait for the collector
+
+
+def _import_onnxruntime(device: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(f"ONNX Runtime is not installed: pip install 'cascadekit[{EXTRAS[device]}]'") from error
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise EngineError(
+            f"this ONNX Runtime has no {PROVIDERS[device]}: pip uninstall onnxruntime, "
+            f"then pip install 'cascadekit[{EXTRAS[device]}]'"
+        )
+    return onnxruntime

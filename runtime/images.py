@@ -1,0 +1,71 @@
+"""Arrays to pictures, and PNG files that say how they were made."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from ..schemas.errors import UsageError
+
+METADATA_KEY = "cascadekit"
+
+
+def to_pictures(images: NDArray[np.float32]) -> list[Image.Image]:
+    """(B, 3, height, width) float32 in 0..1 to 8-bit RGB, rounding to nearest as diffusers does."""
+    pixels = (images.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def save_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Write `picture` with `settings` as JSON in its text chunk "cascadekit"; the file appears whole or not at all.
+
+    Raises UsageError when the file cannot be written."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
+    scratch: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            scratch = file.name
+            picture.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UsageError(f"{path}: the image cannot be written: {error.strerror}; choose another -o") from error
+    finally:
+        if scratch:
+            Path(scratch).unlink(missing_ok=True)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings in a PNG written by `save_png`, None when it carries none."""
+    with Image.open(path) as picture:
+        text = picture.info.get(METADATA_KEY)
+    return json.loads(text) if isinstance(text, str) else None
+
+
+def image_paths(output: Path, count: int, *, force: bool = False) -> list[Path]:
+    """Where `count` images go: `output` itself when it ends in .png, otherwise the next free numbers in that folder.
+
+    Raises UsageError when one file is named for several images, or exists without `force`."""
+    if output.suffix.lower() == ".png":
+        if count > 1:
+            raise UsageError(f"{output}: one file for {count} images; give a folder")
+        if output.exists() and not force:
+            raise UsageError(f"{output}: exists already; give another -o or --force to replace it")
+        return [output]
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: expected a folder or a name ending in .png")
+    taken = [int(path.stem) for path in output.glob("*.png") if path.stem.isdecimal()]
+    first = max(taken, default=-1) + 1
+    return [output / f"{number:04d}.png" for number in range(first, first + count)]

@@ -1,0 +1,1 @@
+"""Numbers that say how far an engine is from the reference."""
