@@ -1,0 +1,71 @@
+"""The networks in PyTorch, one file each, keys named as in the diffusers layout. Imports torch."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ...schemas.errors import LayoutError, UsageError
+from ...schemas.stages import ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from ...schemas.tensors import Shape, expected_tensors
+from .decoder import Decoder
+from .prior import Prior
+from .text_encoder import TextEncoder
+from .vqgan import VQGANDecoder
+
+__all__ = ["Decoder", "Prior", "TextEncoder", "VQGANDecoder", "build_reference", "load_reference"]
+
+
+def build_reference(config: NetworkConfig) -> nn.Module:
+    """The network of `config` with torch's default initialisation, on torch's default device and dtype.
+
+    Every network takes its input ports as keyword arguments, in the dtype of its weights (ids and masks stay
+    int64), and returns its output ports as a dict; names and shapes are those of ``ports_of(config)``.
+
+    Raises UsageError for the image encoder, which has no reference here.
+    """
+    match config:
+        case UNetConfig():
+            return Prior(config) if config.stage is Stage.PRIOR else Decoder(config)
+        case VQGANConfig():
+            return VQGANDecoder(config)
+        case TextEncoderConfig():
+            return TextEncoder(config)
+        case ImageEncoderConfig():
+            raise UsageError(f"there is no PyTorch reference of the {config.stage}")
+
+
+def load_reference(
+    config: NetworkConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The network of `config` holding `tensors` (named as in the diffusers layout), ready for inference.
+
+    The network is built without storage, and tensors that have `dtype` already become its weights as they are:
+    nothing is copied, so the network and the caller share them. Only tensors the network has are asked of the
+    mapping, which therefore may read them lazily; the encoder and the codebook of the VQGAN stay untouched.
+
+    Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape, and UsageError for
+    the image encoder.
+    """
+    with torch.device("meta"):
+        network = build_reference(config)
+    shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    known = expected_tensors(config)
+    weights = {name: tensors[name].to(dtype) for name in shapes if name in tensors}  # cast one by one, as read
+    problems = [
+        *(f"missing {name}" for name in shapes if name not in tensors),
+        *(f"unexpected {name}" for name in tensors if name not in known),
+        *_wrong_shapes(shapes, weights),
+    ]
+    if problems:
+        raise LayoutError(f"tensors of the {config.stage}: {'; '.join(problems)}")
+    network.load_state_dict(weights, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _wrong_shapes(shapes: Mapping[str, Shape], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    return [
+        f"{name} expected shape {list(shapes[name])}, found {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if tuple(tensor.shape) != shapes[name]
+    ]

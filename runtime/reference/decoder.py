@@ -1,0 +1,47 @@
+"""Stage B: denoises the VQGAN's latents, given stage C's."""
+
+from torch import Tensor
+
+from ...schemas.errors import LayoutError
+from ...schemas.stages import UNetConfig
+from .blocks import image_mapper, resize
+from .unet import Conditions, UNet
+
+PIXELS_SIZE = 8  # side of the empty image diffusers gives the pixels branch
+
+
+class Decoder(UNet):
+    """The decoder; keys as in the diffusers layout. Raises LayoutError where `config` lacks pixel channels."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        if config.effnet_in_channels is None or config.pixel_mapper_in_channels is None:
+            raise LayoutError(f"config of the {config.stage}: effnet_in_channels or pixel_mapper_in_channels is null")
+        self.effnet_mapper = image_mapper(config.effnet_in_channels, config.block_out_channels[0])
+        self.pixel_channels = config.pixel_mapper_in_channels
+        self.pixels_mapper = image_mapper(self.pixel_channels, config.block_out_channels[0])
+
+    def forward(
+        self, *, sample: Tensor, timestep_ratio: Tensor, clip_text_pooled: Tensor, effnet: Tensor
+    ) -> dict[str, Tensor]:
+        """The noise in the latents.
+
+        ``sample`` (B, in, h, w) with h and w multiples of the patch size, ``timestep_ratio`` (B,) from 1 (noise)
+        to 0, ``clip_text_pooled`` (B, 1, pooled) and ``effnet``, the latents of stage C, (B, effnet, eh, ew), all
+        in the dtype of the weights, to ``noise_pred`` (B, out, h, w).
+        """
+        x = self.embedding(sample)  # (B, width, h / patch, w / patch)
+        x = x + self.effnet_mapper(resize(effnet, x))
+        x = x + self.empty_pixels(x)
+        conditions = Conditions(
+            self.time_embedding(timestep_ratio), self.clip_norm(self.pooled_tokens(clip_text_pooled))
+        )
+        return {"noise_pred": self.pyramid(x, conditions)}
+
+    def empty_pixels(self, x: Tensor) -> Tensor:
+        """What the pixels branch adds without an image: not zero, since its mapper has biases.
+
+        The same value at every pixel; it is resized all the same, because the resize rounds.
+        """
+        pixels = x.new_zeros(x.shape[0], self.pixel_channels, PIXELS_SIZE, PIXELS_SIZE)
+        return resize(self.pixels_mapper(pixels), x)

@@ -1,0 +1,67 @@
+"""Stage A, its decoder half: from latents to an image."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...schemas.stages import VQGANConfig
+from .blocks import NORM_EPSILON
+
+
+class MixingBlock(nn.Module):
+    """Depthwise convolution and a perceptron per pixel, both scaled, shifted and weighed by scalars.
+
+    `gammas` (6,): scale, shift and weight of the convolution, then of the perceptron. (B, c, h, w) to the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gammas = nn.Parameter(torch.zeros(6))
+        self.depthwise = nn.Sequential(
+            nn.ReplicationPad2d(1), nn.Conv2d(channels, channels, kernel_size=3, groups=channels)
+        )
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels, channels * 4), nn.GELU(), nn.Linear(channels * 4, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift, weight, channel_scale, channel_shift, channel_weight = self.gammas
+        y = _normed(x) * (1 + scale) + shift  # (B, h, w, c)
+        x = x + self.depthwise(y.permute(0, 3, 1, 2)) * weight
+        y = _normed(x) * (1 + channel_scale) + channel_shift
+        x = x + self.channelwise(y).permute(0, 3, 1, 2) * channel_weight
+        return x
+
+
+def _normed(x: Tensor) -> Tensor:
+    """(B, c, h, w) to (B, h, w, c), normed over the channels."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=NORM_EPSILON)
+
+
+class VQGANDecoder(nn.Module):
+    """The decoder of the VQGAN; keys as in the diffusers layout, those of the encoder and codebook left out."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, factor = config.widths, config.up_down_scale_factor
+        layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(config.latent_channels, widths[-1], kernel_size=1))]
+        layers += [MixingBlock(widths[-1]) for _ in range(config.bottleneck_blocks)]
+        for level in reversed(range(config.levels - 1)):
+            layers += [
+                nn.ConvTranspose2d(widths[level + 1], widths[level], kernel_size=4, stride=2, padding=1),
+                MixingBlock(widths[level]),
+            ]
+        self.up_blocks = nn.Sequential(*layers)
+        self.out_block = nn.Sequential(
+            nn.Conv2d(widths[0], config.out_channels * factor**2, kernel_size=1), nn.PixelShuffle(factor)
+        )
+
+    def forward(self, *, latents: Tensor) -> dict[str, Tensor]:
+        """The images of stage B's ``latents`` (B, latent, h, w), which are in the dtype of the weights.
+
+        ``images`` (B, out, f*h, f*w) within 0..1 with f = up_down_scale_factor * 2^(levels - 1), 4 in the releases.
+        The latents are scaled by the config's scale factor first; nothing is quantised.
+        """
+        images: Tensor = self.out_block(self.up_blocks(self.config.scale_factor * latents))
+        return {"images": images.clamp(0, 1)}

@@ -1,0 +1,199 @@
+"""The pipeline on its own: sizes, batches, seeds, embeddings, metadata, memory, errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascadekit import Cascade, Settings, export
+from cascadekit.runtime.engines.base import check_inputs
+from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.images import image_paths, read_settings, save_png
+from cascadekit.schemas.errors import CheckpointError, EngineError, UsageError
+from cascadekit.schemas.ports import Port
+from cascadekit.schemas.stages import Stage
+
+QUICK = Settings(128, 64, prior_steps=2, decoder_steps=2)
+
+
+@pytest.fixture(scope="module")
+def cascade(tiny: Path) -> Cascade:
+    return Cascade.open(tiny / "bundle")
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 88), (200, 104), (136, 328), (832, 64)])
+def test_every_multiple_of_8_comes_out_exactly(cascade: Cascade, width: int, height: int) -> None:
+    (image,) = cascade.generate("x", seed=0, settings=QUICK, width=width, height=height, decoder_guidance=2.0).images
+    assert image.size == (width, height)
+
+
+def test_default_size_is_the_bundles(cascade: Cascade) -> None:
+    image = cascade.generate("x", seed=0, prior_steps=1, decoder_steps=1).images[0]
+    assert image.size == cascade.manifest.default_size == (256, 256)
+
+
+def test_the_same_seed_draws_the_same_image(cascade: Cascade) -> None:
+    first, again, other = (cascade.generate("x", seed=seed, settings=QUICK).images[0] for seed in (3, 3, 4))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_images_of_their_own_seed_do_not_depend_on_the_batch(cascade: Cascade) -> None:
+    together = cascade.generate(["a", "b"], seed=[8, 9], settings=QUICK)
+    alone = cascade.generate("b", seed=[9], settings=QUICK)
+    assert np.allclose(together.decoder_latents[1], alone.decoder_latents[0], rtol=1e-3, atol=1e-2)
+    assert together.settings[1]["seed"] == 9
+
+
+def test_a_chosen_seed_is_told_and_repeats(cascade: Cascade) -> None:
+    result = cascade.generate("x", settings=QUICK)
+    again = cascade.generate("x", seed=result.settings[0]["seed"], settings=QUICK)
+    assert again.images[0].tobytes() == result.images[0].tobytes()
+
+
+def test_prior_and_decode_by_hand_equal_generate(cascade: Cascade) -> None:
+    whole = cascade.generate("x", negative="y", seed=[1], settings=QUICK)
+    embeds = cascade.encode_prompt("x", "y")
+    size = {"height": QUICK.height, "width": QUICK.width}
+    steps = list(cascade.prior(embeds, **size, steps=2, seed=[1]))
+    assert np.array_equal(steps[-1].latents, whole.prior_latents)
+    given = cascade.prior(embeds, **size, steps=2, seed=[1], latents=np.zeros_like(steps[0].latents))
+    assert not np.array_equal(list(given)[-1].latents, whole.prior_latents)
+
+
+def test_image_embeddings_change_the_result(cascade: Cascade) -> None:
+    embeds = cascade.encode_prompt("x")
+    results = [
+        list(cascade.prior(embeds, height=64, width=64, steps=1, seed=0, image_embeds=images))[-1].latents
+        for images in (None, np.ones((1, 1, 768), np.float32), np.ones((1, 3, 768), np.float32))
+    ]
+    assert not np.allclose(results[0], results[1])
+    assert not np.allclose(results[1], results[2])
+
+
+def test_empty_and_long_prompts(cascade: Cascade) -> None:
+    long = "word " * 100
+    embeds = cascade.encode_prompt(["", long], "short")
+    assert embeds.clip_text.shape == (2, 77, 8)
+    assert embeds.truncated[0] == embeds.truncated[2] == ""
+    assert embeds.truncated[1].split() == ["word"] * 25  # 75 words fit between start and end
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"width": 100}, "width 100: expected a multiple of 8"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 1 images"),
+        ({"num_images": 0}, "0 images"),
+        ({"negative": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"steps": 3}, "unknown setting"),
+        ({"prior_steps": 0}, "0 steps"),
+    ],
+)
+def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        cascade.generate("x", **{"settings": QUICK, "seed": 0, **call})
+
+
+def test_latents_of_another_shape(cascade: Cascade) -> None:
+    embeds = cascade.encode_prompt("x")
+    with pytest.raises(UsageError, match=r"prior latents: expected shape \[1, 16, 2, 2\], found \[1, 16, 3, 3\]"):
+        list(cascade.prior(embeds, height=64, width=64, latents=np.zeros((1, 16, 3, 3), np.float32)))
+
+
+def test_one_stage_in_memory_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[Stage] = []
+    load = OnnxRuntimeEngine.load
+
+    def counting(self: OnnxRuntimeEngine, stage: Stage) -> Any:
+        runner = load(self, stage)
+        alive.append(stage)
+        close = runner.close
+        monkeypatch.setattr(runner, "close", lambda: (alive.remove(stage), close()))
+        assert alive == [stage]
+        return runner
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "load", counting)
+    with Cascade.open(tiny / "bundle", keep_loaded=False) as staged:
+        staged.generate("x", seed=0, settings=QUICK)
+        assert alive == [Stage.VQGAN]
+    assert not alive
+
+
+def test_metadata_of_a_png(cascade: Cascade, tmp_path: Path) -> None:
+    result = cascade.generate(["a ü", "b"], negative="n", num_images=2, seed=5, settings=QUICK)
+    path = tmp_path / "new" / "x.png"
+    save_png(path, result.images[3], result.settings[3])
+    settings = read_settings(path)
+    assert settings is not None
+    assert settings | {"created_by": ""} == {
+        **{"prompt": "b", "negative": "n", "seed": 5, "index": 3, "batch": 4, "width": 128, "height": 64},
+        **{"prior_steps": 2, "prior_guidance": 4.0, "decoder_steps": 2, "decoder_guidance": 0.0},
+        **{"size_policy": "exact", "vqgan_scale": 0.3764, "created_by": ""},
+    }
+    assert result.settings[0]["prompt"] == "a ü"
+    with Image.open(path) as picture:
+        assert picture.tobytes() == result.images[3].tobytes()
+
+
+def test_names_of_images(tmp_path: Path) -> None:
+    (tmp_path / "0003.png").touch()
+    (tmp_path / "cat.png").touch()
+    assert [path.name for path in image_paths(tmp_path, 2)] == ["0004.png", "0005.png"]
+    assert image_paths(tmp_path / "dog.png", 1) == [tmp_path / "dog.png"]
+    with pytest.raises(UsageError, match="one file for 2 images"):
+        image_paths(tmp_path / "dog.png", 2)
+    with pytest.raises(UsageError, match="exists already"):
+        image_paths(tmp_path / "cat.png", 1)
+    assert image_paths(tmp_path / "cat.png", 1, force=True)
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(UsageError, match="expected a folder"):
+        image_paths(tmp_path / "file.txt", 1)
+
+
+def test_an_image_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="the image cannot be written"):
+        save_png(tmp_path / "file" / "x.png", Image.new("RGB", (8, 8)), {})
+
+
+def test_bundles_that_are_none_or_damaged(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not a bundle.*cascadekit export"):
+        Cascade.open(tmp_path)
+    export(tiny / "model", tmp_path / "prior-only", stages=[Stage.PRIOR])
+    with pytest.raises(UsageError, match="has no text_encoder"):
+        Cascade.open(tmp_path / "prior-only").encode_prompt("x")
+    export(tiny / "model", tmp_path / "cut")
+    with (tmp_path / "cut/prior/weights.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: expected \d+ bytes, it has 1000"):
+        Cascade.open(tmp_path / "cut").generate("x", seed=0, settings=QUICK)
+    manifest = tmp_path / "cut/cascade.json"
+    content = json.loads(manifest.read_text())
+    content["stages"]["prior"]["files"][0]["path"] = "../../etc/passwd"
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="leads out of the bundle"):
+        Cascade.open(tmp_path / "cut")
+
+
+def test_a_device_that_is_not_there(tiny: Path) -> None:
+    with pytest.raises(EngineError, match="expected one of cpu, cuda"):
+        Cascade.open(tiny / "bundle", device="tpu")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "expected inputs x, y, found"),
+        ({"x": np.zeros((2, 3)), "y": np.zeros(2, np.float32)}, "input x: expected float32"),
+        ({"x": np.zeros((2, 4), np.float32), "y": np.zeros(2, np.float32)}, r"expected float32 \[batch=2, 3\]"),
+        ({"x": np.zeros((2, 3), np.float32), "y": np.zeros(1, np.float32)}, r"y: .*\[batch=2\], found float32 \[1\]"),
+        ({"x": np.zeros(3, np.float32), "y": np.zeros(1, np.float32)}, r"found float32 \[3\]"),
+    ],
+)
+def test_inputs_are_checked_against_ports(inputs: dict[str, Any], message: str) -> None:
+    ports = (Port("x", "float32", ("batch", 3)), Port("y", "float32", ("batch",)))
+    with pytest.raises(EngineError, match=message):
+        check_inputs(Stage.PRIOR, ports, inputs)
