@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from .console import FAILED, CascadeGroup, byte_progress, note, out, say, step_progress
+from .console import FAILED, CascadeGroup, byte_progress, note, say, show_table, step_progress
 from .schemas.errors import UsageError
 from .schemas.layouts import Layout
 from .schemas.sizes import SizePolicy
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 STAGES = click.Choice(["text_encoder", "prior", "decoder", "vqgan"])
+
+INSPECT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")
+PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -60,7 +62,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         say(json.dumps([_described(component) for component in components], indent=2))
     else:
-        out.print(_inspect_table(components))
+        show_table("", INSPECT_COLUMNS, map(_inspect_row, components))
         for component in components:
             for line in component.problems.lines():
                 say(f"{component.path}: {line}")
@@ -85,13 +87,9 @@ def _described(component: "Component") -> dict[str, Any]:
     }
 
 
-def _inspect_table(components: "list[Component]") -> Table:
-    table = Table("file", "component", "layout", "variant", "dtype", "parameters", "problems")
-    for c in components:
-        dtypes = ", ".join(c.dtypes)
-        problems = str(sum(map(len, vars(c.problems).values()))) if c.problems else "none"
-        table.add_row(c.path.name, c.stage, c.layout, c.variant, dtypes, f"{c.parameters:,}", problems)
-    return table
+def _inspect_row(c: "Component") -> tuple[str, ...]:
+    problems = str(sum(map(len, vars(c.problems).values()))) if c.problems else "none"
+    return c.stage, c.layout, c.variant, ", ".join(c.dtypes), f"{c.parameters:,}", problems, str(c.path)
 
 
 @main.command()
@@ -273,19 +271,16 @@ def _verify(
 
 
 def _print_report(report: "Report") -> None:
-    table = Table(
-        "compared",
-        "max abs",
-        "mean abs",
-        "relative L2",
-        "cosine",
-        "",
-        title=f"{report.engine} against {report.reference}",
+    rows = (
+        (
+            c.name,
+            *(f"{figure:.2e}" for figure in (c.max_abs, c.mean_abs, c.relative_l2)),
+            f"{c.cosine:.8f}",
+            "; ".join(c.failures) or "ok",
+        )
+        for c in report.comparisons
     )
-    for c in report.comparisons:
-        figures = (f"{c.max_abs:.2e}", f"{c.mean_abs:.2e}", f"{c.relative_l2:.2e}", f"{c.cosine:.8f}")
-        table.add_row(c.name, *figures, "; ".join(c.failures) or "ok")
-    out.print(table)
+    show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows)
     if report.image_psnr is not None:
         say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))
     say("passed" if report else "FAILED")

@@ -1,10 +1,11 @@
 """How the command line speaks: errors without tracebacks, bars on a terminal, plain lines in a pipe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,11 +16,14 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
 
 from .schemas.errors import CascadeError, UsageError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+PIPE_WIDTH = 1000  # more than any row takes, so that none is broken
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -48,6 +52,17 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Something the person should know that is no error, on standard error."""
     err.print(f"note: {text}", style="yellow", markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table: framed on a terminal, plain columns one line a row in a pipe."""
+    table = Table(*columns, title=title or None, box=HEAVY_HEAD if out.is_terminal else None)
+    for row in rows:
+        table.add_row(*row)
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(width=PIPE_WIDTH, highlight=False).print(table, no_wrap=True)
 
 
 @contextmanager

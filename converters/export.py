@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -74,11 +74,12 @@ def export(
 def _export_stage(component: Component, folder: Path, mode: str, start_file: StartFile | None) -> StageEntry:
     _require_floats(component)
     folder.mkdir()
-    place = _link_weights if mode == "link" else _copy_weights
-    weights = place(component, folder, start_file)
-    graph = write_graph(component.config, weights)
-    onnx.save_model(graph, folder / GRAPH_NAME)
-    onnx.checker.check_model(folder / GRAPH_NAME, full_check=True)  # by path: it follows the weights too
+    linked = {tensor.path for tensor in component.tensors.values()} if mode == "link" else set()
+    weights = _weights(component.tensors) if linked else _copy_weights(component, folder, start_file)
+    onnx.save_model(write_graph(component.config, weights), folder / GRAPH_NAME)
+    _check_graph(folder, linked)
+    for source in linked:
+        _link(source, folder)
     return _entry(component, folder, mode)
 
 
@@ -88,23 +89,34 @@ def _copy_weights(component: Component, folder: Path, start_file: StartFile | No
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     write_file(path, plans, {"format": "pt", **component.metadata}, progress)
-    return {name: _weight(tensor, path.name) for name, tensor in read_header(path).tensors.items()}
+    return _weights(read_header(path).tensors)
 
 
-def _link_weights(component: Component, folder: Path, start_file: StartFile | None) -> dict[str, Weight]:
-    """Hard links: ONNX wants its data inside the model's folder and refuses symbolic links."""
-    for source in {tensor.path for tensor in component.tensors.values()}:
-        try:
-            os.link(source.resolve(), folder / source.name)
-        except OSError as error:
-            raise ExportError(
-                f"{source}: cannot be hard-linked into {folder.parent}: {error.strerror}; use --weights copy"
-            ) from error
-    return {name: _weight(tensor, tensor.path.name) for name, tensor in component.tensors.items()}
+def _check_graph(folder: Path, linked: Iterable[Path]) -> None:
+    """Have onnx check the graph by path, so that it follows the weights too. It refuses files with several hard
+    links, so a hole of the same size stands in for each file that is to be linked."""
+    holes = {folder / source.name: source.stat().st_size for source in linked}
+    for hole, size in holes.items():
+        hole.touch()
+        os.truncate(hole, size)
+    onnx.checker.check_model(folder / GRAPH_NAME, full_check=True)
+    for hole in holes:
+        hole.unlink()
 
 
-def _weight(tensor: TensorRange, location: str) -> Weight:
-    return Weight(tensor.dtype, tensor.shape, location, tensor.offset, tensor.nbytes)
+def _link(source: Path, folder: Path) -> None:
+    """A hard link: ONNX wants its data inside the model's folder and refuses symbolic links."""
+    try:
+        os.link(source.resolve(), folder / source.name)
+    except OSError as error:
+        raise ExportError(
+            f"{source}: cannot be hard-linked into {folder.parent}: {error.strerror}; use --weights copy"
+        ) from error
+
+
+def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
+    """Where each tensor lies, seen from the folder its file is in."""
+    return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
 
 
 def _entry(component: Component, folder: Path, mode: str) -> StageEntry:

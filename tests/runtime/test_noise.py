@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from cascadekit.runtime.noise import TorchGenerator, _box_muller, randn
 from cascadekit.schemas.errors import UsageError
 

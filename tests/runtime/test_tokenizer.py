@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cascadekit.runtime.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
-from cascadekit.schemas.errors import CheckpointError, UsageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cascadekit.runtime.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
+from cascadekit.schemas.errors import CheckpointError, UsageError
 
 COUNT = 10_000
 FILES = ("vocab.json", "merges.txt")

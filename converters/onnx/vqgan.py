@@ -1,0 +1,64 @@
+"""Stage A as a graph: the decoder half of the VQGAN, with scaling and clamp.
+
+Semantics: diffusers ``PaellaVQModel.decode`` (pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py), without
+quantisation, which the pipelines do not use.
+"""
+
+import onnx
+
+from ...schemas.stages import VQGANConfig
+from .builder import Graph
+from .layers import Image, convolution, pixel_shuffle, pointwise, transposed_convolution
+
+NORM_EPS = 1e-6
+
+
+def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
+    """latents (B, 4, h, w) -> images in 0..1, 4 times as high and wide in the releases.
+
+    Raises ExportError for missing weights of the decoder half; the encoder's are not asked for."""
+    scaled = graph.node("Mul", "latents/scaled", "latents", graph.scalar(config.scale_factor))
+    image = pointwise(graph, "up_blocks.0.0", Image(graph, config.latent_channels, first=scaled))
+    index = 1
+    for level in reversed(range(config.levels)):
+        for _ in range(config.bottleneck_blocks if level == config.levels - 1 else 1):
+            image = _block(graph, f"up_blocks.{index}", image)
+            index += 1
+        if level > 0:
+            image = transposed_convolution(
+                graph, f"up_blocks.{index}", image, config.widths[level - 1], strides=[2, 2], pads=[1] * 4
+            )
+            index += 1
+    decoded = pixel_shuffle(graph, "out_block.1", pointwise(graph, "out_block.0", image), config.up_down_scale_factor)
+    graph.node("Clip", "images", decoded, graph.scalar(0.0), graph.scalar(1.0))
+    return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
+
+
+def _block(graph: Graph, name: str, image: Image) -> Image:
+    """MixingResidualBlock: a depthwise and a channelwise branch, modulated by six learned numbers."""
+    gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
+    spatial = _modulated(graph, f"{name}.norm1", image, gammas[0], gammas[1])
+    padded = graph.node(
+        "Pad", f"{name}.depthwise.0", spatial.first, graph.integers(0, 0, 1, 1, 0, 0, 1, 1), mode="edge"
+    )
+    spatial = convolution(graph, f"{name}.depthwise.1", padded, image.channels, size=image.size, group=image.channels)
+    image = _added(graph, f"{name}/mixed", image, spatial, gammas[2])
+
+    channels = _modulated(graph, f"{name}.norm2", image, gammas[3], gammas[4])
+    rows = graph.linear(f"{name}.channelwise.0", channels.rows)
+    rows = graph.node("Gelu", f"{name}.channelwise.1", rows)
+    rows = graph.linear(f"{name}.channelwise.2", rows)
+    return _added(graph, name, image, image.with_rows(rows), gammas[5])
+
+
+def _modulated(graph: Graph, name: str, image: Image, gain: str, shift: str) -> Image:
+    """norm(x) * (1 + gain) + shift, as scale and shift of the LayerNorm itself."""
+    ones = graph.ones(image.channels)
+    one_more = graph.node("Add", f"{name}/one_more", gain, graph.scalar(1.0))
+    scale, shift = graph.node("Mul", f"{name}/scale", ones, one_more), graph.node("Mul", f"{name}/shift", ones, shift)
+    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=NORM_EPS, scale=scale, shift=shift))
+
+
+def _added(graph: Graph, name: str, image: Image, branch: Image, factor: str) -> Image:
+    scaled = graph.node("Mul", f"{name}/branch", branch.last, factor)
+    return image.with_last(graph.node("Add", name, image.last, scaled))

@@ -1,0 +1,253 @@
+"""What all graphs have in common: ports, names, weights by reference, and that nothing is overlooked."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, shape_inference
+
+from cascadekit.converters.onnx import Weight, write_graph
+from cascadekit.schemas.errors import ExportError
+from cascadekit.schemas.ports import ports_of
+from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, UNetConfig, Variant
+from cascadekit.schemas.tensors import expected_tensors
+
+TOLERANCE = 1e-5
+STAGES = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER)
+TINY = {stage: PRESETS[stage, Variant.TINY] for stage in STAGES}
+# Not computed with: the encoder half and codebook of the VQGAN, what multiplies the black pixels of the decoder.
+UNUSED = ("in_block.", "down_blocks.", "vquantizer.")
+# Modules without a node of their name: a bias is all that is read of them, or they are added and no more.
+PARTS = {"pixels_mapper.0", "text_model.embeddings.position_embedding"}
+SIZES = {
+    Stage.PRIOR: {"batch": 2, "height": 3, "width": 5, "tokens": 4, "images": 2},
+    Stage.DECODER: {"batch": 1, "height": 34, "width": 36, "effnet_height": 2, "effnet_width": 3},
+    Stage.VQGAN: {"batch": 3, "height": 2, "width": 5},
+    Stage.TEXT_ENCODER: {"batch": 2},
+}
+
+
+@pytest.fixture(params=STAGES)
+def stage(request: pytest.FixtureRequest) -> Stage:
+    chosen: Stage = request.param
+    return chosen
+
+
+def inputs_of(graph: Any) -> dict[str, np.ndarray]:
+    stage = graph.config.stage
+    if stage is not Stage.TEXT_ENCODER:
+        values: dict[str, np.ndarray] = graph.inputs(**SIZES[stage])
+        return values
+    ids = np.random.default_rng(0).integers(0, graph.config.vocab_size, (2, 77))
+    ids[:, -5:] = graph.config.eos_token_id
+    return {"input_ids": ids, "attention_mask": (np.arange(77)[None] < [[60], [77]]).astype(np.int64)}
+
+
+def needed(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    unused = {Stage.VQGAN: UNUSED, Stage.DECODER: ("pixels_mapper.0.weight",)}.get(config.stage, ())
+    return {name: shape for name, shape in expected_tensors(config).items() if not name.startswith(unused)}
+
+
+def weights_for(config: NetworkConfig, dtype: str = "F32") -> dict[str, Weight]:
+    """Entries as of a file that is not there."""
+    offset, weights = 0, {}
+    for name, shape in expected_tensors(config).items():
+        length = math.prod(shape) * (4 if dtype == "F32" else 2)
+        weights[name] = Weight(dtype, shape, "weights.safetensors", offset, length)
+        offset += length
+    return weights
+
+
+def load(path: Path) -> onnx.ModelProto:
+    return onnx.load(path, load_external_data=False)
+
+
+def is_external(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL
+
+
+def test_importing_the_writers_does_not_import_torch() -> None:
+    code = "import sys, cascadekit.converters.onnx; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ports_and_header(export: Callable[..., Any], stage: Stage) -> None:
+    model = load(export(TINY[stage]).path)
+    ports = ports_of(TINY[stage])
+    for values, expected in ((model.graph.input, ports.inputs), (model.graph.output, ports.outputs)):
+        found = [
+            (
+                value.name,
+                helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+            )
+            for value in values
+        ]
+        assert found == [(port.name, port.dtype, port.dims) for port in expected]
+    assert (model.producer_name, model.graph.name, model.ir_version) == ("cascadekit", stage, 10)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    assert model.doc_string
+    assert model.graph.doc_string
+
+
+def test_checker_accepts_the_file(export: Callable[..., Any], stage: Stage) -> None:
+    onnx.checker.check_model(export(TINY[stage]).path, full_check=True)
+
+
+def test_shape_inference_arrives_at_the_output_dims(export: Callable[..., Any], stage: Stage) -> None:
+    graph = export(TINY[stage])
+    inputs = inputs_of(graph)
+    model = load(graph.path)
+    for value in model.graph.input:
+        value.CopyFrom(
+            helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, inputs[value.name].shape)
+        )
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    shapes = {v.name: tuple(dim.dim_value for dim in v.type.tensor_type.shape.dim) for v in inferred.graph.output}
+    assert shapes == {name: value.shape for name, value in graph.run(inputs).items()}
+
+
+def test_names_are_module_paths(export: Callable[..., Any], stage: Stage) -> None:
+    """Every weight is read by the node named as its module or by a part of it, every value is made by its namesake."""
+    graph = load(export(TINY[stage]).path).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    assert all(list(node.output) == [node.name] for node in graph.node if node.op_type != "Split")
+    modules = {name.rsplit(".", 1)[0] for name in needed(TINY[stage])} - PARTS
+    assert modules - set(names) == set()
+
+
+def test_weights_stay_in_their_file(export: Callable[..., Any], stage: Stage) -> None:
+    exported = export(TINY[stage])
+    graph = load(exported.path).graph
+    external = {tensor.name: tensor for tensor in graph.initializer if is_external(tensor)}
+    assert external.keys() == needed(TINY[stage]).keys()
+    file = (exported.path.parent / "weights.safetensors").read_bytes()
+    for name, tensor in external.items():
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        start, length = int(where["offset"]), int(where["length"])
+        assert where["location"] == "weights.safetensors"
+        assert file[start : start + length] == exported.tensors[name].numpy().tobytes()
+    constants = sum(tensor.ByteSize() for tensor in graph.initializer if not is_external(tensor))
+    assert constants < 10_000
+    used = {value for node in graph.node for value in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+
+
+@pytest.mark.parametrize("remainder", [1, 3, 6])
+def test_weights_at_any_byte(
+    export: Callable[..., Any], difference: Callable[..., float], stage: Stage, remainder: int
+) -> None:
+    graph = export(TINY[stage], remainder=remainder)
+    inputs = inputs_of(graph)
+    assert difference(graph.run(inputs), graph.expected(inputs)) <= TOLERANCE
+
+
+def test_one_altered_number_is_noticed(
+    export: Callable[..., Any], difference: Callable[..., float], stage: Stage, tmp_path: Path
+) -> None:
+    """Each weight in turn: so all of them are connected, and the tolerance is no blank cheque."""
+    exported = export(TINY[stage])
+    inputs = inputs_of(exported)
+    expected = exported.expected(inputs)
+    model = load(exported.path)
+    content = (exported.path.parent / "weights.safetensors").read_bytes()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # opens faster
+    unnoticed = []
+    for tensor in filter(is_external, model.graph.initializer):
+        if tensor.name.endswith(("to_k.bias", "k_proj.bias")):
+            continue  # adds the same to all scores of a query, which softmax takes out again
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        # The last number, since the first ones of mapper_sca and mapper_crp are multiplied by sin 0.
+        start = int(where["offset"]) + int(where["length"]) - 4
+        if tensor.name.endswith("token_embedding.weight"):  # there, of the row of a token that occurs
+            start = int(where["offset"]) + 4 * (int(inputs["input_ids"][0, 0]) + 1) * tensor.dims[1] - 4
+        altered = bytearray(content)
+        altered[start : start + 4] = (np.frombuffer(content, np.float32, 1, start) + 1).tobytes()
+        (tmp_path / "weights.safetensors").write_bytes(altered)
+        (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+        ours = dict(zip(expected, session.run(list(expected), inputs), strict=True))
+        if difference(ours, expected) <= TOLERANCE:
+            unnoticed.append(tensor.name)
+    assert unnoticed == []
+
+
+def test_unusable_weights_are_named_together(stage: Stage) -> None:
+    config = TINY[stage]
+    weights = weights_for(config)
+    missing, reshaped, cast, cut = list(needed(config))[1:12:3]
+    del weights[missing]
+    weights[reshaped] = replace(weights[reshaped], shape=(7, 7))
+    weights[cast] = replace(weights[cast], dtype="F8_E4M3")
+    weights[cut] = replace(weights[cut], length=2)
+    with pytest.raises(ExportError) as caught:
+        write_graph(config, weights)
+    text = str(caught.value)
+    shapes = {name: list(shape) for name, shape in expected_tensors(config).items()}
+    assert f"{stage}: 4 weights" in text
+    assert f"{missing}: missing, expected shape {shapes[missing]}" in text
+    assert f"{reshaped}: shape [7, 7], expected {shapes[reshaped]}" in text
+    assert f"{cast}: stored as F8_E4M3, expected F32, BF16, F16" in text
+    assert f"{cut}: 2 bytes, expected {4 * math.prod(shapes[cut])}" in text
+
+
+def test_without_any_weights_all_are_missing(stage: Stage) -> None:
+    with pytest.raises(ExportError) as caught:
+        write_graph(TINY[stage], {})
+    assert all(f"\n  {name}: missing" in str(caught.value) for name in needed(TINY[stage]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "reason"),
+    [
+        (Stage.PRIOR, {"self_attn": False}, "self_attn"),
+        (Stage.PRIOR, {"switch_level": (True,)}, "switch_level"),
+        (Stage.PRIOR, {"timestep_ratio_embedding_dim": 63}, "timestep_ratio_embedding_dim"),
+        (Stage.PRIOR, {"num_attention_heads": (1, 7)}, "num_attention_heads"),
+        (Stage.PRIOR, {"clip_image_in_channels": None}, "clip_image_in_channels"),
+        (Stage.DECODER, {"kernel_size": 2}, "kernel_size"),
+        (Stage.DECODER, {"num_attention_heads": (0, 0, 0, 1)}, "num_attention_heads"),
+        (Stage.DECODER, {"pixel_mapper_in_channels": None}, "pixel_mapper_in_channels"),
+        (Stage.TEXT_ENCODER, {"hidden_act": "relu"}, "hidden_act"),
+        (Stage.TEXT_ENCODER, {"num_attention_heads": 3}, "num_attention_heads"),
+    ],
+)
+def test_configs_without_a_graph(stage: Stage, changes: dict[str, Any], reason: str) -> None:
+    config = replace(TINY[stage], **changes)
+    with pytest.raises(ExportError, match=f"^{stage}: .*{reason}"):
+        write_graph(config, weights_for(config))
+
+
+def test_the_image_encoder_has_no_graph() -> None:
+    with pytest.raises(ExportError, match="image_encoder"):
+        write_graph(PRESETS[Stage.IMAGE_ENCODER, Variant.FULL], {})
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("stage", [Stage.PRIOR, Stage.DECODER])
+def test_released_sizes(stage: Stage, dtype: str, tmp_path: Path) -> None:
+    config = PRESETS[stage, Variant.FULL]
+    assert isinstance(config, UNetConfig)
+    model = write_graph(config, weights_for(config, dtype))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size < 2_000_000
+    external = [tensor.name for tensor in model.graph.initializer if is_external(tensor)]
+    assert sorted(external) == sorted(needed(config))
+    down = zip(config.down_num_layers_per_block, config.down_blocks_repeat_mappers, strict=True)
+    up = zip(config.up_num_layers_per_block, config.up_blocks_repeat_mappers, strict=True)
+    triples = sum(layers * passes for layers, passes in (*down, *up))
+    assert 40 * triples < len(model.graph.node) < 90 * triples
+    casts = sum(node.op_type == "Cast" for node in model.graph.node)
+    assert casts == (len(external) if dtype == "BF16" else 0)

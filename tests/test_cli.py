@@ -1,0 +1,204 @@
+"""The command line as people and programs meet it: output, messages, exit codes."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from cascadekit.cli import main
+
+QUICK = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--seed", "0"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(code: int, message: str, *arguments: object) -> None:
+    """One clear message on standard error, no traceback, the right exit code."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "export", "generate", "verify", "demo"])
+def test_help_has_an_example(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: cascadekit {command}" in " ".join(result.output.split())
+
+
+def test_inspect(tiny: Path, original: Path) -> None:
+    result = call("inspect", original)
+    assert result.exit_code == 0
+    for word in ("stage_a.safetensors", "prior", "decoder", "original", "tiny", "F32", "547,600", "none"):
+        assert word in result.output, word
+    (prior,) = json.loads(call("inspect", tiny / "model" / "prior", "--json").output)
+    assert (prior["component"], prior["layout"], prior["variant"]) == ("prior", "diffusers", "tiny")
+    assert (prior["parameters"], prior["problems"], prior["dtypes"].keys()) == (547600, [], {"F32"})
+
+
+def test_inspect_of_a_damaged_file_lists_problems(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original / "stage_c.safetensors")
+    del tensors["clf.1.bias"]
+    save_file(tensors, tmp_path / "c.safetensors")
+    result = call("inspect", tmp_path / "c.safetensors")
+    assert result.exit_code == 1
+    assert "missing (1): clf.1.bias" in result.output
+
+
+def test_the_road(original: Path, tmp_path: Path) -> None:
+    model, bundle, image = tmp_path / "model", tmp_path / "bundle", tmp_path / "x.png"
+    files = [original / f"stage_{letter}.safetensors" for letter in "abc"]
+    encoder = ("--text-encoder", original / "text_encoder")
+    result = call("convert", *files, *encoder, "-o", model, "--to", "diffusers")
+    assert result.exit_code == 0, result.output
+    assert "prior/diffusion_pytorch_model.safetensors: 2.2 MB" in result.stderr
+    assert call("export", model, "-o", bundle).exit_code == 0
+    result = call("generate", bundle, "a cat", *QUICK, "-o", image)
+    assert result.exit_code == 0, result.output
+    assert "64x64, seed 0" in result.output
+    assert Image.open(image).size == (64, 64)
+    result = call("verify", bundle, "--against", model, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["passed"] is True
+    result = call("verify", bundle, "--against", model, "--stage", "vqgan")
+    assert result.exit_code == 0
+    assert "passed" in result.output
+
+
+def test_verify_says_no_with_exit_code_1(tiny: Path, tmp_path: Path) -> None:
+    """A bundle with another scale draws other images than the model."""
+    call("export", tiny / "model", "-o", tmp_path / "b", "--stage", "vqgan", "--vqgan-scale", "0.43")
+    result = call("verify", tmp_path / "b", "--against", tiny / "model", "--stage", "vqgan")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+    assert "relative L2" in result.output
+
+
+def test_many_images_into_a_folder(tiny: Path, tmp_path: Path) -> None:
+    arguments = ("generate", tiny / "bundle", "a", "b", "--images", "2", *QUICK, "-o", tmp_path / "out")
+    assert call(*arguments).exit_code == 0
+    assert call(*arguments).exit_code == 0  # the next free numbers
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{n:04d}.png" for n in range(8)]
+
+
+def test_long_and_empty_prompts(tiny: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny / "bundle", "word " * 80, "", *QUICK, "-o", tmp_path)
+    assert result.exit_code == 0
+    assert "CLIP reads 77 tokens; cut off: 'word word word word word'" in result.stderr
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = call("demo", "-o", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert made == {"original", "model", "bundle", "image.png", "parity.json"}
+    assert json.loads((tmp_path / "demo/parity.json").read_text())["passed"] is True
+    assert "image.png" in result.output
+    refused(2, "exists already", "demo", "-o", tmp_path / "demo")
+
+
+class TestWrongInputs:
+    def test_truncated_file(self, original: Path, tmp_path: Path) -> None:
+        cut = tmp_path / "stage_c.safetensors"
+        cut.write_bytes((original / "stage_c.safetensors").read_bytes()[:-100])
+        refused(1, "100 missing", "convert", cut, "-o", tmp_path / "out", "--to", "diffusers")
+
+    def test_lfs_pointer(self, tmp_path: Path) -> None:
+        path = tmp_path / "stage_c.safetensors"
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7178375922\n")
+        refused(1, "git lfs pull", "inspect", path)
+
+    def test_sdxl(self, tmp_path: Path) -> None:
+        header = {
+            "conditioner.embedders.0.model.logit_scale": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "model.diffusion_model.input_blocks.0.0.bias": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        }
+        text = json.dumps(header).encode()
+        path = tmp_path / "sdxl.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+        refused(1, "it holds an SDXL checkpoint", "inspect", path)
+
+    def test_stage_b_as_stage_c(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "model" / "prior").mkdir(parents=True)
+        shutil.copy(original / "stage_b.safetensors", tmp_path / "model/prior/diffusion_pytorch_model.safetensors")
+        refused(1, "expected the prior here, found the decoder", "export", tmp_path / "model", "-o", tmp_path / "b")
+
+    def test_unwritable_output(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "out"
+        refused(1, "cannot be written", "convert", original, "-o", output, "--to", "diffusers")
+
+    def test_existing_output(self, original: Path, tmp_path: Path) -> None:
+        refused(2, "--force to replace", "convert", original, "-o", tmp_path, "--to", "diffusers")
+
+    @pytest.mark.parametrize("size", ["100x64", "64x100", "8x8"])
+    def test_size_that_cannot_be(self, tiny: Path, tmp_path: Path, size: str) -> None:
+        refused(2, "expected a multiple of 8", "generate", tiny / "bundle", "x", "--size", size, "-o", tmp_path)
+
+    def test_size_that_is_none(self, tiny: Path) -> None:
+        refused(2, "expected WIDTHxHEIGHT", "generate", tiny / "bundle", "x", "--size", "big")
+
+    def test_no_bundle(self, tiny: Path) -> None:
+        refused(2, "not a bundle", "generate", tiny / "model", "x")
+
+    def test_no_such_file(self, tmp_path: Path) -> None:
+        refused(2, "no such file or folder", "inspect", tmp_path / "none")
+
+    def test_debug_shows_the_traceback(self, tmp_path: Path) -> None:
+        result = call("--debug", "inspect", tmp_path / "none")
+        assert result.exception is not None
+        assert not isinstance(result.exception, SystemExit)
+
+
+def test_interrupting_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cascadekit.runtime import pipeline
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "ddpm_step", interrupt, raising=False)
+    monkeypatch.setattr(pipeline, "timesteps", interrupt)
+    refused(130, "interrupted", "generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+FORBIDDEN = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is not to be imported")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "code"),
+    [
+        ({"torch", "diffusers", "transformers", "onnx"}, "import cascadekit, cascadekit.runtime.pipeline"),
+        ({"torch", "diffusers", "transformers", "onnx", "onnxruntime"}, "import cascadekit.cli"),
+        ({"torch", "diffusers", "transformers", "onnx", "onnxruntime"}, "from cascadekit import convert, inspect"),
+        ({"torch", "diffusers", "transformers"}, "from cascadekit import export"),
+    ],
+)
+def test_imports_without_the_heavy_libraries(blocked: set[str], code: str) -> None:
+    subprocess.run([sys.executable, "-c", FORBIDDEN.format(blocked=blocked) + code], check=True)
+
+
+def test_generate_without_torch_diffusers_transformers_and_onnx(tiny: Path, tmp_path: Path) -> None:
+    blocked = {"torch", "diffusers", "transformers", "onnx"}
+    arguments = ["generate", str(tiny / "bundle"), "x", *QUICK, "-o", str(tmp_path / "x.png")]
+    code = FORBIDDEN.format(blocked=blocked) + f"from cascadekit.cli import main; main({arguments!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "x.png").is_file()
