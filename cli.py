@@ -23,19 +23,14 @@ INSPECT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "pro
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
 
 
-class Size(click.ParamType[tuple[int, int]]):
-    """WIDTHxHEIGHT in pixels."""
-
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            width, height = (int(side) for side in str(value).lower().split("x"))
-        except ValueError:
-            self.fail(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768", param, ctx)
-        return width, height
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        width, height = (int(side) for side in value.lower().split("x"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
+    return width, height
 
 
 @click.group(cls=CascadeGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -171,7 +166,9 @@ def export(
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder or .png file.")
 @click.option("--negative", default="", help="What the image should not be.")
-@click.option("--size", type=Size(), help="Multiples of 8; the bundle's own size when left out.")
+@click.option(
+    "--size", metavar="WxH", callback=_parse_size, help="Multiples of 8; the bundle's own size when left out."
+)
 @click.option("--images", default=1, show_default=True, help="Images for each prompt.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="One for the batch, or one for each image.")
 @click.option("--prior-steps", default=20, show_default=True)

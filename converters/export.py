@@ -40,7 +40,8 @@ def export(
     force: bool = False,
     start_file: StartFile | None = None,
 ) -> Manifest:
-    """Write the bundle of `model` (opened, or the path of one) at `output`: a folder for each stage (all there are, or `stages`) and cascade.json.
+    """Write the bundle of `model` (opened, or the path of one) at `output`: cascade.json, and a folder for each stage
+    (all there are, or `stages`).
 
     `weights` is "copy" (the bundle has its own file) or "link" (hard links to the model's files, which must then
     never change). `vqgan_scale` overrides the scale that the model's layout implies. Graphs compute in fp32;

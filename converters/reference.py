@@ -1,13 +1,13 @@
 """Loads a model's weights, whatever their layout, into the PyTorch reference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ..runtime.engines.torch import Loader, TorchEngine
 from ..runtime.reference import load_reference
 from ..schemas.errors import ExportError
-from ..schemas.ports import StagePorts, ports_of
+from ..schemas.ports import ports_of
 from ..schemas.stages import Stage
 from .identify import Component
 from .model import Model
@@ -42,9 +42,25 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _loader(component: Component) -> Loader:
-    def load() -> tuple[torch.nn.Module, StagePorts]:
-        tensors = {name: read_tensor(tensor) for name, tensor in component.tensors.items()}
-        return load_reference(component.config, tensors), ports_of(component.config)
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A component's tensors, each read from its file when asked for, so that no second copy of the weights waits."""
 
-    return load
+    def __init__(self, component: Component) -> None:
+        self._ranges = component.tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._ranges[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ranges
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ranges)
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+
+def _loader(component: Component) -> Loader:
+    config = component.config
+    return lambda: (load_reference(config, _Tensors(component)), ports_of(config))

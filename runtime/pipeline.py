@@ -29,6 +29,8 @@ from .sampling import Step, guided, sample, timesteps
 from .tokenizer import ClipTokenizer
 
 F32 = NDArray[np.float32]
+ENGINES = {"onnxruntime": OnnxRuntimeEngine}
+
 Seed = int | Sequence[int] | TorchGenerator | Sequence[TorchGenerator]
 
 
@@ -95,10 +97,17 @@ class Cascade:
 
     @classmethod
     def open(cls, bundle: str | Path, device: str = "cpu", *, keep_loaded: bool = True) -> Self:
-        """The cascade of an exported bundle on ONNX Runtime, device "cpu" or "cuda"."""
+        """The cascade of an exported bundle on the first engine of its manifest that is known here.
+
+        `device` is "cpu" or "cuda". Raises UsageError when there is no bundle, EngineError when nothing can run it."""
         opened = open_bundle(Path(bundle))
+        engine = next((ENGINES[name] for name in opened.manifest.engines if name in ENGINES), None)
+        if engine is None:
+            raise EngineError(
+                f"{bundle}: made for {', '.join(opened.manifest.engines)}; known are {', '.join(ENGINES)}"
+            )
         tokenizer = ClipTokenizer.open(opened.tokenizer)
-        return cls(OnnxRuntimeEngine(opened, device), opened.manifest, tokenizer, keep_loaded=keep_loaded)
+        return cls(engine(opened, device), opened.manifest, tokenizer, keep_loaded=keep_loaded)
 
     def encode_prompt(self, prompt: str | Sequence[str], negative: str | Sequence[str] = "") -> PromptEmbeds:
         """Embed prompts and negative prompts; one negative prompt serves all.

@@ -68,15 +68,6 @@ class StageEntry(_Frozen):
     files: tuple[FileEntry, ...] = Field(min_length=1)
 
 
-class Verdict(_Frozen):
-    """What a parity run said of a stage."""
-
-    stage: str
-    engine: str
-    passed: bool
-    relative_l2: float
-
-
 class Manifest(_Frozen):
     """Everything a runtime needs to know of a bundle without opening a graph."""
 
@@ -87,8 +78,7 @@ class Manifest(_Frozen):
     vqgan_scale: float | None  # the factor inside the vqgan graph; None without a vqgan
     tokenizer: RelativePath | None  # a tokenizer.json; None: the one the package ships
     stages: dict[Stage, StageEntry]
-    engines: tuple[str, ...] = ("onnxruntime",)
-    parity: tuple[Verdict, ...] = ()
+    engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
 
 
 def parse_manifest(text: str, where: str) -> Manifest:

@@ -129,6 +129,21 @@ class TestWrongInputs:
         path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
         refused(1, "it holds an SDXL checkpoint", "inspect", path)
 
+    def test_unknown_dtype(self, tmp_path: Path) -> None:
+        text = json.dumps({"clf.1.bias": {"dtype": "F12", "shape": [2], "data_offsets": [0, 3]}}).encode()
+        path = tmp_path / "stage_c.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 3)
+        refused(
+            1, "clf.1.bias: unknown dtype 'F12' (known: ", "convert", path, "-o", tmp_path / "o", "--to", "original"
+        )
+
+    def test_missing_keys(self, original: Path, tmp_path: Path) -> None:
+        tensors = load_file(original / "stage_c.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if ".depthwise.bias" not in name}
+        save_file(tensors, tmp_path / "stage_c.safetensors")
+        arguments = ("convert", tmp_path / "stage_c.safetensors", "-o", tmp_path / "out", "--to", "diffusers")
+        refused(1, "missing (4): down_blocks.0.0.depthwise.bias, ", *arguments)
+
     def test_stage_b_as_stage_c(self, original: Path, tmp_path: Path) -> None:
         (tmp_path / "model" / "prior").mkdir(parents=True)
         shutil.copy(original / "stage_b.safetensors", tmp_path / "model/prior/diffusion_pytorch_model.safetensors")

@@ -1,7 +1,5 @@
 """Files are named by what they hold, from the header alone."""
 
-import json
-import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from cascadekit import inspect
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import Stage, Variant
+from standins import write_stand_in
 
 OFFICIAL = {
     "original_stage_a": (Stage.VQGAN, Layout.ORIGINAL, Variant.FULL),
@@ -22,26 +21,6 @@ OFFICIAL = {
     "diffusers_text_encoder": (Stage.TEXT_ENCODER, Layout.DIFFUSERS, Variant.FULL),
     "diffusers_image_encoder": (Stage.IMAGE_ENCODER, Layout.DIFFUSERS, Variant.FULL),
 }
-SIZES = {"F32": 4, "I64": 8}
-
-
-def sparse_stand_in(catalog: Path, target: Path) -> dict[str, object]:
-    """A file with the real names, shapes and size, all of it a hole: gigabytes that take no room."""
-    content: dict[str, object] = json.loads(catalog.read_text())
-    header, position = {}, 0
-    tensors = content["tensors"]
-    assert isinstance(tensors, dict)
-    for name, spec in tensors.items():
-        size = SIZES[spec["dtype"]]
-        for side in spec["shape"]:
-            size *= side
-        header[name] = {**spec, "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header).encode()
-    with target.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + position)
-    return content
 
 
 @pytest.mark.parametrize(("name", "expected"), OFFICIAL.items())
@@ -49,7 +28,7 @@ def test_official_files(
     catalog_folder: Path, tmp_path: Path, name: str, expected: tuple[Stage, Layout, Variant]
 ) -> None:
     path = tmp_path / "file.safetensors"
-    content = sparse_stand_in(catalog_folder / f"{name}.json", path)
+    content = write_stand_in(catalog_folder / f"{name}.json", path, holes=True)
     (component,) = inspect(path).components.values()
     assert (component.stage, component.layout, component.variant) == expected
     assert component.parameters == content["parameter_count"]

@@ -178,6 +178,13 @@ def test_bundles_that_are_none_or_damaged(tiny: Path, tmp_path: Path) -> None:
         Cascade.open(tmp_path / "cut")
 
 
+def test_a_bundle_for_another_engine(tiny: Path, tmp_path: Path) -> None:
+    content = json.loads((tiny / "bundle" / "cascade.json").read_text()) | {"engines": ["abacus"]}
+    (tmp_path / "cascade.json").write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="made for abacus; known are onnxruntime"):
+        Cascade.open(tmp_path)
+
+
 def test_a_device_that_is_not_there(tiny: Path) -> None:
     with pytest.raises(EngineError, match="expected one of cpu, cuda"):
         Cascade.open(tiny / "bundle", device="tpu")

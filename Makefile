@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WHEEL_BIN := .venv-wheel/bin
+
+.PHONY: demo test test-slow lint wheel-test clean
+
+demo: .venv/demo.stamp ## a tiny cascade down the whole road, into demo/
+	$(BIN)/cascadekit demo -o demo --force
+
+test: .venv/dev.stamp ## every test but the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev.stamp ## weights of real size: minutes, 10 GB of disk, 16 GB of memory
+	$(BIN)/python -m pytest -m slow -s
+
+lint: .venv/dev.stamp ## ruff and mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .venv/src && ln -sfn ../.. .venv/src/cascadekit # mypy wants the package under its name
+	MYPYPATH=.venv/src $(BIN)/mypy
+
+wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither torch nor onnx is installed
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	$(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"$$(echo dist/*.whl)[cpu]"
+	$(WHEEL_BIN)/python .ci/wheel_test.py demo
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu,export]' torch
+	touch $@
+
+# open_clip is a test oracle for the tokenizer alone; its own requirements would bring torchvision along.
+.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps open_clip_torch
+	touch $@
+
+clean:
+	rm -rf .venv .venv-wheel build dist demo *.egg-info

@@ -1,0 +1,48 @@
+"""Weights of real size down the whole road: original file -> model folder -> ONNX -> one forward pass.
+
+Minutes and gigabytes: `make test-slow`. The largest step holds one stage in fp32 twice (weights and prepacked).
+"""
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from cascadekit import convert, export
+from cascadekit.converters.model import open_model
+from cascadekit.converters.reference import reference_engine
+from cascadekit.runtime.bundle import open_bundle
+from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.parity.verify import verify
+from cascadekit.runtime.tokenizer import ClipTokenizer
+from cascadekit.schemas.stages import Stage, Variant
+from standins import write_stand_in
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage"), [("original_stage_c_lite", Stage.PRIOR), ("original_stage_b_lite", Stage.DECODER)]
+)
+def test_lite_stages(catalog_folder: Path, tmp_path: Path, name: str, stage: Stage) -> None:
+    source = tmp_path / f"{name}_bf16.safetensors"
+    write_stand_in(catalog_folder / f"{name}.json", source, "BF16")
+    convert([source], tmp_path / "model", "diffusers")
+    manifest = export(tmp_path / "model", tmp_path / "bundle")
+    assert manifest.stages[stage].variant is Variant.LITE
+
+    with safe_open(source, "pt") as before:
+        rows = before.get_slice(
+            "down_blocks.1.2.attention.attn.in_proj_weight" if stage is Stage.PRIOR else "clf.1.bias"
+        )
+        first = rows[:4]
+    weights = tmp_path / "bundle" / stage / "weights.safetensors"
+    with safe_open(weights, "pt") as after:
+        copied = after.get_slice("down_blocks.1.2.attention.to_q.weight" if stage is Stage.PRIOR else "clf.1.bias")[:4]
+    assert first.equal(copied)
+
+    opened = open_bundle(tmp_path / "bundle")
+    reference = reference_engine(open_model([tmp_path / "model"]), [stage])
+    report = verify(OnnxRuntimeEngine(opened), reference, opened.manifest, ClipTokenizer.open(), [stage])
+    for comparison in report.comparisons:
+        print(f"{comparison.name}: relative L2 {comparison.relative_l2:.2e}, max abs {comparison.max_abs:.2e}")
+    assert report
