@@ -15,6 +15,7 @@ from .schemas.stages import Stage
 if TYPE_CHECKING:
     from .converters.identify import Component
     from .runtime.parity.verify import Report
+    from .runtime.tokenizer import ClipTokenizer
 
 PATH = click.Path(path_type=Path)
 STAGES = click.Choice(["text_encoder", "prior", "decoder", "vqgan"])
@@ -204,6 +205,7 @@ def generate(
         overrides |= {"width": size[0], "height": size[1]}
     seed = seeds[0] if len(seeds) == 1 else seeds or None
     with Cascade.open(bundle, device, keep_loaded=False) as cascade, step_progress() as progress:
+        _warn_of_cuts([*prompts, negative], cascade.tokenizer)
         result = cascade.generate(
             prompts,
             negative=negative,
@@ -212,12 +214,15 @@ def generate(
             on_step=lambda stage, step: progress(stage, step.index + 1, step.steps),
             **overrides,
         )
-    for prompt, cut in zip([*prompts, *([negative] * len(prompts))], result.truncated, strict=True):
-        if cut:
-            note(f"{prompt[:30]!r}...: CLIP reads 77 tokens; cut off: {cut.strip()!r}")
     for path, picture, settings in zip(paths, result.images, result.settings, strict=True):
         save_png(path, picture, settings)
         say(f"wrote {path} ({picture.width}x{picture.height}, seed {settings['seed']})")
+
+
+def _warn_of_cuts(texts: list[str], tokenizer: "ClipTokenizer") -> None:
+    for text, cut in zip(texts, tokenizer(texts).truncated, strict=True):
+        if cut:
+            note(f"{text[:30]!r}...: CLIP reads 77 tokens; cut off: {cut.strip()!r}")
 
 
 @main.command()
@@ -261,7 +266,9 @@ def _verify(
     try:
         from .converters.reference import reference_engine
     except ImportError as error:
-        raise UsageError("verify compares with PyTorch, which is not installed: pip install torch") from error
+        raise UsageError(
+            "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'"
+        ) from error
     reference = reference_engine(model, chosen or list(opened.manifest.stages))
     tokenizer = ClipTokenizer.open(opened.tokenizer)
     return run(engine, reference, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"))

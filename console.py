@@ -40,7 +40,7 @@ class CascadeGroup(click.Group):
             err.print(f"error: {error}", style="red", markup=False)
             ctx.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILED)
         except KeyboardInterrupt:
-            err.print("interrupted; nothing was written", markup=False)
+            err.print("interrupted; no half-written output is left", markup=False)
             ctx.exit(INTERRUPTED)
 
 

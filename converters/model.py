@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..schemas.config_json import from_json
@@ -25,7 +25,7 @@ class Model:
 
     components: dict[Stage, Component]
     tokenizer: Path | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def component(self, stage: Stage) -> Component:
         """The component of `stage`, sound. Raises UsageError when the model has none."""

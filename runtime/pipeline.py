@@ -7,7 +7,7 @@ all of them. With the same seed, sizes and settings the latents follow diffusers
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -79,7 +79,7 @@ class Result:
     prior_latents: F32  # (B, 16, h, w)
     decoder_latents: F32  # (B, 4, h, w)
     settings: list[dict[str, Any]]
-    truncated: tuple[str, ...] = field(default=())
+    truncated: tuple[str, ...] = ()  # as in PromptEmbeds
 
 
 class Cascade:

@@ -43,11 +43,11 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
                 f"{name} {side}: expected a multiple of {SIZE_STEP}, at least {SMALLEST_SIDE}; the nearest is {nearest}"
             )
     prior = (_prior_side(height), _prior_side(width))
-    decoder = decoder_size(prior, policy, (height, width))
+    decoder = _decoder_size(prior, policy, (height, width))
     return LatentSizes(prior, decoder, (decoder[0] * VQGAN_COMPRESSION, decoder[1] * VQGAN_COMPRESSION))
 
 
-def decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:
+def _decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the stage B latent."""
     if policy is SizePolicy.EXACT:
         return math.ceil(image[0] / VQGAN_COMPRESSION), math.ceil(image[1] / VQGAN_COMPRESSION)

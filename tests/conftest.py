@@ -3,11 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cascadekit import convert, export
 from cascadekit.converters.tiny import write_tiny_cascade
 
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The networks are tiny: a second thread costs more than it does."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 Minutes and gigabytes: `make test-slow`. The largest step holds one stage in fp32 twice (weights and prepacked).
 """
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from cascadekit import convert, export
@@ -24,6 +26,7 @@ from standins import write_stand_in
     ("name", "stage"), [("original_stage_c_lite", Stage.PRIOR), ("original_stage_b_lite", Stage.DECODER)]
 )
 def test_lite_stages(catalog_folder: Path, tmp_path: Path, name: str, stage: Stage) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     source = tmp_path / f"{name}_bf16.safetensors"
     write_stand_in(catalog_folder / f"{name}.json", source, "BF16")
     convert([source], tmp_path / "model", "diffusers")

@@ -24,7 +24,7 @@ def write_graph(config: NetworkConfig, weights: Mapping[str, Weight]) -> onnx.Mo
     """The graph of the network that `config` describes, with the ports of ``schemas.ports``.
 
     `weights` by their diffusers names; those the graph does not need are ignored. It computes in fp32 whatever they
-    are stored in, and loads with onnxruntime 1.18 and later. Save it with ``onnx.save`` into the folder that the
+    are stored in, and loads with onnxruntime 1.19 and later. Save it with ``onnx.save`` into the folder that the
     weights' locations are relative to.
 
     Raises ExportError, naming all of them, when weights are missing or not what the config says, and for configs

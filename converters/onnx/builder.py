@@ -15,7 +15,7 @@ from ...schemas.ports import Port, StagePorts
 from ...schemas.tensors import Shape
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
-IR_VERSION = 10  # what onnxruntime 1.18 reads
+IR_VERSION = 10  # what onnxruntime 1.19 reads
 
 STORAGE_TYPES: Mapping[str, int] = {
     "F32": TensorProto.FLOAT,

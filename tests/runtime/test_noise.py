@@ -22,7 +22,8 @@ CRAFTED = 608  # whole blocks of 16 that a set state yields before it is renewed
 @pytest.fixture(scope="session")
 def torch() -> ModuleType:
     """torch, where it has the kernel that is followed."""
-    module: ModuleType = pytest.importorskip("torch")
+    import torch as module
+
     if module.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("torch takes another kernel on this CPU")
     return module

@@ -1,38 +1,26 @@
-"""Fixtures of the graph tests: from a config through random weights and a written graph to numbers to compare.
+"""Fixtures of the graph tests: from a config through random weights and a written graph to numbers to compare."""
 
-torch, onnx and onnxruntime are imported late, since this file is loaded where they are not installed, too.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from cascadekit.converters.onnx import Weight, write_graph
 from cascadekit.converters.safetensors_file import read_header
+from cascadekit.runtime.reference import load_reference
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import expected_tensors, is_counter
 
-needed = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
-collect_ignore_glob = [] if all(find_spec(name) for name in needed) else ["test_*.py"]
-
 Arrays = Mapping[str, np.ndarray]
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The networks are tiny: a second thread costs more than it does."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -50,8 +38,6 @@ class Exported:
     @cached_property
     def reference(self) -> Any:
         """The PyTorch network of the same weights, in fp32."""
-        from cascadekit.runtime.reference import load_reference
-
         return load_reference(self.config, self.tensors)
 
     def inputs(self, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
@@ -68,16 +54,12 @@ class Exported:
         return run(self.session, inputs)
 
     def expected(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        import torch
-
         with torch.no_grad():
             outputs = self.reference(**{name: torch.from_numpy(value) for name, value in inputs.items()})
         return {name: value.numpy() for name, value in outputs.items()}
 
 
 def open_session(path: Path) -> Any:
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -93,8 +75,6 @@ def random_tensors(config: NetworkConfig, seed: int) -> dict[str, Any]:
     """Every tensor of the network, random and nowhere 0: what is initialised to 0 or 1 would hide mistakes.
 
     Matrices keep the size of activations, all else gets values around 0.3."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():
@@ -119,10 +99,6 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
 
     `dtype` tells from a tensor's name the torch dtype it is stored in (default all fp32), `remainder` where in the
     file the weights begin."""
-    import onnx
-    from safetensors.torch import save_file
-
-    from cascadekit.converters.onnx import Weight, write_graph
 
     @cache
     def written(

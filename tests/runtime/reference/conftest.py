@@ -1,26 +1,10 @@
-"""Fixtures for the oracle tests: random weights without zeros, and a measure of difference.
+"""Fixtures for the oracle tests: random weights without zeros, and a measure of difference."""
 
-torch is imported inside the fixtures, since this file is loaded where torch is not installed, too.
-"""
-
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-collect_ignore_glob = [] if find_spec("torch") else ["test_*.py"]  # all of them import torch
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The networks are tiny: a second thread costs more than it does."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +14,6 @@ def randomised() -> Callable[..., Any]:
     Zeros and ones of the usual initialisation (GRN, head, VQGAN gammas, biases) would hide what is computed
     with them. Weights keep the size of activations; all else gets values around 0.3.
     """
-    import torch
 
     def fill(network: Any, seed: int = 0) -> Any:
         generator = torch.Generator().manual_seed(seed)

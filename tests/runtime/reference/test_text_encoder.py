@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from cascadekit.runtime.reference import load_reference
 from cascadekit.runtime.reference.text_encoder import end_positions
@@ -15,8 +16,6 @@ from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import LayoutError
 from cascadekit.schemas.stages import PRESETS, Stage, TextEncoderConfig, Variant
 from cascadekit.schemas.tensors import expected_tensors
-
-transformers = pytest.importorskip("transformers")
 
 LENGTH, BOS, EOS = 77, 49406, 49407
 GELU = TextEncoderConfig(

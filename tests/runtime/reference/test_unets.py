@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -13,10 +14,6 @@ from cascadekit.runtime.reference import load_reference
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant, decoder_config, prior_config
 from cascadekit.schemas.tensors import expected_tensors
-
-diffusers = pytest.importorskip("diffusers")
-if not hasattr(diffusers, "StableCascadeUNet"):
-    pytest.skip("this diffusers has no StableCascadeUNet", allow_module_level=True)
 
 TEXT, POOLED = 24, 12
 

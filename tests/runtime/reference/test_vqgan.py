@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.deprecated.wuerstchen import modeling_paella_vq_model as paella
 
 from cascadekit.runtime.reference import load_reference
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import ORIGINAL_VQGAN_SCALE, VQGANConfig
 from cascadekit.schemas.tensors import expected_tensors
-
-paella = pytest.importorskip("diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model")
 
 TINY = VQGANConfig(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64)
 CONFIGS = {
