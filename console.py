@@ -56,7 +56,9 @@ def note(text: str) -> None:
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table: framed on a terminal, plain columns one line a row in a pipe."""
-    table = Table(*columns, title=title or None, box=HEAVY_HEAD if out.is_terminal else None)
+    table = Table(title=title or None, box=HEAVY_HEAD if out.is_terminal else None)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # paths and names are to be read whole
     for row in rows:
         table.add_row(*row)
     if out.is_terminal:
