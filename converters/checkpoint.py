@@ -1,21 +1,23 @@
 """Converts checkpoints between layouts: every output tensor is a range, or several, of an input file."""
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..schemas.errors import ConversionError, UsageError
-from ..schemas.layouts import Layout, to_diffusers
-from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig
-from ..schemas.tensors import Shape
+from ..schemas.layouts import Layout
+from ..schemas.stages import NetworkConfig, Stage, VQGANConfig
+from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
 from .identify import Component
-from .model import Model, open_model
-from .model_folder import component_files, write_folder_files
+from .model import DEFAULT_CHOICE, Choice, Model, open_model
+from .model_folder import write_folder_files
 from .outputs import staged_output
-from .safetensors_file import Progress, TensorPlan, write_file
-
-ORIGINAL_NAMES: Mapping[Stage, str] = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
+from .provenance import copy_provenance, provenance_files
+from .safetensors_file import Progress
+from .safetensors_writer import write_file
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
 
@@ -24,97 +26,122 @@ StartFile = Callable[[str, int], Progress]  # given a file's name and its bytes,
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote: for each stage the weights file below the output, and what the user should know."""
+    """What a conversion wrote: the weights files below the output, and what the user should know."""
 
     output: Path
-    files: dict[Stage, Path]
+    files: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
 def convert(
     sources: Sequence[str | Path],
     output: str | Path,
-    to: str | Layout,
+    to: str | Layout | Target,
     *,
     text_encoder: str | Path | None = None,
     image_encoder: str | Path | None = None,
+    choice: Choice = DEFAULT_CHOICE,
+    allow_overflow: bool = False,
     force: bool = False,
     start_file: StartFile | None = None,
 ) -> Conversion:
-    """Write every stage found in `sources` to `output` in the layout `to`; no weight changes a bit.
+    """Write every component found in `sources` to `output` as `to` says: a layout, or a Target with more to say.
 
-    `output` becomes a folder, or one file when it ends in .safetensors and a single stage goes to the original
-    layout. Raises a CascadeError, and leaves nothing behind, when a source is damaged or the output unwritable."""
-    output, to = Path(output), Layout(to)
-    model = open_model(sources, text_encoder=text_encoder, image_encoder=image_encoder)
+    Without a dtype in the target no weight changes a bit. `output` becomes a folder, or one file when it ends in
+    .safetensors and everything goes into one. Raises a CascadeError, and leaves nothing behind, when a source is
+    damaged, values overflow (without `allow_overflow`), or the output cannot be written."""
+    output = Path(output)
+    target = to if isinstance(to, Target) else Target(Layout(to))
+    model = open_model(sources, text_encoder=text_encoder, image_encoder=image_encoder, choice=choice)
     if not model.components:
-        raise UsageError("nothing to convert: no stage found in " + ", ".join(map(str, sources)))
+        raise UsageError("nothing to convert: no component found in " + ", ".join(map(str, sources)))
     for component in model.components.values():
         component.require_sound()
+    plan = arrange(model.components, target)
     single = output.suffix == ".safetensors"
-    if single and (to is not Layout.ORIGINAL or len(model.components) > 1):
-        raise UsageError(f"{output}: one file holds one stage in the original layout; give a folder instead")
-    files = {stage: _place(component, to) for stage, component in model.components.items()}
-    with staged_output(output, force=force) as staged:
-        for stage, component in model.components.items():
-            path = staged if single else staged / files[stage]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            plan = plan_tensors(component, to)
-            progress = start_file(path.name if single else str(files[stage]), _bytes(plan)) if start_file else None
-            write_file(path, plan, {"format": "pt", **component.metadata}, progress)
+    if single and (len(plan.files) > 1 or target.layout is Layout.DIFFUSERS):
+        raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
+    _require_space(output, plan)
+    overflows: dict[str, int] = {}
+    with staged_output(output, force=force, fingerprint=_fingerprint(plan)) as staged:
+        for file in plan.files:
+            path = staged if single else staged / file.path
+            progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
+            overflows |= _write(file, path, progress, allow_overflow)
         if not single:
-            _write_rest(model, staged, to)
-    return Conversion(output, files if not single else {}, (*model.notes, *_scale_notes(model, to)))
+            _write_rest(model, plan, staged, target)
+            copy_provenance(provenance_files([*map(Path, sources), *_given(text_encoder, image_encoder)]), staged)
+    notes = (*model.notes, *plan.notes, *_scale_notes(model, target.layout), *_overflow_notes(overflows))
+    return Conversion(output, tuple(file.path for file in plan.files) if not single else (), notes)
 
 
-def plan_tensors(component: Component, to: Layout) -> dict[str, TensorPlan]:
-    """Which bytes make each tensor of `component` in the layout `to`, in the order they have in the source."""
-    rules = to_diffusers(component.stage, to).inverse
-    shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
-    plans = {}
-    for name, made in rules.apply(shapes).items():
-        ranges = tuple(component.tensors[part.name] for part in made.parts)  # away from diffusers nothing is cut
-        dtypes = {tensor.dtype for tensor in ranges}
-        if len(dtypes) > 1:
-            raise ConversionError(
-                f"{component.path}: {', '.join(p.name for p in made.parts)} become one tensor {name} "
-                f"but differ in dtype ({', '.join(sorted(dtypes))}); save them in one dtype first"
-            )
-        plans[name] = TensorPlan(ranges[0].dtype, made.shape, ranges)
-    return plans
+def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> dict[str, int]:
+    """Write one file. Under its own name it is complete: one that is there was completed before a kill, and is done
+    unless its values are computed, whose overflow is to be counted."""
+    copied = all(part.dtype == tensor.dtype for tensor in file.tensors.values() for part in tensor.ranges)
+    if path.exists() and copied:
+        if progress:
+            progress(file.nbytes)
+        return {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    overflows = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    partial.rename(path)
+    return overflows
 
 
-def _place(component: Component, to: Layout) -> Path:
-    """Where a component's weights go below the output folder."""
-    if to is Layout.ORIGINAL and component.stage in ORIGINAL_NAMES:
-        suffix = "_lite" if component.variant is Variant.LITE else ""
-        return Path(f"{ORIGINAL_NAMES[component.stage]}{suffix}.safetensors")
-    return component_files(component.stage).weights
+def _given(*paths: str | Path | None) -> list[Path]:
+    return [Path(path) for path in paths if path is not None]
 
 
-def _write_rest(model: Model, folder: Path, to: Layout) -> None:
+def _fingerprint(plan: Arrangement) -> str:
+    """A digest of everything that decides the bytes of the output; sources count by path, size and time."""
+    digest = hashlib.sha256()
+    sources = {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
+    for path in sorted(sources):
+        status = path.stat()
+        digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
+    for file in plan.files:
+        digest.update(repr((file.path, file.metadata, list(file.tensors.items()))).encode())
+    return digest.hexdigest()
+
+
+def _require_space(output: Path, plan: Arrangement) -> None:
+    """Notice a disk that is too small before the first byte is written."""
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    needed, free = sum(file.nbytes for file in plan.files), shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConversionError(
+            f"{output}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; choose another disk"
+        )
+
+
+def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -> None:
     """Everything of the output folder that is not weights."""
-    configs = {stage: _config_for(component, to) for stage, component in model.components.items()}
-    if to is Layout.ORIGINAL:
-        configs = {stage: config for stage, config in configs.items() if stage not in ORIGINAL_NAMES}
-        write_folder_files(folder, configs, index=False)
-    else:
-        write_folder_files(folder, configs, index=True)
-    if model.tokenizer is not None:
+    for path, index in plan.indexes.items():
+        (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    is_diffusers = target.layout is Layout.DIFFUSERS
+    configs = {
+        stage: _config_for(component, target.layout)
+        for stage, component in model.components.items()
+        if is_diffusers or (stage in ENCODERS and target.layout is not Layout.COMFYUI)
+    }
+    write_folder_files(folder, configs, index=is_diffusers, combined=target.combined)
+    if model.tokenizer is not None and target.layout is not Layout.COMFYUI:
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         shutil.copytree(model.tokenizer, folder / "tokenizer")
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:
     """The config to write; a diffusers folder says diffusers' VQGAN scale."""
-    if isinstance(component.config, VQGANConfig) and component.layout is Layout.ORIGINAL and to is Layout.DIFFUSERS:
+    if isinstance(component.config, VQGANConfig) and to is Layout.DIFFUSERS is not component.layout:
         return replace(component.config, scale_factor=DIFFUSERS_VQGAN_SCALE)
     return component.config
 
 
 def _scale_notes(model: Model, to: Layout) -> list[str]:
     vqgan = model.components.get(Stage.VQGAN)
-    if vqgan is None or vqgan.layout is to:
+    if vqgan is None or (vqgan.layout is Layout.DIFFUSERS) == (to is Layout.DIFFUSERS):
         return []
     return [
         "the vqgan's scale belongs to the layout: original code multiplies latents by 0.43, diffusers by 0.3764; "
@@ -122,5 +149,5 @@ def _scale_notes(model: Model, to: Layout) -> list[str]:
     ]
 
 
-def _bytes(plan: Mapping[str, TensorPlan]) -> int:
-    return sum(tensor.nbytes for tensor in plan.values())
+def _overflow_notes(overflows: dict[str, int]) -> list[str]:
+    return [f"{name}: {count} values became infinite in the new dtype" for name, count in overflows.items()]

@@ -19,7 +19,9 @@ from .identify import Component
 from .model import Model, open_model
 from .onnx import OPSET, Weight, write_graph
 from .outputs import staged_output
-from .safetensors_file import Progress, TensorPlan, TensorRange, read_header, write_file
+from .plans import TensorPlan
+from .safetensors_file import Progress, TensorRange, read_header
+from .safetensors_writer import write_file
 
 EXPORTED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 WEIGHTS_NAME = "weights.safetensors"
@@ -75,7 +77,7 @@ def export(
 def _export_stage(component: Component, folder: Path, mode: str, start_file: StartFile | None) -> StageEntry:
     _require_floats(component)
     folder.mkdir()
-    linked = {tensor.path for tensor in component.tensors.values()} if mode == "link" else set()
+    linked = _source_files(component) if mode == "link" else []
     weights = _weights(component.tensors) if linked else _copy_weights(component, folder, start_file)
     onnx.save_model(write_graph(component.config, weights), folder / GRAPH_NAME)
     _check_graph(folder, linked)
@@ -116,13 +118,15 @@ def _link(source: Path, folder: Path) -> None:
 
 
 def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
-    """Where each tensor lies, seen from the folder its file is in."""
+    """Where each tensor lies, seen from the folder its file is in. Raises ExportError for one that lies transposed."""
+    turned = [name for name, tensor in tensors.items() if tensor.transposed]
+    if turned:
+        raise ExportError(f"{tensors[turned[0]].path}: {turned[0]} lies transposed; use --weights copy")
     return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
 
 
 def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
     ports = ports_of(component.config)
-    (source,) = {tensor.path for tensor in component.tensors.values()}
     graph, *rest = sorted(folder.iterdir(), key=lambda path: path.name != GRAPH_NAME)
     return StageEntry(
         variant=component.variant,
@@ -130,9 +134,7 @@ def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
         precision="fp32",
         opset=OPSET,
         weights="link" if mode == "link" else "copy",
-        source=SourceEntry(
-            name=source.name, bytes=source.stat().st_size, sha256=_sha256(source), layout=component.layout
-        ),
+        sources=tuple(_source(path, component) for path in _source_files(component)),
         inputs=tuple(PortEntry(**asdict(port)) for port in ports.inputs),
         outputs=tuple(PortEntry(**asdict(port)) for port in ports.outputs),
         files=tuple(
@@ -140,6 +142,14 @@ def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
             for path in (graph, *rest)
         ),
     )
+
+
+def _source_files(component: Component) -> list[Path]:
+    return sorted({tensor.path for tensor in component.tensors.values()})
+
+
+def _source(path: Path, component: Component) -> SourceEntry:
+    return SourceEntry(name=path.name, bytes=path.stat().st_size, sha256=_sha256(path), layout=component.layout)
 
 
 def _sha256(path: Path) -> str:

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..runtime.tokenizer import save_tokenizer_folder
 from ..schemas.config_json import DIFFUSERS_VERSION, to_json
+from ..schemas.folders import COMBINED_FOLDERS
 from ..schemas.stages import NetworkConfig, Stage
 
 SCHEDULER = {
@@ -47,32 +47,35 @@ INDEX_ENTRIES: Mapping[str, tuple[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class ComponentFiles:
-    """Where a component's files go below a model folder."""
-
-    config: Path
-    weights: Path
+# Components the prior pipeline can do without: null in an index whose folder has none.
+OPTIONAL = ("image_encoder", "feature_extractor")
 
 
-def component_files(stage: Stage) -> ComponentFiles:
-    """The names diffusers (prior, decoder, vqgan) and transformers (encoders) look for."""
-    encoder = stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
-    weights = "model.safetensors" if encoder else "diffusion_pytorch_model.safetensors"
-    return ComponentFiles(Path(stage, "config.json"), Path(stage, weights))
-
-
-def write_folder_files(folder: Path, configs: Mapping[Stage, NetworkConfig], *, index: bool) -> None:
+def write_folder_files(
+    folder: Path, configs: Mapping[Stage, NetworkConfig], *, index: bool, combined: bool = False
+) -> None:
     """Write config.json for each stage, and with `index` what makes the folder loadable as a pipeline:
     scheduler, tokenizer, feature extractor and model_index.json."""
     for stage, config in configs.items():
-        _write_json(folder / component_files(stage).config, to_json(config))
+        for name in component_folders(stage, combined=combined):
+            _write_json(folder / name / "config.json", to_json(config))
     if Stage.IMAGE_ENCODER in configs:
-        _write_json(folder / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
+        name = COMBINED_FOLDERS["feature_extractor"] if combined else "feature_extractor"
+        _write_json(folder / name / "preprocessor_config.json", FEATURE_EXTRACTOR)
     if index:
-        save_tokenizer_folder(folder / "tokenizer")
-        _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-        _write_json(folder / "model_index.json", model_index(configs))
+        for prefix in ("", "prior_") if combined else ("",):
+            save_tokenizer_folder(folder / f"{prefix}tokenizer")
+            _write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", SCHEDULER)
+        _write_json(folder / "model_index.json", combined_index(configs) if combined else model_index(configs))
+
+
+def component_folders(stage: Stage, *, combined: bool = False) -> tuple[str, ...]:
+    """The folders a component's files go to; the combined pipeline wants the text encoder twice."""
+    if not combined:
+        return (str(stage),)
+    if stage is Stage.TEXT_ENCODER:
+        return (str(stage), f"prior_{stage}")
+    return (COMBINED_FOLDERS.get(stage, str(stage)),)
 
 
 def model_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
@@ -83,18 +86,37 @@ def model_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
     prior_only = Stage.DECODER not in configs
     name = "StableCascadePriorPipeline" if prior_only else "StableCascadeDecoderPipeline"
     present = {*map(str, configs), "tokenizer", "scheduler"}
-    if Stage.PRIOR in configs:  # optional components of the prior pipeline, null where the folder has none
-        present |= {"image_encoder", "feature_extractor"}
+    if Stage.PRIOR in configs:
+        present |= set(OPTIONAL)
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
-    for component, entry in INDEX_ENTRIES.items():
+    for component in INDEX_ENTRIES:
         if component in present:
-            optional = component in ("image_encoder", "feature_extractor") and Stage.IMAGE_ENCODER not in configs
-            index[component] = [None, None] if optional else list(entry)
+            index[component] = _entry(component, configs)
     if Stage.PRIOR in configs:
         index["resolution_multiple"] = 42.67
     if Stage.DECODER in configs:
         index["latent_dim_scale"] = 10.67
     return index
+
+
+def combined_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
+    """The index of StableCascadeCombinedPipeline, whose prior components carry a prefix."""
+    index: dict[str, Any] = {
+        "_class_name": "StableCascadeCombinedPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+    }
+    for component in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan"):
+        index[component] = _entry(component, configs)
+    for component in ("prior", "text_encoder", "tokenizer", "scheduler", *OPTIONAL):
+        index[f"prior_{component}"] = _entry(component, configs)
+    return index
+
+
+def _entry(component: str, configs: Mapping[Stage, NetworkConfig]) -> list[str | None]:
+    """Library and class of a component, null where it is optional and not there."""
+    if component in OPTIONAL and Stage.IMAGE_ENCODER not in configs:
+        return [None, None]
+    return list(INDEX_ENTRIES[component])
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

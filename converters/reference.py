@@ -39,7 +39,8 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
         file.seek(tensor.offset)
         data = bytearray(tensor.nbytes)
         file.readinto(data)
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
+    values = torch.frombuffer(data, dtype=DTYPES[tensor.dtype])
+    return values.reshape(tensor.shape[::-1]).T.contiguous() if tensor.transposed else values.reshape(tensor.shape)
 
 
 class _Tensors(Mapping[str, torch.Tensor]):

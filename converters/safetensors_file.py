@@ -1,4 +1,4 @@
-"""Safetensors files by header and byte ranges: a strict reader, and a writer that copies and never loads a tensor.
+"""Safetensors files by header and byte ranges; no tensor is ever read here.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format).
@@ -8,20 +8,22 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.tensors import Shape
 
+# Bytes per value; in the ascending order of the library's own enumeration, which decides where its writer puts
+# a tensor (see canonical_order).
 DTYPE_SIZES: Mapping[str, int] = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
-    "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E4M3": 1,
     "I16": 2,
     "U16": 2,
     "F16": 2,
@@ -29,29 +31,42 @@ DTYPE_SIZES: Mapping[str, int] = {
     "I32": 4,
     "U32": 4,
     "F32": 4,
+    "F64": 8,
     "I64": 8,
     "U64": 8,
-    "F64": 8,
 }
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 LFS_POINTER = b"version https://git-lfs"
-COPY_BLOCK = 1 << 24
 
-Progress = Callable[[int], object]  # told the number of bytes done since the last call
+Progress = Callable[[int], object]  # told the number of bytes written since the last call
 
 
 @dataclass(frozen=True)
 class TensorRange:
-    """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16)."""
+    """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
+
+    When `transposed`, the tensor is a matrix of `shape` whose transpose lies there, as [shape[1], shape[0]].
+    Raises ConversionError when it is transposed and no matrix."""
 
     path: Path
     dtype: str
     shape: Shape
     offset: int
     nbytes: int
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.transposed and len(self.shape) != 2:
+            raise ConversionError(f"{self.path}: only a matrix can lie transposed, not a tensor of {list(self.shape)}")
 
     def rows(self, start: int, stop: int, shape: Shape) -> "TensorRange":
-        """The bytes of rows `start:stop` along the first axis, as a tensor of `shape`."""
+        """The bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
+
+        Raises ConversionError for a transposed range: its rows are not ranges."""
+        if self.transposed:
+            raise ConversionError(
+                f"{self.path}: the matrix at byte {self.offset} lies transposed; it has no row ranges"
+            )
         row = self.nbytes // self.shape[0]
         return TensorRange(self.path, self.dtype, shape, self.offset + start * row, (stop - start) * row)
 
@@ -170,43 +185,19 @@ def _check_coverage(path: Path, tensors: Mapping[str, TensorRange], start: int, 
         raise CheckpointError(f"{path}: {size - position} bytes follow the last tensor; the file is damaged")
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """A tensor to write: its dtype and shape, and the ranges its bytes are, one after another."""
-
-    dtype: str
-    shape: Shape
-    ranges: tuple[TensorRange, ...]
+class Described(Protocol):
+    """A tensor that a header describes."""
 
     @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.ranges)
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, TensorPlan], metadata: Mapping[str, str], progress: Progress | None = None
-) -> None:
-    """Write a safetensors file by copying ranges of other files, in the order of `tensors`.
-
-    The header is padded to 8 bytes. The file is on disk (fsync) when this returns; whoever calls renames it.
-    Raises ConversionError when the disk is full or a source cannot be read."""
-    header = _encode_header(tensors, metadata)
-    total = len(header) + sum(plan.nbytes for plan in tensors.values())
-    try:
-        with path.open("wb") as out:
-            # Reserving the space now turns a full disk into an error before the first byte is copied.
-            if total and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(out.fileno(), 0, total)
-            out.write(header)
-            out.flush()
-            for source, offset, nbytes in _merged(tensors.values()):
-                _copy_range(source, offset, nbytes, out.fileno(), progress)
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be written ({total} bytes needed): {error.strerror}") from error
-
-
-def _encode_header(tensors: Mapping[str, TensorPlan], metadata: Mapping[str, str]) -> bytes:
+def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file holding `tensors` one after another, padded to 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, plan in tensors.items():
@@ -219,48 +210,3 @@ def _encode_header(tensors: Mapping[str, TensorPlan], metadata: Mapping[str, str
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _merged(plans: Iterable[TensorPlan]) -> Iterator[tuple[Path, int, int]]:
-    """The ranges to copy, adjacent ones as one."""
-    current: tuple[Path, int, int] | None = None
-    for part in (part for plan in plans for part in plan.ranges):
-        if current and current[0] == part.path and current[1] + current[2] == part.offset:
-            current = (part.path, current[1], current[2] + part.nbytes)
-        else:
-            if current:
-                yield current
-            current = (part.path, part.offset, part.nbytes)
-    if current:
-        yield current
-
-
-def _copy_range(source: Path, offset: int, nbytes: int, target: int, progress: Progress | None) -> None:
-    """Append `nbytes` from `offset` of `source` to `target`, inside the kernel where it can."""
-    with source.open("rb") as file:
-        copy = _kernel_copy if hasattr(os, "copy_file_range") else _buffered_copy
-        while nbytes:
-            try:
-                done = copy(file.fileno(), offset, min(nbytes, COPY_BLOCK), target)
-            except OSError:
-                if copy is _buffered_copy:
-                    raise
-                copy = _buffered_copy  # another file system, or one without the call
-                continue
-            if not done:
-                raise OSError(0, f"{source} ended {nbytes} bytes too early; was it changed meanwhile?")
-            offset, nbytes = offset + done, nbytes - done
-            if progress:
-                progress(done)
-
-
-def _kernel_copy(source: int, offset: int, nbytes: int, target: int) -> int:
-    return os.copy_file_range(source, target, nbytes, offset_src=offset)
-
-
-def _buffered_copy(source: int, offset: int, nbytes: int, target: int) -> int:
-    block = os.pread(source, nbytes, offset)
-    view = memoryview(block)
-    while view:
-        view = view[os.write(target, view) :]
-    return len(block)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..schemas.layouts import Layout, to_diffusers
 from ..schemas.stages import PRESETS, NetworkConfig, Stage, Variant
 from ..schemas.tensors import Shape, expected_tensors, is_counter
-from .model_folder import component_files, write_folder_files
+from .model_folder import write_folder_files
 
 TINY_FILES = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
 
@@ -37,7 +37,7 @@ def write_tiny_cascade(folder: Path, seed: int = 0) -> None:
     text_encoder = PRESETS[Stage.TEXT_ENCODER, Variant.TINY]
     write_folder_files(folder, {Stage.TEXT_ENCODER: text_encoder}, index=False)
     tensors = _random_tensors(expected_tensors(text_encoder), np.random.default_rng([seed, len(TINY_FILES)]))
-    _write(folder / component_files(Stage.TEXT_ENCODER).weights, tensors)
+    _write(folder / Stage.TEXT_ENCODER / "model.safetensors", tensors)
 
 
 def _original_shapes(config: NetworkConfig) -> dict[str, Shape]:

@@ -62,7 +62,7 @@ class StageEntry(_Frozen):
     precision: Literal["fp32"]
     opset: int
     weights: Literal["copy", "link"]
-    source: SourceEntry
+    sources: tuple[SourceEntry, ...]
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...]
     files: tuple[FileEntry, ...] = Field(min_length=1)

@@ -1,11 +1,25 @@
-"""Configs from and to the ``config.json`` of diffusers (prior, decoder, vqgan) and transformers (encoders)."""
+"""Configs from and to the ``config.json`` of diffusers (prior, decoder, vqgan) and transformers (CLIP encoders).
+
+The effnet encoder, the previewer and the ControlNets have no class in either library: theirs is our own."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
 from .errors import LayoutError
-from .stages import Block, ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from .stages import (
+    CONTROLNETS,
+    Block,
+    ControlNetConfig,
+    EffnetEncoderConfig,
+    ImageEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+    TextEncoderConfig,
+    UNetConfig,
+    VQGANConfig,
+)
 
 DIFFUSERS_VERSION = "0.35.2"  # the last release that supports the cascade pipelines
 
@@ -25,14 +39,20 @@ _EXTRAS: dict[type, dict[str, Any]] = {
         "model_type": "clip_vision_model",
         **_TRANSFORMERS_COMMON,
     },
+    EffnetEncoderConfig: {"_class_name": "CascadeEffnetEncoder"},
+    PreviewerConfig: {"_class_name": "CascadePreviewer"},
+    ControlNetConfig: {"_class_name": "CascadeControlNet"},
 }
 
-_CLASSES: dict[Stage, type[UNetConfig] | type[VQGANConfig] | type[TextEncoderConfig] | type[ImageEncoderConfig]] = {
+_CLASSES: dict[Stage, type[NetworkConfig]] = {
     Stage.PRIOR: UNetConfig,
     Stage.DECODER: UNetConfig,
     Stage.VQGAN: VQGANConfig,
     Stage.TEXT_ENCODER: TextEncoderConfig,
     Stage.IMAGE_ENCODER: ImageEncoderConfig,
+    Stage.EFFNET_ENCODER: EffnetEncoderConfig,
+    Stage.PREVIEWER: PreviewerConfig,
+    **dict.fromkeys(CONTROLNETS, ControlNetConfig),
 }
 
 
@@ -57,8 +77,11 @@ def from_json(stage: Stage, values: Mapping[str, Any]) -> NetworkConfig:
         raise LayoutError(f"config of the {stage}: missing {', '.join(missing)}")
     try:
         config = cls(**{name: _frozen(values[name]) for name in known if name in values})
-        if isinstance(config, UNetConfig):
-            config = _checked_unet(config, stage)
+        match config:
+            case UNetConfig():
+                return _checked_unet(config, stage)
+            case ControlNetConfig():
+                return _checked_controlnet(config, stage)
     except (TypeError, ValueError) as error:
         raise LayoutError(f"config of the {stage}: {error}") from error
     return config
@@ -85,3 +108,12 @@ def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
         raise LayoutError(f"config of the {stage}: {', '.join(wrong)} must have {config.levels} entries, one per level")
     kinds = tuple(tuple(Block(kind) for kind in level) for level in config.block_types_per_layer)
     return replace(config, block_types_per_layer=kinds)
+
+
+def _checked_controlnet(config: ControlNetConfig, stage: Stage) -> ControlNetConfig:
+    if config.stage is not stage:
+        raise LayoutError(f"config of the {stage}: it describes a {config.stage} (c_in and bottleneck_mode tell)")
+    blocks = config.proj_blocks
+    if not blocks or any(not isinstance(block, int) or block < 0 for block in blocks) or len({*blocks}) < len(blocks):
+        raise LayoutError(f"config of the {stage}: proj_blocks must be the numbers of different blocks, found {blocks}")
+    return config

@@ -2,7 +2,7 @@
 
 What shapes cannot tell is taken from the releases: heads of 64 channels, patches of 2 in stage B and 1 in
 stage C, dropout where there is attention. A network that equals a release gets the release's own config,
-placeholders included.
+placeholders included. The same goes for the blocks a ControlNet feeds: their number must be that of a release.
 """
 
 import re
@@ -10,11 +10,18 @@ from collections.abc import Callable, Mapping
 
 from .errors import LayoutError
 from .stages import (
+    CONTROLNET_KINDS,
+    CONTROLNETS,
     HEAD_CHANNELS,
     PRESETS,
+    PROJ_BLOCKS_ALL,
+    PROJ_BLOCKS_ENDS,
     RES_TIMESTEP,
     RES_TIMESTEP_ATTENTION,
+    ControlNetConfig,
+    EffnetEncoderConfig,
     NetworkConfig,
+    PreviewerConfig,
     Stage,
     UNetConfig,
     VQGANConfig,
@@ -136,10 +143,44 @@ def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
     )
 
 
+def _effnet_encoder(stage: Stage, shapes: _Shapes) -> EffnetEncoderConfig:
+    return EffnetEncoderConfig(c_latent=shapes.size("mapper.0.weight", 0))
+
+
+def _previewer(stage: Stage, shapes: _Shapes) -> PreviewerConfig:
+    return PreviewerConfig(
+        c_in=shapes.size("blocks.0.weight", 1),
+        c_hidden=shapes.size("blocks.0.weight", 0),
+        c_out=shapes.size("blocks.24.weight", 0),
+    )
+
+
+_RELEASED_PROJ_BLOCKS = {len(blocks): blocks for blocks in (PROJ_BLOCKS_ENDS, PROJ_BLOCKS_ALL)}
+
+
+def _controlnet(stage: Stage, shapes: _Shapes) -> ControlNetConfig:
+    projections = shapes.count("projections.#.")
+    if projections not in _RELEASED_PROJ_BLOCKS:
+        raise LayoutError(
+            f"the {stage} has {projections} projections, the released ones have 8 or 64; which blocks of the prior "
+            "its projections feed (proj_blocks) is not in the file: give the folder that holds its config.json"
+        )
+    _, mode = CONTROLNET_KINDS[stage]
+    return ControlNetConfig(
+        c_in=shapes.size("backbone.0.0.weight" if mode is None else "backbone.0.weight", 1),
+        proj_blocks=_RELEASED_PROJ_BLOCKS[projections],
+        bottleneck_mode=mode,
+        c_proj=shapes.size("projections.0.2.weight", 0),
+    )
+
+
 _READERS: Mapping[Stage, Callable[[Stage, _Shapes], NetworkConfig]] = {
     Stage.PRIOR: _unet,
     Stage.DECODER: _unet,
     Stage.VQGAN: _vqgan,
     Stage.TEXT_ENCODER: _encoder,
     Stage.IMAGE_ENCODER: _encoder,
+    Stage.EFFNET_ENCODER: _effnet_encoder,
+    Stage.PREVIEWER: _previewer,
+    **dict.fromkeys(CONTROLNETS, _controlnet),
 }

@@ -1,7 +1,8 @@
 """Rules that turn one layout's tensor names into another's, each with its inverse.
 
-Every rule is a rename or a cut between rows, so applying a map moves bytes and never computes: the result
-says, for each tensor of the target layout, which rows of which source tensors it is made of.
+Every rule is a rename or a cut between rows (one matrix is also found transposed), so applying a map moves bytes and
+computes nothing: the result says, for each tensor of the target layout, which rows of which source tensors it is
+made of.
 """
 
 import re
@@ -16,11 +17,13 @@ from .tensors import Shape
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start:stop` along the first axis of the source tensor `name`; without a stop, the whole tensor."""
+    """Rows `start:stop` along the first axis of the source tensor `name`; without a stop, the whole tensor,
+    `transposed` when its two axes are to be exchanged."""
 
     name: str
     start: int = 0
     stop: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,32 @@ class JoinRows:
                 raise LayoutError(f"{name}: expected shape {list(shape)} as {sources[0]}, found {list(shapes[name])}")
         parts = tuple(Rows(name) for name in sources)
         return {targets[0]: Made((shape[0] * len(sources), *shape[1:]), parts)}
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """The matrix `source` is called `target` in the other layout and lies with its axes exchanged."""
+
+    source: str
+    target: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def inverse(self) -> "Transpose":
+        return Transpose(self.target, self.source)
+
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+        shape = shapes[sources[0]]
+        if len(shape) != 2:
+            raise LayoutError(f"{sources[0]}: expected a matrix, found shape {list(shape)}")
+        return {targets[0]: Made(shape[::-1], (Rows(sources[0], transposed=True),))}
 
 
 @dataclass(frozen=True)

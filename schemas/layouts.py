@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from enum import StrEnum
 
-from .keymap import Drop, KeyMap, Rename, SplitRows
-from .stages import Stage
+from .keymap import Drop, KeyMap, Rename, SplitRows, Transpose
+from .stages import CONTROLNETS, Stage
 from .tensors import Shape
 
 
@@ -13,6 +13,8 @@ class Layout(StrEnum):
 
     ORIGINAL = "original"  # Stability's single files
     DIFFUSERS = "diffusers"  # one folder per component ("modular")
+    SPLIT = "split"  # original but for q, k and v, which are tensors of their own: kohya, OneTrainer, ComfyUI's saves
+    COMFYUI = "comfyui"  # all-in-one files: several components, each behind a prefix
 
 
 # Attention of stage B and C: torch's MultiheadAttention holds q, k, v as the rows of one matrix.
@@ -29,28 +31,61 @@ _ATTENTION = (
     Rename("{}.attention.attn.out_proj.bias", "{}.attention.to_out.0.bias"),
 )
 
+_SPLIT_ATTENTION = tuple(
+    Rename(f"{{}}.attention.attn.{split}.{kind}", f"{{}}.attention.{diffusers}.{kind}")
+    for split, diffusers in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("out_proj", "to_out.0"))
+    for kind in ("weight", "bias")
+)
+_CLIP_MAPPER = (
+    Rename("clip_mapper.weight", "clip_txt_pooled_mapper.weight"),
+    Rename("clip_mapper.bias", "clip_txt_pooled_mapper.bias"),
+)
+
 # Original -> diffusers. The encoders carry their Hugging Face names in either layout; files of 2022
 # also hold position_ids, a constant that transformers stopped saving.
 ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
     Stage.PRIOR: KeyMap(_ATTENTION),
-    Stage.DECODER: KeyMap(
-        (
-            *_ATTENTION,
-            Rename("clip_mapper.weight", "clip_txt_pooled_mapper.weight"),
-            Rename("clip_mapper.bias", "clip_txt_pooled_mapper.bias"),
-        )
-    ),
+    Stage.DECODER: KeyMap((*_ATTENTION, *_CLIP_MAPPER)),
     Stage.VQGAN: KeyMap((Rename("vquantizer.codebook.weight", "vquantizer.embedding.weight"),)),
     Stage.TEXT_ENCODER: KeyMap((Drop("text_model.embeddings.position_ids"),)),
     Stage.IMAGE_ENCODER: KeyMap((Drop("vision_model.embeddings.position_ids"),)),
+    **dict.fromkeys((Stage.EFFNET_ENCODER, Stage.PREVIEWER, *CONTROLNETS), KeyMap()),  # one spelling
+}
+
+
+# Where another layout differs from the original one, again towards diffusers.
+_DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
+    Layout.ORIGINAL: {},
+    Layout.SPLIT: {
+        Stage.PRIOR: KeyMap(_SPLIT_ATTENTION),
+        Stage.DECODER: KeyMap((*_SPLIT_ATTENTION, *_CLIP_MAPPER)),
+    },
+    Layout.COMFYUI: {
+        Stage.TEXT_ENCODER: KeyMap(
+            (
+                Drop("transformer.text_model.embeddings.position_ids"),
+                Drop("logit_scale"),
+                Rename("transformer.text_projection.weight", "text_projection.weight"),
+                Transpose("text_projection", "text_projection.weight"),
+                Rename("transformer.{}", "{}"),
+            )
+        ),
+        # The constants of ImageNet, which newer ComfyUI saves along.
+        Stage.EFFNET_ENCODER: KeyMap((Drop("mean"), Drop("std"))),
+    },
+    Layout.DIFFUSERS: {stage: KeyMap() for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)},
 }
 
 
 def to_diffusers(stage: Stage, layout: Layout) -> KeyMap:
     """The rules from `layout` to the diffusers names, which are the names used everywhere inside."""
-    if layout is Layout.ORIGINAL or stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER):
-        return ORIGINAL_TO_DIFFUSERS[stage]
-    return KeyMap()
+    return _DIFFERENCES[layout].get(stage, ORIGINAL_TO_DIFFUSERS[stage])
+
+
+def can_become(stage: Stage) -> tuple[Layout, ...]:
+    """The layouts that have a place for a stage; the split one differs for prior and decoder alone."""
+    splits = stage in _DIFFERENCES[Layout.SPLIT]
+    return tuple(layout for layout in Layout if layout is not Layout.SPLIT or splits)
 
 
 # A tensor that tells the stage. In this order: stage C holds the later marks of stage B too.
@@ -62,13 +97,25 @@ STAGE_MARKS: Mapping[str, Stage] = {
     "vquantizer.embedding.weight": Stage.VQGAN,
     "text_model.embeddings.token_embedding.weight": Stage.TEXT_ENCODER,
     "vision_model.embeddings.class_embedding": Stage.IMAGE_ENCODER,
+    "mapper.1.running_mean": Stage.EFFNET_ENCODER,
+    "blocks.11.num_batches_tracked": Stage.PREVIEWER,
 }
 
-# A piece of a tensor's name that tells the layout, where a stage has more than one spelling.
-ORIGINAL_MARKS: Mapping[Stage, tuple[str, ...]] = {
-    Stage.PRIOR: (".attention.attn.",),
-    Stage.DECODER: (".attention.attn.", "clip_mapper."),
-    Stage.VQGAN: ("vquantizer.codebook.",),
+# A ControlNet has this tensor, and its kind shows in the first convolution of its backbone.
+CONTROLNET_MARK = "projections.0.0.weight"
+CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
+    ("backbone.0.0.weight", (24, 1, 3, 3)): Stage.CONTROLNET_CANNY,
+    ("backbone.0.0.weight", (24, 4, 3, 3)): Stage.CONTROLNET_INPAINTING,
+    ("backbone.0.weight", (16384, 16, 1, 1)): Stage.CONTROLNET_SUPER_RESOLUTION,
+    ("backbone.0.weight", (2048, 512, 3, 3)): Stage.CONTROLNET_IDENTITY,
+}
+
+# Pieces of tensor names that tell the layout, where a stage has more than one spelling.
+LAYOUT_MARKS: Mapping[str, Layout] = {
+    ".attention.attn.to_q.": Layout.SPLIT,
+    ".attention.attn.": Layout.ORIGINAL,
+    "clip_mapper.": Layout.ORIGINAL,
+    "vquantizer.codebook.": Layout.ORIGINAL,
 }
 
 # What a file is when it is nothing this package reads, by the beginning of a tensor's name.
@@ -76,27 +123,30 @@ FOREIGN_MARKS: Mapping[str, str] = {
     "conditioner.embedders.": "an SDXL checkpoint",
     "model.diffusion_model.input_blocks.": "a Stable Diffusion checkpoint (SD 1.x, 2.x or SDXL)",
     "cond_stage_model.": "a Stable Diffusion 1.x or 2.x checkpoint",
-    "model.diffusion_model.clf.": "a ComfyUI all-in-one Stable Cascade file (not read yet)",
     "double_blocks.": "a Flux transformer",
     "joint_blocks.": "an SD3 transformer",
     "down_blocks.0.resnets.": "a Stable Diffusion UNet or VAE in the diffusers layout",
-    "backbone.": "an effnet encoder or a ControlNet of Stable Cascade (not read yet)",
-    "blocks.0.": "perhaps the previewer of Stable Cascade (not read yet)",
-    "lora_": "a LoRA (not read yet)",
-    "weights.0.": "a LoRA in Stability's format (not read yet)",
+    CONTROLNET_MARK: "a ControlNet of no kind released for Stable Cascade",
+    "lora_": "a LoRA (see `cascadekit lora`)",
+    "weights.0.": "a LoRA in Stability's format (see `cascadekit lora`)",
 }
 
 
 def stage_of(shapes: Mapping[str, Shape]) -> Stage | None:
-    """The stage whose mark is among the tensor names, in either layout."""
+    """The stage whose mark is among the tensor names, in any layout."""
+    if CONTROLNET_MARK in shapes:
+        kinds = CONTROLNET_CONVOLUTIONS.items()
+        return next((stage for (name, shape), stage in kinds if shapes.get(name) == shape), None)
     return next((stage for mark, stage in STAGE_MARKS.items() if mark in shapes), None)
 
 
 def layout_of(stage: Stage, shapes: Mapping[str, Shape]) -> Layout:
-    """The layout a stage's tensor names are in. The encoders have one spelling, filed under diffusers."""
-    marks = ORIGINAL_MARKS.get(stage, ())
-    found = any(mark in name for name in shapes for mark in marks)
-    return Layout.ORIGINAL if found else Layout.DIFFUSERS
+    """The layout a stage's tensor names are in. What has one spelling is filed under diffusers if diffusers or
+    transformers know it, under original otherwise."""
+    if stage not in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN):
+        return Layout.DIFFUSERS if stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER) else Layout.ORIGINAL
+    found = (layout for mark, layout in LAYOUT_MARKS.items() if any(mark in name for name in shapes))
+    return next(found, Layout.DIFFUSERS)
 
 
 def foreign_name(shapes: Mapping[str, Shape]) -> str | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .errors import ExportError
 from .stages import ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 
 
@@ -32,7 +33,9 @@ class StagePorts:
 
 
 def ports_of(config: NetworkConfig) -> StagePorts:
-    """Ports of the stage that `config` describes; they carry the names diffusers gives its arguments."""
+    """Ports of the stage that `config` describes; they carry the names diffusers gives its arguments.
+
+    Raises ExportError for networks that are not exported yet."""
     match config:
         case UNetConfig() if config.stage is Stage.PRIOR:
             return _prior(config)
@@ -44,7 +47,7 @@ def ports_of(config: NetworkConfig) -> StagePorts:
             return _text_encoder(config)
         case ImageEncoderConfig():
             return _image_encoder(config)
-    raise TypeError(type(config).__name__)
+    raise ExportError(f"{config.stage}: its graph is not written yet, so it has no ports")
 
 
 def _prior(config: UNetConfig) -> StagePorts:

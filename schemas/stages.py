@@ -1,21 +1,32 @@
 """The stages of the cascade, one frozen config per network, and the presets of the releases.
 
 Field names are those of the published ``config.json`` files (diffusers for prior, decoder and vqgan,
-transformers for the encoders), so a config and its JSON differ in punctuation only.
+transformers for the CLIP encoders), so a config and its JSON differ in punctuation only. The effnet encoder,
+the previewer and the ControlNets have no such file; their fields are the arguments of Stability's classes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
+
+from .errors import LayoutError
 
 
 class Stage(StrEnum):
-    """One network of the cascade; the value is its folder in a model folder and in a bundle."""
+    """One network of the cascade; the value is its folder below a model folder and a bundle."""
 
     TEXT_ENCODER = "text_encoder"
     IMAGE_ENCODER = "image_encoder"
     PRIOR = "prior"
     DECODER = "decoder"
     VQGAN = "vqgan"
+    EFFNET_ENCODER = "effnet_encoder"
+    PREVIEWER = "previewer"
+    CONTROLNET_CANNY = "controlnet/canny"
+    CONTROLNET_INPAINTING = "controlnet/inpainting"
+    CONTROLNET_SUPER_RESOLUTION = "controlnet/super_resolution"
+    CONTROLNET_IDENTITY = "controlnet/identity"
 
 
 class Variant(StrEnum):
@@ -156,7 +167,75 @@ class ImageEncoderConfig:
         return Stage.IMAGE_ENCODER
 
 
-NetworkConfig = UNetConfig | VQGANConfig | TextEncoderConfig | ImageEncoderConfig
+@dataclass(frozen=True)
+class EffnetEncoderConfig:
+    """Encodes an image into latents of the prior, 32 times smaller: EfficientNetV2-S and a 1x1 convolution."""
+
+    c_latent: int = 16
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.EFFNET_ENCODER
+
+
+@dataclass(frozen=True)
+class PreviewerConfig:
+    """Draws the prior's latents as a small image, 8 times their size."""
+
+    c_in: int = 16
+    c_hidden: int = 512
+    c_out: int = 3
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.PREVIEWER
+
+
+Bottleneck = Literal["large", "simple"]
+
+# A control image's channels and the backbone it goes through (None: EfficientNetV2-S) tell the released kinds apart.
+CONTROLNET_KINDS: Mapping[Stage, tuple[int, Bottleneck | None]] = {
+    Stage.CONTROLNET_CANNY: (1, None),
+    Stage.CONTROLNET_INPAINTING: (4, None),
+    Stage.CONTROLNET_SUPER_RESOLUTION: (16, "large"),
+    Stage.CONTROLNET_IDENTITY: (512, "simple"),
+}
+CONTROLNETS = tuple(CONTROLNET_KINDS)
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """Adds what it sees in a control image to the input of some residual blocks of the full prior.
+
+    Raises LayoutError for channels and backbones that make none of the released kinds."""
+
+    c_in: int
+    proj_blocks: tuple[int, ...]  # the residual blocks, counted in the order they run; one projection for each
+    bottleneck_mode: Bottleneck | None = None
+    c_proj: int = 2048  # channels of the prior
+
+    def __post_init__(self) -> None:
+        if (self.c_in, self.bottleneck_mode) not in CONTROLNET_KINDS.values():
+            raise LayoutError(
+                f"a ControlNet of {self.c_in} input channels with bottleneck_mode {self.bottleneck_mode} is none of "
+                f"the released ones ({', '.join(CONTROLNETS)})"
+            )
+
+    @property
+    def stage(self) -> Stage:
+        kind = (self.c_in, self.bottleneck_mode)
+        return next(stage for stage, released in CONTROLNET_KINDS.items() if released == kind)
+
+
+NetworkConfig = (
+    UNetConfig
+    | VQGANConfig
+    | TextEncoderConfig
+    | ImageEncoderConfig
+    | EffnetEncoderConfig
+    | PreviewerConfig
+    | ControlNetConfig
+)
 
 
 def prior_config(
@@ -219,6 +298,10 @@ def decoder_config(
     )
 
 
+# The blocks of the full prior that the released ControlNets feed: eight at its ends, or every one.
+PROJ_BLOCKS_ENDS = (0, 4, 8, 12, 51, 55, 59, 63)
+PROJ_BLOCKS_ALL = tuple(range(64))
+
 PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.PRIOR, Variant.FULL): prior_config((2048, 2048), (32, 32), (8, 24)),
     (Stage.PRIOR, Variant.LITE): prior_config((1536, 1536), (24, 24), (4, 12)),
@@ -233,6 +316,12 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.TEXT_ENCODER, Variant.FULL): TextEncoderConfig(1280, 5120, 20, 32, 1280),
     (Stage.TEXT_ENCODER, Variant.TINY): TextEncoderConfig(8, 32, 2, 2, 12),
     (Stage.IMAGE_ENCODER, Variant.FULL): ImageEncoderConfig(1024, 4096, 16, 24, 768),
+    (Stage.EFFNET_ENCODER, Variant.FULL): EffnetEncoderConfig(),
+    (Stage.PREVIEWER, Variant.FULL): PreviewerConfig(),
+    (Stage.CONTROLNET_CANNY, Variant.FULL): ControlNetConfig(1, PROJ_BLOCKS_ENDS),
+    (Stage.CONTROLNET_INPAINTING, Variant.FULL): ControlNetConfig(4, PROJ_BLOCKS_ENDS),
+    (Stage.CONTROLNET_SUPER_RESOLUTION, Variant.FULL): ControlNetConfig(16, PROJ_BLOCKS_ENDS, "large"),
+    (Stage.CONTROLNET_IDENTITY, Variant.FULL): ControlNetConfig(512, PROJ_BLOCKS_ALL, "simple"),
 }
 
 

@@ -7,9 +7,9 @@ import cascadekit
 
 ROOT = Path(cascadekit.__file__).parent
 FLOORS = {"schemas": 1, "runtime": 2, "converters": 3}
-TOP = 4  # cli.py, console.py, __init__.py
-MODULES = [*ROOT.glob("*.py"), *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))]
-TORCH_ALLOWED = ("runtime/reference/", "runtime/engines/torch.py", "converters/reference.py")
+TOP = 4  # cli/ and __init__.py
+MODULES = [*ROOT.glob("*.py"), *(path for floor in (*FLOORS, "cli") for path in (ROOT / floor).rglob("*.py"))]
+TORCH_ALLOWED = ("runtime/reference/", "runtime/engines/torch.py", "converters/reference.py", "converters/pickles.py")
 
 
 def imported(path: Path) -> set[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...schemas.errors import LayoutError, UsageError
-from ...schemas.stages import ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from ...schemas.tensors import Shape, expected_tensors
 from .decoder import Decoder
 from .prior import Prior
@@ -22,7 +22,7 @@ def build_reference(config: NetworkConfig) -> nn.Module:
     Every network takes its input ports as keyword arguments, in the dtype of its weights (ids and masks stay
     int64), and returns its output ports as a dict; names and shapes are those of ``ports_of(config)``.
 
-    Raises UsageError for the image encoder, which has no reference here.
+    Raises UsageError for networks that have no reference here: image and effnet encoder, previewer, ControlNets.
     """
     match config:
         case UNetConfig():
@@ -31,7 +31,7 @@ def build_reference(config: NetworkConfig) -> nn.Module:
             return VQGANDecoder(config)
         case TextEncoderConfig():
             return TextEncoder(config)
-        case ImageEncoderConfig():
+        case _:
             raise UsageError(f"there is no PyTorch reference of the {config.stage}")
 
 

@@ -11,10 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cascadekit import Cascade, Settings, export
+from cascadekit import Cascade, Settings, convert, export
 from cascadekit.converters import export as export_module
+from cascadekit.converters.arrange import Target
+from cascadekit.converters.model import open_model
+from cascadekit.converters.reference import reference_engine
 from cascadekit.runtime.bundle import open_bundle
+from cascadekit.runtime.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import ExportError, LayoutError, UsageError
+from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import Stage
 
 QUICK = Settings(64, 64, prior_steps=2, decoder_steps=2)
@@ -105,5 +110,25 @@ def test_refused_exports_leave_nothing(tiny: Path, tmp_path: Path, monkeypatch: 
 def test_manifest_is_plain_json(tiny: Path) -> None:
     content = json.loads((tiny / "bundle" / "cascade.json").read_text())
     assert content["format"] == "cascadekit-bundle"
-    assert content["stages"]["prior"]["source"]["layout"] == "diffusers"
+    assert [source["layout"] for source in content["stages"]["prior"]["sources"]] == ["diffusers"]
     assert str(tiny) not in json.dumps(content)
+
+
+def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
+    """A folder of shards, and all-in-one files whose text projection lies transposed, export alike."""
+    convert([tiny / "original"], tmp_path / "sharded", Target(Layout.DIFFUSERS, shard_size=500_000))
+    convert([tiny / "original"], tmp_path / "comfyui", "comfyui")
+    for path in (tmp_path / "comfyui").iterdir():
+        tensors = load_file(path)
+        projection = tensors.pop("text_encoder.clip_g.transformer.text_projection.weight")
+        save_file({**tensors, "text_encoder.clip_g.text_projection": projection.T.contiguous()}, path)
+    for number, (model, weights) in enumerate((("sharded", "copy"), ("sharded", "link"), ("comfyui", "copy"))):
+        export(tmp_path / model, tmp_path / f"bundle{number}", weights=weights)
+        assert np.array_equal(draw(tmp_path / f"bundle{number}"), draw(tiny / "bundle")), (model, weights)
+    with pytest.raises(ExportError, match=r"text_projection\.weight lies transposed; use --weights copy"):
+        export(tmp_path / "comfyui", tmp_path / "linked", weights="link")
+    reference = reference_engine(open_model([tmp_path / "comfyui"]), [Stage.TEXT_ENCODER]).load(Stage.TEXT_ENCODER)
+    tokens = ClipTokenizer.open()(["a cat"])
+    inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    plain = reference_engine(open_model([tiny / "model"]), [Stage.TEXT_ENCODER]).load(Stage.TEXT_ENCODER)
+    assert np.array_equal(reference(inputs)["pooled"], plain(inputs)["pooled"])

@@ -10,7 +10,7 @@ from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.infer import infer_config
 from cascadekit.schemas.layouts import ORIGINAL_TO_DIFFUSERS, Layout, foreign_name, layout_of, stage_of
 from cascadekit.schemas.stages import Stage, Variant, variant_of
-from cascadekit.schemas.tensors import Shape, expected_tensors
+from cascadekit.schemas.tensors import Shape, expected_tensors, is_counter
 
 PAIRS = [
     ("original_stage_a", "diffusers_vqgan", Stage.VQGAN, Variant.FULL),
@@ -20,13 +20,13 @@ PAIRS = [
     ("original_stage_c_lite", "diffusers_prior_lite", Stage.PRIOR, Variant.LITE),
 ]
 ENCODERS = [("diffusers_text_encoder", Stage.TEXT_ENCODER), ("diffusers_image_encoder", Stage.IMAGE_ENCODER)]
-UNREAD = [
-    "original_controlnet_canny",
-    "original_controlnet_identity",
-    "original_controlnet_inpainting",
-    "original_controlnet_super_resolution",
-    "original_effnet_encoder",
-    "original_previewer",
+OURS = [  # neither diffusers nor transformers has a class for these
+    ("original_controlnet_canny", Stage.CONTROLNET_CANNY, "CascadeControlNet"),
+    ("original_controlnet_identity", Stage.CONTROLNET_IDENTITY, "CascadeControlNet"),
+    ("original_controlnet_inpainting", Stage.CONTROLNET_INPAINTING, "CascadeControlNet"),
+    ("original_controlnet_super_resolution", Stage.CONTROLNET_SUPER_RESOLUTION, "CascadeControlNet"),
+    ("original_effnet_encoder", Stage.EFFNET_ENCODER, "CascadeEffnetEncoder"),
+    ("original_previewer", Stage.PREVIEWER, "CascadePreviewer"),
 ]
 COMFYUI = [("comfyui_stage_b", "diffusers_decoder"), ("comfyui_stage_c", "diffusers_prior")]
 
@@ -38,7 +38,7 @@ def load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Shape]]:
 
 def test_every_catalog_file_is_tested(catalog_folder: Path) -> None:
     tested = {name for pair in PAIRS for name in pair[:2]}
-    tested |= {name for name, _ in ENCODERS} | set(UNREAD) | {name for name, _ in COMFYUI}
+    tested |= {name for name, _ in ENCODERS} | {name for name, _, _ in OURS} | {name for name, _ in COMFYUI}
     assert tested == {path.stem for path in catalog_folder.glob("*.json")}
 
 
@@ -87,15 +87,44 @@ def test_encoders(catalog_folder: Path, name: str, stage: Stage) -> None:
     assert from_json(stage, content["config"]) == config
 
 
-@pytest.mark.parametrize("name", UNREAD)
-def test_components_without_a_layout_of_their_own(catalog_folder: Path, name: str) -> None:
-    """They have one spelling, which no rule may touch, and are told apart from the stages."""
-    _, shapes = load(catalog_folder, name)
-    assert stage_of(shapes) is None
-    assert "Stable Cascade" in (foreign_name(shapes) or "")
+@pytest.mark.parametrize(("name", "stage", "class_name"), OURS)
+def test_components_with_one_spelling(catalog_folder: Path, name: str, stage: Stage, class_name: str) -> None:
+    """No rule may touch their names; their config.json holds the arguments of Stability's class and our class."""
+    content, shapes = load(catalog_folder, name)
+    assert stage_of(shapes) is stage
     for rules in ORIGINAL_TO_DIFFUSERS.values():
         assert {key: made.shape for key, made in rules.apply(shapes).items()} == shapes
         assert {key: made.shape for key, made in rules.inverse.apply(shapes).items()} == shapes
+    config = infer_config(stage, shapes)
+    assert (config.stage, variant_of(config)) == (stage, Variant.FULL)
+    assert expected_tensors(config) == shapes
+    published = content["config"]
+    published.pop("backbone", None)  # words of the catalog; the effnet encoder has one backbone only
+    written = json.loads(json.dumps(to_json(config)))
+    assert written == {"_class_name": class_name, **published}
+    assert from_json(stage, written) == config
+
+
+def test_step_counters_are_the_integers(catalog_folder: Path) -> None:
+    for name in ("original_stage_a", *(name for name, _, _ in OURS)):
+        content, _ = load(catalog_folder, name)
+        for key, spec in content["tensors"].items():
+            assert is_counter(key) == (spec["dtype"] == "I64"), key
+
+
+@pytest.mark.parametrize(
+    ("name", "convolution"),
+    [
+        ("original_controlnet_canny", ("backbone.0.0.weight", (24, 3, 3, 3))),  # as for qr codes, never released
+        ("original_controlnet_identity", ("backbone.0.weight", (64, 16, 3, 3))),
+        ("original_controlnet_super_resolution", ("backbone.0.weight", (16384, 512, 1, 1))),
+    ],
+)
+def test_controlnets_of_other_kinds(catalog_folder: Path, name: str, convolution: tuple[str, Shape]) -> None:
+    _, shapes = load(catalog_folder, name)
+    shapes.update([convolution])
+    assert stage_of(shapes) is None
+    assert "a ControlNet of no kind released" in (foreign_name(shapes) or "")
 
 
 @pytest.mark.parametrize(("name", "diffusers"), COMFYUI)
@@ -108,5 +137,3 @@ def test_unet_of_comfyui_files(catalog_folder: Path, name: str, diffusers: str) 
     stage = stage_of(unet)
     assert stage is not None
     assert {key: made.shape for key, made in ORIGINAL_TO_DIFFUSERS[stage].apply(unet).items()} == wanted
-    assert stage_of(shapes) is None
-    assert "ComfyUI" in (foreign_name(shapes) or "")

@@ -9,11 +9,23 @@ from cascadekit.schemas.bundle import parse_manifest
 from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.errors import CheckpointError, LayoutError
 from cascadekit.schemas.infer import infer_config
-from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, same_network, variant_of
+from cascadekit.schemas.stages import (
+    PRESETS,
+    ControlNetConfig,
+    EffnetEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+    Variant,
+    VQGANConfig,
+    same_network,
+    variant_of,
+)
 from cascadekit.schemas.tensors import expected_tensors
 
 PRIOR = PRESETS[Stage.PRIOR, Variant.LITE]
 DECODER = PRESETS[Stage.DECODER, Variant.LITE]
+CANNY = PRESETS[Stage.CONTROLNET_CANNY, Variant.FULL]
 
 ODD_UNETS = [
     dataclasses.replace(PRIOR, block_out_channels=(128, 320), num_attention_heads=(2, 5), conditioning_dim=96),
@@ -23,8 +35,15 @@ ODD_UNETS = [
     dataclasses.replace(PRIOR, timestep_conditioning_type=("sca",), clip_text_in_channels=99, kernel_size=5),
 ]
 
+ODD_OTHERS = [
+    VQGANConfig(3, 96, num_vq_embeddings=10),
+    EffnetEncoderConfig(c_latent=24),
+    PreviewerConfig(c_in=4, c_hidden=40, c_out=1),
+    ControlNetConfig(1, tuple(range(64)), c_proj=1536),
+]
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), *ODD_UNETS, VQGANConfig(3, 96, num_vq_embeddings=10)])
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), *ODD_UNETS, *ODD_OTHERS])
 def test_shapes_tell_the_config(config: NetworkConfig) -> None:
     assert same_network(infer_config(config.stage, expected_tensors(config)), config)
 
@@ -53,6 +72,32 @@ def test_a_fine_tune_is_custom() -> None:
 def test_refused_configs(change: dict[str, Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         from_json(Stage.PRIOR, {**to_json(PRIOR), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "CascadePreviewer"}, "expected class CascadeControlNet, found CascadePreviewer"),
+        ({"c_in": 4}, "describes a controlnet/inpainting"),
+        ({"c_in": 3}, "3 input channels .* none of the released"),
+        ({"c_in": {}}, "none of the released"),
+        ({"bottleneck_mode": "huge"}, "bottleneck_mode huge is none of the released"),
+        ({"proj_blocks": 8}, "config of the controlnet/canny"),
+        ({"proj_blocks": []}, "proj_blocks must be the numbers of different blocks"),
+        ({"proj_blocks": [0, 4, 4]}, "proj_blocks must be the numbers of different blocks"),
+        ({"proj_blocks": [0, "4"]}, "proj_blocks must be the numbers of different blocks"),
+    ],
+)
+def test_refused_controlnets(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        from_json(Stage.CONTROLNET_CANNY, {**to_json(CANNY), **change})
+
+
+def test_blocks_of_an_unreleased_number_of_projections_come_from_the_json_alone() -> None:
+    config = dataclasses.replace(CANNY, proj_blocks=(3, 1, 2))
+    with pytest.raises(LayoutError, match=r"has 3 projections.*\(proj_blocks\) is not in the file"):
+        infer_config(config.stage, expected_tensors(config))
+    assert from_json(config.stage, to_json(config)) == config
 
 
 def test_missing_fields_are_named() -> None:

@@ -17,7 +17,8 @@ from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, UNetConfig, Variant
 from cascadekit.schemas.tensors import expected_tensors
 
-REFERENCES = {key: config for key, config in PRESETS.items() if key[0] is not Stage.IMAGE_ENCODER}
+NETWORKS = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
+REFERENCES = {key: config for key, config in PRESETS.items() if key[0] in NETWORKS}
 TINY_VQGAN = PRESETS[Stage.VQGAN, Variant.TINY]
 TINY_PRIOR = PRESETS[Stage.PRIOR, Variant.TINY]
 SIZES = {"batch": 2, "height": 34, "width": 22, "effnet_height": 3, "effnet_width": 5, "tokens": 9, "images": 2}

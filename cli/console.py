@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .schemas.errors import CascadeError, UsageError
+from ..schemas.errors import CascadeError, UsageError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""Commands that measure this package on the machine at hand."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import PATH
+from .console import err, say, show_table
+
+if TYPE_CHECKING:
+    from ..converters.bench import Report
+
+NETWORKS = ("prior", "prior-lite", "decoder", "decoder-lite")
+CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
+
+
+@click.group()
+def bench() -> None:
+    """Measure this package on this machine; nothing is judged."""
+
+
+@bench.command()
+@click.option("--work", type=PATH, default=Path(), help="Folder on the disk to measure; the current one if not given.")
+@click.option(
+    "--network",
+    type=click.Choice([*NETWORKS, "tiny"]),  # tiny is for tests
+    default="prior-lite",
+    show_default=True,
+    metavar=f"[{'|'.join(NETWORKS)}]",
+    help="Network whose file is made up.",
+)
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Its dtype.")
+@click.option("--source", type=PATH, help="Measure with this checkpoint; none is made up then.")
+@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds.")
+@click.option("--cold", is_flag=True, help="Also with the source dropped from the page cache.")
+@click.option("--peer", is_flag=True, help="Also diffusers' from_single_file and save_pretrained.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def convert(
+    work: Path, network: str, dtype: str, source: Path | None, runs: int, cold: bool, peer: bool, as_json: bool
+) -> None:
+    """Measure conversions of a file of real size, beside cp and a cast in memory.
+
+    Takes disk space for the file and one output of it; all is removed at the end.
+
+    Example: cascadekit bench convert --network prior-lite --runs 5
+    """
+    from ..converters.bench import bench_convert
+
+    report = bench_convert(
+        work,
+        network=network,
+        dtype={"bf16": "BF16", "fp32": "F32"}[dtype],
+        source=source,
+        runs=runs,
+        cold=cold,
+        peer=peer,
+        say=lambda text: err.print(text, markup=False),
+    )
+    if as_json:
+        say(json.dumps(report.to_json(), indent=2))
+    else:
+        _print(report)
+
+
+def _print(report: "Report") -> None:
+    content = report.to_json()
+    for line in _surroundings(content):
+        say(line)
+    say("")
+    show_table("", CASE_COLUMNS, (_case_row(name, case) for name, case in content["cases"].items()))
+    say("")
+    ratios = report.ratios()
+    rounds = max(map(len, ratios.values()))
+    columns = ("ratio of seconds", "median", *(f"round {number}" for number in range(1, rounds + 1)))
+    show_table("", columns, ([name, *_numbers([median(each), *each])] for name, each in ratios.items()))
+
+
+def _surroundings(content: dict[str, Any]) -> Iterator[str]:
+    machine, source = content["machine"], content["source"]
+    load = machine["load_average"]
+    yield f"processor: {machine['cpu']}, {machine['cores_usable']} of {machine['cores']} cores usable"
+    yield f"memory: {machine['memory_bytes'] / 1e9:.1f} GB; system: {machine['system']}"
+    yield f"disk: {machine['file_system']} on {machine['device']}, {machine['free_bytes'] / 1e9:.1f} GB free"
+    versions = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
+    yield f"software: {machine['python']}, {versions}, {machine['cp']}"
+    yield f"load average: {load['before']:.2f} before, {load['after']:.2f} after"
+    yield (
+        f"source: {source['file']}: {source['component']} ({source['variant']}, {source['layout']} layout), "
+        f"{source['dtype']}, {source['tensors']} tensors, {source['bytes'] / 1e6:.1f} MB"
+    )
+    yield (
+        "MB/s are of the source; every output is flushed to disk within the time. Peak memory counts mapped files, "
+        f"and {content['floor_rss_bytes'] / 1e6:.0f} MB are what a process that does nothing shows. "
+        "cached: the share of the source in the page cache before."
+    )
+
+
+def _case_row(name: str, case: dict[str, Any]) -> list[str]:
+    speed = case["megabytes_per_second"]
+    cached = [share for share in case["cached"] if share is not None]
+    return [
+        name,
+        *_numbers([case["median"], case["min"], case["max"]]),
+        f"{speed:.0f}" if speed is not None else "-",
+        f"{case['peak_rss_bytes'] / 1e6:.0f}",
+        f"{median(cached):.0%}" if cached else "?",
+        case["what"],
+    ]
+
+
+def _numbers(values: list[float]) -> list[str]:
+    return [f"{value:.3f}" for value in values]

@@ -1,0 +1,167 @@
+"""Commands that read and rewrite checkpoints."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..schemas.errors import LayoutError
+from ..schemas.folders import parse_size
+from ..schemas.layouts import Layout, can_become
+from .common import PATH, all_local, maybe_local
+from .console import FAILED, byte_progress, note, say, show_table
+
+if TYPE_CHECKING:
+    from ..converters.identify import Component
+
+INSPECT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")
+
+
+def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    try:
+        return parse_size(value) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command()
+@click.argument("path", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what a file or folder holds, from its headers alone.
+
+    On the Hub only headers are transferred: cascadekit inspect hf://stabilityai/stable-cascade
+
+    Example: cascadekit inspect stage_c_lite_bf16.safetensors
+    """
+    from ..converters.hub import is_hub
+    from ..converters.model import open_model
+    from ..converters.provenance import licence_fields
+
+    if is_hub(path):
+        components = _remote_components(path)
+    else:
+        model = open_model([path])
+        components = list(model.components.values())
+        for text in model.notes:
+            note(text)
+    if as_json:
+        say(json.dumps([_described(component) for component in components], indent=2))
+    else:
+        show_table("", INSPECT_COLUMNS, map(_inspect_row, components))
+        for component in components:
+            say(f"{component.stage}: can become {', '.join(can_become(component.stage))}")
+            for line in component.problems.lines():
+                say(f"{component.path}: {line}")
+            for key, text in licence_fields(component.metadata).items():
+                say(f"{component.stage}: {key}: {text}")
+    if any(component.problems for component in components):
+        raise SystemExit(FAILED)
+
+
+def _remote_components(source: Path) -> "list[Component]":
+    """The components on the Hub, by their headers alone; a folder's unknown files are noted and passed over."""
+    from ..converters.hub import remote_headers
+    from ..converters.identify import identify_parts
+
+    components: list[Component] = []
+    refused: list[LayoutError] = []
+    for header in remote_headers(source):
+        try:
+            components += identify_parts(header).components
+        except LayoutError as error:
+            refused.append(error)
+    if not components and refused:
+        raise refused[0]
+    for reason in refused:
+        note(str(reason))
+    return components
+
+
+def _described(component: "Component") -> dict[str, Any]:
+    from ..converters.provenance import licence_fields
+    from ..schemas.config_json import to_json
+
+    return {
+        "path": str(component.path),
+        "component": component.stage,
+        "layout": component.layout,
+        "variant": component.variant,
+        "dtypes": component.dtypes,
+        "tensors": len(component.tensors),
+        "parameters": component.parameters,
+        "problems": component.problems.lines(),
+        "can_become": can_become(component.stage),
+        "config": to_json(component.config),
+        "licence": licence_fields(component.metadata),
+        "metadata": component.metadata,
+    }
+
+
+def _inspect_row(c: "Component") -> tuple[str, ...]:
+    problems = str(sum(map(len, vars(c.problems).values()))) if c.problems else "none"
+    return c.stage, c.layout, c.variant, ", ".join(c.dtypes), f"{c.parameters:,}", problems, str(c.path)
+
+
+DTYPES = {"keep": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+@click.command()
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors file.")
+@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
+@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder: a Hugging Face folder or file.")
+@click.option("--image-encoder", type=PATH, help="CLIP L image encoder: a Hugging Face folder or file.")
+@click.option("--dtype", type=click.Choice([*DTYPES]), default="keep", show_default=True, help="Cast the weights.")
+@click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
+@click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")
+@click.option("--lite", is_flag=True, help="Take prior_lite/ and decoder_lite/ where a folder has both sizes.")
+@click.option("--ema", is_flag=True, help="Take averaged weights where a file has trained ones too.")
+@click.option("--as-variant", default="", help="Variant to put into the names of diffusers files, such as bf16.")
+@click.option("--shard-size", callback=_parse_shard_size, help="Cut larger diffusers components, e.g. 10GB.")
+@click.option("--combined", is_flag=True, help="Folders of StableCascadeCombinedPipeline (diffusers).")
+@click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+def convert(
+    sources: tuple[Path, ...],
+    output: Path,
+    to: str,
+    text_encoder: Path | None,
+    image_encoder: Path | None,
+    dtype: str,
+    allow_overflow: bool,
+    variant: str | None,
+    lite: bool,
+    ema: bool,
+    as_variant: str,
+    shard_size: int | None,
+    combined: bool,
+    canonical: bool,
+    force: bool,
+) -> None:
+    """Rewrite checkpoints in another layout; without --dtype, bit for bit the same weights.
+
+    Example: cascadekit convert stage_a.safetensors stage_b.safetensors stage_c.safetensors
+    --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers
+    """
+    from ..converters.arrange import Target
+    from ..converters.checkpoint import convert as run
+    from ..converters.model import Choice
+
+    paths = all_local(sources, variant, lite=lite)
+    encoders = {"text_encoder": maybe_local(text_encoder), "image_encoder": maybe_local(image_encoder)}
+    with byte_progress() as start_file:
+        done = run(
+            paths,
+            output,
+            Target(Layout(to), DTYPES[dtype], as_variant, shard_size, combined, canonical),
+            **encoders,
+            choice=Choice(variant, lite, ema),
+            allow_overflow=allow_overflow,
+            force=force,
+            start_file=start_file,
+        )
+    for text in done.notes:
+        note(text)
+    say(f"wrote {output} ({', '.join(map(str, done.files)) or to})")

@@ -1,0 +1,28 @@
+"""Option types that several commands share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from .console import note
+
+PATH = click.Path(path_type=Path)
+STAGES = click.Choice(["text_encoder", "prior", "decoder", "vqgan"])
+
+
+def local(source: Path, variant: str | None = None, *, lite: bool = False) -> Path:
+    """Where a source lies on this machine; what is named hf://... is downloaded first."""
+    from ..converters.hub import fetch, is_hub
+
+    return fetch(source, note, variant=variant, lite=lite) if is_hub(source) else source
+
+
+def all_local(sources: Sequence[Path], variant: str | None = None, *, lite: bool = False) -> list[Path]:
+    """`local` for each of several."""
+    return [local(source, variant, lite=lite) for source in sources]
+
+
+def maybe_local(source: Path | None) -> Path | None:
+    """`local` for an option that may be left out."""
+    return local(source) if source is not None else None

@@ -1,0 +1,47 @@
+"""The command that takes a tiny cascade down the whole road."""
+
+import json
+from pathlib import Path
+
+import click
+
+from ..schemas.layouts import Layout
+from .bundles import print_report, run_verify
+from .common import PATH
+from .console import FAILED, say
+
+
+@click.command()
+@click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder to make.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+def demo(output: Path, force: bool) -> None:
+    """Take a tiny cascade down the whole road: original files, model folder, bundle, image, parity.
+
+    Example: cascadekit demo -o demo
+    """
+    from ..converters.checkpoint import convert as run_convert
+    from ..converters.export import export as run_export
+    from ..converters.model import open_model
+    from ..converters.outputs import staged_output
+    from ..converters.tiny import write_tiny_cascade
+    from ..runtime.images import save_png
+    from ..runtime.pipeline import Cascade
+
+    with staged_output(output, force=force) as folder:
+        say("original/    a tiny cascade in Stability's layout")
+        write_tiny_cascade(folder / "original")
+        say("model/       converted to a model folder")
+        run_convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
+        say("bundle/      exported to ONNX")
+        run_export(open_model([folder / "model"]), folder / "bundle")
+        say("image.png    generated with ONNX Runtime")
+        with Cascade.open(folder / "bundle") as cascade:
+            result = cascade.generate("a tiny cascade", seed=0)
+        save_png(folder / "image.png", result.images[0], result.settings[0])
+        say("parity.json  compared with PyTorch")
+        report = run_verify(folder / "bundle", folder / "model")
+        (folder / "parity.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    print_report(report)
+    say(f"image: {output / 'image.png'}\nparity table: {output / 'parity.json'}")
+    if not report:
+        raise SystemExit(FAILED)

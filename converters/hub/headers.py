@@ -1,0 +1,81 @@
+"""Headers of safetensors files on the Hub, read by range requests without the rest of the files."""
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from ...schemas.errors import CascadeError, CheckpointError, UsageError
+from ..safetensors_file import MAX_HEADER_BYTES, Header, read_header
+from .errors import explaining, unreachable
+from .repository import from_cache, list_files
+from .select import weights_below
+from .source import WEIGHTS, HubPath, HubSource, parse
+from .transfer import ask, blocks
+
+FIRST_BYTES = 64  # the header's length, and enough to tell what a file is that has none
+
+
+def remote_header(source: str | Path) -> Header:
+    """The header of one safetensors file on the Hub, as strictly checked as a local one; of the file's bytes only
+    those of the header are transferred. Without a connection the cache stands in.
+
+    Raises UsageError when there is no such file, CheckpointError when it cannot be had or is damaged."""
+    wanted = parse(source)
+    if not wanted.is_file:
+        raise UsageError(f"{wanted}: expected one {WEIGHTS} file")
+    return remote_headers(source)[0]
+
+
+def remote_headers(source: str | Path) -> tuple[Header, ...]:
+    """The headers of all safetensors files at a source on the Hub, in the order of their names (see remote_header).
+
+    Raises UsageError when there is none or there are more than MAX_HEADERS, CheckpointError as remote_header does."""
+    wanted = parse(source)
+    with explaining(wanted):
+        try:
+            names = [wanted.path] if wanted.is_file else weights_below(wanted, list_files(wanted))
+            with ThreadPoolExecutor(8) as pool:
+                return tuple(pool.map(_read_remote, [replace(wanted, path=name) for name in names]))
+        except unreachable() as error:
+            found = from_cache(wanted, error)
+            paths = sorted(found.rglob(f"*{WEIGHTS}")) if found.is_dir() else [found]
+            return tuple(map(read_header, paths))
+
+
+def _read_remote(wanted: HubSource) -> Header:
+    """The header of the file at `wanted`. It is laid out as the beginning of an otherwise empty file of the same
+    size, which takes no space, so that one reader does all the checks."""
+    head, size = _read_range(wanted, 0, FIRST_BYTES)
+    length = int.from_bytes(head[:8], "little")
+    if FIRST_BYTES < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
+        rest, size_then = _read_range(wanted, FIRST_BYTES, 8 + length)
+        if size_then != size or len(head + rest) < 8 + length:
+            raise CheckpointError(f"{wanted}: changed or was cut off while it was read; try again")
+        head += rest
+    shown = HubPath(str(wanted))
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = Path(folder, "header")
+        stand_in.write_bytes(head)
+        try:
+            os.truncate(stand_in, size)
+            header = read_header(stand_in)
+        except (OSError, OverflowError) as error:
+            raise CheckpointError(f"{wanted}: the server says it has {size} bytes") from error
+        except CascadeError as error:
+            raise type(error)(str(error).replace(str(stand_in), str(shown))) from error
+    tensors = {name: replace(tensor, path=shown) for name, tensor in header.tensors.items()}
+    return replace(header, path=shown, tensors=tensors)
+
+
+def _read_range(wanted: HubSource, start: int, stop: int) -> tuple[bytes, int]:
+    """Bytes `start` to `stop` of a file, fewer where it ends, and the size of the whole."""
+    with ask(wanted, start, stop) as answer:
+        ranged = answer.status_code in (206, 416)
+        said = answer.headers
+        size = said.get("Content-Range", "").rpartition("/")[2] if ranged else said.get("Content-Length", "")
+        if not size.isdecimal():
+            raise CheckpointError(f"{wanted}: the server does not say how long the file is")
+        skip = 0 if ranged else start
+        return b"".join(blocks(answer, stop - start + skip))[skip:], int(size)

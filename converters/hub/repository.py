@@ -1,0 +1,73 @@
+"""What a repository holds: as the Hub lists it, or as the cache has it when the Hub cannot be reached."""
+
+import glob
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..provenance import MAX_BYTES, is_provenance_name
+from .select import base_name, select
+from .source import HubSource
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as the Hub lists it at a commit; `sha256` of its content if it is stored as a large file."""
+
+    name: str
+    commit: str
+    size: int
+    sha256: str | None
+
+
+def list_files(wanted: HubSource) -> dict[str, File]:
+    from huggingface_hub import HfApi, constants
+
+    try:
+        info = HfApi().model_info(
+            wanted.repo, revision=wanted.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a description of a repository ({error!r})") from error
+    files = {}
+    for one in info.siblings or ():
+        name, size, digest = one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else ""
+        sha256 = digest if re.fullmatch("[0-9a-f]{64}", digest) else None
+        if not (is_provenance_name(base_name(name)) and size > MAX_BYTES):
+            files[name] = File(name, info.sha or wanted.revision, size, sha256)
+    return files
+
+
+def from_cache(wanted: HubSource, error: Exception, variant: str | None = None, lite: bool = False) -> Path:
+    """What `fetch` returned when there was a connection; raises `error` when it is not, or not all, in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
+        raise error  # the Hub was asked and said no
+    try:
+        names = _cached_names(wanted)
+        needed = select(names, wanted, variant, lite) if names else ()
+        patterns = [glob.escape(name) for name in needed if not is_provenance_name(base_name(name))]
+        snapshot = snapshot_download(
+            wanted.repo, revision=wanted.revision, local_files_only=True, allow_patterns=patterns or None
+        )
+    except LocalEntryNotFoundError:
+        raise error from None
+    path = Path(snapshot, wanted.path)
+    if not path.exists():
+        raise error
+    return path
+
+
+def _cached_names(wanted: HubSource) -> list[str]:
+    """The files that the repository had when it was last listed, as far as huggingface_hub keeps that."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return []  # early 1.x
+    try:
+        return [file.path for file in get_cached_repo_tree(wanted.repo, revision=wanted.revision)]
+    except CachedRepoTreeNotFoundError:
+        return []

@@ -1,0 +1,128 @@
+"""Which files of a repository are taken, by their names alone."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+
+from ...schemas.errors import UsageError
+from ...schemas.folders import COMBINED_FOLDERS, PLACES, STEMS, TOKENIZER_FOLDERS, VARIANTS, weights_names
+from ..provenance import is_provenance_name
+from .source import PICKLES, WEIGHTS, HubSource, is_plain
+
+OTHER_FOLDERS = (
+    *TOKENIZER_FOLDERS,
+    *COMBINED_FOLDERS.values(),
+    "scheduler",
+    "prior_scheduler",
+    "feature_extractor",
+    "prior_feature_extractor",
+)
+TOKENIZER_TEXTS = ("merges.txt", "vocab.txt")
+MAX_HEADERS = 64  # files of one repository whose headers are read; Stable Cascade has about twenty
+
+
+def select(files: Iterable[str], wanted: HubSource, variant: str | None = None, lite: bool = False) -> tuple[str, ...]:
+    """Of the `files` of a repository those to fetch for a model at `wanted`.
+
+    Raises UsageError when there are no weights, or several of a stage with nothing to choose by."""
+    names = sorted(name for name in files if is_plain(name))
+    if wanted.is_file:
+        chosen = {wanted.path} & set(names)
+        folders = {""}
+    else:
+        below = _below(names, wanted.path)
+        folders = _component_folders(below, lite)
+        found = sorted(_model_files(below, folders, variant))
+        _refuse_doubles(wanted, found)
+        chosen = {_join(wanted.path, name) for name in found}
+    if not any(name.endswith(WEIGHTS) for name in chosen):
+        raise UsageError(_nothing_there(names, wanted))
+    homes = {_join(wanted.path, folder) for folder in folders}
+    homes |= {str(parent) if parent.name else "" for parent in PurePosixPath(wanted.path, "x").parents}
+    papers = {name for name in names if _folder(name) in homes and is_provenance_name(base_name(name))}
+    return tuple(sorted(chosen | papers))
+
+
+def weights_below(wanted: HubSource, files: Iterable[str]) -> list[str]:
+    names = sorted(name for name in files if is_plain(name))
+    found = [_join(wanted.path, name) for name in _below(names, wanted.path) if name.endswith(WEIGHTS)]
+    if not found:
+        raise UsageError(_nothing_there(names, wanted))
+    if len(found) > MAX_HEADERS:
+        raise UsageError(f"{wanted}: holds {len(found)} {WEIGHTS} files, too many to look into; name a folder or file")
+    return found
+
+
+def base_name(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _component_folders(names: list[str], lite: bool) -> set[str]:
+    """The folders of a model that hold components, "" when the folder is itself one."""
+    if "config.json" in names:
+        return {""}
+    filled = {_folder(name) for name in names}
+    chosen: dict[str, str] = {}
+    for place in sorted(PLACES, key=lambda place: place.lite != lite):
+        if place.folder in filled:
+            chosen.setdefault(place.stage, place.folder)
+    return set(chosen.values())
+
+
+def _model_files(names: list[str], folders: set[str], variant: str | None) -> Iterator[str]:
+    """What a model is read from, of the files of its folder; see model.open_model for how."""
+    for folder in folders:
+        inside = [base_name(name) for name in names if _folder(name) == folder]
+        yield from (_join(folder, name) for name in _component_weights(inside, variant))
+    if "" not in folders and "model_index.json" not in names:  # where one lies, other files are other layouts
+        yield from (name for name in names if _folder(name) in ("", "controlnet") and name.endswith(WEIGHTS))
+    known = folders | {"", *OTHER_FOLDERS}
+    for name in names:
+        index = ".index" in name  # only that of the shards taken is wanted
+        if _folder(name) in known and ((name.endswith(".json") and not index) or base_name(name) in TOKENIZER_TEXTS):
+            yield name
+
+
+def _component_weights(names: list[str], variant: str | None) -> list[str]:
+    """The one file, or the index and shards, of a component's folder in the order model.open_model looks."""
+    for one in VARIANTS if variant is None else (variant,):
+        for stem in STEMS:
+            single, index = weights_names(stem, one)
+            if single in names:
+                return [single]
+            if index in names:
+                shard = re.compile(re.escape(single.removesuffix(WEIGHTS)) + r"-\d{5}-of-\d{5}" + re.escape(WEIGHTS))
+                return [index, *filter(shard.fullmatch, names)]
+    return []
+
+
+def _refuse_doubles(wanted: HubSource, names: Iterable[str]) -> None:
+    """Stability's repository has every stage in four files; all of them would be 40 GB and no model."""
+    for stage in ("stage_a", "stage_b", "stage_c"):
+        found = [name for name in names if name.startswith(stage) and name.endswith(WEIGHTS)]
+        if len(found) > 1:
+            raise UsageError(
+                f"{wanted}: {', '.join(found)} are all the same stage; name one, as in {wanted}/{found[0]}"
+            )
+
+
+def _nothing_there(names: list[str], wanted: HubSource) -> str:
+    below = names if wanted.is_file else _below(names, wanted.path)
+    if any(name.endswith(PICKLES) for name in below) and not any(name.endswith(WEIGHTS) for name in below):
+        return f"{wanted}: only pickled weights, which may run code when opened; find one that has {WEIGHTS} files"
+    have = [name for name in names if name.endswith(WEIGHTS)]
+    shown = ", ".join(have[:8]) + (f" and {len(have) - 8} more" if len(have) > 8 else "")
+    what = "no such file" if wanted.is_file else "no model's weights here"
+    return f"{wanted}: {what}; the repository has {shown or f'no {WEIGHTS} file'}"
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _join(folder: str, name: str) -> str:
+    return "/".join(part for part in (folder, name) if part)
+
+
+def _below(names: Iterable[str], folder: str) -> list[str]:
+    return [name[len(folder) :].lstrip("/") for name in names if not folder or name.startswith(f"{folder}/")]

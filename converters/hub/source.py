@@ -1,0 +1,70 @@
+"""How a source on the Hub is spelled, and the parts of it: hf://owner/repo[@revision][/path]."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from ...schemas.errors import UsageError
+
+FORM = "hf://owner/repo[@revision][/path]"
+WEIGHTS = ".safetensors"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of models on the Hub, or a file or folder in it."""
+
+    repo: str
+    revision: str = "main"
+    path: str = ""
+
+    def __str__(self) -> str:
+        revision = "" if self.revision == "main" else f"@{self.revision}"
+        return f"hf://{self.repo}{revision}" + (f"/{self.path}" if self.path else "")
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.endswith(WEIGHTS)
+
+
+class HubPath(type(Path())):  # type: ignore[misc]  # the base is PosixPath or WindowsPath
+    """The path of something on the Hub, for messages: keeps the two slashes that pathlib makes one."""
+
+    def __str__(self) -> str:
+        return re.sub("^hf:/+", "hf://", super().__str__().replace("\\", "/"))
+
+
+def is_hub(source: str | Path) -> bool:
+    """Whether `source` is spelled as one on the Hub, also by way of a Path, which has hf:/ in it."""
+    return _spelling(source).startswith("hf:")
+
+
+def parse(source: str | Path) -> HubSource:
+    """The parts of an hf:// source; a revision with slashes is written with %2F, refs/pr/1 also as it is.
+
+    Raises UsageError when it is malformed."""
+    text = _spelling(source)
+    match = re.fullmatch(
+        r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(/(?P<path>.*))?", text
+    )
+    if not match:
+        raise UsageError(f"{text}: expected {FORM}, such as hf://stabilityai/stable-cascade/stage_c.safetensors")
+    if match["repo"].startswith(("datasets/", "spaces/", "kernels/", "buckets/")):
+        raise UsageError(f"{text}: {match['repo'].split('/')[0]} hold no models; expected {FORM}")
+    path = (match["path"] or "").rstrip("/")
+    if path and not is_plain(path):
+        raise UsageError(f"{text}: {path} is not a path in a repository; expected {FORM}")
+    if path.lower().endswith(PICKLES):
+        raise UsageError(f"{text}: a pickle, which may run code when opened; name a {WEIGHTS} file or a folder")
+    return HubSource(match["repo"], unquote(match["revision"] or "main"), path)
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path in a repository stays in it; the names come from the user or from a server."""
+    return "\\" not in path and not {"", ".", ".."} & set(path.split("/"))
+
+
+def _spelling(source: str | Path) -> str:
+    return source.as_posix() if isinstance(source, Path) else source

@@ -1,0 +1,200 @@
+"""What one module of a LoRA is: an algorithm, its factors, alpha, and for DoRA the magnitudes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from ...schemas.errors import LayoutError
+from ...schemas.lora import Algorithm
+from ...schemas.tensors import Shape
+from .factors import Factor, reshaped, rows
+
+# What each algorithm is known by, and the names its factors may have.
+FACTOR_NAMES: Mapping[Algorithm, tuple[str, ...]] = {
+    Algorithm.LORA: ("lora_up", "lora_down", "lora_mid"),
+    Algorithm.LOHA: ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    Algorithm.LOKR: ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+}
+
+# The sets of factors that are whole; each tuple's pieces may be chosen freely, one of each.
+WHOLE: Mapping[Algorithm, tuple[tuple[frozenset[str], ...], ...]] = {
+    Algorithm.LORA: (
+        (frozenset({"lora_up", "lora_down"}),),
+        (frozenset(), frozenset({"lora_mid"})),
+    ),
+    Algorithm.LOHA: (
+        (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
+        (frozenset(), frozenset({"hada_t1", "hada_t2"})),
+    ),
+    Algorithm.LOKR: (
+        (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"})),
+        (
+            frozenset({"lokr_w2"}),
+            frozenset({"lokr_w2_a", "lokr_w2_b"}),
+            frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+        ),
+    ),
+}
+
+
+class Axis(StrEnum):
+    """Along which a DoRA has one magnitude each: output rows (PEFT), or input columns (kohya's default)."""
+
+    OUTPUT = "output"
+    INPUT = "input"
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """DoRA's learned norms, flat: one for each output row or input column of the weight."""
+
+    factor: Factor
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The change of one weight of `shape`. `factors` go by LyCORIS' names; without alpha, the rank stands for it."""
+
+    algorithm: Algorithm
+    factors: Mapping[str, Factor]
+    alpha: float | None
+    shape: Shape
+    magnitude: Magnitude | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """None for a LoKr of two whole matrices, which is not scaled either."""
+        for name in ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+            if name in self.factors:
+                return self.factors[name].shape[0]
+        return None
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by: alpha / rank."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+
+def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shape) -> Adapter:
+    """An adapter for a weight of `shape` from the factors found for it; alpha 0 counts as missing.
+
+    Raises LayoutError, saying what is missing or which shape does not fit."""
+    names = {name for name in factors if name not in ("dora_scale", "magnitude")}
+    algorithm = _algorithm(names)
+    own = {name: factors[name] for name in FACTOR_NAMES[algorithm] if name in names}
+    _check_complete(algorithm, names)
+    adapter = Adapter(algorithm, own, alpha or None, shape, _magnitude(factors, shape))
+    if adapter.rank == 0:
+        raise LayoutError("its rank is 0")
+    made = _made_shape(adapter)
+    if made[0] != shape[0] or math.prod(made) != math.prod(shape):
+        raise LayoutError(f"expected factors of a weight {list(shape)}, found those of {list(made)}")
+    return _with_weight_axes(adapter)
+
+
+def _algorithm(names: set[str]) -> Algorithm:
+    found = [algorithm for algorithm, own in FACTOR_NAMES.items() if names & set(own)]
+    if len(found) != 1:
+        what = " and ".join(found) if found else "neither factors of LoRA, LoHa nor LoKr"
+        raise LayoutError(f"expected the factors of one algorithm, found {what}")
+    return found[0]
+
+
+def _check_complete(algorithm: Algorithm, names: set[str]) -> None:
+    wholes: list[frozenset[str]] = [frozenset()]
+    for choices in WHOLE[algorithm]:
+        wholes = [whole | choice for whole in wholes for choice in choices]
+    if frozenset(names) not in wholes:
+        nearest = min(wholes, key=lambda whole: len(whole ^ names))
+        raise LayoutError(f"expected {' + '.join(sorted(nearest))}, found {' + '.join(sorted(names))}")
+
+
+def _made_shape(adapter: Adapter) -> Shape:
+    """Shape of the weight that the factors make, flattened to rows and the rest, checked for fitting each other."""
+    shapes = {name: factor.shape for name, factor in adapter.factors.items()}
+    match adapter.algorithm:
+        case Algorithm.LORA:
+            return _product(shapes, "lora_up", "lora_down", "lora_mid", transposed=False)
+        case Algorithm.LOHA:
+            first = _product(shapes, "hada_w1_a", "hada_w1_b", "hada_t1")
+            second = _product(shapes, "hada_w2_a", "hada_w2_b", "hada_t2")
+            if first != second:
+                raise LayoutError(f"expected two products of one shape, found {list(first)} and {list(second)}")
+            return first
+        case Algorithm.LOKR:
+            one = _matrix(shapes, "lokr_w1", "lokr_w1_a", "lokr_w1_b", "")
+            two = _matrix(shapes, "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+            return one[0] * two[0], one[1] * two[1]
+
+
+def _matrix(shapes: Mapping[str, Shape], whole: str, a: str, b: str, core: str) -> Shape:
+    if whole in shapes:
+        shape = shapes[whole]
+        if len(shape) < 2:
+            raise LayoutError(f"expected {whole} to be a matrix, found shape {list(shape)}")
+        return shape[0], math.prod(shape[1:])
+    return _product(shapes, a, b, core)
+
+
+def _product(shapes: Mapping[str, Shape], a: str, b: str, core: str, *, transposed: bool = True) -> Shape:
+    """Rows and columns of a @ b, or with Tucker's core [r, s, kh, kw] of core ×₁ a ×₂ b, where `a` lies transposed
+    in all algorithms but LoRA."""
+    left, right = shapes[a], shapes[b]
+    if len(left) < 2 or len(right) < 2 or math.prod(left[2:]) != 1:
+        raise LayoutError(f"expected {a} and {b} to be matrices, found {list(left)} and {list(right)}")
+    if core not in shapes:
+        if left[1] != right[0]:
+            raise LayoutError(
+                f"expected one rank, found {left[1]} in {a} {list(left)} and {right[0]} in {b} {list(right)}"
+            )
+        return left[0], math.prod(right[1:])
+    out, rank = (left[1], left[0]) if transposed else (left[0], left[1])
+    middle = shapes[core]
+    if len(middle) < 2 or middle[:2] != (rank, right[0]) or math.prod(right[2:]) != 1:
+        raise LayoutError(f"expected {core} to begin with [{rank}, {right[0]}], found {list(middle)}")
+    return out, right[1] * math.prod(middle[2:])
+
+
+def _with_weight_axes(adapter: Adapter) -> Adapter:
+    """A plain LoRA's factors with as many axes as the weight: [r, in(, h, w)] and [out, r(, 1, 1)]."""
+    if adapter.algorithm is not Algorithm.LORA or "lora_mid" in adapter.factors:
+        return adapter
+    down, up = adapter.factors["lora_down"], adapter.factors["lora_up"]
+    rank, rest = down.shape[0], adapter.shape[1:]
+    up = reshaped(up, (up.shape[0], rank, *(1 for _ in rest[1:])))
+    return replace(adapter, factors={"lora_up": up, "lora_down": reshaped(down, (rank, *rest))})
+
+
+def _magnitude(factors: Mapping[str, Factor], shape: Shape) -> Magnitude | None:
+    factor = factors.get("magnitude", factors.get("dora_scale"))
+    if factor is None:
+        return None
+    by_output = "magnitude" in factors or factor.shape[:1] == shape[:1]
+    axis, expected = (Axis.OUTPUT, shape[0]) if by_output else (Axis.INPUT, shape[1])
+    if math.prod(factor.shape) != expected or max(factor.shape, default=1) != expected:
+        raise LayoutError(f"expected DoRA magnitudes for a weight {list(shape)}, found shape {list(factor.shape)}")
+    return Magnitude(reshaped(factor, (expected,)), axis)
+
+
+def split_rows(adapter: Adapter, parts: int) -> list[Adapter]:
+    """The adapters of `parts` equal cuts through the weight's rows; their factors are cuts of this one's.
+
+    Raises LayoutError where the algorithm does not allow it: LoKr, Tucker cores, DoRA along the inputs."""
+    height = adapter.shape[0] // parts
+    by_row = {Algorithm.LORA: ("lora_up",), Algorithm.LOHA: ("hada_w1_a", "hada_w2_a")}.get(adapter.algorithm)
+    tucker = {"lora_mid", "hada_t1"} & adapter.factors.keys()
+    magnitude = adapter.magnitude
+    if by_row is None or tucker or (magnitude and magnitude.axis is Axis.INPUT):
+        raise LayoutError(
+            f"expected a change that can be cut into {parts} blocks of rows (LoRA, LoHa), found {adapter.algorithm}"
+            + (" with DoRA magnitudes of the inputs" if magnitude else "")
+        )
+    cuts = []
+    for part in range(parts):
+        start, stop = part * height, (part + 1) * height
+        factors = {n: rows(f, start, stop) if n in by_row else f for n, f in adapter.factors.items()}
+        cut = replace(magnitude, factor=rows(magnitude.factor, start, stop)) if magnitude else None
+        cuts.append(Adapter(adapter.algorithm, factors, adapter.alpha, (height, *adapter.shape[1:]), cut))
+    return cuts

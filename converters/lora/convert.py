@@ -1,0 +1,155 @@
+"""Converts LoRA files between formats without changing what they do to a weight."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...schemas.errors import ConversionError, UsageError
+from ...schemas.lora import LoraFormat, Target
+from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+from ..model import open_model
+from ..outputs import staged_output
+from .adapters import Adapter
+from .factors import Factor
+from .lora_file import Embedding, Lora, listed
+from .peft_config import CONFIG_NAME, METADATA_KEY, settings
+from .pieces import factor_pieces, write_pieces
+from .reader import FOLDER_NAMES, open_lora
+from .stability import DEFAULT_FILTERS, stability_tensors
+from .styles import STYLES, Alpha, Style, named_tensors, unfit
+
+# Metadata that says how or for whom the old file was written, and hashes of it.
+STALE_METADATA = (
+    METADATA_KEY,
+    "modelspec.architecture",
+    "modelspec.hash_sha256",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)
+
+
+@dataclass(frozen=True)
+class LoraConversion:
+    """What was written: modules changed, keys of the file, and what the user should know."""
+
+    output: Path
+    modules: int
+    notes: tuple[str, ...]
+
+
+def convert_lora(
+    source: str | Path,
+    output: str | Path,
+    to: str | LoraFormat,
+    *,
+    against: str | Path | None = None,
+    module_filters: Sequence[str] = DEFAULT_FILTERS,
+    alpha: float | None = None,
+    drop: bool = False,
+    force: bool = False,
+) -> LoraConversion:
+    """Write the LoRA at `source` in the format `to`; every weight's change stays the same.
+
+    Factors are copied byte for byte where the target keeps alpha; where it does not (diffusers, Stability), alpha is
+    multiplied into lora_up in F32. For peft, `output` may be a folder (adapter_config.json and weights) or a file
+    (the settings go into its metadata). `against` is the checkpoint it is for, where it is none of the released ones.
+
+    Raises ConversionError, listing it, when the target cannot hold a part, unless `drop` allows leaving it out."""
+    output, to = Path(output), _target_format(to)
+    lora = open_lora(source, networks_of(against), module_filters=module_filters, alpha=alpha)
+    tensors, lost = _tensors(lora, to, module_filters)
+    if lost and (not drop or not tensors):
+        raise ConversionError(
+            f"{lora.path}: {to} cannot hold {len(lost)} parts of it:\n  {listed(lost)}\n"
+            + ("Leave them out with --drop, or choose another format" if tensors else "Nothing else is in it")
+        )
+    metadata = _metadata(lora, to)
+    folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
+    if output.suffix != ".safetensors" and not folder:
+        raise UsageError(f"{output}: expected a name ending in .safetensors")
+    with staged_output(output, force=force) as staged:
+        if folder:
+            staged.mkdir()
+            (staged / CONFIG_NAME).write_text(metadata[METADATA_KEY] + "\n", encoding="utf-8")
+        weights = staged / FOLDER_NAMES[0] if folder else staged
+        write_pieces(weights, {name: factor_pieces(factor) for name, factor in tensors.items()}, metadata)
+    return LoraConversion(output, len(lora.adapters), (*lora.notes, *(f"left out: {part}" for part in lost)))
+
+
+def networks_of(checkpoint: str | Path | None) -> list[NetworkConfig]:
+    """The configs of the UNets and text encoder at a path; none without one."""
+    if checkpoint is None:
+        return []
+    configs = [component.config for component in open_model([checkpoint]).components.values()]
+    return [config for config in configs if isinstance(config, UNetConfig | TextEncoderConfig)]
+
+
+def _target_format(to: str | LoraFormat) -> LoraFormat:
+    formats = [kind.value for kind in (*STYLES, LoraFormat.STABILITY)]
+    if to not in formats:
+        raise UsageError(f"{to}: expected a format to write, one of {', '.join(formats)}")
+    return LoraFormat(to)
+
+
+def _tensors(lora: Lora, to: LoraFormat, filters: Sequence[str]) -> tuple[dict[str, Factor], list[str]]:
+    """The new file's tensors, and the parts it cannot hold, each with the reason."""
+    if to is LoraFormat.STABILITY:
+        tensors, lost = _stability(lora, filters)
+    else:
+        held, lost = _held(lora, STYLES[to])
+        tensors = named_tensors(STYLES[to], held)
+    for embedding in lora.embeddings:
+        rows = _embedding_tensors(lora, embedding, to)
+        tensors |= rows
+        if not rows:
+            shape = list(embedding.rows.shape)
+            lost.append(f"token embeddings {embedding.name} {shape}: the format has no place for them")
+    return tensors, lost
+
+
+def _stability(lora: Lora, filters: Sequence[str]) -> tuple[dict[str, Factor], list[str]]:
+    encoder = [f"{module}: the format holds no text encoder" for module in lora.of(Stage.TEXT_ENCODER)]
+    if lora.unet is None:
+        return {}, encoder
+    tensors, lost = stability_tensors(lora.of(lora.unet.stage), lora.unet, filters)
+    return tensors, lost + encoder
+
+
+def _held(lora: Lora, style: Style) -> tuple[dict[Target, Adapter], list[str]]:
+    """The adapters that a format with names can hold, and the others, each with the reason."""
+    reasons = {target: unfit(style, target, adapter) for target, adapter in lora.adapters.items()}
+    lost = [f"{target.module}: {reason}" for target, reason in reasons.items() if reason]
+    held = {target: adapter for target, adapter in lora.adapters.items() if reasons[target] is None}
+    if style.alpha is Alpha.SETTINGS and any(adapter.magnitude for adapter in held.values()):
+        # One switch of the settings says whether all modules are DoRA.
+        plain = [target for target, adapter in held.items() if adapter.magnitude is None]
+        lost += [f"{target.module}: LoRA among DoRA; the format holds one kind" for target in plain]
+        held = {target: adapter for target, adapter in held.items() if target not in plain}
+    return held, lost
+
+
+def _embedding_tensors(lora: Lora, embedding: Embedding, to: LoraFormat) -> dict[str, Factor]:
+    if lora.format is LoraFormat.STABILITY and to is LoraFormat.STABILITY and embedding.indices:
+        return {"embeddings.embeddings": embedding.rows, "embeddings.indices": embedding.indices}
+    if to is LoraFormat.ONETRAINER and embedding.indices is None:
+        return {f"bundle_emb.{embedding.name}.clip_g{'_out' if embedding.output else ''}": embedding.rows}
+    return {}
+
+
+def _metadata(lora: Lora, to: LoraFormat) -> dict[str, str]:
+    kept = {key: text for key, text in lora.metadata.items() if key not in STALE_METADATA}
+    metadata = {"format": "pt", **kept}
+    style = STYLES.get(to)
+    if style and style.architecture:
+        metadata["modelspec.architecture"] = style.architecture
+    if style and style.alpha is Alpha.SETTINGS:
+        metadata[METADATA_KEY] = json.dumps(_settings(_held(lora, style)[0]), indent=2, sort_keys=True)
+    return metadata
+
+
+def _settings(adapters: Mapping[Target, Adapter]) -> dict[str, Any]:
+    ranks = {target.module: adapter.rank or 0 for target, adapter in adapters.items()}
+    alphas = {target.module: adapter.scale * (adapter.rank or 0) for target, adapter in adapters.items()}
+    return settings(ranks, alphas, dora=any(adapter.magnitude for adapter in adapters.values()))

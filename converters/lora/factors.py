@@ -1,0 +1,126 @@
+"""The small matrices a LoRA is made of: read when needed, copied byte for byte where nothing about them changes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...schemas.errors import CheckpointError, LayoutError
+from ...schemas.tensors import Shape
+from ..safetensors_file import DTYPE_SIZES, TensorRange
+from .numbers import FLOATS, Array, compute_type, decode
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix: dtype in safetensors' spelling, shape, how to get its numbers (float32; float64 for F64), and the
+    bytes it is a copy of, if it is one."""
+
+    dtype: str
+    shape: Shape
+    load: Callable[[], Array]
+    source: TensorRange | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
+
+
+def stored(name: str, tensor: TensorRange) -> Factor:
+    """The tensor `name` of a file. Raises LayoutError for a dtype that is no 16, 32 or 64 bit float."""
+    if tensor.dtype not in FLOATS:
+        raise LayoutError(
+            f"{tensor.path}: {name}: expected a dtype of {', '.join(FLOATS)}, found {tensor.dtype}; "
+            "save it as F16 or F32"
+        )
+    return Factor(tensor.dtype, tensor.shape, lambda: read_numbers(tensor), tensor)
+
+
+def read_numbers(tensor: TensorRange) -> Array:
+    """The numbers of a tensor, in its shape."""
+    return decode(read_bytes(tensor), tensor.dtype).reshape(tensor.shape)
+
+
+def read_bytes(tensor: TensorRange) -> bytes:
+    """The bytes of a tensor. Raises CheckpointError when the file ended earlier than its header said."""
+    try:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = file.read(tensor.nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{tensor.path}: cannot be read: {error.strerror}") from error
+    if len(data) < tensor.nbytes:
+        missing = tensor.nbytes - len(data)
+        raise CheckpointError(f"{tensor.path}: ended {missing} bytes too early; was it changed meanwhile?")
+    return data
+
+
+def reshaped(factor: Factor, shape: Shape) -> Factor:
+    """The same numbers in another shape."""
+    if shape == factor.shape:
+        return factor
+    source = replace(factor.source, shape=shape) if factor.source else None
+    return Factor(factor.dtype, shape, lambda: factor.load().reshape(shape), source)
+
+
+def rows(factor: Factor, start: int, stop: int) -> Factor:
+    """Rows `start:stop` along the first axis."""
+    shape = (stop - start, *factor.shape[1:])
+    source = factor.source.rows(start, stop, shape) if factor.source else None
+    return Factor(factor.dtype, shape, lambda: factor.load()[start:stop], source)
+
+
+def stacked(factors: Sequence[Factor]) -> Factor:
+    """The factors one below the other, in the widest of their dtypes, so exactly."""
+    shape = (sum(factor.shape[0] for factor in factors), *factors[0].shape[1:])
+    return Factor(common_dtype(factors), shape, lambda: np.concatenate([factor.load() for factor in factors]))
+
+
+def block_diagonal(factors: Sequence[Factor]) -> Factor:
+    """Matrices along the diagonal, zeros elsewhere."""
+    shape = (sum(factor.shape[0] for factor in factors), sum(factor.shape[1] for factor in factors))
+
+    def load() -> Array:
+        blocks = [factor.load() for factor in factors]
+        result = np.zeros(shape, np.result_type(*blocks))
+        row = column = 0
+        for block in blocks:
+            result[row : row + block.shape[0], column : column + block.shape[1]] = block
+            row, column = row + block.shape[0], column + block.shape[1]
+        return result
+
+    return Factor(common_dtype(factors), shape, load)
+
+
+def scaled(factor: Factor, scale: float) -> Factor:
+    """The factor times a number, in float32 at least: a product seldom fits 16 bits."""
+    if scale == 1:
+        return factor
+    dtype = "F64" if factor.dtype == "F64" else "F32"
+    return Factor(dtype, factor.shape, lambda: (factor.load().astype(np.float64) * scale).astype(compute_type(dtype)))
+
+
+def padded(factor: Factor, shape: Shape) -> Factor:
+    """The factor with zeros behind its rows and columns."""
+    if shape == factor.shape:
+        return factor
+    widths = [(0, new - old) for old, new in zip(factor.shape, shape, strict=True)]
+    return Factor(factor.dtype, shape, lambda: np.pad(factor.load(), widths))
+
+
+def zeros(shape: Shape, dtype: str) -> Factor:
+    return Factor(dtype, shape, lambda: np.zeros(shape, np.float32))
+
+
+def scalar(value: float) -> Factor:
+    """A single number as F32, as alpha is stored."""
+    return Factor("F32", (), lambda: np.asarray(value, np.float32))
+
+
+def common_dtype(factors: Sequence[Factor]) -> str:
+    """The dtype that holds the numbers of all factors exactly."""
+    dtypes = {factor.dtype for factor in factors}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "F64" if "F64" in dtypes else "F32"

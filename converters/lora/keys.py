@@ -1,0 +1,134 @@
+"""Takes the keys of a LoRA file apart: module, factor; and tells which format's they are."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ...schemas.errors import LayoutError
+from ...schemas.lora import PREFIXES, REFUSED, SUFFIXES, LoraFormat, Prefix, Target, flattened, spelling_table
+from ...schemas.stages import NetworkConfig
+from ..safetensors_file import Header
+from .factors import Factor, stored
+from .lora_file import Embedding, listed
+
+BUNDLE = re.compile(r"bundle_emb\.(.+)\.clip_g(_out)?")
+EMBEDDING_KEYS = ("clip_g", "clip_g_out")  # of a file that holds an embedding and nothing else
+
+
+@dataclass
+class Group:
+    """The factors of one module, by our names; `keys` are the file's."""
+
+    factors: dict[str, Factor] = field(default_factory=dict)
+    alpha: float | None = None
+    keys: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A file's groups by the module's name in the file, and the embeddings beside them."""
+
+    groups: dict[str, Group]
+    embeddings: tuple[Embedding, ...]
+
+
+def group_keys(header: Header) -> Keys:
+    """Sort a file's tensors by module. Raises LayoutError for keys that belong to no known algorithm."""
+    groups: dict[str, Group] = {}
+    embeddings = []
+    unknown = []
+    for key, tensor in header.tensors.items():
+        bundle = BUNDLE.fullmatch(key)
+        module, suffix = _split(key)
+        if bundle:
+            embeddings.append(Embedding(bundle[1], stored(key, tensor), output=bundle[2] is not None))
+        elif suffix is None:
+            unknown.append(key)
+        else:
+            _add(groups.setdefault(module, Group()), suffix, key, header)
+    if unknown:
+        raise LayoutError(_unknown_keys(header, unknown))
+    return Keys(groups, tuple(embeddings))
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    for ending in SUFFIXES:
+        if key.endswith(f".{ending}"):
+            return key[: -len(ending) - 1], ending
+    return key, None
+
+
+def _add(group: Group, suffix: str, key: str, header: Header) -> None:
+    name, factor = SUFFIXES[suffix], stored_or_scalar(header, key, suffix)
+    if name in group.factors or (name == "alpha" and group.alpha is not None):
+        raise LayoutError(f"{header.path}: {key}: expected one {name} for a module, found a second; remove one of them")
+    group.keys.append(key)
+    if isinstance(factor, float):
+        group.alpha = factor
+    else:
+        group.factors[name] = factor
+
+
+def stored_or_scalar(header: Header, key: str, suffix: str) -> Factor | float:
+    """The factor, or for alpha its value."""
+    tensor = header.tensors[key]
+    factor = stored(key, tensor)
+    if suffix != "alpha":
+        return factor
+    if math.prod(tensor.shape) != 1:
+        raise LayoutError(f"{header.path}: {key}: expected a single number, found shape {list(tensor.shape)}")
+    alpha = float(factor.load().reshape(-1)[0])
+    if not math.isfinite(alpha):
+        raise LayoutError(f"{header.path}: {key}: expected a finite number, found {alpha}")
+    return alpha
+
+
+def _unknown_keys(header: Header, unknown: list[str]) -> str:
+    for piece, algorithm in REFUSED.items():
+        if any(piece in key for key in unknown):
+            example = next(key for key in unknown if piece in key)
+            return (
+                f"{header.path}: {example}: expected LoRA, LoHa, LoKr or DoRA, found {algorithm}, which is not "
+                "supported; extract a LoRA from the merged model with the program that trained it"
+            )
+    if unknown[0] in EMBEDDING_KEYS:
+        return f"{header.path}: an embedding of OneTrainer, not a LoRA; there is nothing to merge into weights"
+    return (
+        f"{header.path}: {len(unknown)} keys are no part of a LoRA known here:\n  {listed(unknown)}\n"
+        "Expected endings such as lora_down.weight, lora_A.weight, hada_w1_a, lokr_w1, alpha; is this a LoRA file?"
+    )
+
+
+class NameTable:
+    """Finds the modules that a key's name means, in one pair of networks."""
+
+    def __init__(self, unet: NetworkConfig, text_encoder: NetworkConfig) -> None:
+        self._networks = (unet, text_encoder)
+        dotted = [spelling_table(config) for config in self._networks]
+        self._tables = {
+            (flat, of_text): flattened(dotted[of_text]) if flat else dotted[of_text]
+            for flat in (False, True)
+            for of_text in (False, True)
+        }
+
+    def find(self, name: str) -> tuple[Prefix, tuple[Target, ...]] | None:
+        """The prefix of `name` and the modules after it: one, or q, k and v; None when there is no such module."""
+        for prefix in PREFIXES:
+            if name.startswith(prefix.text):
+                table = self._tables[prefix.flat, prefix.text_encoder]
+                modules = table.get(name[len(prefix.text) :])
+                if modules:
+                    stage = self._networks[prefix.text_encoder].stage
+                    return prefix, tuple(Target(stage, module) for module in modules)
+        return None
+
+
+def format_of(prefixes: Iterable[Prefix], groups: Mapping[str, Group]) -> LoraFormat:
+    """The format most prefixes say. Names without one are PEFT's, or OneTrainer's where they come with lora_down."""
+    found = Counter(prefix.format for prefix in prefixes).most_common(1)
+    if not found:
+        return LoraFormat.KOHYA
+    plain = any(key.endswith(("lora_down.weight", ".alpha")) for group in groups.values() for key in group.keys)
+    return LoraFormat.ONETRAINER if found[0][0] is LoraFormat.PEFT and plain else found[0][0]

@@ -1,0 +1,72 @@
+"""A LoRA file as read: what it changes by diffusers names, whatever names it was written with."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...schemas.lora import LoraFormat, Target
+from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, variant_of
+from .adapters import Adapter
+from .factors import Factor
+
+SHOWN = 6  # of a list of problems; the rest are counted
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token embeddings that came with a LoRA: `rows` [n, width]; Stability's file says which rows of the token table
+    they are added to, OneTrainer's are the vectors of a new token `name` (`output`: added after the encoder)."""
+
+    name: str
+    rows: Factor
+    indices: Factor | None = None
+    index_values: tuple[int, ...] = ()
+    output: bool = False
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters by target, the networks they fit, and what else the file holds."""
+
+    path: Path
+    format: LoraFormat
+    adapters: dict[Target, Adapter]
+    unet: UNetConfig | None
+    text_encoder: TextEncoderConfig | None
+    embeddings: tuple[Embedding, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def of(self, stage: Stage) -> dict[str, Adapter]:
+        """The adapters of one network, by module."""
+        return {target.module: adapter for target, adapter in self.adapters.items() if target.stage is stage}
+
+    @property
+    def dtypes(self) -> Counter[str]:
+        return Counter(factor.dtype for adapter in self.adapters.values() for factor in adapter.factors.values())
+
+    def describe(self) -> str:
+        """A few words, such as "kohya, for the prior (full)"."""
+        return f"{self.format}, for " + (describe(self.unet) if self.unet else "the text encoder alone")
+
+
+def describe(config: NetworkConfig) -> str:
+    return f"the {config.stage} ({variant_of(config)})"
+
+
+def candidate_unets(networks: Sequence[NetworkConfig]) -> list[UNetConfig]:
+    """The UNets a LoRA may be for: those given, else the released ones, the prior's before the decoder's."""
+    given = [config for config in networks if isinstance(config, UNetConfig)]
+    return given or [config for config in PRESETS.values() if isinstance(config, UNetConfig)]
+
+
+def candidate_text_encoders(networks: Sequence[NetworkConfig]) -> list[TextEncoderConfig]:
+    given = [config for config in networks if isinstance(config, TextEncoderConfig)]
+    return given or [config for config in PRESETS.values() if isinstance(config, TextEncoderConfig)]
+
+
+def listed(items: Sequence[str], separator: str = "\n  ") -> str:
+    """The first few items and how many there are beyond them."""
+    rest = len(items) - SHOWN
+    return separator.join(items[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")

@@ -1,0 +1,84 @@
+"""Where the files of a merged checkpoint go: a file for a file, a folder for a folder, all else copied along."""
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...schemas.errors import UsageError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack")
+INDEX_MARK = ".safetensors.index"
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Source files and folders by their place below the output; "" is the output itself."""
+
+    places: dict[Path, str]
+
+    def place(self, staged: Path, source: Path) -> Path:
+        """Where the counterpart of `source`, a file in one of the sources, is to be written; its folder exists then."""
+        for root, place in self.places.items():
+            if source == root or source.is_relative_to(root):
+                path = staged / place / source.relative_to(root)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return path
+        raise UsageError(f"{source}: lies outside of what is merged")
+
+    def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:
+        """Copy all files but `touched`, and but other weights in their folders: another variant, or a copy in another
+        format, would be the old weights. Returns a note for each file left out."""
+        notes = []
+        for root in self.places:
+            for path in [root] if root.is_file() else sorted(root.rglob("*")):
+                if path in touched or not path.is_file() or _hidden(path, root):
+                    continue
+                if root.is_dir() and _stale(path, touched):
+                    notes.append(f"{path}: left out, its weights are not the merged ones")
+                else:
+                    shutil.copyfile(path, self.place(staged, path))
+        return notes
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _stale(path: Path, touched: Collection[Path]) -> bool:
+    """Weights of the component whose folder, one with a config.json, holds merged ones."""
+    folder = path.parent
+    is_weights = path.suffix in WEIGHT_SUFFIXES or (INDEX_MARK in path.name and not _lists(path, touched))
+    return is_weights and (folder / "config.json").is_file() and any(file.parent == folder for file in touched)
+
+
+def _lists(index: Path, touched: Collection[Path]) -> bool:
+    """Whether a shard index names the files that were merged."""
+    text = index.read_text(encoding="utf-8", errors="replace")
+    return any(f'"{file.name}"' in text for file in touched if file.parent == index.parent)
+
+
+def mirror(checkpoint: Path, text_encoder: Path | None, output: Path) -> Mirror:
+    """The places for a checkpoint and perhaps a text encoder beside it.
+
+    Raises UsageError when a file is to become something else than a .safetensors file, or the checkpoint's folder has
+    another text encoder already."""
+    if text_encoder is not None and text_encoder.is_relative_to(checkpoint):
+        text_encoder = None  # its files are among the checkpoint's
+    if text_encoder is None:
+        if checkpoint.is_file() and output.suffix != ".safetensors":
+            raise UsageError(f"{output}: expected a name ending in .safetensors, as {checkpoint} is a file")
+        return Mirror({checkpoint: ""})
+    if output.suffix == ".safetensors":
+        raise UsageError(f"{output}: expected a folder, which takes the checkpoint and the text encoder")
+    if (checkpoint / "text_encoder").is_dir():
+        raise UsageError(
+            f"{checkpoint}: has a text encoder of its own; give {checkpoint / 'prior'}, or no --text-encoder"
+        )
+    inside = Mirror({})
+    inside.places[text_encoder] = text_encoder.name if text_encoder.is_file() else "text_encoder"
+    if checkpoint.is_file():
+        inside.places[checkpoint] = checkpoint.name
+    else:
+        inside.places[checkpoint] = "prior" if (checkpoint / "config.json").is_file() else ""
+    return inside

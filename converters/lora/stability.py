@@ -1,0 +1,213 @@
+"""The format of Stability's trainer: a list of factors without names, in the order of the model's modules.
+
+Its scale is 1 / rank with one rank for the whole file (https://github.com/Stability-AI/StableCascade, modules/lora.py).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...schemas.errors import LayoutError
+from ...schemas.lora import Algorithm, ListEntry, LoraFormat, Target, listed_weights, lora_modules
+from ...schemas.stages import NetworkConfig, UNetConfig
+from ...schemas.tensors import Shape
+from ..safetensors_file import Header
+from . import factors as F
+from .adapters import Adapter, make_adapter, split_rows
+from .factors import Factor
+from .lora_file import Embedding, Lora, candidate_unets, describe, listed
+from .numbers import Array
+
+DEFAULT_FILTERS = (".attn",)
+FACTOR_KEY = re.compile(r"weights\.(\d{1,6})\.(lora_down|lora_up)")
+EMBEDDING_KEYS = ("embeddings.embeddings", "embeddings.indices")
+
+Pairs = dict[int, dict[str, Factor]]
+
+
+def is_stability(header: Header) -> bool:
+    return any(FACTOR_KEY.fullmatch(key) or key in EMBEDDING_KEYS for key in header.tensors)
+
+
+def read_stability(header: Header, networks: Sequence[NetworkConfig], filters: Sequence[str]) -> Lora:
+    """The adapters of a file whose entries are the weights that `filters` select, in a network they fit in shape.
+
+    Raises LayoutError when entries are missing, or their number or shapes fit none of the networks."""
+    pairs = _pairs(header)
+    problems = []
+    for unet in candidate_unets(networks):
+        entries = listed_weights(unet, filters) if pairs else []
+        problem = _misfit(pairs, entries)
+        if problem is None:
+            adapters = dict(_adapters(pairs, entries, unet))
+            embeddings = tuple(_embeddings(header))
+            note = f"{header.path}: has no names; taken for the modules matching {' '.join(filters)}"
+            found, notes = (unet, (note,)) if pairs else (None, ())
+            return Lora(header.path, LoraFormat.STABILITY, adapters, found, None, embeddings, header.metadata, notes)
+        problems.append(f"{describe(unet)}: {problem}")
+    raise LayoutError(
+        f"{header.path}: a list of {len(pairs)} weights without names, which fits no network with the module filter "
+        f"{' '.join(filters)}:\n  {listed(problems)}\nGive the checkpoint it is for, and the module_filters of its "
+        "training config with --module-filter"
+    )
+
+
+def _pairs(header: Header) -> Pairs:
+    pairs: Pairs = {}
+    unknown = []
+    for key, tensor in header.tensors.items():
+        match = FACTOR_KEY.fullmatch(key)
+        if match:
+            pairs.setdefault(int(match[1]), {})[match[2]] = F.stored(key, tensor)
+        elif key not in EMBEDDING_KEYS:
+            unknown.append(key)
+    if unknown:
+        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:\n  {listed(unknown)}")
+    for index in range(max(pairs, default=-1) + 1):
+        missing = {"lora_down", "lora_up"} - pairs.get(index, {}).keys()
+        if missing:
+            raise LayoutError(
+                f"{header.path}: weights.{index}.{min(missing)} is missing; the file is damaged, get it again"
+            )
+    return dict(sorted(pairs.items()))
+
+
+def _misfit(pairs: Pairs, entries: Sequence[ListEntry]) -> str | None:
+    """What is wrong with taking the pairs for the entries, one after another."""
+    if len(pairs) != len(entries):
+        return f"expected {len(entries)} entries, found {len(pairs)}"
+    for (index, pair), entry in zip(pairs.items(), entries, strict=True):
+        down, up = pair["lora_down"].shape, pair["lora_up"].shape
+        rank = down[0] if down else 0
+        if down != (rank, entry.shape[1]) or up != (entry.shape[0], rank):
+            return (
+                f"weights.{index} as {entry.name}: expected lora_down [r, {entry.shape[1]}] and lora_up "
+                f"[{entry.shape[0]}, r], found {list(down)} and {list(up)}"
+            )
+    return None
+
+
+def _adapters(pairs: Pairs, entries: Sequence[ListEntry], unet: UNetConfig) -> Iterator[tuple[Target, Adapter]]:
+    for pair, entry in zip(pairs.values(), entries, strict=True):
+        factors = {"lora_up": pair["lora_up"], "lora_down": _over_kernel(pair["lora_down"], entry.shape)}
+        joined = make_adapter(factors, 1.0, entry.shape)
+        parts = [joined] if len(entry.modules) == 1 else split_rows(joined, len(entry.modules))
+        for module, adapter in zip(entry.modules, parts, strict=True):
+            yield Target(unet.stage, module), adapter
+
+
+def _over_kernel(down: Factor, shape: Shape) -> Factor:
+    """The trainer adds one number to a whole kernel: lora_down repeated over it."""
+    kernel = shape[2:]
+    if all(size == 1 for size in kernel):
+        return down
+    repeated = (*down.shape, *kernel)
+
+    def load() -> Array:
+        values = down.load().reshape(*down.shape, *(1 for _ in kernel))
+        return np.broadcast_to(values, repeated).copy()
+
+    return Factor(down.dtype, repeated, load)
+
+
+def _embeddings(header: Header) -> Iterator[Embedding]:
+    present = [key for key in EMBEDDING_KEYS if key in header.tensors]
+    if not present:
+        return
+    if len(present) == 1:
+        raise LayoutError(f"{header.path}: expected both {' and '.join(EMBEDDING_KEYS)}, found {present[0]} alone")
+    rows, where = (header.tensors[key] for key in EMBEDDING_KEYS)
+    if len(rows.shape) != 2 or where.shape != rows.shape[:1] or where.dtype != "I64":
+        raise LayoutError(
+            f"{header.path}: embeddings: expected rows [n, width] and I64 indices [n], "
+            f"found {list(rows.shape)} and {where.dtype} {list(where.shape)}"
+        )
+    values = tuple(int(index) for index in np.frombuffer(F.read_bytes(where), "<i8"))
+    if min(values, default=0) < 0:
+        raise LayoutError(f"{header.path}: embeddings.indices: expected rows from 0, found {min(values)}")
+    source = Factor("I64", where.shape, lambda: np.asarray(values, np.float64), where)
+    yield Embedding("tokens", F.stored(EMBEDDING_KEYS[0], rows), source, values)
+
+
+def stability_tensors(
+    adapters: Mapping[str, Adapter], unet: UNetConfig, filters: Sequence[str]
+) -> tuple[dict[str, Factor], list[str]]:
+    """The list's tensors, and why modules have no place in it, one line for each.
+
+    q, k and v become one pair: side by side in the rank, or of the one rank they share when lora_down is the same.
+    All entries get the largest rank, filled up with zeros, since the trainer's loader knows only one; modules that
+    the filters select but the LoRA does not change get zeros."""
+    shapes = lora_modules(unet)
+    reasons = {module: _unfit(adapter) for module, adapter in adapters.items()}
+    entries = listed_weights(unet, filters)
+    selected = {module for entry in entries for module in entry.modules}
+    for module in adapters.keys() - selected:
+        reasons[module] = reasons[module] or f"not among the modules matching {' '.join(filters)}"
+    fit = {module: adapter for module, adapter in adapters.items() if reasons[module] is None}
+    refused = [f"{module}: {reason}" for module, reason in reasons.items() if reason]
+    if not fit:
+        return {}, refused
+    joints = [_joint([fit.get(module) for module in entry.modules], shapes[entry.modules[0]]) for entry in entries]
+    rank = max(joint.rank for joint in joints)
+    tensors: dict[str, Factor] = {}
+    for index, (joint, entry) in enumerate(zip(joints, entries, strict=True)):
+        tensors[f"weights.{index}.lora_down"] = F.padded(joint.down(entry.shape[1]), (rank, entry.shape[1]))
+        tensors[f"weights.{index}.lora_up"] = F.padded(joint.up(rank), (entry.shape[0], rank))
+    return tensors, refused
+
+
+def _unfit(adapter: Adapter) -> str | None:
+    if adapter.algorithm is not Algorithm.LORA or adapter.magnitude is not None:
+        return f"the format holds LoRA only, this is {'DoRA' if adapter.magnitude else adapter.algorithm}"
+    if "lora_mid" in adapter.factors or any(size != 1 for size in adapter.shape[2:]):
+        return "the format holds no kernel larger than 1x1"
+    return None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Blocks of rows that become one entry: each block's up, None where nothing changes, its scale and its down."""
+
+    ups: tuple[Factor | None, ...]
+    scales: tuple[float, ...]
+    downs: tuple[Factor, ...]
+    height: int  # rows of one block
+    shared: bool  # all blocks have the same down
+
+    @property
+    def rank(self) -> int:
+        return sum(down.shape[0] for down in self.downs)
+
+    def down(self, columns: int) -> Factor:
+        if len(self.downs) == 1:
+            return self.downs[0]
+        return F.stacked(self.downs) if self.downs else F.zeros((0, columns), "F32")
+
+    def up(self, divisor: float) -> Factor:
+        """lora_up for a reader that divides by `divisor`."""
+        empty = F.zeros((self.height, 0), "F32")
+        blocks = zip(self.ups, self.scales, strict=True)
+        scaled = [empty if up is None else F.scaled(up, scale * divisor) for up, scale in blocks]
+        if len(scaled) == 1:
+            return scaled[0]
+        return F.stacked(scaled) if self.shared else F.block_diagonal(scaled)
+
+
+def _joint(parts: Sequence[Adapter | None], shape: Shape) -> Joint:
+    """The blocks of one entry; `shape` is that of each block's weight."""
+    downs = [_matrix(part, "lora_down") for part in parts if part is not None]
+    shared = len(downs) == len(parts) and all(_equal(downs[0], down) for down in downs[1:])
+    ups = tuple(None if part is None else _matrix(part, "lora_up") for part in parts)
+    scales = tuple(1.0 if part is None else part.scale for part in parts)
+    return Joint(ups, scales, tuple(downs[:1] if shared else downs), shape[0], shared)
+
+
+def _matrix(adapter: Adapter, name: str) -> Factor:
+    factor = adapter.factors[name]
+    return F.reshaped(factor, factor.shape[:2])
+
+
+def _equal(a: Factor, b: Factor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a.load(), b.load()))

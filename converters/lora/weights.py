@@ -1,0 +1,148 @@
+"""A checkpoint's tensor with changes on it, as bytes to write: read, changed and rounded a block of rows at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from ...schemas.errors import ConversionError
+from ..safetensors_file import Header, TensorRange
+from .adapters import Adapter
+from .factors import read_bytes, read_numbers
+from .formulas import RowReader, applied, blocks
+from .lora_file import Embedding
+from .numbers import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
+from .pieces import Calculated, Piece, Pieces
+
+Change = Callable[[RowReader, type[np.floating]], RowReader]
+
+
+def adapter_change(adapter: Adapter, strength: float) -> Change:
+    return lambda weight, dtype: applied(weight, adapter, strength, dtype)
+
+
+def embedding_change(embedding: Embedding, strength: float) -> Change:
+    """Rows added to rows of the token table."""
+
+    def change(weight: RowReader, dtype: type[np.floating]) -> RowReader:
+        added = embedding.rows.load().astype(dtype) * dtype(strength)
+        indices = np.asarray(embedding.index_values)
+
+        def rows(start: int, stop: int) -> Array:
+            result = np.array(weight(start, stop))
+            here = (indices >= start) & (indices < stop)
+            np.add.at(result, indices[here] - start, added[here])
+            return result
+
+        return rows
+
+    return change
+
+
+@dataclass
+class Effect:
+    """What happened to a tensor, known when it has been written: the largest change of a value, and the bound on
+    the rounding that a value takes on in being merged and unmerged again."""
+
+    name: str
+    dtype: str
+    changes: int
+    largest_change: float = 0.0
+    rounding: float = 0.0
+
+
+def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[Calculated, Effect]:
+    """The bytes of `tensor` with `changes` applied in their order, and a record that fills while they are made.
+
+    Calculates in float32 (float64 for F64) and rounds once, to nearest, ties to even. Raises ConversionError for a
+    dtype that cannot be calculated with, and on the way when a finite value stops being finite."""
+    if tensor.dtype not in FLOATS:
+        raise ConversionError(
+            f"{tensor.path}: {name}: expected a dtype of {', '.join(FLOATS)}, found {tensor.dtype}; "
+            "cast the checkpoint first"
+        )
+    effect = Effect(name, tensor.dtype, len(changes))
+    return Calculated(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
+
+
+def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> Iterator[Bytes]:
+    dtype = compute_type(tensor.dtype)
+    turned = tensor.transposed
+    before = _turned_rows(tensor) if turned else _rows(tensor)
+    after = before
+    for change in changes:
+        after = change(after, dtype)
+    height, width = tensor.shape[0], math.prod(tensor.shape[1:])
+    for start, stop in [(0, height)] if turned else blocks(height, width):
+        old, new = before(start, stop), after(start, stop)
+        data, overflows = encode(new.T if turned else new, tensor.dtype)
+        if overflows or not np.isfinite(new).all():
+            _require_damage_before(old, tensor, effect)
+        _record(old, new, effect)
+        yield data
+
+
+def _rows(tensor: TensorRange) -> RowReader:
+    """Rows from the file; the last ones asked for are kept, as they are asked for twice."""
+    row = tensor.nbytes // tensor.shape[0]
+
+    @lru_cache(maxsize=1)
+    def read(start: int, stop: int) -> Array:
+        part = replace(tensor, shape=(), offset=tensor.offset + start * row, nbytes=(stop - start) * row)
+        return decode(read_bytes(part), tensor.dtype).reshape(stop - start, -1)
+
+    return read
+
+
+def _turned_rows(tensor: TensorRange) -> RowReader:
+    """Of a matrix whose file holds it with its axes exchanged; `shape` is that of the matrix."""
+    matrix = read_numbers(replace(tensor, shape=tensor.shape[::-1], transposed=False)).T
+    return lambda start, stop: matrix[start:stop]
+
+
+def _require_damage_before(old: Array, tensor: TensorRange, effect: Effect) -> None:
+    """Values that are not finite may come from the checkpoint, never from a merge."""
+    if np.isfinite(old).all():
+        raise ConversionError(
+            f"{tensor.path}: {effect.name}: the merged weight is not finite in {tensor.dtype}; "
+            "the LoRA is damaged, or its strength too large for this dtype"
+        )
+
+
+def _record(old: Array, new: Array, effect: Effect) -> None:
+    if not old.size:
+        return
+    effect.largest_change = max(effect.largest_change, _largest(new - old))
+    sizes = _largest(old), _largest(new)
+    effect.rounding = max(effect.rounding, sum(spacing(size, effect.dtype) / 2 for size in sizes if np.isfinite(size)))
+
+
+def _largest(values: Array) -> float:
+    """The largest absolute value."""
+    return max(float(values.max()), -float(values.min()))
+
+
+def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, Pieces]:
+    """Every tensor of a file in its order, calculated where `calculated` has a part of it or all."""
+    ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
+    plans = {}
+    for name, tensor in header.tensors.items():
+        end = tensor.offset + tensor.nbytes
+        inside = [part for part in ranges if tensor.offset <= part.offset and part.offset + part.nbytes <= end]
+        plans[name] = Pieces(tensor.dtype, tensor.shape, tuple(_pieces(tensor, inside, calculated)))
+    return plans
+
+
+def _pieces(
+    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, Calculated]
+) -> Iterator[Piece]:
+    position, end = tensor.offset, tensor.offset + tensor.nbytes
+    for part in inside:
+        if part.offset > position:
+            yield replace(tensor, offset=position, nbytes=part.offset - position)
+        yield calculated[part]
+        position = part.offset + part.nbytes
+    if position < end:
+        yield replace(tensor, offset=position, nbytes=end - position)

@@ -1,0 +1,91 @@
+"""Writes safetensors files from ranges of other files: copied in the kernel, cast or transposed block by block."""
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..schemas.errors import ConversionError
+from .cast import FLOATS, castable
+from .computing import compute
+from .copying import copy_range, merged
+from .plans import TensorPlan, pieces
+from .safetensors_file import Progress, encode_header
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, TensorPlan],
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+    *,
+    allow_overflow: bool = False,
+) -> dict[str, int]:
+    """Write a safetensors file from ranges of other files, in the order of `tensors`.
+
+    Returns, for each tensor with any, how many finite values became infinite in its dtype. The header is padded to
+    8 bytes. The file is on disk (fsync) when this returns; whoever calls renames it. Memory is a few blocks per
+    thread (some 100 MB in all), however large the tensors. `progress` counts bytes of the output's tensors.
+
+    Raises ConversionError when the disk is full, a source cannot be read, a dtype cannot be cast, or, without
+    `allow_overflow`, when values became infinite; the file is then to be thrown away."""
+    _check_castable(tensors)
+    header = encode_header(tensors, metadata)
+    total = len(header) + sum(plan.nbytes for plan in tensors.values())
+    try:
+        with path.open("wb") as out:
+            _reserve(out.fileno(), total)
+            out.write(header)
+            out.flush()
+            for run in merged(pieces(tensors, len(header))):
+                copy_range(*run, out.fileno(), progress)
+            overflows = compute(pieces(tensors, len(header)), out.fileno(), progress)
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise ConversionError(_what_failed(path, total, error)) from error
+    if overflows and not allow_overflow:
+        raise ConversionError(_overflow_message(path, tensors, overflows))
+    return dict(overflows)
+
+
+def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
+    for name, plan in tensors.items():
+        for part in plan.ranges:
+            if part.dtype != plan.dtype and not castable(part.dtype, plan.dtype):
+                raise ConversionError(
+                    f"{part.path}: {name}: {part.dtype} cannot become {plan.dtype}; only {', '.join(FLOATS)} are cast"
+                )
+
+
+def _what_failed(path: Path, total: int, error: OSError) -> str:
+    if error.filename not in (None, str(path)):
+        return f"{error.filename}: cannot be read: {error.strerror}"
+    return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
+
+
+def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str]) -> str:
+    worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common(5)]
+    more = f" and {len(overflows) - len(worst)} more tensors" if len(overflows) > len(worst) else ""
+    dtypes = {tensors[name].dtype for name in overflows}
+    wider = "--dtype bf16, which reaches as far as float32" if dtypes == {"F16"} else "a wider dtype"
+    return (
+        f"{path.name}: {overflows.total()} finite values become infinite: {', '.join(worst)}{more}; "
+        f"try {wider}, or keep the infinities with --allow-overflow"
+    )
+
+
+def _reserve(target: int, total: int) -> None:
+    """Take `total` bytes of disk, so that a full one is an error before the first byte is copied."""
+    # Asked first: where a file system cannot reserve, the C library fills the file with writes until none is left.
+    disk = os.fstatvfs(target)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < total:  # file systems that do not count say 0 blocks
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {free} bytes are free")
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(target, 0, total)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # both mean: not on this file system
+            raise

@@ -1,0 +1,141 @@
+"""The benchmark runs, and its report has every field. What it measures is nobody's business here."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+
+from cascadekit.cli.bench import bench
+from cascadekit.converters import bench as measures
+from cascadekit.converters.model import open_model
+from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.stages import PRESETS, Stage, Variant
+
+CASES = ["convert", "cp", "convert_cold", "cp_cold", "cast", "cast_in_memory", "inspect", "import"]
+RATIOS = ["convert / cp", "convert_cold / cp_cold", "cast / cast_in_memory", "inspect / import"]
+TINY = PRESETS[Stage.PRIOR, Variant.TINY]
+
+
+def call(work: Path, *arguments: object) -> Result:
+    """The command, its work folder empty again at the end."""
+    result = CliRunner().invoke(bench, ["convert", "--work", str(work), *map(str, arguments)])
+    assert not list(work.iterdir())
+    return result
+
+
+def numbers(value: object) -> Iterator[float]:
+    """Every number in a JSON document."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_json(tmp_path: Path, dtype: str) -> None:
+    result = call(tmp_path, "--network", "tiny", "--dtype", dtype, "--runs", 2, "--cold", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert list(report["cases"]) == CASES
+    assert list(report["ratios"]) == RATIOS
+    for case in report["cases"].values():
+        assert len(case["seconds"]) == len(case["cached"]) == 2
+        assert 0 < case["min"] <= case["median"] <= case["max"]
+        assert case["peak_rss_bytes"] > 1e6
+        assert all(0 <= share <= 1 for share in case["cached"] if share is not None)
+    for ratio in report["ratios"].values():
+        assert len(ratio["each"]) == 2
+        assert min(ratio["each"]) <= ratio["median"] <= max(ratio["each"])
+    assert all(number >= 0 and math.isfinite(number) for number in numbers(report))
+    assert {"cpu", "cores", "memory_bytes", "file_system", "device", "python", "libraries"} <= report["machine"].keys()
+    assert report["source"]["bytes"] > 547_600 * (4 if dtype == "fp32" else 2)
+    assert "round 2 of 2: import" in result.stderr
+
+
+def test_table(tmp_path: Path) -> None:
+    result = call(tmp_path, "--network", "tiny", "--runs", 1)
+    assert result.exit_code == 0, result.output
+    for word in ("processor: ", "disk: ", "numpy ", "prior (tiny, original layout)", "peak MB", "convert / cp"):
+        assert word in result.stdout, word
+    assert "cold" not in result.stdout
+
+
+def test_a_file_of_ones_own(original: Path, tmp_path: Path) -> None:
+    source = original / "stage_a.safetensors"
+    before = source.read_bytes()
+    result = call(tmp_path, "--source", source, "--runs", 1, "--json")
+    assert result.exit_code == 0, result.output
+    described = json.loads(result.stdout)["source"]
+    assert (described["file"], described["component"]) == ("stage_a.safetensors", "vqgan")
+    assert source.read_bytes() == before
+
+
+def test_peer(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    result = call(tmp_path, "--network", "tiny", "--runs", 1, "--peer", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["ratios"]["peer / convert"]["median"] > 0
+    assert {"diffusers", "torch"} <= report["machine"]["libraries"].keys()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_stand_in_is_a_sound_file_of_finite_values(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "stage_c.safetensors"
+    measures.write_stand_in(path, TINY, dtype)
+    (component,) = open_model([path]).components.values()
+    assert component.require_sound().variant is Variant.TINY
+    assert component.dtypes.keys() == {dtype}
+    if dtype == "F32":
+        tensors = load_file(path).values()
+        assert all(np.isfinite(tensor).all() and np.abs(tensor).max() < 2 for tensor in tensors)
+        assert len({tensor.tobytes() for tensor in tensors}) == len(tensors)
+
+
+def test_the_cast_in_memory_casts() -> None:
+    """Its two lines of arithmetic are what they should be, or its time would be of something else."""
+    values = np.array([1.0, -2.5, 1 + 2**-8, 1 + 3 * 2**-8, 3.0e38], np.float32)
+    out = np.empty(5, np.uint16)
+    measures._narrow(values.view(np.uint32), out)
+    assert [hex(bits) for bits in out] == ["0x3f80", "0xc020", "0x3f80", "0x3f82", "0x7f62"]
+    wide = np.empty(5, np.uint32)
+    measures._widen(out, wide)
+    assert wide.view(np.float32).tolist()[:3] == [1.0, -2.5, 1.0]
+    assert measures.cast_in_memory("F32", 1 << 20) > 0
+    assert measures.cast_in_memory("BF16", 1 << 20) > 0
+
+
+def test_refusals(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {
+        "not a folder": {"work": tmp_path / "none"},
+        "expected a file of one component": {"source": original},
+        "no such file": {"source": tmp_path / "none.safetensors"},
+        "the peer reads the prior and the decoder": {"source": original / "stage_a.safetensors", "peer": True},
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(UsageError, match=message):
+            measures.bench_convert(**{"work": tmp_path, "network": "tiny", **arguments})
+    monkeypatch.setattr(measures, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="diffusers, which is not installed"):
+        measures.bench_convert(tmp_path, network="tiny", peer=True)
+    monkeypatch.setattr(measures.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UsageError, match="GB are free"):
+        measures.bench_convert(tmp_path, network="tiny")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_fails_is_an_error(original: Path, tmp_path: Path) -> None:
+    source = tmp_path / "stage_c.safetensors"
+    source.write_bytes(struct.pack("<Q", 2) + b"{}")
+    result = CliRunner().invoke(bench, ["convert", "--work", str(tmp_path), "--source", str(source)])
+    assert result.exit_code == 1
+    assert list(tmp_path.iterdir()) == [source]
+    with pytest.raises(measures.ConversionError, match=r"failed: .*none"):
+        measures._launch(("cp", str(tmp_path / "none"), str(tmp_path / "x")))
