@@ -150,4 +150,9 @@ def _scale_notes(model: Model, to: Layout) -> list[str]:
 
 
 def _overflow_notes(overflows: dict[str, int]) -> list[str]:
-    return [f"{name}: {count} values became infinite in the new dtype" for name, count in overflows.items()]
+    if not overflows:
+        return []
+    worst = sorted(overflows, key=lambda name: -overflows[name])[:5]
+    named = ", ".join(f"{name} ({overflows[name]})" for name in worst)
+    total = sum(overflows.values())
+    return [f"{total} values in {len(overflows)} tensors became infinite in the new dtype, most in {named}"]

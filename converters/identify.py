@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from ..schemas.allinone import COMFYUI_PREFIXES, WHOLE, Part, parts_of
@@ -165,15 +166,24 @@ def nearest_known(shapes: Mapping[str, Shape], least: float = 0.05) -> str | Non
     """The known file that shares most tensors, names and shapes both: "82% of the prior (lite, original layout);
     the first tensor that differs is clf.1.bias". None below the share `least`."""
     best: tuple[float, str] = (least, "")
+    for what, known in _known_files().items():
+        differing = [name for name, shape in known.items() if shapes.get(name) != shape]
+        share = 1 - len(differing) / len(known)
+        if share > best[0]:
+            first = f"; the first tensor that differs is {differing[0]}" if differing else ""
+            best = (share, f"{share:.0%} of the {what}{first}")
+    return best[1] or None
+
+
+@cache
+def _known_files() -> dict[str, dict[str, Shape]]:
+    """Names and shapes of every released file, by what it is."""
+    files = {}
     for (stage, variant), preset in PRESETS.items():
         for layout in (Layout.ORIGINAL, Layout.DIFFUSERS):
-            known = to_diffusers(stage, layout).inverse.apply(expected_tensors(preset))
-            differing = [name for name, made in known.items() if shapes.get(name) != made.shape]
-            share = 1 - len(differing) / len(known)
-            if share > best[0]:
-                first = f"; the first tensor that differs is {differing[0]}" if differing else ""
-                best = (share, f"{share:.0%} of the {stage} ({variant}, {layout} layout){first}")
-    return best[1] or None
+            made = to_diffusers(stage, layout).inverse.apply(expected_tensors(preset))
+            files[f"{stage} ({variant}, {layout} layout)"] = {name: tensor.shape for name, tensor in made.items()}
+    return files
 
 
 def find_problems(config: NetworkConfig, tensors: Mapping[str, TensorRange]) -> Problems:

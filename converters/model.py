@@ -1,6 +1,7 @@
 """Opens what a user may call a model: files, a folder of original files, a model folder, one component's folder."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from .identify import Component, Parts, identify, identify_parts
 from .pickles import is_pickle, read_pickle
 from .safetensors_file import Header, read_header
 
+PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # of a file, without a folder
 LEGACY_CLASS = "StableCascadeUnet"  # of the first days, with the config keys of the original code
 
 
@@ -154,12 +156,13 @@ def _read_weights(folder: Path, choice: Choice) -> Header:
 
 
 def _read_shards(folder: Path, index: Path) -> Header:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    weight_map: Any = _read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names")
-    outside = [name for name in weight_map.values() if Path(name).name != name]
+    outside = [name for name in names if not PLAIN_NAME.fullmatch(name)]
     if outside:
-        raise CheckpointError(f"{index}: refers to {outside[0]}, which is not a file beside it")
+        raise CheckpointError(f"{index}: refers to {outside[0]!r}, which is not a file beside it")
     shards = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
     lost = [name for name, file in weight_map.items() if name not in shards[file].tensors]
     if lost:

@@ -13,6 +13,7 @@ from ..schemas.errors import ConversionError, UsageError
 AT_FDCWD = -100  # the constants of Linux's renameat2(2)
 RENAME_EXCHANGE = 2
 
+REPLACED = "replaced"  # the old output, for the moment between two renames
 NOTE = "fingerprint"  # in the scratch folder: says which work its content belongs to
 
 
@@ -30,8 +31,9 @@ def staged_output(target: Path, *, force: bool = False, fingerprint: str = "") -
     scratch = target.parent / f".{target.name}.partial"
     with _locked(scratch, target):
         staged = scratch / target.name
-        _keep_only(scratch, fingerprint)
         try:
+            _restore(scratch, target, force)
+            _keep_only(scratch, fingerprint)
             yield staged
             _flush(staged)
             # From here on the scratch folder may hold the old output, which no later run must take for its own work.
@@ -65,6 +67,15 @@ def _locked(scratch: Path, target: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _restore(scratch: Path, target: Path, force: bool) -> None:
+    """Put back the old output if a run was killed between moving it away and putting the new one in its place."""
+    replaced = scratch / REPLACED
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+        if not force:
+            raise UsageError(f"{target}: exists already; give another output or --force to replace it")
 
 
 def _keep_only(scratch: Path, fingerprint: str) -> None:
@@ -103,5 +114,5 @@ def _put_in_place(staged: Path, target: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(staged), os.fsencode(target)
     if libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) != 0:
-        target.rename(staged.with_name("replaced"))  # a file system without exchange
+        target.rename(staged.with_name(REPLACED))  # a file system without exchange
         staged.replace(target)

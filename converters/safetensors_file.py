@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length, the header as JSON, then the tensor
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ def read_header(path: Path) -> Header:
 
     Raises CheckpointError for anything else than a whole, well-formed file, naming what it is instead."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: cannot be read: not a file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)

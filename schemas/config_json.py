@@ -2,14 +2,16 @@
 
 The effnet encoder, the previewer and the ControlNets have no class in either library: theirs is our own."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, asdict, fields
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from .errors import LayoutError
 from .stages import (
     CONTROLNETS,
-    Block,
     ControlNetConfig,
     EffnetEncoderConfig,
     ImageEncoderConfig,
@@ -20,6 +22,13 @@ from .stages import (
     UNetConfig,
     VQGANConfig,
 )
+
+# Bounds far beyond every release, so that a hostile config cannot ask for endless networks.
+MOST_ENTRIES = 256
+MOST_BLOCKS = 1000
+MOST_CHANNELS = 1_000_000
+COUNTS = ("_layers", "_layers_per_block", "_repeat_mappers", "_blocks", "levels", "patch_size", "scale_factor")
+MAY_BE_ZERO = ("num_attention_heads", "dropout", "proj_blocks", "bos_token_id", "eos_token_id", "pad_token_id")
 
 DIFFUSERS_VERSION = "0.35.2"  # the last release that supports the cascade pipelines
 
@@ -64,7 +73,8 @@ def to_json(config: NetworkConfig) -> dict[str, Any]:
 def from_json(stage: Stage, values: Mapping[str, Any]) -> NetworkConfig:
     """The config of `stage` from a parsed config.json. Fields that do not shape the network are ignored.
 
-    Raises LayoutError for another class of network, missing fields, and settings no release uses.
+    Raises LayoutError for another class of network, missing fields, values of a wrong type or size, and settings no
+    release uses.
     """
     cls = _CLASSES[stage]
     expected = _EXTRAS[cls].get("_class_name", _EXTRAS[cls].get("model_type"))
@@ -76,19 +86,36 @@ def from_json(stage: Stage, values: Mapping[str, Any]) -> NetworkConfig:
     if missing:
         raise LayoutError(f"config of the {stage}: missing {', '.join(missing)}")
     try:
-        config = cls(**{name: _frozen(values[name]) for name in known if name in values})
-        match config:
-            case UNetConfig():
-                return _checked_unet(config, stage)
-            case ControlNetConfig():
-                return _checked_controlnet(config, stage)
-    except (TypeError, ValueError) as error:
-        raise LayoutError(f"config of the {stage}: {error}") from error
+        config: NetworkConfig = TypeAdapter(cls).validate_python({n: values[n] for n in known if n in values})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise LayoutError(f"config of the {stage}: {wrong}") from error
+    _check_numbers(config)
+    match config:
+        case UNetConfig():
+            return _checked_unet(config, stage)
+        case ControlNetConfig():
+            return _checked_controlnet(config, stage)
     return config
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+def _check_numbers(config: NetworkConfig) -> None:
+    """Raise LayoutError for numbers no network has; a config may be damaged or hostile like any file."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if len(numbers) > MOST_ENTRIES:
+            raise LayoutError(f"config of the {config.stage}: {field.name} has {len(numbers)} entries")
+        least = 0 if field.name in MAY_BE_ZERO else 1
+        most = MOST_BLOCKS if field.name.endswith(COUNTS) else MOST_CHANNELS
+        for number in numbers:
+            is_count = isinstance(number, int) and not isinstance(number, bool)
+            if is_count and not least <= number <= most:
+                raise LayoutError(
+                    f"config of the {config.stage}: {field.name}: expected {least} to {most}, found {number}"
+                )
+            if isinstance(number, float) and not math.isfinite(number):
+                raise LayoutError(f"config of the {config.stage}: {field.name}: expected a number, found {number}")
 
 
 def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
@@ -106,14 +133,18 @@ def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
     wrong = [name for name, value in per_level.items() if len(value) != config.levels]
     if wrong:
         raise LayoutError(f"config of the {stage}: {', '.join(wrong)} must have {config.levels} entries, one per level")
-    kinds = tuple(tuple(Block(kind) for kind in level) for level in config.block_types_per_layer)
-    return replace(config, block_types_per_layer=kinds)
+    headless = [level for level in range(config.levels) if config.has_attention(level) and not config.heads_fit(level)]
+    if headless:
+        raise LayoutError(
+            f"config of the {stage}: num_attention_heads do not divide the channels of level {headless[0]}"
+        )
+    return config
 
 
 def _checked_controlnet(config: ControlNetConfig, stage: Stage) -> ControlNetConfig:
     if config.stage is not stage:
         raise LayoutError(f"config of the {stage}: it describes a {config.stage} (c_in and bottleneck_mode tell)")
     blocks = config.proj_blocks
-    if not blocks or any(not isinstance(block, int) or block < 0 for block in blocks) or len({*blocks}) < len(blocks):
+    if not blocks or len({*blocks}) < len(blocks):
         raise LayoutError(f"config of the {stage}: proj_blocks must be the numbers of different blocks, found {blocks}")
     return config

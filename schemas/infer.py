@@ -63,7 +63,10 @@ class _Shapes:
     def count(self, template: str) -> int:
         """One more than the largest number standing at `#` in any tensor name, 0 if there is none."""
         pattern = re.compile(re.escape(template).replace(r"\#", r"(\d{1,6})"))
-        return max((int(m[1]) + 1 for name in self.shapes if (m := pattern.match(name))), default=0)
+        count = max((int(m[1]) + 1 for name in self.shapes if (m := pattern.match(name))), default=0)
+        if count > len(self.shapes):
+            raise LayoutError(f"tensors called {template} are numbered up to {count - 1}, more than there are tensors")
+        return count
 
 
 def _unet(stage: Stage, shapes: _Shapes) -> UNetConfig:

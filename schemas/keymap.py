@@ -89,7 +89,7 @@ class SplitRows:
 
     def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
         shape = shapes[sources[0]]
-        if not shape or shape[0] % len(targets):
+        if not shape or not shape[0] or shape[0] % len(targets):
             raise LayoutError(f"{sources[0]}: shape {list(shape)} cannot be cut into {len(targets)} equal parts")
         rows = shape[0] // len(targets)
         return {

@@ -92,6 +92,11 @@ class UNetConfig:
     def has_attention(self, level: int) -> bool:
         return Block.ATTENTION in self.block_types_per_layer[level]
 
+    def heads_fit(self, level: int) -> bool:
+        """Whether the level's heads divide its channels."""
+        heads = self.num_attention_heads[level]
+        return heads > 0 and self.block_out_channels[level] % heads == 0
+
     def without_placeholders(self) -> "UNetConfig":
         """Heads of attention-free levels set to 0: equal results mean equal networks."""
         heads = (n if self.has_attention(level) else 0 for level, n in enumerate(self.num_attention_heads))

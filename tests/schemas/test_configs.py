@@ -65,7 +65,11 @@ def test_a_fine_tune_is_custom() -> None:
         ({"switch_level": [True]}, "switch_level"),
         ({"self_attn": False}, "self_attn"),
         ({"block_out_channels": [64]}, "must have 1 entries"),
-        ({"block_types_per_layer": [["Conv"], ["Conv"]]}, "Conv"),
+        ({"block_types_per_layer": [["Conv"], ["Conv"]]}, "should be 'SDCascadeResBlock'"),
+        ({"down_num_layers_per_block": [10**9, 1]}, "expected 1 to 1000, found 1000000000"),
+        ({"num_attention_heads": [5, 24]}, "num_attention_heads do not divide"),
+        ({"dropout": [float("nan"), 0.1]}, "expected a number, found nan"),
+        ({"patch_size": None}, "patch_size: Input should be a valid integer"),
         ({"effnet_in_channels": 16}, "describes a decoder"),
     ],
 )
@@ -80,12 +84,12 @@ def test_refused_configs(change: dict[str, Any], message: str) -> None:
         ({"_class_name": "CascadePreviewer"}, "expected class CascadeControlNet, found CascadePreviewer"),
         ({"c_in": 4}, "describes a controlnet/inpainting"),
         ({"c_in": 3}, "3 input channels .* none of the released"),
-        ({"c_in": {}}, "none of the released"),
-        ({"bottleneck_mode": "huge"}, "bottleneck_mode huge is none of the released"),
+        ({"c_in": {}}, "c_in: Input should be a valid integer"),
+        ({"bottleneck_mode": "huge"}, "bottleneck_mode: Input should be 'large' or 'simple'"),
         ({"proj_blocks": 8}, "config of the controlnet/canny"),
         ({"proj_blocks": []}, "proj_blocks must be the numbers of different blocks"),
         ({"proj_blocks": [0, 4, 4]}, "proj_blocks must be the numbers of different blocks"),
-        ({"proj_blocks": [0, "4"]}, "proj_blocks must be the numbers of different blocks"),
+        ({"proj_blocks": [0, "four"]}, r"proj_blocks\.1: Input should be a valid integer"),
     ],
 )
 def test_refused_controlnets(change: dict[str, Any], message: str) -> None:
