@@ -17,6 +17,7 @@ from .pickles import is_pickle, read_pickle
 from .safetensors_file import Header, read_header
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # of a file, without a folder
+SIDE_SUFFIXES = ("_text_model", "_text_encoder")
 LEGACY_CLASS = "StableCascadeUnet"  # of the first days, with the config keys of the original code
 
 
@@ -107,7 +108,7 @@ def _add(components: dict[Stage, Component], component: Component, choice: Choic
 def _parts_at(source: Path, choice: Choice) -> list[Parts]:
     _require_exists(source)
     if source.is_file():
-        return [identify_parts(_read_file(source))]
+        return [identify_parts(_read_file(path)) for path in (source, *_side_files(source))]
     if (source / "config.json").is_file():
         return [Parts((open_component(source, None, choice),))]
     folders = _places_in(source, choice)
@@ -123,6 +124,12 @@ def _parts_at(source: Path, choice: Choice) -> list[Parts]:
         )
     parts = [identify_parts(_read_file(path)) for path in files]
     return parts + [Parts((open_component(path, stage, choice),)) for stage, path in folders.items()]
+
+
+def _side_files(source: Path) -> list[Path]:
+    """The text encoder that kohya and OneTrainer save beside a stage C, under its name with a suffix."""
+    names = (f"{source.stem}{suffix}{source.suffix}" for suffix in SIDE_SUFFIXES)
+    return [path for path in map(source.with_name, names) if path.is_file()]
 
 
 def _read_file(path: Path) -> Header:

@@ -257,6 +257,29 @@ def test_averaged_weights_beside_trained_ones(whole: Path, tmp_path: Path, ema: 
     assert any("--ema" in note for note in done.notes)
 
 
+@pytest.mark.parametrize("suffix", ["_text_model", "_text_encoder"])
+def test_side_files_of_fine_tunes(whole: Path, tmp_path: Path, suffix: str) -> None:
+    """kohya and OneTrainer save the text encoder beside the stage; naming the stage takes both."""
+    shutil.copy(whole / "stage_c.safetensors", tmp_path / "tuned.safetensors")
+    shutil.copy(whole / "text_encoder" / "model.safetensors", tmp_path / f"tuned{suffix}.safetensors")
+    convert([tmp_path / "tuned.safetensors"], tmp_path / "out", "original")
+    found = tensors_in(tmp_path / "out")
+    assert found.keys() == {"stage_c.safetensors", "text_encoder/model.safetensors"}
+
+
+@pytest.mark.parametrize("stage", [Stage.EFFNET_ENCODER, Stage.CONTROLNET_CANNY])
+def test_components_of_real_size(catalog_folder: Path, tmp_path: Path, stage: Stage) -> None:
+    """What diffusers has no class for goes into a folder and back with every value."""
+    source = tmp_path / "x.safetensors"
+    write_stand_in(catalog_folder / f"{ORIGINALS[stage]}.json", source, "BF16")
+    convert([source], tmp_path / "model", "diffusers")
+    assert inspect(tmp_path / "model").components.keys() == {stage}
+    convert([tmp_path / "model"], tmp_path / "back.safetensors", "original")
+    before, after = load_file(source), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 # Folders
 
 
