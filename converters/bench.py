@@ -7,7 +7,6 @@ whatever else the machine is doing meets both alike. Nothing here judges: a repo
 import json
 import math
 import os
-import platform
 import shutil
 import struct
 import subprocess
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -32,6 +30,7 @@ from ..schemas.stages import PRESETS, NetworkConfig, Stage, UNetConfig, Variant
 from ..schemas.tensors import expected_tensors
 from .cast import Array
 from .identify import Component
+from .machine import describe_machine
 from .model import open_model
 from .safetensors_file import DTYPE_SIZES
 
@@ -408,55 +407,3 @@ def _described(component: Component, file: Path, *, generated: bool) -> dict[str
         "tensors": len(component.tensors),
         "bytes": file.stat().st_size,
     }
-
-
-def describe_machine(folder: Path, *, peer: bool = False) -> dict[str, Any]:
-    """What the numbers depend on: processor, memory, the disk below `folder`, versions."""
-    kind, device = _file_system(folder)
-    libraries = ("cascadekit", "numpy", *(("diffusers", "torch", "safetensors", "accelerate") if peer else ()))
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "file_system": kind,
-        "device": device,
-        "free_bytes": shutil.disk_usage(folder).free,
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "libraries": {name: found for name in libraries if (found := _version(name))},
-        "cp": subprocess.run(("cp", "--version"), capture_output=True, text=True, check=False).stdout.split("\n")[0],
-        "load_average": {"before": os.getloadavg()[0]},
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or "unknown")
-
-
-def _file_system(folder: Path) -> tuple[str, str]:
-    """Type and device of the file system `folder` lies on."""
-    device = folder.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        mounts = []
-    for mount in mounts:
-        fields, _, rest = mount.partition(" - ")
-        if fields.split()[2] == number:
-            kind, name = rest.split()[:2]
-            return kind, name
-    return "unknown", number
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -78,7 +78,6 @@ def test_a_file_of_ones_own(original: Path, tmp_path: Path) -> None:
 
 
 def test_peer(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
     result = call(tmp_path, "--network", "tiny", "--runs", 1, "--peer", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
