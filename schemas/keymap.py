@@ -126,19 +126,8 @@ class JoinRows:
 
 
 @dataclass(frozen=True)
-class Transpose:
+class Transpose(Rename):
     """The matrix `source` is called `target` in the other layout and lies with its axes exchanged."""
-
-    source: str
-    target: str
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
 
     @property
     def inverse(self) -> "Transpose":
