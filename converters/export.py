@@ -127,6 +127,8 @@ def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
 
 def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
     ports = ports_of(component.config)
+    sources = tuple(_source(path, component) for path in _source_files(component))
+    linked = {source.name: source.sha256 for source in sources} if mode == "link" else {}  # hashed already
     graph, *rest = sorted(folder.iterdir(), key=lambda path: path.name != GRAPH_NAME)
     return StageEntry(
         variant=component.variant,
@@ -134,11 +136,15 @@ def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
         precision="fp32",
         opset=OPSET,
         weights="link" if mode == "link" else "copy",
-        sources=tuple(_source(path, component) for path in _source_files(component)),
+        sources=sources,
         inputs=tuple(PortEntry(**asdict(port)) for port in ports.inputs),
         outputs=tuple(PortEntry(**asdict(port)) for port in ports.outputs),
         files=tuple(
-            FileEntry(path=f"{folder.name}/{path.name}", bytes=path.stat().st_size, sha256=_sha256(path))
+            FileEntry(
+                path=f"{folder.name}/{path.name}",
+                bytes=path.stat().st_size,
+                sha256=linked.get(path.name) or _sha256(path),
+            )
             for path in (graph, *rest)
         ),
     )

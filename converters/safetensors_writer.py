@@ -35,7 +35,7 @@ def write_file(
     total = len(header) + sum(plan.nbytes for plan in tensors.values())
     try:
         with path.open("wb") as out:
-            _reserve(out.fileno(), total)
+            reserve(out.fileno(), total)
             out.write(header)
             out.flush()
             for run in merged(pieces(tensors, len(header))):
@@ -43,7 +43,7 @@ def write_file(
             overflows = compute(pieces(tensors, len(header)), out.fileno(), progress)
             os.fsync(out.fileno())
     except OSError as error:
-        raise ConversionError(_what_failed(path, total, error)) from error
+        raise ConversionError(what_failed(path, total, error)) from error
     if overflows and not allow_overflow:
         raise ConversionError(_overflow_message(path, tensors, overflows))
     return dict(overflows)
@@ -58,7 +58,8 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
                 )
 
 
-def _what_failed(path: Path, total: int, error: OSError) -> str:
+def what_failed(path: Path, total: int, error: OSError) -> str:
+    """One line on an error while `total` bytes were to be written to `path`."""
     if error.filename not in (None, str(path)):
         return f"{error.filename}: cannot be read: {error.strerror}"
     return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
@@ -75,7 +76,7 @@ def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: 
     )
 
 
-def _reserve(target: int, total: int) -> None:
+def reserve(target: int, total: int) -> None:
     """Take `total` bytes of disk, so that a full one is an error before the first byte is copied."""
     # Asked first: where a file system cannot reserve, the C library fills the file with writes until none is left.
     disk = os.fstatvfs(target)

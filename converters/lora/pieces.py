@@ -4,12 +4,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...schemas.errors import ConversionError
 from ...schemas.tensors import Shape
-from ..copying import COPY_BLOCK
+from ..copying import copy_range
 from ..safetensors_file import Progress, TensorRange, encode_header
+from ..safetensors_writer import reserve, what_failed
 from .factors import Factor
 from .numbers import Bytes, encode
 
@@ -57,32 +58,27 @@ def write_pieces(
     total = len(header) + sum(plan.nbytes for plan in tensors.values())
     try:
         with path.open("wb") as out:
-            if total and hasattr(os, "posix_fallocate"):  # a full disk shows before the first tensor is calculated
-                os.posix_fallocate(out.fileno(), 0, total)
+            reserve(out.fileno(), total)
             out.write(header)
             for piece in (piece for tensor in tensors.values() for piece in tensor.pieces):
-                for block in _blocks(piece):
-                    out.write(block)
-                    if progress:
-                        progress(len(block))
+                _write_piece(piece, out, progress)
             if out.tell() != total:
                 raise ConversionError(f"{path}: wrote {out.tell()} bytes instead of {total}; this is a bug, report it")
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be written ({total} bytes needed): {error.strerror}") from error
+        raise ConversionError(what_failed(path, total, error)) from error
 
 
-def _blocks(piece: Piece) -> Iterable[Any]:
-    if isinstance(piece, Calculated):
-        yield from (block.data for block in piece.blocks())
+def _write_piece(piece: Piece, out: BinaryIO, progress: Progress | None) -> None:
+    """Append a piece at the file's position."""
+    if isinstance(piece, TensorRange):
+        out.flush()  # the copy goes past Python's buffer
+        at = out.tell()
+        copy_range(piece.path, piece.offset, piece.nbytes, at, out.fileno(), progress)
+        out.seek(at + piece.nbytes)
         return
-    with piece.path.open("rb") as file:
-        file.seek(piece.offset)
-        left = piece.nbytes
-        while left:
-            block = file.read(min(left, COPY_BLOCK))
-            if not block:
-                raise OSError(0, f"{piece.path} ended {left} bytes too early; was it changed meanwhile?")
-            left -= len(block)
-            yield block
+    for block in piece.blocks():
+        out.write(block.data)
+        if progress:
+            progress(block.nbytes)
