@@ -50,6 +50,7 @@ PAIRS = (
     ("convert", "cp"),
     ("convert_cold", "cp_cold"),
     ("cast", "cast_in_memory"),
+    ("cast", "write"),
     ("inspect", "import"),
     ("peer", "convert"),
 )
@@ -68,6 +69,7 @@ _, status, usage = os.wait4(child, 0)
 print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status))
 """
 COPY = 'cp "$1" "$2" && sync "$2"'
+WRITE = 'cat "$1" "$1" | head -c "$3" > "$2" && sync "$2"'
 PEER = """
 import os, sys
 import torch
@@ -251,6 +253,8 @@ def _cases(component: Component, file: Path, folder: Path, *, cold: bool, peer: 
     convert = (*package, "convert", str(file), "-o", output, "--to", "diffusers")
     copy = ("sh", "-c", COPY, "sh", str(file), output)
     cast = (*convert, "--dtype", OPTIONS[CAST_TO[dtype]])
+    written = size // DTYPE_SIZES[dtype] * DTYPE_SIZES[CAST_TO[dtype]]
+    write = ("sh", "-c", WRITE, "sh", str(file), output, str(written))
     in_memory = f"from cascadekit.converters.bench import main; main({dtype!r}, {size})"
     cases = [
         Case("convert", "cascadekit convert --to diffusers", convert, size),
@@ -259,6 +263,7 @@ def _cases(component: Component, file: Path, folder: Path, *, cold: bool, peer: 
         Case(
             "cast_in_memory", "two threads of numpy, no file", (sys.executable, "-c", in_memory), size, own_clock=True
         ),
+        Case("write", "as many bytes as the cast gives, written as they come && sync", write, size),
         Case("inspect", "cascadekit inspect", (*package, "inspect", str(file))),
         Case("import", "python -c 'import cascadekit'", (sys.executable, "-c", "import cascadekit")),
     ]

@@ -17,7 +17,7 @@ from .copying import ended_early
 from .plans import Piece
 from .safetensors_file import DTYPE_SIZES, Progress
 
-CAST_BLOCK = 1 << 23  # bytes of input that one thread casts at a time
+CAST_BLOCK = 1 << 22  # bytes of input a thread casts at a time; memory of larger blocks is paged in anew each time
 CAST_THREADS = 2
 
 Done = tuple[int, int]  # bytes written, values that became infinite

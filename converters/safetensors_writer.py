@@ -3,8 +3,11 @@
 import errno
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 from ..schemas.errors import ConversionError
 from .cast import FLOATS, castable
@@ -12,6 +15,8 @@ from .computing import compute
 from .copying import copy_range, merged
 from .plans import TensorPlan, pieces
 from .safetensors_file import Progress, encode_header
+
+FLUSH_PAUSE = 0.05  # seconds between two flushes
 
 
 def write_file(
@@ -38,15 +43,37 @@ def write_file(
             reserve(out.fileno(), total)
             out.write(header)
             out.flush()
-            for run in merged(pieces(tensors, len(header))):
-                copy_range(*run, out.fileno(), progress)
-            overflows = compute(pieces(tensors, len(header)), out.fileno(), progress)
+            with flushing(out.fileno()):
+                for run in merged(pieces(tensors, len(header))):
+                    copy_range(*run, out.fileno(), progress)
+                overflows = compute(pieces(tensors, len(header)), out.fileno(), progress)
             os.fsync(out.fileno())
     except OSError as error:
         raise ConversionError(what_failed(path, total, error)) from error
     if overflows and not allow_overflow:
         raise ConversionError(_overflow_message(path, tensors, overflows))
     return dict(overflows)
+
+
+@contextmanager
+def flushing(target: int) -> Iterator[None]:
+    """Inside, a thread sends to the disk what has been written so far, again and again.
+
+    Left alone, the kernel begins only when gigabytes have gathered, and the disk idles until then. Raises the
+    OSError of a flush when the block ends: the kernel reports it once, an fsync afterwards would know nothing."""
+    done = Event()
+    with ThreadPoolExecutor(1) as pool:
+        flushes = pool.submit(_flush_until, done, target)
+        try:
+            yield
+        finally:
+            done.set()
+        flushes.result()
+
+
+def _flush_until(done: Event, target: int) -> None:
+    while not done.wait(FLUSH_PAUSE):
+        os.fdatasync(target)
 
 
 def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:

@@ -17,8 +17,8 @@ from cascadekit.converters.model import open_model
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
-CASES = ["convert", "cp", "convert_cold", "cp_cold", "cast", "cast_in_memory", "inspect", "import"]
-RATIOS = ["convert / cp", "convert_cold / cp_cold", "cast / cast_in_memory", "inspect / import"]
+CASES = ["convert", "cp", "convert_cold", "cp_cold", "cast", "cast_in_memory", "write", "inspect", "import"]
+RATIOS = ["convert / cp", "convert_cold / cp_cold", "cast / cast_in_memory", "cast / write", "inspect / import"]
 TINY = PRESETS[Stage.PRIOR, Variant.TINY]
 
 
