@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..schemas.errors import LayoutError
+from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout, can_become
 from .common import PATH, all_local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
+from .lora import show_facts
 
 if TYPE_CHECKING:
     from ..converters.identify import Component
@@ -32,20 +33,21 @@ def inspect(path: Path, as_json: bool) -> None:
     """Say what a file or folder holds, from its headers alone.
 
     On the Hub only headers are transferred: cascadekit inspect hf://stabilityai/stable-cascade
+    A LoRA is shown as `cascadekit lora inspect` shows it.
 
     Example: cascadekit inspect stage_c_lite_bf16.safetensors
     """
     from ..converters.hub import is_hub
-    from ..converters.model import open_model
     from ..converters.provenance import licence_fields
 
     if is_hub(path):
         components = _remote_components(path)
     else:
-        model = open_model([path])
-        components = list(model.components.values())
-        for text in model.notes:
-            note(text)
+        found = _local_components(path)
+        if isinstance(found, dict):
+            say(json.dumps([found], indent=2)) if as_json else show_facts(found)
+            return
+        components = found
     if as_json:
         say(json.dumps([_described(component) for component in components], indent=2))
     else:
@@ -58,6 +60,32 @@ def inspect(path: Path, as_json: bool) -> None:
                 say(f"{component.stage}: {key}: {text}")
     if any(component.problems for component in components):
         raise SystemExit(FAILED)
+
+
+def _local_components(path: Path) -> "list[Component] | dict[str, Any]":
+    """The components at `path`, or the facts of the LoRA it is instead."""
+    from ..converters.model import open_model
+
+    try:
+        model = open_model([path])
+    except (LayoutError, UsageError):
+        facts = _lora_facts(path)
+        if facts is None:
+            raise
+        return facts
+    for text in model.notes:
+        note(text)
+    return list(model.components.values())
+
+
+def _lora_facts(path: Path) -> dict[str, Any] | None:
+    """What `lora inspect` says of the LoRA at `path`; None when it is none."""
+    from ..converters.lora.reader import holds_lora, open_lora
+    from ..converters.lora.summary import summary
+
+    if not path.exists() or not holds_lora(path):
+        return None
+    return {"component": "lora", **summary(open_lora(path))}
 
 
 def _remote_components(source: Path) -> "list[Component]":

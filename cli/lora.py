@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..schemas.lora import LoraFormat
-from .common import PATH
+from .common import PATH, all_local, local, maybe_local
 from .console import byte_progress, note, say, show_table
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
@@ -45,10 +45,16 @@ def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: f
     from ..converters.lora.reader import open_lora
     from ..converters.lora.summary import summary
 
-    facts = summary(open_lora(path, networks_of(against), module_filters=filters, alpha=alpha))
+    networks = networks_of(maybe_local(against))
+    facts = summary(open_lora(local(path), networks, module_filters=filters, alpha=alpha))
     if as_json:
         say(json.dumps(facts, indent=2))
-        return
+    else:
+        show_facts(facts)
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """Print what `converters.lora.summary` found."""
     for text in facts["notes"]:
         note(text)
     show_table("", ("property", "value"), _rows(facts))
@@ -96,7 +102,16 @@ def convert(
     """
     from ..converters.lora.convert import convert_lora
 
-    done = convert_lora(path, output, to, against=against, module_filters=filters, alpha=alpha, drop=drop, force=force)
+    done = convert_lora(
+        local(path),
+        output,
+        to,
+        against=maybe_local(against),
+        module_filters=filters,
+        alpha=alpha,
+        drop=drop,
+        force=force,
+    )
     for text in done.notes:
         note(text)
     say(f"wrote {output} ({done.modules} modules, {to})")
@@ -136,14 +151,15 @@ def merge(
     """
     from ..converters.lora.merge import merge_loras
 
+    base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
     with byte_progress() as start_file:
         done = merge_loras(
-            checkpoint,
-            loras,
+            base,
+            adapters,
             output,
             strengths=strengths,
             text_encoder_strengths=text_strengths,
-            text_encoder=text_encoder,
+            text_encoder=encoder,
             module_filters=filters,
             alpha=alpha,
             unmerge=unmerge,

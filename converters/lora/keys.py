@@ -53,6 +53,11 @@ def group_keys(header: Header) -> Keys:
     return Keys(groups, tuple(embeddings))
 
 
+def is_factor_key(key: str) -> bool:
+    """Whether `key` ends as the factors and settings of LoRA files do."""
+    return _split(key)[1] is not None
+
+
 def _split(key: str) -> tuple[str, str | None]:
     for ending in SUFFIXES:
         if key.endswith(f".{ending}"):

@@ -9,7 +9,7 @@ from ...schemas.lora import LoraFormat, Prefix, Target, lora_modules
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ..safetensors_file import Header, read_header
 from .adapters import Adapter, make_adapter, split_rows
-from .keys import Group, Keys, NameTable, format_of, group_keys
+from .keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe, listed
 from .peft_config import PeftConfig, find_config
 from .stability import DEFAULT_FILTERS, is_stability, read_stability
@@ -41,6 +41,16 @@ def open_lora(
     if attempt.problems:
         raise LayoutError(_refusal(header, attempt, keys, networks, alpha))
     return _lora(header, keys, attempt)
+
+
+def holds_lora(path: Path) -> bool:
+    """Whether `path` is a file of LoRA keys, or a folder with a LoRA's usual file name; from the header alone.
+
+    Says nothing about whether `open_lora` can read it. Raises CheckpointError for a damaged file."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in FOLDER_NAMES)
+    header = read_header(path)
+    return is_stability(header) or any(is_factor_key(key) for key in header.tensors)
 
 
 def _weights(path: Path) -> Path:

@@ -8,8 +8,9 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cascadekit.cli.checkpoints import inspect
 from cascadekit.cli.console import CascadeGroup
 from cascadekit.cli.lora import lora
 
@@ -22,10 +23,15 @@ def main() -> None:
 
 
 main.add_command(lora)
+main.add_command(inspect)
 
 
 def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["lora", *map(str, arguments)])
+    return invoke("lora", *arguments, code=code)
+
+
+def invoke(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [*map(str, arguments)])
     assert result.exit_code == code, result.output
     return result
 
@@ -58,6 +64,22 @@ def test_inspect(file: Path) -> None:
     assert facts["ranks"] == {"4": 2}
     assert facts["text_encoder_modules"] == 1
     assert facts["targets"] == {"prior: down_blocks.0 attention.to_q": 1, "text_encoder: text_projection": 1}
+
+
+def test_the_plain_inspect_shows_a_lora_too(file: Path, tmp_path: Path) -> None:
+    assert invoke("inspect", file).output == run("inspect", file).output
+    (facts,) = json.loads(invoke("inspect", file, "--json").stdout)
+    assert facts == {"component": "lora", **json.loads(run("inspect", file, "--json").stdout)}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    file.rename(folder / "adapter_model.safetensors")
+    assert "down_blocks.0 attention.to_q" in invoke("inspect", folder).output
+
+
+def test_a_lora_that_fits_no_network_is_refused_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "foreign.safetensors"
+    save_file({"lora_unet_input_blocks_1.lora_down.weight": torch.ones(4, 8)}, file)
+    assert "lora_unet_input_blocks_1" in invoke("inspect", file, code=1).output
 
 
 def test_convert(file: Path, tmp_path: Path) -> None:
