@@ -1,44 +1,83 @@
 """ONNX graphs written node by node from a network's config; nothing is traced.
 
-``write_graph`` gives a model whose weights are external data: byte ranges of files beside it, by reference.
+``write_graphs`` gives models whose weights are external data: byte ranges of files beside them, by reference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import onnx
 
+from ...schemas.control import CONTROL_RANGES, control_ports
 from ...schemas.errors import ExportError
-from ...schemas.ports import ports_of
-from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from ...schemas.hoisted import conditioning_ports, step_ports
+from ...schemas.ports import StagePorts, ports_of
+from ...schemas.stages import NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
-from .builder import IR_VERSION, OPSET, Graph, Weight
-from .decoder import write_decoder
-from .prior import write_prior
+from .builder import ATTENTION_OPSET, IR_VERSION, OPSET, Graph, Weight
+from .decoder import write_decoder, write_decoder_conditioning, write_decoder_step
+from .options import GraphOptions
+from .prior import write_prior, write_prior_conditioning, write_prior_step
 from .text_encoder import write_text_encoder
 from .vqgan import write_vqgan
 
-__all__ = ["IR_VERSION", "OPSET", "Weight", "write_graph"]
+__all__ = [
+    "ATTENTION_OPSET",
+    "IR_VERSION",
+    "OPSET",
+    "GraphOptions",
+    "Weight",
+    "graph_ports",
+    "write_graph",
+    "write_graphs",
+]
+
+MODEL, CONDITIONING, STEP = "model", "conditioning", "step"
+
+Writer = Callable[[Graph, Any], onnx.ModelProto]
+
+# The graphs of a stage by name; each network's "model" is whole, the others are what it falls into.
+WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
+    Stage.PRIOR: {MODEL: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
+    Stage.DECODER: {MODEL: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
+    Stage.VQGAN: {MODEL: write_vqgan},
+    Stage.TEXT_ENCODER: {MODEL: write_text_encoder},
+}
+
+DEFAULT = GraphOptions()
 
 
-def write_graph(config: NetworkConfig, weights: Mapping[str, Weight]) -> onnx.ModelProto:
-    """The graph of the network that `config` describes, with the ports of ``schemas.ports``.
+def write_graph(
+    config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT, name: str = MODEL
+) -> onnx.ModelProto:
+    """The graph `name` of the network that `config` describes, with the ports ``graph_ports`` tells.
 
-    `weights` by their diffusers names; those the graph does not need are ignored. It computes in fp32 whatever they
-    are stored in, and loads with onnxruntime 1.19 and later. Save it with ``onnx.save`` into the folder that the
-    weights' locations are relative to.
+    `weights` by their diffusers names; those the graph does not need are ignored. It computes in the precision of
+    `options` whatever they are stored in, and loads with onnxruntime 1.19 and later. Save it with ``onnx.save`` into
+    the folder that the weights' locations are relative to.
 
     Raises ExportError, naming all of them, when weights are missing or not what the config says, and for configs
-    no graph is written for.
-    """
-    graph = Graph(ports_of(config), expected_tensors(config), weights)
-    match config:
-        case UNetConfig() if config.stage is Stage.PRIOR:
-            return write_prior(graph, config)
-        case UNetConfig():
-            return write_decoder(graph, config)
-        case VQGANConfig():
-            return write_vqgan(graph, config)
-        case TextEncoderConfig():
-            return write_text_encoder(graph, config)
-        case _:
-            raise ExportError(f"{config.stage}: no graph is written for this network")
+    no graph is written for."""
+    writer = WRITERS.get(config.stage, {}).get(name)
+    if writer is None:
+        raise ExportError(f"{config.stage}: no graph {name} is written for this network")
+    return writer(Graph(graph_ports(config, options, name), expected_tensors(config), weights, options), config)
+
+
+def write_graphs(
+    config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT
+) -> dict[str, onnx.ModelProto]:
+    """Every graph of the network by its name, "model" first; see `write_graph`."""
+    return {name: write_graph(config, weights, options, name) for name in WRITERS.get(config.stage, {MODEL: None})}
+
+
+def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MODEL) -> StagePorts:
+    """Inputs and outputs of the graph `name`."""
+    if not isinstance(config, UNetConfig):
+        return ports_of(config)
+    ports = {MODEL: ports_of, CONDITIONING: conditioning_ports, STEP: step_ports}[name](config)
+    if not options.control or name == CONDITIONING:
+        return ports
+    control = control_ports(config, options.control)
+    return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **CONTROL_RANGES})

@@ -12,10 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ...schemas.errors import ExportError
 from ...schemas.ports import Port, StagePorts
+from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
+from .options import GraphOptions
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
 IR_VERSION = 10  # what onnxruntime 1.19 reads
+ATTENTION_OPSET, ATTENTION_IR_VERSION = 23, 11  # the first with Attention, for TensorRT
+ORT_DOMAIN = "com.microsoft"
 
 STORAGE_TYPES: Mapping[str, int] = {
     "F32": TensorProto.FLOAT,
@@ -23,6 +27,21 @@ STORAGE_TYPES: Mapping[str, int] = {
     "F16": TensorProto.FLOAT16,
 }
 PORT_TYPES: Mapping[str, int] = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+COMPUTE_TYPES: Mapping[Precision, int] = {
+    Precision.FP32: TensorProto.FLOAT,
+    Precision.FP16: TensorProto.FLOAT16,
+    Precision.BF16: TensorProto.BFLOAT16,
+}
+TYPE_NAMES: Mapping[int, str] = {
+    TensorProto.FLOAT: "float",
+    TensorProto.FLOAT16: "half",
+    TensorProto.BFLOAT16: "bfloat",
+}
+LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
+    TensorProto.FLOAT: float(np.finfo(np.float32).min),
+    TensorProto.FLOAT16: -65504.0,
+    TensorProto.BFLOAT16: -3.3895313892515355e38,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,10 @@ class Weight:
 
 
 class Graph:
-    """An ONNX graph that grows node by node, in fp32 whatever the weights are stored in.
+    """An ONNX graph that grows node by node, in one precision whatever the weights are stored in.
+
+    Ports are float32; where the graph computes in another type, they are cast at its borders. `island` switches to
+    fp32 for a while, `to_float` and `to_compute` lead a value in and out.
 
     A node and its value carry the path of the PyTorch module they stand for; helpers of a module are called
     ``path/part``. Images lie channels last, so a module's value is (B, h, w, c) or flattened to rows (B*h*w, c);
@@ -49,7 +71,15 @@ class Graph:
     ``@2``. Initialisers have exactly the tensors' names. Values are handled by name, as strings.
     """
 
-    def __init__(self, ports: StagePorts, expected: Mapping[str, Shape], weights: Mapping[str, Weight]) -> None:
+    def __init__(
+        self,
+        ports: StagePorts,
+        expected: Mapping[str, Shape],
+        weights: Mapping[str, Weight],
+        options: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.options = options
+        self.type = COMPUTE_TYPES[options.precision]  # of the values made now
         self._ports = ports
         self._expected = expected
         self._weights = weights
@@ -58,6 +88,11 @@ class Graph:
         self._written: set[str] = set()  # names given to `once`
         self._problems: list[str] = []
         self._suffix = ""
+        self._probes: list[str] = []
+        self._inner = {} if options.precision is Precision.FP32 else _inner_names(ports, self.type)
+        for port in ports.inputs:
+            if port.name in self._inner:
+                self._nodes.append(_cast(port.name, self._inner[port.name], self.type))
         self.batch = self.once("Shape", "batch", ports.inputs[0].name, start=0, end=1)  # int64 (1,)
 
     # Nodes
@@ -75,28 +110,96 @@ class Graph:
 
     def split(self, name: str, value: str, axis: int, parts: int) -> list[str]:
         """`parts` equal slices of `value` along `axis`, called ``name.0``, ``name.1`` and so on."""
-        outputs = [f"{name}.{i}{self._suffix}" for i in range(parts)]
-        node = helper.make_node("Split", [value], outputs, name + self._suffix, axis=axis, num_outputs=parts)
-        self._nodes.append(node)
+        return self._split([value], name, [f"{name}.{i}{self._suffix}" for i in range(parts)], axis, num_outputs=parts)
+
+    def split_widths(
+        self, name: str, value: str, axis: int, widths: Sequence[int], outputs: Sequence[str]
+    ) -> list[str]:
+        """Slices of `value` along `axis` of the given widths, called `outputs`."""
+        inputs = [value, self.integers(*widths)]
+        return self._split(inputs, name, [output + self._suffix for output in outputs], axis)
+
+    def _split(self, inputs: Sequence[str], name: str, outputs: list[str], axis: int, **attributes: Any) -> list[str]:
+        inner = [self._inner.get(i, i) for i in inputs]
+        self._nodes.append(helper.make_node("Split", inner, outputs, name + self._suffix, axis=axis, **attributes))
         return outputs
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
         """Inside, modules are passed for the `times`-th time again; their names get a suffix to stay unique."""
-        self._suffix = f"@{times}" if times else ""
+        outside, self._suffix = self._suffix, f"@{times}" if times else ""
         yield
-        self._suffix = ""
+        self._suffix = outside
 
     def _append(self, op: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
-        self._nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        inner = [self._inner.get(i, i) for i in inputs]
+        self._nodes.append(helper.make_node(op, inner, [self._inner.get(name, name)], name, **attributes))
         return name
+
+    # Precision
+
+    @property
+    def halved(self) -> bool:
+        """Whether values are of a 16-bit type, islands apart."""
+        return self.options.precision is not Precision.FP32
+
+    @contextmanager
+    def island(self) -> Iterator[None]:
+        """Inside, weights and constants are fp32; bring values in with `to_float` and out with `to_compute`."""
+        outside, self.type = self.type, TensorProto.FLOAT
+        yield
+        self.type = outside
+
+    def to_float(self, value: str) -> str:
+        """`value` of the compute type as fp32."""
+        return self.once("Cast", f"{value}/float", value, to=TensorProto.FLOAT) if self.halved else value
+
+    def to_compute(self, value: str) -> str:
+        """An fp32 `value` in the compute type."""
+        to = COMPUTE_TYPES[self.options.precision]
+        return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
+
+    def probe(self, value: str) -> None:
+        """Give out the largest magnitude of the fp32 `value` as ``value/max``, where probes are wanted."""
+        if self.options.probes and f"{value}/max" not in self._probes:
+            magnitude = self.once("Abs", f"{value}/magnitude", value)
+            self._probes.append(self.once("ReduceMax", f"{value}/max", magnitude, keepdims=0))
 
     # Weights
 
     def weight(self, name: str, dims: Shape | None = None) -> str:
-        """The tensor `name` in fp32, its bytes read as `dims` where they are given. Problems are kept for `model`."""
+        """The tensor `name` in the type of now, its bytes read as `dims` where they are given; runtimes fold the cast
+        when they load the graph. Problems are kept for `model`."""
         stored, dtype = self.stored(name, dims)
-        return stored if dtype == "F32" else self.once("Cast", f"{name}/float", stored, to=TensorProto.FLOAT)
+        return self._typed(stored, dtype)
+
+    def _typed(self, stored: str, dtype: str) -> str:
+        if STORAGE_TYPES.get(dtype, self.type) == self.type:
+            return stored
+        return self.once("Cast", f"{stored}/{TYPE_NAMES[self.type]}", stored, to=self.type)
+
+    def scaled_weight(self, name: str, exponent: int, dims: Shape | None = None) -> str:
+        """The tensor `name` times 2^-exponent: folded like a cast, and as exact while nothing becomes subnormal."""
+        weight = self.weight(name, dims)
+        if exponent == 0:
+            return weight
+        return self.once("Mul", f"{weight}/2^{-exponent}", weight, self.scalar(2.0**-exponent))
+
+    def packed(self, name: str, parts: Sequence[str]) -> str | None:
+        """The tensors `parts` as one called `name`, stacked along their first axis, if that is how they lie in their
+        file; None if not, or if something is wrong with one of them."""
+        weights = [self._weights.get(part) for part in parts]
+        if any(_problem(w, self._expected[part]) for w, part in zip(weights, parts, strict=True)):
+            return None
+        found = [w for w in weights if w is not None]
+        ends = [(w.location, w.dtype, w.offset + w.length) for w in found]
+        starts = [(w.location, w.dtype, w.offset) for w in found]
+        if ends[:-1] != starts[1:] or len({w.shape[1:] for w in found}) > 1:
+            return None
+        dims = (sum(w.shape[0] for w in found), *found[0].shape[1:])
+        whole = Weight(found[0].dtype, dims, found[0].location, found[0].offset, sum(w.length for w in found))
+        self._initializers.setdefault(name, _external(name, dims, whole))
+        return self._typed(name, whole.dtype)
 
     def stored(self, name: str, dims: Shape | None = None) -> tuple[str, str]:
         """The tensor `name` as it is stored, and its dtype in safetensors' spelling."""
@@ -123,12 +226,21 @@ class Graph:
         return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, np.int64))
 
     def scalar(self, value: float) -> str:
-        """fp32 ()"""
-        return self.constant(f"float[{value!r}]", np.array(value, np.float32))
+        """() in the type of now"""
+        return self._filled(f"{TYPE_NAMES[self.type]}[{value!r}]", (), value)
 
-    def ones(self, width: int) -> str:
-        """fp32 (width,)"""
-        return self.constant(f"ones[{width}]", np.ones(width, np.float32))
+    def full(self, width: int, value: float = 1.0) -> str:
+        """(width,) in the type of now, `value` all over"""
+        return self._filled(f"{TYPE_NAMES[self.type]}[{width} x {value!r}]", (width,), value)
+
+    def lowest(self) -> str:
+        """() the lowest finite number of the type of now"""
+        return self.scalar(LOWEST[self.type])
+
+    def _filled(self, name: str, dims: Shape, value: float) -> str:
+        if name not in self._initializers:
+            self._initializers[name] = helper.make_tensor(name, self.type, dims, [value] * math.prod(dims))
+        return name
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """`array` as an initialiser called `name`; the name stands for the content."""
@@ -155,16 +267,37 @@ class Graph:
 
     # The operations every network has
 
-    def linear(self, name: str, rows: str, *, bias: bool = True) -> str:
-        """(n, in) -> (n, out): a Linear or a 1x1 convolution, the weight used in torch's orientation as it lies."""
+    def linear(self, name: str, rows: str, *, bias: bool = True, alpha: float = 1.0, bias_exponent: int = 0) -> str:
+        """(n, in) -> (n, out): a Linear or a 1x1 convolution, the weight used in torch's orientation as it lies.
+
+        The product, not the bias, times `alpha`; the bias times 2^-`bias_exponent`."""
         inputs = [rows, self.weight(f"{name}.weight", self._expected[f"{name}.weight"][:2])]
-        return self.node("Gemm", name, *inputs, *([self.weight(f"{name}.bias")] if bias else []), transB=1)
+        if bias:
+            inputs.append(self.scaled_weight(f"{name}.bias", bias_exponent))
+        return self.gemm(name, *inputs, alpha=alpha)
+
+    def gemm(self, name: str, rows: str, weight: str, *bias: str, alpha: float = 1.0) -> str:
+        """rows (n, in) times weight (out, in) transposed, plus the bias (out,)."""
+        attributes = {"alpha": alpha} if alpha != 1 else {}
+        return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
+
+    def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
+        """The Linears ``prefix.part`` of the same rows, in one product where their weights lie side by side."""
+        names = [f"{prefix}.{part}" for part in parts]
+        packed = f"{prefix}.{'+'.join(parts)}"
+        weight = self.packed(f"{packed}.weight", [f"{name}.weight" for name in names])
+        bias = self.packed(f"{packed}.bias", [f"{name}.bias" for name in names])
+        if weight is None or bias is None:
+            return [self.linear(name, rows) for name in names]
+        product = self.gemm(packed, rows, weight, bias)
+        return self.split_widths(f"{packed}/parts", product, 1, [self.width(name) for name in names], names)
 
     def layer_norm(
         self, name: str, value: str, width: int, *, eps: float, scale: str | None = None, shift: str | None = None
     ) -> str:
-        """Normalised over the last axis, which has `width` channels; without `scale` and `shift` affine-free."""
-        inputs = [value, scale or self.ones(width), *([shift] if shift else [])]
+        """Normalised over the last axis, which has `width` channels; without `scale` and `shift` affine-free. Mean and
+        variance are computed in fp32 in every precision (stash_type)."""
+        inputs = [value, scale or self.full(width), *([shift] if shift else [])]
         return self.node("LayerNormalization", name, *inputs, axis=-1, epsilon=eps)
 
     def silu(self, name: str, value: str) -> str:
@@ -184,21 +317,39 @@ class Graph:
                 f"{name}: {len(self._problems)} weights cannot be used for the graph; "
                 f"is the checkpoint complete and its config the right one?\n  {problems}"
             )
+        outputs = [_value_info(port) for port in self._ports.outputs]
+        outputs += [helper.make_tensor_value_info(probe, TensorProto.FLOAT, ()) for probe in self._probes]
+        given = (port.name for port in self._ports.outputs if port.name in self._inner)
         graph = helper.make_graph(
-            self._nodes,
+            [*self._nodes, *(_cast(self._inner[port], port, TensorProto.FLOAT) for port in given)],
             name,
             [_value_info(port) for port in self._ports.inputs],
-            [_value_info(port) for port in self._ports.outputs],
+            outputs,
             list(self._initializers.values()),
             doc,
         )
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid(domain, opset) for domain, opset in self._opsets()],
+            ir_version=ATTENTION_IR_VERSION if self.options.target is Target.TENSORRT else IR_VERSION,
             producer_name="cascadekit",
             doc_string=doc,
         )
+
+    def _opsets(self) -> list[tuple[str, int]]:
+        domains = {node.domain for node in self._nodes}
+        opset = ATTENTION_OPSET if self.options.target is Target.TENSORRT else OPSET
+        return [("", opset), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
+
+
+def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
+    """What the float ports are called inside a graph that computes in another type."""
+    floats = (port.name for port in (*ports.inputs, *ports.outputs) if port.dtype == "float32")
+    return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats}
+
+
+def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], f"{target}/cast", to=to)
 
 
 def _problem(weight: Weight | None, shape: Shape) -> str | None:

@@ -1,41 +1,89 @@
-"""Stage B as a graph: the prior's latents (effnet) and the pooled text condition the pyramid."""
+"""Stage B as graphs: the prior's latents (effnet) and the pooled text condition the pyramid."""
 
 import onnx
 
 from ...schemas.errors import ExportError
+from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
 from .builder import Graph
+from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .hoisting import write_conditions
 from .layers import Image, normalised, pointwise, resized
-from .unet import NORM_EPS, Pyramid, check_supported, classify, conditions, embed, pooled_tokens
+from .streams import NORM_EPS, Streams
+from .unet import OUTERMOST, Pyramid, check_supported, classify, embed
 
 
 def write_decoder(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """The decoder: any latent size its levels can halve, any size of effnet.
 
     Raises ExportError for settings of no release and for missing weights."""
+    streams = _streams(graph, config)
+    image = embed(graph, config, streams, "sample")
+    image = image.with_last(
+        graph.node("Add", "embedding/effnet", image.last, _effnet(graph, config, streams, image.size))
+    )
+    image = image.with_last(graph.node("Add", "embedding/pixels", image.last, _pixels(graph, streams)))
+    return _finish(graph, config, streams, _computed(graph, config, streams, "timestep_ratio"), image, "decoder")
+
+
+def write_decoder_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
+    """What of the decoder depends on the prior's latents, text and schedule alone; see ``schemas.hoisted``."""
+    streams = _streams(graph, config)
+    whole = graph.node("Shape", "sample/size", "sample", start=2)
+    size = graph.node("Div", "embedding/size", whole, graph.integers(config.patch_size))
+    effnet = _effnet(graph, config, streams, size)
+    graph.node("Add", EFFNET_MAP, effnet, _pixels(graph, streams))
+    write_conditions(graph, config, _computed(graph, config, streams, RATIOS))
+    doc = "Stable Cascade stage B (decoder): stage C's latents, text and schedule to conditions"
+    return graph.model("decoder_conditioning", doc)
+
+
+def write_decoder_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
+    """The rest of the decoder."""
+    streams = _streams(graph, config)
+    image = embed(graph, config, streams, "sample")
+    image = image.with_last(graph.node("Add", "embedding/effnet", image.last, EFFNET_MAP))
+    return _finish(graph, config, streams, Fed(graph, config), image, "decoder_step")
+
+
+def _streams(graph: Graph, config: UNetConfig) -> Streams:
     check_supported(config)
     if config.effnet_in_channels is None or config.pixel_mapper_in_channels is None:
         raise ExportError("decoder: its config must have effnet_in_channels and pixel_mapper_in_channels")
-    image = embed(graph, config, "sample")
-    effnet = resized(graph, "effnet/resized", Image(graph, config.effnet_in_channels, first="effnet"), image.size)
-    image = image.with_last(graph.node("Add", "embedding/effnet", image.last, _mapped(graph, effnet).last))
-    image = image.with_last(graph.node("Add", "embedding/pixels", image.last, _pixels(graph)))
-    pyramid = Pyramid(graph, config, conditions(graph, config, "timestep_ratio", pooled_tokens(graph, config)))
-    classify(graph, config, pyramid.write(image), "noise_pred")
-    return graph.model("decoder", "Stable Cascade stage B (decoder): latents and conditioning to predicted noise")
+    if graph.options.control:
+        raise ExportError("decoder: ControlNets are for the prior")
+    return Streams(config, graph.options.exponents)
 
 
-def _mapped(graph: Graph, effnet: Image) -> Image:
-    """effnet_mapper: (B, 16, h, w) -> (B, c, h, w)"""
+def _computed(graph: Graph, config: UNetConfig, streams: Streams, ratios: str) -> Computed:
+    tokens = clip_tokens(graph, config, pooled_tokens(graph, config))
+    return Computed(graph, config, streams, timestep_embedding(graph, config, ratios), tokens)
+
+
+def _finish(
+    graph: Graph, config: UNetConfig, streams: Streams, conditions: Conditions, image: Image, name: str
+) -> onnx.ModelProto:
+    classify(graph, config, streams, Pyramid(graph, config, streams, conditions, {}).write(image), "noise_pred")
+    return graph.model(name, "Stable Cascade stage B (decoder): latents and conditioning to predicted noise")
+
+
+def _effnet(graph: Graph, config: UNetConfig, streams: Streams, size: str) -> str:
+    """effnet_mapper of effnet (B, 16, eh, ew) resized to `size`: (B, h, w, c)"""
+    effnet = resized(graph, "effnet/resized", Image(graph, config.effnet_in_channels or 0, first="effnet"), size)
     hidden = pointwise(graph, "effnet_mapper.0", effnet)
     hidden = hidden.with_last(graph.node("Gelu", "effnet_mapper.1", hidden.last))
-    return normalised(graph, "effnet_mapper.3", pointwise(graph, "effnet_mapper.2", hidden), NORM_EPS)
+    return normalised(
+        graph, "effnet_mapper.3", pointwise(graph, "effnet_mapper.2", hidden), out=streams.of(OUTERMOST)
+    ).last
 
 
-def _pixels(graph: Graph) -> str:
+def _pixels(graph: Graph, streams: Streams) -> str:
     """pixels_mapper of black pixels, resized: (1, c). diffusers maps zeros (B, 3, 8, 8) where no pixels are given,
     as all pipelines do. Zeros leave of the first convolution its bias, the same everywhere, and resizing a constant
     changes nothing; so one pixel is mapped, and the first convolution's weight is not read."""
     wide, width = graph.width("pixels_mapper.0"), graph.width("pixels_mapper.2")
     hidden = graph.node("Gelu", "pixels_mapper.1", graph.weight("pixels_mapper.0.bias", (1, wide)))
-    return graph.layer_norm("pixels_mapper.3", graph.linear("pixels_mapper.2", hidden), width, eps=NORM_EPS)
+    mapped = graph.linear("pixels_mapper.2", hidden)
+    return graph.layer_norm(
+        "pixels_mapper.3", mapped, width, eps=NORM_EPS, scale=graph.full(width, 2.0 ** -streams.of(OUTERMOST))
+    )

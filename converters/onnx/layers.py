@@ -1,9 +1,13 @@
 """Layers of several networks: feature maps in either memory layout, convolutions on them, and attention."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from onnx import TensorProto
+
+from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
-from .builder import Graph
+from .builder import ORT_DOMAIN, Graph
 
 
 class Image:
@@ -63,9 +67,9 @@ class Image:
         return self.with_last(self.graph.once("Reshape", f"{value}/last", value, shape), channels)
 
 
-def pointwise(graph: Graph, name: str, image: Image) -> Image:
+def pointwise(graph: Graph, name: str, image: Image, *, bias_exponent: int = 0) -> Image:
     """The 1x1 convolution `name`, as the matrix product it is."""
-    return image.with_rows(graph.linear(name, image.rows), graph.width(name))
+    return image.with_rows(graph.linear(name, image.rows, bias_exponent=bias_exponent), graph.width(name))
 
 
 def convolution(
@@ -76,24 +80,36 @@ def convolution(
     *,
     dims: Shape | None = None,
     size: str | None = None,
+    bias_exponent: int = 0,
     **attributes: Any,
 ) -> Image:
     """The convolution `name` of `value` (B, c, h, w); its weight read as `dims` where they are given.
 
-    `channels` is what comes out, `size` the size of the result where it is known."""
-    weight, bias = graph.weight(f"{name}.weight", dims), graph.weight(f"{name}.bias")
+    `channels` is what comes out, `size` the size of the result where it is known. The bias is times
+    2^-`bias_exponent`."""
+    weight, bias = graph.weight(f"{name}.weight", dims), graph.scaled_weight(f"{name}.bias", bias_exponent)
     return Image(graph, channels, first=graph.node("Conv", name, value, weight, bias, **attributes), size=size)
 
 
-def transposed_convolution(graph: Graph, name: str, image: Image, channels: int, **attributes: Any) -> Image:
-    """The ConvTranspose2d `name`, to `channels`."""
-    weight, bias = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
+def transposed_convolution(
+    graph: Graph, name: str, image: Image, channels: int, *, bias_exponent: int = 0, **attributes: Any
+) -> Image:
+    """The ConvTranspose2d `name`, to `channels`, the bias times 2^-`bias_exponent`. In fp32 where the graph computes
+    in bf16: TensorRT has no such kernel."""
+    if graph.options.precision is Precision.BF16:
+        with graph.island():
+            weight, bias = graph.weight(f"{name}.weight"), graph.scaled_weight(f"{name}.bias", bias_exponent)
+            made = graph.node("ConvTranspose", f"{name}/wide", graph.to_float(image.first), weight, bias, **attributes)
+        return Image(graph, channels, first=graph.node("Cast", name, made, to=graph.type))
+    weight, bias = graph.weight(f"{name}.weight"), graph.scaled_weight(f"{name}.bias", bias_exponent)
     return Image(graph, channels, first=graph.node("ConvTranspose", name, image.first, weight, bias, **attributes))
 
 
-def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6) -> Image:
-    """Affine-free LayerNorm over the channels."""
-    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps))
+def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6, *, exponent: int = 0, out: int = 0) -> Image:
+    """Affine-free LayerNorm over the channels of what the image stands for: the image is 2^-exponent of it, and so
+    is epsilon's root. The result is 2^-out of the norm."""
+    scale = graph.full(image.channels, 2.0**-out)
+    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps * 4.0**-exponent, scale=scale))
 
 
 def resized(graph: Graph, name: str, image: Image, size: str) -> Image:
@@ -102,7 +118,12 @@ def resized(graph: Graph, name: str, image: Image, size: str) -> Image:
         return image
     sizes = graph.shape(graph.batch, image.channels, size)
     mode = {"mode": "linear", "coordinate_transformation_mode": "align_corners"}
-    return Image(graph, image.channels, first=graph.node("Resize", name, image.first, "", "", sizes, **mode), size=size)
+    if not graph.halved:
+        made = graph.node("Resize", name, image.first, "", "", sizes, **mode)
+    else:  # fp32 as in the reference; TensorRT has no Resize in bf16
+        wide = graph.node("Resize", f"{name}/wide", graph.to_float(image.first), "", "", sizes, **mode)
+        made = graph.node("Cast", name, wide, to=graph.type)
+    return Image(graph, image.channels, first=made, size=size)
 
 
 def pixel_shuffle(graph: Graph, name: str, image: Image, factor: int) -> str:
@@ -115,34 +136,80 @@ def pixel_shuffle(graph: Graph, name: str, image: Image, factor: int) -> str:
 def attention(
     graph: Graph,
     name: str,
-    queries: str,
-    keys: str,
+    rows: str,
     width: int,
     heads: int,
     *,
     projections: tuple[str, str, str, str],
     mask: str | None = None,
 ) -> str:
-    """Multi-head attention of `queries` (B*n, width) to `keys` (B*m, width), giving (B*n, width).
+    """Multi-head attention of the tokens `rows` (B*n, width) to themselves, giving (B*n, width).
 
-    `projections` are the module names of q, k, v and the output; `mask` (B or 1, 1, n, m) is added to the scores.
+    `projections` are the module names of q, k, v and the output; `mask` (B or 1, 1, n, n) fp32 is added to the scores.
     """
-    query, key, value, out = (f"{name}.{projection}" for projection in projections)
+    query, key, value = graph.linears(name, projections[:3], rows)
+    mixed = attend(graph, name, (query, key, value), width, heads, mask)
+    return graph.linear(f"{name}.{projections[3]}", graph.rows(mixed, width))
+
+
+def attend(graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None = None) -> str:
+    """softmax(q kᵀ / √d + mask) v of heads of d channels: q (B*n, width) or (B, n, width), k and v likewise of m
+    tokens, `mask` (B or 1, 1, n, m) fp32; (B, n, width)."""
+    return ATTENTIONS[graph.options.target](graph, name, qkv, width, heads, mask)
+
+
+def _attend_in_parts(
+    graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None
+) -> str:
+    query, key, value = qkv
     split = graph.shape(graph.batch, -1, heads, width // heads)  # (B, n, heads, d)
 
-    def per_head(projection: str, rows: str, perm: list[int]) -> str:
-        parts = graph.node("Reshape", f"{projection}/heads", rows, split)
-        return graph.node("Transpose", f"{projection}/per_head", parts, perm=perm)
+    def per_head(rows: str, perm: list[int]) -> str:
+        parts = graph.node("Reshape", f"{rows}/heads", rows, split)
+        return graph.node("Transpose", f"{rows}/per_head", parts, perm=perm)
 
     scale = graph.scalar((width // heads) ** -0.5)
-    q = graph.node("Mul", f"{query}/scaled", graph.linear(query, queries), scale)  # here it is smaller than the scores
-    q = per_head(query, q, [0, 2, 1, 3])  # (B, heads, n, d)
-    k = per_head(key, graph.linear(key, keys), [0, 2, 3, 1])  # (B, heads, d, m)
-    v = per_head(value, graph.linear(value, keys), [0, 2, 1, 3])  # (B, heads, m, d)
-    scores = graph.node("MatMul", f"{name}/scores", q, k)  # (B, heads, n, m)
+    q = per_head(graph.node("Mul", f"{name}/scaled", query, scale), [0, 2, 1, 3])  # smaller than the scores to scale
+    k, v = per_head(key, [0, 2, 3, 1]), per_head(value, [0, 2, 1, 3])  # (B, heads, d, m), (B, heads, m, d)
+    scores = graph.to_float(graph.node("MatMul", f"{name}/scores", q, k))  # (B, heads, n, m) fp32
+    graph.probe(scores)
     if mask is not None:
         scores = graph.node("Add", f"{name}/masked", scores, mask)
-    weights = graph.node("Softmax", f"{name}/weights", scores, axis=-1)
+    weights = graph.to_compute(graph.node("Softmax", f"{name}/weights", scores, axis=-1))
     mixed = graph.node("MatMul", f"{name}/mixed", weights, v)  # (B, heads, n, d)
-    mixed = graph.node("Transpose", f"{name}/tokens", mixed, perm=[0, 2, 1, 3])
-    return graph.linear(out, graph.rows(mixed, width))
+    mixed = graph.node("Transpose", f"{name}/transposed", mixed, perm=[0, 2, 1, 3])
+    return graph.node("Reshape", f"{name}/tokens", mixed, graph.shape(graph.batch, -1, width))
+
+
+def _attend_in_ort(graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None) -> str:
+    """ONNX Runtime's own operator; it has no half precision on CPUs."""
+    shape = graph.shape(graph.batch, -1, width)
+    tokens = [graph.node("Reshape", f"{part}/tokens", part, shape) for part in qkv]
+    inputs = [*tokens, *(["", "", mask] if mask else [])]  # bias, key padding mask, attention bias
+    attributes = {"num_heads": heads, "scale": (width // heads) ** -0.5, "domain": ORT_DOMAIN}
+    return graph.node("MultiHeadAttention", f"{name}/tokens", *inputs, **attributes)
+
+
+def _attend_natively(
+    graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None
+) -> str:
+    """The operator of opset 23, softmax in fp32."""
+    shape = graph.shape(graph.batch, -1, width)
+    tokens = [graph.node("Reshape", f"{part}/tokens", part, shape) for part in qkv]
+    return graph.node(
+        "Attention",
+        f"{name}/tokens",
+        *tokens,
+        *([graph.to_compute(mask)] if mask else []),
+        q_num_heads=heads,
+        kv_num_heads=heads,
+        scale=(width // heads) ** -0.5,
+        softmax_precision=TensorProto.FLOAT,
+    )
+
+
+ATTENTIONS: Mapping[Target, Callable[[Graph, str, tuple[str, str, str], int, int, str | None], str]] = {
+    Target.PORTABLE: _attend_in_parts,
+    Target.ORT: _attend_in_ort,
+    Target.TENSORRT: _attend_natively,
+}

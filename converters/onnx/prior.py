@@ -1,34 +1,66 @@
-"""Stage C as a graph: text, pooled text and image embeddings condition the pyramid."""
+"""Stage C as graphs: text, pooled text and image embeddings condition the pyramid."""
 
 import onnx
 
+from ...schemas.control import controlled_blocks
 from ...schemas.errors import ExportError
+from ...schemas.hoisted import RATIOS
 from ...schemas.stages import UNetConfig
 from .builder import Graph
-from .unet import Pyramid, check_supported, classify, conditions, embed, pooled_tokens
+from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .hoisting import write_conditions
+from .streams import Streams
+from .unet import Pyramid, check_supported, classify, embed
 
 
 def write_prior(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """The prior: any latent size, number of text tokens and number of image embeddings.
 
     Raises ExportError for a config without text or image conditioning, and for missing weights."""
+    streams = _streams(graph, config)
+    return _finish(graph, config, streams, _computed(graph, config, streams, "timestep_ratio"), "prior")
+
+
+def write_prior_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
+    """What of the prior depends on text, images and schedule alone; see ``schemas.hoisted``."""
+    streams = _streams(graph, config)
+    write_conditions(graph, config, _computed(graph, config, streams, RATIOS))
+    return graph.model("prior_conditioning", "Stable Cascade stage C (prior): text, images and schedule to conditions")
+
+
+def write_prior_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
+    """The rest of the prior."""
+    return _finish(graph, config, _streams(graph, config), Fed(graph, config), "prior_step")
+
+
+def _streams(graph: Graph, config: UNetConfig) -> Streams:
     check_supported(config)
     if config.clip_text_in_channels is None or config.clip_image_in_channels is None:
         raise ExportError("prior: its config must have clip_text_in_channels and clip_image_in_channels")
+    return Streams(config, graph.options.exponents)
+
+
+def _computed(graph: Graph, config: UNetConfig, streams: Streams, ratios: str) -> Computed:
     tokens = graph.node(
         "Concat",
         "clip_tokens",
-        _tokens(graph, config, "clip_txt_mapper", "clip_text", config.clip_text_in_channels),
+        _tokens(graph, config, "clip_txt_mapper", "clip_text", config.clip_text_in_channels or 0),
         pooled_tokens(graph, config),
-        _tokens(graph, config, "clip_img_mapper", "clip_img", config.clip_image_in_channels),
+        _tokens(graph, config, "clip_img_mapper", "clip_img", config.clip_image_in_channels or 0),
         axis=1,
     )
-    pyramid = Pyramid(graph, config, conditions(graph, config, "timestep_ratio", tokens))
-    classify(graph, config, pyramid.write(embed(graph, config, "sample")), "noise_pred")
-    return graph.model("prior", "Stable Cascade stage C (prior): latents and conditioning to predicted noise")
+    timestep = timestep_embedding(graph, config, ratios)
+    return Computed(graph, config, streams, timestep, clip_tokens(graph, config, tokens))
 
 
 def _tokens(graph: Graph, config: UNetConfig, mapper: str, embeddings: str, channels: int) -> str:
     """(B, n, channels) -> (B, n*k, conditioning_dim); the image mapper gives k = clip_seq tokens for one embedding."""
     mapped = graph.linear(mapper, graph.rows(embeddings, channels))
     return graph.node("Reshape", f"{mapper}/tokens", mapped, graph.shape(graph.batch, -1, config.conditioning_dim))
+
+
+def _finish(graph: Graph, config: UNetConfig, streams: Streams, conditions: Conditions, name: str) -> onnx.ModelProto:
+    control = controlled_blocks(config, graph.options.control)
+    image = Pyramid(graph, config, streams, conditions, control).write(embed(graph, config, streams, "sample"))
+    classify(graph, config, streams, image, "noise_pred")
+    return graph.model(name, "Stable Cascade stage C (prior): latents and conditioning to predicted noise")

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import TextEncoderConfig
-from .builder import Graph
+from .builder import STORAGE_TYPES, TYPE_NAMES, Graph
 from .layers import attention
 
 LEGACY_EOS = 2  # configs written before transformers 4.31 say 2 and mean the highest id
@@ -41,20 +41,22 @@ def _embeddings(graph: Graph) -> str:
     name = "text_model.embeddings"
     table, dtype = graph.stored(f"{name}.token_embedding.weight")
     tokens = graph.node("Gather", f"{name}.token_embedding", table, "input_ids", axis=0)
-    if dtype != "F32":
-        tokens = graph.node("Cast", f"{name}.token_embedding/float", tokens, to=TensorProto.FLOAT)
+    if STORAGE_TYPES.get(dtype) != graph.type:
+        tokens = graph.node("Cast", f"{name}.token_embedding/{TYPE_NAMES[graph.type]}", tokens, to=graph.type)
     return graph.node("Add", name, tokens, graph.weight(f"{name}.position_embedding.weight"))
 
 
 def _mask(graph: Graph, length: int) -> str:
-    """What is added to the scores, (B, 1, L, L): 0 for tokens up to the own one that attention_mask keeps, else the
-    lowest float. Not -inf: a row that may see nothing then comes out as the mean of all, not as NaN."""
+    """What is added to the scores, (B, 1, L, L) fp32: 0 for tokens up to the own one that attention_mask keeps, else
+    the lowest number. Not -inf: a row that may see nothing then comes out as the mean of all, not as NaN."""
     causal = graph.constant(f"causal[{length}]", np.tri(length, dtype=np.bool_)[None, None])
     kept = graph.node("Cast", "attention_mask/kept", "attention_mask", to=TensorProto.BOOL)
     kept = graph.node("Reshape", "attention_mask/keys", kept, graph.integers(-1, 1, 1, length))
     visible = graph.node("And", "attention_mask/visible", causal, kept)
-    lowest = graph.scalar(float(np.finfo(np.float32).min))
-    return graph.node("Where", "attention_mask/bias", visible, graph.scalar(0.0), lowest)
+    lowest = graph.lowest()  # of the compute type: where attention is one operator, it may add this in that type
+    with graph.island():
+        lowest = graph.node("Cast", "attention_mask/lowest", lowest, to=graph.type) if graph.halved else lowest
+        return graph.node("Where", "attention_mask/bias", visible, graph.scalar(0.0), lowest)
 
 
 def _layer(graph: Graph, config: TextEncoderConfig, name: str, rows: str, mask: str) -> str:
@@ -63,7 +65,6 @@ def _layer(graph: Graph, config: TextEncoderConfig, name: str, rows: str, mask: 
     mixed = attention(
         graph,
         f"{name}.self_attn",
-        normed,
         normed,
         config.hidden_size,
         config.num_attention_heads,

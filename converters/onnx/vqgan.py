@@ -53,7 +53,7 @@ def _block(graph: Graph, name: str, image: Image) -> Image:
 
 def _modulated(graph: Graph, name: str, image: Image, gain: str, shift: str) -> Image:
     """norm(x) * (1 + gain) + shift, as scale and shift of the LayerNorm itself."""
-    ones = graph.ones(image.channels)
+    ones = graph.full(image.channels)
     one_more = graph.node("Add", f"{name}/one_more", gain, graph.scalar(1.0))
     scale, shift = graph.node("Mul", f"{name}/scale", ones, one_more), graph.node("Mul", f"{name}/shift", ones, shift)
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=NORM_EPS, scale=scale, shift=shift))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cascadekit.converters.onnx.unet import timestep_frequencies
+from cascadekit.converters.onnx.conditions import timestep_frequencies
 from cascadekit.schemas.stages import (
     RES_TIMESTEP,
     RES_TIMESTEP_ATTENTION,

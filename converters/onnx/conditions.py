@@ -1,0 +1,165 @@
+"""What conditions the blocks of prior and decoder: computed inside the graph, or fed to it.
+
+Timestep blocks ask for a gain and a shift, attention blocks for keys and values of the conditioning tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from ...schemas.hoisted import MODULATION, modulation_width, timestep_blocks
+from ...schemas.stages import UNetConfig
+from .builder import Graph
+from .streams import NORM_EPS, Streams
+
+MAX_POSITIONS = 10000
+# Where torch's float32 exp (MKL, hence x86) is not the float nearest to the true value, and by how many units;
+# by size of the embedding. The releases have 64. With AVX2 instructions entry 22 is another one.
+TORCH_EXP_MISSES: Mapping[int, Mapping[int, int]] = {64: {24: -1}}
+
+
+class Conditions(Protocol):
+    """Gives each block what it looks at besides its image, by the block's name and channels."""
+
+    def modulation(self, name: str, width: int) -> tuple[str, str]:
+        """Of a timestep block: 1 + scale, and the shift at its stream's exponent; (B, 1, 1, c) each."""
+
+    def attended(self, name: str, width: int, own: str) -> tuple[str, str, str]:
+        """Of an attention block with the tokens `own` (B*n, c): the queries of those, and keys and values of those and
+        of the conditioning tokens, (B*n, c) and twice (B, n + tokens, c)."""
+
+
+class Computed:
+    """Conditions computed from the timestep's embedding (B, e) and the conditioning tokens (B*tokens, channels),
+    normalised and after SiLU, the same for every kv_mapper. Passes over the same blocks share them."""
+
+    def __init__(self, graph: Graph, config: UNetConfig, streams: Streams, timestep: str, tokens: str) -> None:
+        self._graph, self._config, self._streams = graph, config, streams
+        self._timestep, self._tokens = timestep, tokens
+        self._modulations: dict[str, tuple[str, str]] = {}
+        self._given: dict[str, str] = {}
+
+    def modulation(self, name: str, width: int) -> tuple[str, str]:
+        if name not in self._modulations:
+            with self._graph.repeated(0):
+                self._modulations[name] = self._modulation(name, width)
+        return self._modulations[name]
+
+    def _modulation(self, name: str, width: int) -> tuple[str, str]:
+        graph, shape = self._graph, self._graph.integers(-1, 1, 1, width)
+        a, b = self.scale_and_shift(name, width)
+        return graph.node("Reshape", f"{name}/gain", a, shape), graph.node("Reshape", f"{name}/shift", b, shape)
+
+    def scale_and_shift(self, name: str, width: int) -> tuple[str, str]:
+        """1 + scale and the shift of a timestep block, (B, c) each."""
+        graph = self._graph
+        bias = graph.weight(f"{name}.mapper.bias")
+        for condition in self._config.timestep_conditioning_type:  # its part is constant
+            constant = graph.linear(f"{name}.mapper_{condition}", zero_embedding(graph, self._config))  # (1, 2c)
+            bias = graph.node("Add", f"{name}/with_{condition}", bias, constant)
+        mapped = graph.gemm(f"{name}.mapper", self._timestep, graph.weight(f"{name}.mapper.weight"), bias)
+        a, b = graph.split(f"{name}/ab", mapped, axis=1, parts=2)
+        exponent = self._streams.of_block(name)
+        if exponent:
+            b = graph.node("Mul", f"{name}/small", b, graph.scalar(2.0**-exponent))
+        return graph.node("Add", f"{name}/one_more", a, graph.scalar(1.0)), b
+
+    def attended(self, name: str, width: int, own: str) -> tuple[str, str, str]:
+        """Keys and values of both kinds of token in one product."""
+        graph = self._graph
+        shape = graph.shape(graph.batch, -1, width)
+        own_tokens = graph.node("Reshape", f"{name}/own", own, shape)  # (B, n, c)
+        both = graph.node("Concat", f"{name}/both", own_tokens, self.given(name, width), axis=1)
+        query = graph.linear(f"{name}.attention.to_q", own)
+        key, value = graph.linears(f"{name}.attention", ("to_k", "to_v"), graph.rows(both, width))
+        return query, key, value
+
+    def given(self, name: str, width: int) -> str:
+        """The conditioning tokens as an attention block maps them, (B, tokens, c)."""
+        if name not in self._given:
+            graph = self._graph
+            with graph.repeated(0):
+                mapped = graph.linear(f"{name}.kv_mapper.1", self._tokens)
+                shape = graph.shape(graph.batch, -1, width)
+                self._given[name] = graph.node("Reshape", f"{name}/given", mapped, shape)
+        return self._given[name]
+
+
+class Fed:
+    """Conditions that come in through the ports of ``schemas.hoisted``."""
+
+    def __init__(self, graph: Graph, config: UNetConfig) -> None:
+        self._graph = graph
+        blocks = timestep_blocks(config)
+        widths = [2 * config.block_out_channels[block.level] for block in blocks]
+        columns = [f"{block.name}/ab" for block in blocks]
+        assert sum(widths) == modulation_width(config)
+        if blocks:
+            graph.split_widths("modulation/parts", MODULATION, 1, widths, columns)
+
+    def modulation(self, name: str, width: int) -> tuple[str, str]:
+        graph = self._graph
+        channels = graph.once("Reshape", f"{name}/channels", f"{name}/ab", graph.integers(-1, 1, 1, 2 * width))
+        gain, shift = graph.split(f"{name}/modulation", channels, axis=3, parts=2)
+        return gain, shift
+
+    def attended(self, name: str, width: int, own: str) -> tuple[str, str, str]:
+        graph = self._graph
+        shape = graph.shape(graph.batch, -1, width)
+        query, *own_parts = graph.linears(f"{name}.attention", ("to_q", "to_k", "to_v"), own)
+        both = []
+        for part, rows in zip(("keys", "values"), own_parts, strict=True):
+            tokens = graph.node("Reshape", f"{name}/own_{part}", rows, shape)  # (B, n, c)
+            both.append(graph.node("Concat", f"{name}/all_{part}", tokens, f"{name}.{part}", axis=1))
+        return query, both[0], both[1]
+
+
+def clip_tokens(graph: Graph, config: UNetConfig, tokens: str) -> str:
+    """Mapped clip tokens (B, S, conditioning_dim), normalised and after SiLU: (B*S, conditioning_dim)."""
+    width = config.conditioning_dim
+    normed = graph.layer_norm("clip_norm", tokens, width, eps=NORM_EPS)
+    return graph.rows(graph.silu("clip_norm/silu", normed), width)
+
+
+def pooled_tokens(graph: Graph, config: UNetConfig) -> str:
+    """clip_text_pooled (B, 1, p) -> (B, clip_seq, conditioning_dim)"""
+    rows = graph.rows("clip_text_pooled", config.clip_text_pooled_in_channels)
+    mapped = graph.linear("clip_txt_pooled_mapper", rows)
+    shape = graph.integers(-1, config.clip_seq, config.conditioning_dim)
+    return graph.node("Reshape", "clip_txt_pooled_mapper/tokens", mapped, shape)
+
+
+def timestep_frequencies(size: int) -> np.ndarray:
+    """float32 (1, size/2): exp(-i ln(10000) / (size/2 - 1)), in the bits that torch computes for size 64.
+
+    Bits matter, as angles reach 10000: one unit in the last place of a frequency near 1 turns its angle by 6e-4."""
+    half = size // 2
+    step = np.float32(-math.log(MAX_POSITIONS) / (half - 1))
+    exponents = np.arange(half, dtype=np.float32) * step
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    for index, units in TORCH_EXP_MISSES.get(size, {}).items():
+        frequencies.view(np.int32)[index] += units
+    return frequencies[None]
+
+
+def timestep_embedding(graph: Graph, config: UNetConfig, ratio: str) -> str:
+    """(B,) -> (B, e): sines, then cosines, of the ratio at geometrically falling frequencies.
+
+    The product with 10000 rounds in the compute type, as in diffusers; angles are fp32."""
+    name = "timestep_embedding"
+    position = graph.to_float(graph.node("Mul", f"{name}/position", ratio, graph.scalar(MAX_POSITIONS)))
+    column = graph.node("Reshape", f"{name}/column", position, graph.integers(-1, 1))
+    frequencies = graph.constant(f"{name}/frequencies", timestep_frequencies(config.timestep_ratio_embedding_dim))
+    angle = graph.node("Mul", f"{name}/angle", column, frequencies)  # (B, e/2)
+    sine, cosine = graph.node("Sin", f"{name}/sin", angle), graph.node("Cos", f"{name}/cos", angle)
+    return graph.to_compute(graph.node("Concat", name, sine, cosine, axis=1))
+
+
+def zero_embedding(graph: Graph, config: UNetConfig) -> str:
+    """(1, e): the embedding of the conditions sca and crp, which are 0 in every pipeline; sin 0 = 0, cos 0 = 1."""
+    half = config.timestep_ratio_embedding_dim // 2
+    return graph.to_compute(
+        graph.constant("timestep_embedding/zero", np.repeat(np.array([[0, 1]], np.float32), half, axis=1))
+    )

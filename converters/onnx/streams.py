@@ -1,0 +1,36 @@
+"""The exponents of a network's streams: how much smaller than meant a stream's values are kept.
+
+Every norm of prior and decoder is affine-free, so what it makes of 2^-k x is what it makes of x when its epsilon is
+times 4^-k: the same function, exactly. So a stream may carry 2^-k of its values when everything that writes to it
+writes 2^-k of what it would. In fp16, which ends at 65504, that is what saves the prior.
+"""
+
+from collections.abc import Mapping
+
+from ...schemas.errors import UsageError
+from ...schemas.stages import UNetConfig
+from ...schemas.unet_blocks import stream_of, streams_of
+
+NORM_EPS = 1e-6  # of the LayerNorms and of the response normalisation's quotient
+
+
+class Streams:
+    """The exponent of each stream of a network; 0 where none is given.
+
+    Raises UsageError for streams that the network does not have."""
+
+    def __init__(self, config: UNetConfig, exponents: Mapping[str, int]) -> None:
+        self._config = config
+        self._exponents = exponents
+        unknown = [name for name in exponents if name not in streams_of(config)]
+        if unknown:
+            have = ", ".join(streams_of(config))
+            raise UsageError(f"{config.stage}: no stream called {', '.join(unknown)}; there are {have}")
+
+    def of(self, blocks: str) -> int:
+        """The exponent of the stream that the blocks called `blocks`, such as "up_blocks.1", write to."""
+        return self._exponents.get(stream_of(self._config, blocks), 0)
+
+    def of_block(self, name: str) -> int:
+        """The same for one block, such as "up_blocks.1.5"."""
+        return self.of(name.rpartition(".")[0])

@@ -1,0 +1,39 @@
+"""Ports through which ControlNets reach the prior: one for each residual block that takes a residual."""
+
+from collections.abc import Sequence
+
+from .errors import ExportError
+from .ports import Port, Range
+from .stages import Block, UNetConfig
+from .unet_blocks import blocks_of
+
+CONTROL_RANGES = {dim: Range() for dim in ("control_height", "control_width")}
+
+
+def control_name(number: int) -> str:
+    """The port for residual block `number`, counted from 0 in the order they run."""
+    return f"control.{number}"
+
+
+def controlled_blocks(config: UNetConfig, numbers: Sequence[int]) -> dict[str, str]:
+    """Port by block name. Raises ExportError for numbers that the network has no residual block for, and for levels
+    that are passed more than once, where it would be unclear which pass is meant."""
+    residual = [block.name for block in blocks_of(config) if block.kind is Block.RES]
+    wrong = [number for number in numbers if not 0 <= number < len(residual)]
+    if wrong:
+        raise ExportError(
+            f"{config.stage}: has {len(residual)} residual blocks, none for ControlNet residuals at "
+            f"{', '.join(map(str, wrong))}; ControlNets are made for the full prior"
+        )
+    if numbers and any(n > 1 for n in (*config.down_blocks_repeat_mappers, *config.up_blocks_repeat_mappers)):
+        raise ExportError(f"{config.stage}: takes no ControlNet, as its levels are passed more than once")
+    return {residual[number]: control_name(number) for number in numbers}
+
+
+def control_ports(config: UNetConfig, numbers: Sequence[int]) -> tuple[Port, ...]:
+    """(B, c, h, w) float32 of any size, at least 1x1; zeros leave the block as it is."""
+    levels = {block.name: block.level for block in blocks_of(config)}
+    return tuple(
+        Port(port, "float32", ("batch", config.block_out_channels[levels[name]], *CONTROL_RANGES))
+        for name, port in controlled_blocks(config, numbers).items()
+    )

@@ -1,0 +1,22 @@
+"""How a graph computes, and for whom it is written."""
+
+from enum import StrEnum
+
+
+class Precision(StrEnum):
+    """The type a graph computes in. Its ports stay float32, and some sums are float32 in every precision."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class Target(StrEnum):
+    """What runs a graph: any runtime of opset 20, ONNX Runtime with its own operators, or TensorRT (opset 23)."""
+
+    PORTABLE = "portable"
+    ORT = "ort"
+    TENSORRT = "tensorrt"
+
+
+FP16_MAX = 65504.0
