@@ -17,8 +17,10 @@ from ...schemas.tensors import Shape
 from .options import GraphOptions
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
-IR_VERSION = 10  # what onnxruntime 1.19 reads
-ATTENTION_OPSET, ATTENTION_IR_VERSION = 23, 11  # the first with Attention, for TensorRT
+BF16_OPSET = 22  # the first with convolutions in bf16
+ATTENTION_OPSET = 23  # the first with Attention, for TensorRT
+IR_VERSION = 10  # what onnxruntime 1.19 reads, up to opset 22
+ATTENTION_IR_VERSION = 11
 ORT_DOMAIN = "com.microsoft"
 
 STORAGE_TYPES: Mapping[str, int] = {
@@ -37,6 +39,7 @@ TYPE_NAMES: Mapping[int, str] = {
     TensorProto.FLOAT16: "half",
     TensorProto.BFLOAT16: "bfloat",
 }
+KEPT_FLOAT = ("timestep_ratio", "timestep_ratios")  # multiplied by 10000 before anything else is done with them
 LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
     TensorProto.FLOAT: float(np.finfo(np.float32).min),
     TensorProto.FLOAT16: -65504.0,
@@ -338,14 +341,20 @@ class Graph:
 
     def _opsets(self) -> list[tuple[str, int]]:
         domains = {node.domain for node in self._nodes}
-        opset = ATTENTION_OPSET if self.options.target is Target.TENSORRT else OPSET
-        return [("", opset), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
+        return [("", opset_of(self.options)), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
+
+
+def opset_of(options: GraphOptions) -> int:
+    """The opset of graphs written with `options`."""
+    if options.target is Target.TENSORRT:
+        return ATTENTION_OPSET
+    return BF16_OPSET if options.precision is Precision.BF16 else OPSET
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
-    """What the float ports are called inside a graph that computes in another type."""
+    """What the float ports are called inside a graph that computes in another type; those in KEPT_FLOAT stay."""
     floats = (port.name for port in (*ports.inputs, *ports.outputs) if port.dtype == "float32")
-    return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats}
+    return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats if name not in KEPT_FLOAT}
 
 
 def _cast(source: str, target: str, to: int) -> onnx.NodeProto:

@@ -14,7 +14,7 @@ from ...schemas.stages import UNetConfig
 from .builder import Graph
 from .streams import NORM_EPS, Streams
 
-MAX_POSITIONS = 10000
+MAX_POSITIONS = 10000.0
 # Where torch's float32 exp (MKL, hence x86) is not the float nearest to the true value, and by how many units;
 # by size of the embedding. The releases have 64. With AVX2 instructions entry 22 is another one.
 TORCH_EXP_MISSES: Mapping[int, Mapping[int, int]] = {64: {24: -1}}
@@ -145,11 +145,13 @@ def timestep_frequencies(size: int) -> np.ndarray:
 
 
 def timestep_embedding(graph: Graph, config: UNetConfig, ratio: str) -> str:
-    """(B,) -> (B, e): sines, then cosines, of the ratio at geometrically falling frequencies.
+    """(B,) fp32 -> (B, e): sines, then cosines, of the ratio at geometrically falling frequencies.
 
-    The product with 10000 rounds in the compute type, as in diffusers; angles are fp32."""
+    In fp32 always. diffusers multiplies by 10000 in the model's type, where bf16 makes 9472 of 9500: an error that
+    this graph does not repeat, and that runtimes which compute wider than told would not repeat either."""
     name = "timestep_embedding"
-    position = graph.to_float(graph.node("Mul", f"{name}/position", ratio, graph.scalar(MAX_POSITIONS)))
+    with graph.island():
+        position = graph.node("Mul", f"{name}/position", ratio, graph.scalar(MAX_POSITIONS))
     column = graph.node("Reshape", f"{name}/column", position, graph.integers(-1, 1))
     frequencies = graph.constant(f"{name}/frequencies", timestep_frequencies(config.timestep_ratio_embedding_dim))
     angle = graph.node("Mul", f"{name}/angle", column, frequencies)  # (B, e/2)
