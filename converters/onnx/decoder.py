@@ -19,10 +19,7 @@ def write_decoder(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     Raises ExportError for settings of no release and for missing weights."""
     streams = _streams(graph, config)
     image = embed(graph, config, streams, "sample")
-    image = image.with_last(
-        graph.node("Add", "embedding/effnet", image.last, _effnet(graph, config, streams, image.size))
-    )
-    image = image.with_last(graph.node("Add", "embedding/pixels", image.last, _pixels(graph, streams)))
+    image = _with_effnet(graph, image, _effnet_map(graph, config, streams, image.size))
     return _finish(graph, config, streams, _computed(graph, config, streams, "timestep_ratio"), image, "decoder")
 
 
@@ -31,8 +28,7 @@ def write_decoder_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelPr
     streams = _streams(graph, config)
     whole = graph.node("Shape", "sample/size", "sample", start=2)
     size = graph.node("Div", "embedding/size", whole, graph.integers(config.patch_size))
-    effnet = _effnet(graph, config, streams, size)
-    graph.node("Add", EFFNET_MAP, effnet, _pixels(graph, streams))
+    _effnet_map(graph, config, streams, size)
     write_conditions(graph, config, _computed(graph, config, streams, RATIOS))
     doc = "Stable Cascade stage B (decoder): stage C's latents, text and schedule to conditions"
     return graph.model("decoder_conditioning", doc)
@@ -42,7 +38,7 @@ def write_decoder_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """The rest of the decoder."""
     streams = _streams(graph, config)
     image = embed(graph, config, streams, "sample")
-    image = image.with_last(graph.node("Add", "embedding/effnet", image.last, EFFNET_MAP))
+    image = _with_effnet(graph, image, EFFNET_MAP)
     return _finish(graph, config, streams, Fed(graph, config), image, "decoder_step")
 
 
@@ -67,14 +63,19 @@ def _finish(
     return graph.model(name, "Stable Cascade stage B (decoder): latents and conditioning to predicted noise")
 
 
-def _effnet(graph: Graph, config: UNetConfig, streams: Streams, size: str) -> str:
-    """effnet_mapper of effnet (B, 16, eh, ew) resized to `size`: (B, h, w, c)"""
+def _with_effnet(graph: Graph, image: Image, effnet_map: str) -> Image:
+    return image.with_last(graph.node("Add", "embedding/effnet", image.last, effnet_map))
+
+
+def _effnet_map(graph: Graph, config: UNetConfig, streams: Streams, size: str) -> str:
+    """What is added to the embedded sample of `size`: effnet (B, 16, eh, ew), resized and mapped, and the constant of
+    the empty pixels, (B, h, w, c)."""
     effnet = resized(graph, "effnet/resized", Image(graph, config.effnet_in_channels or 0, first="effnet"), size)
     hidden = pointwise(graph, "effnet_mapper.0", effnet)
     hidden = hidden.with_last(graph.node("Gelu", "effnet_mapper.1", hidden.last))
-    return normalised(
-        graph, "effnet_mapper.3", pointwise(graph, "effnet_mapper.2", hidden), out=streams.of(OUTERMOST)
-    ).last
+    mapped = pointwise(graph, "effnet_mapper.2", hidden)
+    mapped = normalised(graph, "effnet_mapper.3", mapped, out=streams.of(OUTERMOST))
+    return graph.node("Add", EFFNET_MAP, mapped.last, _pixels(graph, streams))
 
 
 def _pixels(graph: Graph, streams: Streams) -> str:

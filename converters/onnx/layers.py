@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onnx import TensorProto
-
 from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
 from .builder import ORT_DOMAIN, Graph
@@ -193,7 +191,10 @@ def _attend_in_ort(graph: Graph, name: str, qkv: tuple[str, str, str], width: in
 def _attend_natively(
     graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None
 ) -> str:
-    """The operator of opset 23, softmax in fp32."""
+    """The operator of opset 23 where TensorRT has kernels for it: half precision, heads of a multiple of 16 channels.
+    It refuses softmax_precision, and takes sums in fp32 by itself."""
+    if not graph.halved or width // heads % 16:
+        return _attend_in_parts(graph, name, qkv, width, heads, mask)
     shape = graph.shape(graph.batch, -1, width)
     tokens = [graph.node("Reshape", f"{part}/tokens", part, shape) for part in qkv]
     return graph.node(
@@ -204,7 +205,6 @@ def _attend_natively(
         q_num_heads=heads,
         kv_num_heads=heads,
         scale=(width // heads) ** -0.5,
-        softmax_precision=TensorProto.FLOAT,
     )
 
 

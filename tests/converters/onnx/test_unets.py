@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -13,74 +13,17 @@ import pytest
 import torch
 
 from cascadekit.converters.onnx.conditions import timestep_frequencies
-from cascadekit.schemas.stages import (
-    RES_TIMESTEP,
-    RES_TIMESTEP_ATTENTION,
-    Block,
-    Stage,
-    UNetConfig,
-    decoder_config,
-    prior_config,
-)
+from cascadekit.schemas.stages import Stage, UNetConfig
+from unets import DECODER, DECODER_SIZES, ODD_DECODER, ODD_PRIOR, ODD_PRIOR_SIZES, PRIOR, PRIOR_SIZES, inputs_of
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32; about 5e-7 is found
 
-PRIOR = replace(prior_config((128, 64), (2, 1), (2, 3), text=24, pooled=20), clip_image_in_channels=12, out_channels=6)
-# All that a config can vary: three levels with strided convolutions, a level that does not begin with the block that
-# takes the skip, mappers on both ways, one condition, another kernel, patch and number of tokens.
-ODD_PRIOR = replace(
-    prior_config((32, 64, 128), (0, 1, 2), (1, 1, 2), text=24, pooled=20),
-    block_types_per_layer=((Block.TIMESTEP, Block.RES), RES_TIMESTEP_ATTENTION, (Block.RES, Block.ATTENTION)),
-    down_blocks_repeat_mappers=(2, 1, 3),
-    up_blocks_repeat_mappers=(2, 3, 1),
-    switch_level=None,
-    clip_seq=3,
-    timestep_conditioning_type=("crp",),
-    timestep_ratio_embedding_dim=32,
-    kernel_size=5,
-    dropout=(0.1, 0.1, 0.1),
-    patch_size=2,
-    conditioning_dim=40,
-)
-DECODER = decoder_config((16, 24, 64, 128), (0, 0, 1, 2), (1, 3, 2, 1), (3, 1, 2, 2), conditioning=48, pooled=20)
-ODD_DECODER = replace(
-    decoder_config((8, 32, 64, 64), (0, -1, 1, 1), (2, 1, 1, 1), (2, 2, 1, 3), conditioning=40, pooled=20),
-    down_blocks_repeat_mappers=(1, 2, 1, 2),
-    block_types_per_layer=(RES_TIMESTEP, RES_TIMESTEP, RES_TIMESTEP, RES_TIMESTEP_ATTENTION),
-    effnet_in_channels=7,
-    timestep_conditioning_type=(),
-)
-
-PRIOR_SIZES = [  # batch, height, width, tokens, images
-    (1, 1, 1, 1, 1),
-    (2, 5, 7, 77, 1),
-    (3, 6, 6, 11, 2),
-    (1, 12, 9, 77, 3),
-    (2, 1, 8, 85, 2),
-]
-ODD_PRIOR_SIZES = [(1, 8, 8, 1, 1), (2, 14, 10, 77, 1), (3, 22, 12, 11, 2), (1, 18, 26, 9, 3)]
-DECODER_SIZES = [  # batch, height, width, effnet_height, effnet_width
-    (1, 16, 16, 6, 6),
-    (2, 18, 26, 1, 1),
-    (3, 34, 22, 5, 2),
-    (1, 62, 46, 24, 23),
-    (2, 32, 48, 40, 30),
-]
 CASES = [
     *((PRIOR, sizes) for sizes in PRIOR_SIZES),
     *((ODD_PRIOR, sizes) for sizes in ODD_PRIOR_SIZES),
     *((DECODER, sizes) for sizes in DECODER_SIZES),
     *((ODD_DECODER, sizes) for sizes in DECODER_SIZES[:3]),
 ]
-STAGE_DIMS = {
-    Stage.PRIOR: ("batch", "height", "width", "tokens", "images"),
-    Stage.DECODER: ("batch", "height", "width", "effnet_height", "effnet_width"),
-}
-
-
-def inputs_of(graph: Any, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
-    values: dict[str, np.ndarray] = graph.inputs(**dict(zip(STAGE_DIMS[graph.config.stage], sizes, strict=True)))
-    return values
 
 
 @pytest.mark.parametrize(("config", "sizes"), CASES, ids=lambda v: v.stage if isinstance(v, UNetConfig) else str(v))

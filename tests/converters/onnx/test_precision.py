@@ -1,0 +1,195 @@
+"""Graphs that compute in 16 bits, in onnx's evaluator, against the PyTorch reference in the same type."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, shape_inference
+from safetensors.torch import save_file
+from torch import nn
+
+from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graph, write_graphs
+from cascadekit.converters.safetensors_file import read_header
+from cascadekit.runtime.reference import load_reference
+from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.precision import FP16_MAX, Precision, Target
+from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant
+from cascadekit.schemas.unet_blocks import streams_of
+
+PRIOR, DECODER, VQGAN = (PRESETS[stage, Variant.TINY] for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN))
+TEXT = TextEncoderConfig(64, 96, 2, 2, 24, vocab_size=50, eos_token_id=49)
+SIZES = {
+    Stage.PRIOR: {"batch": 2, "height": 5, "width": 7, "tokens": 9, "images": 2},
+    Stage.DECODER: {"batch": 2, "height": 34, "width": 22, "effnet_height": 5, "effnet_width": 2},
+    Stage.VQGAN: {"batch": 2, "height": 6, "width": 9},
+}
+HALVES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+FACTOR = 2.0  # a graph may be this much further from fp32 than PyTorch in the same type; 1.4 is found
+
+
+def inputs_of(graph: Any) -> dict[str, np.ndarray]:
+    if graph.config.stage is not Stage.TEXT_ENCODER:
+        values: dict[str, np.ndarray] = graph.inputs(**SIZES[graph.config.stage])
+        return values
+    ids = np.random.default_rng(0).integers(0, 49, (2, 77))
+    ids[:, -5:] = 49
+    return {"input_ids": ids, "attention_mask": (np.arange(77)[None] < [[60], [77]]).astype(np.int64)}
+
+
+def in_half(graph: Any, inputs: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """The reference in `dtype`, its timestep embedding computed in fp32 as in the graphs."""
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in graph.tensors.items()}
+    network = load_reference(graph.config, tensors, dtype)
+    if "timestep_ratio" in inputs:
+        embed, ratio = network.time_embedding, torch.from_numpy(inputs["timestep_ratio"])
+        network.time_embedding = lambda _: embed(ratio).to(dtype)
+    arguments = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    with torch.no_grad():
+        outputs = network(**{n: v.to(dtype) if v.is_floating_point() else v for n, v in arguments.items()})
+    return {name: value.float().numpy() for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("config", [PRIOR, DECODER, VQGAN, TEXT], ids=lambda c: c.stage)
+@pytest.mark.parametrize("target", [Target.PORTABLE, Target.TENSORRT])
+def test_as_close_to_fp32_as_pytorch_in_the_same_type(
+    export: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    difference: Callable[..., float],
+    config: NetworkConfig,
+    precision: Precision,
+    target: Target,
+) -> None:
+    graph = export(config)
+    inputs = inputs_of(graph)
+    found = evaluate(graph.write(GraphOptions(precision=precision, target=target)), inputs)
+    expected = graph.expected(inputs)
+    floor = difference(in_half(graph, inputs, HALVES[precision]), expected)
+    assert 0 < difference(found, expected) <= FACTOR * floor
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("config", [PRIOR, DECODER], ids=lambda c: c.stage)
+def test_hoisting_changes_nothing_in_half_precision(
+    export: Callable[..., Any], evaluate: Callable[..., Any], config: NetworkConfig, precision: Precision
+) -> None:
+    """The ports between the graphs are float32, which holds every half exactly."""
+    graph = export(config)
+    inputs, options = inputs_of(graph), GraphOptions(precision=precision)
+    plain = evaluate(graph.write(options), inputs)["noise_pred"]
+    wanted = [port.name for port in graph_ports(config, options, "conditioning").inputs]
+    given = {**inputs, "timestep_ratios": inputs["timestep_ratio"]}
+    conditions = evaluate(graph.write(options, "conditioning"), {name: given[name] for name in wanted})
+    stepped = evaluate(graph.write(options, "step"), {"sample": inputs["sample"], **conditions})["noise_pred"]
+    np.testing.assert_array_equal(stepped, plain)
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("config", [PRIOR, DECODER, VQGAN, TEXT], ids=lambda c: c.stage)
+def test_types_are_strict_and_islands_wide(
+    export: Callable[..., Any], config: NetworkConfig, precision: Precision
+) -> None:
+    graph = export(config)
+    for name, model in write_graphs(config, graph.weights, GraphOptions(precision=precision)).items():
+        path = graph.path.with_name(f"strict_{name}.onnx")
+        onnx.save(model, path)
+        onnx.checker.check_model(path, full_check=True)
+        inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.input)}
+        wide = {"Softmax", "ReduceSum", "ReduceMean", "Resize", "Sin", "Cos"}
+        wide |= {"ConvTranspose"} if precision is Precision.BF16 else set()
+        halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+        for node in model.graph.node:
+            if node.op_type in wide:
+                assert types[node.input[0]] == TensorProto.FLOAT, node.name
+            if node.op_type in {"Conv", "Gemm", "MatMul", "Gelu"} and "/" not in node.name:
+                assert types[node.output[0]] in halves, node.name
+
+
+def with_stream_beyond_fp16(graph: Any, folder: Path, factor: float, parts: tuple[str, ...]) -> Any:
+    """The tiny prior with the weights `parts` of its last blocks made `factor` times larger."""
+    tensors = {
+        name: t * factor if name.startswith("up_blocks.1") and any(part in name for part in parts) else t
+        for name, t in graph.tensors.items()
+    }
+    file = folder / "weights.safetensors"
+    save_file(tensors, file)
+    weights = {
+        name: Weight(tensor.dtype, tensor.shape, file.name, tensor.offset, tensor.nbytes)
+        for name, tensor in read_header(file).tensors.items()
+    }
+    return replace(graph, path=folder / "model.onnx", tensors=tensors, weights=weights)
+
+
+def test_a_stream_beyond_fp16_is_kept_small_enough(
+    export: Callable[..., Any], evaluate: Callable[..., Any], difference: Callable[..., float], tmp_path: Path
+) -> None:
+    graph = with_stream_beyond_fp16(export(PRIOR), tmp_path, 3e4, (".channelwise.4.", ".to_out.0."))
+    inputs = inputs_of(graph)
+    expected = graph.expected(inputs)
+    naive = evaluate(graph.write(GraphOptions(precision=Precision.FP16)), inputs)["noise_pred"]
+    assert np.isnan(naive).all()
+    for exponent in (3, 5, 8):
+        options = GraphOptions(precision=Precision.FP16, exponents={"up_blocks.1": exponent})
+        assert difference(evaluate(graph.write(options), inputs), expected) <= 2e-3  # as without such weights
+    too_small = GraphOptions(precision=Precision.FP16, exponents={"up_blocks.1": 1})
+    assert np.isnan(evaluate(graph.write(too_small), inputs)["noise_pred"]).all()
+
+
+def test_a_perceptron_beyond_fp16_is_computed_in_fp32(
+    export: Callable[..., Any], evaluate: Callable[..., Any], difference: Callable[..., float], tmp_path: Path
+) -> None:
+    graph = with_stream_beyond_fp16(export(PRIOR), tmp_path, 5e4, ("1.0.channelwise.0.",))
+    inputs = inputs_of(graph)
+    options = GraphOptions(precision=Precision.FP16, exponents={"up_blocks.1": 4})
+    assert np.isnan(evaluate(graph.write(options), inputs)["noise_pred"]).any()
+    found = evaluate(graph.write(replace(options, fp32_blocks=frozenset({"up_blocks.1.0"}))), inputs)
+    assert difference(found, graph.expected(inputs)) <= 2e-3
+
+
+@pytest.mark.parametrize("config", [PRIOR, DECODER], ids=lambda c: c.stage)
+def test_exponents_are_exact(export: Callable[..., Any], evaluate: Callable[..., Any], config: NetworkConfig) -> None:
+    """A power of two goes through every sum unrounded, so in fp32 and bf16 not a bit of the result changes."""
+    graph = export(config)
+    inputs = inputs_of(graph)
+    exponents = {stream: number + 1 for number, stream in enumerate(streams_of(config))}
+    for precision in (Precision.FP32, Precision.BF16):
+        plain = evaluate(graph.write(GraphOptions(precision=precision)), inputs)["noise_pred"]
+        scaled = evaluate(graph.write(GraphOptions(precision=precision, exponents=exponents)), inputs)["noise_pred"]
+        np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
+
+
+def test_probes_are_the_largest_magnitudes(export: Callable[..., Any]) -> None:
+    from graphs import open_session, run
+
+    graph = export(PRIOR)
+    inputs = inputs_of(graph)
+    found = run(open_session(graph.write(GraphOptions(probes=True))), inputs)
+    seen: dict[str, float] = {}
+    for name, module in graph.reference.named_modules():
+
+        def hook(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, torch.Tensor):
+                seen[name] = float(output.abs().max())
+
+        module.register_forward_hook(hook)
+    graph.expected(inputs)
+    probed = {name.removesuffix("/max"): float(value) for name, value in found.items() if name.endswith("/max")}
+    assert len(probed) == 4 * 6  # four blocks of each kind: a stream each, two values inside a perceptron, scores
+    for name, value in probed.items():
+        module = name.removesuffix("/rows")
+        if module in seen:
+            assert value == pytest.approx(seen[module], rel=1e-4), name
+    assert sum(name.removesuffix("/rows") in seen for name in probed) == 4 * 5
+
+
+def test_unknown_streams_are_refused(export: Callable[..., Any]) -> None:
+    graph = export(PRIOR)
+    with pytest.raises(UsageError, match=r"up_blocks\.9.*down_blocks\.0"):
+        write_graph(PRIOR, graph.weights, GraphOptions(exponents={"up_blocks.9": 1}))
+    assert torch.finfo(torch.float16).max == FP16_MAX
