@@ -3,12 +3,13 @@
 import click
 
 from .bench import bench
-from .bundles import export, verify
+from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
 from .demo import demo
 from .generate import generate
 from .lora import lora
+from .lora_bundle import apply
 
 
 @click.group(cls=CascadeGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,5 +19,6 @@ def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
 
 
-for command in (inspect, convert, lora, export, generate, verify, demo, bench):
+for command in (inspect, convert, lora, export, validate, generate, verify, demo, bench):
     main.add_command(command)
+lora.add_command(apply)

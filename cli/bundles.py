@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -12,16 +12,48 @@ from .common import PATH, STAGES, local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
 
 if TYPE_CHECKING:
+    from ..converters.validate import Validation
     from ..runtime.parity.verify import Report
 
+WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
+
+
+def _parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[Path, float]]:
+    """FILE[:strength], each; a file that has the whole name is that file."""
+    found = []
+    for value in values:
+        name, colon, strength = value.rpartition(":")
+        try:
+            plain = not colon or Path(value).exists()
+            found.append((Path(value), 1.0) if plain else (Path(name), float(strength)))
+        except ValueError:
+            found.append((Path(value), 1.0))
+    return found
 
 
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")
-@click.option("--weights", type=click.Choice(["copy", "link"]), default="copy", show_default=True)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "link", "copy"]),
+    default="auto",
+    show_default=True,
+    help="link: share the model's files, by clones where the file system has them, else by hard links, and then the "
+    "model's files must not change in place (replacing or deleting them is fine). copy: the bundle has its own. "
+    "auto: link where that is possible, else copy.",
+)
+@click.option("--hash", "hashed", is_flag=True, help="Record the SHA-256 of linked weights too; copies have theirs.")
+@click.option(
+    "--lora",
+    "loras",
+    metavar="FILE[:STRENGTH]",
+    multiple=True,
+    callback=_parse_loras,
+    help="Merge a LoRA into the weights (repeatable); what it changes is copied.",
+)
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -29,7 +61,9 @@ def export(
     model: Path,
     output: Path,
     stages: tuple[str, ...],
-    weights: str,
+    weights: Literal["auto", "link", "copy"],
+    hashed: bool,
+    loras: list[tuple[Path, float]],
     text_encoder: Path | None,
     vqgan_scale: float | None,
     force: bool,
@@ -48,11 +82,59 @@ def export(
             output,
             stages=[Stage(stage) for stage in stages],
             weights=weights,
+            hash_weights=hashed,
+            loras=[(local(path), strength) for path, strength in loras],
             vqgan_scale=vqgan_scale,
             force=force,
             start_file=start_file,
+            say=note,
         )
-    say(f"wrote {output} ({', '.join(manifest.stages)})")
+    say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
+    if any(entry.weights == "link" for entry in manifest.stages.values()):
+        note("hard links: the model's files must not change in place; --weights copy makes the bundle independent")
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--hash", "hashed", is_flag=True, help="Read all files whole and compare their SHA-256.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
+    """Check a bundle's graphs, weights and files without running it; exit code 1 when something is wrong.
+
+    Example: cascadekit validate bundle --hash
+    """
+    from ..converters.validate import validate as run
+    from ..runtime.bundle import open_bundle
+
+    result = run(open_bundle(bundle), hashed=hashed, say=lambda text: None if as_json else note(text))
+    if as_json:
+        say(json.dumps(result.to_json(), indent=2))
+    else:
+        print_validation(result)
+    if not result:
+        raise SystemExit(FAILED)
+
+
+def print_validation(result: "Validation") -> None:
+    rows = []
+    for check in result.checks:
+        facts = check.facts
+        if check.subject:
+            count = sum(facts.get("operators", {}).values())
+            kinds = ", ".join(f"{name} {n}" for name, n in facts.get("operators", {}).items())
+            rest = f"{count} nodes: {kinds}; opset {facts.get('opset')}, IR {facts.get('ir_version')}"
+            rest += f"; polygraphy {facts['polygraphy']}" if "polygraphy" in facts else ""
+        else:
+            unhashed = ", ".join(_unhashed(file) for file in facts["without_sha256"])
+            rest = f"{facts['files']} files, weights: {WAYS[facts['weights']]}"
+            rest += f"; no SHA-256 recorded: {unhashed}" if unhashed else ""
+        rows.append((check.stage, check.subject or "files", "; ".join(check.problems) or "ok", rest))
+    show_table("", ("stage", "checked", "verdict", "found"), rows)
+    say("valid" if result else "INVALID")
+
+
+def _unhashed(file: dict[str, str | None]) -> str:
+    return f"{file['path']} (now {file['sha256_now']})" if file["sha256_now"] else str(file["path"])
 
 
 @click.command()

@@ -1,35 +1,49 @@
-"""Exports a model as a bundle: for each stage an ONNX graph whose weights stay in safetensors files."""
+"""Exports a model as a bundle: for each stage ONNX graphs whose weights stay in safetensors files."""
 
-import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx
 
-from ..schemas.bundle import GRAPH_NAME, MANIFEST_NAME, FileEntry, Manifest, PortEntry, SourceEntry, StageEntry
+from ..runtime.integrity import describe_file, fingerprint, sha256_of
+from ..schemas.bundle import MANIFEST_NAME, GraphEntry, LoraState, Manifest, SourceEntry, StageEntry, to_text
 from ..schemas.config_json import to_json
-from ..schemas.errors import ConversionError, ExportError, UsageError
-from ..schemas.ports import ports_of
-from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig
-from .identify import Component
+from ..schemas.errors import ExportError, LayoutError, UsageError
+from ..schemas.infer import infer_config
+from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig, variant_of
+from .graph_files import beside_holes, check_graph, opset_of, port_entries
+from .identify import Component, find_problems
+from .lora.overwrite import Changes, overwrite
+from .lora.plan import LoraPlan, plan_loras
 from .model import Model, open_model
-from .onnx import OPSET, Weight, write_graph
+from .onnx import Weight, write_graph
 from .outputs import staged_output
-from .plans import TensorPlan
-from .safetensors_file import Progress, TensorRange, read_header
-from .safetensors_writer import write_file
+from .placing import Placed, StartFile, Wish, copy_weights, place_weights, source_files
+from .safetensors_file import TensorRange
 
 EXPORTED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
-WEIGHTS_NAME = "weights.safetensors"
 FLOATS = ("F32", "BF16", "F16")
 
 DEFAULT_SIDE = {Variant.TINY: 256}  # any other cascade was trained at 1024
 
-StartFile = Callable[[str, int], Progress]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What holds for every stage of an export."""
+
+    weights: Wish
+    hashed: bool
+    plan: LoraPlan | None
+    start_file: StartFile | None
+
+    def changes(self, stage: Stage) -> Changes:
+        """What LoRAs change about the weights of `stage`."""
+        return self.plan.of(stage) if self.plan else {}
 
 
 def export(
@@ -37,18 +51,25 @@ def export(
     output: str | Path,
     *,
     stages: Sequence[Stage] = (),
-    weights: str = "copy",
+    weights: Wish = "auto",
+    hash_weights: bool = False,
+    loras: Sequence[tuple[str | Path, float]] = (),
     vqgan_scale: float | None = None,
     force: bool = False,
     start_file: StartFile | None = None,
+    say: Say = lambda text: None,
 ) -> Manifest:
     """Write the bundle of `model` (opened, or the path of one) at `output`: cascade.json, and a folder for each stage
     (all there are, or `stages`).
 
-    `weights` is "copy" (the bundle has its own file) or "link" (hard links to the model's files, which must then
-    never change). `vqgan_scale` overrides the scale that the model's layout implies. Graphs compute in fp32;
-    16-bit weights stay 16-bit on disk. Raises a CascadeError, and leaves nothing behind, when a stage is missing
-    or damaged or the output unwritable."""
+    `weights` is "copy" (the bundle has its own file), "link" (it shares the model's files: clones of them where the
+    file system clones, else hard links, and then the files must never change in place), or "auto": link where
+    that is possible, else copy. Copies are hashed on the way, linked weights if `hash_weights`. `loras` are files
+    with their strengths, merged into the weights of the stages they are for, which are copied then. `vqgan_scale`
+    overrides the scale that the model's layout implies. Graphs compute in fp32; 16-bit weights stay 16-bit on disk.
+    `say` hears what a user should know.
+
+    Raises a CascadeError, and leaves nothing behind, when a stage is missing or damaged or the output unwritable."""
     output = Path(output)
     model = model if isinstance(model, Model) else open_model([model])
     chosen = list(stages) or [stage for stage in EXPORTED if stage in model.components]
@@ -57,113 +78,121 @@ def export(
     unknown = [stage for stage in chosen if stage not in EXPORTED]
     if unknown:
         raise UsageError(f"{', '.join(unknown)}: not exported yet; there are {', '.join(EXPORTED)}")
-    components = {stage: _scaled(model.component(stage), vqgan_scale) for stage in chosen}
+    components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
+    options = _Options(weights, hash_weights, _plan(components, loras, weights, say), start_file)
     with staged_output(output, force=force) as staged:
         staged.mkdir()
-        entries = {}
-        for stage, component in components.items():
-            entries[stage] = _export_stage(component, staged / stage, weights, start_file)
+        entries = {stage: _export_stage(component, staged / stage, options) for stage, component in components.items()}
         manifest = Manifest(
             created_by=f"cascadekit {version('cascadekit')}",
             default_size=_default_size(components),
             vqgan_scale=_vqgan_scale(components),
             tokenizer=_copy_tokenizer(model, staged),
             stages=entries,
+            lora=LoraState(loras=tuple(options.plan.entries), kept=()) if options.plan else None,
         )
-        (staged / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (staged / MANIFEST_NAME).write_text(to_text(manifest), encoding="utf-8")
     return manifest
 
 
-def _export_stage(component: Component, folder: Path, mode: str, start_file: StartFile | None) -> StageEntry:
+def _export_stage(component: Component, folder: Path, options: _Options) -> StageEntry:
     _require_floats(component)
     folder.mkdir()
-    linked = _source_files(component) if mode == "link" else []
-    weights = _weights(component.tensors) if linked else _copy_weights(component, folder, start_file)
-    onnx.save_model(write_graph(component.config, weights), folder / GRAPH_NAME)
-    _check_graph(folder, linked)
-    for source in linked:
-        _link(source, folder)
-    return _entry(component, folder, mode)
-
-
-def _copy_weights(component: Component, folder: Path, start_file: StartFile | None) -> dict[str, Weight]:
-    path = folder / WEIGHTS_NAME
-    plans = {name: TensorPlan(t.dtype, t.shape, (t,)) for name, t in component.tensors.items()}
-    total = sum(plan.nbytes for plan in plans.values())
-    progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
-    write_file(path, plans, {"format": "pt", **component.metadata}, progress)
-    return _weights(read_header(path).tensors)
-
-
-def _check_graph(folder: Path, linked: Iterable[Path]) -> None:
-    """Have onnx check the graph by path, so that it follows the weights too. It refuses files with several hard
-    links, so a hole of the same size stands in for each file that is to be linked."""
-    holes = {folder / source.name: source.stat().st_size for source in linked}
-    for hole, size in holes.items():
-        hole.touch()
-        os.truncate(hole, size)
-    onnx.checker.check_model(folder / GRAPH_NAME, full_check=True)
-    for hole in holes:
-        hole.unlink()
-
-
-def _link(source: Path, folder: Path) -> None:
-    """A hard link: ONNX wants its data inside the model's folder and refuses symbolic links."""
-    try:
-        os.link(source.resolve(), folder / source.name)
-    except OSError as error:
-        raise ExportError(
-            f"{source}: cannot be hard-linked into {folder.parent}: {error.strerror}; use --weights copy"
-        ) from error
-
-
-def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
-    """Where each tensor lies, seen from the folder its file is in. Raises ExportError for one that lies transposed."""
-    turned = [name for name, tensor in tensors.items() if tensor.transposed]
-    if turned:
-        raise ExportError(f"{tensors[turned[0]].path}: {turned[0]} lies transposed; use --weights copy")
-    return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
-
-
-def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
-    ports = ports_of(component.config)
-    sources = tuple(_source(path, component) for path in _source_files(component))
-    linked = {source.name: source.sha256 for source in sources} if mode == "link" else {}  # hashed already
-    graph, *rest = sorted(folder.iterdir(), key=lambda path: path.name != GRAPH_NAME)
+    placed = _place(component, folder, options)
+    paths = _save_graphs(_graphs(component, _weights(placed.tensors)), folder, placed)
+    files = {**{path: sha256_of(path) for path in paths}, **placed.files}
+    sources = source_files(component)
     return StageEntry(
         variant=component.variant,
         config=to_json(component.config),
         precision="fp32",
-        opset=OPSET,
-        weights="link" if mode == "link" else "copy",
-        sources=sources,
-        inputs=tuple(PortEntry(**asdict(port)) for port in ports.inputs),
-        outputs=tuple(PortEntry(**asdict(port)) for port in ports.outputs),
-        files=tuple(
-            FileEntry(
-                path=f"{folder.name}/{path.name}",
-                bytes=path.stat().st_size,
-                sha256=linked.get(path.name) or _sha256(path),
-            )
-            for path in (graph, *rest)
-        ),
+        weights=placed.how,
+        sources=tuple(_source(path, component, placed.files.get(folder / path.name)) for path in sources),
+        graphs={path.stem: graph for path, graph in paths.items()},
+        files=tuple(describe_file(folder.parent, path, sha256) for path, sha256 in files.items()),
     )
 
 
-def _source_files(component: Component) -> list[Path]:
-    return sorted({tensor.path for tensor in component.tensors.values()})
+def _place(component: Component, folder: Path, options: _Options) -> Placed:
+    changes = options.changes(component.stage)
+    if not changes:
+        return place_weights(component, folder, options.weights, hashed=options.hashed, start_file=options.start_file)
+    placed = copy_weights(component, folder, options.start_file, hashed=False)
+    overwrite(placed.tensors, changes)
+    return replace(placed, files={path: sha256_of(path) for path in placed.files})
 
 
-def _source(path: Path, component: Component) -> SourceEntry:
-    return SourceEntry(name=path.name, bytes=path.stat().st_size, sha256=_sha256(path), layout=component.layout)
+def _graphs(component: Component, weights: Mapping[str, Weight]) -> dict[str, onnx.ModelProto]:
+    """The graphs of a stage by their names; all refer to the same weights."""
+    return {"model": write_graph(component.config, weights)}
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+def _save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path, placed: Placed) -> dict[Path, GraphEntry]:
+    """Write each graph into the stage's folder, once onnx has checked it beside holes in place of the weights."""
+    entries = {}
+    sizes = {path.name: path.stat().st_size for path in placed.files}
+    with beside_holes(folder / ".check", sizes) as scratch:
+        for name, model in models.items():
+            path = folder / f"{name}.onnx"
+            onnx.save_model(model, scratch / path.name)
+            check_graph(scratch / path.name)
+            (scratch / path.name).rename(path)
+            entries[path] = GraphEntry(
+                path=path.relative_to(folder.parent).as_posix(),
+                opset=opset_of(model),
+                inputs=port_entries(model.graph.input),
+                outputs=port_entries(model.graph.output),
+            )
+    return entries
+
+
+def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
+    """Where each tensor lies, seen from the folder its file is in."""
+    return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
+
+
+def _source(path: Path, component: Component, sha256: str | None) -> SourceEntry:
+    return SourceEntry(
+        name=path.name,
+        bytes=path.stat().st_size,
+        fingerprint=fingerprint(path),
+        sha256=sha256,
+        layout=component.layout,
+    )
+
+
+def _plan(
+    components: Mapping[Stage, Component], loras: Sequence[tuple[str | Path, float]], weights: Wish, say: Say
+) -> LoraPlan | None:
+    """What the LoRAs are to change; None without any."""
+    if not loras:
+        return None
+    paths, strengths = [path for path, _ in loras], [strength for _, strength in loras]
+    plan = plan_loras("the model", components, paths, strengths=strengths)
+    if weights == "link":
+        raise UsageError(
+            f"--weights link shares the model's weights, and a LoRA changes those of the {', '.join(plan.stages)}; "
+            "use --weights auto, which copies what changes"
+        )
+    for text in (*plan.notes, *(f"not applied: {part}" for part in plan.unapplied)):
+        say(text)
+    return plan
+
+
+def _sound(model: Model, stage: Stage) -> Component:
+    """The component of `stage`, whole. Raises LayoutError, also naming a config.json that is another variant's."""
+    component = model.components.get(stage)
+    if component and component.problems:
+        try:
+            found = infer_config(stage, {name: tensor.shape for name, tensor in component.tensors.items()})
+        except LayoutError:
+            found = component.config
+        if variant_of(found) != component.variant and not find_problems(found, component.tensors):
+            raise LayoutError(
+                f"{component.path}: its config.json describes the {component.variant} {stage}, the file holds the "
+                f"{variant_of(found)} one; put the config.json there that belongs to the file"
+            )
+    return model.component(stage)
 
 
 def _require_floats(component: Component) -> None:

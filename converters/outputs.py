@@ -93,9 +93,10 @@ def _keep_only(scratch: Path, fingerprint: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """fsync a file, or every file and folder below a folder."""
+    """fsync a file, or every file and folder below a folder; not what is a link to a file that was there before."""
     for found in (path, *path.rglob("*")):
-        _flush_one(found)
+        if found.is_dir() or found.stat().st_nlink == 1:
+            _flush_one(found)
 
 
 def _flush_one(path: Path) -> None:

@@ -1,11 +1,19 @@
-"""Opens a bundle: reads its manifest and checks that its files are there, whole."""
+"""Opens a bundle: reads its manifest and checks that its files are there, whole and unchanged."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schemas.bundle import MANIFEST_NAME, Manifest, StageEntry, parse_manifest
+from ..schemas.bundle import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, Placement, StageEntry, parse_manifest
 from ..schemas.errors import CheckpointError, UsageError
 from ..schemas.stages import Stage
+from .integrity import find_change
+
+WHAT_TO_DO = "the bundle is damaged, export it again"
+# A change to what these are made of reaches into the bundle.
+WHAT_TO_DO_ABOUT: dict[Placement, str] = {
+    "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
+    "with --weights copy if the model is to go on changing",
+}
 
 
 @dataclass(frozen=True)
@@ -22,18 +30,30 @@ class Bundle:
             raise UsageError(f"{self.root}: has no {stage} (it has {have}); export the model again with that stage")
         return self.manifest.stages[stage]
 
-    def graph(self, stage: Stage) -> Path:
-        """The stage's ONNX file, its weights beside it. Raises CheckpointError when a file is missing or cut short."""
+    def graph(self, stage: Stage, name: str = MAIN_GRAPH) -> Path:
+        """One of the stage's ONNX files, its weights beside it; see `check`. Raises UsageError when it has none of
+        that name."""
+        graphs = self.entry(stage).graphs
+        if name not in graphs:
+            raise UsageError(f"{self.root}: its {stage} has no graph {name!r}; it has {', '.join(graphs)}")
+        self.check(stage)
+        return self.root / graphs[name].path
+
+    def check(self, stage: Stage) -> None:
+        """Compare the stage's files with the manifest, graphs by all their bytes, weights as `find_change` does.
+
+        Takes milliseconds. Raises CheckpointError for the first that is missing, cut short or changed."""
         entry = self.entry(stage)
         for file in entry.files:
-            path = self.root / file.path
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.bytes:
-                found = "it is missing" if size is None else f"it has {size}"
-                raise CheckpointError(
-                    f"{path}: expected {file.bytes} bytes, {found}; the bundle is damaged, export it again"
-                )
-        return self.root / entry.files[0].path
+            problem = find_change(self.root / file.path, file, always_hash=file.path in entry.graph_paths)
+            if problem:
+                raise CheckpointError(f"{self.root / file.path}: {problem}; {self.advice(entry, file)}")
+
+    def advice(self, entry: StageEntry, file: FileEntry) -> str:
+        """What a user can do about a file of a stage that is not what the manifest says."""
+        if not (self.root / file.path).exists():
+            return "put it back, or export the model again"
+        return WHAT_TO_DO if file.path in entry.graph_paths else WHAT_TO_DO_ABOUT.get(entry.weights, WHAT_TO_DO)
 
     @property
     def tokenizer(self) -> Path | None:

@@ -1,18 +1,27 @@
 """The manifest of an exported bundle: `cascade.json` at its root."""
 
+import json
+from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import CheckpointError
 from .layouts import Layout
 from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
-GRAPH_NAME = "model.onnx"
+MAIN_GRAPH = "model"  # the graph every stage has
 FORMAT = "cascadekit-bundle"
-VERSION = 1
+VERSION = 2
+
+Target = Literal["portable", "ort", "tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Placement = Literal["copy", "link", "reflink"]
+
+# The operator sets that what a bundle is for can run; "" is ai.onnx.
+DOMAINS: Mapping[Target, tuple[str, ...]] = {"portable": ("",), "ort": ("", "com.microsoft"), "tensorrt": ("",)}
 
 
 def _inside(path: str) -> str:
@@ -23,6 +32,7 @@ def _inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Frozen(BaseModel):
@@ -30,19 +40,27 @@ class _Frozen(BaseModel):
 
 
 class FileEntry(_Frozen):
-    """A file of the bundle, its path relative to the root, "/" between folders."""
+    """A file of the bundle, its path relative to the root, "/" between folders.
+
+    A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
+    its safetensors header and samples of its content (see `runtime.fingerprint`), `sha256` of all of it; linked
+    weights have the latter only when it was asked for."""
 
     path: RelativePath
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    mtime_ns: int
+    fingerprint: Sha256
+    sha256: Sha256 | None
 
 
 class SourceEntry(_Frozen):
-    """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing."""
+    """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing. Its
+    `sha256` is known where the bundle holds the very file and had it hashed."""
 
     name: str
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    fingerprint: Sha256
+    sha256: Sha256 | None
     layout: Layout
 
 
@@ -54,37 +72,115 @@ class PortEntry(_Frozen):
     dims: tuple[int | str, ...]
 
 
+class GraphEntry(_Frozen):
+    """One graph of a stage: its ONNX file, and what goes in and out."""
+
+    path: RelativePath
+    opset: int
+    inputs: tuple[PortEntry, ...]
+    outputs: tuple[PortEntry, ...]
+
+
 class StageEntry(_Frozen):
-    """One exported stage. `config` is the network's config.json; the graph is `files[0]`."""
+    """One exported stage. `config` is the network's config.json; the graphs share the weights, and "model" is the
+    one that is the whole network. `weights` says how they came into the bundle: as its own copy, as a hard link to
+    the model's file, or as a clone that shares its blocks on disk until either changes."""
 
     variant: Variant
     config: dict[str, Any]
-    precision: Literal["fp32"]
-    opset: int
-    weights: Literal["copy", "link"]
+    precision: Precision
+    target: Target = "portable"
+    weights: Placement
     sources: tuple[SourceEntry, ...]
-    inputs: tuple[PortEntry, ...]
-    outputs: tuple[PortEntry, ...]
+    graphs: dict[str, GraphEntry]
     files: tuple[FileEntry, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _graphs_are_files(self) -> Self:
+        if MAIN_GRAPH not in self.graphs:
+            raise ValueError(f"no graph {MAIN_GRAPH!r}")
+        unlisted = self.graph_paths - {file.path for file in self.files}
+        if unlisted:
+            raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is none of the files")
+        return self
+
+    @property
+    def inputs(self) -> tuple[PortEntry, ...]:
+        """Of the graph "model"."""
+        return self.graphs[MAIN_GRAPH].inputs
+
+    @property
+    def outputs(self) -> tuple[PortEntry, ...]:
+        """Of the graph "model"."""
+        return self.graphs[MAIN_GRAPH].outputs
+
+    @property
+    def opset(self) -> int:
+        """Of the graph "model"."""
+        return self.graphs[MAIN_GRAPH].opset
+
+    @property
+    def graph_paths(self) -> frozenset[str]:
+        return frozenset(graph.path for graph in self.graphs.values())
+
+
+class LoraEntry(_Frozen):
+    """A LoRA that is merged into the weights, and how strongly: into the UNets, into the text encoder."""
+
+    name: str
+    fingerprint: Sha256
+    strength: float
+    text_encoder_strength: float
+
+
+class LoraState(_Frozen):
+    """The LoRAs in the weights, in the order they were merged. `kept` are the files they replaced, manifest
+    included, which undoing puts back; none when the bundle was exported with its LoRAs."""
+
+    loras: tuple[LoraEntry, ...] = Field(min_length=1)
+    kept: tuple[FileEntry, ...]
 
 
 class Manifest(_Frozen):
     """Everything a runtime needs to know of a bundle without opening a graph."""
 
     format: Literal["cascadekit-bundle"] = "cascadekit-bundle"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     created_by: str
     default_size: tuple[int, int]  # (width, height)
     vqgan_scale: float | None  # the factor inside the vqgan graph; None without a vqgan
     tokenizer: RelativePath | None  # a tokenizer.json; None: the one the package ships
     stages: dict[Stage, StageEntry]
+    lora: LoraState | None = None
     engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
 
 
+def to_text(manifest: Manifest) -> str:
+    """The content of cascade.json."""
+    return manifest.model_dump_json(indent=2) + "\n"
+
+
 def parse_manifest(text: str, where: str) -> Manifest:
-    """The manifest in `text`. Raises CheckpointError that names `where` and each field that is wrong."""
+    """The manifest in `text`. Raises CheckpointError that names `where` and each field that is wrong, or what to do
+    about a manifest of another version."""
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
+        other = _other_version(text)
+        if other is not None:
+            todo = "export the model again" if other < VERSION else "use the cascadekit that made it, or export again"
+            raise CheckpointError(
+                f"{where}: a bundle of version {other}, expected version {VERSION}; {todo}"
+            ) from error
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
         raise CheckpointError(f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong}") from error
+
+
+def _other_version(text: str) -> int | None:
+    """The version of a well-formed manifest that is not of this one."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    version = content.get("version") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    return version if type(version) is int and version != VERSION else None

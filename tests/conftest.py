@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     write_tiny_cascade(root / "original")
     convert([root / "original"], root / "model", "diffusers")
-    export(root / "model", root / "bundle")
+    export(root / "model", root / "bundle", weights="copy")
     return root
 
 

@@ -30,7 +30,7 @@ def test_lite_stages(catalog_folder: Path, tmp_path: Path, name: str, stage: Sta
     source = tmp_path / f"{name}_bf16.safetensors"
     write_stand_in(catalog_folder / f"{name}.json", source, "BF16")
     convert([source], tmp_path / "model", "diffusers")
-    manifest = export(tmp_path / "model", tmp_path / "bundle")
+    manifest = export(tmp_path / "model", tmp_path / "bundle", weights="copy")
     assert manifest.stages[stage].variant is Variant.LITE
 
     with safe_open(source, "pt") as before:

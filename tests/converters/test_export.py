@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, Settings, convert, export
-from cascadekit.converters import export as export_module
+from cascadekit.converters import placing
 from cascadekit.converters.arrange import Target
 from cascadekit.converters.model import open_model
 from cascadekit.converters.reference import reference_engine
@@ -75,7 +75,7 @@ def test_sixteen_bit_weights_stay_sixteen_bit(tiny: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny / "model" / "prior", tmp_path / "prior")
     path = tmp_path / "prior" / "diffusion_pytorch_model.safetensors"
     save_file({n: t.bfloat16() for n, t in load_file(path).items()}, path)
-    export(tmp_path / "prior", tmp_path / "bundle")
+    export(tmp_path / "prior", tmp_path / "bundle", weights="copy")
     stored = load_file(tmp_path / "bundle" / "prior" / "weights.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     onnx.checker.check_model(tmp_path / "bundle/prior/model.onnx", full_check=True)
@@ -100,7 +100,7 @@ def test_refused_exports_leave_nothing(tiny: Path, tmp_path: Path, monkeypatch: 
     def cross_device(*args: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(export_module.os, "link", cross_device)
+    monkeypatch.setattr(placing.os, "link", cross_device)
     with pytest.raises(ExportError, match=r"cannot be hard-linked.*use --weights copy"):
         export(tiny / "model", out, weights="link")
     assert not out.exists()

@@ -165,7 +165,7 @@ def test_bundles_that_are_none_or_damaged(tiny: Path, tmp_path: Path) -> None:
     export(tiny / "model", tmp_path / "prior-only", stages=[Stage.PRIOR])
     with pytest.raises(UsageError, match="has no text_encoder"):
         Cascade.open(tmp_path / "prior-only").encode_prompt("x")
-    export(tiny / "model", tmp_path / "cut")
+    export(tiny / "model", tmp_path / "cut", weights="copy")
     with (tmp_path / "cut/prior/weights.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors: expected \d+ bytes, it has 1000"):

@@ -1,0 +1,241 @@
+"""LoRAs on an exported bundle: merged into the weights its graphs refer to, and taken out again to the last byte.
+
+A changed bundle is made beside the old one out of links to its files, and the two folders change places at the end:
+whatever happens in between, the old one or the new one is there, whole. The files that were replaced stay in the
+bundle under another name, so a file that is linked to the model's is never written to, and undoing is renaming.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.bundle import Bundle, open_bundle
+from ...runtime.integrity import describe_file, find_change, sha256_of
+from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, StageEntry, to_text
+from ...schemas.config_json import from_json
+from ...schemas.errors import CheckpointError, ConversionError, UsageError
+from ...schemas.layouts import Layout
+from ...schemas.stages import Stage
+from ...schemas.tensors import Shape, expected_tensors
+from ..copying import copy_range
+from ..graph_files import External, external_data, load_graph
+from ..identify import Component, Problems
+from ..outputs import staged_output
+from ..placing import StartFile, clone
+from ..safetensors_file import DTYPE_SIZES, Progress, TensorRange
+from ..safetensors_writer import reserve, what_failed
+from .lora_file import listed
+from .numbers import FLOATS
+from .overwrite import Changes, overwrite
+from .plan import MERGED_STAGES, LoraPlan, plan_loras
+from .stability import DEFAULT_FILTERS
+from .weights import Effect
+
+KEPT = ".before-lora"  # behind the names of the files that were replaced
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was done: the effect on every changed tensor, the parts nothing was there for, and notes."""
+
+    effects: tuple[Effect, ...]
+    unapplied: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def largest_change(self) -> float:
+        return max((effect.largest_change for effect in self.effects), default=0.0)
+
+
+def apply_loras(
+    root: str | Path,
+    loras: Sequence[str | Path],
+    *,
+    strengths: Sequence[float] = (),
+    text_encoder_strengths: Sequence[float] = (),
+    module_filters: Sequence[str] = DEFAULT_FILTERS,
+    alpha: float | None = None,
+    start_file: StartFile | None = None,
+) -> Applied:
+    """Merge `loras` into the weights of the bundle at `root`; its graphs stay as they are. As `merge_loras` does it:
+    W + strength · ΔW in float32, rounded once to the dtype that is stored.
+
+    The disk must have room for a copy of each weights file that changes; the old one stays, for `undo_loras`.
+    Raises UsageError for a bundle that has LoRAs merged in already, CheckpointError when its files are damaged,
+    and what `merge_loras` raises."""
+    bundle = open_bundle(Path(root))
+    _require_none_applied(bundle)
+    components = {stage: _component(bundle, stage) for stage in MERGED_STAGES if stage in bundle.manifest.stages}
+    plan = plan_loras(
+        bundle.root,
+        components,
+        loras,
+        strengths=strengths,
+        text_encoder_strengths=text_encoder_strengths,
+        module_filters=module_filters,
+        alpha=alpha,
+        advice="Export the stage it is for, or give another LoRA",
+    )
+    changes = {stage: _in_graphs(plan, stage) for stage in plan.stages}
+    if not any(changes.values()):
+        raise ConversionError(f"{root}: nothing in its graphs changes:\n  {listed(plan.unapplied)}")
+    for stage in changes:
+        bundle.check(stage)
+    effects: list[Effect] = []
+    with staged_output(bundle.root.resolve(), force=True) as staged:
+        replaced = {tensor.path for s, names in changes.items() for tensor in _touched(components[s], names)}
+        _link_others(bundle.root, staged, {*replaced, bundle.root / MANIFEST_NAME})
+        kept = [_keep(bundle, staged, MANIFEST_NAME)]
+        stages = dict(bundle.manifest.stages)
+        for stage, names in changes.items():
+            kept += [_keep(bundle, staged, _relative(bundle, path)) for path in sorted(replaced) if _of(stage, path)]
+            effects += _rewrite(bundle, components[stage], names, staged, start_file)
+            stages[stage] = _entry(bundle, stage, replaced, staged)
+        state = LoraState(loras=tuple(plan.entries), kept=tuple(kept))
+        manifest = bundle.manifest.model_copy(update={"stages": stages, "lora": state})
+        (staged / MANIFEST_NAME).write_text(to_text(manifest), encoding="utf-8")
+    return Applied(tuple(effects), tuple(plan.unapplied), tuple(plan.notes))
+
+
+def undo_loras(root: str | Path) -> tuple[str, ...]:
+    """Put back every file that `apply_loras` replaced; returns the names of the LoRAs that were merged in.
+
+    Raises UsageError when there are none or they cannot be taken out, CheckpointError when a file that was kept is
+    missing or changed."""
+    bundle = open_bundle(Path(root))
+    state = bundle.manifest.lora
+    if state is None:
+        raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
+    if not state.kept:
+        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without --lora")
+    for file in state.kept:
+        problem = find_change(bundle.root / file.path, file)
+        if problem:
+            raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
+    originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
+    with staged_output(bundle.root.resolve(), force=True) as staged:
+        _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
+        for path, name in originals.items():
+            _link(path, staged / name)
+    return tuple(lora.name for lora in state.loras)
+
+
+def _require_none_applied(bundle: Bundle) -> None:
+    if bundle.manifest.lora is not None:
+        names = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in bundle.manifest.lora.loras)
+        raise UsageError(f"{bundle.root}: has {names} merged in already; --undo them, then apply all at once")
+
+
+def _component(bundle: Bundle, stage: Stage) -> Component:
+    """The stage as its graphs describe it: where each tensor lies, whatever layout the files have."""
+    entry = bundle.entry(stage)
+    config = from_json(stage, entry.config)
+    expected = expected_tensors(config)
+    tensors = {}
+    for graph in entry.graphs.values():
+        path = bundle.root / graph.path
+        for data in external_data(load_graph(path)):
+            if data.name in expected:
+                tensors[data.name] = _range(path, data, expected[data.name])
+    return Component(bundle.root / stage, stage, Layout.DIFFUSERS, config, tensors, {}, Problems())
+
+
+def _range(graph: Path, data: External, shape: Shape) -> TensorRange:
+    if data.length != math.prod(shape) * DTYPE_SIZES.get(data.dtype, 0):
+        raise CheckpointError(
+            f"{graph}: {data.name}: expected {list(shape)} of {', '.join(FLOATS)}, found {data.length} bytes of "
+            f"{data.dtype or 'another dtype'}; export the model again"
+        )
+    return TensorRange(graph.parent / data.location, data.dtype, shape, data.offset, data.length)
+
+
+def _in_graphs(plan: LoraPlan, stage: Stage) -> Changes:
+    """The changes of a stage, less those of tensors that no graph reads: they have no effect."""
+    tensors = plan.components[stage].tensors
+    changes = plan.of(stage)
+    plan.unapplied += [f"{stage}: {name}: its graphs do not use it" for name in changes if name not in tensors]
+    return {name: parts for name, parts in changes.items() if name in tensors}
+
+
+def _touched(component: Component, names: Changes) -> list[TensorRange]:
+    return [component.tensors[name] for name in names]
+
+
+def _relative(bundle: Bundle, path: Path) -> str:
+    return path.relative_to(bundle.root).as_posix()
+
+
+def _of(stage: Stage, path: Path) -> bool:
+    return path.parent.name == stage
+
+
+def _keep(bundle: Bundle, staged: Path, name: str) -> FileEntry:
+    """Link a file that is to be replaced under the name it is kept by."""
+    known = {file.path: file for entry in bundle.manifest.stages.values() for file in entry.files}
+    _link(bundle.root / name, staged / (name + KEPT))
+    if name in known:
+        return known[name].model_copy(update={"path": name + KEPT})
+    return describe_file(staged, staged / (name + KEPT), sha256_of(staged / (name + KEPT)))
+
+
+def _rewrite(
+    bundle: Bundle, component: Component, changes: Changes, staged: Path, start_file: StartFile | None
+) -> list[Effect]:
+    """Copy the files of the tensors to change, then change them in the copies."""
+    tensors = {}
+    for name in changes:
+        tensor = component.tensors[name]
+        copy = staged / _relative(bundle, tensor.path)
+        tensors[name] = TensorRange(copy, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
+        if not copy.exists():
+            label = f"{component.stage}/{copy.name}"
+            _copy(tensor.path, copy, start_file(label, tensor.path.stat().st_size) if start_file else None)
+    return overwrite(tensors, changes)
+
+
+def _copy(source: Path, target: Path, progress: Progress | None) -> None:
+    """A copy of the file's bytes; on file systems that clone it takes no time and no space."""
+    size = source.stat().st_size
+    try:
+        if clone(source, target):
+            return
+        with target.open("xb") as out:
+            reserve(out.fileno(), size)
+            copy_range(source, 0, size, 0, out.fileno(), progress)
+    except OSError as error:
+        raise ConversionError(what_failed(target, size, error)) from error
+
+
+def _entry(bundle: Bundle, stage: Stage, replaced: Collection[Path], staged: Path) -> StageEntry:
+    """The stage's entry with new facts on the files that were replaced."""
+    entry = bundle.entry(stage)
+    files = []
+    for file in entry.files:
+        path = staged / file.path
+        changed = bundle.root / file.path in replaced
+        files.append(describe_file(staged, path, sha256_of(path)) if changed else file)
+    weights = {bundle.root / file.path for file in entry.files if file.path not in entry.graph_paths}
+    how = "copy" if weights <= set(replaced) else entry.weights
+    return entry.model_copy(update={"files": tuple(files), "weights": how})
+
+
+def _link_others(root: Path, staged: Path, without: Collection[Path]) -> None:
+    """Give `staged` everything in the bundle at `root` but the files `without`."""
+    staged.mkdir()
+    for path in sorted(root.rglob("*")):
+        target = staged / path.relative_to(root)
+        if path.is_dir() and not path.is_symlink():
+            target.mkdir()
+        elif path not in without:
+            _link(path, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy that keeps the time of change where there are none."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)

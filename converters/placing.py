@@ -1,0 +1,129 @@
+"""Brings a stage's weights into its folder of a bundle: linked where they can stay as they are, else copied."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..runtime.integrity import sha256_of
+from ..schemas.bundle import Placement
+from ..schemas.errors import ExportError, UsageError
+from .hashing import hashed_behind
+from .identify import Component
+from .plans import TensorPlan, pieces
+from .safetensors_file import Progress, TensorRange, read_header
+from .safetensors_writer import write_file
+
+WEIGHTS_NAME = "weights.safetensors"
+FICLONE = 0x40049409  # Linux: one file becomes a clone of another, its blocks shared until either changes
+
+StartFile = Callable[[str, int], Progress]
+Wish = Literal["auto", "link", "copy"]
+WISHES: tuple[Wish, ...] = get_args(Wish)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage's weights in its folder: how they came there, its tensors by diffusers names, and its files with their
+    SHA-256 where it is known."""
+
+    how: Placement
+    tensors: dict[str, TensorRange]
+    files: dict[Path, str | None]
+
+
+def place_weights(
+    component: Component, folder: Path, wish: Wish, *, hashed: bool = False, start_file: StartFile | None = None
+) -> Placed:
+    """Bring the weights of `component` into `folder`. "link" clones its files or, where the file system does not
+    clone, links them hard; "auto" copies where neither is possible. Copies are hashed, clones and links if `hashed`.
+
+    Raises ExportError when "link" is impossible, naming the reason."""
+    if wish not in WISHES:
+        raise UsageError(f"weights {wish!r}: expected one of {', '.join(WISHES)}")
+    if wish != "copy":
+        reason = _why_not_as_is(component)
+        try:
+            if reason is None:
+                return _linked(component, folder, hashed)
+        except OSError as error:
+            reason = f"{source_files(component)[0]}: cannot be hard-linked into {folder.parent}: {error.strerror}"
+            for half_done in folder.iterdir():
+                half_done.unlink()
+        if wish == "link":
+            raise ExportError(f"{reason}; use --weights copy")
+    return copy_weights(component, folder, start_file)
+
+
+def _why_not_as_is(component: Component) -> str | None:
+    """Why a graph cannot refer to the model's files as they are."""
+    for name, tensor in component.tensors.items():
+        if tensor.transposed:
+            return f"{tensor.path}: {name} lies transposed"
+    odd = [path for path in source_files(component) if path.suffix != ".safetensors"]
+    return f"{odd[0]}: not a safetensors file" if odd else None
+
+
+def _linked(component: Component, folder: Path, hashed: bool) -> Placed:
+    sources = source_files(component)
+    ways = {source: _clone_or_link(source, folder / source.name) for source in sources}
+    return Placed(
+        how="link" if "link" in ways.values() else "reflink",
+        tensors=moved(component.tensors, folder),
+        files={folder / s.name: sha256_of(folder / s.name) if hashed else None for s in sources},
+    )
+
+
+def _clone_or_link(source: Path, target: Path) -> Placement:
+    """ONNX wants its data inside the model's folder and refuses symbolic links."""
+    if clone(source, target):
+        return "reflink"
+    os.link(source.resolve(), target)
+    return "link"
+
+
+def clone(source: Path, target: Path) -> bool:
+    """Make `target` a clone of `source` where the file system can. Raises OSError when `target` cannot be made."""
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+            return True
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+    target.unlink()
+    return False
+
+
+def moved(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRange]:
+    """The same ranges in files of the same names in `folder`."""
+    return {
+        name: TensorRange(folder / t.path.name, t.dtype, t.shape, t.offset, t.nbytes, t.transposed)
+        for name, t in tensors.items()
+    }
+
+
+def copy_weights(
+    component: Component, folder: Path, start_file: StartFile | None = None, *, hashed: bool = True
+) -> Placed:
+    """Write the weights of `component` into a file of the bundle's own, hashed on the way unless it is to change."""
+    path = folder / WEIGHTS_NAME
+    plans = {name: TensorPlan(t.dtype, t.shape, (t,)) for name, t in component.tensors.items()}
+    total = sum(plan.nbytes for plan in plans.values())
+    progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
+    metadata = {"format": "pt", **component.metadata}
+    if not hashed:
+        write_file(path, plans, metadata, progress)
+        return Placed("copy", read_header(path).tensors, {path: None})
+    in_order = min((piece.at for piece in pieces(plans, 0) if piece.computed), default=total)
+    with hashed_behind(path, in_order) as behind:
+        write_file(path, plans, metadata, behind.progress(progress))
+    return Placed("copy", read_header(path).tensors, {path: behind.sha256})
+
+
+def source_files(component: Component) -> list[Path]:
+    """The files its tensors lie in."""
+    return sorted({tensor.path for tensor in component.tensors.values()})

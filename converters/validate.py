@@ -1,0 +1,208 @@
+"""Checks a bundle without running it: its graphs by onnx's own rules, its weights by where the graphs say they lie,
+its files by what the manifest says of them."""
+
+import math
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+
+from ..runtime.bundle import Bundle
+from ..runtime.integrity import find_change, sha256_of
+from ..schemas.bundle import DOMAINS, FileEntry, GraphEntry, PortEntry, StageEntry
+from ..schemas.stages import Stage
+from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
+from .safetensors_file import DTYPE_SIZES
+
+POLYGRAPHY_TIMEOUT = 300  # seconds
+NOT_INSTALLED = "not installed"
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Check:
+    """What was found out about one graph, or about the files of one stage: problems, if any, and facts."""
+
+    stage: Stage
+    subject: str  # the graph's name; "" for the stage's files
+    problems: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """All checks of a bundle; true when none found a problem."""
+
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return not any(check.problems for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json.dumps."""
+        return {
+            "valid": bool(self),
+            "checks": [
+                {"stage": c.stage, "graph": c.subject or None, "problems": c.problems, **c.facts} for c in self.checks
+            ],
+        }
+
+
+def validate(bundle: Bundle, *, hashed: bool = False, say: Say = lambda text: None) -> Validation:
+    """Check every stage of `bundle`; `hashed` reads all files whole and compares their SHA-256.
+
+    Nothing is written into the bundle. Memory: one graph, without its weights. `say` hears what is going on."""
+    checks = []
+    for stage, entry in bundle.manifest.stages.items():
+        say(f"checking the {stage}")
+        checks.append(_check_files(bundle, stage, entry, hashed))
+        with TemporaryDirectory(prefix="cascadekit-validate-") as scratch:
+            for name, graph in entry.graphs.items():
+                check = Check(stage, name)
+                _check_graph(bundle.root, entry, graph, check, Path(scratch))
+                checks.append(check)
+    return Validation(tuple(checks))
+
+
+def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hashed: bool) -> Check:
+    """The stage's files against the manifest, as loading it compares them, or by all their bytes."""
+    check = Check(stage, "")
+    unhashed = []
+    for file in entry.files:
+        path = bundle.root / file.path
+        problem = find_change(path, file, always_hash=hashed or file.path in entry.graph_paths)
+        if problem:
+            check.problems.append(f"{file.path}: {problem}; {bundle.advice(entry, file)}")
+        elif file.sha256 is None:
+            unhashed.append(_unhashed(path, file, hashed))
+    check.facts = {"weights": entry.weights, "files": len(entry.files), "without_sha256": unhashed}
+    return check
+
+
+def _unhashed(path: Path, file: FileEntry, hashed: bool) -> dict[str, str | None]:
+    """A file whose SHA-256 the manifest does not have, with the one it has now."""
+    return {"path": file.path, "sha256_now": sha256_of(path) if hashed else None}
+
+
+def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: Check, scratch: Path) -> None:
+    path = root / graph.path
+    try:
+        model = load_graph(path)
+    except Exception as error:  # protobuf has its own class for bytes that are no graph
+        check.problems.append(f"{graph.path}: cannot be read as ONNX: {_first_line(error)}")
+        return
+    operators = Counter(_operators(model.graph))
+    check.facts = {
+        "opset": opset_of(model),
+        "ir_version": model.ir_version,
+        "operators": {f"{domain}::{name}" if domain else name: n for (domain, name), n in sorted(operators.items())},
+        "initializers": len(model.graph.initializer),
+    }
+    check.problems += [
+        *_against_manifest(model, graph),
+        *_foreign_operators(operators, entry),
+        *_misplaced_weights(model, path),
+    ]
+    sizes = {file.name: file.stat().st_size for file in path.parent.iterdir() if file != path and file.is_file()}
+    with beside_holes(scratch / check.subject, sizes) as alone:
+        shutil.copyfile(path, alone / path.name)
+        check.problems += _onnx_problems(alone / path.name)
+        check.facts["polygraphy"], failed = _polygraphy(alone / path.name)
+        check.problems += failed
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
+    """Domain and name of every node, those of nested graphs included; ai.onnx is ""."""
+    for node in graph.node:
+        yield ("" if node.domain == "ai.onnx" else node.domain), node.op_type
+        for attribute in node.attribute:
+            for nested in (attribute.g, *attribute.graphs):
+                yield from _operators(nested)
+
+
+def _against_manifest(model: onnx.ModelProto, graph: GraphEntry) -> Iterator[str]:
+    if opset_of(model) != graph.opset:
+        yield f"{graph.path}: expected opset {graph.opset} as the manifest says, found {opset_of(model)}"
+    pairs = {
+        "inputs": (graph.inputs, port_entries(model.graph.input)),
+        "outputs": (graph.outputs, port_entries(model.graph.output)),
+    }
+    for what, (expected, found) in pairs.items():
+        if expected != found:
+            yield f"{graph.path}: expected {what} {_ports(expected)} as the manifest says, found {_ports(found)}"
+
+
+def _ports(ports: Iterable[PortEntry]) -> str:
+    return ", ".join(f"{port.name} {port.dtype} [{', '.join(map(str, port.dims))}]" for port in ports)
+
+
+def _foreign_operators(operators: Iterable[tuple[str, str]], entry: StageEntry) -> Iterator[str]:
+    allowed = DOMAINS[entry.target]
+    foreign = sorted(f"{domain}::{name}" for domain, name in operators if domain not in allowed)
+    if foreign:
+        names = ", ".join(domain or "ai.onnx" for domain in allowed)
+        yield f"operators {', '.join(foreign)} are not of {names}, which is what a {entry.target} graph may use"
+
+
+def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
+    """Initialisers whose bytes do not lie beside the graph, or not inside their file, or are not as many as needed."""
+    sizes: dict[str, int | None] = {}
+    try:
+        for data in external_data(model):
+            if data.location not in sizes:
+                sizes[data.location] = _size_beside(path, data.location)
+            size = sizes[data.location]
+            needed = math.prod(data.dims) * DTYPE_SIZES.get(data.dtype, 0)
+            if size is None:
+                yield f"{data.name}: lies in {data.location!r}, which is not a file of the bundle beside the graph"
+            elif data.offset < 0 or data.length < 0 or data.offset + data.length > size:
+                yield f"{data.name}: bytes {data.offset} to {data.offset + data.length} of a file of {size}"
+            elif data.length != needed:
+                yield f"{data.name}: {data.length} bytes, expected {needed} for {data.dtype} {list(data.dims)}"
+    except ValueError as error:
+        yield f"the place of an initialiser is no number: {error}"
+
+
+def _size_beside(path: Path, location: str) -> int | None:
+    """The size of a file in the graph's folder; None for any other place, and where a link leads out of it."""
+    pure = PurePosixPath(location)
+    found = path.parent / location
+    inside = len(pure.parts) == 1 and not pure.is_absolute() and location not in (".", "..")
+    return found.stat().st_size if inside and found.is_file() and not found.is_symlink() else None
+
+
+def _onnx_problems(path: Path) -> Iterator[str]:
+    """What onnx's checker and its strict shape inference say."""
+    for name, check in (("onnx.checker", check_graph), ("strict shape inference", infer_strictly)):
+        try:
+            check(path)
+        except Exception as error:  # onnx raises classes of its own and, from C++, plain RuntimeError and others
+            yield f"{name}: {_first_line(error)}"
+
+
+def _polygraphy(path: Path) -> tuple[str, list[str]]:
+    """What `polygraphy inspect model` makes of the graph, where it is installed: a word, and problems."""
+    if find_spec("polygraphy") is None:
+        return NOT_INSTALLED, []
+    command = (sys.executable, "-m", "polygraphy", "inspect", "model", str(path), "--model-type", "onnx")
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=POLYGRAPHY_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return "failed", [f"polygraphy inspect model: no answer in {POLYGRAPHY_TIMEOUT} seconds"]
+    if ended.returncode:
+        said = (ended.stderr or ended.stdout).strip().splitlines() or ["it said nothing"]
+        return "failed", [f"polygraphy inspect model: {said[-1]}"]
+    return "passed", []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,104 @@
+"""Whether a file is the one that was written down: by size and time, by samples of its content, or by all of it."""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..schemas.bundle import FileEntry
+from ..schemas.errors import CheckpointError
+
+SAMPLES = 64
+SAMPLE_BYTES = 1 << 16
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+WHOLE_BELOW = 1 << 26  # bytes; what is smaller is hashed whole in no time
+SHOWN_DIGITS = 12  # of a digest, in messages
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256, in hexadecimal, over the size, a safetensors file's header, and 64 evenly spaced samples of 64 KiB;
+    over all of a file that is no larger than those. Takes milliseconds at any size.
+
+    It tells weights from other weights, as those differ nearly everywhere; a few bytes changed between two samples
+    it does not see. Raises CheckpointError when the file cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(struct.pack("<Q", size))
+            for start, stop in _sampled(size, _header_end(path, os.pread(file.fileno(), 8, 0), size)):
+                digest.update(os.pread(file.fileno(), stop - start, start))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _header_end(path: Path, first: bytes, size: int) -> int:
+    """Where the tensors begin; 0 in a file that has no such header."""
+    if path.suffix != ".safetensors" or len(first) < 8:
+        return 0
+    length = int(struct.unpack("<Q", first)[0])
+    return 8 + length if length <= MAX_HEADER_BYTES and 8 + length <= size else 0
+
+
+def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
+    """The ranges that the fingerprint reads: the header, then samples from the first byte after it to the last."""
+    yield 0, start
+    if size - start <= SAMPLES * SAMPLE_BYTES:
+        yield start, size
+        return
+    for number in range(SAMPLES):
+        at = start + (size - start - SAMPLE_BYTES) * number // (SAMPLES - 1)
+        yield at, at + SAMPLE_BYTES
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
+    """What a manifest says of the file at `path` in the bundle at `root`. Raises CheckpointError when it is gone."""
+    status = _status(path)
+    if status is None:
+        raise CheckpointError(f"{path}: no such file")
+    return FileEntry(
+        path=path.relative_to(root).as_posix(),
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        fingerprint=fingerprint(path),
+        sha256=sha256,
+    )
+
+
+def find_change(path: Path, entry: FileEntry, *, always_hash: bool = False) -> str | None:
+    """How the file at `path` differs from `entry`: what was expected and what was found. None when it does not.
+
+    A file of the same size and time of change is trusted. Of another time, it must have the same content: all of it
+    below 64 MiB where the manifest has its SHA-256, else the same fingerprint. `always_hash` compares the SHA-256,
+    where there is one, whatever the time."""
+    status = _status(path)
+    if status is None or status.st_size != entry.bytes:
+        found = f"it has {status.st_size}" if status else "it is missing"
+        return f"expected {entry.bytes} bytes, {found}"
+    small = entry.bytes < WHOLE_BELOW
+    if entry.sha256 is not None and (always_hash or (small and status.st_mtime_ns != entry.mtime_ns)):
+        return _differs("SHA-256", entry.sha256, sha256_of(path))
+    if status.st_mtime_ns != entry.mtime_ns:
+        return _differs("fingerprint", entry.fingerprint, fingerprint(path))
+    return None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    return path.stat() if path.is_file() else None
+
+
+def _differs(what: str, expected: str, found: str) -> str | None:
+    if found == expected:
+        return None
+    return f"expected {what} {expected[:SHOWN_DIGITS]}..., found {found[:SHOWN_DIGITS]}...: changed since the export"
