@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from ..schemas.errors import UsageError
+from ..schemas.fp16 import MAX_EXPONENT
+from ..schemas.precision import Precision, Target
 from ..schemas.stages import Stage
 from .common import PATH, STAGES, local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
@@ -32,6 +34,30 @@ def _parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     return found
 
 
+def _parse_precisions(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[Stage | None, Precision]:
+    """[STAGE=]PRECISION, each; the one without a stage is for all others."""
+    found: dict[Stage | None, Precision] = {}
+    for value in values:
+        stage, _, precision = value.rpartition("=")
+        try:
+            found[Stage(stage) if stage else None] = Precision(precision)
+        except ValueError:
+            raise click.BadParameter(
+                f"{value!r}: expected {', '.join(Precision)}, or a stage and one of these as in prior=bf16"
+            ) from None
+    return found
+
+
+def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | None) -> Literal["auto"] | int | None:
+    if value is None or value == "auto":
+        return value  # type: ignore[return-value]
+    if not value.isdecimal() or int(value) > MAX_EXPONENT:
+        raise click.BadParameter(f"{value!r}: expected auto, or a number from 0 to {MAX_EXPONENT}")
+    return int(value)
+
+
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
@@ -45,6 +71,34 @@ def _parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     "model's files must not change in place (replacing or deleting them is fine). copy: the bundle has its own. "
     "auto: link where that is possible, else copy.",
 )
+@click.option(
+    "--precision",
+    "precisions",
+    metavar="[STAGE=]fp32|bf16|fp16",
+    multiple=True,
+    callback=_parse_precisions,
+    help="What graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
+)
+@click.option(
+    "--target",
+    type=click.Choice([target.value for target in Target]),
+    default=Target.PORTABLE.value,
+    show_default=True,
+    help="Operators to use: any runtime's, ONNX Runtime's own too, or those TensorRT likes (opset 23).",
+)
+@click.option(
+    "--storage",
+    type=click.Choice([precision.value for precision in Precision]),
+    help="Store weights so.  [default: as they are for fp32, else as the graph computes]",
+)
+@click.option(
+    "--fp16-safe",
+    metavar="auto|K",
+    callback=_parse_fp16_safe,
+    help="Keep the sums of a prior or decoder in fp16 within its range: 2^-K of them, or as much as a short "
+    "calibration run finds necessary.",
+)
+@click.option("--controlnet", is_flag=True, help="Give the prior inputs for a ControlNet's residuals.")
 @click.option("--hash", "hashed", is_flag=True, help="Record the SHA-256 of linked weights too; copies have theirs.")
 @click.option(
     "--lora",
@@ -62,6 +116,11 @@ def export(
     output: Path,
     stages: tuple[str, ...],
     weights: Literal["auto", "link", "copy"],
+    precisions: dict[Stage | None, Precision],
+    target: str,
+    storage: str | None,
+    fp16_safe: Literal["auto"] | int | None,
+    controlnet: bool,
     hashed: bool,
     loras: list[tuple[Path, float]],
     text_encoder: Path | None,
@@ -74,14 +133,24 @@ def export(
     """
     from ..converters.export import export as run
     from ..converters.model import open_model
+    from ..converters.stage_graphs import GraphWishes
 
     source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
+    wishes = GraphWishes(
+        precisions={stage: p for stage, p in precisions.items() if stage is not None},
+        precision=precisions.get(None, Precision.FP32),
+        target=Target(target),
+        storage=Precision(storage) if storage else None,
+        fp16_safe=fp16_safe,
+        control=controlnet,
+    )
     with byte_progress() as start_file:
         manifest = run(
             source,
             output,
             stages=[Stage(stage) for stage in stages],
             weights=weights,
+            graphs=wishes,
             hash_weights=hashed,
             loras=[(local(path), strength) for path, strength in loras],
             vqgan_scale=vqgan_scale,

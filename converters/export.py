@@ -19,10 +19,11 @@ from .identify import Component, find_problems
 from .lora.overwrite import Changes, overwrite
 from .lora.plan import LoraPlan, plan_loras
 from .model import Model, open_model
-from .onnx import Weight, write_graph
+from .onnx import Weight, write_graphs
 from .outputs import staged_output
 from .placing import Placed, StartFile, Wish, copy_weights, place_weights, source_files
 from .safetensors_file import TensorRange
+from .stage_graphs import GraphWishes, options_for
 
 EXPORTED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 FLOATS = ("F32", "BF16", "F16")
@@ -31,15 +32,24 @@ DEFAULT_SIDE = {Variant.TINY: 256}  # any other cascade was trained at 1024
 
 Say = Callable[[str], object]
 
+PLAIN = GraphWishes()
+
 
 @dataclass(frozen=True)
 class _Options:
     """What holds for every stage of an export."""
 
     weights: Wish
+    graphs: GraphWishes
     hashed: bool
     plan: LoraPlan | None
     start_file: StartFile | None
+    say: Say
+
+    def stored_as(self, stage: Stage) -> str | None:
+        """The dtype to store a stage's weights in; links keep what the model has unless a storage was asked for."""
+        linked = self.weights == "link" and self.graphs.storage is None
+        return None if linked else self.graphs.stored_as(stage)
 
     def changes(self, stage: Stage) -> Changes:
         """What LoRAs change about the weights of `stage`."""
@@ -52,6 +62,7 @@ def export(
     *,
     stages: Sequence[Stage] = (),
     weights: Wish = "auto",
+    graphs: GraphWishes = PLAIN,
     hash_weights: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
     vqgan_scale: float | None = None,
@@ -66,8 +77,8 @@ def export(
     file system clones, else hard links, and then the files must never change in place), or "auto": link where
     that is possible, else copy. Copies are hashed on the way, linked weights if `hash_weights`. `loras` are files
     with their strengths, merged into the weights of the stages they are for, which are copied then. `vqgan_scale`
-    overrides the scale that the model's layout implies. Graphs compute in fp32; 16-bit weights stay 16-bit on disk.
-    `say` hears what a user should know.
+    overrides the scale that the model's layout implies. `graphs` says how graphs compute; by default in fp32, and
+    16-bit weights stay 16-bit on disk. `say` hears what a user should know.
 
     Raises a CascadeError, and leaves nothing behind, when a stage is missing or damaged or the output unwritable."""
     output = Path(output)
@@ -78,8 +89,9 @@ def export(
     unknown = [stage for stage in chosen if stage not in EXPORTED]
     if unknown:
         raise UsageError(f"{', '.join(unknown)}: not exported yet; there are {', '.join(EXPORTED)}")
+    graphs.require_sense(chosen)
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
-    options = _Options(weights, hash_weights, _plan(components, loras, weights, say), start_file)
+    options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say)
     with staged_output(output, force=force) as staged:
         staged.mkdir()
         entries = {stage: _export_stage(component, staged / stage, options) for stage, component in components.items()}
@@ -99,13 +111,20 @@ def _export_stage(component: Component, folder: Path, options: _Options) -> Stag
     _require_floats(component)
     folder.mkdir()
     placed = _place(component, folder, options)
-    paths = _save_graphs(_graphs(component, _weights(placed.tensors)), folder, placed)
+    weights = _weights(placed.tensors)
+    chosen, plan = options_for(component.config, weights, folder, options.graphs, options.say)
+    paths = _save_graphs(write_graphs(component.config, weights, chosen), folder, placed)
     files = {**{path: sha256_of(path) for path in paths}, **placed.files}
     sources = source_files(component)
     return StageEntry(
         variant=component.variant,
         config=to_json(component.config),
-        precision="fp32",
+        precision=chosen.precision,
+        target=chosen.target,
+        exponents=dict(chosen.exponents),
+        fp16_margins={name: round(bits, 2) for name, bits in plan.margins.items()} if plan else {},
+        fp32_blocks=tuple(sorted(chosen.fp32_blocks)),
+        control=chosen.control,
         weights=placed.how,
         sources=tuple(_source(path, component, placed.files.get(folder / path.name)) for path in sources),
         graphs={path.stem: graph for path, graph in paths.items()},
@@ -114,17 +133,14 @@ def _export_stage(component: Component, folder: Path, options: _Options) -> Stag
 
 
 def _place(component: Component, folder: Path, options: _Options) -> Placed:
-    changes = options.changes(component.stage)
+    changes, dtype = options.changes(component.stage), options.stored_as(component.stage)
     if not changes:
-        return place_weights(component, folder, options.weights, hashed=options.hashed, start_file=options.start_file)
-    placed = copy_weights(component, folder, options.start_file, hashed=False)
+        return place_weights(
+            component, folder, options.weights, dtype=dtype, hashed=options.hashed, start_file=options.start_file
+        )
+    placed = copy_weights(component, folder, options.start_file, dtype=dtype, hashed=False)
     overwrite(placed.tensors, changes)
     return replace(placed, files={path: sha256_of(path) for path in placed.files})
-
-
-def _graphs(component: Component, weights: Mapping[str, Weight]) -> dict[str, onnx.ModelProto]:
-    """The graphs of a stage by their names; all refer to the same weights."""
-    return {"model": write_graph(component.config, weights)}
 
 
 def _save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path, placed: Placed) -> dict[Path, GraphEntry]:

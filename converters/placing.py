@@ -3,7 +3,8 @@
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from typing import Literal, get_args
 from ..runtime.integrity import sha256_of
 from ..schemas.bundle import Placement
 from ..schemas.errors import ExportError, UsageError
+from .cast import target_dtype
 from .hashing import hashed_behind
 from .identify import Component
 from .plans import TensorPlan, pieces
@@ -19,6 +21,9 @@ from .safetensors_writer import write_file
 
 WEIGHTS_NAME = "weights.safetensors"
 FICLONE = 0x40049409  # Linux: one file becomes a clone of another, its blocks shared until either changes
+
+PROJECTIONS = {part: names for names in (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")) for part in names}
+PROJECTION = re.compile(rf"(.*\.)({'|'.join(PROJECTIONS)})(\.weight|\.bias)")
 
 StartFile = Callable[[str, int], Progress]
 Wish = Literal["auto", "link", "copy"]
@@ -36,16 +41,23 @@ class Placed:
 
 
 def place_weights(
-    component: Component, folder: Path, wish: Wish, *, hashed: bool = False, start_file: StartFile | None = None
+    component: Component,
+    folder: Path,
+    wish: Wish,
+    *,
+    dtype: str | None = None,
+    hashed: bool = False,
+    start_file: StartFile | None = None,
 ) -> Placed:
     """Bring the weights of `component` into `folder`. "link" clones its files or, where the file system does not
     clone, links them hard; "auto" copies where neither is possible. Copies are hashed, clones and links if `hashed`.
+    With `dtype` (F32, BF16, F16) they are stored in that one, which takes a copy unless they are so already.
 
-    Raises ExportError when "link" is impossible, naming the reason."""
+    Raises ExportError when "link" is impossible, naming the reason, ConversionError for values `dtype` cannot hold."""
     if wish not in WISHES:
         raise UsageError(f"weights {wish!r}: expected one of {', '.join(WISHES)}")
     if wish != "copy":
-        reason = _why_not_as_is(component)
+        reason = _why_not_as_is(component, dtype)
         try:
             if reason is None:
                 return _linked(component, folder, hashed)
@@ -55,14 +67,16 @@ def place_weights(
                 half_done.unlink()
         if wish == "link":
             raise ExportError(f"{reason}; use --weights copy")
-    return copy_weights(component, folder, start_file)
+    return copy_weights(component, folder, start_file, dtype=dtype)
 
 
-def _why_not_as_is(component: Component) -> str | None:
+def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
     """Why a graph cannot refer to the model's files as they are."""
     for name, tensor in component.tensors.items():
         if tensor.transposed:
             return f"{tensor.path}: {name} lies transposed"
+        if target_dtype(tensor.dtype, dtype) != tensor.dtype:
+            return f"{tensor.path}: {name} is stored as {tensor.dtype}, not as {dtype}"
     odd = [path for path in source_files(component) if path.suffix != ".safetensors"]
     return f"{odd[0]}: not a safetensors file" if odd else None
 
@@ -107,11 +121,21 @@ def moved(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRang
 
 
 def copy_weights(
-    component: Component, folder: Path, start_file: StartFile | None = None, *, hashed: bool = True
+    component: Component,
+    folder: Path,
+    start_file: StartFile | None = None,
+    *,
+    dtype: str | None = None,
+    hashed: bool = True,
 ) -> Placed:
-    """Write the weights of `component` into a file of the bundle's own, hashed on the way unless it is to change."""
+    """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored, hashed on
+    the way unless it is to change."""
     path = folder / WEIGHTS_NAME
-    plans = {name: TensorPlan(t.dtype, t.shape, (t,)) for name, t in component.tensors.items()}
+    tensors = component.tensors
+    plans = {
+        name: TensorPlan(target_dtype(tensors[name].dtype, dtype), tensors[name].shape, (tensors[name],))
+        for name in projections_together(tensors)
+    }
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
@@ -122,6 +146,20 @@ def copy_weights(
     with hashed_behind(path, in_order) as behind:
         write_file(path, plans, metadata, behind.progress(progress))
     return Placed("copy", read_header(path).tensors, {path: behind.sha256})
+
+
+def projections_together(names: Iterable[str]) -> list[str]:
+    """The names with queries, keys and values of each attention side by side, weights and biases apart, so that a
+    graph can take them as one; all others keep their order."""
+    present = dict.fromkeys(names)
+    done: set[str] = set()
+    result = []
+    for name in present:
+        found = PROJECTION.fullmatch(name)
+        triple = [f"{found[1]}{part}{found[3]}" for part in PROJECTIONS[found[2]]] if found else [name]
+        result += [each for each in triple if each in present and each not in done]
+        done.update(triple)
+    return result
 
 
 def source_files(component: Component) -> list[Path]:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .errors import CheckpointError
 from .layouts import Layout
+from .precision import Precision, Target
 from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
@@ -16,12 +17,14 @@ MAIN_GRAPH = "model"  # the graph every stage has
 FORMAT = "cascadekit-bundle"
 VERSION = 2
 
-Target = Literal["portable", "ort", "tensorrt"]
-Precision = Literal["fp32", "fp16", "bf16"]
 Placement = Literal["copy", "link", "reflink"]
 
 # The operator sets that what a bundle is for can run; "" is ai.onnx.
-DOMAINS: Mapping[Target, tuple[str, ...]] = {"portable": ("",), "ort": ("", "com.microsoft"), "tensorrt": ("",)}
+DOMAINS: Mapping[Target, tuple[str, ...]] = {
+    Target.PORTABLE: ("",),
+    Target.ORT: ("", "com.microsoft"),
+    Target.TENSORRT: ("",),
+}
 
 
 def _inside(path: str) -> str:
@@ -89,7 +92,11 @@ class StageEntry(_Frozen):
     variant: Variant
     config: dict[str, Any]
     precision: Precision
-    target: Target = "portable"
+    target: Target = Target.PORTABLE
+    exponents: dict[str, int] = {}  # of streams kept smaller than meant, see `schemas.fp16`
+    fp16_margins: dict[str, float] = {}  # by block: bits from its largest value measured to the end of fp16
+    fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 all the same
+    control: tuple[int, ...] = ()  # residual blocks that take a ControlNet's residual
     weights: Placement
     sources: tuple[SourceEntry, ...]
     graphs: dict[str, GraphEntry]

@@ -15,6 +15,11 @@ def control_name(number: int) -> str:
     return f"control.{number}"
 
 
+def is_control(port: str) -> bool:
+    """Whether a port takes a ControlNet's residual."""
+    return port.startswith("control.")
+
+
 def controlled_blocks(config: UNetConfig, numbers: Sequence[int]) -> dict[str, str]:
     """Port by block name. Raises ExportError for numbers that the network has no residual block for, and for levels
     that are passed more than once, where it would be unclear which pass is meant."""

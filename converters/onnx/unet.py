@@ -180,6 +180,7 @@ def _perceptron(pyramid: Pyramid, name: str, rows: str, small: int, exponent: in
 
 def _layers_of_perceptron(graph: Graph, layer: str, rows: str, small: int, exponent: int) -> str:
     rows = graph.linear(f"{layer}.0", rows, alpha=2.0**small)
+    graph.probe(rows)
     rows = graph.node("Gelu", f"{layer}.1", rows)
     graph.probe(rows)
     rows = _response_norm(graph, f"{layer}.2", rows, graph.width(f"{layer}.0"), exponent)

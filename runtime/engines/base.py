@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.control import is_control
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
 
@@ -39,6 +40,16 @@ class Engine(Protocol):
 
     def load(self, stage: Stage) -> StageRunner:
         """Raises EngineError when the stage cannot be loaded, naming what to install or export."""
+
+
+def with_absent_control(ports: Iterable[PortSpec], inputs: Tensors) -> Tensors:
+    """`inputs`, and for every ControlNet port they leave out zeros (B, c, 1, 1) float32, which change nothing."""
+    absent = [port for port in ports if is_control(port.name) and port.name not in inputs]
+    if not absent:
+        return inputs
+    batch = next(iter(inputs.values())).shape[0] if inputs else 1
+    zeros = {port.name: np.zeros((batch, int(port.dims[1]), 1, 1), np.float32) for port in absent}
+    return {**inputs, **zeros}
 
 
 def check_inputs(stage: Stage, ports: Iterable[PortSpec], inputs: Tensors) -> None:

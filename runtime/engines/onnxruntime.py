@@ -1,15 +1,17 @@
 """Runs the graphs of a bundle with ONNX Runtime."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from ...schemas.bundle import StageEntry
 from ...schemas.errors import EngineError
+from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
-from .base import Tensors, check_inputs
+from .base import Tensors, check_inputs, with_absent_control
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
@@ -26,10 +28,15 @@ class OnnxRuntimeEngine:
             raise EngineError(f"device {device!r}: expected one of {', '.join(PROVIDERS)}")
         self.bundle = bundle
         self.device = device
-        self._ort = _import_onnxruntime(device)
+        self._ort = import_onnxruntime(device)
 
     def load(self, stage: Stage) -> "OnnxRuntimeStage":
         entry = self.bundle.entry(stage)
+        if entry.precision is Precision.BF16 and self.device == "cpu":
+            raise EngineError(
+                f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
+                f"export it with --precision {stage}=fp32, or run it with --device cuda"
+            )
         path = self.bundle.graph(stage)
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only: what matters comes as an exception
@@ -52,6 +59,7 @@ class OnnxRuntimeStage:
         self._session = session
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        inputs = with_absent_control(self.entry.inputs, inputs)
         check_inputs(self.stage, self.entry.inputs, inputs)
         names = [port.name for port in self.entry.outputs]
         try:
@@ -65,7 +73,19 @@ class OnnxRuntimeStage:
         gc.collect()  # the session holds gigabytes; do not wait for the collector
 
 
-def _import_onnxruntime(device: str) -> Any:
+def open_session(path: Path) -> Any:
+    """A session of any graph on the CPU, for a short run. Raises EngineError when it cannot be loaded."""
+    ort = import_onnxruntime("cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(path, options, providers=[PROVIDERS["cpu"]])
+    except Exception as error:
+        raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
+
+
+def import_onnxruntime(device: str) -> Any:
+    """The module, able to use `device`. Raises EngineError saying what to install."""
     try:
         import onnxruntime
     except ImportError as error:

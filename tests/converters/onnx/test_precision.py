@@ -180,12 +180,12 @@ def test_probes_are_the_largest_magnitudes(export: Callable[..., Any]) -> None:
         module.register_forward_hook(hook)
     graph.expected(inputs)
     probed = {name.removesuffix("/max"): float(value) for name, value in found.items() if name.endswith("/max")}
-    assert len(probed) == 4 * 6  # four blocks of each kind: a stream each, two values inside a perceptron, scores
+    assert len(probed) == 4 * 7  # four blocks of each kind: a stream each, three values in a perceptron, scores
     for name, value in probed.items():
         module = name.removesuffix("/rows")
         if module in seen:
             assert value == pytest.approx(seen[module], rel=1e-4), name
-    assert sum(name.removesuffix("/rows") in seen for name in probed) == 4 * 5
+    assert sum(name.removesuffix("/rows") in seen for name in probed) == 4 * 6
 
 
 def test_unknown_streams_are_refused(export: Callable[..., Any]) -> None:

@@ -1,0 +1,84 @@
+"""How a prior or decoder fits into fp16: exponents for its streams, and blocks that must compute in fp32."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import ExportError
+from .precision import FP16_MAX
+from .stages import Block, UNetConfig
+from .unet_blocks import blocks_of, stream_of, streams_of
+
+MARGIN_BITS = 2  # a value may grow fourfold beyond what calibration has seen
+MAX_EXPONENT = 12  # 2^-12 of a value of size 1 is still a normal fp16 number
+
+
+@dataclass(frozen=True)
+class Fp16Plan:
+    """`exponents` of the streams that need one, the residual blocks that compute in fp32, and for every block how many
+    bits its largest value stays below fp16's end (negative: beyond)."""
+
+    exponents: dict[str, int]
+    fp32_blocks: frozenset[str]
+    margins: dict[str, float]
+
+    def tightest(self, count: int = 5) -> list[tuple[str, float]]:
+        """The blocks with the least margin, tightest first."""
+        return sorted(self.margins.items(), key=lambda item: item[1])[:count]
+
+
+def plan_fp16(
+    config: UNetConfig, ranges: Mapping[str, float], *, fixed: int | None = None, margin_bits: int = MARGIN_BITS
+) -> Fp16Plan:
+    """The plan for the magnitudes that probes have measured (by value, such as "up_blocks.1.0"); `fixed` is an
+    exponent for every stream instead of the least one that fits.
+
+    Raises ExportError when no exponent helps, or something is measured as infinite or NaN."""
+    broken = [name for name, value in ranges.items() if not math.isfinite(value)]
+    if broken:
+        raise ExportError(f"{config.stage}: calibration met infinite values at {broken[0]}; are the weights sound?")
+    limit = FP16_MAX / 2**margin_bits
+    peaks = dict.fromkeys(streams_of(config), 0.0)
+    for block in blocks_of(config):
+        stream = _stream(config, block.name)
+        peaks[stream] = max(peaks[stream], ranges.get(block.name, 0.0))
+    exponents = {s: fixed if fixed is not None else _exponent(peak, limit) for s, peak in peaks.items()}
+    too_large = [stream for stream, exponent in exponents.items() if not 0 <= exponent <= MAX_EXPONENT]
+    if too_large:
+        raise ExportError(
+            f"{config.stage}: the stream {too_large[0]} reaches {peaks[too_large[0]]:.3g}, which no exponent from 0 to "
+            f"{MAX_EXPONENT} brings into fp16; export it as bf16"
+        )
+    wide, margins = set(), {}
+    for block in blocks_of(config):
+        scale = 2.0 ** -exponents[_stream(config, block.name)]
+        inside = _inside(block.name, ranges, scale)
+        if block.kind is Block.RES and inside > limit:
+            wide.add(block.name)
+            inside = 0.0
+        margins[block.name] = _bits(max(inside, ranges.get(block.name, 0.0) * scale))
+    scores = [name for name in margins if margins[name] < 0]
+    if scores:
+        raise ExportError(
+            f"{config.stage}: values of {scores[0]} reach beyond fp16 whatever the exponent; export it as bf16"
+        )
+    return Fp16Plan({s: e for s, e in exponents.items() if e}, frozenset(wide), margins)
+
+
+def _stream(config: UNetConfig, block: str) -> str:
+    return stream_of(config, block.rpartition(".")[0])
+
+
+def _exponent(peak: float, limit: float) -> int:
+    return max(0, math.ceil(math.log2(peak / limit))) if peak > 0 else 0
+
+
+def _inside(block: str, ranges: Mapping[str, float], scale: float) -> float:
+    """The largest value inside a block: a perceptron's hidden values, those after the response norm as small as the
+    stream; attention's scores."""
+    plain = (f"{block}.channelwise.0", f"{block}.channelwise.1", f"{block}.attention/scores")
+    return max(*(ranges.get(name, 0.0) for name in plain), ranges.get(f"{block}.channelwise.2", 0.0) * scale)
+
+
+def _bits(value: float) -> float:
+    return math.log2(FP16_MAX / value) if value > 0 else math.inf
