@@ -151,7 +151,7 @@ def _save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path, placed: Pl
         for name, model in models.items():
             path = folder / f"{name}.onnx"
             onnx.save_model(model, scratch / path.name)
-            check_graph(scratch / path.name)
+            _check(scratch / path.name, f"{folder.name}/{path.name}")
             (scratch / path.name).rename(path)
             entries[path] = GraphEntry(
                 path=path.relative_to(folder.parent).as_posix(),
@@ -160,6 +160,14 @@ def _save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path, placed: Pl
                 outputs=port_entries(model.graph.output),
             )
     return entries
+
+
+def _check(path: Path, name: str) -> None:
+    try:
+        check_graph(path)
+    except Exception as error:  # onnx has classes of its own, and raises plain RuntimeErrors from C++
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"{name}: refused by onnx: {first}; this is a bug, report it") from error
 
 
 def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:

@@ -79,8 +79,8 @@ def opset_of(model: onnx.ModelProto) -> int:
 def beside_holes(folder: Path, sizes: Mapping[str, int]) -> Iterator[Path]:
     """A folder with a hole of the size of each weights file; it is removed at the end.
 
-    onnx follows a graph's weights when it checks a file, and refuses those with several hard links. It asks where
-    they are and how large, and reads none of their bytes, so a hole will do."""
+    onnx follows a graph's weights when it checks a file, and refuses those with several hard links. It reads
+    none of their bytes, so a hole will do."""
     folder.mkdir()
     try:
         for name, size in sizes.items():

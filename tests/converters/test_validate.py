@@ -1,0 +1,240 @@
+"""`cascadekit validate`: sound bundles pass, and every planted fault is named."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import helper
+
+from cascadekit import export
+from cascadekit.cli import main
+from cascadekit.schemas.stages import Stage
+from standins import accept_changes
+
+Change = Callable[[onnx.ModelProto], None]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["validate", *(str(argument) for argument in arguments)])
+
+
+def found(bundle: Path, *options: str) -> dict[str, Any]:
+    """The report as JSON; its verdict must be the exit code's."""
+    result = call(bundle, "--json", *options)
+    assert "Traceback" not in result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    assert result.exit_code == (0 if report["valid"] else 1), result.output
+    assert report["valid"] == (not problems(report))
+    return report
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    return [problem for check in report["checks"] for problem in check["problems"]]
+
+
+@pytest.fixture
+def bundle(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny vqgan, copied."""
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], weights="copy")
+    return tmp_path / "bundle"
+
+
+def changed(bundle: Path, change: Change, manifest: Callable[[dict[str, Any]], object] | None = None) -> str:
+    """Change the graph behind the manifest's back, or with it, and return the one problem there is then."""
+    path = bundle / "vqgan" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    if manifest:
+        content = json.loads((bundle / "cascade.json").read_text())
+        manifest(content["stages"]["vqgan"])
+        (bundle / "cascade.json").write_text(json.dumps(content))
+    accept_changes(bundle)
+    return "\n".join(problems(found(bundle)))
+
+
+@pytest.mark.parametrize("weights", ["copy", "link"])
+def test_sound_bundles(tiny: Path, tmp_path: Path, weights: Any) -> None:
+    export(tiny / "model", tmp_path / "bundle", weights=weights)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    report = found(tmp_path / "bundle")
+    assert [(c["stage"], c["graph"]) for c in report["checks"]] == [
+        (stage, graph) for stage in ("text_encoder", "prior", "decoder", "vqgan") for graph in (None, "model")
+    ]
+    for check in report["checks"]:
+        if check["graph"]:
+            model = onnx.load(tmp_path / "bundle" / check["stage"] / "model.onnx", load_external_data=False)
+            counts: dict[str, int] = {}
+            for node in model.graph.node:
+                counts[node.op_type] = counts.get(node.op_type, 0) + 1
+            assert check["operators"] == counts
+            assert (check["opset"], check["ir_version"]) == (model.opset_import[0].version, model.ir_version)
+            assert check["polygraphy"] == "not installed"
+        else:
+            assert len(check["without_sha256"]) == (weights == "link")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_table(bundle: Path) -> None:
+    result = call(bundle)
+    assert result.exit_code == 0
+    words = " ".join(result.stdout.split())
+    assert "vqgan files ok 2 files, weights: copied" in words
+    assert "opset 20, IR 10; polygraphy not installed" in words
+    assert words.endswith(" valid")
+    (bundle / "vqgan/weights.safetensors").unlink()
+    result = call(bundle)
+    assert result.exit_code == 1
+    assert "it is missing; put it back, or export the model again" in result.stdout
+    assert result.stdout.strip().endswith("INVALID")
+
+
+def test_hashes_that_were_not_recorded_are_reported(tiny: Path, tmp_path: Path) -> None:
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], weights="link")
+    source = tiny / "model/vqgan/diffusion_pytorch_model.safetensors"
+    (file,) = found(tmp_path / "bundle", "--hash")["checks"][0]["without_sha256"]
+    assert file["sha256_now"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert f"{file['path']} (now {file['sha256_now']})" in call(tmp_path / "bundle", "--hash").stdout
+
+
+def test_a_flipped_bit_behind_the_same_time(bundle: Path) -> None:
+    path = bundle / "vqgan/weights.safetensors"
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert found(bundle)["valid"]
+    assert "vqgan/weights.safetensors: expected SHA-256" in problems(found(bundle, "--hash"))[0]
+
+
+def test_a_graph_that_is_none(bundle: Path) -> None:
+    path = bundle / "vqgan/model.onnx"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert any("model.onnx: expected" in problem for problem in problems(found(bundle)))
+    accept_changes(bundle)
+    assert "cannot be read as ONNX" in problems(found(bundle))[0]
+    path.unlink()
+    assert any("it is missing" in problem for problem in problems(found(bundle)))
+
+
+def foreign(model: onnx.ModelProto) -> None:
+    """A Gelu of onnxruntime's own in place of the standard's."""
+    node = next(node for node in model.graph.node if node.op_type == "Gelu")
+    del node.attribute[:]
+    node.domain = "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+@pytest.mark.parametrize("target", ["portable", "tensorrt", "ort"])
+def test_operators_that_the_target_does_not_have(bundle: Path, target: str) -> None:
+    said = changed(bundle, foreign, lambda entry: entry.update(target=target))
+    if target == "ort":
+        assert not said
+        (check,) = (check for check in found(bundle)["checks"] if check["graph"])
+        assert check["operators"]["com.microsoft::Gelu"] == 1
+    else:
+        assert said == (f"operators com.microsoft::Gelu are not of ai.onnx, which is what a {target} graph may use")
+
+
+def test_operators_inside_other_operators(bundle: Path) -> None:
+    def nested(model: onnx.ModelProto) -> None:
+        inner = helper.make_graph(
+            [helper.make_node("Odd", [], ["y"], domain="org.example")],
+            "inner",
+            [],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        )
+        condition = helper.make_tensor("condition", onnx.TensorProto.BOOL, (), [True])
+        model.graph.initializer.append(condition)
+        node = helper.make_node("If", ["condition"], ["unused"], then_branch=inner, else_branch=inner)
+        model.graph.node.append(node)
+        model.opset_import.append(helper.make_opsetid("org.example", 1))
+
+    assert "operators org.example::Odd are not of ai.onnx" in changed(bundle, nested)
+
+
+def test_ports_and_opset_are_the_manifests(bundle: Path) -> None:
+    def other_port(entry: dict[str, Any]) -> None:
+        entry["graphs"]["model"]["inputs"][0]["dims"][1] = 5
+        entry["graphs"]["model"]["opset"] = 19
+
+    said = changed(bundle, lambda model: None, other_port)
+    assert "expected opset 19 as the manifest says, found 20" in said
+    assert "expected inputs latents float32 [batch, 5, height, width] as the manifest says, found latents" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("location", "../weights.safetensors", "'../weights.safetensors', which is not a file of the bundle beside"),
+        ("location", "/etc/passwd", "'/etc/passwd', which is not a file of the bundle"),
+        ("location", "", "'', which is not a file of the bundle"),
+        ("location", "none.safetensors", "'none.safetensors', which is not a file of the bundle"),
+        ("offset", "999999999", "bytes 999999999 to"),
+        ("offset", "-8", "bytes -8 to"),
+        ("length", "12", "12 bytes, expected"),
+        ("offset", "x", "the place of an initialiser is no number"),
+    ],
+)
+def test_weights_that_lie_elsewhere(bundle: Path, key: str, value: str, message: str) -> None:
+    def move(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+        next(entry for entry in tensor.external_data if entry.key == key).value = value
+
+    assert message in changed(bundle, move)
+
+
+def test_weights_behind_a_symbolic_link(bundle: Path, tmp_path: Path) -> None:
+    path = bundle / "vqgan/weights.safetensors"
+    shutil.move(path, tmp_path / "away")
+    path.symlink_to(tmp_path / "away")
+    assert "lies in 'weights.safetensors', which is not a file of the bundle" in "\n".join(problems(found(bundle)))
+
+
+def test_shapes_that_do_not_fit(bundle: Path) -> None:
+    def twist(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if node.op_type == "Gemm")
+        node.attribute[0].i = 0  # transB
+
+    assert "strict shape inference: " in changed(bundle, twist)
+
+
+def test_a_value_that_nobody_gives(bundle: Path) -> None:
+    def lose(model: onnx.ModelProto) -> None:
+        model.graph.node[5].input[0] = "nowhere"
+
+    assert "onnx.checker: " in changed(bundle, lose)
+
+
+@pytest.mark.parametrize(("code", "word"), [("print('fine')", "passed"), ("raise SystemExit('it is odd')", "failed")])
+def test_polygraphy_is_asked_where_it_is_installed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, word: str
+) -> None:
+    package = tmp_path / "site" / "polygraphy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import sys, pathlib\n"
+        f"assert sys.argv[1:3] == ['inspect', 'model'] and pathlib.Path(sys.argv[3]).is_file()\n{code}"
+    )
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
+    report = found(bundle)
+    (check,) = (check for check in report["checks"] if check["graph"])
+    assert check["polygraphy"] == word
+    assert problems(report) == ([] if word == "passed" else ["polygraphy inspect model: it is odd"])
+
+
+def test_what_is_no_bundle(tiny: Path) -> None:
+    result = call(tiny / "model")
+    assert result.exit_code == 2
+    assert "not a bundle" in result.stderr
+    assert "Example: cascadekit validate" in " ".join(call("--help").output.split())
