@@ -23,7 +23,6 @@ from .plans import TensorPlan
 from .safetensors_file import Progress, TensorRange, read_header
 from .safetensors_writer import write_file
 
-EXPORTED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 WEIGHTS_NAME = "weights.safetensors"
 FLOATS = ("F32", "BF16", "F16")
 
@@ -51,12 +50,9 @@ def export(
     or damaged or the output unwritable."""
     output = Path(output)
     model = model if isinstance(model, Model) else open_model([model])
-    chosen = list(stages) or [stage for stage in EXPORTED if stage in model.components]
+    chosen = list(stages) or [stage for stage in Stage if stage in model.components]
     if not chosen:
-        raise UsageError(f"nothing to export: the model has none of {', '.join(EXPORTED)}")
-    unknown = [stage for stage in chosen if stage not in EXPORTED]
-    if unknown:
-        raise UsageError(f"{', '.join(unknown)}: not exported yet; there are {', '.join(EXPORTED)}")
+        raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
     components = {stage: _scaled(model.component(stage), vqgan_scale) for stage in chosen}
     with staged_output(output, force=force) as staged:
         staged.mkdir()
@@ -76,7 +72,7 @@ def export(
 
 def _export_stage(component: Component, folder: Path, mode: str, start_file: StartFile | None) -> StageEntry:
     _require_floats(component)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     linked = _source_files(component) if mode == "link" else []
     weights = _weights(component.tensors) if linked else _copy_weights(component, folder, start_file)
     onnx.save_model(write_graph(component.config, weights), folder / GRAPH_NAME)
@@ -141,7 +137,7 @@ def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
         outputs=tuple(PortEntry(**asdict(port)) for port in ports.outputs),
         files=tuple(
             FileEntry(
-                path=f"{folder.name}/{path.name}",
+                path=f"{component.stage}/{path.name}",
                 bytes=path.stat().st_size,
                 sha256=linked.get(path.name) or _sha256(path),
             )

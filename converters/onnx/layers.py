@@ -63,9 +63,9 @@ class Image:
         return self.with_last(self.graph.once("Reshape", f"{value}/last", value, shape), channels)
 
 
-def pointwise(graph: Graph, name: str, image: Image) -> Image:
+def pointwise(graph: Graph, name: str, image: Image, *, bias: bool = True) -> Image:
     """The 1x1 convolution `name`, as the matrix product it is."""
-    return image.with_rows(graph.linear(name, image.rows), graph.width(name))
+    return image.with_rows(graph.linear(name, image.rows, bias=bias), graph.width(name))
 
 
 def convolution(
@@ -76,13 +76,14 @@ def convolution(
     *,
     dims: Shape | None = None,
     size: str | None = None,
+    bias: bool = True,
     **attributes: Any,
 ) -> Image:
     """The convolution `name` of `value` (B, c, h, w); its weight read as `dims` where they are given.
 
     `channels` is what comes out, `size` the size of the result where it is known."""
-    weight, bias = graph.weight(f"{name}.weight", dims), graph.weight(f"{name}.bias")
-    return Image(graph, channels, first=graph.node("Conv", name, value, weight, bias, **attributes), size=size)
+    inputs = [value, graph.weight(f"{name}.weight", dims), *([graph.weight(f"{name}.bias")] if bias else [])]
+    return Image(graph, channels, first=graph.node("Conv", name, *inputs, **attributes), size=size)
 
 
 def transposed_convolution(graph: Graph, name: str, image: Image, channels: int, **attributes: Any) -> Image:
@@ -94,6 +95,18 @@ def transposed_convolution(graph: Graph, name: str, image: Image, channels: int,
 def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6) -> Image:
     """Affine-free LayerNorm over the channels."""
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps))
+
+
+def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:
+    """The BatchNorm2d `name` with its stored statistics; without `learned` weight and bias affine-free."""
+    mean, variance = graph.weight(f"{name}.running_mean"), graph.weight(f"{name}.running_var")
+    if learned:
+        scale, shift = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
+    else:
+        scale = graph.ones(image.channels)
+        shift = graph.once("Sub", f"zeros[{image.channels}]", scale, scale)
+    value = graph.node("BatchNormalization", name, image.first, scale, shift, mean, variance, epsilon=eps)
+    return Image(graph, image.channels, first=value, size=image.size)
 
 
 def resized(graph: Graph, name: str, image: Image, size: str) -> Image:
