@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
+from ..schemas.stages import Stage
 from .console import note
 
 PATH = click.Path(path_type=Path)
-STAGES = click.Choice(["text_encoder", "prior", "decoder", "vqgan"])
+STAGES = click.Choice([str(stage) for stage in Stage])
 
 
 def local(source: Path, variant: str | None = None, *, lite: bool = False) -> Path:

@@ -25,7 +25,6 @@ from .placing import Placed, StartFile, Wish, copy_weights, place_weights, sourc
 from .safetensors_file import TensorRange
 from .stage_graphs import GraphWishes, options_for
 
-EXPORTED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 FLOATS = ("F32", "BF16", "F16")
 
 DEFAULT_SIDE = {Variant.TINY: 256}  # any other cascade was trained at 1024
@@ -83,18 +82,15 @@ def export(
     Raises a CascadeError, and leaves nothing behind, when a stage is missing or damaged or the output unwritable."""
     output = Path(output)
     model = model if isinstance(model, Model) else open_model([model])
-    chosen = list(stages) or [stage for stage in EXPORTED if stage in model.components]
+    chosen = list(stages) or [stage for stage in Stage if stage in model.components]
     if not chosen:
-        raise UsageError(f"nothing to export: the model has none of {', '.join(EXPORTED)}")
-    unknown = [stage for stage in chosen if stage not in EXPORTED]
-    if unknown:
-        raise UsageError(f"{', '.join(unknown)}: not exported yet; there are {', '.join(EXPORTED)}")
+        raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
     graphs.require_sense(chosen)
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
     options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say)
     with staged_output(output, force=force) as staged:
         staged.mkdir()
-        entries = {stage: _export_stage(component, staged / stage, options) for stage, component in components.items()}
+        entries = {stage: _export_stage(component, staged, options) for stage, component in components.items()}
         manifest = Manifest(
             created_by=f"cascadekit {version('cascadekit')}",
             default_size=_default_size(components),
@@ -107,13 +103,14 @@ def export(
     return manifest
 
 
-def _export_stage(component: Component, folder: Path, options: _Options) -> StageEntry:
+def _export_stage(component: Component, root: Path, options: _Options) -> StageEntry:
     _require_floats(component)
-    folder.mkdir()
+    folder = root / component.stage
+    folder.mkdir(parents=True)
     placed = _place(component, folder, options)
     weights = _weights(placed.tensors)
-    chosen, plan = options_for(component.config, weights, folder, options.graphs, options.say)
-    paths = _save_graphs(write_graphs(component.config, weights, chosen), folder, placed)
+    chosen, plan = options_for(component.config, weights, root, options.graphs, options.say)
+    paths = _save_graphs(write_graphs(component.config, weights, chosen), root, folder, placed)
     files = {**{path: sha256_of(path) for path in paths}, **placed.files}
     sources = source_files(component)
     return StageEntry(
@@ -128,7 +125,7 @@ def _export_stage(component: Component, folder: Path, options: _Options) -> Stag
         weights=placed.how,
         sources=tuple(_source(path, component, placed.files.get(folder / path.name)) for path in sources),
         graphs={path.stem: graph for path, graph in paths.items()},
-        files=tuple(describe_file(folder.parent, path, sha256) for path, sha256 in files.items()),
+        files=tuple(describe_file(root, path, sha256) for path, sha256 in files.items()),
     )
 
 
@@ -143,7 +140,9 @@ def _place(component: Component, folder: Path, options: _Options) -> Placed:
     return replace(placed, files={path: sha256_of(path) for path in placed.files})
 
 
-def _save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path, placed: Placed) -> dict[Path, GraphEntry]:
+def _save_graphs(
+    models: Mapping[str, onnx.ModelProto], root: Path, folder: Path, placed: Placed
+) -> dict[Path, GraphEntry]:
     """Write each graph into the stage's folder, once onnx has checked it beside holes in place of the weights."""
     entries = {}
     sizes = {path.name: path.stat().st_size for path in placed.files}
@@ -154,7 +153,7 @@ def _save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path, placed: Pl
             _check(scratch / path.name, f"{folder.name}/{path.name}")
             (scratch / path.name).rename(path)
             entries[path] = GraphEntry(
-                path=path.relative_to(folder.parent).as_posix(),
+                path=path.relative_to(root).as_posix(),
                 opset=opset_of(model),
                 inputs=port_entries(model.graph.input),
                 outputs=port_entries(model.graph.output),

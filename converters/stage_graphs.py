@@ -64,9 +64,10 @@ class GraphWishes:
 
 
 def options_for(
-    config: NetworkConfig, weights: Mapping[str, Weight], folder: Path, wishes: GraphWishes, say: Say
+    config: NetworkConfig, weights: Mapping[str, Weight], bundle: Path, wishes: GraphWishes, say: Say
 ) -> tuple[GraphOptions, Fp16Plan | None]:
-    """The options for the network's graphs, whose `weights` lie in `folder`; and the plan for fp16 where one was made.
+    """The options for the network's graphs, whose `weights` lie in its folder of `bundle`; and the plan for fp16 where
+    one was made.
 
     Raises ExportError when the network does not fit into fp16, or takes no ControlNet."""
     stage = config.stage
@@ -79,7 +80,7 @@ def options_for(
     if options.precision is not Precision.FP16 or wishes.fp16_safe is None:
         return options, None
     say(f"{stage}: measuring how large its values grow")
-    ranges = measure_ranges(config, weights, folder, _embeddings(folder.parent, say))
+    ranges = measure_ranges(config, weights, bundle / stage, _embeddings(bundle, say))
     plan = plan_fp16(config, ranges, fixed=None if wishes.fp16_safe == "auto" else wishes.fp16_safe)
     for line in described(stage, plan):
         say(line)

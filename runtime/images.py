@@ -15,6 +15,16 @@ from ..schemas.errors import UsageError
 
 METADATA_KEY = "cascadekit"
 
+# Mean and deviation of ImageNet's red, green and blue, with which the EfficientNet was trained.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def effnet_pixels(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(B, 3, height, width) float32 in 0..1 to the pixels that the effnet encoder takes, same shape."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
 
 def to_pictures(images: NDArray[np.float32]) -> list[Image.Image]:
     """(B, 3, height, width) float32 in 0..1 to 8-bit RGB, rounding to nearest as diffusers does."""

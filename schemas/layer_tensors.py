@@ -1,4 +1,4 @@
-"""Names and shapes of the layers and of the one backbone that several networks are built of."""
+"""Names and shapes of the layers that several networks are built of, and the make-up of their one backbone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,57 +29,82 @@ def batch_norm(name: str, width: int, *, learned: bool = True) -> Iterator[Entry
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A run of `count` inverted residual blocks, each `expansion` times wider inside than at its entrance.
-    Fused blocks have one 3x3 convolution where the others have a 1x1, a depthwise 3x3 and squeeze-excitation."""
+class InvertedResidual:
+    """A block of EfficientNetV2, `expansion` times wider inside than at its entrance. Fused ones have one 3x3
+    convolution where the others have a 1x1, a depthwise 3x3 and squeeze-excitation. `stride` is the 3x3's."""
 
+    path: str  # below the backbone
     fused: bool
     expansion: int
-    width: int
-    count: int
+    stride: int
+    into: int
+    out: int
+
+    @property
+    def inner(self) -> int:
+        return self.into * self.expansion
+
+    @property
+    def squeezed(self) -> int:
+        """Channels between the two layers of squeeze-excitation."""
+        return self.into // 4
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether the block's input is added to what it gives."""
+        return self.stride == 1 and self.into == self.out
 
 
-# EfficientNetV2-S as in torchvision's ``efficientnet_v2_s().features``: a stem, these rows, a 1x1 convolution.
-_STEM_WIDTH = 24
-_ROWS = (
-    _Row(fused=True, expansion=1, width=24, count=2),
-    _Row(fused=True, expansion=4, width=48, count=4),
-    _Row(fused=True, expansion=4, width=64, count=4),
-    _Row(fused=False, expansion=4, width=128, count=6),
-    _Row(fused=False, expansion=6, width=160, count=9),
-    _Row(fused=False, expansion=6, width=256, count=15),
-)
+# EfficientNetV2-S as in torchvision's ``efficientnet_v2_s().features``, which is Table 4 of arXiv:2104.00298: a stem,
+# these rows (fused, expansion, stride of the first block, width, blocks), and a 1x1 convolution. SiLU everywhere.
+EFFICIENTNET_STEM = 24
 EFFICIENTNET_WIDTH = 1280
+EFFICIENTNET_EPSILON = 1e-3  # of every BatchNorm in it
+_ROWS = (
+    (True, 1, 1, 24, 2),
+    (True, 4, 2, 48, 4),
+    (True, 4, 2, 64, 4),
+    (False, 4, 2, 128, 6),
+    (False, 6, 1, 160, 9),
+    (False, 6, 2, 256, 15),
+)
+EFFICIENTNET_HEAD = str(len(_ROWS) + 1)  # the path of that 1x1 convolution; the stem's is 0
+
+
+def inverted_residuals() -> Iterator[InvertedResidual]:
+    """The blocks between stem and head in the order they run."""
+    width = EFFICIENTNET_STEM
+    for number, (fused, expansion, stride, out, count) in enumerate(_ROWS, start=1):
+        for index in range(count):
+            first = index == 0
+            yield InvertedResidual(f"{number}.{index}", fused, expansion, stride if first else 1, width, out)
+            width = out
 
 
 def efficientnet_v2_s(name: str, channels: int) -> Iterator[Entry]:
     """The backbone for images of `channels` channels; it gives EFFICIENTNET_WIDTH of them."""
-    width = _STEM_WIDTH
-    yield from _conv_norm(f"{name}.0", width, channels, 3)
-    for number, row in enumerate(_ROWS, start=1):
-        for index in range(row.count):
-            block = f"{name}.{number}.{index}.block"
-            yield from (_fused_block if row.fused else _block)(block, width, row)
-            width = row.width
-    yield from _conv_norm(f"{name}.{len(_ROWS) + 1}", EFFICIENTNET_WIDTH, width, 1)
+    yield from _conv_norm(f"{name}.0", EFFICIENTNET_STEM, channels, 3)
+    out = EFFICIENTNET_STEM
+    for block in inverted_residuals():
+        yield from (_fused_block if block.fused else _block)(f"{name}.{block.path}.block", block)
+        out = block.out
+    yield from _conv_norm(f"{name}.{EFFICIENTNET_HEAD}", EFFICIENTNET_WIDTH, out, 1)
 
 
-def _fused_block(name: str, width: int, row: _Row) -> Iterator[Entry]:
-    if row.expansion == 1:  # nothing to contract again
-        yield from _conv_norm(f"{name}.0", row.width, width, 3)
+def _fused_block(name: str, block: InvertedResidual) -> Iterator[Entry]:
+    if block.expansion == 1:  # nothing to contract again
+        yield from _conv_norm(f"{name}.0", block.out, block.into, 3)
         return
-    inner = width * row.expansion
-    yield from _conv_norm(f"{name}.0", inner, width, 3)
-    yield from _conv_norm(f"{name}.1", row.width, inner, 1)
+    yield from _conv_norm(f"{name}.0", block.inner, block.into, 3)
+    yield from _conv_norm(f"{name}.1", block.out, block.inner, 1)
 
 
-def _block(name: str, width: int, row: _Row) -> Iterator[Entry]:
-    inner, squeezed = width * row.expansion, width // 4
-    yield from _conv_norm(f"{name}.0", inner, width, 1)
-    yield from _conv_norm(f"{name}.1", inner, 1, 3)
-    yield from affine(f"{name}.2.fc1", squeezed, inner, 1, 1)
-    yield from affine(f"{name}.2.fc2", inner, squeezed, 1, 1)
-    yield from _conv_norm(f"{name}.3", row.width, inner, 1)
+def _block(name: str, block: InvertedResidual) -> Iterator[Entry]:
+    yield from _conv_norm(f"{name}.0", block.inner, block.into, 1)
+    yield from _conv_norm(f"{name}.1", block.inner, 1, 3)
+    yield from affine(f"{name}.2.fc1", block.squeezed, block.inner, 1, 1)
+    yield from affine(f"{name}.2.fc2", block.inner, block.squeezed, 1, 1)
+    yield from _conv_norm(f"{name}.3", block.out, block.inner, 1)
 
 
 def _conv_norm(name: str, out: int, into: int, kernel: int) -> Iterator[Entry]:

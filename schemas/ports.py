@@ -2,13 +2,23 @@
 
 from dataclasses import dataclass
 
-from .errors import ExportError
-from .stages import ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from .stages import (
+    ControlNetConfig,
+    EffnetEncoderConfig,
+    ImageEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+    TextEncoderConfig,
+    UNetConfig,
+    VQGANConfig,
+)
 
 
 @dataclass(frozen=True)
 class Port:
-    """A named tensor going in or out; `dims` are sizes or the names of symbolic dims, dtype is numpy's name."""
+    """A named tensor going in or out; dtype is numpy's name. `dims` are sizes or the names of symbolic dims; those of
+    outputs may be terms in the inputs' names, such as "4*height" or, rounding down, "(height+31)//32"."""
 
     name: str
     dtype: str
@@ -35,7 +45,7 @@ class StagePorts:
 def ports_of(config: NetworkConfig) -> StagePorts:
     """Ports of the stage that `config` describes; they carry the names diffusers gives its arguments.
 
-    Raises ExportError for networks that are not exported yet."""
+    The vqgan's are those of its decoder half; the other half has ``vqgan_encoder_ports``."""
     match config:
         case UNetConfig() if config.stage is Stage.PRIOR:
             return _prior(config)
@@ -47,7 +57,12 @@ def ports_of(config: NetworkConfig) -> StagePorts:
             return _text_encoder(config)
         case ImageEncoderConfig():
             return _image_encoder(config)
-    raise ExportError(f"{config.stage}: its graph is not written yet, so it has no ports")
+        case EffnetEncoderConfig():
+            return _effnet_encoder(config)
+        case PreviewerConfig():
+            return _previewer(config)
+        case ControlNetConfig():
+            return _controlnet(config)
 
 
 def _prior(config: UNetConfig) -> StagePorts:
@@ -88,11 +103,23 @@ def _decoder(config: UNetConfig) -> StagePorts:
 
 
 def _vqgan(config: VQGANConfig) -> StagePorts:
-    factor = config.up_down_scale_factor * 2 ** (config.levels - 1)
+    factor = config.compression
     return StagePorts(
         inputs=(Port("latents", "float32", ("batch", config.latent_channels, "height", "width")),),
         outputs=(Port("images", "float32", ("batch", config.out_channels, f"{factor}*height", f"{factor}*width")),),
         ranges={dim: Range() for dim in ("batch", "height", "width")},
+    )
+
+
+def vqgan_encoder_ports(config: VQGANConfig) -> StagePorts:
+    """Of the vqgan's encoder half: images in 0..1 to latents, unscaled. Both have the weights of one component."""
+    factor = config.compression
+    side = Range(minimum=factor, step=factor)
+    latent = ("batch", config.latent_channels, f"height//{factor}", f"width//{factor}")
+    return StagePorts(
+        inputs=(Port("images", "float32", ("batch", config.in_channels, "height", "width")),),
+        outputs=(Port("latents", "float32", latent),),
+        ranges={"batch": Range(), "height": side, "width": side},
     )
 
 
@@ -118,3 +145,38 @@ def _image_encoder(config: ImageEncoderConfig) -> StagePorts:
         outputs=(Port("image_embeds", "float32", ("batch", config.projection_dim)),),
         ranges={"batch": Range()},
     )
+
+
+def _effnet_encoder(config: EffnetEncoderConfig) -> StagePorts:
+    return StagePorts(
+        inputs=(Port("pixels", "float32", ("batch", 3, "height", "width")),),
+        outputs=(Port("effnet", "float32", ("batch", config.c_latent, "(height+31)//32", "(width+31)//32")),),
+        ranges={dim: Range() for dim in ("batch", "height", "width")},
+    )
+
+
+def _previewer(config: PreviewerConfig) -> StagePorts:
+    return StagePorts(
+        inputs=(Port("latents", "float32", ("batch", config.c_in, "height", "width")),),
+        outputs=(Port("images", "float32", ("batch", config.c_out, "8*height", "8*width")),),
+        ranges={dim: Range() for dim in ("batch", "height", "width")},
+    )
+
+
+def _controlnet(config: ControlNetConfig) -> StagePorts:
+    # The EfficientNet's first convolution is 3 wide, strided and, with other than three channels, not padded.
+    is_effnet = config.bottleneck_mode is None
+    side = Range(minimum=3 if is_effnet else 1)
+    size = ("(height+29)//32", "(width+29)//32") if is_effnet else ("height", "width")
+    return StagePorts(
+        inputs=(Port("control_image", "float32", ("batch", config.c_in, "height", "width")),),
+        outputs=tuple(
+            Port(control_port(block), "float32", ("batch", config.c_proj, *size)) for block in config.proj_blocks
+        ),
+        ranges={"batch": Range(), "height": side, "width": side},
+    )
+
+
+def control_port(block: int) -> str:
+    """The output of a ControlNet that is added to the input of the prior's residual block `block`, counted as run."""
+    return f"control.{block}"

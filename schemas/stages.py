@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Literal
 
 from .errors import LayoutError
+from .layer_tensors import EFFICIENTNET_WIDTH
 
 
 class Stage(StrEnum):
@@ -126,6 +127,11 @@ class VQGANConfig:
         """Channels per level, outermost first."""
         return tuple(self.embed_dim // 2**i for i in reversed(range(self.levels)))
 
+    @property
+    def compression(self) -> int:
+        """How many times smaller the latents are than the image, in each direction."""
+        return int(self.up_down_scale_factor * 2 ** (self.levels - 1))
+
 
 ORIGINAL_VQGAN_SCALE = 0.43
 
@@ -195,6 +201,11 @@ class PreviewerConfig:
     def stage(self) -> Stage:
         return Stage.PREVIEWER
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels at the size of the latents, and each time the size has been doubled."""
+        return tuple(self.c_hidden // share for share in (1, 2, 4, 4))
+
 
 Bottleneck = Literal["large", "simple"]
 
@@ -230,6 +241,11 @@ class ControlNetConfig:
     def stage(self) -> Stage:
         kind = (self.c_in, self.bottleneck_mode)
         return next(stage for stage, released in CONTROLNET_KINDS.items() if released == kind)
+
+    @property
+    def width(self) -> int:
+        """Channels that leave the backbone."""
+        return self.c_in if self.bottleneck_mode == "simple" else EFFICIENTNET_WIDTH
 
 
 NetworkConfig = (

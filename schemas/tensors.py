@@ -16,7 +16,7 @@ from .stages import (
     VQGANConfig,
 )
 
-__all__ = ["Shape", "expected_tensors", "is_counter"]
+__all__ = ["LARGE_BLOCKS", "LARGE_ENTRANCE", "LARGE_WIDTH", "Shape", "expected_tensors", "is_counter"]
 
 
 def expected_tensors(config: NetworkConfig) -> dict[str, Shape]:
@@ -187,12 +187,8 @@ def _effnet_encoder(config: EffnetEncoderConfig) -> Iterator[Entry]:
     yield from batch_norm("mapper.1", config.c_latent, learned=False)
 
 
-# Widths of the previewer as shares of c_hidden; between two of them it doubles the size of the image.
-_PREVIEWER_SHARES = (1, 2, 4, 4)
-
-
 def _previewer(config: PreviewerConfig) -> Iterator[Entry]:
-    widths = [config.c_hidden // share for share in _PREVIEWER_SHARES]
+    widths = config.widths
     layers = [(widths[0], (widths[0], config.c_in, 1, 1)), (widths[0], (widths[0], widths[0], 3, 3))]
     for wide, narrow in pairwise(widths):
         layers += [(narrow, (wide, narrow, 2, 2)), (narrow, (narrow, narrow, 3, 3))]  # transposed, then plain
@@ -203,15 +199,13 @@ def _previewer(config: PreviewerConfig) -> Iterator[Entry]:
 
 
 def _controlnet(config: ControlNetConfig) -> Iterator[Entry]:
+    width = config.width
     match config.bottleneck_mode:
         case None:
             yield from efficientnet_v2_s("backbone", config.c_in)
-            width = EFFICIENTNET_WIDTH
         case "large":
-            yield from _controlnet_large(config.c_in)
-            width = EFFICIENTNET_WIDTH
+            yield from _controlnet_large(config.c_in, width)
         case "simple":
-            width = config.c_in
             yield from affine("backbone.0", 4 * width, width, 3, 3)
             yield from affine("backbone.2", width, 4 * width, 3, 3)
     for position in range(len(config.proj_blocks)):
@@ -219,14 +213,14 @@ def _controlnet(config: ControlNetConfig) -> Iterator[Entry]:
         yield f"projections.{position}.2.weight", (config.c_proj, width, 1, 1)
 
 
-_LARGE_ENTRANCE, _LARGE_WIDTH, _LARGE_BLOCKS = 16384, 1024, 8
+LARGE_ENTRANCE, LARGE_WIDTH, LARGE_BLOCKS = 16384, 1024, 8  # of the "large" backbone
 
 
-def _controlnet_large(channels: int) -> Iterator[Entry]:
-    yield from affine("backbone.0", _LARGE_ENTRANCE, channels, 1, 1)
-    yield from affine("backbone.2", _LARGE_WIDTH, _LARGE_ENTRANCE, 1, 1)
-    for index in range(3, 3 + _LARGE_BLOCKS):
+def _controlnet_large(channels: int, out: int) -> Iterator[Entry]:
+    yield from affine("backbone.0", LARGE_ENTRANCE, channels, 1, 1)
+    yield from affine("backbone.2", LARGE_WIDTH, LARGE_ENTRANCE, 1, 1)
+    for index in range(3, 3 + LARGE_BLOCKS):
         for half in (0, 3):  # norm, GELU and convolution, twice
-            yield from norm(f"backbone.{index}.blocks.{half}", _LARGE_WIDTH)
-            yield from affine(f"backbone.{index}.blocks.{half + 2}", _LARGE_WIDTH, _LARGE_WIDTH, 3, 3)
-    yield from affine(f"backbone.{3 + _LARGE_BLOCKS}", EFFICIENTNET_WIDTH, _LARGE_WIDTH, 1, 1)
+            yield from norm(f"backbone.{index}.blocks.{half}", LARGE_WIDTH)
+            yield from affine(f"backbone.{index}.blocks.{half + 2}", LARGE_WIDTH, LARGE_WIDTH, 3, 3)
+    yield from affine(f"backbone.{3 + LARGE_BLOCKS}", out, LARGE_WIDTH, 1, 1)

@@ -100,6 +100,7 @@ def random_tensors(config: NetworkConfig, seed: int) -> dict[str, Any]:
     for name, shape in expected_tensors(config).items():
         matrix = sum(size > 1 for size in shape) > 1
         values = torch.randn(shape, generator=generator) * (np.prod(shape[1:]) ** -0.5 if matrix else 0.3)
+        values[values == 0] = 0.1  # among millions there are some
         tensors[name] = torch.tensor(3) if is_counter(name) else values.abs() if "running_var" in name else values
         assert (tensors[name] != 0).all(), name
     return tensors

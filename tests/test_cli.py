@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from cascadekit.cli import main
+from cascadekit.converters.model_folder import write_folder_files
+from cascadekit.schemas.stages import ImageEncoderConfig, Stage
+from cascadekit.schemas.tensors import expected_tensors
+from standins import write_stand_in
 
 QUICK = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--seed", "0"]
 
@@ -54,6 +59,48 @@ def test_inspect_of_a_damaged_file_lists_problems(original: Path, tmp_path: Path
     result = call("inspect", tmp_path / "c.safetensors")
     assert result.exit_code == 1
     assert "missing (1): clf.1.bias" in result.output
+
+
+@pytest.fixture
+def helpers(catalog_folder: Path, tmp_path: Path) -> Path:
+    """The networks beside the cascade: a small image encoder, and others with the release's shapes."""
+    folder = tmp_path / "helpers"
+    (folder / "controlnet").mkdir(parents=True)
+    for name, file in (("effnet_encoder", "e"), ("previewer", "p"), ("controlnet_canny", "controlnet/c")):
+        write_stand_in(catalog_folder / f"original_{name}.json", folder / f"{file}.safetensors", "BF16")
+    config = ImageEncoderConfig(16, 32, 2, 2, 12, image_size=20, patch_size=6)
+    write_folder_files(folder, {Stage.IMAGE_ENCODER: config}, index=False)
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal(s, np.float32) * np.float32(0.3) for n, s in expected_tensors(config).items()}
+    save_file(tensors, folder / "image_encoder" / "model.safetensors")
+    return folder
+
+
+def test_the_networks_beside_the_cascade(helpers: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    stages = ["image_encoder", "effnet_encoder", "previewer", "controlnet/canny"]
+    result = call("export", helpers, "-o", bundle)
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((bundle / "cascade.json").read_text())["stages"]
+    assert list(manifest) == stages
+    assert [port["name"] for port in manifest["controlnet/canny"]["graphs"]["model"]["outputs"]][:3] == [
+        "control.0",
+        "control.4",
+        "control.8",
+    ]
+    for stage in stages:
+        assert [file["path"] for file in manifest[stage]["files"]] == [
+            f"{stage}/model.onnx",
+            f"{stage}/weights.safetensors",
+        ]
+    verified = call("verify", bundle, "--against", helpers, "--json")
+    assert verified.exit_code == 0, verified.output
+    report = json.loads(verified.stdout)
+    assert {comparison["name"].split(":")[0] for comparison in report["comparisons"]} == set(stages)
+    assert max(comparison["relative_l2"] for comparison in report["comparisons"]) < 1e-5
+    assert report["image_psnr_db"] is None
+    only = json.loads(call("verify", bundle, "--against", helpers, "--stage", "previewer", "--json").stdout)
+    assert {comparison["name"].split(":")[0] for comparison in only["comparisons"]} == {"previewer"}
 
 
 def test_the_road(original: Path, tmp_path: Path) -> None:

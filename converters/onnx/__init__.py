@@ -10,17 +10,20 @@ from typing import Any
 import onnx
 
 from ...schemas.control import CONTROL_RANGES, control_ports
-from ...schemas.errors import ExportError
 from ...schemas.hoisted import conditioning_ports, step_ports
-from ...schemas.ports import StagePorts, ports_of
-from ...schemas.stages import NetworkConfig, Stage, UNetConfig
+from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
+from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
 from .builder import ATTENTION_OPSET, IR_VERSION, OPSET, Graph, Weight
+from .controlnet import write_controlnet
 from .decoder import write_decoder, write_decoder_conditioning, write_decoder_step
+from .effnet_encoder import write_effnet_encoder
+from .image_encoder import write_image_encoder
 from .options import GraphOptions
+from .previewer import write_previewer
 from .prior import write_prior, write_prior_conditioning, write_prior_step
 from .text_encoder import write_text_encoder
-from .vqgan import write_vqgan
+from .vqgan import write_vqgan, write_vqgan_encoder
 
 __all__ = [
     "ATTENTION_OPSET",
@@ -33,16 +36,28 @@ __all__ = [
     "write_graphs",
 ]
 
-MODEL, CONDITIONING, STEP = "model", "conditioning", "step"
+MODEL, CONDITIONING, STEP, ENCODER = "model", "conditioning", "step", "encoder"
 
 Writer = Callable[[Graph, Any], onnx.ModelProto]
 
-# The graphs of a stage by name; each network's "model" is whole, the others are what it falls into.
+# The graphs of a stage by name. "model" is what the stage is for; the prior's and the decoder's others are what it
+# falls into, the vqgan's is its other half.
 WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
     Stage.PRIOR: {MODEL: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
     Stage.DECODER: {MODEL: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
-    Stage.VQGAN: {MODEL: write_vqgan},
+    Stage.VQGAN: {MODEL: write_vqgan, ENCODER: write_vqgan_encoder},
     Stage.TEXT_ENCODER: {MODEL: write_text_encoder},
+    Stage.IMAGE_ENCODER: {MODEL: write_image_encoder},
+    Stage.EFFNET_ENCODER: {MODEL: write_effnet_encoder},
+    Stage.PREVIEWER: {MODEL: write_previewer},
+    **{kind: {MODEL: write_controlnet} for kind in CONTROLNETS},
+}
+# Ports of the graphs that are not "model", whose ports `ports_of` tells.
+PORTS: Mapping[str, Callable[[Any], StagePorts]] = {
+    MODEL: ports_of,
+    CONDITIONING: conditioning_ports,
+    STEP: step_ports,
+    ENCODER: vqgan_encoder_ports,
 }
 
 DEFAULT = GraphOptions()
@@ -59,9 +74,7 @@ def write_graph(
 
     Raises ExportError, naming all of them, when weights are missing or not what the config says, and for configs
     no graph is written for."""
-    writer = WRITERS.get(config.stage, {}).get(name)
-    if writer is None:
-        raise ExportError(f"{config.stage}: no graph {name} is written for this network")
+    writer = WRITERS[config.stage][name]
     return writer(Graph(graph_ports(config, options, name), expected_tensors(config), weights, options), config)
 
 
@@ -69,15 +82,13 @@ def write_graphs(
     config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT
 ) -> dict[str, onnx.ModelProto]:
     """Every graph of the network by its name, "model" first; see `write_graph`."""
-    return {name: write_graph(config, weights, options, name) for name in WRITERS.get(config.stage, {MODEL: None})}
+    return {name: write_graph(config, weights, options, name) for name in WRITERS[config.stage]}
 
 
 def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MODEL) -> StagePorts:
     """Inputs and outputs of the graph `name`."""
-    if not isinstance(config, UNetConfig):
-        return ports_of(config)
-    ports = {MODEL: ports_of, CONDITIONING: conditioning_ports, STEP: step_ports}[name](config)
-    if not options.control or name == CONDITIONING:
+    ports = PORTS[name](config)
+    if not isinstance(config, UNetConfig) or not options.control or name == CONDITIONING:
         return ports
     control = control_ports(config, options.control)
     return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **CONTROL_RANGES})

@@ -65,9 +65,10 @@ class Image:
         return self.with_last(self.graph.once("Reshape", f"{value}/last", value, shape), channels)
 
 
-def pointwise(graph: Graph, name: str, image: Image, *, bias_exponent: int = 0) -> Image:
+def pointwise(graph: Graph, name: str, image: Image, *, bias: bool = True, bias_exponent: int = 0) -> Image:
     """The 1x1 convolution `name`, as the matrix product it is."""
-    return image.with_rows(graph.linear(name, image.rows, bias_exponent=bias_exponent), graph.width(name))
+    rows = graph.linear(name, image.rows, bias=bias, bias_exponent=bias_exponent)
+    return image.with_rows(rows, graph.width(name))
 
 
 def convolution(
@@ -78,6 +79,7 @@ def convolution(
     *,
     dims: Shape | None = None,
     size: str | None = None,
+    bias: bool = True,
     bias_exponent: int = 0,
     **attributes: Any,
 ) -> Image:
@@ -85,8 +87,10 @@ def convolution(
 
     `channels` is what comes out, `size` the size of the result where it is known. The bias is times
     2^-`bias_exponent`."""
-    weight, bias = graph.weight(f"{name}.weight", dims), graph.scaled_weight(f"{name}.bias", bias_exponent)
-    return Image(graph, channels, first=graph.node("Conv", name, value, weight, bias, **attributes), size=size)
+    inputs = [value, graph.weight(f"{name}.weight", dims)]
+    if bias:
+        inputs.append(graph.scaled_weight(f"{name}.bias", bias_exponent))
+    return Image(graph, channels, first=graph.node("Conv", name, *inputs, **attributes), size=size)
 
 
 def transposed_convolution(
@@ -108,6 +112,17 @@ def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6, *, expo
     is epsilon's root. The result is 2^-out of the norm."""
     scale = graph.full(image.channels, 2.0**-out)
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps * 4.0**-exponent, scale=scale))
+
+
+def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:
+    """The BatchNorm2d `name` with its stored statistics; without `learned` weight and bias affine-free."""
+    mean, variance = graph.weight(f"{name}.running_mean"), graph.weight(f"{name}.running_var")
+    if learned:
+        scale, shift = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
+    else:
+        scale, shift = graph.full(image.channels), graph.full(image.channels, 0.0)
+    value = graph.node("BatchNormalization", name, image.first, scale, shift, mean, variance, epsilon=eps)
+    return Image(graph, image.channels, first=value, size=image.size)
 
 
 def resized(graph: Graph, name: str, image: Image, size: str) -> Image:

@@ -1,14 +1,14 @@
-"""Stage A as a graph: the decoder half of the VQGAN, with scaling and clamp.
+"""Stage A as two graphs: the decoder half of the VQGAN, with scaling and clamp, and the encoder half, without either.
 
-Semantics: diffusers ``PaellaVQModel.decode`` (pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py), without
-quantisation, which the pipelines do not use.
+Semantics: diffusers ``PaellaVQModel`` (pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py), ``decode``
+without quantisation, which the pipelines do not use, and ``encode``.
 """
 
 import onnx
 
 from ...schemas.stages import VQGANConfig
 from .builder import Graph
-from .layers import Image, convolution, pixel_shuffle, pointwise, transposed_convolution
+from .layers import Image, batch_normalised, convolution, pixel_shuffle, pointwise, transposed_convolution
 
 NORM_EPS = 1e-6
 
@@ -32,6 +32,32 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
     decoded = pixel_shuffle(graph, "out_block.1", pointwise(graph, "out_block.0", image), config.up_down_scale_factor)
     graph.node("Clip", "images", decoded, graph.scalar(0.0), graph.scalar(1.0))
     return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
+
+
+def write_vqgan_encoder(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
+    """images (B, 3, H, W) in 0..1 -> latents, 4 times smaller in the releases; stage B's are these divided by the
+    scale factor.
+
+    Raises ExportError for missing weights of the encoder half; the decoder's are not asked for."""
+    image = _unshuffled(graph, "in_block.1", config)
+    index = 0
+    for level, width in enumerate(config.widths):
+        if level > 0:
+            image = convolution(graph, f"down_blocks.{index}", image.first, width, strides=[2, 2], pads=[1] * 4)
+            index += 1
+        image = _block(graph, f"down_blocks.{index}", image)
+        index += 1
+    latents = pointwise(graph, f"down_blocks.{index}.0", image, bias=False)
+    graph.node("Identity", "latents", batch_normalised(graph, f"down_blocks.{index}.1", latents).first)
+    return graph.model("vqgan_encoder", "Stable Cascade stage A (VQGAN encoder): images in 0..1 to unscaled latents")
+
+
+def _unshuffled(graph: Graph, name: str, config: VQGANConfig) -> Image:
+    """PixelUnshuffle and the 1x1 convolution `name` after it, as one convolution with a stride: unshuffled channels
+    count (in, dy, dx), which is how the weight's bytes lie."""
+    patch, width = config.up_down_scale_factor, config.widths[0]
+    dims = (width, config.in_channels, patch, patch)
+    return convolution(graph, name, "images", width, dims=dims, strides=[patch, patch])
 
 
 def _block(graph: Graph, name: str, image: Image) -> Image:

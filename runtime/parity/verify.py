@@ -28,6 +28,9 @@ COARSENESS = (Precision.FP32, Precision.FP16, Precision.BF16)
 PROMPTS = ("", "a shiba inu wearing a beret, oil on canvas", "one, two, three " * 40)
 NEGATIVE = "blurry"
 
+PHOTOS = ({"batch": 1, "height": 128, "width": 128}, {"batch": 2, "height": 101, "width": 67})
+MAPS = ({"batch": 1, "height": 6, "width": 6}, {"batch": 2, "height": 5, "width": 7})
+
 # Sizes of the symbolic dims, per stage: one small and even, one odd in every way the ports allow.
 CASES: Mapping[Stage, tuple[dict[str, int], ...]] = {
     Stage.TEXT_ENCODER: ({"batch": len(PROMPTS)},),
@@ -40,7 +43,15 @@ CASES: Mapping[Stage, tuple[dict[str, int], ...]] = {
         {"batch": 2, "height": 18, "width": 26, "effnet_height": 5, "effnet_width": 7},
     ),
     Stage.VQGAN: ({"batch": 1, "height": 32, "width": 32}, {"batch": 2, "height": 9, "width": 13}),
+    Stage.IMAGE_ENCODER: ({"batch": 2},),
+    Stage.EFFNET_ENCODER: PHOTOS,
+    Stage.PREVIEWER: MAPS,
+    Stage.CONTROLNET_CANNY: PHOTOS,
+    Stage.CONTROLNET_INPAINTING: PHOTOS,
+    Stage.CONTROLNET_SUPER_RESOLUTION: MAPS,
+    Stage.CONTROLNET_IDENTITY: MAPS,
 }
+TRAJECTORY_STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 
 TRAJECTORY = Settings(256, 256, prior_steps=4, prior_guidance=4.0, decoder_steps=3, decoder_guidance=1.5)
 
@@ -96,7 +107,7 @@ def verify(
         for comparison in _compare_stage(stage, manifest.stages[stage], engine, reference, tokenizer, progress)
     ]
     image_psnr = None
-    if not stages and set(CASES) <= set(manifest.stages):
+    if not stages and set(TRAJECTORY_STAGES) <= set(manifest.stages):
         followed, image_psnr = _compare_trajectories(engine, reference, manifest, tokenizer, progress)
         comparisons += followed
     return Report(engine.name, reference.name, tuple(comparisons), image_psnr, IMAGE_PSNR[_coarsest(manifest)])

@@ -1,28 +1,56 @@
 """The networks in PyTorch, one file each, keys named as in the diffusers layout. Imports torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from ...schemas.errors import LayoutError, UsageError
-from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
-from ...schemas.tensors import Shape, expected_tensors
+from ...schemas.errors import LayoutError
+from ...schemas.stages import (
+    ControlNetConfig,
+    EffnetEncoderConfig,
+    ImageEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+    TextEncoderConfig,
+    UNetConfig,
+    VQGANConfig,
+)
+from ...schemas.tensors import Shape, expected_tensors, is_counter
+from .controlnet import ControlNet
 from .decoder import Decoder
+from .effnet_encoder import EffnetEncoder
+from .image_encoder import ImageEncoder
+from .previewer import Previewer
 from .prior import Prior
 from .text_encoder import TextEncoder
-from .vqgan import VQGANDecoder
+from .vqgan import VQGANDecoder, VQGANEncoder
 
-__all__ = ["Decoder", "Prior", "TextEncoder", "VQGANDecoder", "build_reference", "load_reference"]
+__all__ = [
+    "ControlNet",
+    "Decoder",
+    "EffnetEncoder",
+    "ImageEncoder",
+    "Previewer",
+    "Prior",
+    "TextEncoder",
+    "VQGANDecoder",
+    "VQGANEncoder",
+    "build_reference",
+    "load_reference",
+    "load_vqgan_encoder",
+]
 
 
 def build_reference(config: NetworkConfig) -> nn.Module:
     """The network of `config` with torch's default initialisation, on torch's default device and dtype.
 
     Every network takes its input ports as keyword arguments, in the dtype of its weights (ids and masks stay
-    int64), and returns its output ports as a dict; names and shapes are those of ``ports_of(config)``.
+    int64), and returns its output ports as a dict; names and shapes are those of ``ports_of(config)``. Of the vqgan
+    it is the decoder half. BatchNorms are meant to run in eval mode.
 
-    Raises UsageError for networks that have no reference here: image and effnet encoder, previewer, ControlNets.
+    Raises LayoutError for a config that describes no network.
     """
     match config:
         case UNetConfig():
@@ -31,8 +59,14 @@ def build_reference(config: NetworkConfig) -> nn.Module:
             return VQGANDecoder(config)
         case TextEncoderConfig():
             return TextEncoder(config)
-        case _:
-            raise UsageError(f"there is no PyTorch reference of the {config.stage}")
+        case ImageEncoderConfig():
+            return ImageEncoder(config)
+        case EffnetEncoderConfig():
+            return EffnetEncoder(config)
+        case PreviewerConfig():
+            return Previewer(config)
+        case ControlNetConfig():
+            return ControlNet(config)
 
 
 def load_reference(
@@ -44,14 +78,26 @@ def load_reference(
     nothing is copied, so the network and the caller share them. Only tensors the network has are asked of the
     mapping, which therefore may read them lazily; the encoder and the codebook of the VQGAN stay untouched.
 
-    Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape, and UsageError for
-    the image encoder.
+    Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape.
     """
+    return _load(lambda: build_reference(config), config, tensors, dtype)
+
+
+def load_vqgan_encoder(
+    config: VQGANConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The encoder half of the vqgan, loaded as `load_reference` does; its ports are ``vqgan_encoder_ports(config)``."""
+    return _load(lambda: VQGANEncoder(config), config, tensors, dtype)
+
+
+def _load(
+    build: Callable[[], nn.Module], config: NetworkConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> nn.Module:
     with torch.device("meta"):
-        network = build_reference(config)
+        network = build()
     shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     known = expected_tensors(config)
-    weights = {name: tensors[name].to(dtype) for name in shapes if name in tensors}  # cast one by one, as read
+    weights = {name: _cast(name, tensors[name], dtype) for name in shapes if name in tensors}  # one by one, as read
     problems = [
         *(f"missing {name}" for name in shapes if name not in tensors),
         *(f"unexpected {name}" for name in tensors if name not in known),
@@ -61,6 +107,10 @@ def load_reference(
         raise LayoutError(f"tensors of the {config.stage}: {'; '.join(problems)}")
     network.load_state_dict(weights, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if is_counter(name) else tensor.to(dtype)
 
 
 def _wrong_shapes(shapes: Mapping[str, Shape], tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -3,68 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ...schemas.errors import LayoutError
 from ...schemas.stages import TextEncoderConfig
-from .blocks import attend
+from .clip import Encoder, check_activation
 
 # Configs written before transformers 4.31 say 2, whatever the vocabulary; the end is the highest id then.
 LEGACY_EOS = 2
-
-
-class QuickGELU(nn.Module):
-    """The sigmoid approximation of GELU that OpenAI's CLIP models use."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence (B, n, c) on itself, where the mask (B, 1, n, n) is True."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.out_proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        y: Tensor = self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask))
-        return y
-
-
-class MLP(nn.Module):
-    """The perceptron per token: (B, n, c) to the same."""
-
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]()
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return y
-
-
-class Layer(nn.Module):
-    """A transformer layer, norms first: (B, n, c) to the same."""
-
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        y: Tensor = x + self.mlp(self.layer_norm2(x))
-        return y
 
 
 class Embeddings(nn.Module):
@@ -78,19 +21,6 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         y: Tensor = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
         return y
-
-
-class Encoder(nn.Module):
-    """The stack of layers: (B, n, c) to the same."""
-
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x
 
 
 class TextModel(nn.Module):
@@ -108,13 +38,11 @@ class TextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text encoder; keys as in transformers. Raises LayoutError for an activation other than those above."""
+    """The text encoder; keys as in transformers. Raises LayoutError for an activation CLIP does not use."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            known = " or ".join(ACTIVATIONS)
-            raise LayoutError(f"config of the {config.stage}: hidden_act must be {known}, found {config.hidden_act}")
+        check_activation(config)
         self.config = config
         self.text_model = TextModel(config)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)

@@ -1,4 +1,6 @@
-"""Stage A, its decoder half: from latents to an image."""
+"""Stage A, each half by itself: from latents to an image, and from an image to latents."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +62,34 @@ class VQGANDecoder(nn.Module):
     def forward(self, *, latents: Tensor) -> dict[str, Tensor]:
         """The images of stage B's ``latents`` (B, latent, h, w), which are in the dtype of the weights.
 
-        ``images`` (B, out, f*h, f*w) within 0..1 with f = up_down_scale_factor * 2^(levels - 1), 4 in the releases.
+        ``images`` (B, out, f*h, f*w) within 0..1 with f = config.compression, 4 in the releases.
         The latents are scaled by the config's scale factor first; nothing is quantised.
         """
         images: Tensor = self.out_block(self.up_blocks(self.config.scale_factor * latents))
         return {"images": images.clamp(0, 1)}
+
+
+class VQGANEncoder(nn.Module):
+    """The encoder of the VQGAN; keys as in the diffusers layout, those of the decoder and codebook left out."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, factor = config.widths, config.up_down_scale_factor
+        self.in_block = nn.Sequential(
+            nn.PixelUnshuffle(factor), nn.Conv2d(config.in_channels * factor**2, widths[0], kernel_size=1)
+        )
+        layers: list[nn.Module] = [MixingBlock(widths[0])]
+        for outer, width in pairwise(widths):
+            layers += [nn.Conv2d(outer, width, kernel_size=4, stride=2, padding=1), MixingBlock(width)]
+        head = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=1, bias=False)
+        self.down_blocks = nn.Sequential(*layers, nn.Sequential(head, nn.BatchNorm2d(config.latent_channels)))
+
+    def forward(self, *, images: Tensor) -> dict[str, Tensor]:
+        """The latents of ``images`` (B, in, H, W), which are in 0..1 and in the dtype of the weights.
+
+        ``latents`` (B, latent, H/f, W/f) with f as in the decoder, of which H and W are multiples. They are neither
+        scaled nor quantised: stage B's latents are these divided by the config's scale factor.
+        """
+        latents: Tensor = self.down_blocks(self.in_block(images))
+        return {"latents": latents}

@@ -1,10 +1,17 @@
 """Fixtures for the oracle tests: random weights without zeros, and a measure of difference."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+ORACLES = HERE.parents[2] / ".venv" / "oracles"  # what must not be installed beside transformers
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +48,39 @@ def difference() -> Callable[[Any, Any], float]:
         return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
     return measure
+
+
+@pytest.fixture
+def torchvision_features(tmp_path: Path) -> Callable[[Mapping[str, Any], list[Any]], list[Any]]:
+    """A function for what torchvision's EfficientNetV2-S makes of images, given a network's tensors ``backbone.*``."""
+
+    def compute(tensors: Mapping[str, Any], images: list[Any]) -> list[Any]:
+        if not (ORACLES / "torchvision").is_dir():
+            pytest.fail(f"{ORACLES}: no torchvision there; `make test` installs it")
+        files = [tmp_path / f"{name}.safetensors" for name in ("weights", "images", "features")]
+        backbone = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
+        save_file({name.removeprefix("backbone."): value for name, value in backbone.items()}, files[0])
+        save_file({str(number): image for number, image in enumerate(images)}, files[1])
+        subprocess.run([sys.executable, HERE / "torchvision_features.py", ORACLES, *files], check=True)
+        features = load_file(files[2])
+        return [features[str(number)] for number in range(len(images))]
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[..., dict[str, Any]]:
+    """A function for tensors of the given shapes by their names, random and nowhere zero, as `randomised` has them."""
+
+    def make(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, shape in shapes.items():
+            size = torch.empty(shape[1:]).numel() ** -0.5 if sum(n > 1 for n in shape) > 1 else 0.3
+            values = torch.randn(shape, generator=generator) * size
+            values[values == 0] = 0.1
+            counter = name.endswith("num_batches_tracked")
+            tensors[name] = torch.tensor(7) if counter else values.abs() if name.endswith("running_var") else values
+        return tensors
+
+    return make

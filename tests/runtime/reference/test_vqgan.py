@@ -1,4 +1,4 @@
-"""The VQGAN's decoder against diffusers' PaellaVQModel with the same weights."""
+"""Both halves of the VQGAN against diffusers' PaellaVQModel with the same weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen import modeling_paella_vq_model as paella
 
-from cascadekit.runtime.reference import load_reference
+from cascadekit.runtime.reference import load_reference, load_vqgan_encoder
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import ORIGINAL_VQGAN_SCALE, VQGANConfig
 from cascadekit.schemas.tensors import expected_tensors
@@ -75,3 +75,48 @@ def test_one_wrong_gamma_is_seen(oracle: Callable[..., Any], difference: Callabl
     wrong[index] += 0.3
     latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(1))
     assert difference(*both(theirs, TINY, latents, torch.float32, **{"up_blocks.1.gammas": wrong})) > 1e-4
+
+
+def encoded(theirs: Any, config: VQGANConfig, images: Any, dtype: Any, **changed: Any) -> tuple[Any, Any]:
+    """Our latents and diffusers' of the same images; `changed` are weights of ours."""
+    theirs, images = theirs.to(dtype), images.to(dtype)
+    ours = load_vqgan_encoder(config, {**theirs.state_dict(), **changed}, dtype)
+    with torch.no_grad():
+        found = ours(images=images)
+        assert list(found) == ["latents"]
+        return found["latents"], theirs.encode(images).latents
+
+
+def pictures(config: VQGANConfig, height: int, width: int) -> Any:
+    """Random ones whose latents are `height` x `width`."""
+    factor = config.up_down_scale_factor * 2 ** (config.levels - 1)
+    return torch.rand(2, 3, factor * height, factor * width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_latents(
+    oracle: Callable[..., Any],
+    difference: Callable[..., float],
+    config: VQGANConfig,
+    shape: tuple[int, int],
+    dtype: Any,
+) -> None:
+    ours, theirs = encoded(oracle(config), config, pictures(config, *shape), dtype)
+    assert difference(ours, theirs) == 0
+    assert ours.shape == (2, 4, *shape)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["in_block.1.bias", "down_blocks.1.weight", "down_blocks.2.gammas", "down_blocks.3.0.weight"]
+    + [f"down_blocks.3.1.{part}" for part in ("weight", "bias", "running_mean", "running_var")],
+)
+def test_one_wrong_value_of_the_encoder_is_seen(
+    oracle: Callable[..., Any], difference: Callable[..., float], name: str
+) -> None:
+    theirs = oracle(TINY)
+    wrong = theirs.state_dict()[name].clone()
+    wrong.view(-1)[0] += 0.3
+    assert difference(*encoded(theirs, TINY, pictures(TINY, 5, 7), torch.float32, **{name: wrong})) > 1e-4

@@ -1,0 +1,52 @@
+"""The transformer of the CLIP models, text and vision.
+
+Semantics: transformers ``CLIPEncoderLayer`` (models/clip/modeling_clip.py) with eager attention.
+"""
+
+from ...schemas.errors import ExportError
+from ...schemas.stages import ImageEncoderConfig, TextEncoderConfig
+from .builder import Graph
+from .layers import attention
+
+ClipConfig = TextEncoderConfig | ImageEncoderConfig
+
+QUICK_GELU = 1.702  # x * sigmoid(1.702 x), https://github.com/hendrycks/GELUs
+ACTIVATIONS = ("gelu", "quick_gelu")
+
+
+def check_supported(config: ClipConfig) -> None:
+    """Raises ExportError for an activation CLIP does not use and for indivisible heads."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ExportError(f"{config.stage}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ExportError(f"{config.stage}: num_attention_heads does not divide hidden_size")
+
+
+def transformer_layer(graph: Graph, config: ClipConfig, name: str, rows: str, mask: str | None) -> str:
+    """One pre-norm layer, (B*L, c) -> (B*L, c); `mask` (B or 1, 1, L, L) is added to the scores."""
+    normed = norm(graph, config, f"{name}.layer_norm1", rows)
+    mixed = attention(
+        graph,
+        f"{name}.self_attn",
+        normed,
+        config.hidden_size,
+        config.num_attention_heads,
+        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mask=mask,
+    )
+    rows = graph.node("Add", f"{name}/attended", rows, mixed)
+    hidden = graph.linear(f"{name}.mlp.fc1", norm(graph, config, f"{name}.layer_norm2", rows))
+    hidden = graph.linear(f"{name}.mlp.fc2", _activation(graph, config, f"{name}.mlp.activation_fn", hidden))
+    return graph.node("Add", name, rows, hidden)
+
+
+def _activation(graph: Graph, config: ClipConfig, name: str, value: str) -> str:
+    if config.hidden_act == "gelu":
+        return graph.node("Gelu", name, value)
+    scaled = graph.node("Mul", f"{name}/scaled", value, graph.scalar(QUICK_GELU))
+    return graph.node("Mul", name, value, graph.node("Sigmoid", f"{name}/sigmoid", scaled))
+
+
+def norm(graph: Graph, config: ClipConfig, name: str, value: str) -> str:
+    scale, shift = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
+    return graph.layer_norm(name, value, config.hidden_size, eps=config.layer_norm_eps, scale=scale, shift=shift)

@@ -1,0 +1,25 @@
+"""The semantic compressor: from an image to latents of the prior."""
+
+from torch import Tensor, nn
+
+from ...schemas.layer_tensors import EFFICIENTNET_WIDTH
+from ...schemas.stages import EffnetEncoderConfig
+from .efficientnet import efficientnet_v2_s
+
+
+class EffnetEncoder(nn.Module):
+    """EfficientNetV2-S and a projection whitened by a BatchNorm; keys as in Stability's file."""
+
+    def __init__(self, config: EffnetEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = efficientnet_v2_s(channels=3)
+        self.mapper = nn.Sequential(
+            nn.Conv2d(EFFICIENTNET_WIDTH, config.c_latent, kernel_size=1, bias=False),
+            nn.BatchNorm2d(config.c_latent, affine=False),
+        )
+
+    def forward(self, *, pixels: Tensor) -> dict[str, Tensor]:
+        """``pixels`` (B, 3, H, W) are images in 0..1 normalised outside, by ``runtime.images.effnet_pixels``;
+        ``effnet`` (B, latent, H/32, W/32), rounded up, both in the dtype of the weights."""
+        return {"effnet": self.mapper(self.backbone(pixels))}
