@@ -1,11 +1,29 @@
 """Run as a script: torchvision's EfficientNetV2-S on given weights and images.
 
 Arguments: a folder that holds torchvision, and three safetensors files: the backbone's tensors, the images, and the
-features to write. A process of its own, as transformers would use a torchvision that it can import; and torchvision's
-operators, built for another torch than the CPU's, do not load, so that the two it asks for have to be declared first.
+features to write. A process of its own, as transformers would use a torchvision that it can import.
 """
 
 import sys
+from typing import Any
+
+
+def import_torchvision() -> Any:
+    """torchvision, also where its compiled operators, built for a torch with CUDA, do not load beside a torch without:
+    it then fails to register what it knows of two of them, unless these are declared."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        import torchvision
+    return torchvision
 
 
 def main(folder: str, weights: str, images: str, features: str) -> None:
@@ -14,10 +32,7 @@ def main(folder: str, weights: str, images: str, features: str) -> None:
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
+    torchvision = import_torchvision()
 
     tensors = load_file(weights)
     network = torchvision.models.efficientnet_v2_s(weights=None).features.eval()
