@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 
 from .errors import ExportError
-from .ports import Port, Range
+from .ports import Port, Range, control_port
 from .stages import Block, UNetConfig
 from .unet_blocks import blocks_of
 
 CONTROL_RANGES = {dim: Range() for dim in ("control_height", "control_width")}
-
-
-def control_name(number: int) -> str:
-    """The port for residual block `number`, counted from 0 in the order they run."""
-    return f"control.{number}"
 
 
 def is_control(port: str) -> bool:
@@ -32,7 +27,7 @@ def controlled_blocks(config: UNetConfig, numbers: Sequence[int]) -> dict[str, s
         )
     if numbers and any(n > 1 for n in (*config.down_blocks_repeat_mappers, *config.up_blocks_repeat_mappers)):
         raise ExportError(f"{config.stage}: takes no ControlNet, as its levels are passed more than once")
-    return {residual[number]: control_name(number) for number in numbers}
+    return {residual[number]: control_port(number) for number in numbers}
 
 
 def control_ports(config: UNetConfig, numbers: Sequence[int]) -> tuple[Port, ...]:

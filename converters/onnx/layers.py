@@ -115,13 +115,17 @@ def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6, *, expo
 
 
 def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:
-    """The BatchNorm2d `name` with its stored statistics; without `learned` weight and bias affine-free."""
-    mean, variance = graph.weight(f"{name}.running_mean"), graph.weight(f"{name}.running_var")
-    if learned:
-        scale, shift = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
-    else:
-        scale, shift = graph.full(image.channels), graph.full(image.channels, 0.0)
-    value = graph.node("BatchNormalization", name, image.first, scale, shift, mean, variance, epsilon=eps)
+    """The BatchNorm2d `name` with its stored statistics; without `learned` weight and bias affine-free. In fp32 always,
+    as PyTorch computes it: runtimes fold the four vectors into two, which in 16 bits would round twice."""
+    with graph.island():
+        mean, variance = graph.weight(f"{name}.running_mean"), graph.weight(f"{name}.running_var")
+        if learned:
+            scale, shift = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
+        else:
+            scale, shift = graph.full(image.channels), graph.full(image.channels, 0.0)
+        inputs = (graph.to_float(image.first), scale, shift, mean, variance)
+        wide = graph.node("BatchNormalization", f"{name}/wide" if graph.halved else name, *inputs, epsilon=eps)
+    value = graph.node("Cast", name, wide, to=graph.type) if graph.halved else wide
     return Image(graph, image.channels, first=value, size=image.size)
 
 

@@ -18,16 +18,31 @@ from cascadekit.converters.safetensors_file import read_header
 from cascadekit.runtime.reference import load_reference
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import FP16_MAX, Precision, Target
-from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant
+from cascadekit.schemas.stages import (
+    PRESETS,
+    EffnetEncoderConfig,
+    ImageEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+    TextEncoderConfig,
+    Variant,
+)
 from cascadekit.schemas.unet_blocks import streams_of
 
+EFFNET, PREVIEWER = EffnetEncoderConfig(), PreviewerConfig(c_hidden=16)
+VISION = ImageEncoderConfig(32, 64, 2, 2, 24, image_size=28)
 PRIOR, DECODER, VQGAN = (PRESETS[stage, Variant.TINY] for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN))
 TEXT = TextEncoderConfig(64, 96, 2, 2, 24, vocab_size=50, eos_token_id=49)
 SIZES = {
     Stage.PRIOR: {"batch": 2, "height": 5, "width": 7, "tokens": 9, "images": 2},
     Stage.DECODER: {"batch": 2, "height": 34, "width": 22, "effnet_height": 5, "effnet_width": 2},
     Stage.VQGAN: {"batch": 2, "height": 6, "width": 9},
+    Stage.EFFNET_ENCODER: {"batch": 1, "height": 65, "width": 33},
+    Stage.PREVIEWER: {"batch": 2, "height": 2, "width": 3},
+    Stage.IMAGE_ENCODER: {"batch": 2},
 }
+NETWORKS = [PRIOR, DECODER, VQGAN, TEXT, VISION, EFFNET, PREVIEWER]
 HALVES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 FACTOR = 2.0  # a graph may be this much further from fp32 than PyTorch in the same type; 1.4 is found
 
@@ -55,7 +70,7 @@ def in_half(graph: Any, inputs: dict[str, np.ndarray], dtype: torch.dtype) -> di
 
 
 @pytest.mark.parametrize("precision", HALVES)
-@pytest.mark.parametrize("config", [PRIOR, DECODER, VQGAN, TEXT], ids=lambda c: c.stage)
+@pytest.mark.parametrize("config", NETWORKS, ids=lambda c: c.stage)
 @pytest.mark.parametrize("target", [Target.PORTABLE, Target.TENSORRT])
 def test_as_close_to_fp32_as_pytorch_in_the_same_type(
     export: Callable[..., Any],
@@ -90,7 +105,7 @@ def test_hoisting_changes_nothing_in_half_precision(
 
 
 @pytest.mark.parametrize("precision", HALVES)
-@pytest.mark.parametrize("config", [PRIOR, DECODER, VQGAN, TEXT], ids=lambda c: c.stage)
+@pytest.mark.parametrize("config", NETWORKS, ids=lambda c: c.stage)
 def test_types_are_strict_and_islands_wide(
     export: Callable[..., Any], config: NetworkConfig, precision: Precision
 ) -> None:
