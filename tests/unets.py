@@ -46,6 +46,13 @@ PRIOR_SIZES = [  # batch, height, width, tokens, images
     (3, 6, 6, 11, 2),
     (1, 12, 9, 77, 3),
     (2, 1, 8, 85, 2),
+    (1, 2, 3, 77, 1),
+    (4, 4, 4, 5, 1),
+    (2, 13, 8, 77, 1),
+    (1, 17, 24, 2, 4),
+    (5, 3, 1, 77, 2),
+    (2, 24, 24, 77, 1),
+    (1, 30, 20, 40, 1),
 ]
 ODD_PRIOR_SIZES = [(1, 8, 8, 1, 1), (2, 14, 10, 77, 1), (3, 22, 12, 11, 2), (1, 18, 26, 9, 3)]
 DECODER_SIZES = [  # batch, height, width, effnet_height, effnet_width
@@ -54,6 +61,13 @@ DECODER_SIZES = [  # batch, height, width, effnet_height, effnet_width
     (3, 34, 22, 5, 2),
     (1, 62, 46, 24, 23),
     (2, 32, 48, 40, 30),
+    (1, 16, 18, 1, 7),
+    (2, 20, 16, 3, 3),
+    (1, 64, 64, 24, 24),
+    (4, 16, 24, 5, 4),
+    (1, 42, 30, 2, 9),
+    (2, 50, 18, 12, 5),
+    (3, 26, 28, 6, 6),
 ]
 STAGE_DIMS = {
     Stage.PRIOR: ("batch", "height", "width", "tokens", "images"),
