@@ -26,8 +26,10 @@ def write_decoder(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
 def write_decoder_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """What of the decoder depends on the prior's latents, text and schedule alone; see ``schemas.hoisted``."""
     streams = _streams(graph, config)
-    whole = graph.node("Shape", "sample/size", "sample", start=2)
-    size = graph.node("Div", "embedding/size", whole, graph.integers(config.patch_size))
+    # Only sizes matter here: onnx's shape inference follows them through pooling, not through a division.
+    patch = [config.patch_size] * 2
+    pooled = graph.node("AveragePool", "embedding/patches", "sample", kernel_shape=patch, strides=patch)
+    size = graph.node("Shape", "embedding/size", pooled, start=2)
     _effnet_map(graph, config, streams, size)
     write_conditions(graph, config, _computed(graph, config, streams, RATIOS))
     doc = "Stable Cascade stage B (decoder): stage C's latents, text and schedule to conditions"
