@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
@@ -16,13 +17,15 @@ from ..schemas.infer import infer_config
 from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from .graph_files import beside_holes, check_graph, opset_of, port_entries
 from .identify import Component, find_problems
-from .lora.overwrite import Changes, overwrite
-from .lora.plan import LoraPlan, plan_loras
 from .model import Model, open_model
 from .onnx import Weight, write_graph
 from .outputs import staged_output
 from .placing import Placed, StartFile, Wish, copy_weights, place_weights, source_files
 from .safetensors_file import TensorRange
+
+if TYPE_CHECKING:
+    from .lora.overwrite import Changes
+    from .lora.plan import LoraPlan
 
 EXPORTED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 FLOATS = ("F32", "BF16", "F16")
@@ -38,10 +41,10 @@ class _Options:
 
     weights: Wish
     hashed: bool
-    plan: LoraPlan | None
+    plan: "LoraPlan | None"
     start_file: StartFile | None
 
-    def changes(self, stage: Stage) -> Changes:
+    def changes(self, stage: Stage) -> "Changes":
         """What LoRAs change about the weights of `stage`."""
         return self.plan.of(stage) if self.plan else {}
 
@@ -117,6 +120,8 @@ def _place(component: Component, folder: Path, options: _Options) -> Placed:
     changes = options.changes(component.stage)
     if not changes:
         return place_weights(component, folder, options.weights, hashed=options.hashed, start_file=options.start_file)
+    from .lora.overwrite import overwrite
+
     placed = copy_weights(component, folder, options.start_file, hashed=False)
     overwrite(placed.tensors, changes)
     return replace(placed, files={path: sha256_of(path) for path in placed.files})
@@ -171,10 +176,12 @@ def _source(path: Path, component: Component, sha256: str | None) -> SourceEntry
 
 def _plan(
     components: Mapping[Stage, Component], loras: Sequence[tuple[str | Path, float]], weights: Wish, say: Say
-) -> LoraPlan | None:
+) -> "LoraPlan | None":
     """What the LoRAs are to change; None without any."""
     if not loras:
         return None
+    from .lora.plan import plan_loras
+
     paths, strengths = [path for path, _ in loras], [strength for _, strength in loras]
     plan = plan_loras("the model", components, paths, strengths=strengths)
     if weights == "link":
