@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
@@ -16,14 +17,16 @@ from ..schemas.infer import infer_config
 from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from .graph_files import beside_holes, check_graph, opset_of, port_entries
 from .identify import Component, find_problems
-from .lora.overwrite import Changes, overwrite
-from .lora.plan import LoraPlan, plan_loras
 from .model import Model, open_model
 from .onnx import Weight, write_graphs
 from .outputs import staged_output
 from .placing import Placed, StartFile, Wish, copy_weights, place_weights, source_files
 from .safetensors_file import TensorRange
 from .stage_graphs import GraphWishes, options_for
+
+if TYPE_CHECKING:
+    from .lora.overwrite import Changes
+    from .lora.plan import LoraPlan
 
 FLOATS = ("F32", "BF16", "F16")
 
@@ -41,7 +44,7 @@ class _Options:
     weights: Wish
     graphs: GraphWishes
     hashed: bool
-    plan: LoraPlan | None
+    plan: "LoraPlan | None"
     start_file: StartFile | None
     say: Say
 
@@ -50,7 +53,7 @@ class _Options:
         linked = self.weights == "link" and self.graphs.storage is None
         return None if linked else self.graphs.stored_as(stage)
 
-    def changes(self, stage: Stage) -> Changes:
+    def changes(self, stage: Stage) -> "Changes":
         """What LoRAs change about the weights of `stage`."""
         return self.plan.of(stage) if self.plan else {}
 
@@ -135,6 +138,8 @@ def _place(component: Component, folder: Path, options: _Options) -> Placed:
         return place_weights(
             component, folder, options.weights, dtype=dtype, hashed=options.hashed, start_file=options.start_file
         )
+    from .lora.overwrite import overwrite
+
     placed = copy_weights(component, folder, options.start_file, dtype=dtype, hashed=False)
     overwrite(placed.tensors, changes)
     return replace(placed, files={path: sha256_of(path) for path in placed.files})
@@ -186,10 +191,12 @@ def _source(path: Path, component: Component, sha256: str | None) -> SourceEntry
 
 def _plan(
     components: Mapping[Stage, Component], loras: Sequence[tuple[str | Path, float]], weights: Wish, say: Say
-) -> LoraPlan | None:
+) -> "LoraPlan | None":
     """What the LoRAs are to change; None without any."""
     if not loras:
         return None
+    from .lora.plan import plan_loras
+
     paths, strengths = [path for path, _ in loras], [strength for _, strength in loras]
     plan = plan_loras("the model", components, paths, strengths=strengths)
     if weights == "link":

@@ -1,10 +1,11 @@
 """ONNX files and their weights: where each initialiser's bytes lie, and onnx's own checks."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -17,6 +18,7 @@ DTYPES: Mapping[int, str] = {
     onnx.TensorProto.BFLOAT16: "BF16",
     onnx.TensorProto.DOUBLE: "F64",
 }
+TOGETHER = re.compile(r"(.*)\.([^.]+(?:\+[^.]+)+)\.(weight|bias)")
 PORT_DTYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -39,11 +41,12 @@ class External:
 
 
 def external_data(model: onnx.ModelProto) -> Iterator[External]:
-    """Every initialiser of the graph that lies in another file. Raises ValueError for numbers that are none."""
+    """Every tensor of the graph that lies in another file, those that the graph takes as one apart again. Raises
+    ValueError for numbers that are none."""
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             said = {entry.key: entry.value for entry in tensor.external_data}
-            yield External(
+            whole = External(
                 tensor.name,
                 DTYPES.get(tensor.data_type, ""),
                 tuple(tensor.dims),
@@ -51,6 +54,20 @@ def external_data(model: onnx.ModelProto) -> Iterator[External]:
                 int(said.get("offset", 0)),
                 int(said.get("length", -1)),
             )
+            yield from _apart(whole)
+
+
+def _apart(whole: External) -> Iterator[External]:
+    """The tensors of ``prefix.a+b.weight``, which lie one after the other and are equally large; or the one it is."""
+    found = TOGETHER.fullmatch(whole.name)
+    if not found:
+        yield whole
+        return
+    parts = found[2].split("+")
+    length, dims = whole.length // len(parts), (whole.dims[0] // len(parts), *whole.dims[1:])
+    for number, part in enumerate(parts):
+        name = f"{found[1]}.{part}.{found[3]}"
+        yield replace(whole, name=name, dims=dims, offset=whole.offset + number * length, length=length)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

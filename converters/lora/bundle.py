@@ -134,10 +134,13 @@ def _component(bundle: Bundle, stage: Stage) -> Component:
     entry = bundle.entry(stage)
     config = from_json(stage, entry.config)
     expected = expected_tensors(config)
+    files = {bundle.root / file.path for file in entry.files}
     tensors = {}
     for graph in entry.graphs.values():
         path = bundle.root / graph.path
         for data in external_data(load_graph(path)):
+            if path.parent / data.location not in files:
+                raise CheckpointError(f"{path}: {data.name} lies in {data.location!r}, which is no file of the bundle")
             if data.name in expected:
                 tensors[data.name] = _range(path, data, expected[data.name])
     return Component(bundle.root / stage, stage, Layout.DIFFUSERS, config, tensors, {}, Problems())

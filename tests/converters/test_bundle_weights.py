@@ -100,6 +100,17 @@ def test_auto_copies_where_neither_is_possible(prior: Path, tmp_path: Path, monk
         export(prior, tmp_path / "other", weights="link")
 
 
+def test_a_file_behind_a_symbolic_link(prior: Path, tmp_path: Path) -> None:
+    """As huggingface_hub's cache has them: the bundle gets the file itself, by the link's name."""
+    (prior / WEIGHTS).rename(tmp_path / "blob")
+    (prior / WEIGHTS).symlink_to(tmp_path / "blob")
+    assert exported(prior, tmp_path / "bundle").weights == "link"
+    made = tmp_path / "bundle/prior" / WEIGHTS
+    assert made.samefile(tmp_path / "blob")
+    assert not made.is_symlink()
+    assert call("validate", tmp_path / "bundle").exit_code == 0
+
+
 @pytest.mark.parametrize("block", [5000, 1 << 24])
 def test_the_hash_of_a_copy_is_of_what_lies_there(
     prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int

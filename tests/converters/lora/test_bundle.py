@@ -2,6 +2,7 @@
 undoing to the last byte. Kills leave the old bundle or the new one."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -27,6 +29,7 @@ from cascadekit.converters.lora.bundle import apply_loras, undo_loras
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.errors import CascadeError, CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
+from standins import accept_changes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Q = "down_blocks.0.2.attention.to_q"
@@ -287,6 +290,41 @@ def test_through_the_command_line(model: Path, tmp_path: Path) -> None:
     assert (first["strength"], second["strength"]) == (0.5, 1.0)
 
 
+def test_file_systems_that_clone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file starts as a clone of the old one; only what a LoRA touches is written."""
+    lora = lora_file(tmp_path / "one.safetensors", model, {Q: 1}, 1)
+
+    def ioctl(target: int, request: int, source: int) -> int:
+        return os.write(target, os.pread(source, os.fstat(source).st_size, 0))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    bundle = tmp_path / "bundle"
+    export(model, bundle, weights="link")
+    before, source = snapshot(bundle), snapshot(model)
+    assert open_bundle(bundle).entry(Stage.PRIOR).weights == "reflink"
+    apply_loras(bundle, [lora], strengths=[0.5])
+    expected = merged(load_file(model / STAGE_FILES[Stage.PRIOR]), [(lora, 0.5)])
+    same_weights(weights_in(bundle, Stage.PRIOR), expected, torch.float32)
+    undo_loras(bundle)
+    assert (snapshot(bundle), snapshot(model)) == (before, source)
+
+
+def test_a_graph_that_points_out_of_the_bundle(model: Path, tmp_path: Path) -> None:
+    lora = lora_file(tmp_path / "one.safetensors", model, {Q: 1}, 1)
+    bundle = tmp_path / "bundle"
+    export(model, bundle, stages=[Stage.PRIOR], weights="copy")
+    graph = onnx.load(bundle / "prior/model.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == f"{Q}.weight")
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "../../one.safetensors"
+    (bundle / "prior/model.onnx").write_bytes(graph.SerializeToString())
+    accept_changes(bundle)
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=r"lies in '\.\./\.\./one\.safetensors', which is no file of the bundle"):
+        apply_loras(bundle, [lora])
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_what_cannot_be_applied_leaves_the_bundle_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
