@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
 from cascadekit.cli.bench import bench
-from cascadekit.converters import bench as measures
+from cascadekit.converters.bench import arithmetic, bench_convert, process, standins
 from cascadekit.converters.model import open_model
-from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.errors import ConversionError, UsageError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 CASES = ["convert", "cp", "convert_cold", "cp_cold", "cast", "cast_in_memory", "write", "inspect", "import"]
@@ -88,7 +88,7 @@ def test_peer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_a_stand_in_is_a_sound_file_of_finite_values(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "stage_c.safetensors"
-    measures.write_stand_in(path, TINY, dtype)
+    standins.write_stand_in(path, TINY, dtype)
     (component,) = open_model([path]).components.values()
     assert component.require_sound().variant is Variant.TINY
     assert component.dtypes.keys() == {dtype}
@@ -102,13 +102,13 @@ def test_the_cast_in_memory_casts() -> None:
     """Its two lines of arithmetic are what they should be, or its time would be of something else."""
     values = np.array([1.0, -2.5, 1 + 2**-8, 1 + 3 * 2**-8, 3.0e38], np.float32)
     out = np.empty(5, np.uint16)
-    measures._narrow(values.view(np.uint32), out)
+    arithmetic._narrow(values.view(np.uint32), out)
     assert [hex(bits) for bits in out] == ["0x3f80", "0xc020", "0x3f80", "0x3f82", "0x7f62"]
     wide = np.empty(5, np.uint32)
-    measures._widen(out, wide)
+    arithmetic._widen(out, wide)
     assert wide.view(np.float32).tolist()[:3] == [1.0, -2.5, 1.0]
-    assert measures.cast_in_memory("F32", 1 << 20) > 0
-    assert measures.cast_in_memory("BF16", 1 << 20) > 0
+    assert arithmetic.cast_in_memory("F32", 1 << 20) > 0
+    assert arithmetic.cast_in_memory("BF16", 1 << 20) > 0
 
 
 def test_refusals(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +120,13 @@ def test_refusals(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     for message, arguments in cases.items():
         with pytest.raises(UsageError, match=message):
-            measures.bench_convert(**{"work": tmp_path, "network": "tiny", **arguments})
-    monkeypatch.setattr(measures, "find_spec", lambda name: None)
+            bench_convert(**{"work": tmp_path, "network": "tiny", **arguments})
+    monkeypatch.setattr("cascadekit.converters.bench.convert.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="diffusers, which is not installed"):
-        measures.bench_convert(tmp_path, network="tiny", peer=True)
-    monkeypatch.setattr(measures.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        bench_convert(tmp_path, network="tiny", peer=True)
+    monkeypatch.setattr(standins.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UsageError, match="GB are free"):
-        measures.bench_convert(tmp_path, network="tiny")
+        bench_convert(tmp_path, network="tiny")
     assert not list(tmp_path.iterdir())
 
 
@@ -136,5 +136,5 @@ def test_a_command_that_fails_is_an_error(original: Path, tmp_path: Path) -> Non
     result = CliRunner().invoke(bench, ["convert", "--work", str(tmp_path), "--source", str(source)])
     assert result.exit_code == 1
     assert list(tmp_path.iterdir()) == [source]
-    with pytest.raises(measures.ConversionError, match=r"failed: .*none"):
-        measures._launch(("cp", str(tmp_path / "none"), str(tmp_path / "x")))
+    with pytest.raises(ConversionError, match=r"failed: .*none"):
+        process.launch(("cp", str(tmp_path / "none"), str(tmp_path / "x")))
