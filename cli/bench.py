@@ -1,7 +1,7 @@
 """Commands that measure this package on the machine at hand."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,35 @@ from .console import err, say, show_table
 if TYPE_CHECKING:
     from ..converters.bench import Report
 
-NETWORKS = ("prior", "prior-lite", "decoder", "decoder-lite")
+UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
+NETWORKS = (*UNETS, "vqgan", "text-encoder")
+DTYPES = {"bf16": "BF16", "fp32": "F32"}
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _network(*names: str) -> Decorator:
+    return click.option(
+        "--network",
+        type=click.Choice([*names, "tiny"]),  # tiny is for tests
+        default="prior-lite",
+        show_default=True,
+        metavar=f"[{'|'.join(names)}]",
+        help="Network whose file is made up.",
+    )
+
+
+def _runs(text: str) -> Decorator:
+    return click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help=text)
+
+
+WORK = click.option(
+    "--work", type=PATH, default=Path(), help="Folder on the disk to measure; the current one if not given."
+)
+DTYPE = click.option("--dtype", type=click.Choice([*DTYPES]), default="bf16", show_default=True, help="Its dtype.")
+SOURCE = click.option("--source", type=PATH, help="Measure with this checkpoint; none is made up then.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
@@ -24,21 +51,14 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--work", type=PATH, default=Path(), help="Folder on the disk to measure; the current one if not given.")
-@click.option(
-    "--network",
-    type=click.Choice([*NETWORKS, "tiny"]),  # tiny is for tests
-    default="prior-lite",
-    show_default=True,
-    metavar=f"[{'|'.join(NETWORKS)}]",
-    help="Network whose file is made up.",
-)
-@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Its dtype.")
-@click.option("--source", type=PATH, help="Measure with this checkpoint; none is made up then.")
-@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds.")
+@WORK
+@_network(*UNETS)
+@DTYPE
+@SOURCE
+@_runs("Rounds.")
 @click.option("--cold", is_flag=True, help="Also with the source dropped from the page cache.")
 @click.option("--peer", is_flag=True, help="Also diffusers' from_single_file and save_pretrained.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def convert(
     work: Path, network: str, dtype: str, source: Path | None, runs: int, cold: bool, peer: bool, as_json: bool
 ) -> None:
@@ -51,15 +71,36 @@ def convert(
     from ..converters.bench import bench_convert
 
     report = bench_convert(
-        work,
-        network=network,
-        dtype={"bf16": "BF16", "fp32": "F32"}[dtype],
-        source=source,
-        runs=runs,
-        cold=cold,
-        peer=peer,
-        say=lambda text: err.print(text, markup=False),
+        work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, cold=cold, peer=peer, say=_progress
     )
+    _show(report, as_json)
+
+
+@bench.command()
+@WORK
+@_network(*NETWORKS)
+@DTYPE
+@SOURCE
+@_runs("Rounds.")
+@AS_JSON
+def export(work: Path, network: str, dtype: str, source: Path | None, runs: int, as_json: bool) -> None:
+    """Measure exports of a file of real size, with linked and with copied weights, beside cp.
+
+    Takes disk space for the file and one copy of it; all is removed at the end.
+
+    Example: cascadekit bench export --network prior-lite --runs 5
+    """
+    from ..converters.bench import bench_export
+
+    report = bench_export(work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, say=_progress)
+    _show(report, as_json)
+
+
+def _progress(text: str) -> None:
+    err.print(text, markup=False)
+
+
+def _show(report: "Report", as_json: bool) -> None:
     if as_json:
         say(json.dumps(report.to_json(), indent=2))
     else:
@@ -80,7 +121,16 @@ def _print(report: "Report") -> None:
 
 
 def _surroundings(content: dict[str, Any]) -> Iterator[str]:
-    machine, source = content["machine"], content["source"]
+    yield from _machine(content["machine"])
+    yield _source(content["source"])
+    yield (
+        "MB/s are of the source; every output is flushed to disk within the time. Peak memory counts mapped files, "
+        f"and {content['floor_rss_bytes'] / 1e6:.0f} MB are what a process that does nothing shows. "
+        "cached: the share of the source in the page cache before."
+    )
+
+
+def _machine(machine: dict[str, Any]) -> Iterator[str]:
     load = machine["load_average"]
     yield f"processor: {machine['cpu']}, {machine['cores_usable']} of {machine['cores']} cores usable"
     yield f"memory: {machine['memory_bytes'] / 1e9:.1f} GB; system: {machine['system']}"
@@ -88,14 +138,12 @@ def _surroundings(content: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
     yield f"software: {machine['python']}, {versions}, {machine['cp']}"
     yield f"load average: {load['before']:.2f} before, {load['after']:.2f} after"
-    yield (
+
+
+def _source(source: dict[str, Any]) -> str:
+    return (
         f"source: {source['file']}: {source['component']} ({source['variant']}, {source['layout']} layout), "
         f"{source['dtype']}, {source['tensors']} tensors, {source['bytes'] / 1e6:.1f} MB"
-    )
-    yield (
-        "MB/s are of the source; every output is flushed to disk within the time. Peak memory counts mapped files, "
-        f"and {content['floor_rss_bytes'] / 1e6:.0f} MB are what a process that does nothing shows. "
-        "cached: the share of the source in the page cache before."
     )
 
 

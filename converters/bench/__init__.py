@@ -5,7 +5,8 @@ whatever else the machine is doing meets all alike. Nothing here judges: a repor
 """
 
 from .convert import bench_convert
+from .export import bench_export
 from .report import Report
 from .standins import NETWORKS
 
-__all__ = ["NETWORKS", "Report", "bench_convert"]
+__all__ = ["NETWORKS", "Report", "bench_convert", "bench_export"]

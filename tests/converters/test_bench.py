@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ RATIOS = ["convert / cp", "convert_cold / cp_cold", "cast / cast_in_memory", "ca
 TINY = PRESETS[Stage.PRIOR, Variant.TINY]
 
 
-def call(work: Path, *arguments: object) -> Result:
+def call(work: Path, *arguments: object, command: str = "convert") -> Result:
     """The command, its work folder empty again at the end."""
-    result = CliRunner().invoke(bench, ["convert", "--work", str(work), *map(str, arguments)])
+    result = CliRunner().invoke(bench, [command, "--work", str(work), *map(str, arguments)])
     assert not list(work.iterdir())
     return result
 
@@ -67,6 +68,28 @@ def test_table(tmp_path: Path) -> None:
     assert "cold" not in result.stdout
 
 
+def test_exports(tmp_path: Path) -> None:
+    result = call(tmp_path, "--network", "tiny", "--runs", 2, "--json", command="export")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert list(report["cases"]) == ["link", "copy", "cp"]
+    assert list(report["ratios"]) == ["link / cp", "copy / cp", "link / copy"]
+    assert all(len(case["seconds"]) == 2 and case["peak_rss_bytes"] > 1e6 for case in report["cases"].values())
+    assert "link / copy" in call(tmp_path, "--network", "tiny", "--runs", 1, command="export").stdout
+
+
+def test_exports_of_a_file_of_ones_own(original: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    source = original / "stage_b.safetensors"
+    before = source.read_bytes()
+    result = call(work, "--source", source, "--runs", 1, "--json", command="export")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["source"]["component"] == "decoder"
+    assert source.read_bytes() == before
+    assert source.stat().st_nlink == 1
+
+
 def test_a_file_of_ones_own(original: Path, tmp_path: Path) -> None:
     source = original / "stage_a.safetensors"
     before = source.read_bytes()
@@ -83,6 +106,19 @@ def test_peer(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["ratios"]["peer / convert"]["median"] > 0
     assert {"diffusers", "torch"} <= report["machine"]["libraries"].keys()
+
+
+@pytest.mark.parametrize("network", standins.NETWORKS)
+def test_the_stand_ins_layout_is_read_back(tmp_path: Path, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standins, "_write_values", lambda file, name, shape, *rest, **start: hole(file, shape))
+    stage, variant = standins.NETWORKS[network]
+    path = standins.write_stand_in(tmp_path / "file.safetensors", PRESETS[stage, variant], "BF16")
+    (component,) = open_model([path]).components.values()
+    assert (component.require_sound().stage, component.variant) == (stage, variant)
+
+
+def hole(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    file.truncate(file.seek(2 * math.prod(shape), 1))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
