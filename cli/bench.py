@@ -8,16 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import PATH
+from .common import PATH, parse_size
 from .console import err, say, show_table
 
 if TYPE_CHECKING:
-    from ..converters.bench import Report
+    from ..converters.bench import EnginesReport, Report
 
 UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
 NETWORKS = (*UNETS, "vqgan", "text-encoder")
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
+ENGINES = (
+    "onnxruntime onnxruntime-mapped onnxruntime-traced openvino openvino-bf16 torch torch-bf16 torch-compile "
+    "torch-compile-bf16 diffusers diffusers-bf16"
+).split()
+DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
+
+ENGINE_COLUMNS = (
+    "engine",
+    "median s",
+    "min s",
+    "max s",
+    "CPU s",
+    "load s",
+    "first s",
+    "of GEMM",
+    "loaded MB",
+    "after MB",
+    "relative L2",
+    "version",
+)
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -94,6 +114,116 @@ def export(work: Path, network: str, dtype: str, source: Path | None, runs: int,
 
     report = bench_export(work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, say=_progress)
     _show(report, as_json)
+
+
+def _engine_names(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in ENGINES:
+            raise click.BadParameter(f"{name!r}: expected some of {', '.join(ENGINES)}")
+    return names
+
+
+@bench.command()
+@WORK
+@click.option("--stage", "network", type=click.Choice([*NETWORKS, "tiny"]), default="prior-lite", show_default=True)
+@DTYPE
+@SOURCE
+@click.option(
+    "--engines",
+    default=DEFAULT_ENGINES,
+    show_default=True,
+    callback=_engine_names,
+    help=f"Comma between them: {', '.join(ENGINES)}.",
+)
+@click.option(
+    "--size", metavar="WxH", default="1024x1024", show_default=True, callback=parse_size, help="Of the image."
+)
+@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="2: an image with guidance.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Processes of each engine.")
+@_runs("Forwards in each process, after one that does not count.")
+@AS_JSON
+def engines(
+    work: Path,
+    network: str,
+    dtype: str,
+    source: Path | None,
+    engines: list[str],
+    size: tuple[int, int],
+    batch: int,
+    threads: int,
+    rounds: int,
+    runs: int,
+    as_json: bool,
+) -> None:
+    """Measure engines on one forward of a stage of real size, with random weights.
+
+    Every engine has a process of its own, one after the other, in each round. Beside them the machine's matrix product
+    is measured. torch-compile takes minutes before its first forward, onnxruntime-traced takes torch's exporter.
+
+    Example: cascadekit bench engines --stage prior-lite --engines onnxruntime,openvino-bf16,torch-bf16
+    """
+    from ..converters.bench import bench_engines
+
+    report = bench_engines(
+        work,
+        network=network,
+        dtype=DTYPES[dtype],
+        source=source,
+        engines=engines,
+        size=size[::-1],
+        batch=batch,
+        threads=threads,
+        rounds=rounds,
+        runs=runs,
+        say=_progress,
+    )
+    if as_json:
+        say(json.dumps(report.to_json(), indent=2))
+    else:
+        _print_engines(report)
+
+
+def _print_engines(report: "EnginesReport") -> None:
+    content = report.to_json()
+    for line in (*_machine(content["machine"]), _source(content["source"])):
+        say(line)
+    say(f"one forward: {', '.join(f'{name} {size}' for name, size in report.sizes.items())}; {report.threads} threads")
+    rates = ", ".join(
+        f"{name} {max(each) / 1e9:.0f} (median {median(each) / 1e9:.0f})" for name, each in report.gemm.items()
+    )
+    say(
+        f"multiply-adds: {report.multiply_adds / 1e9:.1f} billion; a matrix product does, in billions a second: {rates}"
+    )
+    say(
+        "of GEMM: the share of the best product in the engine's dtype that the median forward reached. first: the "
+        "forward before the clock, which compiles and packs. loaded, after: memory after loading and after the "
+        "forwards, the process's own + pages of files. relative L2: against PyTorch in fp32."
+    )
+    say("")
+    show_table("", ENGINE_COLUMNS, (_engine_row(name, measured) for name, measured in content["engines"].items()))
+    for name, why in report.missing.items():
+        say(f"{name}: {why}")
+
+
+def _engine_row(name: str, measured: dict[str, Any]) -> list[str]:
+    distance = measured["relative_l2"]
+    loaded, after = (
+        f"{rss['anonymous'] / 1e6:.0f} + {rss['file'] / 1e6:.0f}"
+        for rss in (measured["rss_after_load"], measured["rss_after_runs"])
+    )
+    return [
+        name,
+        *_numbers([measured["median"], measured["min"], measured["max"], median(measured["cpu_seconds"])]),
+        f"{median(measured['load_seconds']):.2f}",
+        f"{median(measured['first_seconds']):.2f}",
+        f"{measured['fraction_of_gemm']:.0%}",
+        loaded,
+        after,
+        "-" if distance is None else f"{distance:.1e}",
+        measured["version"],
+    ]
 
 
 def _progress(text: str) -> None:

@@ -8,6 +8,7 @@ import click
 from .console import note
 
 PATH = click.Path(path_type=Path)
+ENGINES = ("onnxruntime", "onnxruntime-mapped", "openvino", "openvino-bf16")
 STAGES = click.Choice(["text_encoder", "prior", "decoder", "vqgan"])
 
 
@@ -26,3 +27,14 @@ def all_local(sources: Sequence[Path], variant: str | None = None, *, lite: bool
 def maybe_local(source: Path | None) -> Path | None:
     """`local` for an option that may be left out."""
     return local(source) if source is not None else None
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """An option such as 1024x768 as (width, height)."""
+    if value is None:
+        return None
+    try:
+        width, height = (int(side) for side in value.lower().split("x"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
+    return width, height
