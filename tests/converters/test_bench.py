@@ -12,14 +12,20 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from cascadekit.cli.bench import bench
-from cascadekit.converters.bench import arithmetic, bench_convert, process, standins
+from cascadekit.cli.bench import ENGINES, bench
+from cascadekit.converters.bench import arithmetic, bench_convert, engines, process, standins
+from cascadekit.converters.bench.worker import LOADERS
 from cascadekit.converters.model import open_model
+from cascadekit.runtime.reference import build_reference
 from cascadekit.schemas.errors import ConversionError, UsageError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 CASES = ["convert", "cp", "convert_cold", "cp_cold", "cast", "cast_in_memory", "write", "inspect", "import"]
 RATIOS = ["convert / cp", "convert_cold / cp_cold", "cast / cast_in_memory", "cast / write", "inspect / import"]
+FED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
+DECODER_HALF = sum(
+    weight.numel() for weight in build_reference(PRESETS[Stage.VQGAN, Variant.FULL]).parameters()
+)  # of the vqgan: what a bundle runs
 TINY = PRESETS[Stage.PRIOR, Variant.TINY]
 
 
@@ -174,3 +180,89 @@ def test_a_command_that_fails_is_an_error(original: Path, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [source]
     with pytest.raises(ConversionError, match=r"failed: .*none"):
         process.launch(("cp", str(tmp_path / "none"), str(tmp_path / "x")))
+
+
+def test_engines(tmp_path: Path) -> None:
+    names = ["onnxruntime", "onnxruntime-mapped", "openvino", "openvino-bf16", "torch", "torch-bf16", "diffusers"]
+    result = call(
+        tmp_path,
+        *("--stage", "tiny", "--size", "128x192", "--batch", 1, "--threads", 1, "--rounds", 1, "--runs", 3),
+        *("--engines", ",".join(names), "--json"),
+        command="engines",
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["sizes"] == {"batch": 1, "height": 5, "width": 3, "tokens": 77, "images": 1}
+    assert list(report["engines"]) == names
+    assert report["gemm"].keys() == {"numpy fp32", "torch fp32", "torch bf16"}
+    for name, engine in report["engines"].items():
+        assert len(engine["seconds"]) == len(engine["cpu_seconds"]) == 3
+        assert len(engine["load_seconds"]) == len(engine["first_seconds"]) == 1
+        assert 0 < engine["min"] <= engine["median"] <= engine["max"]
+        assert engine["fraction_of_gemm"] > 0
+        assert 1e6 < engine["rss_after_load"]["anonymous"] < engine["peak_rss"]
+        if "bf16" in name:
+            assert 1e-4 < engine["relative_l2"] < 1
+        else:
+            assert engine["relative_l2"] < 1e-5
+    assert report["missing"] == {}
+    assert "round 1 of 1: diffusers" in result.stderr
+
+
+def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = engines.find_spec
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "openvino" else installed(name))
+    arguments = ["--stage", "tiny", "--size", "64x64", "--rounds", 2, "--runs", 1, "--threads", 1]
+    result = call(tmp_path, *arguments, "--engines", "openvino,onnxruntime", command="engines")
+    assert result.exit_code == 0, result.output
+    for word in ("openvino: not installed: openvino", "relative L2", "multiply-adds", "batch 2, height 2, width 2"):
+        assert word in result.stdout, word
+    result = call(tmp_path, *arguments, "--engines", "openvino", command="engines")
+    assert result.exit_code == 1
+    assert "no engine to measure: openvino: not installed" in str(result.exception)
+    assert call(tmp_path, "--engines", "abacus", command="engines").exit_code == 2
+    assert set(ENGINES) == set(LOADERS)
+
+
+def test_what_an_engine_is_fed() -> None:
+    sizes = {
+        stage: engines.port_sizes(config, (1024, 768), 3) for (stage, _), config in PRESETS.items() if stage in FED
+    }
+    assert sizes == {
+        Stage.TEXT_ENCODER: {"batch": 3},
+        Stage.PRIOR: {"batch": 3, "height": 24, "width": 18, "tokens": 77, "images": 1},
+        Stage.DECODER: {"batch": 3, "height": 256, "width": 192, "effnet_height": 24, "effnet_width": 18},
+        Stage.VQGAN: {"batch": 3, "height": 256, "width": 192},
+    }
+
+
+def test_mapped_weights_stay_in_their_file(tmp_path: Path) -> None:
+    """Of 16-bit weights, which ONNX Runtime otherwise casts for good, and of fp32 ones, which it rearranges."""
+    for dtype in "BF16", "F32":
+        report = engines.bench_engines(
+            tmp_path,
+            network="vqgan",
+            dtype=dtype,
+            engines=["onnxruntime", "onnxruntime-mapped"],
+            size=(64, 64),
+            batch=1,
+            threads=1,
+            rounds=1,
+            runs=1,
+        )
+        fast, mapped = (report.engines[name] for name in ("onnxruntime", "onnxruntime-mapped"))
+        weights = 4 * DECODER_HALF
+        saved = fast.rss_after_load["anonymous"] - mapped.rss_after_load["anonymous"]
+        assert 0.75 * weights < saved < 1.25 * weights, saved / weights
+        saved = fast.rss_after_runs["anonymous"] - mapped.rss_after_runs["anonymous"]
+        assert 0.5 * weights < saved
+
+
+@pytest.mark.slow
+def test_compiled_and_traced(tmp_path: Path) -> None:
+    arguments = ["--stage", "tiny", "--size", "64x64", "--rounds", 1, "--runs", 1, "--json"]
+    result = call(tmp_path, *arguments, "--engines", "torch-compile,torch-compile-bf16", command="engines")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["engines"]
+    assert found["torch-compile"]["relative_l2"] < 1e-4
+    assert 1e-4 < found["torch-compile-bf16"]["relative_l2"] < 1
