@@ -10,7 +10,7 @@ from ..schemas.errors import UsageError
 from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.stages import Stage
-from .common import PATH, STAGES, local, maybe_local
+from .common import ENGINES, PATH, STAGES, local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
 
 if TYPE_CHECKING:
@@ -212,15 +212,28 @@ def _unhashed(file: dict[str, str | None]) -> str:
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when the model holds none.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="This stage only (repeatable), no trajectory.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="onnxruntime",
+    show_default=True,
+    help="Tolerances are those of fp32: a bf16 engine does not keep them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
-    bundle: Path, against: Path, text_encoder: Path | None, stages: tuple[str, ...], device: str, as_json: bool
+    bundle: Path,
+    against: Path,
+    text_encoder: Path | None,
+    stages: tuple[str, ...],
+    device: str,
+    engine: str,
+    as_json: bool,
 ) -> None:
     """Compare a bundle's engines with PyTorch on the same inputs; exit code 1 when they differ.
 
     Example: cascadekit verify bundle --against model
     """
-    report = run_verify(bundle, against, text_encoder, stages, device)
+    report = run_verify(bundle, against, text_encoder, stages, device, engine)
     if as_json:
         say(json.dumps(report.to_json(), indent=2))
     else:
@@ -230,11 +243,16 @@ def verify(
 
 
 def run_verify(
-    bundle: Path, against: Path, text_encoder: Path | None = None, stages: tuple[str, ...] = (), device: str = "cpu"
+    bundle: Path,
+    against: Path,
+    text_encoder: Path | None = None,
+    stages: tuple[str, ...] = (),
+    device: str = "cpu",
+    engine: str = "onnxruntime",
 ) -> "Report":
     from ..converters.model import open_model
     from ..runtime.bundle import open_bundle
-    from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
+    from ..runtime.engines.table import make_engine
     from ..runtime.parity.verify import verify as run
     from ..runtime.tokenizer import ClipTokenizer
 
@@ -242,7 +260,7 @@ def run_verify(
     chosen = [Stage(stage) for stage in stages]
     for stage in chosen:
         opened.entry(stage)
-    engine = OnnxRuntimeEngine(opened, device)
+    runs = make_engine(engine, opened, device)
     model = open_model([local(against)], text_encoder=maybe_local(text_encoder))
     try:
         from ..converters.reference import reference_engine
@@ -252,7 +270,7 @@ def run_verify(
         ) from error
     reference = reference_engine(model, chosen or list(opened.manifest.stages))
     tokenizer = ClipTokenizer.open(opened.tokenizer)
-    return run(engine, reference, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"))
+    return run(runs, reference, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"))
 
 
 def print_report(report: "Report") -> None:

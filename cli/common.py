@@ -9,6 +9,7 @@ from ..schemas.stages import Stage
 from .console import note
 
 PATH = click.Path(path_type=Path)
+ENGINES = ("onnxruntime", "onnxruntime-mapped", "openvino", "openvino-bf16")
 STAGES = click.Choice([str(stage) for stage in Stage])
 
 
@@ -27,3 +28,14 @@ def all_local(sources: Sequence[Path], variant: str | None = None, *, lite: bool
 def maybe_local(source: Path | None) -> Path | None:
     """`local` for an option that may be left out."""
     return local(source) if source is not None else None
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """An option such as 1024x768 as (width, height)."""
+    if value is None:
+        return None
+    try:
+        width, height = (int(side) for side in value.lower().split("x"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
+    return width, height

@@ -6,21 +6,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.sizes import SizePolicy
-from .common import PATH
+from .common import ENGINES, PATH, parse_size
 from .console import note, say, step_progress
 
 if TYPE_CHECKING:
     from ..runtime.tokenizer import ClipTokenizer
-
-
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    try:
-        width, height = (int(side) for side in value.lower().split("x"))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
-    return width, height
 
 
 @click.command()
@@ -28,9 +18,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder or .png file.")
 @click.option("--negative", default="", help="What the image should not be.")
-@click.option(
-    "--size", metavar="WxH", callback=_parse_size, help="Multiples of 8; the bundle's own size when left out."
-)
+@click.option("--size", metavar="WxH", callback=parse_size, help="Multiples of 8; the bundle's own size when left out.")
 @click.option("--images", default=1, show_default=True, help="Images for each prompt.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="One for the batch, or one for each image.")
 @click.option("--prior-steps", default=20, show_default=True)
@@ -39,6 +27,15 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--decoder-guidance", default=0.0, show_default=True)
 @click.option("--size-policy", type=click.Choice(["exact", "diffusers"]), default="exact", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", *ENGINES]),
+    default="auto",
+    show_default=True,
+    help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
+    "in bf16 differ slightly from those in fp32, which all the others compute in; -mapped is for little memory.",
+)
+@click.option("--threads", type=click.IntRange(1), help="The engine's own choice when left out.")
 @click.option("--force", is_flag=True, help="Replace an existing .png file.")
 def generate(
     bundle: Path,
@@ -49,6 +46,8 @@ def generate(
     images: int,
     seeds: tuple[int, ...],
     device: str,
+    engine: str,
+    threads: int | None,
     force: bool,
     size_policy: str,
     **steps: Any,
@@ -65,7 +64,8 @@ def generate(
     if size:
         overrides |= {"width": size[0], "height": size[1]}
     seed = seeds[0] if len(seeds) == 1 else seeds or None
-    with Cascade.open(bundle, device, keep_loaded=False) as cascade, step_progress() as progress:
+    bars = step_progress()
+    with Cascade.open(bundle, device, engine=engine, threads=threads, keep_loaded=False) as cascade, bars as progress:
         _warn_of_cuts([*prompts, negative], cascade.tokenizer)
         result = cascade.generate(
             prompts,

@@ -1,11 +1,14 @@
 """Loads a model's weights, whatever their layout, into the PyTorch reference."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 
 import torch
+from torch import nn
 
 from ..runtime.engines.torch import Loader, TorchEngine
 from ..runtime.reference import load_reference
+from ..schemas.config_json import to_json
 from ..schemas.errors import ExportError
 from ..schemas.ports import ports_of
 from ..schemas.stages import Stage
@@ -22,11 +25,14 @@ DTYPES = {
 }
 
 
-def reference_engine(model: Model, stages: Sequence[Stage]) -> TorchEngine:
-    """The reference of each of `stages` in fp32; weights are read when a stage is loaded.
+def reference_engine(
+    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compiled: bool = False
+) -> TorchEngine:
+    """The reference of each of `stages` in `dtype`; weights are read when a stage is loaded.
 
     Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
-    return TorchEngine({stage: _loader(model.component(stage)) for stage in stages})
+    loaders = {stage: _loader(model.component(stage), DTYPES[dtype]) for stage in stages}
+    return TorchEngine(loaders, compiled=compiled)
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
@@ -62,6 +68,30 @@ class _Tensors(Mapping[str, torch.Tensor]):
         return len(self._ranges)
 
 
-def _loader(component: Component) -> Loader:
-    config = component.config
-    return lambda: (load_reference(config, _Tensors(component)), ports_of(config))
+def load_component(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The component's network in PyTorch, holding its weights."""
+    return load_reference(component.config, _Tensors(component), dtype)
+
+
+def _loader(component: Component, dtype: torch.dtype) -> Loader:
+    return lambda: (load_component(component, dtype), ports_of(component.config))
+
+
+def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
+    """diffusers' own network for the prior or the decoder, to measure beside ours. Needs diffusers."""
+    return TorchEngine({component.stage: lambda: (_Diffusers(component, DTYPES[dtype]), ports_of(component.config))})
+
+
+class _Diffusers(nn.Module):
+    """diffusers' StableCascadeUNet with the ports of ours."""
+
+    def __init__(self, component: Component, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.unet = import_module("diffusers").StableCascadeUNet.from_config(to_json(component.config))
+        weights = {name: read_tensor(tensor).to(dtype) for name, tensor in component.tensors.items()}
+        self.unet.load_state_dict(weights, assign=True)
+        self.requires_grad_(False).eval()
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"noise_pred": self.unet(**inputs).sample}

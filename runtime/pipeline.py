@@ -22,14 +22,13 @@ from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
 from .bundle import open_bundle
 from .engines.base import Engine, StageRunner, Tensors
-from .engines.onnxruntime import OnnxRuntimeEngine
+from .engines.table import make_engine
 from .images import to_pictures
 from .noise import TorchGenerator, randn
 from .sampling import Step, guided, sample, timesteps
 from .tokenizer import ClipTokenizer
 
 F32 = NDArray[np.float32]
-ENGINES = {"onnxruntime": OnnxRuntimeEngine}
 
 Seed = int | Sequence[int] | TorchGenerator | Sequence[TorchGenerator]
 
@@ -96,18 +95,23 @@ class Cascade:
         self._loaded: dict[Stage, StageRunner] = {}
 
     @classmethod
-    def open(cls, bundle: str | Path, device: str = "cpu", *, keep_loaded: bool = True) -> Self:
-        """The cascade of an exported bundle on the first engine of its manifest that is known here.
+    def open(
+        cls,
+        bundle: str | Path,
+        device: str = "cpu",
+        *,
+        engine: str = "onnxruntime",
+        threads: int | None = None,
+        keep_loaded: bool = True,
+    ) -> Self:
+        """The cascade of an exported bundle on `device`, "cpu" or "cuda".
 
-        `device` is "cpu" or "cuda". Raises UsageError when there is no bundle, EngineError when nothing can run it."""
+        `engine` is a name of `engines.table`; "auto" takes the fastest there is, which may compute in bf16, and then
+        images differ slightly. `threads` None leaves their number to the engine.
+        Raises UsageError when there is no bundle or no such engine, EngineError when nothing can run it."""
         opened = open_bundle(Path(bundle))
-        engine = next((ENGINES[name] for name in opened.manifest.engines if name in ENGINES), None)
-        if engine is None:
-            raise EngineError(
-                f"{bundle}: made for {', '.join(opened.manifest.engines)}; known are {', '.join(ENGINES)}"
-            )
-        tokenizer = ClipTokenizer.open(opened.tokenizer)
-        return cls(engine(opened, device), opened.manifest, tokenizer, keep_loaded=keep_loaded)
+        runs = make_engine(engine, opened, device, threads)
+        return cls(runs, opened.manifest, ClipTokenizer.open(opened.tokenizer), keep_loaded=keep_loaded)
 
     def encode_prompt(self, prompt: str | Sequence[str], negative: str | Sequence[str] = "") -> PromptEmbeds:
         """Embed prompts and negative prompts; one negative prompt serves all.

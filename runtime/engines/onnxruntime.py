@@ -15,19 +15,31 @@ from .base import Tensors, check_inputs, with_absent_control
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+MEMORY_POLICIES = ("fast", "mapped")
 
 
 class OnnxRuntimeEngine:
-    """An engine for every stage of `bundle` on `device`, "cpu" or "cuda"."""
+    """An engine for every stage of `bundle` on `device`, "cpu" or "cuda".
 
-    name = "onnxruntime"
+    `memory` says where the weights are. "fast": in memory, once, cast and rearranged as the kernels like them.
+    "mapped": in their files, which the system reads in and drops as it likes; weights stored in 16 bits are cast anew
+    in every pass, and memory goes back to the system after each operation. `threads` None leaves their number to
+    ONNX Runtime.
+    """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
-        """Raises EngineError when the device is unknown, or ONNX Runtime or its provider is not installed."""
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", *, memory: str = "fast", threads: int | None = None
+    ) -> None:
+        """Raises EngineError when device or policy are unknown, or ONNX Runtime or its provider is not installed."""
         if device not in PROVIDERS:
             raise EngineError(f"device {device!r}: expected one of {', '.join(PROVIDERS)}")
+        if memory not in MEMORY_POLICIES:
+            raise EngineError(f"memory {memory!r}: expected one of {', '.join(MEMORY_POLICIES)}")
         self.bundle = bundle
         self.device = device
+        self.memory = memory
+        self.threads = threads
+        self.name = "onnxruntime" if memory == "fast" else f"onnxruntime-{memory}"
         self._ort = import_onnxruntime(device)
 
     def load(self, stage: Stage) -> "OnnxRuntimeStage":
@@ -38,16 +50,27 @@ class OnnxRuntimeEngine:
                 f"export it with --precision {stage}=fp32, or run it with --device cuda"
             )
         path = self.bundle.graph(stage)
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3  # errors only: what matters comes as an exception
         provider = PROVIDERS[self.device]
+        options, disabled = self._options()
         try:
-            session = self._ort.InferenceSession(path, options, providers=[provider])
+            session = self._ort.InferenceSession(path, options, providers=[provider], disabled_optimizers=disabled)
         except Exception as error:  # onnxruntime raises a class of its own for each status code
             raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {error}") from error
         if provider not in session.get_providers():  # it falls back to the CPU in silence
             raise EngineError(f"{stage}: onnxruntime did not start its {provider}; check the driver, or use device cpu")
         return OnnxRuntimeStage(stage, entry, session)
+
+    def _options(self) -> tuple[Any, list[str]]:
+        """Session options, and the names of optimizers to do without."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors only: what matters comes as an exception
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if self.memory == "fast":
+            return options, []
+        options.add_session_config_entry("session.disable_prepacking", "1")  # each would be a copy in memory
+        options.enable_cpu_mem_arena = False  # it would keep the casts of all weights
+        return options, ["ConstantFolding"]  # it would cast them for good
 
 
 class OnnxRuntimeStage:

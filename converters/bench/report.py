@@ -1,0 +1,80 @@
+"""What was measured: cases, their runs, ratios within a round."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+Say = Callable[[str], object]
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: a command, the source bytes it goes through (None: only some), and whether the source's
+    pages are dropped from the page cache first. With `own_clock` the command itself prints its seconds."""
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    nbytes: int | None = None
+    cold: bool = False
+    own_clock: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement; `cached` is the share of the source found in the page cache just before."""
+
+    seconds: float
+    peak_rss: int
+    cached: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured: the runs of every case in order, on which source and machine.
+
+    Ratios are of the `pairs`, first by second."""
+
+    machine: dict[str, Any]
+    source: dict[str, Any]
+    cases: tuple[Case, ...]
+    runs: dict[str, list[Run]]
+    pairs: Pairs
+    floor_rss: int  # what a process that does nothing counts as
+
+    def ratios(self) -> dict[str, list[float]]:
+        """Seconds of the first by those of the second, one for each round."""
+        return {
+            f"{first} / {second}": [
+                a.seconds / b.seconds for a, b in zip(self.runs[first], self.runs[second], strict=True)
+            ]
+            for first, second in self.pairs
+            if first in self.runs and second in self.runs
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json.dumps."""
+        return {
+            "machine": self.machine,
+            "source": self.source,
+            "floor_rss_bytes": self.floor_rss,
+            "cases": {case.name: _summary(case, self.runs[case.name]) for case in self.cases},
+            "ratios": {name: {"each": each, "median": median(each)} for name, each in self.ratios().items()},
+        }
+
+
+def _summary(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "what": case.what,
+        **spread([run.seconds for run in runs]),
+        "megabytes_per_second": case.nbytes / median(run.seconds for run in runs) / 1e6 if case.nbytes else None,
+        "peak_rss_bytes": max(run.peak_rss for run in runs),
+        "cached": [run.cached for run in runs],
+    }
+
+
+def spread(seconds: list[float]) -> dict[str, Any]:
+    """Every time, and the median, least and greatest of them."""
+    return {"seconds": seconds, "median": median(seconds), "min": min(seconds), "max": max(seconds)}

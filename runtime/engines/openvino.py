@@ -1,0 +1,162 @@
+"""Runs the graphs of a bundle with OpenVINO on the CPU."""
+
+import gc
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.bundle import StageEntry
+from ...schemas.errors import EngineError
+from ...schemas.stages import Stage
+from ..bundle import Bundle
+from .base import Tensors, check_inputs, with_absent_control
+
+# What INFERENCE_PRECISION_HINT is set to; left alone, OpenVINO takes bf16 where the CPU multiplies it.
+PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
+PERIODIC = ("Sin", "Cos")
+TELEMETRY = "openvino_telemetry"
+
+
+class OpenVinoEngine:
+    """An engine for every stage of `bundle`, on the CPU.
+
+    `precision` is "f32" (the graphs' own), "bf16" or "auto" (OpenVINO's choice). `threads` None leaves their number
+    to OpenVINO. With `mmap` the files of the weights are mapped, otherwise read.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        *,
+        precision: str = "f32",
+        threads: int | None = None,
+        mmap: bool = True,
+    ) -> None:
+        """Raises EngineError when device or precision are unknown, or OpenVINO is not installed."""
+        if device != "cpu":
+            raise EngineError(f"device {device!r}: engine openvino has cpu only; take engine onnxruntime for cuda")
+        if precision not in PRECISIONS:
+            raise EngineError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        self.bundle = bundle
+        self.name = "openvino" if precision == "f32" else f"openvino-{precision}"
+        self._ov = import_openvino()
+        self._core = self._ov.Core()
+        self._core.set_property({"ENABLE_MMAP": mmap})
+        self._precise = precision == "f32"
+        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if hint := PRECISIONS[precision]:
+            self._options["INFERENCE_PRECISION_HINT"] = hint
+        if threads is not None:
+            self._options["INFERENCE_NUM_THREADS"] = threads
+
+    def load(self, stage: Stage) -> "OpenVinoStage":
+        entry = self.bundle.entry(stage)
+        path = self.bundle.graph(stage)
+        try:
+            model = self._core.read_model(str(path))
+            head = None if self._precise else _cut_at_sines(self._ov, model)
+            head = head and self._core.compile_model(head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"})
+            body = self._core.compile_model(model, "CPU", self._options)
+        except Exception as error:  # all that its layers raise are RuntimeErrors of many lines
+            reason = " ".join(str(error).split())
+            raise EngineError(f"{path}: openvino cannot load the {stage}: {reason}") from error
+        return OpenVinoStage(stage, entry, head, body)
+
+
+class OpenVinoStage:
+    """One stage, compiled: with `head` that computes further inputs of `body`, in fp32."""
+
+    def __init__(self, stage: Stage, entry: StageEntry, head: Any, body: Any) -> None:
+        self.stage = stage
+        self.entry = entry
+        self._head = head
+        self._body = body
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        inputs = with_absent_control(self.entry.inputs, inputs)
+        check_inputs(self.stage, self.entry.inputs, inputs)
+        try:
+            fed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            if self._head is not None:
+                given = {port.any_name: fed[port.any_name] for port in self._head.inputs}
+                fed |= {port.any_name: value for port, value in self._head(given).items()}
+            outputs = self._body(fed)
+            return {port.name: outputs[port.name] for port in self.entry.outputs}
+        except Exception as error:
+            raise EngineError(f"{self.stage}: openvino failed: {' '.join(str(error).split())}") from error
+
+    def close(self) -> None:
+        self._head = self._body = None
+        gc.collect()  # compiled models hold gigabytes; do not wait for the collector
+
+
+def _cut_at_sines(ov: Any, model: Any) -> Any:
+    """Take the sines and cosines, and what leads to them, out of `model`: returned as a model of its own, whose
+    outputs have the names of `model`'s new inputs. None where there are none.
+
+    Angles of the timestep embedding reach 10000, where neighbours in bf16 are 64 apart: in 16 bits their sines
+    are noise, and so is what the network makes of them."""
+    outputs = [op.output(0) for op in model.get_ordered_ops() if op.get_type_name() in PERIODIC]
+    if not outputs:
+        return None
+    ops = ov.opset13
+    parameters, results = [], []
+    for output in outputs:
+        name = f"{output.get_node().get_friendly_name()}/given"
+        parameter = ops.parameter(output.get_partial_shape(), output.get_element_type(), name=name)
+        parameter.output(0).set_names({name})
+        for target in list(output.get_target_inputs()):
+            target.replace_source_output(parameter.output(0))
+        parameters.append(parameter)
+        output.set_names({name})
+        results.append(ops.result(output))
+    needed = _parameters_above([output.get_node() for output in outputs])
+    head = ov.Model(results, needed, "sines")
+    model.add_parameters(parameters)
+    model.validate_nodes_and_infer_types()
+    return head
+
+
+def _parameters_above(nodes: list[Any]) -> list[Any]:
+    """The graph inputs that the values of `nodes` are computed from."""
+    found: dict[str, Any] = {}
+    seen: set[str] = set()
+    while nodes:
+        node = nodes.pop()
+        if node.get_name() in seen:
+            continue
+        seen.add(node.get_name())
+        if node.get_type_name() == "Parameter":
+            found[node.get_name()] = node
+        nodes += [value.get_node() for value in node.input_values()]
+    return list(found.values())
+
+
+def multiplies_bf16() -> bool:
+    """Whether OpenVINO is installed and finds a CPU with bf16 units."""
+    try:
+        core = import_openvino().Core()
+    except EngineError:
+        return False
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def import_openvino() -> Any:
+    """The package, without the telemetry that importing it would send off. Raises EngineError without it.
+
+    OpenVINO goes on without the package that sends; None is how Python is told that there is none."""
+    hidden = TELEMETRY not in sys.modules
+    if hidden:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError("OpenVINO is not installed: pip install 'cascadekit[openvino]'") from error
+    finally:
+        if hidden:
+            del sys.modules[TELEMETRY]
+    return openvino
