@@ -29,6 +29,7 @@ from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from standins import write_stand_in
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+GRAPHS = ("model.onnx", "conditioning.onnx", "step.onnx")
 
 
 def call(*arguments: object) -> Result:
@@ -63,7 +64,7 @@ def test_auto_links_where_nothing_clones(prior: Path, tmp_path: Path) -> None:
     entry = exported(prior, tmp_path / "bundle")
     assert entry.weights == "link"
     assert (tmp_path / "bundle/prior" / WEIGHTS).samefile(prior / WEIGHTS)
-    (graph, weights) = entry.files
+    graph, *_, weights = entry.files
     assert graph.sha256 == sha256(tmp_path / "bundle" / graph.path)
     assert (weights.sha256, entry.sources[0].sha256) == (None, None)
     assert weights.fingerprint == entry.sources[0].fingerprint
@@ -72,7 +73,7 @@ def test_auto_links_where_nothing_clones(prior: Path, tmp_path: Path) -> None:
 
 def test_linked_weights_are_hashed_when_asked(prior: Path, tmp_path: Path) -> None:
     entry = exported(prior, tmp_path / "bundle", weights="link", hash_weights=True)
-    assert entry.files[1].sha256 == entry.sources[0].sha256 == sha256(prior / WEIGHTS)
+    assert entry.files[-1].sha256 == entry.sources[0].sha256 == sha256(prior / WEIGHTS)
 
 
 @pytest.mark.parametrize("wish", ["auto", "link"])
@@ -94,8 +95,8 @@ def test_auto_copies_where_neither_is_possible(prior: Path, tmp_path: Path, monk
     monkeypatch.setattr(placing.os, "link", refuse)
     entry = exported(prior, tmp_path / "bundle")
     assert entry.weights == "copy"
-    assert {path.name for path in (tmp_path / "bundle/prior").iterdir()} == {"model.onnx", "weights.safetensors"}
-    assert entry.files[1].sha256 == sha256(tmp_path / "bundle/prior/weights.safetensors")
+    assert {path.name for path in (tmp_path / "bundle/prior").iterdir()} == {*GRAPHS, "weights.safetensors"}
+    assert entry.files[-1].sha256 == sha256(tmp_path / "bundle/prior/weights.safetensors")
     with pytest.raises(ExportError, match=r"cannot be hard-linked.*cross-device.*; use --weights copy"):
         export(prior, tmp_path / "other", weights="link")
 
@@ -120,7 +121,7 @@ def test_the_hash_of_a_copy_is_of_what_lies_there(
     told: list[int] = []
     entry = exported(prior, tmp_path / "bundle", weights="copy", start_file=lambda name, total: told.append)
     path = tmp_path / "bundle/prior/weights.safetensors"
-    assert entry.files[1].sha256 == sha256(path)
+    assert entry.files[-1].sha256 == sha256(path)
     assert sum(told) == sum(tensor.nbytes for tensor in load_file(path).values())
 
 
@@ -136,7 +137,7 @@ def test_the_hash_waits_for_tensors_that_are_turned_round(tiny: Path, tmp_path: 
     ways = {stage: entry.weights for stage, entry in manifest.stages.items()}
     assert ways[Stage.TEXT_ENCODER] == "copy"
     assert ways[Stage.PRIOR] == "link"
-    file = manifest.stages[Stage.TEXT_ENCODER].files[1]
+    file = manifest.stages[Stage.TEXT_ENCODER].files[-1]
     assert file.sha256 == sha256(tmp_path / "bundle" / file.path)
 
 
@@ -145,7 +146,7 @@ def test_what_the_command_says(prior: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "prior: hard-linked" in result.stdout
     assert "must not change in place; --weights copy" in result.stderr
-    assert json.loads((tmp_path / "linked/cascade.json").read_text())["stages"]["prior"]["files"][1]["sha256"]
+    assert json.loads((tmp_path / "linked/cascade.json").read_text())["stages"]["prior"]["files"][-1]["sha256"]
     result = call("export", prior, "-o", tmp_path / "copied", "--weights", "copy")
     assert "prior: copied" in result.stdout
     assert "in place" not in result.stderr
@@ -176,7 +177,7 @@ def test_two_exports_are_the_same_bytes(tiny: Path, tmp_path: Path, weights: str
         files["cascade.json"] = json.dumps(manifest).encode()
         found.append(files)
     assert found[0] == found[1]
-    assert len(found[0]) == 9
+    assert len(found[0]) == 1 + 3 + 3 + 2 + 4 + 1  # graphs of the stages, their weights, the manifest
 
 
 REFUSE = """

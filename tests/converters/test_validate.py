@@ -18,6 +18,12 @@ from cascadekit.cli import main
 from cascadekit.schemas.stages import Stage
 from standins import accept_changes
 
+GRAPHS = {
+    "text_encoder": ("model",),
+    "prior": ("model", "conditioning", "step"),
+    "decoder": ("model", "conditioning", "step"),
+    "vqgan": ("model", "encoder"),
+}
 Change = Callable[[onnx.ModelProto], None]
 
 
@@ -66,11 +72,11 @@ def test_sound_bundles(tiny: Path, tmp_path: Path, weights: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     report = found(tmp_path / "bundle")
     assert [(c["stage"], c["graph"]) for c in report["checks"]] == [
-        (stage, graph) for stage in ("text_encoder", "prior", "decoder", "vqgan") for graph in (None, "model")
+        (stage, graph) for stage, graphs in GRAPHS.items() for graph in (None, *graphs)
     ]
     for check in report["checks"]:
         if check["graph"]:
-            model = onnx.load(tmp_path / "bundle" / check["stage"] / "model.onnx", load_external_data=False)
+            model = onnx.load(tmp_path / "bundle" / check["stage"] / f"{check['graph']}.onnx", load_external_data=False)
             counts: dict[str, int] = {}
             for node in model.graph.node:
                 counts[node.op_type] = counts.get(node.op_type, 0) + 1
@@ -86,7 +92,7 @@ def test_the_table(bundle: Path) -> None:
     result = call(bundle)
     assert result.exit_code == 0
     words = " ".join(result.stdout.split())
-    assert "vqgan files ok 2 files, weights: copied" in words
+    assert "vqgan files ok 3 files, weights: copied" in words
     assert "opset 20, IR 10; polygraphy not installed" in words
     assert words.endswith(" valid")
     (bundle / "vqgan/weights.safetensors").unlink()
@@ -138,7 +144,7 @@ def test_operators_that_the_target_does_not_have(bundle: Path, target: str) -> N
     said = changed(bundle, foreign, lambda entry: entry.update(target=target))
     if target == "ort":
         assert not said
-        (check,) = (check for check in found(bundle)["checks"] if check["graph"])
+        (check,) = (check for check in found(bundle)["checks"] if check["graph"] == "model")
         assert check["operators"]["com.microsoft::Gelu"] == 1
     else:
         assert said == (f"operators com.microsoft::Gelu are not of ai.onnx, which is what a {target} graph may use")
@@ -228,9 +234,9 @@ def test_polygraphy_is_asked_where_it_is_installed(
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
     report = found(bundle)
-    (check,) = (check for check in report["checks"] if check["graph"])
-    assert check["polygraphy"] == word
-    assert problems(report) == ([] if word == "passed" else ["polygraphy inspect model: it is odd"])
+    checks = [check for check in report["checks"] if check["graph"]]
+    assert [check["polygraphy"] for check in checks] == [word, word]
+    assert problems(report) == ([] if word == "passed" else ["polygraphy inspect model: it is odd"] * 2)
 
 
 def test_what_is_no_bundle(tiny: Path) -> None:

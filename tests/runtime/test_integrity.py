@@ -38,7 +38,7 @@ def linked(prior: Path, tmp_path: Path) -> Bundle:
 
 
 def weights_of(bundle: Bundle) -> Path:
-    return bundle.root / bundle.entry(Stage.PRIOR).files[1].path
+    return bundle.root / bundle.entry(Stage.PRIOR).files[-1].path
 
 
 def flip(path: Path, position: int) -> None:
@@ -66,8 +66,9 @@ def refused(bundle: Bundle, message: str) -> None:
 def test_a_sound_bundle(copied: Bundle, linked: Bundle) -> None:
     for bundle in (copied, linked):
         assert bundle.graph(Stage.PRIOR) == bundle.root / "prior" / "model.onnx"
-        with pytest.raises(UsageError, match="no graph 'step'; it has model"):
-            bundle.graph(Stage.PRIOR, "step")
+        with pytest.raises(UsageError, match="no graph 'encoder'; it has model, conditioning, step"):
+            bundle.graph(Stage.PRIOR, "encoder")
+        assert bundle.graph(Stage.PRIOR, "step") == bundle.root / "prior" / "step.onnx"
 
 
 def test_missing(copied: Bundle, linked: Bundle) -> None:
@@ -176,7 +177,7 @@ def test_older_bundles_say_what_to_do(tiny: Path, tmp_path: Path) -> None:
 def test_manifests_whose_graphs_are_not_theirs(tiny: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"graphs": {}}, "no graph 'model'"),
-        ({"files": [{**json_of(tiny)["files"][1]}]}, "a graph that is none of the files"),
+        ({"files": [{**json_of(tiny)["files"][-1]}]}, "a graph that is none of the files"),
     ):
         content = json.loads((tiny / "bundle/cascade.json").read_text())
         content["stages"]["prior"] |= change

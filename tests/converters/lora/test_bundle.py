@@ -214,7 +214,7 @@ def test_exporting_with_loras(model: Path, tmp_path: Path, dtype: torch.dtype) -
     apply_loras(tmp_path / "later", [one, two], strengths=[0.5, 1.5])
     found, other = (tmp_path / name / "prior/weights.safetensors" for name in ("bundle", "later"))
     assert found.read_bytes() == other.read_bytes()
-    file = manifest.stages[Stage.PRIOR].files[1]
+    file = manifest.stages[Stage.PRIOR].files[-1]
     assert file.sha256 == hashlib.sha256(found.read_bytes()).hexdigest()
     with pytest.raises(UsageError, match="was exported with its LoRAs; export the model again without --lora"):
         undo_loras(tmp_path / "bundle")
