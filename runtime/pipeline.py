@@ -16,19 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..schemas.bundle import Manifest
+from ..schemas.bundle import MAIN_GRAPH, Manifest
 from ..schemas.errors import EngineError, UsageError
 from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
 from .bundle import open_bundle
 from .engines.base import Engine, StageRunner, Tensors
 from .engines.table import make_engine
+from .hoisting import CONDITIONING, STEP, HoistedStage, is_hoisted, prepare
 from .images import to_pictures
 from .noise import TorchGenerator, randn
 from .sampling import Step, guided, sample, timesteps
 from .tokenizer import ClipTokenizer
 
 F32 = NDArray[np.float32]
+
+Run = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 Seed = int | Sequence[int] | TorchGenerator | Sequence[TorchGenerator]
 
@@ -92,7 +95,7 @@ class Cascade:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.keep_loaded = keep_loaded
-        self._loaded: dict[Stage, StageRunner] = {}
+        self._loaded: dict[tuple[Stage, str], StageRunner] = {}
 
     @classmethod
     def open(
@@ -278,23 +281,37 @@ class Cascade:
         with_guidance = guidance > 1
         if with_guidance:  # batch [conditional, unconditional]
             conditions = {name: np.concatenate([value, negatives[name]]) for name, value in conditions.items()}
-        with self._stage(stage) as run:
+        doubled = np.concatenate([latents, latents]) if with_guidance else latents
+        with self._denoiser(stage, doubled, conditions, ratios[:-1]) as run:
 
             def predict(x_t: F32, t: np.float32) -> F32:
                 x_t = np.concatenate([x_t, x_t]) if with_guidance else x_t
                 ratio = np.full(len(x_t), t, np.float32)
-                prediction = run({"sample": x_t, "timestep_ratio": ratio, **conditions})["noise_pred"]
+                prediction = run({"sample": x_t, "timestep_ratio": ratio})["noise_pred"]
                 return guided(prediction, guidance) if with_guidance else prediction
 
             yield from sample(predict, latents, ratios, lambda: randn(shape, generators))
 
     @contextmanager
-    def _stage(self, stage: Stage) -> Iterator[StageRunner]:
-        if stage not in self._loaded:
+    def _denoiser(self, stage: Stage, sample: F32, conditions: Tensors, ratios: F32) -> Iterator[Run]:
+        """The stage with its conditions, a function of sample and timestep_ratio. Where the engine has it in two parts,
+        the first runs now, once for all of `ratios`."""
+        if not is_hoisted(self.engine, stage):
+            with self._stage(stage) as whole:
+                yield lambda inputs: whole({**inputs, **conditions})
+            return
+        with self._stage(stage, CONDITIONING) as first:
+            prepared = prepare(first, stage, sample, conditions, ratios)
+        with self._stage(stage, STEP) as step:
+            yield HoistedStage(step, prepared, ratios)
+
+    @contextmanager
+    def _stage(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[StageRunner]:
+        if (stage, graph) not in self._loaded:
             if not self.keep_loaded:
                 self.close()
-            self._loaded[stage] = self.engine.load(stage)
-        yield self._loaded[stage]
+            self._loaded[stage, graph] = self.engine.load(stage, graph)
+        yield self._loaded[stage, graph]
 
     def _channels(self, stage: Stage, port: str, axis: int = 1) -> int:
         entry = self.manifest.stages.get(stage)

@@ -29,7 +29,7 @@ from .worker import GEMM, LOADERS, Job, save_arrays
 
 REFERENCE = "torch"  # in fp32
 DEFAULT_ENGINES = ("onnxruntime", "openvino", "openvino-bf16", "torch", "torch-bf16")
-UNETS_ONLY = ("diffusers", "diffusers-bf16")
+UNETS_ONLY = ("diffusers", "diffusers-bf16", "onnxruntime-hoisted", "openvino-bf16-hoisted")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class EnginesReport:
 
     def fraction(self, engine: str) -> float:
         """The share of the machine's best product in the engine's dtype that its median forward reached."""
-        dtype = "bf16" if engine.endswith("bf16") else "fp32"
+        dtype = "bf16" if "bf16" in engine else "fp32"
         rates = [rate for name, rates in self.gemm.items() if name.endswith(dtype) for rate in rates]
         if not rates:
             return float("nan")

@@ -20,6 +20,8 @@ from ...runtime.engines.base import StageRunner
 from ...runtime.engines.onnxruntime import OnnxRuntimeStage
 from ...runtime.engines.openvino import import_openvino
 from ...runtime.engines.table import make_engine
+from ...runtime.hoisting import CONDITIONING, STEP, HoistedStage, prepare
+from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.stages import Stage
 from ..model import open_model
 
@@ -113,6 +115,22 @@ def _bundled(name: str) -> Callable[[Job], StageRunner]:
     return lambda job: make_engine(name, open_bundle(Path(job.bundle)), threads=job.threads).load(Stage(job.stage))
 
 
+def _hoisted(name: str) -> Callable[[Job], StageRunner]:
+    """The step graph alone; what conditions it is computed before the clock runs."""
+
+    def loaded(job: Job) -> StageRunner:
+        engine, stage = make_engine(name, open_bundle(Path(job.bundle)), threads=job.threads), Stage(job.stage)
+        inputs = dict(np.load(job.inputs))
+        ratios = inputs["timestep_ratio"]
+        conditions = {port: value for port, value in inputs.items() if port not in ("sample", "timestep_ratio")}
+        first = engine.load(stage, CONDITIONING)
+        prepared = dict(prepare(first, stage, inputs["sample"], conditions, ratios))
+        first.close()
+        return HoistedStage(engine.load(stage, STEP), prepared, ratios)
+
+    return loaded
+
+
 def _reference(dtype: str, *, compiled: bool = False) -> Callable[[Job], StageRunner]:
     def loaded(job: Job) -> StageRunner:
         from ..reference import reference_engine
@@ -140,7 +158,7 @@ def _traced(job: Job) -> StageRunner:
     options.intra_op_num_threads = job.threads
     loaded = session.InferenceSession(traced_graph(job), options, providers=["CPUExecutionProvider"])
     stage = Stage(job.stage)
-    return OnnxRuntimeStage(stage, open_bundle(Path(job.bundle)).entry(stage), loaded)
+    return OnnxRuntimeStage(stage, open_bundle(Path(job.bundle)).entry(stage).graphs[MAIN_GRAPH], loaded)
 
 
 def traced_graph(job: Job) -> Path:
@@ -184,10 +202,12 @@ ONNXRUNTIME, OPENVINO, TORCH, DIFFUSERS = ("onnxruntime",), ("openvino",), ("tor
 # How each engine is loaded, and the packages it needs, first the one whose version counts.
 LOADERS: Mapping[str, tuple[Callable[[Job], StageRunner], tuple[str, ...]]] = {
     "onnxruntime": (_bundled("onnxruntime"), ONNXRUNTIME),
+    "onnxruntime-hoisted": (_hoisted("onnxruntime"), ONNXRUNTIME),
     "onnxruntime-mapped": (_bundled("onnxruntime-mapped"), ONNXRUNTIME),
     "onnxruntime-traced": (_traced, (*ONNXRUNTIME, *TORCH, "onnxscript")),
     "openvino": (_bundled("openvino"), OPENVINO),
     "openvino-bf16": (_bundled("openvino-bf16"), OPENVINO),
+    "openvino-bf16-hoisted": (_hoisted("openvino-bf16"), OPENVINO),
     "torch": (_reference("F32"), TORCH),
     "torch-bf16": (_reference("BF16"), TORCH),
     "torch-compile": (_reference("F32", compiled=True), TORCH),

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
@@ -38,7 +39,10 @@ class Engine(Protocol):
 
     name: str
 
-    def load(self, stage: Stage) -> StageRunner:
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        """What `load` may be asked for of a stage; "model" is the whole."""
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> StageRunner:
         """Raises EngineError when the stage cannot be loaded, naming what to install or export."""
 
 

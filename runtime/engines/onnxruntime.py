@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...schemas.bundle import StageEntry
+from ...schemas.bundle import MAIN_GRAPH, GraphEntry
 from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
@@ -42,14 +42,17 @@ class OnnxRuntimeEngine:
         self.name = "onnxruntime" if memory == "fast" else f"onnxruntime-{memory}"
         self._ort = import_onnxruntime(device)
 
-    def load(self, stage: Stage) -> "OnnxRuntimeStage":
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        return tuple(self.bundle.entry(stage).graphs)
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "OnnxRuntimeStage":
         entry = self.bundle.entry(stage)
         if entry.precision is Precision.BF16 and self.device == "cpu":
             raise EngineError(
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
                 f"export it with --precision {stage}=fp32, or run it with --device cuda"
             )
-        path = self.bundle.graph(stage)
+        path = self.bundle.graph(stage, graph)
         provider = PROVIDERS[self.device]
         options, disabled = self._options()
         try:
@@ -58,7 +61,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {error}") from error
         if provider not in session.get_providers():  # it falls back to the CPU in silence
             raise EngineError(f"{stage}: onnxruntime did not start its {provider}; check the driver, or use device cpu")
-        return OnnxRuntimeStage(stage, entry, session)
+        return OnnxRuntimeStage(stage, entry.graphs[graph], session)
 
     def _options(self) -> tuple[Any, list[str]]:
         """Session options, and the names of optimizers to do without."""
@@ -76,7 +79,7 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeStage:
     """One stage's session."""
 
-    def __init__(self, stage: Stage, entry: StageEntry, session: Any) -> None:
+    def __init__(self, stage: Stage, entry: GraphEntry, session: Any) -> None:
         self.stage = stage
         self.entry = entry
         self._session = session

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.bundle import StageEntry
+from ...schemas.bundle import MAIN_GRAPH, GraphEntry
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
 from ..bundle import Bundle
@@ -53,9 +53,12 @@ class OpenVinoEngine:
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
 
-    def load(self, stage: Stage) -> "OpenVinoStage":
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        return tuple(self.bundle.entry(stage).graphs)
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "OpenVinoStage":
         entry = self.bundle.entry(stage)
-        path = self.bundle.graph(stage)
+        path = self.bundle.graph(stage, graph)
         try:
             model = self._core.read_model(str(path))
             head = None if self._precise else _cut_at_sines(self._ov, model)
@@ -64,13 +67,13 @@ class OpenVinoEngine:
         except Exception as error:  # all that its layers raise are RuntimeErrors of many lines
             reason = " ".join(str(error).split())
             raise EngineError(f"{path}: openvino cannot load the {stage}: {reason}") from error
-        return OpenVinoStage(stage, entry, head, body)
+        return OpenVinoStage(stage, entry.graphs[graph], head, body)
 
 
 class OpenVinoStage:
     """One stage, compiled: with `head` that computes further inputs of `body`, in fp32."""
 
-    def __init__(self, stage: Stage, entry: StageEntry, head: Any, body: Any) -> None:
+    def __init__(self, stage: Stage, entry: GraphEntry, head: Any, body: Any) -> None:
         self.stage = stage
         self.entry = entry
         self._head = head

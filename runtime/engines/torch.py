@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError
 from ...schemas.ports import StagePorts
 from ...schemas.stages import Stage
@@ -27,7 +28,10 @@ class TorchEngine:
         self._loaders = loaders
         self._compiled = compiled
 
-    def load(self, stage: Stage) -> "TorchStage":
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        return (MAIN_GRAPH,)
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TorchStage":
         if stage not in self._loaders:
             raise EngineError(f"the reference has no {stage}; it has {', '.join(self._loaders)}")
         module, ports = self._loaders[stage]()

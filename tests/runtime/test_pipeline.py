@@ -1,6 +1,8 @@
 """The pipeline on its own: sizes, batches, seeds, embeddings, metadata, memory, errors."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +106,42 @@ def test_latents_of_another_shape(cascade: Cascade) -> None:
 
 
 def test_one_stage_in_memory_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[Stage] = []
+    alive: list[tuple[Stage, str]] = []
+    seen: list[tuple[Stage, str]] = []
     load = OnnxRuntimeEngine.load
 
-    def counting(self: OnnxRuntimeEngine, stage: Stage) -> Any:
-        runner = load(self, stage)
-        alive.append(stage)
+    def counting(self: OnnxRuntimeEngine, stage: Stage, graph: str = "model") -> Any:
+        runner = load(self, stage, graph)
+        alive.append((stage, graph))
+        seen.append((stage, graph))
         close = runner.close
-        monkeypatch.setattr(runner, "close", lambda: (alive.remove(stage), close()))
-        assert alive == [stage]
+        monkeypatch.setattr(runner, "close", lambda: (alive.remove((stage, graph)), close()))
+        assert alive == [(stage, graph)]
         return runner
 
     monkeypatch.setattr(OnnxRuntimeEngine, "load", counting)
     with Cascade.open(tiny / "bundle", keep_loaded=False) as staged:
         staged.generate("x", seed=0, settings=QUICK)
-        assert alive == [Stage.VQGAN]
+        assert alive == [(Stage.VQGAN, "model")]
     assert not alive
+    parts = [(stage, graph) for stage in (Stage.PRIOR, Stage.DECODER) for graph in ("conditioning", "step")]
+    assert seen == [(Stage.TEXT_ENCODER, "model"), *parts, (Stage.VQGAN, "model")]
+
+
+def test_a_bundle_without_split_graphs_draws_the_same(tiny: Path, tmp_path: Path) -> None:
+    """Conditions in every step instead of once: only the order of some sums differs."""
+    shutil.copytree(tiny / "bundle", tmp_path / "plain")
+    path = tmp_path / "plain" / "cascade.json"
+    content = json.loads(path.read_text())
+    for stage in ("prior", "decoder"):
+        content["stages"][stage]["graphs"] = {"model": content["stages"][stage]["graphs"]["model"]}
+    path.write_text(json.dumps(content))
+    guided = replace(QUICK, decoder_guidance=1.5)
+    results = []
+    for bundle in (tiny / "bundle", tmp_path / "plain"):
+        with Cascade.open(bundle) as cascade:
+            results.append(cascade.generate(["x", "y"], negative="n", seed=0, settings=guided).decoder_latents)
+    assert np.linalg.norm(results[0] - results[1]) <= 1e-5 * np.linalg.norm(results[1])
 
 
 def test_metadata_of_a_png(cascade: Cascade, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Prior and decoder in two parts: what an image's conditions and schedule decide, once, and the step."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..schemas.hoisted import MODULATION, RATIOS
+from ..schemas.stages import Stage
+from .engines.base import Engine, StageRunner, Tensors
+from .sampling import F32
+
+CONDITIONING, STEP = "conditioning", "step"
+
+
+class HoistedStage:
+    """A stage in two parts that takes `sample` and `timestep_ratio` alone; the latter of `ratios` only."""
+
+    def __init__(self, step: StageRunner, prepared: Tensors, ratios: F32) -> None:
+        self._step = step
+        self._rows = {float(ratio): row for row, ratio in enumerate(ratios)}
+        self._modulation = prepared[MODULATION]  # (len(ratios), columns) float32
+        self._conditions = {name: value for name, value in prepared.items() if name != MODULATION}
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        rows = [self._rows[float(ratio)] for ratio in inputs["timestep_ratio"]]
+        return self._step({"sample": inputs["sample"], MODULATION: self._modulation[rows], **self._conditions})
+
+    def close(self) -> None:
+        self._step.close()
+
+
+def prepare(conditioning: StageRunner, stage: Stage, sample: F32, conditions: Tensors, ratios: F32) -> Tensors:
+    """What a step needs of `conditions`, the other input ports (B, ...), for latents of the size of `sample` and for
+    all of `ratios`."""
+    size = {"sample": sample} if stage is Stage.DECODER else {}
+    return conditioning({**size, **conditions, RATIOS: ratios})
+
+
+def is_hoisted(engine: Engine, stage: Stage) -> bool:
+    """Whether the engine has the stage in two parts."""
+    return {CONDITIONING, STEP} <= set(engine.graphs(stage))
