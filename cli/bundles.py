@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ..schemas.errors import UsageError
+from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
 from .common import PATH, STAGES, local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
 
 if TYPE_CHECKING:
+    from ..converters.quantize_choice import Choice
+    from ..converters.quantize_export import Quantize
     from ..runtime.parity.verify import Report
 
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
@@ -22,6 +25,19 @@ PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "v
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")
 @click.option("--weights", type=click.Choice(["copy", "link"]), default="copy", show_default=True)
+@click.option(
+    "--quantize",
+    "kind",
+    type=click.Choice([str(kind) for kind in Quantization]),
+    default="none",
+    show_default=True,
+    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where they bear it.",
+)
+@click.option(
+    "--quantize-threshold",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Relative error up to which a Linear is quantised (default: twice that of normal numbers).",
+)
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -30,6 +46,8 @@ def export(
     output: Path,
     stages: tuple[str, ...],
     weights: str,
+    kind: str,
+    quantize_threshold: float | None,
     text_encoder: Path | None,
     vqgan_scale: float | None,
     force: bool,
@@ -42,17 +60,39 @@ def export(
     from ..converters.model import open_model
 
     source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
+    choices: dict[Stage, Choice] = {}
     with byte_progress() as start_file:
         manifest = run(
             source,
             output,
             stages=[Stage(stage) for stage in stages],
             weights=weights,
+            quantize=_quantize(Quantization(kind), quantize_threshold, choices),
             vqgan_scale=vqgan_scale,
             force=force,
             start_file=start_file,
         )
+    if choices:
+        _show_choices(choices)
     say(f"wrote {output} ({', '.join(manifest.stages)})")
+
+
+def _quantize(kind: Quantization, threshold: float | None, choices: "dict[Stage, Choice]") -> "Quantize | None":
+    """What to quantise; `choices` gets what was chosen for each stage."""
+    if kind is Quantization.NONE:
+        if threshold is not None:
+            raise UsageError("--quantize-threshold says what --quantize tolerates: give both")
+        return None
+    from ..converters.quantize_export import Quantize
+
+    return Quantize(kind, threshold, choices.__setitem__)
+
+
+def _show_choices(choices: "dict[Stage, Choice]") -> None:
+    from ..converters.quantize_export import COLUMNS, table_rows
+
+    for stage, choice in choices.items():
+        show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))
 
 
 @click.command()

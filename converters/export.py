@@ -17,9 +17,10 @@ from ..schemas.ports import ports_of
 from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig
 from .identify import Component
 from .model import Model, open_model
-from .onnx import OPSET, Weight, write_graph
+from .onnx import GraphOptions, Weight, opset_of, write_graph
 from .outputs import staged_output
 from .plans import TensorPlan
+from .quantize_export import Quantize, QuantizedStage, quantize_stage
 from .safetensors_file import Progress, TensorRange, read_header
 from .safetensors_writer import write_file
 
@@ -38,6 +39,7 @@ def export(
     *,
     stages: Sequence[Stage] = (),
     weights: str = "copy",
+    quantize: Quantize | None = None,
     vqgan_scale: float | None = None,
     force: bool = False,
     start_file: StartFile | None = None,
@@ -46,8 +48,9 @@ def export(
     (all there are, or `stages`).
 
     `weights` is "copy" (the bundle has its own file) or "link" (hard links to the model's files, which must then
-    never change). `vqgan_scale` overrides the scale that the model's layout implies. Graphs compute in fp32;
-    16-bit weights stay 16-bit on disk. Raises a CascadeError, and leaves nothing behind, when a stage is missing
+    never change). `quantize` says how Linears are quantised, where they bear it; that takes copied weights.
+    `vqgan_scale` overrides the scale that the model's layout implies. Graphs compute in fp32; 16-bit weights stay
+    16-bit on disk. Raises a CascadeError, and leaves nothing behind, when a stage is missing
     or damaged or the output unwritable."""
     output = Path(output)
     model = model if isinstance(model, Model) else open_model([model])
@@ -57,12 +60,14 @@ def export(
     unknown = [stage for stage in chosen if stage not in EXPORTED]
     if unknown:
         raise UsageError(f"{', '.join(unknown)}: not exported yet; there are {', '.join(EXPORTED)}")
+    if quantize and weights == "link":
+        raise UsageError("quantised weights are not those of the model's files: use --weights copy")
     components = {stage: _scaled(model.component(stage), vqgan_scale) for stage in chosen}
     with staged_output(output, force=force) as staged:
         staged.mkdir()
         entries = {}
         for stage, component in components.items():
-            entries[stage] = _export_stage(component, staged / stage, weights, start_file)
+            entries[stage] = _export_stage(component, staged / stage, weights, quantize, start_file)
         manifest = Manifest(
             created_by=f"cascadekit {version('cascadekit')}",
             default_size=_default_size(components),
@@ -74,25 +79,30 @@ def export(
     return manifest
 
 
-def _export_stage(component: Component, folder: Path, mode: str, start_file: StartFile | None) -> StageEntry:
+def _export_stage(
+    component: Component, folder: Path, mode: str, quantize: Quantize | None, start_file: StartFile | None
+) -> StageEntry:
     _require_floats(component)
     folder.mkdir()
     linked = _source_files(component) if mode == "link" else []
-    weights = _weights(component.tensors) if linked else _copy_weights(component, folder, start_file)
-    onnx.save_model(write_graph(component.config, weights), folder / GRAPH_NAME)
+    tensors = component.tensors if linked else _copy_weights(component, folder, start_file)
+    stage = QuantizedStage(tensors, GraphOptions())
+    if quantize:
+        stage = quantize_stage(component.config, tensors, quantize, start_file)
+    onnx.save_model(write_graph(component.config, _weights(stage.tensors), stage.options), folder / GRAPH_NAME)
     _check_graph(folder, linked)
     for source in linked:
         _link(source, folder)
-    return _entry(component, folder, mode)
+    return _entry(component, folder, mode, stage.options)
 
 
-def _copy_weights(component: Component, folder: Path, start_file: StartFile | None) -> dict[str, Weight]:
+def _copy_weights(component: Component, folder: Path, start_file: StartFile | None) -> dict[str, TensorRange]:
     path = folder / WEIGHTS_NAME
     plans = {name: TensorPlan(t.dtype, t.shape, (t,)) for name, t in component.tensors.items()}
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     write_file(path, plans, {"format": "pt", **component.metadata}, progress)
-    return _weights(read_header(path).tensors)
+    return read_header(path).tensors
 
 
 def _check_graph(folder: Path, linked: Iterable[Path]) -> None:
@@ -125,7 +135,7 @@ def _weights(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
     return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
 
 
-def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
+def _entry(component: Component, folder: Path, mode: str, options: GraphOptions) -> StageEntry:
     ports = ports_of(component.config)
     sources = tuple(_source(path, component) for path in _source_files(component))
     linked = {source.name: source.sha256 for source in sources} if mode == "link" else {}  # hashed already
@@ -134,7 +144,8 @@ def _entry(component: Component, folder: Path, mode: str) -> StageEntry:
         variant=component.variant,
         config=to_json(component.config),
         precision="fp32",
-        opset=OPSET,
+        quantization=str(options.quantization),
+        opset=opset_of(options),
         weights="link" if mode == "link" else "copy",
         sources=sources,
         inputs=tuple(PortEntry(**asdict(port)) for port in ports.inputs),

@@ -60,6 +60,7 @@ class StageEntry(_Frozen):
     variant: Variant
     config: dict[str, Any]
     precision: Literal["fp32"]
+    quantization: str = "none"  # of the weights of Linears, see schemas.quantization
     opset: int
     weights: Literal["copy", "link"]
     sources: tuple[SourceEntry, ...]

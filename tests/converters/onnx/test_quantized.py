@@ -18,7 +18,7 @@ from cascadekit.converters.safetensors_file import read_header
 from cascadekit.runtime.reference import load_reference
 from cascadekit.schemas.errors import ExportError, UsageError
 from cascadekit.schemas.precision import Precision, Target
-from cascadekit.schemas.quantization import Quantization, candidates
+from cascadekit.schemas.quantization import TARGETS, Quantization, candidates
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors
 from cascadekit.schemas.unet_blocks import streams_of
@@ -34,11 +34,7 @@ SIZES = {
 }
 INT8, INT4, DYNAMIC, FP8 = Quantization.INT8, Quantization.INT4, Quantization.INT8_DYNAMIC, Quantization.FP8
 PORTABLE, ORT, TENSORRT = Target
-WEIGHT_ONLY = [
-    GraphOptions(quantization=kind, target=target)
-    for kind, targets in ((INT8, Target), (INT4, Target), (FP8, (PORTABLE, TENSORRT)))
-    for target in targets
-]
+WEIGHT_ONLY = [GraphOptions(quantization=kind, target=target) for kind in (INT8, INT4, FP8) for target in TARGETS[kind]]
 WEIGHT_ONLY += [GraphOptions(quantization=INT4, target=ORT, block_size=128)]  # rows of half a block and of two
 
 # Relative L2 that rounding adds to one matrix of normal numbers, by step / sqrt(12) with the expected largest of a
@@ -240,12 +236,11 @@ def test_in_half_precision_on_onnxruntime(
     assert difference(found, made.run(inputs)) <= 2e-3 if kind is not DYNAMIC else 2e-2
 
 
-@pytest.mark.parametrize("kind", [INT8, INT4, DYNAMIC, FP8])
-@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize(
+    ("kind", "target"), [(kind, target) for kind in (INT8, INT4, DYNAMIC, FP8) for target in TARGETS[kind]]
+)
 def test_exponents_are_exact(quantise: Callable[..., Quantised], kind: Quantization, target: Target) -> None:
     """They go into the scales of the output projection, of which they are powers of two."""
-    if (kind, target) in ((DYNAMIC, TENSORRT), (FP8, ORT)):
-        pytest.skip("refused")
     made = quantise(PRIOR, GraphOptions(quantization=kind, target=target))
     inputs = inputs_of(made.graph)
     exponents = {stream: number + 1 for number, stream in enumerate(streams_of(PRIOR))}
@@ -397,7 +392,36 @@ def test_tensorrt_keeps_the_weights_small(quantise: Callable[..., Quantised], bu
         assert plain - size >= 0.5 * saved * values  # the rest is scales and kernels
 
 
+def test_tensorrt_builds_what_bundles_have_in_fp8(
+    quantise: Callable[..., Quantised], build: Callable[..., int]
+) -> None:
+    made = quantise(PRIOR, GraphOptions(quantization=FP8, target=PORTABLE))
+    build(made.write(made.options), {name: value.shape for name, value in inputs_of(made.graph).items()})
+
+
 def test_tensorrt_builds_fp8_activations(quantise: Callable[..., Quantised], build: Callable[..., int]) -> None:
     made = quantise(PRIOR, GraphOptions(quantization=FP8, target=TENSORRT, precision=Precision.BF16))
     options = replace(made.options, activation_ranges=dict.fromkeys(made.options.quantized, 8.0))
     build(made.write(options), {name: value.shape for name, value in inputs_of(made.graph).items()})
+
+
+@pytest.mark.parametrize("largest", [0.5, 8.0])  # of values up to about 2
+def test_fp8_activations_are_rounded_as_torch_rounds(
+    quantise: Callable[..., Quantised], difference: Callable[..., float], largest: float
+) -> None:
+    module = "down_blocks.0.2.attention.to_out.0"
+    made = quantise(PRIOR, GraphOptions(quantization=FP8), frozenset({module}))
+    scale = torch.tensor(largest / 448)
+
+    def rounded(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return ((given[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale,)
+
+    tensors = dict(made.graph.tensors)
+    tensors[f"{module}.weight"] = made.read(module, tensors[f"{module}.weight"].shape)
+    network, inputs = load_reference(PRIOR, tensors), inputs_of(made.graph)
+    network.get_submodule(module).register_forward_pre_hook(rounded)
+    with torch.no_grad():
+        outputs = network(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    expected = {name: value.numpy() for name, value in outputs.items()}
+    found = made.run(inputs, replace(made.options, activation_ranges={module: largest}))
+    assert difference(found, expected) <= difference(found, made.expected(inputs)) / 100
