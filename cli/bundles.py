@@ -9,11 +9,14 @@ import click
 from ..schemas.errors import UsageError
 from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
+from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
 from .common import ENGINES, PATH, STAGES, local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
 
 if TYPE_CHECKING:
+    from ..converters.quantize_choice import Choice
+    from ..converters.quantize_export import Quantize
     from ..converters.validate import Validation
     from ..runtime.parity.verify import Report
 
@@ -98,6 +101,19 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     help="Keep the sums of a prior or decoder in fp16 within its range: 2^-K of them, or as much as a short "
     "calibration run finds necessary.",
 )
+@click.option(
+    "--quantize",
+    "kind",
+    type=click.Choice([str(kind) for kind in Quantization]),
+    default="none",
+    show_default=True,
+    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where they bear it.",
+)
+@click.option(
+    "--quantize-threshold",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Relative error up to which a Linear is quantised.  [default: twice that of normal numbers]",
+)
 @click.option("--controlnet", is_flag=True, help="Give the prior inputs for a ControlNet's residuals.")
 @click.option("--hash", "hashed", is_flag=True, help="Record the SHA-256 of linked weights too; copies have theirs.")
 @click.option(
@@ -120,6 +136,8 @@ def export(
     target: str,
     storage: str | None,
     fp16_safe: Literal["auto"] | int | None,
+    kind: str,
+    quantize_threshold: float | None,
     controlnet: bool,
     hashed: bool,
     loras: list[tuple[Path, float]],
@@ -144,6 +162,7 @@ def export(
         fp16_safe=fp16_safe,
         control=controlnet,
     )
+    choices: dict[Stage, Choice] = {}
     with byte_progress() as start_file:
         manifest = run(
             source,
@@ -151,6 +170,7 @@ def export(
             stages=[Stage(stage) for stage in stages],
             weights=weights,
             graphs=wishes,
+            quantize=_quantize(Quantization(kind), quantize_threshold, choices),
             hash_weights=hashed,
             loras=[(local(path), strength) for path, strength in loras],
             vqgan_scale=vqgan_scale,
@@ -158,9 +178,29 @@ def export(
             start_file=start_file,
             say=note,
         )
+    if choices:
+        _show_choices(choices)
     say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
     if any(entry.weights == "link" for entry in manifest.stages.values()):
         note("hard links: the model's files must not change in place; --weights copy makes the bundle independent")
+
+
+def _quantize(kind: Quantization, threshold: float | None, choices: "dict[Stage, Choice]") -> "Quantize | None":
+    """What to quantise; `choices` gets what was chosen for each stage."""
+    if kind is Quantization.NONE:
+        if threshold is not None:
+            raise UsageError("--quantize-threshold says what --quantize tolerates: give both")
+        return None
+    from ..converters.quantize_export import Quantize
+
+    return Quantize(kind, threshold, choices.__setitem__)
+
+
+def _show_choices(choices: "dict[Stage, Choice]") -> None:
+    from ..converters.quantize_export import COLUMNS, table_rows
+
+    for stage, choice in choices.items():
+        show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))
 
 
 @click.command()

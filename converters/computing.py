@@ -79,9 +79,9 @@ def _tiles(shape: Shape, limit: int) -> Iterator[tuple[range, range]]:
 def _cast_span(piece: Piece, span: range, target: int) -> Done:
     part, size = piece.part, DTYPE_SIZES[piece.part.dtype]
     with part.path.open("rb", buffering=0) as file:
-        data = _read(file, part.offset + span.start * size, len(span) * size)
+        data = read_exactly(file, part.offset + span.start * size, len(span) * size)
     values, overflow = cast_block(data, part.dtype, piece.dtype)
-    _write(target, values, piece.at + span.start * values.itemsize)
+    write_all(target, values, piece.at + span.start * values.itemsize)
     return values.nbytes, overflow
 
 
@@ -91,30 +91,30 @@ def _transpose_tile(piece: Piece, rows: range, columns: range, target: int) -> D
     line, width = part.shape[0] * size, part.shape[1] * DTYPE_SIZES[piece.dtype]
     with part.path.open("rb", buffering=0) as file:
         start = part.offset + columns.start * line + rows.start * size
-        data = _read_lines(file, start, line, len(columns), len(rows) * size)
+        data = read_lines(file, start, line, len(columns), len(rows) * size)
     tile, overflow = (data, 0) if part.dtype == piece.dtype else cast_block(data, part.dtype, piece.dtype)
     bits = np.frombuffer(tile, f"<u{DTYPE_SIZES[piece.dtype]}").reshape(len(columns), len(rows))
     at = piece.at + rows.start * width + columns.start * bits.itemsize
-    _write_lines(target, np.ascontiguousarray(bits.T), at, width)
+    write_lines(target, np.ascontiguousarray(bits.T), at, width)
     return bits.nbytes, overflow
 
 
-def _read_lines(file: FileIO, offset: int, stride: int, count: int, nbytes: int) -> bytes:
+def read_lines(file: FileIO, offset: int, stride: int, count: int, nbytes: int) -> bytes:
     """`count` times `nbytes`, which start `stride` bytes apart in the file."""
     if stride == nbytes:
-        return _read(file, offset, count * nbytes)
-    return b"".join(_read(file, offset + index * stride, nbytes) for index in range(count))
+        return read_exactly(file, offset, count * nbytes)
+    return b"".join(read_exactly(file, offset + index * stride, nbytes) for index in range(count))
 
 
-def _write_lines(target: int, lines: Array, at: int, stride: int) -> None:
+def write_lines(target: int, lines: Array, at: int, stride: int) -> None:
     """Each row of a contiguous matrix `stride` bytes after the row before."""
     if lines.nbytes == stride * len(lines):
         lines = lines.reshape(1, -1)
     for index, line in enumerate(lines):
-        _write(target, line, at + index * stride)
+        write_all(target, line, at + index * stride)
 
 
-def _read(file: FileIO, offset: int, nbytes: int) -> bytes:
+def read_exactly(file: FileIO, offset: int, nbytes: int) -> bytes:
     data = os.pread(file.fileno(), nbytes, offset)
     while len(data) < nbytes:
         more = os.pread(file.fileno(), nbytes - len(data), offset + len(data))
@@ -124,7 +124,7 @@ def _read(file: FileIO, offset: int, nbytes: int) -> bytes:
     return data
 
 
-def _write(target: int, values: Array, at: int) -> None:
+def write_all(target: int, values: Array, at: int) -> None:
     data = values.view(np.uint8).data
     while data:
         done = os.pwrite(target, data, at)

@@ -14,13 +14,15 @@ from ..schemas.bundle import MANIFEST_NAME, GraphEntry, LoraState, Manifest, Sou
 from ..schemas.config_json import to_json
 from ..schemas.errors import ExportError, LayoutError, UsageError
 from ..schemas.infer import infer_config
+from ..schemas.quantization import RULES
 from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from .graph_files import beside_holes, check_graph, opset_of, port_entries
 from .identify import Component, find_problems
 from .model import Model, open_model
-from .onnx import Weight, write_graphs
+from .onnx import GraphOptions, Weight, write_graphs
 from .outputs import staged_output
 from .placing import Placed, StartFile, Wish, copy_weights, place_weights, source_files
+from .quantize_export import Quantize, quantize_stage
 from .safetensors_file import TensorRange
 from .stage_graphs import GraphWishes, options_for
 
@@ -47,6 +49,7 @@ class _Options:
     plan: "LoraPlan | None"
     start_file: StartFile | None
     say: Say
+    quantize: Quantize | None
 
     def stored_as(self, stage: Stage) -> str | None:
         """The dtype to store a stage's weights in; links keep what the model has unless a storage was asked for."""
@@ -65,6 +68,7 @@ def export(
     stages: Sequence[Stage] = (),
     weights: Wish = "auto",
     graphs: GraphWishes = PLAIN,
+    quantize: Quantize | None = None,
     hash_weights: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
     vqgan_scale: float | None = None,
@@ -80,7 +84,8 @@ def export(
     that is possible, else copy. Copies are hashed on the way, linked weights if `hash_weights`. `loras` are files
     with their strengths, merged into the weights of the stages they are for, which are copied then. `vqgan_scale`
     overrides the scale that the model's layout implies. `graphs` says how graphs compute; by default in fp32, and
-    16-bit weights stay 16-bit on disk. `say` hears what a user should know.
+    16-bit weights stay 16-bit on disk; `quantize` how Linears are quantised where they bear it, which takes copied
+    weights. `say` hears what a user should know.
 
     Raises a CascadeError, and leaves nothing behind, when a stage is missing or damaged or the output unwritable."""
     output = Path(output)
@@ -89,8 +94,10 @@ def export(
     if not chosen:
         raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
     graphs.require_sense(chosen)
+    if quantize and weights == "link":
+        raise UsageError("quantised weights are not those of the model's files; use --weights auto or copy")
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
-    options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say)
+    options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say, quantize)
     with staged_output(output, force=force) as staged:
         staged.mkdir()
         entries = {stage: _export_stage(component, staged, options) for stage, component in components.items()}
@@ -111,9 +118,11 @@ def _export_stage(component: Component, root: Path, options: _Options) -> StageE
     folder = root / component.stage
     folder.mkdir(parents=True)
     placed = _place(component, folder, options)
-    weights = _weights(placed.tensors)
-    chosen, plan = options_for(component.config, weights, root, options.graphs, options.say)
-    paths = _save_graphs(write_graphs(component.config, weights, chosen), root, folder, placed)
+    chosen, plan = options_for(component.config, _weights(placed.tensors), root, options.graphs, options.say)
+    if options.quantize:
+        placed, chosen = _quantized(component, placed, options.quantize, chosen, options.start_file)
+    models = write_graphs(component.config, _weights(placed.tensors), chosen)
+    paths = _save_graphs(models, root, folder, placed)
     files = {**{path: sha256_of(path) for path in paths}, **placed.files}
     sources = source_files(component)
     return StageEntry(
@@ -121,6 +130,7 @@ def _export_stage(component: Component, root: Path, options: _Options) -> StageE
         config=to_json(component.config),
         precision=chosen.precision,
         target=chosen.target,
+        quantization=chosen.quantization,
         exponents=dict(chosen.exponents),
         fp16_margins={name: round(bits, 2) for name, bits in plan.margins.items()} if plan else {},
         fp32_blocks=tuple(sorted(chosen.fp32_blocks)),
@@ -132,12 +142,26 @@ def _export_stage(component: Component, root: Path, options: _Options) -> StageE
     )
 
 
+def _quantized(
+    component: Component, placed: Placed, wish: Quantize, options: GraphOptions, start_file: StartFile | None
+) -> tuple[Placed, GraphOptions]:
+    """The weights quantised where they bear it, and the options to write their graphs with."""
+    if placed.how != "copy":  # of a stage that has nothing to quantise
+        return placed, options
+    stage = quantize_stage(component.config, placed.tensors, wish, options, start_file)
+    files = {tensor.path: sha256_of(tensor.path) for tensor in _one_of_each_file(stage.tensors)}
+    return Placed("copy", stage.tensors, {**files}), stage.options
+
+
+def _one_of_each_file(tensors: Mapping[str, TensorRange]) -> list[TensorRange]:
+    return list({tensor.path: tensor for tensor in tensors.values()}.values())
+
+
 def _place(component: Component, folder: Path, options: _Options) -> Placed:
     changes, dtype = options.changes(component.stage), options.stored_as(component.stage)
+    wish: Wish = "copy" if options.quantize and component.stage in RULES else options.weights
     if not changes:
-        return place_weights(
-            component, folder, options.weights, dtype=dtype, hashed=options.hashed, start_file=options.start_file
-        )
+        return place_weights(component, folder, wish, dtype=dtype, hashed=options.hashed, start_file=options.start_file)
     from .lora.overwrite import overwrite
 
     placed = copy_weights(component, folder, options.start_file, dtype=dtype, hashed=False)

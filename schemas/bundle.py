@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from .errors import CheckpointError
 from .layouts import Layout
 from .precision import Precision, Target
+from .quantization import Quantization
 from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
@@ -93,6 +94,7 @@ class StageEntry(_Frozen):
     config: dict[str, Any]
     precision: Precision
     target: Target = Target.PORTABLE
+    quantization: Quantization = Quantization.NONE  # of the weights of Linears
     exponents: dict[str, int] = {}  # of streams kept smaller than meant, see `schemas.fp16`
     fp16_margins: dict[str, float] = {}  # by block: bits from its largest value measured to the end of fp16
     fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 all the same

@@ -18,6 +18,7 @@ from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, StageEntry, t
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
+from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
 from ..copying import copy_range
@@ -79,7 +80,7 @@ def apply_loras(
         alpha=alpha,
         advice="Export the stage it is for, or give another LoRA",
     )
-    changes = {stage: _in_graphs(plan, stage) for stage in plan.stages}
+    changes = {stage: _in_graphs(plan, stage, bundle) for stage in plan.stages}
     if not any(changes.values()):
         raise ConversionError(f"{root}: nothing in its graphs changes:\n  {listed(plan.unapplied)}")
     for stage in changes:
@@ -155,10 +156,17 @@ def _range(graph: Path, data: External, shape: Shape) -> TensorRange:
     return TensorRange(graph.parent / data.location, data.dtype, shape, data.offset, data.length)
 
 
-def _in_graphs(plan: LoraPlan, stage: Stage) -> Changes:
-    """The changes of a stage, less those of tensors that no graph reads: they have no effect."""
+def _in_graphs(plan: LoraPlan, stage: Stage, bundle: Bundle) -> Changes:
+    """The changes of a stage, less those of tensors that no graph reads: they have no effect. Raises UsageError where
+    they are quantised instead."""
     tensors = plan.components[stage].tensors
     changes = plan.of(stage)
+    quantization = bundle.entry(stage).quantization
+    if quantization is not Quantization.NONE and not changes.keys() <= tensors.keys():
+        raise UsageError(
+            f"{bundle.root}: the {stage} is quantised ({quantization}), and a LoRA changes weights before that; "
+            f"export the model again with --lora and --quantize {quantization}"
+        )
     plan.unapplied += [f"{stage}: {name}: its graphs do not use it" for name in changes if name not in tensors]
     return {name: parts for name, parts in changes.items() if name in tensors}
 

@@ -10,11 +10,13 @@ from typing import Any
 import onnx
 
 from ...schemas.control import CONTROL_RANGES, control_ports
+from ...schemas.errors import UsageError
 from ...schemas.hoisted import conditioning_ports, step_ports
 from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
+from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
-from .builder import ATTENTION_OPSET, IR_VERSION, OPSET, Graph, Weight
+from .builder import ATTENTION_OPSET, IR_VERSION, OPSET, Graph, Weight, opset_of
 from .controlnet import write_controlnet
 from .decoder import write_decoder, write_decoder_conditioning, write_decoder_step
 from .effnet_encoder import write_effnet_encoder
@@ -32,6 +34,7 @@ __all__ = [
     "GraphOptions",
     "Weight",
     "graph_ports",
+    "opset_of",
     "write_graph",
     "write_graphs",
 ]
@@ -73,8 +76,9 @@ def write_graph(
     the folder that the weights' locations are relative to.
 
     Raises ExportError, naming all of them, when weights are missing or not what the config says, and for configs
-    no graph is written for."""
+    no graph is written for; UsageError for options that do not go together."""
     writer = WRITERS[config.stage][name]
+    _check_quantized(config, options)
     return writer(Graph(graph_ports(config, options, name), expected_tensors(config), weights, options), config)
 
 
@@ -92,3 +96,20 @@ def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: st
         return ports
     control = control_ports(config, options.control)
     return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **CONTROL_RANGES})
+
+
+def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:
+    """Raises UsageError for modules that cannot be quantised, or not as the options say."""
+    scheme = options.scheme
+    if options.quantized and scheme.kind is Quantization.NONE:
+        raise UsageError(f"{config.stage}: modules are to be quantised, but quantization is {scheme.kind}")
+    shapes = candidates(config.stage, expected_tensors(config))
+    unknown = sorted(options.quantized - shapes.keys())
+    if unknown:
+        raise UsageError(f"{config.stage}: cannot be quantised: {', '.join(unknown)}")
+    odd = sorted(module for module in options.quantized if not scheme.fits(shapes[module][1]))
+    if odd:
+        raise UsageError(
+            f"{config.stage}: {', '.join(odd)}: columns are no multiple of the block size {scheme.block_size}; "
+            "leave these in float, or use target ort"
+        )

@@ -13,8 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from ...schemas.errors import ExportError
 from ...schemas.ports import Port, StagePorts
 from ...schemas.precision import Precision, Target
+from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
 from .options import GraphOptions
+from .quantized import needed_opset, quantized_linear
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
 BF16_OPSET = 22  # the first with convolutions in bf16
@@ -127,6 +129,15 @@ class Graph:
         self._nodes.append(helper.make_node("Split", inner, outputs, name + self._suffix, axis=axis, **attributes))
         return outputs
 
+    def quantized_rows(self, value: str) -> list[str]:
+        """The fp32 `value` as uint8, its scale and its zero point, written once."""
+        outputs = [f"{value}/{part}" for part in ("quantized", "scale", "zero_point")]
+        if outputs[0] not in self._written:
+            self._written.add(outputs[0])
+            inputs = [self._inner.get(value, value)]
+            self._nodes.append(helper.make_node("DynamicQuantizeLinear", inputs, outputs, outputs[0]))
+        return outputs
+
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
         """Inside, modules are passed for the `times`-th time again; their names get a suffix to stay unique."""
@@ -174,9 +185,10 @@ class Graph:
         """The tensor `name` in the type of now, its bytes read as `dims` where they are given; runtimes fold the cast
         when they load the graph. Problems are kept for `model`."""
         stored, dtype = self.stored(name, dims)
-        return self._typed(stored, dtype)
+        return self.typed(stored, dtype)
 
-    def _typed(self, stored: str, dtype: str) -> str:
+    def typed(self, stored: str, dtype: str = "F32") -> str:
+        """The initialiser `stored` of `dtype` in the type of now."""
         if STORAGE_TYPES.get(dtype, self.type) == self.type:
             return stored
         return self.once("Cast", f"{stored}/{TYPE_NAMES[self.type]}", stored, to=self.type)
@@ -202,7 +214,7 @@ class Graph:
         dims = (sum(w.shape[0] for w in found), *found[0].shape[1:])
         whole = Weight(found[0].dtype, dims, found[0].location, found[0].offset, sum(w.length for w in found))
         self._initializers.setdefault(name, _external(name, dims, whole))
-        return self._typed(name, whole.dtype)
+        return self.typed(name, whole.dtype)
 
     def stored(self, name: str, dims: Shape | None = None) -> tuple[str, str]:
         """The tensor `name` as it is stored, and its dtype in safetensors' spelling."""
@@ -218,6 +230,25 @@ class Graph:
         assert tuple(self._initializers[name].dims) == dims, f"{name}: read in two shapes"
         return name, weight.dtype if weight else "F32"
 
+    def stored_as(self, name: str, described: StoredTensor, data_type: int, dims: Shape) -> str:
+        """The tensor `name`, which is `described` in its file, as ONNX's `data_type` and `dims`."""
+        weight = self._weights.get(name)
+        if name not in self._initializers:
+            if weight is None or (weight.dtype, weight.shape, weight.length) != (
+                described.dtype,
+                described.shape,
+                described.nbytes,
+            ):
+                found = f"{weight.dtype} {list(weight.shape)}" if weight else "missing"
+                self._problems.append(f"{name}: {found}, expected {described.dtype} {list(described.shape)}")
+            self._initializers[name] = _external(name, dims, weight)
+            self._initializers[name].data_type = data_type
+        return name
+
+    def shape_of(self, name: str) -> Shape:
+        """Of the tensor `name` before anything was quantised."""
+        return self._expected[name]
+
     def width(self, name: str) -> int:
         """Channels that the module `name` (Linear or convolution, not a transposed one) gives."""
         return self._expected[f"{name}.weight"][0]
@@ -227,6 +258,14 @@ class Graph:
     def integers(self, *values: int) -> str:
         """int64 (n,)"""
         return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, np.int64))
+
+    def fp8_zero(self) -> str:
+        """() E4M3"""
+        return self._kept(TensorProto(name="fp8[0]", data_type=TensorProto.FLOAT8E4M3FN, raw_data=b"\0"))
+
+    def _kept(self, tensor: TensorProto) -> str:
+        self._initializers.setdefault(tensor.name, tensor)
+        return tensor.name
 
     def scalar(self, value: float) -> str:
         """() in the type of now"""
@@ -270,14 +309,24 @@ class Graph:
 
     # The operations every network has
 
-    def linear(self, name: str, rows: str, *, bias: bool = True, alpha: float = 1.0, bias_exponent: int = 0) -> str:
+    def linear(
+        self,
+        name: str,
+        rows: str,
+        *,
+        bias: bool = True,
+        alpha: float = 1.0,
+        exponent: int = 0,
+        bias_exponent: int = 0,
+    ) -> str:
         """(n, in) -> (n, out): a Linear or a 1x1 convolution, the weight used in torch's orientation as it lies.
 
-        The product, not the bias, times `alpha`; the bias times 2^-`bias_exponent`."""
-        inputs = [rows, self.weight(f"{name}.weight", self._expected[f"{name}.weight"][:2])]
-        if bias:
-            inputs.append(self.scaled_weight(f"{name}.bias", bias_exponent))
-        return self.gemm(name, *inputs, alpha=alpha)
+        The product, not the bias, times `alpha`; the weight times 2^-`exponent`, the bias times 2^-`bias_exponent`."""
+        biases = [self.scaled_weight(f"{name}.bias", bias_exponent)] if bias else []
+        if name in self.options.quantized:
+            return quantized_linear(self, name, rows, *biases, factor=alpha * 2.0**-exponent)
+        weight = self.scaled_weight(f"{name}.weight", exponent, self._expected[f"{name}.weight"][:2])
+        return self.gemm(name, rows, weight, *biases, alpha=alpha)
 
     def gemm(self, name: str, rows: str, weight: str, *bias: str, alpha: float = 1.0) -> str:
         """rows (n, in) times weight (out, in) transposed, plus the bias (out,)."""
@@ -287,6 +336,8 @@ class Graph:
     def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
         """The Linears ``prefix.part`` of the same rows, in one product where their weights lie side by side."""
         names = [f"{prefix}.{part}" for part in parts]
+        if not self.options.quantized.isdisjoint(names):
+            return [self.linear(name, rows) for name in names]
         packed = f"{prefix}.{'+'.join(parts)}"
         weight = self.packed(f"{packed}.weight", [f"{name}.weight" for name in names])
         bias = self.packed(f"{packed}.bias", [f"{name}.bias" for name in names])
@@ -348,7 +399,7 @@ def opset_of(options: GraphOptions) -> int:
     """The opset of graphs written with `options`."""
     if options.target is Target.TENSORRT:
         return ATTENTION_OPSET
-    return BF16_OPSET if options.precision is Precision.BF16 else OPSET
+    return max(BF16_OPSET if options.precision is Precision.BF16 else OPSET, needed_opset(options.scheme))
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:

@@ -228,8 +228,7 @@ def _attention_block(pyramid: Pyramid, name: str, level: int, image: Image, skip
     qkv = pyramid.conditions.attended(name, width, own)
     mixed = attend(graph, f"{name}.attention", qkv, width, pyramid.config.num_attention_heads[level])
     out = f"{name}.attention.to_out.0"
-    weight, bias = (graph.scaled_weight(f"{out}.{part}", exponent) for part in ("weight", "bias"))
-    rows = graph.gemm(out, graph.rows(mixed, width), weight, bias)
+    rows = graph.linear(out, graph.rows(mixed, width), exponent=exponent, bias_exponent=exponent)
     return image.with_last(graph.node("Add", name, image.last, image.with_rows(rows).last))
 
 

@@ -1,0 +1,118 @@
+"""Products with quantised weights: what each target has an operator for.
+
+- ONNX Runtime: MatMulNBits of com.microsoft, which reads weights of 4 and 8 bits as they lie.
+- int8-dynamic: DynamicQuantizeLinear and MatMulInteger, standard operators that ONNX Runtime joins into one.
+- Else DequantizeLinear before the Gemm: TensorRT joins the two; runtimes that do not gain disk space alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from onnx import TensorProto
+
+from ...schemas.quantization import Quantization, Scheme, quantized_name, scale_name, stored_tensors
+from ...schemas.tensors import Shape
+
+if TYPE_CHECKING:
+    from .builder import Graph
+
+ORT_DOMAIN = "com.microsoft"
+BLOCKED_OPSET = 21  # the first with 4-bit types and with scales by block
+E4M3_MAX = 448.0
+INT8_LEVEL = 4  # MatMulNBits' accuracy_level for products of 8-bit integers
+
+# What DequantizeLinear reads; 4-bit values are two to a byte in the file, so dims are not the file's.
+VALUE_TYPES: Mapping[Quantization, int] = {
+    Quantization.INT8: TensorProto.INT8,
+    Quantization.INT4: TensorProto.INT4,
+    Quantization.FP8: TensorProto.FLOAT8E4M3FN,
+}
+
+
+def needed_opset(scheme: Scheme) -> int:
+    """The first opset with what graphs of `scheme` use."""
+    return BLOCKED_OPSET if scheme.blockwise and not scheme.packed else 0
+
+
+def quantized_linear(graph: "Graph", name: str, rows: str, *bias: str, factor: float = 1.0) -> str:
+    """rows (n, in) times the weight (out, in) of the module `name` transposed, plus the bias (out,).
+
+    The product is times `factor`, a power of two: the scales are, which changes no bit of theirs."""
+    scheme = graph.options.scheme
+    write = _packed if scheme.packed else PRODUCTS[scheme.kind]
+    return write(graph, name, rows, bias, factor)
+
+
+def _packed(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
+    scheme, (out, width) = graph.options.scheme, graph.shape_of(f"{name}.weight")[:2]
+    values, scale = _stored(graph, name, TensorProto.UINT8)
+    return graph.node(
+        "MatMulNBits",
+        name,
+        rows,
+        values,
+        _times(graph, graph.typed(scale), factor),
+        *(["", "", *bias] if bias else []),  # zero points (none: the middle), order of columns (none)
+        K=width,
+        N=out,
+        bits=scheme.bits,
+        block_size=scheme.block_size,
+        accuracy_level=INT8_LEVEL if scheme.int8_products else 0,
+        domain=ORT_DOMAIN,
+    )
+
+
+def _dequantized(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
+    scheme = graph.options.scheme
+    values, scale = _stored(graph, name, VALUE_TYPES[scheme.kind], graph.shape_of(f"{name}.weight")[:2])
+    scale = _times(graph, graph.typed(scale), factor)
+    layout = {"axis": 1, "block_size": scheme.block_size} if scheme.blockwise else {"axis": 0}
+    weight = graph.once("DequantizeLinear", f"{scale}/dequantized", values, scale, **layout)
+    if scheme.kind is Quantization.FP8 and name in graph.options.activation_ranges:
+        rows = _through_fp8(graph, name, rows, graph.options.activation_ranges[name])
+    return graph.gemm(name, rows, weight, *bias)
+
+
+def _through_fp8(graph: "Graph", name: str, rows: str, largest: float) -> str:
+    scale = graph.scalar(largest / E4M3_MAX)
+    quantized = graph.node("QuantizeLinear", f"{name}/input_quantized", rows, scale, graph.fp8_zero())
+    return graph.node("DequantizeLinear", f"{name}/input", quantized, scale, graph.fp8_zero())
+
+
+def _integer(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
+    """In fp32 around the integers whatever the compute type: DynamicQuantizeLinear takes nothing else."""
+    narrow = graph.type != TensorProto.FLOAT
+    values, scale = _stored(graph, name, TensorProto.INT8)
+    quantized, step, zero_point = graph.quantized_rows(graph.to_float(rows) if narrow else rows)
+    counted = graph.node("MatMulInteger", f"{name}/integers", quantized, values, zero_point)
+    wide = graph.node("Cast", f"{name}/counted", counted, to=TensorProto.FLOAT)
+    with graph.island():
+        scale = _times(graph, scale, factor)
+    both = graph.node("Mul", f"{name}/scale", step, scale)
+    product = graph.node("Mul", f"{name}/product" if narrow or bias else name, wide, both)
+    if narrow:
+        product = graph.node("Cast", f"{name}/narrow" if bias else name, product, to=graph.type)
+    return graph.node("Add", name, product, *bias) if bias else product
+
+
+PRODUCTS: Mapping[Quantization, Callable[["Graph", str, str, tuple[str, ...], float], str]] = {
+    Quantization.INT8: _dequantized,
+    Quantization.INT4: _dequantized,
+    Quantization.FP8: _dequantized,
+    Quantization.INT8_DYNAMIC: _integer,
+}
+
+
+def _stored(graph: "Graph", name: str, data_type: int, dims: Shape | None = None) -> tuple[str, str]:
+    """The initialisers of values and scales; values read as `dims` where the file packs them."""
+    rows, columns = graph.shape_of(f"{name}.weight")[:2]
+    described = stored_tensors(graph.options.scheme, name, rows, columns)
+    values, scale = described[quantized_name(name)], described[scale_name(name)]
+    return (
+        graph.stored_as(quantized_name(name), values, data_type, dims or values.shape),
+        graph.stored_as(scale_name(name), scale, TensorProto.FLOAT, scale.shape),
+    )
+
+
+def _times(graph: "Graph", scale: str, factor: float) -> str:
+    return scale if factor == 1 else graph.once("Mul", f"{scale}*{factor!r}", scale, graph.scalar(factor))

@@ -1,0 +1,164 @@
+"""Weights of Linears in 8 and 4 bits: which Linears may have them, and the tensors they are stored as."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .errors import UsageError
+from .precision import Target
+from .stages import Stage
+from .tensors import Shape
+
+
+class Quantization(StrEnum):
+    """What the weights of a graph's Linears are stored in.
+
+    INT8 and INT4 are weight-only, a scale for each block of a row. INT8_DYNAMIC has a scale for each row (output
+    channel) and makes 8-bit integers of the activations as they come, one scale for all of them: for CPUs that
+    multiply those (VNNI); without, some add two products in 16 bits and saturate. FP8 is E4M3 with a scale for each
+    row, for TensorRT from SM89 on; activations are fp8 too where a range is given for them, else it is weight-only."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT8_DYNAMIC = "int8-dynamic"
+    FP8 = "fp8"
+
+
+BLOCK_SIZES = (32, 64, 128)
+
+BLOCKWISE = frozenset({Quantization.INT8, Quantization.INT4})
+
+# MatMulInteger is nothing TensorRT has; ONNX Runtime's CPU kernels gain nothing from fp8, but standard operators run.
+TARGETS: Mapping[Quantization, tuple[Target, ...]] = {
+    Quantization.NONE: tuple(Target),
+    Quantization.INT8: tuple(Target),
+    Quantization.INT4: tuple(Target),
+    Quantization.INT8_DYNAMIC: (Target.PORTABLE, Target.ORT),
+    Quantization.FP8: (Target.PORTABLE, Target.TENSORRT),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are stored for a graph that `target` runs, and how it multiplies them.
+
+    Blocks of `block_size` columns count where `kind` has blocks. With `int8_products` ONNX Runtime's MatMulNBits also
+    makes 8-bit integers of the activations, a scale for each block of each row: faster, and no longer weight-only.
+
+    Raises UsageError for what does not go together."""
+
+    kind: Quantization = Quantization.NONE
+    target: Target = Target.PORTABLE
+    block_size: int = 32
+    int8_products: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS[self.kind]:
+            able = ", ".join(TARGETS[self.kind])
+            raise UsageError(f"quantization {self.kind} is not for target {self.target}; it is for {able}")
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise UsageError(f"block size {self.block_size}: expected one of {sizes}")
+        if self.int8_products and not self.packed:
+            raise UsageError("int8_products is for int8 and int4 with target ort")
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.kind is Quantization.INT4 else 8
+
+    @property
+    def blockwise(self) -> bool:
+        return self.kind in BLOCKWISE
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are stored as MatMulNBits has them, and may have negative scales."""
+        return self.blockwise and self.target is Target.ORT
+
+    def fits(self, columns: int) -> bool:
+        """Whether matrices of so many columns can be stored: TensorRT and others want whole blocks."""
+        return self.packed or not self.blockwise or columns % self.block_size == 0
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file: dtype in safetensors' spelling, shape."""
+
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (4 if self.dtype == "F32" else 1)
+
+
+def quantized_name(module: str) -> str:
+    return f"{module}.weight_quantized"
+
+
+def scale_name(module: str) -> str:
+    return f"{module}.weight_scale"
+
+
+def stored_tensors(scheme: Scheme, module: str, rows: int, columns: int) -> dict[str, StoredTensor]:
+    """What the weight (rows, columns) of `module` is stored as, scales after values.
+
+    int8, int4 for MatMulNBits: U8 (rows, blocks, bytes of a block), values 0 to 2^bits - 1 that mean themselves less
+    2^(bits-1), the last block padded with zeros (what means them). For DequantizeLinear: int8 I8 (rows, columns), int4
+    U8 (rows, columns / 2) of two's complements. Of two 4-bit values in a byte the first has the lower bits.
+    int8-dynamic: I8 (columns, rows), which is how MatMulInteger wants it. fp8: F8_E4M3 (rows, columns).
+    Scales are F32, (rows, blocks) or (rows,)."""
+    blocks = -(-columns // scheme.block_size)
+    values = {
+        Quantization.INT8: StoredTensor("I8", (rows, columns)),
+        Quantization.INT4: StoredTensor("U8", (rows, columns // 2)),
+        Quantization.INT8_DYNAMIC: StoredTensor("I8", (columns, rows)),
+        Quantization.FP8: StoredTensor("F8_E4M3", (rows, columns)),
+    }[scheme.kind]
+    if scheme.packed:
+        values = StoredTensor("U8", (rows, blocks, scheme.block_size * scheme.bits // 8))
+    scale = StoredTensor("F32", (rows, blocks) if scheme.blockwise else (rows,))
+    return {quantized_name(module): values, scale_name(module): scale}
+
+
+_UNET = (
+    (r".*\.channelwise\.[04]|.*\.attention\.(to_[qkv]|to_out\.0)|.*\.kv_mapper\.1", None),
+    (r"embedding\.1|clf\.1", "reads or writes the latents: small, and its error is in all of them"),
+    (r".*\.mapper(_\w+)?", "timestep mapper: small, and its error scales whole blocks"),
+    (r"clip_\w+_mapper", "makes the conditioning of every block: its error is in all of them"),
+    (r"(effnet|pixels)_mapper\.[02]", "makes what is added to the embedding: its error is in every block"),
+    (r"\w+_repeat_mappers\..*|\w+scalers\..*", "the stream itself goes through it, not a part that is added"),
+)
+_CLIP = (
+    (r".*\.self_attn\.\w+_proj|.*\.mlp\.fc[12]", None),
+    (r"\w+_projection", "makes the pooled embedding from one row: small, and there is nothing after it"),
+)
+
+# Modules by pattern: why their weight stays float, or None for those that may be quantised. The first that fits counts.
+RULES: Mapping[Stage, tuple[tuple[str, str | None], ...]] = {
+    Stage.PRIOR: _UNET,
+    Stage.DECODER: _UNET,
+    Stage.TEXT_ENCODER: _CLIP,
+    Stage.IMAGE_ENCODER: _CLIP,
+}
+
+
+def linears(stage: Stage, expected: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, str | None]]:
+    """The modules among the tensors `expected` that are matrix products: name, (rows, columns), and why it stays
+    float, None where it may be quantised. Networks without rules have none."""
+    for name, shape in expected.items():
+        module, _, part = name.rpartition(".")
+        if part != "weight" or len(shape) < 2 or math.prod(shape[2:]) != 1:
+            continue
+        for pattern, reason in RULES.get(stage, ()):
+            if re.fullmatch(pattern, module):
+                yield module, shape[:2], reason
+                break
+
+
+def candidates(stage: Stage, expected: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The modules that may be quantised, and the (rows, columns) of their weights."""
+    return {module: shape for module, shape, reason in linears(stage, expected) if reason is None}

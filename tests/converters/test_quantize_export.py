@@ -1,0 +1,123 @@
+"""Exported bundles with quantised weights: what is in them, that they run, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+from cascadekit import Cascade, Settings, export
+from cascadekit.cli import main
+from cascadekit.converters.lora.bundle import apply_loras
+from cascadekit.converters.quantize_choice import Choice
+from cascadekit.converters.quantize_export import COLUMNS, Quantize, table_rows
+from cascadekit.runtime.bundle import open_bundle
+from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.quantization import Quantization
+from cascadekit.schemas.stages import Stage
+
+KINDS = [kind for kind in Quantization if kind is not Quantization.NONE]
+QUANTISED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER)
+QUICK = Settings(64, 64, prior_steps=2, decoder_steps=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bundles_with_quantised_weights(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
+    choices: dict[Stage, Choice] = {}
+    root = tmp_path / "bundle"
+    manifest = export(tiny / "model", root, weights="copy", quantize=Quantize(kind, on_choice=choices.__setitem__))
+    assert list(choices) == list(QUANTISED)
+    assert open_bundle(root).manifest.model_dump_json() == manifest.model_dump_json()
+    for stage, entry in manifest.stages.items():
+        assert entry.quantization == (kind if stage in QUANTISED else "none")
+        listed = {file.path: file.bytes for file in entry.files}
+        assert listed == {f"{stage}/{path.name}": path.stat().st_size for path in (root / stage).iterdir()}
+        for graph in entry.graphs.values():
+            onnx.checker.check_model(root / graph.path, full_check=True)
+    for stage, choice in choices.items():
+        floats = load_file(root / stage / "weights.safetensors")
+        original = load_file(tiny / "bundle" / stage / "weights.safetensors")
+        quantised = load_file_names(root / stage / "quantized.safetensors")
+        assert original.keys() - floats.keys() == {f"{module}.weight" for module in choice.chosen} != set()
+        assert quantised == {f"{m}.weight_{part}" for m in choice.chosen for part in ("quantized", "scale")}
+        assert all(np.array_equal(floats[name], original[name]) for name in floats)
+        before = sum((tiny / "bundle" / stage / name).stat().st_size for name in ("weights.safetensors",))
+        after = sum((root / stage / f"{name}.safetensors").stat().st_size for name in ("weights", "quantized"))
+        saved = sum(layer.bytes_before - layer.bytes_after for layer in choice.layers)
+        assert 0 < saved == pytest.approx(before - after, abs=8192)  # headers
+    with Cascade.open(root) as ours, Cascade.open(tiny / "bundle") as theirs:
+        found, expected = (c.generate("x", seed=0, settings=QUICK).decoder_latents for c in (ours, theirs))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.5
+
+
+def test_loras_are_for_the_weights_before(tiny: Path, tmp_path: Path) -> None:
+    export(tiny / "model", tmp_path / "bundle", quantize=Quantize(Quantization.INT8))
+    module = "lora_unet_down_blocks_0_2_attention_attn_to_q"
+    factors = {"lora_down.weight": np.ones((4, 64), np.float32), "lora_up.weight": np.ones((64, 4), np.float32)}
+    save_file({f"{module}.{name}": value for name, value in factors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(UsageError, match=r"the prior is quantised \(int8\).*--lora and --quantize int8"):
+        apply_loras(tmp_path / "bundle", [tmp_path / "lora.safetensors"])
+    merged = export(
+        tiny / "model",
+        tmp_path / "both",
+        stages=[Stage.PRIOR],
+        loras=[(tmp_path / "lora.safetensors", 1.0)],
+        quantize=Quantize(Quantization.INT8),
+    )
+    assert merged.stages[Stage.PRIOR].quantization == "int8"
+
+
+def load_file_names(path: Path) -> set[str]:
+    from cascadekit.converters.safetensors_file import read_header
+
+    return set(read_header(path).tensors)
+
+
+def test_nothing_that_bears_it(tiny: Path, tmp_path: Path) -> None:
+    wish = Quantize(Quantization.INT4, threshold=1e-9)
+    manifest = export(tiny / "model", tmp_path / "bundle", stages=[Stage.PRIOR], quantize=wish)
+    plain = export(tiny / "model", tmp_path / "plain", stages=[Stage.PRIOR], weights="copy")
+    ours, theirs = (m.stages[Stage.PRIOR] for m in (manifest, plain))
+    assert ours.quantization == "none"
+    assert [(f.path, f.sha256) for f in ours.files] == [(f.path, f.sha256) for f in theirs.files]
+    assert not (tmp_path / "bundle" / "prior" / "quantized.safetensors").exists()
+
+
+def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="use --weights auto or copy"):
+        export(tiny / "model", tmp_path / "bundle", weights="link", quantize=Quantize(Quantization.INT8))
+    with pytest.raises(UsageError, match="quantize none: expected one of int8, int4, int8-dynamic, fp8"):
+        Quantize(Quantization.NONE)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_command_line(tiny: Path, tmp_path: Path) -> None:
+    given = ["export", str(tiny / "model"), "-o", str(tmp_path / "bundle"), "--stage", "prior"]
+    result = CliRunner().invoke(main, [*given, "--quantize-threshold", "0.1"])
+    assert result.exit_code == 2
+    assert "give both" in result.output
+    result = CliRunner().invoke(main, [*given, "--quantize", "int4", "--quantize-threshold", "0.09"])
+    assert result.exit_code == 0, result.output
+    assert "prior in int4" in result.output
+    assert "channelwise.0" in result.output
+    assert "tolerated are 9.00%" in result.output
+    assert open_bundle(tmp_path / "bundle").manifest.stages[Stage.PRIOR].quantization == "int4"
+
+
+def test_table(tiny: Path, tmp_path: Path) -> None:
+    choices: dict[Stage, Choice] = {}
+    wish = Quantize(Quantization.INT8, threshold=0.0085, on_choice=choices.__setitem__)
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.PRIOR], quantize=wish)
+    rows = {row[0]: row for row in table_rows(choices[Stage.PRIOR])}
+    assert all(len(row) == len(COLUMNS) for row in rows.values())
+    layers = [layer for layer in choices[Stage.PRIOR].layers if layer.module.endswith(".channelwise.4")]
+    kept = [layer for layer in layers if layer.reason]
+    assert 0 < len(kept) <= len(layers) == 4
+    row = rows["channelwise.4"]
+    assert row[1] == f"{4 - len(kept)} of 4"
+    assert row[3] == f"{max(layer.error or 0 for layer in layers):.2%}"
+    assert row[4] == "0.85%"
+    assert rows["clf.1"][1:5] == ("0 of 1", "", "", "")
