@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,9 @@ from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
 from .options import GraphOptions
 from .quantized import needed_opset, quantized_linear
+from .weights import STORAGE_TYPES as STORAGE_TYPES
+from .weights import Weight as Weight
+from .weights import difference_of, external_tensor, problem_of
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
 BF16_OPSET = 22  # the first with convolutions in bf16
@@ -25,11 +27,6 @@ IR_VERSION = 10  # what onnxruntime 1.19 reads, up to opset 22
 ATTENTION_IR_VERSION = 11
 ORT_DOMAIN = "com.microsoft"
 
-STORAGE_TYPES: Mapping[str, int] = {
-    "F32": TensorProto.FLOAT,
-    "BF16": TensorProto.BFLOAT16,
-    "F16": TensorProto.FLOAT16,
-}
 PORT_TYPES: Mapping[str, int] = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 COMPUTE_TYPES: Mapping[Precision, int] = {
     Precision.FP32: TensorProto.FLOAT,
@@ -47,21 +44,6 @@ LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
     TensorProto.FLOAT16: -65504.0,
     TensorProto.BFLOAT16: -3.3895313892515355e38,
 }
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where the bytes of an initialiser lie; the graph refers to them as ONNX external data.
-
-    `dtype` in safetensors' spelling (F32, BF16, F16), `location` a file name relative to the model's folder,
-    `offset` and `length` in bytes, at any alignment.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    location: str
-    offset: int
-    length: int
 
 
 class Graph:
@@ -204,7 +186,7 @@ class Graph:
         """The tensors `parts` as one called `name`, stacked along their first axis, if that is how they lie in their
         file; None if not, or if something is wrong with one of them."""
         weights = [self._weights.get(part) for part in parts]
-        if any(_problem(w, self._expected[part]) for w, part in zip(weights, parts, strict=True)):
+        if any(problem_of(w, self._expected[part]) for w, part in zip(weights, parts, strict=True)):
             return None
         found = [w for w in weights if w is not None]
         ends = [(w.location, w.dtype, w.offset + w.length) for w in found]
@@ -213,7 +195,7 @@ class Graph:
             return None
         dims = (sum(w.shape[0] for w in found), *found[0].shape[1:])
         whole = Weight(found[0].dtype, dims, found[0].location, found[0].offset, sum(w.length for w in found))
-        self._initializers.setdefault(name, _external(name, dims, whole))
+        self._initializers.setdefault(name, external_tensor(name, dims, whole))
         return self.typed(name, whole.dtype)
 
     def stored(self, name: str, dims: Shape | None = None) -> tuple[str, str]:
@@ -223,10 +205,10 @@ class Graph:
         assert math.prod(dims) == math.prod(shape), f"{name}: {shape} cannot be read as {dims}"
         weight = self._weights.get(name)
         if name not in self._initializers:
-            problem = _problem(weight, shape)
+            problem = problem_of(weight, shape)
             if problem:
                 self._problems.append(f"{name}: {problem}")
-            self._initializers[name] = _external(name, dims, weight)
+            self._initializers[name] = external_tensor(name, dims, weight)
         assert tuple(self._initializers[name].dims) == dims, f"{name}: read in two shapes"
         return name, weight.dtype if weight else "F32"
 
@@ -234,15 +216,10 @@ class Graph:
         """The tensor `name`, which is `described` in its file, as ONNX's `data_type` and `dims`."""
         weight = self._weights.get(name)
         if name not in self._initializers:
-            if weight is None or (weight.dtype, weight.shape, weight.length) != (
-                described.dtype,
-                described.shape,
-                described.nbytes,
-            ):
-                found = f"{weight.dtype} {list(weight.shape)}" if weight else "missing"
-                self._problems.append(f"{name}: {found}, expected {described.dtype} {list(described.shape)}")
-            self._initializers[name] = _external(name, dims, weight)
-            self._initializers[name].data_type = data_type
+            problem = difference_of(weight, described)
+            if problem:
+                self._problems.append(f"{name}: {problem}")
+            self._initializers[name] = external_tensor(name, dims, weight, data_type)
         return name
 
     def shape_of(self, name: str) -> Shape:
@@ -410,27 +387,6 @@ def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
 
 def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [target], f"{target}/cast", to=to)
-
-
-def _problem(weight: Weight | None, shape: Shape) -> str | None:
-    """What is wrong with `weight` where a tensor of `shape` is wanted."""
-    if weight is None:
-        return f"missing, expected shape {list(shape)}"
-    if weight.shape != shape:
-        return f"shape {list(weight.shape)}, expected {list(shape)}"
-    if weight.dtype not in STORAGE_TYPES:
-        return f"stored as {weight.dtype}, expected {', '.join(STORAGE_TYPES)}"
-    nbytes = math.prod(shape) * (4 if weight.dtype == "F32" else 2)
-    return None if weight.length == nbytes else f"{weight.length} bytes, expected {nbytes}"
-
-
-def _external(name: str, dims: Shape, weight: Weight | None) -> TensorProto:
-    tensor = TensorProto(name=name, dims=dims, data_location=TensorProto.EXTERNAL)
-    if weight is not None:
-        tensor.data_type = STORAGE_TYPES.get(weight.dtype, TensorProto.UNDEFINED)
-        for key, value in (("location", weight.location), ("offset", weight.offset), ("length", weight.length)):
-            tensor.external_data.add(key=key, value=str(value))
-    return tensor
 
 
 def _value_info(port: Port) -> onnx.ValueInfoProto:
