@@ -80,22 +80,30 @@ def choose_layers(
     Raises ExportError for weights that cannot be used."""
     expected = expected_tensors(config)
     described = list(linears(config.stage, expected))
-    measured = [module for module, shape, reason in described if reason is None and scheme.fits(shape[1])]
+    measured = [m for m, shape, reason in described if reason is None and _unfit(scheme, shape[1]) is None]
     rows = _rows_into(config, tensors, measured, inputs or [seeded_inputs(config, seed) for seed in SEEDS])
     layers = []
     for module, shape, reason in described:
         error = limit = None
+        before = tensors[f"{module}.weight"].nbytes
+        after = sum(tensor.nbytes for tensor in stored_tensors(scheme, module, *shape).values())
         if module in rows:
             error = product_error(rows[module], _both_forms(module, matrix_of(tensors, module), scheme), scheme)
             limit = threshold if threshold is not None else TOLERATED * normal_error(scheme, shape[1])
             if not error <= limit:
                 reason = f"loses {error:.2%}, tolerated are {limit:.2%}"
         elif reason is None:
-            reason = f"its {shape[1]} columns are no multiple of the block size {scheme.block_size}"
-        before = tensors[f"{module}.weight"].nbytes
-        after = before if reason else sum(t.nbytes for t in stored_tensors(scheme, module, *shape).values())
-        layers.append(Layer(module, error, limit, reason, before, after))
+            reason = _unfit(scheme, shape[1])
+        layers.append(Layer(module, error, limit, reason, before, before if reason else after))
     return Choice(scheme, tuple(layers))
+
+
+def _unfit(scheme: Scheme, columns: int) -> str | None:
+    """Why matrices of so many columns cannot or need not be quantised."""
+    if not scheme.fits(columns):
+        return f"its {columns} columns are no multiple of the block size {scheme.block_size}"
+    row = sum(tensor.nbytes for tensor in stored_tensors(scheme, "", 1, columns).values())
+    return None if row < 2 * columns else f"its {columns} columns take no less room when quantised"
 
 
 def _both_forms(module: str, part: TensorRange, scheme: Scheme) -> Iterator[tuple[Floats, Floats]]:

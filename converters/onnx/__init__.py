@@ -3,6 +3,7 @@
 ``write_graphs`` gives models whose weights are external data: byte ranges of files beside them, by reference.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -108,6 +109,11 @@ def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:
     unknown = sorted(options.quantized - shapes.keys())
     if unknown:
         raise UsageError(f"{config.stage}: cannot be quantised: {', '.join(unknown)}")
+    ranged = sorted(options.activation_ranges)
+    if not options.quantized.issuperset(ranged) or (ranged and scheme.kind is not Quantization.FP8):
+        raise UsageError(f"{config.stage}: ranges of activations are for modules in fp8, not for {', '.join(ranged)}")
+    if not all(0 < largest < math.inf for largest in options.activation_ranges.values()):
+        raise UsageError(f"{config.stage}: a range of activations is no positive number")
     odd = sorted(module for module in options.quantized if not scheme.fits(shapes[module][1]))
     if odd:
         raise UsageError(

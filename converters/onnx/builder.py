@@ -16,7 +16,7 @@ from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
 from .options import GraphOptions
 from .quantized import needed_opset, quantized_linear
-from .weights import STORAGE_TYPES, Weight, external, problem_of
+from .weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
 BF16_OPSET = 22  # the first with convolutions in bf16
@@ -193,7 +193,7 @@ class Graph:
             return None
         dims = (sum(w.shape[0] for w in found), *found[0].shape[1:])
         whole = Weight(found[0].dtype, dims, found[0].location, found[0].offset, sum(w.length for w in found))
-        self._initializers.setdefault(name, external(name, dims, whole))
+        self._initializers.setdefault(name, external_tensor(name, dims, whole))
         return self.typed(name, whole.dtype)
 
     def stored(self, name: str, dims: Shape | None = None) -> tuple[str, str]:
@@ -206,7 +206,7 @@ class Graph:
             problem = problem_of(weight, shape)
             if problem:
                 self._problems.append(f"{name}: {problem}")
-            self._initializers[name] = external(name, dims, weight)
+            self._initializers[name] = external_tensor(name, dims, weight)
         assert tuple(self._initializers[name].dims) == dims, f"{name}: read in two shapes"
         return name, weight.dtype if weight else "F32"
 
@@ -214,15 +214,10 @@ class Graph:
         """The tensor `name`, which is `described` in its file, as ONNX's `data_type` and `dims`."""
         weight = self._weights.get(name)
         if name not in self._initializers:
-            if weight is None or (weight.dtype, weight.shape, weight.length) != (
-                described.dtype,
-                described.shape,
-                described.nbytes,
-            ):
-                found = f"{weight.dtype} {list(weight.shape)}" if weight else "missing"
-                self._problems.append(f"{name}: {found}, expected {described.dtype} {list(described.shape)}")
-            self._initializers[name] = external(name, dims, weight)
-            self._initializers[name].data_type = data_type
+            problem = difference_of(weight, described)
+            if problem:
+                self._problems.append(f"{name}: {problem}")
+            self._initializers[name] = external_tensor(name, dims, weight, data_type)
         return name
 
     def shape_of(self, name: str) -> Shape:

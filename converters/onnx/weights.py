@@ -1,4 +1,4 @@
-"""Weights of graphs: where their bytes lie, and initialisers that refer to them."""
+"""Weights as initialisers: byte ranges of files beside the graph."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from onnx import TensorProto
 
+from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
 
 STORAGE_TYPES: Mapping[str, int] = {
@@ -42,10 +43,20 @@ def problem_of(weight: Weight | None, shape: Shape) -> str | None:
     return None if weight.length == nbytes else f"{weight.length} bytes, expected {nbytes}"
 
 
-def external(name: str, dims: Shape, weight: Weight | None) -> TensorProto:
+def difference_of(weight: Weight | None, described: StoredTensor) -> str | None:
+    """What is wrong with `weight` where a tensor as `described` is wanted, in bytes and dtype."""
+    found = (weight.dtype, weight.shape, weight.length) if weight else None
+    if found == (described.dtype, described.shape, described.nbytes):
+        return None
+    is_there = f"{weight.dtype} {list(weight.shape)} of {weight.length} bytes" if weight else "missing"
+    return f"{is_there}, expected {described.dtype} {list(described.shape)} of {described.nbytes} bytes"
+
+
+def external_tensor(name: str, dims: Shape, weight: Weight | None, data_type: int | None = None) -> TensorProto:
+    """An initialiser whose bytes lie where `weight` says, of `data_type` or of the weight's own."""
     tensor = TensorProto(name=name, dims=dims, data_location=TensorProto.EXTERNAL)
     if weight is not None:
-        tensor.data_type = STORAGE_TYPES.get(weight.dtype, TensorProto.UNDEFINED)
+        tensor.data_type = data_type or STORAGE_TYPES.get(weight.dtype, TensorProto.UNDEFINED)
         for key, value in (("location", weight.location), ("offset", weight.offset), ("length", weight.length)):
             tensor.external_data.add(key=key, value=str(value))
     return tensor

@@ -12,24 +12,24 @@ from cascadekit.converters.quantize_choice import choose_layers, seeded_inputs
 from cascadekit.converters.safetensors_file import read_header
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme, candidates, linears
-from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, Variant
+from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant
 from cascadekit.schemas.tensors import expected_tensors
 from graphs import Exported
 
 INT8, INT4 = Quantization.INT8, Quantization.INT4
 PORTABLE, ORT, TENSORRT = Target
 PRIOR = PRESETS[Stage.PRIOR, Variant.TINY]
+TEXT = TextEncoderConfig(64, 96, 2, 2, 24, vocab_size=50, eos_token_id=49)
 
 
-@pytest.mark.parametrize("stage", [Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER])
-def test_each_layer_is_measured_on_what_goes_into_it(export: Callable[..., Exported], stage: Stage) -> None:
+@pytest.mark.parametrize("config", [PRIOR, PRESETS[Stage.DECODER, Variant.TINY], TEXT], ids=lambda c: str(c.stage))
+def test_each_layer_is_measured_on_what_goes_into_it(export: Callable[..., Exported], config: NetworkConfig) -> None:
     """Against hooks on the PyTorch reference with the same inputs."""
-    config = PRESETS[stage, Variant.TINY]
     graph, scheme = export(config), Scheme(INT4, ORT)
     inputs = seeded_inputs(config, 0)
     choice = choose_layers(config, read_header(graph.path.with_name("weights.safetensors")).tensors, scheme)
     measured = {layer.module: layer.error for layer in choice.layers if layer.error is not None}
-    assert set(measured) == set(candidates(stage, expected_tensors(config)))
+    assert set(measured) == set(candidates(config.stage, expected_tensors(config)))
     first: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -73,6 +73,9 @@ def test_odd_columns_and_networks_without_rules(export: Callable[..., Exported])
     tensors = read_header(export(text).path.with_name("weights.safetensors")).tensors
     chosen = choose_layers(text, tensors, Scheme(INT8, PORTABLE)).chosen
     assert {module.rpartition(".")[2] for module in chosen} == {"fc2"}
+    long_blocks = choose_layers(text, tensors, Scheme(INT8, ORT, 128))
+    assert long_blocks.chosen == frozenset()
+    assert "8 columns take no less room" in str([layer.reason for layer in long_blocks.layers])
     vqgan: NetworkConfig = PRESETS[Stage.VQGAN, Variant.TINY]
     assert not list(linears(vqgan.stage, expected_tensors(vqgan)))
 

@@ -326,10 +326,14 @@ def test_what_cannot_be_is_refused(quantise: Callable[..., Quantised]) -> None:
     refused(UsageError, "block size 48: expected one of 32, 64, 128", block_size=48)
     refused(UsageError, "int8_products is for int8 and int4 with target ort", target=PORTABLE, int8_products=True)
     refused(UsageError, rf"{module}.*no multiple of the block size 128", target=PORTABLE, block_size=128)
+    refused(UsageError, "ranges of activations are for modules in fp8, not for", activation_ranges={module: 1.0})
+    in_fp8 = {"quantization": FP8, "target": PORTABLE}
+    refused(UsageError, "not for clf", activation_ranges={"clf.1": 1.0}, **in_fp8)
+    refused(UsageError, "no positive number", activation_ranges={module: 0.0}, **in_fp8)
     missing = {name: w for name, w in made.weights.items() if name != f"{module}.weight_scale"}
-    refused(ExportError, rf"{module}\.weight_scale: missing, expected F32 \[256, 2\]", missing)
+    refused(ExportError, rf"{module}\.weight_scale: missing, expected F32 \[256, 2\] of 2048 bytes", missing)
 
-    other_kind = rf"{module}\.weight_quantized: U8 \[256, 2, 16\], expected U8 \[256, 2, 32\]"
+    other_kind = rf"{module}\.weight_quantized: U8 \[256, 2, 16\] of 8192 bytes, expected U8 \[256, 2, 32\]"
     refused(ExportError, other_kind, quantization=INT8)
 
 
