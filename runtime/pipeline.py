@@ -221,6 +221,7 @@ class Cascade:
                 **_seed_of(seed, index, len(images)),
                 **asdict(chosen),
                 "vqgan_scale": self.manifest.vqgan_scale,
+                "engine": self.engine.name,
                 "created_by": self.manifest.created_by,
             }
             for index in range(len(images))

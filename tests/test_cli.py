@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit.cli import main
 from cascadekit.converters.model_folder import write_folder_files
+from cascadekit.runtime.images import read_settings
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
 from standins import write_stand_in
@@ -121,6 +122,22 @@ def test_the_road(original: Path, tmp_path: Path) -> None:
     result = call("verify", bundle, "--against", model, "--stage", "vqgan")
     assert result.exit_code == 0
     assert "passed" in result.output
+
+
+def test_engines_by_name(tiny: Path, tmp_path: Path) -> None:
+    bundle, stage = tiny / "bundle", ("--stage", "vqgan")
+    for engine in "onnxruntime-mapped", "openvino", "openvino-bf16":
+        result = call("generate", bundle, "x", *QUICK, "--engine", engine, "--threads", 1, "-o", tmp_path)
+        assert result.exit_code == 0, result.output
+        passed = call("verify", bundle, "--against", tiny / "model", *stage, "--engine", engine).exit_code == 0
+        assert passed is not engine.endswith("bf16")  # the tolerances are those of fp32
+    assert sorted(read_settings(path)["engine"] for path in tmp_path.iterdir()) == [
+        "onnxruntime-mapped",
+        "openvino",
+        "openvino-bf16",
+    ]
+    refused(1, "openvino has cpu only", "generate", bundle, "x", "--engine", "openvino", "--device", "cuda")
+    assert call("generate", bundle, "x", "--engine", "abacus").exit_code == 2
 
 
 def test_verify_says_no_with_exit_code_1(tiny: Path, tmp_path: Path) -> None:

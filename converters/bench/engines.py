@@ -29,6 +29,7 @@ from .worker import GEMM, LOADERS, Job, save_arrays
 
 REFERENCE = "torch"  # in fp32
 DEFAULT_ENGINES = ("onnxruntime", "openvino", "openvino-bf16", "torch", "torch-bf16")
+TRACED = "onnxruntime-traced"
 UNETS_ONLY = ("diffusers", "diffusers-bf16", "onnxruntime-hoisted", "openvino-bf16-hoisted")
 
 
@@ -106,6 +107,9 @@ def bench_engines(
         sizes = port_sizes(component.config, size, batch)
         job = _prepare(component, file, folder, sizes, threads, runs)
         present = [engine for engine in engines if engine not in missing]
+        if TRACED in present:
+            say("tracing; neither its time nor its memory is counted")
+            _work(replace(job, engine=TRACED, outputs=str(_outputs(job, TRACED)), runs=0))
         results, gemm = _measure_rounds(job, present, rounds, say)
         machine["load_average"]["after"] = os.getloadavg()[0]
         reference = _reference_outputs(job, present, say)
@@ -202,7 +206,7 @@ def _measure_rounds(
 
 
 def _work(job: Job) -> dict[str, Any]:
-    run, printed = launch(job.command(), environment=job.environment)
+    run, printed = launch(job.command(), environment=job.environment, label=job.engine)
     try:
         return {**json.loads(printed[-1]), **({} if job.engine == GEMM else {"peak_rss": run.peak_rss})}
     except (IndexError, ValueError) as error:

@@ -26,10 +26,14 @@ print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(st
 
 
 def launch(
-    command: Sequence[str], *, own_clock: bool = False, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    own_clock: bool = False,
+    environment: Mapping[str, str] | None = None,
+    label: str | None = None,
 ) -> tuple[Run, list[str]]:
     """Run a command to its end: what it took, and the lines it printed. With `own_clock` the last of them are its
-    seconds. Raises ConversionError when it fails."""
+    seconds. Raises ConversionError when it fails, which calls the command `label`."""
     launcher = (sys.executable, "-I", "-S", "-c", LAUNCHER, *command)
     ended = subprocess.run(
         launcher, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
@@ -38,7 +42,7 @@ def launch(
     seconds, kilobytes, code = (*last.split(), "", "", "")[:3]
     if code != "0":
         reason = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ConversionError(f"{' '.join(command)[:200]}: failed: {reason}")
+        raise ConversionError(f"{label or ' '.join(command)[:200]}: failed: {reason}")
     return Run(float(printed[-1] if own_clock else seconds), int(kilobytes) * 1024, None), printed
 
 

@@ -22,6 +22,7 @@ from ...runtime.engines.openvino import import_openvino
 from ...runtime.engines.table import make_engine
 from ...runtime.hoisting import CONDITIONING, STEP, HoistedStage, prepare
 from ...schemas.bundle import MAIN_GRAPH
+from ...schemas.ports import ports_of
 from ...schemas.stages import Stage
 from ..model import open_model
 
@@ -162,14 +163,15 @@ def _traced(job: Job) -> StageRunner:
 
 
 def traced_graph(job: Job) -> Path:
-    """Where the traced graph lies; the first worker that asks makes it."""
+    """Where the traced graph lies; the first worker that asks makes it, before the others are measured."""
     path = Path(job.work) / "traced.onnx"
     if not path.exists():
         from ...runtime.engines.torch import trace
         from ..reference import load_component
 
-        module = load_component(open_model([Path(job.source)]).component(Stage(job.stage)))
-        trace(module, dict(np.load(job.inputs)), path)
+        component = open_model([Path(job.source)]).component(Stage(job.stage))
+        names = [port.name for port in ports_of(component.config).outputs]
+        trace(load_component(component), dict(np.load(job.inputs)), names, path)
     return path
 
 

@@ -18,6 +18,7 @@ from .base import Tensors, check_inputs, with_absent_control
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
 PERIODIC = ("Sin", "Cos")
 TELEMETRY = "openvino_telemetry"
+REASON_LENGTH = 400
 
 
 class OpenVinoEngine:
@@ -64,9 +65,8 @@ class OpenVinoEngine:
             head = None if self._precise else _cut_at_sines(self._ov, model)
             head = head and self._core.compile_model(head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"})
             body = self._core.compile_model(model, "CPU", self._options)
-        except Exception as error:  # all that its layers raise are RuntimeErrors of many lines
-            reason = " ".join(str(error).split())
-            raise EngineError(f"{path}: openvino cannot load the {stage}: {reason}") from error
+        except Exception as error:  # all that its layers raise are RuntimeErrors
+            raise EngineError(f"{path}: openvino cannot load the {stage}: {_reason(error)}") from error
         return OpenVinoStage(stage, entry.graphs[graph], head, body)
 
 
@@ -90,7 +90,7 @@ class OpenVinoStage:
             outputs = self._body(fed)
             return {port.name: outputs[port.name] for port in self.entry.outputs}
         except Exception as error:
-            raise EngineError(f"{self.stage}: openvino failed: {' '.join(str(error).split())}") from error
+            raise EngineError(f"{self.stage}: openvino failed: {_reason(error)}") from error
 
     def close(self) -> None:
         self._head = self._body = None
@@ -137,6 +137,11 @@ def _parameters_above(nodes: list[Any]) -> list[Any]:
             found[node.get_name()] = node
         nodes += [value.get_node() for value in node.input_values()]
     return list(found.values())
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, cut to a line: it goes on for one line per node."""
+    return " ".join(str(error).split())[:REASON_LENGTH]
 
 
 def multiplies_bf16() -> bool:

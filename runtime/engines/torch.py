@@ -1,6 +1,6 @@
 """Runs the PyTorch reference behind the engine protocol; what every other engine is compared with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -64,10 +64,13 @@ class TorchStage:
         self._module = None
 
 
-def trace(module: nn.Module, inputs: Tensors, path: Path) -> None:
-    """Have torch's own exporter trace `module` with `inputs`, at their sizes alone, into an ONNX file at `path`."""
+def trace(module: nn.Module, inputs: Tensors, outputs: Sequence[str], path: Path) -> None:
+    """Have torch's own exporter trace `module` with `inputs`, at their sizes alone, into an ONNX file at `path`;
+    `outputs` are the names of what it gives."""
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    torch.onnx.export(module, (), path, kwargs=tensors, dynamo=True, external_data=True, verbose=False)
+    torch.onnx.export(
+        module, (), path, kwargs=tensors, output_names=outputs, dynamo=True, external_data=True, verbose=False
+    )
 
 
 def matmul_rate(dtype: str, rows: int, inner: int, columns: int, seconds: float) -> float:

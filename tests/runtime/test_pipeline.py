@@ -153,7 +153,7 @@ def test_metadata_of_a_png(cascade: Cascade, tmp_path: Path) -> None:
     assert settings | {"created_by": ""} == {
         **{"prompt": "b", "negative": "n", "seed": 5, "index": 3, "batch": 4, "width": 128, "height": 64},
         **{"prior_steps": 2, "prior_guidance": 4.0, "decoder_steps": 2, "decoder_guidance": 0.0},
-        **{"size_policy": "exact", "vqgan_scale": 0.3764, "created_by": ""},
+        **{"size_policy": "exact", "vqgan_scale": 0.3764, "engine": "onnxruntime", "created_by": ""},
     }
     assert result.settings[0]["prompt"] == "a ü"
     with Image.open(path) as picture:
