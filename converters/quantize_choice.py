@@ -76,7 +76,8 @@ def choose_layers(
 
     `tensors` lie in files of one folder, in which a graph is written for a moment. `inputs` are what to measure on,
     port values of the network; by default seeded noise of a small size, random words for a text encoder.
-    Needs onnxruntime, and memory for the network's activations and a few weights in fp32.
+    Needs onnxruntime, and memory for the activations; of weights stored in 16 bits up to all may be held in fp32 while
+    the graph runs, those stored in fp32 stay mapped.
     Raises ExportError for weights that cannot be used."""
     expected = expected_tensors(config)
     described = list(linears(config.stage, expected))
@@ -215,6 +216,7 @@ def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: In
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped, not copied
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what is freed is free
     path = folder / GRAPH_NAME
     try:
         onnx.save_model(model, path)
