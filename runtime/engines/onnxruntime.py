@@ -1,6 +1,5 @@
 """Runs the graphs of a bundle with ONNX Runtime."""
 
-import gc
 from typing import Any
 
 from numpy.typing import NDArray
@@ -10,6 +9,7 @@ from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from .base import Tensors, check_inputs
+from .memory import give_back_memory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
@@ -51,6 +51,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {error}") from error
         if provider not in session.get_providers():  # it falls back to the CPU in silence
             raise EngineError(f"{stage}: onnxruntime did not start its {provider}; check the driver, or use device cpu")
+        give_back_memory()
         return OnnxRuntimeStage(stage, entry, session)
 
     def _options(self) -> tuple[Any, list[str]]:
@@ -85,7 +86,7 @@ class OnnxRuntimeStage:
 
     def close(self) -> None:
         self._session = None
-        gc.collect()  # the session holds gigabytes; do not wait for the collector
+        give_back_memory()  # the session holds gigabytes; do not wait for the collector
 
 
 def _import_onnxruntime(device: str) -> Any:
