@@ -18,8 +18,8 @@ UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
 NETWORKS = (*UNETS, "vqgan", "text-encoder")
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
 ENGINES = (
-    "onnxruntime onnxruntime-mapped onnxruntime-traced openvino openvino-bf16 torch torch-bf16 torch-compile "
-    "torch-compile-bf16 diffusers diffusers-bf16"
+    "onnxruntime onnxruntime-hoisted onnxruntime-mapped onnxruntime-traced openvino openvino-bf16 "
+    "openvino-bf16-hoisted torch torch-bf16 torch-compile torch-compile-bf16 diffusers diffusers-bf16"
 ).split()
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")

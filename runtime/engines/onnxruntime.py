@@ -1,6 +1,5 @@
 """Runs the graphs of a bundle with ONNX Runtime."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from .base import Tensors, check_inputs, with_absent_control
+from .memory import give_back_memory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
@@ -61,6 +61,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {error}") from error
         if provider not in session.get_providers():  # it falls back to the CPU in silence
             raise EngineError(f"{stage}: onnxruntime did not start its {provider}; check the driver, or use device cpu")
+        give_back_memory()
         return OnnxRuntimeStage(stage, entry.graphs[graph], session)
 
     def _options(self) -> tuple[Any, list[str]]:
@@ -96,7 +97,7 @@ class OnnxRuntimeStage:
 
     def close(self) -> None:
         self._session = None
-        gc.collect()  # the session holds gigabytes; do not wait for the collector
+        give_back_memory()  # the session holds gigabytes; do not wait for the collector
 
 
 def open_session(path: Path) -> Any:

@@ -1,6 +1,5 @@
 """Runs the graphs of a bundle with OpenVINO on the CPU."""
 
-import gc
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from .base import Tensors, check_inputs, with_absent_control
+from .memory import give_back_memory
 
 # What INFERENCE_PRECISION_HINT is set to; left alone, OpenVINO takes bf16 where the CPU multiplies it.
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
@@ -67,6 +67,7 @@ class OpenVinoEngine:
             body = self._core.compile_model(model, "CPU", self._options)
         except Exception as error:  # all that its layers raise are RuntimeErrors
             raise EngineError(f"{path}: openvino cannot load the {stage}: {_reason(error)}") from error
+        give_back_memory()
         return OpenVinoStage(stage, entry.graphs[graph], head, body)
 
 
@@ -94,7 +95,7 @@ class OpenVinoStage:
 
     def close(self) -> None:
         self._head = self._body = None
-        gc.collect()  # compiled models hold gigabytes; do not wait for the collector
+        give_back_memory()  # compiled models hold gigabytes; do not wait for the collector
 
 
 def _cut_at_sines(ov: Any, model: Any) -> Any:
