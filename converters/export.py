@@ -21,7 +21,7 @@ from .identify import Component, find_problems
 from .model import Model, open_model
 from .onnx import GraphOptions, Weight, write_graphs
 from .outputs import staged_output
-from .placing import Placed, StartFile, Wish, copy_weights, place_weights, source_files
+from .placing import Placed, StartFile, Wish, copy_weights, place_weights, recorded_sha256, source_files
 from .quantize_export import Quantize, quantize_stage
 from .safetensors_file import TensorRange
 from .stage_graphs import GraphWishes, options_for
@@ -81,7 +81,7 @@ def export(
 
     `weights` is "copy" (the bundle has its own file), "link" (it shares the model's files: clones of them where the
     file system clones, else hard links, and then the files must never change in place), or "auto": link where
-    that is possible, else copy. Copies are hashed on the way, linked weights if `hash_weights`. `loras` are files
+    that is possible, else copy. Weights are hashed if `hash_weights`, small copies always. `loras` are files
     with their strengths, merged into the weights of the stages they are for, which are copied then. `vqgan_scale`
     overrides the scale that the model's layout implies. `graphs` says how graphs compute; by default in fp32, and
     16-bit weights stay 16-bit on disk; `quantize` how Linears are quantised where they bear it, which takes copied
@@ -120,7 +120,7 @@ def _export_stage(component: Component, root: Path, options: _Options) -> StageE
     placed = _place(component, folder, options)
     chosen, plan = options_for(component.config, _weights(placed.tensors), root, options.graphs, options.say)
     if options.quantize:
-        placed, chosen = _quantized(component, placed, options.quantize, chosen, options.start_file)
+        placed, chosen = _quantized(component, placed, options.quantize, chosen, options)
     models = write_graphs(component.config, _weights(placed.tensors), chosen)
     paths = _save_graphs(models, root, folder, placed)
     files = {**{path: sha256_of(path) for path in paths}, **placed.files}
@@ -143,18 +143,14 @@ def _export_stage(component: Component, root: Path, options: _Options) -> StageE
 
 
 def _quantized(
-    component: Component, placed: Placed, wish: Quantize, options: GraphOptions, start_file: StartFile | None
+    component: Component, placed: Placed, wish: Quantize, graphs: GraphOptions, options: _Options
 ) -> tuple[Placed, GraphOptions]:
     """The weights quantised where they bear it, and the options to write their graphs with."""
     if placed.how != "copy":  # of a stage that has nothing to quantise
-        return placed, options
-    stage = quantize_stage(component.config, placed.tensors, wish, options, start_file)
-    files = {tensor.path: sha256_of(tensor.path) for tensor in _one_of_each_file(stage.tensors)}
-    return Placed("copy", stage.tensors, {**files}), stage.options
-
-
-def _one_of_each_file(tensors: Mapping[str, TensorRange]) -> list[TensorRange]:
-    return list({tensor.path: tensor for tensor in tensors.values()}.values())
+        return placed, graphs
+    stage = quantize_stage(component.config, placed.tensors, wish, graphs, options.start_file)
+    paths = sorted({tensor.path for tensor in stage.tensors.values()})
+    return Placed("copy", stage.tensors, {path: recorded_sha256(path, options.hashed) for path in paths}), stage.options
 
 
 def _place(component: Component, folder: Path, options: _Options) -> Placed:
@@ -164,9 +160,9 @@ def _place(component: Component, folder: Path, options: _Options) -> Placed:
         return place_weights(component, folder, wish, dtype=dtype, hashed=options.hashed, start_file=options.start_file)
     from .lora.overwrite import overwrite
 
-    placed = copy_weights(component, folder, options.start_file, dtype=dtype, hashed=False)
+    placed = copy_weights(component, folder, options.start_file, dtype=dtype)
     overwrite(placed.tensors, changes)
-    return replace(placed, files={path: sha256_of(path) for path in placed.files})
+    return replace(placed, files={path: recorded_sha256(path, options.hashed) for path in placed.files})
 
 
 def _save_graphs(

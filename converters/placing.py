@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..runtime.integrity import sha256_of
+from ..runtime.integrity import WHOLE_BELOW, sha256_of
 from ..schemas.bundle import Placement
 from ..schemas.errors import ExportError, UsageError
 from .cast import target_dtype
@@ -50,7 +50,7 @@ def place_weights(
     start_file: StartFile | None = None,
 ) -> Placed:
     """Bring the weights of `component` into `folder`. "link" clones its files or, where the file system does not
-    clone, links them hard; "auto" copies where neither is possible. Copies are hashed, clones and links if `hashed`.
+    clone, links them hard; "auto" copies where neither is possible. Files are hashed if `hashed`, small copies always.
     With `dtype` (F32, BF16, F16) they are stored in that one, which takes a copy unless they are so already.
 
     Raises ExportError when "link" is impossible, naming the reason, ConversionError for values `dtype` cannot hold."""
@@ -67,7 +67,7 @@ def place_weights(
                 half_done.unlink()
         if wish == "link":
             raise ExportError(f"{reason}; use --weights copy")
-    return copy_weights(component, folder, start_file, dtype=dtype)
+    return copy_weights(component, folder, start_file, dtype=dtype, hashed=hashed)
 
 
 def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
@@ -126,10 +126,10 @@ def copy_weights(
     start_file: StartFile | None = None,
     *,
     dtype: str | None = None,
-    hashed: bool = True,
+    hashed: bool = False,
 ) -> Placed:
     """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored, hashed on
-    the way unless it is to change."""
+    the way if it is small or `hashed`: one stream of SHA-256 is slower than a disk."""
     path = folder / WEIGHTS_NAME
     tensors = component.tensors
     plans = {
@@ -139,7 +139,7 @@ def copy_weights(
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
-    if not hashed:
+    if not hashed and total >= WHOLE_BELOW:
         write_file(path, plans, metadata, progress)
         return Placed("copy", read_header(path).tensors, {path: None})
     in_order = min((piece.at for piece in pieces(plans, 0) if piece.computed), default=total)
@@ -160,6 +160,11 @@ def projections_together(names: Iterable[str]) -> list[str]:
         result += [each for each in triple if each in present and each not in done]
         done.update(triple)
     return result
+
+
+def recorded_sha256(path: Path, hashed: bool) -> str | None:
+    """What the manifest is to have of a finished copy: its SHA-256 if it is small or `hashed`."""
+    return sha256_of(path) if hashed or path.stat().st_size < WHOLE_BELOW else None
 
 
 def source_files(component: Component) -> list[Path]:

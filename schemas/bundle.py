@@ -48,7 +48,7 @@ class FileEntry(_Frozen):
 
     A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
     its safetensors header and samples of its content (see `runtime.fingerprint`), `sha256` of all of it; linked
-    weights have the latter only when it was asked for."""
+    and large weights have the latter only when it was asked for."""
 
     path: RelativePath
     bytes: int = Field(ge=0)
