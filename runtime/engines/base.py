@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError
+from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -38,6 +39,7 @@ class Engine(Protocol):
     """Loads stages for execution."""
 
     name: str
+    precision: Precision | None  # what it computes in whatever a graph says; None: what that says
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         """What `load` may be asked for of a stage; "model" is the whole."""

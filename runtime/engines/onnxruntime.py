@@ -37,6 +37,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"memory {memory!r}: expected one of {', '.join(MEMORY_POLICIES)}")
         self.bundle = bundle
         self.device = device
+        self.precision: Precision | None = None
         self.memory = memory
         self.threads = threads
         self.name = "onnxruntime" if memory == "fast" else f"onnxruntime-{memory}"

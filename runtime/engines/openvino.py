@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...schemas.bundle import MAIN_GRAPH, GraphEntry
 from ...schemas.errors import EngineError
+from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from .base import Tensors, check_inputs, with_absent_control
@@ -48,6 +49,7 @@ class OpenVinoEngine:
         self._core = self._ov.Core()
         self._core.set_property({"ENABLE_MMAP": mmap})
         self._precise = precision == "f32"
+        self.precision: Precision | None = None if self._precise else Precision.BF16
         self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if hint := PRECISIONS[precision]:
             self._options["INFERENCE_PRECISION_HINT"] = hint

@@ -12,6 +12,7 @@ from torch import nn
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError
 from ...schemas.ports import StagePorts
+from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from .base import Tensors, check_inputs
 
@@ -23,6 +24,7 @@ class TorchEngine:
     stage is loaded. With `compiled` torch.compile makes kernels of them, anew for every size, in minutes."""
 
     name = "torch"
+    precision: Precision | None = None
 
     def __init__(self, loaders: Mapping[Stage, Loader], *, compiled: bool = False) -> None:
         self._loaders = loaders

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ...schemas.bundle import Manifest, StageEntry
 from ...schemas.control import is_control
 from ...schemas.precision import Precision
+from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..engines.base import Engine
 from ..pipeline import Cascade, Settings
@@ -24,6 +25,15 @@ STAGE_TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 5e-3, Precision.BF16: 4
 TRAJECTORY_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 1e-2, Precision.BF16: 9e-2}
 IMAGE_PSNR = {Precision.FP32: 50.0, Precision.FP16: 45.0, Precision.BF16: 27.0}  # dB; 8-bit rounding alone is 58.9
 COARSENESS = (Precision.FP32, Precision.FP16, Precision.BF16)
+# Quantised Linears, where that is more: about three times what small random networks lose.
+QUANTIZED_TOLERANCE = {
+    Quantization.NONE: 0.0,
+    Quantization.INT8: 5e-2,
+    Quantization.INT8_DYNAMIC: 0.15,
+    Quantization.FP8: 0.1,
+    Quantization.INT4: 0.5,
+}
+QUANTIZED_PSNR = 15.0
 
 PROMPTS = ("", "a shiba inu wearing a beret, oil on canvas", "one, two, three " * 40)
 NEGATIVE = "blurry"
@@ -110,12 +120,20 @@ def verify(
     if not stages and set(TRAJECTORY_STAGES) <= set(manifest.stages):
         followed, image_psnr = _compare_trajectories(engine, reference, manifest, tokenizer, progress)
         comparisons += followed
-    return Report(engine.name, reference.name, tuple(comparisons), image_psnr, IMAGE_PSNR[_coarsest(manifest)])
+    return Report(engine.name, reference.name, tuple(comparisons), image_psnr, _limits(engine, manifest)[1])
 
 
-def _coarsest(manifest: Manifest) -> Precision:
-    """The precision that a trajectory through all stages is held to."""
-    return max((entry.precision for entry in manifest.stages.values()), key=COARSENESS.index)
+def _coarser(precision: Precision, other: Precision | None) -> Precision:
+    return max(precision, other or precision, key=COARSENESS.index)
+
+
+def _limits(engine: Engine, manifest: Manifest) -> tuple[float, float]:
+    """What a trajectory through all stages is held to: relative L2 of its latents, PSNR of its image in dB."""
+    entries = manifest.stages.values()
+    coarsest = max((_coarser(entry.precision, engine.precision) for entry in entries), key=COARSENESS.index)
+    quantized = max(QUANTIZED_TOLERANCE[entry.quantization] for entry in entries)
+    psnr_needed = min(IMAGE_PSNR[coarsest], QUANTIZED_PSNR) if quantized else IMAGE_PSNR[coarsest]
+    return max(TRAJECTORY_TOLERANCE[coarsest], 2 * quantized), psnr_needed
 
 
 def stage_inputs(entry: StageEntry, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, NDArray[Any]]:
@@ -151,10 +169,12 @@ def _compare_stage(
         runner = runs.load(stage)
         results.append([runner(case) for case in cases])
         runner.close()
+    computed = _coarser(entry.precision, engine.precision)
+    tolerance = max(STAGE_TOLERANCE[computed], QUANTIZED_TOLERANCE[entry.quantization])
     for sizes, expected, found in zip(CASES[stage], *results, strict=True):
         label = ", ".join(f"{dim} {size}" for dim, size in sizes.items())
         for name, tensor in expected.items():
-            yield compare(f"{stage}: {name} ({label})", found[name], tensor, STAGE_TOLERANCE[entry.precision])
+            yield compare(f"{stage}: {name} ({label})", found[name], tensor, tolerance)
 
 
 def _compare_trajectories(
@@ -174,7 +194,7 @@ def _compare_trajectories(
             images.append(cascade.pixels(result.decoder_latents))
         tapes.append(tape)
     expected, found = tapes
-    tolerance = TRAJECTORY_TOLERANCE[_coarsest(manifest)]
+    tolerance, _ = _limits(engine, manifest)
     comparisons = [compare(f"trajectory: {n}", found[n], expected[n], tolerance) for n in expected]
     comparisons.append(compare("trajectory: image", images[1], images[0], tolerance))
     return comparisons, psnr(images[1], images[0])

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from cascadekit import export
+from cascadekit.cli.bundles import run_verify
 from cascadekit.converters.model import open_model
+from cascadekit.converters.quantize_export import Quantize
 from cascadekit.converters.reference import reference_engine
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -18,6 +21,7 @@ from cascadekit.runtime.parity.metrics import compare, psnr
 from cascadekit.runtime.parity.verify import Report, verify
 from cascadekit.runtime.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import ParityError
+from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage
 from standins import accept_changes
 
@@ -133,3 +137,24 @@ def test_half_precision_weights_are_compared_with_what_they_say(tiny: Path, tmp_
     report = run(tmp_path / "bundle", tmp_path / "model")
     assert report
     assert max(c.relative_l2 for c in report.comparisons) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [Quantization.INT8_DYNAMIC, Quantization.INT4])
+def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
+    export(tiny / "model", tmp_path / "bundle", quantize=Quantize(kind))
+    report = run_verify(tmp_path / "bundle", tiny / "model")
+    assert report, report.to_json()
+    worst = max(c.relative_l2 for c in report.comparisons if c.name.startswith("prior"))
+    assert worst > 1e-3  # more than a float bundle may lose
+    path = tmp_path / "bundle" / "cascade.json"
+    content = json.loads(path.read_text())
+    for stage in content["stages"].values():
+        stage["quantization"] = "none"
+    path.write_text(json.dumps(content))
+    assert not run_verify(tmp_path / "bundle", tiny / "model")
+
+
+def test_engines_in_bf16_are_held_to_bf16(tiny: Path) -> None:
+    report = run_verify(tiny / "bundle", tiny / "model", engine="openvino-bf16")
+    assert report, report.to_json()
+    assert max(c.relative_l2 for c in report.comparisons) > 1e-3
