@@ -20,6 +20,7 @@ from .safetensors_file import Progress, TensorRange, read_header
 from .safetensors_writer import write_file
 
 WEIGHTS_NAME = "weights.safetensors"
+OVERFLOW_ADVICE = "export it with --precision bf16, which reaches as far as float32, or store it so with --storage"
 FICLONE = 0x40049409  # Linux: one file becomes a clone of another, its blocks shared until either changes
 
 PROJECTIONS = {part: names for names in (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")) for part in names}
@@ -140,11 +141,11 @@ def copy_weights(
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
     if not hashed and total >= WHOLE_BELOW:
-        write_file(path, plans, metadata, progress)
+        write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
         return Placed("copy", read_header(path).tensors, {path: None})
     in_order = min((piece.at for piece in pieces(plans, 0) if piece.computed), default=total)
     with hashed_behind(path, in_order) as behind:
-        write_file(path, plans, metadata, behind.progress(progress))
+        write_file(path, plans, metadata, behind.progress(progress), overflow_advice=OVERFLOW_ADVICE)
     return Placed("copy", read_header(path).tensors, {path: behind.sha256})
 
 

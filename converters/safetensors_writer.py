@@ -26,6 +26,7 @@ def write_file(
     progress: Progress | None = None,
     *,
     allow_overflow: bool = False,
+    overflow_advice: str = "",
 ) -> dict[str, int]:
     """Write a safetensors file from ranges of other files, in the order of `tensors`.
 
@@ -34,7 +35,8 @@ def write_file(
     thread (some 100 MB in all), however large the tensors. `progress` counts bytes of the output's tensors.
 
     Raises ConversionError when the disk is full, a source cannot be read, a dtype cannot be cast, or, without
-    `allow_overflow`, when values became infinite; the file is then to be thrown away."""
+    `allow_overflow`, when values became infinite (`overflow_advice` is what to do then, where that is not an option of
+    `convert`); the file is then to be thrown away."""
     _check_castable(tensors)
     header = encode_header(tensors, metadata)
     total = len(header) + sum(plan.nbytes for plan in tensors.values())
@@ -51,7 +53,7 @@ def write_file(
     except OSError as error:
         raise ConversionError(what_failed(path, total, error)) from error
     if overflows and not allow_overflow:
-        raise ConversionError(_overflow_message(path, tensors, overflows))
+        raise ConversionError(_overflow_message(path, tensors, overflows, overflow_advice))
     return dict(overflows)
 
 
@@ -92,15 +94,13 @@ def what_failed(path: Path, total: int, error: OSError) -> str:
     return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
 
 
-def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str]) -> str:
+def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str], advice: str) -> str:
     worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common(5)]
     more = f" and {len(overflows) - len(worst)} more tensors" if len(overflows) > len(worst) else ""
     dtypes = {tensors[name].dtype for name in overflows}
     wider = "--dtype bf16, which reaches as far as float32" if dtypes == {"F16"} else "a wider dtype"
-    return (
-        f"{path.name}: {overflows.total()} finite values become infinite: {', '.join(worst)}{more}; "
-        f"try {wider}, or keep the infinities with --allow-overflow"
-    )
+    advice = advice or f"try {wider}, or keep the infinities with --allow-overflow"
+    return f"{path.name}: {overflows.total()} finite values become infinite: {', '.join(worst)}{more}; {advice}"
 
 
 def reserve(target: int, total: int) -> None:

@@ -7,8 +7,6 @@ from .ports import Port, Range, control_port
 from .stages import Block, UNetConfig
 from .unet_blocks import blocks_of
 
-CONTROL_RANGES = {dim: Range() for dim in ("control_height", "control_width")}
-
 
 def is_control(port: str) -> bool:
     """Whether a port takes a ControlNet's residual."""
@@ -31,9 +29,14 @@ def controlled_blocks(config: UNetConfig, numbers: Sequence[int]) -> dict[str, s
 
 
 def control_ports(config: UNetConfig, numbers: Sequence[int]) -> tuple[Port, ...]:
-    """(B, c, h, w) float32 of any size, at least 1x1; zeros leave the block as it is."""
+    """(B, c, h, w) float32, each of a size of its own, at least 1x1; zeros leave the block as it is."""
     levels = {block.name: block.level for block in blocks_of(config)}
     return tuple(
-        Port(port, "float32", ("batch", config.block_out_channels[levels[name]], *CONTROL_RANGES))
+        Port(port, "float32", ("batch", config.block_out_channels[levels[name]], f"{port}.height", f"{port}.width"))
         for name, port in controlled_blocks(config, numbers).items()
     )
+
+
+def control_ranges(ports: Sequence[Port]) -> dict[str, Range]:
+    """What the sizes of ControlNet ports may be."""
+    return {dim: Range() for port in ports for dim in port.dims[2:] if isinstance(dim, str)}

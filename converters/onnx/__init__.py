@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from ...schemas.control import CONTROL_RANGES, control_ports
+from ...schemas.control import control_ports, control_ranges
 from ...schemas.errors import UsageError
 from ...schemas.hoisted import conditioning_ports, step_ports
 from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
@@ -97,7 +97,7 @@ def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: st
     if not isinstance(config, UNetConfig) or not options.control or name == CONDITIONING:
         return ports
     control = control_ports(config, options.control)
-    return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **CONTROL_RANGES})
+    return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **control_ranges(control)})
 
 
 def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:

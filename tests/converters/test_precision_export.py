@@ -17,11 +17,13 @@ from cascadekit.cli import main
 from cascadekit.converters.placing import projections_together
 from cascadekit.converters.stage_graphs import GraphWishes
 from cascadekit.runtime.bundle import open_bundle
+from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.parity.metrics import psnr
-from cascadekit.schemas.errors import EngineError, ExportError, UsageError
+from cascadekit.schemas.errors import ConversionError, EngineError, ExportError, UsageError
 from cascadekit.schemas.hoisted import conditioning_ports, step_ports
 from cascadekit.schemas.precision import Precision, Target
-from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant
+from cascadekit.schemas.stages import PRESETS, PROJ_BLOCKS_ENDS, Stage, UNetConfig, Variant, prior_config
+from graphs import random_tensors
 
 QUICK = Settings(128, 64, prior_steps=3, decoder_steps=2, decoder_guidance=1.5)
 FP16 = GraphWishes(precision=Precision.FP16)
@@ -179,3 +181,39 @@ def test_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert run("validate", out)
     assert "expected fp32, fp16, bf16" in run("export", tiny / "model", "-o", out, "--precision", "prior=x", code=2)
     assert "a number from 0 to 12" in run("export", tiny / "model", "-o", out, "--fp16-safe", "99", code=2)
+
+
+def test_a_prior_for_controlnets(tmp_path: Path) -> None:
+    """As many residual blocks as the full prior has, narrow ones. Residuals that are not fed change nothing."""
+    config = prior_config((64, 64), (1, 1), (8, 24), text=8, pooled=12)
+    save_file(random_tensors(config, 0), tmp_path / "prior.safetensors")
+    runners = []
+    for name, wishes in (("plain", GraphWishes()), ("controlled", GraphWishes(control=True))):
+        entry = export(tmp_path / "prior.safetensors", tmp_path / name, graphs=wishes).stages[Stage.PRIOR]
+        runners.append(OnnxRuntimeEngine(open_bundle(tmp_path / name)).load(Stage.PRIOR))
+    assert entry.control == PROJ_BLOCKS_ENDS
+    fed = [port.name for port in entry.inputs if port.name.startswith("control.")]
+    assert fed == [f"control.{number}" for number in (0, 4, 8, 12, 51, 55, 59, 63)]
+    assert [port.name for port in entry.graphs["step"].inputs[-8:]] == fed
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 2, "height": 3, "width": 4, "tokens": 5, "images": 1}
+    inputs = {
+        port.name: rng.random([sizes[d] if isinstance(d, str) else d for d in port.dims], np.float32)
+        for port in entry.inputs
+        if port.name not in fed
+    }
+    plain, controlled = (runner(inputs)["noise_pred"] for runner in runners)
+    np.testing.assert_allclose(controlled, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+    one = {"control.59": rng.random((2, 64, 2, 2), np.float32)}
+    assert not np.allclose(runners[1]({**inputs, **one})["noise_pred"], plain, rtol=0, atol=1e-3 * np.abs(plain).max())
+
+
+def test_weights_beyond_fp16_say_what_to_export(overflowing: Path, tmp_path: Path) -> None:
+    path = overflowing / "prior" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["clf.1.weight"][0, 0] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"clf\.1\.weight.*export it with --precision bf16") as caught:
+        export(overflowing, tmp_path / "out", graphs=FP16)
+    assert "--allow-overflow" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
