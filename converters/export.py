@@ -22,7 +22,7 @@ from .model import Model, open_model
 from .onnx import GraphOptions, Weight, write_graphs
 from .outputs import staged_output
 from .placing import Placed, StartFile, Wish, copy_weights, place_weights, recorded_sha256, source_files
-from .quantize_export import Quantize, quantize_stage
+from .quantize_export import Quantize, quantize_stage, scheme_for
 from .safetensors_file import TensorRange
 from .stage_graphs import GraphWishes, options_for
 
@@ -96,6 +96,8 @@ def export(
     graphs.require_sense(chosen)
     if quantize and weights == "link":
         raise UsageError("quantised weights are not those of the model's files; use --weights auto or copy")
+    if quantize:
+        scheme_for(quantize.kind, graphs.target)  # what does not go together fails before anything is written
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
     options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say, quantize)
     with staged_output(output, force=force) as staged:

@@ -13,9 +13,8 @@ from ..runtime.integrity import WHOLE_BELOW, sha256_of
 from ..schemas.bundle import Placement
 from ..schemas.errors import ExportError, UsageError
 from .cast import target_dtype
-from .hashing import hashed_behind
 from .identify import Component
-from .plans import TensorPlan, pieces
+from .plans import TensorPlan
 from .safetensors_file import Progress, TensorRange, read_header
 from .safetensors_writer import write_file
 
@@ -129,8 +128,8 @@ def copy_weights(
     dtype: str | None = None,
     hashed: bool = False,
 ) -> Placed:
-    """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored, hashed on
-    the way if it is small or `hashed`: one stream of SHA-256 is slower than a disk."""
+    """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored. It is
+    hashed if it is small or `hashed`: one stream of SHA-256 is slower than a disk."""
     path = folder / WEIGHTS_NAME
     tensors = component.tensors
     plans = {
@@ -140,13 +139,8 @@ def copy_weights(
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
-    if not hashed and total >= WHOLE_BELOW:
-        write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
-        return Placed("copy", read_header(path).tensors, {path: None})
-    in_order = min((piece.at for piece in pieces(plans, 0) if piece.computed), default=total)
-    with hashed_behind(path, in_order) as behind:
-        write_file(path, plans, metadata, behind.progress(progress), overflow_advice=OVERFLOW_ADVICE)
-    return Placed("copy", read_header(path).tensors, {path: behind.sha256})
+    write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
+    return Placed("copy", read_header(path).tensors, {path: recorded_sha256(path, hashed)})
 
 
 def projections_together(names: Iterable[str]) -> list[str]:

@@ -116,7 +116,7 @@ def test_a_file_behind_a_symbolic_link(prior: Path, tmp_path: Path) -> None:
 def test_the_hash_of_a_copy_is_of_what_lies_there(
     prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    """Hashed behind the writer in many small steps, or in one; the oracle is hashlib over the finished file."""
+    """Written in many small steps, or in one; the oracle is hashlib over the finished file."""
     monkeypatch.setattr(copying, "COPY_BLOCK", block)
     told: list[int] = []
     entry = exported(prior, tmp_path / "bundle", weights="copy", start_file=lambda name, total: told.append)
