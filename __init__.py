@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from .converters.export import export as export
     from .converters.model import inspect as inspect
     from .runtime.pipeline import Cascade as Cascade
-    from .runtime.pipeline import Settings as Settings
+    from .schemas.settings import Settings as Settings
 
 _PUBLIC = {
     "Cascade": (".runtime.pipeline", "Cascade"),
-    "Settings": (".runtime.pipeline", "Settings"),
+    "Settings": (".schemas.settings", "Settings"),
     "convert": (".converters.checkpoint", "convert"),
     "export": (".converters.export", "export"),
     "inspect": (".converters.model", "inspect"),

@@ -11,7 +11,7 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .common import ENGINES, PATH, STAGES, local, maybe_local
+from .common import ENGINES, PATH, STAGES, local, maybe_local, parse_loras
 from .console import FAILED, byte_progress, note, say, show_table
 
 if TYPE_CHECKING:
@@ -22,19 +22,6 @@ if TYPE_CHECKING:
 
 WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
-
-
-def _parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[Path, float]]:
-    """FILE[:strength], each; a file that has the whole name is that file."""
-    found = []
-    for value in values:
-        name, colon, strength = value.rpartition(":")
-        try:
-            plain = not colon or Path(value).exists()
-            found.append((Path(value), 1.0) if plain else (Path(name), float(strength)))
-        except ValueError:
-            found.append((Path(value), 1.0))
-    return found
 
 
 def _parse_precisions(
@@ -126,7 +113,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     "loras",
     metavar="FILE[:STRENGTH]",
     multiple=True,
-    callback=_parse_loras,
+    callback=parse_loras,
     help="Merge a LoRA into the weights (repeatable); what it changes is copied.",
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
@@ -145,7 +132,7 @@ def export(
     quantize_threshold: float | None,
     controlnet: bool,
     hashed: bool,
-    loras: list[tuple[Path, float]],
+    loras: list[tuple[str, float]],
     text_encoder: Path | None,
     vqgan_scale: float | None,
     force: bool,
@@ -177,7 +164,7 @@ def export(
             graphs=wishes,
             quantize=_quantize(Quantization(kind), quantize_threshold, choices),
             hash_weights=hashed,
-            loras=[(local(path), strength) for path, strength in loras],
+            loras=[(local(Path(name)), strength) for name, strength in loras],
             vqgan_scale=vqgan_scale,
             force=force,
             start_file=start_file,

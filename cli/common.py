@@ -39,3 +39,15 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
     except ValueError:
         raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
     return width, height
+
+
+def parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
+    """FILE[:strength], each; a file that has the whole name is that file."""
+    found = []
+    for value in values:
+        name, colon, strength = value.rpartition(":")
+        try:
+            found.append((value, 1.0) if not colon or Path(value).exists() else (name, float(strength)))
+        except ValueError:
+            found.append((value, 1.0))
+    return found

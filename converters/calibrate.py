@@ -11,7 +11,7 @@ import onnx
 
 from ..runtime.engines.onnxruntime import open_session
 from ..runtime.noise import TorchGenerator, randn
-from ..runtime.sampling import F32, guided, sample, timesteps
+from ..runtime.sampling import F32, Wuerstchen, guided, sample, timesteps
 from ..schemas.stages import Stage, UNetConfig
 from .onnx import GraphOptions, Weight, write_graph
 
@@ -63,7 +63,7 @@ def _run(
                 ranges[probed] = max(ranges[probed], float(value))
         return guided(outputs["noise_pred"], GUIDANCE[config.stage])
 
-    for step in sample(predict, randn(shape, generator), timesteps(steps), lambda: randn(shape, generator)):
+    for step in sample(predict, randn(shape, generator), Wuerstchen(timesteps(steps)), lambda: randn(shape, generator)):
         progress(step.index + 1, steps)
     return dict(ranges)
 

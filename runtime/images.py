@@ -27,8 +27,8 @@ def effnet_pixels(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def to_pictures(images: NDArray[np.float32]) -> list[Image.Image]:
-    """(B, 3, height, width) float32 in 0..1 to 8-bit RGB, rounding to nearest as diffusers does."""
-    pixels = (images.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    """(B, 3, height, width) float32 in 0..1 (clipped to it) to 8-bit RGB, rounding to nearest as diffusers does."""
+    pixels = (images.clip(0, 1).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
     return [Image.fromarray(picture) for picture in pixels]
 
 
@@ -62,6 +62,17 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     with Image.open(path) as picture:
         text = picture.info.get(METADATA_KEY)
     return json.loads(text) if isinstance(text, str) else None
+
+
+def require_settings(path: Path) -> dict[str, Any]:
+    """The settings in a PNG written by `save_png`. Raises UsageError when it cannot be read or carries none."""
+    try:
+        settings = read_settings(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as an image made by cascadekit: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: has no settings of cascadekit; editors drop them, take the file as it was written")
+    return settings
 
 
 def image_paths(output: Path, count: int, *, force: bool = False) -> list[Path]:

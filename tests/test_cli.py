@@ -241,13 +241,12 @@ class TestWrongInputs:
 
 
 def test_interrupting_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cascadekit.runtime import pipeline
+    from cascadekit.runtime import generation
 
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "ddpm_step", interrupt, raising=False)
-    monkeypatch.setattr(pipeline, "timesteps", interrupt)
+    monkeypatch.setattr(generation, "Noise", interrupt)
     refused(130, "interrupted", "generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
 

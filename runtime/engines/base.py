@@ -1,6 +1,6 @@
 """The protocol every engine follows, and the check of what is fed to a stage."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
 Tensors = Mapping[str, NDArray[Any]]
+Run = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 
 class PortSpec(Protocol):
@@ -31,8 +32,22 @@ class StageRunner(Protocol):
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
 
+    def bind(self, constants: Tensors) -> Run:
+        """The stage with some inputs fixed, called with the others. Where the engine has a memory of its own they are
+        brought there once."""
+
     def close(self) -> None:
         """Give back the memory of the weights."""
+
+
+class HostRunner:
+    """What a runner does that computes where its inputs are: binding copies nothing."""
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        raise NotImplementedError
+
+    def bind(self, constants: Tensors) -> Run:
+        return lambda inputs: self({**constants, **inputs})
 
 
 class Engine(Protocol):

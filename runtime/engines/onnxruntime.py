@@ -10,7 +10,7 @@ from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
-from .base import Tensors, check_inputs, with_absent_control
+from .base import HostRunner, Tensors, check_inputs, with_absent_control
 from .memory import give_back_memory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -78,7 +78,7 @@ class OnnxRuntimeEngine:
         return options, ["ConstantFolding"]  # it would cast them for good
 
 
-class OnnxRuntimeStage:
+class OnnxRuntimeStage(HostRunner):
     """One stage's session."""
 
     def __init__(self, stage: Stage, entry: GraphEntry, session: Any) -> None:

@@ -12,7 +12,7 @@ from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
-from .base import Tensors, check_inputs, with_absent_control
+from .base import HostRunner, Tensors, check_inputs, with_absent_control
 from .memory import give_back_memory
 
 # What INFERENCE_PRECISION_HINT is set to; left alone, OpenVINO takes bf16 where the CPU multiplies it.
@@ -73,7 +73,7 @@ class OpenVinoEngine:
         return OpenVinoStage(stage, entry.graphs[graph], head, body)
 
 
-class OpenVinoStage:
+class OpenVinoStage(HostRunner):
     """One stage, compiled: with `head` that computes further inputs of `body`, in fp32."""
 
     def __init__(self, stage: Stage, entry: GraphEntry, head: Any, body: Any) -> None:

@@ -14,7 +14,7 @@ from ...schemas.errors import EngineError
 from ...schemas.ports import StagePorts
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
-from .base import Tensors, check_inputs
+from .base import HostRunner, Tensors, check_inputs
 
 Loader = Callable[[], tuple[nn.Module, StagePorts]]
 
@@ -42,7 +42,7 @@ class TorchEngine:
         return TorchStage(stage, module, ports)
 
 
-class TorchStage:
+class TorchStage(HostRunner):
     """One reference module taking and giving numpy arrays, whatever it computes in."""
 
     def __init__(self, stage: Stage, module: nn.Module, ports: StagePorts) -> None:

@@ -14,6 +14,7 @@ from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..engines.base import Engine
 from ..pipeline import Cascade, Settings
+from ..residency import STAGED
 from ..sampling import Step
 from ..tokenizer import ClipTokenizer
 from .metrics import Comparison, compare, psnr
@@ -189,9 +190,10 @@ def _compare_trajectories(
         def record(stage: Stage, step: Step, tape: dict[str, NDArray[np.float32]] = tape) -> None:
             tape[f"{stage} step {step.index + 1}"] = step.latents
 
-        with Cascade(runs, manifest, tokenizer, keep_loaded=False) as cascade:
+        with Cascade(runs, manifest, tokenizer, memory=STAGED) as cascade:
             result = cascade.generate(PROMPTS[1], negative=NEGATIVE, seed=0, settings=TRAJECTORY, on_step=record)
-            images.append(cascade.pixels(result.decoder_latents))
+        assert result.pixels is not None
+        images.append(result.pixels)
         tapes.append(tape)
     expected, found = tapes
     tolerance, _ = _limits(engine, manifest)

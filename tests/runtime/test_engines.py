@@ -84,7 +84,7 @@ def test_bf16_is_near(tiny: Path, precision: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_cascade_on_any_engine(tiny: Path, engine: str) -> None:
     settings = {"seed": 0, "width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2}
-    with Cascade.open(tiny / "bundle", engine=engine, threads=1, keep_loaded=False) as cascade:
+    with Cascade.open(tiny / "bundle", engine=engine, threads=1, memory="staged") as cascade:
         image = np.asarray(cascade.generate("x", **settings).images[0], np.float32)
     with Cascade.open(tiny / "bundle") as cascade:
         expected = np.asarray(cascade.generate("x", **settings).images[0], np.float32)

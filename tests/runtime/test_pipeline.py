@@ -120,7 +120,7 @@ def test_one_stage_in_memory_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPat
         return runner
 
     monkeypatch.setattr(OnnxRuntimeEngine, "load", counting)
-    with Cascade.open(tiny / "bundle", keep_loaded=False) as staged:
+    with Cascade.open(tiny / "bundle", memory="staged") as staged:
         staged.generate("x", seed=0, settings=QUICK)
         assert alive == [(Stage.VQGAN, "model")]
     assert not alive
@@ -158,7 +158,9 @@ def test_metadata_of_a_png(cascade: Cascade, tmp_path: Path) -> None:
     assert settings | {"created_by": ""} == {
         **{"prompt": "b", "negative": "n", "seed": 5, "index": 3, "batch": 4, "width": 128, "height": 64},
         **{"prior_steps": 2, "prior_guidance": 4.0, "decoder_steps": 2, "decoder_guidance": 0.0},
-        **{"size_policy": "exact", "vqgan_scale": 0.3764, "engine": "onnxruntime", "created_by": ""},
+        **{"size_policy": "exact", "sampler": "ddpm-wuerstchen", "prior_shift": 1.0, "decoder_shift": 1.0},
+            **{"rescale": 0.0, "strength": 0.8, "weighted": False, "long_prompts": False},
+        **{"vqgan_scale": 0.3764, "engine": "onnxruntime", "created_by": ""},
     }
     assert result.settings[0]["prompt"] == "a ü"
     with Image.open(path) as picture:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 
-from cascadekit.runtime.sampling import alpha_bar, ddpm_step, guided, sample, timesteps
+from cascadekit.runtime.sampling import Wuerstchen, alpha_bar, ddpm_step, guided, sample, timesteps
 from cascadekit.schemas.errors import UsageError
 
 
@@ -70,7 +70,7 @@ def test_sampling_is_lazy_and_draws_once_a_step() -> None:
         draws.append(1)
         return np.zeros((1, 2), np.float32)
 
-    steps = sample(lambda x, t: x, np.ones((1, 2), np.float32), timesteps(5), draw)
+    steps = sample(lambda x, t: x, np.ones((1, 2), np.float32), Wuerstchen(timesteps(5)), draw)
     assert not draws
     first = next(steps)
     assert (first.index, first.steps, first.timestep_ratio) == (0, 5, pytest.approx(0.8))

@@ -1,0 +1,53 @@
+"""Stages of several bundles as one: a full prior with a lite decoder, say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...schemas.bundle import MAIN_GRAPH, Manifest
+from ...schemas.errors import UsageError
+from ...schemas.stages import Stage
+from ..bundle import Bundle
+from .base import Engine, StageRunner
+
+
+class MixedEngine:
+    """One engine for most stages, others for some."""
+
+    def __init__(self, main: Engine, others: Mapping[Stage, Engine]) -> None:
+        self.name = main.name
+        self.precision = main.precision
+        self._main = main
+        self._others = others
+
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        return self._of(stage).graphs(stage)
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> StageRunner:
+        return self._of(stage).load(stage, graph)
+
+    def _of(self, stage: Stage) -> Engine:
+        return self._others.get(stage, self._main)
+
+
+def with_stages_of(
+    main: Engine, bundle: Bundle, engines: Mapping[Stage, Engine], others: Mapping[Stage, Bundle]
+) -> tuple[MixedEngine, Manifest]:
+    """An engine, and a manifest for it, of `bundle` with some stages of others in place of its own.
+
+    Raises UsageError when another bundle has no such stage, or the stages' embeddings have different widths."""
+    entries = {stage: other.entry(stage) for stage, other in others.items()}
+    changes: dict[str, Any] = {"stages": {**bundle.manifest.stages, **entries}}
+    if Stage.VQGAN in others:
+        changes |= {"vqgan_scale": others[Stage.VQGAN].manifest.vqgan_scale}
+    manifest = bundle.manifest.model_copy(update=changes)
+    widths = {
+        stage: port.dims[2]
+        for stage in (Stage.PRIOR, Stage.DECODER)
+        if stage in manifest.stages
+        for port in manifest.stages[stage].inputs
+        if port.name == "clip_text_pooled"
+    }
+    if len(set(widths.values())) > 1:
+        found = ", ".join(f"{stage} takes {width}" for stage, width in widths.items())
+        raise UsageError(f"stages of different models: {found} channels of pooled text; take stages that fit together")
+    return MixedEngine(main, engines), manifest

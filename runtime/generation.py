@@ -1,0 +1,234 @@
+"""A whole generation: prompts, pictures and settings in, images with the settings that made them out."""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+
+from ..schemas.errors import UsageError
+from ..schemas.settings import Settings, parse_settings
+from ..schemas.sizes import latent_sizes
+from ..schemas.stages import Stage
+from .controls import ControlPicture
+from .embeds import PromptEmbeds
+from .images import to_pictures
+from .masks import composite, fit_mask, latent_mask
+from .noise import TorchGenerator
+from .pictures import fit
+from .sampling import F32, Step
+from .seeds import Noise, PlacedSeed, Seeds
+from .start import Start
+
+if TYPE_CHECKING:
+    from .pipeline import Cascade
+
+Output = Literal["images", "latents", "prior"]
+OnStep = Callable[[Stage, Step], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """B generated images with the latents they came from and, for each, the settings that made it. What was not asked
+    for is None."""
+
+    prior_latents: F32  # (B, 16, h, w)
+    decoder_latents: F32 | None  # (B, 4, h, w)
+    pixels: F32 | None  # (B, 3, height, width) in 0..1
+    settings: list[dict[str, Any]]
+    embeds: PromptEmbeds  # of the B images, to be given again
+    truncated: tuple[str, ...] = ()  # as in PromptEmbeds
+    _kept: tuple[Image.Image, Image.Image] | None = None  # picture and mask: outside it the picture stays
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """8-bit RGB. Raises UsageError when only latents were asked for."""
+        if self.pixels is None:
+            raise UsageError("only latents were asked for: generate with output='images'")
+        pictures = to_pictures(self.pixels)
+        return pictures if self._kept is None else [composite(self._kept[0], one, self._kept[1]) for one in pictures]
+
+
+def generate(
+    self: "Cascade",
+    prompt: str | Sequence[str] | None = None,
+    *,
+    negative: str | Sequence[str] = "",
+    embeds: PromptEmbeds | None = None,
+    num_images: int = 1,
+    seed: Seeds | None = None,
+    settings: Settings | None = None,
+    image_prompts: Sequence[Image.Image] = (),
+    image_embeds: F32 | None = None,
+    init_image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    controls: Sequence[ControlPicture] = (),
+    latents: F32 | None = None,
+    output: Output = "images",
+    on_step: OnStep = lambda stage, step: None,
+    **overrides: Any,
+) -> Result:
+    """Images for one prompt or several, or for `embeds` of them, `num_images` of each.
+
+    One `seed` draws the whole batch from one generator, as diffusers does with one; a sequence gives each image its
+    own, and PlacedSeed an image's place in a batch; None chooses one. `overrides` are fields of Settings; the size
+    defaults to the bundle's. `on_step` is told of every step; it may put other latents into it, and raise to cancel.
+
+    Pictures are RGB. All `image_prompts` (or `image_embeds` (1, n, 768) of such) are followed together.
+    `init_image` is varied, the more the higher `strength`; with `mask` (mode L, white where to draw anew) it stays as
+    it is elsewhere. `controls` go through ControlNets. `latents` replace the prior's first noise.
+
+    Raises UsageError for a size, count, seed or picture that cannot be, or a stage that the bundle lacks."""
+    chosen = _settings(self, settings, overrides)
+    size = latent_sizes(chosen.height, chosen.width, chosen.size_policy)  # fails before anything is loaded
+    prompts, encoded = _encoded(self, prompt, negative, embeds, chosen)
+    if num_images < 1:
+        raise UsageError(f"{num_images} images: expected at least 1")
+    if mask is not None and init_image is None:
+        raise UsageError("a mask says what to draw anew of an initial image: give both")
+    repeated = encoded.repeated(num_images)
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    noise = Noise(seed, len(repeated))
+    start, decoder_start = _starts(self, init_image, mask, chosen, decoder=output != "prior")
+    if image_prompts:
+        if image_embeds is not None:
+            raise UsageError("image_prompts and image_embeds: give one of them")
+        image_embeds = self.encode_images(image_prompts)
+    prior = self.prior(
+        repeated,
+        height=chosen.height,
+        width=chosen.width,
+        seed=noise,
+        image_embeds=image_embeds,
+        latents=latents,
+        start=start,
+        control=self.residuals(controls, height=chosen.height, width=chosen.width, mask=mask),
+        steps=chosen.prior_steps,
+        guidance=chosen.prior_guidance,
+        sampler=chosen.sampler,
+        shift=chosen.prior_shift,
+        rescale=chosen.rescale,
+        timesteps=chosen.prior_timesteps,
+    )
+    prior_latents = _run(Stage.PRIOR, prior, on_step)
+    described = _described(self, prompts, negative, num_images, seed, chosen)
+    if output == "prior":
+        return Result(prior_latents, None, None, described, repeated, encoded.truncated)
+    decoder = self.decode(
+        prior_latents,
+        repeated,
+        height=chosen.height,
+        width=chosen.width,
+        seed=noise,
+        size_policy=chosen.size_policy,
+        start=decoder_start,
+        steps=chosen.decoder_steps,
+        guidance=chosen.decoder_guidance,
+        sampler=chosen.sampler,
+        shift=chosen.decoder_shift,
+        rescale=chosen.rescale,
+        timesteps=chosen.decoder_timesteps,
+    )
+    decoder_latents = _run(Stage.DECODER, decoder, on_step)
+    pixels = self.pixels(decoder_latents) if output == "images" else None
+    kept = _kept(init_image, mask, *size.image)
+    return Result(prior_latents, decoder_latents, pixels, described, repeated, encoded.truncated, kept)
+
+
+def _encoded(
+    cascade: "Cascade",
+    prompt: str | Sequence[str] | None,
+    negative: str | Sequence[str],
+    embeds: PromptEmbeds | None,
+    chosen: Settings,
+) -> tuple[list[str], PromptEmbeds]:
+    """The prompts ("" for embeddings from elsewhere) and their embeddings."""
+    if (prompt is None) == (embeds is None):
+        raise UsageError("expected a prompt, or the embeddings of one: give one of them")
+    if embeds is not None:
+        return [""] * len(embeds), embeds
+    assert prompt is not None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    found = cascade.encode_prompt(prompts, negative, weighted=chosen.weighted, long_prompts=chosen.long_prompts)
+    return prompts, found
+
+
+def _starts(
+    cascade: "Cascade", picture: Image.Image | None, mask: Image.Image | None, chosen: Settings, *, decoder: bool
+) -> tuple[Start | None, Start | None]:
+    """Where prior and decoder start. The decoder follows the prior's latents anyway; it starts from the picture only
+    to keep what is outside a mask, and then from noise."""
+    if picture is None:
+        return None, None
+    sizes = latent_sizes(chosen.height, chosen.width, chosen.size_policy)
+    latents = cascade.encode_picture(picture, height=chosen.height, width=chosen.width)
+    if mask is None:
+        return Start(latents, chosen.strength), None
+    height, width = sizes.image
+    fitted = fit_mask(mask, width, height)
+    start = Start(latents, chosen.strength, latent_mask(fitted, sizes.prior))
+    if not decoder:
+        return start, None
+    details = cascade.encode_details(picture, height=height, width=width)
+    return start, Start(details, 1.0, latent_mask(fitted, sizes.decoder))
+
+
+def _kept(
+    picture: Image.Image | None, mask: Image.Image | None, height: int, width: int
+) -> tuple[Image.Image, Image.Image] | None:
+    if picture is None or mask is None:
+        return None
+    return fit(picture, width, height), fit_mask(mask, width, height)
+
+
+def _settings(cascade: "Cascade", settings: Settings | None, overrides: dict[str, Any]) -> Settings:
+    if settings is None:
+        return parse_settings(overrides, cascade.manifest.default_size)
+    try:
+        return replace(settings, **overrides)
+    except TypeError as error:
+        raise UsageError(f"unknown setting: {error}") from error
+
+
+def _run(stage: Stage, steps: Iterator[Step], on_step: OnStep) -> F32:
+    """Go through all steps; the last one's latents."""
+    for step in steps:
+        on_step(stage, step)
+    return step.latents
+
+
+def _described(
+    cascade: "Cascade",
+    prompts: list[str],
+    negative: str | Sequence[str],
+    num_images: int,
+    seed: Seeds,
+    chosen: Settings,
+) -> list[dict[str, Any]]:
+    """For each image what `generate` needs to draw it again."""
+    negatives = [negative] if isinstance(negative, str) else list(negative)
+    count = len(prompts) * num_images
+    return [
+        {
+            "prompt": prompts[index // num_images],
+            "negative": negatives[0 if len(negatives) == 1 else index // num_images],
+            **_seed_of(seed, index, count),
+            **chosen.to_json(),
+            "vqgan_scale": cascade.manifest.vqgan_scale,
+            "engine": cascade.engine.name,
+            "created_by": cascade.manifest.created_by,
+        }
+        for index in range(count)
+    ]
+
+
+def _seed_of(seed: Seeds, index: int, count: int) -> dict[str, int]:
+    """How to draw image `index` again: its own seed, or its place in a batch of one generator."""
+    if isinstance(seed, int):
+        return {"seed": seed, "index": index, "batch": count}
+    own = seed if isinstance(seed, PlacedSeed | TorchGenerator) else seed[index]
+    if isinstance(own, int):
+        return {"seed": own, "index": 0, "batch": 1}
+    return asdict(own) if isinstance(own, PlacedSeed) else {}

@@ -1,0 +1,91 @@
+"""Draws requests: opens their pictures, generates, and says in the metadata what was used."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..schemas.errors import UsageError
+from ..schemas.request import ControlRef, PictureRef, Request
+from .controls import ControlPicture
+from .generation import OnStep
+from .masks import open_mask
+from .pictures import open_picture
+from .pipeline import Cascade
+from .seeds import PlacedSeed
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished image, the request it answers, and the metadata to store in it."""
+
+    request: Request
+    image: Image.Image
+    metadata: dict[str, Any]
+
+
+def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep) -> list[Drawn]:
+    """Draw requests of one group in one batch; paths of pictures are relative to `folder`.
+
+    Raises UsageError for a picture that cannot be opened or is not the one whose SHA-256 the request has."""
+    first = requests[0]
+    init = None if first.init_image is None else _open(first.init_image, folder)
+    result = cascade.generate(
+        [request.prompt for request in requests],
+        negative=[request.negative for request in requests],
+        seed=[PlacedSeed(request.seed, request.index, request.batch) for request in requests],
+        settings=first.settings,
+        image_prompts=[_open(picture, folder) for picture in first.image_prompts],
+        init_image=init,
+        mask=None if first.mask is None or init is None else open_mask(_checked(first.mask, folder), init.size),
+        controls=[ControlPicture(each.name, _open(each, folder), each.strength) for each in first.controls],
+        on_step=on_step,
+    )
+    used = with_hashes(first, folder)
+    return [
+        Drawn(request, image, {**described, **used})
+        for request, image, described in zip(requests, result.images, result.settings, strict=True)
+    ]
+
+
+def groups(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
+    """Neighbours that can be drawn together, at most `most` at a time."""
+    for _, group in groupby(requests, key=lambda request: request.group):
+        members = list(group)
+        yield from (members[start : start + most] for start in range(0, len(members), most))
+
+
+def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
+    """The request's pictures and LoRAs as metadata, every picture with its SHA-256."""
+    found = request.to_json()
+    for name in ("image_prompts", "controls"):
+        if name in found:
+            found[name] = [{**ref, "sha256": _sha256(folder / ref["path"])} for ref in found[name]]
+    for name in ("init_image", "mask"):
+        if name in found:
+            found[name] = {**found[name], "sha256": _sha256(folder / found[name]["path"])}
+    return {name: found[name] for name in ("image_prompts", "controls", "init_image", "mask", "loras") if name in found}
+
+
+def _open(picture: PictureRef, folder: Path) -> Image.Image:
+    return open_picture(_checked(picture, folder))
+
+
+def _checked(picture: PictureRef | ControlRef, folder: Path) -> Path:
+    """The picture's path. Raises UsageError when it is not the file it was."""
+    path = folder / picture.path
+    if picture.sha256 and path.is_file() and (found := _sha256(path)) != picture.sha256:
+        raise UsageError(
+            f"{path}: expected the picture of SHA-256 {picture.sha256[:12]}..., found {found[:12]}...; "
+            "name the right one with the option it belongs to"
+        )
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

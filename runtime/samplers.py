@@ -1,0 +1,73 @@
+"""The samplers by name, and how one stage is sampled."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+
+from ..schemas.errors import UsageError
+from ..schemas.settings import Sampler
+from .gdf import gdf_schedule
+from .sampling import F32, Schedule, Wuerstchen, custom_timesteps, timesteps
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What `Cascade.prior` and `Cascade.decode` take to say how to sample; the fields of Sampling."""
+
+    steps: int
+    guidance: float
+    sampler: Sampler | str
+    shift: float
+    rescale: float
+    timesteps: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one stage is sampled. Guidance above 1 is classifier-free; `shift` and `rescale` are gdf's alone. The
+    points in `timesteps`, one more than there are steps, take the place of `steps`."""
+
+    steps: int
+    guidance: float
+    sampler: Sampler | str = Sampler.DDPM_WUERSTCHEN
+    shift: float = 1.0
+    rescale: float = 0.0
+    timesteps: Sequence[float] = ()
+
+    @property
+    def guides(self) -> bool:
+        return self.guidance > 1
+
+    def schedule(self, strength: float = 1.0) -> Schedule:
+        """From ratio `strength` down; of the steps, that share of them is made, at least one, as Stability does.
+
+        Raises UsageError for a sampler, a number or a list that cannot be."""
+        if not 0 < strength <= 1:
+            raise UsageError(f"strength {strength:g}: expected more than 0, at most 1")
+        if self.sampler not in SCHEDULES:
+            raise UsageError(f"sampler {self.sampler!r}: expected {' or '.join(SCHEDULES)}")
+        if self.timesteps:
+            points = custom_timesteps(self.timesteps)
+            points = np.append(np.float32(strength), points[points < np.float32(strength)]) if strength < 1 else points
+        else:
+            points = timesteps(max(1, int(self.steps * strength)) if self.steps > 0 else self.steps, strength)
+        return SCHEDULES[Sampler(self.sampler)](points, self)
+
+
+def _wuerstchen(points: F32, sampling: Sampling) -> Schedule:
+    if sampling.shift != 1 or sampling.rescale:
+        raise UsageError(f"shift and rescale: {Sampler.DDPM_WUERSTCHEN} has neither; take sampler {Sampler.GDF}")
+    return Wuerstchen(points)
+
+
+def _gdf(points: F32, sampling: Sampling) -> Schedule:
+    if not sampling.shift > 0:
+        raise UsageError(f"shift {sampling.shift:g}: expected more than 0")
+    return gdf_schedule(points, sampling.shift, sampling.rescale)
+
+
+SCHEDULES: Mapping[Sampler, Callable[[F32, Sampling], Schedule]] = {
+    Sampler.DDPM_WUERSTCHEN: _wuerstchen,
+    Sampler.GDF: _gdf,
+}

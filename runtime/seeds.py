@@ -1,0 +1,63 @@
+"""Seeds to generators of noise: one for a batch, one for each image, or an image's place in a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..schemas.errors import UsageError
+from .noise import TorchGenerator
+from .sampling import F32
+
+
+@dataclass(frozen=True)
+class PlacedSeed:
+    """Image `index` of a `batch` that one generator draws: draws it again, alone or with others."""
+
+    seed: int
+    index: int = 0
+    batch: int = 1
+
+
+Seed = int | PlacedSeed | TorchGenerator
+Seeds = Seed | Sequence[Seed]
+
+
+class Noise:
+    """Standard normal noise for a batch, from one generator or one for each image; both stages go on with the same."""
+
+    def __init__(self, seeds: Seeds, count: int) -> None:
+        """Raises UsageError unless there is one seed, or one for each of `count` images."""
+        if isinstance(seeds, int):
+            given: list[Seed] = [PlacedSeed(seeds, index, count) for index in range(count)]
+        elif isinstance(seeds, TorchGenerator):
+            given = [seeds] * count
+        else:
+            given = [seeds] if isinstance(seeds, PlacedSeed) else list(seeds)
+        if len(given) != count:
+            raise UsageError(f"{len(given)} seeds for {count} images; give one, or one for each")
+        places = {seed: PlacedSeed(seed) for seed in given if isinstance(seed, int)}
+        self._shared = isinstance(seeds, TorchGenerator)
+        self._sources = [places[seed] if isinstance(seed, int) else seed for seed in given]
+        self._generators = {_key(source): _generator(source) for source in self._sources}
+
+    def draw(self, shape: tuple[int, ...]) -> F32:
+        """Noise of `shape`, the batch coming first; a generator draws once for all of its images."""
+        if self._shared:
+            return self._generators[_key(self._sources[0])].randn(shape)
+        batches = {_key(source): source.batch if isinstance(source, PlacedSeed) else 1 for source in self._sources}
+        drawn = {key: self._generators[key].randn((batch, *shape[1:])) for key, batch in batches.items()}
+        rows = [source.index if isinstance(source, PlacedSeed) else 0 for source in self._sources]
+        return np.stack([drawn[_key(source)][row] for source, row in zip(self._sources, rows, strict=True)])
+
+
+def _key(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
+    return (id(source), 0) if isinstance(source, TorchGenerator) else (source.seed, source.batch)
+
+
+def _generator(source: PlacedSeed | TorchGenerator) -> TorchGenerator:
+    if isinstance(source, TorchGenerator):
+        return source
+    if not 0 <= source.index < source.batch:
+        raise UsageError(f"image {source.index} of a batch of {source.batch}: expected 0 to {source.batch - 1}")
+    return TorchGenerator(source.seed)
