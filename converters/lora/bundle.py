@@ -8,13 +8,13 @@ bundle under another name, so a file that is linked to the model's is never writ
 import math
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.integrity import describe_file, find_change, sha256_of
-from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, StageEntry, to_text
+from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
@@ -67,7 +67,73 @@ def apply_loras(
     The disk must have room for a copy of each weights file that changes; the old one stays, for `undo_loras`.
     Raises UsageError for a bundle that has LoRAs merged in already, CheckpointError when its files are damaged,
     and what `merge_loras` raises."""
-    bundle = open_bundle(Path(root))
+    merge = _planned(
+        Path(root),
+        loras,
+        strengths=strengths,
+        text_encoder_strengths=text_encoder_strengths,
+        module_filters=module_filters,
+        alpha=alpha,
+    )
+    bundle = merge.bundle
+    for stage in merge.changes:
+        bundle.check(stage)
+    with staged_output(bundle.root.resolve(), force=True) as staged:
+        _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
+        kept = [_keep(bundle, staged, name) for name in (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))]
+        return _write_merged(merge, staged, {}, kept, start_file)
+
+
+def derive_bundle(
+    root: str | Path,
+    output: Path,
+    loras: Sequence[str | Path],
+    *,
+    strengths: Sequence[float] = (),
+    start_file: StartFile | None = None,
+) -> Applied:
+    """Make a bundle at `output`, in place of what is there, that is the one at `root` with `loras` merged in as
+    `apply_loras` does it. It shares all other files with that bundle: clones of them where the file system clones,
+    else hard links, else copies.
+
+    Raises CheckpointError when any file of the bundle at `root` is damaged, else what `apply_loras` raises."""
+    merge = _planned(Path(root), loras, strengths=strengths)
+    bundle = merge.bundle
+    for stage in bundle.manifest.stages:
+        bundle.check(stage)
+    with staged_output(output, force=True) as staged:
+        ways = _share_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
+        return _write_merged(merge, staged, ways, [], start_file)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """A bundle and what LoRAs change about the tensors its graphs read."""
+
+    bundle: Bundle
+    plan: LoraPlan
+    changes: dict[Stage, Changes]
+
+    @property
+    def replaced(self) -> set[Path]:
+        """The files those tensors lie in."""
+        tensors = (self.plan.components[stage].tensors[name] for stage, names in self.changes.items() for name in names)
+        return {tensor.path for tensor in tensors}
+
+    def relative(self, path: Path) -> str:
+        return path.relative_to(self.bundle.root).as_posix()
+
+
+def _planned(
+    root: Path,
+    loras: Sequence[str | Path],
+    *,
+    strengths: Sequence[float] = (),
+    text_encoder_strengths: Sequence[float] = (),
+    module_filters: Sequence[str] = DEFAULT_FILTERS,
+    alpha: float | None = None,
+) -> _Merge:
+    bundle = open_bundle(root)
     _require_none_applied(bundle)
     components = {stage: _component(bundle, stage) for stage in MERGED_STAGES if stage in bundle.manifest.stages}
     plan = plan_loras(
@@ -83,21 +149,27 @@ def apply_loras(
     changes = {stage: _in_graphs(plan, stage, bundle) for stage in plan.stages}
     if not any(changes.values()):
         raise ConversionError(f"{root}: nothing in its graphs changes:\n  {listed(plan.unapplied)}")
-    for stage in changes:
-        bundle.check(stage)
+    return _Merge(bundle, plan, changes)
+
+
+def _write_merged(
+    merge: _Merge,
+    staged: Path,
+    ways: Mapping[Path, Placement],
+    kept: Sequence[FileEntry],
+    start_file: StartFile | None,
+) -> Applied:
+    """Give `staged`, which has all other files (in these `ways`, where they are not the bundle's own), the files that
+    change and the manifest."""
+    bundle, plan, replaced = merge.bundle, merge.plan, merge.replaced
     effects: list[Effect] = []
-    with staged_output(bundle.root.resolve(), force=True) as staged:
-        replaced = {tensor.path for s, names in changes.items() for tensor in _touched(components[s], names)}
-        _link_others(bundle.root, staged, {*replaced, bundle.root / MANIFEST_NAME})
-        kept = [_keep(bundle, staged, MANIFEST_NAME)]
-        stages = dict(bundle.manifest.stages)
-        for stage, names in changes.items():
-            kept += [_keep(bundle, staged, _relative(bundle, path)) for path in sorted(replaced) if _of(stage, path)]
-            effects += _rewrite(bundle, components[stage], names, staged, start_file)
-            stages[stage] = _entry(bundle, stage, replaced, staged)
-        state = LoraState(loras=tuple(plan.entries), kept=tuple(kept))
-        manifest = bundle.manifest.model_copy(update={"stages": stages, "lora": state})
-        (staged / MANIFEST_NAME).write_text(to_text(manifest), encoding="utf-8")
+    stages = {stage: _shared(entry, staged, ways) for stage, entry in bundle.manifest.stages.items()}
+    for stage, names in merge.changes.items():
+        effects += _rewrite(bundle, plan.components[stage], names, staged, start_file)
+        stages[stage] = _entry(stages[stage], bundle.root, replaced, staged)
+    state = LoraState(loras=tuple(plan.entries), kept=tuple(kept))
+    manifest = bundle.manifest.model_copy(update={"stages": stages, "lora": state})
+    (staged / MANIFEST_NAME).write_text(to_text(manifest), encoding="utf-8")
     return Applied(tuple(effects), tuple(plan.unapplied), tuple(plan.notes))
 
 
@@ -171,18 +243,6 @@ def _in_graphs(plan: LoraPlan, stage: Stage, bundle: Bundle) -> Changes:
     return {name: parts for name, parts in changes.items() if name in tensors}
 
 
-def _touched(component: Component, names: Changes) -> list[TensorRange]:
-    return [component.tensors[name] for name in names]
-
-
-def _relative(bundle: Bundle, path: Path) -> str:
-    return path.relative_to(bundle.root).as_posix()
-
-
-def _of(stage: Stage, path: Path) -> bool:
-    return path.parent.name == stage
-
-
 def _keep(bundle: Bundle, staged: Path, name: str) -> FileEntry:
     """Link a file that is to be replaced under the name it is kept by."""
     known = {file.path: file for entry in bundle.manifest.stages.values() for file in entry.files}
@@ -199,7 +259,7 @@ def _rewrite(
     tensors = {}
     for name in changes:
         tensor = component.tensors[name]
-        copy = staged / _relative(bundle, tensor.path)
+        copy = staged / tensor.path.relative_to(bundle.root)
         tensors[name] = TensorRange(copy, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
         if not copy.exists():
             label = f"{component.stage}/{copy.name}"
@@ -220,33 +280,60 @@ def _copy(source: Path, target: Path, progress: Progress | None) -> None:
         raise ConversionError(what_failed(target, size, error)) from error
 
 
-def _entry(bundle: Bundle, stage: Stage, replaced: Collection[Path], staged: Path) -> StageEntry:
+def _entry(entry: StageEntry, root: Path, replaced: Collection[Path], staged: Path) -> StageEntry:
     """The stage's entry with new facts on the files that were replaced."""
-    entry = bundle.entry(stage)
     files = []
     for file in entry.files:
         path = staged / file.path
-        changed = bundle.root / file.path in replaced
-        files.append(describe_file(staged, path, sha256_of(path)) if changed else file)
-    weights = {bundle.root / file.path for file in entry.files if file.path not in entry.graph_paths}
+        files.append(describe_file(staged, path, sha256_of(path)) if root / file.path in replaced else file)
+    weights = {root / file.path for file in entry.files if file.path not in entry.graph_paths}
     how = "copy" if weights <= set(replaced) else entry.weights
     return entry.model_copy(update={"files": tuple(files), "weights": how})
 
 
+def _shared(entry: StageEntry, staged: Path, ways: Mapping[Path, Placement]) -> StageEntry:
+    """The stage's entry with the way its weights came from another bundle, the most dangerous of several."""
+    paths = (staged / file.path for file in entry.files if file.path not in entry.graph_paths)
+    found = {ways[path] for path in paths if path in ways}
+    way = next((way for way in ("link", "reflink", "copy") if way in found), entry.weights)
+    return entry.model_copy(update={"weights": way})
+
+
 def _link_others(root: Path, staged: Path, without: Collection[Path]) -> None:
     """Give `staged` everything in the bundle at `root` but the files `without`."""
+    for path, target in _others(root, staged, without):
+        _link(path, target)
+
+
+def _share_others(root: Path, staged: Path, without: Collection[Path]) -> dict[Path, Placement]:
+    """The same for a bundle that stays apart from the one at `root`; how each file came there."""
+    return {target: _share(path, target) for path, target in _others(root, staged, without)}
+
+
+def _others(root: Path, staged: Path, without: Collection[Path]) -> Iterator[tuple[Path, Path]]:
+    """Make the folders of the bundle at `root` in `staged`; its files but those `without`, and where they go."""
     staged.mkdir()
     for path in sorted(root.rglob("*")):
         target = staged / path.relative_to(root)
         if path.is_dir() and not path.is_symlink():
             target.mkdir()
         elif path not in without:
-            _link(path, target)
+            yield path, target
 
 
-def _link(source: Path, target: Path) -> None:
+def _share(source: Path, target: Path) -> Placement:
+    """A clone that keeps the time of change, else a hard link, else a copy."""
+    if not source.is_symlink() and clone(source, target):
+        shutil.copystat(source, target)
+        return "reflink"
+    return _link(source, target)
+
+
+def _link(source: Path, target: Path) -> Placement:
     """A hard link, or a copy that keeps the time of change where there are none."""
     try:
         os.link(source, target, follow_symlinks=False)
+        return "link"
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
+        return "copy"

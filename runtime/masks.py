@@ -1,0 +1,125 @@
+"""Masks of what is to be drawn anew: from a file to pixels, to latents, and to the seam in the finished image.
+
+A mask is a greyscale picture of 0 and 255 only. Where it gets smaller, what the mask touches at all stays masked:
+what was to go must not shine through the edges, and the last step puts back every pixel that was to stay.
+"""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..schemas.errors import UsageError
+from .pictures import F32, cover_box, decode, has_alpha
+
+HALF = 128  # greys from here on are masked
+SAME_SHAPE = 0.01  # how far the proportions of mask and picture may differ
+
+Edges = list[Fraction]
+
+
+def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask in a file, for a picture of `size` (width, height): mode L, 255 where to draw anew.
+
+    That is where the file is white (at least half), or, where some of it is transparent, where it is opaque (at
+    least half), whatever the colour. It is scaled to `size`.
+    Raises UsageError for what `open_picture` refuses, other proportions than the picture's, and an empty mask."""
+    stored = decode(path)
+    values = np.asarray(stored.convert("L"))
+    if has_alpha(stored):
+        alpha = np.asarray(stored.convert("RGBA"))[..., 3]
+        values = alpha if alpha.min() < HALF else values
+    masked = values >= HALF
+    if abs(math.log(stored.width / stored.height * size[1] / size[0])) > SAME_SHAPE:
+        raise UsageError(
+            f"{path}: a mask of {stored.width}x{stored.height} for a picture of {size[0]}x{size[1]}; "
+            "make it of the picture's size"
+        )
+    if not masked.any():
+        raise UsageError(f"{path}: masks nothing; paint white what is to be drawn anew, and the rest black")
+    edges = [_even(side, cells) for side, cells in zip(stored.size, size, strict=True)]
+    return _to_mask(_touched(masked, edges[1], edges[0]))
+
+
+def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
+    """The mask of what `pictures.fit` makes of its picture. Raises UsageError when the part it takes has no mask."""
+    left, top, right, bottom = cover_box(mask.size, width, height)
+    columns, rows = _edges(left, right, width), _edges(top, bottom, height)
+    masked = _touched(_masked(mask), rows, columns)
+    if not masked.any():
+        raise UsageError(
+            f"the mask lies outside the middle that {width}x{height} takes from {mask.width}x{mask.height}; "
+            "choose a size nearer to the picture's proportions"
+        )
+    return _to_mask(masked)
+
+
+def latent_mask(mask: Image.Image, size: tuple[int, int]) -> F32:
+    """(1, 1, h, w) float32 for latents of `size` (h, w): 1 for those that stand for any masked pixel, even in part,
+    else 0."""
+    rows, columns = _even(mask.height, size[0]), _even(mask.width, size[1])
+    return _touched(_masked(mask), rows, columns).astype(np.float32)[None, None]
+
+
+def mask_pixels(mask: Image.Image) -> F32:
+    """(1, 1, height, width) float32, 1 where masked, else 0."""
+    return _masked(mask).astype(np.float32)[None, None]
+
+
+def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, feather: int = 8) -> Image.Image:
+    """RGB pictures of one size: `generated` wherever the mask is, `original` to the last bit from 2 * `feather` pixels
+    off it on, and from one to the other in between. Raises UsageError for pictures of different sizes."""
+    if not original.size == generated.size == mask.size:
+        sizes = ", ".join(f"{each.width}x{each.height}" for each in (original, generated, mask))
+        raise UsageError(f"to composite original, generated image and mask of {sizes}: expected one size")
+    share = feathered(mask, feather)[..., None]
+    old, new = (np.asarray(picture, np.float64) for picture in (original, generated))
+    return Image.fromarray((old + (new - old) * share).round().astype(np.uint8))
+
+
+def feathered(mask: Image.Image, feather: int) -> NDArray[np.float64]:
+    """(height, width) in 0..1: 1 where the mask is, 0 from 2 * `feather` pixels off it on (across or down).
+
+    The mask grown by `feather`, then averaged over squares that reach `feather` to each side, cut at the borders."""
+    grown = _square_sum(_masked(mask).astype(np.float64), feather) > 0
+    return _square_sum(grown.astype(np.float64), feather) / _square_sum(np.ones(grown.shape), feather)
+
+
+def _square_sum(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Sums over the squares around every pixel, as far as they lie inside; exact for whole numbers."""
+    for axis in (0, 1):
+        total = np.insert(np.cumsum(values, axis), 0, 0, axis)
+        at = np.arange(values.shape[axis])
+        stop = np.minimum(at + reach + 1, len(at))
+        values = np.take(total, stop, axis) - np.take(total, np.maximum(at - reach, 0), axis)
+    return values
+
+
+def _masked(mask: Image.Image) -> NDArray[np.bool_]:
+    return np.asarray(mask) >= HALF
+
+
+def _to_mask(masked: NDArray[np.bool_]) -> Image.Image:
+    return Image.fromarray(masked.astype(np.uint8) * 255)
+
+
+def _even(length: int, cells: int) -> Edges:
+    return _edges(Fraction(0), Fraction(length), cells)
+
+
+def _edges(start: Fraction, stop: Fraction, cells: int) -> Edges:
+    """The `cells` + 1 borders of as many equal cells between `start` and `stop`."""
+    return [start + (stop - start) * number / cells for number in range(cells + 1)]
+
+
+def _touched(masked: NDArray[np.bool_], rows: Edges, columns: Edges) -> NDArray[np.bool_]:
+    """Of the cells between borders in pixels of `masked`, those that any masked pixel reaches into."""
+    return _any_in_rows(_any_in_rows(masked, rows).T, columns).T
+
+
+def _any_in_rows(masked: NDArray[np.bool_], edges: Edges) -> NDArray[np.bool_]:
+    return np.stack([masked[math.floor(a) : math.ceil(b)].any(axis=0) for a, b in pairwise(edges)])
