@@ -28,12 +28,11 @@ class Gdf:
 
     def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
         a, b = _scales(self.log_snr[index])
-        return np.add(a * x_0, b * noise, dtype=np.float32)
+        return np.asarray(a * x_0 + b * noise, np.float32)
 
     def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
         a, b = _scales(self.log_snr[index])
-        x_0: F32 = (x_t - eps * b) / a
-        return x_0
+        return np.asarray((x_t - eps * b) / a, np.float32)
 
     def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
         (a, b), (a_prev, b_prev) = (_scales(self.log_snr[point]) for point in (index, index + 1))

@@ -1,3 +1,4 @@
+from typing import Any
 from dataclasses import dataclass
 
 
@@ -8,7 +9,7 @@ class Texts:
     truncated: tuple
 
 
-def encode_texts(texts, tokenizer, encode, *, weighted, long):
+def encode_texts(texts: Any, tokenizer: Any, encode: Any, *, weighted: bool, long: bool) -> Any:
     t = tokenizer(texts)
     o = encode({"input_ids": t.input_ids, "attention_mask": t.attention_mask})
     return Texts(o["prompt_embeds"], o["pooled"], t.truncated)

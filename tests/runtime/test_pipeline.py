@@ -159,7 +159,7 @@ def test_metadata_of_a_png(cascade: Cascade, tmp_path: Path) -> None:
         **{"prompt": "b", "negative": "n", "seed": 5, "index": 3, "batch": 4, "width": 128, "height": 64},
         **{"prior_steps": 2, "prior_guidance": 4.0, "decoder_steps": 2, "decoder_guidance": 0.0},
         **{"size_policy": "exact", "sampler": "ddpm-wuerstchen", "prior_shift": 1.0, "decoder_shift": 1.0},
-            **{"rescale": 0.0, "strength": 0.8, "weighted": False, "long_prompts": False},
+        **{"rescale": 0.0, "strength": 0.8, "weighted": False, "long_prompts": False},
         **{"vqgan_scale": 0.3764, "engine": "onnxruntime", "created_by": ""},
     }
     assert result.settings[0]["prompt"] == "a ü"
