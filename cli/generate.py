@@ -169,6 +169,7 @@ def generate(
         paths = image_paths(output, len(requests), force=force)
         warn_of_cuts(requests, cascade)
         most = batch or max(1, MOST_PIXELS // (requests[0].settings.width * requests[0].settings.height))
+        tell_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:
             for group in groups(requests, most):
@@ -266,6 +267,15 @@ def _on_step(
 
 def _preview_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.preview.png")
+
+
+def tell_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
+    """Say how much memory the largest of the images will take, before anything is loaded."""
+    from ..runtime.memory import predict_peak
+
+    largest = max((each.settings for each in requests), key=lambda settings: settings.width * settings.height)
+    peak = predict_peak(cascade.manifest, cascade.residency.policy, largest, min(most, len(requests)))
+    note(f"memory: about {peak.nbytes / 1e9:.1f} GB at the peak, in the {peak.stage}")
 
 
 def warn_of_cuts(requests: "Sequence[Request]", cascade: "Cascade") -> None:

@@ -45,7 +45,7 @@ class Residency:
     def __init__(self, engine: Engine, policy: MemoryPolicy, size_of: Callable[[Stage, str], int]) -> None:
         """`size_of` tells how many bytes a stage's graph takes once loaded."""
         self._engine = engine
-        self._policy = policy
+        self.policy = policy
         self._size_of = size_of
         self._loaded: dict[Key, StageRunner] = {}  # the one used last comes last
         self._in_use: list[Key] = []
@@ -71,10 +71,10 @@ class Residency:
             self._free(key)
 
     def _make_room(self, key: Key) -> None:
-        if self._policy == RESIDENT:
+        if self.policy == RESIDENT:
             return
         for old in [old for old in self._loaded if old not in self._in_use]:
-            if self._policy.budget is not None and self._needed(key) <= self._policy.budget:
+            if self.policy.budget is not None and self._needed(key) <= self.policy.budget:
                 return
             self._free(old)
 
