@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 
 from ..schemas.errors import CheckpointError, UsageError
@@ -42,6 +43,15 @@ class Tokens:
     input_ids: NDArray[np.int64]  # (B, L)
     attention_mask: NDArray[np.int64]  # (B, L): 1 up to and with the closing token, then 0
     truncated: tuple[str, ...]  # of each prompt the words that did not fit, "" where all did
+
+
+class Token(NamedTuple):
+    """One token of a text, with what is needed to cut the text in a good place."""
+
+    id: int
+    start: int  # the character of the text it starts at
+    opens_word: bool
+    is_comma: bool  # or punctuation that ends with one, such as ")," which is a token of its own
 
 
 class ClipTokenizer:
@@ -88,10 +98,7 @@ class ClipTokenizer:
         attention_mask = np.zeros_like(input_ids)
         truncated = []
         for row, prompt in enumerate(prompts):
-            try:
-                encoding = self._tokenizer.encode(prompt)
-            except TypeError as error:
-                raise UsageError(f"prompt {row}: expected text, got {ascii(prompt)[:60]}") from error
+            encoding = self._encode(prompt, f"prompt {row}")
             # The closing token is the fill value, so only what comes before it is copied.
             kept = min(len(encoding.ids), length) - 1
             input_ids[row, :kept] = encoding.ids[:kept]
@@ -100,6 +107,25 @@ class ClipTokenizer:
             # Offsets count characters of the prompt as typed, before lowering and normalization.
             truncated.append("" if fits else prompt[encoding.offsets[kept][0] :].strip())
         return Tokens(input_ids, attention_mask, tuple(truncated))
+
+    def split(self, text: str, name: str = "prompt") -> list[Token]:
+        """All tokens of `text`, however many, without the opening and the closing one.
+
+        Raises UsageError, calling the text `name`, when it is not text."""
+        encoding = self._encode(text, name)
+        fields = zip(encoding.ids, encoding.offsets, encoding.word_ids, encoding.tokens, strict=True)
+        own = list(fields)[1:-1]
+        words = [None, *(word for _, _, word, _ in own)]
+        return [
+            Token(id_, offsets[0], word != before, token.endswith(",</w>"))
+            for (id_, offsets, word, token), before in zip(own, words, strict=False)
+        ]
+
+    def _encode(self, text: str, name: str) -> Encoding:
+        try:
+            return self._tokenizer.encode(text)
+        except TypeError as error:
+            raise UsageError(f"{name}: expected text, got {ascii(text)[:60]}") from error
 
 
 def save_tokenizer_folder(folder: Path) -> None:
