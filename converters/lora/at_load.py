@@ -100,9 +100,9 @@ def _user_caches() -> Path:
 
 
 def _key(bundle: Bundle, loras: Sequence[Path], strengths: Sequence[float]) -> str:
-    """Names what the merge is made of: the bundle's manifest but for the times of its files, the LoRAs' contents and
-    strengths in their order, and the program that merges."""
-    merged = [[_fingerprints(path), strength] for path, strength in zip(loras, strengths, strict=True)]
+    """Names what the merge is made of: the bundle's manifest but for the times of its files, the LoRAs' names,
+    contents and strengths in their order, and the program that merges."""
+    merged = [[path.name, _fingerprints(path), strength] for path, strength in zip(loras, strengths, strict=True)]
     parts = [version("cascadekit"), _without_times(bundle.manifest.model_dump(mode="json")), merged]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return digest[:KEY_DIGITS]
