@@ -17,7 +17,7 @@ from diffusers import StableCascadeUNet
 from safetensors.torch import load_file, save_file
 
 from cascadekit import export
-from cascadekit.converters.lora import at_load, bundle
+from cascadekit.converters.lora import bundle
 from cascadekit.converters.lora.at_load import cache_folder, find_lora, with_loras
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, UsageError
@@ -109,9 +109,13 @@ def test_merged_once_and_found_again(plain: Path, tmp_path: Path, monkeypatch: p
     assert state is not None
     assert [(lora.name, lora.strength) for lora in state.loras] == [("one.safetensors", 0.5), ("two.safetensors", -1.5)]
 
-    monkeypatch.setattr(at_load, "derive_bundle", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setitem(sys.modules, bundle.__name__, None)  # as without the onnx package, which it imports
     assert with_loras(plain, [(str(one), 0.5), ("two.safetensors", -1.5)]) == made
     assert with_loras(plain, []) == plain
+    with pytest.raises(
+        UsageError, match=r"the onnx package, which is not installed: pip install 'cascadekit\[export\]'"
+    ):
+        with_loras(plain, [(one, 0.25)])
 
 
 def test_as_peft_merges(tiny: Path, plain: Path, tmp_path: Path) -> None:
