@@ -77,26 +77,28 @@ def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, 
         sizes = ", ".join(f"{each.width}x{each.height}" for each in (original, generated, mask))
         raise UsageError(f"to composite original, generated image and mask of {sizes}: expected one size")
     share = feathered(mask, feather)[..., None]
-    old, new = (np.asarray(picture, np.float64) for picture in (original, generated))
+    old, new = (np.asarray(picture, np.float32) for picture in (original, generated))
     return Image.fromarray((old + (new - old) * share).round().astype(np.uint8))
 
 
-def feathered(mask: Image.Image, feather: int) -> NDArray[np.float64]:
-    """(height, width) in 0..1: 1 where the mask is, 0 from 2 * `feather` pixels off it on (across or down).
+def feathered(mask: Image.Image, feather: int) -> F32:
+    """(height, width) float32 in 0..1: 1 where the mask is, 0 from 2 * `feather` pixels off it on (across or down).
 
     The mask grown by `feather`, then averaged over squares that reach `feather` to each side, cut at the borders."""
-    grown = _square_sum(_masked(mask).astype(np.float64), feather) > 0
-    return _square_sum(grown.astype(np.float64), feather) / _square_sum(np.ones(grown.shape), feather)
+    grown = _square_sum(_masked(mask), feather) > 0
+    share: F32 = (_square_sum(grown, feather) / _square_sum(np.ones_like(grown), feather)).astype(np.float32)
+    return share
 
 
-def _square_sum(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Sums over the squares around every pixel, as far as they lie inside; exact for whole numbers."""
-    for axis in (0, 1):
-        total = np.insert(np.cumsum(values, axis), 0, 0, axis)
-        at = np.arange(values.shape[axis])
-        stop = np.minimum(at + reach + 1, len(at))
-        values = np.take(total, stop, axis) - np.take(total, np.maximum(at - reach, 0), axis)
-    return values
+def _square_sum(masked: NDArray[np.bool_], reach: int) -> NDArray[np.int32]:
+    """How many are masked in the squares around every pixel, as far as they lie inside."""
+    counts = masked.astype(np.int32)
+    for _ in counts.shape:  # along the rows, then along the columns; turned over in between
+        total = np.zeros((counts.shape[1] + 1, counts.shape[0]), np.int32)
+        np.cumsum(counts.T, axis=0, out=total[1:])
+        at = np.arange(counts.shape[1])
+        counts = total[np.minimum(at + reach + 1, len(at))] - total[np.maximum(at - reach, 0)]
+    return counts
 
 
 def _masked(mask: Image.Image) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ from .hoisting import CONDITIONING, STEP
 from .residency import RESIDENT, MemoryPolicy
 
 BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
+ALWAYS = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)  # every generation runs them
 PROCESS = 115 << 20  # the interpreter, numpy and an engine's library
 
 # Tensors that the prior's two graphs do not share, by parts of their names: what conditions and timesteps are mapped
@@ -52,10 +53,8 @@ def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> i
 
 
 def predict_peak(manifest: Manifest, policy: MemoryPolicy, settings: Settings, images: int) -> Peak:
-    """For `images` images drawn together. With a budget the policy keeps to it only as far as the largest stage does."""
-    stages = [
-        stage for stage in (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN) if stage in manifest.stages
-    ]
+    """For `images` images drawn together. A budget is kept to only as far as the largest stage fits into it."""
+    stages = [stage for stage in ALWAYS if stage in manifest.stages]
     runs = [(stage, graph) for stage in stages for graph in _graphs(manifest, stage)]
     alone = {run: loaded_bytes(manifest, *run) for run in runs}
     extra = {run: _extra(manifest, run[0], alone[run], settings, images) for run in runs}

@@ -91,7 +91,7 @@ def decode(path: Path) -> Image.Image:
         raise UsageError(f"{path}: expected a picture, found {found}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # between half the limit and the limit
+            warnings.simplefilter("ignore")  # of odd metadata, and of pictures larger than half of Pillow's limit
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
                 picture.load()

@@ -10,7 +10,8 @@ def bilinear(images: F32, size: tuple[int, int], *, align_corners: bool = False)
     """(B, c, height, width) float32 to (B, c, *size): between the two nearest pixels each way, without antialiasing.
 
     The middle of the image stays the middle; with `align_corners` the middles of its corner pixels stay in place.
-    Rounded where torch rounds on CPUs, as values that are cut off to bytes afterwards may hang on the last bit."""
+    Rounded where torch rounds on CPUs with more than one thread, as values that are cut off to bytes afterwards may
+    hang on the last bit."""
     for axis, length in ((-1, size[1]), (-2, size[0])):
         images = _along(images, axis, length, align_corners)
     return images

@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.integrity import fingerprint
 from ...schemas.errors import CascadeError, ConversionError, UsageError
 from ..placing import StartFile
-from .bundle import derive_bundle
 from .peft_config import CONFIG_NAME
 from .reader import FOLDER_NAMES, holds_lora
+
+if TYPE_CHECKING:
+    from .bundle import Applied
 
 FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
 CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
@@ -57,7 +59,7 @@ def with_loras(
     target = (cache or cache_folder()) / _key(opened, paths, strengths)
     with _alone(target):
         if not _is_whole(target):
-            done = derive_bundle(opened.root, target, paths, strengths=strengths, start_file=start_file)
+            done = _merging()(opened.root, target, paths, strengths=strengths, start_file=start_file)
             for text in (*done.notes, *(f"not applied: {part}" for part in done.unapplied)):
                 say(text)
     return target
@@ -99,10 +101,21 @@ def _user_caches() -> Path:
     return Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache"  # as the XDG specification has it
 
 
+def _merging() -> Callable[..., "Applied"]:
+    """What makes the bundle; what is in the cache can be had without the onnx package that this reads graphs with."""
+    try:
+        from .bundle import derive_bundle
+    except ImportError as error:
+        raise UsageError(
+            "merging LoRAs takes the onnx package, which is not installed: pip install 'cascadekit[export]'"
+        ) from error
+    return derive_bundle
+
+
 def _key(bundle: Bundle, loras: Sequence[Path], strengths: Sequence[float]) -> str:
-    """Names what the merge is made of: the bundle's manifest but for the times of its files, the LoRAs' contents and
-    strengths in their order, and the program that merges."""
-    merged = [[_fingerprints(path), strength] for path, strength in zip(loras, strengths, strict=True)]
+    """Names what the merge is made of: the bundle's manifest but for the times of its files, the LoRAs' names,
+    contents and strengths in their order, and the program that merges."""
+    merged = [[path.name, _fingerprints(path), strength] for path, strength in zip(loras, strengths, strict=True)]
     parts = [version("cascadekit"), _without_times(bundle.manifest.model_dump(mode="json")), merged]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return digest[:KEY_DIGITS]
