@@ -7,7 +7,17 @@ whatever else the machine is doing meets all alike. Nothing here judges: a repor
 from .convert import bench_convert
 from .engines import EnginesReport, bench_engines
 from .export import bench_export
+from .generate import GenerateReport, bench_generate
 from .report import Report
 from .standins import NETWORKS
 
-__all__ = ["NETWORKS", "EnginesReport", "Report", "bench_convert", "bench_engines", "bench_export"]
+__all__ = [
+    "NETWORKS",
+    "EnginesReport",
+    "GenerateReport",
+    "Report",
+    "bench_convert",
+    "bench_engines",
+    "bench_export",
+    "bench_generate",
+]
