@@ -24,7 +24,7 @@ ENGINES = (
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
 PROGRAMS = "onnxruntime openvino openvino-bf16 diffusers diffusers-bf16".split()
 DEFAULT_PROGRAMS = "onnxruntime,openvino-bf16,diffusers,diffusers-bf16"
-GENERATION_COLUMNS = "program text_encoder prior decoder vqgan image load loop ratio".split() + ["peak MB", "version"]
+GENERATION_COLUMNS = [*"program text_encoder prior decoder vqgan image load loop ratio".split(), "peak MB", "version"]
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
 
 ENGINE_COLUMNS = (

@@ -19,7 +19,10 @@ from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 
-PROMPT, NEGATIVE = "an image of a shiba inu, donning a spacesuit and helmet", "blurry"
+PROMPT, NEGATIVE = "image {} of a shiba inu, donning a spacesuit and helmet", "blurry {}"
+
+Draw = Callable[[int], object]  # an image of a prompt of its number
+Prepare = Callable[["GenerateJob", "Clock"], Draw]
 
 
 @dataclass(frozen=True)
@@ -115,30 +118,35 @@ def main() -> None:
     package, prepare = PROGRAMS[job.program]
     clock = Clock()
     draw = prepare(job, clock)
-    draw()  # loads, compiles, packs, grows its memory
+    draw(0)  # loads, compiles, packs, grows its memory
     first, clock.spent = dict(clock.spent), defaultdict(float)
-    for _ in range(job.runs):
+    for number in range(1, job.runs + 1):
         clock.start("all")
-        draw()
+        draw(number)
         clock.stop("all")
     print(json.dumps({"first": first, "spent": clock.spent, "version": version(package)}))
 
 
-def _cascadekit(engine: str) -> Callable[[GenerateJob, Clock], Callable[[], object]]:
-    def prepared(job: GenerateJob, clock: Clock) -> Callable[[], object]:
+def _cascadekit(engine: str) -> Prepare:
+    def prepared(job: GenerateJob, clock: Clock) -> Draw:
         cascade = Cascade.open(job.bundle, engine=engine, threads=job.threads, memory=job.memory)
         timed = Cascade(
             TimedEngine(cascade.engine, clock), cascade.manifest, cascade.tokenizer, memory=cascade.residency.policy
         )
-        return lambda: timed.generate(PROMPT, negative=NEGATIVE, seed=0, settings=job.settings)
+
+        def draw(number: int) -> object:
+            prompt, negative = PROMPT.format(number), NEGATIVE.format(number)
+            return timed.generate(prompt, negative=negative, seed=0, settings=job.settings).images
+
+        return draw
 
     return prepared
 
 
-def _diffusers(dtype: str) -> Callable[[GenerateJob, Clock], Callable[[], object]]:
+def _diffusers(dtype: str) -> Prepare:
     """Both pipelines, from their components, with hooks on the networks; everything stays in memory."""
 
-    def prepared(job: GenerateJob, clock: Clock) -> Callable[[], object]:
+    def prepared(job: GenerateJob, clock: Clock) -> Draw:
         diffusers, transformers, torch = (import_module(name) for name in ("diffusers", "transformers", "torch"))
         vq = import_module("diffusers.pipelines.deprecated.wuerstchen").PaellaVQModel
         torch.set_num_threads(job.threads)
@@ -170,12 +178,12 @@ def _diffusers(dtype: str) -> Callable[[GenerateJob, Clock], Callable[[], object
         for pipeline in (prior, decoder):
             pipeline.set_progress_bar_config(disable=True)
 
-        def draw() -> object:
+        def draw(number: int) -> object:
             generator = torch.Generator().manual_seed(0)
             with torch.inference_mode():
                 found = prior(
-                    PROMPT,
-                    negative_prompt=NEGATIVE,
+                    PROMPT.format(number),
+                    negative_prompt=NEGATIVE.format(number),
                     height=job.height,
                     width=job.width,
                     num_inference_steps=job.prior_steps,
@@ -197,7 +205,7 @@ def _diffusers(dtype: str) -> Callable[[GenerateJob, Clock], Callable[[], object
 
 
 # What is measured by each name, and the package whose version counts.
-PROGRAMS: Mapping[str, tuple[str, Callable[[GenerateJob, Clock], Callable[[], object]]]] = {
+PROGRAMS: Mapping[str, tuple[str, Prepare]] = {
     "onnxruntime": ("onnxruntime", _cascadekit("onnxruntime")),
     "openvino": ("openvino", _cascadekit("openvino")),
     "openvino-bf16": ("openvino", _cascadekit("openvino-bf16")),

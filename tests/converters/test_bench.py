@@ -266,3 +266,32 @@ def test_compiled_and_traced(tmp_path: Path) -> None:
     found = json.loads(result.stdout)["engines"]
     assert found["torch-compile"]["relative_l2"] < 1e-4
     assert 1e-4 < found["torch-compile-bf16"]["relative_l2"] < 1
+
+
+class TestGenerate:
+    PROGRAMS = ("onnxruntime", "openvino", "openvino-bf16", "diffusers", "diffusers-bf16")
+    QUICK = ("--tiny", "--size", "128x128", "--prior-steps", 2, "--decoder-steps", 1)
+
+    def test_json(self, tmp_path: Path) -> None:
+        chosen = ("--programs", ",".join(self.PROGRAMS), "--rounds", 2, "--json", *self.QUICK)
+        result = call(tmp_path, *chosen, "--runs", 1, command="generate")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert tuple(report["programs"]) == self.PROGRAMS
+        for found in report["programs"].values():
+            assert set(found["stage_seconds"]) == set(map(str, FED))
+            assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["stage_seconds"].values())
+            assert 0 < found["loop_share"] < 1
+            assert len(found["ratios"]) == 2
+            assert found["peak_rss"] > 1e7
+        assert all(math.isfinite(number) for number in numbers(report))
+
+    def test_table_and_a_wrong_program(self, tmp_path: Path) -> None:
+        result = call(
+            tmp_path, "--programs", "onnxruntime", "--rounds", 1, "--runs", 1, *self.QUICK, command="generate"
+        )
+        assert result.exit_code == 0, result.output
+        assert "onnxruntime" in result.stdout
+        result = call(tmp_path, "--programs", "abacus", command="generate")
+        assert result.exit_code == 2
+        assert "expected some of onnxruntime" in result.output
