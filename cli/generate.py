@@ -11,7 +11,7 @@ from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
 from .common import ENGINES, PATH, parse_loras, parse_size
-from .console import note, say, step_progress
+from .console import byte_progress, note, say, step_progress
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Cascade
@@ -197,7 +197,8 @@ def open_cascade(
     if loras:
         from ..converters.lora.at_load import with_loras
 
-        bundle = with_loras(bundle, loras)
+        with byte_progress() as start_file:
+            bundle = with_loras(bundle, loras, start_file=start_file, say=note)
     return Cascade.open(bundle, device, engine=engine, threads=threads, memory=memory, stages=stages)
 
 
