@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .converters.checkpoint import convert as convert
     from .converters.export import export as export
+    from .converters.lora.at_load import with_loras as with_loras
     from .converters.model import inspect as inspect
+    from .runtime.embeds import PromptEmbeds as PromptEmbeds
     from .runtime.pipeline import Cascade as Cascade
+    from .runtime.seeds import PlacedSeed as PlacedSeed
     from .schemas.settings import Settings as Settings
 
 _PUBLIC = {
     "Cascade": (".runtime.pipeline", "Cascade"),
+    "PlacedSeed": (".runtime.seeds", "PlacedSeed"),
+    "PromptEmbeds": (".runtime.embeds", "PromptEmbeds"),
     "Settings": (".schemas.settings", "Settings"),
     "convert": (".converters.checkpoint", "convert"),
     "export": (".converters.export", "export"),
+    "with_loras": (".converters.lora.at_load", "with_loras"),
     "inspect": (".converters.model", "inspect"),
 }
 
-__all__ = ["Cascade", "Settings", "convert", "export", "inspect"]
+__all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "with_loras"]
 
 
 def __getattr__(name: str) -> Any:

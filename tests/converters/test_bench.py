@@ -269,20 +269,20 @@ def test_compiled_and_traced(tmp_path: Path) -> None:
 
 
 class TestGenerate:
-    PROGRAMS = ("onnxruntime", "openvino", "openvino-bf16", "diffusers", "diffusers-bf16")
+    PROGRAMS = ("onnxruntime", "openvino-bf16", "diffusers")
     QUICK = ("--tiny", "--size", "128x128", "--prior-steps", 2, "--decoder-steps", 1)
 
     def test_json(self, tmp_path: Path) -> None:
-        chosen = ("--programs", ",".join(self.PROGRAMS), "--rounds", 2, "--json", *self.QUICK)
+        chosen = ("--programs", ",".join(self.PROGRAMS), "--rounds", 1, "--json", *self.QUICK)
         result = call(tmp_path, *chosen, "--runs", 1, command="generate")
         assert result.exit_code == 0, result.output
         report = json.loads(result.stdout)
         assert tuple(report["programs"]) == self.PROGRAMS
         for found in report["programs"].values():
             assert set(found["stage_seconds"]) == set(map(str, FED))
-            assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["stage_seconds"].values())
+            assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found["stage_seconds"].values())
             assert 0 < found["loop_share"] < 1
-            assert len(found["ratios"]) == 2
+            assert len(found["ratios"]) == 1
             assert found["peak_rss"] > 1e7
         assert all(math.isfinite(number) for number in numbers(report))
 
