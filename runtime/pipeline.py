@@ -41,6 +41,7 @@ from .tokenizer import ClipTokenizer
 
 __all__ = ["Cascade", "PromptEmbeds", "Result", "Settings", "Start", "Step"]
 
+ROW_AREA = {Stage.PRIOR: 8 * 24 * 24, Stage.DECODER: 8 * 256 * 256}  # latent pixels that go through at once
 ENCODER = "encoder"  # the vqgan's other graph
 # diffusers' own.
 PRIOR_SAMPLING, DECODER_SAMPLING = Sampling(steps=20, guidance=4.0), Sampling(steps=10, guidance=0.0)
@@ -59,7 +60,8 @@ class Cascade:
         rows: int | None = None,
     ) -> None:
         """`memory` says which stages stay loaded. `rows` bounds the batch that goes through a sampled stage at once
-        (guidance doubles it), and so the memory of activations; results do not depend on it."""
+        (guidance doubles it), and so the memory of activations: by default 8 rows of a 1024x1024 image, and more of
+        smaller ones. Images do not depend on it."""
         self.engine = engine
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -279,7 +281,14 @@ class Cascade:
             conditions = {name: np.concatenate([value, negatives[name]]) for name, value in conditions.items()}
         guidance = sampling.guidance if sampling.guides else None
         parts = denoiser(
-            self.engine, self.residency, stage, first, conditions, schedule, guidance=guidance, rows=self.rows
+            self.engine,
+            self.residency,
+            stage,
+            first,
+            conditions,
+            schedule,
+            guidance=guidance,
+            rows=self.rows or max(1, ROW_AREA[stage] // (shape[2] * shape[3])),
         )
         with parts as predict:
             x_t = first if start is None else schedule.diffuse(start.latents, first, 0)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from .engines.base import StageRunner, Tensors
 
 ROWS = 256  # kept, 400 kB each at CLIP bigG's width
-BATCH = 16  # rows that go through the encoder at once
 
 Use = Callable[[], AbstractContextManager[StageRunner]]
 
@@ -38,15 +37,11 @@ class CachedTextEncoder:
         return {name: np.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
 
     def _encode(self, inputs: Tensors, places: list[int]) -> list[dict[str, NDArray[Any]]]:
-        rows: list[dict[str, NDArray[Any]]] = []
         if not places:
-            return rows
+            return []
         with self._use() as encode:
-            for start in range(0, len(places), BATCH):
-                part = places[start : start + BATCH]
-                outputs = encode({name: value[part] for name, value in inputs.items()})
-                rows += [{name: value[row] for name, value in outputs.items()} for row in range(len(part))]
-        return rows
+            outputs = encode({name: value[places] for name, value in inputs.items()})
+        return [{name: value[row] for name, value in outputs.items()} for row in range(len(places))]
 
 
 def _both(inputs: Tensors) -> tuple[NDArray[Any], NDArray[Any]]:
