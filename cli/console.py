@@ -1,5 +1,6 @@
 """How the command line speaks: errors without tracebacks, bars on a terminal, plain lines in a pipe."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -23,9 +25,14 @@ from ..schemas.errors import CascadeError, UsageError
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+HOUR = 3600.0  # seconds; images may take minutes each, of which an estimate needs several
 PIPE_WIDTH = 1000  # more than any row takes, so that none is broken
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it is waited for."""
 
 
 class CascadeGroup(click.Group):
@@ -39,9 +46,9 @@ class CascadeGroup(click.Group):
                 raise
             err.print(f"error: {error}", style="red", markup=False)
             ctx.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILED)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             err.print("interrupted; no half-written output is left", markup=False)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
 
 def say(text: str) -> None:
@@ -65,6 +72,28 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         out.print(table)
     else:
         Console(width=PIPE_WIDTH, highlight=False).print(table, no_wrap=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM take effect where the yielded function is called; a second one does at once."""
+    received: list[int] = []
+
+    def stop() -> None:
+        if received:
+            raise Terminated if received[0] == signal.SIGTERM else KeyboardInterrupt
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -105,3 +134,25 @@ def step_progress() -> Iterator[Callable[[str, int, int], object]]:
             bars.update(tasks[name], completed=done)
 
         yield update
+
+
+@contextmanager
+def batch_progress(total: int) -> Iterator[tuple[Callable[[int], object], Callable[[str, int, int], object]]]:
+    """Progress over `total` images, and over the steps of those in work: two functions, one to call with the number of
+    images done, one as `step_progress` yields. In a pipe, where a line tells of each image, they say nothing."""
+    if not err.is_terminal:
+        yield lambda done: None, lambda name, done, steps: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, speed_estimate_period=HOUR) as bars:
+        images = bars.add_task("images", total=total)
+        tasks: dict[str, Any] = {}
+
+        def step(name: str, done: int, steps: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=steps)
+            elif done == 1:  # the next images
+                bars.reset(tasks[name], total=steps)
+            bars.update(tasks[name], completed=done)
+
+        yield lambda done: bars.update(images, completed=done), step

@@ -1,0 +1,175 @@
+"""The part of `generate` that draws what a file of prompts says."""
+
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..schemas.errors import CascadeError, UsageError
+from ..schemas.stages import Stage
+from .console import FAILED, batch_progress, note, say, stoppable
+from .drawing import open_cascade, preview_path, steps_shown, tell_memory, warn_of_cuts
+
+if TYPE_CHECKING:
+    from ..runtime.batch import Outcome, Runner
+    from ..runtime.batch_plan import Job, Plan
+    from ..runtime.journal import Journal
+    from ..runtime.pipeline import Cascade
+    from ..runtime.sampling import Step
+
+LOG_NAME = "log.jsonl"
+SHOWN = 20  # problems, of what may be thousands
+PIXEL_BYTES = 3  # what a PNG takes at most
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a file of prompts is drawn; the options of the same names."""
+
+    prompt_file: Path
+    output: Path
+    name: str | None
+    log: Path | None
+    images: int
+    batch: int | None
+    preview_every: int | None
+    force: bool
+    keep_going: bool
+
+    @property
+    def log_path(self) -> Path:
+        return self.log or self.output / LOG_NAME
+
+
+def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any], how: Drawing) -> None:
+    """Draw the images of a file of prompts that are not there yet. `common` is what its lines leave unsaid.
+
+    Exits with 1 when some could not be drawn."""
+    from ..runtime.batch import alone, conflicts
+    from ..runtime.journal import Journal
+
+    with open_cascade(bundle, **engine) as cascade:
+        seed, plan = _plan(cascade, common, how)
+        if plan.problems:
+            _tell_problems(plan, keep_going=how.keep_going)
+        with alone(how.output), Journal(how.log_path) as journal:
+            if not how.force and (others := conflicts(plan.jobs)):
+                todo = "move them away, choose another -o or --name, or replace what is there with --force"
+                raise UsageError(_listed(f"{len(others)} files are in the way; {todo}", others))
+            started = {"prompts": str(how.prompt_file), "bundle": str(bundle), "images": len(plan.jobs)}
+            journal.write("started", {**started, "base_seed": seed, **_used(cascade, common)})
+            journal.write("failed", *({"error": problem} for problem in plan.problems))
+            _tell_needs(cascade, plan.jobs, how)
+            failed = _draw(cascade, plan.jobs, journal, how) + len(plan.problems)
+    if failed:
+        click.get_current_context().exit(FAILED)
+
+
+def _plan(cascade: "Cascade", common: Mapping[str, Any], how: Drawing) -> tuple[int, "Plan"]:
+    """The base seed, the one a former run chose when none is given, and the jobs."""
+    from ..runtime.batch import last_seed
+    from ..runtime.batch_plan import Planner
+    from ..runtime.names import DEFAULT_NAME, NameTemplate
+    from ..runtime.prompt_files import read_prompt_file
+
+    if how.output.suffix.lower() == ".png":
+        raise UsageError(f"{how.output}: expected a folder for the images of {how.prompt_file}")
+    template = NameTemplate.parse(how.name or DEFAULT_NAME)
+    file = read_prompt_file(how.prompt_file)
+    shared = {name: value for name, value in common.items() if name not in ("seed", "index", "batch")}
+    seed = common.get("seed", last_seed(how.log_path))
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    return seed, Planner(cascade.manifest, how.output, template, seed, how.images, shared).plan(file)
+
+
+def _tell_problems(plan: "Plan", *, keep_going: bool) -> None:
+    if not keep_going:
+        todo = "nothing was drawn; mend them, or draw the others with --keep-going"
+        raise UsageError(_listed(f"{len(plan.problems)} wrong in the file of prompts; {todo}", plan.problems))
+    for problem in plan.problems:
+        note(f"left out: {problem}")
+
+
+def _listed(text: str, lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n  ".join([f"{text}:", *lines[:SHOWN], *more])
+
+
+def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
+    """For the log: what was drawn with."""
+    from ..runtime.batch_plan import bundle_identity
+
+    return {
+        "settings": dict(common),
+        "stages": bundle_identity(cascade.manifest),
+        "engine": cascade.engine.name,
+        "created_by": cascade.manifest.created_by,
+    }
+
+
+def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Drawing) -> int:
+    """Draw and tell; how many failed."""
+    from ..runtime.batch import Runner
+
+    count = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
+    with stoppable() as stop, batch_progress(len(jobs)) as (images_done, steps_done):
+
+        def on_step(group: "Sequence[Job]", stage: Stage, step: "Step") -> None:
+            steps_shown(steps_done, [job.path for job in group], how.preview_every)(stage, step)
+            stop()
+
+        runner = Runner(cascade, journal, how.batch, how.force, on_step, stop)
+        try:
+            _tell(runner, jobs, count, images_done)
+        except BaseException as error:
+            with suppress(CascadeError):
+                journal.write("stopped", {**count, "reason": str(error) or type(error).__name__})
+            raise
+        finally:
+            for job in jobs if how.preview_every else ():
+                preview_path(job.path).unlink(missing_ok=True)
+    journal.write("finished", count)
+    say(", ".join(f"{number} {kind}" for kind, number in count.items() if number) + f"; log: {how.log_path}")
+    return count["failed"]
+
+
+def _tell(runner: "Runner", jobs: "Sequence[Job]", count: dict[str, int], images_done: Any) -> None:
+    for outcome in runner.run(jobs):
+        count[outcome.kind] += 1
+        done = sum(count.values())
+        images_done(done)
+        if outcome.kind != "skipped":
+            say(f"[{done}/{len(jobs)}] {_line(outcome)}")
+        preview_path(outcome.job.path).unlink(missing_ok=True)
+
+
+def _line(outcome: "Outcome") -> str:
+    job = outcome.job
+    if outcome.kind == "failed":
+        return f"failed: line {job.line}: {outcome.error}"
+    size = f"{job.request.settings.width}x{job.request.settings.height}"
+    copied = f", the same as number {outcome.of}" if outcome.of is not None else ""
+    return f"wrote {job.path} ({size}, seed {job.request.seed}{copied})"
+
+
+def _tell_needs(cascade: "Cascade", jobs: "Sequence[Job]", how: Drawing) -> None:
+    """Say what is cut off, how much memory will be taken, and so when the disk may become full: images are mostly
+    smaller than their pixels."""
+    from ..runtime.batch import images_together
+
+    left = [job.request for job in jobs if how.force or not job.path.exists()]
+    if not left:
+        return
+    warn_of_cuts(left, cascade)
+    sizes = [request.settings for request in left]
+    tell_memory(left, cascade, how.batch or max(map(images_together, sizes)))
+    needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
+    free = shutil.disk_usage(how.output).free
+    if needed > free:
+        text = f"up to {needed / 1e9:.1f} GB are needed for {len(left)} images, {free / 1e9:.1f} GB are free"
+        note(f"{how.output}: {text}")

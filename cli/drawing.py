@@ -1,0 +1,80 @@
+"""What commands that draw share: opening the cascade, previews, notes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..schemas.stages import Stage
+from .console import byte_progress, note
+
+if TYPE_CHECKING:
+    from ..runtime.pipeline import Cascade
+    from ..runtime.sampling import Step
+    from ..schemas.request import Request
+
+
+def open_cascade(
+    bundle: Path,
+    *,
+    device: str,
+    engine: str,
+    threads: int | None,
+    memory: str,
+    stages: Mapping[Stage, Path],
+    loras: Sequence[tuple[str, float]],
+) -> "Cascade":
+    """The cascade that the options of MACHINERY describe."""
+    from ..runtime.pipeline import Cascade
+
+    if loras:
+        from ..converters.lora.at_load import with_loras
+
+        with byte_progress() as start_file:
+            bundle = with_loras(bundle, loras, start_file=start_file, say=note)
+    return Cascade.open(bundle, device, engine=engine, threads=threads, memory=memory, stages=stages)
+
+
+def said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a request from the options of LOOKS that were given."""
+    found = {name: value for name, value in options.items() if value not in (None, ()) and name != "size"}
+    if options.get("size"):
+        found["width"], found["height"] = options["size"]
+    return found
+
+
+def steps_shown(
+    progress: Callable[[str, int, int], object], paths: Sequence[Path], every: int | None
+) -> "Callable[[Stage, Step], None]":
+    """Moves the bars on, and puts a preview beside where each image will be."""
+
+    def on_step(stage: Stage, step: "Step") -> None:
+        progress(stage, step.index + 1, step.steps)
+        if every and stage is Stage.PRIOR and (step.index + 1) % every == 0:
+            for path, picture in zip(paths, step.preview(), strict=True):
+                with suppress(OSError):  # the image itself will tell that nothing can be written there
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    picture.save(preview_path(path))
+
+    return on_step
+
+
+def preview_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.preview.png")
+
+
+def tell_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
+    """Say how much memory the largest of the images will take, before anything is loaded."""
+    from ..runtime.memory import predict_peak
+
+    largest = max((each.settings for each in requests), key=lambda settings: settings.width * settings.height)
+    peak = predict_peak(cascade.manifest, cascade.residency.policy, largest, min(most, len(requests)))
+    note(f"memory: about {peak.nbytes / 1e9:.1f} GB at the peak, in the {peak.stage}")
+
+
+def warn_of_cuts(requests: "Sequence[Request]", cascade: "Cascade") -> None:
+    """Say what CLIP does not read, unless long prompts are read in chunks."""
+    texts = {text for each in requests if not each.settings.long_prompts for text in (each.prompt, each.negative)}
+    for text, cut in zip(sorted(texts), cascade.tokenizer(sorted(texts)).truncated, strict=True):
+        if cut:
+            note(f"{text[:30]!r}...: CLIP reads 77 tokens; cut off: {cut.strip()!r}; --long-prompts reads all")

@@ -1,0 +1,147 @@
+"""The options of `generate`: what an image looks like, and what draws it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..schemas.settings import Sampler
+from ..schemas.sizes import SizePolicy
+from ..schemas.stages import Stage
+from .common import ENGINES, parse_loras, parse_size
+
+Option = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _parse_ratios(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """An option such as 1,0.5,0."""
+    try:
+        return None if value is None else tuple(float(ratio) for ratio in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected ratios such as 1,0.75,0.5,0.25,0") from None
+
+
+def _parse_stages(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[Stage, Path]:
+    """STAGE=BUNDLE, each."""
+    found = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if name not in tuple(Stage) or not path:
+            raise click.BadParameter(f"{value!r}: expected a stage and a bundle, such as decoder=lite-bundle")
+        found[Stage(name)] = Path(path)
+    return found
+
+
+def _setting(*names: str, default: str = "", **more: Any) -> Option:
+    """An option that says nothing unless it is given, so that --like and files can say it instead."""
+    return click.option(*names, default=None, show_default=default or False, **more)
+
+
+# What an image looks like: the fields of a request by their names.
+LOOKS: Sequence[Option] = (
+    _setting("--negative", default="nothing", help="What the image should not be."),
+    click.option("--size", metavar="WxH", callback=parse_size, help="Multiples of 8.  [default: the bundle's]"),
+    _setting("--prior-steps", type=int, default="20"),
+    _setting("--prior-guidance", type=float, default="4.0"),
+    _setting("--decoder-steps", type=int, default="10"),
+    _setting("--decoder-guidance", type=float, default="0.0; 1.1 with gdf"),
+    _setting("--size-policy", type=click.Choice([str(policy) for policy in SizePolicy]), default="exact"),
+    _setting(
+        "--sampler",
+        type=click.Choice([str(sampler) for sampler in Sampler]),
+        default="ddpm-wuerstchen",
+        help="diffusers' or Stability's.",
+    ),
+    _setting("--prior-shift", type=float, default="1.0; 2.0 with gdf", help="Of the noise schedule (gdf)."),
+    _setting("--decoder-shift", type=float, default="1.0", help="Of the noise schedule (gdf)."),
+    _setting("--rescale", type=float, default="0.7", help="Of guidance (gdf)."),
+    _setting("--prior-timesteps", metavar="1,...,0", callback=_parse_ratios, help="Ratios in place of a number."),
+    _setting("--decoder-timesteps", metavar="1,...,0", callback=_parse_ratios, help="Ratios in place of a number."),
+    click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
+    _setting("--init-image", help="A picture to vary, or to draw into with --mask."),
+    _setting("--strength", type=float, default="0.8", help="How far from --init-image: 0 to 1."),
+    _setting("--mask", help="White where --init-image is to be drawn anew."),
+    click.option(
+        "--control",
+        "controls",
+        metavar="NAME=PICTURE[:STRENGTH]",
+        multiple=True,
+        help="canny, inpainting or super_resolution, and what it looks at (repeatable).",
+    ),
+    click.option("--weighted", is_flag=True, default=None, help="Read (words:1.2) and [words] as emphasis."),
+    click.option("--long-prompts", is_flag=True, default=None, help="Read prompts beyond 77 tokens in chunks."),
+)
+
+# What draws it.
+MACHINERY: Sequence[Option] = (
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", *ENGINES]),
+        default="auto",
+        show_default=True,
+        help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
+        "in bf16 differ slightly from those in fp32, which all the others compute in; -mapped is for little memory.",
+    ),
+    click.option("--threads", type=click.IntRange(1), help="The engine's own choice when left out."),
+    click.option(
+        "--memory",
+        metavar="resident|staged|N GB",
+        default="staged",
+        show_default=True,
+        help="Stages that stay loaded: all, one at a time, or what fits.",
+    ),
+    click.option("--batch", type=click.IntRange(1), help="Images drawn together.  [default: 4 of 1024x1024]"),
+    click.option(
+        "--from",
+        "stages",
+        metavar="STAGE=BUNDLE",
+        multiple=True,
+        callback=_parse_stages,
+        help="Take a stage from another bundle (repeatable).",
+    ),
+    click.option(
+        "--lora",
+        "loras",
+        metavar="NAME[:STRENGTH]",
+        multiple=True,
+        callback=parse_loras,
+        help="Merge a LoRA into the weights, in a cache; a file, or a name in $CASCADEKIT_LORAS (repeatable).",
+    ),
+)
+
+
+# What --prompts takes besides.
+BATCH: Sequence[Option] = (
+    click.option(
+        "--prompts",
+        "prompt_file",
+        type=click.Path(path_type=Path, allow_dash=True),
+        metavar="FILE",
+        help=".txt, one prompt a line, - for standard input; .jsonl, one request a line; .csv with a header. Other "
+        "options are what lines leave unsaid. Run again, it goes on with what is not finished.",
+    ),
+    click.option(
+        "--name",
+        metavar="TEMPLATE",
+        help="Of each image of --prompts, such as {number:04d}-{seed}-{prompt:.30}; there are also {width}, {height}, "
+        "{key} and the line's {name}.  [default: the name, or the number]",
+    ),
+    click.option("--log", type=click.Path(path_type=Path), help="JSON lines.  [default: log.jsonl in the folder]"),
+    click.option("--keep-going", is_flag=True, help="Draw the good lines of --prompts though others are wrong."),
+)
+
+
+def together(options: Sequence[Option]) -> Option:
+    """All of a table's options on one command."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+looks, machinery = together(LOOKS), together(MACHINERY)
