@@ -167,7 +167,7 @@ def _tell_needs(cascade: "Cascade", jobs: "Sequence[Job]", how: Drawing) -> None
         return
     warn_of_cuts(left, cascade)
     sizes = [request.settings for request in left]
-    tell_memory(left, cascade, how.batch or max(map(images_together, sizes)))
+    tell_memory(left, cascade, how.batch or min(map(images_together, sizes)))
     needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
     free = shutil.disk_usage(how.output).free
     if needed > free:
