@@ -13,10 +13,10 @@ import click
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.stages import Stage
 from .console import FAILED, batch_progress, note, say, stoppable
-from .drawing import open_cascade, preview_path, steps_shown, tell_memory, warn_of_cuts
+from .drawing import open_cascade, preview_path, require_previewer, steps_shown, tell_memory, warn_of_cuts
 
 if TYPE_CHECKING:
-    from ..runtime.batch import Outcome, Runner
+    from ..runtime.batch import Outcome
     from ..runtime.batch_plan import Job, Plan
     from ..runtime.journal import Journal
     from ..runtime.pipeline import Cascade
@@ -54,6 +54,7 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
     from ..runtime.journal import Journal
 
     with open_cascade(bundle, **engine) as cascade:
+        require_previewer(cascade, how.preview_every)
         seed, plan = _plan(cascade, common, how)
         if plan.problems:
             _tell_problems(plan, keep_going=how.keep_going)
@@ -117,43 +118,44 @@ def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Dr
     from ..runtime.batch import Runner
 
     count = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
-    with stoppable() as stop, batch_progress(len(jobs)) as (images_done, steps_done):
+    paths: list[Path] = []  # of the images in work
+    with stoppable() as stop, batch_progress(len(jobs)) as bars:
 
         def on_step(group: "Sequence[Job]", stage: Stage, step: "Step") -> None:
-            steps_shown(steps_done, [job.path for job in group], how.preview_every)(stage, step)
+            paths[:] = [job.path for job in group]
+            steps_shown(bars.step, paths, how.preview_every)(stage, step)
             stop()
 
         runner = Runner(cascade, journal, how.batch, how.force, on_step, stop)
         try:
-            _tell(runner, jobs, count, images_done)
+            for outcome in runner.run(jobs):
+                count[outcome.kind] += 1
+                bars.image(sum(count.values()))
+                if line := _line(outcome):
+                    bars.say(f"[{sum(count.values())}/{len(jobs)}] {line}")
+                if how.preview_every:
+                    preview_path(outcome.job.path).unlink(missing_ok=True)
         except BaseException as error:
             with suppress(CascadeError):
                 journal.write("stopped", {**count, "reason": str(error) or type(error).__name__})
             raise
         finally:
-            for job in jobs if how.preview_every else ():
-                preview_path(job.path).unlink(missing_ok=True)
+            for path in paths if how.preview_every else ():
+                preview_path(path).unlink(missing_ok=True)
     journal.write("finished", count)
     say(", ".join(f"{number} {kind}" for kind, number in count.items() if number) + f"; log: {how.log_path}")
     return count["failed"]
 
 
-def _tell(runner: "Runner", jobs: "Sequence[Job]", count: dict[str, int], images_done: Any) -> None:
-    for outcome in runner.run(jobs):
-        count[outcome.kind] += 1
-        done = sum(count.values())
-        images_done(done)
-        if outcome.kind != "skipped":
-            say(f"[{done}/{len(jobs)}] {_line(outcome)}")
-        preview_path(outcome.job.path).unlink(missing_ok=True)
-
-
-def _line(outcome: "Outcome") -> str:
+def _line(outcome: "Outcome") -> str | None:
+    """What to say of it; None of what was there before."""
     job = outcome.job
+    if outcome.kind == "skipped":
+        return None
     if outcome.kind == "failed":
         return f"failed: line {job.line}: {outcome.error}"
     size = f"{job.request.settings.width}x{job.request.settings.height}"
-    copied = f", the same as number {outcome.of}" if outcome.of is not None else ""
+    copied = f", the same as line {outcome.of.line}" if outcome.of else ""
     return f"wrote {job.path} ({size}, seed {job.request.seed}{copied})"
 
 

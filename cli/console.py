@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -136,12 +137,21 @@ def step_progress() -> Iterator[Callable[[str, int, int], object]]:
         yield update
 
 
+@dataclass(frozen=True)
+class BatchBars:
+    """`image` is called with the number of images done, `step` as what `step_progress` yields, `say` with a line."""
+
+    image: Callable[[int], object]
+    step: Callable[[str, int, int], object]
+    say: Callable[[str], object]
+
+
 @contextmanager
-def batch_progress(total: int) -> Iterator[tuple[Callable[[int], object], Callable[[str, int, int], object]]]:
-    """Progress over `total` images, and over the steps of those in work: two functions, one to call with the number of
-    images done, one as `step_progress` yields. In a pipe, where a line tells of each image, they say nothing."""
+def batch_progress(total: int) -> Iterator[BatchBars]:
+    """Progress over `total` images, and over the steps of those in work. In a pipe, where a line tells of each image,
+    there are no bars."""
     if not err.is_terminal:
-        yield lambda done: None, lambda name, done, steps: None
+        yield BatchBars(lambda done: None, lambda name, done, steps: None, say)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, speed_estimate_period=HOUR) as bars:
@@ -155,4 +165,8 @@ def batch_progress(total: int) -> Iterator[tuple[Callable[[int], object], Callab
                 bars.reset(tasks[name], total=steps)
             bars.update(tasks[name], completed=done)
 
-        yield lambda done: bars.update(images, completed=done), step
+        # A line on the bars' own terminal goes through their console, which makes room for it.
+        lines = err if out.is_terminal else out
+        yield BatchBars(
+            lambda done: bars.update(images, completed=done), step, lambda text: lines.print(text, markup=False)
+        )

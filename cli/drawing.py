@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
 from .console import byte_progress, note
 
@@ -57,6 +58,12 @@ def steps_shown(
                     picture.save(preview_path(path))
 
     return on_step
+
+
+def require_previewer(cascade: "Cascade", every: int | None) -> None:
+    """Raise UsageError when previews are asked for that the bundle cannot draw."""
+    if every and Stage.PREVIEWER not in cascade.manifest.stages:
+        raise UsageError("--preview-every: the bundle has no previewer; export the model with it, or leave this out")
 
 
 def preview_path(path: Path) -> Path:

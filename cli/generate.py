@@ -10,7 +10,7 @@ import click
 from .batch import Drawing, draw_batch
 from .common import PATH
 from .console import say, step_progress
-from .drawing import open_cascade, preview_path, said, steps_shown, tell_memory, warn_of_cuts
+from .drawing import open_cascade, preview_path, require_previewer, said, steps_shown, tell_memory, warn_of_cuts
 from .generate_options import BATCH, looks, machinery, together
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
-    from ..runtime.batch import MOST_PIXELS
+    from ..runtime.batch import images_together
     from ..runtime.images import image_paths, save_png
     from ..runtime.requests import draw, groups
 
@@ -66,10 +66,11 @@ def generate(
     if name or log or keep_going:
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     with open_cascade(bundle, **engine) as cascade:
+        require_previewer(cascade, preview_every)
         requests = _requests(cascade, prompts, images, seeds, common)
         paths = image_paths(output, len(requests), force=force)
         warn_of_cuts(requests, cascade)
-        most = batch or max(1, MOST_PIXELS // (requests[0].settings.width * requests[0].settings.height))
+        most = batch or images_together(requests[0].settings)
         tell_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:

@@ -43,19 +43,19 @@ Kind = Literal["drawn", "copied", "skipped", "failed"]
 @dataclass(frozen=True)
 class Outcome:
     """What became of a job. `seconds` by stage are of all `together` images that were drawn at once; `of` is the
-    number of the job that an image was copied from."""
+    job whose image was copied."""
 
     job: Job
     kind: Kind
     seconds: Mapping[str, float] = field(default_factory=dict)
     together: int = 1
-    of: int | None = None
+    of: Job | None = None
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         job = self.job
         said = {"number": job.number, "line": job.line, "key": job.key, "path": str(job.path), "seed": job.request.seed}
-        more = {"of": self.of, "error": self.error}
+        more = {"of": self.of and self.of.number, "error": self.error}
         timed = {"seconds": self.seconds, "together": self.together} if self.seconds else {}
         return said | {name: value for name, value in more.items() if value is not None} | timed
 
@@ -80,8 +80,9 @@ class Clock:
 @dataclass(frozen=True)
 class Runner:
     """Draws jobs. `on_step` is told of every step, with the jobs that are drawn, `check` is called wherever nothing
-    would be lost; both may raise to stop the run. `together` images are drawn at once, as many as MOST_PIXELS have
-    room for when it is None. `force` draws what is finished again."""
+    would be lost; both may raise to stop the run, but not what an image may fail with: CascadeError, OSError and
+    MemoryError. `together` images are drawn at once, as many as MOST_PIXELS have room for when it is None. `force`
+    draws what is finished again."""
 
     cascade: Cascade
     journal: Journal
@@ -206,7 +207,7 @@ class Runner:
     ) -> Iterator[Outcome]:
         for job in jobs:
             self._save(job, picture, metadata)
-            yield from self._told("copied", [Outcome(job, "copied", of=source.number)])
+            yield from self._told("copied", [Outcome(job, "copied", of=source)])
 
     def _save(self, job: Job, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
         try:

@@ -403,6 +403,8 @@ def test_prompts_from_standard_input(tiny: Path, tmp_path: Path) -> None:
         (["--prompts", "p.txt", "--name", "x"], "p.txt:2: x.png: also the name for line 1"),
         (["--prompts", "p.txt", "--log", "p.txt/log"], "the log cannot be written"),
         (["--prompts", "p.txt", "a", "b"], "one PROMPT"),
+        (["--prompts", "p.txt", "--preview-every", "1"], "no previewer"),
+        (["a", "--preview-every", "1"], "no previewer"),
         (["a", "--keep-going"], "are for --prompts"),
     ],
 )
