@@ -3,6 +3,7 @@
 What came out is read with Pillow and json alone.
 """
 
+import io
 import json
 import multiprocessing
 import os
@@ -22,10 +23,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from cascadekit import export
-from cascadekit.cli import main
+from cascadekit.cli import console, main
 from cascadekit.converters.model_folder import write_folder_files
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
@@ -430,3 +432,17 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
     os.close(descriptor)
     assert result.exit_code == 2
     assert "another batch is drawn into it" in result.stderr
+
+
+def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One over all images, and one for each stage, which begins anew with the next images."""
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=100))
+    with console.batch_progress(30) as bars:
+        for images in range(3):
+            for step in range(1, 6):
+                bars.step("prior", step, 5)
+            bars.image(images + 1)
+    lines = shown.getvalue().splitlines()
+    assert any("images" in line and "3/30" in line and "0:00:00" in line for line in lines)
+    assert any("prior" in line and "5/5" in line for line in lines)
