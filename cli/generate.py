@@ -51,11 +51,14 @@ def generate(
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
     from ..runtime.batch import images_together
-    from ..runtime.images import image_paths, save_png
+    from ..runtime.images import image_paths, require_settings, save_png
     from ..runtime.requests import draw, groups
 
     engine = {name: options.pop(name) for name in ("device", "engine", "threads", "memory", "stages", "loras")}
-    common = _common(like, said(options), engine["loras"])
+    base = require_settings(like) if like else {}
+    engine["loras"] = engine["loras"] or [(lora["name"], lora["strength"]) for lora in base.get("loras", ())]
+    merged = [{"name": name, "strength": strength} for name, strength in engine["loras"]]
+    common = {**base, **said(options), **({"loras": merged} if merged else {})}
     if prompt_file is not None:
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
@@ -81,14 +84,6 @@ def generate(
                     save_png(path, drawn.image, drawn.metadata)
                     preview_path(path).unlink(missing_ok=True)
                     say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
-
-
-def _common(like: Path | None, given: Mapping[str, Any], loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """What all requests say unless they say otherwise: the image to be like, the options, the LoRAs."""
-    from ..runtime.images import require_settings
-
-    merged = [{"name": name, "strength": strength} for name, strength in loras]
-    return {**(require_settings(like) if like else {}), **given, **({"loras": merged} if merged else {})}
 
 
 def _requests(
