@@ -24,7 +24,7 @@ class Settings:
 
     Lists of timestep ratios fall from at most 1 to at least 0 and take the place of a number of steps: as many steps
     as there are gaps. Shift and rescale are the gdf sampler's. `strength` is where sampling starts on an initial
-    picture: 1 forgets it, 0 leaves it as it is."""
+    picture: 1 forgets it, the nearer to 0 the less changes."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", frozen=True)
 
