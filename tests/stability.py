@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -63,7 +64,7 @@ def ddpm(
     traced = Traced([], [], [])
     range_ = schedule(torch.linspace(t_start, 0, steps + 1))
     with torch.no_grad():
-        for now, following in zip(range_[:-1], range_[1:], strict=True):
+        for now, following in pairwise(range_):
             r = noise_condition(now).expand(len(x))
             a, b = variance_preserving(now)
             pred = network(x, r, True)

@@ -14,12 +14,12 @@ from diffusers.models.unets.unet_stable_cascade import SDCascadeResBlock
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
+from whole import Whole, counted, picture
 
 from cascadekit import Cascade
 from cascadekit.runtime.controls import ControlPicture
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import PROJ_BLOCKS_ENDS, Stage
-from whole import Whole, counted, picture
 
 F32 = NDArray[np.float32]
 
@@ -183,15 +183,13 @@ def test_super_resolution(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         latents = whole.reference(Stage.EFFNET_ENCODER)(pixels=(half - mean) / std)["effnet"]
     expected = their_latents(whole, network(F.interpolate(latents, scale_factor=2, mode="nearest")), 4.0)
-    with counted(monkeypatch, {Stage.CONTROLNET_SUPER_RESOLUTION: run}):
-        with Cascade.open(whole.bundle, threads=1) as cascade:
-            compare(our_latents(cascade, [ControlPicture("super_resolution", IMAGE)]), expected)
+    stand_in = {Stage.CONTROLNET_SUPER_RESOLUTION: run}
+    with counted(monkeypatch, stand_in), Cascade.open(whole.bundle, threads=1) as cascade:
+        compare(our_latents(cascade, [ControlPicture("super_resolution", IMAGE)]), expected)
 
 
 def test_no_strength_changes_nothing(whole: Whole) -> None:
-    plain, nothing = (
-        our_latents(opened(whole), controls) for controls in ([], [ControlPicture("canny", IMAGE, 0.0)])
-    )
+    plain, nothing = (our_latents(opened(whole), controls) for controls in ([], [ControlPicture("canny", IMAGE, 0.0)]))
     compare(nothing, plain, 1e-7)
 
 
@@ -222,6 +220,6 @@ def test_controls_that_cannot_be(whole: Whole, call: dict[str, Any], message: st
 
 
 def test_a_prior_that_takes_none(whole: Whole) -> None:
-    with Cascade.open(whole.bundle, threads=1, stages={Stage.PRIOR: whole.lite}) as cascade:
-        with pytest.raises(UsageError, match="export the prior with --controlnet"):
-            our_latents(cascade, [ControlPicture("canny", IMAGE)])
+    cascade = Cascade.open(whole.bundle, stages={Stage.PRIOR: whole.lite})
+    with cascade, pytest.raises(UsageError, match="export the prior with --controlnet"):
+        our_latents(cascade, [ControlPicture("canny", IMAGE)])
