@@ -152,7 +152,7 @@ def test_seeds_of_other_integers_are_stored_as_numbers(cascade: Cascade) -> None
 
 def test_the_command_line_draws_again_what_it_drew(whole: Whole, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    lite = ["--from", f"prior={whole.lite}", "--engine", "onnxruntime", "--threads", "1"]
+    lite = ["--from", f"prior={whole.lite}", "--engine", "onnxruntime", "--threads", "1", "--memory", "resident"]
     common = ["generate", str(whole.bundle), *lite]
     words = "--size 128x64 --prior-steps 2 --decoder-steps 2 --sampler gdf --image-prompt b.png"
     pictures = "--init-image a.png --mask mask.png --negative n --prior-timesteps 1,0.5,0.25,0 --images 2"
@@ -183,7 +183,7 @@ def test_an_image_made_with_loras_is_drawn_again_with_them(
         return bundle
 
     monkeypatch.setattr("cascadekit.converters.lora.at_load.with_loras", with_loras)
-    words = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1"
+    words = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident"
     common = ["generate", str(tiny / "bundle"), *words.split()]
     runs = [
         ["x", "--seed", "1", "--lora", "ink:0.5", "--lora", "line", "-o", str(tmp_path / "1.png")],
