@@ -54,10 +54,14 @@ def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: O
 
 
 def groups(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
-    """Neighbours that can be drawn together, at most `most` at a time."""
+    """Neighbours that can be drawn together, at most `most` at a time.
+
+    Where guidance is rescaled, one at a time: the factor is taken from all images drawn together, as in Stability's
+    code, and no image of several could be drawn again alone."""
     for _, group in groupby(requests, key=lambda request: request.group):
         members = list(group)
-        yield from (members[start : start + most] for start in range(0, len(members), most))
+        size = 1 if members[0].settings.rescale else most
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 def with_hashes(request: Request, folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cascadekit import Cascade
 from cascadekit.cli import main
 from cascadekit.runtime.images import require_settings, save_png
 from cascadekit.runtime.requests import draw, groups
+from cascadekit.runtime.seeds import PlacedSeed
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.request import Request, parse_request
 from cascadekit.schemas.stages import Stage
@@ -24,6 +25,12 @@ QUICK: dict[str, Any] = {"width": 128, "height": 64, "prior_steps": 2, "decoder_
 
 
 def silent(stage: object, step: object) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def no_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is slow beside torch, and happens with every stage that is loaded or freed."""
+    monkeypatch.setattr("cascadekit.runtime.engines.onnxruntime.give_back_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +146,21 @@ def test_groups_are_neighbours_that_differ_in_words_and_seeds_alone() -> None:
 
     requests = [request(0), request(1), request(2), request(3, prior_steps=3), request(4), request(5, mask="m")]
     assert [[each.seed for each in group] for group in groups(requests, 2)] == [[0, 1], [2], [3], [4], [5]]
+
+
+def test_rescaled_guidance_does_not_tie_images_together(cascade: Cascade, folder: Path) -> None:
+    """The library rescales by all images of a batch, as the original does; requests are drawn apart."""
+    call = {**QUICK, "sampler": "gdf"}
+    together = cascade.generate(["a", "b", "c"], seed=8, output="prior", **call)
+    alone = cascade.generate("c", seed=PlacedSeed(8, 2, 3), output="prior", **call)
+    difference = np.abs(together.prior_latents[2] - alone.prior_latents[0]).max()
+    assert difference > 1e-3 * np.abs(alone.prior_latents).max()
+    requests = [parse_request(settings, SIZE) for settings in together.settings]
+    parts = list(groups(requests, 8))
+    assert [len(part) for part in parts] == [1, 1, 1]
+    (drawn,) = draw(cascade, parts[2], folder, silent)
+    assert drawn.image.tobytes() == drawn_again(cascade, requests[2], folder)[1].tobytes()
+    assert drawn.metadata == together.settings[2]
 
 
 def test_seeds_of_other_integers_are_stored_as_numbers(cascade: Cascade) -> None:
