@@ -160,14 +160,12 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
-    from ..runtime.images import image_paths, require_settings, save_png
+    from ..runtime.images import image_paths, save_png
     from ..runtime.requests import draw, groups
 
-    base = require_settings(like) if like else {}
     engine = {name: options.pop(name) for name in ("device", "engine", "threads", "memory", "stages", "loras")}
-    engine["loras"] = engine["loras"] or _loras_of(base)
     with open_cascade(bundle, **engine) as cascade:
-        requests = _requests(cascade, prompts, base, images, seeds, said(options), engine["loras"])
+        requests = _requests(cascade, prompts, like, images, seeds, said(options), engine["loras"])
         paths = image_paths(output, len(requests), force=force)
         warn_of_cuts(requests, cascade)
         most = batch or max(1, MOST_PIXELS // (requests[0].settings.width * requests[0].settings.height))
@@ -213,15 +211,17 @@ def said(options: Mapping[str, Any]) -> dict[str, Any]:
 def _requests(
     cascade: "Cascade",
     prompts: Sequence[str],
-    base: Mapping[str, Any],
+    like: Path | None,
     images: int,
     seeds: Sequence[int],
     given: Mapping[str, Any],
     loras: Sequence[tuple[str, float]],
 ) -> "list[Request]":
-    """One request for each image: of each prompt, `images`. `base` is what another image says."""
+    """One request for each image: of each prompt, `images`."""
+    from ..runtime.images import require_settings
     from ..schemas.request import parse_request
 
+    base = require_settings(like) if like else {}
     if not prompts and "prompt" not in base:
         raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to draw again.")
     count = (len(prompts) or 1) * images
@@ -237,13 +237,6 @@ def _requests(
         )
         for number, place in enumerate(places)
     ]
-
-
-def _loras_of(base: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The LoRAs that an image was made with."""
-    from ..schemas.request import loras_of
-
-    return [(lora.name, lora.strength) for lora in loras_of(base.get("loras", ()))]
 
 
 def _places(seeds: Sequence[int], count: int, base: Mapping[str, Any]) -> list[dict[str, int]]:
