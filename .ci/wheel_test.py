@@ -1,6 +1,8 @@
 """Run in an environment that holds the wheel with its base and cpu extras alone; the argument is the demo's folder.
 
-Checks that the libraries the runtime must do without are absent, then draws the demo's image again.
+Checks that the libraries the runtime must do without are absent, then draws the demo's image again, and with all that
+its four stages can do: both samplers, lists of timesteps, prompts with weights and in chunks, metadata to images,
+images to latents, previews, numpy output.
 """
 
 import importlib.util
@@ -9,25 +11,82 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-ABSENT = ("torch", "diffusers", "transformers", "onnx")
+ABSENT = ("torch", "diffusers", "transformers", "onnx", "safetensors.torch")
+QUICK = ["--size", "128x72", "--prior-steps", "2", "--decoder-steps", "2", "--seed", "3"]
+LONG = "one of many words " * 30
 
 
 def main() -> None:
     demo = Path(sys.argv[1]).resolve()
-    present = [name for name in ABSENT if importlib.util.find_spec(name)]
+    present = [name for name in ABSENT[:-1] if importlib.util.find_spec(name)]
     if present:
         sys.exit(f"installed although the runtime should not need them: {', '.join(present)}")
-    program = Path(sys.executable).with_name("cascadekit")
     with tempfile.TemporaryDirectory() as folder:  # away from the checkout, which must not be imported
-        arguments = ["generate", demo / "bundle", "a tiny cascade", "--seed", "0", "-o", "image.png"]
-        subprocess.run([program, *arguments], cwd=folder, check=True)
-        drawn = Image.open(Path(folder) / "image.png")
-        wanted = Image.open(demo / "image.png")
-        if drawn.size != wanted.size or drawn.tobytes() != wanted.tobytes():
-            sys.exit("the image differs from the demo's")
-    print("the wheel alone draws the demo's image")
+        on_the_command_line(demo, Path(folder))
+    in_python(demo)
+    loaded = [name for name in ABSENT if name in sys.modules]
+    require(not loaded, f"imported although the runtime should not need them: {', '.join(loaded)}")
+    print("the wheel alone draws the demo's image, and all that four stages can")
+
+
+def on_the_command_line(demo: Path, folder: Path) -> None:
+    program = Path(sys.executable).with_name("cascadekit")
+
+    def draw(name: str, *arguments: str) -> bytes:
+        command = [program, "generate", demo / "bundle", *arguments, "-o", name]
+        subprocess.run(command, cwd=folder, check=True)
+        return pixels(folder / name)
+
+    wanted = pixels(demo / "image.png")
+    require(draw("image.png", "a tiny cascade", "--seed", "0") == wanted, "the image differs from the demo's")
+    require(draw("like.png", "--like", "image.png") == wanted, "--like draws another image")
+    plain = draw("plain.png", "a cat", *QUICK)
+    listed = draw("listed.png", "a cat", *QUICK, "--prior-timesteps", "1,0.5,0", "--decoder-timesteps", "1,0.5,0")
+    require(listed == plain, "timesteps of one's own that are those of two steps draw another image")
+    others = {
+        "gdf": ("a cat", "--sampler", "gdf"),
+        "timesteps": ("a cat", "--prior-timesteps", "0.9,0.4,0.1"),
+        "negative": ("a cat", "--negative", "a dog"),
+        "weights": ("a (cat:1.4)", "--weighted"),
+        "cut": (LONG,),
+        "chunks": (LONG, "--long-prompts"),
+    }
+    drawn = {plain, *(draw(f"{name}.png", *arguments, *QUICK) for name, arguments in others.items())}
+    require(len(drawn) == len(others) + 1, f"of plain, {', '.join(others)} some drew the same image")
+    like = draw("again.png", "--like", "gdf.png")
+    require(like == pixels(folder / "gdf.png"), "--like draws another image with gdf")
+
+
+def in_python(demo: Path) -> None:
+    from cascadekit import Cascade
+    from cascadekit.runtime.start import Start
+
+    with Cascade.open(demo / "bundle", engine="onnxruntime", memory="2GB") as cascade:
+        size = {"height": 72, "width": 128}
+        result = cascade.generate(["a", "b"], seed=[1, 2], prior_steps=2, decoder_steps=2, **size)
+        require(result.pixels is not None and result.pixels.shape == (2, 3, 72, 128), "no pixels")
+        require(bool(np.isfinite(result.pixels).all()), "pixels that are no numbers")
+        embeds = result.embeds
+        again = cascade.generate(embeds=embeds, seed=[1, 2], prior_steps=2, decoder_steps=2, **size)
+        require(np.array_equal(again.pixels, result.pixels), "embeddings given back draw other images")
+        details = cascade.encode_details(result.images[0], **size)
+        start = Start(details, 0.5)
+        *_, last = cascade.decode(result.prior_latents, embeds, **size, steps=4, start=start, sampler="gdf")
+        require(last.steps == 2 and last.latents.shape == (2, 4, 18, 32), "half of four steps are two")
+        require(last.preview()[1].size == (128, 72), "no preview")
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return repr(picture.size).encode() + picture.tobytes()
+
+
+def require(fact: bool, otherwise: str) -> None:
+    if not fact:
+        sys.exit(otherwise)
 
 
 if __name__ == "__main__":

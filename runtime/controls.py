@@ -27,6 +27,7 @@ Size = tuple[int, int]  # (height, width)
 
 CANNY_SIDE = 224  # edges are looked for in the picture squeezed to this square
 CANNY_THRESHOLDS = (100, 200)
+INPAINTING = "inpainting"  # the control that sees a mask, too
 HALVES = 2  # super-resolution sees the latents of the picture at half its size
 
 
@@ -100,7 +101,7 @@ def super_resolution(view: View) -> F32:
 CONTROLS: Mapping[str, Kind] = {
     "canny": Kind(Stage.CONTROLNET_CANNY, canny),
     "edges": Kind(Stage.CONTROLNET_CANNY, edges),
-    "inpainting": Kind(Stage.CONTROLNET_INPAINTING, inpainting),
+    INPAINTING: Kind(Stage.CONTROLNET_INPAINTING, inpainting),
     "super_resolution": Kind(Stage.CONTROLNET_SUPER_RESOLUTION, super_resolution, also=(Stage.EFFNET_ENCODER,)),
 }
 

@@ -12,14 +12,14 @@ from ..schemas.errors import UsageError
 from ..schemas.settings import Settings, parse_settings
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
-from .controls import ControlPicture
+from .controls import INPAINTING, ControlPicture
 from .embeds import PromptEmbeds
 from .images import to_pictures
 from .masks import composite, fit_mask, latent_mask
 from .noise import TorchGenerator
 from .pictures import fit
 from .sampling import F32, Step
-from .seeds import Noise, PlacedSeed, Seeds
+from .seeds import Noise, PlacedSeed, Seeds, plain_seeds
 from .start import Start
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def generate(
 
     Pictures are RGB. All `image_prompts` (or `image_embeds` (1, n, 768) of such) are followed together.
     `init_image` is varied, the more the higher `strength`; with `mask` (mode L, white where to draw anew) it stays as
-    it is elsewhere. `controls` go through ControlNets. `latents` replace the prior's first noise.
+    it is elsewhere. `controls` go through ControlNets; that of inpainting sees the mask, too. `latents` replace the
+    prior's first noise.
 
     Raises UsageError for a size, count, seed or picture that cannot be, or a stage that the bundle lacks."""
     chosen = _settings(self, settings, overrides)
@@ -86,10 +87,12 @@ def generate(
     prompts, encoded = _encoded(self, prompt, negative, embeds, chosen)
     if num_images < 1:
         raise UsageError(f"{num_images} images: expected at least 1")
-    if mask is not None and init_image is None:
-        raise UsageError("a mask says what to draw anew of an initial image: give both")
+    if mask is not None and init_image is None and not any(control.name == INPAINTING for control in controls):
+        raise UsageError(
+            "a mask says what to draw anew of an initial image, or of what the inpainting ControlNet sees: give one"
+        )
     repeated = encoded.repeated(num_images)
-    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    seed = secrets.randbelow(1 << 32) if seed is None else plain_seeds(seed)
     noise = Noise(seed, len(repeated))
     start, decoder_start = _starts(self, init_image, mask, chosen, decoder=output != "prior")
     if image_prompts:

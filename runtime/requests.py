@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..schemas.errors import UsageError
 from ..schemas.request import ControlRef, PictureRef, Request
-from .controls import ControlPicture
+from .controls import INPAINTING, ControlPicture
 from .generation import OnStep
 from .masks import open_mask
 from .pictures import open_picture
@@ -34,6 +34,7 @@ def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: O
     Raises UsageError for a picture that cannot be opened or is not the one whose SHA-256 the request has."""
     first = requests[0]
     init = None if first.init_image is None else _open(first.init_image, folder)
+    controls = [ControlPicture(each.name, _open(each, folder), each.strength) for each in first.controls]
     result = cascade.generate(
         [request.prompt for request in requests],
         negative=[request.negative for request in requests],
@@ -41,8 +42,8 @@ def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: O
         settings=first.settings,
         image_prompts=[_open(picture, folder) for picture in first.image_prompts],
         init_image=init,
-        mask=None if first.mask is None or init is None else open_mask(_checked(first.mask, folder), init.size),
-        controls=[ControlPicture(each.name, _open(each, folder), each.strength) for each in first.controls],
+        mask=None if first.mask is None else _mask(_checked(first.mask, folder), init, controls),
+        controls=controls,
         on_step=on_step,
     )
     used = with_hashes(first, folder)
@@ -53,10 +54,14 @@ def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: O
 
 
 def groups(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
-    """Neighbours that can be drawn together, at most `most` at a time."""
+    """Neighbours that can be drawn together, at most `most` at a time.
+
+    Where guidance is rescaled, one at a time: the factor is taken from all images drawn together, as in Stability's
+    code, and no image of several could be drawn again alone."""
     for _, group in groupby(requests, key=lambda request: request.group):
         members = list(group)
-        yield from (members[start : start + most] for start in range(0, len(members), most))
+        size = 1 if members[0].settings.rescale else most
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
@@ -73,6 +78,14 @@ def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
 
 def _open(picture: PictureRef, folder: Path) -> Image.Image:
     return open_picture(_checked(picture, folder))
+
+
+def _mask(path: Path, init: Image.Image | None, controls: Sequence[ControlPicture]) -> Image.Image:
+    """The mask of the initial picture, else of the one that the inpainting ControlNet looks at."""
+    masked = [*([] if init is None else [init]), *(each.picture for each in controls if each.name == INPAINTING)]
+    if not masked:
+        raise UsageError(f"{path}: a mask of no picture; give --init-image, or --control {INPAINTING}=PICTURE")
+    return open_mask(path, masked[0].size)
 
 
 def _checked(picture: PictureRef | ControlRef, folder: Path) -> Path:

@@ -48,11 +48,20 @@ class Sampling:
         if self.sampler not in SCHEDULES:
             raise UsageError(f"sampler {self.sampler!r}: expected {' or '.join(SCHEDULES)}")
         if self.timesteps:
-            points = custom_timesteps(self.timesteps)
-            points = np.append(np.float32(strength), points[points < np.float32(strength)]) if strength < 1 else points
+            points = _below(custom_timesteps(self.timesteps), strength)
         else:
             points = timesteps(max(1, int(self.steps * strength)) if self.steps > 0 else self.steps, strength)
         return SCHEDULES[Sampler(self.sampler)](points, self)
+
+
+def _below(points: F32, strength: float) -> F32:
+    """The points from ratio `strength` on, that one in place of what lies above it."""
+    if strength == 1:
+        return points
+    rest = points[points < np.float32(strength)]
+    if not len(rest):
+        raise UsageError(f"strength {strength:g}: all timesteps lie above it, down to {points[-1]:g}; raise it")
+    return np.append(np.float32(strength), rest)
 
 
 def _wuerstchen(points: F32, sampling: Sampling) -> Schedule:

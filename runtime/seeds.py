@@ -23,11 +23,21 @@ Seed = int | PlacedSeed | TorchGenerator
 Seeds = Seed | Sequence[Seed]
 
 
+def plain_seeds(seeds: Seeds) -> Seeds:
+    """With Python's integers in place of numpy's, and a list in place of any other sequence."""
+    if isinstance(seeds, PlacedSeed | TorchGenerator):
+        return seeds
+    if isinstance(seeds, int | np.integer):
+        return int(seeds)
+    return [int(seed) if isinstance(seed, np.integer) else seed for seed in seeds]
+
+
 class Noise:
     """Standard normal noise for a batch, from one generator or one for each image; both stages go on with the same."""
 
     def __init__(self, seeds: Seeds, count: int) -> None:
         """Raises UsageError unless there is one seed, or one for each of `count` images."""
+        seeds = plain_seeds(seeds)
         if isinstance(seeds, int):
             given: list[Seed] = [PlacedSeed(seeds, index, count) for index in range(count)]
         elif isinstance(seeds, TorchGenerator):

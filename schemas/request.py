@@ -15,7 +15,7 @@ CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PictureRef(_Frozen):
@@ -101,6 +101,11 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
     settings = parse_settings({name: said[name] for name in said.keys() & SETTINGS}, default_size)
     rest = {name: said[name] for name in said if name not in SETTINGS | INFORMATION}
     try:
-        return Request(settings=settings, **rest)
+        request = Request(settings=settings, **rest)
     except ValidationError as error:
         raise UsageError(f"request: {wrong_fields(error)}") from error
+    if request.index >= request.batch:
+        raise UsageError(
+            f"request: index {request.index} of a batch of {request.batch}: expected 0 to {request.batch - 1}"
+        )
+    return request

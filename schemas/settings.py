@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UsageError
 from .sizes import SizePolicy
@@ -18,15 +18,23 @@ class Sampler(StrEnum):
     GDF = "gdf"
 
 
+def _ratios(value: object) -> object:
+    """Also "1,0.5,0", from a table's cell."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+Ratios = Annotated[tuple[float, ...], BeforeValidator(_ratios)]
+
+
 @dataclass(frozen=True)
 class Settings:
     """A size, and how both stages are sampled.
 
     Lists of timestep ratios fall from at most 1 to at least 0 and take the place of a number of steps: as many steps
     as there are gaps. Shift and rescale are the gdf sampler's. `strength` is where sampling starts on an initial
-    picture: 1 forgets it, 0 leaves it as it is."""
+    picture: 1 forgets it, the nearer to 0 the less changes."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", frozen=True)
+    __pydantic_config__ = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     width: int
     height: int
@@ -39,15 +47,16 @@ class Settings:
     prior_shift: float = 1.0
     decoder_shift: float = 1.0
     rescale: float = 0.0
-    prior_timesteps: tuple[float, ...] = ()
-    decoder_timesteps: tuple[float, ...] = ()
+    prior_timesteps: Ratios = ()
+    decoder_timesteps: Ratios = ()
     strength: float = 0.8
     weighted: bool = False
     long_prompts: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by name; those that say nothing (lists that are empty) are left out."""
-        return {name: value for name, value in asdict(self).items() if value != ()}
+        found = {name: value for name, value in asdict(self).items() if value != ()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 # Where a sampler's own defaults differ: Stability's notebooks sample so.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole import Whole, make_whole
 
 from cascadekit import convert, export
 from cascadekit.converters.tiny import write_tiny_cascade
@@ -30,6 +31,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert([root / "original"], root / "model", "diffusers")
     export(root / "model", root / "bundle", weights="copy")
     return root
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A cascade of all stages, and lite ones beside it; read only."""
+    return make_whole(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,133 @@
+"""Requests as flat values: what is written is read again, what is wrong is told by name."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.request import Request, parse_request
+from cascadekit.schemas.settings import Sampler, Settings
+from cascadekit.schemas.sizes import SizePolicy
+
+SIZE = (256, 320)
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+paths = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+finite = st.floats(-1e6, 1e6)
+ratios = st.lists(st.floats(0, 1), max_size=4).map(tuple)
+refs = st.builds(dict, path=paths, sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64))
+controls = st.builds(dict, path=paths, name=st.sampled_from(["canny", "edges"]), strength=finite)
+loras = st.builds(dict, name=paths, strength=finite)
+chosen = st.builds(
+    Settings,
+    width=st.integers(1, 9999),
+    height=st.integers(1, 9999),
+    prior_steps=st.integers(-5, 99),
+    prior_guidance=finite,
+    decoder_steps=st.integers(0, 99),
+    decoder_guidance=finite,
+    size_policy=st.sampled_from(SizePolicy),
+    sampler=st.sampled_from(Sampler),
+    prior_shift=finite,
+    decoder_shift=finite,
+    rescale=finite,
+    prior_timesteps=ratios,
+    decoder_timesteps=ratios,
+    strength=finite,
+    weighted=st.booleans(),
+    long_prompts=st.booleans(),
+)
+requests = st.builds(
+    Request,
+    prompt=texts,
+    negative=texts,
+    seed=st.integers(-(2**63), 2**64 - 1),
+    index=st.integers(0, 9),
+    batch=st.integers(10, 99),
+    settings=chosen,
+    image_prompts=st.lists(refs, max_size=3),
+    init_image=st.none() | refs,
+    mask=st.none() | refs,
+    controls=st.lists(controls, max_size=2),
+    loras=st.lists(loras, max_size=2),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests)
+def test_what_is_written_as_json_is_read_again(request: Request) -> None:
+    written = json.dumps(request.to_json(), allow_nan=False)
+    assert parse_request(json.loads(written), SIZE) == request
+    told = {**json.loads(written), "vqgan_scale": 0.43, "engine": "abacus", "created_by": "x"}
+    assert parse_request(told, SIZE) == request
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests)
+def test_text_is_read_as_well(request: Request) -> None:
+    """As a table has it: numbers as text, nothing where nothing is said, timesteps with commas."""
+    cells = {
+        name: ",".join(map(repr, value)) if name.endswith("timesteps") else str(value)
+        for name, value in request.settings.to_json().items()
+    }
+    row = {"prompt": request.prompt, "seed": str(request.seed), **cells, "mask": "", "init_image": None, "loras": ""}
+    assert parse_request(row, SIZE).settings == request.settings
+    assert parse_request(row, SIZE) == Request(prompt=request.prompt, seed=request.seed, settings=request.settings)
+
+
+def test_defaults_are_the_samplers_and_the_bundles() -> None:
+    plain, gdf = (parse_request({"prompt": "x", "seed": 1, **more}, SIZE).settings for more in ({}, {"sampler": "gdf"}))
+    assert plain == Settings(256, 320)
+    assert gdf == Settings(256, 320, sampler=Sampler.GDF, prior_shift=2.0, decoder_guidance=1.1, rescale=0.7)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("canny=a.png", ("canny", "a.png", 1.0)),
+        ("canny=a.png:0.8", ("canny", "a.png", 0.8)),
+        ("canny=a=b.png:.5", ("canny", "a=b.png", 0.5)),
+        ("edges=C:\\x.png:2", ("edges", "C:\\x.png", 2.0)),
+        ("super_resolution=a:b.png", ("super_resolution", "a:b.png", 1.0)),
+    ],
+)
+def test_controls_in_short(text: str, expected: tuple[str, str, float]) -> None:
+    (control,) = parse_request({"prompt": "x", "seed": 0, "controls": text}, SIZE).controls
+    assert (control.name, control.path, control.strength) == expected
+
+
+def test_several_pictures_in_a_cell() -> None:
+    request = parse_request({"prompt": "x", "seed": 0, "image_prompts": "a.png;b c.png"}, SIZE)
+    assert [each.path for each in request.image_prompts] == ["a.png", "b c.png"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"sampler": "euler"}, "sampler 'euler': expected ddpm-wuerstchen or gdf"),
+        ({"steps": 3}, "steps: unknown"),
+        ({"prior_steps": "many"}, "prior_steps: "),
+        ({"prior_steps": 2.5}, "prior_steps: "),
+        ({"prior_guidance": math.nan}, "prior_guidance: "),
+        ({"strength": "inf"}, "strength: "),
+        ({"prior_timesteps": "1,half,0"}, "prior_timesteps"),
+        ({"seed": -(2**63) - 1}, "seed: "),
+        ({"seed": 2**64}, "seed: "),
+        ({"seed": None}, "seed: "),
+        ({"batch": 0}, "batch: "),
+        ({"index": 3, "batch": 3}, "index 3 of a batch of 3"),
+        ({"controls": ["canny"]}, "expected NAME=PICTURE"),
+        ({"image_prompts": [{"file": "x"}]}, "image_prompts.0"),
+        ({"prompt": 5}, "prompt: "),
+        ({"sampler": ["gdf"]}, "sampler"),
+        ({"image_prompts": 5}, "image_prompts"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_request({"prompt": "x", "seed": 0, **wrong}, SIZE)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
