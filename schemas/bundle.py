@@ -174,7 +174,7 @@ class StageEntry(_Frozen):
     sources: tuple[SourceEntry, ...]
     graphs: dict[str, GraphEntry]
     files: tuple[FileEntry, ...] = Field(min_length=1)
-    plans: tuple[PlanEntry, ...] = ()  # GPU engines, newest last; none of them is among `files`
+    plans: tuple[PlanEntry, ...] = ()  # GPU engines, the one asked for last at the end; none of them is among `files`
 
     @model_validator(mode="after")
     def _graphs_are_files(self) -> Self:
@@ -189,9 +189,10 @@ class StageEntry(_Frozen):
         return self
 
     def is_current(self, plan: PlanEntry) -> bool:
-        """Whether `plan` was built from the very files the stage has now."""
-        files = {file.path: file.fingerprint for file in self.files}
-        return all(files.get(source.path) == source.fingerprint for source in plan.sources)
+        """Whether `plan` was built from the very files the stage has now: by their SHA-256 where that is known of
+        both, else by fingerprint."""
+        files = {file.path: file for file in self.files}
+        return all(source.path in files and _same(source, files[source.path]) for source in plan.sources)
 
     @property
     def inputs(self) -> tuple[PortEntry, ...]:
@@ -211,6 +212,12 @@ class StageEntry(_Frozen):
     @property
     def graph_paths(self) -> frozenset[str]:
         return frozenset(graph.path for graph in self.graphs.values())
+
+
+def _same(source: PlanSource, file: FileEntry) -> bool:
+    if source.sha256 and file.sha256:
+        return source.sha256 == file.sha256
+    return source.fingerprint == file.fingerprint
 
 
 class LoraEntry(_Frozen):
