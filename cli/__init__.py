@@ -3,6 +3,7 @@
 import click
 
 from .bench import bench
+from .build import build
 from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
@@ -19,6 +20,6 @@ def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
 
 
-for command in (inspect, convert, lora, export, validate, generate, verify, demo, bench):
+for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench):
     main.add_command(command)
 lora.add_command(apply)
