@@ -23,6 +23,7 @@ from ..schemas.stages import Stage
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 from .safetensors_file import DTYPE_SIZES
 
+POLYGRAPHY = "from polygraphy.tools import main; main()"  # what its script does; it has no __main__
 POLYGRAPHY_TIMEOUT = 300  # seconds
 NOT_INSTALLED = "not installed"
 
@@ -210,7 +211,7 @@ def _polygraphy(path: Path) -> tuple[str, list[str]]:
     """What `polygraphy inspect model` makes of the graph, where it is installed: a word, and problems."""
     if find_spec("polygraphy") is None:
         return NOT_INSTALLED, []
-    command = (sys.executable, "-m", "polygraphy", "inspect", "model", str(path), "--model-type", "onnx")
+    command = (sys.executable, "-c", POLYGRAPHY, "inspect", "model", str(path), "--model-type", "onnx")
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=POLYGRAPHY_TIMEOUT)
     except subprocess.TimeoutExpired:
