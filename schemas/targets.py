@@ -15,18 +15,20 @@ RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 # NVIDIA's guide to TensorRT-RTX: no plan for Turing and later GPUs at once.
 ALONE = "sm75"
 
-# Names of GPUs as people write them, lower case, without "nvidia", "geforce", spaces and dashes.
+_KIND = r"(ti|super|d|laptop|gpu|maxq)*"  # of a GeForce
+
+# Names of GPUs as people write them, lower case, without "nvidia", "geforce", "tesla", spaces and dashes.
 CARDS: Mapping[str, str] = {
-    r"(gtx)?16[356]0.*|(rtx)?20[5678]0.*|titanrtx|quadrortx[34568]000|t4|t4g|t(400|600|1000|1200)": "sm75",
-    r"a100.*|a30x?|a800": "sm80",
-    r"(rtx)?30[5-9]0.*|rtxa[1-6]\d00.*|a(2|10g?|10m|16|40)": "sm86",
-    r"(rtx)?40[5-9]0.*|rtx\d000ada|l(2|4|20|40|40s|40g)": "sm89",
-    r"(rtx)?50[5-9]0.*|rtxpro\d000.*": "sm120",
+    rf"((gtx)?16[356]0|(rtx)?20[5678]0){_KIND}|titanrtx|quadrortx[34568]000|t4g?|t(400|600|1000|1200)": "sm75",
+    r"a100(sxm.*|pcie.*|x|\d+gb.*)?|a30x?|a800": "sm80",
+    rf"(rtx)?30[5-9]0{_KIND}|(rtx)?a[1-6]\d00|a(2|10g?|10m|16|40)": "sm86",
+    rf"(rtx)?40[5-9]0{_KIND}|rtx\d000(ada|adageneration)|l(2|4|20|40|40s|40g)": "sm89",
+    rf"(rtx)?50[5-9]0{_KIND}|rtxpro\d000.*": "sm120",
     r"gb10|dgxspark": "sm121",
-    r"(gtx)?10[1-8]0.*|p4|p40": "sm61",
+    rf"(gtx)?10[1-8]0{_KIND}|p4|p40": "sm61",
     r"v100.*|titanv": "sm70",
     r".*orin.*": "sm87",
-    r"h(20|100|200|800).*|gh200": "sm90",
+    r"h(20|100|200|800)(sxm.*|pcie.*|nvl|\d+gb.*)?|gh200": "sm90",
     r"g?b[12]00": "sm100",
     r"g?b300": "sm103",
 }
@@ -44,7 +46,7 @@ def parse_targets(values: Iterable[str]) -> tuple[str, ...]:
 
 def parse_target(name: str) -> str:
     """One compute capability, as in "sm89"."""
-    plain = re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+    plain = re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
     for pattern, capability in CARDS.items():
         if re.fullmatch(pattern, plain):
             return capability
