@@ -3,7 +3,7 @@
 ``build`` makes plans, ``BuildWishes`` says which. What a plan is for and made of is in the bundle's manifest.
 """
 
-from .build import Built, build, prune, stale_plans
+from .builder import Built, build, prune, stale_plans
 from .process import Progress
 from .tasks import BuildWishes
 

@@ -4,6 +4,7 @@ TensorRT 10, TensorRT 11 and TensorRT-RTX differ in what they have; everything h
 thing, and never for a version.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -36,8 +37,8 @@ class Messages:
 
     @property
     def reason(self) -> str:
-        """The first error, in one line: those after it are consequences."""
-        return " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
+        """The first error, in one line and without the place in TensorRT's source: those after it are consequences."""
+        return re.sub(r"^\w+\.cpp:\d+: ", "", " ".join(self.errors[0].split())) if self.errors else "it gave no reason"
 
 
 @dataclass(frozen=True)

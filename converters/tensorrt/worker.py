@@ -188,9 +188,11 @@ def _save_timing_cache(cache: Any, job: Job) -> None:
 
 
 def _parse_errors(parser: Any) -> str:
-    errors = [parser.get_error(number) for number in range(parser.num_errors)]
-    texts = [f"node {error.node_name()}: {error.desc()}" if error.node_name() else error.desc() for error in errors]
-    return " ".join(texts[0].split()) if texts else MESSAGES.reason
+    """The first thing that was wrong: what was logged tells more than what the parser keeps."""
+    if MESSAGES.errors or not parser.num_errors:
+        return MESSAGES.reason
+    error = parser.get_error(0)
+    return f"node {error.node_name()}: " * bool(error.node_name()) + " ".join(error.desc().split())
 
 
 def _memory() -> dict[str, int]:

@@ -125,7 +125,7 @@ def test_every_shape_is_one_the_graph_takes(config: NetworkConfig, bounds: Bound
                         assert size == dim
                         continue
                     assert sizes.setdefault(dim, size) == size, dim
-                    least = ports.ranges[dim] if dim in ports.ranges else None
+                    least = ports.ranges.get(dim)
                     assert least is None or (size >= least.minimum and size % least.step == 0), (dim, size)
         for shape in found.ports.values():
             assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
