@@ -23,7 +23,7 @@ from ..schemas.stages import Stage
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 from .safetensors_file import DTYPE_SIZES
 
-POLYGRAPHY = "from polygraphy.tools import main; main()"  # what its script does; it has no __main__
+POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__
 POLYGRAPHY_TIMEOUT = 300  # seconds
 NOT_INSTALLED = "not installed"
 

@@ -17,6 +17,7 @@ from .backend import MESSAGES, Backend, find_backend, logger_of
 from .job import Job
 
 PR_SET_PDEATHSIG = 1
+ASK_PERSONALITY, ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of Linux's personality(2)
 SAY = Callable[..., None]
 
 
@@ -27,6 +28,7 @@ class BuildFailed(Exception):  # noqa: N818 (told to the parent, never raised to
 def main() -> None:
     """Read a job from standard input, do it."""
     _die_with_parent()
+    _fix_addresses()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
 
@@ -206,3 +208,14 @@ def _die_with_parent() -> None:
     """Let the system kill this process when the one that started it ends, however that is."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _fix_addresses() -> None:
+    """Start again with the same addresses as every other time: TensorRT-RTX 1.7 numbers some of what it writes by them,
+    so that plans of one graph differ in up to some hundred bytes. That makes most of them the same; its threads still
+    meet memory as it comes, and not every system allows it."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        now = libc.personality(ASK_PERSONALITY)
+        if now >= 0 and not now & ADDR_NO_RANDOMIZE and libc.personality(now | ADDR_NO_RANDOMIZE) >= 0:
+            os.execv(sys.executable, sys.orig_argv)
