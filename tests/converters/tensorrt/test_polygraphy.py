@@ -30,18 +30,16 @@ def polygraphy(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("stage", "graph", "targets", "differ"),
+    ("stage", "graph", "targets"),
     [
-        (Stage.PRIOR, "step", ("sm80", "sm86", "sm89"), 1000),
-        (Stage.VQGAN, "model", ("sm120",), 3),
-        (Stage.TEXT_ENCODER, "model", ("sm89",), 3),
+        (Stage.PRIOR, "step", ("sm80", "sm86", "sm89")),
+        (Stage.VQGAN, "model", ("sm120",)),
+        (Stage.TEXT_ENCODER, "model", ("sm89",)),
     ],
 )
-def test_the_same_plans(
-    bundle: Path, tmp_path: Path, stage: Stage, graph: str, targets: tuple[str, ...], differ: int
-) -> None:
-    """But for three bytes: it asks for detailed profiling and leaves TF32 on. Attention's kernels number some values
-    by their addresses, which it leaves to chance: those of 5 MB that differ are up to some hundred."""
+def test_the_same_plans(bundle: Path, tmp_path: Path, stage: Stage, graph: str, targets: tuple[str, ...]) -> None:
+    """But for three bytes, as it asks for detailed profiling and leaves TF32 on, and for what TensorRT-RTX numbers by
+    addresses in memory, which a process of polygraphy has others of: up to some hundred bytes."""
     (built,) = build(bundle, BuildWishes(targets=targets, stages=(stage,), graphs=(graph,), profiles=(NARROW,)))
     shapes = {
         end: [
@@ -58,7 +56,7 @@ def test_the_same_plans(
     )
     ours, theirs = (bundle / built.plan.path).read_bytes(), (tmp_path / "plan").read_bytes()
     assert len(ours) == len(theirs)
-    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= differ
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) < len(ours) / 1000
 
 
 def test_it_finds_nothing_it_does_not_know(bundle: Path) -> None:
