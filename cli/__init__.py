@@ -3,6 +3,7 @@
 import click
 
 from .bench import bench
+from .bench_build import build as bench_build
 from .build import build
 from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
@@ -23,3 +24,4 @@ def main(debug: bool) -> None:
 for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench):
     main.add_command(command)
 lora.add_command(apply)
+bench.add_command(bench_build)

@@ -40,7 +40,11 @@ class Estimate:
 
 def estimate(graph: Path, precision: Precision, profiles: int) -> Estimate:
     """For a plan of the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
-    model = load_graph(graph)
+    return estimate_model(load_graph(graph), precision, profiles)
+
+
+def estimate_model(model: onnx.ModelProto, precision: Precision, profiles: int) -> Estimate:
+    """For a plan of a graph that computes in `precision`."""
     nodes = len(model.graph.node)
     weights = sum(_bytes(tensor, precision) for tensor in model.graph.initializer)
     return Estimate(

@@ -91,10 +91,14 @@ def _require_targets(wishes: BuildWishes) -> None:
 
 def graphs_to_build(stage: Stage, entry: StageEntry, wanted: Sequence[str]) -> list[str]:
     """Those of `wanted` that the stage has; with none wanted, those that `generate` runs."""
-    if wanted:
-        return [name for name in wanted if name in entry.graphs]
-    parts = [name for name in (CONDITIONING, STEP) if name in entry.graphs]
-    return parts if stage in FASTER_IN_PARTS and len(parts) == 2 else [MAIN_GRAPH]
+    names = wanted or graphs_of(stage)
+    found = [name for name in names if name in entry.graphs]
+    return found if wanted or len(found) == len(names) else [MAIN_GRAPH]
+
+
+def graphs_of(stage: Stage) -> list[str]:
+    """The graphs of a stage that `generate` runs."""
+    return [CONDITIONING, STEP] if stage in FASTER_IN_PARTS else [MAIN_GRAPH]
 
 
 def _require_possible(entries: dict[Stage, StageEntry], wishes: BuildWishes, targets: Sequence[str]) -> None:
