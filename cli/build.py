@@ -111,6 +111,7 @@ def _size_option(name: str, text: str) -> Callable[..., Any]:
     help="What that export computes in.  [default: bf16, fp16 for sm75]",
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for that export, when the model holds none.")
+@click.option("--refittable", is_flag=True, help="With tensorrt: engines that can be given a LoRA's weights later.")
 @click.option("--cache", type=PATH, help="Folder of plans that bundles share.")
 @click.option("--prune", "pruned", is_flag=True, help="Remove plans of other weights than the bundle has now.")
 @click.option("--no-memory-check", is_flag=True, help="Start even if memory seems too little.")
@@ -130,6 +131,7 @@ def build(
     output: Path | None,
     precision: str | None,
     text_encoder: Path | None,
+    refittable: bool,
     cache: Path | None,
     pruned: bool,
     no_memory_check: bool,
@@ -148,7 +150,7 @@ def build(
     if min_size or opt_size or max_size or not bounds:
         bounds = (Bounds(min_size or DEFAULT.min, opt_size or DEFAULT.opt, max_size or DEFAULT.max), *bounds)
     chosen = tuple(Stage(stage) for stage in stages)
-    wishes = BuildWishes(backend, targets, chosen, graphs, bounds, force, cache, not no_memory_check)
+    wishes = BuildWishes(backend, targets, chosen, graphs, bounds, refittable, force, cache, not no_memory_check)
     if output is not None:
         _export(bundle, output, text_encoder, precision, wishes)
         bundle = output

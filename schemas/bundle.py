@@ -146,6 +146,7 @@ class PlanEntry(_Frozen):
     precision: Precision
     profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
     sources: tuple[PlanSource, ...] = Field(min_length=1)
+    refittable: bool = False  # whether a runtime can give it other weights of the same graph
     seconds: float = Field(ge=0)
     peak_rss: int = Field(ge=0)
 

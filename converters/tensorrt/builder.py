@@ -119,6 +119,7 @@ def _build(
         precision=task.entry.precision,
         profiles=task.profiles,
         sources=task.sources,
+        refittable=job.refittable,
         seconds=round(outcome.seconds, 2),
         peak_rss=outcome.peak_rss,
     )

@@ -19,6 +19,7 @@ class Job:
     output: str
     targets: tuple[str, ...]
     profiles: tuple[Shapes, ...]
+    refittable: bool = False
     timing_cache: str | None = None
 
     def command(self) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ class BuildWishes:
 
     `targets` are compute capabilities for TensorRT-RTX, and none for TensorRT, which builds for the GPU present.
     `stages` and `graphs` limit what is built; without `graphs` it is what `generate` runs. Each of `profiles` becomes
-    an optimisation profile of every plan. `force` builds what is there already, `cache` is a folder of plans that
+    an optimisation profile of every plan. `refittable` plans of TensorRT can be given other weights, see ``refit``.
+    `force` builds what is there already, `cache` is a folder of plans that
     bundles share, `check_memory` refuses to start what seems to need more than is free."""
 
     backend: str = RTX
@@ -37,6 +38,7 @@ class BuildWishes:
     stages: tuple[Stage, ...] = ()
     graphs: tuple[str, ...] = ()
     profiles: tuple[Bounds, ...] = (DEFAULT,)
+    refittable: bool = False
     force: bool = False
     cache: Path | None = None
     check_memory: bool = True
@@ -85,6 +87,11 @@ def tasks_for(bundle: Bundle, wishes: BuildWishes, version: str, device: DeviceE
 def _require_targets(wishes: BuildWishes) -> None:
     if wishes.backend == RTX:
         require_rtx_targets(wishes.targets)
+        if wishes.refittable:  # 1.7 fails: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", even for one product
+            raise UsageError(
+                "TensorRT-RTX needs a GPU to build engines that take other weights; build again when a LoRA is merged: "
+                "plans of weights that were there before are found again"
+            )
     elif wishes.targets:
         raise UsageError("TensorRT builds for the GPU it runs on; --arch is for --backend tensorrt-rtx")
 
@@ -146,7 +153,7 @@ def _tasks(
         shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
         for targets in plans_for(wishes.targets) or [()]:
             timing = str((folder / "timing.cache").absolute()) if device else None
-            job = Job(wishes.backend, str(path.absolute()), "", targets, shapes, timing)
+            job = Job(wishes.backend, str(path.absolute()), "", targets, shapes, wishes.refittable, timing)
             hashes = [str(source.sha256) for source in sources]
             key = key_of(job, version, hashes, device.name if device else None)
             name = file_name(job, graph, entry.precision, key)

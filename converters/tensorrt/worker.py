@@ -90,6 +90,8 @@ def _configure(backend: Backend, config: Any, job: Job) -> None:
     tf32 = backend.flag("TF32")  # on by default, and 13 bits less than the fp32 that a graph asks for
     if tf32 is not None:
         config.clear_flag(tf32)
+    if job.refittable:
+        config.set_flag(backend.module.BuilderFlag.REFIT)
 
 
 def _profile(builder: Any, network: Any, shapes: Any) -> Any:

@@ -35,6 +35,7 @@ class NetworkDefinitionCreationFlag:
 
 class BuilderFlag:
     TF32 = "TF32"
+    REFIT = "REFIT"
 
 class ILogger:
     INTERNAL_ERROR, ERROR, WARNING = 0, 1, 2
@@ -63,6 +64,9 @@ class Cache:
 class Config:
     def add_optimization_profile(self, profile):
         pass
+
+    def set_flag(self, flag):
+        used["flags"].append(flag)
 
     def clear_flag(self, flag):
         used["cleared"] = flag
@@ -168,8 +172,11 @@ def test_how_it_is_used(bundle: Path, installed: Any, ending: str) -> None:
     assert (bundle / plan.path).read_bytes() == b"a plan"
     assert "model-bf16-tensorrt-" in plan.path
     assert (bundle / "vqgan/plans/timing.cache").read_bytes() == b"+"
-    build(bundle, BuildWishes(**vars(VQGAN) | {"force": True}))
-    assert used()["timing"] == "+"
+    assert not plan.refittable
+    (again,) = build(bundle, BuildWishes(**vars(VQGAN) | {"refittable": True}))
+    assert (used()["timing"], used()["flags"]) == ("+", ["REFIT"])
+    assert again.plan.refittable
+    assert again.plan.path != plan.path
     assert "NVIDIA H100 (sm90)" in CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
 
 

@@ -10,11 +10,13 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from cascadekit import export
 from cascadekit.cli import main
+from cascadekit.converters.stage_graphs import GraphWishes
 from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.plan_header import read_header
-from cascadekit.schemas.precision import Precision
+from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.profiles import DEFAULT, Bounds, parse_image_size
 from cascadekit.schemas.stages import (
     PROJ_BLOCKS_ENDS,
@@ -86,6 +88,18 @@ def test_the_other_stages(exported_network: Callable[..., Path], config: Network
     (built,) = build(exported_network(config, Precision.BF16), BuildWishes(targets=("sm80", "sm86", "sm89")))
     assert built.plan.targets == ("sm80", "sm86", "sm89")
     assert built.plan.precision is Precision.BF16
+
+
+def test_weights_that_are_links(original: Path, tmp_path: Path) -> None:
+    """To the model's own files, which is how an export without a new dtype leaves them."""
+    export(
+        original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", graphs=GraphWishes(target=Target.TENSORRT)
+    )
+    weights = tmp_path / "bundle/vqgan/stage_a.safetensors"
+    assert weights.samefile(original / "stage_a.safetensors")
+    (built,) = build(tmp_path / "bundle", BuildWishes(targets=("sm89",), profiles=(STATIC,)))
+    assert built.plan.sources[1].path == "vqgan/stage_a.safetensors"
+    assert built.plan.sources[1].sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_fp32_and_its_size(exported: Callable[[str], Path], tmp_path: Path) -> None:
