@@ -83,7 +83,14 @@ def put(plan: Path, folder: Path) -> None:
     for path in (plan, plan.with_suffix(".json")):
         staged = folder / f".{path.name}.{os.getpid()}"
         try:
-            os.link(path, staged)
-        except OSError:
-            shutil.copyfile(path, staged)
-        staged.replace(folder / path.name)
+            _link_or_copy(path, staged)
+            staged.replace(folder / path.name)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)

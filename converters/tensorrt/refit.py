@@ -31,8 +31,8 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
     foreign = sorted(held - set(_weights(load_graph(graph))))
     if foreign:
         raise EngineError(f"{graph}: its engine is of another graph, with weights {_listed(foreign)}; build it again")
-    parser = trt.OnnxParserRefitter(refitter, logger)
-    if not parser.refit_from_file(str(graph)):
+    source = trt.OnnxParserRefitter(refitter, logger)
+    if not source.refit_from_file(str(graph)):
         raise EngineError(f"{graph}: its weights were not taken: {MESSAGES.reason}")
     missing = sorted(refitter.get_missing_weights())
     if missing:

@@ -92,9 +92,8 @@ def test_the_other_stages(exported_network: Callable[..., Path], config: Network
 
 def test_weights_that_are_links(original: Path, tmp_path: Path) -> None:
     """To the model's own files, which is how an export without a new dtype leaves them."""
-    export(
-        original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", graphs=GraphWishes(target=Target.TENSORRT)
-    )
+    graphs = GraphWishes(target=Target.TENSORRT)
+    export(original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", graphs=graphs)
     weights = tmp_path / "bundle/vqgan/stage_a.safetensors"
     assert weights.samefile(original / "stage_a.safetensors")
     (built,) = build(tmp_path / "bundle", BuildWishes(targets=("sm89",), profiles=(STATIC,)))
