@@ -17,7 +17,7 @@ from .backend import Backend, find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room
 from .process import OnProgress, Outcome, run_build
-from .tasks import BuildWishes, Task, tasks_for
+from .tasks import PLANS, BuildWishes, Task, tasks_for
 
 SCRATCH = ".building"  # in the bundle, while a build runs
 
@@ -97,7 +97,7 @@ def _at_home(task: Task, plan: PlanEntry) -> PlanEntry:
 
 
 def _relative(task: Task) -> str:
-    return "/".join(task.path.parts[-3:])  # STAGE/plans/NAME
+    return f"{task.stage}/{PLANS}/{task.path.name}"
 
 
 def _build(
@@ -157,7 +157,7 @@ def stale_plans(bundle: Bundle) -> Iterator[Path]:
         if entry.is_current(plan)
     }
     for stage in bundle.manifest.stages:
-        for path in sorted((bundle.root / stage / "plans").glob(f"*{cache.SUFFIX}")):
+        for path in sorted((bundle.root / stage / PLANS).glob(f"*{cache.SUFFIX}")):
             if path not in known:
                 yield path
 

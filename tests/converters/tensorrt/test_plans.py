@@ -85,7 +85,10 @@ def test_the_cascade(
 @pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.stage)
 def test_the_other_stages(exported_network: Callable[..., Path], config: NetworkConfig) -> None:
     """Batch norms are islands in fp32: folded, they would leave float weights in a bf16 graph."""
-    (built,) = build(exported_network(config, Precision.BF16), BuildWishes(targets=("sm80", "sm86", "sm89")))
+    bundle = exported_network(config, Precision.BF16)
+    (built,) = build(bundle, BuildWishes(targets=("sm80", "sm86", "sm89")))
+    assert (bundle / built.plan.path).stat().st_size == built.plan.bytes
+    assert open_bundle(bundle).entry(config.stage).plans == (built.plan,)
     assert built.plan.targets == ("sm80", "sm86", "sm89")
     assert built.plan.precision is Precision.BF16
 
