@@ -37,11 +37,12 @@ wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither t
 	touch $@
 
 # open_clip is a test oracle for the tokenizer alone; its own requirements would bring torchvision along. torchvision
-# is one for the EfficientNet, kept out of the environment, where transformers would use it for other things.
+# is one for the EfficientNet, kept out of the environment, where transformers would use it for other things; polygraphy
+# one for GPU engines, kept out as `validate` would start it for every graph of every test.
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch
-	$(PIP) --no-deps --upgrade --target .venv/oracles torchvision
+	$(PIP) --no-deps --upgrade --target .venv/oracles torchvision polygraphy
 	touch $@
 
 clean:

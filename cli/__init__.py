@@ -3,6 +3,8 @@
 import click
 
 from .bench import bench
+from .bench_build import build as bench_build
+from .build import build
 from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
@@ -19,6 +21,7 @@ def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
 
 
-for command in (inspect, convert, lora, export, validate, generate, verify, demo, bench):
+for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench):
     main.add_command(command)
 lora.add_command(apply)
+bench.add_command(bench_build)

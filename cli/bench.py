@@ -94,7 +94,7 @@ def convert(
     from ..converters.bench import bench_convert
 
     report = bench_convert(
-        work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, cold=cold, peer=peer, say=_progress
+        work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, cold=cold, peer=peer, say=show_progress
     )
     _show(report, as_json)
 
@@ -115,7 +115,7 @@ def export(work: Path, network: str, dtype: str, source: Path | None, runs: int,
     """
     from ..converters.bench import bench_export
 
-    report = bench_export(work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, say=_progress)
+    report = bench_export(work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, say=show_progress)
     _show(report, as_json)
 
 
@@ -188,7 +188,7 @@ def engines(
         threads=threads,
         rounds=rounds,
         runs=runs,
-        say=_progress,
+        say=show_progress,
     )
     if as_json:
         say(json.dumps(report.to_json(), indent=2))
@@ -277,7 +277,7 @@ def _generation_row(name: str, found: dict[str, Any]) -> list[str]:
 
 def _print_engines(report: "EnginesReport") -> None:
     content = report.to_json()
-    for line in (*_machine(content["machine"]), _source(content["source"])):
+    for line in (*machine_lines(content["machine"]), _source(content["source"])):
         say(line)
     say(f"one forward: {', '.join(f'{name} {size}' for name, size in report.sizes.items())}; {report.threads} threads")
     rates = ", ".join(
@@ -316,7 +316,7 @@ def _engine_row(name: str, measured: dict[str, Any]) -> list[str]:
     ]
 
 
-def _progress(text: str) -> None:
+def show_progress(text: str) -> None:
     err.print(text, markup=False)
 
 
@@ -341,7 +341,7 @@ def _print(report: "Report") -> None:
 
 
 def _surroundings(content: dict[str, Any]) -> Iterator[str]:
-    yield from _machine(content["machine"])
+    yield from machine_lines(content["machine"])
     yield _source(content["source"])
     yield (
         "MB/s are of the source; every output is flushed to disk within the time. Peak memory counts mapped files, "
@@ -350,7 +350,7 @@ def _surroundings(content: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _machine(machine: dict[str, Any]) -> Iterator[str]:
+def machine_lines(machine: dict[str, Any]) -> Iterator[str]:
     load = machine["load_average"]
     yield f"processor: {machine['cpu']}, {machine['cores_usable']} of {machine['cores']} cores usable"
     yield f"memory: {machine['memory_bytes'] / 1e9:.1f} GB; system: {machine['system']}"

@@ -229,6 +229,7 @@ def print_validation(result: "Validation") -> None:
             unhashed = ", ".join(_unhashed(file) for file in facts["without_sha256"])
             rest = f"{facts['files']} files, weights: {WAYS[facts['weights']]}"
             rest += f"; no SHA-256 recorded: {unhashed}" if unhashed else ""
+            rest += f"; {facts['plans']['current']} GPU engines" if "plans" in facts else ""
         rows.append((check.stage, check.subject or "files", "; ".join(check.problems) or "ok", rest))
     show_table("", ("stage", "checked", "verdict", "found"), rows)
     say("valid" if result else "INVALID")

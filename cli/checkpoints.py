@@ -30,7 +30,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what a file or folder holds, from its headers alone.
+    """Say what a file or folder holds, from its headers alone; a bundle with its GPU engines.
 
     On the Hub only headers are transferred: cascadekit inspect hf://stabilityai/stable-cascade
     A LoRA is shown as `cascadekit lora inspect` shows it.
@@ -39,7 +39,12 @@ def inspect(path: Path, as_json: bool) -> None:
     """
     from ..converters.hub import is_hub
     from ..converters.provenance import licence_fields
+    from .inspect_bundle import is_bundle, show_bundle
 
+    if is_bundle(path):
+        if not show_bundle(path, as_json=as_json):
+            raise SystemExit(FAILED)
+        return
     if is_hub(path):
         components = _remote_components(path)
     else:

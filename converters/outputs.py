@@ -117,3 +117,15 @@ def _put_in_place(staged: Path, target: Path) -> None:
     if libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) != 0:
         target.rename(staged.with_name(REPLACED))  # a file system without exchange
         staged.replace(target)
+
+
+@contextmanager
+def scratch_folder(scratch: Path, target: Path) -> Iterator[Path]:
+    """An empty folder at `scratch`, held by this process alone and removed at the end, for what is to go to `target`
+    piece by piece. What a killed process left in it is thrown away. Raises as `staged_output` does."""
+    with _locked(scratch, target):
+        try:
+            _keep_only(scratch, "")
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

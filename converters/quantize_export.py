@@ -60,7 +60,10 @@ class QuantizedStage:
 
 def scheme_for(kind: Quantization, target: Target) -> Scheme:
     """How `kind` is done for `target`; for the portable one, which nobody has to ask for, as SCHEMES says."""
-    return SCHEMES[kind] if target is Target.PORTABLE else replace(SCHEMES[kind], target=target)
+    scheme = SCHEMES[kind]
+    if target is Target.PORTABLE:
+        return scheme
+    return replace(scheme, target=target, int8_products=scheme.int8_products and target is Target.ORT)
 
 
 def quantize_stage(

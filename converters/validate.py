@@ -16,12 +16,14 @@ from typing import Any
 import onnx
 
 from ..runtime.bundle import Bundle
-from ..runtime.integrity import find_change, sha256_of
+from ..runtime.integrity import WHOLE_BELOW, find_change, sha256_of
+from ..runtime.plan_header import find_contradiction
 from ..schemas.bundle import DOMAINS, FileEntry, GraphEntry, PortEntry, StageEntry
 from ..schemas.stages import Stage
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 from .safetensors_file import DTYPE_SIZES
 
+POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__
 POLYGRAPHY_TIMEOUT = 300  # seconds
 NOT_INSTALLED = "not installed"
 
@@ -85,7 +87,23 @@ def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hashed: bool) 
         elif file.sha256 is None:
             unhashed.append(_unhashed(path, file, hashed))
     check.facts = {"weights": entry.weights, "files": len(entry.files), "without_sha256": unhashed}
+    _check_plans(bundle, entry, check, hashed)
     return check
+
+
+def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) -> None:
+    """GPU engines: their headers, and all bytes of small ones, or if `hashed`. One of other weights than the stage has
+    now is no problem: it is not run."""
+    for plan in entry.plans:
+        path = bundle.root / plan.path
+        problem = find_contradiction(path, plan)
+        if not problem and (hashed or plan.bytes < WHOLE_BELOW) and sha256_of(path) != plan.sha256:
+            problem = "its SHA-256 is not that of the manifest"
+        if problem:
+            check.problems.append(f"{plan.path}: {problem}; `cascadekit build` makes it again")
+    if entry.plans:
+        current = sum(entry.is_current(plan) for plan in entry.plans)
+        check.facts["plans"] = {"current": current, "of_other_weights": len(entry.plans) - current}
 
 
 def _unhashed(path: Path, file: FileEntry, hashed: bool) -> dict[str, str | None]:
@@ -193,7 +211,7 @@ def _polygraphy(path: Path) -> tuple[str, list[str]]:
     """What `polygraphy inspect model` makes of the graph, where it is installed: a word, and problems."""
     if find_spec("polygraphy") is None:
         return NOT_INSTALLED, []
-    command = (sys.executable, "-m", "polygraphy", "inspect", "model", str(path), "--model-type", "onnx")
+    command = (sys.executable, "-c", POLYGRAPHY, "inspect", "model", str(path), "--model-type", "onnx")
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=POLYGRAPHY_TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -19,6 +19,7 @@ FORMAT = "cascadekit-bundle"
 VERSION = 2
 
 Placement = Literal["copy", "link", "reflink"]
+Backend = Literal["tensorrt-rtx", "tensorrt"]
 
 # The operator sets that what a bundle is for can run; "" is ai.onnx.
 DOMAINS: Mapping[Target, tuple[str, ...]] = {
@@ -37,6 +38,7 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Capability = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
 
 
 class _Frozen(BaseModel):
@@ -85,6 +87,76 @@ class GraphEntry(_Frozen):
     outputs: tuple[PortEntry, ...]
 
 
+class ImageSize(_Frozen):
+    """What a profile is for, in a user's words: images of a size, and how many at a time."""
+
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    images: int = Field(ge=1)
+
+
+class PortShapes(_Frozen):
+    """Least, likeliest and largest shape of an input port."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+class ProfileEntry(_Frozen):
+    """What one optimisation profile of a plan takes. `ports` are its inputs in the order of the graph's; with
+    guidance a port's batch is twice the images."""
+
+    min: ImageSize
+    opt: ImageSize
+    max: ImageSize
+    ports: dict[str, PortShapes]
+
+
+class PlanSource(_Frozen):
+    """A file a plan was built from, as the stage's `files` had it then."""
+
+    path: RelativePath
+    fingerprint: Sha256
+    sha256: Sha256 | None
+
+
+class DeviceEntry(_Frozen):
+    """The GPU that TensorRT built for: its name, and its compute capability as in "sm89"."""
+
+    name: str
+    capability: Capability
+
+
+class PlanEntry(_Frozen):
+    """A GPU engine that was built from one graph of the stage.
+
+    `targets` are the compute capabilities TensorRT-RTX built for; TensorRT builds for the one `device` it runs on.
+    Profiles are in the order the plan has them. A plan stands for the graphs and weights of `sources`, and is no good
+    once `files` have others. `seconds` and `peak_rss` (bytes) are what building it took."""
+
+    graph: str
+    path: RelativePath
+    bytes: int = Field(ge=1)
+    sha256: Sha256
+    backend: Backend
+    backend_version: str
+    targets: tuple[Capability, ...] = ()
+    device: DeviceEntry | None = None
+    precision: Precision
+    profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
+    sources: tuple[PlanSource, ...] = Field(min_length=1)
+    refittable: bool = False  # whether a runtime can give it other weights of the same graph
+    seconds: float = Field(ge=0)
+    peak_rss: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _is_for_something(self) -> Self:
+        if bool(self.targets) == bool(self.device):
+            raise ValueError("expected either targets or a device")
+        return self
+
+
 class StageEntry(_Frozen):
     """One exported stage. `config` is the network's config.json; the graphs share the weights, and "model" is the
     one that is the whole network. `weights` says how they came into the bundle: as its own copy, as a hard link to
@@ -103,6 +175,7 @@ class StageEntry(_Frozen):
     sources: tuple[SourceEntry, ...]
     graphs: dict[str, GraphEntry]
     files: tuple[FileEntry, ...] = Field(min_length=1)
+    plans: tuple[PlanEntry, ...] = ()  # GPU engines, the one asked for last at the end; none of them is among `files`
 
     @model_validator(mode="after")
     def _graphs_are_files(self) -> Self:
@@ -111,7 +184,16 @@ class StageEntry(_Frozen):
         unlisted = self.graph_paths - {file.path for file in self.files}
         if unlisted:
             raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is none of the files")
+        unknown = {plan.graph for plan in self.plans} - self.graphs.keys()
+        if unknown:
+            raise ValueError(f"plans of {', '.join(sorted(unknown))}, which is no graph of the stage")
         return self
+
+    def is_current(self, plan: PlanEntry) -> bool:
+        """Whether `plan` was built from the very files the stage has now: by their SHA-256 where that is known of
+        both, else by fingerprint."""
+        files = {file.path: file for file in self.files}
+        return all(source.path in files and _same(source, files[source.path]) for source in plan.sources)
 
     @property
     def inputs(self) -> tuple[PortEntry, ...]:
@@ -131,6 +213,12 @@ class StageEntry(_Frozen):
     @property
     def graph_paths(self) -> frozenset[str]:
         return frozenset(graph.path for graph in self.graphs.values())
+
+
+def _same(source: PlanSource, file: FileEntry) -> bool:
+    if source.sha256 and file.sha256:
+        return source.sha256 == file.sha256
+    return source.fingerprint == file.fingerprint
 
 
 class LoraEntry(_Frozen):

@@ -4,6 +4,7 @@ Every measurement is a process of its own, on a file of real size. What belongs 
 whatever else the machine is doing meets all alike. Nothing here judges: a report says what was measured, and where.
 """
 
+from .builds import LITE_CASCADE, BuildsReport, bench_builds
 from .convert import bench_convert
 from .engines import EnginesReport, bench_engines
 from .export import bench_export
@@ -12,10 +13,13 @@ from .report import Report
 from .standins import NETWORKS
 
 __all__ = [
+    "LITE_CASCADE",
     "NETWORKS",
+    "BuildsReport",
     "EnginesReport",
     "GenerateReport",
     "Report",
+    "bench_builds",
     "bench_convert",
     "bench_engines",
     "bench_export",

@@ -227,9 +227,9 @@ def test_polygraphy_is_asked_where_it_is_installed(
     package = tmp_path / "site" / "polygraphy"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "__main__.py").write_text(
-        "import sys, pathlib\n"
-        f"assert sys.argv[1:3] == ['inspect', 'model'] and pathlib.Path(sys.argv[3]).is_file()\n{code}"
+    (package / "tools.py").write_text(
+        "import sys, pathlib\ndef main():\n"
+        f"    assert sys.argv[1:3] == ['inspect', 'model'] and pathlib.Path(sys.argv[3]).is_file()\n    {code}"
     )
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))

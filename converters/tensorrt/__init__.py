@@ -1,0 +1,12 @@
+"""GPU engines from a bundle's graphs, by TensorRT-RTX (no GPU needed, for any GPU) or TensorRT (for the one present).
+
+``build`` makes plans, ``BuildWishes`` says which, ``refit`` gives a loaded one other weights. What a plan is for and
+made of is in the bundle's manifest.
+"""
+
+from .builder import Built, build, prune, stale_plans
+from .process import Progress
+from .refit import refit
+from .tasks import BuildWishes
+
+__all__ = ["BuildWishes", "Built", "Progress", "build", "prune", "refit", "stale_plans"]

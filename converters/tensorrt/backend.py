@@ -1,0 +1,106 @@
+"""The TensorRT that is installed, of whatever generation, and what it says.
+
+TensorRT 10, TensorRT 11 and TensorRT-RTX differ in what they have; everything here asks an object whether it has a
+thing, and never for a version.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+from ...schemas.errors import EngineError, UsageError
+from ...schemas.targets import PLAIN, RTX
+
+MODULES = {RTX: "tensorrt_rtx", PLAIN: "tensorrt"}
+INSTALL = {RTX: "pip install 'cascadekit[tensorrt-rtx]'", PLAIN: "pip install 'cascadekit[tensorrt]'"}
+
+# What every call says on a machine without a driver, whether it needs one or not.
+DRIVERLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
+
+
+class Messages:
+    """What TensorRT says, errors apart; what it says for lack of a driver is left out."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def clear(self) -> None:
+        self.errors.clear()
+        self.warnings.clear()
+
+    def add(self, text: str, *, is_error: bool) -> None:
+        if not any(noise in text for noise in DRIVERLESS):
+            (self.errors if is_error else self.warnings).append(text)
+
+    @property
+    def reason(self) -> str:
+        """The first error, in one line and without the place in TensorRT's source: those after it are consequences."""
+        return re.sub(r"^\w+\.cpp:\d+: ", "", " ".join(self.errors[0].split())) if self.errors else "it gave no reason"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A TensorRT: its name here, and its module."""
+
+    name: str
+    module: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.module.__version__)
+
+    @cached_property
+    def builds_for_others(self) -> bool:
+        """Whether it compiles for GPUs by name, and needs none itself."""
+        return hasattr(self.module, "ComputeCapability")
+
+    def flag(self, name: str) -> Any | None:
+        """A builder flag; None where this TensorRT has none of that name."""
+        return getattr(self.module.BuilderFlag, name, None)
+
+    def network_flags(self) -> int:
+        """Of a network whose types are those the graph says, which TensorRT 10 has to be asked for."""
+        strong = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if strong is None else 1 << int(strong)
+
+
+MESSAGES = Messages()
+_loggers: dict[str, Any] = {}
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called "tensorrt-rtx" or "tensorrt". Raises UsageError for another name, EngineError when it is not
+    installed or cannot be loaded."""
+    if name not in MODULES:
+        raise UsageError(f"backend {name!r}: expected {' or '.join(MODULES)}")
+    try:
+        module = import_module(MODULES[name])
+    except ModuleNotFoundError as error:
+        raise EngineError(f"{name} is not installed: {INSTALL[name]}") from error
+    except (ImportError, OSError, RuntimeError) as error:  # a library of it is missing or of another machine
+        raise EngineError(f"{name} is installed but cannot be loaded: {error}; {INSTALL[name]}") from error
+    if not hasattr(module, "OnnxParser"):
+        raise EngineError(f"{name} {getattr(module, '__version__', '')}: has no ONNX parser; {INSTALL[name]}")
+    return Backend(name, module)
+
+
+def logger_of(backend: Backend) -> Any:
+    """The one logger of this process, which fills MESSAGES: TensorRT ignores a second one while the first is alive."""
+    if backend.name not in _loggers:
+        base: Any = backend.module.ILogger
+
+        class Logger(base):  # type: ignore[misc]
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                if severity <= base.ERROR:
+                    MESSAGES.add(text, is_error=True)
+                elif severity == base.WARNING:
+                    MESSAGES.add(text, is_error=False)
+
+        _loggers[backend.name] = Logger()
+    return _loggers[backend.name]

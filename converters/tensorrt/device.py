@@ -1,0 +1,42 @@
+"""The GPU that is present, as its driver tells; no CUDA toolkit is needed for that."""
+
+import ctypes
+from typing import Any
+
+from ...schemas.bundle import DeviceEntry
+from ...schemas.errors import EngineError
+
+# Of cuda.h, whose numbers do not change.
+MAJOR, MINOR = 75, 76
+NAME_BYTES = 256
+DRIVERS = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
+
+
+def present_device() -> DeviceEntry:
+    """The first GPU that CUDA shows. Raises EngineError, saying what to do, when there is none."""
+    driver = _driver()
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        raise EngineError(
+            "TensorRT builds for the GPU of the machine it runs on, and the driver shows none; "
+            "--backend tensorrt-rtx builds without one"
+        )
+    handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(NAME_BYTES)
+    driver.cuDeviceGet(ctypes.byref(handle), 0)
+    driver.cuDeviceGetName(name, NAME_BYTES, handle)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, handle)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, handle)
+    return DeviceEntry(name=name.value.decode(errors="replace"), capability=f"sm{major.value}{minor.value}")
+
+
+def _driver() -> Any:
+    for name in DRIVERS:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise EngineError(
+        "TensorRT builds for the GPU of the machine it runs on, and there is no NVIDIA driver here; "
+        "--backend tensorrt-rtx builds without one"
+    )

@@ -1,0 +1,109 @@
+"""What a build will take, and whether this machine has it.
+
+Fitted to builds by TensorRT-RTX 1.7 of networks from 1.6 million to 1.03 billion parameters with 300 to 5000 nodes, on
+two cores; `cascadekit bench build` prints how far off it is. Memory is the process's own: pages of the weights' file
+come on top, which the system takes back when it needs them.
+"""
+
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from ...schemas.errors import EngineError
+from ...schemas.precision import Precision
+from ..graph_files import DTYPES, load_graph
+
+MIB = 1 << 20
+MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 75 * MIB, 0.29 * MIB, 1.33
+SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.007, 5e-9
+# Kernels are compiled for each profile, weights are shared.
+PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 15_000
+SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, bytes of memory of the build's own, bytes of the plan; and what that was computed from."""
+
+    seconds: float
+    memory: int
+    plan: int
+    nodes: int
+    weights: int
+
+
+def estimate(graph: Path, precision: Precision, profiles: int) -> Estimate:
+    """For a plan of the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
+    return estimate_model(load_graph(graph), precision, profiles)
+
+
+def estimate_model(model: onnx.ModelProto, precision: Precision, profiles: int) -> Estimate:
+    """For a plan of a graph that computes in `precision`."""
+    nodes = len(model.graph.node)
+    weights = sum(_bytes(tensor, precision) for tensor in model.graph.initializer)
+    return Estimate(
+        seconds=SECONDS_BASE + nodes * SECONDS_PER_NODE * profiles + weights * SECONDS_PER_BYTE,
+        memory=int(MEMORY_BASE + nodes * MEMORY_PER_NODE * profiles + weights * MEMORY_PER_WEIGHT),
+        plan=int(PLAN_BASE + nodes * PLAN_PER_NODE * profiles + weights),
+        nodes=nodes,
+        weights=weights,
+    )
+
+
+def _bytes(tensor: onnx.TensorProto, precision: Precision) -> int:
+    """What the tensor takes once it has the type that the graph computes in; quantised ones stay as they are."""
+    elements: int = math.prod(tensor.dims)
+    stored = DTYPES.get(tensor.data_type)
+    if stored in ("F32", "F16", "BF16"):
+        return elements * SIZES[precision]
+    return elements * (8 if tensor.data_type == onnx.TensorProto.INT64 else 1)
+
+
+def require_room(what: str, needed: Iterable[Estimate], folder: Path, *, memory: bool = True) -> None:
+    """Raises EngineError when the largest of the builds needs more memory than is free (not asked without `memory`),
+    or all plans more room than the disk below `folder` has."""
+    needed = tuple(needed)
+    most = max((each.memory for each in needed), default=0)
+    free = free_memory()
+    if memory and free is not None and most > free:
+        raise EngineError(
+            f"{what}: building takes about {most / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free here; close "
+            "other programs, build on a larger machine (plans can be moved), or try it with --no-memory-check"
+        )
+    room, on_disk = sum(each.plan for each in needed), shutil.disk_usage(folder).free
+    if room > on_disk:
+        raise EngineError(
+            f"{folder}: the plans take about {room / 1e9:.1f} GB of disk, {on_disk / 1e9:.1f} GB are free"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes this process may still use, of the machine's and of its control group's; None where that is not told."""
+    known = [found for found in (_machine_free(), _group_free()) if found is not None]
+    return min(known, default=None)
+
+
+def _machine_free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(kilobytes) * 1024 for kilobytes in found), None)
+
+
+def _group_free() -> int | None:
+    """What a container's limit leaves; pages of files count as free."""
+    try:
+        limit = (CGROUP / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((CGROUP / "memory.current").read_text(encoding="utf-8"))
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(statistics.get("inactive_file", 0))

@@ -1,0 +1,182 @@
+"""What is to be built: the graphs of a bundle, for which GPUs, with which shapes; and why some of it cannot be."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.bundle import Bundle
+from ...runtime.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
+from ...runtime.integrity import sha256_of
+from ...schemas.bundle import MAIN_GRAPH, DeviceEntry, FileEntry, PlanSource, ProfileEntry, StageEntry
+from ...schemas.config_json import from_json
+from ...schemas.errors import CheckpointError, UsageError
+from ...schemas.precision import Precision, Target
+from ...schemas.profiles import DEFAULT, Bounds, profile_for
+from ...schemas.quantization import Quantization
+from ...schemas.stages import Stage
+from ...schemas.targets import RTX, plans_for, refusal, require_rtx_targets
+from ..graph_files import external_data, load_graph
+from .cache import file_name, key_of
+from .job import Job
+
+PLANS = "plans"  # folder of a stage's plans
+
+
+@dataclass(frozen=True)
+class BuildWishes:
+    """What a user asks for.
+
+    `targets` are compute capabilities for TensorRT-RTX, and none for TensorRT, which builds for the GPU present.
+    `stages` and `graphs` limit what is built; without `graphs` it is what `generate` runs. Each of `profiles` becomes
+    an optimisation profile of every plan. `refittable` plans of TensorRT can be given other weights, see ``refit``.
+    `force` builds what is there already, `cache` is a folder of plans that
+    bundles share, `check_memory` refuses to start what seems to need more than is free."""
+
+    backend: str = RTX
+    targets: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    graphs: tuple[str, ...] = ()
+    profiles: tuple[Bounds, ...] = (DEFAULT,)
+    refittable: bool = False
+    force: bool = False
+    cache: Path | None = None
+    check_memory: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """One plan. `key` stands for everything that decides its content, `path` is where it goes."""
+
+    stage: Stage
+    graph: str
+    entry: StageEntry
+    device: DeviceEntry | None
+    profiles: tuple[ProfileEntry, ...]
+    sources: tuple[PlanSource, ...]
+    job: Job
+    key: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}/{self.graph}" + (f" for {' '.join(self.job.targets)}" if self.job.targets else "")
+
+
+def require_targets(wishes: BuildWishes, precision: Precision) -> None:
+    """Raises UsageError for targets that the backend does not build for, or not from graphs of `precision`."""
+    _require_targets(wishes)
+    for target in wishes.targets:
+        refused = refusal(wishes.backend, target, precision, Quantization.NONE)
+        if refused:
+            raise UsageError(f"{refused.reason}; take {refused.instead}, or make another bundle for that GPU")
+
+
+def tasks_for(bundle: Bundle, wishes: BuildWishes, version: str, device: DeviceEntry | None) -> list[Task]:
+    """Every plan that `wishes` ask for, by the TensorRT of `version`, for `device` where it builds for that.
+
+    Hashes weights whose SHA-256 is not known. Raises UsageError, naming every reason there is, for what cannot be
+    built, and CheckpointError for files that are not what the manifest says."""
+    _require_targets(wishes)
+    chosen = wishes.stages or tuple(bundle.manifest.stages)
+    entries = {stage: bundle.entry(stage) for stage in chosen}
+    _require_possible(entries, wishes, (device.capability,) if device else wishes.targets)
+    return [task for stage, entry in entries.items() for task in _tasks(bundle, stage, entry, wishes, version, device)]
+
+
+def _require_targets(wishes: BuildWishes) -> None:
+    if wishes.backend == RTX:
+        require_rtx_targets(wishes.targets)
+        if wishes.refittable:  # 1.7 fails: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", even for one product
+            raise UsageError(
+                "TensorRT-RTX needs a GPU to build engines that take other weights; build again when a LoRA is merged: "
+                "plans of weights that were there before are found again"
+            )
+    elif wishes.targets:
+        raise UsageError("TensorRT builds for the GPU it runs on; --arch is for --backend tensorrt-rtx")
+
+
+def graphs_to_build(stage: Stage, entry: StageEntry, wanted: Sequence[str]) -> list[str]:
+    """Those of `wanted` that the stage has; with none wanted, those that `generate` runs."""
+    names = wanted or graphs_of(stage)
+    found = [name for name in names if name in entry.graphs]
+    return found if wanted or len(found) == len(names) else [MAIN_GRAPH]
+
+
+def graphs_of(stage: Stage) -> list[str]:
+    """The graphs of a stage that `generate` runs."""
+    return [CONDITIONING, STEP] if stage in FASTER_IN_PARTS else [MAIN_GRAPH]
+
+
+def _require_possible(entries: dict[Stage, StageEntry], wishes: BuildWishes, targets: Sequence[str]) -> None:
+    reasons: dict[str, list[Stage]] = defaultdict(list)
+    for stage, entry in entries.items():
+        for reason in _reasons(entry, wishes.backend, targets):
+            reasons[reason].append(stage)
+    problems = [f"{', '.join(stages)}: {reason}{_safe(reason, stages)}" for reason, stages in reasons.items()]
+    unknown = [name for name in wishes.graphs if not any(name in entry.graphs for entry in entries.values())]
+    if unknown:
+        known = sorted({name for entry in entries.values() for name in entry.graphs})
+        problems.append(f"graph {', '.join(unknown)}: there are {', '.join(known)}")
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _safe(reason: str, stages: Sequence[Stage]) -> str:
+    """What an export in fp16 needs besides for the networks whose sums grow too large."""
+    return " --fp16-safe auto" if "fp16" in reason and {Stage.PRIOR, Stage.DECODER} & set(stages) else ""
+
+
+def _reasons(entry: StageEntry, backend: str, targets: Sequence[str]) -> Iterator[str]:
+    """Why the stage's graphs cannot be built for all of `targets`, each with the export that helps."""
+    if entry.target is Target.ORT:
+        yield (
+            "has operators of ONNX Runtime, which TensorRT does not read; export it again: "
+            f"cascadekit export MODEL -o BUNDLE --target tensorrt --precision {entry.precision}"
+        )
+    found = [refused for t in targets if (refused := refusal(backend, t, entry.precision, entry.quantization))]
+    for refused in dict.fromkeys(found):
+        command = f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.instead}"
+        yield f"{refused.reason}; export it again: {command}"
+
+
+def _tasks(
+    bundle: Bundle, stage: Stage, entry: StageEntry, wishes: BuildWishes, version: str, device: DeviceEntry | None
+) -> Iterator[Task]:
+    bundle.check(stage)
+    config = from_json(stage, entry.config)
+    folder = bundle.root / stage / PLANS
+    for graph in graphs_to_build(stage, entry, wishes.graphs):
+        path = bundle.root / entry.graphs[graph].path
+        sources = tuple(_source(bundle, entry, file) for file in _files(bundle, entry, path))
+        profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in wishes.profiles)
+        shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
+        for targets in plans_for(wishes.targets) or [()]:
+            timing = str((folder / "timing.cache").absolute()) if device else None
+            job = Job(wishes.backend, str(path.absolute()), "", targets, shapes, wishes.refittable, timing)
+            hashes = [str(source.sha256) for source in sources]
+            key = key_of(job, version, hashes, device.name if device else None)
+            name = file_name(job, graph, entry.precision, key)
+            yield Task(stage, graph, entry, device, profiles, sources, job, key, folder / name)
+
+
+def _files(bundle: Bundle, entry: StageEntry, graph: Path) -> list[FileEntry]:
+    """The graph, and the files its weights lie in."""
+    files = {bundle.root / file.path: file for file in entry.files}
+    paths = [graph, *sorted({graph.parent / data.location for data in external_data(load_graph(graph))})]
+    foreign = [path.name for path in paths if path not in files]
+    if foreign:
+        raise CheckpointError(f"{graph}: has weights in {', '.join(foreign)}, which is no file of the bundle")
+    return [files[path] for path in paths]
+
+
+def _source(bundle: Bundle, entry: StageEntry, file: FileEntry) -> PlanSource:
+    """With its SHA-256: the manifest's, that of a plan built before from the same file, or computed now."""
+    known = (
+        source.sha256
+        for plan in entry.plans
+        for source in plan.sources
+        if (source.path, source.fingerprint) == (file.path, file.fingerprint)
+    )
+    sha256 = file.sha256 or next(known, None) or sha256_of(bundle.root / file.path)
+    return PlanSource(path=file.path, fingerprint=file.fingerprint, sha256=sha256)

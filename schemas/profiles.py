@@ -1,0 +1,178 @@
+"""From sizes of images to the shapes an engine is built for.
+
+An engine takes every shape between a least and a largest one, and is fastest at a likeliest one. Users say these in
+images: height, width, how many at a time. Each graph of each stage has its own dims for that.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .bundle import ImageSize, PortEntry, PortShapes, ProfileEntry
+from .control import is_control
+from .errors import UsageError
+from .sizes import latent_sizes
+from .stages import ControlNetConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+
+Triple = tuple[int, int, int]  # least, likeliest, largest
+
+TOKENS: Triple = (77, 77, 231)  # of text: CLIP's length, up to three texts one after the other
+IMAGE_PROMPTS: Triple = (1, 1, 4)
+STEPS: Triple = (1, 20, 100)  # of a schedule, all embedded at once
+EFFNET_STRIDE = 32  # pixels for each value of the map that stage C's latents are like
+CONTROL_STRIDE = 32
+
+_SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The images an engine is for."""
+
+    min: ImageSize
+    opt: ImageSize
+    max: ImageSize
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for sizes that cannot be made and for bounds that are not in order."""
+        for each in (self.min, self.opt, self.max):
+            latent_sizes(each.height, each.width)
+        for name in ("height", "width", "images"):
+            least, likeliest, largest = (getattr(each, name) for each in (self.min, self.opt, self.max))
+            if not least <= likeliest <= largest:
+                raise UsageError(
+                    f"{name}: least {least}, likeliest {likeliest}, largest {largest}: expected these in ascending "
+                    "order; see --min, --opt and --max"
+                )
+
+    @property
+    def static(self) -> bool:
+        """Whether they are for one size alone."""
+        return self.min == self.opt == self.max
+
+    def __str__(self) -> str:
+        return shown(self.opt) if self.static else ":".join(map(shown, (self.min, self.opt, self.max)))
+
+
+def parse_image_size(text: str) -> ImageSize:
+    """HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
+    found = _SIZE.fullmatch(text.strip().lower())
+    if not found or not all(int(number) for number in found.groups() if number):
+        raise UsageError(f"{text!r}: expected HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2")
+    return ImageSize(height=int(found[1]), width=int(found[2]), images=int(found[3] or 1))
+
+
+def shown(size: ImageSize) -> str:
+    """As `parse_image_size` reads it."""
+    return f"{size.height}x{size.width}x{size.images}"
+
+
+DEFAULT = Bounds(*map(parse_image_size, ("512x512x1", "1024x1024x1", "1536x1536x2")))
+
+
+def profile_for(config: NetworkConfig, graph: str, inputs: Iterable[PortEntry], bounds: Bounds) -> ProfileEntry:
+    """What the graph `graph` of the network has to take for `bounds`.
+
+    Guidance makes two samples of every image in prior and decoder, so their batches reach to twice the images; the
+    vqgan decodes one at a time. Counts that no size tells (text tokens, image prompts, steps) have their usual ranges,
+    and with static bounds their usual value. Dims of a ControlNet's residuals begin at 1 all the same, since that is
+    what stands for none."""
+    sizes = _sizes(config, graph, bounds)
+    ports = {}
+    for port in inputs:
+        static = bounds.static and not is_control(port.name)
+        triples = [_triple(dim, port.name, sizes, config, bounds) for dim in port.dims]
+        least, likeliest, largest = (tuple(triple[end] for triple in triples) for end in range(3))
+        if static and config.stage is not Stage.TEXT_ENCODER:
+            least = largest = likeliest
+        ports[port.name] = PortShapes(min=least, opt=likeliest, max=largest)
+    return ProfileEntry(min=bounds.min, opt=bounds.opt, max=bounds.max, ports=ports)
+
+
+def _triple(dim: int | str, port: str, sizes: dict[str, Triple], config: NetworkConfig, bounds: Bounds) -> Triple:
+    if isinstance(dim, int):
+        return dim, dim, dim
+    if is_control(port) and dim.startswith(port):
+        return _control(dim.rpartition(".")[2], bounds)
+    name, _, divisor = dim.partition("/")
+    if name not in sizes:
+        raise UsageError(f"{config.stage}: no range is known for the dim {dim!r} of its input {port}")
+    least, likeliest, largest = (size // int(divisor or 1) for size in sizes[name])
+    return least, likeliest, largest
+
+
+def _control(side: str, bounds: Bounds) -> Triple:
+    """Sizes of a ControlNet's residuals: none at all, those of stage C's latents, those of an image in full."""
+    likeliest = _latents(bounds.opt, "prior")[side]
+    return 1, likeliest, max(likeliest, -(-getattr(bounds.max, side) // CONTROL_STRIDE))
+
+
+def _sizes(config: NetworkConfig, graph: str, bounds: Bounds) -> dict[str, Triple]:
+    """Range of each symbolic dim but those of ControlNets' residuals."""
+    batch = _batch(config.stage, graph, bounds)
+    counts = {"batch": batch, "tokens": TOKENS, "images": IMAGE_PROMPTS, "steps": STEPS}
+    if isinstance(config, UNetConfig):
+        counts["context"] = _context(config)
+    sides = [_sides(config, graph, bounds, each) for each in (bounds.min, bounds.opt, bounds.max)]
+    return counts | {name: (sides[0][name], sides[1][name], sides[2][name]) for name in sides[0]}
+
+
+def _batch(stage: Stage, graph: str, bounds: Bounds) -> Triple:
+    least, likeliest, largest = bounds.min.images, bounds.opt.images, bounds.max.images
+    if stage is Stage.PRIOR:
+        return least, 2 * likeliest, 2 * largest
+    if stage is Stage.DECODER:  # guidance is off by default
+        return least, likeliest, 2 * largest
+    if stage is Stage.TEXT_ENCODER:  # a prompt and a negative one; images of one prompt share them
+        return (2 if bounds.static else 1), 2, 2 * largest
+    if stage is Stage.IMAGE_ENCODER:
+        return IMAGE_PROMPTS
+    if stage is Stage.VQGAN and graph == "model":
+        return 1, 1, 1
+    return least, likeliest, largest
+
+
+def _context(config: UNetConfig) -> Triple:
+    """Tokens that condition the blocks: those of the text, and as many of the pooled text and of each image prompt."""
+    if config.stage is Stage.DECODER:
+        return config.clip_seq, config.clip_seq, config.clip_seq
+    least, likeliest, largest = (
+        text + (1 + images) * config.clip_seq for text, images in zip(TOKENS, IMAGE_PROMPTS, strict=True)
+    )
+    return least, likeliest, largest
+
+
+def _sides(config: NetworkConfig, graph: str, bounds: Bounds, size: ImageSize) -> dict[str, int]:
+    """Heights and widths of what goes into the graph for images of `size`."""
+    match config.stage:
+        case Stage.PRIOR | Stage.PREVIEWER:
+            return _latents(size, "prior")
+        case Stage.DECODER:
+            effnet = {f"effnet_{side}": length for side, length in _latents(size, "prior").items()}
+            return _latents(size, "decoder") | effnet
+        case Stage.VQGAN if graph == "model":
+            return _latents(size, "decoder")
+        case Stage.EFFNET_ENCODER:
+            return _effnet_pixels(bounds, size)
+        case _ if isinstance(config, TextEncoderConfig):
+            return {}
+        case _ if isinstance(config, ControlNetConfig) and config.bottleneck_mode == "simple":
+            return _latents(size, "prior") if size == bounds.max != bounds.opt else {"height": 1, "width": 1}  # a face
+        case _ if isinstance(config, ControlNetConfig) and config.bottleneck_mode == "large":
+            return _latents(size, "prior")  # the latents of a smaller image
+        case _:
+            return {"height": size.height, "width": size.width}
+
+
+def _effnet_pixels(bounds: Bounds, size: ImageSize) -> dict[str, int]:
+    """Pixels that make a map of the size of stage C's latents; up to the largest image as it is."""
+    wanted = {side: length * EFFNET_STRIDE for side, length in _latents(size, "prior").items()}
+    if bounds.static or size != bounds.max:
+        return wanted
+    return {side: max(length, getattr(size, side)) for side, length in wanted.items()}
+
+
+def _latents(size: ImageSize, stage: str) -> dict[str, int]:
+    sizes = latent_sizes(size.height, size.width)
+    height, width = sizes.prior if stage == "prior" else sizes.decoder
+    return {"height": height, "width": width}

@@ -1,0 +1,126 @@
+"""GPUs that engines are built for: names of cards, what a GPU has no kernels for, and what to do instead."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .errors import UsageError
+from .precision import Precision
+from .quantization import Quantization
+
+RTX, PLAIN = "tensorrt-rtx", "tensorrt"
+
+# What TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+# NVIDIA's guide to TensorRT-RTX: no plan for Turing and later GPUs at once.
+ALONE = "sm75"
+
+_KIND = r"(ti|super|d|laptop|gpu|maxq)*"  # of a GeForce
+
+# Names of GPUs as people write them, lower case, without "nvidia", "geforce", "tesla", spaces and dashes.
+CARDS: Mapping[str, str] = {
+    rf"((gtx)?16[356]0|(rtx)?20[5678]0){_KIND}|titanrtx|quadrortx[34568]000|t4g?|t(400|600|1000|1200)": "sm75",
+    r"a100(sxm.*|pcie.*|x|\d+gb.*)?|a30x?|a800": "sm80",
+    rf"(rtx)?30[5-9]0{_KIND}|(rtx)?a[1-6]\d00|a(2|10g?|10m|16|40)": "sm86",
+    rf"(rtx)?40[5-9]0{_KIND}|rtx\d000(ada|adageneration)|l(2|4|20|40|40s|40g)": "sm89",
+    rf"(rtx)?50[5-9]0{_KIND}|rtxpro\d000.*": "sm120",
+    r"gb10|dgxspark": "sm121",
+    rf"(gtx)?10[1-8]0{_KIND}|p4|p40": "sm61",
+    r"v100.*|titanv": "sm70",
+    r".*orin.*": "sm87",
+    r"h(20|100|200|800)(sxm.*|pcie.*|nvl|\d+gb.*)?|gh200": "sm90",
+    r"g?b[12]00": "sm100",
+    r"g?b300": "sm103",
+}
+_CAPABILITY = re.compile(r"(?:sm_?|compute_?)?(\d{1,2})\.?(\d)")
+
+
+def parse_targets(values: Iterable[str]) -> tuple[str, ...]:
+    """The compute capabilities meant by `values`, ascending, each once: "sm89", "8.9", "rtx 4090", or several of them
+    with commas between.
+
+    Raises UsageError for what is no name of a GPU that is known here."""
+    found = {parse_target(name) for value in values for name in value.split(",") if name.strip()}
+    return tuple(sorted(found, key=number_of))
+
+
+def parse_target(name: str) -> str:
+    """One compute capability, as in "sm89"."""
+    plain = re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
+    for pattern, capability in CARDS.items():
+        if re.fullmatch(pattern, plain):
+            return capability
+    given = _CAPABILITY.fullmatch(plain)
+    if given:
+        return f"sm{given[1]}{given[2]}"
+    raise UsageError(
+        f"{name!r}: no GPU that is known here; expected one of {', '.join(RTX_TARGETS)}, or a card such as 'rtx 4090'"
+    )
+
+
+def number_of(capability: str) -> int:
+    """120 of "sm120", which is compute capability 12.0."""
+    return int(capability.removeprefix("sm"))
+
+
+def require_rtx_targets(targets: Iterable[str]) -> None:
+    """Raises UsageError for targets that TensorRT-RTX does not build for, and for none."""
+    targets = tuple(targets)
+    if not targets:
+        raise UsageError("say which GPUs to build for, such as --arch sm89 or --arch 'rtx 4090'")
+    wrong = [target for target in targets if target not in RTX_TARGETS]
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} alone; "
+            "on the GPU itself use --backend tensorrt"
+        )
+
+
+def plans_for(targets: Iterable[str]) -> list[tuple[str, ...]]:
+    """The targets of each plan: Turing's is one of its own."""
+    targets = tuple(targets)
+    groups = [tuple(t for t in targets if t == ALONE), tuple(t for t in targets if t != ALONE)]
+    return [group for group in groups if group]
+
+
+@dataclass(frozen=True)
+class _Lack:
+    """What GPUs below a compute capability have no kernels for, in one backend or (None) in both."""
+
+    what: Precision | Quantization
+    below: int
+    reason: str
+    instead: str
+    backend: str | None = None
+
+
+# Each was met at a build of the backend named (TensorRT-RTX 1.7), which says so only after minutes, or of a part of
+# the network only when run.
+_LACKS = (
+    _Lack(Precision.BF16, 80, "has no bf16", "--precision fp16"),
+    _Lack(Precision.FP32, 80, "has no matrix products in fp32", "--precision fp16", RTX),
+    _Lack(Quantization.INT4, 80, "has no int4", "--quantize int8"),
+    _Lack(Quantization.FP8, 89, "has no fp8", "--quantize int8"),
+    _Lack(Quantization.INT8_DYNAMIC, 1 << 20, "has none of its integer products", "--quantize int8"),
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why graphs cannot become an engine for a GPU, and the options of `export` that make others."""
+
+    reason: str
+    instead: str
+
+
+def refusal(backend: str, target: str, precision: Precision, quantization: Quantization) -> Refusal | None:
+    """Why graphs of `precision` and `quantization` are not for `target`; None when they are."""
+    for lack in _LACKS:
+        if (
+            lack.what in (precision, quantization)
+            and number_of(target) < lack.below
+            and lack.backend in (None, backend)
+        ):
+            known = f"{backend}" if lack.below > number_of(RTX_TARGETS[-1]) else f"{target} in {backend}"
+            return Refusal(f"{known} {lack.reason}", lack.instead)
+    return None

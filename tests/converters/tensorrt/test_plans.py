@@ -1,0 +1,174 @@
+"""Real plans by TensorRT-RTX, of every stage, for the GPUs and precisions they are made for."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+
+from cascadekit import export
+from cascadekit.cli import main
+from cascadekit.converters.stage_graphs import GraphWishes
+from cascadekit.converters.tensorrt import BuildWishes, build
+from cascadekit.runtime.bundle import open_bundle
+from cascadekit.runtime.plan_header import read_header
+from cascadekit.schemas.precision import Precision, Target
+from cascadekit.schemas.profiles import DEFAULT, Bounds, parse_image_size
+from cascadekit.schemas.stages import (
+    PROJ_BLOCKS_ENDS,
+    ControlNetConfig,
+    EffnetEncoderConfig,
+    ImageEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+)
+
+STATIC = Bounds(*[parse_image_size("512x768")] * 3)
+GRAPHS = {
+    Stage.TEXT_ENCODER: ["model"],
+    Stage.PRIOR: ["conditioning", "step"],
+    Stage.DECODER: ["model"],
+    Stage.VQGAN: ["model"],
+}
+OTHERS = [
+    ImageEncoderConfig(128, 256, 2, 2, 64, image_size=28),
+    EffnetEncoderConfig(),
+    PreviewerConfig(c_hidden=16),
+    ControlNetConfig(1, PROJ_BLOCKS_ENDS, None, 64),
+    ControlNetConfig(512, PROJ_BLOCKS_ENDS, "simple", 64),
+]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("bounds", [DEFAULT, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("precision", "targets"), [("fp16", "sm75"), ("bf16", "sm80 sm86 sm89"), ("bf16", "sm120")], ids=str
+)
+def test_the_cascade(
+    exported: Callable[[str], Path], tmp_path: Path, precision: str, targets: str, bounds: Bounds
+) -> None:
+    bundle = shutil.copytree(exported(precision), tmp_path / "bundle")
+    before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*.onnx")}
+    built = build(bundle, BuildWishes(targets=tuple(targets.split()), profiles=(bounds,)))
+    found = {stage: [b.plan.graph for b in built if b.stage is stage] for stage in GRAPHS}
+    assert found == GRAPHS
+    manifest = open_bundle(bundle).manifest
+    for stage, entry in manifest.stages.items():
+        assert [plan.graph for plan in entry.plans] == GRAPHS[stage]
+        for plan in entry.plans:
+            content = (bundle / plan.path).read_bytes()
+            assert content[:4] == b"vtrt"
+            assert (plan.bytes, plan.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+            header = read_header(bundle / plan.path)
+            assert header is not None
+            assert (header.bytes, header.version) == (len(content), plan.backend_version)
+            assert header.targets == plan.targets == tuple(targets.split())
+            assert plan.precision == precision
+            assert entry.is_current(plan)
+            graph = onnx.load(bundle / entry.graphs[plan.graph].path, load_external_data=False).graph
+            names = [value.name for value in graph.input]
+            assert list(plan.profiles[0].ports) == names
+            for name in names:  # TensorRT keeps names of inputs as they are
+                assert name.encode() in content
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*.onnx")} == before
+    assert not list(bundle.rglob(".*"))
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.stage)
+def test_the_other_stages(exported_network: Callable[..., Path], config: NetworkConfig) -> None:
+    """Batch norms are islands in fp32: folded, they would leave float weights in a bf16 graph."""
+    bundle = exported_network(config, Precision.BF16)
+    (built,) = build(bundle, BuildWishes(targets=("sm80", "sm86", "sm89")))
+    assert (bundle / built.plan.path).stat().st_size == built.plan.bytes
+    assert open_bundle(bundle).entry(config.stage).plans == (built.plan,)
+    assert built.plan.targets == ("sm80", "sm86", "sm89")
+    assert built.plan.precision is Precision.BF16
+
+
+def test_weights_that_are_links(original: Path, tmp_path: Path) -> None:
+    """To the model's own files, which is how an export without a new dtype leaves them."""
+    graphs = GraphWishes(target=Target.TENSORRT)
+    export(original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", graphs=graphs)
+    weights = tmp_path / "bundle/vqgan/stage_a.safetensors"
+    assert weights.samefile(original / "stage_a.safetensors")
+    (built,) = build(tmp_path / "bundle", BuildWishes(targets=("sm89",), profiles=(STATIC,)))
+    assert built.plan.sources[1].path == "vqgan/stage_a.safetensors"
+    assert built.plan.sources[1].sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_fp32_and_its_size(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    """Weights of fp32 take twice the room of bf16's, as the header says."""
+    sizes = {}
+    for precision in ("fp32", "bf16"):
+        bundle = shutil.copytree(exported(precision), tmp_path / precision)
+        (built,) = build(bundle, BuildWishes(targets=("sm89",), stages=(Stage.TEXT_ENCODER,)))
+        header = read_header(bundle / built.plan.path)
+        assert header is not None
+        sizes[precision] = header.weight_bytes
+    assert sizes["fp32"] == pytest.approx(2 * sizes["bf16"], rel=0.01)
+
+
+def test_several_profiles_and_every_graph(bundle: Path) -> None:
+    """A plan of its own for Turing is not made from bf16; here one plan serves two profiles, in order."""
+    narrow = Bounds(*map(parse_image_size, ("256x256", "256x256", "512x512x2")))
+    wishes = BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,), graphs=("model", "encoder"))
+    one = {b.plan.graph: b.plan for b in build(bundle, wishes)}
+    both = BuildWishes(**vars(wishes) | {"profiles": (DEFAULT, narrow)})
+    two = {b.plan.graph: b.plan for b in build(bundle, both)}
+    for graph in ("model", "encoder"):
+        assert [profile.max.height for profile in two[graph].profiles] == [1536, 512]
+        assert two[graph].bytes > 1.2 * one[graph].bytes  # kernels of both
+    assert len(open_bundle(bundle).manifest.stages[Stage.VQGAN].plans) == 4
+
+
+def test_turing_gets_a_plan_of_its_own(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(exported("fp16"), tmp_path / "bundle")
+    result = call("build", bundle, "--arch", "2080 ti,rtx 4090", "--arch", "sm80", "--stage", "vqgan", "--json")
+    assert result.exit_code == 0, result.output
+    plans = json.loads(result.stdout)
+    assert [plan["targets"] for plan in plans] == [["sm75"], ["sm80", "sm89"]]
+    assert all(plan["how"] == "built" and plan["seconds"] > 0 and plan["peak_rss"] > 1e8 for plan in plans)
+
+
+def test_from_original_files_in_one_command(original: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    result = call("build", original, "-o", bundle, "--arch", "sm89", "--static", "256x256", "--stage", "vqgan")
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "vqgan model sm89 bf16" in words
+    assert "vqgan/model for sm89: 0 s of about 1" in result.stderr
+    entry = open_bundle(bundle).entry(Stage.VQGAN)
+    assert (entry.precision, entry.target) == ("bf16", "tensorrt")
+
+
+def test_inspect_and_validate(bundle: Path) -> None:
+    stage = ("--stage", "vqgan")
+    assert call("build", bundle, "--arch", "sm86,sm89", *stage, "--opt", "768x1344").exit_code == 0
+    (plan,) = open_bundle(bundle).entry(Stage.VQGAN).plans
+    result = call("inspect", bundle)
+    assert result.exit_code == 0
+    words = " ".join(result.stdout.split())
+    assert "vqgan model sm86 sm89 bf16 512x512x1, 768x1344x1, 1536x1536x2 tensorrt-rtx" in words
+    assert f"{plan.path} ok" in words
+    assert call("validate", bundle).exit_code == 0
+
+    content = bytearray((bundle / plan.path).read_bytes())
+    content[40_000] ^= 1
+    (bundle / plan.path).write_bytes(content)
+    result = call("validate", bundle)
+    assert result.exit_code == 1
+    assert f"{plan.path}: its SHA-256 is not that of the manifest; `cascadekit build` makes it again" in result.stdout
+
+    (bundle / plan.path).write_bytes(content[:32] + bytes([4]) + content[33:])  # for sm86 alone
+    result = call("inspect", bundle, "--json")
+    assert result.exit_code == 1
+    state = json.loads(result.stdout)["stages"]["vqgan"]["plans"][0]["state"]
+    assert state == "its header says targets sm86, expected sm86 sm89; build it again"
