@@ -4,6 +4,7 @@ import click
 
 from .bench import bench
 from .bench_build import build as bench_build
+from .bench_generate import generate as bench_generate
 from .build import build
 from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
@@ -24,4 +25,5 @@ def main(debug: bool) -> None:
 for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench):
     main.add_command(command)
 lora.add_command(apply)
-bench.add_command(bench_build)
+for command in (bench_build, bench_generate):
+    bench.add_command(command)

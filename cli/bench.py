@@ -12,7 +12,7 @@ from .common import PATH, parse_size
 from .console import err, say, show_table
 
 if TYPE_CHECKING:
-    from ..converters.bench import EnginesReport, GenerateReport, Report
+    from ..converters.bench import EnginesReport, Report
 
 UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
 NETWORKS = (*UNETS, "vqgan", "text-encoder")
@@ -22,9 +22,6 @@ ENGINES = (
     "openvino-bf16-hoisted torch torch-bf16 torch-compile torch-compile-bf16 diffusers diffusers-bf16"
 ).split()
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
-PROGRAMS = "onnxruntime openvino openvino-bf16 diffusers diffusers-bf16".split()
-DEFAULT_PROGRAMS = "onnxruntime,openvino-bf16,diffusers,diffusers-bf16"
-GENERATION_COLUMNS = [*"program text_encoder prior decoder vqgan image load loop ratio".split(), "peak MB", "version"]
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
 
 ENGINE_COLUMNS = (
@@ -56,7 +53,7 @@ def _network(*names: str) -> Decorator:
     )
 
 
-def _runs(text: str) -> Decorator:
+def runs_option(text: str) -> Decorator:
     return click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help=text)
 
 
@@ -78,7 +75,7 @@ def bench() -> None:
 @_network(*UNETS)
 @DTYPE
 @SOURCE
-@_runs("Rounds.")
+@runs_option("Rounds.")
 @click.option("--cold", is_flag=True, help="Also with the source dropped from the page cache.")
 @click.option("--peer", is_flag=True, help="Also diffusers' from_single_file and save_pretrained.")
 @AS_JSON
@@ -104,7 +101,7 @@ def convert(
 @_network(*NETWORKS)
 @DTYPE
 @SOURCE
-@_runs("Rounds.")
+@runs_option("Rounds.")
 @AS_JSON
 def export(work: Path, network: str, dtype: str, source: Path | None, runs: int, as_json: bool) -> None:
     """Measure exports of a file of real size, with linked and with copied weights, beside cp.
@@ -127,14 +124,6 @@ def _engine_names(ctx: click.Context, param: click.Parameter, value: str) -> lis
     return names
 
 
-def _program_names(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
-    names = [name.strip() for name in value.split(",")]
-    for name in names:
-        if name not in PROGRAMS:
-            raise click.BadParameter(f"{name!r}: expected some of {', '.join(PROGRAMS)}")
-    return names
-
-
 @bench.command()
 @WORK
 @click.option("--stage", "network", type=click.Choice([*NETWORKS, "tiny"]), default="prior-lite", show_default=True)
@@ -153,7 +142,7 @@ def _program_names(ctx: click.Context, param: click.Parameter, value: str) -> li
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="2: an image with guidance.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Processes of each engine.")
-@_runs("Forwards in each process, after one that does not count.")
+@runs_option("Forwards in each process, after one that does not count.")
 @AS_JSON
 def engines(
     work: Path,
@@ -196,85 +185,6 @@ def engines(
         _print_engines(report)
 
 
-@bench.command()
-@WORK
-@click.option("--model", type=PATH, help="Measure with this model folder; none is made up then.")
-@click.option("--tiny", is_flag=True, help="Make up the tiny cascade; its times say nothing.")
-@click.option(
-    "--programs",
-    default=DEFAULT_PROGRAMS,
-    show_default=True,
-    callback=_program_names,
-    help=f"Comma between them: {', '.join(PROGRAMS)}.",
-)
-@click.option("--size", metavar="WxH", default="512x512", show_default=True, callback=parse_size)
-@click.option("--prior-steps", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--decoder-steps", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--memory", default="resident", show_default=True, help="As of generate; diffusers keeps all loaded.")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Processes of each program.")
-@_runs("Images in each process, after one that does not count.")
-@AS_JSON
-def generate(
-    work: Path,
-    model: Path | None,
-    tiny: bool,
-    programs: list[str],
-    size: tuple[int, int],
-    prior_steps: int,
-    decoder_steps: int,
-    as_json: bool,
-    **how: Any,
-) -> None:
-    """Measure whole generations beside diffusers' pipelines on the same weights, one after the other in each round.
-
-    Example: cascadekit bench generate --programs onnxruntime,diffusers --size 1024x1024
-    """
-    from ..converters.bench import bench_generate
-
-    report = bench_generate(
-        work,
-        model=model,
-        tiny=tiny,
-        programs=programs,
-        size=size[::-1],
-        steps=(prior_steps, decoder_steps),
-        say=_progress,
-        **how,
-    )
-    if as_json:
-        say(json.dumps(report.to_json(), indent=2))
-    else:
-        _print_generations(report)
-
-
-def _print_generations(report: "GenerateReport") -> None:
-    content = report.to_json()
-    for line in _machine(content["machine"]):
-        say(line)
-    say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content["job"].items()))
-    say(
-        "Medians of all rounds, in seconds: each stage's network (of a step, for prior and decoder), an image in all, "
-        "loading before it; loop: the share of an image that no network took; ratio: to the first program, in a round."
-    )
-    say("")
-    show_table("", GENERATION_COLUMNS, (_generation_row(n, each) for n, each in content["programs"].items()))
-    for name, why in report.missing.items():
-        say(f"{name}: {why}")
-
-
-def _generation_row(name: str, found: dict[str, Any]) -> list[str]:
-    return [
-        name,
-        *_numbers([median(seconds) for seconds in found["stage_seconds"].values()]),
-        *_numbers([median(found["image_seconds"]), median(found["load_seconds"])]),
-        f"{found['loop_share']:.2%}",
-        f"{median(found['ratios']):.2f}",
-        f"{found['peak_rss'] / 1e6:.0f}",
-        found["version"],
-    ]
-
-
 def _print_engines(report: "EnginesReport") -> None:
     content = report.to_json()
     for line in (*machine_lines(content["machine"]), _source(content["source"])):
@@ -305,7 +215,7 @@ def _engine_row(name: str, measured: dict[str, Any]) -> list[str]:
     )
     return [
         name,
-        *_numbers([measured["median"], measured["min"], measured["max"], median(measured["cpu_seconds"])]),
+        *seconds([measured["median"], measured["min"], measured["max"], median(measured["cpu_seconds"])]),
         f"{median(measured['load_seconds']):.2f}",
         f"{median(measured['first_seconds']):.2f}",
         f"{measured['fraction_of_gemm']:.0%}",
@@ -337,7 +247,7 @@ def _print(report: "Report") -> None:
     ratios = report.ratios()
     rounds = max(map(len, ratios.values()))
     columns = ("ratio of seconds", "median", *(f"round {number}" for number in range(1, rounds + 1)))
-    show_table("", columns, ([name, *_numbers([median(each), *each])] for name, each in ratios.items()))
+    show_table("", columns, ([name, *seconds([median(each), *each])] for name, each in ratios.items()))
 
 
 def _surroundings(content: dict[str, Any]) -> Iterator[str]:
@@ -372,7 +282,7 @@ def _case_row(name: str, case: dict[str, Any]) -> list[str]:
     cached = [share for share in case["cached"] if share is not None]
     return [
         name,
-        *_numbers([case["median"], case["min"], case["max"]]),
+        *seconds([case["median"], case["min"], case["max"]]),
         f"{speed:.0f}" if speed is not None else "-",
         f"{case['peak_rss_bytes'] / 1e6:.0f}",
         f"{median(cached):.0%}" if cached else "?",
@@ -380,5 +290,5 @@ def _case_row(name: str, case: dict[str, Any]) -> list[str]:
     ]
 
 
-def _numbers(values: list[float]) -> list[str]:
+def seconds(values: list[float]) -> list[str]:
     return [f"{value:.3f}" for value in values]

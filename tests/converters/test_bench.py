@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from cascadekit.cli.bench import ENGINES, bench
+from cascadekit.cli import bench
+from cascadekit.cli.bench import ENGINES
 from cascadekit.converters.bench import arithmetic, bench_convert, engines, process, standins
 from cascadekit.converters.bench.worker import LOADERS
 from cascadekit.converters.model import open_model
