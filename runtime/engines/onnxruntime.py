@@ -1,7 +1,9 @@
 """Runs the graphs of a bundle with ONNX Runtime, on the CPU or on a GPU."""
 
 import contextlib
+import ctypes
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +36,8 @@ MEMORY_POLICIES = ("fast", "mapped")
 
 # Where a network's time goes. Other operators may well be on the CPU: it computes shapes there on purpose.
 HEAVY = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MultiHeadAttention")
+FATAL = 4  # of onnxruntime's severities
+REASON_LENGTH = 400
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
@@ -80,21 +84,25 @@ class OnnxRuntimeEngine:
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
                 f"export it with --precision {stage}=fp32, or run it with --device cuda"
             )
-        path = self.bundle.graph(stage, graph)
-        options, disabled = self._options()
-        try:
-            session = self._ort.InferenceSession(
-                path,
-                options,
-                providers=self._providers(),
-                disabled_optimizers=disabled,
-                enable_fallback=int(self.allow_cpu),  # it would print what went wrong, and go on
-            )
-        except Exception as error:  # onnxruntime raises a class of its own for each status code
-            raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {error}") from error
+        session = self._start(stage, self.bundle.graph(stage, graph))
         on_device = self._check_placement(stage, session)
         give_back_memory()
         return OnnxRuntimeStage(stage, entry.graphs[graph], session, self._ort if on_device else None)
+
+    def _start(self, stage: Stage, path: Path) -> Any:
+        """A session; on the CPU where it may be there and cannot be elsewhere."""
+        chosen = self._providers()
+        for providers in (chosen, [CPU]) if self.allow_cpu else (chosen,):
+            options, disabled = self._options()
+            try:
+                # Its own fallback prints what went wrong, and goes on.
+                return self._ort.InferenceSession(
+                    path, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
+                )
+            except Exception as error:  # onnxruntime raises a class of its own for each status code
+                failed = error
+        reason = " ".join(str(failed).split())[:REASON_LENGTH]
+        raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {reason}") from failed
 
     def _options(self) -> tuple[Any, list[str]]:
         """Session options, and the names of optimizers to do without."""
@@ -137,9 +145,10 @@ class OnnxRuntimeEngine:
         if wanted not in started:  # it goes on with what is left, in silence
             if self.allow_cpu:
                 return any(name != CPU for name in started)
+            reason = provider_problem(self._ort, wanted) or "check the driver with nvidia-smi"
             raise EngineError(
-                f"{stage}: onnxruntime did not start its {wanted} and would compute on the CPU; check the driver "
-                f"(nvidia-smi), pip install 'onnxruntime-gpu[cuda,cudnn]' for CUDA's libraries, or --allow-cpu"
+                f"{stage}: onnxruntime did not start its {wanted} and would compute on the CPU: {reason}; "
+                f"pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's libraries, --allow-cpu does without"
             )
         left = operators_on_cpu(session)
         if left and not self.allow_cpu:
@@ -212,6 +221,21 @@ class OnnxRuntimeStage(HostRunner):
             raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
 
 
+def provider_problem(ort: Any, provider: str) -> str | None:
+    """Why the library of a GPU provider cannot be loaded, as the system says; None when it can, or is not there."""
+    folder = Path(ort.__file__).parent / "capi"
+    pattern = "onnxruntime_providers_{}.dll" if sys.platform == "win32" else "libonnxruntime_providers_{}.so"
+    library = folder / pattern.format(provider.removesuffix("ExecutionProvider").lower())
+    if not library.is_file():
+        return None
+    try:
+        ctypes.CDLL(str(folder / pattern.format("shared")), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def operators_on_cpu(session: Any) -> Counter[str]:
     """How many operators that matter, by kind, the session left to the CPU. None are known of an ONNX Runtime that does
     not tell (before 1.24)."""
@@ -245,7 +269,9 @@ def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:
             f"pip uninstall onnxruntime, then pip install 'cascadekit[{EXTRAS[device]}]'"
         )
         raise EngineError(f"this ONNX Runtime has no {wanted}: {advice}")
-    if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which of CUDA's libraries are not in packages
-            onnxruntime.preload_dlls()
+    if device != "cpu":
+        onnxruntime.set_default_logger_severity(FATAL)  # it colours standard error with what we say in one line
+        if hasattr(onnxruntime, "preload_dlls"):
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints which of CUDA's libraries are not in packages
+                onnxruntime.preload_dlls()
     return onnxruntime

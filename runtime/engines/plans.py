@@ -107,15 +107,15 @@ def choose(
     command = build_command(bundle, stage, newest.backend)
     raise EngineError(
         f"{stage}: no profile of its plans takes {misfit}; they are for {taken}. Choose such a size, or build for "
-        f"this one: {command} with other --min, --opt and --max"
+        f"this one: {command} with --min, --opt and --max that hold it"
     )
 
 
 def sizes_of(profile: ProfileEntry) -> str:
-    """A profile in a user's words, as in "512x512 to 1536x1536, 1 to 2 images"."""
+    """A profile in a user's words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
     least, most = profile.min, profile.max
-    sides = _span(f"{least.width}x{least.height}", f"{most.width}x{most.height}")
-    return f"{sides}, {_span(str(least.images), str(most.images))} {_noun(most)}"
+    sides = _span(f"{least.height}x{least.width}", f"{most.height}x{most.width}")
+    return f"{sides} (height x width), {_span(str(least.images), str(most.images))} {_noun(most)}"
 
 
 def _span(least: str, most: str) -> str:

@@ -14,12 +14,12 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from .base import Tensors, check_inputs, with_absent_control
+from .budget import DeviceBudget, gib
 from .cuda import DeviceMemoryError
 from .execution import Execution, inputs_apart
 from .memory import give_back_memory
 from .nvidia import Host, cache_folder, make_runtime, open_host
 from .plans import check_plan, choose, graphs_with_plans, runnable_plans
-from .residency import Residency, gib
 
 Outputs = dict[str, NDArray[Any]]
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class TensorRTEngine:
         self.host = host
         self.name: str = host.backend
         self.weight_budget = weight_budget
-        self.residency = Residency(host.cuda.free_memory, memory_budget)
+        self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
         self.cache = cache or cache_folder("tensorrt-rtx")
         self.runtime = make_runtime(host)
 
@@ -109,7 +109,7 @@ class TensorRTStage:
             self._execution.release(key)
 
     def close(self) -> None:
-        self._engine.residency.forget(self)
+        self._engine.room.forget(self)
         self.evict()
         give_back_memory()
 
@@ -129,31 +129,31 @@ class TensorRTStage:
             try:
                 return attempt()
             except DeviceMemoryError as error:
-                if not self._engine.residency.evict_oldest(self):
+                if not self._engine.room.evict_oldest(self):
                     free = gib(self._engine.host.cuda.free_memory())
                     self.evict()
                     raise EngineError(
                         f"{self.stage}: the GPU's memory does not hold it ({error}; {free} free); take a smaller size "
-                        f"or fewer images, or build with --weight-streaming"
+                        f"or fewer images"
                     ) from error
 
     def _ready(self, plan: PlanEntry, profile: int | None = None) -> Execution:
         """The plan on the device, with room for what `profile` needs between layers."""
-        residency = self._engine.residency
+        room = self._engine.room
         if self._execution and self._execution.plan is not plan:
-            residency.forget(self)
+            room.forget(self)
             self.evict()
         if self._execution is None:
             self._execution = self._open(plan)
         if profile is not None and not self._execution.has_selected(profile):
-            residency.make_room(self._execution.scratch(profile), self)
-        residency.use(self)
+            room.make_room(self._execution.scratch(profile), self)
+        room.use(self)
         return self._execution
 
     def _open(self, plan: PlanEntry) -> Execution:
         engine = self._engine
         path = check_plan(engine.bundle, self.stage, plan)
-        engine.residency.make_room(plan.bytes, self)
+        engine.room.make_room(plan.bytes, self)
         cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
         execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
         try:
@@ -171,19 +171,18 @@ class TensorRTStage:
         for _ in range(3):  # what streaming itself needs between layers depends on what is streamed
             execution.keep_weights(kept)
             needed = execution.weights_on_device + execution.most_scratch
-            lacking = needed - self._engine.residency.make_room(needed, self)
+            lacking = needed - self._engine.room.make_room(needed, self)
             if lacking <= 0 or kept == 0:
                 return
             kept = max(0, kept - lacking)
         execution.keep_weights(kept)
 
     def _require_budget(self, execution: Execution) -> None:
-        budget = self._engine.residency.budget
+        budget = self._engine.room.budget
         needed = execution.weights_on_device + execution.scratch(0)
         if budget is not None and needed > budget:
             raise EngineError(
-                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; raise "
-                f"it, or build with --weight-streaming"
+                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; raise it"
             )
 
 

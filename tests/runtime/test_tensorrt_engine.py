@@ -278,7 +278,7 @@ def test_no_profile_fits(bundle: Bundle, make: Make) -> None:
         runner(latents(1, 80))
     for part in (
         "vqgan: no profile of its plans takes latents [1, 4, 80, 80] (it takes [1, 4, 16, 16] to [4, 4, 64, 64])",
-        "64x64 to 256x256, 1 to 2 images",
+        "64x64 to 256x256 (height x width), 1 to 2 images",
         f"cascadekit build {bundle.root} --backend tensorrt-rtx --stage vqgan",
     ):
         assert part in str(error.value), part
@@ -420,7 +420,7 @@ def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: py
             make_engine("auto", bundle, "cuda")
         bundle = with_plan(bundle, stage)
     engine = make_engine("auto", bundle, "cuda", memory_budget=1 << 20)
-    assert (engine.name, engine.residency.budget) == ("tensorrt-rtx", 1 << 20)  # type: ignore[attr-defined]
+    assert (engine.name, engine.room.budget) == ("tensorrt-rtx", 1 << 20)  # type: ignore[attr-defined]
     assert make_engine("tensorrt-rtx", bundle).name == "tensorrt-rtx"
     trt.__version__ = "1.8.0.0"
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):

@@ -15,7 +15,7 @@ class Resident(Protocol):
     def evict(self) -> None: ...
 
 
-class Residency:
+class DeviceBudget:
     """Keeps residents within `budget` bytes of device memory, or within what is free where that is less."""
 
     def __init__(self, free: Callable[[], int], budget: int | None = None) -> None:
