@@ -9,6 +9,7 @@ from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
 from .demo import demo
+from .doctor import doctor
 from .generate import generate
 from .lora import lora
 from .lora_bundle import apply
@@ -21,7 +22,7 @@ def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
 
 
-for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench):
+for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench, doctor):
     main.add_command(command)
 lora.add_command(apply)
 bench.add_command(bench_build)

@@ -200,6 +200,7 @@ class FakeTensorRT:
     def __post_init__(self) -> None:
         self.ExecutionContextAllocationStrategy = Enum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED")
         if self.rtx:
+            self.ComputeCapability = Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
             self.CudaGraphStrategy = Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
 
     def __hash__(self) -> int:
@@ -225,6 +226,7 @@ class FakeEngine:
         self.resident = plan["weights"] - plan["streamable"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
         self.ports = [*plan["inputs"], *plan["outputs"]]
         self.num_io_tensors = len(self.ports)

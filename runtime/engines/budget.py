@@ -21,23 +21,24 @@ class DeviceBudget:
     def __init__(self, free: Callable[[], int], budget: int | None = None) -> None:
         self._free = free
         self.budget = budget
-        self._residents: list[Resident] = []  # the one used last at the end
+        self.residents: list[Resident] = []  # the one used last at the end
+        self.evictions = 0
 
     def use(self, resident: Resident) -> None:
         """It is in memory and used now."""
         self.forget(resident)
-        self._residents.append(resident)
+        self.residents.append(resident)
 
     def forget(self, resident: Resident) -> None:
         """It has left."""
-        self._residents = [one for one in self._residents if one is not resident]
+        self.residents = [one for one in self.residents if one is not resident]
 
     def available(self) -> int:
         """Bytes that may be taken now."""
         free = self._free()
         if self.budget is None:
             return free
-        return max(0, min(free, self.budget - sum(resident.device_bytes for resident in self._residents)))
+        return max(0, min(free, self.budget - sum(resident.device_bytes for resident in self.residents)))
 
     def make_room(self, wanted: int, keep: Resident) -> int:
         """Evict what was used longest ago, never `keep`, until `wanted` bytes are available or nothing is left to
@@ -48,10 +49,11 @@ class DeviceBudget:
 
     def evict_oldest(self, keep: Resident) -> bool:
         """Evict what was used longest ago, never `keep`; whether there was something to evict."""
-        oldest = next((resident for resident in self._residents if resident is not keep), None)
+        oldest = next((resident for resident in self.residents if resident is not keep), None)
         if oldest is None:
             return False
         self.forget(oldest)
+        self.evictions += 1
         oldest.evict()
         return True
 

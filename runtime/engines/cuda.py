@@ -1,5 +1,6 @@
 """The few calls to CUDA that the TensorRT engines make; nothing else in the house talks to a GPU."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +108,22 @@ class Cuda:
         _, text = self._runtime.cudaGetErrorString(status)
         reason = f"{status.name}: {text.decode(errors='replace')}"
         if status.name in NO_DRIVER:
-            newest = cuda_version(int(self._runtime.cudaRuntimeGetVersion()[1]))
-            return EngineError(f"no NVIDIA GPU can be used here ({reason}); it takes a driver for CUDA {newest}")
+            return EngineError(f"no NVIDIA GPU can be used here: {self._driver_problem() or reason}")
         kind = DeviceMemoryError if status.name == OUT_OF_MEMORY else EngineError
         return kind(f"{call} failed: {reason}")
+
+    def _driver_problem(self) -> str | None:
+        """What hinders the driver; None when it is nothing that is known here."""
+        driver = int(self._runtime.cudaDriverGetVersion()[1])
+        needed = int(self._runtime.cudaRuntimeGetVersion()[1]) // 1000
+        if driver == 0:
+            return "there is no NVIDIA driver"
+        if driver // 1000 < needed:
+            return (
+                f"its driver runs CUDA {cuda_version(driver)}, cuda-bindings are for {needed}; update the driver, or "
+                f"pip install 'cuda-bindings=={driver // 1000}.*'"
+            )
+        return None
 
 
 class DeviceBuffer:
@@ -133,6 +146,10 @@ class DeviceBuffer:
         if self.nbytes:
             address, self.address, self.nbytes = self.address, 0, 0
             self._cuda.free(address)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(EngineError):  # at the end of the process the driver may be gone
+            self.free()
 
 
 def cuda_version(number: int) -> str:

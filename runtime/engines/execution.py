@@ -75,6 +75,11 @@ class Execution:
         self._captures = self._captures and nbytes >= self.streamable
 
     @property
+    def replays(self) -> bool | None:
+        """Whether runs are replayed from a CUDA graph that was captured here; None where TensorRT captures."""
+        return None if hasattr(self.host.trt, "CudaGraphStrategy") else self._captured is not None
+
+    @property
     def weights_on_device(self) -> int:
         """Bytes, at most: the plan has little besides weights."""
         streamable = self.streamable

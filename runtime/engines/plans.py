@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ...schemas.bundle import Backend, ImageSize, PlanEntry, ProfileEntry, StageEntry
+from ...schemas.bundle import MAIN_GRAPH, Backend, ImageSize, PlanEntry, ProfileEntry, StageEntry
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
 from ..bundle import Bundle
+from ..hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from ..integrity import SHOWN_DIGITS, sha256_of
 from .cuda import Device
 
@@ -16,10 +17,14 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 
-def build_command(bundle: Bundle, stage: Stage, backend: Backend, device: Device | None = None) -> str:
-    """What makes a plan of `stage` for this machine."""
-    arch = f" --arch {device.capability}" if backend == "tensorrt-rtx" and device else ""
-    return f"cascadekit build {bundle.root} --backend {backend} --stage {stage}{arch}"
+def build_command(
+    bundle: Bundle, stage: Stage, backend: Backend, targets: Sequence[str], graph: str | None = None
+) -> str:
+    """What makes plans of `stage` for `targets`; of `graph` where that is none of those made unasked."""
+    arch = f" --arch {','.join(targets)}" if backend == "tensorrt-rtx" else ""
+    unasked = (CONDITIONING, STEP) if stage in FASTER_IN_PARTS else (MAIN_GRAPH,)
+    which = f" --graph {graph}" if graph and graph not in unasked else ""
+    return f"cascadekit build {bundle.root} --backend {backend} --stage {stage}{which}{arch}"
 
 
 def refusal(entry: StageEntry, plan: PlanEntry, version: str, device: Device) -> str | None:
@@ -47,7 +52,7 @@ def runnable_plans(
     """The plans of a graph that can run, the newest first. Raises EngineError when there is none: why, and the command
     that makes one."""
     entry = bundle.entry(stage)
-    command = build_command(bundle, stage, backend, device)
+    command = build_command(bundle, stage, backend, [device.capability], graph)
     plans = [plan for plan in reversed(entry.plans) if (plan.backend, plan.graph) == (backend, graph)]
     if not plans:
         raise EngineError(f"{stage}: the bundle has no {backend} plan of its graph {graph!r}; make one: {command}")
@@ -64,9 +69,8 @@ def check_plan(bundle: Bundle, stage: Stage, plan: PlanEntry) -> Path:
     path = bundle.root / plan.path
     problem = _problem(path, plan)
     if problem:
-        command = build_command(bundle, stage, plan.backend)
-        arch = f" --arch {','.join(plan.targets)}" if plan.targets else ""
-        raise EngineError(f"{path}: {problem}; build it again: {command}{arch} --force")
+        command = build_command(bundle, stage, plan.backend, plan.targets, plan.graph)
+        raise EngineError(f"{path}: {problem}; build it again: {command}")
     return path
 
 
@@ -104,7 +108,7 @@ def choose(
     newest = plans[0]
     misfit = _misfit(newest.profiles[0], shapes)
     taken = "; ".join(dict.fromkeys(sizes_of(profile) for plan in plans for profile in plan.profiles))
-    command = build_command(bundle, stage, newest.backend)
+    command = build_command(bundle, stage, newest.backend, newest.targets, newest.graph)
     raise EngineError(
         f"{stage}: no profile of its plans takes {misfit}; they are for {taken}. Choose such a size, or build for "
         f"this one: {command} with --min, --opt and --max that hold it"

@@ -117,6 +117,18 @@ class TensorRTStage:
     def device_bytes(self) -> int:
         return self._execution.device_bytes if self._execution else 0
 
+    def facts(self) -> dict[str, Any]:
+        """How it runs now, for reports: plan, bytes on the device and of weights there, whether from a CUDA graph."""
+        execution = self._execution
+        if execution is None:
+            return {}
+        return {
+            "plan": execution.plan.path,
+            "device_bytes": execution.device_bytes,
+            "weight_bytes": execution.weights_on_device,
+            "replays_cuda_graph": execution.replays,
+        }
+
     def evict(self) -> None:
         """Leave the device; the next call comes back to it."""
         if self._execution:

@@ -112,7 +112,7 @@ def test_cuda_takes_what_it_is_given() -> None:
 
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU")
-    with pytest.raises(EngineError, match=r"no NVIDIA GPU can be used here \(cudaError\w+: .*driver for CUDA 1\d\.\d"):
+    with pytest.raises(EngineError, match=r"no NVIDIA GPU can be used here: there is no NVIDIA driver$"):
         Cuda()
     there = object.__new__(Cuda)
     there._runtime = runtime

@@ -9,18 +9,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorrt_rtx
+from cuda.bindings import runtime as real_cuda
 
+from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.bundle import Bundle, open_bundle
 from cascadekit.runtime.engines import cuda, nvidia, table
 from cascadekit.runtime.engines.cuda import Cuda, as_bf16, from_bf16
 from cascadekit.runtime.engines.execution import Execution
 from cascadekit.runtime.engines.nvidia import Host, open_host
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.plans import choose
 from cascadekit.runtime.engines.table import make_engine
 from cascadekit.runtime.engines.tensorrt import TensorRTEngine
 from cascadekit.runtime.pipeline import Cascade
 from cascadekit.runtime.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError
+from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
 from fake_gpu import FakeGpu, FakeTensorRT, add_plan, profile_of, shapes_for, without_plans
 
@@ -41,6 +46,8 @@ OTHERS = {
     "height/2": (8, 16, 32),
     "width/2": (8, 16, 32),
 }
+
+SMALL = Bounds(*map(parse_image_size, ("64x64", "64x64", "128x128")))
 
 Make = Callable[..., TensorRTEngine]
 
@@ -131,15 +138,20 @@ def test_a_cascade_draws_the_same_image(bundle: Bundle, trt: FakeTensorRT, make:
     assert trt.gpu.calls.count("launch") == (4 if backend == "tensorrt" else 0)  # all but each stage's first
 
 
-def test_closing_gives_everything_back(bundle: Bundle, gpu: FakeGpu, make: Make) -> None:
+@pytest.mark.parametrize("closes", [True, False])
+def test_everything_is_given_back(bundle: Bundle, gpu: FakeGpu, make: Make, closes: bool) -> None:
+    """Also by a runner that is only let go."""
     bundle = with_plan(bundle, Stage.VQGAN)
     runner = make(bundle).load(Stage.VQGAN)
     bound = runner.bind(latents())
     bound({})
     assert gpu.taken > 10_000
-    runner.close()
+    if closes:
+        runner.close()
+        assert (gpu.taken, gpu._pending, gpu._graphs) == (0, {}, {})
+    del runner, bound
     gc.collect()
-    assert (gpu.taken, gpu._pending, gpu._graphs) == (0, {}, {})
+    assert gpu.taken == 0
 
 
 def test_buffers_are_used_again(bundle: Bundle, gpu: FakeGpu, make: Make) -> None:
@@ -306,13 +318,42 @@ def test_plans_for_others_are_refused(bundle: Bundle, make: Make, wishes: dict[s
     assert "\n" not in str(error.value)
 
 
+def test_a_graph_that_is_not_built_unasked(bundle: Bundle, make: Make) -> None:
+    engine = make(with_plan(bundle, Stage.PRIOR, "step"))
+    for stage, graph, option in ((Stage.PRIOR, "model", " --graph model"), (Stage.PRIOR, "conditioning", "")):
+        with pytest.raises(EngineError, match=rf"no tensorrt-rtx plan .*--stage prior{option} --arch sm89$"):
+            engine.load(stage, graph)
+    with pytest.raises(EngineError, match=r"--stage vqgan --graph encoder --arch sm89$"):
+        engine.load(Stage.VQGAN, "encoder")
+
+
+def test_a_real_plan_is_taken_for_what_it_is(bundle: Bundle, gpu: FakeGpu) -> None:
+    """Built here by TensorRT-RTX; it is chosen, found whole, and read as far as that goes without a driver."""
+    build(bundle.root, BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,), profiles=(SMALL,)))
+    bundle = open_bundle(bundle.root)
+    there = Cuda()
+    host = Host("tensorrt-rtx", tensorrt_rtx, there, there.device())
+    engine = TensorRTEngine(bundle, host)
+    assert engine.graphs(Stage.VQGAN) == ("model",)
+    if real_cuda.cudaGetDeviceCount()[0] != real_cuda.cudaError_t.cudaSuccess:
+        with pytest.raises(EngineError, match=r"\.plan: tensorrt-rtx cannot load it: \S"):
+            engine.load(Stage.VQGAN)
+    (plan,) = bundle.entry(Stage.VQGAN).plans
+    with pytest.raises(EngineError, match=r"they are for 64x64 to 128x128 \(height x width\), 1 image\. Choose"):
+        choose(bundle, Stage.VQGAN, (plan,), {"latents": (1, 4, 64, 64)}, None)
+    path = bundle.root / plan.path
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(EngineError, match=r"\.plan: the plan is damaged: expected SHA-256"):
+        engine.load(Stage.VQGAN)
+
+
 def test_plans_of_other_weights_are_refused(bundle: Bundle, make: Make) -> None:
     bundle = with_plan(bundle, Stage.VQGAN)
     path = bundle.root / "cascade.json"
     content = json.loads(path.read_text())
     for file in content["stages"]["vqgan"]["files"]:
         if file["path"].endswith(".safetensors"):
-            file["fingerprint"] = "0" * 64
+            file |= {"fingerprint": "0" * 64, "sha256": "0" * 64}
     path.write_text(json.dumps(content))
     with pytest.raises(EngineError, match="was built from other weights or graphs than the bundle has now; make"):
         make(open_bundle(bundle.root)).load(Stage.VQGAN)
@@ -329,7 +370,7 @@ def test_plans_of_other_weights_are_refused(bundle: Bundle, make: Make) -> None:
 def test_damaged_plans_are_refused(bundle: Bundle, make: Make, damage: Callable[[Path], None], message: str) -> None:
     bundle = with_plan(bundle, Stage.VQGAN)
     damage(bundle.root / bundle.entry(Stage.VQGAN).plans[0].path)
-    with pytest.raises(EngineError, match=rf"vqgan/model.plan.plan: .*{message}.*--arch sm89 --force$"):
+    with pytest.raises(EngineError, match=rf"vqgan/model.plan.plan: .*{message}.*--stage vqgan --arch sm89$"):
         make(bundle).load(Stage.VQGAN)
 
 
