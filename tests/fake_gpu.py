@@ -402,6 +402,7 @@ def add_plan(
     weights: int = 10_000,
     streamable: int = 0,
     scratch: int = 100,
+    refittable: bool = False,
     name: str = "plan",
     ports: tuple[str, ...] | None = None,
 ) -> Bundle:
@@ -435,6 +436,7 @@ def add_plan(
         precision=entry.precision,
         profiles=tuple(profiles),
         sources=tuple(PlanSource(path=f.path, fingerprint=f.fingerprint, sha256=f.sha256) for f in entry.files),
+        refittable=refittable,
         seconds=1.0,
         peak_rss=1,
     )

@@ -1,7 +1,7 @@
 """A plan on the device: TensorRT's engine and context, a buffer for every port, and what is captured of a run."""
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class Execution:
         held = (buffer for buffers in self._held.values() for buffer in buffers.values())
         ports = sum(buffer.nbytes for buffer in (*self._buffers.values(), *held))
         return self.weights_on_device + ports + (0 if self._profile is None else self.scratch(self._profile))
+
+    def give_weights(self, refit: Callable[[Any, Path], object], graph: Path) -> None:
+        """Have `refit` replace the engine's weights by those of the ONNX file `graph`. Before the first run."""
+        refit(self._engine, graph)
 
     def has_selected(self, profile: int) -> bool:
         """Whether the scratch memory of `profile` is taken already."""

@@ -27,9 +27,10 @@ def build_command(
     return f"cascadekit build {bundle.root} --backend {backend} --stage {stage}{which}{arch}"
 
 
-def refusal(entry: StageEntry, plan: PlanEntry, version: str, device: Device) -> str | None:
-    """Why `plan` cannot run on `device` with TensorRT `version`; None when it can."""
-    if not entry.is_current(plan):
+def refusal(entry: StageEntry, plan: PlanEntry, version: str, device: Device, *, refits: bool = False) -> str | None:
+    """Why `plan` cannot run on `device` with TensorRT `version`; None when it can. With `refits` it may be of other
+    weights, where it takes those there are."""
+    if not entry.is_current(plan) and not (refits and plan.refittable and _is_of_graph(entry, plan)):
         return "was built from other weights or graphs than the bundle has now"
     if plan.backend_version != version:
         return f"was built with {plan.backend} {plan.backend_version}, installed is {version}"
@@ -39,24 +40,34 @@ def refusal(entry: StageEntry, plan: PlanEntry, version: str, device: Device) ->
     return None
 
 
-def graphs_with_plans(entry: StageEntry, backend: Backend, version: str, device: Device) -> tuple[str, ...]:
+def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
+    """Whether the graph is what the plan was made of, whatever the weights are."""
+    graph = tuple(source for source in plan.sources if source.path == entry.graphs[plan.graph].path)
+    return bool(graph) and entry.is_current(plan.model_copy(update={"sources": graph}))
+
+
+def graphs_with_plans(
+    entry: StageEntry, backend: Backend, version: str, device: Device, *, refits: bool = False
+) -> tuple[str, ...]:
     """The graphs of a stage that can run, in the manifest's order."""
     plans = [plan for plan in entry.plans if plan.backend == backend]
-    runnable = {plan.graph for plan in plans if refusal(entry, plan, version, device) is None}
+    runnable = {plan.graph for plan in plans if refusal(entry, plan, version, device, refits=refits) is None}
     return tuple(graph for graph in entry.graphs if graph in runnable)
 
 
 def runnable_plans(
-    bundle: Bundle, stage: Stage, graph: str, backend: Backend, version: str, device: Device
+    bundle: Bundle, stage: Stage, graph: str, backend: Backend, version: str, device: Device, *, refits: bool = False
 ) -> tuple[PlanEntry, ...]:
-    """The plans of a graph that can run, the newest first. Raises EngineError when there is none: why, and the command
-    that makes one."""
+    """The plans of a graph that can run, those of the bundle's weights first, then the newest.
+
+    Raises EngineError when there is none: why, and the command that makes one."""
     entry = bundle.entry(stage)
     command = build_command(bundle, stage, backend, [device.capability], graph)
     plans = [plan for plan in reversed(entry.plans) if (plan.backend, plan.graph) == (backend, graph)]
     if not plans:
         raise EngineError(f"{stage}: the bundle has no {backend} plan of its graph {graph!r}; make one: {command}")
-    reasons = {plan.path: refusal(entry, plan, version, device) for plan in plans}
+    plans.sort(key=lambda plan: not entry.is_current(plan))
+    reasons = {plan.path: refusal(entry, plan, version, device, refits=refits) for plan in plans}
     runnable = tuple(plan for plan in plans if reasons[plan.path] is None)
     if not runnable:
         newest = plans[0].path

@@ -8,7 +8,7 @@ from ..bundle import Bundle
 from .base import Engine
 from .onnxruntime import OnnxRuntimeEngine
 from .openvino import OpenVinoEngine, multiplies_bf16
-from .tensorrt import has_plans, make_tensorrt
+from .tensorrt import Refit, has_plans, make_tensorrt
 
 GRAPHS_FOR = "onnxruntime"  # what a manifest calls plain ONNX graphs; all of these engines read them
 
@@ -18,12 +18,13 @@ class EngineOptions:
     """What an engine may be told; each takes what concerns it. `threads` None leaves their number to it.
 
     `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot on the GPU. `memory_budget` is the bytes of GPU
-    memory that TensorRT's stages may take together, None what is free."""
+    memory that TensorRT's stages may take together, None what is free; with `refit` plans may be of other weights."""
 
     device: str = "cpu"
     threads: int | None = None
     allow_cpu: bool = False
     memory_budget: int | None = None
+    refit: Refit | None = None
 
 
 Maker = Callable[[Bundle, EngineOptions], Engine]
@@ -44,8 +45,8 @@ ENGINES: Mapping[str, Maker] = {
     "openvino-bf16": lambda bundle, given: OpenVinoEngine(
         bundle, given.device, precision="bf16", threads=given.threads
     ),
-    "tensorrt-rtx": lambda bundle, given: make_tensorrt(bundle, "tensorrt-rtx", given.memory_budget),
-    "tensorrt": lambda bundle, given: make_tensorrt(bundle, "tensorrt", given.memory_budget),
+    "tensorrt-rtx": lambda bundle, given: make_tensorrt(bundle, "tensorrt-rtx", given.memory_budget, given.refit),
+    "tensorrt": lambda bundle, given: make_tensorrt(bundle, "tensorrt", given.memory_budget, given.refit),
 }
 
 # What "auto" takes: the first whose condition holds.
@@ -65,6 +66,7 @@ def make_engine(
     *,
     allow_cpu: bool = False,
     memory_budget: int | None = None,
+    refit: Refit | None = None,
 ) -> Engine:
     """The engine called `name`, or the one that "auto" takes here, for `bundle`; see `EngineOptions`.
 
@@ -78,4 +80,4 @@ def make_engine(
         raise EngineError(f"{bundle.root}: made for {', '.join(bundle.manifest.engines)}; known are {GRAPHS_FOR}")
     if name == "auto":
         name = next(engine for engine, holds in AUTO if holds(bundle, device))
-    return ENGINES[name](bundle, EngineOptions(device, threads, allow_cpu, memory_budget))
+    return ENGINES[name](bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))

@@ -22,6 +22,7 @@ from .nvidia import Host, cache_folder, make_runtime, open_host
 from .plans import check_plan, choose, graphs_with_plans, runnable_plans
 
 Outputs = dict[str, NDArray[Any]]
+Refit = Callable[[Any, Path], object]  # an engine of TensorRT's, the ONNX file whose weights it is to have
 T = TypeVar("T")
 
 DRAWING = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
@@ -36,7 +37,8 @@ class TensorRTEngine:
     Stages stay on the device as long as they fit into `memory_budget` bytes (None: into what is free); those used
     longest ago leave first and come back when they are called. Of a plan built for weight streaming, `weight_budget`
     bytes of weights stay on the device (None: as many as fit). Kernels that TensorRT-RTX compiles are kept in `cache`
-    between runs (None: the user's cache folder)."""
+    between runs (None: the user's cache folder). `refit` gives an engine the weights of an ONNX file: with it, plans
+    built to be refitted run with whatever weights the bundle has now (``converters.tensorrt.refit`` does it)."""
 
     precision: Precision | None = None  # a plan computes as its graph says
 
@@ -48,17 +50,22 @@ class TensorRTEngine:
         memory_budget: int | None = None,
         weight_budget: int | None = None,
         cache: Path | None = None,
+        refit: Refit | None = None,
     ) -> None:
         self.bundle = bundle
         self.host = host
         self.name: str = host.backend
         self.weight_budget = weight_budget
+        self.refit = refit
         self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
         self.cache = cache or cache_folder("tensorrt-rtx")
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        return graphs_with_plans(self.bundle.entry(stage), self.host.backend, self.host.version, self.host.device)
+        host = self.host
+        return graphs_with_plans(
+            self.bundle.entry(stage), host.backend, host.version, host.device, refits=self.refit is not None
+        )
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TensorRTStage":
         return TensorRTStage(self, stage, graph)
@@ -72,7 +79,9 @@ class TensorRTStage:
         host = engine.host
         self.stage = stage
         self._engine = engine
-        self._plans = runnable_plans(engine.bundle, stage, graph, host.backend, host.version, host.device)
+        self._plans = runnable_plans(
+            engine.bundle, stage, graph, host.backend, host.version, host.device, refits=engine.refit is not None
+        )
         self._entry = engine.bundle.entry(stage).graphs[graph]
         self._execution: Execution | None = None
         if len(self._plans) == 1:  # of several, the sizes asked for decide
@@ -169,6 +178,8 @@ class TensorRTStage:
         cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
         execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
         try:
+            if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
+                execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))
             if execution.streamable:
                 self._stream_weights(execution)
             self._require_budget(execution)
@@ -211,9 +222,11 @@ class BoundStage:
         return self._stage.run(inputs, self._constants, self._key)
 
 
-def make_tensorrt(bundle: Bundle, backend: Backend, memory_budget: int | None = None) -> TensorRTEngine:
+def make_tensorrt(
+    bundle: Bundle, backend: Backend, memory_budget: int | None = None, refit: Refit | None = None
+) -> TensorRTEngine:
     """The engine on this machine's GPU. Raises EngineError when TensorRT, a driver or a GPU are missing."""
-    return TensorRTEngine(bundle, open_host(backend), memory_budget=memory_budget)
+    return TensorRTEngine(bundle, open_host(backend), memory_budget=memory_budget, refit=refit)
 
 
 def has_plans(bundle: Bundle, backend: Backend) -> bool:

@@ -347,16 +347,51 @@ def test_a_real_plan_is_taken_for_what_it_is(bundle: Bundle, gpu: FakeGpu) -> No
         engine.load(Stage.VQGAN)
 
 
-def test_plans_of_other_weights_are_refused(bundle: Bundle, make: Make) -> None:
-    bundle = with_plan(bundle, Stage.VQGAN)
+def change(bundle: Bundle, stage: Stage, suffix: str) -> Bundle:
+    """The bundle as if files of that suffix were others than when plans were built."""
     path = bundle.root / "cascade.json"
     content = json.loads(path.read_text())
-    for file in content["stages"]["vqgan"]["files"]:
-        if file["path"].endswith(".safetensors"):
-            file |= {"fingerprint": "0" * 64, "sha256": "0" * 64}
+    for plan in content["stages"][stage]["plans"]:
+        for source in plan["sources"]:
+            if source["path"].endswith(suffix):
+                source |= {"fingerprint": "0" * 64, "sha256": "0" * 64}
     path.write_text(json.dumps(content))
+    return open_bundle(bundle.root)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_plans_of_other_weights_are_refused(bundle: Bundle, make: Make, suffix: str) -> None:
+    bundle = change(with_plan(bundle, Stage.VQGAN), Stage.VQGAN, suffix)
     with pytest.raises(EngineError, match="was built from other weights or graphs than the bundle has now; make"):
-        make(open_bundle(bundle.root)).load(Stage.VQGAN)
+        make(bundle).load(Stage.VQGAN)
+
+
+def test_plans_that_take_other_weights(bundle: Bundle, trt: FakeTensorRT, make: Make) -> None:
+    plain(trt)
+    kind: dict[str, Any] = {"backend": "tensorrt", "version": trt.__version__}
+    given: list[Path] = []
+
+    def refit(engine: Any, graph: Path) -> None:
+        given.append(graph)
+
+    for refittable, suffix, runs in (
+        (True, ".safetensors", True),
+        (False, ".safetensors", False),
+        (True, ".onnx", False),
+    ):
+        there = change(with_plan(bundle, Stage.VQGAN, refittable=refittable, **kind), Stage.VQGAN, suffix)
+        assert make(there, "tensorrt").graphs(Stage.VQGAN) == ()
+        engine = make(there, "tensorrt", refit=refit)
+        assert engine.graphs(Stage.VQGAN) == (("model",) if runs else ())
+        if runs:
+            engine.load(Stage.VQGAN)(latents())
+        else:
+            with pytest.raises(EngineError, match="was built from other weights"):
+                engine.load(Stage.VQGAN)
+    assert given == [bundle.root / "vqgan/model.onnx"]
+    current = with_plan(there, Stage.VQGAN, name="current", refittable=True, **kind)
+    make(current, "tensorrt", refit=refit).load(Stage.VQGAN)(latents())
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize(
