@@ -10,6 +10,7 @@ from .bundles import export, validate, verify
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
 from .demo import demo
+from .doctor import doctor
 from .generate import generate
 from .lora import lora
 from .lora_bundle import apply
@@ -22,7 +23,7 @@ def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
 
 
-for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench):
+for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench, doctor):
     main.add_command(command)
 lora.add_command(apply)
 for command in (bench_build, bench_generate):

@@ -1,36 +1,74 @@
 """The engines that run bundles, by the names people choose them by."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from ...schemas.errors import EngineError, UsageError
 from ..bundle import Bundle
 from .base import Engine
 from .onnxruntime import OnnxRuntimeEngine
 from .openvino import OpenVinoEngine, multiplies_bf16
+from .tensorrt import Refit, has_plans, make_tensorrt
 
 GRAPHS_FOR = "onnxruntime"  # what a manifest calls plain ONNX graphs; all of these engines read them
 
-Maker = Callable[[Bundle, str, int | None], Engine]
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine may be told; each takes what concerns it. `threads` None leaves their number to it.
+
+    `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot on the GPU. `memory_budget` is the bytes of GPU
+    memory that TensorRT's stages may take together, None what is free; with `refit` plans may be of other weights."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    allow_cpu: bool = False
+    memory_budget: int | None = None
+    refit: Refit | None = None
+
+
+Maker = Callable[[Bundle, EngineOptions], Engine]
+
+
+def _onnxruntime(bundle: Bundle, given: EngineOptions, memory: str = "fast", device: str | None = None) -> Engine:
+    return OnnxRuntimeEngine(
+        bundle, device or given.device, memory=memory, threads=given.threads, allow_cpu=given.allow_cpu
+    )
+
+
+# TensorRT runs on a GPU whatever the device is said to be.
 ENGINES: Mapping[str, Maker] = {
-    "onnxruntime": lambda bundle, device, threads: OnnxRuntimeEngine(bundle, device, threads=threads),
-    "onnxruntime-mapped": lambda bundle, device, threads: OnnxRuntimeEngine(
-        bundle, device, memory="mapped", threads=threads
+    "onnxruntime": _onnxruntime,
+    "onnxruntime-mapped": lambda bundle, given: _onnxruntime(bundle, given, memory="mapped"),
+    "onnxruntime-tensorrt": lambda bundle, given: _onnxruntime(bundle, given, device="tensorrt"),
+    "openvino": lambda bundle, given: OpenVinoEngine(bundle, given.device, threads=given.threads),
+    "openvino-bf16": lambda bundle, given: OpenVinoEngine(
+        bundle, given.device, precision="bf16", threads=given.threads
     ),
-    "openvino": lambda bundle, device, threads: OpenVinoEngine(bundle, device, threads=threads),
-    "openvino-bf16": lambda bundle, device, threads: OpenVinoEngine(bundle, device, precision="bf16", threads=threads),
+    "tensorrt-rtx": lambda bundle, given: make_tensorrt(bundle, "tensorrt-rtx", given.memory_budget, given.refit),
+    "tensorrt": lambda bundle, given: make_tensorrt(bundle, "tensorrt", given.memory_budget, given.refit),
 }
 
 # What "auto" takes: the first whose condition holds.
-AUTO: tuple[tuple[str, Callable[[str], bool]], ...] = (
-    ("openvino-bf16", lambda device: device == "cpu" and multiplies_bf16()),
-    ("onnxruntime", lambda device: True),
+AUTO: tuple[tuple[str, Callable[[Bundle, str], bool]], ...] = (
+    ("tensorrt", lambda bundle, device: device == "cuda" and has_plans(bundle, "tensorrt")),
+    ("tensorrt-rtx", lambda bundle, device: device == "cuda" and has_plans(bundle, "tensorrt-rtx")),
+    ("openvino-bf16", lambda bundle, device: device == "cpu" and multiplies_bf16()),
+    ("onnxruntime", lambda bundle, device: True),
 )
 
 
-def make_engine(name: str, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> Engine:
-    """The engine called `name`, or the one that "auto" takes here, for `bundle`; `threads` None leaves their number
-    to it.
+def make_engine(
+    name: str,
+    bundle: Bundle,
+    device: str = "cpu",
+    threads: int | None = None,
+    *,
+    allow_cpu: bool = False,
+    memory_budget: int | None = None,
+    refit: Refit | None = None,
+) -> Engine:
+    """The engine called `name`, or the one that "auto" takes here, for `bundle`; see `EngineOptions`.
 
     Raises UsageError for an unknown name, EngineError when the bundle or the device is not for it, or what it needs
     is not installed."""
@@ -41,5 +79,5 @@ def make_engine(name: str, bundle: Bundle, device: str = "cpu", threads: int | N
     if GRAPHS_FOR not in bundle.manifest.engines:
         raise EngineError(f"{bundle.root}: made for {', '.join(bundle.manifest.engines)}; known are {GRAPHS_FOR}")
     if name == "auto":
-        name = next(engine for engine, holds in AUTO if holds(device))
-    return ENGINES[name](bundle, device, threads)
+        name = next(engine for engine, holds in AUTO if holds(bundle, device))
+    return ENGINES[name](bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))

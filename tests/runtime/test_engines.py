@@ -25,6 +25,7 @@ from cascadekit.schemas.stages import Stage
 from standins import accept_changes
 
 FILES = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
+ON_THE_CPU = [name for name in ENGINES if "tensorrt" not in name]
 BF16_ERROR = 0.02  # eight bits in every product and sum; what was measured is 0.009
 
 
@@ -81,7 +82,7 @@ def test_bf16_is_near(tiny: Path, precision: str) -> None:
         assert max(found.values()) < BF16_ERROR, found
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_THE_CPU)
 def test_a_cascade_on_any_engine(tiny: Path, engine: str) -> None:
     settings = {"seed": 0, "width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2}
     with Cascade.open(tiny / "bundle", engine=engine, threads=1, memory="staged") as cascade:

@@ -1,0 +1,89 @@
+"""The command that says what can be done here, and checks a GPU from one end to the other."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+
+from .common import PATH
+from .console import FAILED, say, show_table
+
+if TYPE_CHECKING:
+    from ..converters.gpu_check import Check, GpuReport
+    from ..runtime.doctor import Findings
+
+ENGINE_COLUMNS = ("engine", "device", "version", "builds here", "runs here", "what is lacking")
+ANSWERS = {True: "yes", False: "no", None: "-"}
+
+
+@click.command()
+@click.option("--gpu", is_flag=True, help="Build, run, compare and time a tiny cascade on the GPU, and write a report.")
+@click.option(
+    "-o", "--output", type=PATH, default=Path("gpu-report.json"), show_default=True, help="Report that --gpu writes."
+)
+@click.option("--force", is_flag=True, help="Replace an existing report.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(gpu: bool, output: Path, force: bool, as_json: bool) -> None:
+    """Say what is installed, which engines can be built and run here, and what to install for the rest.
+
+    Example: cascadekit doctor
+    With a GPU, everything that needs one, and a report to send back: cascadekit doctor --gpu -o report.json
+    """
+    from ..runtime.doctor import examine
+
+    if gpu:
+        _check(output, force=force, as_json=as_json)
+        return
+    findings = examine()
+    if as_json:
+        say(json.dumps(findings.to_json(), indent=2))
+    else:
+        _print(findings)
+
+
+def _print(findings: "Findings") -> None:
+    say(f"{findings.system}, Python {findings.python}")
+    say(", ".join(f"{name} {version}" for name, version in findings.packages.items()))
+    gpu = findings.gpu
+    seen = f"{gpu.name}, {gpu.capability}, {gpu.memory / 1e9:.0f} GB, driver {gpu.driver}" if gpu else ""
+    say(f"GPU: {'; '.join(part for part in (seen, findings.gpu_problem) if part)}")
+    rows = [
+        (e.engine, e.device, e.version or "-", ANSWERS[e.builds], ANSWERS[e.runs], escape(e.lacking))
+        for e in findings.engines
+    ]
+    show_table("", ENGINE_COLUMNS, rows)
+    for tool, command in findings.lacking_tools.items():
+        say(f"for {tool}: {command}")
+    for warning in findings.warnings:
+        say(f"to mend: {warning}")
+
+
+def _check(output: Path, *, force: bool, as_json: bool) -> None:
+    from ..converters.gpu_check import check_gpu
+    from ..converters.outputs import staged_output
+    from ..schemas.errors import UsageError
+
+    if output.exists() and not force:
+        raise UsageError(f"{output}: exists already; give another output or --force to replace it")
+
+    def keep(report: "GpuReport") -> None:
+        """After every check: a driver that takes the process down leaves what was found until then."""
+        with staged_output(output, force=True) as staged:
+            staged.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    report = check_gpu(keep, (lambda check: None) if as_json else _say_check)
+    if as_json:
+        say(json.dumps(report.to_json(), indent=2))
+    else:
+        for reason, names in report.not_checked.items():
+            say(f"not checked, because {reason}: {', '.join(names)}")
+        say(f"{report.verdict}; the report to send back: {output}")
+    if not report:
+        raise SystemExit(FAILED)
+
+
+def _say_check(check: "Check") -> None:
+    if check.done:
+        say(f"{check.name}: {check.result} in {check.seconds:.1f} s{f': {check.detail}' if check.detail else ''}")

@@ -1,0 +1,222 @@
+"""ONNX Runtime on a GPU that is not there: what it may fall back to, what goes to the device, what is installed twice.
+
+The sessions are real ones on the CPU that say they are elsewhere.
+"""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from cascadekit.runtime.bundle import Bundle, open_bundle
+from cascadekit.runtime.engines import installs
+from cascadekit.runtime.engines.onnxruntime import (
+    RECORD_ASSIGNMENT,
+    OnnxRuntimeEngine,
+    import_onnxruntime,
+    operators_on_cpu,
+    provider_problem,
+)
+from cascadekit.runtime.engines.table import make_engine
+from cascadekit.schemas.errors import EngineError
+from cascadekit.schemas.stages import Stage
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+class FakeOrt:
+    """onnxruntime-gpu: what it `has`, which providers a session `starts` with, and whose the operators are then."""
+
+    SessionOptions = onnxruntime.SessionOptions
+
+    def __init__(
+        self,
+        has: Sequence[str] = (TENSORRT, CUDA, CPU),
+        starts: Sequence[str] = (CUDA, CPU),
+        parts: Sequence[tuple[str, Sequence[str]]] = ((CUDA, ["Conv", "MatMul"]), (CPU, ["Shape", "Gather"])),
+    ) -> None:
+        self.has, self.starts, self.parts = list(has), list(starts), parts
+        self.asked: list[dict[str, Any]] = []
+        self.uploaded: list[int] = []
+        self.__file__ = __file__
+        self.OrtValue = SimpleNamespace(ortvalue_from_numpy=self._upload)
+
+    def set_default_logger_severity(self, severity: int) -> None:
+        assert severity == 4
+
+    def get_available_providers(self) -> list[str]:
+        return self.has
+
+    def InferenceSession(self, path: Path, options: Any, **wishes: Any) -> Any:  # noqa: N802
+        self.asked.append(wishes)
+        session = onnxruntime.InferenceSession(path, options, providers=[CPU])
+        parts = [
+            SimpleNamespace(ep_name=name, get_nodes=lambda kinds=kinds: [SimpleNamespace(op_type=k) for k in kinds])
+            for name, kinds in self.parts
+        ]
+        session.get_providers = lambda: self.starts
+        session.get_provider_graph_assignment_info = lambda: parts
+        return session
+
+    def _upload(self, array: Any, device: str, number: int) -> Any:
+        assert (device, number) == ("cuda", 0)
+        assert array.flags.c_contiguous
+        self.uploaded.append(array.nbytes)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
+
+
+@pytest.fixture
+def bundle(tiny: Path) -> Bundle:
+    return open_bundle(tiny / "bundle")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **how: Any) -> FakeOrt:
+    ort = FakeOrt(**how)
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", ort)
+    return ort
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **packages: str) -> None:
+    def version(name: str) -> str:
+        if name.replace("-", "_") not in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return packages[name.replace("-", "_")]
+
+    monkeypatch.setattr(installs, "version", version)
+
+
+def latents(seed: int = 0, side: int = 16) -> dict[str, Any]:
+    return {"latents": np.random.default_rng(seed).standard_normal((1, 4, side, side), dtype=np.float32)}
+
+
+def test_a_session_on_the_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = OnnxRuntimeEngine(bundle).load(Stage.VQGAN)(latents())["images"]
+    ort = use(monkeypatch)
+    engine = OnnxRuntimeEngine(bundle, "cuda")
+    np.testing.assert_array_equal(engine.load(Stage.VQGAN)(latents())["images"], wanted)
+    (asked,) = ort.asked
+    assert (engine.name, asked["providers"], asked["enable_fallback"]) == ("onnxruntime", [CUDA], 0)
+
+
+def test_the_tensorrt_provider(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ort = use(monkeypatch, starts=(TENSORRT, CUDA, CPU))
+    engine = make_engine("onnxruntime-tensorrt", bundle)
+    engine.load(Stage.VQGAN)
+    first, second = ort.asked[0]["providers"]
+    assert (engine.name, first[0], second) == ("onnxruntime-tensorrt", TENSORRT, CUDA)
+    assert first[1]["trt_engine_cache_path"] == str(tmp_path / "cascadekit" / "onnxruntime")
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_falling_back_in_silence_is_an_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ort = use(monkeypatch, starts=(CPU,))
+    with pytest.raises(EngineError, match=r"vqgan: onnxruntime did not start its .*nvidia-smi; .*--allow-cpu does"):
+        OnnxRuntimeEngine(bundle, device).load(Stage.VQGAN)
+    runner = OnnxRuntimeEngine(bundle, device, allow_cpu=True).load(Stage.VQGAN)
+    assert ort.asked[-1]["providers"][-1] == CPU
+    assert ort.asked[-1]["enable_fallback"] == 0
+    bound = runner.bind(latents())
+    assert bound({})["images"].shape == (1, 3, 64, 64)
+    assert ort.uploaded == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_provider_that_raises(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT's does where its libraries are missing, in several lines."""
+    ort = use(monkeypatch, starts=(CPU,))
+    start = ort.InferenceSession
+
+    def fail(path: Path, options: Any, **wishes: Any) -> Any:
+        if wishes["providers"] != [CPU]:
+            raise RuntimeError("Please install\n TensorRT libraries\n")
+        return start(path, options, **wishes)
+
+    monkeypatch.setattr(ort, "InferenceSession", fail)
+    with pytest.raises(EngineError, match=r"cannot load the vqgan: Please install TensorRT libraries$"):
+        OnnxRuntimeEngine(bundle, "tensorrt").load(Stage.VQGAN)
+    assert OnnxRuntimeEngine(bundle, "tensorrt", allow_cpu=True).load(Stage.VQGAN)(latents())
+
+
+def test_a_provider_whose_libraries_are_missing(tmp_path: Path) -> None:
+    """The system's words, not ours: which library it did not find."""
+    folder = tmp_path / "capi"
+    folder.mkdir()
+    ort = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    assert provider_problem(ort, CUDA) is None
+    (folder / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
+    assert "libonnxruntime_providers_shared.so: cannot open" in str(provider_problem(ort, CUDA))
+
+
+def test_operators_left_to_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ((CUDA, ["Conv"]), (CPU, ["Shape", "MatMul", "Conv"]), (CPU, ["MatMul"]))
+    use(monkeypatch, parts=parts)
+    with pytest.raises(EngineError, match=r"left 1 Conv, 2 MatMul to the CPU; export it in another precision, or"):
+        OnnxRuntimeEngine(bundle, "cuda").load(Stage.VQGAN)
+    assert OnnxRuntimeEngine(bundle, "cuda", allow_cpu=True).load(Stage.VQGAN)(latents())
+
+
+def test_the_real_one_tells_where_operators_are(bundle: Bundle) -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+    session = onnxruntime.InferenceSession(bundle.graph(Stage.VQGAN), options, providers=[CPU])
+    assert operators_on_cpu(session)["ConvTranspose"] == 1
+    assert set(operators_on_cpu(session)) <= {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def test_constants_stay_on_the_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+
+    def inputs(batch: int) -> dict[str, Any]:
+        shapes = {
+            "sample": (batch, 4, 16, 24),
+            "clip_text_pooled": (batch, 1, 12),
+            "effnet": (batch, 16, 3, 2),
+        }
+        arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        return {**arrays, "timestep_ratio": np.full(batch, 0.5, np.float32)}
+
+    cases = [inputs(2), inputs(2), inputs(2)]
+    cpu = OnnxRuntimeEngine(bundle).load(Stage.DECODER)
+    ort = use(monkeypatch)
+    runner = OnnxRuntimeEngine(bundle, "cuda").load(Stage.DECODER)
+    constants = {"clip_text_pooled": cases[0]["clip_text_pooled"], "effnet": cases[0]["effnet"].transpose(0, 1, 3, 2)}
+    bound = runner.bind(constants)
+    for case in cases:
+        varying = {name: case[name] for name in ("sample", "timestep_ratio")}
+        wanted = cpu({**varying, **{name: np.ascontiguousarray(array) for name, array in constants.items()}})
+        np.testing.assert_array_equal(bound(varying)["noise_pred"], wanted["noise_pred"])
+    assert ort.uploaded == [array.nbytes for array in constants.values()]
+    with pytest.raises(EngineError, match=r"decoder, input clip_text_pooled: expected float32 \[batch=1, 1, 12\]"):
+        bound({"sample": cases[0]["sample"][:1], "timestep_ratio": np.zeros(1, np.float32)})
+
+
+def test_outputs_of_another_size(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    bound = OnnxRuntimeEngine(bundle, "cuda").load(Stage.VQGAN).bind({})
+    for side in (16, 20, 12):
+        assert bound(latents(side=side))["images"].shape == (1, 3, 4 * side, 4 * side)
+
+
+def test_two_installs_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, has=(CPU,))
+    installed(monkeypatch, onnxruntime="1.32.0", onnxruntime_gpu="1.31.1")
+    with pytest.raises(EngineError) as error:
+        import_onnxruntime("cuda")
+    assert str(error.value) == (
+        "this ONNX Runtime has no CUDAExecutionProvider: onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed "
+        "together and overwrite each other's files; pip uninstall -y onnxruntime onnxruntime-gpu, "
+        "then pip install 'cascadekit[gpu]'"
+    )
+    installed(monkeypatch, onnxruntime="1.32.0")
+    with pytest.raises(EngineError, match="pip uninstall onnxruntime, then pip install 'cascadekit"):
+        import_onnxruntime("cuda")
+    assert import_onnxruntime("cuda", allow_cpu=True).get_available_providers() == [CPU]
+    assert import_onnxruntime("cpu")
