@@ -22,6 +22,8 @@ def open_cascade(
     engine: str,
     threads: int | None,
     memory: str,
+    vram: int | None,
+    allow_cpu: bool,
     stages: Mapping[Stage, Path],
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
@@ -33,7 +35,16 @@ def open_cascade(
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    return Cascade.open(bundle, device, engine=engine, threads=threads, memory=memory, stages=stages)
+    return Cascade.open(
+        bundle,
+        device,
+        engine=engine,
+        threads=threads,
+        memory=memory,
+        vram=None if vram is None else vram << 20,
+        allow_cpu=allow_cpu,
+        stages=stages,
+    )
 
 
 def said(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def generate(
     from ..runtime.images import image_paths, require_settings, save_png
     from ..runtime.requests import draw, groups
 
-    engine = {name: options.pop(name) for name in ("device", "engine", "threads", "memory", "stages", "loras")}
+    engine = {name: options.pop(name) for name in ENGINE}
     base = require_settings(like) if like else {}
     engine["loras"] = engine["loras"] or [(lora["name"], lora["strength"]) for lora in base.get("loras", ())]
     merged = [{"name": name, "strength": strength} for name, strength in engine["loras"]]

@@ -92,6 +92,8 @@ MACHINERY: Sequence[Option] = (
         show_default=True,
         help="Stages that stay loaded: all, one at a time, or what fits.",
     ),
+    click.option("--vram", type=click.IntRange(1), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"),
+    click.option("--allow-cpu", is_flag=True, help="Let the CPU do what ONNX Runtime cannot do on the GPU."),
     click.option("--batch", type=click.IntRange(1), help="Images drawn together.  [default: 4 of 1024x1024]"),
     click.option(
         "--from",

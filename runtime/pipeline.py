@@ -80,21 +80,25 @@ class Cascade:
         memory: str = "resident",
         rows: int | None = None,
         stages: Mapping[Stage, str | Path] | None = None,
+        allow_cpu: bool = False,
+        vram: int | None = None,
     ) -> Self:
         """The cascade of an exported bundle on `device`, "cpu" or "cuda".
 
         `engine` is a name of `engines.table`; "auto" takes the fastest there is, which may compute in bf16, and then
         images differ slightly. `threads` None leaves their number to the engine. `memory` is "resident", "staged" or
-        a size such as "8GB". `stages` come from other bundles: a full prior with a lite decoder, say.
+        a size such as "8GB". `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot on the GPU; `vram` bounds
+        the bytes of GPU memory that TensorRT's stages take together. `stages` come from other bundles: a full prior with a lite decoder, say.
         Raises UsageError when there is no bundle or no such engine, or stages do not fit together, EngineError when
         nothing can run it."""
         policy = MemoryPolicy.parse(memory)
         opened = open_bundle(Path(bundle))
-        runs: Engine = make_engine(engine, opened, device, threads)
+        make = partial(make_engine, engine, device=device, threads=threads, allow_cpu=allow_cpu, memory_budget=vram)
+        runs: Engine = make(opened)
         manifest = opened.manifest
         if stages:
             others = {stage: open_bundle(Path(path)) for stage, path in stages.items()}
-            engines = {stage: make_engine(engine, other, device, threads) for stage, other in others.items()}
+            engines = {stage: make(other) for stage, other in others.items()}
             runs, manifest = with_stages_of(runs, opened, engines, others)
         return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer), memory=policy, rows=rows)
 
