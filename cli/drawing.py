@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..schemas.request import Request
 
 
+OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
+
+
 def open_cascade(
     bundle: Path,
     *,
@@ -27,7 +30,7 @@ def open_cascade(
     stages: Mapping[Stage, Path],
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
-    """The cascade that the options of MACHINERY describe."""
+    """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
     from ..runtime.pipeline import Cascade
 
     if loras:

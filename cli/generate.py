@@ -10,7 +10,16 @@ import click
 from .batch import Drawing, draw_batch
 from .common import PATH
 from .console import say, step_progress
-from .drawing import open_cascade, preview_path, require_previewer, said, steps_shown, tell_memory, warn_of_cuts
+from .drawing import (
+    OPENING,
+    open_cascade,
+    preview_path,
+    require_previewer,
+    said,
+    steps_shown,
+    tell_memory,
+    warn_of_cuts,
+)
 from .generate_options import BATCH, looks, machinery, together
 
 if TYPE_CHECKING:
@@ -54,7 +63,7 @@ def generate(
     from ..runtime.images import image_paths, require_settings, save_png
     from ..runtime.requests import draw, groups
 
-    engine = {name: options.pop(name) for name in ENGINE}
+    engine = {name: options.pop(name) for name in OPENING}
     base = require_settings(like) if like else {}
     engine["loras"] = engine["loras"] or [(lora["name"], lora["strength"]) for lora in base.get("loras", ())]
     merged = [{"name": name, "strength": strength} for name, strength in engine["loras"]]
