@@ -116,7 +116,7 @@ def generate(
         timesteps=chosen.prior_timesteps,
     )
     prior_latents = _run(Stage.PRIOR, prior, on_step)
-    described = _described(self, prompts, negative, num_images, seed, chosen)
+    described = _described(self, prompts, negative, len(repeated), seed, chosen)
     if output == "prior":
         return Result(prior_latents, None, None, described, repeated, encoded.truncated)
     decoder = self.decode(
@@ -147,11 +147,11 @@ def _encoded(
     embeds: PromptEmbeds | None,
     chosen: Settings,
 ) -> tuple[list[str], PromptEmbeds]:
-    """The prompts ("" for embeddings from elsewhere) and their embeddings."""
+    """The prompts (none for embeddings from elsewhere) and their embeddings."""
     if (prompt is None) == (embeds is None):
         raise UsageError("expected a prompt, or the embeddings of one: give one of them")
     if embeds is not None:
-        return [""] * len(embeds), embeds
+        return [], embeds
     assert prompt is not None
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     found = cascade.encode_prompt(prompts, negative, weighted=chosen.weighted, long_prompts=chosen.long_prompts)
@@ -206,17 +206,19 @@ def _described(
     cascade: "Cascade",
     prompts: list[str],
     negative: str | Sequence[str],
-    num_images: int,
+    count: int,
     seed: Seeds,
     chosen: Settings,
 ) -> list[dict[str, Any]]:
-    """For each image what `generate` needs to draw it again."""
+    """For each of `count` images what `generate` needs to draw it again; of embeddings the prompt is not known."""
     negatives = [negative] if isinstance(negative, str) else list(negative)
-    count = len(prompts) * num_images
+    words: list[dict[str, str]] = [
+        {"prompt": prompt, "negative": negatives[0 if len(negatives) == 1 else number]}
+        for number, prompt in enumerate(prompts)
+    ] or [{}]
     return [
         {
-            "prompt": prompts[index // num_images],
-            "negative": negatives[0 if len(negatives) == 1 else index // num_images],
+            **words[index * len(words) // count],
             **_seed_of(seed, index, count),
             **chosen.to_json(),
             "vqgan_scale": cascade.manifest.vqgan_scale,

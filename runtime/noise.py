@@ -33,6 +33,7 @@ F64 = NDArray[np.float64]
 
 BLOCK = 16  # values of one vector step of normal_: 8 that give the radius, 8 that give the angle
 LANES = BLOCK // 2
+PASSED = 1 << 20  # words thrown away at once
 CHUNK = 1024  # blocks per pass of the numpy code: its temporaries then stay in the cache
 
 
@@ -88,6 +89,37 @@ class TorchGenerator:
         count = math.prod(shape)
         values = self._vector(count) if count >= BLOCK else self._scalar(count)
         return values.reshape(shape)
+
+    def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
+        """``randn(shape)[rows]``, in the time and memory of these rows alone: what lies between is passed over.
+
+        The generator moves on as by the whole. Raises UsageError for a row that ``shape`` does not have.
+        """
+        if not all(0 <= row < shape[0] for row in rows):
+            raise UsageError(f"rows {list(rows)} of noise of shape {tuple(shape)}")
+        count = math.prod(shape)
+        if count < BLOCK:
+            return self._scalar(count).reshape(shape)[list(rows)]
+        width = count // shape[0]
+        values = np.empty(count, np.float32)  # of which the system provides what is written to
+        wanted = np.zeros(count // BLOCK, np.bool_)
+        for row in rows:
+            wanted[row * width // BLOCK : -(-(row + 1) * width // BLOCK)] = True
+        done = 0
+        for start, stop in np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2) * BLOCK:
+            self._pass_over(start - done)
+            values[start:stop] = self._uniforms(stop - start)
+            _box_muller(values[start:stop])
+            done = stop
+        self._pass_over(count - done)
+        if count % BLOCK:  # as in _vector
+            values[-BLOCK:] = self._uniforms(BLOCK)
+            _box_muller(values[-BLOCK:])
+        return values.reshape(shape)[list(rows)]
+
+    def _pass_over(self, words: int) -> None:
+        for start in range(0, words, PASSED):
+            self._words(min(PASSED, words - start))
 
     def _vector(self, count: int) -> F32:
         """normal_fill of ATen/native/cpu/DistributionTemplates.h."""

@@ -55,10 +55,17 @@ class Noise:
         """Noise of `shape`, the batch coming first; a generator draws once for all of its images."""
         if self._shared:
             return self._generators[_key(self._sources[0])].randn(shape)
-        batches = {_key(source): source.batch if isinstance(source, PlacedSeed) else 1 for source in self._sources}
-        drawn = {key: self._generators[key].randn((batch, *shape[1:])) for key, batch in batches.items()}
-        rows = [source.index if isinstance(source, PlacedSeed) else 0 for source in self._sources]
-        return np.stack([drawn[_key(source)][row] for source, row in zip(self._sources, rows, strict=True)])
+        noise = np.empty((len(self._sources), *shape[1:]), np.float32)
+        for key, generator in self._generators.items():
+            places = [place for place, source in enumerate(self._sources) if _key(source) == key]
+            rows, batch = zip(*(_place(self._sources[place]) for place in places), strict=True)
+            noise[places] = generator.randn_rows((batch[0], *shape[1:]), rows)
+        return noise
+
+
+def _place(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
+    """Which image of how many its generator draws."""
+    return (source.index, source.batch) if isinstance(source, PlacedSeed) else (0, 1)
 
 
 def _key(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:

@@ -56,6 +56,31 @@ def test_shapes(torch: ModuleType, shape: tuple[int, ...]) -> None:
         assert same_bits(ours.randn(shape), torch_randn(torch, shape, theirs))
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((4, 4, 9, 7), [2]),
+        ((5, 3, 5), [0, 4]),  # rows that share blocks of 16, and a rest of them at the end
+        ((5, 3, 5), [3, 1, 3]),
+        ((40, 1), [38, 0, 17]),
+        ((7, 2), [6, 5]),
+        ((1, 16, 24, 24), [0]),
+        ((3, 4, 300, 300), [1]),
+        ((3, 4, 300, 300), []),
+    ],
+)
+def test_rows_alone(torch: ModuleType, shape: tuple[int, ...], rows: list[int]) -> None:
+    ours, theirs = TorchGenerator(9), torch.Generator("cpu").manual_seed(9)
+    for _ in range(3):
+        assert same_bits(ours.randn_rows(shape, rows), torch_randn(torch, shape, theirs)[rows])
+        assert same_bits(ours.randn((3, 7)), torch_randn(torch, (3, 7), theirs))
+
+
+def test_rows_that_are_not_there() -> None:
+    with pytest.raises(UsageError, match=r"rows \[2\] of noise of shape \(2, 3\)"):
+        TorchGenerator(0).randn_rows((2, 3), [2])
+
+
 def test_mixed_draws_carry_the_state(torch: ModuleType) -> None:
     ours, theirs = TorchGenerator(2**40 + 3), torch.Generator("cpu").manual_seed(2**40 + 3)
     sizes = [*np.random.default_rng(0).integers(0, 40, 1500).tolist(), 623, 1, 624, 1, 625, 20001, 1, 1]

@@ -140,6 +140,16 @@ def test_a_mask_of_no_picture(cascade: Cascade, folder: Path) -> None:
         cascade.generate("x", seed=0, mask=Image.new("L", (8, 8), 255), **QUICK)
 
 
+def test_embeddings_do_not_pass_for_an_empty_prompt(cascade: Cascade) -> None:
+    embeds = cascade.encode_prompt(["a", "b"], "n")
+    result = cascade.generate(embeds=embeds, num_images=2, seed=0, output="prior", **QUICK)
+    assert [each["index"] for each in result.settings] == [0, 1, 2, 3]
+    with pytest.raises(UsageError, match="prompt: Field required"):
+        parse_request(result.settings[0], SIZE)
+    said = cascade.generate(["a", "b"], negative=["c", "d"], num_images=3, seed=0, output="prior", **QUICK)
+    assert [each["prompt"] + each["negative"] for each in said.settings] == ["ac"] * 3 + ["bd"] * 3
+
+
 def test_groups_are_neighbours_that_differ_in_words_and_seeds_alone() -> None:
     def request(seed: int, **more: Any) -> Request:
         return parse_request({**QUICK, "prompt": str(seed), "seed": seed, **more}, SIZE)
