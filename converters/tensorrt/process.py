@@ -34,13 +34,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build made and took: bytes and SHA-256 of the plan, the version that wrote it, seconds, the most memory
-    with mapped files (`peak_rss`) and without (`peak_own`)."""
+    """What a build made and took: bytes and SHA-256 of the plan, the version that wrote it, seconds, those of
+    all processors, the most memory with mapped files (`peak_rss`) and without (`peak_own`)."""
 
     bytes: int
     sha256: str
     version: str
     seconds: float
+    cpu_seconds: float
     peak_rss: int
     peak_own: int
     layers: int

@@ -15,6 +15,7 @@ from typing import Any
 
 from .backend import MESSAGES, Backend, find_backend, logger_of
 from .job import Job
+from .pages import forget_pages
 
 PR_SET_PDEATHSIG = 1
 ASK_PERSONALITY, ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of Linux's personality(2)
@@ -56,6 +57,7 @@ def build(job: Job, say: SAY) -> dict[str, Any]:
     builder = trt.Builder(logger)
     network = builder.create_network(backend.network_flags())
     parser = trt.OnnxParser(network, logger)
+    forget_pages(Path(job.graph).parent)
     if not parser.parse_from_file(job.graph):
         raise BuildFailed(f"{job.graph}: not read by {backend.name}: {_parse_errors(parser)}")
     config = builder.create_builder_config()
@@ -77,6 +79,7 @@ def build(job: Job, say: SAY) -> dict[str, Any]:
         "sha256": writer.digest.hexdigest(),
         "version": backend.version,
         "seconds": perf_counter() - started,
+        "cpu_seconds": sum(os.times()[:2]),
         "layers": network.num_layers,
         **_memory(),
     }
