@@ -88,7 +88,8 @@ class Cascade:
         `engine` is a name of `engines.table`; "auto" takes the fastest there is, which may compute in bf16, and then
         images differ slightly. `threads` None leaves their number to the engine. `memory` is "resident", "staged" or
         a size such as "8GB". `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot on the GPU; `vram` bounds
-        the bytes of GPU memory that TensorRT's stages take together. `stages` come from other bundles: a full prior with a lite decoder, say.
+        the bytes of GPU memory that TensorRT's stages take together. `stages` come from other bundles: a full prior
+        with a lite decoder, say.
         Raises UsageError when there is no bundle or no such engine, or stages do not fit together, EngineError when
         nothing can run it."""
         policy = MemoryPolicy.parse(memory)
