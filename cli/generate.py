@@ -62,10 +62,11 @@ def generate(
     from ..runtime.batch import images_together
     from ..runtime.images import image_paths, require_settings, save_png
     from ..runtime.requests import draw, groups
+    from ..schemas.request import loras_of
 
     engine = {name: options.pop(name) for name in OPENING}
     base = require_settings(like) if like else {}
-    engine["loras"] = engine["loras"] or [(lora["name"], lora["strength"]) for lora in base.get("loras", ())]
+    engine["loras"] = engine["loras"] or [(lora.name, lora.strength) for lora in loras_of(base)]
     merged = [{"name": name, "strength": strength} for name, strength in engine["loras"]]
     common = {**base, **said(options), **({"loras": merged} if merged else {})}
     if prompt_file is not None:

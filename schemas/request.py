@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import UsageError
 from .settings import SETTINGS, Settings, parse_settings, wrong_fields
@@ -109,3 +109,11 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
             f"request: index {request.index} of a batch of {request.batch}: expected 0 to {request.batch - 1}"
         )
     return request
+
+
+def loras_of(given: Mapping[str, Any]) -> tuple[LoraRef, ...]:
+    """The LoRAs among flat values. Raises UsageError for what is no list of them."""
+    try:
+        return TypeAdapter(tuple[LoraRef, ...]).validate_python(given.get("loras", ()))
+    except ValidationError as error:
+        raise UsageError(f"loras: {wrong_fields(error)}") from error

@@ -205,6 +205,32 @@ def test_the_command_line_draws_again_what_it_drew(whole: Whole, folder: Path, m
     assert not Path("changed.png").exists()
 
 
+def test_an_image_made_with_loras_is_drawn_again_with_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged: list[Any] = []
+
+    def with_loras(bundle: Path, loras: Any, **_: Any) -> Path:
+        merged.append(list(loras))
+        return bundle
+
+    monkeypatch.setattr("cascadekit.converters.lora.at_load.with_loras", with_loras)
+    words = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident"
+    common = ["generate", str(tiny / "bundle"), *words.split()]
+    runs = [
+        ["x", "--seed", "1", "--lora", "ink:0.5", "--lora", "line", "-o", str(tmp_path / "1.png")],
+        ["--like", str(tmp_path / "1.png"), "-o", str(tmp_path / "2.png")],
+        ["--like", str(tmp_path / "1.png"), "--lora", "ink", "-o", str(tmp_path / "3.png")],
+    ]
+    for arguments in runs:
+        run = CliRunner().invoke(main, [*common, *arguments])
+        assert run.exit_code == 0, run.output
+    assert merged == [[("ink", 0.5), ("line", 1.0)]] * 2 + [[("ink", 1.0)]]
+    found = [require_settings(tmp_path / f"{number}.png") for number in (1, 2, 3)]
+    assert found[0] == found[1]
+    assert found[2]["loras"] == [{"name": "ink"}]
+
+
 def test_what_is_asked_for_in_a_stage_that_is_not_there(whole: Whole, tiny: Path, folder: Path) -> None:
     """One line each, before anything long is done."""
     with Cascade.open(tiny / "bundle", threads=1) as bare:
