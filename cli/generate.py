@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def generate(
     """
     from ..runtime.batch import images_together
     from ..runtime.images import image_paths, require_settings, save_png
-    from ..runtime.requests import draw, groups
+    from ..runtime.requests import draw, groups, text_length
     from ..schemas.request import loras_of
 
     engine = {name: options.pop(name) for name in OPENING}
@@ -87,7 +88,7 @@ def generate(
         tell_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:
-            for group in groups(requests, most):
+            for group in groups(requests, most, partial(text_length, cascade)):
                 here = [next(left) for _ in group]
                 on_step = steps_shown(progress, here, preview_every)
                 for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):

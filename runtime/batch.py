@@ -26,10 +26,9 @@ from .batch_plan import KEY, Found, Job, look
 from .images import read_settings, save_png
 from .journal import Journal, read_journal
 from .pipeline import Cascade
-from .requests import Drawn, draw, groups
+from .requests import Drawn, draw, groups, text_length
 from .sampling import Step
 from .text_cache import ROWS
-from .tokenizer import LENGTH
 
 MOST_PIXELS = 4 << 20  # of all images drawn together, unless a number is given
 PROMPTS_AT_ONCE = 8  # and their negatives, encoded before anything can stop the run again
@@ -145,14 +144,8 @@ class Runner:
                 yield [next(left) for _ in group]
 
     def _tokens(self, request: Request) -> int:
-        """How long the prompt's embeddings are. Drawn with a longer prompt it would be given empty chunks, and be
-        another image."""
-        if not request.settings.long_prompts:
-            return LENGTH
-        weighted = request.settings.weighted
-        with suppress(UsageError):
-            found = self.cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
-            return int(found.clip_text.shape[1])
+        with suppress(UsageError):  # told when it is drawn
+            return text_length(self.cascade, request)
         return 0
 
     def _drawn(self, group: Sequence[Job], clock: Clock) -> Iterator[tuple[Sequence[Job], Sequence[Drawn] | Exception]]:

@@ -1,7 +1,7 @@
 """Draws requests: opens their pictures, generates, and says in the metadata what was used."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from .masks import open_mask
 from .pictures import open_picture
 from .pipeline import Cascade
 from .seeds import PlacedSeed
+from .tokenizer import LENGTH
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,28 @@ def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: O
     ]
 
 
-def groups(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
-    """Neighbours that can be drawn together, at most `most` at a time.
+def groups(
+    requests: Sequence[Request], most: int, length: Callable[[Request], int] = lambda request: 0
+) -> Iterator[list[Request]]:
+    """Neighbours that can be drawn together, at most `most` at a time. `length` is that of their texts, if those may
+    differ: see `text_length`.
 
     Where guidance is rescaled, one at a time: the factor is taken from all images drawn together, as in Stability's
     code, and no image of several could be drawn again alone."""
-    for _, group in groupby(requests, key=lambda request: request.group):
+    for _, group in groupby(requests, key=lambda request: (request.group, length(request))):
         members = list(group)
         size = 1 if members[0].settings.rescale else most
         yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+def text_length(cascade: Cascade, request: Request) -> int:
+    """How long the prompt's embeddings are. Drawn with a longer prompt it would be given empty chunks, and be another
+    image."""
+    if not request.settings.long_prompts:
+        return LENGTH
+    weighted = request.settings.weighted
+    found = cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
+    return int(found.clip_text.shape[1])
 
 
 def with_hashes(request: Request, folder: Path) -> dict[str, Any]:

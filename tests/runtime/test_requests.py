@@ -231,6 +231,17 @@ def test_an_image_made_with_loras_is_drawn_again_with_them(
     assert found[2]["loras"] == [{"name": "ink"}]
 
 
+def test_a_short_prompt_is_not_drawn_with_the_empty_chunks_of_a_long_one(tiny: Path, tmp_path: Path) -> None:
+    words = "--size 64x64 --prior-steps 2 --decoder-steps 2 --engine onnxruntime --threads 1 --memory resident"
+    common = ["generate", str(tiny / "bundle"), *words.split(), "-o", str(tmp_path)]
+    run = CliRunner().invoke(main, [*common, "a cat", "one of many words " * 30, "--seed", "1", "--long-prompts"])
+    assert run.exit_code == 0, run.output
+    run = CliRunner().invoke(main, [*common, "--like", str(tmp_path / "0000.png")])
+    assert run.exit_code == 0, run.output
+    with Image.open(tmp_path / "0000.png") as first, Image.open(tmp_path / "0002.png") as again:
+        assert np.abs(np.asarray(first).astype(int) - np.asarray(again).astype(int)).max() <= 1
+
+
 def test_what_is_asked_for_in_a_stage_that_is_not_there(whole: Whole, tiny: Path, folder: Path) -> None:
     """One line each, before anything long is done."""
     with Cascade.open(tiny / "bundle", threads=1) as bare:
