@@ -124,5 +124,6 @@ def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estim
         end += nbytes
     names = graphs_of(config.stage)
     return {
-        (network, name): estimate_model(write_graph(config, weights, options, name), precision, 1) for name in names
+        (network, name): estimate_model(write_graph(config, weights, options, name), name, precision, 1)
+        for name in names
     }

@@ -1,6 +1,6 @@
 """What a build will take, and whether this machine has it.
 
-Fitted to builds by TensorRT-RTX 1.7 of networks from 1.6 million to 1.03 billion parameters with 300 to 5000 nodes, on
+Fitted to builds by TensorRT-RTX 1.7 of our graphs, from 0.5 million to 0.9 billion parameters and 70 to 3300 nodes, on
 two cores; `cascadekit bench build` prints how far off it is. Memory is the process's own: pages of the weights' file
 come on top, which the system takes back when it needs them.
 """
@@ -13,15 +13,18 @@ from pathlib import Path
 
 import onnx
 
+from ...runtime.hoisting import CONDITIONING
 from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ..graph_files import DTYPES, load_graph
 
 MIB = 1 << 20
-MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 75 * MIB, 0.29 * MIB, 1.33
-SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.007, 5e-9
+MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 130 * MIB, 0.34 * MIB, 1.33
+# Its many products of the same tokens are joined into a few, which takes a second copy of their weights.
+MEMORY_PER_WEIGHT_OF = {CONDITIONING: 2.2}
+SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.009, 6e-9
 # Kernels are compiled for each profile, weights are shared.
-PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 15_000
+PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 18_000
 SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -40,16 +43,17 @@ class Estimate:
 
 def estimate(graph: Path, precision: Precision, profiles: int) -> Estimate:
     """For a plan of the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
-    return estimate_model(load_graph(graph), precision, profiles)
+    return estimate_model(load_graph(graph), graph.stem, precision, profiles)
 
 
-def estimate_model(model: onnx.ModelProto, precision: Precision, profiles: int) -> Estimate:
-    """For a plan of a graph that computes in `precision`."""
+def estimate_model(model: onnx.ModelProto, name: str, precision: Precision, profiles: int) -> Estimate:
+    """For a plan of the graph `name` of a stage."""
     nodes = len(model.graph.node)
     weights = sum(_bytes(tensor, precision) for tensor in model.graph.initializer)
+    memory_per_weight = MEMORY_PER_WEIGHT_OF.get(name, MEMORY_PER_WEIGHT)
     return Estimate(
         seconds=SECONDS_BASE + nodes * SECONDS_PER_NODE * profiles + weights * SECONDS_PER_BYTE,
-        memory=int(MEMORY_BASE + nodes * MEMORY_PER_NODE * profiles + weights * MEMORY_PER_WEIGHT),
+        memory=int(MEMORY_BASE + nodes * MEMORY_PER_NODE * profiles + weights * memory_per_weight),
         plan=int(PLAN_BASE + nodes * PLAN_PER_NODE * profiles + weights),
         nodes=nodes,
         weights=weights,

@@ -103,7 +103,7 @@ def test_nothing_is_exported_for_targets_that_cannot_be(original: Path, tmp_path
 def test_too_little_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "free_memory", lambda: 10_000_000)
     words = refused(1, bundle, "--arch", "sm89")
-    assert "building takes about 0.3 GB of memory, 0.0 GB are free here" in words
+    assert "building takes about 0.4 GB of memory, 0.0 GB are free here" in words
     assert "--no-memory-check" in words
 
 
