@@ -43,7 +43,7 @@ class App:
 
     @cached_property
     def page(self) -> bytes:
-        return files(__package__).joinpath("..", "data", "ui", "index.html").read_bytes()
+        return files(__package__).joinpath("index.html").read_bytes()
 
     @cached_property
     def policy(self) -> str:

@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
             raise RefusedError(
-                HTTPStatus.FORBIDDEN, "this server goes by its address or by localhost, not by other names"
+                HTTPStatus.FORBIDDEN, "this server goes by its address or localhost, by no other name"
             )
         origin = self.headers.get("Origin")
         if self.command != "GET" and origin is not None and origin.partition("://")[2].lower() != hosts[0].lower():

@@ -147,7 +147,7 @@ class Studio:
         most = self._batch or max(1, MOST_PIXELS // (settings.width * settings.height))
         began, done = time.monotonic(), 0
         for group in groups(requests, most):
-            place = {"first": done + 1, "last": done + len(group), "images": len(requests), "began": began}
+            place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
             for drawn in draw(self._cascade, group, Path(), on_step):
                 _leave_if_cancelled(job)
@@ -175,7 +175,7 @@ def _on_step(job: Job, place: dict[str, Any]) -> OnStep:
         now = {"stage": stage, "index": step.index + 1, "steps": step.steps, **place}
         job.tell(STEP, **now, elapsed=round(time.monotonic() - began, 3))
         if stage in job.order.previews:
-            job.tell(PREVIEW, **now, images=[_data_url(picture) for picture in step.preview()])
+            job.tell(PREVIEW, **now, pictures=[_data_url(picture) for picture in step.preview()])
             _leave_if_cancelled(job)
 
     return on_step
