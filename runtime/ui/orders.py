@@ -90,6 +90,10 @@ def parse_order(
 
 def _check(request: Request, able: Mapping[str, Any]) -> None:
     settings = request.settings
+    try:
+        f"{request.prompt}{request.negative}".encode()
+    except UnicodeEncodeError:
+        raise UsageError("prompt: expected text, found half of a surrogate pair") from None
     latent_sizes(settings.height, settings.width, settings.size_policy)
     if max(settings.width, settings.height) > LARGEST_SIDE:
         raise UsageError(f"size {settings.width}x{settings.height}: expected at most {LARGEST_SIDE} a side")

@@ -14,7 +14,7 @@ from ..pictures import open_picture
 
 ID = re.compile(r"[0-9a-f]{64}")
 MOST_BYTES = 512 << 20  # of all pictures given to one server
-THUMBNAIL = 320  # pixels, the longer side
+SHOWN = 768  # pixels, the longer side of a picture in the page
 REFERENCES = ("image_prompts", "controls", "init_image", "mask")  # fields of metadata that name pictures
 
 
@@ -56,10 +56,10 @@ class Pictures:
             raise UsageError("a picture that this page was not given; add it again")
         return path
 
-    def thumbnail(self, picture: str) -> Image.Image:
+    def shown(self, picture: str) -> Image.Image:
         """A small RGB picture, whatever the file's format. Raises UsageError for an unknown id."""
         small = open_picture(self.path(picture))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.thumbnail((SHOWN, SHOWN))
         return small
 
     def keep(self, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,12 +70,12 @@ def _add_picture(app: App, call: Call) -> Reply:
     return json_reply({"id": app.pictures.add(call.body)}, HTTPStatus.CREATED)
 
 
-def _thumbnail(app: App, call: Call) -> Reply:
+def _picture(app: App, call: Call) -> Reply:
     if app.pictures.find(call.groups["id"]) is None:
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such picture")
     content = io.BytesIO()
-    app.pictures.thumbnail(call.groups["id"]).save(content, "PNG")
-    return Reply(content.getvalue(), "image/png", headers={"Cache-Control": "private, max-age=3600"})
+    app.pictures.shown(call.groups["id"]).save(content, "JPEG", quality=90)
+    return Reply(content.getvalue(), "image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
 
 def _submit(app: App, call: Call) -> Reply:
@@ -126,7 +126,7 @@ ROUTES: Sequence[Route] = (
     Route("GET", r"/", _page),
     Route("GET", r"/api/info", _info),
     Route("POST", r"/api/pictures", _add_picture, MOST_PICTURE, ("application/octet-stream",)),
-    Route("GET", r"/api/pictures/(?P<id>[0-9a-f]{64})", _thumbnail),
+    Route("GET", r"/api/pictures/(?P<id>[0-9a-f]{64})", _picture),
     Route("POST", r"/api/jobs", _submit, MOST_JSON, ("application/json",)),
     Route("GET", r"/api/jobs", _jobs),
     Route("GET", r"/api/jobs/(?P<id>[0-9a-f]+)/events", _events),

@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ from ...schemas.errors import CascadeError, UsageError
 
 PATIENCE = 60  # seconds a client may take to send what it announced
 DRAINED = 64 << 20  # bytes of a refused body that are read all the same, so that the client hears of the refusal
+LINGER = 2  # seconds without any of them, after which nobody listens
 CHUNK = 1 << 16
 
 HEADERS: Mapping[str, str] = {
@@ -156,21 +158,19 @@ class _Handler(BaseHTTPRequestHandler):
         return route.answer(self.server.app, Call(groups, query, dict(self.headers.items()), body))
 
     def _length(self) -> int:
+        """Of the body, as announced."""
+        self._unread = DRAINED  # for all that is known so far
         if "Transfer-Encoding" in self.headers:
-            self.close_connection = True
             raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "expected a body with a Content-Length")
         length = self.headers.get("Content-Length", "0")
         if not re.fullmatch(r"\d{1,18}", length):
-            self.close_connection = True
             raise RefusedError(HTTPStatus.BAD_REQUEST, "Content-Length: expected a number")
         return int(length)
 
     def _require_ours(self) -> None:
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            raise RefusedError(
-                HTTPStatus.FORBIDDEN, "this server goes by its address or localhost, by no other name"
-            )
+            raise RefusedError(HTTPStatus.FORBIDDEN, "this server goes by its address or localhost, by no other name")
         origin = self.headers.get("Origin")
         if self.command != "GET" and origin is not None and origin.partition("://")[2].lower() != hosts[0].lower():
             raise RefusedError(HTTPStatus.FORBIDDEN, "requests of other web sites are refused")
@@ -222,9 +222,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Read what a refused client goes on sending: a connection closed on unread bytes loses the reply."""
+        if not self._unread:
+            return
         left = min(self._unread, DRAINED)
-        while left and (read := self.rfile.read(min(left, CHUNK))):
-            left -= len(read)
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER)
+            while left and (read := self.rfile.read(min(left, CHUNK))):
+                left -= len(read)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses, requests that are no HTTP, in the form of all other refusals."""
