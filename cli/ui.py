@@ -9,7 +9,8 @@ import click
 
 from .common import PATH
 from .console import note, say
-from .generate import machinery, open_cascade
+from .drawing import open_cascade
+from .generate_options import machinery
 
 
 @click.command()

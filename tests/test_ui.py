@@ -1,4 +1,4 @@
-"""The page in a browser, on a tiny cascade that can preview and vary pictures; and its server without one."""
+"""The page in a browser, on a tiny cascade that has all stages; and its server without one."""
 
 import http.client
 import json
@@ -21,17 +21,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import save_file
+from whole import Whole, picture
 
-from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.model import open_model
+from cascadekit.runtime.controls import ControlPicture
 from cascadekit.runtime.images import read_settings, save_png
 from cascadekit.runtime.pipeline import Cascade
+from cascadekit.runtime.requests import draw
 from cascadekit.runtime.ui.serve import page_server
 from cascadekit.runtime.ui.server import PageServer
-from cascadekit.schemas.stages import EffnetEncoderConfig, PreviewerConfig, Stage
-from graphs import random_tensors
+from cascadekit.schemas.request import parse_request
+from cascadekit.schemas.stages import Stage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DESKTOP, PHONE = (1280, 900), (390, 844)
@@ -40,26 +40,14 @@ ID = "0" * 64
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a previewer and an effnet encoder, so with previews, pictures to vary, and masks."""
-    root = tmp_path_factory.mktemp("ui")
-    files = [tiny / "model"]
-    for name, config in (("previewer", PreviewerConfig(c_hidden=32)), ("effnet_encoder", EffnetEncoderConfig())):
-        files.append(root / f"{name}.safetensors")
-        save_file({key: value.contiguous() for key, value in random_tensors(config, 3).items()}, files[-1])
-    export(open_model(files), root / "bundle")
-    return root / "bundle"
-
-
-@pytest.fixture(scope="module")
-def cascade(bundle: Path) -> Iterator[Cascade]:
-    with Cascade.open(bundle, threads=1) as opened:
+def cascade(whole: Whole) -> Iterator[Cascade]:
+    with Cascade.open(whole.bundle, threads=1) as opened:
         yield opened
 
 
 @contextmanager
-def serving(cascade: Cascade, output: Path) -> Iterator[PageServer]:
-    with page_server(cascade, output, name="tiny", port=0) as server:
+def serving(cascade: Cascade, output: Path, **more: Any) -> Iterator[PageServer]:
+    with page_server(cascade, output, name="tiny", port=0, **more) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -189,9 +177,9 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"width": 16384, "height": 64}, "at most 8192"),
         ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
         ({"decoder_steps": 10**9}, "decoder_steps"),
-        ({"prior_guidance": "nan"}, "infinite"),
+        ({"prior_guidance": "nan"}, "prior_guidance: Input should be a finite number"),
         ({"strength": 1e999}, "not JSON"),
-        ({"prior_timesteps": ["1", "inf"]}, "infinite"),
+        ({"prior_timesteps": ["1", "inf"]}, "prior_timesteps.1: Input should be a finite number"),
         ({"sampler": "euler"}, "sampler 'euler': expected ddpm-wuerstchen or gdf"),
         ({"speed": 2}, "speed: unknown"),
         ({"prompt": ["a"]}, "prompt: Input should be a valid string"),
@@ -206,8 +194,9 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"init_image": "/etc/passwd"}, "was not given"),
         ({"init_image": {"path": "/etc/passwd"}}, "was not given"),
         ({"init_image": ID}, "was not given"),
-        ({"image_prompts": [ID]}, "the bundle lacks"),
-        ({"controls": [{"name": "canny", "picture": ID}]}, "the bundle has no controlnet/canny"),
+        ({"image_prompts": [ID]}, "was not given"),
+        ({"controls": [{"name": "canny", "picture": ID}]}, "was not given"),
+        ({"controls": [{"name": "identity", "picture": ID}]}, "control 'identity': expected one of canny"),
         ({"controls": ["canny=/etc/passwd"]}, "expected each as"),
     ],
 )
@@ -315,6 +304,37 @@ def test_what_should_not_happen_is_told_without_its_traceback(
     assert capfd.readouterr().err.count("KeyError: 'secret'") == 2
     job = call(served, "POST", "/api/jobs", {"prompt": "x", **QUICK}).json["id"]  # and it goes on
     assert events(served, job)[-1][0] == "done"
+
+
+def test_image_prompts_controls_and_loras(cascade: Cascade, tmp_path: Path) -> None:
+    """Pictures and LoRAs are in the metadata as the command line would have put them there, LoRAs as they were merged
+    when the page was started; and the image is the library's."""
+    pictures = [picture(60, 40), picture(40, 60, seed=1)]
+    with serving(cascade, tmp_path / "images", loras=[("style.safetensors", 0.8)]) as server:
+        ids = []
+        for number, each in enumerate(pictures):
+            each.save(tmp_path / f"{number}.png")
+            content = (tmp_path / f"{number}.png").read_bytes()
+            ids.append(
+                call(server, "POST", "/api/pictures", content, Content_Type="application/octet-stream").json["id"]
+            )
+            assert ids[-1] == sha256(content).hexdigest()
+        control = {"name": "edges", "picture": ids[0], "strength": "0.5"}
+        request = {"prompt": "x", "seed": 5, "image_prompts": ids, "controls": [control], **QUICK}
+        told = events(server, call(server, "POST", "/api/jobs", request).json["id"])
+    assert told[-1][0] == "done", told
+    kept = [{"path": str(tmp_path / "images" / "pictures" / each), "sha256": each} for each in ids]
+    settings = read_settings(tmp_path / "images" / "0000.png")
+    assert settings is not None
+    assert settings["image_prompts"] == kept
+    assert settings["controls"] == [{**kept[0], "name": "edges", "strength": 0.5}]
+    assert settings["loras"] == [{"name": "style.safetensors", "strength": 0.8}]
+    shown = told[-1][1]["images"][0]["settings"]
+    assert shown["controls"] == [{"name": "edges", "strength": 0.5, "picture": ids[0], "file": ids[0]}]
+    drawn = cascade.generate(
+        "x", seed=5, image_prompts=pictures, controls=[ControlPicture("edges", pictures[0], 0.5)], **QUICK
+    )
+    assert Image.open(tmp_path / "images" / "0000.png").tobytes() == drawn.images[0].tobytes()
 
 
 def test_cancelling_a_job_that_runs_and_one_that_waits(served: PageServer, gate: Gate, tmp_path: Path) -> None:
@@ -427,15 +447,6 @@ def too_wide(page: Any) -> list[str]:
     }""")
 
 
-def redraw(cascade: Cascade, path: Path, output: Path) -> None:
-    """What the command line draws of an image's settings is that image."""
-    bundle = cascade.engine.bundle.root  # type: ignore[attr-defined]
-    arguments = ["generate", bundle, "--like", path, "-o", output, "--engine", "onnxruntime", "--threads", 1]
-    result = CliRunner().invoke(main, [*map(str, arguments)])
-    assert result.exit_code == 0, result.output
-    assert Image.open(path).tobytes() == Image.open(output).tobytes()
-
-
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
 def test_drawing(
     served: PageServer,
@@ -464,7 +475,12 @@ def test_drawing(
     settings = read_settings(path)
     assert settings is not None
     assert settings.items() >= {"prompt": "a <b>cat</b>", "seed": 2**64 - 1, **QUICK}.items()
-    redraw(cascade, path, tmp_path / "again.png")
+    if size == DESKTOP:
+        bundle = cascade.engine.bundle.root  # type: ignore[attr-defined]
+        arguments = ["generate", bundle, "--like", path, "-o", tmp_path / "again.png", "--engine", "onnxruntime"]
+        redrawn = CliRunner().invoke(main, [*map(str, arguments), "--threads", "1"])
+        assert redrawn.exit_code == 0, redrawn.output
+        assert Image.open(path).tobytes() == Image.open(tmp_path / "again.png").tobytes()
 
 
 def test_previews_cancel_and_queue(served: PageServer, visit: Visit, gate: Gate, tmp_path: Path) -> None:
@@ -524,8 +540,8 @@ def test_settings_come_back_from_the_gallery(
         "decoder_timesteps": (1.0, 0.3, 0.0), "weighted": True, **{**QUICK, "width": 72},
     }  # fmt: skip
     result = cascade.generate("a (cat:1.3)", negative="dogs", num_images=3, seed=7, **settings)
-    for number, picture in enumerate(result.images):
-        save_png(folder / f"{number:04d}.png", picture, result.settings[number])
+    for number, image in enumerate(result.images):
+        save_png(folder / f"{number:04d}.png", image, result.settings[number])
     page = visit(served)
     assert page.locator("#grid button").count() == 3
     page.click("#grid button >> nth=0")
@@ -567,8 +583,7 @@ def test_settings_come_back_from_the_gallery(
 
 def test_pictures(served: PageServer, visit: Visit, cascade: Cascade, tmp_path: Path) -> None:
     """A start picture and a mask: kept beside the image under their hashes, so that it can be drawn again."""
-    rng = np.random.default_rng(5)
-    Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg", quality=90)
+    picture(128, 96).save(tmp_path / "photo.jpg", quality=90)
     mask = np.zeros((96, 128), np.uint8)
     mask[30:70, 40:90] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -593,7 +608,8 @@ def test_pictures(served: PageServer, visit: Visit, cascade: Cascade, tmp_path: 
         found = sha256((tmp_path / file).read_bytes()).hexdigest()
         assert settings[name] == {"path": str(tmp_path / "images" / "pictures" / found), "sha256": found}
     assert settings["strength"] == 0.6
-    redraw(cascade, path, tmp_path / "again.png")
+    (again,) = draw(cascade, [parse_request(settings, (64, 64))], Path(), lambda stage, step: None)  # as --like does
+    assert Image.open(path).tobytes() == again.image.tobytes()
     page.get_by_label("Remove photo.jpg").click()
     page.click("#grid button >> nth=0")
     page.click("#use")
@@ -660,3 +676,5 @@ def test_a_bundle_without_a_previewer_says_so(tiny: Path, visit: Visit, tmp_path
         page.click("#draw")
         page.wait_for_selector("#shown button")
         assert "CLIP reads 77 tokens" in page.inner_text("#notes")
+        answer = call(server, "POST", "/api/jobs", {"prompt": "x", "image_prompts": [ID]})
+        assert answer.json["error"].startswith("image_prompts: the bundle lacks the stages for that")

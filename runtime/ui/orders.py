@@ -1,19 +1,17 @@
 """What the page may ask for, and from its flat JSON to requests."""
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
 from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
 from ...schemas.request import Request, parse_request
-from ...schemas.settings import Sampler, Settings, parse_settings
+from ...schemas.settings import Sampler, parse_settings
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
-from ..controls import CONTROLS, require_control
+from ..controls import CONTROLS, INPAINTING, require_control
 from ..pipeline import ENCODER
 from .jobs import Order
 from .pictures import Pictures
@@ -28,12 +26,13 @@ PREVIEWED = (Stage.PRIOR, Stage.DECODER)
 def features(manifest: Manifest) -> dict[str, Any]:
     """What the bundle can do besides following a prompt."""
     has = manifest.stages
-    varies = Stage.EFFNET_ENCODER in has
+    varies = Stage.EFFNET_ENCODER in has and Stage.VQGAN in has
+    controls = [name for name in CONTROLS if _can(manifest, name)]
     return {
         "image_prompts": Stage.IMAGE_ENCODER in has,
         "init_image": varies,
-        "mask": varies and Stage.VQGAN in has and ENCODER in has[Stage.VQGAN].graphs,
-        "controls": [name for name in CONTROLS if _can(manifest, name)],
+        "mask": (varies and ENCODER in has[Stage.VQGAN].graphs) or INPAINTING in controls,
+        "controls": controls,
         "previews": [stage for stage in PREVIEWED if stage is not Stage.PRIOR or Stage.PREVIEWER in has],
     }
 
@@ -100,17 +99,6 @@ def _check(request: Request, able: Mapping[str, Any]) -> None:
     for name in ("prior_steps", "decoder_steps"):
         if not 1 <= getattr(settings, name) <= MOST_STEPS:
             raise UsageError(f"{name} {getattr(settings, name)}: expected 1 to {MOST_STEPS}")
-    strengths = [each.strength for each in request.controls]
-    if not all(map(math.isfinite, [*_numbers(settings), *strengths])):
-        raise UsageError("settings: expected numbers, found one that is infinite or none at all")
-    if request.mask and not request.init_image:
-        raise UsageError("mask: it says what to draw anew of an initial image; give that too")
-
-
-def _numbers(settings: Settings) -> list[float]:
-    values = asdict(settings).values()
-    lists = [value for value in values if isinstance(value, tuple)]
-    return [value for value in (*values, *(n for each in lists for n in each)) if isinstance(value, int | float)]
 
 
 def _count(value: Any) -> int:

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -24,13 +25,18 @@ class Pictures:
     def __init__(self, folder: Path, kept: Path) -> None:
         self._folder = folder
         self._kept = kept
+        self._lock = Lock()  # of what is added
 
     def add(self, content: bytes) -> str:
         """Store a picture's file and return its id. Raises UsageError when it is none, or there are too many."""
         found = hashlib.sha256(content).hexdigest()
-        path = self._folder / found
+        with self._lock:
+            self._add(self._folder / found, content)
+        return found
+
+    def _add(self, path: Path, content: bytes) -> None:
         if path.exists():
-            return found
+            return
         if sum(file.stat().st_size for file in self._folder.iterdir()) + len(content) > MOST_BYTES:
             raise UsageError(f"more than {MOST_BYTES >> 20} MB of pictures; start cascadekit ui again to drop them")
         scratch = path.with_suffix(".new")
@@ -41,7 +47,6 @@ class Pictures:
             scratch.unlink()
             raise UsageError(str(error).replace(str(scratch), "the picture")) from error
         scratch.replace(path)
-        return found
 
     def find(self, picture: object) -> Path | None:
         """The file of an id."""

@@ -137,8 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
             reply = json_reply({"error": str(refusal)}, refusal.status)
         except CascadeError as error:
             reply = json_reply({"error": str(error)}, HTTPStatus.BAD_REQUEST)
-        except OSError:
-            raise  # of the connection
+        except (ConnectionError, TimeoutError):
+            raise  # nobody is there to be told
         except Exception as error:
             traceback.print_exc()
             message = f"something went wrong that should not ({type(error).__name__}); the terminal says more"

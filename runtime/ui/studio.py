@@ -15,6 +15,7 @@ from PIL import Image
 
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
+from ..batch import images_together
 from ..generation import OnStep
 from ..images import image_paths, save_png
 from ..pipeline import Cascade
@@ -26,7 +27,6 @@ from .pictures import Pictures
 
 MOST_WAITING = 32
 REMEMBERED = 64  # jobs, finished ones included
-MOST_PIXELS = 4 << 20  # of all images drawn together
 PREVIEW_SIDE = 512  # pixels, the longer side of what is sent to the page
 
 
@@ -46,7 +46,7 @@ class Studio:
         batch: int | None = None,
         say: Callable[[str], object] = lambda text: None,
     ) -> None:
-        """`batch` images are drawn together, or what MOST_PIXELS allows; `say` hears of each image saved."""
+        """`batch` images are drawn together, or what `images_together` says; `say` hears of each image saved."""
         self._cascade = cascade
         self._gallery = gallery
         self._pictures = pictures
@@ -143,8 +143,7 @@ class Studio:
         cut = self._cut(requests[0].prompt, requests[0].negative) if not requests[0].settings.long_prompts else []
         if cut:
             job.tell(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
-        settings = requests[0].settings
-        most = self._batch or max(1, MOST_PIXELS // (settings.width * settings.height))
+        most = self._batch or images_together(requests[0].settings)
         began, done = time.monotonic(), 0
         for group in groups(requests, most):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
