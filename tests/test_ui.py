@@ -197,6 +197,9 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"image_prompts": [ID]}, "was not given"),
         ({"controls": [{"name": "canny", "picture": ID}]}, "was not given"),
         ({"controls": [{"name": "identity", "picture": ID}]}, "control 'identity': expected one of canny"),
+        ({"controls": [{"name": "canny", "picture": [ID]}]}, "was not given"),
+        ({"init_image": [[ID]]}, "was not given"),
+        ({"prior_timesteps": [1 - number / 2000 for number in range(1002)]}, "timesteps: expected at most 1001"),
         ({"controls": ["canny=/etc/passwd"]}, "expected each as"),
     ],
 )

@@ -19,7 +19,7 @@ from .pictures import Pictures
 # What a slip of the finger may not exceed.
 MOST_IMAGES, MOST_STEPS, LARGEST_SIDE = 64, 1000, 8192
 
-PICTURED = ("image_prompts", "init_image", "mask")
+PICTURED = frozenset({"image_prompts", "init_image", "mask"})
 PREVIEWED = (Stage.PRIOR, Stage.DECODER)
 
 
@@ -66,12 +66,15 @@ def parse_order(
     if "loras" in said:
         raise UsageError("LoRAs are chosen when the page is started: cascadekit ui --lora")
     able = features(manifest)
-    for name in PICTURED:
-        if said.get(name) and not able[name]:
+    said = {name: value for name, value in said.items() if value or name not in PICTURED}
+    for name in sorted(PICTURED & said.keys()):
+        if not able[name]:
             raise UsageError(f"{name}: the bundle lacks the stages for that; export the model with its encoders")
-    said |= {
-        name: _pictured(said[name], pictures) for name in ("image_prompts", "init_image", "mask") if said.get(name)
-    }
+    for name in PICTURED & said.keys():
+        value = said[name]
+        said[name] = (
+            [_picture(each, pictures) for each in value] if isinstance(value, list) else _picture(value, pictures)
+        )
     if said.get("controls"):
         said["controls"] = [_control(each, manifest, pictures) for each in _list("controls", said["controls"])]
     said["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
@@ -80,14 +83,14 @@ def parse_order(
     first = parse_request(said, manifest.default_size)
     if count > 1 and first.batch > 1:
         raise UsageError("index and batch are of one image; leave them out to draw several")
-    _check(first, able)
+    _check(first)
     if first.seed + count > 2**64:
         raise UsageError(f"seed {first.seed}: too large for {count} images, which count on from it")
     requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
     return Order(requests, shown & frozenset(able["previews"]))
 
 
-def _check(request: Request, able: Mapping[str, Any]) -> None:
+def _check(request: Request) -> None:
     settings = request.settings
     try:
         f"{request.prompt}{request.negative}".encode()
@@ -99,6 +102,8 @@ def _check(request: Request, able: Mapping[str, Any]) -> None:
     for name in ("prior_steps", "decoder_steps"):
         if not 1 <= getattr(settings, name) <= MOST_STEPS:
             raise UsageError(f"{name} {getattr(settings, name)}: expected 1 to {MOST_STEPS}")
+    if max(len(settings.prior_timesteps), len(settings.decoder_timesteps)) > MOST_STEPS + 1:
+        raise UsageError(f"timesteps: expected at most {MOST_STEPS + 1}")
 
 
 def _count(value: Any) -> int:
@@ -124,10 +129,8 @@ def _list(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _pictured(value: Any, pictures: Pictures) -> Any:
-    """References for an id, or for a list of them."""
-    if isinstance(value, list):
-        return [_pictured(each, pictures) for each in value]
+def _picture(value: Any, pictures: Pictures) -> dict[str, str]:
+    """A reference for an id."""
     return {"path": str(pictures.path(value)), "sha256": value}
 
 
@@ -136,7 +139,7 @@ def _control(value: Any, manifest: Manifest, pictures: Pictures) -> dict[str, An
         raise UsageError("controls: expected each as {name, picture, strength}")
     require_control(manifest, str(value.get("name")))
     strength = {"strength": value["strength"]} if value.get("strength") not in (None, "") else {}
-    return {"name": value["name"], **_pictured(value.get("picture"), pictures), **strength}
+    return {"name": value["name"], **_picture(value.get("picture"), pictures), **strength}
 
 
 def _can(manifest: Manifest, name: str) -> bool:
