@@ -14,6 +14,7 @@ from .doctor import doctor
 from .generate import generate
 from .lora import lora
 from .lora_bundle import apply
+from .ui import ui
 
 
 @click.group(cls=CascadeGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +24,7 @@ def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
 
 
-for command in (inspect, convert, lora, export, validate, build, generate, verify, demo, bench, doctor):
+for command in (inspect, convert, lora, export, validate, build, generate, ui, verify, demo, bench, doctor):
     main.add_command(command)
 lora.add_command(apply)
 for command in (bench_build, bench_generate):

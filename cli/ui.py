@@ -1,0 +1,49 @@
+"""The command that shows a page to draw with."""
+
+import ipaddress
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import PATH
+from .console import note, say
+from .drawing import open_cascade
+from .generate_options import machinery
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; nobody logs in.")
+@click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder for the images.")
+@machinery
+def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **engine: Any) -> None:
+    """Show a page in the browser to draw images with: prompt, settings, live preview, gallery.
+
+    Example: cascadekit ui bundle
+    """
+    from ..runtime.ui.serve import page_server
+
+    with open_cascade(bundle, **engine) as cascade:
+        name = bundle.resolve().name
+        page = page_server(
+            cascade, output, name=name, host=host, port=port, batch=batch, loras=engine["loras"], say=say
+        )
+        with page as server:
+            if not _is_loopback(host):
+                note("whoever reaches this address can draw, and see the images; 127.0.0.1 is for this machine alone")
+            say(f"{server.url}  images go to {output}, Ctrl+C ends")
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                say("ending after the step that is being computed; Ctrl+C again does not wait for it")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,150 @@
+"""What the page may ask for, and from its flat JSON to requests."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from ...schemas.bundle import Manifest
+from ...schemas.errors import UsageError
+from ...schemas.request import Request, parse_request
+from ...schemas.settings import Sampler, parse_settings
+from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
+from ...schemas.stages import Stage
+from ..controls import CONTROLS, INPAINTING, require_control
+from ..pipeline import ENCODER
+from .jobs import Order
+from .pictures import Pictures
+
+# What a slip of the finger may not exceed.
+MOST_IMAGES, MOST_STEPS, LARGEST_SIDE = 64, 1000, 8192
+
+PICTURED = frozenset({"image_prompts", "init_image", "mask"})
+PREVIEWED = (Stage.PRIOR, Stage.DECODER)
+
+
+def features(manifest: Manifest) -> dict[str, Any]:
+    """What the bundle can do besides following a prompt."""
+    has = manifest.stages
+    varies = Stage.EFFNET_ENCODER in has and Stage.VQGAN in has
+    controls = [name for name in CONTROLS if _can(manifest, name)]
+    return {
+        "image_prompts": Stage.IMAGE_ENCODER in has,
+        "init_image": varies,
+        "mask": (varies and ENCODER in has[Stage.VQGAN].graphs) or INPAINTING in controls,
+        "controls": controls,
+        "previews": [stage for stage in PREVIEWED if stage is not Stage.PRIOR or Stage.PREVIEWER in has],
+    }
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """The bundle, its features, and defaults and limits of the settings."""
+    sides = {"min": SMALLEST_SIDE, "max": LARGEST_SIDE, "step": SIZE_STEP}
+    size = manifest.default_size
+    return {
+        "stages": [
+            {"stage": stage, "variant": entry.variant, "precision": entry.precision}
+            for stage, entry in manifest.stages.items()
+        ],
+        "features": features(manifest),
+        "defaults": {sampler: parse_settings({"sampler": sampler}, size).to_json() for sampler in Sampler},
+        "size_policies": list(SizePolicy),
+        "limits": {"side": sides, "steps": MOST_STEPS, "images": MOST_IMAGES},
+        "created_by": manifest.created_by,
+    }
+
+
+def parse_order(
+    given: Mapping[str, Any], manifest: Manifest, pictures: Pictures, loras: Sequence[tuple[str, float]] = ()
+) -> Order:
+    """Fields of a request with ids for pictures, besides `images` (how many, each with a seed of its own, counted on
+    from `seed`) and `previews` (stages). `loras` are merged into the weights already.
+
+    Raises UsageError for what cannot be drawn."""
+    said = dict(given)
+    count, shown = _count(said.pop("images", 1)), _stages(said.pop("previews", []))
+    if "loras" in said:
+        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui --lora")
+    able = features(manifest)
+    said = {name: value for name, value in said.items() if value or name not in PICTURED}
+    for name in sorted(PICTURED & said.keys()):
+        if not able[name]:
+            raise UsageError(f"{name}: the bundle lacks the stages for that; export the model with its encoders")
+    for name in PICTURED & said.keys():
+        value = said[name]
+        said[name] = (
+            [_picture(each, pictures) for each in value] if isinstance(value, list) else _picture(value, pictures)
+        )
+    if said.get("controls"):
+        said["controls"] = [_control(each, manifest, pictures) for each in _list("controls", said["controls"])]
+    said["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
+    if said.get("seed") in (None, ""):
+        said["seed"] = secrets.randbelow(1 << 32)
+    first = parse_request(said, manifest.default_size)
+    if count > 1 and first.batch > 1:
+        raise UsageError("index and batch are of one image; leave them out to draw several")
+    _check(first)
+    if first.seed + count > 2**64:
+        raise UsageError(f"seed {first.seed}: too large for {count} images, which count on from it")
+    requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
+    return Order(requests, shown & frozenset(able["previews"]))
+
+
+def _check(request: Request) -> None:
+    settings = request.settings
+    try:
+        f"{request.prompt}{request.negative}".encode()
+    except UnicodeEncodeError:
+        raise UsageError("prompt: expected text, found half of a surrogate pair") from None
+    latent_sizes(settings.height, settings.width, settings.size_policy)
+    if max(settings.width, settings.height) > LARGEST_SIDE:
+        raise UsageError(f"size {settings.width}x{settings.height}: expected at most {LARGEST_SIDE} a side")
+    for name in ("prior_steps", "decoder_steps"):
+        if not 1 <= getattr(settings, name) <= MOST_STEPS:
+            raise UsageError(f"{name} {getattr(settings, name)}: expected 1 to {MOST_STEPS}")
+    if max(len(settings.prior_timesteps), len(settings.decoder_timesteps)) > MOST_STEPS + 1:
+        raise UsageError(f"timesteps: expected at most {MOST_STEPS + 1}")
+
+
+def _count(value: Any) -> int:
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):
+        count = 0
+    if not 1 <= count <= MOST_IMAGES:
+        raise UsageError(f"images {value!r}: expected 1 to {MOST_IMAGES}")
+    return count
+
+
+def _stages(value: Any) -> frozenset[Stage]:
+    wrong = [each for each in _list("previews", value) if each not in PREVIEWED]
+    if wrong:
+        raise UsageError(f"previews {wrong[0]!r}: expected {' and '.join(PREVIEWED)}")
+    return frozenset(Stage(each) for each in value)
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise UsageError(f"{name}: expected a list")
+    return value
+
+
+def _picture(value: Any, pictures: Pictures) -> dict[str, str]:
+    """A reference for an id."""
+    return {"path": str(pictures.path(value)), "sha256": value}
+
+
+def _control(value: Any, manifest: Manifest, pictures: Pictures) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value.keys() <= {"name", "picture", "strength"}:
+        raise UsageError("controls: expected each as {name, picture, strength}")
+    require_control(manifest, str(value.get("name")))
+    strength = {"strength": value["strength"]} if value.get("strength") not in (None, "") else {}
+    return {"name": value["name"], **_picture(value.get("picture"), pictures), **strength}
+
+
+def _can(manifest: Manifest, name: str) -> bool:
+    try:
+        require_control(manifest, name)
+    except UsageError:
+        return False
+    return name != "canny" or find_spec("cv2") is not None  # without OpenCV there is "edges"

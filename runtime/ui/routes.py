@@ -1,0 +1,142 @@
+"""What the page may ask of the server."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Any
+
+from ...schemas.bundle import Manifest
+from .gallery import Gallery
+from .jobs import Job
+from .orders import describe, parse_order
+from .pictures import Pictures
+from .server import Call, RefusedError, Reply, Route, json_reply
+from .studio import Studio
+
+MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
+SHOWN = 48  # images of the gallery unless more are asked for
+MOST_SHOWN = 10_000
+
+POLICY = (
+    "default-src 'self'; script-src {script}; style-src {style}; img-src 'self' data: blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class App:
+    """What routes work with. `about` is said of the machinery that draws."""
+
+    manifest: Manifest
+    studio: Studio
+    gallery: Gallery
+    pictures: Pictures
+    loras: Sequence[tuple[str, float]]
+    about: dict[str, Any]
+
+    @cached_property
+    def page(self) -> bytes:
+        return files(__package__).joinpath("index.html").read_bytes()
+
+    @cached_property
+    def policy(self) -> str:
+        """The page's own script and style by their hashes; nothing from elsewhere, nothing that is slipped in."""
+        return POLICY.format(script=_hash_of(self.page, b"script"), style=_hash_of(self.page, b"style"))
+
+    def job(self, call: Call) -> Job:
+        job = self.studio.job(call.groups["id"])
+        if job is None:
+            raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such job (any more)")
+        return job
+
+
+def _page(app: App, call: Call) -> Reply:
+    headers = {"Content-Security-Policy": app.policy, "Cache-Control": "no-cache"}
+    return Reply(app.page, "text/html; charset=utf-8", headers=headers)
+
+
+def _info(app: App, call: Call) -> Reply:
+    return json_reply({**describe(app.manifest), **app.about, "picture_bytes": MOST_PICTURE})
+
+
+def _add_picture(app: App, call: Call) -> Reply:
+    return json_reply({"id": app.pictures.add(call.body)}, HTTPStatus.CREATED)
+
+
+def _picture(app: App, call: Call) -> Reply:
+    if app.pictures.find(call.groups["id"]) is None:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such picture")
+    content = io.BytesIO()
+    app.pictures.shown(call.groups["id"]).save(content, "JPEG", quality=90)
+    return Reply(content.getvalue(), "image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
+
+def _submit(app: App, call: Call) -> Reply:
+    order = parse_order(call.json(), app.manifest, app.pictures, app.loras)
+    return json_reply(app.studio.submit(order).to_json(), HTTPStatus.CREATED)
+
+
+def _jobs(app: App, call: Call) -> Reply:
+    return json_reply({"jobs": [job.to_json() for job in app.studio.unfinished()]})
+
+
+def _events(app: App, call: Call) -> Reply:
+    seen = call.headers.get("Last-Event-ID", "")
+    job = app.job(call)
+    return Reply(_stream(job, int(seen) if re.fullmatch(r"\d{1,9}", seen) else 0), "text/event-stream")
+
+
+def _stream(job: Job, seen: int) -> Iterator[bytes]:
+    """Server-sent events, and a comment now and then that finds out whether anybody still listens."""
+    for event in job.events(seen):
+        if event is None:
+            yield b": waiting\n\n"
+        else:
+            yield f"id: {event.version}\nevent: {event.name}\ndata: {json.dumps(event.data)}\n\n".encode()
+
+
+def _cancel(app: App, call: Call) -> Reply:
+    app.studio.cancel(job := app.job(call))
+    return json_reply(job.to_json())
+
+
+def _images(app: App, call: Call) -> Reply:
+    count = call.query.get("count", str(SHOWN))
+    if not re.fullmatch(r"\d{1,9}", count):
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "count: expected a number")
+    images, more = app.gallery.newest(min(int(count), MOST_SHOWN))
+    return json_reply({"images": images, "more": more})
+
+
+def _image(app: App, call: Call) -> Reply:
+    path = app.gallery.file(call.groups["name"])
+    if path is None:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such image")
+    return Reply(path.read_bytes(), "image/png", headers={"Cache-Control": "private, max-age=3600"})
+
+
+ROUTES: Sequence[Route] = (
+    Route("GET", r"/", _page),
+    Route("GET", r"/api/info", _info),
+    Route("POST", r"/api/pictures", _add_picture, MOST_PICTURE, ("application/octet-stream",)),
+    Route("GET", r"/api/pictures/(?P<id>[0-9a-f]{64})", _picture),
+    Route("POST", r"/api/jobs", _submit, MOST_JSON, ("application/json",)),
+    Route("GET", r"/api/jobs", _jobs),
+    Route("GET", r"/api/jobs/(?P<id>[0-9a-f]+)/events", _events),
+    Route("POST", r"/api/jobs/(?P<id>[0-9a-f]+)/cancel", _cancel, MOST_JSON, ("application/json",)),
+    Route("GET", r"/api/images", _images),
+    Route("GET", r"/images/(?P<name>[^/\\]+\.png)", _image),
+)
+
+
+def _hash_of(page: bytes, element: bytes) -> str:
+    """The page's one element of that name, as a Content-Security-Policy names it."""
+    (content,) = re.findall(b"<%s>(.*?)</%s>" % (element, element), page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
