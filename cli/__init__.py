@@ -3,13 +3,14 @@
 import click
 
 from .bench import bench
-from .bundles import export, validate, verify
+from .bundles import export, validate
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
 from .demo import demo
 from .generate import generate
 from .lora import lora
 from .lora_bundle import apply
+from .verify import verify
 
 
 @click.group(cls=CascadeGroup, context_settings={"help_option_names": ["-h", "--help"]})

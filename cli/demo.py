@@ -6,9 +6,9 @@ from pathlib import Path
 import click
 
 from ..schemas.layouts import Layout
-from .bundles import print_report, run_verify
 from .common import PATH
 from .console import FAILED, say
+from .verify import print_report, run_verify
 
 
 @click.command()
