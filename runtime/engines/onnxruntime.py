@@ -1,7 +1,7 @@
 """Runs the graphs of a bundle with ONNX Runtime."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -13,9 +13,13 @@ from ..bundle import Bundle
 from .base import Tensors, check_inputs, with_absent_control
 from .memory import give_back_memory
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
+IN_MEMORY_SINCE = (1, 21)  # graphs in memory with weights in files
 
 
 class OnnxRuntimeEngine:
@@ -110,6 +114,23 @@ def open_session(path: Path) -> Any:
         return ort.InferenceSession(path, options, providers=[PROVIDERS["cpu"]])
     except Exception as error:
         raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
+
+
+def open_proto(model: "ModelProto", folder: Path) -> Any:
+    """A session of `model`, which is on no disk, on the CPU; its weights lie in `folder`. Raises EngineError when it
+    cannot be loaded, or ONNX Runtime is older than 1.21."""
+    ort = import_onnxruntime("cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS["cpu"]])
+    except Exception as error:
+        if tuple(int(part) for part in ort.__version__.split(".")[:2]) < IN_MEMORY_SINCE:
+            raise EngineError(
+                f"onnxruntime {ort.__version__} cannot load parts of a graph: pip install 'onnxruntime>=1.21'"
+            ) from error
+        raise EngineError(f"{folder}: onnxruntime cannot load a part of its graph: {error}") from error
 
 
 def import_onnxruntime(device: str) -> Any:
