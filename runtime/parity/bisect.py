@@ -6,7 +6,7 @@ compute in the graph's precision, given the same values.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,13 +23,12 @@ from ..engines.base import Tensors
 from ..engines.onnxruntime import open_proto
 from .cut import GIVEN, CutGraph, Part
 from .points import Point, block_of, match
+from .presets import DTYPES, ROUNDOFF
 
 FACTOR = 8.0  # a part's own error to that of the reference's module in the same precision
-ROUNDOFF = {Precision.FP32: 2.0**-24, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}
-DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
 # Own error of a product with quantised weights, the worst of its channels: steps of 1/127 or 1/7 of the largest.
-QUANTIZED = {
+CHANNEL_QUANTIZED = {
     Quantization.NONE: 0.0,
     Quantization.INT8: 0.05,
     Quantization.INT8_DYNAMIC: 0.1,
@@ -101,11 +100,25 @@ class Bisection:
     def first(self) -> PointError | None:
         return next(iter(self.faulty), None)
 
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """The nodes of the first faulty part that no healthy part has; of these the ones that all faulty parts share, if
+        there are any."""
+        if self.first is None:
+            return ()
+        healthy = {node for point in self.points if not point.faulty for node in point.nodes}
+        own = [node for node in self.first.nodes if node not in healthy]
+        shared = [node for node in own if all(node in point.nodes for point in self.faulty)]
+        return tuple(shared or own)
+
     def described(self) -> list[str]:
         """What was found, a line for each fault."""
         if not self.faulty:
             return [f"{self.stage}: {len(self.points)} parts compared, none is faulty"]
-        return [f"{self.stage}: {self._line(point)}" for point in self.faulty]
+        lines = [f"{self.stage}: {self._line(point)}" for point in self.faulty]
+        suspects = self.suspects
+        more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
+        return [*lines, f"{self.stage}: look at the nodes {', '.join(suspects[:3])}{more}"]
 
     def _line(self, point: PointError) -> str:
         line = f"{point.label}: relative L2 {point.relative_l2:.1e} by itself, worst channel {point.worst_channel:.1e}"
@@ -132,6 +145,7 @@ class Bisection:
             "precision": str(self.precision),
             "passed": bool(self),
             "first": first.name if first else None,
+            "suspects": list(self.suspects),
             "note": self.note,
             "slices": self.slices,
             "points": [
@@ -235,7 +249,7 @@ def _compare(
         floor = 0.0 if broken else floor
         limit = FACTOR * max(floor, ROUNDOFF[entry.precision])
         if name in part.quantized:
-            limit = max(limit, QUANTIZED[entry.quantization])
+            limit = max(limit, CHANNEL_QUANTIZED[entry.quantization])
         ranges = {given_name: largest[given_name] for given_name in part.reads[name]}
         yield PointError(name, own, worst, floor, limit, largest[name], nonfinite, ranges, part.nodes[name])
 
@@ -279,6 +293,4 @@ def _bytes(points: Mapping[str, Point], names: Sequence[str]) -> int:
 
 
 def _with_depth(error: PointError, depth: Mapping[str, float]) -> PointError:
-    from dataclasses import replace
-
     return replace(error, accumulated=depth.get(error.name))
