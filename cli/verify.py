@@ -1,8 +1,9 @@
-"""The command that compares a bundle's engines with PyTorch."""
+"""The command that compares a bundle's engines with a reference."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,76 +13,208 @@ from .common import ENGINES, PATH, STAGES, local, maybe_local
 from .console import FAILED, note, say, show_table
 
 if TYPE_CHECKING:
+    from ..converters.model import Model
+    from ..runtime.bundle import Bundle
+    from ..runtime.engines.torch import TorchEngine
+    from ..runtime.parity.bisect import Bisection
+    from ..runtime.parity.expected import Expected
     from ..runtime.parity.verify import Report
 
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
+REFERENCES = ("cascadekit", "diffusers")
+COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--against", required=True, type=PATH, help="The model that the bundle was exported from.")
+@click.option("--against", type=PATH, help="The model that the bundle was exported from.")
+@click.option("--recorded", type=PATH, help="What --record wrote, instead of the model; needs no torch.")
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when the model holds none.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="This stage only (repeatable), no trajectory.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True)
 @click.option(
-    "--engine",
-    type=click.Choice(ENGINES),
-    default="onnxruntime",
+    "--reference",
+    type=click.Choice(REFERENCES),
+    default=REFERENCES[0],
     show_default=True,
-    help="Tolerances are those of fp32: a bf16 engine does not keep them.",
+    help="PyTorch modules of cascadekit, or those of diffusers and transformers.",
 )
+@click.option(
+    "--reference-precision",
+    type=click.Choice(list(COMPUTE)),
+    default="fp32",
+    show_default=True,
+    help="What the reference computes in.",
+)
+@click.option(
+    "--record", type=PATH, help="Write what the reference gives to this file, to compare elsewhere; no engine runs."
+)
+@click.option("--bisect", is_flag=True, help="Compare every part of each graph by itself and name those that differ.")
+@click.option("--force", is_flag=True, help="Replace an existing recording.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     bundle: Path,
-    against: Path,
+    against: Path | None,
+    recorded: Path | None,
     text_encoder: Path | None,
     stages: tuple[str, ...],
     device: str,
     engine: str,
+    reference: str,
+    reference_precision: str,
+    record: Path | None,
+    bisect: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Compare a bundle's engines with PyTorch on the same inputs; exit code 1 when they differ.
 
     Example: cascadekit verify bundle --against model
     """
-    report = run_verify(bundle, against, text_encoder, stages, device, engine)
-    if as_json:
-        say(json.dumps(report.to_json(), indent=2))
+    _check_modes(against, recorded, {"--record": record is not None, "--bisect": bisect}, reference)
+    if record is not None and against is not None:
+        run_record(bundle, against, record, text_encoder, stages, reference, reference_precision, force=force)
+        say(f"wrote {record}")
+    elif bisect and against is not None:
+        found = list(run_bisect(bundle, against, text_encoder, stages))
+        _print_bisections(found, as_json=as_json)
+        if not all(found):
+            raise SystemExit(FAILED)
     else:
-        print_report(report)
-    if not report:
-        raise SystemExit(FAILED)
+        report = run_verify(
+            bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded
+        )
+        if as_json:
+            say(json.dumps(report.to_json(), indent=2))
+        else:
+            print_report(report)
+        if not report:
+            raise SystemExit(FAILED)
+
+
+def _check_modes(against: Path | None, recorded: Path | None, modes: dict[str, bool], reference: str) -> None:
+    """Raises UsageError for options that do not go together."""
+    if (against is None) == (recorded is None):
+        raise UsageError("give --against MODEL, or --recorded FILE that was made from it")
+    chosen = [name for name, wanted in modes.items() if wanted]
+    if chosen and against is None:
+        raise UsageError(f"{chosen[0]} needs the model: give --against MODEL")
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)}: one at a time")
+    if reference != REFERENCES[0] and chosen not in ([], ["--record"]):
+        raise UsageError(f"{chosen[0]} looks into cascadekit's own modules; leave --reference away")
 
 
 def run_verify(
     bundle: Path,
-    against: Path,
+    against: Path | None,
     text_encoder: Path | None = None,
-    stages: tuple[str, ...] = (),
+    stages: Sequence[str] = (),
     device: str = "cpu",
     engine: str = "onnxruntime",
+    reference: str = REFERENCES[0],
+    reference_precision: str = "fp32",
+    recorded: Path | None = None,
 ) -> "Report":
-    from ..converters.model import open_model
-    from ..runtime.bundle import open_bundle
     from ..runtime.engines.table import make_engine
     from ..runtime.parity.verify import verify as run
     from ..runtime.tokenizer import ClipTokenizer
+
+    opened, chosen = _opened(bundle, stages)
+    runs = make_engine(engine, opened, device)
+    expected: Expected | TorchEngine
+    if recorded is not None:
+        expected = _recorded(recorded, opened)
+    else:
+        assert against is not None
+        model = _model(against, text_encoder)
+        expected = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
+    tokenizer = ClipTokenizer.open(opened.tokenizer)
+    return run(runs, expected, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"))
+
+
+def run_record(
+    bundle: Path,
+    against: Path,
+    output: Path,
+    text_encoder: Path | None = None,
+    stages: Sequence[str] = (),
+    reference: str = REFERENCES[0],
+    reference_precision: str = "fp32",
+    *,
+    force: bool = False,
+) -> None:
+    from ..converters.recording import record
+    from ..runtime.parity.expected import expect
+    from ..runtime.tokenizer import ClipTokenizer
+
+    if output.exists() and not force:
+        raise UsageError(f"{output}: exists already; give another output or --force to replace it")
+    opened, chosen = _opened(bundle, stages)
+    model = _model(against, text_encoder)
+    runs = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
+    tokenizer = ClipTokenizer.open(opened.tokenizer)
+    expected = expect(runs, opened.manifest, tokenizer, chosen, progress=lambda what: note(f"recording {what}"))
+    record(expected, model.components, output, force=force)
+
+
+def run_bisect(
+    bundle: Path, against: Path, text_encoder: Path | None = None, stages: Sequence[str] = ()
+) -> "Iterator[Bisection]":
+    """Of each stage in turn."""
+    from ..runtime.parity.bisect import bisect_stage
+    from ..runtime.tokenizer import ClipTokenizer
+
+    opened, chosen = _opened(bundle, stages)
+    wanted = chosen or list(opened.manifest.stages)
+    runs = _reference(_model(against, text_encoder), wanted)
+    tokenizer = ClipTokenizer.open(opened.tokenizer)
+    for stage in wanted:
+        yield bisect_stage(opened, stage, runs, tokenizer, progress=lambda what: note(f"comparing {what}"))
+
+
+def _opened(bundle: Path, stages: Sequence[str]) -> "tuple[Bundle, list[Stage]]":
+    from ..runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
     chosen = [Stage(stage) for stage in stages]
     for stage in chosen:
         opened.entry(stage)
-    runs = make_engine(engine, opened, device)
-    model = open_model([local(against)], text_encoder=maybe_local(text_encoder))
+    return opened, chosen
+
+
+def _model(against: Path, text_encoder: Path | None) -> "Model":
+    from ..converters.model import open_model
+
+    return open_model([local(against)], text_encoder=maybe_local(text_encoder))
+
+
+def _reference(
+    model: "Model", stages: list[Stage], reference: str = REFERENCES[0], precision: str = "fp32"
+) -> "TorchEngine":
+    """The reference for `stages`, and for the text encoder if the model has it: prompts are embedded with it."""
     try:
-        from ..converters.reference import reference_engine
+        from ..converters.reference import independent_engine, reference_engine
     except ImportError as error:
         raise UsageError(
-            "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'"
+            "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
+            "or give --recorded FILE"
         ) from error
-    reference = reference_engine(model, chosen or list(opened.manifest.stages))
-    tokenizer = ClipTokenizer.open(opened.tokenizer)
-    return run(runs, reference, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"))
+    wanted = list(dict.fromkeys([*stages, *({Stage.TEXT_ENCODER} & model.components.keys())]))
+    make = {"cascadekit": reference_engine, "diffusers": independent_engine}[reference]
+    return make(model, wanted, compute=COMPUTE[precision])
+
+
+def _recorded(path: Path, bundle: "Bundle") -> "Expected":
+    from ..converters.recording import load_recording
+
+    recording = load_recording(path)
+    for stage, entry in bundle.manifest.stages.items():
+        known = {source.fingerprint for source in entry.sources}
+        if not known.issuperset(recording.sources.get(stage, ())):
+            note(f"{stage}: recorded from other files than those the bundle was exported from")
+    return recording.expected
 
 
 def print_report(report: "Report") -> None:
@@ -98,3 +231,14 @@ def print_report(report: "Report") -> None:
     if report.image_psnr is not None:
         say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))
     say("passed" if report else "FAILED")
+
+
+def _print_bisections(found: "Sequence[Bisection]", *, as_json: bool) -> None:
+    if as_json:
+        content: list[Any] = [bisection.to_json() for bisection in found]
+        say(json.dumps(content, indent=2))
+        return
+    for bisection in found:
+        for line in (*([f"{bisection.stage}: {bisection.note}"] if bisection.note else ()), *bisection.described()):
+            say(line)
+    say("no part differs" if all(found) else "DIFFERENT")

@@ -27,13 +27,19 @@ DTYPES = {
 
 
 def reference_engine(
-    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compiled: bool = False
+    model: Model,
+    stages: Sequence[Stage],
+    *,
+    dtype: str = "F32",
+    compiled: bool = False,
+    compute: str | None = None,
 ) -> TorchEngine:
-    """The reference of each of `stages` in `dtype`; weights are read when a stage is loaded.
+    """The reference of each of `stages` with weights in `dtype`, computing in that or in `compute`; weights are read
+    when a stage is loaded.
 
     Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
     loaders = {stage: _loader(model.component(stage), DTYPES[dtype]) for stage in stages}
-    return TorchEngine(loaders, compiled=compiled)
+    return TorchEngine(loaders, compiled=compiled, compute=compute)
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
@@ -78,7 +84,7 @@ def _loader(component: Component, dtype: torch.dtype) -> Loader:
     return lambda: (load_component(component, dtype), ports_of(component.config))
 
 
-def independent_engine(model: Model, stages: Sequence[Stage], *, dtype: str = "F32") -> TorchEngine:
+def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | None = None) -> TorchEngine:
     """The networks of diffusers and transformers with the model's weights: code that is not ours.
 
     Raises UsageError when the model lacks a stage, or there is no such network for one, or they are not installed."""
@@ -94,9 +100,8 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, dtype: str = "F
     except ImportError as error:
         raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
-    engine = TorchEngine({stage: _independent_loader(c, DTYPES[dtype]) for stage, c in components.items()})
-    engine.name = "diffusers"
-    return engine
+    loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}
+    return TorchEngine(loaders, compute=compute, name="diffusers")
 
 
 def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
@@ -174,7 +179,7 @@ class _Clip(_Theirs):
     def place_positions(self) -> None:
         """The one buffer that is in no checkpoint."""
         embeddings = self.inner.get_submodule(f"{self.part}.embeddings")
-        embeddings.position_ids = torch.arange(self.positions)[None]  # type: ignore[assignment]
+        embeddings.position_ids = torch.arange(self.positions)[None]
 
 
 class _ClipText(_Clip):

@@ -26,14 +26,23 @@ Loader = Callable[[], tuple[nn.Module, StagePorts]]
 
 class TorchEngine:
     """An engine on reference modules, each computing in the dtype of its weights; a stage's loader is called when the
-    stage is loaded. With `compiled` torch.compile makes kernels of them, anew for every size, in minutes."""
+    stage is loaded. With `compiled` torch.compile makes kernels of them, anew for every size, in minutes. With
+    `compute` they compute in that whatever their weights are in, see `TorchStage`."""
 
-    name = "torch"
     precision: Precision | None = None
 
-    def __init__(self, loaders: Mapping[Stage, Loader], *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        loaders: Mapping[Stage, Loader],
+        *,
+        compiled: bool = False,
+        compute: str | None = None,
+        name: str = "torch",
+    ) -> None:
+        self.name = f"{name} in {compute}" if compute else name
         self._loaders = loaders
         self._compiled = compiled
+        self._compute = compute
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         return (MAIN_GRAPH,)
@@ -44,7 +53,7 @@ class TorchEngine:
         module, ports = self._loaders[stage]()
         if self._compiled:
             module.compile(dynamic=False)
-        return TorchStage(stage, module, ports)
+        return TorchStage(stage, module, ports, self._compute)
 
 
 class TorchStage:

@@ -19,9 +19,12 @@ from ...schemas.precision import FP16_MAX, Precision
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..bundle import Bundle
-from ..engines.base import Tensors
+from ..engines.base import Engine, Tensors
 from ..engines.onnxruntime import open_proto
+from ..tokenizer import ClipTokenizer
+from .cases import cases_of, odd_case
 from .cut import GIVEN, CutGraph, Part
+from .expected import embedded_by
 from .points import Point, block_of, match
 from .presets import DTYPES, ROUNDOFF
 
@@ -102,8 +105,8 @@ class Bisection:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """The nodes of the first faulty part that no healthy part has; of these the ones that all faulty parts share, if
-        there are any."""
+        """The nodes of the first faulty part that no healthy part has; of these the ones that all faulty parts share,
+        if there are any."""
         if self.first is None:
             return ()
         healthy = {node for point in self.points if not point.faulty for node in point.nodes}
@@ -169,6 +172,26 @@ class Bisection:
 
 def _plain(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
+
+
+def bisect_stage(
+    bundle: Bundle,
+    stage: Stage,
+    reference: Engine,
+    tokenizer: ClipTokenizer,
+    *,
+    slice_bytes: int = SLICE_BYTES,
+    progress: Progress = lambda what: None,
+) -> Bisection:
+    """`bisect` on the case of the stage where most can go wrong, with true prompts where `reference`, which is a
+    `TorchEngine` of cascadekit's modules, has a text encoder."""
+    entry = bundle.entry(stage)
+    case = odd_case(cases_of(stage, entry, tokenizer, embedded_by(reference, tokenizer)))
+    runner: Any = reference.load(stage)
+    try:
+        return bisect(bundle, stage, runner, case.inputs, slice_bytes=slice_bytes, progress=progress)
+    finally:
+        runner.close()
 
 
 def bisect(

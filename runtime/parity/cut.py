@@ -12,6 +12,15 @@ import onnx
 from onnx import TensorProto, helper
 
 GIVEN = "/from_reference"  # after the name of a value that is fed instead of computed
+# Operators whose outputs are of other types than their first input, and the input that has their type.
+OUTPUT_TYPES: Mapping[str, tuple[int, ...]] = {
+    "Shape": (TensorProto.INT64,),
+    "ArgMax": (TensorProto.INT64,),
+    "Equal": (TensorProto.BOOL,),
+    "MatMulInteger": (TensorProto.INT32,),
+    "DynamicQuantizeLinear": (TensorProto.UINT8, TensorProto.FLOAT, TensorProto.UINT8),
+}
+TYPED_BY: Mapping[str, int] = {"Where": 1, "DequantizeLinear": 1, "QuantizeLinear": 2}
 QUANTIZED_OPS = ("MatMulNBits", "MatMulInteger", "DequantizeLinear")
 
 Dims = tuple[int | None, ...]  # None: not known before it runs
@@ -45,7 +54,7 @@ class CutGraph:
             model = _rounding(model, types)
         self.model = model
         self.ports = [port.name for port in model.graph.output]
-        self._inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        self._inferred = _inferred(model)
         self._producers = {output: node for node in model.graph.node for output in node.output}
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -153,9 +162,38 @@ def _renamed(node: onnx.NodeProto, cuts: Collection[str]) -> onnx.NodeProto:
     return copy
 
 
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with type and rank of every value. onnx knows nothing of ONNX Runtime's own operators, and of nothing
+    after them, so theirs are told."""
+    foreign = [node for node in model.graph.node if node.domain]
+    if not foreign:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    types = _followed(model)
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    for node in foreign:
+        widths = [attribute.i for attribute in node.attribute if attribute.name == "N"]
+        dims: list[int | None] = [None, *widths] if widths else [None, None, None]
+        told.graph.value_info.append(helper.make_tensor_value_info(node.output[0], types[node.output[0]], dims))
+    return onnx.shape_inference.infer_shapes(told, data_prop=True)
+
+
+def _followed(model: onnx.ModelProto) -> dict[str, int]:
+    """Element types of all values: of most operators' outputs that of their first input."""
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        casts = [attribute.i for attribute in node.attribute if attribute.name == "to"]
+        typed = OUTPUT_TYPES.get(node.op_type)
+        source = node.input[TYPED_BY.get(node.op_type, 0)]
+        for place, output in enumerate(node.output):
+            types[output] = casts[0] if casts else typed[place] if typed else types[source]
+    return types
+
+
 def _types(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = model if model.graph.value_info else onnx.shape_inference.infer_shapes(model, data_prop=True)
-    graph = inferred.graph
+    graph = (model if model.graph.value_info else _inferred(model)).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
     return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
 

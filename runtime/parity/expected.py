@@ -16,10 +16,12 @@ from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..engines.base import Engine, StageRunner, Tensors
+from ..noise import TorchGenerator, randn
 from ..pipeline import Cascade, Settings
 from ..sampling import Step
 from ..tokenizer import ClipTokenizer
 from .cases import NEGATIVE, PROMPT, PROMPTS, Case, Embedded, cases_of, embed
+from .metrics import relative_l2
 from .presets import DTYPES
 
 Outputs = dict[str, NDArray[Any]]
@@ -52,12 +54,14 @@ class Call:
 @dataclass(frozen=True)
 class Trajectory:
     """One image drawn by the reference. `latents` are those after every step by name, such as "prior step 1"; `gains`
-    by how much more these, and the "image", are off than each forward pass, relative L2."""
+    by how much more these, and the "image", are off than each forward pass, relative L2. `noise` is what was drawn for
+    it, where that is kept: another machine has to draw the same."""
 
     calls: tuple[Call, ...]
     latents: Mapping[str, NDArray[np.float32]]
     image: NDArray[np.float32]  # (1, 3, h, w) in 0..1
     gains: Mapping[str, float]
+    noise: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def expect(
     was singled out and all it takes is there. Floors are measured in `precisions` on a stage's first case.
 
     One stage is in memory at a time. Raises EngineError when one cannot be loaded or run."""
-    embedded = _embedded(reference, tokenizer, progress)
+    embedded = embedded_by(reference, tokenizer)
     cases: list[Case] = []
     outputs: list[Outputs] = []
     floors: dict[Stage, dict[Precision, float]] = {}
@@ -109,10 +113,8 @@ def expect(
 
 
 def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖found - expected‖ / ‖expected‖ in float64; infinite for anything that is not finite."""
-    error = np.linalg.norm((found.astype(np.float64) - expected).ravel())
-    size = np.linalg.norm(expected.astype(np.float64).ravel())
-    value = float(error / size) if size else float(error != 0)
+    """‖found - expected‖ / ‖expected‖; infinite where anything is not finite."""
+    value = relative_l2(found, expected)
     return value if np.isfinite(value) else float("inf")
 
 
@@ -129,13 +131,12 @@ def _floors(runner: Any, inputs: Tensors, precisions: Collection[Precision]) -> 
     return found
 
 
-def _embedded(reference: Engine, tokenizer: ClipTokenizer, progress: Progress) -> Embedded | None:
+def embedded_by(reference: Engine, tokenizer: ClipTokenizer) -> Embedded | None:
     """The prompts' true embeddings, where the reference has a text encoder."""
     try:
         runner = reference.load(Stage.TEXT_ENCODER)
     except EngineError:
         return None
-    progress("prompts")
     try:
         return embed(runner, tokenizer)
     finally:
@@ -168,6 +169,17 @@ def draw(
     with Cascade(engine, manifest, tokenizer, keep_loaded=False) as cascade:
         result = cascade.generate(PROMPTS[PROMPT], negative=NEGATIVE, seed=SEED, settings=TRAJECTORY, on_step=record)
         return latents, cascade.pixels(result.decoder_latents)
+
+
+def noise_tape(trajectory: Trajectory) -> dict[str, NDArray[np.float32]]:
+    """All noise that the trajectory's seed gives, in the order it is drawn, such as "prior draw 1"."""
+    generator = TorchGenerator(SEED)
+    tape = {}
+    for stage in (Stage.PRIOR, Stage.DECODER):
+        shapes = [value.shape for name, value in trajectory.latents.items() if name.startswith(f"{stage} ")]
+        for number in range(len(shapes) + 1):  # the first latents, and once a step
+            tape[f"{stage} draw {number + 1}"] = randn(shapes[0], generator)
+    return tape
 
 
 class _Wrapped:
@@ -224,4 +236,5 @@ class _Nudged(_Wrapped):
 def _nudged(value: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
     direction = rng.standard_normal(value.shape, dtype=np.float32)
     size = np.float32(NUDGE * np.linalg.norm(value) / np.linalg.norm(direction))
-    return value + size * direction
+    nudged: NDArray[Any] = value + size * direction
+    return nudged

@@ -10,7 +10,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..engines.base import Engine
 from ..tokenizer import ClipTokenizer
-from .expected import Expected, Progress, Trajectory, draw, expect
+from .expected import Expected, Progress, Trajectory, draw, expect, noise_tape
 from .metrics import Comparison, compare, psnr
 from .presets import Preset, coarser, drift_tolerance, preset, psnr_needed
 
@@ -56,8 +56,8 @@ def verify(
     stages: Sequence[Stage] = (),
     progress: Progress = lambda what: None,
 ) -> Report:
-    """Compare `engine` with a reference, or with what one gave before, on the chosen stages (all there are when none are
-    named), and along a trajectory when no stage was singled out and the bundle holds them all.
+    """Compare `engine` with a reference, or with what one gave before, on the chosen stages (all there are when none
+    are named), and along a trajectory when no stage was singled out and the bundle holds them all.
 
     The reference runs first, then the engine, each with one stage in memory. Raises EngineError when a stage cannot be
     loaded or run, UsageError when what is expected does not hold a stage."""
@@ -76,7 +76,7 @@ def verify(
     comparisons: list[Comparison] = []
     for stage in chosen:
         progress(f"{stage} on {engine.name}")
-        comparisons += _compare_stage(stage, engine, reference, presets[stage].tolerance, trajectory=not stages)
+        comparisons += _compare_stage(stage, engine, reference, presets[stage], trajectory=not stages)
     found, needed_psnr = None, 0.0
     if not stages and reference.trajectory is not None:
         progress(f"trajectory on {engine.name}")
@@ -95,22 +95,24 @@ def precisions_of(engine: Engine, manifest: Manifest, stages: Sequence[Stage] = 
 
 
 def _compare_stage(
-    stage: Stage, engine: Engine, expected: Expected, tolerance: float, *, trajectory: bool
+    stage: Stage, engine: Engine, expected: Expected, held_to: Preset, *, trajectory: bool
 ) -> Iterator[Comparison]:
     """The stage's cases, and its passes along the reference's trajectory: the engine sees the reference's latents."""
+    tolerance = held_to.tolerance
+    half = held_to.precision if held_to.precision is not Precision.FP32 else None
     runner = engine.load(stage)
     try:
         for case, outputs in zip(expected.cases, expected.outputs, strict=True):
             if case.stage is stage:
                 found = runner(case.inputs)
                 for name, tensor in outputs.items():
-                    yield compare(f"{stage}: {name} ({case.label})", found[name], tensor, tolerance)
+                    yield compare(f"{stage}: {name} ({case.label})", found[name], tensor, tolerance, half)
         calls = expected.trajectory.calls if trajectory and expected.trajectory else ()
         for call in (call for call in calls if call.stage is stage):
             found = runner(call.inputs)
             for name, tensor in call.outputs.items():
                 label = f"teacher-forced: {stage} pass {call.number + 1}, {name}"
-                yield compare(label, found[name], tensor, tolerance)
+                yield compare(label, found[name], tensor, tolerance, half)
     finally:
         runner.close()
 
@@ -126,4 +128,6 @@ def _follow(
     ]
     allowed = drift_tolerance(expected.gains["image"], tolerance)
     comparisons.append(compare("trajectory: image", image, expected.image, allowed))
+    tape = noise_tape(expected) if expected.noise else {}
+    comparisons += [compare(f"noise: {name}", tape[name], drawn, 0.0) for name, drawn in expected.noise.items()]
     return comparisons, psnr(image, expected.image), psnr_needed(expected.image, allowed)

@@ -23,6 +23,7 @@ def planted(bundle: Path, stage: str, target: Path, plant: Plant, place: str) ->
         shutil.copyfile(file, target / stage / file.name)
     manifest = json.loads((bundle / "cascade.json").read_text())
     manifest["stages"] = {stage: manifest["stages"][stage]}
+    manifest["tokenizer"] = None  # the package's own is the same
     (target / "cascade.json").write_text(json.dumps(manifest))
     plant(target / stage, place)
     accept_changes(target)
