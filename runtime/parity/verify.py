@@ -4,6 +4,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
 from ...schemas.precision import Precision
@@ -25,6 +28,7 @@ class Report:
     presets: dict[Stage, Preset]
     image_psnr: float | None = None  # dB; None without a trajectory
     image_psnr_needed: float = 0.0
+    images: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None  # found and expected, (1, 3, h, w) in 0..1
 
     def __bool__(self) -> bool:
         return all(self.comparisons) and bool(self.comparisons) and not self.image_failed
@@ -77,13 +81,15 @@ def verify(
     for stage in chosen:
         progress(f"{stage} on {engine.name}")
         comparisons += _compare_stage(stage, engine, reference, presets[stage], trajectory=not stages)
-    found, needed_psnr = None, 0.0
-    if not stages and reference.trajectory is not None:
-        progress(f"trajectory on {engine.name}")
-        tolerance = max(preset.tolerance for preset in presets.values())
-        followed, found, needed_psnr = _follow(engine, reference.trajectory, manifest, tokenizer, tolerance)
-        comparisons += followed
-    return Report(engine.name, reference.reference, tuple(comparisons), presets, found, needed_psnr)
+    if stages or reference.trajectory is None:
+        return Report(engine.name, reference.reference, tuple(comparisons), presets)
+    progress(f"trajectory on {engine.name}")
+    tolerance = max(preset.tolerance for preset in presets.values())
+    followed, image = _follow(engine, reference.trajectory, manifest, tokenizer, tolerance)
+    images = image, reference.trajectory.image
+    needed_psnr = psnr_needed(images[1], followed[-1].tolerance)
+    comparisons += [*followed, *_noise(reference.trajectory)]
+    return Report(engine.name, reference.reference, tuple(comparisons), presets, psnr(*images), needed_psnr, images)
 
 
 def precisions_of(engine: Engine, manifest: Manifest, stages: Sequence[Stage] = ()) -> Collection[Precision]:
@@ -119,15 +125,19 @@ def _compare_stage(
 
 def _follow(
     engine: Engine, expected: Trajectory, manifest: Manifest, tokenizer: ClipTokenizer, tolerance: float
-) -> tuple[list[Comparison], float, float]:
-    """The engine's own way from the same noise: latents after every step, the image, its PSNR and what that must be."""
+) -> tuple[list[Comparison], NDArray[np.float32]]:
+    """The engine's own way from the same noise: latents after every step, at last the image, which comes along."""
     latents, image = draw(engine, manifest, tokenizer)
     comparisons = [
         compare(f"trajectory: {name}", latents[name], tensor, drift_tolerance(expected.gains[name], tolerance))
         for name, tensor in expected.latents.items()
     ]
     allowed = drift_tolerance(expected.gains["image"], tolerance)
-    comparisons.append(compare("trajectory: image", image, expected.image, allowed))
+    return [*comparisons, compare("trajectory: image", image, expected.image, allowed)], image
+
+
+def _noise(expected: Trajectory) -> Iterator[Comparison]:
+    """What this machine draws against what was drawn for a recording."""
     tape = noise_tape(expected) if expected.noise else {}
-    comparisons += [compare(f"noise: {name}", tape[name], drawn, 0.0) for name, drawn in expected.noise.items()]
-    return comparisons, psnr(image, expected.image), psnr_needed(expected.image, allowed)
+    for name, drawn in expected.noise.items():
+        yield compare(f"noise: {name}", tape[name], drawn, 0.0)
