@@ -1,9 +1,9 @@
-"""The command that compares a bundle's engines with a reference."""
+"""The command that compares a bundle's engines with a reference, or two checkpoints with each other."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,12 +11,14 @@ from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
 from .common import ENGINES, PATH, STAGES, local, maybe_local
 from .console import FAILED, note, say, show_table
+from .verify_checkpoints import is_bundle, verify_checkpoints
+from .verify_inside import Inside, look_inside, print_inside
+from .verify_report import check_names, keep
 
 if TYPE_CHECKING:
     from ..converters.model import Model
     from ..runtime.bundle import Bundle
     from ..runtime.engines.torch import TorchEngine
-    from ..runtime.parity.bisect import Bisection
     from ..runtime.parity.expected import Expected
     from ..runtime.parity.verify import Report
 
@@ -26,8 +28,10 @@ COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16
 
 
 @click.command()
-@click.argument("bundle", type=PATH)
-@click.option("--against", type=PATH, help="The model that the bundle was exported from.")
+@click.argument("bundle", metavar="BUNDLE|CHECKPOINT", type=PATH)
+@click.option(
+    "--against", type=PATH, help="The model that the bundle was exported from, or the checkpoint that should be equal."
+)
 @click.option("--recorded", type=PATH, help="What --record wrote, instead of the model; needs no torch.")
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when the model holds none.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="This stage only (repeatable), no trajectory.")
@@ -50,7 +54,25 @@ COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16
 @click.option(
     "--record", type=PATH, help="Write what the reference gives to this file, to compare elsewhere; no engine runs."
 )
-@click.option("--bisect", is_flag=True, help="Compare every part of each graph by itself and name those that differ.")
+@click.option(
+    "--bisect",
+    is_flag=True,
+    help="Compare every part of each graph by itself and name those that differ; whole stages with --report only.",
+)
+@click.option(
+    "--ranges",
+    is_flag=True,
+    help="Watch how large values grow, and say which precision each stage bears; whole stages with --report only.",
+)
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    type=PATH,
+    help="Write a report (repeatable): .html to look at, .json for programs, .xml (JUnit) for build servers.",
+)
+@click.option("--verdict/--no-verdict", default=True, help="Write the verdict into the bundle's manifest or not.")
+@click.option("--mapping", is_flag=True, help="Of checkpoints: list every tensor and where it lies in both.")
 @click.option("--force", is_flag=True, help="Replace an existing recording.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
@@ -65,45 +87,69 @@ def verify(
     reference_precision: str,
     record: Path | None,
     bisect: bool,
+    ranges: bool,
+    reports: tuple[Path, ...],
+    verdict: bool,
+    mapping: bool,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Compare a bundle's engines with PyTorch on the same inputs; exit code 1 when they differ.
+    """Compare a bundle's engines with PyTorch on the same inputs, or two checkpoints tensor by tensor.
 
-    Example: cascadekit verify bundle --against model
+    Exit code 1 when they differ. Checkpoints may be in any layouts, and in two dtypes: then values must be what the
+    wider ones round to.
+
+    Example: cascadekit verify bundle --against model --report report.html
     """
-    _check_modes(against, recorded, {"--record": record is not None, "--bisect": bisect}, reference)
-    if record is not None and against is not None:
-        run_record(bundle, against, record, text_encoder, stages, reference, reference_precision, force=force)
-        say(f"wrote {record}")
-    elif bisect and against is not None:
-        found = list(run_bisect(bundle, against, text_encoder, stages))
-        _print_bisections(found, as_json=as_json)
-        if not all(found):
+    check_names(reports)
+    wanted = {"--record": record is not None, "--bisect": bisect, "--ranges": ranges}
+    model = _check_options(against, recorded, wanted, reference)
+    if not is_bundle(bundle):
+        if not verify_checkpoints(bundle, model, stages, as_json=as_json, mapping=mapping):
             raise SystemExit(FAILED)
-    else:
+        return
+    if record is not None:
+        run_record(bundle, model, record, text_encoder, stages, reference, reference_precision, force=force)
+        say(f"wrote {record}")
+        return
+    inside = Inside()
+    if bisect or ranges:
+        opened, chosen = _opened(bundle, stages)
+        chosen = chosen or list(opened.manifest.stages)
+        runs = _reference(_model(model, text_encoder), chosen)
+        inside = look_inside(opened, chosen, runs, bisect=bisect, ranges=ranges)
+    report = None
+    if reports or not (bisect or ranges):
         report = run_verify(
             bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded
         )
-        if as_json:
-            say(json.dumps(report.to_json(), indent=2))
-        else:
+    if as_json:
+        say(json.dumps({**(report.to_json() if report else {}), **inside.to_json()}, indent=2))
+    else:
+        if report:
             print_report(report)
-        if not report:
-            raise SystemExit(FAILED)
+        print_inside(inside)
+    if report is not None:
+        depth, widths = inside.depth_entries(), inside.range_entries()
+        keep(report, bundle, model, reports, record=verdict, depth=depth, ranges=widths)
+    if not inside or (report is not None and not report):
+        raise SystemExit(FAILED)
 
 
-def _check_modes(against: Path | None, recorded: Path | None, modes: dict[str, bool], reference: str) -> None:
-    """Raises UsageError for options that do not go together."""
+def _check_options(against: Path | None, recorded: Path | None, wanted: dict[str, bool], reference: str) -> Path:
+    """The model or recording. Raises UsageError for options that do not go together."""
     if (against is None) == (recorded is None):
         raise UsageError("give --against MODEL, or --recorded FILE that was made from it")
-    chosen = [name for name, wanted in modes.items() if wanted]
+    chosen = [name for name, given in wanted.items() if given]
     if chosen and against is None:
         raise UsageError(f"{chosen[0]} needs the model: give --against MODEL")
-    if len(chosen) > 1:
+    if "--record" in chosen[:-1] or "--record" in chosen[1:]:
         raise UsageError(f"{' and '.join(chosen)}: one at a time")
-    if reference != REFERENCES[0] and chosen not in ([], ["--record"]):
+    if reference != REFERENCES[0] and set(chosen) - {"--record"}:
         raise UsageError(f"{chosen[0]} looks into cascadekit's own modules; leave --reference away")
+    given = against or recorded
+    assert given is not None
+    return given
 
 
 def run_verify(
@@ -157,21 +203,6 @@ def run_record(
     tokenizer = ClipTokenizer.open(opened.tokenizer)
     expected = expect(runs, opened.manifest, tokenizer, chosen, progress=lambda what: note(f"recording {what}"))
     record(expected, model.components, output, force=force)
-
-
-def run_bisect(
-    bundle: Path, against: Path, text_encoder: Path | None = None, stages: Sequence[str] = ()
-) -> "Iterator[Bisection]":
-    """Of each stage in turn."""
-    from ..runtime.parity.bisect import bisect_stage
-    from ..runtime.tokenizer import ClipTokenizer
-
-    opened, chosen = _opened(bundle, stages)
-    wanted = chosen or list(opened.manifest.stages)
-    runs = _reference(_model(against, text_encoder), wanted)
-    tokenizer = ClipTokenizer.open(opened.tokenizer)
-    for stage in wanted:
-        yield bisect_stage(opened, stage, runs, tokenizer, progress=lambda what: note(f"comparing {what}"))
 
 
 def _opened(bundle: Path, stages: Sequence[str]) -> "tuple[Bundle, list[Stage]]":
@@ -231,14 +262,3 @@ def print_report(report: "Report") -> None:
     if report.image_psnr is not None:
         say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))
     say("passed" if report else "FAILED")
-
-
-def _print_bisections(found: "Sequence[Bisection]", *, as_json: bool) -> None:
-    if as_json:
-        content: list[Any] = [bisection.to_json() for bisection in found]
-        say(json.dumps(content, indent=2))
-        return
-    for bisection in found:
-        for line in (*([f"{bisection.stage}: {bisection.note}"] if bisection.note else ()), *bisection.described()):
-            say(line)
-    say("no part differs" if all(found) else "DIFFERENT")

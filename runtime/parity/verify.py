@@ -16,6 +16,7 @@ from ..tokenizer import ClipTokenizer
 from .expected import Expected, Progress, Trajectory, draw, expect, noise_tape
 from .metrics import Comparison, compare, psnr
 from .presets import Preset, coarser, drift_tolerance, preset, psnr_needed
+from .report import describe
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Report:
             "image_psnr_needed_db": None if self.image_psnr is None else self.image_psnr_needed,
             "images_equal": equal,
             "presets": {stage: {**asdict(p), "tolerance": p.tolerance} for stage, p in self.presets.items()},
-            "comparisons": [{**asdict(c), "passed": bool(c), "failures": c.failures} for c in self.comparisons],
+            "comparisons": [describe(comparison).model_dump(mode="json") for comparison in self.comparisons],
         }
 
 
