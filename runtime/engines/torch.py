@@ -20,6 +20,7 @@ from ...schemas.stages import Stage
 from .base import Tensors, check_inputs
 
 KEPT_FLOAT = ("timestep_ratio",)
+QUERIES, KEYS = ("to_q", "q_proj"), ("to_k", "k_proj")  # an attention's; the queries come first
 
 Loader = Callable[[], tuple[nn.Module, StagePorts]]
 
@@ -111,6 +112,26 @@ class TorchStage:
             outputs = self(inputs)
         return found | {name: value.shape for name, value in outputs.items()}
 
+    def spreads(self, inputs: Tensors) -> dict[str, tuple[float, float]]:
+        """The largest magnitude and the root mean square of what every module gives in one pass, by name, and of the
+        scores of every attention, called ``PATH/scores``."""
+        assert self._module is not None
+        found: dict[str, tuple[float, float]] = {}
+        queries: dict[str, torch.Tensor] = {}
+        heads = {name: part.heads for name, part in self._module.named_modules() if hasattr(part, "heads")}
+
+        def note(name: str, output: torch.Tensor) -> None:
+            found[name] = _spread(output)
+            path, _, part = name.partition("@")[0].rpartition(".")
+            if path in heads and part in QUERIES:
+                queries[path] = output
+            if path in heads and part in KEYS:
+                found[f"{path}/scores"] = _spread(_scores(queries.pop(path), output, heads[path]))
+
+        with self._hooked({name for name, _ in self._module.named_modules() if name}, note):
+            self(inputs)
+        return found
+
     @contextmanager
     def _hooked(
         self, names: Collection[str], hook: Callable[[str, torch.Tensor], torch.Tensor | None]
@@ -145,6 +166,18 @@ def _shape_into(found: dict[str, tuple[int, ...]]) -> Callable[[str, torch.Tenso
         found[name] = tuple(output.shape)
 
     return note
+
+
+def _spread(tensor: torch.Tensor) -> tuple[float, float]:
+    wide = tensor.to(torch.float32)
+    return float(wide.abs().max()), float(wide.square().mean(dtype=torch.float64).sqrt())
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
+    """q kᵀ / √d per head: (B, n, c) and (B, m, c) to (B, heads, n, m)."""
+    q, k = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (query, key))
+    scores: torch.Tensor = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    return scores
 
 
 def _fed(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:

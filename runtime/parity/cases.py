@@ -120,6 +120,19 @@ def cases_of(
     )
 
 
+def cases_at(
+    stage: Stage, entry: StageEntry, tokenizer: ClipTokenizer, ratios: Sequence[float], embedded: Embedded | None = None
+) -> tuple[Case, ...]:
+    """A stage with timesteps at each of `ratios` in turn in all of its situations; any other's usual cases."""
+    cases = cases_of(stage, entry, tokenizer, embedded)
+    if cases[0].t is None:
+        return cases
+    rng = np.random.default_rng(1)
+    return tuple(
+        _case(stage, entry, situation, ratio, embedded, rng) for ratio in ratios for situation in SITUATIONS[stage]
+    )
+
+
 def odd_case(cases: Sequence[Case]) -> Case:
     """The case where most can go wrong."""
     return cases[min(ODD, len(cases) - 1)]
