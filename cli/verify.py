@@ -124,9 +124,9 @@ def verify(
             bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded
         )
     if as_json:
-        say(json.dumps({**(report.to_json() if report else {}), **inside.to_json()}, indent=2))
+        say(json.dumps({**({} if report is None else report.to_json()), **inside.to_json()}, indent=2))
     else:
-        if report:
+        if report is not None:
             print_report(report)
         print_inside(inside)
     if report is not None:

@@ -218,6 +218,6 @@ def test_the_command_names_the_fault(tiny: Path, tmp_path: Path) -> None:
         main, ["verify", str(tiny / "bundle"), "--against", str(tiny / "model"), "--bisect", "--json"]
     )
     assert result.exit_code == 0
-    stages = json.loads(result.stdout)
+    stages = json.loads(result.stdout)["bisection"]
     assert [stage["first"] for stage in stages] == [None] * 4
     assert all(point["accumulated"] is None or point["accumulated"] < 1e-6 for s in stages for point in s["points"])
