@@ -1,9 +1,9 @@
 """What `report.json` holds: every figure of a parity run, and what it takes to repeat it."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .numbers import Number
 from .precision import Precision
@@ -15,6 +15,14 @@ FORMAT = "cascadekit-parity-report"
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+# What may come from file names, which hold what is no character where a system allows it.
+Text = Annotated[str, BeforeValidator(_encodable)]
 
 
 class TallyEntry(_Frozen):
@@ -40,12 +48,12 @@ class ComparisonEntry(_Frozen):
     "stage" for a pass on its own, else the way along the sampler that the name begins with, and `step` counts
     from 1."""
 
-    name: str
-    kind: str
+    name: Text
+    kind: Text
     stage: Stage | None  # None: the image
     step: int | None
     passed: bool
-    failures: tuple[str, ...]
+    failures: tuple[Text, ...]
     shape: tuple[int, ...]
     tolerance: Number
     relative_l2: Number
@@ -97,7 +105,7 @@ class DepthEntry(_Frozen):
     reference's module in the graph's precision, and the error of everything up to it."""
 
     stage: Stage
-    name: str
+    name: Text
     own: Number
     floor: Number
     accumulated: Number | None
@@ -108,7 +116,7 @@ class RangeEntry(_Frozen):
     """The largest magnitude that a block's activations reach."""
 
     stage: Stage
-    name: str
+    name: Text
     max_abs: Number
     precision: Precision
 
@@ -117,7 +125,7 @@ class FileEntry(_Frozen):
     """A file that was part of the comparison; the digests are those of `schemas.bundle.FileEntry`."""
 
     role: Literal["bundle", "reference"]
-    path: str
+    path: Text
     bytes: int = Field(ge=0)
     fingerprint: str
     sha256: str | None
@@ -129,12 +137,12 @@ class ParityReport(_Frozen):
     format: Literal["cascadekit-parity-report"] = "cascadekit-parity-report"
     version: Literal[1] = 1
     passed: bool
-    engine: str
-    reference: str
-    bundle: str
+    engine: Text
+    reference: Text
+    bundle: Text
     date: str
-    command: str
-    environment: dict[str, str]
+    command: Text
+    environment: dict[str, Text]
     stages: dict[Stage, StageFacts]
     comparisons: tuple[ComparisonEntry, ...]
     image: ImageEntry | None

@@ -1,8 +1,10 @@
 """HTML and SVG as text in which everything that came from outside is escaped."""
 
+import html
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
 
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # which HTML forbids
 VOID = frozenset({"br", "img", "input"})
 
 
@@ -10,6 +12,11 @@ class Markup(str):
     """Text that is HTML already; every other text is escaped where it is put in."""
 
     __slots__ = ()
+
+
+def escape(text: str) -> str:
+    """`text` as it can stand in a page, between tags or in an attribute."""
+    return html.escape(CONTROLS.sub("\ufffd", text))
 
 
 def join(*parts: str | None) -> Markup:

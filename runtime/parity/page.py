@@ -96,8 +96,8 @@ def _verdict(report: ParityReport) -> Markup:
     word = "passed" if report.passed else "failed"
     return element(
         "header",
-        element("p", f"Parity of {report.bundle}", class_="eyebrow"),
         element("h1", "✓ Passed" if report.passed else "✗ Failed", class_=word),
+        element("p", f"Parity of {report.bundle}", class_="eyebrow"),
         element("p", text),
         element("ul", *(element("li", item) for item in items)) if items else None,
         class_=f"verdict {word}",

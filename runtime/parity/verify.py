@@ -1,7 +1,7 @@
 """Compares an engine with what the reference gives: stage by stage, step by step, and the image at the end."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,10 @@ class Report:
     engine: str
     reference: str
     comparisons: tuple[Comparison, ...]
-    presets: dict[Stage, Preset]
     image_psnr: float | None = None  # dB; None without a trajectory
     image_psnr_needed: float = 0.0
     images: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None  # found and expected, (1, 3, h, w) in 0..1
+    presets: Mapping[Stage, Preset] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return all(self.comparisons) and bool(self.comparisons) and not self.image_failed
@@ -83,14 +83,14 @@ def verify(
         progress(f"{stage} on {engine.name}")
         comparisons += _compare_stage(stage, engine, reference, presets[stage], trajectory=not stages)
     if stages or reference.trajectory is None:
-        return Report(engine.name, reference.reference, tuple(comparisons), presets)
+        return Report(engine.name, reference.reference, tuple(comparisons), presets=presets)
     progress(f"trajectory on {engine.name}")
     tolerance = max(preset.tolerance for preset in presets.values())
     followed, image = _follow(engine, reference.trajectory, manifest, tokenizer, tolerance)
     images = image, reference.trajectory.image
     needed_psnr = psnr_needed(images[1], followed[-1].tolerance)
     comparisons += [*followed, *_noise(reference.trajectory)]
-    return Report(engine.name, reference.reference, tuple(comparisons), presets, psnr(*images), needed_psnr, images)
+    return Report(engine.name, reference.reference, tuple(comparisons), psnr(*images), needed_psnr, images, presets)
 
 
 def precisions_of(engine: Engine, manifest: Manifest, stages: Sequence[Stage] = ()) -> Collection[Precision]:
