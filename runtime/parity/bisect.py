@@ -72,6 +72,11 @@ class PointError:
         return self.nonfinite > 0 or not self.worst_channel <= self.limit
 
     @property
+    def held_to(self) -> float:
+        """The floor, or what a value of the precision is rounded by where that is more."""
+        return self.limit / FACTOR
+
+    @property
     def block(self) -> str:
         return block_of(self.name)[0]
 

@@ -1,7 +1,7 @@
 """How far an engine may be from the reference: a factor times a floor that is measured on the very model.
 
 The floor is the error of the reference itself when it computes in the engine's precision, against itself in float64.
-docs/parity.md has the factors' measurements; `converters.bench.parity` repeats them.
+docs/parity.md has what the factors come from; `cascadekit bench parity` measures it.
 """
 
 import math
