@@ -39,6 +39,7 @@ CHANNEL_QUANTIZED = {
     Quantization.INT4: 0.5,
 }
 SLICE_BYTES = 1 << 30
+SHOWN = 5  # faulty parts; what comes after an overflow is wrong as well
 
 Progress = Callable[[str], object]
 
@@ -59,7 +60,7 @@ class PointError:
     name: str  # the module's path; "@1" after it for a second pass
     relative_l2: float  # of the part, given the reference's values
     worst_channel: float  # of that, the channel that is worst, relative to it or to a usual one
-    floor: float  # the same of the reference's own module in the graph's precision
+    floor: float  # the same of the reference's own module in the graph's precision; infinite where that overflows
     limit: float  # worst_channel above this is a fault
     max_abs: float  # of the reference's value
     nonfinite: int  # values that are NaN or infinite
@@ -120,17 +121,20 @@ class Bisection:
         return tuple(shared or own)
 
     def described(self) -> list[str]:
-        """What was found, a line for each fault."""
+        """What was found, a line for each of the first faults."""
         if not self.faulty:
             return [f"{self.stage}: {len(self.points)} parts compared, none is faulty"]
-        lines = [f"{self.stage}: {self._line(point)}" for point in self.faulty]
+        lines = [f"{self.stage}: {self._line(point)}" for point in self.faulty[:SHOWN]]
+        if len(self.faulty) > SHOWN:
+            lines.append(f"{self.stage}: and {len(self.faulty) - SHOWN} more parts")
         suspects = self.suspects
         more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
         return [*lines, f"{self.stage}: look at the nodes {', '.join(suspects[:3])}{more}"]
 
     def _line(self, point: PointError) -> str:
         line = f"{point.label}: relative L2 {point.relative_l2:.1e} by itself, worst channel {point.worst_channel:.1e}"
-        line += f" where the reference in {self.precision} has {point.floor:.1e}"
+        usual = f"has {point.floor:.1e}" if np.isfinite(point.floor) else "overflows"
+        line += f" where the reference in {self.precision} {usual}"
         before = [other.accumulated for other in self.depth if self._place(other) < self._place(point)]
         if before and before[-1] is not None:
             line += f"; {before[-1]:.1e} had gathered before"
@@ -274,8 +278,8 @@ def _compare(
         expected = point.rows(point.to_graph(exact[name]))
         own, worst, nonfinite = _errors(point.rows(found[name]), expected)
         _, floor, broken = _errors(point.rows(point.to_graph(rough[name])), expected)
-        floor = 0.0 if broken else floor
-        limit = FACTOR * max(floor, ROUNDOFF[entry.precision])
+        limit = FACTOR * max(0.0 if broken else floor, ROUNDOFF[entry.precision])
+        floor = np.inf if broken else floor
         if name in part.quantized:
             limit = max(limit, CHANNEL_QUANTIZED[entry.quantization])
         ranges = {given_name: largest[given_name] for given_name in part.reads[name]}

@@ -30,8 +30,8 @@ Dims = tuple[int | None, ...]  # None: not known before it runs
 class Part:
     """A graph that computes `outputs` from `given` values and the graph's own `inputs`.
 
-    `reads` are the given values that each output depends on, `quantized` the outputs with a quantised product before
-    them, `nodes` those that lead from the given values to each output."""
+    `reads` are the given values that each output depends on other than by their size, `quantized` the outputs with a
+    quantised product before them, `nodes` those that lead from the given values to each output."""
 
     model: onnx.ModelProto
     outputs: tuple[str, ...]
@@ -82,13 +82,15 @@ class CutGraph:
         """What computes `outputs` when all values in `cuts` that lead to them are given."""
         needed: dict[int, onnx.NodeProto] = {}
         reads, paths = {}, {}
+        sought: set[str] = set()
         for output in outputs:
             found = self._before(output, cuts)
             needed |= {self.order[node.output[0]]: node for node in found.nodes}
-            reads[output], paths[output] = tuple(found.given), tuple(found.nodes)
+            reads[output], paths[output] = tuple(name for name, value in found.given.items() if value), found.nodes
+            sought |= found.given.keys()
         nodes = [_renamed(node, cuts) for _, node in sorted(needed.items())]
         read = {name for node in nodes for name in node.input}
-        given = tuple(sorted({name for names in reads.values() for name in names}))
+        given = tuple(sorted(sought))
         inputs = tuple(port.name for port in self.model.graph.input if port.name in read)
         graph = helper.make_graph(
             nodes,
@@ -131,7 +133,7 @@ class CutGraph:
     def _before(self, output: str, cuts: Collection[str]) -> "_Before":
         """What leads to `output` from given values on, in the order that it runs."""
         nodes: dict[int, onnx.NodeProto] = {}
-        given: dict[str, None] = {}
+        given: dict[str, bool] = {}
         waiting = [output]
         while waiting:
             node = self._producers[waiting.pop()]
@@ -141,16 +143,18 @@ class CutGraph:
             nodes[place] = node
             for name in node.input:
                 if name in cuts:
-                    given[name] = None
+                    given[name] = given.get(name, False) or node.op_type != "Shape"
                 elif name in self._producers:
                     waiting.append(name)
-        return _Before([node for _, node in sorted(nodes.items())], list(given))
+        return _Before([node for _, node in sorted(nodes.items())], given)
 
 
 @dataclass(frozen=True)
 class _Before:
+    """Nodes in the order they run, and the given values: whether they are read, or only their size is."""
+
     nodes: list[onnx.NodeProto]
-    given: list[str]
+    given: dict[str, bool]
 
 
 def _renamed(node: onnx.NodeProto, cuts: Collection[str]) -> onnx.NodeProto:

@@ -130,8 +130,9 @@ def test_an_overflow_is_foreseen_and_the_advice_cures_it(tiny: Path, loud: Path,
     assert CliRunner().invoke(main, ["verify", str(tmp_path / "wide"), *verify]).exit_code == 1
     made = CliRunner().invoke(main, ["export", str(loud), "-o", str(tmp_path / "safe"), *options])
     assert made.exit_code == 0, made.output
-    healthy = CliRunner().invoke(main, ["verify", str(tmp_path / "safe"), *verify])
-    assert healthy.exit_code == 0, healthy.output
+    for look in ([], ["--bisect"]):
+        healthy = CliRunner().invoke(main, ["verify", str(tmp_path / "safe"), *verify, *look])
+        assert healthy.exit_code == 0, healthy.output
     export(loud, tmp_path / "auto", graphs=GraphWishes(precision=Precision.FP16, fp16_safe="auto"))
     by_probes = open_bundle(tmp_path / "auto").entry(Stage.PRIOR).exponents
     assert abs(max(by_probes.values()) - int(options[3])) <= 1  # other latents, another way to measure
