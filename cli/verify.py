@@ -9,7 +9,7 @@ import click
 
 from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
-from .common import ENGINES, PATH, STAGES, local, maybe_local
+from .common import ENGINES, PATH, STAGES, local, maybe_local, parse_size
 from .console import FAILED, note, say, show_table
 from .verify_checkpoints import is_bundle, verify_checkpoints
 from .verify_inside import Inside, look_inside, print_inside
@@ -51,6 +51,7 @@ COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16
     show_default=True,
     help="What the reference computes in.",
 )
+@click.option("--size", metavar="WxH", callback=parse_size, help="Compare at the latents of images so large as well.")
 @click.option(
     "--record", type=PATH, help="Write what the reference gives to this file, to compare elsewhere; no engine runs."
 )
@@ -85,6 +86,7 @@ def verify(
     engine: str,
     reference: str,
     reference_precision: str,
+    size: tuple[int, int] | None,
     record: Path | None,
     bisect: bool,
     ranges: bool,
@@ -109,7 +111,7 @@ def verify(
             raise SystemExit(FAILED)
         return
     if record is not None:
-        run_record(bundle, model, record, text_encoder, stages, reference, reference_precision, force=force)
+        run_record(bundle, model, record, text_encoder, stages, reference, reference_precision, size, force=force)
         say(f"wrote {record}")
         return
     inside = Inside()
@@ -121,7 +123,7 @@ def verify(
     report = None
     if reports or not (bisect or ranges):
         report = run_verify(
-            bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded
+            bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded, size
         )
     if as_json:
         say(json.dumps({**({} if report is None else report.to_json()), **inside.to_json()}, indent=2))
@@ -162,6 +164,7 @@ def run_verify(
     reference: str = REFERENCES[0],
     reference_precision: str = "fp32",
     recorded: Path | None = None,
+    size: tuple[int, int] | None = None,
 ) -> "Report":
     from ..runtime.engines.table import make_engine
     from ..runtime.parity.verify import verify as run
@@ -177,7 +180,7 @@ def run_verify(
         model = _model(against, text_encoder)
         expected = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
     tokenizer = ClipTokenizer.open(opened.tokenizer)
-    return run(runs, expected, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"))
+    return run(runs, expected, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"), size)
 
 
 def run_record(
@@ -188,6 +191,7 @@ def run_record(
     stages: Sequence[str] = (),
     reference: str = REFERENCES[0],
     reference_precision: str = "fp32",
+    size: tuple[int, int] | None = None,
     *,
     force: bool = False,
 ) -> None:
@@ -201,7 +205,9 @@ def run_record(
     model = _model(against, text_encoder)
     runs = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
     tokenizer = ClipTokenizer.open(opened.tokenizer)
-    expected = expect(runs, opened.manifest, tokenizer, chosen, progress=lambda what: note(f"recording {what}"))
+    expected = expect(
+        runs, opened.manifest, tokenizer, chosen, progress=lambda what: note(f"recording {what}"), size=size
+    )
     record(expected, model.components, output, force=force)
 
 

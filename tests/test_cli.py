@@ -100,6 +100,10 @@ def test_the_networks_beside_the_cascade(helpers: Path, tmp_path: Path) -> None:
     assert {comparison["name"].split(":")[0] for comparison in report["comparisons"]} == set(stages)
     assert max(comparison["relative_l2"] for comparison in report["comparisons"]) < 1e-5
     assert report["image_psnr_db"] is None
+    looked = call("verify", bundle, "--against", helpers, "--bisect", "--json")
+    bisections = json.loads(looked.stdout)["bisection"]
+    assert looked.exit_code == 0, [bisection["first"] for bisection in bisections]
+    assert all(len(bisection["points"]) > 15 for bisection in bisections)
     only = json.loads(call("verify", bundle, "--against", helpers, "--stage", "previewer", "--json").stdout)
     assert {comparison["name"].split(":")[0] for comparison in only["comparisons"]} == {"previewer"}
 

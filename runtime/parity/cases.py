@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from ...schemas.bundle import StageEntry
 from ...schemas.control import is_control
+from ...schemas.sizes import latent_sizes
 from ...schemas.stages import Stage
 from ..engines.base import Tensors
 from ..sampling import alpha_bar
 from ..tokenizer import ClipTokenizer
 
 F32 = NDArray[np.float32]
+Size = tuple[int, int]  # (width, height) of an image
 
 NEGATIVE = "blurry"
 PROMPTS = ("", "a shiba inu wearing a beret, oil on canvas", "one, two, three " * 40)
@@ -78,6 +80,22 @@ SITUATIONS: Mapping[Stage, tuple[Situation, ...]] = {
     Stage.CONTROLNET_SUPER_RESOLUTION: MAPS,
     Stage.CONTROLNET_IDENTITY: MAPS,
 }
+
+
+def situations_at(stage: Stage, size: Size) -> tuple[Situation, ...]:
+    """The stage as it draws an image of `size`, once in each of RATIOS; none for stages that do not draw."""
+    sizes = latent_sizes(size[1], size[0])
+    (prior_height, prior_width), (height, width) = sizes.prior, sizes.decoder
+    match stage:
+        case Stage.PRIOR:
+            return tuple(_prior(1 + guided, prior_height, prior_width, 1, guided) for guided in (PLAIN, GUIDED, PLAIN))
+        case Stage.DECODER:
+            return tuple(_decoder(1 + g, height, width, sizes.prior, g) for g in (PLAIN, GUIDED, PLAIN))
+        case Stage.VQGAN:
+            return _images((1, height, width))
+    return ()
+
+
 ODD = 1  # the one of a stage's situations where most can go wrong; the last where there are fewer
 # Zeros where an image is drawn without that condition: always in the half of the batch that is not guided.
 IMAGE_PORTS = ("clip_img", "effnet")
@@ -106,14 +124,18 @@ def tokens_of(texts: Sequence[str], tokenizer: ClipTokenizer) -> dict[str, NDArr
 
 
 def cases_of(
-    stage: Stage, entry: StageEntry, tokenizer: ClipTokenizer, embedded: Embedded | None = None
+    stage: Stage,
+    entry: StageEntry,
+    tokenizer: ClipTokenizer,
+    embedded: Embedded | None = None,
+    size: Size | None = None,
 ) -> tuple[Case, ...]:
     """The stage's cases: a batch at each of RATIOS, one of them under guidance; prompts by their true embeddings where
-    they are `embedded`, else by normal noise."""
+    they are `embedded`, else by normal noise. With `size` as many more at the latents of an image so large."""
     if stage is Stage.TEXT_ENCODER:
         return (Case(stage, f"{len(PROMPTS)} prompts", tokens_of(PROMPTS, tokenizer)),)
     rng = np.random.default_rng(0)
-    situations = SITUATIONS[stage]
+    situations = (*SITUATIONS[stage], *(situations_at(stage, size) if size else ()))
     return tuple(
         _case(stage, entry, situation, RATIOS[place % len(RATIOS)], embedded, rng)
         for place, situation in enumerate(situations)

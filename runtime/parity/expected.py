@@ -20,7 +20,7 @@ from ..noise import TorchGenerator, randn
 from ..pipeline import Cascade, Settings
 from ..sampling import Step
 from ..tokenizer import ClipTokenizer
-from .cases import NEGATIVE, PROMPT, PROMPTS, Case, Embedded, cases_of, embed
+from .cases import NEGATIVE, PROMPT, PROMPTS, Case, Embedded, Size, cases_of, embed
 from .metrics import relative_l2
 from .presets import DTYPES
 
@@ -87,9 +87,11 @@ def expect(
     stages: Sequence[Stage] = (),
     precisions: Collection[Precision] = tuple(Precision),
     progress: Progress = lambda what: None,
+    size: Size | None = None,
 ) -> Expected:
-    """Run the reference: the cases of `stages` (all of the manifest's when none are named), and a trajectory when none
-    was singled out and all it takes is there. Floors are measured in `precisions` on a stage's first case.
+    """Run the reference: the cases of `stages` (all of the manifest's when none are named), with `size` those of images
+    so large as well, and a trajectory when no stage was singled out and all it takes is there. Floors are measured in
+    `precisions` on a stage's first case.
 
     One stage is in memory at a time. Raises EngineError when one cannot be loaded or run."""
     embedded = embedded_by(reference, tokenizer)
@@ -98,7 +100,7 @@ def expect(
     floors: dict[Stage, dict[Precision, float]] = {}
     for stage in stages or tuple(manifest.stages):
         progress(f"{stage} on {reference.name}")
-        found = cases_of(stage, manifest.stages[stage], tokenizer, embedded)
+        found = cases_of(stage, manifest.stages[stage], tokenizer, embedded, size)
         runner = reference.load(stage)
         try:
             cases += found

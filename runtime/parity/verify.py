@@ -13,6 +13,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..engines.base import Engine
 from ..tokenizer import ClipTokenizer
+from .cases import Size
 from .expected import Expected, Progress, Trajectory, draw, expect, noise_tape
 from .metrics import Comparison, compare, psnr
 from .presets import Preset, coarser, drift_tolerance, preset, psnr_needed
@@ -60,15 +61,17 @@ def verify(
     tokenizer: ClipTokenizer,
     stages: Sequence[Stage] = (),
     progress: Progress = lambda what: None,
+    size: Size | None = None,
 ) -> Report:
     """Compare `engine` with a reference, or with what one gave before, on the chosen stages (all there are when none
-    are named), and along a trajectory when no stage was singled out and the bundle holds them all.
+    are named), and along a trajectory when no stage was singled out and the bundle holds them all. `size` is
+    as in `expect`.
 
     The reference runs first, then the engine, each with one stage in memory. Raises EngineError when a stage cannot be
     loaded or run, UsageError when what is expected does not hold a stage."""
     if not isinstance(reference, Expected):
         needed = precisions_of(engine, manifest, stages)
-        reference = expect(reference, manifest, tokenizer, stages, needed, progress)
+        reference = expect(reference, manifest, tokenizer, stages, needed, progress, size)
     chosen = tuple(stages or manifest.stages)
     missing = [stage for stage in chosen if stage not in reference.stages]
     if missing:

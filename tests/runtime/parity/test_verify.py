@@ -93,6 +93,18 @@ def test_cases_have_real_prompts_guidance_and_every_timestep(tiny: Path) -> None
         assert (guided.inputs["sample"][0] == guided.inputs["sample"][1]).all()
 
 
+def test_a_size_adds_its_latents(tiny: Path) -> None:
+    """ceil(H/42.67) for the prior and ceil(H/4) for the decoder, at each timestep."""
+    options = ("--stage", "prior", "--stage", "decoder", "--stage", "vqgan", "--size", "320x200", "--json")
+    code, output = call("verify", tiny / "bundle", "--against", tiny / "model", "--no-verdict", *options)
+    names = [c["name"] for c in json.loads(output[output.index("{") :])["comparisons"]]
+    assert code == 0
+    for t, batch in zip(RATIOS, (1, 2, 1), strict=True):
+        assert any(n.startswith(f"prior: noise_pred (t {t}, batch {batch}, height 5, width 8") for n in names)
+        assert any(n.startswith(f"decoder: noise_pred (t {t}, batch {batch}, height 50, width 80") for n in names)
+    assert "vqgan: images (batch 1, height 50, width 80)" in names
+
+
 # Presets
 
 
