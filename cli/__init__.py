@@ -6,7 +6,7 @@ from .bench import bench
 from .bench_build import build as bench_build
 from .bench_generate import generate as bench_generate
 from .build import build
-from .bundles import export, validate, verify
+from .bundles import export, validate
 from .checkpoints import convert, inspect
 from .console import CascadeGroup
 from .demo import demo
@@ -15,6 +15,7 @@ from .generate import generate
 from .lora import lora
 from .lora_bundle import apply
 from .ui import ui
+from .verify import verify
 
 
 @click.group(cls=CascadeGroup, context_settings={"help_option_names": ["-h", "--help"]})

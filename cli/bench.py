@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import PATH, parse_size
-from .console import err, say, show_table
+from .console import err, note, say, show_table
 
 if TYPE_CHECKING:
     from ..converters.bench import EnginesReport, Report
@@ -23,6 +23,8 @@ ENGINES = (
 ).split()
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
+
+PARITY_COLUMNS = ("engine", "precision", "stage", "floor", "relative L2", "ratio")
 
 ENGINE_COLUMNS = (
     "engine",
@@ -292,3 +294,23 @@ def _case_row(name: str, case: dict[str, Any]) -> list[str]:
 
 def seconds(values: list[float]) -> list[str]:
     return [f"{value:.3f}" for value in values]
+
+
+@bench.command("parity")
+@click.option("--networks", type=click.IntRange(1, 100), default=5, show_default=True, help="Random cascades to take.")
+@AS_JSON
+def parity(networks: int, as_json: bool) -> None:
+    """Measure how far engines are from the reference, over the reference's own error: what verify's presets are made
+    of.
+
+    Example: cascadekit bench parity --networks 5
+    """
+    from dataclasses import asdict
+
+    from ..converters.bench.parity import measure_ratios, table_rows
+
+    ratios = measure_ratios(networks, note)
+    if as_json:
+        say(json.dumps([{**asdict(ratio), "ratio": ratio.ratio} for ratio in ratios], indent=2))
+    else:
+        show_table("", PARITY_COLUMNS, table_rows(ratios))

@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 
 from ..schemas.layouts import Layout
-from .bundles import print_report, run_verify
 from .common import PATH
 from .console import FAILED, say
+from .verify import print_report, run_verify
+from .verify_report import keep
 
 
 @click.command()
@@ -41,6 +42,7 @@ def demo(output: Path, force: bool) -> None:
         say("parity.json  compared with PyTorch")
         report = run_verify(folder / "bundle", folder / "model")
         (folder / "parity.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        keep(report, folder / "bundle", folder / "model", (), record=True)
     print_report(report)
     say(f"image: {output / 'image.png'}\nparity table: {output / 'parity.json'}")
     if not report:

@@ -14,7 +14,7 @@ def describe_machine(folder: Path, *, peer: bool = False) -> dict[str, Any]:
     kind, device = _file_system(folder)
     libraries = ("cascadekit", "numpy", *(("diffusers", "torch", "safetensors", "accelerate") if peer else ()))
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -29,7 +29,8 @@ def describe_machine(folder: Path, *, peer: bool = False) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

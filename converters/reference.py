@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,9 +10,9 @@ from torch import nn
 from ..runtime.engines.torch import Loader, TorchEngine
 from ..runtime.reference import load_reference
 from ..schemas.config_json import to_json
-from ..schemas.errors import ExportError
-from ..schemas.ports import ports_of
-from ..schemas.stages import Stage
+from ..schemas.errors import ExportError, LayoutError, UsageError
+from ..schemas.ports import StagePorts, ports_of
+from ..schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from .identify import Component
 from .model import Model
 from .safetensors_file import TensorRange
@@ -26,13 +27,19 @@ DTYPES = {
 
 
 def reference_engine(
-    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compiled: bool = False
+    model: Model,
+    stages: Sequence[Stage],
+    *,
+    dtype: str = "F32",
+    compiled: bool = False,
+    compute: str | None = None,
 ) -> TorchEngine:
-    """The reference of each of `stages` in `dtype`; weights are read when a stage is loaded.
+    """The reference of each of `stages` with weights in `dtype`, computing in that or in `compute`; weights are read
+    when a stage is loaded.
 
     Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
     loaders = {stage: _loader(model.component(stage), DTYPES[dtype]) for stage in stages}
-    return TorchEngine(loaders, compiled=compiled)
+    return TorchEngine(loaders, compiled=compiled, compute=compute)
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
@@ -77,21 +84,141 @@ def _loader(component: Component, dtype: torch.dtype) -> Loader:
     return lambda: (load_component(component, dtype), ports_of(component.config))
 
 
+def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | None = None) -> TorchEngine:
+    """The networks of diffusers and transformers with the model's weights: code that is not ours.
+
+    Raises UsageError when the model lacks a stage, or there is no such network for one, or they are not installed."""
+    strange = [stage for stage in stages if stage not in INDEPENDENT]
+    if strange:
+        raise UsageError(
+            f"diffusers and transformers have no {strange[0]}; compare it with --reference cascadekit, "
+            f"or choose others with --stage: {', '.join(INDEPENDENT)}"
+        )
+    try:
+        for library in ("diffusers", "transformers"):
+            import_module(library)
+    except ImportError as error:
+        raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
+    components = {stage: model.component(stage) for stage in stages}
+    loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}
+    return TorchEngine(loaders, compute=compute, name="diffusers")
+
+
 def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
     """diffusers' own network for the prior or the decoder, to measure beside ours. Needs diffusers."""
-    return TorchEngine({component.stage: lambda: (_Diffusers(component, DTYPES[dtype]), ports_of(component.config))})
+    return TorchEngine({component.stage: _independent_loader(component, DTYPES[dtype])})
 
 
-class _Diffusers(nn.Module):
-    """diffusers' StableCascadeUNet with the ports of ours."""
+def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
+    def load() -> tuple[nn.Module, StagePorts]:
+        network = INDEPENDENT[component.stage](component.config)
+        _take_weights(network.inner, component, dtype)
+        return network.requires_grad_(False).eval(), ports_of(component.config)
 
-    def __init__(self, component: Component, dtype: torch.dtype) -> None:
+    return load
+
+
+def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype) -> None:
+    """Load what the component has into a network without storage; of the vqgan what `decode` needs has to be there.
+
+    Raises LayoutError for weights that are missing."""
+    known = network.state_dict().keys() & component.tensors.keys()
+    weights = {name: read_tensor(component.tensors[name]) for name in sorted(known)}
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    missing = network.load_state_dict(cast, strict=False, assign=True).missing_keys
+    needed = [name for name in missing if not name.startswith(UNUSED_OF_VQGAN)]
+    if needed:
+        raise LayoutError(f"{component.path}: the {component.stage} lacks {', '.join(needed[:5])}")
+
+
+UNUSED_OF_VQGAN = ("in_block.", "down_blocks.", "vquantizer.")
+
+
+class _Theirs(nn.Module):
+    """A network of another library, built without storage, behind our ports."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.unet = import_module("diffusers").StableCascadeUNet.from_config(to_json(component.config))
-        weights = {name: read_tensor(tensor).to(dtype) for name, tensor in component.tensors.items()}
-        self.unet.load_state_dict(weights, assign=True)
-        self.requires_grad_(False).eval()
+            self.inner: nn.Module = self.build(config)
+
+    def build(self, config: Any) -> nn.Module:
+        raise NotImplementedError
+
+
+class _Diffusers(_Theirs):
+    """diffusers' StableCascadeUNet."""
+
+    def build(self, config: UNetConfig) -> nn.Module:
+        network: nn.Module = import_module("diffusers").StableCascadeUNet.from_config(to_json(config))
+        return network
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"noise_pred": self.unet(**inputs).sample}
+        return {"noise_pred": self.inner(**inputs).sample}
+
+
+class _Paella(_Theirs):
+    """diffusers' PaellaVQModel, with what the pipelines do around it."""
+
+    def build(self, config: VQGANConfig) -> nn.Module:
+        self.scale = config.scale_factor
+        deprecated = import_module("diffusers.pipelines.deprecated.wuerstchen")
+        network: nn.Module = deprecated.PaellaVQModel.from_config(to_json(config))
+        return network
+
+    def forward(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        images: torch.Tensor = self.inner.decode(self.scale * latents).sample  # type: ignore[operator]
+        return {"images": images.clamp(0, 1)}
+
+
+class _Clip(_Theirs):
+    """A CLIP model of transformers; `part` is where its embeddings are."""
+
+    part, positions = "", 0
+
+    def place_positions(self) -> None:
+        """The one buffer that is in no checkpoint."""
+        embeddings = self.inner.get_submodule(f"{self.part}.embeddings")
+        embeddings.position_ids = torch.arange(self.positions)[None]
+
+
+class _ClipText(_Clip):
+    """transformers' CLIPTextModelWithProjection, whose last hidden state is before the final norm."""
+
+    part = "text_model"
+
+    def build(self, config: TextEncoderConfig) -> nn.Module:
+        self.positions = config.max_position_embeddings
+        library = import_module("transformers")
+        network: nn.Module = library.CLIPTextModelWithProjection(library.CLIPTextConfig.from_dict(to_json(config)))
+        return network
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.place_positions()
+        found = self.inner(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return {"prompt_embeds": found.hidden_states[-1], "pooled": found.text_embeds[:, None]}
+
+
+class _ClipVision(_Clip):
+    """transformers' CLIPVisionModelWithProjection."""
+
+    part = "vision_model"
+
+    def build(self, config: ImageEncoderConfig) -> nn.Module:
+        self.positions = (config.image_size // config.patch_size) ** 2 + 1
+        library = import_module("transformers")
+        network: nn.Module = library.CLIPVisionModelWithProjection(library.CLIPVisionConfig.from_dict(to_json(config)))
+        return network
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.place_positions()
+        return {"image_embeds": self.inner(pixel_values=pixel_values).image_embeds}
+
+
+INDEPENDENT: Mapping[Stage, type[_Theirs]] = {
+    Stage.TEXT_ENCODER: _ClipText,
+    Stage.PRIOR: _Diffusers,
+    Stage.DECODER: _Diffusers,
+    Stage.VQGAN: _Paella,
+    Stage.IMAGE_ENCODER: _ClipVision,
+}

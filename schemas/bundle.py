@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .errors import CheckpointError
 from .layouts import Layout
+from .numbers import Number
 from .precision import Precision, Target
 from .quantization import Quantization
 from .stages import Stage, Variant
@@ -238,6 +239,28 @@ class LoraState(_Frozen):
     kept: tuple[FileEntry, ...]
 
 
+class StageVerdict(_Frozen):
+    """How one stage did: the worst relative L2 error of its comparisons, and what its files were, by path and
+    fingerprint."""
+
+    passed: bool
+    worst_relative_l2: Number
+    files: dict[RelativePath, Sha256]
+
+
+class VerdictEntry(_Frozen):
+    """What a parity run found; `date` is the day in UTC, as in 2026-01-31. `passed` is about all of the run, the
+    image included."""
+
+    engine: str
+    reference: str
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    created_by: str
+    passed: bool
+    image_psnr_db: Number | None
+    stages: dict[Stage, StageVerdict]
+
+
 class Manifest(_Frozen):
     """Everything a runtime needs to know of a bundle without opening a graph."""
 
@@ -250,6 +273,7 @@ class Manifest(_Frozen):
     stages: dict[Stage, StageEntry]
     lora: LoraState | None = None
     engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
+    parity: tuple[VerdictEntry, ...] = ()  # the latest last, see `runtime.parity.verdict`
 
 
 def to_text(manifest: Manifest) -> str:

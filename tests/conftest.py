@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from whole import Whole, make_whole
 
 from cascadekit import convert, export
 from cascadekit.converters.tiny import write_tiny_cascade
+from whole import Whole, make_whole
 
 DATA = Path(__file__).parent / "data"
 

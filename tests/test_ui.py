@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from whole import Whole, picture
 
 from cascadekit.cli import main
 from cascadekit.runtime.controls import ControlPicture
@@ -32,6 +31,7 @@ from cascadekit.runtime.ui.serve import page_server
 from cascadekit.runtime.ui.server import PageServer
 from cascadekit.schemas.request import parse_request
 from cascadekit.schemas.stages import Stage
+from whole import Whole, picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DESKTOP, PHONE = (1280, 900), (390, 844)

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from .installs import onnxruntime_conflict
 from .memory import give_back_memory
 from .nvidia import cache_folder
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 Outputs = dict[str, NDArray[Any]]
 
 CPU = "CPUExecutionProvider"
@@ -33,6 +36,7 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
+IN_MEMORY_SINCE = (1, 21)  # graphs in memory with weights in files
 
 # Where a network's time goes. Other operators may well be on the CPU: it computes shapes there on purpose.
 HEAVY = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MultiHeadAttention")
@@ -255,6 +259,23 @@ def open_session(path: Path) -> Any:
         return ort.InferenceSession(path, options, providers=[CPU])
     except Exception as error:
         raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
+
+
+def open_proto(model: "ModelProto", folder: Path) -> Any:
+    """A session of `model`, which is on no disk, on the CPU; its weights lie in `folder`. Raises EngineError when it
+    cannot be loaded, or ONNX Runtime is older than 1.21."""
+    ort = import_onnxruntime("cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    except Exception as error:
+        if tuple(int(part) for part in ort.__version__.split(".")[:2]) < IN_MEMORY_SINCE:
+            raise EngineError(
+                f"onnxruntime {ort.__version__} cannot load parts of a graph: pip install 'onnxruntime>=1.21'"
+            ) from error
+        raise EngineError(f"{folder}: onnxruntime cannot load a part of its graph: {error}") from error
 
 
 def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:

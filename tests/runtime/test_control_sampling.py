@@ -14,12 +14,12 @@ from diffusers.models.unets.unet_stable_cascade import SDCascadeResBlock
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
-from whole import Whole, counted, picture
 
 from cascadekit import Cascade
 from cascadekit.runtime.controls import ControlPicture
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import PROJ_BLOCKS_ENDS, Stage
+from whole import Whole, counted, picture
 
 F32 = NDArray[np.float32]
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
-from stability import CosineSchedule, ddpm, noise_condition
-from whole import Whole
 
 from cascadekit import Cascade
 from cascadekit.runtime.gdf import Gdf, gdf_schedule
 from cascadekit.runtime.sampling import Step, Wuerstchen, timesteps
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
+from stability import CosineSchedule, ddpm, noise_condition
+from whole import Whole
 
 TOLERANCE = 1e-4  # greatest |difference| over greatest |latent|
 PROMPTS, NEGATIVES = ["an image of a shiba inu", "a cat"], ["blurry", "dog"]

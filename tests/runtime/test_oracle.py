@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from whole import Whole, picture
 
 from cascadekit import Cascade, Settings
 from cascadekit.runtime.embeds import PromptEmbeds
@@ -21,6 +20,7 @@ from cascadekit.runtime.parity.metrics import psnr
 from cascadekit.runtime.sampling import Step
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
+from whole import Whole, picture
 
 F32 = NDArray[np.float32]
 Tape = dict[str, F32]

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cascadekit import export
-from cascadekit.cli.bundles import run_verify
+from cascadekit.cli.verify import run_verify
 from cascadekit.converters.model import open_model
 from cascadekit.converters.quantize_export import Quantize
 from cascadekit.converters.reference import reference_engine

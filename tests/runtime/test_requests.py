@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from whole import Whole, picture
 
 from cascadekit import Cascade
 from cascadekit.cli import main
@@ -19,6 +18,7 @@ from cascadekit.runtime.seeds import PlacedSeed
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.request import Request, parse_request
 from cascadekit.schemas.stages import Stage
+from whole import Whole, picture
 
 SIZE = (128, 64)
 QUICK: dict[str, Any] = {"width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2, "prior_guidance": 3.5}

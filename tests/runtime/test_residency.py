@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole import Loads, Whole, counted, picture
 
 from cascadekit import Cascade
 from cascadekit.runtime.controls import ControlPicture
@@ -13,6 +12,7 @@ from cascadekit.runtime.residency import MemoryPolicy, Residency
 from cascadekit.runtime.sampling import Step
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
+from whole import Loads, Whole, counted, picture
 
 QUICK: dict[str, Any] = {"seed": 0, "width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2}
 PATH = [Stage.TEXT_ENCODER, Stage.PRIOR, Stage.PRIOR, Stage.DECODER, Stage.VQGAN]  # the prior is in two graphs

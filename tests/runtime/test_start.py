@@ -12,8 +12,6 @@ import torch
 from diffusers import DDPMWuerstchenScheduler
 from numpy.typing import NDArray
 from PIL import Image
-from stability import CosineSchedule, ddpm, variance_preserving
-from whole import Whole, picture
 
 from cascadekit import Cascade
 from cascadekit.runtime.embeds import PromptEmbeds
@@ -22,6 +20,8 @@ from cascadekit.runtime.sampling import Step
 from cascadekit.runtime.start import Start
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
+from stability import CosineSchedule, ddpm, variance_preserving
+from whole import Whole, picture
 
 F32 = NDArray[np.float32]
 

@@ -1,0 +1,110 @@
+"""What verify leaves behind: reports, and the verdict in the bundle's manifest."""
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..schemas.errors import CascadeError, UsageError
+from .common import local
+from .console import note
+
+if TYPE_CHECKING:
+    from ..runtime.parity.verify import Report
+    from ..schemas.report import DepthEntry, FileEntry, RangeEntry
+
+LIBRARIES = (
+    "cascadekit", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch",
+    "diffusers", "transformers", "onnx",
+)  # fmt: skip
+
+
+def check_names(reports: Iterable[Path]) -> None:
+    """Raise UsageError for a report that could not be written, before anything takes time."""
+    from ..runtime.parity.report import SUFFIXES
+
+    for path in reports:
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"{path}: a report is one of {', '.join(SUFFIXES)}; end its name so")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent} to write it in; make it first")
+
+
+def keep(
+    report: "Report",
+    bundle: Path,
+    against: Path,
+    reports: Sequence[Path],
+    *,
+    record: bool,
+    depth: "Iterable[DepthEntry]" = (),
+    ranges: "Iterable[RangeEntry]" = (),
+) -> None:
+    """Write the reports, then the verdict; a manifest that cannot be written is worth a note, not the verdict."""
+    from ..runtime.bundle import open_bundle
+    from ..runtime.parity.report import Circumstances, build_report, bundle_files, place, write_report
+    from ..runtime.parity.verdict import make_verdict, record_verdict
+
+    opened = open_bundle(bundle)
+    if reports:
+        compared = {place(comparison.name)[1] for comparison in report.comparisons}
+        stages = [stage for stage in opened.manifest.stages if stage in compared]
+        files = (*bundle_files(opened.manifest, stages), *_reference_files(against))
+        circumstances = Circumstances(bundle.absolute().name, _command(), _environment(), files)
+        images = report.images
+        whole = build_report(report, opened.manifest, circumstances, images=images, depth=depth, ranges=ranges)
+        for path in reports:
+            write_report(path, whole, images)
+            note(f"wrote {path}")
+    if record:
+        try:
+            record_verdict(opened, make_verdict(report, opened.manifest, f"cascadekit {version('cascadekit')}"))
+        except CascadeError as error:
+            note(str(error))
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _environment() -> dict[str, str]:
+    from ..converters.machine import cpu_model
+
+    found = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": f"{cpu_model()}, {len(os.sched_getaffinity(0))} threads",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+    }
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _reference_files(against: Path) -> "list[FileEntry]":
+    """The files that were compared with: of a model its weights."""
+    from ..converters.model import open_model
+    from ..runtime.integrity import fingerprint
+    from ..schemas.report import FileEntry
+
+    try:
+        model = open_model([local(against)])
+        paths = {tensor.path for component in model.components.values() for tensor in component.tensors.values()}
+    except CascadeError:  # a recorded reference, which is no model
+        paths = {against} if against.is_file() else set()
+    return [
+        FileEntry(
+            role="reference",
+            path=path.name if against.is_file() else path.relative_to(local(against)).as_posix(),
+            bytes=path.stat().st_size,
+            fingerprint=fingerprint(path),
+            sha256=None,
+        )
+        for path in sorted(paths)
+    ]
