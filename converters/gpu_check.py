@@ -50,8 +50,8 @@ PROMPTS = ("a tiny cascade", "two, three, four", "a hat")
 NEGATIVE = "blurry"
 TIMED = {"width": 512, "height": 512, "prior_steps": 20, "decoder_steps": 10, "seed": 0}
 REPEATS = 4
-# Relative L2 against the fp32 CPU engine, of one pass and after many. On CPU engines the tiny cascade reaches a fifth of
-# the former in fp16 and a quarter in bf16.
+# Relative L2 against the fp32 CPU engine, of one pass and after many. On CPU engines the tiny cascade reaches a fifth
+# of the former in fp16 and a quarter in bf16.
 STAGE_TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 5e-3, Precision.BF16: 4.5e-2}
 TRAJECTORY_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 1e-2, Precision.BF16: 9e-2}
 SPARE = 1.25  # of the largest stage: a memory budget that holds it, and not all of them
