@@ -125,14 +125,14 @@ def test_a_manifest_that_cannot_be_replaced(bundle: Bundle, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device; see --no-record"):
+    with pytest.raises(CheckpointError, match="No space left on device; see --no-verdict"):
         recorded(bundle, Run(all_stages()))
     assert (bundle.root / MANIFEST_NAME).read_bytes() == before
     assert not list(bundle.root.glob(".cascade*"))
 
 
 def test_the_command_line(bundle: Bundle, tiny: Path, tmp_path: Path) -> None:
-    """verify writes reports and verdict; --no-record leaves the manifest; a wrong name is told before anything runs."""
+    """verify writes reports and verdict, with --no-verdict no verdict; wrong names are told before anything runs."""
 
     def call(*arguments: object, code: int = 0) -> str:
         command = ["verify", bundle.root, "--against", tiny / "model", *arguments]
@@ -145,7 +145,7 @@ def test_the_command_line(bundle: Bundle, tiny: Path, tmp_path: Path) -> None:
     assert "there is no folder" in call("--report", tmp_path / "absent/r.html", code=2)
     reports = [tmp_path / f"r{suffix}" for suffix in (".html", ".json", ".xml")]
     asked = [argument for path in reports for argument in ("--report", path)]
-    call("--stage", "vqgan", "--no-record", *asked)
+    call("--stage", "vqgan", "--no-verdict", *asked)
     assert (bundle.root / MANIFEST_NAME).read_bytes() == before
     assert all(path.stat().st_size > 1000 for path in reports)
     content = json.loads(reports[1].read_text())
