@@ -146,7 +146,7 @@ def _lines(chart: Chart, width: int) -> Markup:
         return LEFT + 8 + (inner * (x - first) / (last - first) if last > first else inner / 2)
 
     def at_y(y: float) -> float:
-        place = _log(y, low, high)
+        place = decade(y, low, high)
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - place) / (high - low)
 
     levels = join(*(_level(width, at_y(level.value), level.label) for level in chart.levels))
@@ -222,7 +222,8 @@ def _decades(values: list[float]) -> tuple[int, int]:
     return low, max(high, low + 2)
 
 
-def _log(value: float, low: int, high: int) -> float:
+def decade(value: float, low: int, high: int) -> float:
+    """log10 of a value, within the axis: zero and less at its foot, infinity and NaN at its top."""
     if not math.isfinite(value):
         return high
     return min(max(math.log10(value), low), high) if value > 0 else low

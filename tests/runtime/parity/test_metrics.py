@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cascadekit.runtime.parity import metrics
+from cascadekit.runtime.parity import metrics, tallies
 from cascadekit.runtime.parity.metrics import HISTOGRAM_EDGES, Tally, compare, psnr, relative_l2, ssim
 from cascadekit.runtime.parity.tallies import ulp_distance
 from cascadekit.schemas.errors import ParityError
@@ -29,6 +29,7 @@ def pair(shape: tuple[int, ...], scale: float, error: float, dtype: type = np.fl
 def small_slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few values at a time, so that tensors of a test span many slices; and the real size."""
     monkeypatch.setattr(metrics, "SLICE", request.param)
+    monkeypatch.setattr(tallies, "SPARE", request.param)
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -93,6 +94,7 @@ def test_percentiles_of_few_and_of_many_values(count: int) -> None:
 def test_special_values_are_counted_and_placed() -> None:
     found, reference = pair((4, 5, 6), 1.0, 1e-3)
     found[1, 2, 3] = found[3, 0, 0] = np.nan
+    found[1, 2, 4] += 0.5  # the worst, just after one that is left out
     found[2, 4, 5] = np.inf
     found[0, 1, 2] = found[3, 3, 3] = found[3, 4, 4] = -np.inf
     found[2, 0, 1], found[2, 0, 2] = -71304, 65504
@@ -110,6 +112,7 @@ def test_special_values_are_counted_and_placed() -> None:
     x, r = found[finite].astype(np.float64), reference[finite].astype(np.float64)
     assert c.relative_l2 == pytest.approx(np.linalg.norm(x - r) / np.linalg.norm(r))
     assert c.p999_abs == pytest.approx(np.percentile(np.abs(x - r), 99.9))
+    assert c.worst == np.unravel_index(np.where(finite, np.abs(found - reference), -1).argmax(), found.shape)
     assert math.isnan(relative_l2(found, reference))
 
 
@@ -162,6 +165,17 @@ def test_ulp_distance_of_all_half_values() -> None:
         assert steps.sum() == values.size - 2
         noisy = values[:-1] + np.diff(values) * 0.49  # rounds back
         assert not ulp_distance(noisy, values[:-1], precision).any()
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_ulp_distance_rounds_as_torch(precision: Precision) -> None:
+    """Ties to even too: of values half way between two, and of random ones."""
+    step = {Precision.FP16: 1 << 13, Precision.BF16: 1 << 16}[precision]  # of float32's patterns
+    bits = np.arange(0x3F80_0000, 0x3F80_0000 + 40 * step, step // 2, dtype=np.uint32)
+    values = np.concatenate([bits.view(np.float32), RNG.standard_normal(200, dtype=np.float32)])
+    dtype = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
+    rounded = torch.from_numpy(values).to(dtype).double().numpy()
+    assert not ulp_distance(values.astype(np.float64), rounded, precision).any()
 
 
 @pytest.mark.usefixtures("small_slices")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.runtime.parity.charts import figure
+from cascadekit.runtime.parity.charts import decade, figure
 from cascadekit.runtime.parity.metrics import compare
 from cascadekit.runtime.parity.page_images import amplification
 from cascadekit.runtime.parity.report import describe, place, write_report
@@ -25,6 +25,7 @@ from cascadekit.schemas.stages import Stage
 from reports import Images, Run, comparison, healthy, noise_images, report
 
 HOSTILE = '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> & \' $style ]]> \x00\x1b\ud800'
+CLEANED = HOSTILE.translate({0x00: 0xFFFD, 0x1B: 0xFFFD, 0xD800: "?"})
 SCHEMA = json.loads((files("cascadekit.runtime.data.report") / "report.schema.json").read_text(encoding="utf-8"))
 
 
@@ -112,7 +113,8 @@ def test_a_comparison_keeps_all_its_figures() -> None:
 
 
 def test_junit_counts_what_failed(tmp_path: Path) -> None:
-    run = Run((*healthy(), comparison("prior: z", 0.5), comparison("vqgan: z", math.inf)), image_psnr=30.0)
+    odd = (comparison("prior: z", 0.5), comparison("vqgan: z", math.inf), comparison(f"vqgan: {HOSTILE}"))
+    run = Run((*healthy(), *odd), image_psnr=30.0)
     write_report(tmp_path / "r.xml", report(run, bundle=HOSTILE))
     root = ElementTree.parse(tmp_path / "r.xml").getroot()
     assert root.tag == "testsuites"
@@ -125,7 +127,10 @@ def test_junit_counts_what_failed(tmp_path: Path) -> None:
     message = next(case for case in cases if case.get("name") == "prior: z").find("failure")
     assert message is not None
     assert "relative L2" in message.get("message", "")
-    assert root.find("testsuite/properties/property[@name='bundle']") is not None
+    assert f"vqgan: {CLEANED}" in [case.get("name") for case in cases]
+    bundle = root.find("testsuite/properties/property[@name='bundle']")
+    assert bundle is not None
+    assert bundle.get("value") == CLEANED
 
 
 def test_html_refers_to_nothing_elsewhere(tmp_path: Path) -> None:
@@ -171,15 +176,21 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert len(found.all("script")) == 1
     assert len(found.all("img")) == 3
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in found.all("img"))
-    assert any("<script>alert(1)</script>" in text for text in found.text)
+    assert [image["alt"] for image in found.all("img")[:2]] == [f"The image drawn by {CLEANED}"] * 2
+    assert any(f"Parity of {CLEANED}" in text for text in found.text)
 
 
 def test_values_no_axis_holds(tmp_path: Path) -> None:
     odd = [comparison(f"trajectory: vqgan step {n}", e) for n, e in enumerate((0.0, math.inf, 1e-300, 1e9), 1)]
-    found = page(tmp_path, Run((*healthy(), *odd)))
+    whole = report(Run((*healthy(), *odd)))
+    spoilt = whole.depth[3].model_copy(update={"own": math.nan, "accumulated": -math.inf})
+    spread = whole.ranges[3].model_copy(update={"max_abs": math.inf})
+    update = {"depth": (*whole.depth, spoilt), "ranges": (*whole.ranges, spread)}
+    write_report(tmp_path / "r.html", whole.model_copy(update=update))
+    found = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert not found.open
     for attributes in (a for _, a in found.tags):
-        for name in ("x", "y", "cx", "cy", "x1", "y1", "width", "height"):
+        for name in ("x", "y", "cx", "cy", "x1", "y1", "width", "height", "points"):
             assert not re.search("nan|inf", attributes.get(name) or "")
     page(tmp_path, Run((comparison("prior: x", 0.0),), image_psnr=None))
     page(tmp_path, Run(()))
@@ -194,6 +205,13 @@ def test_the_images_in_the_page_are_the_images(tmp_path: Path) -> None:
     error = np.abs(images[0][0].astype(float) - images[1][0].astype(float)).transpose(1, 2, 0)
     assert np.array_equal(shown[2], np.round(error * amplification(error.max()) * 255).astype(np.uint8))
     assert 127 < shown[2].max() <= 255
+
+
+@pytest.mark.parametrize(
+    ("value", "place"), [(1e-3, -3), (0, -6), (-1, -6), (1e-300, -6), (1e9, 2), (math.inf, 2), (math.nan, 2)]
+)
+def test_places_on_an_axis(value: float, place: float) -> None:
+    assert decade(value, -6, 2) == pytest.approx(place)
 
 
 @pytest.mark.parametrize(("largest", "factor"), [(0, 1), (1, 1), (0.6, 1), (0.5, 2), (0.3, 2), (0.001, 512)])

@@ -132,7 +132,7 @@ def test_a_manifest_that_cannot_be_replaced(bundle: Bundle, monkeypatch: pytest.
 
 
 def test_the_command_line(bundle: Bundle, tiny: Path, tmp_path: Path) -> None:
-    """verify writes reports and verdict; --no-verdict leaves the manifest; a wrong name is told at once."""
+    """verify writes reports and verdict, with --no-verdict no verdict; wrong names are told before anything runs."""
 
     def call(*arguments: object, code: int = 0) -> str:
         command = ["verify", bundle.root, "--against", tiny / "model", *arguments]
