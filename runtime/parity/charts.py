@@ -266,7 +266,7 @@ def _x_label(text: str, width: int) -> Markup:
 
 def _level(width: int, y: float, label: str) -> Markup:
     line = element("line", x1=LEFT, x2=width - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level")
-    return join(line, element("text", label, x=width - RIGHT, y=f"{y - 5:.1f}", text_anchor="end", class_="level"))
+    return join(line, element("text", label, x=LEFT + 6, y=f"{y - 5:.1f}", class_="level"))
 
 
 def _upright(x: float, label: str, width: int, number: int) -> tuple[Markup, Markup]:

@@ -109,7 +109,8 @@ def _facts(report: ParityReport) -> Markup:
     facts: list[tuple[str, str, str]] = [("comparisons passed", f"{passed} of {len(report.comparisons)}", "")]
     if report.comparisons:
         worst = max(report.comparisons, key=_strain)
-        facts.append(("most needed of a tolerance", _percent(_strain(worst)), f"by {worst.name}"))
+        needed = _hopeless(worst) or _percent(_strain(worst))
+        facts.append(("most needed of a tolerance", needed, f"by {worst.name}"))
         nonfinite = sum(entry.nonfinite for entry in report.comparisons)
         beyond = sum(entry.beyond_fp16.count for entry in report.comparisons)
         facts.append(("NaN or infinite values", f"{nonfinite}", f"{beyond} beyond fp16's 65 504"))
@@ -129,10 +130,19 @@ def _facts(report: ParityReport) -> Markup:
 
 
 def _strain(entry: ComparisonEntry) -> float:
-    """How much of its tolerance a comparison needs."""
+    """How much of its tolerance a comparison needs; no tolerance is enough for what is not finite, or constant."""
+    if _hopeless(entry):
+        return math.inf
     if entry.relative_l2 == 0:
         return 0.0
     return entry.relative_l2 / entry.tolerance if entry.tolerance and entry.relative_l2 < math.inf else math.inf
+
+
+def _hopeless(entry: ComparisonEntry) -> str:
+    """What no tolerance makes up for."""
+    if entry.nonfinite or entry.reference_nonfinite.count:
+        return "not finite"
+    return "constant" if entry.constant else ""
 
 
 def _percent(part: float) -> str:
@@ -159,7 +169,7 @@ def _stages(report: ParityReport) -> Markup:
                 str(stage or "image"),
                 kind or "–",
                 f"{sum(e.passed for e in entries)} of {len(entries)}",
-                figure(worst.relative_l2),
+                _hopeless(worst) or figure(worst.relative_l2),
                 figure(worst.tolerance),
                 _meter(worst),
                 figure(max(e.max_abs for e in entries)),
@@ -178,7 +188,7 @@ def _meter(entry: ComparisonEntry) -> Markup:
     decades = math.log10(strain) if 0 < strain < math.inf else (math.inf if strain else -math.inf)
     width, mark = 100, 100 * METER_DECADES / (METER_DECADES + 1)
     filled = min(max(mark + decades * width / (METER_DECADES + 1), 1), width)
-    text = f"{_percent(strain)} of the tolerance"
+    text = _hopeless(entry) or f"{_percent(strain)} of the tolerance"
     return element(
         "svg",
         element("title", text),
@@ -200,7 +210,7 @@ def _comparisons(report: ParityReport) -> Markup:
     rows = [
         (
             f"{e.name} {list(e.shape)}",
-            figure(e.relative_l2),
+            _hopeless(e) or figure(e.relative_l2),
             figure(e.tolerance),
             figure(e.max_abs),
             figure(e.mean_abs),

@@ -160,6 +160,8 @@ def test_html_says_the_verdict_first_and_gives_every_chart_in_words(tmp_path: Pa
     assert text.count("The numbers") == len(figures)
     assert all(a.get("alt") for a in found.all("img"))
     assert "cascadekit verify bundle --against model --report report.html" in text
+    assert "not finite" not in text
+    assert "not finite" in page(tmp_path, Run((*healthy(), comparison("vqgan: z", math.inf)))).text
     assert "✓ Passed" in page(tmp_path, Run(healthy())).text
 
 

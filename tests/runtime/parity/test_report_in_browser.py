@@ -99,6 +99,9 @@ def test_it_can_be_read_everywhere(browser: "api.Browser", failed: Path, screen:
     assert verdict is not None
     assert verdict["y"] < 160  # first of all
     assert page.evaluate(TEXT_FAULTS) == []
+    open_ones = "[...document.querySelectorAll('.scroll')].filter(s => !s.closest('details:not([open])'))"
+    cut = f"{open_ones}.filter(s => s.scrollWidth > s.clientWidth + 1).length"
+    assert page.evaluate(cut) == 0  # no table has to be pushed sideways
     shown = page.evaluate(
         "[...document.querySelectorAll('figure.chart')].map(f =>"
         " [...f.querySelectorAll(':scope > svg')].filter(s => s.getBoundingClientRect().width).length)"
