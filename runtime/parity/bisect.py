@@ -214,9 +214,10 @@ def bisect(
 ) -> Bisection:
     """Compare the stage's graph "model" with `reference` part by part, on `inputs`.
 
-    Values of the reference are held a slice at a time, of at most `slice_bytes` unless one part alone needs more; the
-    graph's weights are loaded for the parts of a slice only. Runs on ONNX Runtime on the CPU; a graph in bf16 in fp32,
-    rounded to bf16 after every operation. Raises EngineError when a part cannot be run."""
+    Values of the reference are held a slice at a time, of at most `slice_bytes` unless one part alone needs more, about
+    three times: exact, in the graph's precision, and as the graph has them. The graph's weights are loaded for the
+    parts of a slice only. Runs on ONNX Runtime on the CPU; a graph in bf16 in fp32, rounded to bf16 after every
+    operation. Raises EngineError when a part cannot be run."""
     entry = bundle.entry(stage)
     path = bundle.graph(stage, MAIN_GRAPH)
     graph = CutGraph(path)
@@ -243,7 +244,7 @@ def _slices(graph: CutGraph, points: Sequence[Point], cuts: set[str], most: int)
     run: list[str] = []
     held: set[str] = set()
     for point in points:
-        names = {point.name, *graph.part([point.name], cuts).given}
+        names = {point.name, *graph.given_for(point.name, cuts)}
         if run and sum(by_name[name].nbytes for name in held | names) > most:
             yield graph.part(run, cuts)
             run, held = [], set()

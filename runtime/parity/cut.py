@@ -115,6 +115,10 @@ class CutGraph:
             {name: tuple(node.name for node in path) for name, path in paths.items()},
         )
 
+    def given_for(self, output: str, cuts: Collection[str]) -> tuple[str, ...]:
+        """The values in `cuts` that lead to `output`."""
+        return tuple(self._before(output, cuts).given)
+
     def marked(self, outputs: Sequence[str]) -> onnx.ModelProto:
         """The whole graph, with `outputs` given out beside its own."""
         marked = onnx.ModelProto()
