@@ -116,6 +116,17 @@ def test_fp32_and_its_size(exported: Callable[[str], Path], tmp_path: Path) -> N
     assert sizes["fp32"] == pytest.approx(2 * sizes["bf16"], rel=0.01)
 
 
+@pytest.mark.parametrize(("kind", "target"), [("int8", "sm75"), ("int4", "sm80"), ("fp8", "sm89")])
+def test_quantised_weights(original: Path, tmp_path: Path, kind: str, target: str) -> None:
+    """Each for the oldest GPU that has it. Blocks of int8 are wider than this network."""
+    arguments = f"export {original} -o {tmp_path / 'bundle'} --stage text_encoder --precision fp16 --target tensorrt"
+    assert call(*arguments.split(), "--quantize", kind).exit_code == 0
+    (built,) = build(tmp_path / "bundle", BuildWishes(targets=(target,)))
+    graph = onnx.load(tmp_path / "bundle/text_encoder/model.onnx", load_external_data=False).graph
+    assert ("DequantizeLinear" in {node.op_type for node in graph.node}) == (kind != "int8")
+    assert built.plan.targets == (target,)
+
+
 def test_several_profiles_and_every_graph(bundle: Path) -> None:
     """A plan of its own for Turing is not made from bf16; here one plan serves two profiles, in order."""
     narrow = Bounds(*map(parse_image_size, ("256x256", "256x256", "512x512x2")))
