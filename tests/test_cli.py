@@ -36,7 +36,7 @@ def refused(code: int, message: str, *arguments: object) -> None:
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "export", "generate", "verify", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "export", "build", "generate", "verify", "demo"])
 def test_help_has_an_example(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0

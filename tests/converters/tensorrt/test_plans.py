@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from cascadekit import export
 from cascadekit.cli import main
+from cascadekit.converters.bench.standins import write_stand_in
 from cascadekit.converters.stage_graphs import GraphWishes
 from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.bundle import open_bundle
@@ -26,6 +27,7 @@ from cascadekit.schemas.stages import (
     NetworkConfig,
     PreviewerConfig,
     Stage,
+    TextEncoderConfig,
 )
 
 STATIC = Bounds(*[parse_image_size("512x768")] * 3)
@@ -114,6 +116,20 @@ def test_fp32_and_its_size(exported: Callable[[str], Path], tmp_path: Path) -> N
         assert header is not None
         sizes[precision] = header.weight_bytes
     assert sizes["fp32"] == pytest.approx(2 * sizes["bf16"], rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("int8", "sm75"), ("int4", "sm80"), ("fp8", "sm89")])
+def test_quantised_weights(tmp_path: Path, kind: str, target: str) -> None:
+    """Each for the oldest GPU that has it; of a network as wide as a block of int8."""
+    config = TextEncoderConfig(128, 256, 2, 2, 64, vocab_size=99, eos_token_id=98)
+    model = write_stand_in(tmp_path / "source", config, "BF16").parent
+    arguments = f"export {model} -o {tmp_path / 'bundle'} --precision fp16 --target tensorrt --quantize {kind}"
+    result = call(*arguments.split())
+    assert result.exit_code == 0, result.output
+    graph = onnx.load(tmp_path / "bundle/text_encoder/model.onnx", load_external_data=False).graph
+    assert "DequantizeLinear" in {node.op_type for node in graph.node}
+    (built,) = build(tmp_path / "bundle", BuildWishes(targets=(target,)))
+    assert built.plan.targets == (target,)
 
 
 def test_several_profiles_and_every_graph(bundle: Path) -> None:
