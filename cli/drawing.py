@@ -31,6 +31,7 @@ def open_cascade(
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
     """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
+    from ..runtime.parity.verdict import warning
     from ..runtime.pipeline import Cascade
 
     if loras:
@@ -38,7 +39,7 @@ def open_cascade(
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    return Cascade.open(
+    cascade = Cascade.open(
         bundle,
         device,
         engine=engine,
@@ -46,8 +47,20 @@ def open_cascade(
         memory=memory,
         vram=None if vram is None else vram << 20,
         allow_cpu=allow_cpu,
+        refit=_refit,
         stages=stages,
     )
+    if line := warning(cascade.manifest, cascade.engine.name):
+        note(line)
+    return cascade
+
+
+def _refit(engine: Any, graph: Path) -> None:
+    """Give an engine of plain TensorRT the weights that its graph has now."""
+    from ..converters.tensorrt.backend import find_backend
+    from ..converters.tensorrt.refit import refit
+
+    refit(find_backend("tensorrt"), engine, graph)
 
 
 def said(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .embeds import PromptEmbeds
 from .engines.base import Engine, Tensors
 from .engines.mixed import with_stages_of
 from .engines.table import make_engine
+from .engines.tensorrt import Refit
 from .generation import Result, generate
 from .images import to_pictures
 from .memory import loaded_bytes
@@ -82,19 +83,22 @@ class Cascade:
         stages: Mapping[Stage, str | Path] | None = None,
         allow_cpu: bool = False,
         vram: int | None = None,
+        refit: Refit | None = None,
     ) -> Self:
         """The cascade of an exported bundle on `device`, "cpu" or "cuda".
 
         `engine` is a name of `engines.table`; "auto" takes the fastest there is, which may compute in bf16, and then
         images differ slightly. `threads` None leaves their number to the engine. `memory` is "resident", "staged" or
         a size such as "8GB". `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot on the GPU; `vram` bounds
-        the bytes of GPU memory that TensorRT's stages take together. `stages` come from other bundles: a full prior
-        with a lite decoder, say.
+        the bytes of GPU memory that TensorRT's stages take together; `refit` gives plans of other weights those
+        of the bundle. `stages` come from other bundles: a full prior with a lite decoder, say.
         Raises UsageError when there is no bundle or no such engine, or stages do not fit together, EngineError when
         nothing can run it."""
         policy = MemoryPolicy.parse(memory)
         opened = open_bundle(Path(bundle))
-        make = partial(make_engine, engine, device=device, threads=threads, allow_cpu=allow_cpu, memory_budget=vram)
+        make = partial(
+            make_engine, engine, device=device, threads=threads, allow_cpu=allow_cpu, memory_budget=vram, refit=refit
+        )
         runs: Engine = make(opened)
         manifest = opened.manifest
         if stages:

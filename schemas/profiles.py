@@ -18,6 +18,7 @@ Triple = tuple[int, int, int]  # least, likeliest, largest
 
 TOKENS: Triple = (77, 77, 231)  # of text: CLIP's length, up to three texts one after the other
 IMAGE_PROMPTS: Triple = (1, 1, 4)
+TEXTS = 16  # and chunks of texts that are encoded at once
 STEPS: Triple = (1, 20, 100)  # of a schedule, all embedded at once
 EFFNET_STRIDE = 32  # pixels for each value of the map that stage C's latents are like
 CONTROL_STRIDE = 32
@@ -123,8 +124,8 @@ def _batch(stage: Stage, graph: str, bounds: Bounds) -> Triple:
         return least, 2 * likeliest, 2 * largest
     if stage is Stage.DECODER:  # guidance is off by default
         return least, likeliest, 2 * largest
-    if stage is Stage.TEXT_ENCODER:  # a prompt and a negative one; images of one prompt share them
-        return (2 if bounds.static else 1), 2, 2 * largest
+    if stage is Stage.TEXT_ENCODER:  # a prompt and a negative one; what was met before is not encoded again
+        return 1, 2, max(TEXTS, 2 * largest)
     if stage is Stage.IMAGE_ENCODER:
         return IMAGE_PROMPTS
     if stage is Stage.VQGAN and graph == "model":

@@ -77,7 +77,7 @@ def test_the_others() -> None:
     assert shapes(profile(VQGAN, WIDE)) == {"latents": ((1, 4, 64, 96), (1, 4, 192, 336), (1, 4, 256, 384))}
     pixels = ((1, 3, 256, 384), (2, 3, 768, 1344), (4, 3, 1024, 1536))
     assert shapes(profile(VQGAN, WIDE, "encoder")) == {"images": pixels}
-    assert shapes(profile(TEXT, WIDE))["input_ids"] == ((1, 77), (2, 77), (8, 77))
+    assert shapes(profile(TEXT, WIDE))["input_ids"] == ((1, 77), (2, 77), (16, 77))
     assert shapes(profile(IMAGE, WIDE)) == {"pixel_values": tuple((n, 3, 224, 224) for n in (1, 1, 4))}
     latents = ((1, 16, 6, 9), (2, 16, 18, 32), (4, 16, 24, 36))
     assert shapes(profile(PreviewerConfig(), WIDE)) == {"latents": latents}
@@ -106,7 +106,7 @@ def test_one_size_alone() -> None:
                     assert least == likeliest == largest
     assert shapes(profile(PRIOR, STATIC))["sample"][1] == (4, 16, 18, 32)
     assert shapes(profile(DECODER, STATIC))["sample"][1] == (2, 4, 192, 336)
-    assert shapes(profile(TEXT, STATIC))["input_ids"] == ((2, 77), (2, 77), (4, 77))
+    assert shapes(profile(TEXT, STATIC))["input_ids"] == ((1, 77), (2, 77), (16, 77))
     assert shapes(profile(EffnetEncoderConfig(), STATIC))["pixels"][2] == (2, 3, 576, 1024)
 
 
