@@ -83,11 +83,16 @@ def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
     found = request.to_json()
     for name in ("image_prompts", "controls"):
         if name in found:
-            found[name] = [{**ref, "sha256": _sha256(folder / ref["path"])} for ref in found[name]]
+            found[name] = [_with_hash(ref, folder) for ref in found[name]]
     for name in ("init_image", "mask"):
         if name in found:
-            found[name] = {**found[name], "sha256": _sha256(folder / found[name]["path"])}
+            found[name] = _with_hash(found[name], folder)
     return {name: found[name] for name in ("image_prompts", "controls", "init_image", "mask", "loras") if name in found}
+
+
+def _with_hash(ref: dict[str, Any], folder: Path) -> dict[str, Any]:
+    rest = {name: value for name, value in ref.items() if name != "sha256"}  # so that it always comes last
+    return {**rest, "sha256": _sha256(folder / ref["path"])}
 
 
 def _open(picture: PictureRef, folder: Path) -> Image.Image:

@@ -19,6 +19,7 @@ from cascadekit.runtime.images import read_settings
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
 from standins import write_stand_in
+from whole import Whole, picture
 
 QUICK = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--seed", "0"]
 
@@ -284,3 +285,28 @@ def test_generate_without_torch_diffusers_transformers_and_onnx(tiny: Path, tmp_
     code = FORBIDDEN.format(blocked=blocked) + f"from cascadekit.cli import main; main({arguments!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "x.png").is_file()
+
+
+def test_everything_of_generate_without_torch_diffusers_transformers_and_onnx(whole: Whole, tmp_path: Path) -> None:
+    blocked = {"torch", "diffusers", "transformers", "onnx"}
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    picture(96, 80, 1).save(photo)
+    drawn = Image.new("L", (96, 80))
+    drawn.paste(255, (16, 16, 64, 60))
+    drawn.save(mask)
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "a (red:1.2) cat, " * 30, "name": "long"}) + "\n")
+    quick = ["--size", "128x128", "--prior-steps", 2, "--decoder-steps", 1, "--seed", 0]
+    pictures = ["--image-prompt", photo, "--init-image", photo, "--mask", mask, "--strength", 0.9]
+    controls = ["--control", f"canny={photo}:0.5", "--control", f"inpainting={photo}", "--preview-every", 1]
+    prompts = ["--prompts", tmp_path / "lines.jsonl", "--weighted", "--long-prompts", "--sampler", "gdf"]
+    calls = [
+        ["x", *quick, *pictures, *controls, "-o", tmp_path / "x.png"],
+        [*quick, *prompts, "--memory", "resident", "-o", tmp_path / "out"],
+        ["--like", tmp_path / "x.png", "-o", tmp_path / "again.png"],
+    ]
+    for call in calls:
+        arguments = [str(each) for each in ("generate", whole.bundle, *call)]
+        code = FORBIDDEN.format(blocked=blocked) + f"from cascadekit.cli import main; main({arguments!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "out" / "long.png").is_file()
