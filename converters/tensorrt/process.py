@@ -85,6 +85,7 @@ def _started(job: Job, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
         text=True,
         encoding="utf-8",
         start_new_session=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # for the same bytes at every build, see `worker._fix_addresses`
     )
     try:
         assert process.stdin is not None

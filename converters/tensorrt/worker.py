@@ -19,6 +19,8 @@ from .pages import forget_pages
 
 PR_SET_PDEATHSIG = 1
 ASK_PERSONALITY, ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of Linux's personality(2)
+# Bytes of weights from which their pages are given back. That takes a thread, which moves addresses: `_fix_addresses`.
+LARGE = 256 << 20
 SAY = Callable[..., None]
 
 
@@ -57,7 +59,9 @@ def build(job: Job, say: SAY) -> dict[str, Any]:
     builder = trt.Builder(logger)
     network = builder.create_network(backend.network_flags())
     parser = trt.OnnxParser(network, logger)
-    forget_pages(Path(job.graph).parent)
+    weights = Path(job.graph).parent
+    if sum(path.stat().st_size for path in weights.iterdir() if path.is_file()) > LARGE:
+        forget_pages(weights)
     if not parser.parse_from_file(job.graph):
         raise BuildFailed(f"{job.graph}: not read by {backend.name}: {_parse_errors(parser)}")
     config = builder.create_builder_config()
@@ -217,8 +221,10 @@ def _die_with_parent() -> None:
 
 def _fix_addresses() -> None:
     """Start again with the same addresses as every other time: TensorRT-RTX 1.7 numbers some of what it writes by them,
-    so that plans of one graph differ in up to some hundred bytes. That makes most of them the same; its threads still
-    meet memory as it comes, and not every system allows it."""
+    so that plans of one graph would differ in up to some hundred bytes. One processor, so that its threads ask for
+    memory in one order; they gain nothing by two. Not every system allows it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         now = libc.personality(ASK_PERSONALITY)
