@@ -112,6 +112,8 @@ def _size_option(name: str, text: str) -> Callable[..., Any]:
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for that export, when the model holds none.")
 @click.option("--refittable", is_flag=True, help="With tensorrt: engines that can be given a LoRA's weights later.")
+@click.option("--weights-as-inputs", is_flag=True, help="Experimental: plans to which any LoRA's weights are fed.")
+@click.option("--weight-streaming", is_flag=True, help="Plans whose weights may stay in the host's memory.")
 @click.option("--cache", type=PATH, help="Folder of plans that bundles share.")
 @click.option("--prune", "pruned", is_flag=True, help="Remove plans of other weights than the bundle has now.")
 @click.option("--no-memory-check", is_flag=True, help="Start even if memory seems too little.")
@@ -132,6 +134,8 @@ def build(
     precision: str | None,
     text_encoder: Path | None,
     refittable: bool,
+    weights_as_inputs: bool,
+    weight_streaming: bool,
     cache: Path | None,
     pruned: bool,
     no_memory_check: bool,
@@ -150,7 +154,19 @@ def build(
     if min_size or opt_size or max_size or not bounds:
         bounds = (Bounds(min_size or DEFAULT.min, opt_size or DEFAULT.opt, max_size or DEFAULT.max), *bounds)
     chosen = tuple(Stage(stage) for stage in stages)
-    wishes = BuildWishes(backend, targets, chosen, graphs, bounds, refittable, force, cache, not no_memory_check)
+    wishes = BuildWishes(
+        backend,
+        targets,
+        chosen,
+        graphs,
+        bounds,
+        refittable,
+        force,
+        cache,
+        not no_memory_check,
+        weights_as_inputs,
+        weight_streaming,
+    )
     if output is not None:
         _export(bundle, output, text_encoder, precision, wishes)
         bundle = output

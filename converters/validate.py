@@ -18,6 +18,7 @@ import onnx
 from ..runtime.bundle import Bundle
 from ..runtime.integrity import WHOLE_BELOW, find_change, sha256_of
 from ..runtime.plan_header import find_contradiction
+from ..runtime.plan_weights import is_current
 from ..schemas.bundle import DOMAINS, FileEntry, GraphEntry, PortEntry, StageEntry
 from ..schemas.stages import Stage
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
@@ -102,7 +103,7 @@ def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) 
         if problem:
             check.problems.append(f"{plan.path}: {problem}; `cascadekit build` makes it again")
     if entry.plans:
-        current = sum(entry.is_current(plan) for plan in entry.plans)
+        current = sum(is_current(bundle.root, entry, plan) for plan in entry.plans)
         check.facts["plans"] = {"current": current, "of_other_weights": len(entry.plans) - current}
 
 

@@ -62,4 +62,6 @@ def find_contradiction(path: Path, plan: PlanEntry) -> str | None:
     ):
         if expected != is_there:
             return f"its header says {what} {is_there}, expected {expected}"
+    if plan.weight_streaming and header.weight_bytes:
+        return f"its header says {header.weight_bytes} bytes of weights stay on the GPU, expected 0: they are streamed"
     return None

@@ -129,12 +129,33 @@ class DeviceEntry(_Frozen):
     capability: Capability
 
 
+class WeightInput(_Frozen):
+    """A weight that a plan takes as an input: `bytes` bytes at `offset` of a file of the bundle, row by row, of a dtype
+    in safetensors' spelling."""
+
+    name: str
+    path: RelativePath
+    offset: int = Field(ge=0)
+    bytes: int = Field(ge=1)
+    dtype: Literal["F32", "F16", "BF16"]
+    shape: tuple[int, ...]
+
+
+class BuiltIn(_Frozen):
+    """What a plan with weights as inputs has of the same files in itself: ranges of bytes by file, from the first to
+    before the last, and the SHA-256 of them all, one after the other."""
+
+    ranges: dict[RelativePath, tuple[tuple[int, int], ...]]
+    sha256: Sha256
+
+
 class PlanEntry(_Frozen):
     """A GPU engine that was built from one graph of the stage.
 
     `targets` are the compute capabilities TensorRT-RTX built for; TensorRT builds for the one `device` it runs on.
     Profiles are in the order the plan has them. A plan stands for the graphs and weights of `sources`, and is no good
-    once `files` have others. `seconds` and `peak_rss` (bytes) are what building it took."""
+    once `files` have others. Files of `weight_inputs` are not among the sources: `built_in` says what of them is in the
+    plan. `seconds` and `peak_rss` (bytes) are what building it took."""
 
     graph: str
     path: RelativePath
@@ -148,6 +169,9 @@ class PlanEntry(_Frozen):
     profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
     sources: tuple[PlanSource, ...] = Field(min_length=1)
     refittable: bool = False  # whether a runtime can give it other weights of the same graph
+    weight_streaming: bool = False  # whether weights may stay on the host while it runs
+    weight_inputs: tuple[WeightInput, ...] = ()
+    built_in: BuiltIn | None = None
     seconds: float = Field(ge=0)
     peak_rss: int = Field(ge=0)
 
@@ -155,7 +179,14 @@ class PlanEntry(_Frozen):
     def _is_for_something(self) -> Self:
         if bool(self.targets) == bool(self.device):
             raise ValueError("expected either targets or a device")
+        if bool(self.weight_inputs) != bool(self.built_in):
+            raise ValueError("expected weight_inputs and built_in, or neither")
         return self
+
+    @property
+    def input_bytes(self) -> int:
+        """Of weights that are no part of it."""
+        return sum(weight.bytes for weight in self.weight_inputs)
 
 
 class StageEntry(_Frozen):
@@ -192,7 +223,7 @@ class StageEntry(_Frozen):
 
     def is_current(self, plan: PlanEntry) -> bool:
         """Whether `plan` was built from the very files the stage has now: by their SHA-256 where that is known of
-        both, else by fingerprint."""
+        both, else by fingerprint. What is `built_in` has to be read besides, see `runtime.plan_weights`."""
         files = {file.path: file for file in self.files}
         return all(source.path in files and _same(source, files[source.path]) for source in plan.sources)
 

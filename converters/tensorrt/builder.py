@@ -8,6 +8,7 @@ from typing import Literal
 
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.plan_header import find_contradiction
+from ...runtime.plan_weights import is_current
 from ...schemas.bundle import MANIFEST_NAME, PlanEntry, to_text
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
@@ -93,7 +94,8 @@ def _find(task: Task, wishes: BuildWishes, say: Say) -> Built | None:
 
 def _at_home(task: Task, plan: PlanEntry) -> PlanEntry:
     """A plan's entry as this bundle has it, wherever the plan was made."""
-    return plan.model_copy(update={"path": _relative(task), "sources": task.sources, "profiles": task.profiles})
+    same = {name: getattr(task, name) for name in ("sources", "profiles", "weight_inputs", "built_in")}
+    return plan.model_copy(update={"path": _relative(task), **same})
 
 
 def _relative(task: Task) -> str:
@@ -120,6 +122,9 @@ def _build(
         profiles=task.profiles,
         sources=task.sources,
         refittable=job.refittable,
+        weight_streaming=job.weight_streaming,
+        weight_inputs=task.weight_inputs,
+        built_in=task.built_in,
         seconds=round(outcome.seconds, 2),
         peak_rss=outcome.peak_rss,
     )
@@ -154,7 +159,7 @@ def stale_plans(bundle: Bundle) -> Iterator[Path]:
         bundle.root / plan.path
         for entry in bundle.manifest.stages.values()
         for plan in entry.plans
-        if entry.is_current(plan)
+        if is_current(bundle.root, entry, plan)
     }
     for stage in bundle.manifest.stages:
         for path in sorted((bundle.root / stage / PLANS).glob(f"*{cache.SUFFIX}")):
@@ -168,7 +173,9 @@ def prune(root: str | Path) -> int:
     freed = 0
     with scratch_folder(bundle.root / SCRATCH, bundle.root):
         stages = {
-            stage: entry.model_copy(update={"plans": tuple(plan for plan in entry.plans if entry.is_current(plan))})
+            stage: entry.model_copy(
+                update={"plans": tuple(p for p in entry.plans if is_current(bundle.root, entry, p))}
+            )
             for stage, entry in bundle.manifest.stages.items()
         }
         if stages != bundle.manifest.stages:

@@ -32,8 +32,9 @@ class Found:
 
 
 def key_of(job: Job, version: str, sources: Iterable[str], device: str | None) -> str:
-    """SHA-256, in hexadecimal, of everything that decides what a plan is: all bytes of the graph and its weights
-    (`sources`, SHA-256s in their order), the backend and its version, targets, the GPU, profiles, flags."""
+    """SHA-256, in hexadecimal, of everything that decides what a plan is: all bytes of the graph and its weights but
+    those that are inputs (`sources`, SHA-256s in their order), the backend and its version, targets, the GPU, profiles,
+    flags."""
     settings = asdict(job)
     for path in ("graph", "output", "timing_cache"):
         del settings[path]

@@ -11,6 +11,7 @@ from ...schemas.stages import Stage
 from ..bundle import Bundle
 from ..hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from ..integrity import SHOWN_DIGITS, sha256_of
+from ..plan_weights import has_what_is_built_in
 from .cuda import Device
 
 Shape = tuple[int, ...]
@@ -27,9 +28,11 @@ def build_command(
     return f"cascadekit build {bundle.root} --backend {backend} --stage {stage}{which}{arch}"
 
 
-def refusal(entry: StageEntry, plan: PlanEntry, version: str, device: Device, *, refits: bool = False) -> str | None:
-    """Why `plan` cannot run on `device` with TensorRT `version`; None when it can. With `refits` it may be of other
-    weights, where it takes those there are."""
+def refusal(
+    root: Path, entry: StageEntry, plan: PlanEntry, version: str, device: Device, *, refits: bool = False
+) -> str | None:
+    """Why `plan` of the bundle at `root` cannot run on `device` with TensorRT `version`; None when it can. With
+    `refits` it may be of other weights, where it takes those there are."""
     if not entry.is_current(plan) and not (refits and plan.refittable and _is_of_graph(entry, plan)):
         return "was built from other weights or graphs than the bundle has now"
     if plan.backend_version != version:
@@ -37,6 +40,8 @@ def refusal(entry: StageEntry, plan: PlanEntry, version: str, device: Device, *,
     built_for = plan.targets or ((plan.device.capability,) if plan.device else ())
     if device.capability not in built_for:
         return f"was built for {', '.join(built_for)}, this GPU is {device.capability} ({device.name})"
+    if not has_what_is_built_in(root, plan):
+        return "was built with other weights than the bundle has now, besides those that are its inputs"
     return None
 
 
@@ -47,11 +52,11 @@ def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
 
 
 def graphs_with_plans(
-    entry: StageEntry, backend: Backend, version: str, device: Device, *, refits: bool = False
+    root: Path, entry: StageEntry, backend: Backend, version: str, device: Device, *, refits: bool = False
 ) -> tuple[str, ...]:
-    """The graphs of a stage that can run, in the manifest's order."""
+    """The graphs of a stage of the bundle at `root` that can run, in the manifest's order."""
     plans = [plan for plan in entry.plans if plan.backend == backend]
-    runnable = {plan.graph for plan in plans if refusal(entry, plan, version, device, refits=refits) is None}
+    runnable = {plan.graph for plan in plans if refusal(root, entry, plan, version, device, refits=refits) is None}
     return tuple(graph for graph in entry.graphs if graph in runnable)
 
 
@@ -67,7 +72,7 @@ def runnable_plans(
     if not plans:
         raise EngineError(f"{stage}: the bundle has no {backend} plan of its graph {graph!r}; make one: {command}")
     plans.sort(key=lambda plan: not entry.is_current(plan))
-    reasons = {plan.path: refusal(entry, plan, version, device, refits=refits) for plan in plans}
+    reasons = {plan.path: refusal(bundle.root, entry, plan, version, device, refits=refits) for plan in plans}
     runnable = tuple(plan for plan in plans if reasons[plan.path] is None)
     if not runnable:
         newest = plans[0].path

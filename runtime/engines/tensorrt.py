@@ -36,9 +36,10 @@ class TensorRTEngine:
 
     Stages stay on the device as long as they fit into `memory_budget` bytes (None: into what is free); those used
     longest ago leave first and come back when they are called. Of a plan built for weight streaming, `weight_budget`
-    bytes of weights stay on the device (None: as many as fit). Kernels that TensorRT-RTX compiles are kept in `cache`
-    between runs (None: the user's cache folder). `refit` gives an engine the weights of an ONNX file: with it, plans
-    built to be refitted run with whatever weights the bundle has now (``converters.tensorrt.refit`` does it)."""
+    bytes of weights stay on the device (None: as many as fit). Weights that are inputs of a plan are fed from the
+    bundle's files. Kernels that TensorRT-RTX compiles are kept in `cache` between runs (None: the user's cache folder).
+    `refit` gives an engine the weights of an ONNX file: with it, plans built to be refitted run with whatever weights
+    the bundle has now (``converters.tensorrt.refit`` does it)."""
 
     precision: Precision | None = None  # a plan computes as its graph says
 
@@ -62,9 +63,9 @@ class TensorRTEngine:
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        host = self.host
+        host, bundle = self.host, self.bundle
         return graphs_with_plans(
-            self.bundle.entry(stage), host.backend, host.version, host.device, refits=self.refit is not None
+            bundle.root, bundle.entry(stage), host.backend, host.version, host.device, refits=self.refit is not None
         )
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TensorRTStage":
@@ -174,12 +175,15 @@ class TensorRTStage:
     def _open(self, plan: PlanEntry) -> Execution:
         engine = self._engine
         path = check_plan(engine.bundle, self.stage, plan)
-        engine.room.make_room(plan.bytes, self)
+        engine.room.make_room(plan.bytes + plan.input_bytes, self)
         cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
         execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
         try:
             if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
                 execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))
+            if plan.weight_inputs:
+                engine.bundle.check(self.stage)
+                execution.feed_weights(engine.bundle.root)
             if execution.streamable:
                 self._stream_weights(execution)
             self._require_budget(execution)
@@ -238,4 +242,4 @@ def has_plans(bundle: Bundle, backend: Backend) -> bool:
         host = open_host(backend)
     except EngineError:
         return False
-    return all(entry and graphs_with_plans(entry, backend, host.version, host.device) for entry in entries)
+    return all(entry and graphs_with_plans(bundle.root, entry, backend, host.version, host.device) for entry in entries)

@@ -180,6 +180,19 @@ def test_how_it_is_used(bundle: Path, installed: Any, ending: str) -> None:
     assert "NVIDIA H100 (sm90)" in CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_streaming_is_asked_for_by_name(bundle: Path, installed: Any, has_it: bool) -> None:
+    used = installed(LATER + "BuilderFlag.WEIGHT_STREAMING = 'WEIGHT_STREAMING'\n" * has_it)
+    wishes = BuildWishes(**vars(VQGAN) | {"weight_streaming": True})
+    if has_it:
+        (built,) = build(bundle, wishes)
+        assert built.plan.weight_streaming
+        assert used()["flags"] == ["WEIGHT_STREAMING"]
+    else:
+        with pytest.raises(EngineError, match=r"tensorrt 10.0.1 does not stream weights; build without that"):
+            build(bundle, wishes)
+
+
 def test_a_plan_is_for_one_gpu(bundle: Path, installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(LATER)
     build(bundle, VQGAN)
