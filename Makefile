@@ -38,11 +38,13 @@ wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither t
 
 # open_clip is a test oracle for the tokenizer alone; its own requirements would bring torchvision along. torchvision
 # is one for the EfficientNet, kept out of the environment, where transformers would use it for other things; polygraphy
-# one for GPU engines, kept out as `validate` would start it for every graph of every test.
+# one for GPU engines, kept out as `validate` would start it for every graph of every test; tensorrt-stubs are the types
+# of TensorRT's calls, kept out as a folder of theirs looks like an installed TensorRT.
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch
 	$(PIP) --no-deps --upgrade --target .venv/oracles torchvision polygraphy
+	$(PIP) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
 	touch $@
 
 clean:
