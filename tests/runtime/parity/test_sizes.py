@@ -177,6 +177,22 @@ def test_an_engine_of_plans_is_compared_inside_them(bundle: Bundle, tiny: Path, 
     assert len(report["left_out"]) == 3 + 3 + 2
 
 
+def test_plans_for_one_size_get_no_image(bundle: Bundle, tiny: Path, gpu: None) -> None:
+    """They take 20 steps alone, and the decoder's no guidance; what is not compared is named."""
+    for stage, graphs in DRAWING.items():
+        for graph in graphs:
+            bundle = with_plans(bundle, stage, graph, ("264x272x1",) * 3)
+    code, report, said = verified(bundle, tiny, "--engine", "tensorrt-rtx")
+    assert code == 0, (report, said)
+    assert sorted(name.partition(":")[0] for name in names(report) if "least" in name) == [
+        *("decoder", "decoder", "prior", "vqgan")
+    ]
+    (no_image,) = (what for what in report["left_out"] if what.startswith("the image: "))
+    assert "timestep_ratios [4] (it takes [20] to [20])" in no_image
+    assert "trajectory: image" not in names(report)
+    assert report["image_psnr_db"] is None
+
+
 def test_without_any_plan_for_what_is_asked(bundle: Bundle, tiny: Path, gpu: None) -> None:
     bundle = with_plans(bundle, Stage.PRIOR, "conditioning", LARGE)
     code, _, said = verified(bundle, tiny, "--engine", "tensorrt-rtx", "--stage", "prior")
