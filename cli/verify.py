@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.bundle import Bundle
     from ..runtime.engines.torch import TorchEngine
     from ..runtime.parity.expected import Expected
+    from ..runtime.parity.sizes import Sizes
     from ..runtime.parity.verify import Report
 
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
@@ -52,6 +53,13 @@ COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16
     help="What the reference computes in.",
 )
 @click.option("--size", metavar="WxH", callback=parse_size, help="Compare at the latents of images so large as well.")
+@click.option(
+    "--sizes",
+    type=click.Choice(["small", "all"]),
+    default="small",
+    show_default=True,
+    help="Of what the bundle's plans are for: up to 640x640 pixels and the least, or all; see docs/parity.md.",
+)
 @click.option(
     "--record", type=PATH, help="Write what the reference gives to this file, to compare elsewhere; no engine runs."
 )
@@ -87,6 +95,7 @@ def verify(
     reference: str,
     reference_precision: str,
     size: tuple[int, int] | None,
+    sizes: str,
     record: Path | None,
     bisect: bool,
     ranges: bool,
@@ -111,7 +120,8 @@ def verify(
             raise SystemExit(FAILED)
         return
     if record is not None:
-        run_record(bundle, model, record, text_encoder, stages, reference, reference_precision, size, force=force)
+        named = (text_encoder, stages, engine, reference, reference_precision, size, sizes)
+        run_record(bundle, model, record, *named, force=force)
         say(f"wrote {record}")
         return
     inside = Inside()
@@ -123,7 +133,7 @@ def verify(
     report = None
     if reports or not (bisect or ranges):
         report = run_verify(
-            bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded, size
+            bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded, size, sizes
         )
     if as_json:
         say(json.dumps({**({} if report is None else report.to_json()), **inside.to_json()}, indent=2))
@@ -165,6 +175,7 @@ def run_verify(
     reference_precision: str = "fp32",
     recorded: Path | None = None,
     size: tuple[int, int] | None = None,
+    sizes: str = "small",
 ) -> "Report":
     from ..runtime.engines.table import make_engine
     from ..runtime.parity.verify import verify as run
@@ -180,7 +191,8 @@ def run_verify(
         model = _model(against, text_encoder)
         expected = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
     tokenizer = ClipTokenizer.open(opened.tokenizer)
-    return run(runs, expected, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"), size)
+    at = None if recorded else _sizes(opened, runs.name, chosen, size, sizes)
+    return run(runs, expected, opened.manifest, tokenizer, chosen, lambda what: note(f"comparing {what}"), at)
 
 
 def run_record(
@@ -189,9 +201,11 @@ def run_record(
     output: Path,
     text_encoder: Path | None = None,
     stages: Sequence[str] = (),
+    engine: str = "onnxruntime",
     reference: str = REFERENCES[0],
     reference_precision: str = "fp32",
     size: tuple[int, int] | None = None,
+    sizes: str = "small",
     *,
     force: bool = False,
 ) -> None:
@@ -205,8 +219,9 @@ def run_record(
     model = _model(against, text_encoder)
     runs = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
     tokenizer = ClipTokenizer.open(opened.tokenizer)
+    at = _sizes(opened, engine, chosen, size, sizes)
     expected = expect(
-        runs, opened.manifest, tokenizer, chosen, progress=lambda what: note(f"recording {what}"), size=size
+        runs, opened.manifest, tokenizer, chosen, progress=lambda what: note(f"recording {what}"), sizes=at
     )
     record(expected, model.components, output, force=force)
 
@@ -219,6 +234,18 @@ def _opened(bundle: Path, stages: Sequence[str]) -> "tuple[Bundle, list[Stage]]"
     for stage in chosen:
         opened.entry(stage)
     return opened, chosen
+
+
+def _sizes(
+    bundle: "Bundle", engine: str, stages: Sequence[Stage], named: tuple[int, int] | None, sizes: str
+) -> "Sizes":
+    from ..runtime.parity.sizes import choose_sizes
+
+    found = choose_sizes(bundle.manifest, engine, named, every=sizes == "all", stages=stages)
+    if found.left_out:
+        sides = ", ".join(f"{width}x{height}" for width, height in found.left_out)
+        note(f"left out: {sides}, which plans are for as well; --sizes all compares these too")
+    return found
 
 
 def _model(against: Path, text_encoder: Path | None) -> "Model":
@@ -264,6 +291,9 @@ def print_report(report: "Report") -> None:
         )
         for c in report.comparisons
     )
+    if report.left_out:
+        what = "; ".join(report.left_out)
+        note(f"left out, since {report.engine} was built for other sizes: {what}")
     show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows)
     if report.image_psnr is not None:
         say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))

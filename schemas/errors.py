@@ -25,6 +25,10 @@ class EngineError(CascadeError):
     """An engine cannot load a stage, or was fed something its ports do not take."""
 
 
+class OutsideProfileError(EngineError):
+    """An engine was built for other sizes than it was fed."""
+
+
 class ParityError(CascadeError):
     """Two executions cannot be compared."""
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...schemas.bundle import MAIN_GRAPH, Backend, ImageSize, PlanEntry, ProfileEntry, StageEntry
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, OutsideProfileError
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from ..hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
@@ -115,7 +115,7 @@ def choose(
     """A plan and the number of its profile that takes inputs of `shapes`: of the plan that is loaded if it has one,
     else of the first that has, and the one whose likeliest shapes are nearest.
 
-    Raises EngineError when none does: what there is, and what would be needed."""
+    Raises OutsideProfileError when none does: what there is, and what would be needed."""
     order = sorted(plans, key=lambda plan: plan is not loaded)
     for plan in order:
         fitting = [number for number, profile in enumerate(plan.profiles) if _misfit(profile, shapes) is None]
@@ -125,7 +125,7 @@ def choose(
     misfit = _misfit(newest.profiles[0], shapes)
     taken = "; ".join(dict.fromkeys(sizes_of(profile) for plan in plans for profile in plan.profiles))
     command = build_command(bundle, stage, newest.backend, newest.targets, newest.graph)
-    raise EngineError(
+    raise OutsideProfileError(
         f"{stage}: no profile of its plans takes {misfit}; they are for {taken}. Choose such a size, or build for "
         f"this one: {command} with --min, --opt and --max that hold it"
     )

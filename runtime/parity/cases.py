@@ -1,7 +1,8 @@
 """What stages are compared on: seeded inputs as a stage meets them when it draws an image."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from ...schemas.bundle import StageEntry
 from ...schemas.control import is_control
+from ...schemas.profiles import EFFNET_STRIDE
 from ...schemas.sizes import latent_sizes
 from ...schemas.stages import Stage
 from ..engines.base import Tensors
@@ -35,6 +37,17 @@ class Case:
     label: str
     inputs: Tensors
     t: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Images of a size, and where that lies on an engine's profile; "" for a size that somebody named."""
+
+    size: Size
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.size[0]}x{self.size[1]} {self.place}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ SITUATIONS: Mapping[Stage, tuple[Situation, ...]] = {
         _decoder(2, 18, 26, (1, 3)),
     ),
     Stage.VQGAN: _images((1, 32, 32), (2, 9, 13)),
-    Stage.IMAGE_ENCODER: (Situation({"batch": 2}),),
+    Stage.IMAGE_ENCODER: (Situation({"batch": 1}), Situation({"batch": 2})),
     Stage.EFFNET_ENCODER: PHOTOS,
     Stage.PREVIEWER: MAPS,
     Stage.CONTROLNET_CANNY: PHOTOS,
@@ -83,7 +96,8 @@ SITUATIONS: Mapping[Stage, tuple[Situation, ...]] = {
 
 
 def situations_at(stage: Stage, size: Size) -> tuple[Situation, ...]:
-    """The stage as it draws an image of `size`, once in each of RATIOS; none for stages that do not draw."""
+    """The stage as it is met with images of `size`: one that samples once in each of RATIOS, none of the encoders of
+    text and image prompts."""
     sizes = latent_sizes(size[1], size[0])
     (prior_height, prior_width), (height, width) = sizes.prior, sizes.decoder
     match stage:
@@ -93,6 +107,12 @@ def situations_at(stage: Stage, size: Size) -> tuple[Situation, ...]:
             return tuple(_decoder(1 + g, height, width, sizes.prior, g) for g in (PLAIN, GUIDED, PLAIN))
         case Stage.VQGAN:
             return _images((1, height, width))
+        case Stage.PREVIEWER | Stage.CONTROLNET_SUPER_RESOLUTION:
+            return _images((1, prior_height, prior_width))
+        case Stage.EFFNET_ENCODER:
+            return _images((1, prior_height * EFFNET_STRIDE, prior_width * EFFNET_STRIDE))
+        case Stage.CONTROLNET_CANNY | Stage.CONTROLNET_INPAINTING:
+            return _images((1, size[1], size[0]))
     return ()
 
 
@@ -128,18 +148,22 @@ def cases_of(
     entry: StageEntry,
     tokenizer: ClipTokenizer,
     embedded: Embedded | None = None,
-    size: Size | None = None,
+    points: Sequence[Point] = (),
 ) -> tuple[Case, ...]:
     """The stage's cases: a batch at each of RATIOS, one of them under guidance; prompts by their true embeddings where
-    they are `embedded`, else by normal noise. With `size` as many more at the latents of an image so large."""
+    they are `embedded`, else by normal noise. As many more for images at each of `points`."""
     if stage is Stage.TEXT_ENCODER:
         return (Case(stage, f"{len(PROMPTS)} prompts", tokens_of(PROMPTS, tokenizer)),)
     rng = np.random.default_rng(0)
-    situations = (*SITUATIONS[stage], *(situations_at(stage, size) if size else ()))
-    return tuple(
-        _case(stage, entry, situation, RATIOS[place % len(RATIOS)], embedded, rng)
-        for place, situation in enumerate(situations)
-    )
+    cases = [
+        _case(stage, entry, situation, ratio, embedded, rng)
+        for situation, ratio in zip(SITUATIONS[stage], cycle(RATIOS))
+    ]
+    for point in points:
+        for situation, ratio in zip(situations_at(stage, point.size), cycle(RATIOS)):
+            case = _case(stage, entry, situation, ratio, embedded, rng)
+            cases.append(replace(case, label=f"{case.label}, {point}") if point.place else case)
+    return tuple(cases)
 
 
 def cases_at(

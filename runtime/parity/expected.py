@@ -5,7 +5,7 @@ against itself as well.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +24,14 @@ from ..tokenizer import ClipTokenizer
 from .cases import NEGATIVE, PROMPT, PROMPTS, Case, Embedded, Size, cases_of, embed
 from .metrics import relative_l2
 from .presets import DTYPES
+from .sizes import IMAGE, Sizes
 
 Outputs = dict[str, NDArray[Any]]
 Progress = Callable[[str], object]
 
 SEED = 0
 TRAJECTORY_STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
-TRAJECTORY = Settings(256, 256, prior_steps=4, prior_guidance=4.0, decoder_steps=3, decoder_guidance=1.5)
+TRAJECTORY = Settings(*IMAGE, prior_steps=4, prior_guidance=4.0, decoder_steps=3, decoder_guidance=1.5)
 NUDGE = 1e-3  # relative size of what is added to every output to see how errors grow
 
 Floors = Mapping[Stage, Mapping[Precision, float]]
@@ -88,20 +89,21 @@ def expect(
     stages: Sequence[Stage] = (),
     precisions: Collection[Precision] = tuple(Precision),
     progress: Progress = lambda what: None,
-    size: Size | None = None,
+    sizes: Sizes | None = None,
 ) -> Expected:
-    """Run the reference: the cases of `stages` (all of the manifest's when none are named), with `size` those of images
-    so large as well, and a trajectory when no stage was singled out and all it takes is there. Floors are measured in
-    `precisions` on a stage's first case.
+    """Run the reference: the cases of `stages` (all of the manifest's when none are named), at `sizes` as well, and a
+    trajectory when no stage was singled out and all it takes is there. Floors are measured in `precisions` on a
+    stage's first case.
 
     One stage is in memory at a time. Raises EngineError when one cannot be loaded or run."""
+    sizes = sizes or Sizes()
     embedded = embedded_by(reference, tokenizer)
     cases: list[Case] = []
     outputs: list[Outputs] = []
     floors: dict[Stage, dict[Precision, float]] = {}
     for stage in stages or tuple(manifest.stages):
         progress(f"{stage} on {reference.name}")
-        found = cases_of(stage, manifest.stages[stage], tokenizer, embedded, size)
+        found = cases_of(stage, manifest.stages[stage], tokenizer, embedded, sizes.points.get(stage, ()))
         runner = reference.load(stage)
         try:
             cases += found
@@ -111,7 +113,7 @@ def expect(
             runner.close()
     trajectory = None
     if not stages and set(TRAJECTORY_STAGES) <= set(manifest.stages):
-        trajectory = _trajectory(reference, manifest, tokenizer, progress)
+        trajectory = _trajectory(reference, manifest, tokenizer, progress, sizes.image)
     return Expected(reference.name, tuple(cases), tuple(outputs), floors, trajectory)
 
 
@@ -149,28 +151,31 @@ def embedded_by(reference: Engine, tokenizer: ClipTokenizer) -> Embedded | None:
 # Trajectories
 
 
-def _trajectory(reference: Engine, manifest: Manifest, tokenizer: ClipTokenizer, progress: Progress) -> Trajectory:
+def _trajectory(
+    reference: Engine, manifest: Manifest, tokenizer: ClipTokenizer, progress: Progress, size: Size
+) -> Trajectory:
     progress(f"trajectory on {reference.name}")
     watched = _Recording(reference)
-    latents, image = draw(watched, manifest, tokenizer)
+    latents, image = draw(watched, manifest, tokenizer, size)
     progress("trajectory with every pass a little off")
-    nudged, nudged_image = draw(_Nudged(reference), manifest, tokenizer)
+    nudged, nudged_image = draw(_Nudged(reference), manifest, tokenizer, size)
     gains = {name: relative(nudged[name], value) / NUDGE for name, value in latents.items()}
     gains["image"] = relative(nudged_image, image) / NUDGE
     return Trajectory(tuple(watched.calls), latents, image, gains)
 
 
 def draw(
-    engine: Engine, manifest: Manifest, tokenizer: ClipTokenizer
+    engine: Engine, manifest: Manifest, tokenizer: ClipTokenizer, size: Size
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]:
-    """One image with guidance in both stages: the latents after every step by name, and its pixels."""
+    """One image of `size` with guidance in both stages: the latents after every step by name, and its pixels."""
     latents: dict[str, NDArray[np.float32]] = {}
+    settings = replace(TRAJECTORY, width=size[0], height=size[1])
 
     def record(stage: Stage, step: Step) -> None:
         latents[f"{stage} step {step.index + 1}"] = step.latents
 
     with Cascade(engine, manifest, tokenizer, memory=STAGED) as cascade:
-        result = cascade.generate(PROMPTS[PROMPT], negative=NEGATIVE, seed=SEED, settings=TRAJECTORY, on_step=record)
+        result = cascade.generate(PROMPTS[PROMPT], negative=NEGATIVE, seed=SEED, settings=settings, on_step=record)
         assert result.pixels is not None
         return latents, result.pixels
 

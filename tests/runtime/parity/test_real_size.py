@@ -23,12 +23,13 @@ from cascadekit.converters.reference import reference_engine
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.parity.bisect import bisect_stage
-from cascadekit.runtime.parity.cases import cases_of
+from cascadekit.runtime.parity.cases import Point, cases_of
+from cascadekit.runtime.parity.sizes import Sizes
 from cascadekit.runtime.parity.verify import verify
 from cascadekit.runtime.tokenizer import ClipTokenizer
 from cascadekit.schemas.stages import Stage
 what, folder = sys.argv[1], Path(sys.argv[2])
-bundle, tokenizer, size = open_bundle(folder / "bundle"), ClipTokenizer.open(None), (1024, 1024)
+bundle, tokenizer, point = open_bundle(folder / "bundle"), ClipTokenizer.open(None), Point((1024, 1024))
 reference = reference_engine(open_model([folder / "model"]), [Stage.PRIOR])
 engine = OnnxRuntimeEngine(bundle)
 begin = time.perf_counter()
@@ -36,13 +37,13 @@ passes = 0.0
 passed = True
 if what in ("reference", "engine"):
     runner = {"reference": reference, "engine": engine}[what].load(Stage.PRIOR)
-    cases = cases_of(Stage.PRIOR, bundle.entry(Stage.PRIOR), tokenizer, size=size)
+    cases = cases_of(Stage.PRIOR, bundle.entry(Stage.PRIOR), tokenizer, points=[point])
     start = time.perf_counter()
     for case in cases:
         runner(case.inputs)
     passes = time.perf_counter() - start
 elif what == "verify":
-    report = verify(engine, reference, bundle.manifest, tokenizer, [Stage.PRIOR], size=size)
+    report = verify(engine, reference, bundle.manifest, tokenizer, [Stage.PRIOR], sizes=Sizes({Stage.PRIOR: [point]}))
     passed = bool(report)
 else:
     found = bisect_stage(bundle, Stage.PRIOR, reference, tokenizer, slice_bytes=1 << 28)
