@@ -5,6 +5,7 @@ The stand-in has what TensorRT 10 and 11 have, or less for an early 10.0; it wri
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
         monkeypatch.setenv("USED", str(tmp_path / "used.json"))
         monkeypatch.setattr(builder, "present_device", lambda: H100)
-        monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
+        monkeypatch.setitem(sys.modules, "tensorrt", None)  # so that the stand-in is taken out again
+        del sys.modules["tensorrt"]
         return lambda: json.loads((tmp_path / "used.json").read_text())
 
     return install
