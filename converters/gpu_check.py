@@ -339,12 +339,11 @@ def _compare_case(cascade: Cascade, wanted: Expected, limits: Precision) -> list
 
 def _repeats(engine: TensorRTEngine, wanted: Expected) -> dict[str, Any]:
     """The same inputs give the same outputs, replayed from a CUDA graph or not, and other inputs do not."""
-    stage = engine.load(Stage.VQGAN)
     latents = wanted.decoder[:1]
-    outputs = [stage({"latents": latents})["images"] for _ in range(REPEATS)]
-    facts = stage.facts()
-    other = stage({"latents": latents[..., ::-1].copy()})["images"]
-    stage.close()
+    with engine.load(Stage.VQGAN) as stage:
+        outputs = [stage({"latents": latents})["images"] for _ in range(REPEATS)]
+        facts = stage.facts()
+        other = stage({"latents": latents[..., ::-1].copy()})["images"]
     worst = max(float(np.abs(output - outputs[0]).max()) for output in outputs)
     if worst > 0 or np.array_equal(other, outputs[0]):
         raise _WrongError(

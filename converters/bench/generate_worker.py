@@ -87,7 +87,7 @@ class TimedEngine:
             self._clock.stop("load")
 
 
-class TimedStage:
+class TimedStage(StageRunner):
     """One stage of a TimedEngine."""
 
     def __init__(self, runner: StageRunner, stage: Stage, clock: Clock) -> None:

@@ -124,9 +124,8 @@ def _hoisted(name: str) -> Callable[[Job], StageRunner]:
         inputs = dict(np.load(job.inputs))
         ratios = inputs["timestep_ratio"]
         conditions = {port: value for port, value in inputs.items() if port not in ("sample", "timestep_ratio")}
-        first = engine.load(stage, CONDITIONING)
-        prepared = dict(prepare(first, stage, inputs["sample"], conditions, ratios))
-        first.close()
+        with engine.load(stage, CONDITIONING) as first:
+            prepared = dict(prepare(first, stage, inputs["sample"], conditions, ratios))
         return HoistedStage(engine.load(stage, STEP), prepared, ratios)
 
     return loaded

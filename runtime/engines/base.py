@@ -1,7 +1,8 @@
 """The protocol every engine follows, and the check of what is fed to a stage."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ class PortSpec(Protocol):
 
 
 class StageRunner(Protocol):
-    """One loaded stage: call it with an array for each input port, get one for each output port."""
+    """One loaded stage: call it with an array for each input port, get one for each output port. As a context manager
+    it is closed at the end."""
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
 
@@ -39,12 +41,15 @@ class StageRunner(Protocol):
     def close(self) -> None:
         """Give back the memory of the weights."""
 
+    def __enter__(self) -> Self:
+        return self
 
-class HostRunner:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class HostRunner(StageRunner, Protocol):
     """What a runner does that computes where its inputs are: binding copies nothing."""
-
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        raise NotImplementedError
 
     def bind(self, constants: Tensors) -> Run:
         return lambda inputs: self({**constants, **inputs})

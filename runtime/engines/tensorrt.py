@@ -13,7 +13,7 @@ from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
-from .base import Tensors, check_inputs, with_absent_control
+from .base import StageRunner, Tensors, check_inputs, with_absent_control
 from .budget import DeviceBudget, gib
 from .cuda import DeviceMemoryError
 from .execution import Execution, inputs_apart
@@ -72,7 +72,7 @@ class TensorRTEngine:
         return TensorRTStage(self, stage, graph)
 
 
-class TensorRTStage:
+class TensorRTStage(StageRunner):
     """One graph of a stage: the plans it has for this machine, one of them at a time on the device."""
 
     def __init__(self, engine: TensorRTEngine, stage: Stage, graph: str) -> None:

@@ -196,11 +196,9 @@ def bisect_stage(
     `TorchEngine` of cascadekit's modules, has a text encoder."""
     entry = bundle.entry(stage)
     case = odd_case(cases_of(stage, entry, tokenizer, embedded_by(reference, tokenizer)))
-    runner: Any = reference.load(stage)
-    try:
+    runner: Any
+    with reference.load(stage) as runner:
         return bisect(bundle, stage, runner, case.inputs, slice_bytes=slice_bytes, progress=progress)
-    finally:
-        runner.close()
 
 
 def bisect(

@@ -104,13 +104,10 @@ def expect(
     for stage in stages or tuple(manifest.stages):
         progress(f"{stage} on {reference.name}")
         found = cases_of(stage, manifest.stages[stage], tokenizer, embedded, sizes.points.get(stage, ()))
-        runner = reference.load(stage)
-        try:
+        with reference.load(stage) as runner:
             cases += found
             outputs += [dict(runner(case.inputs)) for case in found]
             floors[stage] = _floors(runner, found[0].inputs, precisions)
-        finally:
-            runner.close()
     trajectory = None
     if not stages and set(TRAJECTORY_STAGES) <= set(manifest.stages):
         trajectory = _trajectory(reference, manifest, tokenizer, progress, sizes.image)
@@ -142,10 +139,8 @@ def embedded_by(reference: Engine, tokenizer: ClipTokenizer) -> Embedded | None:
         runner = reference.load(Stage.TEXT_ENCODER)
     except EngineError:
         return None
-    try:
+    with runner:
         return embed(runner, tokenizer)
-    finally:
-        runner.close()
 
 
 # Trajectories

@@ -187,12 +187,10 @@ def advise(entry: StageEntry, stage: Stage, reference: Engine, tokenizer: ClipTo
     """Watch the stage over prompts and timesteps and say what it bears. `reference` is a `TorchEngine` of cascadekit's
     modules. Raises EngineError when it cannot be loaded."""
     cases = cases_at(stage, entry, tokenizer, TIMESTEPS, embedded_by(reference, tokenizer))
-    runner: Any = reference.load(stage)
-    try:
+    runner: Any
+    with reference.load(stage) as runner:
         spreads = watch_spreads(runner, cases)
         errors = _errors(runner, cases[len(cases) // 2].inputs)
-    finally:
-        runner.close()
     plan, obstacle = _plan(entry, stage, spreads)
     return Advice(stage, entry.precision, tuple(_blocks(spreads)), errors, plan, obstacle)
 

@@ -158,12 +158,9 @@ def _compare_stage(
     """The stage each way the engine runs it: the first in all passes, another in the small ones, which find what is
     wrong with a graph."""
     for number, (way, load) in enumerate(ways(engine, stage)):
-        runner = load()
-        try:
+        with load() as runner:
             chosen = passes if number == 0 else passes[: len(SITUATIONS[stage])]
             yield from _compare_passes(runner, way, chosen, held_to, left_out)
-        finally:
-            runner.close()
 
 
 def _compare_passes(

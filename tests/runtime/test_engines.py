@@ -159,3 +159,23 @@ assert not found, found
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*ON_THE_CPU, "torch"])
+def test_a_stage_is_called_bound_and_closed(tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The protocol that every engine follows; those of TensorRT have tests of their own."""
+    torch_engine = reference_engine(open_model([tiny / "model"]), [Stage.DECODER])
+    engine = torch_engine if name == "torch" else make_engine(name, open_bundle(tiny / "bundle"), threads=1)
+    random = np.random.default_rng(0)
+    shapes = {"sample": (2, 4, 18, 26), "clip_text_pooled": (2, 1, 12), "effnet": (2, 16, 5, 7)}
+    inputs = {port: random.standard_normal(shape, np.float32) for port, shape in shapes.items()}
+    inputs["timestep_ratio"] = np.array([0.9, 0.2], np.float32)
+    with engine.load(Stage.DECODER) as runner:
+        closed: list[object] = []
+        close = runner.close
+        monkeypatch.setattr(runner, "close", lambda: (closed.append(runner), close()))
+        whole = runner(inputs)["noise_pred"]
+        fixed = {port: inputs.pop(port) for port in ("clip_text_pooled", "effnet")}
+        assert np.array_equal(runner.bind(fixed)(inputs)["noise_pred"], whole)
+        assert not closed
+    assert closed == [runner]
