@@ -12,8 +12,9 @@ from PIL import Image
 
 from cascadekit import Cascade, Settings, export
 from cascadekit.runtime.engines.base import check_inputs
-from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStage
 from cascadekit.runtime.images import image_paths, read_settings, save_png
+from cascadekit.runtime.pipeline import ROW_AREA
 from cascadekit.schemas.errors import CheckpointError, EngineError, UsageError
 from cascadekit.schemas.ports import Port
 from cascadekit.schemas.stages import Stage
@@ -63,6 +64,35 @@ def test_prior_and_decode_by_hand_equal_generate(cascade: Cascade) -> None:
     assert np.array_equal(steps[-1].latents, whole.prior_latents)
     given = cascade.prior(embeds, **size, steps=2, seed=[1], latents=np.zeros_like(steps[0].latents))
     assert not np.array_equal(list(given)[-1].latents, whole.prior_latents)
+
+
+def test_long_lists_go_through_in_parts_that_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn does not depend on the parts; nine prompts with guidance are batches of 18."""
+    batches: dict[Stage, list[int]] = {Stage.PRIOR: [], Stage.DECODER: []}
+    run = OnnxRuntimeStage.__call__
+
+    def counting(self: OnnxRuntimeStage, inputs: Any) -> Any:
+        if "sample" in inputs:
+            batches[self.stage].append(len(inputs["sample"]))
+        return run(self, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeStage, "__call__", counting)
+    call = {"prompt": [f"image {n}" for n in range(9)], "seed": 0, "settings": QUICK, "decoder_guidance": 1.5}
+    found = {}
+    for rows in (None, 4):
+        for each in batches.values():
+            each.clear()
+        with Cascade.open(tiny / "bundle", threads=1, rows=rows) as cascade:
+            found[rows] = cascade.generate(**call)
+        assert all(sum(each) == 18 * 2 for each in batches.values())
+        assert all(max(each) == (rows or 18) for each in batches.values())
+    difference = np.linalg.norm(found[4].decoder_latents - found[None].decoder_latents)
+    assert difference <= 1e-5 * np.linalg.norm(found[None].decoder_latents)
+    monkeypatch.setitem(ROW_AREA, Stage.DECODER, 3 * 16 * 32)  # as a 1024x1024 image is of the default
+    batches[Stage.DECODER].clear()
+    with Cascade.open(tiny / "bundle", threads=1) as cascade:
+        cascade.generate(**call)
+    assert max(batches[Stage.DECODER]) == 3
 
 
 def test_image_embeddings_change_the_result(cascade: Cascade) -> None:

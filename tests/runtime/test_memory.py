@@ -1,0 +1,79 @@
+"""What memory is predicted: weights counted as the networks and the graphs hold them, and how the rest goes with the
+size, the batch and the policy. tests/test_real_size.py measures it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from cascadekit import Settings, export
+from cascadekit.converters.stage_graphs import GraphWishes
+from cascadekit.runtime.bundle import Bundle, open_bundle
+from cascadekit.runtime.memory import Peak, loaded_bytes, predict_peak
+from cascadekit.runtime.residency import RESIDENT, STAGED, MemoryPolicy
+from cascadekit.schemas.precision import Precision
+from cascadekit.schemas.stages import Stage
+
+SETTINGS = Settings(1024, 1024)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Path) -> Bundle:
+    return open_bundle(tiny / "bundle")
+
+
+def stored(bundle: Bundle, stage: Stage, graph: str) -> int:
+    """Bytes of the weights that the ONNX file takes from the stage's fp32 weights, by onnx's own reading."""
+    model = onnx.load(bundle.graph(stage, graph), load_external_data=False)
+    sizes = {
+        (entry["location"], entry["offset"]): math.prod(tensor.dims) * 4
+        for tensor in model.graph.initializer
+        if (entry := {each.key: each.value for each in tensor.external_data})
+    }
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("stage", "graph"), [(Stage.PRIOR, "model"), (Stage.PRIOR, "conditioning"), (Stage.PRIOR, "step")]
+)
+def test_weights_are_those_of_the_graphs(bundle: Bundle, stage: Stage, graph: str) -> None:
+    assert loaded_bytes(bundle.manifest, stage, graph) == pytest.approx(stored(bundle, stage, graph), rel=0.02)
+
+
+def test_the_parts_take_less_than_the_whole(bundle: Bundle) -> None:
+    whole, *parts = (loaded_bytes(bundle.manifest, Stage.PRIOR, name) for name in ("model", "conditioning", "step"))
+    assert max(parts) < whole < sum(parts)  # keys and values are in both
+
+
+def test_half_precision_takes_half(tiny: Path, tmp_path: Path) -> None:
+    wishes = GraphWishes(precision=Precision.FP16)
+    export(tiny / "model", tmp_path / "half", stages=[Stage.DECODER], graphs=wishes)
+    half, whole = (open_bundle(path).manifest for path in (tmp_path / "half", tiny / "bundle"))
+    assert 2 * loaded_bytes(half, Stage.DECODER) == loaded_bytes(whole, Stage.DECODER)
+
+
+def peak(bundle: Bundle, policy: MemoryPolicy = STAGED, images: int = 1, **changes: object) -> Peak:
+    return predict_peak(bundle.manifest, policy, replace(SETTINGS, **changes), images)  # type: ignore[arg-type]
+
+
+def test_how_a_peak_goes(bundle: Bundle) -> None:
+    assert peak(bundle).stage is Stage.VQGAN  # activations, where weights are as small as these
+    assert peak(bundle).nbytes < peak(bundle, RESIDENT).nbytes
+    weights = sum(
+        loaded_bytes(bundle.manifest, stage, graph)
+        for stage, graph in [
+            (Stage.TEXT_ENCODER, "model"),
+            (Stage.PRIOR, "conditioning"),
+            (Stage.PRIOR, "step"),
+            (Stage.DECODER, "model"),
+            (Stage.VQGAN, "model"),
+        ]
+    )
+    assert peak(bundle, MemoryPolicy("budget", weights)).nbytes <= peak(bundle, RESIDENT).nbytes
+    assert peak(bundle, MemoryPolicy("budget", 1)) == peak(bundle)
+    assert peak(bundle, width=2048).nbytes > 1.8 * peak(bundle).nbytes
+    many = peak(bundle, images=4096)
+    assert many.stage is Stage.DECODER  # the vqgan decodes one image at a time, whatever their number
+    assert peak(bundle, images=4096, decoder_guidance=2.0).nbytes > 1.8 * many.nbytes
