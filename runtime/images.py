@@ -1,8 +1,6 @@
 """Arrays to pictures, and PNG files that say how they were made."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from ..schemas.errors import UsageError
+from .whole_file import whole_file
 
 METADATA_KEY = "cascadekit"
 
@@ -38,23 +37,12 @@ def save_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> N
     Raises UsageError when the file cannot be written."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    scratch: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            scratch = file.name
+        with whole_file(path) as file:
             picture.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)
-        os.replace(scratch, path)
     except OSError as error:
         raise UsageError(f"{path}: the image cannot be written: {error.strerror}; choose another -o") from error
-    finally:
-        if scratch:
-            Path(scratch).unlink(missing_ok=True)
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -1,8 +1,6 @@
 """Gathers everything that a parity run has to tell into one plain record, and writes it as JSON, HTML or JUnit XML."""
 
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,6 +22,7 @@ from ...schemas.report import (
     StageFacts,
 )
 from ...schemas.stages import Stage
+from ..whole_file import whole_file
 from .image_metrics import ssim, window
 from .junit import to_junit
 from .metrics import HISTOGRAM_EDGES, Comparison
@@ -171,22 +170,11 @@ def write_report(path: Path, report: ParityReport, images: Images | None = None)
 
 
 def _write_whole(path: Path, text: str) -> None:
-    scratch: str | None = None
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            scratch = file.name
+        with whole_file(path) as file:
             file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)
-        os.replace(scratch, path)
     except OSError as error:
         raise UsageError(f"{path}: the report cannot be written: {error.strerror}; choose another name") from error
-    finally:
-        if scratch:
-            Path(scratch).unlink(missing_ok=True)
 
 
 def _image(verified: Verified, images: Images | None) -> ImageEntry | None:

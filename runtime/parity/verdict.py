@@ -1,17 +1,14 @@
 """The verdict of a parity run in the bundle's manifest, and what it is worth later."""
 
-import os
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
 
 from ...schemas.bundle import MANIFEST_NAME, Manifest, StageEntry, StageVerdict, VerdictEntry, to_text
 from ...schemas.errors import CheckpointError
 from ...schemas.stages import Stage
 from ..bundle import Bundle
+from ..whole_file import whole_file
 from .metrics import Comparison
 from .report import Verified, place
 
@@ -47,21 +44,11 @@ def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
     path = bundle.root / MANIFEST_NAME
     others = [old for old in bundle.manifest.parity if not _obsolete(old, verdict)]
     manifest = bundle.manifest.model_copy(update={"parity": (*others, verdict)[-KEPT:]})
-    scratch: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=bundle.root, prefix=f".{MANIFEST_NAME}.", delete=False) as file:
-            scratch = Path(file.name)
+        with whole_file(path, path.stat().st_mode & 0o777) as file:
             file.write(to_text(manifest).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(path.stat().st_mode & 0o777)
-        scratch.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path}: the verdict cannot be recorded: {error.strerror}; see --no-verdict") from error
-    finally:
-        if scratch is not None:
-            with suppress(OSError):
-                scratch.unlink(missing_ok=True)
     return manifest
 
 
