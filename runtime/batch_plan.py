@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
 from .controls import require_control
 from .images import read_settings
+from .integrity import sha256_unless_changed
 from .names import NameTemplate
 from .prompt_files import Entry, PromptFile
 from .prompts import parse_weights
@@ -240,17 +240,9 @@ def _with_hashes(request: Request, said: Mapping[str, Any], folder: Path) -> Req
 def _hashed(name: str, ref: Any, base: Path) -> Any:
     path = base / ref.path
     try:
-        status = path.stat()
-        found = _sha256(path, status.st_size, status.st_mtime_ns)
+        found = sha256_unless_changed(path)
     except OSError as error:
         raise UsageError(f"{name}: {path}: {error.strerror}; check the path") from error
     if ref.sha256 not in (None, found):
         raise UsageError(f"{name}: {path}: another picture: SHA-256 {found[:12]}..., not {ref.sha256[:12]}...")
     return ref.model_copy(update={"path": str(path), "sha256": found})
-
-
-@cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Of a picture; many entries may share one. The size and time are there for the cache to notice changes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ..schemas.bundle import FileEntry
@@ -56,10 +57,25 @@ def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
 def sha256_of(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def sha256_unless_changed(path: Path) -> str:
+    """The same, read once as long as size and time of the file stay what they are. Raises OSError."""
+    status = path.stat()
+    return _sha256_then(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_then(path: Path, size: int, mtime_ns: int) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:

@@ -1,6 +1,5 @@
 """Draws requests: opens their pictures, generates, and says in the metadata what was used."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +12,7 @@ from ..schemas.errors import UsageError
 from ..schemas.request import ControlRef, PictureRef, Request
 from .controls import INPAINTING, ControlPicture
 from .generation import OnStep
+from .integrity import sha256_unless_changed
 from .masks import open_mask
 from .pictures import open_picture
 from .pipeline import Cascade
@@ -92,7 +92,7 @@ def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
 
 def _with_hash(ref: dict[str, Any], folder: Path) -> dict[str, Any]:
     rest = {name: value for name, value in ref.items() if name != "sha256"}  # so that it always comes last
-    return {**rest, "sha256": _sha256(folder / ref["path"])}
+    return {**rest, "sha256": sha256_unless_changed(folder / ref["path"])}
 
 
 def _open(picture: PictureRef, folder: Path) -> Image.Image:
@@ -110,14 +110,9 @@ def _mask(path: Path, init: Image.Image | None, controls: Sequence[ControlPictur
 def _checked(picture: PictureRef | ControlRef, folder: Path) -> Path:
     """The picture's path. Raises UsageError when it is not the file it was."""
     path = folder / picture.path
-    if picture.sha256 and path.is_file() and (found := _sha256(path)) != picture.sha256:
+    if picture.sha256 and path.is_file() and (found := sha256_unless_changed(path)) != picture.sha256:
         raise UsageError(
             f"{path}: expected the picture of SHA-256 {picture.sha256[:12]}..., found {found[:12]}...; "
             "name the right one with the option it belongs to"
         )
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
