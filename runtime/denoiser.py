@@ -23,12 +23,12 @@ def denoiser(
     schedule: Schedule,
     *,
     guidance: float | None,
-    rows: int | None,
+    rows: int,
 ) -> Iterator[Predict]:
     """The stage, in memory and with `conditions` bound for as long as the context lasts.
 
     With `guidance` the conditions are a batch [conditional, unconditional], twice that of `latents`. `rows` bounds the
-    batch that goes through the network at once; None sets no bound."""
+    batch that goes through the network at once."""
     doubled = np.concatenate([latents, latents]) if guidance is not None else latents
     parts = _parts(len(doubled), rows)
     with _bound(engine, residency, stage, doubled, conditions, schedule.ratios[:-1], parts) as runs:
@@ -71,8 +71,8 @@ def _bound(
         yield [HoistedStage(step, each, ratios) for each in prepared]
 
 
-def _parts(count: int, rows: int | None) -> list[slice]:
+def _parts(count: int, rows: int) -> list[slice]:
     """A batch of `count` in as few parts of at most `rows` as possible, of nearly equal size."""
-    number = 1 if rows is None else -(-count // max(1, rows))
+    number = -(-count // rows)
     edges = [round(count * part / number) for part in range(number + 1)]
     return [slice(start, end) for start, end in pairwise(edges)]

@@ -1,5 +1,6 @@
 """What the text encoder makes of prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,3 +30,8 @@ class PromptEmbeds:
             np.repeat(self.negative_pooled, count, axis=0),
             self.truncated,
         )
+
+
+def as_texts(text: str | Sequence[str]) -> list[str]:
+    """One text, or several, as a list."""
+    return [text] if isinstance(text, str) else list(text)

@@ -13,7 +13,7 @@ from ..schemas.settings import Settings, parse_settings
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
 from .controls import INPAINTING, ControlPicture
-from .embeds import PromptEmbeds
+from .embeds import PromptEmbeds, as_texts
 from .images import to_pictures
 from .masks import composite, fit_mask, latent_mask
 from .noise import TorchGenerator
@@ -84,20 +84,21 @@ def generate(
     Raises UsageError for a size, count, seed or picture that cannot be, or a stage that the bundle lacks."""
     chosen = _settings(self, settings, overrides)
     size = latent_sizes(chosen.height, chosen.width, chosen.size_policy)  # fails before anything is loaded
-    prompts, encoded = _encoded(self, prompt, negative, embeds, chosen)
     if num_images < 1:
         raise UsageError(f"{num_images} images: expected at least 1")
     if mask is not None and init_image is None and not any(control.name == INPAINTING for control in controls):
         raise UsageError(
             "a mask says what to draw anew of an initial image, or of what the inpainting ControlNet sees: give one"
         )
+    if image_prompts and image_embeds is not None:
+        raise UsageError("image_prompts and image_embeds: give one of them")
+    kept = None if init_image is None or mask is None else _kept(init_image, mask, *size.image)
+    prompts, encoded = _encoded(self, prompt, negative, embeds, chosen)
     repeated = encoded.repeated(num_images)
     seed = secrets.randbelow(1 << 32) if seed is None else plain_seeds(seed)
     noise = Noise(seed, len(repeated))
-    start, decoder_start = _starts(self, init_image, mask, chosen, decoder=output != "prior")
+    start, decoder_start = _starts(self, init_image, kept and kept[1], chosen, decoder=output != "prior")
     if image_prompts:
-        if image_embeds is not None:
-            raise UsageError("image_prompts and image_embeds: give one of them")
         image_embeds = self.encode_images(image_prompts)
     prior = self.prior(
         repeated,
@@ -136,7 +137,6 @@ def generate(
     )
     decoder_latents = _run(Stage.DECODER, decoder, on_step)
     pixels = self.pixels(decoder_latents) if output == "images" else None
-    kept = _kept(init_image, mask, *size.image)
     return Result(prior_latents, decoder_latents, pixels, described, repeated, encoded.truncated, kept)
 
 
@@ -153,7 +153,7 @@ def _encoded(
     if embeds is not None:
         return [], embeds
     assert prompt is not None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = as_texts(prompt)
     found = cascade.encode_prompt(prompts, negative, weighted=chosen.weighted, long_prompts=chosen.long_prompts)
     return prompts, found
 
@@ -162,7 +162,7 @@ def _starts(
     cascade: "Cascade", picture: Image.Image | None, mask: Image.Image | None, chosen: Settings, *, decoder: bool
 ) -> tuple[Start | None, Start | None]:
     """Where prior and decoder start. The decoder follows the prior's latents anyway; it starts from the picture only
-    to keep what is outside a mask, and then from noise."""
+    to keep what is outside a mask, which has the image's size, and then from noise."""
     if picture is None:
         return None, None
     sizes = latent_sizes(chosen.height, chosen.width, chosen.size_policy)
@@ -170,19 +170,15 @@ def _starts(
     if mask is None:
         return Start(latents, chosen.strength), None
     height, width = sizes.image
-    fitted = fit_mask(mask, width, height)
-    start = Start(latents, chosen.strength, latent_mask(fitted, sizes.prior))
+    start = Start(latents, chosen.strength, latent_mask(mask, sizes.prior))
     if not decoder:
         return start, None
     details = cascade.encode_details(picture, height=height, width=width)
-    return start, Start(details, 1.0, latent_mask(fitted, sizes.decoder))
+    return start, Start(details, 1.0, latent_mask(mask, sizes.decoder))
 
 
-def _kept(
-    picture: Image.Image | None, mask: Image.Image | None, height: int, width: int
-) -> tuple[Image.Image, Image.Image] | None:
-    if picture is None or mask is None:
-        return None
+def _kept(picture: Image.Image, mask: Image.Image, height: int, width: int) -> tuple[Image.Image, Image.Image]:
+    """Picture and mask at the image's size."""
     return fit(picture, width, height), fit_mask(mask, width, height)
 
 
@@ -211,7 +207,7 @@ def _described(
     chosen: Settings,
 ) -> list[dict[str, Any]]:
     """For each of `count` images what `generate` needs to draw it again; of embeddings the prompt is not known."""
-    negatives = [negative] if isinstance(negative, str) else list(negative)
+    negatives = as_texts(negative)
     words: list[dict[str, str]] = [
         {"prompt": prompt, "negative": negatives[0 if len(negatives) == 1 else number]}
         for number, prompt in enumerate(prompts)

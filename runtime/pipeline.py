@@ -22,7 +22,7 @@ from ..schemas.stages import Stage
 from .bundle import open_bundle
 from .controls import ControlPicture, control_image, control_residuals, require_control, together
 from .denoiser import denoiser
-from .embeds import PromptEmbeds
+from .embeds import PromptEmbeds, as_texts
 from .engines.base import Engine, Tensors
 from .engines.mixed import with_stages_of
 from .engines.table import make_engine
@@ -150,9 +150,9 @@ class Cascade:
         """What `decode` would have to draw: the vqgan's latents (1, 4, h, w) of a picture of `height` x `width`.
 
         Raises UsageError when the bundle's vqgan has no encoder."""
-        assert self.manifest.vqgan_scale is not None
         with self.residency.use(Stage.VQGAN, ENCODER) as encode:
             latents = encode({"images": vqgan_input(picture, height, width)})["latents"]
+        assert self.manifest.vqgan_scale is not None  # there is one wherever there is a vqgan
         return np.asarray(latents / self.manifest.vqgan_scale, np.float32)
 
     def residuals(
@@ -304,10 +304,6 @@ class Cascade:
             show = partial(self.preview, stage)
             steps = sample(predict, x_t, schedule, lambda: noise.draw(shape), show)
             yield from steps if start is None or start.mask is None else keep_outside(steps, start, first, schedule)
-
-
-def as_texts(text: str | Sequence[str]) -> list[str]:
-    return [text] if isinstance(text, str) else list(text)
 
 
 def _rows(array: F32, count: int) -> Any:

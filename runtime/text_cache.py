@@ -24,7 +24,10 @@ class CachedTextEncoder:
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """input_ids and attention_mask (B, 77) int64 to prompt_embeds (B, 77, c) and pooled (B, 1, c) float32."""
-        keys = [ids.tobytes() + mask.tobytes() for ids, mask in zip(*_both(inputs), strict=True)]
+        keys = [
+            ids.tobytes() + mask.tobytes()
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
         places = {key: place for place, key in enumerate(keys)}
         new = [place for key, place in places.items() if key not in self._rows]
         found = {key: self._rows[key] for key in places if key in self._rows}
@@ -42,7 +45,3 @@ class CachedTextEncoder:
         with self._use() as encode:
             outputs = encode({name: value[places] for name, value in inputs.items()})
         return [{name: value[row] for name, value in outputs.items()} for row in range(len(places))]
-
-
-def _both(inputs: Tensors) -> tuple[NDArray[Any], NDArray[Any]]:
-    return inputs["input_ids"], inputs["attention_mask"]
