@@ -84,6 +84,7 @@ def _print_generations(report: "GenerateReport") -> None:
     for line in machine_lines(content["machine"]):
         say(line)
     say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content["job"].items()))
+    say(f"memory that generate would predict: {report.predicted_peak / 1e6:.0f} MB")
     say(
         "Medians of all rounds, in seconds: each stage's network (of a step, for prior and decoder), an image in all, "
         "loading before it; loop: the share of an image that no network took; ratio: to the first program, in a round."

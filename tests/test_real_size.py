@@ -11,13 +11,15 @@ import torch
 from safetensors import safe_open
 
 from cascadekit import convert, export
+from cascadekit.converters.bench import bench_generate
 from cascadekit.converters.model import open_model
 from cascadekit.converters.reference import reference_engine
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.parity.verify import verify
+from cascadekit.runtime.reference import build_reference
 from cascadekit.runtime.tokenizer import ClipTokenizer
-from cascadekit.schemas.stages import Stage, Variant
+from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from standins import write_stand_in
 
 
@@ -49,3 +51,19 @@ def test_lite_stages(catalog_folder: Path, tmp_path: Path, name: str, stage: Sta
     for comparison in report.comparisons:
         print(f"{comparison.name}: relative L2 {comparison.relative_l2:.2e}, max abs {comparison.max_abs:.2e}")
     assert report
+
+
+@pytest.mark.slow
+def test_memory_of_a_staged_generation(tmp_path: Path) -> None:
+    """A process that draws images with one lite stage in memory at a time needs little more than the largest as it is
+    loaded, the prior in fp32; and what is predicted before."""
+    report = bench_generate(
+        tmp_path, programs=["onnxruntime"], memory="staged", size=(1024, 1024), steps=(1, 1), rounds=1, runs=1
+    )
+    peak = report.programs["onnxruntime"].peak_rss
+    shapes = build_reference(PRESETS[Stage.PRIOR, Variant.LITE]).state_dict().values()
+    weights = 4 * sum(tensor.numel() for tensor in shapes)
+    print(f"peak {peak / 1e9:.2f} GB, {peak / weights:.2f} times the prior")
+    print(f"predicted {report.predicted_peak / 1e9:.2f} GB")
+    assert peak <= 1.15 * weights
+    assert peak == pytest.approx(report.predicted_peak, rel=0.15)

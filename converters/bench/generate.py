@@ -11,6 +11,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ...runtime.memory import predict_peak
+from ...runtime.residency import MemoryPolicy
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.layouts import Layout
 from ...schemas.stages import PRESETS, Stage, Variant
@@ -45,10 +47,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What was measured; `missing` names what each program that is not installed needs."""
+    """What was measured; `missing` names what each program that is not installed needs. `predicted_peak` is what
+    `generate` would tell before such an image, in bytes."""
 
     machine: dict[str, Any]
     job: dict[str, Any]
+    predicted_peak: int
     programs: dict[str, Generation]
     missing: dict[str, str]
 
@@ -90,7 +94,7 @@ def bench_generate(
         folder = Path(name).absolute()
         machine = describe_machine(folder)
         source = model.absolute() if model else _stand_in(folder, say, tiny=tiny)
-        export(source, folder / "bundle", stages=STAGES)
+        manifest = export(source, folder / "bundle", stages=STAGES)
         job = GenerateJob(
             program="",
             model=str(source),
@@ -106,7 +110,13 @@ def bench_generate(
         results = _rounds(job, [name for name in programs if name not in missing], rounds, say)
         machine["load_average"]["after"] = os.getloadavg()[0]
         described = {k: v for k, v in asdict(job).items() if k not in ("program", "model", "bundle")}
-        return GenerateReport(machine, described, {n: _generation(job, r) for n, r in results.items()}, missing)
+        return GenerateReport(
+            machine,
+            described,
+            predict_peak(manifest, MemoryPolicy.parse(memory), job.settings, 1).nbytes,
+            {name: _generation(job, found) for name, found in results.items()},
+            missing,
+        )
 
 
 def _missing(programs: Sequence[str]) -> dict[str, str]:
