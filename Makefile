@@ -12,7 +12,7 @@ demo: .venv/demo.stamp ## a tiny cascade down the whole road, into demo/
 test: .venv/dev.stamp ## every test but the slow ones
 	$(BIN)/python -m pytest -n auto
 
-test-slow: .venv/dev.stamp ## weights of real size: 2 minutes, 11 GB of disk, 6 GB of memory
+test-slow: .venv/dev.stamp ## weights of real size: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
 
 lint: .venv/dev.stamp ## ruff and mypy strict

@@ -28,8 +28,11 @@ CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
 # While it is loaded a stage takes this much of its weights: cast and not yet rearranged, some are there twice.
+# Where a policy spares memory, less is.
 LOADING: Mapping[Stage, float] = {Stage.DECODER: 1.45}
 LOADING_ELSE = 1.17
+SPARING: Mapping[Stage, float] = {Stage.DECODER: 1.35}
+SPARING_ELSE = 1.05
 
 # Activations in bytes for each pixel of one image (with guidance an image counts twice), and of networks with levels
 # for each channel of the widest map, the first.
@@ -57,7 +60,7 @@ def predict_peak(manifest: Manifest, policy: MemoryPolicy, settings: Settings, i
     stages = [stage for stage in ALWAYS if stage in manifest.stages]
     runs = [(stage, graph) for stage in stages for graph in _graphs(manifest, stage)]
     alone = {run: loaded_bytes(manifest, *run) for run in runs}
-    extra = {run: _extra(manifest, run[0], alone[run], settings, images) for run in runs}
+    extra = {run: _extra(manifest, run[0], _loading(run[0], policy) * alone[run], settings, images) for run in runs}
     if policy == RESIDENT:
         largest = max(runs, key=lambda run: extra[run])
         return Peak(PROCESS + sum(alone.values()) + extra[largest], largest[0])
@@ -78,8 +81,14 @@ def _is_in(graph: str, name: str) -> bool:
     return not (apart and graph == STEP)
 
 
-def _extra(manifest: Manifest, stage: Stage, weights: int, settings: Settings, images: int) -> int:
-    """What comes on top of the weights: while loading, or while running."""
+def _loading(stage: Stage, policy: MemoryPolicy) -> float:
+    """What loading takes on top of a stage's weights, as a share of them."""
+    factors, usual = (LOADING, LOADING_ELSE) if policy == RESIDENT else (SPARING, SPARING_ELSE)
+    return factors.get(stage, usual) - 1
+
+
+def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:
+    """What comes on top of the weights: bytes for `loading`, or for running where that is more."""
     entry = manifest.stages[stage]
     config = from_json(stage, entry.config)
     guidance = {Stage.PRIOR: settings.prior_guidance, Stage.DECODER: settings.decoder_guidance}.get(stage, 0.0)
@@ -87,4 +96,4 @@ def _extra(manifest: Manifest, stage: Stage, weights: int, settings: Settings, i
     width = config.block_out_channels[0] if isinstance(config, UNetConfig) else 1
     pixels = prod(latent_sizes(settings.height, settings.width, settings.size_policy).image)
     running = ACTIVATIONS.get(stage, 0) * width * rows * pixels * BYTES[entry.precision] / BYTES[Precision.FP32]
-    return int(max(running, weights * (LOADING.get(stage, LOADING_ELSE) - 1)))
+    return int(max(running, loading))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,6 +10,7 @@ from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
 from .engines.base import Engine, StageRunner
+from .engines.memory import large_blocks_given_back
 
 Key = tuple[Stage, str]  # a stage and one of its graphs
 
@@ -20,7 +21,8 @@ BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 @dataclass(frozen=True)
 class MemoryPolicy:
     """`resident`: a stage once used stays. `staged`: what is not in use goes before anything is loaded. A budget in
-    bytes: the stage unused for longest goes until the next one fits."""
+    bytes: the stage unused for longest goes until the next one fits. The latter two also load with less memory at the
+    peak, and more slowly."""
 
     name: str
     budget: int | None = None
@@ -57,7 +59,8 @@ class Residency:
         runner = self._loaded.pop(key, None)
         if runner is None:
             self._make_room(key)
-            runner = self._engine.load(stage, graph)
+            with nullcontext() if self.policy == RESIDENT else large_blocks_given_back():
+                runner = self._engine.load(stage, graph)
         self._loaded[key] = runner
         self._in_use.append(key)
         try:
