@@ -29,6 +29,9 @@ from .points import Point, block_of, match
 from .presets import DTYPES, ROUNDOFF
 
 FACTOR = 8.0  # a part's own error to that of the reference's module in the same precision
+# A part may as well be off by so many times √channels of fp32's rounding: what sums over channels lose when they are
+# taken one after the other and one channel has nearly all. PyTorch sums in pairs.
+SUMMED = 2.0
 MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
 # Own error of a product with quantised weights, the worst of its channels: steps of 1/127 or 1/7 of the largest.
 CHANNEL_QUANTIZED = {
@@ -74,7 +77,7 @@ class PointError:
 
     @property
     def held_to(self) -> float:
-        """The floor, or what a value of the precision is rounded by where that is more."""
+        """The floor, or what values of the precision and sums in it are rounded by where that is more."""
         return self.limit / FACTOR
 
     @property
@@ -278,6 +281,7 @@ def _compare(
         own, worst, nonfinite = _errors(point.rows(found[name]), expected)
         _, floor, broken = _errors(point.rows(point.to_graph(rough[name])), expected)
         limit = FACTOR * max(0.0 if broken else floor, ROUNDOFF[entry.precision])
+        limit = max(limit, SUMMED * expected.shape[1] ** 0.5 * ROUNDOFF[Precision.FP32])
         floor = np.inf if broken else floor
         if name in part.quantized:
             limit = max(limit, CHANNEL_QUANTIZED[entry.quantization])
