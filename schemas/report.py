@@ -132,7 +132,7 @@ class FileEntry(_Frozen):
 
 
 class ParityReport(_Frozen):
-    """A parity run; `date` is UTC, ISO 8601."""
+    """A parity run; `date` is UTC, ISO 8601. `left_out` says what an engine built for some sizes does not take."""
 
     format: Literal["cascadekit-parity-report"] = "cascadekit-parity-report"
     version: Literal[1] = 1
@@ -148,6 +148,7 @@ class ParityReport(_Frozen):
     image: ImageEntry | None
     depth: tuple[DepthEntry, ...] = ()
     ranges: tuple[RangeEntry, ...] = ()
+    left_out: tuple[Text, ...] = ()
     files: tuple[FileEntry, ...]
 
 

@@ -24,6 +24,7 @@ class Run:
     reference: str = "torch"
     image_psnr: float | None = 60.0
     image_psnr_needed: float = 50.0
+    left_out: tuple[str, ...] = ()
 
     @property
     def image_failed(self) -> bool:

@@ -1,4 +1,6 @@
-"""A parity report as JUnit XML, which build servers show: a suite for every stage, a case for every comparison."""
+"""A parity report as JUnit XML, which build servers show: a suite for every stage, a case for every comparison.
+
+What was left out is a suite of skipped cases."""
 
 import re
 from collections import defaultdict
@@ -29,14 +31,23 @@ def to_junit(report: ParityReport) -> str:
         counts = {"tests": "1", "failures": str(int(bool(failed))), "errors": "0"}
         suite = ElementTree.SubElement(root, "testsuite", counts, name="final image", timestamp=report.date[:19])
         _case(suite, "cascadekit.parity.image", "final image", failed, figures)
+    if report.left_out:
+        skipped = str(len(report.left_out))
+        counts = {"tests": skipped, "failures": "0", "errors": "0", "skipped": skipped}
+        suite = ElementTree.SubElement(root, "testsuite", counts, name="left out", timestamp=report.date[:19])
+        for what in report.left_out:
+            case = ElementTree.SubElement(suite, "testcase", classname="cascadekit.parity.left_out", name=_clean(what))
+            ElementTree.SubElement(case, "skipped", message=_clean(f"{report.engine} was built for other sizes"))
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _counted(entries: Sequence[ComparisonEntry], report: ParityReport | None = None) -> dict[str, str]:
     image = report.image if report else None
+    skipped = len(report.left_out) if report else 0
     failures = sum(not entry.passed for entry in entries) + (image is not None and not image.passed)
-    return {"tests": str(len(entries) + (image is not None)), "failures": str(failures), "errors": "0"}
+    tests = len(entries) + (image is not None) + skipped
+    return {"tests": str(tests), "failures": str(failures), "errors": "0", "skipped": str(skipped)}
 
 
 def _case(suite: ElementTree.Element, group: str, name: str, failure: str, figures: str) -> None:

@@ -84,6 +84,8 @@ def _verdict(report: ParityReport) -> Markup:
     else:
         text = f"{report.engine} does not give what {report.reference} gives: "
         text += f"{len(failed)} of {count} comparisons failed."
+    if report.left_out:
+        text += f" {len(report.left_out)} more were left out, listed below."
     items = [f"{entry.name}: {'; '.join(entry.failures)}" for entry in failed[:SHOWN_FAILURES]]
     if len(failed) > SHOWN_FAILURES:
         items.append(f"and {len(failed) - SHOWN_FAILURES} more, listed below")
@@ -232,7 +234,14 @@ def _comparisons(report: ParityReport) -> Markup:
             class_="quiet",
         ),
         element("details", element("summary", f"All {len(rows)} comparisons"), table(head, rows, class_="cards")),
+        *_left_out(report),
     )
+
+
+def _left_out(report: ParityReport) -> Iterator[Markup]:
+    if report.left_out:
+        yield element("p", f"Left out, since {report.engine} was built for other sizes:")
+        yield element("ul", *(element("li", what) for what in report.left_out))
 
 
 def _provenance(report: ParityReport) -> Markup:

@@ -50,6 +50,8 @@ class Verified(Protocol):
     def image_psnr_needed(self) -> float: ...
     @property
     def image_failed(self) -> bool: ...
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
     def __bool__(self) -> bool: ...
 
 
@@ -108,6 +110,7 @@ def build_report(
         image=_image(verified, images),
         depth=tuple(depth),
         ranges=tuple(ranges),
+        left_out=verified.left_out,
         files=circumstances.files,
     )
 

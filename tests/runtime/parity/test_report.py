@@ -165,6 +165,27 @@ def test_html_says_the_verdict_first_and_gives_every_chart_in_words(tmp_path: Pa
     assert "✓ Passed" in page(tmp_path, Run(healthy())).text
 
 
+def test_what_was_left_out_is_told_in_every_report(tmp_path: Path) -> None:
+    """Names come from an engine's own words: hostile ones stay text."""
+    what = ("prior in two parts (t 0.95, batch 1)", f"the image: {HOSTILE}")
+    run = Run(healthy(), left_out=what)
+    for suffix in (".json", ".xml"):
+        write_report(tmp_path / f"r{suffix}", report(run))
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    jsonschema.validate(content, SCHEMA)
+    assert content["left_out"] == [what[0], f"the image: {HOSTILE.replace(chr(0xD800), '?')}"]
+    root = ElementTree.parse(tmp_path / "r.xml").getroot()
+    skipped = [case.get("name") for case in root.findall("testsuite/testcase") if case.find("skipped") is not None]
+    assert skipped == [what[0], f"the image: {CLEANED}"]
+    assert root.get("skipped") == "2"
+    assert int(root.get("tests", "")) == len(root.findall("testsuite/testcase")) == len(run.comparisons) + 1 + 2
+    found = page(tmp_path, run)
+    assert not found.open
+    assert {what[0], f"the image: {CLEANED}"} <= set(found.text)
+    assert any("2 more were left out" in text for text in found.text)
+    assert not any("left out, listed" in text for text in page(tmp_path, Run(healthy())).text)
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     names = (f"prior: {HOSTILE}", f"trajectory: decoder step 1{HOSTILE}", f"{HOSTILE}: x")
     run = Run((*healthy(), *(comparison(name, 0.5) for name in names)), engine=HOSTILE, reference=HOSTILE)
