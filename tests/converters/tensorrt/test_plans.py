@@ -42,6 +42,8 @@ OTHERS = [
     EffnetEncoderConfig(),
     PreviewerConfig(c_hidden=16),
     ControlNetConfig(1, PROJ_BLOCKS_ENDS, None, 64),
+    ControlNetConfig(4, PROJ_BLOCKS_ENDS, None, 64),
+    ControlNetConfig(16, PROJ_BLOCKS_ENDS, "large", 64),
     ControlNetConfig(512, PROJ_BLOCKS_ENDS, "simple", 64),
 ]
 
