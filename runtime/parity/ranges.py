@@ -1,7 +1,6 @@
 """How large the reference's activations grow, block by block: which precision each stage bears, and how to export it.
 
-Predictions are checked: the reference itself computes in fp16 and bf16. Nothing here computes in fp8, which stays a
-prediction.
+Predictions are checked: the reference itself computes in fp16, in bf16, and with products of fp8 numbers.
 """
 
 import math
@@ -35,6 +34,7 @@ PREDICTED_FROM: Mapping[str, tuple[Precision, ...]] = {
     "bf16": (Precision.FP16, Precision.FP32),
     "fp8": (Precision.BF16,),
 }
+COMPUTES = {**{str(precision): dtype for precision, dtype in DTYPES.items()}, "fp8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class BlockRange:
 class PrecisionError:
     """Relative L2 of a stage in a precision against float64, and of the block that is worst when it is given exact
     values. Predicted: the error of another type, larger by as much as this one is coarser, if nothing overflows. None:
-    not measured, or infinite."""
+    infinite."""
 
     predicted: float
     measured: float | None
@@ -238,30 +238,26 @@ def _errors(runner: SpreadStage, inputs: Tensors) -> dict[str, PrecisionError]:
     blocks = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
     exact_outputs = runner(inputs, "float64")
     exact = runner.watch(inputs, blocks, compute="float64")
-    stages: dict[Precision, float] = {}
-    own: dict[Precision, dict[str, float]] = {}
-    for precision, dtype in DTYPES.items():
+    stages: dict[str, float] = {}
+    own: dict[str, dict[str, float]] = {}
+    for kind, dtype in COMPUTES.items():
         outputs = runner(inputs, dtype)
-        stages[precision] = max(relative(outputs[name], exact_outputs[name]) for name in exact_outputs)
+        stages[kind] = max(relative(outputs[name], exact_outputs[name]) for name in exact_outputs)
         found = runner.watch(inputs, blocks, exact, dtype)
-        own[precision] = {name: relative(found[name], exact[name]) for name in exact}
+        own[kind] = {name: relative(found[name], exact[name]) for name in exact}
     return {kind: _error(kind, stages, own) for kind in FORMATS}
 
 
-def _error(
-    kind: str, stages: Mapping[Precision, float], own: Mapping[Precision, Mapping[str, float]]
-) -> PrecisionError:
+def _error(kind: str, stages: Mapping[str, float], own: Mapping[str, Mapping[str, float]]) -> PrecisionError:
     source = next(other for other in PREDICTED_FROM[kind] if math.isfinite(stages[other]))
     coarser = FORMATS[kind].roundoff / ROUNDOFF[source]
-    measured = Precision(kind) if kind in list(Precision) else None
-    by_block = own[measured or source]
-    worst = max(by_block, key=lambda name: by_block[name])
+    worst = max(own[kind], key=lambda name: own[kind][name])
     return PrecisionError(
         predicted=stages[source] * coarser,
-        measured=_finite(stages[measured]) if measured else None,
+        measured=_finite(stages[kind]),
         worst=worst,
         worst_predicted=own[source][worst] * coarser,
-        worst_measured=_finite(own[measured][worst]) if measured else None,
+        worst_measured=_finite(own[kind][worst]),
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,38 @@ def test_computing_in_another_type_is_casting_the_network(tiny: Path, stage: Sta
     fed = {k: torch.from_numpy(v) for k, v in inputs.items()}
     with torch.no_grad():
         expected = network(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in fed.items()})
+    for name, value in expected.items():
+        assert (found[name] == value.float().numpy()).all(), name
+    after = runner(inputs)
+    assert all((after[name] == before[name]).all() for name in before)
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_computing_in_fp8_is_rounding_the_linears(tiny: Path, stage: Stage) -> None:
+    """By ml_dtypes' E4M3: weights by row, inputs as a whole; small and outer Linears and all else in bf16."""
+    runner, network, inputs = loaded(tiny, stage)
+    before = runner(inputs)
+    found = runner(inputs, "float8_e4m3fn")
+    inner = ("channelwise.0", "channelwise.4", "kv_mapper.1", "to_q", "to_k", "to_v", "to_out.0")
+    inner += ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    linears = {name: part for name, part in network.named_modules() if name.endswith(inner)}
+    assert linears
+
+    def rounded(value: torch.Tensor, axis: int | None) -> torch.Tensor:
+        wide = value.float().numpy()
+        scale = np.abs(wide).max(axis=axis, keepdims=True) / np.float32(448)
+        return torch.from_numpy((wide / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale)
+
+    for part in linears.values() if stage is not Stage.VQGAN else ():
+        part.weight.data = rounded(part.weight.data, 1)
+        part.register_forward_pre_hook(lambda part, args: tuple(rounded(arg, None).to(arg.dtype) for arg in args))
+    network = network.to(torch.bfloat16)
+    if hasattr(network, "time_embedding"):
+        ours = network.time_embedding
+        network.time_embedding = lambda ratio: ours(torch.from_numpy(inputs["timestep_ratio"])).to(torch.bfloat16)
+    fed = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    with torch.no_grad():
+        expected = network(**{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in fed.items()})
     for name, value in expected.items():
         assert (found[name] == value.float().numpy()).all(), name
     after = runner(inputs)
