@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ..runtime.integrity import fingerprint
 from ..runtime.parity.cases import Case
 from ..runtime.parity.expected import Call, Expected, Trajectory, noise_tape
+from ..runtime.parity.presets import COMPUTES
 from ..schemas.errors import CheckpointError, UsageError
-from ..schemas.precision import Precision
 from ..schemas.stages import Stage
 from .identify import Component
 from .outputs import staged_output
@@ -27,6 +27,7 @@ from .safetensors_file import TensorRange, encode_header, read_header
 KEY = "cascadekit_recording"
 VERSION = 1
 DTYPES: Mapping[str, str] = {"F32": "<f4", "I64": "<i8"}
+KINDS = {str(kind): kind for kind in COMPUTES}
 NAMES = {np.dtype(numpy): name for name, numpy in DTYPES.items()}
 
 Array = NDArray[Any]
@@ -122,7 +123,7 @@ def load_recording(path: Path) -> Recording:
         ]
         outputs = tuple(groups[f"case/{number}/out"] for number in range(len(cases)))
         floors = {
-            Stage(stage): {Precision(p): np.inf if f is None else f for p, f in floors.items()}
+            Stage(stage): {KINDS[kind]: np.inf if f is None else f for kind, f in floors.items()}
             for stage, floors in about["floors"].items()
         }
         trajectory = _trajectory(about, groups) if about["calls"] else None

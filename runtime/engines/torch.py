@@ -17,13 +17,12 @@ from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError
 from ...schemas.ports import StagePorts
 from ...schemas.precision import Precision
-from ...schemas.quantization import candidates
+from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import Stage
+from ..reference.rounding import ROUNDINGS, Rounding
 from .base import HostRunner, Tensors, check_inputs
 
 KEPT_FLOAT = ("timestep_ratio",)
-FP8 = "float8_e4m3fn"
-FP8_MAX = 448.0
 QUERIES, KEYS = ("to_q", "q_proj"), ("to_k", "k_proj")  # an attention's; the queries come first
 
 Loader = Callable[[], tuple[nn.Module, StagePorts]]
@@ -68,8 +67,8 @@ class TorchStage(HostRunner):
     which are then cast module by module, so that there is never a second copy of all of them. The timestep ratio stays
     float32 then, as in graphs of every precision: its product with 10000 is what the networks were trained with.
 
-    "float8_e4m3fn" is bfloat16 in which the Linears that `export` may quantise multiply E4M3 numbers: weights scaled by
-    the largest of each row, what they are multiplied with by the largest of all."""
+    It may also be a `Quantization`: then the module computes in the dtype of its weights, and all the Linears that
+    `export` may quantise multiply rounded numbers, as graphs do."""
 
     def __init__(self, stage: Stage, module: nn.Module, ports: StagePorts, compute: str | None = None) -> None:
         self.stage = stage
@@ -81,13 +80,14 @@ class TorchStage(HostRunner):
     def __call__(self, inputs: Tensors, compute: str | None = None) -> dict[str, NDArray[Any]]:
         check_inputs(self.stage, self.ports.inputs, inputs)
         assert self._module is not None
-        kind = compute or self.compute or str(self._dtype).removeprefix("torch.")
-        dtype = torch.bfloat16 if kind == FP8 else getattr(torch, kind)
+        kind = compute or self.compute or ""
+        quantized = kind in list(Quantization)
+        dtype = self._dtype if quantized or not kind else getattr(torch, kind)
         same = dtype == self._dtype
         fed = {name: _fed(a, dtype if same or name not in KEPT_FLOAT else torch.float32) for name, a in inputs.items()}
         with torch.inference_mode(), ExitStack() as around:
-            if kind == FP8:
-                around.enter_context(_in_fp8(self._quantizable()))
+            if quantized:
+                around.enter_context(_rounded(self._quantizable(), ROUNDINGS[Quantization(kind)]))
             around.enter_context(_computing_in(self._module, dtype, same=same))
             outputs = self._module(**fed)
         return {name: _taken(tensor) for name, tensor in outputs.items()}
@@ -241,22 +241,21 @@ def _computing_in(module: nn.Module, dtype: torch.dtype, *, same: bool) -> Itera
 
 
 @contextmanager
-def _in_fp8(linears: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these have weights and inputs as E4M3 holds them for as long as they run. To be entered before
-    `_computing_in`, which casts what it finds and puts it back first."""
+def _rounded(linears: Sequence[nn.Module], rounding: Rounding) -> Iterator[None]:
+    """Inside, these have rounded weights and inputs for as long as they run."""
     kept: dict[nn.Module, torch.Tensor] = {}
 
     def enter(part: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         kept[part] = part.get_parameter("weight")
-        _replace(part, {"weight": _rounded(kept[part], dim=1)})
-        return tuple(_rounded(arg) for arg in args)
+        _replace(part, {"weight": rounding.weight(kept[part])})
+        return tuple(map(rounding.inputs, args))
 
     def leave(part: nn.Module, *passed: Any) -> None:
         _replace(part, {"weight": kept.pop(part)})
 
     handles: list[RemovableHandle] = []
     for part in linears:
-        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, prepend=True)]
     try:
         yield
     finally:
@@ -264,14 +263,6 @@ def _in_fp8(linears: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
         for part in list(kept):
             leave(part)
-
-
-def _rounded(tensor: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """The nearest E4M3 numbers when the largest magnitude, of all or along `dim`, is the largest of them."""
-    wide = tensor.to(torch.float32)
-    largest = wide.abs().amax() if dim is None else wide.abs().amax(dim, keepdim=True)
-    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-    return ((wide / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale).to(tensor.dtype)
 
 
 def _weights(part: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

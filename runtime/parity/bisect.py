@@ -2,7 +2,7 @@
 
 The graph is cut at every value that stands for a module of the reference, and every part is given the reference's
 values: what it gets wrong is its own. How much it may get wrong is measured at the same place: the reference's modules
-compute in the graph's precision, given the same values.
+compute in the graph's precision, given the same values, and with products quantised as the graph's are.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,6 @@ from onnx import TensorProto
 from ...schemas.bundle import MAIN_GRAPH, StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.precision import FP16_MAX, Precision
-from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from ..engines.base import Engine, Tensors
@@ -26,21 +25,13 @@ from .cases import cases_of, odd_case
 from .cut import GIVEN, CutGraph, Part
 from .expected import embedded_by
 from .points import Point, block_of, match
-from .presets import DTYPES, ROUNDOFF
+from .presets import COMPUTES, QUANTIZED_FACTOR, ROUNDOFF
 
 FACTOR = 8.0  # a part's own error to that of the reference's module in the same precision
 # A part may as well be off by so many times √channels of fp32's rounding: what sums over channels lose when they are
 # taken one after the other and one channel has nearly all. PyTorch sums in pairs.
 SUMMED = 2.0
 MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
-# Own error of a product with quantised weights, the worst of its channels: steps of 1/127 or 1/7 of the largest.
-CHANNEL_QUANTIZED = {
-    Quantization.NONE: 0.0,
-    Quantization.INT8: 0.05,
-    Quantization.INT8_DYNAMIC: 0.1,
-    Quantization.FP8: 0.2,
-    Quantization.INT4: 0.5,
-}
 SLICE_BYTES = 1 << 30
 SHOWN = 5  # faulty parts; what comes after an overflow is wrong as well
 
@@ -266,7 +257,8 @@ def _compare(
 ) -> Iterator[PointError]:
     exact = reference.watch(inputs, {*part.outputs, *part.given}, compute="float64")
     given = {name: exact[name] for name in part.given}
-    rough = reference.watch(inputs, part.outputs, given, DTYPES[entry.precision])
+    rough = reference.watch(inputs, part.outputs, given, COMPUTES[entry.precision])
+    coarse = reference.watch(inputs, part.quantized, given, str(entry.quantization)) if part.quantized else {}
     session = open_proto(part.model, folder)
     fed = {name: inputs[name] for name in part.inputs}
     for name in part.given:
@@ -284,7 +276,8 @@ def _compare(
         limit = max(limit, SUMMED * expected.shape[1] ** 0.5 * ROUNDOFF[Precision.FP32])
         floor = np.inf if broken else floor
         if name in part.quantized:
-            limit = max(limit, CHANNEL_QUANTIZED[entry.quantization])
+            _, quantized, _ = _errors(point.rows(point.to_graph(coarse[name])), expected)
+            limit = max(limit, QUANTIZED_FACTOR * quantized)
         ranges = {given_name: largest[given_name] for given_name in part.reads[name]}
         yield PointError(name, own, worst, floor, limit, largest[name], nonfinite, ranges, part.nodes[name])
 

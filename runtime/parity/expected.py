@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
+from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..engines.base import Engine, HostRunner, StageRunner, Tensors
 from ..noise import TorchGenerator, randn
@@ -23,7 +24,7 @@ from ..sampling import Step
 from ..tokenizer import ClipTokenizer
 from .cases import NEGATIVE, PROMPT, PROMPTS, Case, Embedded, Size, cases_of, embed
 from .metrics import relative_l2
-from .presets import DTYPES
+from .presets import COMPUTES, Floors
 from .sizes import IMAGE, Sizes
 
 Outputs = dict[str, NDArray[Any]]
@@ -33,8 +34,6 @@ SEED = 0
 TRAJECTORY_STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 TRAJECTORY = Settings(*IMAGE, prior_steps=4, prior_guidance=4.0, decoder_steps=3, decoder_guidance=1.5)
 NUDGE = 1e-3  # relative size of what is added to every output to see how errors grow
-
-Floors = Mapping[Stage, Mapping[Precision, float]]
 
 
 class VersatileStage(Protocol):
@@ -68,13 +67,13 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Expected:
-    """What an engine is compared with. `floors` are relative L2 of the reference in each precision against float64, the
-    worst of a stage's outputs."""
+    """What an engine is compared with. `floors` are relative L2 of the reference in each precision and quantisation
+    against float64, the worst of a stage's outputs."""
 
     reference: str
     cases: tuple[Case, ...]
     outputs: tuple[Mapping[str, NDArray[Any]], ...]  # one for each case
-    floors: Floors = field(default_factory=dict)
+    floors: Mapping[Stage, Floors] = field(default_factory=dict)
     trajectory: Trajectory | None = None
 
     @property
@@ -87,12 +86,12 @@ def expect(
     manifest: Manifest,
     tokenizer: ClipTokenizer,
     stages: Sequence[Stage] = (),
-    precisions: Collection[Precision] = tuple(Precision),
+    kinds: Collection[Precision | Quantization] = tuple(COMPUTES),
     progress: Progress = lambda what: None,
     sizes: Sizes | None = None,
 ) -> Expected:
     """Run the reference: the cases of `stages` (all of the manifest's when none are named), at `sizes` as well, and a
-    trajectory when no stage was singled out and all it takes is there. Floors are measured in `precisions` on a
+    trajectory when no stage was singled out and all it takes is there. Floors are measured in `kinds` on a
     stage's first case.
 
     One stage is in memory at a time. Raises EngineError when one cannot be loaded or run."""
@@ -100,14 +99,14 @@ def expect(
     embedded = embedded_by(reference, tokenizer)
     cases: list[Case] = []
     outputs: list[Outputs] = []
-    floors: dict[Stage, dict[Precision, float]] = {}
+    floors: dict[Stage, Floors] = {}
     for stage in stages or tuple(manifest.stages):
         progress(f"{stage} on {reference.name}")
         found = cases_of(stage, manifest.stages[stage], tokenizer, embedded, sizes.points.get(stage, ()))
         with reference.load(stage) as runner:
             cases += found
             outputs += [dict(runner(case.inputs)) for case in found]
-            floors[stage] = _floors(runner, found[0].inputs, precisions)
+            floors[stage] = _floors(runner, found[0].inputs, kinds)
     trajectory = None
     if not stages and set(TRAJECTORY_STAGES) <= set(manifest.stages):
         trajectory = _trajectory(reference, manifest, tokenizer, progress, sizes.image)
@@ -120,16 +119,16 @@ def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return value if np.isfinite(value) else float("inf")
 
 
-def _floors(runner: Any, inputs: Tensors, precisions: Collection[Precision]) -> dict[Precision, float]:
-    """None for a reference that computes in one precision."""
+def _floors(runner: Any, inputs: Tensors, kinds: Collection[Precision | Quantization]) -> Floors:
+    """None for a reference that computes in one way."""
     if not hasattr(runner, "compute"):
         return {}
     versatile: VersatileStage = runner
     exact = versatile(inputs, "float64")
     found = {}
-    for precision in precisions:
-        rough = versatile(inputs, DTYPES[precision])
-        found[precision] = max(relative(rough[name], exact[name]) for name in exact)
+    for kind in kinds:
+        rough = versatile(inputs, COMPUTES[kind])
+        found[kind] = max(relative(rough[name], exact[name]) for name in exact)
     return found
 
 

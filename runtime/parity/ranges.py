@@ -13,6 +13,7 @@ from ...schemas.config_json import from_json
 from ...schemas.errors import ExportError
 from ...schemas.fp16 import MARGIN_BITS, Fp16Plan, plan_fp16
 from ...schemas.precision import FP16_MAX, Precision
+from ...schemas.quantization import Quantization
 from ...schemas.report import RangeEntry
 from ...schemas.stages import Stage, UNetConfig
 from ..engines.base import Engine, Tensors
@@ -21,7 +22,7 @@ from .bisect import WatchedStage
 from .cases import Case, cases_at
 from .expected import embedded_by, relative
 from .points import PASS, block_of
-from .presets import DTYPES, ROUNDOFF
+from .presets import COMPUTES, ROUNDOFF
 
 TIMESTEPS = (0.99, 0.75, 0.5, 0.25, 0.01)
 LOST_BITS = 1.0  # a block whose usual values lose more is named
@@ -34,7 +35,6 @@ PREDICTED_FROM: Mapping[str, tuple[Precision, ...]] = {
     "bf16": (Precision.FP16, Precision.FP32),
     "fp8": (Precision.BF16,),
 }
-COMPUTES = {**{str(precision): dtype for precision, dtype in DTYPES.items()}, "fp8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,8 @@ def _errors(runner: SpreadStage, inputs: Tensors) -> dict[str, PrecisionError]:
     exact = runner.watch(inputs, blocks, compute="float64")
     stages: dict[str, float] = {}
     own: dict[str, dict[str, float]] = {}
-    for kind, dtype in COMPUTES.items():
+    for kind in (*Precision, Quantization.FP8):
+        dtype = COMPUTES[kind]
         outputs = runner(inputs, dtype)
         stages[kind] = max(relative(outputs[name], exact_outputs[name]) for name in exact_outputs)
         found = runner.watch(inputs, blocks, exact, dtype)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ...schemas.bundle import Manifest
 from ...schemas.errors import OutsideProfileError, UsageError
 from ...schemas.precision import Precision
+from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..engines.base import Engine, StageRunner, Tensors
 from ..tokenizer import ClipTokenizer
@@ -75,7 +76,7 @@ def verify(
     The reference runs first, then the engine, each with one stage in memory. Raises EngineError when a stage cannot be
     loaded or run, UsageError when what is expected does not hold a stage."""
     if not isinstance(reference, Expected):
-        needed = precisions_of(engine, manifest, stages)
+        needed = kinds_of(engine, manifest, stages)
         reference = expect(reference, manifest, tokenizer, stages, needed, progress, sizes)
     chosen = tuple(stages or manifest.stages)
     missing = [stage for stage in chosen if stage not in reference.stages]
@@ -119,12 +120,13 @@ def _with_image(
     )
 
 
-def precisions_of(engine: Engine, manifest: Manifest, stages: Sequence[Stage] = ()) -> Collection[Precision]:
-    """What floors are needed for: what the stages compute in on this engine, and bf16 in the place of fp16 where the
-    reference overflows."""
+def kinds_of(engine: Engine, manifest: Manifest, stages: Sequence[Stage] = ()) -> Collection[Precision | Quantization]:
+    """What floors are needed for: what the stages compute in on this engine, bf16 in the place of fp16 where the
+    reference overflows, and how they are quantised."""
     entries = [manifest.stages[stage] for stage in stages or tuple(manifest.stages)]
-    found = {coarser(entry.precision, engine.precision) for entry in entries}
-    return found | ({Precision.BF16} if Precision.FP16 in found else set())
+    precisions = {coarser(entry.precision, engine.precision) for entry in entries}
+    instead = {Precision.BF16} if Precision.FP16 in precisions else set()
+    return precisions | instead | ({entry.quantization for entry in entries} - {Quantization.NONE})
 
 
 @dataclass(frozen=True)

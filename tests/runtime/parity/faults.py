@@ -30,8 +30,10 @@ def planted(bundle: Path, stage: str, target: Path, plant: Plant, place: str) ->
     return target
 
 
-def _in_weights(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    path = folder / "weights.safetensors"
+def _in_weights(
+    folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray], file: str = "weights.safetensors"
+) -> None:
+    path = folder / file
     data, content = load_file(path), bytearray(path.read_bytes())
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     start = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0]
@@ -60,6 +62,16 @@ def one_weight(folder: Path, name: str) -> None:
         return values
 
     _in_weights(folder, name, change)
+
+
+def one_scale(folder: Path, module: str) -> None:
+    """The step of one block of one row is twice what it was."""
+
+    def change(values: np.ndarray) -> np.ndarray:
+        values.flat[values.size // 3] *= 2
+        return values
+
+    _in_weights(folder, f"{module}.weight_scale", change, "quantized.safetensors")
 
 
 def transposed(folder: Path, name: str) -> None:

@@ -120,6 +120,24 @@ def test_a_planted_fault_is_found_at_its_block(
     assert {point.block for point in found.faulty} == {block}, found.described()
 
 
+@pytest.mark.parametrize(
+    ("stage", "module", "block"),
+    [
+        ("prior", "down_blocks.0.0.channelwise.0", "down_blocks.0.0"),
+        ("decoder", "down_blocks.2.2.attention.to_v", "down_blocks.2.2"),
+        (TEXT, f"{LAYERS}.1.mlp.fc2", f"{LAYERS}.1"),
+    ],
+)
+def test_a_fault_beyond_what_quantising_loses(
+    tiny: Path, tmp_path: Path, references: dict[Stage, Remembering], stage: str, module: str, block: str
+) -> None:
+    """In 4 bits, whose healthy channels are off by a tenth."""
+    healthy = VARIANTS["int4"](tiny)
+    bundle = planted(healthy, stage, tmp_path / "bundle", faults.one_scale, module)
+    found = bisect(open_bundle(bundle), Stage(stage), references[Stage(stage)], inputs_of(bundle, Stage(stage)))
+    assert {point.block for point in found.faulty} == {block}, found.described()
+
+
 VARIANTS = {
     "fp32": lambda root: root / "bundle",
     "fp16-safe": lambda root: _exported(root, graphs=GraphWishes(precision=Precision.FP16, fp16_safe=3)),
@@ -127,12 +145,14 @@ VARIANTS = {
     "int8": lambda root: _exported(root, quantize=Quantize(Quantization.INT8)),
     "int8-dynamic": lambda root: _exported(root, quantize=Quantize(Quantization.INT8_DYNAMIC)),
     "int4": lambda root: _exported(root, quantize=Quantize(Quantization.INT4)),
+    "fp8": lambda root: _exported(root, quantize=Quantize(Quantization.FP8)),
 }
 
 
 def _exported(root: Path, **options: Any) -> Path:
     target = root / f"bundle-{abs(hash(repr(options)))}"
-    export(root / "model", target, weights="copy", **options)
+    if not target.exists():
+        export(root / "model", target, weights="copy", **options)
     return target
 
 

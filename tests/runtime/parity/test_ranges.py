@@ -105,14 +105,12 @@ def test_predictions_come_true(tiny: Path, stage: Stage) -> None:
         error = advice.errors[kind]
         assert error.measured is not None
         assert 0.4 < error.predicted / error.measured < 2.5, kind
-    measured = {kind: error.measured for kind, error in advice.errors.items()}
-    assert measured["fp8"] is not None
-    assert measured["bf16"] is not None
+    fp8 = advice.errors["fp8"]
+    assert fp8.measured is not None
     if stage is Stage.VQGAN:  # of which nothing is quantised
-        assert measured["fp8"] == measured["bf16"]
+        assert fp8.measured < 1e-6
     else:
-        assert measured["fp8"] > 2 * measured["bf16"]
-        assert 1 < advice.errors["fp8"].predicted / measured["fp8"] < 4  # convolutions stay in bf16
+        assert 1 < fp8.predicted / fp8.measured < 4  # convolutions and sums are not rounded
 
 
 def test_an_overflow_is_foreseen_and_the_advice_cures_it(tiny: Path, loud: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cascadekit.converters.reference import independent_engine, reference_engine
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.parity.cases import NEGATIVE, PROMPT, PROMPTS, RATIOS, cases_of, embed
 from cascadekit.runtime.parity.expected import NUDGE, expect, noise_tape
-from cascadekit.runtime.parity.presets import QUANTIZED, ROUNDOFF, preset
+from cascadekit.runtime.parity.presets import MOST, QUANTIZED_FACTOR, ROUNDOFF, USUAL_FLOORS, preset
 from cascadekit.runtime.parity.verify import verify
 from cascadekit.runtime.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import CheckpointError, UsageError
@@ -136,7 +136,12 @@ def test_presets_are_floors_times_factors(tiny: Path) -> None:
     overflowed = preset(fp16, "onnxruntime", None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
     assert overflowed.tolerance == pytest.approx(overflowed.factor * 1e-2)
     int4 = entry.model_copy(update={"quantization": Quantization.INT4})
-    assert preset(int4, "onnxruntime", None, {Precision.FP32: 1e-6}).tolerance == QUANTIZED[Quantization.INT4]
+    floors = {Precision.FP32: 1e-6, Quantization.INT4: 0.06, Quantization.INT8: 0.01}
+    assert preset(int4, "onnxruntime", None, floors).tolerance == QUANTIZED_FACTOR * 0.06
+    hopeless = {**floors, Quantization.INT4: float("inf")}
+    assert preset(int4, "onnxruntime", None, hopeless).tolerance == MOST
+    del floors[Quantization.INT4]
+    assert preset(int4, "x", None, floors).tolerance == QUANTIZED_FACTOR * USUAL_FLOORS[Quantization.INT4]
 
 
 def test_gains_foresee_how_errors_grow(tiny: Path) -> None:
