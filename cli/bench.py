@@ -24,7 +24,7 @@ ENGINES = (
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
 
-PARITY_COLUMNS = ("engine", "precision", "stage", "floor", "relative L2", "ratio")
+PARITY_COLUMNS = ("engine", "kind", "stage", "floor", "relative L2", "ratio")
 
 ENGINE_COLUMNS = (
     "engine",

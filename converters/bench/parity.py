@@ -12,15 +12,17 @@ from tempfile import TemporaryDirectory
 from ...runtime.bundle import open_bundle
 from ...runtime.engines.table import make_engine
 from ...runtime.parity.bisect import Bisection, bisect_stage
-from ...runtime.parity.expected import TRAJECTORY_STAGES, Expected, expect
+from ...runtime.parity.expected import TRAJECTORY_STAGES, expect
 from ...runtime.parity.verify import Report, verify
 from ...runtime.tokenizer import ClipTokenizer
 from ...schemas.layouts import Layout
 from ...schemas.precision import Precision
+from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ..checkpoint import convert
 from ..export import export
 from ..model import open_model
+from ..quantize_export import SCHEMES, Quantize
 from ..reference import reference_engine
 from ..stage_graphs import GraphWishes
 from ..tiny import write_tiny_cascade
@@ -40,7 +42,7 @@ class Ratio:
     other."""
 
     engine: str
-    precision: Precision
+    kind: Precision | Quantization
     stage: Stage
     floor: float
     relative_l2: float
@@ -51,16 +53,17 @@ class Ratio:
 
 
 def measure_ratios(networks: int, say: Callable[[str], object] = lambda text: None) -> list[Ratio]:
-    """For `networks` cascades, of each engine, precision and stage the ratio that is worst. "parts of a graph" is about
-    bisection: the worst channel of the part that is nearest to being called faulty."""
+    """For `networks` cascades, of each engine, precision or quantisation, and stage the ratio that is worst.
+
+    "parts of a graph" is about bisection: the worst channel of the part that is nearest to being called faulty."""
     found: list[Ratio] = []
     for seed in range(networks):
         with TemporaryDirectory(prefix="cascadekit-parity-") as folder:
             say(f"network {seed + 1} of {networks}")
             found += _of_network(Path(folder), seed)
-    worst: dict[tuple[str, Precision, Stage], Ratio] = {}
+    worst: dict[tuple[str, Precision | Quantization, Stage], Ratio] = {}
     for ratio in found:
-        key = (ratio.engine, ratio.precision, ratio.stage)
+        key = (ratio.engine, ratio.kind, ratio.stage)
         if key not in worst or ratio.ratio > worst[key].ratio:
             worst[key] = ratio
     return list(worst.values())
@@ -72,23 +75,35 @@ def _of_network(folder: Path, seed: int) -> list[Ratio]:
     model = open_model([folder / "model"])
     reference = reference_engine(model, TRAJECTORY_STAGES)
     tokenizer = ClipTokenizer.open(None)
-    expected: Expected | None = None
-    found = []
+    found: list[Ratio] = []
     for precision in Precision:
         safe = FP16_SAFE if precision is Precision.FP16 else None
         export(model, folder / precision, graphs=GraphWishes(precision=precision, fp16_safe=safe))
+    expected = expect(reference, open_bundle(folder / Precision.FP32).manifest, tokenizer)
+    for precision in Precision:
         bundle = open_bundle(folder / precision)
-        expected = expected or expect(reference, bundle.manifest, tokenizer)
         for engine in dict(RUNS).get(precision, ()):
             found += _of_report(verify(make_engine(engine, bundle), expected, bundle.manifest, tokenizer))
         found += [_of_parts(bisect_stage(bundle, stage, reference, tokenizer)) for stage in bundle.manifest.stages]
+    for kind in SCHEMES:
+        export(model, folder / kind, weights="copy", quantize=Quantize(kind))
+        bundle = open_bundle(folder / kind)
+        found += _of_report(verify(make_engine("onnxruntime", bundle), expected, bundle.manifest, tokenizer), kind)
     return found
 
 
-def _of_report(report: Report) -> list[Ratio]:
+def _of_report(report: Report, kind: Quantization = Quantization.NONE) -> list[Ratio]:
+    """Of the stages that are quantised as `kind` says, to the floor of that."""
     return [
-        Ratio(report.engine, preset.precision, stage, preset.floor, _worst(report, stage))
+        Ratio(
+            report.engine,
+            preset.precision if kind is Quantization.NONE else kind,
+            stage,
+            preset.floor if kind is Quantization.NONE else preset.quantized_floor,
+            _worst(report, stage),
+        )
         for stage, preset in report.presets.items()
+        if preset.quantization is kind
     ]
 
 
@@ -105,6 +120,6 @@ def _of_parts(found: Bisection) -> Ratio:
 
 def table_rows(ratios: Sequence[Ratio]) -> list[tuple[str, ...]]:
     return [
-        (r.engine, str(r.precision), str(r.stage), f"{r.floor:.1e}", f"{r.relative_l2:.1e}", f"{r.ratio:.2f}")
+        (r.engine, str(r.kind), str(r.stage), f"{r.floor:.1e}", f"{r.relative_l2:.1e}", f"{r.ratio:.2f}")
         for r in ratios
     ]

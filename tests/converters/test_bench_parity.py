@@ -23,7 +23,7 @@ def test_the_worst_network_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["bench", "parity", "--networks", "3", "--json"])
     assert result.exit_code == 0, result.output
     fine, coarse = json.loads(result.stdout)
-    assert (fine["stage"], fine["precision"], coarse["precision"]) == ("prior", "fp32", "fp16")
+    assert (fine["stage"], fine["kind"], coarse["kind"]) == ("prior", "fp32", "fp16")
     assert fine["ratio"] == pytest.approx(1.9)
     shown = CliRunner().invoke(main, ["bench", "parity", "--networks", "3"])
     assert "1.90" in shown.stdout
