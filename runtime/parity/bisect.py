@@ -25,13 +25,14 @@ from .cases import cases_of, odd_case
 from .cut import GIVEN, CutGraph, Part
 from .expected import embedded_by
 from .points import Point, block_of, match
-from .presets import COMPUTES, QUANTIZED_FACTOR, ROUNDOFF
+from .presets import COMPUTES, ROUNDOFF
 
 FACTOR = 8.0  # a part's own error to that of the reference's module in the same precision
 # A part may as well be off by so many times √channels of fp32's rounding: what sums over channels lose when they are
 # taken one after the other and one channel has nearly all. PyTorch sums in pairs.
 SUMMED = 2.0
 MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
+QUANTIZED_FACTOR = 3.0  # the same of parts with quantised products, to the reference's with such products
 SLICE_BYTES = 1 << 30
 SHOWN = 5  # faulty parts; what comes after an overflow is wrong as well
 

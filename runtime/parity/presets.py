@@ -23,7 +23,7 @@ ROUNDOFF: Mapping[Precision, float] = {Precision.FP32: 2.0**-24, Precision.FP16:
 FACTORS: Mapping[str, Mapping[Precision, float]] = {
     "": {Precision.FP32: 4.0, Precision.FP16: 3.0, Precision.BF16: 3.0},
 }
-QUANTIZED_FACTOR = 3.0  # to the error of the reference with every Linear quantised that may be
+QUANTIZED_FACTOR = 4.0  # to the error of the reference with every Linear quantised that may be
 MOST = 0.5  # relative L2 of a quantised stage, however much the reference loses
 # What is measured of a reference, and "float64".
 COMPUTES: Mapping[Precision | Quantization, str] = {
