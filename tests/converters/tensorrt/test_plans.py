@@ -87,14 +87,22 @@ def test_the_cascade(
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.stage)
-def test_the_other_stages(exported_network: Callable[..., Path], config: NetworkConfig) -> None:
-    """Batch norms are islands in fp32: folded, they would leave float weights in a bf16 graph."""
-    bundle = exported_network(config, Precision.BF16)
-    (built,) = build(bundle, BuildWishes(targets=("sm80", "sm86", "sm89")))
+@pytest.mark.parametrize(
+    ("precision", "targets", "bounds"),
+    [("fp16", "sm75", STATIC), ("bf16", "sm80 sm86 sm89", DEFAULT), ("bf16", "sm120", DEFAULT)],
+    ids=["fp16-sm75-static", "bf16-sm80", "bf16-sm120"],
+)
+def test_the_other_stages(
+    exported_network: Callable[..., Path], config: NetworkConfig, precision: str, targets: str, bounds: Bounds
+) -> None:
+    """Batch norms are islands in fp32: folded, they would leave float weights in a half graph."""
+    bundle = exported_network(config, Precision(precision))
+    wanted = tuple(targets.split())
+    (built,) = build(bundle, BuildWishes(targets=wanted, profiles=(bounds,)))
     assert (bundle / built.plan.path).stat().st_size == built.plan.bytes
     assert open_bundle(bundle).entry(config.stage).plans == (built.plan,)
-    assert built.plan.targets == ("sm80", "sm86", "sm89")
-    assert built.plan.precision is Precision.BF16
+    assert built.plan.targets == wanted
+    assert built.plan.precision == precision
 
 
 def test_weights_that_are_links(original: Path, tmp_path: Path) -> None:
