@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorrt_bindings_of import unpack_bindings
 
 from cascadekit import convert, export
 from cascadekit.converters.tiny import write_tiny_cascade
@@ -45,3 +46,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     write_tiny_cascade(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of TensorRT's bindings by version, and of empty libraries by major version; read only."""
+    return unpack_bindings(tmp_path_factory.mktemp("tensorrt"))

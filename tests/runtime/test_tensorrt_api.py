@@ -4,18 +4,12 @@ No GPU, and of plain TensorRT no library: its bindings import over empty shared 
 """
 
 import ast
-import json
 import mmap
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from tensorrt_bindings_of import BINDINGS, look, missing
 
 from cascadekit.runtime.engines import cuda, execution, nvidia
 from cascadekit.runtime.engines.cuda import Cuda
@@ -44,12 +38,6 @@ OF_RTX = {
 }
 MEMBERS = ("CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE")
 
-BINDINGS = ("10.13.3.9", "10.16.1.11", "11.4.0.106")
-SYMBOLS = """createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL
-createNvOnnxParserRefitter_INTERNAL createNvOnnxParser_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion
-getPluginRegistry initLibNvInferPlugins getInferLibVersion""".split()
-LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
-
 
 def used() -> set[str]:
     """Dotted names of what the engines use of TensorRT, read from their source."""
@@ -64,17 +52,6 @@ def used() -> set[str]:
             if name in CLASSES and not node.attr.startswith("__"):
                 names.add(".".join(part for part in (CLASSES[name], node.attr) if part))
     return names
-
-
-def missing(module: Any, names: set[str]) -> set[str]:
-    lacking = set()
-    for name in names:
-        owner = module
-        for part in name.split("."):
-            owner = getattr(owner, part, None)
-        if owner is None:
-            lacking.add(name)
-    return lacking
 
 
 def test_names_are_found_in_the_source() -> None:
@@ -144,74 +121,12 @@ def test_cuda_takes_what_it_is_given() -> None:
     assert set(cuda.NO_DRIVER) <= set(runtime.cudaError_t.__members__)
 
 
-@pytest.fixture(scope="module")
-def bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wheels of TensorRT's bindings, 1.3 MB each, unpacked beside libraries that are empty."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("takes a C compiler on Linux to make empty libraries")
-    root = tmp_path_factory.mktemp("tensorrt")
-    wheels = root / "wheels"
-    download = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--retries",
-        "1",
-        "--dest",
-        str(wheels),
-    ]
-    for version in BINDINGS:
-        package = f"tensorrt-cu13-bindings=={version}"
-        if subprocess.run([*download, package], capture_output=True, check=False, timeout=60).returncode:
-            pytest.skip(f"no {package} for this Python, or no package index in reach")
-        with zipfile.ZipFile(next(wheels.glob(f"*-{version}-*.whl"))) as wheel:
-            wheel.extractall(root / version)
-    source = root / "empty.c"
-    source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
-    for major in {version.split(".")[0] for version in BINDINGS}:
-        (root / major).mkdir()
-        for name in LIBRARIES:
-            soname = f"lib{name}.so.{major}"
-            options = ["-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", str(root / major / soname)]
-            subprocess.run([compiler, *options, str(source)], check=True)
-    return root
-
-
-SCRIPT = """
-import json, sys
-import tensorrt_bindings as trt
-from test_tensorrt_api import missing
-from cascadekit.runtime.engines.execution import HOST_TYPES
-print(json.dumps({
-    "version": trt.__version__,
-    "missing": sorted(missing(trt, set(sys.argv[1:]))),
-    "types": sorted(HOST_TYPES.keys() - trt.DataType.__members__.keys()),
-    "takes a config": "IRuntimeConfig" in trt.ICudaEngine.create_execution_context.__doc__,
-    "captures itself": hasattr(trt, "CudaGraphStrategy"),
-}))
-"""
-
-
 @pytest.mark.parametrize("version", BINDINGS)
 def test_tensorrt_has_it_all(bindings: Path, version: str) -> None:
-    """In a process of its own: there can be one TensorRT in each."""
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": str(bindings / version.split(".")[0]),
-        "PYTHONPATH": os.pathsep.join([str(bindings / version), str(Path(__file__).parent), *sys.path]),
-    }
-    command = [sys.executable, "-c", SCRIPT, *sorted(used() - OF_RTX)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
-    assert found == {
+    types = {f"DataType.{name}" for name in execution.HOST_TYPES}
+    assert look(bindings, version, (used() - OF_RTX) | types) == {
         "version": version,
         "missing": [],
-        "types": [],
         "takes a config": True,
         "captures itself": False,
     }

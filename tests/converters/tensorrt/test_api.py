@@ -2,9 +2,9 @@
 
 import ast
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tensorrt_bindings_of import BINDINGS, look, missing
 
 from cascadekit.converters.tensorrt import backend, refit, worker
 
@@ -46,17 +46,6 @@ def used() -> set[str]:
     return names
 
 
-def missing(module: Any, names: set[str]) -> set[str]:
-    lacking = set()
-    for name in names:
-        owner = module
-        for part in name.split("."):
-            owner = getattr(owner, part, None)
-        if owner is None:
-            lacking.add(name)
-    return lacking
-
-
 def test_names_are_found_in_the_source() -> None:
     names = used()
     assert {
@@ -72,3 +61,9 @@ def test_names_are_found_in_the_source() -> None:
 def test_tensorrt_rtx_has_it_all() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     assert missing(trt, used()) == set()
+
+
+@pytest.mark.parametrize("version", BINDINGS)
+def test_tensorrt_has_it_all(bindings: Path, version: str) -> None:
+    """Of the builder's calls; a plain TensorRT has no targets to be named."""
+    assert look(bindings, version, used() - OF_RTX)["missing"] == []
