@@ -48,7 +48,7 @@ elif what == "verify":
 else:
     found = bisect_stage(bundle, Stage.PRIOR, reference, tokenizer, slice_bytes=1 << 28)
     passed = bool(found)
-    print(*found.described(), sep="\n", file=sys.stderr)
+    print("; ".join(found.described()), file=sys.stderr)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"peak": peak, "passes": passes, "seconds": time.perf_counter() - begin, "passed": passed}))
 """
