@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import ConversionError
+from ..schemas.precision import E4M3_MAX
 from ..schemas.quantization import Quantization, Scheme
 
 Floats = NDArray[np.float32]
 
-E4M3_MAX = 448.0
 E4M3_SMALLEST_EXPONENT = -6  # of normal numbers; three bits of mantissa
 
 

@@ -8,7 +8,7 @@ from statistics import median
 
 from ..schemas.errors import UsageError
 from ..schemas.precision import Target
-from ..schemas.quantization import RULES, Quantization, Scheme
+from ..schemas.quantization import BUNDLE_BLOCKS, RULES, Quantization, Scheme
 from ..schemas.stages import NetworkConfig, Stage
 from .onnx import GraphOptions
 from .plans import TensorPlan
@@ -22,12 +22,10 @@ COLUMNS = ("Linear", "quantised", "error (median)", "error (worst)", "tolerated"
 
 IN_EVERY_BLOCK = r"^\w+_blocks\.\d+\.\d+\.|^.*\.layers\.\d+\."
 
-# What bundles are quantised for. ONNX Runtime's CPU kernels are faster than in fp32 with integer activations only, and
-# with long blocks, which cost 8-bit weights next to nothing.
+# What bundles are quantised for. ONNX Runtime's CPU kernels are faster than in fp32 with integer activations only.
 # fp8 uses standard operators that ONNX Runtime runs and TensorRT compiles.
 SCHEMES: Mapping[Quantization, Scheme] = {
-    Quantization.INT8: Scheme(Quantization.INT8, Target.ORT, block_size=128, int8_products=True),
-    Quantization.INT4: Scheme(Quantization.INT4, Target.ORT, int8_products=True),
+    **{kind: Scheme(kind, Target.ORT, block_size=size, int8_products=True) for kind, size in BUNDLE_BLOCKS.items()},
     Quantization.INT8_DYNAMIC: Scheme(Quantization.INT8_DYNAMIC, Target.ORT),
     Quantization.FP8: Scheme(Quantization.FP8, Target.PORTABLE),
 }

@@ -20,3 +20,4 @@ class Target(StrEnum):
 
 
 FP16_MAX = 65504.0
+E4M3_MAX = 448.0  # of fp8 without infinities

@@ -88,23 +88,19 @@ def _of_network(folder: Path, seed: int) -> list[Ratio]:
     for kind in SCHEMES:
         export(model, folder / kind, weights="copy", quantize=Quantize(kind))
         bundle = open_bundle(folder / kind)
-        found += _of_report(verify(make_engine("onnxruntime", bundle), expected, bundle.manifest, tokenizer), kind)
+        found += _of_report(verify(make_engine("onnxruntime", bundle), expected, bundle.manifest, tokenizer))
     return found
 
 
-def _of_report(report: Report, kind: Quantization = Quantization.NONE) -> list[Ratio]:
-    """Of the stages that are quantised as `kind` says, to the floor of that."""
-    return [
-        Ratio(
-            report.engine,
-            preset.precision if kind is Quantization.NONE else kind,
-            stage,
-            preset.floor if kind is Quantization.NONE else preset.quantized_floor,
-            _worst(report, stage),
-        )
-        for stage, preset in report.presets.items()
-        if preset.quantization is kind
-    ]
+def _of_report(report: Report) -> list[Ratio]:
+    """Of quantised stages to the floor of that, of others to that of their precision."""
+    found = []
+    for stage, preset in report.presets.items():
+        quantized = preset.quantization is not Quantization.NONE
+        kind = preset.quantization if quantized else preset.precision
+        floor = preset.quantized_floor if quantized else preset.floor
+        found.append(Ratio(report.engine, kind, stage, floor, _worst(report, stage)))
+    return found
 
 
 def _worst(report: Report, stage: Stage) -> float:

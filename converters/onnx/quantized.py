@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 
+from ...schemas.precision import E4M3_MAX
 from ...schemas.quantization import Quantization, Scheme, quantized_name, scale_name, stored_tensors
 from ...schemas.tensors import Shape
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 ORT_DOMAIN = "com.microsoft"
 BLOCKED_OPSET = 21  # the first with 4-bit types and with scales by block
-E4M3_MAX = 448.0
 INT8_LEVEL = 4  # MatMulNBits' accuracy_level for products of 8-bit integers
 
 # What DequantizeLinear reads; 4-bit values are two to a byte in the file, so dims are not the file's.

@@ -211,52 +211,49 @@ def _computing_in(module: nn.Module, dtype: torch.dtype, *, same: bool) -> Itera
     if same:
         yield
         return
+
+    def cast(arg: Any) -> Any:
+        return arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+
     own = [part for part in module.modules() if any(True for _ in _weights(part))]
-    kept: dict[nn.Module, dict[str, torch.Tensor]] = {}
-
-    def enter(part: nn.Module, args: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-        kept[part] = dict(_weights(part))
-        _replace(part, {name: weight.to(dtype) for name, weight in kept[part].items()})
-        return tuple(
-            arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args
-        )
-
-    def leave(part: nn.Module, *passed: Any) -> None:
-        _replace(part, kept.pop(part))
-
     tables = [part for part in own if isinstance(part, nn.Embedding)]  # others read their weights past their forward
-    handles = []
-    for part in own:
-        if part not in tables:
-            handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, prepend=True)]
-    try:
-        for part in tables:
-            enter(part)
+    with _replaced(own, lambda part: {name: cast(weight) for name, weight in _weights(part)}, cast, tables):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for part in list(kept):
-            leave(part)
 
 
 @contextmanager
 def _rounded(linears: Sequence[nn.Module], rounding: Rounding) -> Iterator[None]:
     """Inside, these have rounded weights and inputs for as long as they run."""
-    kept: dict[nn.Module, torch.Tensor] = {}
+    with _replaced(linears, lambda part: {"weight": rounding.weight(part.get_parameter("weight"))}, rounding.inputs):
+        yield
 
-    def enter(part: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        kept[part] = part.get_parameter("weight")
-        _replace(part, {"weight": rounding.weight(kept[part])})
-        return tuple(map(rounding.inputs, args))
+
+@contextmanager
+def _replaced(
+    parts: Sequence[nn.Module],
+    weights: Callable[[nn.Module], Mapping[str, torch.Tensor]],
+    inputs: Callable[[Any], Any],
+    throughout: Collection[nn.Module] = (),
+) -> Iterator[None]:
+    """Inside, each of `parts` has the weights that `weights` gives, and what `inputs` makes of its arguments, for as
+    long as it runs; those `throughout` have the weights all the time, and their arguments as they are."""
+    kept: dict[nn.Module, dict[str, torch.Tensor]] = {}
+
+    def enter(part: nn.Module, args: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        kept[part] = dict(_weights(part))
+        _replace(part, weights(part))
+        return tuple(map(inputs, args))
 
     def leave(part: nn.Module, *passed: Any) -> None:
-        _replace(part, {"weight": kept.pop(part)})
+        _replace(part, kept.pop(part))
 
     handles: list[RemovableHandle] = []
-    for part in linears:
-        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, prepend=True)]
+    for part in parts:
+        if part not in throughout:
+            handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, prepend=True)]
     try:
+        for part in throughout:
+            enter(part)
         yield
     finally:
         for handle in handles:

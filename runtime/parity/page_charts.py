@@ -1,12 +1,12 @@
 """Which charts a parity report shows, and what each says in words."""
 
-from ...schemas.precision import FP16_MAX
+from ...schemas.precision import E4M3_MAX, FP16_MAX
 from ...schemas.report import ComparisonEntry, DepthEntry, ParityReport
 from ...schemas.stages import Stage
 from .charts import Chart, Level, Point, Series, bar_chart, figure, line_chart, spaced
 from .markup import Markup
 
-LIMITS = (("fp8 e4m3", 448.0), ("fp16", FP16_MAX), ("bf16 and fp32", 3.39e38))
+LIMITS = (("fp8 e4m3", E4M3_MAX), ("fp16", FP16_MAX), ("bf16 and fp32", 3.39e38))
 LIMIT_SHOWN = 100.0  # a limit this many times above all values is left out of a chart
 
 

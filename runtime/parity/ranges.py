@@ -12,7 +12,7 @@ from ...schemas.bundle import StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.errors import ExportError
 from ...schemas.fp16 import MARGIN_BITS, Fp16Plan, plan_fp16
-from ...schemas.precision import FP16_MAX, Precision
+from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
 from ...schemas.quantization import Quantization
 from ...schemas.report import RangeEntry
 from ...schemas.stages import Stage, UNetConfig
@@ -51,7 +51,7 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "fp16": Format(FP16_MAX, 2.0**-14, ROUNDOFF[Precision.FP16]),
     "bf16": Format(3.39e38, 2.0**-126, ROUNDOFF[Precision.BF16]),
-    "fp8": Format(448.0, 2.0**-6, 2.0**-4, scaled=True),  # E4M3
+    "fp8": Format(E4M3_MAX, 2.0**-6, 2.0**-4, scaled=True),  # E4M3
 }
 
 

@@ -11,9 +11,8 @@ from functools import partial
 
 import torch
 
-from ...schemas.quantization import Quantization
-
-FP8_MAX = 448.0
+from ...schemas.precision import E4M3_MAX
+from ...schemas.quantization import BUNDLE_BLOCKS, Quantization
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,14 +64,18 @@ def _from_low_to_high(inputs: torch.Tensor) -> torch.Tensor:
 def _e4m3(tensor: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """The nearest E4M3 numbers when the largest magnitude, of all or along `dim`, is the largest of them."""
     largest = tensor.abs().amax() if dim is None else tensor.abs().amax(dim, keepdim=True)
-    scale = _over(largest, FP8_MAX)
+    scale = _over(largest, E4M3_MAX)
     return (tensor / scale).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
 
 
-# Blocks are as long as `export` makes them: 128 columns of int8, 32 of int4.
+def _by_block(kind: Quantization, bits: int) -> Rounding:
+    size = BUNDLE_BLOCKS[kind]
+    return Rounding(partial(_blocked, size=size, bits=bits), partial(_blocked, size=size))
+
+
 ROUNDINGS: Mapping[Quantization, Rounding] = {
-    Quantization.INT8: Rounding(partial(_blocked, size=128, bits=8), partial(_blocked, size=128)),
-    Quantization.INT4: Rounding(partial(_blocked, size=32, bits=4), partial(_blocked, size=32)),
+    Quantization.INT8: _by_block(Quantization.INT8, 8),
+    Quantization.INT4: _by_block(Quantization.INT4, 4),
     Quantization.INT8_DYNAMIC: Rounding(_by_row, _from_low_to_high),
     Quantization.FP8: Rounding(partial(_e4m3, dim=1), _e4m3),
 }
