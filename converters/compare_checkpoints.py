@@ -18,8 +18,8 @@ from .cast import castable
 from .identify import Component
 from .mapped import Difference, MappedFiles, Pair, blocks_of, differences
 from .model import Model
-from .pickles import is_pickle, read_pickle
-from .safetensors_file import DTYPE_SIZES, Progress, TensorRange, read_header
+from .safetensors_file import DTYPE_SIZES, Progress, TensorRange
+from .weights_file import read_weights
 
 THREADS = 2
 
@@ -171,7 +171,7 @@ def _places(component: Component) -> dict[str, Place]:
     places = {}
     for name, tensor in component.tensors.items():
         if tensor.path not in headers:
-            header = read_pickle(tensor.path) if is_pickle(tensor.path) else read_header(tensor.path)
+            header = read_weights(tensor.path)
             headers[tensor.path] = sorted((t.offset, own, t) for own, t in header.tensors.items() if t.nbytes)
         places[name] = _place(tensor, headers[tensor.path], name)
     return places

@@ -13,8 +13,9 @@ from ..schemas.folders import PLACES, STEMS, TOKENIZER_FOLDERS, VARIANTS, weight
 from ..schemas.layouts import stage_of
 from ..schemas.stages import NetworkConfig, Stage
 from .identify import Component, Parts, identify, identify_parts
-from .pickles import is_pickle, read_pickle
+from .pickles import read_pickle
 from .safetensors_file import Header, read_header
+from .weights_file import read_weights
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # of a file, without a folder
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
@@ -86,7 +87,7 @@ def open_component(path: Path, expected: Stage | None = None, choice: Choice = D
         header = _read_weights(path, choice)
         stage = expected or stage_of(header.shapes)
         return identify(header, _config_in(path, stage) if stage else None, expected)
-    return identify(_read_file(path), None, expected)
+    return identify(read_weights(path), None, expected)
 
 
 def _add(components: dict[Stage, Component], component: Component, choice: Choice, notes: list[str]) -> None:
@@ -108,7 +109,7 @@ def _add(components: dict[Stage, Component], component: Component, choice: Choic
 def _parts_at(source: Path, choice: Choice) -> list[Parts]:
     _require_exists(source)
     if source.is_file():
-        return [identify_parts(_read_file(path)) for path in (source, *_side_files(source))]
+        return [identify_parts(read_weights(path)) for path in (source, *_side_files(source))]
     if (source / "config.json").is_file():
         return [Parts((open_component(source, None, choice),))]
     folders = _places_in(source, choice)
@@ -122,7 +123,7 @@ def _parts_at(source: Path, choice: Choice) -> list[Parts]:
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
             "or stage_a, stage_b and stage_c .safetensors files"
         )
-    parts = [identify_parts(_read_file(path)) for path in files]
+    parts = [identify_parts(read_weights(path)) for path in files]
     return parts + [Parts((open_component(path, stage, choice),)) for stage, path in folders.items()]
 
 
@@ -130,10 +131,6 @@ def _side_files(source: Path) -> list[Path]:
     """The text encoder that kohya and OneTrainer save beside a stage C, under its name with a suffix."""
     names = (f"{source.stem}{suffix}{source.suffix}" for suffix in SIDE_SUFFIXES)
     return [path for path in map(source.with_name, names) if path.is_file()]
-
-
-def _read_file(path: Path) -> Header:
-    return read_pickle(path) if is_pickle(path) else read_header(path)
 
 
 def _places_in(source: Path, choice: Choice) -> dict[Stage, Path]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..schemas.errors import CheckpointError
 from .safetensors_file import Header, TensorRange
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how a file of torch.save begins: since 1.6 as a zip, before as a bare pickle
 LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 SAMPLE = 256  # bytes of each tensor compared with the file, at both ends
 
@@ -29,8 +29,14 @@ _DTYPES = {
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether the file's name says that torch pickled it."""
-    return path.suffix.lower() in SUFFIXES
+    """Whether the file begins as what torch.save writes. Raises CheckpointError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(ZIP) + 5)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    # A safetensors file begins with the length of its header, which may have these bytes too; its ninth is a brace.
+    return start.startswith((ZIP, PICKLE)) and start[8:9] != b"{"
 
 
 def read_pickle(path: Path) -> Header:

@@ -1,0 +1,1 @@
+"""Upper bounds on what is accepted, each checked before the work that it bounds."""
