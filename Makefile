@@ -4,13 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
 
-.PHONY: demo test test-slow lint wheel-test clean
+.PHONY: demo test test-slow lint types docs wheel-test clean
 
 demo: .venv/demo.stamp ## a tiny cascade down the whole road, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
-test: .venv/dev.stamp ## every test but the slow ones
-	$(BIN)/python -m pytest -n auto
+test: .venv/dev.stamp ## every test but the slow ones; ARGS="-k name" chooses
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: .venv/dev.stamp ## weights of real size: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
@@ -18,8 +18,17 @@ test-slow: .venv/dev.stamp ## weights of real size: many minutes, 15 GB of disk,
 lint: .venv/dev.stamp ## ruff and mypy strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+types: .venv/dev.stamp ## mypy strict alone
 	mkdir -p .venv/src && ln -sfn ../.. .venv/src/cascadekit # mypy wants the package under its name
 	MYPYPATH=.venv/src $(BIN)/mypy
+
+docs: ## the documentation site, into build/site; a warning is an error
+	$(PYTHON) -m venv .venv-docs
+	# Not editable: the generator would follow the checkout into its own environments.
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither torch nor onnx is installed
 	rm -rf dist .venv-wheel
@@ -48,4 +57,4 @@ wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-wheel build dist demo *.egg-info
+	rm -rf .venv .venv-wheel .venv-docs build dist demo *.egg-info

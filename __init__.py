@@ -31,7 +31,13 @@ __all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "expo
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version(__name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _PUBLIC[name]
     return getattr(import_module(module, __name__), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
