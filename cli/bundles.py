@@ -116,7 +116,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle; other files stay.")
 def export(
     model: Path,
     output: Path,

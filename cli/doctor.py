@@ -63,14 +63,13 @@ def _print(findings: "Findings") -> None:
 def _check(output: Path, *, force: bool, as_json: bool) -> None:
     from ..converters.gpu_check import check_gpu
     from ..converters.outputs import staged_output
-    from ..schemas.errors import UsageError
+    from ..runtime.replacing import require_free
 
-    if output.exists() and not force:
-        raise UsageError(f"{output}: exists already; give another output or --force to replace it")
+    require_free(output, force=force)
 
     def keep(report: "GpuReport") -> None:
         """After every check: a driver that takes the process down leaves what was found until then."""
-        with staged_output(output, force=True) as staged:
+        with staged_output(output, force=True, files=()) as staged:
             staged.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
 
     report = check_gpu(keep, (lambda check: None) if as_json else _say_check)

@@ -14,7 +14,6 @@ from .console import say, step_progress
 from .drawing import (
     OPENING,
     open_cascade,
-    preview_path,
     require_previewer,
     said,
     steps_shown,
@@ -61,7 +60,15 @@ def generate(
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
     from ..runtime.batch import images_together
-    from ..runtime.images import image_paths, require_settings, save_png
+    from ..runtime.batch_plan import pictures_of
+    from ..runtime.images import (
+        image_paths,
+        remove_preview,
+        require_free_previews,
+        require_settings,
+        save_numbered,
+        save_png,
+    )
     from ..runtime.requests import draw, groups, text_length
     from ..schemas.request import loras_of
 
@@ -82,7 +89,10 @@ def generate(
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, preview_every)
         requests = _requests(cascade, prompts, images, seeds, common)
-        paths = image_paths(output, len(requests), force=force)
+        paths = image_paths(output, len(requests), force=force, sources=[bundle, *_given(like), *pictures_of(requests)])
+        is_file = paths == [output]
+        if preview_every:
+            require_free_previews(paths)
         warn_of_cuts(requests, cascade)
         most = batch or images_together(requests[0].settings)
         tell_memory(requests, cascade, most)
@@ -91,10 +101,20 @@ def generate(
             for group in groups(requests, most, partial(text_length, cascade)):
                 here = [next(left) for _ in group]
                 on_step = steps_shown(progress, here, preview_every)
-                for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):
-                    save_png(path, drawn.image, drawn.metadata)
-                    preview_path(path).unlink(missing_ok=True)
-                    say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
+                try:
+                    for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):
+                        if is_file:
+                            save_png(path, drawn.image, drawn.metadata, force=force)
+                        else:
+                            path = save_numbered(path, drawn.image, drawn.metadata)
+                        say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
+                finally:
+                    for path in here if preview_every else ():
+                        remove_preview(path)
+
+
+def _given(path: Path | None) -> list[Path]:
+    return [] if path is None else [path]
 
 
 def _requests(

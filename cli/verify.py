@@ -82,7 +82,7 @@ COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16
 )
 @click.option("--verdict/--no-verdict", default=True, help="Write the verdict into the bundle's manifest or not.")
 @click.option("--mapping", is_flag=True, help="Of checkpoints: list every tensor and where it lies in both.")
-@click.option("--force", is_flag=True, help="Replace an existing recording.")
+@click.option("--force", is_flag=True, help="Replace an existing recording or report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     bundle: Path,
@@ -112,7 +112,7 @@ def verify(
 
     Example: cascadekit verify bundle --against model --report report.html
     """
-    check_names(reports)
+    check_names(reports, force=force, sources=[path for path in (bundle, against, recorded) if path is not None])
     wanted = {"--record": record is not None, "--bisect": bisect, "--ranges": ranges}
     model = _check_options(against, recorded, wanted, reference)
     if not is_bundle(bundle):
@@ -211,10 +211,11 @@ def run_record(
 ) -> None:
     from ..converters.recording import record
     from ..runtime.parity.expected import expect
+    from ..runtime.replacing import require_apart, require_free
     from ..runtime.tokenizer import ClipTokenizer
 
-    if output.exists() and not force:
-        raise UsageError(f"{output}: exists already; give another output or --force to replace it")
+    require_apart(output, [bundle, against])
+    require_free(output, force=force)
     opened, chosen = _opened(bundle, stages)
     model = _model(against, text_encoder)
     runs = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)

@@ -23,15 +23,18 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def check_names(reports: Iterable[Path]) -> None:
-    """Raise UsageError for a report that could not be written, before anything takes time."""
+def check_names(reports: Iterable[Path], *, force: bool, sources: Sequence[Path]) -> None:
+    """Raise UsageError for a report that could not be written, or not there, before anything takes time."""
     from ..runtime.parity.report import SUFFIXES
+    from ..runtime.replacing import require_apart, require_free
 
     for path in reports:
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{path}: a report is one of {', '.join(SUFFIXES)}; end its name so")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent} to write it in; make it first")
+        require_apart(path, sources)
+        require_free(path, force=force)
 
 
 def keep(

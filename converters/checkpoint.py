@@ -15,6 +15,7 @@ from .identify import Component
 from .model import DEFAULT_CHOICE, Choice, Model, open_model
 from .model_folder import write_folder_files
 from .outputs import staged_output
+from .ownership import MODEL_INDEX
 from .provenance import copy_provenance, provenance_files
 from .safetensors_file import Progress
 from .safetensors_writer import write_file
@@ -63,15 +64,25 @@ def convert(
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
     _require_space(output, plan)
     overflows: dict[str, int] = {}
-    with staged_output(output, force=force, fingerprint=_fingerprint(plan)) as staged:
+    given = [*map(Path, sources), *_given(text_encoder, image_encoder)]
+    papers = provenance_files(given)
+    replaced: list[str] = []
+    with staged_output(
+        output,
+        force=force,
+        fingerprint=_fingerprint(plan),
+        sources=[*given, *_sources(plan)],
+        files=() if single else [*_paths(plan, target), *(paper.name for paper in papers)],
+        say=replaced.append,
+    ) as staged:
         for file in plan.files:
             path = staged if single else staged / file.path
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
             overflows |= _write(file, path, progress, allow_overflow)
         if not single:
             _write_rest(model, plan, staged, target)
-            copy_provenance(provenance_files([*map(Path, sources), *_given(text_encoder, image_encoder)]), staged)
-    notes = (*model.notes, *plan.notes, *_scale_notes(model, target.layout), *_overflow_notes(overflows))
+            copy_provenance(papers, staged)
+    notes = (*replaced, *model.notes, *plan.notes, *_scale_notes(model, target.layout), *_overflow_notes(overflows))
     return Conversion(output, tuple(file.path for file in plan.files) if not single else (), notes)
 
 
@@ -94,11 +105,21 @@ def _given(*paths: str | Path | None) -> list[Path]:
     return [Path(path) for path in paths if path is not None]
 
 
+def _sources(plan: Arrangement) -> set[Path]:
+    """The files that tensors are copied from."""
+    return {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
+
+
+def _paths(plan: Arrangement, target: Target) -> list[str]:
+    """Of the files that will surely be written, below the output folder."""
+    index = [MODEL_INDEX] if target.layout is Layout.DIFFUSERS else []
+    return [*(file.path.as_posix() for file in plan.files), *(path.as_posix() for path in plan.indexes), *index]
+
+
 def _fingerprint(plan: Arrangement) -> str:
     """A digest of everything that decides the bytes of the output; sources count by path, size and time."""
     digest = hashlib.sha256()
-    sources = {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
-    for path in sorted(sources):
+    for path in sorted(_sources(plan)):
         status = path.stat()
         digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
     for file in plan.files:

@@ -100,7 +100,10 @@ def export(
         scheme_for(quantize.kind, graphs.target)  # what does not go together fails before anything is written
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
     options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say, quantize)
-    with staged_output(output, force=force) as staged:
+    sources = [*model.sources, *(path for component in components.values() for path in source_files(component))]
+    with staged_output(
+        output, force=force, sources=[*sources, *(path for path, _ in loras)], files=[MANIFEST_NAME], say=say
+    ) as staged:
         staged.mkdir()
         entries = {stage: _export_stage(component, staged, options) for stage, component in components.items()}
         manifest = Manifest(

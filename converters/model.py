@@ -37,11 +37,13 @@ DEFAULT_CHOICE = Choice()
 
 @dataclass(frozen=True)
 class Model:
-    """The components found, the tokenizer folder if one lies beside them, and what the user should know."""
+    """The components found, the tokenizer folder if one lies beside them, what the user should know, and the paths it
+    was opened from."""
 
     components: dict[Stage, Component]
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
 
     def component(self, stage: Stage) -> Component:
         """The component of `stage`, sound. Raises UsageError when the model has none."""
@@ -77,7 +79,8 @@ def open_model(
             _add(components, component, choice, notes)
     tokenizer = next((path / name for path in paths for name in TOKENIZER_FOLDERS if (path / name).is_dir()), None)
     notes += _misnamed(components.values())
-    return Model(components, tokenizer, tuple(notes))
+    opened = (*paths, *(Path(path) for path in given.values() if path is not None))
+    return Model(components, tokenizer, tuple(notes), opened)
 
 
 def open_component(path: Path, expected: Stage | None = None, choice: Choice = DEFAULT_CHOICE) -> Component:

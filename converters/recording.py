@@ -59,13 +59,15 @@ class _Array:
 
 
 def record(expected: Expected, components: Mapping[Stage, Component], path: Path, *, force: bool = False) -> None:
-    """Write `expected`, which the `components` gave. Raises UsageError when the file exists, without `force`."""
+    """Write `expected`, which the `components` gave. Raises UsageError when the file exists, without `force`, or is one
+    of the components'."""
     if expected.trajectory is not None:
         expected = replace(expected, trajectory=replace(expected.trajectory, noise=noise_tape(expected.trajectory)))
     tensors = {name: _Array(np.ascontiguousarray(values)) for name, values in _tensors(expected)}
     sources = {stage: [fingerprint(file) for file in source_files(components[stage])] for stage in expected.stages}
     header = encode_header(tensors, {KEY: json.dumps({**_described(expected), "sources": sources})})
-    with staged_output(path, force=force) as staged, staged.open("wb") as file:
+    files = [file for component in components.values() for file in source_files(component)]
+    with staged_output(path, force=force, sources=files, files=()) as staged, staged.open("wb") as file:
         file.write(header)
         for tensor in tensors.values():
             file.write(tensor.values.tobytes())

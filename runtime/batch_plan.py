@@ -6,7 +6,7 @@ same file leads to the same jobs after a bad entry was mended.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -180,6 +180,13 @@ def bundle_identity(manifest: Manifest) -> dict[str, str]:
     """For the log: one digest for each stage."""
     digests = {stage: hashlib.sha256("".join(_fingerprints(manifest, stage)).encode()) for stage in manifest.stages}
     return {str(stage): digest.hexdigest() for stage, digest in digests.items()}
+
+
+def pictures_of(requests: Iterable[Request]) -> list[str]:
+    """The files of all pictures that images are made from, each once."""
+    values = [getattr(request, name) for request in requests for name in PICTURES]
+    refs = [ref for value in values for ref in (value if isinstance(value, tuple) else (value,)) if ref is not None]
+    return list(dict.fromkeys(ref.path for ref in refs))
 
 
 def look(job: Job) -> Found:

@@ -78,7 +78,7 @@ def apply_loras(
     bundle = merge.bundle
     for stage in merge.changes:
         bundle.check(stage)
-    with staged_output(bundle.root.resolve(), force=True) as staged:
+    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
         _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
         kept = [_keep(bundle, staged, name) for name in (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))]
         return _write_merged(merge, staged, {}, kept, start_file)
@@ -189,7 +189,7 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
         if problem:
             raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
     originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
-    with staged_output(bundle.root.resolve(), force=True) as staged:
+    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
         _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
         for path, name in originals.items():
             _link(path, staged / name)

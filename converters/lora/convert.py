@@ -69,13 +69,15 @@ def convert_lora(
     folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
     if output.suffix != ".safetensors" and not folder:
         raise UsageError(f"{output}: expected a name ending in .safetensors")
-    with staged_output(output, force=force) as staged:
+    replaced: list[str] = []
+    files = [CONFIG_NAME, FOLDER_NAMES[0]] if folder else []
+    with staged_output(output, force=force, sources=[source, lora.path], files=files, say=replaced.append) as staged:
         if folder:
             staged.mkdir()
             (staged / CONFIG_NAME).write_text(metadata[METADATA_KEY] + "\n", encoding="utf-8")
         weights = staged / FOLDER_NAMES[0] if folder else staged
         write_pieces(weights, {name: factor_pieces(factor) for name, factor in tensors.items()}, metadata)
-    return LoraConversion(output, len(lora.adapters), (*lora.notes, *(f"left out: {part}" for part in lost)))
+    return LoraConversion(output, len(lora.adapters), (*replaced, *lora.notes, *(f"left out: {part}" for part in lost)))
 
 
 def networks_of(checkpoint: str | Path | None) -> list[NetworkConfig]:

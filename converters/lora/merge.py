@@ -75,7 +75,8 @@ def merge_loras(
         unmerge=unmerge,
     )
     record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
-    effects, skipped = _write(plan, mirror(source, apart, target), target, record, force, start_file)
+    sources = [*model.sources, *map(Path, loras)]
+    effects, skipped = _write(plan, mirror(source, apart, target), target, sources, record, force, start_file)
     return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))
 
 
@@ -83,6 +84,7 @@ def _write(
     plan: LoraPlan,
     files: Mirror,
     output: Path,
+    sources: Sequence[Path],
     record: list[list[object]] | None,
     force: bool,
     start_file: StartFile | None,
@@ -95,11 +97,13 @@ def _write(
         calculated[tensor], effect = changed(f"{target.stage}: {target.module}", tensor, changes)
         effects.append(effect)
     touched = {tensor.path for tensor in calculated}
-    with staged_output(output, force=force) as staged:
+    replaced: list[str] = []
+    names = [name for path in sorted(touched) if (name := files.relative(path).as_posix()) != "."]
+    with staged_output(output, force=force, sources=sources, files=names, say=replaced.append) as staged:
         skipped = files.copy_others(staged, touched)
         for path in sorted(touched):
             _rewrite(path, files.place(staged, path), calculated, record, start_file)
-    return effects, skipped
+    return effects, [*replaced, *skipped]
 
 
 def _rewrite(
