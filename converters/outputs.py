@@ -260,7 +260,7 @@ def _put_in_place(staged: Path, place: Path, replacement: _Replacement, *, force
     if place.is_dir():
         staged.chmod(place.stat().st_mode & 0o7777)
         exchange(staged, place)
-    elif force:
+    elif force or staged.is_dir():  # a folder never replaces a file, nor a folder with something in it
         staged.replace(place)
     else:
         rename_new(staged, place)

@@ -39,7 +39,9 @@ def require_apart(target: Path, sources: Iterable[str | Path]) -> None:
             if found is None:
                 continue
             if found == here:
-                raise UsageError(f"{target}: is the source {source} itself; give another output")
+                raise UsageError(
+                    f"{target}: is the source {source} itself, which not even --force replaces; give another output"
+                )
             if found in above:
                 raise UsageError(f"{target}: lies inside the source {source}; give an output outside of it")
             if here is not None and here in map(_identity, path.parents):
@@ -52,7 +54,9 @@ def require_none_is(targets: Iterable[Path], sources: Iterable[str | Path]) -> N
     known.pop(None, None)
     for target in targets:
         if (found := _identity(target)) in known:
-            raise UsageError(f"{target}: is the source {known[found]} itself; give another output")
+            raise UsageError(
+                f"{target}: is the source {known[found]} itself, which not even --force replaces; give another output"
+            )
 
 
 def require_free(path: Path, *, force: bool) -> None:

@@ -224,6 +224,7 @@ class TestWrongInputs:
         refused(1, "cannot be written", "convert", original, "-o", output, "--to", "diffusers")
 
     def test_existing_output(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "model_index.json").touch()
         refused(2, "--force to replace", "convert", original, "-o", tmp_path, "--to", "diffusers")
 
     @pytest.mark.parametrize("size", ["100x64", "64x100", "8x8"])

@@ -244,13 +244,12 @@ def test_q_k_v_of_unequal_dtype_cannot_be_joined(tiny: Path, tmp_path: Path) -> 
 
 
 def test_outputs_that_exist_or_cannot_be_written(original: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    convert([original], tmp_path / "out", "diffusers")
     (tmp_path / "out" / "keep").touch()
     with pytest.raises(UsageError, match="exists already"):
         convert([original], tmp_path / "out", "diffusers")
-    assert (tmp_path / "out" / "keep").exists()
     convert([original], tmp_path / "out", "diffusers", force=True)
-    assert not (tmp_path / "out" / "keep").exists()
+    assert (tmp_path / "out" / "keep").exists()
     (tmp_path / "file").touch()
     with pytest.raises(ConversionError, match=r"cannot be written: (Not a directory|File exists)"):
         convert([original], tmp_path / "file" / "out", "diffusers")
