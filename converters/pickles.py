@@ -9,6 +9,7 @@ import mmap
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..schemas.errors import CheckpointError
@@ -45,14 +46,14 @@ def read_pickle(path: Path) -> Header:
     Needs torch. Raises CheckpointError for files that hold anything but tensors and plain values, that torch.save
     wrote before version 1.6, that pass a limit, or whose tensors do not lie as they are in the file."""
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
             f"{path}: reading pickled weights takes torch: pip install 'cascadekit[parity]'"
         ) from error
     storages = _storages(path)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = _load(path)
     except Exception as error:  # the unpickler, the zip reader and the mapping each have their own
         raise CheckpointError(f"{path}: refused: {_why_refused(error)}; {ADVICE}") from error
     tensors: dict[str, torch.Tensor] = {}
@@ -63,6 +64,18 @@ def read_pickle(path: Path) -> Header:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     return Header(path, _ranges(path, tensors, storages))
+
+
+def _load(path: Path) -> Any:
+    """What torch's restricted unpickler makes of the file, its tensors mapped into memory."""
+    import torch
+
+    if not path.name.endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with TemporaryDirectory(prefix="cascadekit-pickle-") as scratch:  # torch 2.13 goes by that suffix, so by a link
+        named = Path(scratch, "checkpoint.pt")
+        named.symlink_to(path.absolute())
+        return torch.load(named, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _storages(path: Path) -> list[Entry]:
