@@ -11,6 +11,7 @@ from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import NetworkConfig, Stage, VQGANConfig
 from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
+from .computing import Counts
 from .identify import Component
 from .model import DEFAULT_CHOICE, Choice, Model, open_model
 from .model_folder import write_folder_files
@@ -59,46 +60,44 @@ def convert(
     for component in model.components.values():
         component.require_sound()
     plan = arrange(model.components, target)
-    single = output.suffix == ".safetensors"
+    single = output.suffix.lower() == ".safetensors"
     if single and (len(plan.files) > 1 or target.layout is Layout.DIFFUSERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
     _require_space(output, plan)
-    overflows: dict[str, int] = {}
     given = [*map(Path, sources), *_given(text_encoder, image_encoder)]
     papers = provenance_files(given)
-    replaced: list[str] = []
+    notes = [*model.notes, *plan.notes, *_scale_notes(model, target.layout)]
     with staged_output(
         output,
         force=force,
         fingerprint=_fingerprint(plan),
         sources=[*given, *_sources(plan)],
         files=() if single else [*_paths(plan, target), *(paper.name for paper in papers)],
-        say=replaced.append,
+        say=notes.append,
     ) as staged:
         for file in plan.files:
             path = staged if single else staged / file.path
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
-            overflows |= _write(file, path, progress, allow_overflow)
+            notes += _cast_notes(file.path.name, _write(file, path, progress, allow_overflow))
         if not single:
             _write_rest(model, plan, staged, target)
             copy_provenance(papers, staged)
-    notes = (*replaced, *model.notes, *plan.notes, *_scale_notes(model, target.layout), *_overflow_notes(overflows))
-    return Conversion(output, tuple(file.path for file in plan.files) if not single else (), notes)
+    return Conversion(output, tuple(file.path for file in plan.files) if not single else (), tuple(notes))
 
 
-def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> dict[str, int]:
+def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> Counts:
     """Write one file. Under its own name it is complete: one that is there was completed before a kill, and is done
-    unless its values are computed, whose overflow is to be counted."""
+    unless its values are computed, which are to be counted where they are not finite."""
     copied = all(part.dtype == tensor.dtype for tensor in file.tensors.values() for part in tensor.ranges)
     if path.exists() and copied:
         if progress:
             progress(file.nbytes)
-        return {}
+        return Counts()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    overflows = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    counts = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
     partial.rename(path)
-    return overflows
+    return counts
 
 
 def _given(*paths: str | Path | None) -> list[Path]:
@@ -170,10 +169,15 @@ def _scale_notes(model: Model, to: Layout) -> list[str]:
     ]
 
 
-def _overflow_notes(overflows: dict[str, int]) -> list[str]:
-    if not overflows:
-        return []
-    worst = sorted(overflows, key=lambda name: -overflows[name])[:5]
-    named = ", ".join(f"{name} ({overflows[name]})" for name in worst)
-    total = sum(overflows.values())
-    return [f"{total} values in {len(overflows)} tensors became infinite in the new dtype, most in {named}"]
+def _cast_notes(file: str, counts: Counts) -> list[str]:
+    """What a cast met that is no number, or is none any more."""
+    kinds = {
+        "became infinite in the new dtype": counts.overflows,
+        "were NaN or infinite before the cast, and still are": counts.not_finite,
+    }
+    return [
+        f"{file}: {found.total()} values in {len(found)} tensors {what}, most in "
+        + ", ".join(f"{name} ({count})" for name, count in found.most_common(5))
+        for what, found in kinds.items()
+        if found
+    ]

@@ -16,6 +16,7 @@ from ..schemas.errors import ExportError, LayoutError, UsageError
 from ..schemas.infer import infer_config
 from ..schemas.quantization import RULES
 from ..schemas.stages import NetworkConfig, Stage, Variant, VQGANConfig, variant_of
+from .cast import FP8
 from .graph_files import beside_holes, check_graph, opset_of, port_entries
 from .identify import Component, find_problems
 from .model import Model, open_model
@@ -51,10 +52,15 @@ class _Options:
     say: Say
     quantize: Quantize | None
 
-    def stored_as(self, stage: Stage) -> str | None:
-        """The dtype to store a stage's weights in; links keep what the model has unless a storage was asked for."""
+    def stored_as(self, component: Component) -> str | None:
+        """The dtype to store a stage's weights in; links keep what the model has unless a storage was asked for.
+
+        Graphs take no fp8: it becomes the narrowest dtype that holds every value exactly."""
         linked = self.weights == "link" and self.graphs.storage is None
-        return None if linked else self.graphs.stored_as(stage)
+        wished = None if linked else self.graphs.stored_as(component.stage)
+        if wished is not None or not set(component.dtypes) & set(FP8):
+            return wished
+        return "F32" if any(tensor.scale for tensor in component.tensors.values()) else "BF16"
 
     def changes(self, stage: Stage) -> "Changes":
         """What LoRAs change about the weights of `stage`."""
@@ -159,7 +165,7 @@ def _quantized(
 
 
 def _place(component: Component, folder: Path, options: _Options) -> Placed:
-    changes, dtype = options.changes(component.stage), options.stored_as(component.stage)
+    changes, dtype = options.changes(component.stage), options.stored_as(component)
     wish: Wish = "copy" if options.quantize and component.stage in RULES else options.weights
     if not changes:
         return place_weights(component, folder, wish, dtype=dtype, hashed=options.hashed, start_file=options.start_file)
@@ -251,11 +257,11 @@ def _sound(model: Model, stage: Stage) -> Component:
 
 
 def _require_floats(component: Component) -> None:
-    odd = [dtype for dtype in component.dtypes if dtype not in FLOATS]
+    odd = [dtype for dtype in component.dtypes if dtype not in (*FLOATS, *FP8)]
     if odd:
         raise ExportError(
             f"{component.path}: the {component.stage} has weights of dtype {', '.join(odd)}; "
-            f"graphs take {', '.join(FLOATS)}"
+            f"graphs take {', '.join((*FLOATS, *FP8))}"
         )
 
 

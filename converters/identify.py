@@ -14,7 +14,9 @@ from ..schemas.infer import infer_config
 from ..schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
 from ..schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from ..schemas.tensors import Shape, expected_tensors, is_counter
+from .cast import FLOATS, FP8
 from .safetensors_file import Header, TensorRange
+from .scaled_fp8 import attach_scales
 
 SHOWN_PROBLEMS = 6  # of each kind; the rest are counted
 BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the part of a tensor's name that says its block
@@ -40,7 +42,7 @@ class Problems:
             "missing": self.missing,
             "unexpected": self.unexpected,
             "wrong shape": shapes,
-            "not a floating point type": dtypes,
+            "not a floating point type that is supported": dtypes,
         }
         grouped = {
             kind: _by_block(items) if kind in ("missing", "unexpected") else items for kind, items in kinds.items()
@@ -117,7 +119,8 @@ class Parts:
 
 def identify_parts(header: Header, config: NetworkConfig | None = None) -> Parts:
     """Every component a file holds, behind whatever prefix. Raises LayoutError when it holds none."""
-    components, notes = [], []
+    components = []
+    header, notes = attach_scales(header)
     for part, names in parts_of(header.tensors).items():
         tensors = {name.removeprefix(part.prefix): header.tensors[name] for name in names}
         stage = part.stage or stage_of(_shapes(tensors))
@@ -200,7 +203,7 @@ def find_problems(config: NetworkConfig, tensors: Mapping[str, TensorRange]) -> 
         wrong_dtype=tuple(
             (name, tensor.dtype)
             for name, tensor in tensors.items()
-            if not is_counter(name) and not tensor.dtype.startswith(("F", "BF"))
+            if not is_counter(name) and tensor.dtype not in (*FLOATS, *FP8)
         ),
     )
 

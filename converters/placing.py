@@ -17,6 +17,7 @@ from .identify import Component
 from .plans import TensorPlan
 from .safetensors_file import Progress, TensorRange, read_header
 from .safetensors_writer import write_file
+from .weights_file import is_pickle
 
 WEIGHTS_NAME = "weights.safetensors"
 OVERFLOW_ADVICE = "export it with --precision bf16, which reaches as far as float32, or store it so with --storage"
@@ -75,10 +76,12 @@ def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
     for name, tensor in component.tensors.items():
         if tensor.transposed:
             return f"{tensor.path}: {name} lies transposed"
+        if tensor.scale is not None:
+            return f"{tensor.path}: {name} is scaled fp8"
         if target_dtype(tensor.dtype, dtype) != tensor.dtype:
             return f"{tensor.path}: {name} is stored as {tensor.dtype}, not as {dtype}"
-    odd = [path for path in source_files(component) if path.suffix != ".safetensors"]
-    return f"{odd[0]}: not a safetensors file" if odd else None
+    odd = [path for path in source_files(component) if is_pickle(path)]
+    return f"{odd[0]}: a pickled checkpoint, not a safetensors file" if odd else None
 
 
 def _linked(component: Component, folder: Path, hashed: bool) -> Placed:

@@ -11,7 +11,7 @@ from .safetensors_file import DTYPE_SIZES, TensorRange
 class TensorPlan:
     """A tensor to write: its dtype and shape, and the ranges its values are, one after another.
 
-    Ranges of another dtype are cast, which takes two dtypes of cast.FLOATS; transposed ones are turned round."""
+    Ranges of another dtype are cast, where cast.castable; transposed ones are turned round."""
 
     dtype: str
     shape: Shape
@@ -45,7 +45,8 @@ class Piece:
 
     @property
     def computed(self) -> bool:
-        return self.part.transposed or self.part.dtype != self.dtype
+        part = self.part
+        return part.transposed or part.scale is not None or part.dtype != self.dtype
 
 
 def pieces(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[Piece]:

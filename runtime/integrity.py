@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ..schemas.bundle import FileEntry
 from ..schemas.errors import CheckpointError
+from ..schemas.limits import MAX_HEADER_BYTES
 
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 16
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 WHOLE_BELOW = 1 << 26  # bytes; what is smaller is hashed whole in no time
 SHOWN_DIGITS = 12  # of a digest, in messages
 
@@ -28,18 +28,18 @@ def fingerprint(path: Path) -> str:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(struct.pack("<Q", size))
-            for start, stop in _sampled(size, _header_end(path, os.pread(file.fileno(), 8, 0), size)):
+            for start, stop in _sampled(size, _header_end(os.pread(file.fileno(), 9, 0), size)):
                 digest.update(os.pread(file.fileno(), stop - start, start))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def _header_end(path: Path, first: bytes, size: int) -> int:
-    """Where the tensors begin; 0 in a file that has no such header."""
-    if path.suffix != ".safetensors" or len(first) < 8:
+def _header_end(first: bytes, size: int) -> int:
+    """Where the tensors of a safetensors file begin; 0 in any other. It begins with a length, then JSON."""
+    if len(first) < 9 or first[8:] not in b"{ \t\r\n":
         return 0
-    length = int(struct.unpack("<Q", first)[0])
+    length = int(struct.unpack("<Q", first[:8])[0])
     return 8 + length if length <= MAX_HEADER_BYTES and 8 + length <= size else 0
 
 
