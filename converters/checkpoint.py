@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
-from ..schemas.stages import NetworkConfig, Stage, VQGANConfig
+from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
 from .identify import Component
 from .model import DEFAULT_CHOICE, Choice, Model, open_model
@@ -18,6 +18,7 @@ from .outputs import staged_output
 from .provenance import copy_provenance, provenance_files
 from .safetensors_file import Progress
 from .safetensors_writer import write_file
+from .tokenizer_files import OwnTokenizer, check_tokenizer, copy_tokenizer
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
 
@@ -61,6 +62,7 @@ def convert(
     single = output.suffix == ".safetensors"
     if single and (len(plan.files) > 1 or target.layout is Layout.DIFFUSERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
+    tokenizer = _tokenizer(model)
     _require_space(output, plan)
     overflows: dict[str, int] = {}
     with staged_output(output, force=force, fingerprint=_fingerprint(plan)) as staged:
@@ -69,9 +71,15 @@ def convert(
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
             overflows |= _write(file, path, progress, allow_overflow)
         if not single:
-            _write_rest(model, plan, staged, target)
+            _write_rest(model, plan, tokenizer, staged, target)
             copy_provenance(provenance_files([*map(Path, sources), *_given(text_encoder, image_encoder)]), staged)
-    notes = (*model.notes, *plan.notes, *_scale_notes(model, target.layout), *_overflow_notes(overflows))
+    notes = (
+        *model.notes,
+        *plan.notes,
+        *_token_notes(tokenizer, target.layout),
+        *_scale_notes(model, target.layout),
+        *_overflow_notes(overflows),
+    )
     return Conversion(output, tuple(file.path for file in plan.files) if not single else (), notes)
 
 
@@ -116,7 +124,7 @@ def _require_space(output: Path, plan: Arrangement) -> None:
         )
 
 
-def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -> None:
+def _write_rest(model: Model, plan: Arrangement, tokenizer: OwnTokenizer | None, folder: Path, target: Target) -> None:
     """Everything of the output folder that is not weights."""
     for path, index in plan.indexes.items():
         (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -127,9 +135,23 @@ def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -
         if is_diffusers or (stage in ENCODERS and target.layout is not Layout.COMFYUI)
     }
     write_folder_files(folder, configs, index=is_diffusers, combined=target.combined)
-    if model.tokenizer is not None and target.layout is not Layout.COMFYUI:
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        shutil.copytree(model.tokenizer, folder / "tokenizer")
+    if tokenizer is not None and target.layout is not Layout.COMFYUI:
+        for prefix in ("", "prior_") if is_diffusers and target.combined else ("",):
+            copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
+
+
+def _tokenizer(model: Model) -> OwnTokenizer | None:
+    """The model's own, fit for its text encoder."""
+    encoder = model.components.get(Stage.TEXT_ENCODER)
+    rows = encoder.config.vocab_size if encoder and isinstance(encoder.config, TextEncoderConfig) else None
+    return check_tokenizer(model.tokenizer, rows)
+
+
+def _token_notes(tokenizer: OwnTokenizer | None, to: Layout) -> tuple[str, ...]:
+    if tokenizer is None or to is not Layout.COMFYUI:
+        return tokenizer.notes if tokenizer else ()
+    added = ", ".join(list(tokenizer.content.added)[:5])
+    return (f"ComfyUI has a tokenizer of its own, which does not know {added}",) if added else ()
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:
