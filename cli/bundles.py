@@ -173,7 +173,10 @@ def export(
         _show_choices(choices)
     say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
     if any(entry.weights == "link" for entry in manifest.stages.values()):
-        note("hard links: the model's files must not change in place; --weights copy makes the bundle independent")
+        note(
+            "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must not "
+            "change in place; --weights copy makes the bundle independent"
+        )
 
 
 def _quantize(kind: Quantization, threshold: float | None, choices: "dict[Stage, Choice]") -> "Quantize | None":

@@ -166,10 +166,10 @@ def _described(tokenizer: Tokenizer, added: Mapping[str, int]) -> str:
 
 
 def _guarded(call: Callable[[], T]) -> T:
-    """What `call` gives; a panic of the library becomes a RuntimeError."""
+    """What `call` gives. Raises CheckpointError for a panic of the library."""
     try:
         return call()
     except BaseException as error:
         if type(error).__name__ == PANIC:
-            raise RuntimeError(f"the tokenizers library failed: {error}") from error
+            raise CheckpointError(f"the tokenizers library failed: {error}; use another tokenizer") from error
         raise
