@@ -174,8 +174,8 @@ def export(
     say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
     if any(entry.weights == "link" for entry in manifest.stages.values()):
         note(
-            "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must not "
-            "change in place; --weights copy makes the bundle independent"
+            "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
+            "not change in place; --weights copy makes the bundle independent"
         )
 
 

@@ -24,7 +24,8 @@ def test_plain_names(name: str) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_names_that_are_none(name: str) -> None:
     assert problem_of_name(name)
-    assert problem_of_path(f"prior/{name}/x")
+    if name != "a/b":
+        assert problem_of_path(f"prior/{name}/x")
 
 
 @pytest.mark.parametrize("path", ["/a", "../a", "a/../../b", "a//b", "a/./b", "a/", "/".join("a" * 17)])
@@ -32,7 +33,8 @@ def test_paths_that_are_none(path: str) -> None:
     assert problem_of_path(path)
 
 
-Change = Any
+NAMED = [f"stages/vqgan/{inner}" for inner in ("graphs/=encoder", "graphs/model/path", "files/0/path")]
+NAMED += ["tokenizer", "files/0/path"]
 
 
 def changed(tiny: Path, place: str, value: Any) -> str:
@@ -51,11 +53,7 @@ def changed(tiny: Path, place: str, value: Any) -> str:
 
 
 @pytest.mark.parametrize("name", ["/tmp/made", "a/b", "..", "", "a\\b", "a\0b", "NUL", "x" * 300])
-@pytest.mark.parametrize(
-    "place",
-    ["stages/vqgan/graphs/=encoder", "stages/vqgan/graphs/model/path", "stages/vqgan/files/0/path", "tokenizer"]
-    + ["files/0/path"],
-)
+@pytest.mark.parametrize("place", NAMED)
 def test_every_name_of_a_manifest_is_checked(tiny: Path, place: str, name: str) -> None:
     if name == "a/b" and "=" not in place:
         name = "a/../../b"
@@ -70,7 +68,7 @@ INFINITE = float("inf")
 @pytest.mark.parametrize(
     ("place", "values"),
     [
-        ("vqgan_scale", [0, -0.3, INFINITE, float("nan"), 1e9, 1e-9, True]),
+        ("vqgan_scale", [0, -0.3, INFINITE, float("nan"), 1e9, 1e-9]),
         ("default_size", [[0, 64], [-8, 64], [1 << 30, 64], [64], [64.5, 64]]),
         ("stages/vqgan/files/0/bytes", [-1, 1 << 70, 1.5]),
         ("stages/vqgan/files/0/mtime_ns", [1 << 80, INFINITE]),
