@@ -28,6 +28,8 @@ from tokenizers import Encoding, Tokenizer
 from ..schemas.errors import CheckpointError, UsageError
 from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
 
+__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
+
 LENGTH = 77  # positions of the text encoder
 PANIC = "PanicException"  # what the library raises where it fails; it is no Exception, and no module has it
 _NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."

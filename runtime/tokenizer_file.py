@@ -158,7 +158,8 @@ def _check_added(content: Json) -> dict[str, int]:
     listed = content["added_tokens"]
     if len(listed) > MAX_ADDED_TOKENS:
         raise ValueError(f"{len(listed)} added tokens, which is more than {MAX_ADDED_TOKENS}")
-    vocab, added = content["model"]["vocab"], {}
+    vocab = content["model"]["vocab"]
+    added: dict[str, int] = {}
     for token in listed:
         text, number = token.get("content"), token.get("id")
         if type(text) is not str or not text or not all(type(token.get(flag)) is bool for flag in _FLAGS):
