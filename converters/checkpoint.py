@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
-from ..schemas.stages import NetworkConfig, Stage, VQGANConfig
+from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
 from .computing import Counts
 from .identify import Component
@@ -20,6 +20,7 @@ from .ownership import MODEL_INDEX
 from .provenance import copy_provenance, provenance_files
 from .safetensors_file import Progress
 from .safetensors_writer import write_file
+from .tokenizer_files import OwnTokenizer, check_tokenizer, copy_tokenizer
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
 
@@ -63,10 +64,16 @@ def convert(
     single = output.suffix.lower() == ".safetensors"
     if single and (len(plan.files) > 1 or target.layout is Layout.DIFFUSERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
+    tokenizer = _tokenizer(model)
     _require_space(output, plan)
     given = [*map(Path, sources), *_given(text_encoder, image_encoder)]
     papers = provenance_files(given)
-    notes = [*model.notes, *plan.notes, *_scale_notes(model, target.layout)]
+    notes = [
+        *model.notes,
+        *plan.notes,
+        *_token_notes(tokenizer, target.layout),
+        *_scale_notes(model, target.layout),
+    ]
     with staged_output(
         output,
         force=force,
@@ -80,7 +87,7 @@ def convert(
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
             notes += _cast_notes(file.path.name, _write(file, path, progress, allow_overflow))
         if not single:
-            _write_rest(model, plan, staged, target)
+            _write_rest(model, plan, tokenizer, staged, target)
             copy_provenance(papers, staged)
     return Conversion(output, tuple(file.path for file in plan.files) if not single else (), tuple(notes))
 
@@ -136,7 +143,7 @@ def _require_space(output: Path, plan: Arrangement) -> None:
         )
 
 
-def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -> None:
+def _write_rest(model: Model, plan: Arrangement, tokenizer: OwnTokenizer | None, folder: Path, target: Target) -> None:
     """Everything of the output folder that is not weights."""
     for path, index in plan.indexes.items():
         (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -147,9 +154,23 @@ def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -
         if is_diffusers or (stage in ENCODERS and target.layout is not Layout.COMFYUI)
     }
     write_folder_files(folder, configs, index=is_diffusers, combined=target.combined)
-    if model.tokenizer is not None and target.layout is not Layout.COMFYUI:
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        shutil.copytree(model.tokenizer, folder / "tokenizer")
+    if tokenizer is not None and target.layout is not Layout.COMFYUI:
+        for prefix in ("", "prior_") if is_diffusers and target.combined else ("",):
+            copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
+
+
+def _tokenizer(model: Model) -> OwnTokenizer | None:
+    """The model's own, fit for its text encoder."""
+    encoder = model.components.get(Stage.TEXT_ENCODER)
+    rows = encoder.config.vocab_size if encoder and isinstance(encoder.config, TextEncoderConfig) else None
+    return check_tokenizer(model.tokenizer, rows)
+
+
+def _token_notes(tokenizer: OwnTokenizer | None, to: Layout) -> tuple[str, ...]:
+    if tokenizer is None or to is not Layout.COMFYUI:
+        return tokenizer.notes if tokenizer else ()
+    added = ", ".join(list(tokenizer.content.added)[:5])
+    return (f"ComfyUI has a tokenizer of its own, which does not know {added}",) if added else ()
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:

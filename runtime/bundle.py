@@ -5,10 +5,12 @@ from pathlib import Path
 
 from ..schemas.bundle import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, Placement, StageEntry, parse_manifest
 from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.limits import MAX_MANIFEST_BYTES
 from ..schemas.stages import Stage
 from .integrity import find_change
 
 WHAT_TO_DO = "the bundle is damaged, export it again"
+PUT_BACK = "put it back, or export the model again"
 # A change to what these are made of reaches into the bundle.
 WHAT_TO_DO_ABOUT: dict[Placement, str] = {
     "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
@@ -52,13 +54,21 @@ class Bundle:
     def advice(self, entry: StageEntry, file: FileEntry) -> str:
         """What a user can do about a file of a stage that is not what the manifest says."""
         if not (self.root / file.path).exists():
-            return "put it back, or export the model again"
+            return PUT_BACK
         return WHAT_TO_DO if file.path in entry.graph_paths else WHAT_TO_DO_ABOUT.get(entry.weights, WHAT_TO_DO)
 
     @property
     def tokenizer(self) -> Path | None:
-        """The bundle's own tokenizer.json, if it has one."""
-        return self.root / self.manifest.tokenizer if self.manifest.tokenizer else None
+        """The bundle's own tokenizer.json, if it has one, compared with the manifest by all its bytes. Raises
+        CheckpointError when it is missing or changed."""
+        if self.manifest.tokenizer is None:
+            return None
+        path = self.root / self.manifest.tokenizer
+        file = self.manifest.file(self.manifest.tokenizer)
+        problem = find_change(path, file, always_hash=True) if file else None  # earlier versions list none
+        if problem:
+            raise CheckpointError(f"{path}: {problem}; {WHAT_TO_DO if path.exists() else PUT_BACK}")
+        return path
 
 
 def open_bundle(root: Path) -> Bundle:
@@ -67,6 +77,8 @@ def open_bundle(root: Path) -> Bundle:
     if not path.is_file():
         raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
     try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, it has {path.stat().st_size}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error

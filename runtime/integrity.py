@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -24,6 +25,7 @@ def fingerprint(path: Path) -> str:
     It tells weights from other weights, as those differ nearly everywhere; a few bytes changed between two samples
     it does not see. Raises CheckpointError when the file cannot be read."""
     digest = hashlib.sha256()
+    require_regular(path)
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -54,8 +56,21 @@ def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
         yield at, at + SAMPLE_BYTES
 
 
+def require_regular(path: Path) -> os.stat_result:
+    """The status of the file at `path`, or of the one a link there leads to. Raises CheckpointError for anything that
+    is no ordinary file: opening a pipe waits for ever, and a device may have no end."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: cannot be read: not a regular file")
+    return status
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
+    require_regular(path)
     try:
         return _sha256(path)
     except OSError as error:
@@ -95,19 +110,18 @@ def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
 def find_change(path: Path, entry: FileEntry, *, always_hash: bool = False) -> str | None:
     """How the file at `path` differs from `entry`: what was expected and what was found. None when it does not.
 
-    A file of the same size and time of change is trusted. Of another time, it must have the same content: all of it
-    below 64 MiB where the manifest has its SHA-256, else the same fingerprint. `always_hash` compares the SHA-256,
-    where there is one, whatever the time."""
+    A file of the same size and time of change is trusted, whatever its bytes. Of another time, it must have the same
+    content: all of it below 64 MiB where the manifest has its SHA-256, else the same fingerprint. `always_hash` reads
+    the file whatever its time: all of it where the manifest has its SHA-256, else the samples of its fingerprint."""
     status = _status(path)
     if status is None or status.st_size != entry.bytes:
         found = f"it has {status.st_size}" if status else "it is missing"
         return f"expected {entry.bytes} bytes, {found}"
-    small = entry.bytes < WHOLE_BELOW
-    if entry.sha256 is not None and (always_hash or (small and status.st_mtime_ns != entry.mtime_ns)):
+    if not always_hash and status.st_mtime_ns == entry.mtime_ns:
+        return None
+    if entry.sha256 is not None and (always_hash or entry.bytes < WHOLE_BELOW):
         return _differs("SHA-256", entry.sha256, sha256_of(path))
-    if status.st_mtime_ns != entry.mtime_ns:
-        return _differs("fingerprint", entry.fingerprint, fingerprint(path))
-    return None
+    return _differs("fingerprint", entry.fingerprint, fingerprint(path))
 
 
 def _status(path: Path) -> os.stat_result | None:

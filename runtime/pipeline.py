@@ -105,7 +105,7 @@ class Cascade:
             others = {stage: open_bundle(Path(path)) for stage, path in stages.items()}
             engines = {stage: make(other) for stage, other in others.items()}
             runs, manifest = with_stages_of(runs, opened, engines, others)
-        return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer), memory=policy, rows=rows)
+        return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer, manifest.text_rows), memory=policy, rows=rows)
 
     def encode_prompt(
         self,

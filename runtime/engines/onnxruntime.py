@@ -17,6 +17,7 @@ from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
+from ..real_files import without_links
 from .base import HostRunner, Run, Tensors, check_inputs, with_absent_control
 from .installs import onnxruntime_conflict
 from .memory import give_back_memory
@@ -88,7 +89,8 @@ class OnnxRuntimeEngine:
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
                 f"export it with --precision {stage}=fp32, or run it with --device cuda"
             )
-        session = self._start(stage, self.bundle.graph(stage, graph))
+        with without_links(self.bundle.graph(stage, graph)) as path:
+            session = self._start(stage, path)
         on_device = self._check_placement(stage, session)
         give_back_memory()
         return OnnxRuntimeStage(stage, entry.graphs[graph], session, self._ort if on_device else None)

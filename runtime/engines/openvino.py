@@ -12,6 +12,7 @@ from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
+from ..real_files import without_links
 from .base import HostRunner, Tensors, check_inputs, with_absent_control
 from .memory import give_back_memory
 
@@ -63,10 +64,13 @@ class OpenVinoEngine:
         entry = self.bundle.entry(stage)
         path = self.bundle.graph(stage, graph)
         try:
-            model = self._core.read_model(str(path))
-            head = None if self._precise else _cut_at_sines(self._ov, model)
-            head = head and self._core.compile_model(head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"})
-            body = self._core.compile_model(model, "CPU", self._options)
+            with without_links(path) as alone:
+                model = self._core.read_model(str(alone))
+                head = None if self._precise else _cut_at_sines(self._ov, model)
+                head = head and self._core.compile_model(
+                    head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"}
+                )
+                body = self._core.compile_model(model, "CPU", self._options)
         except Exception as error:  # all that its layers raise are RuntimeErrors
             raise EngineError(f"{path}: openvino cannot load the {stage}: {_reason(error)}") from error
         give_back_memory()
