@@ -10,9 +10,9 @@ from pathlib import Path
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import NetworkConfig, Stage, VQGANConfig
-from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
+from .arrange import Arrangement, FilePlan, Target, arrange
 from .identify import Component
-from .model import DEFAULT_CHOICE, Choice, Model, open_model
+from .model import DEFAULT_CHOICE, ENCODERS, Choice, Model, open_model
 from .model_folder import write_folder_files
 from .outputs import staged_output
 from .provenance import copy_provenance, provenance_files

@@ -63,14 +63,14 @@ def open_component_folder(
     chosen = _chosen(sets, variant)
     if chosen is None:
         header = _lone_file(folder)
-        taken, files = "", [header.path]
+        taken, files, notes = "", [header.path], []
     else:
         taken = chosen[0]
-        header, files = _read_set(folder, sets[chosen])
+        header, files, notes = _read_set(folder, sets[chosen])
     parts = identify_parts(header, _configs_in(folder), only=expected, without=tuple(without))
     offered = [*_weights_files(folder), *(found.index for found in sets.values() if found.index)]
     left = [path.name for path in offered if path not in files]
-    notes = [f"{folder}: left out {listed(left)}, for {files[0].name} was taken"] if left else []
+    notes += [f"{folder}: left out {listed(left)}, for {files[0].name} was taken"] if left else []
     return replace(parts, notes=(*parts.notes, *notes)), taken
 
 
@@ -100,10 +100,10 @@ def _weights_files(folder: Path) -> list[Path]:
     ]
 
 
-def _read_set(folder: Path, found: WeightsSet) -> tuple[Header, list[Path]]:
-    """The header of a set, and the files it was read from."""
+def _read_set(folder: Path, found: WeightsSet) -> tuple[Header, list[Path], list[str]]:
+    """The header of a set, the files it was read from, and what the user should know."""
     if found.single is not None:
-        return read_weights(found.single), [found.single]
+        return read_weights(found.single), [found.single], []
     if found.index is not None:
         return _read_indexed(folder, found.index)
     missing = [number for number in range(1, min(found.count, len(found.shards) + 1) + 1) if number not in found.shards]
@@ -116,10 +116,10 @@ def _read_set(folder: Path, found: WeightsSet) -> tuple[Header, list[Path]]:
     tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     if len(tensors) < sum(len(shard.tensors) for shard in shards):
         raise CheckpointError(f"{folder}: two shards hold the same tensor; they are not of one save")
-    return replace(shards[0], tensors=tensors), [found.shards[number] for number in sorted(found.shards)]
+    return replace(shards[0], tensors=tensors), [shard.path for shard in shards], []
 
 
-def _read_indexed(folder: Path, index: Path) -> tuple[Header, list[Path]]:
+def _read_indexed(folder: Path, index: Path) -> tuple[Header, list[Path], list[str]]:
     weight_map: Any = _read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
@@ -135,7 +135,9 @@ def _read_indexed(folder: Path, index: Path) -> tuple[Header, list[Path]]:
     order = list(shards)
     tensors = dict(sorted(tensors.items(), key=lambda item: (order.index(item[1].path.name), item[1].offset)))
     header = replace(next(iter(shards.values())), path=index, tensors=tensors)
-    return header, [index, *(folder / name for name in shards)]
+    surplus = [name for shard in shards.values() for name in shard.tensors if name not in weight_map]
+    notes = [f"{index}: does not list {len(surplus)} of the shards' tensors ({listed(surplus)}); they are left out"]
+    return header, [index, *(folder / name for name in shards)], notes if surplus else []
 
 
 def _configs_in(folder: Path) -> Configs:

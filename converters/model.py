@@ -119,9 +119,9 @@ def _parts_at(source: Path, choice: Choice, without: Collection[Stage]) -> list[
         return [_parts_of_file(path, without=without) for path in (source, *_side_files(source))]
     is_pipeline = (source / "model_index.json").is_file()
     if not is_pipeline and _is_component(source):
-        parts, taken = open_component_folder(source, None, choice.variant, without)
-        _require_variant(source, choice, [taken])
-        return [parts]
+        whole, variant = open_component_folder(source, None, choice.variant, without)
+        _require_variant(source, choice, [variant])
+        return [whole]
     folders, passed_over = _places_in(source, choice)
     parts = _component_folders(source, folders, choice, without)
     single = read_files(source, without)

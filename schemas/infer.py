@@ -143,13 +143,18 @@ def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
     embedding, axis = _EMBEDDINGS[stage]
     width = shapes.size(embedding, axis)
     layers = shapes.count(f"{embedding.partition('.')[0]}.encoder.layers.#.")
-    for (preset_stage, _), preset in PRESETS.items():
-        is_tower = preset_stage is stage and isinstance(preset, TextEncoderConfig | ImageEncoderConfig)
-        if is_tower and (preset.hidden_size, preset.num_hidden_layers) == (width, layers):
+    presets = (preset for (preset_stage, _), preset in PRESETS.items() if preset_stage is stage)
+    for preset in presets:
+        if (
+            isinstance(preset, TextEncoderConfig | ImageEncoderConfig)
+            and preset.hidden_size == width
+            and preset.num_hidden_layers == layers
+        ):
             return preset
     raise LayoutError(
         f"the {stage} is {tower_name(stage, width)}, none of the released ones, and its heads and activation cannot be "
-        f"read off its tensors: give the folder that holds its config.json, or {HOMES[stage]}"
+        f"read off its tensors: give the folder that holds its config.json, or {HOMES[stage]}, "
+        f"with --{stage.replace('_', '-')}"
     )
 
 
