@@ -10,10 +10,10 @@ from pathlib import Path
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
-from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
+from .arrange import Arrangement, FilePlan, Target, arrange
 from .computing import Counts
 from .identify import Component
-from .model import DEFAULT_CHOICE, Choice, Model, open_model
+from .model import DEFAULT_CHOICE, ENCODERS, Choice, Model, open_model
 from .model_folder import write_folder_files
 from .outputs import staged_output
 from .ownership import MODEL_INDEX

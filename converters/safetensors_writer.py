@@ -44,6 +44,7 @@ def write_file(
     try:
         with path.open("wb") as out:
             reserve(out.fileno(), total)
+            out.truncate(total)  # so that zeros need not be written, where nothing could be reserved
             out.write(header)
             out.flush()
             with flushing(out.fileno()):

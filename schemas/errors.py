@@ -13,6 +13,10 @@ class LayoutError(CascadeError):
     """Tensor names or shapes are not those of the network and layout they are taken for."""
 
 
+class ForeignError(LayoutError):
+    """A file is sound as far as can be seen, but holds no component of the cascade."""
+
+
 class ConversionError(CascadeError):
     """A checkpoint was read but cannot be written in the layout asked for."""
 

@@ -23,3 +23,5 @@ VQGAN_SCALES = (1e-3, 1e3)  # least and largest; the layouts have 0.3764 and 0.4
 # Tokenizers
 MAX_TOKENIZER_BYTES = 1 << 25  # of a file of a tokenizer's folder; CLIP's largest has 3.6 MB
 MAX_ADDED_TOKENS = 1 << 16  # textual inversions add a few tokens each
+
+MOST_FOLDER_ENTRIES = 10_000  # files in a folder taken for a model; the largest repository has some hundred
