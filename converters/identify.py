@@ -12,6 +12,7 @@ from ..schemas.allinone import COMFYUI_PREFIXES, WHOLE, Part, parts_of
 from ..schemas.errors import LayoutError
 from ..schemas.infer import infer_config
 from ..schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
+from ..schemas.lora import split_key
 from ..schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from ..schemas.tensors import Shape, expected_tensors, is_counter
 from .safetensors_file import Header, TensorRange
@@ -153,6 +154,8 @@ def _component(
 
 def _guess(header: Header) -> str:
     """What a file without any component most likely is."""
+    if any(split_key(name)[1] is not None for name in header.tensors):
+        return "a LoRA, for the `cascadekit lora` commands and --lora"
     foreign = foreign_name(header.shapes)
     if foreign:
         return foreign
