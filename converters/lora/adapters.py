@@ -129,7 +129,7 @@ def _check_depthwise(adapter: Adapter) -> None:
         return
     if len(down.shape) == 4 and down.shape[1] == adapter.shape[0]:
         raise LayoutError(
-            f"expected a LoRA of a depthwise convolution {list(adapter.shape)}, found one over all its channels at once "
+            f"expected a LoRA of a depthwise convolution {list(adapter.shape)}, found one over all channels at once "
             f"(lora_down {list(down.shape)}), which cannot be merged; train without this module"
         )
 

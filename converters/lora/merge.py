@@ -20,6 +20,7 @@ from .weights import Effect, changed, rewritten
 
 STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 MERGED_KEY = "cascadekit.merged_loras"
+PICKLED_PREFIX = "state_dict."  # what trainers put a checkpoint's tensors in when they pickle it
 
 StartFile = Callable[[str, int], Progress]
 
@@ -122,6 +123,8 @@ def _rewrite(
 ) -> None:
     header = read_weights(source)
     plans = rewritten(header, calculated)
+    if is_pickle(source):  # torch keeps a dictionary in a dictionary, safetensors has names alone
+        plans = {name.removeprefix(PICKLED_PREFIX): plan for name, plan in plans.items()}
     metadata = {key: text for key, text in header.metadata.items() if key not in STALE_METADATA}
     if record is not None:
         earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,12 @@ from .patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the same settings inside the weights file
-PREFIXES = {f"{stage}.": stage for stage in (Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER)}
+PREFIXES: Mapping[str, Stage | None] = {
+    "prior.": Stage.PRIOR,
+    "decoder.": Stage.DECODER,
+    "text_encoder.": Stage.TEXT_ENCODER,
+    "unet.": None,
+}
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...schemas.errors import CheckpointError, LayoutError, UsageError
+from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
 from ...schemas.lora import Algorithm, LoraFormat, Prefix, Target, changeable
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
+from ..model import open_model
 from ..safetensors_file import Header
 from ..weights_file import read_weights
 from .adapters import Adapter, make_adapter, split_rows
@@ -79,7 +80,19 @@ def _weights(path: Path) -> Path:
     for name in FOLDER_NAMES:
         if (path / name).is_file():
             return path / name
+    _refuse_model(path)
     raise CheckpointError(f"{path}: no LoRA here; expected one of {', '.join(FOLDER_NAMES)} in the folder")
+
+
+def _refuse_model(path: Path) -> None:
+    try:
+        found = open_model([path]).components
+    except CascadeError:
+        return
+    raise UsageError(
+        f"{path}: expected a LoRA, found a checkpoint: {', '.join(found)}. "
+        "Were the two exchanged? The checkpoint comes first, then its LoRAs"
+    )
 
 
 @dataclass(frozen=True)
