@@ -78,8 +78,9 @@ def find_lora(lora: str | Path) -> Path:
     folders = [Path(name) for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
     name = path.name if path.name.endswith(SUFFIX) else path.name + SUFFIX
     for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+        for found in (folder / name, folder / path.name):
+            if found.is_file():
+                return found
     if not folders:
         raise UsageError(f"{lora}: no such LoRA file; give its path, or list your folders of LoRAs in ${FOLDERS}")
     have = sorted({found.stem for folder in folders for found in folder.glob("*" + SUFFIX)})
