@@ -300,7 +300,7 @@ class Cascade:
             rows=self.rows or max(1, ROW_AREA[stage] // (shape[2] * shape[3])),
         )
         with parts as predict:
-            x_t = first if start is None else schedule.diffuse(start.latents, first, 0)
+            x_t = first if start is None else schedule.begin(start.latents, first)
             show = partial(self.preview, stage)
             steps = sample(predict, x_t, schedule, lambda: noise.draw(shape), show)
             yield from steps if start is None or start.mask is None else keep_outside(steps, start, first, schedule)
