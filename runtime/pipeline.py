@@ -66,8 +66,8 @@ class Cascade:
     ) -> None:
         """`memory` says which stages stay loaded. `rows` bounds the batch that goes through a sampled stage at once
         (guidance doubles it), and so the memory of activations: by default 8 rows of a 1024x1024 image, and more of
-        smaller ones. Images do not depend on it. Unless `checked` is False, a stage that gives NaN, infinity, or one value
-        throughout latents or an image is an UnsoundError."""
+        smaller ones. Images do not depend on it. Unless `checked` is False, a stage that gives NaN, infinity, or one
+        value throughout latents or an image is an UnsoundError."""
         self.engine = engine
         self.manifest = manifest
         self.tokenizer = tokenizer

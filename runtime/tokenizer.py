@@ -28,6 +28,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 
 from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.limits import MAX_PROMPT_CHARACTERS
 
 LENGTH = 77  # positions of the text encoder
 VOCAB_SIZE = 49408  # rows of its embedding table
@@ -122,6 +123,8 @@ class ClipTokenizer:
         ]
 
     def _encode(self, text: str, name: str) -> Encoding:
+        if isinstance(text, str) and len(text) > MAX_PROMPT_CHARACTERS:
+            raise UsageError(f"{name}: {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}")
         try:
             return self._tokenizer.encode(text)
         except TypeError as error:

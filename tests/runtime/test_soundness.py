@@ -81,12 +81,12 @@ def test_the_image_and_the_step_are_named(
     whole: Whole, monkeypatch: pytest.MonkeyPatch, row: int, image: int, value: float
 ) -> None:
     """With guidance a batch of three has six rows: three with the prompts, then three without."""
-    with Cascade.open(whole.bundle, threads=1, stages={Stage.PRIOR: whole.lite}) as cascade:
-        with cascade.engine.load(Stage.DECODER) as real:
-            fake = broken(real, 2, row, value, "noise_pred")
-            monkeypatch.setattr(cascade.engine, "load", _loading(cascade, Stage.DECODER, fake))
-            with pytest.raises(UnsoundError, match=rf"^decoder, step 2 of 2: .*image {image} of 3; ") as caught:
-                cascade.generate(["a", "b", "c"], decoder_guidance=2.0, **SMALL)
+    cascade = Cascade.open(whole.bundle, threads=1, stages={Stage.PRIOR: whole.lite})
+    with cascade, cascade.engine.load(Stage.DECODER) as real:
+        fake = broken(real, 2, row, value, "noise_pred")
+        monkeypatch.setattr(cascade.engine, "load", _loading(cascade, Stage.DECODER, fake))
+        with pytest.raises(UnsoundError, match=rf"^decoder, step 2 of 2: .*image {image} of 3; ") as caught:
+            cascade.generate(["a", "b", "c"], decoder_guidance=2.0, **SMALL)
     assert caught.value.images == (image - 1,)
     assert "validate --hash" in str(caught.value)  # in fp32 nothing overflows: it is damage, or a bug
 
@@ -139,7 +139,7 @@ def test_a_controlnet_is_looked_at(whole: Whole, monkeypatch: pytest.MonkeyPatch
         ports = cascade.manifest.stages[Stage.CONTROLNET_CANNY].outputs
         shapes = {port.name: (1, port.dims[1], 2, 2) for port in ports}
         monkeypatch.setattr(cascade.engine, "load", _loading(cascade, Stage.CONTROLNET_CANNY, always(np.inf, **shapes)))
-        with pytest.raises(UnsoundError, match="^controlnet/canny, .*NaN or infinity"):
+        with pytest.raises(UnsoundError, match=r"^controlnet/canny, .*NaN or infinity"):
             cascade.residuals([ControlPicture("edges", picture(64, 64))], height=64, width=64)
 
 
