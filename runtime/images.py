@@ -32,7 +32,7 @@ def effnet_pixels(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def to_pictures(images: NDArray[np.float32]) -> list[Image.Image]:
     """(B, 3, height, width) float32 in 0..1 (clipped to it) to 8-bit RGB, rounding to nearest as diffusers does."""
-    pixels = (images.clip(0, 1).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    pixels = ((image.clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in images)
     return [Image.fromarray(picture) for picture in pixels]
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.limits import MAX_PROMPT_CHARACTERS
 from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
 
 __all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
@@ -122,6 +123,8 @@ class ClipTokenizer:
         ]
 
     def _encode(self, text: str, name: str) -> Encoding:
+        if isinstance(text, str) and len(text) > MAX_PROMPT_CHARACTERS:
+            raise UsageError(f"{name}: {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}")
         try:
             return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:

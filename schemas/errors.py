@@ -33,6 +33,14 @@ class OutsideProfileError(EngineError):
     """An engine was built for other sizes than it was fed."""
 
 
+class UnsoundError(EngineError):
+    """A stage gave NaN, infinity, or one value in every place; `images` are those it is about, counted from 0."""
+
+    def __init__(self, message: str, images: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 class ParityError(CascadeError):
     """Two executions cannot be compared."""
 

@@ -18,6 +18,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
 from ..real_files import without_links
+from ..telemetry import silence, switch_off_telemetry
 from .base import HostRunner, Run, Tensors, check_inputs, with_absent_control
 from .installs import onnxruntime_conflict
 from .memory import give_back_memory
@@ -283,11 +284,14 @@ def open_proto(model: "ModelProto", folder: Path) -> Any:
 
 
 def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:
-    """The module, able to use `device` unless the CPU will do. Raises EngineError saying what to install."""
+    """The module, able to use `device` unless the CPU will do, and silent about its use. Every import of it in
+    cascadekit is this one. Raises EngineError saying what to install."""
+    switch_off_telemetry()
     try:
         import onnxruntime
     except ImportError as error:
         raise EngineError(f"ONNX Runtime is not installed: pip install 'cascadekit[{EXTRAS[device]}]'") from error
+    silence(onnxruntime)
     wanted = PROVIDERS[device][0]
     if wanted not in onnxruntime.get_available_providers() and not allow_cpu:
         advice = onnxruntime_conflict() or (
