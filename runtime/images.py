@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from ..schemas.errors import UsageError
+from .png_text import read_png_text
 from .whole_file import whole_file
 
 METADATA_KEY = "cascadekit"
@@ -46,10 +47,19 @@ def save_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> N
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a PNG written by `save_png`, None when it carries none."""
-    with Image.open(path) as picture:
-        text = picture.info.get(METADATA_KEY)
-    return json.loads(text) if isinstance(text, str) else None
+    """The settings in a PNG written by `save_png`, None when it carries none.
+
+    Raises OSError when the file cannot be read, ValueError when it is no PNG or its settings are no JSON."""
+    return parse_text(read_png_text(path, METADATA_KEY).text)
+
+
+def parse_text(text: str | None) -> dict[str, Any] | None:
+    """The settings that such a text says. Raises ValueError when it is no JSON."""
+    try:
+        found = None if text is None else json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its settings are nested too deep") from error
+    return found if isinstance(found, dict) else None
 
 
 def require_settings(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ MOST_BATCH = 100_000  # images of one generator: the noise of those before an im
 MOST_PICTURES = 64  # pictures, controls or LoRAs of one request; each is decoded before anything is drawn
 
 # Images with settings.
-MOST_SETTINGS = 1 << 20  # bytes of the JSON in a PNG; compressed text is not unpacked any further
+MOST_SETTINGS = 4 << 20  # bytes of the JSON in a PNG; compressed text is not unpacked any further
 MOST_PIXELS = 1 << 28  # of an image that the gallery shows; a browser decodes no larger ones
 
 # The page's server.

@@ -66,7 +66,9 @@ def _control(value: object) -> object:
         return value
     match = CONTROL.fullmatch(value)
     if not match:
-        raise ValueError(f"{value[:LONG]!r}: expected NAME=PICTURE or NAME=PICTURE:STRENGTH, such as canny=photo.png:0.8")
+        raise ValueError(
+            f"{value[:LONG]!r}: expected NAME=PICTURE or NAME=PICTURE:STRENGTH, such as canny=photo.png:0.8"
+        )
     return {key: found for key, found in match.groupdict().items() if found is not None}
 
 
