@@ -16,7 +16,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from PIL import Image
-from pngs import BEGINS, chunk, itxt, packed_itxt, plain, png, ztxt
 
 from cascadekit.runtime.images import read_settings, save_png
 from cascadekit.runtime.ui import server as server_module
@@ -26,6 +25,7 @@ from cascadekit.runtime.ui.routes import ROUTES
 from cascadekit.runtime.ui.server import Call, PageServer, Reply, Route, json_reply
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.limits import MOST_BODIES, MOST_HEAD, MOST_SETTINGS
+from pngs import BEGINS, chunk, itxt, packed_itxt, plain, png, ztxt
 
 SOUND = {"prompt": "a cat", "seed": 2**64 - 1, "width": 64, "height": 64, "prior_guidance": 4.0}
 
@@ -101,7 +101,8 @@ HOLE = png()[:33] + struct.pack(">I4s", 2**31 - 1, b"iTXt") + b"cascadekit\0\0\0
         png(itxt(b"[" * 100_000)), png(itxt(b'{"a":' * 100_000)), png(itxt(b'{"seed":' + b"9" * 5000 + b"}")),
         png(itxt(b"{}"), width=0), png(itxt(b"{}"), width=2**31 - 1, height=2**31 - 1),
         png(itxt(b"{}"))[:-1], png(itxt(b"{}"))[:60], png(itxt(b"{}")) + b"more",
-        png(itxt(b"{}").replace(b"{}", b"[]")), png(chunk(b"iTXt", b"cascadekit\0")), png(chunk(b"zTXt", b"cascadekit\0")),
+        png(itxt(b"{}").replace(b"{}", b"[]")),
+        png(chunk(b"iTXt", b"cascadekit\0")), png(chunk(b"zTXt", b"cascadekit\0")),
         png(chunk(b"iTXt", b"cascadekit\0\1\0\0\0no zlib")), BEGINS + chunk(b"IHDR", b"") + itxt(b"{}"),
         png(*[chunk(b"teSt", b"")] * 5000, itxt(b"{}")), HOLE,
     ],
@@ -141,8 +142,8 @@ def test_every_kind_of_text_is_read_as_pillow_reads_it(tmp_path: Path, pack: Cal
 
 # --- Names
 
-NAMES = ["a b.png", "a#b.png", "a?b=c&d.png", "100%.png", "%41.png", "ümlaut 猫.png", 'a"<b>.png', "a\\b.png", "a\nb.png",
-         "a+b;c.png"]  # fmt: skip
+NAMES = ["a b.png", "a#b.png", "a?b=c&d.png", "100%.png", "%41.png", "ümlaut 猫.png", 'a"<b>.png', "a\\b.png", 
+         "a\nb.png", "a+b;c.png"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*(os.fsencode(name) for name in NAMES), b"\xff\xfe.png", b"\xc3.png"])

@@ -183,9 +183,13 @@ def test_of_odd_metadata_the_sound_part_is_understood() -> None:
     """Each field by itself, whatever JSON says; what is left out is named."""
     sound = {"prompt": "x", "index": 3, "batch": 4, "seed": 2**64 - 1, "width": 64, "vqgan_scale": 0.43, "key": "k"}
     odd = (
-        '{"prior_guidance": NaN, "decoder_guidance": 1e999, "height": 1%s, "init_image": %s, "engine": "\\ud800",'
-        ' "controls": [[]], "loras": 5, "sampler": ["gdf"], "depth": {"a": 1}, "prior_steps": 2.5}'
-    ) % ("0" * 400, "[" * 900 + "]" * 900)
+        '{"prior_guidance": NaN, "decoder_guidance": 1e999, "height": 1'
+        + "0" * 400
+        + ', "engine": "\\ud800", "controls": [[]], "loras": 5, "sampler": ["gdf"], "depth": {"a": 1}, "init_image": '
+        + "[" * 900
+        + "]" * 900
+        + "}"
+    )
     found, others = understood({**json.loads(odd), **sound})
     assert found == sound
     assert others == list(json.loads(odd))
