@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from ..schemas.errors import UsageError
+from .png_text import read_png_text
 from .replacing import locate, require_apart, require_free
 from .whole_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 
@@ -108,10 +109,19 @@ def _unplaced_png(path: Path, picture: Image.Image, settings: Mapping[str, Any])
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a PNG written by `save_png`, None when it carries none."""
-    with Image.open(path) as picture:
-        text = picture.info.get(METADATA_KEY)
-    return json.loads(text) if isinstance(text, str) else None
+    """The settings in a PNG written by `save_png`, None when it carries none.
+
+    Raises OSError when the file cannot be read, ValueError when it is no PNG or its settings are no JSON."""
+    return parse_text(read_png_text(path, METADATA_KEY).text)
+
+
+def parse_text(text: str | None) -> dict[str, Any] | None:
+    """The settings that such a text says. Raises ValueError when it is no JSON."""
+    try:
+        found = None if text is None else json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its settings are nested too deep") from error
+    return found if isinstance(found, dict) else None
 
 
 def require_settings(path: Path) -> dict[str, Any]:

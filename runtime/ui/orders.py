@@ -9,6 +9,7 @@ from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
 from ...schemas.request import Request, parse_request
 from ...schemas.settings import Sampler, parse_settings
+from ...schemas.settings import shown as shown_value
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..controls import CONTROLS, INPAINTING, require_control
@@ -92,10 +93,6 @@ def parse_order(
 
 def _check(request: Request) -> None:
     settings = request.settings
-    try:
-        f"{request.prompt}{request.negative}".encode()
-    except UnicodeEncodeError:
-        raise UsageError("prompt: expected text, found half of a surrogate pair") from None
     latent_sizes(settings.height, settings.width, settings.size_policy)
     if max(settings.width, settings.height) > LARGEST_SIDE:
         raise UsageError(f"size {settings.width}x{settings.height}: expected at most {LARGEST_SIDE} a side")
@@ -112,14 +109,14 @@ def _count(value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         count = 0
     if not 1 <= count <= MOST_IMAGES:
-        raise UsageError(f"images {value!r}: expected 1 to {MOST_IMAGES}")
+        raise UsageError(f"images {shown_value(value)}: expected 1 to {MOST_IMAGES}")
     return count
 
 
 def _stages(value: Any) -> frozenset[Stage]:
     wrong = [each for each in _list("previews", value) if each not in PREVIEWED]
     if wrong:
-        raise UsageError(f"previews {wrong[0]!r}: expected {' and '.join(PREVIEWED)}")
+        raise UsageError(f"previews {shown_value(wrong[0])}: expected {' and '.join(PREVIEWED)}")
     return frozenset(Stage(each) for each in value)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign.loras import ROWS, Arrays, Base, Written
 from safetensors.numpy import load_file, save_file
 
 from cascadekit.converters.lora.convert import convert_lora
@@ -14,6 +13,7 @@ from cascadekit.converters.lora.reader import open_lora
 from cascadekit.schemas.errors import CascadeError, ConversionError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.schemas.tensors import expected_tensors
+from foreign.loras import ROWS, Arrays, Base, Written
 
 TOLERANCE = 2e-5
 READERS = ("comfyui", "peft", "onetrainer")
