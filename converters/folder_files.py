@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..schemas.errors import CascadeError, CheckpointError, ForeignError
 from ..schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, WEIGHTS_SUFFIXES, stray_kind
-from ..schemas.limits import MOST_FOLDER_ENTRIES
+from ..schemas.limits import MAX_FOLDER_ENTRIES
 from ..schemas.stages import Stage
 from .identify import Parts, identify_parts
 from .problems import listed
@@ -63,9 +63,9 @@ def _listing(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     names = os.listdir(folder)
-    if len(names) > MOST_FOLDER_ENTRIES:
+    if len(names) > MAX_FOLDER_ENTRIES:
         raise CheckpointError(
-            f"{folder}: holds {len(names)} files, more than {MOST_FOLDER_ENTRIES}; name the files that are meant"
+            f"{folder}: holds {len(names)} files, more than {MAX_FOLDER_ENTRIES}; name the files that are meant"
         )
     return [folder / name for name in sorted(names)]
 

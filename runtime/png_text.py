@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..schemas.limits import MOST_SETTINGS
+from ..schemas.limits import MAX_SETTINGS
 
 BEGINS, ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 MOST_CHUNKS = 1000  # before the pixels; programs write about ten
@@ -70,8 +70,8 @@ def _is_named(file: BinaryIO, key: bytes, length: int) -> bool:
 
 
 def _content(file: BinaryIO, kind: bytes, length: int) -> bytes:
-    if length > MOST_SETTINGS:
-        raise ValueError(f"a {kind.decode()} chunk of {length} bytes; expected at most {MOST_SETTINGS}")
+    if length > MAX_SETTINGS:
+        raise ValueError(f"a {kind.decode()} chunk of {length} bytes; expected at most {MAX_SETTINGS}")
     content, check = file.read(length), file.read(4)
     if check != struct.pack(">I", zlib.crc32(kind + content)):
         raise ValueError(f"its {kind.decode()} chunk is damaged")
@@ -88,11 +88,11 @@ def _size(header: bytes) -> tuple[int, int]:
 def _inflated(content: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        found = unpacker.decompress(content, MOST_SETTINGS)
+        found = unpacker.decompress(content, MAX_SETTINGS)
     except zlib.error as error:
         raise ValueError(f"its text cannot be unpacked: {error}") from error
     if unpacker.unconsumed_tail or not unpacker.eof:
-        raise ValueError(f"its text unpacks to more than {MOST_SETTINGS} bytes, or is cut short")
+        raise ValueError(f"its text unpacks to more than {MAX_SETTINGS} bytes, or is cut short")
     return found
 
 

@@ -26,7 +26,7 @@ VQGAN_SCALES = (1e-3, 1e3)  # least and largest; the layouts have 0.3764 and 0.4
 MAX_TOKENIZER_BYTES = 1 << 25  # of a file of a tokenizer's folder; CLIP's largest has 3.6 MB
 MAX_ADDED_TOKENS = 1 << 16  # textual inversions add a few tokens each
 
-MOST_FOLDER_ENTRIES = 10_000  # files in a folder taken for a model; the largest repository has some hundred
+MAX_FOLDER_ENTRIES = 10_000  # files in a folder taken for a model; the largest repository has some hundred
 
 MAX_LORA_TENSORS = 20_000  # of a LoRA file; these networks have 1,700 weights to change, with ten keys at most
 MAX_PATTERNS = 4_000  # of an adapter's settings for single modules, of which PEFT itself writes one for each module
@@ -65,21 +65,19 @@ PICTURE_BYTES: Mapping[str, int] = {
     "AVIF": 14,
     "JPEG2000": 22,
 }
+
 # Settings and requests.
-MOST_SIDE = 65_536  # pixels; what memory allows is found out later, and is far less
-MOST_STEPS = 10_000  # of one stage; all their timesteps are computed at once
-MOST_WEIGHT = 1000  # guidance, shift and strengths; beyond it float32 latents overflow within a few steps
-MOST_BATCH = 100_000  # images of one generator: the noise of those before an image is drawn, and thrown away
-MOST_PICTURES = 64  # pictures, controls or LoRAs of one request; each is decoded before anything is drawn
+MAX_WEIGHT = 1000  # guidance, shift and strengths; beyond it float32 latents overflow within a few steps
+MAX_PICTURES = 64  # pictures, controls or LoRAs of one request; each is decoded before anything is drawn
 
 # Images with settings.
-MOST_SETTINGS = 4 << 20  # bytes of the JSON in a PNG; compressed text is not unpacked any further
-MOST_PIXELS = 1 << 28  # of an image that the gallery shows; a browser decodes no larger ones
+MAX_SETTINGS = 4 << 20  # bytes of the JSON in a PNG; compressed text is not unpacked any further
+MAX_SHOWN_PIXELS = 1 << 28  # of an image that the gallery shows; a browser decodes no larger ones
 
 # The page's server.
-MOST_CONNECTIONS = 512  # each has a thread and a file descriptor, of which a program has often 1024
-MOST_BACKLOG = 1024  # connections that wait to be accepted; the kernel may allow fewer
-MOST_HEAD = 64 << 10  # bytes of a request's line and headers
-MOST_FIELDS = 16  # of a query
-MOST_BODIES = 256 << 20  # bytes of all request bodies that are held at the same time
-MOST_SHOWN_TEXT = 64 << 10  # characters of one setting in the gallery, which lists thousands of images
+MAX_CONNECTIONS = 512  # each has a thread and a file descriptor, of which a program has often 1024
+MAX_BACKLOG = 1024  # connections that wait to be accepted; the kernel may allow fewer
+MAX_HEAD = 64 << 10  # bytes of a request's line and headers
+MAX_FIELDS = 16  # of a query
+MAX_BODIES = 256 << 20  # bytes of all request bodies that are held at the same time
+MAX_SHOWN_TEXT = 64 << 10  # characters of one setting in the gallery, which lists thousands of images

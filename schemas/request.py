@@ -8,13 +8,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import UsageError
-from .limits import MOST_BATCH, MOST_PICTURES, MOST_WEIGHT
+from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
 from .settings import LONG, SETTINGS, Settings, parse_settings, wrong_fields
 
 CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
 
 
-Strength = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
+Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 
 
 class _Frozen(BaseModel):
@@ -73,7 +73,7 @@ def _control(value: object) -> object:
 
 
 Text = Annotated[str, AfterValidator(_text)]
-Several = Field(max_length=MOST_PICTURES)
+Several = Field(max_length=MAX_PICTURES)
 Picture = Annotated[PictureRef, BeforeValidator(_picture)]
 ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 
@@ -84,8 +84,8 @@ class Request(_Frozen):
     prompt: Text
     negative: Text = ""
     seed: int = Field(ge=-(2**63), lt=2**64)
-    index: int = Field(default=0, ge=0, lt=MOST_BATCH)
-    batch: int = Field(default=1, ge=1, le=MOST_BATCH)
+    index: int = Field(default=0, ge=0, lt=MAX_IMAGES)
+    batch: int = Field(default=1, ge=1, le=MAX_IMAGES)
     settings: Settings
     image_prompts: Annotated[tuple[Picture, ...], BeforeValidator(_several), Several] = ()
     init_image: Picture | None = None
@@ -158,7 +158,7 @@ def _one(name: str, value: Any) -> Any:
     if name not in FIELDS:
         raise KeyError(name)
     # An index is only sound within a batch, and a request has a prompt and a seed.
-    request = parse_request({"prompt": "", "seed": 0, "batch": MOST_BATCH, name: value}, (1, 1))
+    request = parse_request({"prompt": "", "seed": 0, "batch": MAX_IMAGES, name: value}, (1, 1))
     return {**request.model_dump(mode="json"), **asdict(request.settings)}[name]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UsageError
-from .limits import MOST_SIDE, MOST_STEPS, MOST_WEIGHT
+from .limits import MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
 from .sizes import SizePolicy
 
 
@@ -28,8 +28,8 @@ def _ratios(value: object) -> object:
 Ratios = Annotated[tuple[float, ...], BeforeValidator(_ratios)]
 Range = tuple[type[Real], float, float]  # whole numbers or any, from the one to the other
 
-_SIDE, _STEPS = (Integral, 1, MOST_SIDE), (Integral, 1, MOST_STEPS)
-_WEIGHT, _SHIFT, _SHARE = (Real, -MOST_WEIGHT, MOST_WEIGHT), (Real, 0, MOST_WEIGHT), (Real, 0, 1)
+_SIDE, _STEPS = (Integral, 1, MAX_IMAGE_SIDE), (Integral, 1, MAX_STEPS)
+_WEIGHT, _SHIFT, _SHARE = (Real, -MAX_WEIGHT, MAX_WEIGHT), (Real, 0, MAX_WEIGHT), (Real, 0, 1)
 
 # What every number of the settings may be. No comparison holds for NaN.
 RANGES: Mapping[str, Range] = {
@@ -94,8 +94,8 @@ def _outside(settings: Settings) -> Iterator[str]:
             yield f"{name} {shown(value)}: expected {least} to {most}"
     for name in TIMESTEPS:
         ratios = getattr(settings, name)
-        if len(ratios) > MOST_STEPS + 1:
-            yield f"{name}: expected at most {MOST_STEPS + 1}, found {len(ratios)}"
+        if len(ratios) > MAX_STEPS + 1:
+            yield f"{name}: expected at most {MAX_STEPS + 1}, found {len(ratios)}"
         elif wrong := [ratio for ratio in ratios if not _is_within(ratio, *_SHARE)]:
             yield f"{name} {shown(wrong[0])}: expected ratios from 0 to 1"
 

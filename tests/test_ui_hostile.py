@@ -24,7 +24,7 @@ from cascadekit.runtime.ui.pictures import Pictures
 from cascadekit.runtime.ui.routes import ROUTES
 from cascadekit.runtime.ui.server import Call, PageServer, Reply, Route, json_reply
 from cascadekit.schemas.errors import UsageError
-from cascadekit.schemas.limits import MOST_BODIES, MOST_HEAD, MOST_SETTINGS
+from cascadekit.schemas.limits import MAX_BODIES, MAX_HEAD, MAX_SETTINGS
 from pngs import BEGINS, chunk, itxt, packed_itxt, plain, png, ztxt
 
 SOUND = {"prompt": "a cat", "seed": 2**64 - 1, "width": 64, "height": 64, "prior_guidance": 4.0}
@@ -118,7 +118,7 @@ def test_a_text_that_unpacks_to_far_more_than_a_prompt(folder: Path, pack: Calla
     (folder / "odd.png").write_bytes(png(pack(BOMB)))
     tracemalloc.start()
     assert listed(folder).keys() == {"0000.png", "0001.png"}
-    assert tracemalloc.get_traced_memory()[1] < 5 * MOST_SETTINGS
+    assert tracemalloc.get_traced_memory()[1] < 5 * MAX_SETTINGS
     tracemalloc.stop()
 
 
@@ -127,7 +127,7 @@ def test_a_chunk_of_two_gigabytes_that_is_a_hole(folder: Path) -> None:
     os.truncate(folder / "odd.png", 2**31 + 100)
     tracemalloc.start()
     assert listed(folder).keys() == {"0000.png", "0001.png"}
-    assert tracemalloc.get_traced_memory()[1] < 5 * MOST_SETTINGS
+    assert tracemalloc.get_traced_memory()[1] < 5 * MAX_SETTINGS
     tracemalloc.stop()
 
 
@@ -203,7 +203,7 @@ def _echo(app: Any, call: Call) -> Reply:
 
 @pytest.fixture
 def served() -> Iterator[PageServer]:
-    echo = Route("POST", r"/echo", _echo, MOST_BODIES, ("application/json",))
+    echo = Route("POST", r"/echo", _echo, MAX_BODIES, ("application/json",))
     with serving([Route("GET", r"/[^/]*", _echo), echo]) as server:
         yield server
 
@@ -290,7 +290,7 @@ def test_no_more_is_read_of_a_head_than_it_may_have(served: PageServer, monkeypa
     monkeypatch.setattr(server_module, "LINGER", 0.1)
     for begins in (b"GET /", b"GET / HTTP/1.1\r\nX: "):
         with connected(served) as client:
-            client.sendall(begins + b"x" * (MOST_HEAD + 2))
+            client.sendall(begins + b"x" * (MAX_HEAD + 2))
             assert client.recv(100).split()[1] in (b"414", b"431")
 
 
@@ -346,7 +346,7 @@ def test_slow_clients_keep_nobody_waiting_and_are_hung_up_on(
 
 
 def test_connections_beyond_the_bound_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 3)
     with serving([Route("GET", r"/", _echo)]) as server:
         held = [connected(server) for _ in range(3)]
         for client in held:
@@ -365,7 +365,7 @@ def wait_for(fact: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 def test_bodies_together_have_a_bound(served: PageServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MOST_BODIES", 1000)
+    monkeypatch.setattr(server_module, "MAX_BODIES", 1000)
     with connected(served) as slow:
         slow.sendall(POST + b"Content-Length: 900\r\n\r\n")
         request = POST + b"Content-Length: 200\r\n\r\n" + b" " * 200

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ...schemas.errors import UsageError
-from ...schemas.limits import MOST_PIXELS, MOST_SHOWN_TEXT
+from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
 from ..images import METADATA_KEY, parse_text
 from ..png_text import read_png_text
@@ -109,7 +109,7 @@ def _read(path: Path) -> Described | None:
         given = parse_text(png.text)
     except (OSError, ValueError):
         return None  # no image of ours
-    if given is None or not png.whole or not 0 < png.width * png.height <= MOST_PIXELS:
+    if given is None or not png.whole or not 0 < png.width * png.height <= MAX_SHOWN_PIXELS:
         return None
     settings, odd = understood({name: value for name, value in given.items() if not _is_long(value)})
     odd += [name for name, value in given.items() if _is_long(value)]
@@ -119,7 +119,7 @@ def _read(path: Path) -> Described | None:
 
 
 def _is_long(value: Any) -> bool:
-    return isinstance(value, str) and len(value) > MOST_SHOWN_TEXT
+    return isinstance(value, str) and len(value) > MAX_SHOWN_TEXT
 
 
 def _names(odd: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...schemas.errors import CascadeError, UsageError
-from ...schemas.limits import MOST_BACKLOG, MOST_BODIES, MOST_CONNECTIONS, MOST_FIELDS, MOST_HEAD
+from ...schemas.limits import MAX_BACKLOG, MAX_BODIES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEAD
 
 PATIENCE = 60  # seconds until a request has arrived as a whole, and between two of one connection
 DRAINED = 64 << 20  # bytes of a refused body that are read all the same, so that the client hears of the refusal
@@ -106,14 +106,14 @@ class PageServer(ThreadingHTTPServer):
     """Serves `routes`, whose functions are given `app`. `name` is the host it was asked to listen on."""
 
     daemon_threads = True  # a watcher of events must not keep the program from ending
-    request_queue_size = MOST_BACKLOG
+    request_queue_size = MAX_BACKLOG
 
     def __init__(self, host: str, port: int, routes: Sequence[Route], app: Any) -> None:
         """Raises UsageError when it cannot listen there."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.routes, self.app = routes, app
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
-        self._places = BoundedSemaphore(MOST_CONNECTIONS)
+        self._places = BoundedSemaphore(MAX_CONNECTIONS)
         self._lock = Lock()  # of the two below
         self._held = 0  # bytes of bodies
         self._expected: dict[socket.socket, float] = {}  # when a request must have arrived
@@ -162,7 +162,7 @@ class PageServer(ThreadingHTTPServer):
         with suppress(OSError):
             request.setblocking(False)
             request.send(head.encode() + BUSY.body)
-            request.recv(MOST_HEAD)
+            request.recv(MAX_HEAD)
         self.shutdown_request(request)
 
     def expect(self, request: socket.socket) -> None:
@@ -187,7 +187,7 @@ class PageServer(ThreadingHTTPServer):
     def room_for(self, length: int) -> Iterator[None]:
         """Room for a body in memory. Raises RefusedError when the others have taken it."""
         with self._lock:
-            if self._held + length > MOST_BODIES:
+            if self._held + length > MAX_BODIES:
                 raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too much at the same time; try again in a moment")
             self._held += length
         try:
@@ -206,7 +206,7 @@ class _Head:
     """A stream of which a request's line and headers are read, and no more than they may take."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._left = stream, MOST_HEAD
+        self._stream, self._left = stream, MAX_HEAD
         self.read1 = stream.read1  # what a refused client goes on sending is none of them
 
     def readline(self, size: int) -> bytes:
@@ -289,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _find(self) -> tuple[Route, dict[str, str], dict[str, str]]:
         try:
             parts = urlsplit(self.path)
-            query = {name: values[-1] for name, values in parse_qs(parts.query, max_num_fields=MOST_FIELDS).items()}
+            query = {name: values[-1] for name, values in parse_qs(parts.query, max_num_fields=MAX_FIELDS).items()}
         except ValueError:
             raise RefusedError(HTTPStatus.BAD_REQUEST, "not an address of this server") from None
         path = unquote(parts.path, errors="surrogateescape")  # as names of files are in Python

@@ -60,12 +60,18 @@ class Corpus:
         tensors = {}
         for name, shape in modules.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((2, *shape[1:]), np.float32)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones((shape[0], 2, *[1] * (len(shape) - 2)), np.float32)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones(
+                (shape[0], 2, *[1] * (len(shape) - 2)), np.float32
+            )
         return split_safetensors(save(tensors))
 
     @cached_property
     def pickled(self) -> bytes:
-        content = {"state_dict": {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4).half()}, "step": 7, "x": [1, {}]}
+        content = {
+            "state_dict": {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4).half()},
+            "step": 7,
+            "x": [1, {}],
+        }
         file = io.BytesIO()
         torch.save(content, file)
         return file.getvalue()

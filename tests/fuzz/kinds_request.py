@@ -74,7 +74,10 @@ def _with_text(content: bytes, text: bytes) -> bytes:
 
 
 def prompts(rng: Random, corpus: Corpus, folder: Path) -> Call:
-    entry = {**{name: SETTINGS[name] for name in rng.sample(sorted(SETTINGS), rng.randint(0, 6))}, "prompt": "a (cat:1.2)"}
+    entry = {
+        **{name: SETTINGS[name] for name in rng.sample(sorted(SETTINGS), rng.randint(0, 6))},
+        "prompt": "a (cat:1.2)",
+    }
     kind = rng.choice((".txt", ".jsonl", ".csv"))
     content = _WRITERS[kind](entry, rng)
     source = folder / f"prompts{kind}"
@@ -135,7 +138,12 @@ VALUES = (
 def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     """A command's arguments with odd ones among them. What would draw, or serve, is left out."""
     path = rng.choice(sorted(COMMANDS))
-    known = {"model": corpus.root / "model", "original": corpus.root / "original", "bundle": corpus.bundle, "nothing": folder}
+    known = {
+        "model": corpus.root / "model",
+        "original": corpus.root / "original",
+        "bundle": corpus.bundle,
+        "nothing": folder,
+    }
     arguments = [argument.format(**known) for argument in COMMANDS[path]]
     (folder / "file").write_text("text")
     (folder / "folder").mkdir()

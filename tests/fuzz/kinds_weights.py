@@ -66,7 +66,9 @@ def lora(rng: Random, corpus: Corpus, folder: Path) -> Call:
         source.write_bytes(_odd_file(_renamed(header, rng) if rng.random() < 0.6 else header, data, rng))
     against = ("--against", corpus.root / "model")
     look = command("lora", "inspect", source, *against, *rng.choice(([], ["--json"])))
-    return several(look, command("lora", "convert", source, *against, "-o", folder / "out.safetensors", "--to", "comfyui"))
+    return several(
+        look, command("lora", "convert", source, *against, "-o", folder / "out.safetensors", "--to", "comfyui")
+    )
 
 
 def _renamed(header: dict[str, Any], rng: Random) -> dict[str, Any]:
@@ -74,7 +76,9 @@ def _renamed(header: dict[str, Any], rng: Random) -> dict[str, Any]:
     names = {name: name for name in header}
     for name in rng.sample(sorted(names), rng.randint(1, 4)):
         stem = name.partition(".lora_")[0]
-        names[name] = f"{rng.choice(('', 'lora_unet_', 'lora_prior_unet_', 'unet.', stem + '.'))}{rng.choice(LORA_SUFFIXES)}"
+        names[name] = (
+            f"{rng.choice(('', 'lora_unet_', 'lora_prior_unet_', 'unet.', stem + '.'))}{rng.choice(LORA_SUFFIXES)}"
+        )
     return {names[name]: entry for name, entry in header.items()}
 
 

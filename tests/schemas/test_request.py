@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascadekit.schemas.errors import UsageError
-from cascadekit.schemas.limits import MOST_BATCH, MOST_PICTURES, MOST_SIDE, MOST_STEPS, MOST_WEIGHT
+from cascadekit.schemas.limits import MAX_IMAGES, MAX_PICTURES, MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
 from cascadekit.schemas.request import Request, loras_of, parse_request, understood
 from cascadekit.schemas.settings import RANGES, Sampler, Settings, parse_settings
 from cascadekit.schemas.sizes import SizePolicy
@@ -19,16 +19,16 @@ from cascadekit.schemas.sizes import SizePolicy
 SIZE = (256, 320)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 paths = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
-weights = st.floats(-MOST_WEIGHT, MOST_WEIGHT)
-shifts, shares = st.floats(0, MOST_WEIGHT), st.floats(0, 1)
+weights = st.floats(-MAX_WEIGHT, MAX_WEIGHT)
+shifts, shares = st.floats(0, MAX_WEIGHT), st.floats(0, 1)
 ratios = st.lists(st.floats(0, 1), max_size=4).map(tuple)
 refs = st.builds(dict, path=paths, sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64))
 controls = st.builds(dict, path=paths, name=st.sampled_from(["canny", "edges"]), strength=weights)
 loras = st.builds(dict, name=paths, strength=weights)
 chosen = st.builds(
     Settings,
-    width=st.integers(1, 9999),
-    height=st.integers(1, 9999),
+    width=st.integers(1, MAX_IMAGE_SIDE),
+    height=st.integers(1, MAX_IMAGE_SIDE),
     prior_steps=st.integers(1, 99),
     prior_guidance=weights,
     decoder_steps=st.integers(1, 99),
@@ -131,20 +131,20 @@ def test_several_pictures_in_a_cell() -> None:
         ({"width": 10**400}, "width a number of hundreds of digits: expected 1 to 65536"),
         ({"width": "1" + "0" * 400}, "width a number of hundreds of digits: expected 1 to 65536"),
         ({"height": -64}, "height -64: expected 1 to 65536"),
-        ({"decoder_steps": MOST_STEPS + 1}, "decoder_steps 10001: expected 1 to 10000"),
+        ({"decoder_steps": MAX_STEPS + 1}, "decoder_steps 1001: expected 1 to 1000"),
         ({"prior_guidance": 10**400}, "prior_guidance: "),
         ({"prior_guidance": -1e30}, "prior_guidance -1e+30: expected -1000 to 1000"),
         ({"rescale": 1.5, "strength": 2}, "rescale 1.5: expected 0 to 1; strength 2.0: expected 0 to 1"),
         ({"prior_timesteps": [1, 10**400]}, "prior_timesteps.1: "),
         ({"prior_timesteps": "1.5,0"}, "prior_timesteps 1.5: expected ratios from 0 to 1"),
-        ({"decoder_timesteps": [0.5] * (MOST_STEPS + 2)}, "decoder_timesteps: expected at most 10001, found 10002"),
+        ({"decoder_timesteps": [0.5] * (MAX_STEPS + 2)}, "decoder_timesteps: expected at most 1001, found 1002"),
         ({"sampler": 10**5000}, "sampler a number of hundreds of digits: expected"),
-        ({"batch": MOST_BATCH + 1}, "batch: "),
+        ({"batch": MAX_IMAGES + 1}, "batch: "),
         ({"prompt": "\ud800"}, "prompt: "),
         ({"negative": "a\udcff"}, "half of a surrogate pair at character 2"),
         ({"controls": [{"name": "canny", "path": "x", "strength": math.nan}]}, "controls.0.strength: "),
         ({"loras": [{"name": "x", "strength": 1e30}]}, "loras.0.strength: "),
-        ({"image_prompts": ["x"] * (MOST_PICTURES + 1)}, "image_prompts: "),
+        ({"image_prompts": ["x"] * (MAX_PICTURES + 1)}, "image_prompts: "),
         ({"x" * 100_000: 1}, "unknown"),
     ],
 )
@@ -169,7 +169,7 @@ def test_settings_at_the_ends_of_their_ranges() -> None:
     for end in (1, 2):
         given = {name: bounds[end] for name, bounds in RANGES.items()}
         assert Settings(**given) == parse_settings(given, SIZE)
-    assert Settings(MOST_SIDE, 64, prior_guidance=np.float32(4)).prior_guidance == 4
+    assert Settings(MAX_IMAGE_SIDE, 64, prior_guidance=np.float32(4)).prior_guidance == 4
     with pytest.raises(UsageError, match="prior_timesteps nan"):
         Settings(64, 64, prior_timesteps=(1, math.nan, 0))
 
