@@ -39,9 +39,7 @@ def require_apart(target: Path, sources: Iterable[str | Path]) -> None:
             if found is None:
                 continue
             if found == here:
-                raise UsageError(
-                    f"{target}: is the source {source} itself, which not even --force replaces; give another output"
-                )
+                raise _is_source(target, source)
             if found in above:
                 raise UsageError(f"{target}: lies inside the source {source}; give an output outside of it")
             if here is not None and here in map(_identity, path.parents):
@@ -54,9 +52,7 @@ def require_none_is(targets: Iterable[Path], sources: Iterable[str | Path]) -> N
     known.pop(None, None)
     for target in targets:
         if (found := _identity(target)) in known:
-            raise UsageError(
-                f"{target}: is the source {known[found]} itself, which not even --force replaces; give another output"
-            )
+            raise _is_source(target, known[found])
 
 
 def require_free(path: Path, *, force: bool) -> None:
@@ -71,6 +67,10 @@ def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def _is_source(target: Path, source: str | Path) -> UsageError:
+    return UsageError(f"{target}: is the source {source} itself, which not even --force replaces; give another output")
 
 
 def _identity(path: Path) -> Identity | None:

@@ -1,7 +1,5 @@
 """Commands that write into folders which hold other things, as users call them."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -58,9 +56,11 @@ def test_a_bundle_goes_beside_what_is_there_and_is_replaced_alone(tiny: Path, fo
     assert_foreign(folder)
     whole = ("export", tiny / "model", "--stage", "vqgan", "-o", tmp_path / "bundle")
     done(*whole)
-    shutil.copytree(tmp_path / "bundle" / "vqgan", tmp_path / "bundle" / "vqgan" / "plans")  # what no build leaves
-    refused("a bundle with files of others: vqgan/plans/model.onnx", *whole, "--force")
-    shutil.rmtree(tmp_path / "bundle" / "vqgan" / "plans")
+    (tmp_path / "bundle" / "vqgan" / "notes.txt").write_text("precious")
+    refused("a bundle with files of others: vqgan/notes.txt", *whole, "--force")
+    (tmp_path / "bundle" / "vqgan" / "notes.txt").unlink()
+    (tmp_path / "bundle" / "vqgan" / "plans").mkdir()
+    (tmp_path / "bundle" / "vqgan" / "plans" / "model.plan").touch()  # left by a killed build
     assert "replaced" in done(*whole, "--force").stderr
     refused("is a bundle", "convert", tiny / "model", "--to", "diffusers", "-o", tmp_path / "bundle", "--force")
 
@@ -91,20 +91,6 @@ def test_another_variant_goes_beside_the_first(tiny: Path, tmp_path: Path) -> No
     }  # fmt: skip
 
 
-def test_demo_goes_beside_what_is_there(folder: Path, tmp_path: Path) -> None:
-    done("demo", "-o", folder)
-    refused("exists already", "demo", "-o", folder)
-    assert "replaced" in done("demo", "-o", folder, "--force").stderr
-    assert_foreign(folder)
-    for name in FOREIGN:
-        (folder / name).unlink()
-    (folder / "bundle" / "cascade.json").with_name("stale.onnx").touch()
-    made = json.loads((folder / "parity.json").read_text())["demo"]
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - set(made) == {
-        "bundle/stale.onnx"
-    }
-
-
 def test_reports_and_recordings_replace_nothing_unasked(tiny: Path, tmp_path: Path) -> None:
     command = ("verify", tiny / "bundle", "--against", tiny / "model", "--stage", "vqgan", "--no-verdict")
     report = tmp_path / "report.json"
@@ -119,7 +105,9 @@ def test_reports_and_recordings_replace_nothing_unasked(tiny: Path, tmp_path: Pa
 def test_images_lie_outside_of_the_bundle_and_replace_no_picture(tiny: Path, tmp_path: Path) -> None:
     quick = ("--size", "64x64", "--prior-steps", 1, "--decoder-steps", 1)
     photo = tmp_path / "photo.png"
+    (tmp_path / "photo.preview.png").write_text("mine")
     done("generate", tiny / "bundle", "x", *quick, "-o", photo)
+    assert (tmp_path / "photo.preview.png").read_text() == "mine"
     before = photo.read_bytes()
     refused("is the source", "generate", tiny / "bundle", "--like", photo, "-o", photo, "--force")
     refused("lies inside the source", "generate", tiny / "bundle", "x", "-o", tiny / "bundle" / "images")
@@ -128,6 +116,3 @@ def test_images_lie_outside_of_the_bundle_and_replace_no_picture(tiny: Path, tmp
     batch = ("generate", tiny / "bundle", "--prompts", prompts, *quick, "-o", tmp_path / "images", "--force")
     refused("is the source", *batch, "--log", prompts)
     assert (photo.read_bytes(), prompts.read_text()) == (before, "a cat\n")
-    (tmp_path / "new.preview.png").write_text("mine")
-    done("generate", tiny / "bundle", "x", *quick, "-o", tmp_path / "new.png")
-    assert (tmp_path / "new.preview.png").read_text() == "mine"

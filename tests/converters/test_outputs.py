@@ -207,13 +207,11 @@ def test_a_failure_between_two_renames_changes_nothing(tmp_path: Path, monkeypat
 def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     out = fill(tmp_path / "out", {"thesis.txt": "precious"})
     with pytest.raises(UsageError, match="exists already"), staged_output(out) as staged:
-        fill(staged, NEW)
-        fill(out, {"a.txt": "of another process"})
+        fill(fill(staged, NEW) and out, {"a.txt": "of another process"})
     assert read(out) == {"thesis.txt": "precious", "a.txt": "of another process"}
     with pytest.raises(UsageError, match="exists already"), staged_output(tmp_path / "file") as staged:
-        staged.write_text("new")
-        (tmp_path / "file").write_text("of another process")
-    assert (tmp_path / "file").read_text() == "of another process"
+        (tmp_path / "file").write_text(str(staged.write_text("new")))
+    assert (tmp_path / "file").read_text() == "3"
 
 
 def killed_at(step: int, out: Path, force: bool) -> bool:
