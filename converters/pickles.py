@@ -46,7 +46,7 @@ def read_pickle(path: Path) -> Header:
     Needs torch. Raises CheckpointError for files that hold anything but tensors and plain values, that torch.save
     wrote before version 1.6, that pass a limit, or whose tensors do not lie as they are in the file."""
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError as error:
         raise CheckpointError(
             f"{path}: reading pickled weights takes torch: pip install 'cascadekit[parity]'"
