@@ -33,12 +33,13 @@ WISHES: tuple[Wish, ...] = get_args(Wish)
 
 @dataclass(frozen=True)
 class Placed:
-    """A stage's weights in its folder: how they came there, its tensors by diffusers names, and its files with their
-    SHA-256 where it is known."""
+    """A stage's weights in its folder: how they came there, its tensors by diffusers names, its files with their
+    SHA-256 where it is known, and what a user should know of their values."""
 
     how: Placement
     tensors: dict[str, TensorRange]
     files: dict[Path, str | None]
+    notes: tuple[str, ...] = ()
 
 
 def place_weights(
@@ -142,8 +143,9 @@ def copy_weights(
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
-    write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
-    return Placed("copy", read_header(path).tensors, {path: recorded_sha256(path, hashed)})
+    counts = write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
+    notes = counts.notes(f"{component.stage}/{WEIGHTS_NAME}")
+    return Placed("copy", read_header(path).tensors, {path: recorded_sha256(path, hashed)}, notes)
 
 
 def projections_together(names: Iterable[str]) -> list[str]:
