@@ -71,6 +71,8 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
     values = np.frombuffer(data, _STORAGE[source])
     if source == target and scale is None:
         return Cast(values, 0, 0)
+    if source in FP8:
+        return _cast_fp8(values, source, target, scale)
     out = np.empty(values.size, _STORAGE[target])
     scratch = np.empty((2, min(values.size, _CHUNK)), "<f4")
     overflow = not_finite = 0
@@ -79,6 +81,23 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
             part = slice(start, start + _CHUNK)
             counts = _cast(values[part], source, out[part], target, scratch[:, : values.size - start], scale)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
+    return Cast(out, overflow, not_finite)
+
+
+def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:
+    """Every value looked up in a table of what the 256 codes become."""
+    codes = _FP8_VALUES[source]
+    with np.errstate(all="ignore"):
+        floats = codes if scale is None else codes * scale
+    table = cast_counted(floats.tobytes(), "F32", target).values
+    overflows = np.isfinite(codes) & (_unsigned(table, target) == _INFINITY[target])
+    out = np.empty(values.size, _STORAGE[target])
+    overflow = not_finite = 0
+    for start in range(0, values.size, _CHUNK):
+        part = values[start : start + _CHUNK]
+        np.take(table, part, out=out[start : start + _CHUNK], mode="clip")  # other modes copy once more
+        overflow += int(np.count_nonzero(overflows[part])) if overflows.any() else 0
+        not_finite += _count_not_finite(part, source)
     return Cast(out, overflow, not_finite)
 
 
@@ -105,8 +124,6 @@ def _cast(
 def _as_f32(values: Array, source: str, scratch: Array) -> Array:
     if source == "F32":
         return values
-    if source in FP8:
-        return np.take(_FP8_VALUES[source], values, out=scratch, mode="clip")  # the other modes copy once more
     bits = scratch.view("<u4")
     if source == "BF16":
         bits[:] = values

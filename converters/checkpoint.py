@@ -85,7 +85,7 @@ def convert(
         for file in plan.files:
             path = staged if single else staged / file.path
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
-            notes += _cast_notes(file.path.name, _write(file, path, progress, allow_overflow))
+            notes += _write(file, path, progress, allow_overflow).notes(file.path.name)
         if not single:
             _write_rest(model, plan, tokenizer, staged, target)
             copy_provenance(papers, staged)
@@ -187,18 +187,4 @@ def _scale_notes(model: Model, to: Layout) -> list[str]:
     return [
         "the vqgan's scale belongs to the layout: original code multiplies latents by 0.43, diffusers by 0.3764; "
         "weights are the same, images a little less or more contrasted (see export --vqgan-scale)"
-    ]
-
-
-def _cast_notes(file: str, counts: Counts) -> list[str]:
-    """What a cast met that is no number, or is none any more."""
-    kinds = {
-        "became infinite in the new dtype": counts.overflows,
-        "were NaN or infinite before the cast, and still are": counts.not_finite,
-    }
-    return [
-        f"{file}: {found.total()} values in {len(found)} tensors {what}, most in "
-        + ", ".join(f"{name} ({count})" for name, count in found.most_common(5))
-        for what, found in kinds.items()
-        if found
     ]

@@ -33,6 +33,19 @@ class Counts:
     overflows: Counter[str] = field(default_factory=Counter)
     not_finite: Counter[str] = field(default_factory=Counter)
 
+    def notes(self, file: str) -> tuple[str, ...]:
+        """What a user should know of values that are no numbers, or are none any more, in the file of that name."""
+        kinds = {
+            "became infinite in the new dtype": self.overflows,
+            "were NaN or infinite before the cast, and still are": self.not_finite,
+        }
+        return tuple(
+            f"{file}: {found.total()} values in {len(found)} tensors {what}, most in "
+            + ", ".join(f"{name} ({count})" for name, count in found.most_common(5))
+            for what, found in kinds.items()
+            if found
+        )
+
 
 def compute(pieces: Iterable[Piece], target: int, progress: Progress | None) -> Counts:
     """Cast and transpose what is not copied. Raises ConversionError for a scale that is no number."""

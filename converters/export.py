@@ -178,6 +178,8 @@ def _export_stage(component: Component, root: Path, options: _Options) -> _Expor
     folder = root / component.stage
     folder.mkdir(parents=True)
     placed = _place(component, folder, options)
+    for text in placed.notes:
+        options.say(text)
     chosen, plan = options_for(component.config, _weights(placed.tensors), root, options.graphs, options.say)
     if options.quantize:
         placed, chosen = _quantized(component, placed, options.quantize, chosen, options)

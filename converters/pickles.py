@@ -83,7 +83,7 @@ def _storages(path: Path) -> list[Entry]:
     with path.open("rb") as file:
         begins_as_zip = file.read(len(ZIP)) == ZIP
     if not begins_as_zip:
-        raise CheckpointError(f"{path}: a pickle that torch before version 1.6, or pickle itself, wrote; {ADVICE}")
+        raise CheckpointError(f"{path}: not a checkpoint that torch 1.6 or later saved, but an older pickle; {ADVICE}")
     entries = read_directory(path)
     pickles = [entry for name, entry in entries.items() if name.rpartition("/")[2] == PICKLE_NAME]
     if len(pickles) != 1:

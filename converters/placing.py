@@ -33,11 +33,13 @@ WISHES: tuple[Wish, ...] = get_args(Wish)
 
 @dataclass(frozen=True)
 class Placed:
-    """A stage's weights in its folder: how they came there, its tensors by diffusers names, and its files."""
+    """A stage's weights in its folder: how they came there, its tensors by diffusers names, its files, and what a user
+    should know of their values."""
 
     how: Placement
     tensors: dict[str, TensorRange]
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def place_weights(
@@ -136,8 +138,9 @@ def copy_weights(
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
-    write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
-    return Placed("copy", read_header(path).tensors, (path,))
+    counts = write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
+    notes = counts.notes(f"{component.stage}/{WEIGHTS_NAME}")
+    return Placed("copy", read_header(path).tensors, (path,), notes)
 
 
 def projections_together(names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from ..schemas.layouts import foreign_name
 from ..schemas.stages import NetworkConfig
 from ..schemas.tensors import Shape, expected_tensors, is_counter
 from .cast import FLOATS, FP8
+from .safetensors_file import DTYPE_SIZES
 
 SHOWN_PROBLEMS = 6  # of each kind; the rest are counted
 BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the part of a tensor's name that says its block
@@ -45,12 +46,14 @@ class Problems:
     def lines(self) -> list[str]:
         """One line for every kind of problem there is, tensors of one block together."""
         shapes = [f"{name} expected {list(want)}, found {list(found)}" for name, want, found in self.wrong_shape]
-        dtypes = [f"{name} is {found}" for name, found in self.wrong_dtype]
+        integers = [f"{name} is {found}" for name, found in self.wrong_dtype if found in DTYPE_SIZES]
+        others = [f"{name} is {found}" for name, found in self.wrong_dtype if found not in DTYPE_SIZES]
         kinds: dict[str, Sequence[str]] = {
             "missing": self.missing,
             "unexpected": self.unexpected,
             "wrong shape": shapes,
-            "not a floating point type that is supported": dtypes,
+            "not a floating point type": integers,
+            "of a dtype that is not supported yet": others,
         }
         grouped = {
             kind: _by_block(items) if kind in ("missing", "unexpected") else items for kind, items in kinds.items()
