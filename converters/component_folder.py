@@ -27,8 +27,7 @@ class WeightsSet:
 
     single: Path | None = None
     index: Path | None = None
-    shards: dict[int, Path] = field(default_factory=dict)
-    count: int = 0  # of shards, as their names say
+    shards: dict[int, dict[int, Path]] = field(default_factory=dict)  # by their count as names say, then by number
 
 
 Sets = dict[tuple[str, str], WeightsSet]  # by variant and format
@@ -45,8 +44,7 @@ def weights_sets(folder: Path) -> Sets:
         if said.is_index:
             found.index = found.index or path
         elif said.number:
-            found.shards[said.number] = path
-            found.count = max(found.count, said.count)
+            found.shards.setdefault(said.count, {})[said.number] = path
         else:
             found.single = found.single or path
     return sets
@@ -61,9 +59,10 @@ def open_component_folder(
     others; whoever calls tells the user. Raises CheckpointError when there are no weights or shards are missing."""
     sets = weights_sets(folder)
     chosen = _chosen(sets, variant)
+    notes: list[str] = []
     if chosen is None:
         header = _lone_file(folder)
-        taken, files, notes = "", [header.path], []
+        taken, files = "", [header.path]
     else:
         taken = chosen[0]
         header, files, notes = _read_set(folder, sets[chosen])
@@ -106,13 +105,14 @@ def _read_set(folder: Path, found: WeightsSet) -> tuple[Header, list[Path], list
         return read_weights(found.single), [found.single], []
     if found.index is not None:
         return _read_indexed(folder, found.index)
-    missing = [number for number in range(1, min(found.count, len(found.shards) + 1) + 1) if number not in found.shards]
-    if missing or len(found.shards) > found.count:
-        raise CheckpointError(
-            f"{folder}: shard {missing[0] if missing else found.count + 1} of {found.count} is missing "
-            f"({len(found.shards)} are there); download it too"
-        )
-    shards = [read_weights(found.shards[number]) for number in sorted(found.shards)]
+    if len(found.shards) > 1:
+        counts = " and ".join(f"of {count}" for count in sorted(found.shards))
+        raise CheckpointError(f"{folder}: has shards of several saves ({counts}); keep those of one")
+    ((count, numbered),) = found.shards.items()
+    missing = next(number for number in range(1, count + 2) if number not in numbered)
+    if missing <= count:
+        raise CheckpointError(f"{folder}: shard {missing} of {count} is missing ({len(numbered)} are there)")
+    shards = [read_weights(numbered[number]) for number in range(1, count + 1)]
     tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     if len(tensors) < sum(len(shard.tensors) for shard in shards):
         raise CheckpointError(f"{folder}: two shards hold the same tensor; they are not of one save")

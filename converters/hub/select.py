@@ -1,11 +1,10 @@
 """Which files of a repository are taken, by their names alone."""
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
-from ...schemas.folders import COMBINED_FOLDERS, PLACES, STEMS, TOKENIZER_FOLDERS, VARIANTS, weights_names
+from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
 from ..provenance import is_provenance_name
 from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
@@ -34,6 +33,7 @@ def select(files: Iterable[str], wanted: HubSource, variant: str | None = None, 
         folders = _component_folders(below, lite)
         found = sorted(_model_files(below, folders, variant))
         _refuse_doubles(wanted, found)
+        _require_variant(wanted, found, variant)
         chosen = {_join(wanted.path, name) for name in found}
     if not any(is_weights(name) for name in chosen):
         raise UsageError(_nothing_there(names, wanted))
@@ -85,14 +85,13 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
 
 def _component_weights(names: list[str], variant: str | None) -> list[str]:
     """The one file, or the index and shards, of a component's folder in the order model.open_model looks."""
-    for one in VARIANTS if variant is None else (variant,):
-        for stem in STEMS:
-            single, index = weights_names(stem, one)
-            if single in names:
-                return [single]
-            if index in names:
-                shard = re.compile(re.escape(single.removesuffix(WEIGHTS)) + r"-\d{5}-of-\d{5}" + re.escape(WEIGHTS))
-                return [index, *filter(shard.fullmatch, names)]
+    known = {name: said for name in names if (said := read_weights_name(name)) and said.format == "safetensors"}
+    others = sorted({said.variant for said in known.values()} - {*VARIANTS})
+    for one in (*([variant.lower()] if variant is not None else []), *VARIANTS, *others):
+        found = [name for name, said in known.items() if said.variant == one]
+        single = [name for name in found if not known[name].is_index and not known[name].number]
+        if found:
+            return single[:1] or found
     return []
 
 
@@ -104,6 +103,13 @@ def _refuse_doubles(wanted: HubSource, names: Iterable[str]) -> None:
             raise UsageError(
                 f"{wanted}: {', '.join(found)} are all the same stage; name one, as in {wanted}/{found[0]}"
             )
+
+
+def _require_variant(wanted: HubSource, names: Iterable[str], variant: str | None) -> None:
+    """Components without the variant fall back to the plain weights; that all do is noticed before a transfer."""
+    said = [said for name in names if (said := read_weights_name(base_name(name)))]
+    if variant is not None and said and all(one.variant != variant.lower() for one in said):
+        raise UsageError(f"{wanted}: no weights of variant {variant}; try without --variant")
 
 
 def _nothing_there(names: list[str], wanted: HubSource) -> str:
