@@ -139,9 +139,10 @@ def _is_whole(target: Path) -> bool:
         found = open_bundle(target)
         for stage in found.manifest.stages:
             found.check(stage)
+        words = found.tokenizer
     except CascadeError:
         return False
-    return found.tokenizer is None or found.tokenizer.is_file()
+    return words is None or words.is_file()
 
 
 @contextmanager
