@@ -139,10 +139,9 @@ def _is_whole(target: Path) -> bool:
         found = open_bundle(target)
         for stage in found.manifest.stages:
             found.check(stage)
-        words = found.tokenizer
+        return found.tokenizer_change() is None
     except CascadeError:
         return False
-    return words is None or words.is_file()
 
 
 @contextmanager
