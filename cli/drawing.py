@@ -31,6 +31,7 @@ def open_cascade(
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
     """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
+    from ..runtime.bundle import open_bundle
     from ..runtime.parity.verdict import warning
     from ..runtime.pipeline import Cascade
 
@@ -50,8 +51,9 @@ def open_cascade(
         refit=_refit,
         stages=stages,
     )
-    if line := warning(cascade.manifest, cascade.engine.name):
-        note(line)
+    for line in (warning(cascade.manifest, cascade.engine.name), open_bundle(bundle).tokenizer_change()):
+        if line:
+            note(line)
     return cascade
 
 

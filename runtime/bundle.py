@@ -59,16 +59,16 @@ class Bundle:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The bundle's own tokenizer.json, if it has one, compared with the manifest by all its bytes. Raises
-        CheckpointError when it is missing or changed."""
-        if self.manifest.tokenizer is None:
-            return None
-        path = self.root / self.manifest.tokenizer
-        file = self.manifest.file(self.manifest.tokenizer)
-        problem = find_change(path, file, always_hash=True) if file else None  # earlier versions list none
-        if problem:
-            raise CheckpointError(f"{path}: {problem}; {WHAT_TO_DO if path.exists() else PUT_BACK}")
-        return path
+        """The bundle's own tokenizer.json, if it has one."""
+        return self.root / self.manifest.tokenizer if self.manifest.tokenizer else None
+
+    def tokenizer_change(self) -> str | None:
+        """A line for who is about to use a bundle whose tokenizer is not what was exported, by all its bytes; None when
+        it is, or when the bundle comes from an earlier version, which listed none."""
+        path = self.tokenizer
+        file = self.manifest.file(self.manifest.tokenizer) if self.manifest.tokenizer else None
+        problem = find_change(path, file, always_hash=True) if path and file else None
+        return f"{path}: {problem}; prompts may mean others to it: {WHAT_TO_DO}" if problem else None
 
 
 def open_bundle(root: Path) -> Bundle:

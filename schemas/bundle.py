@@ -327,6 +327,14 @@ class Manifest(_Frozen):
             raise ValueError(f"{self.tokenizer}: a tokenizer that is none of the files")
         return self
 
+    @model_validator(mode="after")
+    def _scales_latents(self) -> Self:
+        entry = self.stages.get(Stage.VQGAN)
+        scale = entry.config.get("scale_factor") if entry else None
+        if isinstance(scale, int | float) and not VQGAN_SCALES[0] <= scale <= VQGAN_SCALES[1]:
+            raise ValueError(f"scale_factor {scale} of the vqgan, expected {VQGAN_SCALES[0]} to {VQGAN_SCALES[1]}")
+        return self
+
     @property
     def text_rows(self) -> int | None:
         """How many tokens the text encoder has a row for; None without one."""

@@ -140,9 +140,9 @@ def _is_whole(target: Path) -> bool:
         found = open_bundle(target)
         for stage in found.manifest.stages:
             found.check(stage)
+        return found.tokenizer_change() is None
     except CascadeError:
         return False
-    return found.tokenizer is None or found.tokenizer.is_file()
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.validate import validate
 from cascadekit.runtime.bundle import open_bundle
-from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.stages import Stage
 from standins import accept_changes
 
@@ -163,8 +162,7 @@ def test_the_tokenizer_is_compared(bundle: Path) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
     (problem,) = problems(found(bundle))
     assert problem.startswith("tokenizer/tokenizer.json: expected ")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected .* bytes"):
-        _ = open_bundle(bundle).tokenizer
+    assert "tokenizer.json: expected " in str(open_bundle(bundle).tokenizer_change())  # `generate` notes it
     path.unlink()
     assert "it is missing; put it back" in problems(found(bundle))[0]
 

@@ -76,7 +76,7 @@ INFINITE = float("inf")
         ("stages/vqgan/graphs/model/inputs/0/dims", [[-1], [1 << 60], [INFINITE]]),
         ("stages/vqgan/exponents", [{"a": -1}, {"a": 99}]),
         ("stages/vqgan/fp16_margins", [{"a": INFINITE}, {"a": float("nan")}]),
-        ("stages/vqgan/config", [{"scale_factor": INFINITE}, {"x": [{"y": float("nan")}]}]),
+        ("stages/vqgan/config", [{"scale_factor": INFINITE}, {"scale_factor": 0}, {"x": [{"y": float("nan")}]}]),
         ("stages/vqgan/control", [[-1], [1 << 60]]),
     ],
 )
