@@ -97,12 +97,10 @@ def test_pickled_base_in_a_folder(tiny: Path, bench: Any, numbers: Any, tmp_path
     torch.testing.assert_close(merged[f"{Q}.weight"], weights[f"{Q}.weight"] + change)
 
 
-@pytest.mark.parametrize(
-    ("ending", "count"), [("lora_down.weight", 50_000), ("lora_down.weight", 19_000), ("x", 50_000)]
-)
-def test_many_foreign_keys_take_linear_time(tmp_path: Path, ending: str, count: int) -> None:
+@pytest.mark.parametrize("count", [50_000, 19_000])
+def test_many_foreign_keys_take_linear_time(tmp_path: Path, count: int) -> None:
     entries = {
-        f"lora_unet_{n}.{ending}": {"dtype": "F16", "shape": [1, 1], "data_offsets": [2 * n, 2 * n + 2]}
+        f"lora_unet_{n}.lora_down.weight": {"dtype": "F16", "shape": [1, 1], "data_offsets": [2 * n, 2 * n + 2]}
         for n in range(count)
     }
     text = json.dumps(entries).encode()
