@@ -91,8 +91,8 @@ class Adapter:
         """Whether the product is one long row to be folded into the weight's shape: so OneTrainer makes the change of
         a depthwise convolution, lora_up [1, r, 1, 1] and lora_down [r, C, 3, 3] for a weight [C, 1, 3, 3]."""
         names = ROW_FACTORS.get(self.algorithm, ())
-        rows = {self.factors[name].shape[0] for name in names if not CORES & self.factors.keys()}
-        return is_depthwise(self.shape) and rows == {1}
+        rows = {self.factors[name].shape[:1] for name in names if not CORES & self.factors.keys()}
+        return is_depthwise(self.shape) and rows == {(1,)}
 
 
 def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shape) -> Adapter:

@@ -139,12 +139,12 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
     shapes = _shapes(unet) | _shapes(text_encoder)
     result = Attempt(unet, text_encoder, {}, [], [], 0)
     claimed: dict[Target, str] = {}
-    unnamed = 0
+    unnamed, network = 0, describe(unet)
     for name, group in source.keys.groups.items():
         found = names.find(name)
         if found is None:
             unnamed += 1
-            result.problems.append(f"{name}: no such module in {describe(unet)}")
+            result.problems.append(f"{name}: no such module in {network}")
             continue
         prefix, targets = found
         result.prefixes.append(prefix)
