@@ -11,7 +11,7 @@ import click
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
 from .batch import Drawing, draw_batch
 from .common import PATH
-from .console import say, step_progress
+from .console import note, say, step_progress
 from .drawing import (
     OPENING,
     open_cascade,
@@ -72,6 +72,7 @@ def generate(
     """
     from ..runtime.batch import images_together
     from ..runtime.images import image_paths, require_settings, save_png
+    from ..runtime.made_with import changes
     from ..runtime.requests import draw, groups, text_length
     from ..schemas.request import loras_of
 
@@ -91,6 +92,8 @@ def generate(
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, preview_every)
+        if like and (other := changes(base, cascade.engine, cascade.manifest)):
+            note(f"{like} was made with {', '.join(other)}: pixels may differ")
         requests = _requests(cascade, prompts, images, seeds, common)
         paths = image_paths(output, len(requests), force=force)
         warn_of_cuts(requests, cascade)

@@ -10,7 +10,7 @@ from .errors import UsageError
 from .settings import SETTINGS, Settings, parse_settings, wrong_fields
 
 # Metadata that tells how an image was made without deciding what it looks like to `generate`.
-INFORMATION = frozenset({"vqgan_scale", "engine", "created_by", "key"})
+INFORMATION = frozenset({"vqgan_scale", "engine", "precision", "bundle", "version", "created_by", "key"})
 CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
 
 
