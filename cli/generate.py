@@ -11,7 +11,7 @@ import click
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
 from .batch import Drawing, draw_batch
 from .common import PATH
-from .console import say, step_progress
+from .console import note, say, step_progress
 from .drawing import (
     OPENING,
     open_cascade,
@@ -79,6 +79,7 @@ def generate(
         save_numbered,
         save_png,
     )
+    from ..runtime.made_with import changes
     from ..runtime.requests import draw, groups, text_length
     from ..schemas.request import loras_of
 
@@ -98,6 +99,8 @@ def generate(
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, preview_every)
+        if like and (other := changes(base, cascade.engine, cascade.manifest)):
+            note(f"{like} was made with {', '.join(other)}: pixels may differ")
         requests = _requests(cascade, prompts, images, seeds, common)
         paths = image_paths(output, len(requests), force=force, sources=[bundle, *_given(like), *pictures_of(requests)])
         is_file = paths == [output]

@@ -16,6 +16,7 @@ from ..schemas.stages import Stage
 from .controls import INPAINTING, ControlPicture
 from .embeds import PromptEmbeds, as_texts
 from .images import to_pictures
+from .made_with import made_with
 from .masks import composite, fit_mask, latent_mask
 from .noise import TorchGenerator
 from .pictures import fit
@@ -219,6 +220,7 @@ def _described(
 ) -> list[dict[str, Any]]:
     """For each of `count` images what `generate` needs to draw it again; of embeddings the prompt is not known."""
     negatives = as_texts(negative)
+    made = made_with(cascade.engine, cascade.manifest)
     words: list[dict[str, str]] = [
         {"prompt": prompt, "negative": negatives[0 if len(negatives) == 1 else number]}
         for number, prompt in enumerate(prompts)
@@ -229,7 +231,7 @@ def _described(
             **_seed_of(seed, index, count),
             **chosen.to_json(),
             "vqgan_scale": cascade.manifest.vqgan_scale,
-            "engine": cascade.engine.name,
+            **made,
             "created_by": cascade.manifest.created_by,
         }
         for index in range(count)

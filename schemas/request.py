@@ -108,7 +108,8 @@ FIELDS = SETTINGS | (Request.model_fields.keys() - {"settings"})
 _SAID: TypeAdapter[str] = TypeAdapter(Text)
 _INFORMATION: Mapping[str, TypeAdapter[Any]] = {
     "vqgan_scale": TypeAdapter(Annotated[float, Field(allow_inf_nan=False)]),
-    **dict.fromkeys(("engine", "created_by", "key"), _SAID),
+    "precision": TypeAdapter(dict[Text, Text]),
+    **dict.fromkeys(("engine", "bundle", "version", "created_by", "key"), _SAID),
 }
 INFORMATION = frozenset(_INFORMATION)  # says how an image was made, without deciding what `generate` makes of it
 

@@ -54,7 +54,7 @@ def test_the_library_refuses_too(tiny: Path) -> None:
             cascade.generate("x", decoder_steps=10**9)
         with pytest.raises(UsageError, match="1000000 images of 256x256 at once: expected at most 8192"):
             cascade.generate("x", num_images=10**6)
-        with pytest.raises(UsageError, match="a batch of 1e[+]12 images: expected at most 100000"):
+        with pytest.raises(UsageError, match=r"a batch of 1e[+]12 images: expected at most 100000"):
             cascade.generate("x", seed=[PlacedSeed(0, 5, 10**12)])
         words = "cat " * (MAX_PROMPT_CHARACTERS // 4)
         with pytest.raises(UsageError, match="chunks of 75 tokens; expected at most 64"):
