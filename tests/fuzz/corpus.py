@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.numpy import save
 
 from cascadekit import convert, export
+from cascadekit.converters.arrange import Target
 from cascadekit.converters.tiny import write_tiny_cascade
+from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.lora import lora_modules
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
@@ -24,13 +26,14 @@ PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"]
 
 
 def write_cascade(root: Path) -> None:
-    """original/ and model/, as the tests' own fixture has them."""
+    """original/, model/ and bundle/, as the tests' own fixture has them."""
     write_tiny_cascade(root / "original")
     convert([root / "original"], root / "model", "diffusers")
+    export(root / "model", root / "bundle", weights="copy")
 
 
 class Corpus:
-    """Reads original/ and model/ in `root`; `scratch` is for what is made from them."""
+    """Reads original/, model/ and bundle/ in `root`; `scratch` is for what is made from them."""
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self.root, self.scratch = root, scratch
@@ -43,12 +46,13 @@ class Corpus:
 
     @cached_property
     def sharded(self) -> Path:
-        convert([self.root / "original"], self.scratch / "sharded", "diffusers", shard_size=600_000)
+        target = Target(Layout.DIFFUSERS, shard_size=600_000)
+        convert([self.root / "original"], self.scratch / "sharded", target)
         return self.scratch / "sharded"
 
     @cached_property
     def bundle(self) -> Path:
-        """Of two stages: what is to be found wrong is the same in all."""
+        """Of two stages, which are checked in half the time: what is to be found wrong is the same in all."""
         stages = (Stage.VQGAN, Stage.TEXT_ENCODER)
         export(self.root / "model", self.scratch / "bundle", stages=stages, weights="copy")
         return self.scratch / "bundle"
@@ -77,8 +81,12 @@ class Corpus:
         return file.getvalue()
 
     @cached_property
-    def tokenizer(self) -> str:
-        return (self.root / "model" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    def tokenizer(self) -> tuple[Any, dict[str, str]]:
+        """A tokenizer.json with marks in place of its long lists, and the texts of these."""
+        document = read_json(self.root / "model" / "tokenizer" / "tokenizer.json")
+        lists = {name: document["model"].pop(name) for name in ("vocab", "merges")}
+        document["model"] |= {name: f"<{name}>" for name in lists}
+        return document, {json.dumps(f"<{name}>"): json.dumps(values) for name, values in lists.items()}
 
     @cached_property
     def picture(self) -> Image.Image:

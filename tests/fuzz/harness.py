@@ -17,7 +17,7 @@ KINDS = (
     "safetensors", "config", "index", "manifest", "graph", "tokenizer", "lora", "pickle", "png", "prompts", "options",
 )  # fmt: skip
 SECONDS = 30.0  # for one input; they take milliseconds, and a machine may be busy
-START_SECONDS = 300.0  # until the worker has imported what it needs
+SPARE = 60.0  # after which a worker that did not end itself is ended
 FINE = ("done", "refused")
 
 
@@ -71,7 +71,7 @@ class Fuzzer:
         process.stdin.write(f"{kind} {seed}\n")
         process.stdin.flush()
         # The worker ends itself when time is up; this is for one that cannot even do that.
-        clock = threading.Timer(2 * self._seconds + START_SECONDS, process.kill)
+        clock = threading.Timer(2 * self._seconds + SPARE, process.kill)
         clock.start()
         line = process.stdout.readline()
         clock.cancel()
@@ -93,6 +93,11 @@ class Fuzzer:
                 text=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             )
+            assert self._process.stdout is not None
+            if self._process.stdout.readline() != "ready\n":
+                self._process.wait()
+                self._log.seek(0)
+                raise RuntimeError(f"the worker did not start: {self._log.read()[-3000:]}")
         return self._process
 
     def _death(self, process: "subprocess.Popen[str]") -> dict[str, str]:

@@ -82,7 +82,7 @@ def prompts(rng: Random, corpus: Corpus, folder: Path) -> Call:
     content = _WRITERS[kind](entry, rng)
     source = folder / f"prompts{kind}"
     source.write_bytes(odd_bytes(content, rng) if rng.random() < 0.4 else content)
-    manifest = open_bundle(corpus.bundle).manifest
+    manifest = open_bundle(corpus.root / "bundle").manifest
     name = rng.choice((DEFAULT_NAME, "{prompt:.30}", "{seed}-{key}", "{number:04d}"))
 
     def call() -> None:
@@ -126,6 +126,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("build",): ("{bundle}", "--backend", "tensorrt"),
     ("verify",): ("{nothing}", "--against", "{nothing}"),
 }
+NUMBERS = ("0", "1", "2", "-1", "64", "2.5", "nan", "inf", "-inf", "1e999", "1" + "0" * 400, str(2**31), str(2**64))
 VALUES = (
     "", " ", "0", "1", "-1", "2.5", "nan", "inf", "-inf", "1e999", "1" + "0" * 400, "9" * 5000, "64x64", "0x0", "-8x64",
     "64x64x64", "1" + "0" * 400 + "x64", "٣", "²", "1,0.5,0", "1,nan,0", ",", "a=b", "prior=", "=x", "canny=x.png:nan",
@@ -141,16 +142,15 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     known = {
         "model": corpus.root / "model",
         "original": corpus.root / "original",
-        "bundle": corpus.bundle,
+        "bundle": corpus.root / "bundle",
         "nothing": folder,
     }
     arguments = [argument.format(**known) for argument in COMMANDS[path]]
     (folder / "file").write_text("text")
     (folder / "folder").mkdir()
-    names = [name for option in _options_of(path) for name in option.opts]
-    for _ in range(rng.randint(1, 4)):
-        arguments += [rng.choice(names), *rng.choice(((rng.choice(VALUES),), (rng.choice(VALUES),), ()))]
-    if rng.random() < 0.3:
+    for option in rng.choices(_options_of(path), k=rng.randint(1, 4)):
+        arguments += [rng.choice(option.opts), *_values(option, rng)]
+    if rng.random() < 0.2:
         arguments[rng.randrange(len(arguments))] = rng.choice(VALUES)
     call = command(*path, *arguments)
 
@@ -164,7 +164,20 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     return without_work
 
 
-def _options_of(path: tuple[str, ...]) -> list[click.Parameter]:
+def _values(option: click.Option, rng: Random) -> list[str]:
+    """What the option takes, mostly: one of its choices, a number, or any odd text."""
+    if rng.random() < 0.1:
+        return rng.choice(([], [rng.choice(VALUES)], [rng.choice(VALUES), rng.choice(VALUES)]))
+    if option.is_flag:
+        return []
+    if isinstance(option.type, click.Choice):
+        return [rng.choice(sorted(map(str, option.type.choices)))]
+    if option.type.name.startswith(("int", "float")):
+        return [rng.choice(NUMBERS)]
+    return [rng.choice(VALUES)]
+
+
+def _options_of(path: tuple[str, ...]) -> list[click.Option]:
     found: click.Command = main
     for name in path:
         assert isinstance(found, click.Group)

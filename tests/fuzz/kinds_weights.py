@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -22,6 +24,46 @@ LORA_SUFFIXES = (
 )  # fmt: skip
 
 
+PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "vae.",
+    "text_encoder.clip_g.",
+    "generator.",
+    "lora_",
+    "_orig_mod.",
+    "module.",
+)
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F8_E4M3": 1, "F64": 8, "BOOL": 1, "U8": 1}
+PLACES = ("1", "17", "999999", str(10**9), "9" * 400, "-1", "\u0663", "\u00b2")  # of blocks that are counted
+SIDES = (0, 1, 2, 3, 8, 64, 77, 192)  # small: a conversion writes what it reads
+
+
+def _other_tensors(header: dict[str, Any], rng: Random) -> dict[str, Any]:
+    """A header that is sound as such: some tensors have other names, shapes and dtypes, or are gone."""
+    found: dict[str, Any] = {}
+    prefix, odd = rng.choice(PREFIXES), set(rng.sample(sorted(header), rng.randint(0, 3)))
+    at = 0
+    for name, entry in header.items():
+        shape, dtype = entry["shape"], entry["dtype"]
+        if name in odd and rng.random() < 0.3:
+            continue
+        if name in odd:
+            shape = [rng.choice(SIDES) for _ in range(rng.randint(0, 3))]
+            dtype = rng.choice(sorted(SIZES))
+            name = rng.choice((name, f"{name}.{rng.choice(PLACES)}.weight", name.replace("0", rng.choice(PLACES))))
+        end = at + SIZES[dtype] * math.prod(shape)
+        found[prefix + name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    return found
+
+
+def _write_hole(path: Path, header: dict[str, Any]) -> None:
+    """Its data takes no space on the disk, however much it is."""
+    path.write_bytes(safetensors(json.dumps(header).encode(), b""))
+    os.truncate(path, path.stat().st_size + max((entry["data_offsets"][1] for entry in header.values()), default=0))
+
+
 def _odd_file(header: dict[str, Any], data: bytes, rng: Random) -> bytes:
     """Its header odd, or its length, or any of its bytes."""
     if rng.random() < 0.75:
@@ -37,7 +79,11 @@ def _inspect_and_convert(source: Path, rng: Random) -> Call:
 
 def weights(rng: Random, corpus: Corpus, folder: Path) -> Call:
     source = folder / "odd.safetensors"
-    source.write_bytes(_odd_file(*rng.choice(corpus.weights), rng))
+    header, data = rng.choice(corpus.weights)
+    if rng.random() < 0.4:
+        _write_hole(source, _other_tensors(header, rng))
+    else:
+        source.write_bytes(_odd_file(header, data, rng))
     return _inspect_and_convert(source, rng)
 
 
@@ -63,7 +109,11 @@ def lora(rng: Random, corpus: Corpus, folder: Path) -> Call:
         (source / "adapter_model.safetensors").write_bytes(safetensors(json.dumps(header).encode(), data))
     else:
         source = folder / "odd.safetensors"
-        source.write_bytes(_odd_file(_renamed(header, rng) if rng.random() < 0.6 else header, data, rng))
+        header = _renamed(header, rng) if rng.random() < 0.6 else header
+        if rng.random() < 0.5:
+            _write_hole(source, _other_tensors(header, rng))
+        else:
+            source.write_bytes(_odd_file(header, data, rng))
     against = ("--against", corpus.root / "model")
     look = command("lora", "inspect", source, *against, *rng.choice(([], ["--json"])))
     return several(

@@ -39,6 +39,7 @@ def main() -> None:
         corpus = Corpus(root, Path(scratch) / "corpus")
         corpus.scratch.mkdir()
         _ = corpus.bundle, corpus.sharded  # made, and what makes them imported, before anything is measured
+        answers.write("ready\n")
         for line in sys.stdin:
             kind, seed = line.split()
             answers.write(json.dumps(run(kind, int(seed), corpus, Path(scratch), seconds)) + "\n")

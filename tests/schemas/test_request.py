@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascadekit.schemas.errors import UsageError
-from cascadekit.schemas.limits import MAX_IMAGES, MAX_PICTURES, MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
+from cascadekit.schemas.limits import MAX_IMAGE_SIDE, MAX_IMAGES, MAX_PICTURES, MAX_STEPS, MAX_WEIGHT
 from cascadekit.schemas.request import Request, loras_of, parse_request, understood
 from cascadekit.schemas.settings import RANGES, Sampler, Settings, parse_settings
 from cascadekit.schemas.sizes import SizePolicy
