@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from ..runtime.bundle import require_utf8
 from ..runtime.integrity import describe_file, fingerprint, sha256_of
 from ..schemas.bundle import MANIFEST_NAME, GraphEntry, LoraState, Manifest, SourceEntry, StageEntry, to_text
 from ..schemas.config_json import to_json
@@ -89,6 +90,7 @@ def export(
 
     Raises a CascadeError, and leaves nothing behind, when a stage is missing or damaged or the output unwritable."""
     output = Path(output)
+    require_utf8(output)
     model = model if isinstance(model, Model) else open_model([model])
     chosen = list(stages) or [stage for stage in Stage if stage in model.components]
     if not chosen:
@@ -99,6 +101,9 @@ def export(
     if quantize:
         scheme_for(quantize.kind, graphs.target)  # what does not go together fails before anything is written
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
+    for component in components.values():
+        for path in source_files(component):
+            require_utf8(path.relative_to(path.parent))  # graphs name their weights as the model does
     options = _Options(weights, graphs, hash_weights, _plan(components, loras, weights, say), start_file, say, quantize)
     with staged_output(output, force=force) as staged:
         staged.mkdir()

@@ -1,6 +1,5 @@
 """Opens what a user may call a model: files, a folder of original files, a model folder, one component's folder."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 from ..schemas.config_json import from_json
 from ..schemas.errors import CascadeError, CheckpointError, UsageError
 from ..schemas.folders import PLACES, STEMS, TOKENIZER_FOLDERS, VARIANTS, weights_names
+from ..schemas.json_text import load_json
 from ..schemas.layouts import stage_of
 from ..schemas.stages import NetworkConfig, Stage
 from .identify import Component, Parts, identify, identify_parts
@@ -192,10 +192,10 @@ def _config_in(folder: Path, stage: Stage) -> NetworkConfig | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     return values
 

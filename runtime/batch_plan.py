@@ -28,6 +28,7 @@ from .samplers import Sampling
 KEY = "key"  # in an image's metadata
 PICTURES = ("image_prompts", "init_image", "mask", "controls")
 MOST_IMAGES = 100_000  # of one entry
+MOST_DIGITS = 20  # Python refuses to read numbers of thousands
 
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -92,7 +93,7 @@ class Planner:
         if entry.problem:
             raise UsageError(entry.problem)
         text = str(entry.given.get("images", self.images))
-        if not text.isdecimal() or not 1 <= int(text) <= MOST_IMAGES:
+        if not text.isdecimal() or len(text) > MOST_DIGITS or not 1 <= int(text) <= MOST_IMAGES:
             raise UsageError(f"images: {text!r}: expected a number from 1 to {MOST_IMAGES}")
         return int(text)
 

@@ -1,6 +1,5 @@
 """Arrays to pictures, and PNG files that say how they were made."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from ..schemas.errors import UsageError
+from ..schemas.json_text import dump_json, load_json
 from .whole_file import whole_file
 
 METADATA_KEY = "cascadekit"
@@ -36,7 +36,7 @@ def save_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> N
 
     Raises UsageError when the file cannot be written."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
+    info.add_itxt(METADATA_KEY, dump_json(settings))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
@@ -46,10 +46,10 @@ def save_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> N
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a PNG written by `save_png`, None when it carries none."""
+    """The settings in a PNG written by `save_png`, None when it carries none. Raises ValueError for what is no JSON."""
     with Image.open(path) as picture:
         text = picture.info.get(METADATA_KEY)
-    return json.loads(text) if isinstance(text, str) else None
+    return load_json(text) if isinstance(text, str) else None
 
 
 def require_settings(path: Path) -> dict[str, Any]:

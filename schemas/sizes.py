@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .errors import UsageError
+from .limits import MOST_SIDE
 
 PRIOR_COMPRESSION = 42.67
 DIFFUSERS_LATENT_SCALE = 10.67
@@ -37,6 +38,8 @@ class LatentSizes:
 def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT) -> LatentSizes:
     """Latent sizes for an image of `height` x `width` pixels. Raises UsageError for a size that cannot be made."""
     for name, side in (("height", height), ("width", width)):
+        if side > MOST_SIDE:
+            raise UsageError(f"{name}: expected at most {MOST_SIDE} pixels, found a number of {len(str(side))} digits")
         if side < SMALLEST_SIDE or side % SIZE_STEP:
             nearest = max(SMALLEST_SIDE, round(side / SIZE_STEP) * SIZE_STEP)
             raise UsageError(
