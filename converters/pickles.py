@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..schemas.errors import CheckpointError
+from ..schemas.errors import CheckpointError, reraise_interrupt
 from .safetensors_file import Header, TensorRange
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how a file of torch.save begins: since 1.6 as a zip, before as a bare pickle
@@ -47,6 +47,7 @@ def read_pickle(path: Path) -> Header:
     try:
         import torch
     except ImportError as error:
+        reraise_interrupt(error)
         raise CheckpointError(
             f"{path}: reading pickled weights takes torch: pip install 'cascadekit[parity]'"
         ) from error

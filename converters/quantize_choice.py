@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ..schemas.errors import ExportError
+from ..schemas.errors import ExportError, reraise_interrupt
 from ..schemas.ports import ports_of
 from ..schemas.quantization import Quantization, Scheme, linears, stored_tensors
 from ..schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
@@ -210,6 +210,7 @@ def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: In
     try:
         import onnxruntime
     except ImportError as error:
+        reraise_interrupt(error)
         raise ExportError(
             "what quantisation loses is measured with ONNX Runtime: pip install 'cascadekit[cpu]'"
         ) from error
