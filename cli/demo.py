@@ -44,6 +44,7 @@ def demo(output: Path, force: bool) -> None:
         (folder / "parity.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         keep(report, folder / "bundle", folder / "model", (), record=True)
     print_report(report)
-    say(f"image: {output / 'image.png'}\nparity table: {output / 'parity.json'}")
+    say(f"image: {output / 'image.png'}")
+    say(f"parity table: {output / 'parity.json'}")
     if not report:
         raise SystemExit(FAILED)
