@@ -12,8 +12,9 @@ import click
 
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.stages import Stage
-from .console import FAILED, batch_progress, note, say, stoppable
+from .console import FAILED, batch_progress, note, say
 from .drawing import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
+from .signals import stoppable
 
 if TYPE_CHECKING:
     from ..runtime.batch import Outcome

@@ -41,7 +41,7 @@ def _parse_precisions(
 def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | None) -> Literal["auto"] | int | None:
     if value is None or value == "auto":
         return value  # type: ignore[return-value]
-    if not value.isdecimal() or int(value) > MAX_EXPONENT:
+    if not value.isdecimal() or len(value) > 2 or int(value) > MAX_EXPONENT:
         raise click.BadParameter(f"{value!r}: expected auto, or a number from 0 to {MAX_EXPONENT}")
     return int(value)
 

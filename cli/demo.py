@@ -48,6 +48,7 @@ def demo(output: Path, force: bool) -> None:
         content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
         (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print_report(report)
-    say(f"image: {output / 'image.png'}\nparity table: {output / 'parity.json'}")
+    say(f"image: {output / 'image.png'}")
+    say(f"parity table: {output / 'parity.json'}")
     if not report:
         raise SystemExit(FAILED)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.markup import escape
 
 from .common import PATH
 from .console import FAILED, say, show_table
@@ -50,8 +49,7 @@ def _print(findings: "Findings") -> None:
     seen = f"{gpu.name}, {gpu.capability}, {gpu.memory / 1e9:.0f} GB, driver {gpu.driver}" if gpu else ""
     say(f"GPU: {'; '.join(part for part in (seen, findings.gpu_problem) if part)}")
     rows = [
-        (e.engine, e.device, e.version or "-", ANSWERS[e.builds], ANSWERS[e.runs], escape(e.lacking))
-        for e in findings.engines
+        (e.engine, e.device, e.version or "-", ANSWERS[e.builds], ANSWERS[e.runs], e.lacking) for e in findings.engines
     ]
     show_table("", ENGINE_COLUMNS, rows)
     for tool, command in findings.lacking_tools.items():

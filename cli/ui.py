@@ -1,7 +1,6 @@
 """The command that shows a page to draw with."""
 
 import ipaddress
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **en
             if not _is_loopback(host):
                 note("whoever reaches this address can draw, and see the images; 127.0.0.1 is for this machine alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..schemas.errors import UsageError
+from ..schemas.errors import UsageError, reraise_interrupt
 from ..schemas.stages import Stage
 from .common import ENGINES, PATH, STAGES, local, maybe_local, parse_size
 from .console import FAILED, note, say, show_table
@@ -287,6 +287,7 @@ def _reference(
     try:
         from ..converters.reference import independent_engine, reference_engine
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(
             "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
             "or give --recorded FILE"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..schemas.errors import CascadeError, UsageError
+from ..schemas.json_text import well_formed
 from .common import local
 from .console import note
 
@@ -57,7 +58,7 @@ def keep(
         compared = {place(comparison.name)[1] for comparison in report.comparisons}
         stages = [stage for stage in opened.manifest.stages if stage in compared]
         files = (*bundle_files(opened.manifest, stages), *_reference_files(against))
-        circumstances = Circumstances(bundle.absolute().name, _command(), _environment(), files)
+        circumstances = Circumstances(well_formed(bundle.absolute().name), _command(), _environment(), files)
         images = report.images
         whole = build_report(report, opened.manifest, circumstances, images=images, depth=depth, ranges=ranges)
         for path in reports:
@@ -71,7 +72,7 @@ def keep(
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return well_formed(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def _environment() -> dict[str, str]:
@@ -104,7 +105,7 @@ def _reference_files(against: Path) -> "list[FileEntry]":
     return [
         FileEntry(
             role="reference",
-            path=path.name if against.is_file() else path.relative_to(local(against)).as_posix(),
+            path=well_formed(path.name if against.is_file() else path.relative_to(local(against)).as_posix()),
             bytes=path.stat().st_size,
             fingerprint=fingerprint(path),
             sha256=None,

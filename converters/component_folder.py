@@ -1,6 +1,5 @@
 """The folder of one component: which of its weights files are taken, shards put together, and its config.json."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 from ..schemas.config_json import from_json
 from ..schemas.errors import CascadeError, CheckpointError
 from ..schemas.folders import FORMATS, STEMS, VARIANTS, WEIGHTS_SUFFIXES, read_weights_name
+from ..schemas.json_text import load_json
 from ..schemas.stages import NetworkConfig, Stage
 from ..schemas.tensors import Shape
 from .identify import Configs, Parts, identify_parts
@@ -158,9 +158,9 @@ def _configs_in(folder: Path) -> Configs:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     return values

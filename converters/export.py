@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from ..runtime.bundle import require_utf8
 from ..runtime.integrity import describe_file, fingerprint
 from ..schemas.bundle import (
     MANIFEST_NAME,
@@ -108,6 +109,7 @@ def export(
 
     Raises a CascadeError, and leaves nothing behind, when a stage is missing or damaged or the output unwritable."""
     output = Path(output)
+    require_utf8(output)
     model = model if isinstance(model, Model) else open_model([model])
     chosen = list(stages) or [stage for stage in Stage if stage in model.components]
     if not chosen:
@@ -121,6 +123,9 @@ def export(
     if quantize:
         scheme_for(quantize.kind, graphs.target)  # what does not go together fails before anything is written
     components = {stage: _scaled(_sound(model, stage), vqgan_scale) for stage in chosen}
+    for component in components.values():
+        for path in source_files(component):
+            require_utf8(path.relative_to(path.parent))  # graphs name their weights as the model does
     tokenizer = check_tokenizer(model.tokenizer, _rows(components))
     for text in tokenizer.notes if tokenizer else ():
         say(text)

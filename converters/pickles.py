@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..schemas.errors import CheckpointError
+from ..schemas.errors import CheckpointError, reraise_interrupt
 from ..schemas.limits import MAX_PICKLE_BYTES, MAX_PICKLE_DEPTH, MAX_PICKLE_ENTRIES, MAX_PICKLE_NAME
 from .safetensors_file import Header, TensorRange
 from .zip_directory import Entry, read_directory
@@ -48,6 +48,7 @@ def read_pickle(path: Path) -> Header:
     try:
         import torch
     except ImportError as error:
+        reraise_interrupt(error)
         raise CheckpointError(
             f"{path}: reading pickled weights takes torch: pip install 'cascadekit[parity]'"
         ) from error

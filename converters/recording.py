@@ -18,6 +18,7 @@ from ..runtime.parity.cases import Case
 from ..runtime.parity.expected import Call, Expected, Trajectory, noise_tape
 from ..runtime.parity.presets import COMPUTES
 from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.json_text import load_json
 from ..schemas.stages import Stage
 from .identify import Component
 from .outputs import staged_output
@@ -115,7 +116,7 @@ def load_recording(path: Path) -> Recording:
     if KEY not in header.metadata:
         raise UsageError(f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record`")
     try:
-        about = json.loads(header.metadata[KEY])
+        about = load_json(header.metadata[KEY])
         if about["version"] != VERSION:
             raise UsageError(f"{path}: a recording of version {about['version']}, expected {VERSION}; record it again")
         groups = _grouped(path, header.tensors)
@@ -130,7 +131,7 @@ def load_recording(path: Path) -> Recording:
         }
         trajectory = _trajectory(about, groups) if about["calls"] else None
         sources = {Stage(stage): tuple(found) for stage, found in about["sources"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: a damaged recording: {error!r}; record it again") from error
     return Recording(Expected(about["reference"], tuple(cases), outputs, floors, trajectory), sources)
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..runtime.engines.torch import Loader, TorchEngine
 from ..runtime.reference import load_reference
 from ..schemas.config_json import to_json
-from ..schemas.errors import ExportError, LayoutError, UsageError
+from ..schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
 from ..schemas.ports import StagePorts, ports_of
 from ..schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from .cast import FP8, cast_counted
@@ -112,6 +112,7 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | 
         for library in ("diffusers", "transformers"):
             import_module(library)
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
     loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}

@@ -30,6 +30,8 @@ from .samplers import check_schedules
 KEY = "key"  # in an image's metadata
 PICTURES = ("image_prompts", "init_image", "mask", "controls")
 
+MAX_DIGITS = 20  # of a count of images; Python refuses to read numbers of thousands
+
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -107,7 +109,7 @@ class Planner:
         if entry.problem:
             raise UsageError(entry.problem)
         text = str(entry.given.get("images", self.images))
-        if not text.isdecimal() or not 1 <= int(text) <= MAX_IMAGES:
+        if not text.isdecimal() or len(text) > MAX_DIGITS or not 1 <= int(text) <= MAX_IMAGES:
             raise UsageError(f"images: {text!r}: expected a number from 1 to {MAX_IMAGES}")
         return int(text)
 

@@ -71,8 +71,19 @@ class Bundle:
         return f"{path}: {problem}; prompts may mean others to it: {WHAT_TO_DO}" if problem else None
 
 
+def require_utf8(path: Path) -> None:
+    """Raise UsageError for a path that the libraries which open a bundle's files cannot be given."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{path}: the name is not UTF-8, and onnx, engines and tokenizers open no other; rename it"
+        ) from None
+
+
 def open_bundle(root: Path) -> Bundle:
     """The bundle at `root`. Raises UsageError when there is none, CheckpointError when its manifest is wrong."""
+    require_utf8(root)
     path = root / MANIFEST_NAME
     if not path.is_file():
         raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")

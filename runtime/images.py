@@ -1,6 +1,5 @@
 """Arrays to pictures, and PNG files that say how they were made."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from ..schemas.errors import UsageError
+from ..schemas.json_text import dump_json, load_json
 from .png_text import read_png_text
 from .replacing import locate, require_apart, require_free
 from .whole_file import claim, finish, remove_leftovers, unplaced_file, whole_file
@@ -97,7 +97,7 @@ def _is_preview(path: Path) -> bool:
 def _unplaced_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> Iterator[Path]:
     """The picture in a hidden file beside `path`, on disk, to be given its name."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
+    info.add_itxt(METADATA_KEY, dump_json(settings))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
@@ -117,10 +117,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
 def parse_text(text: str | None) -> dict[str, Any] | None:
     """The settings that such a text says. Raises ValueError when it is no JSON."""
-    try:
-        found = None if text is None else json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its settings are nested too deep") from error
+    found = None if text is None else load_json(text)
     return found if isinstance(found, dict) else None
 
 

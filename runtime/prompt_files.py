@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schemas.errors import UsageError
+from ..schemas.json_text import load_json
 from ..schemas.limits import MAX_PROMPT_FILE_BYTES, MAX_PROMPT_LINE
 
 STDIN = "-"
@@ -46,6 +47,8 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     Raises UsageError for a file that cannot be read, is too large, is none of the three kinds, or holds no prompts."""
     name = str(path)
     if name == STDIN:
+        if sys.stdin is None:
+            raise UsageError(f"{name}: standard input is closed; pipe the prompts into it")
         kind, folder, content = ".txt", Path(), sys.stdin.buffer.read(MAX_PROMPT_FILE_BYTES + 1)
     else:
         kind, folder, content = Path(path).suffix.lower(), Path(path).parent, _content(Path(path))
@@ -98,10 +101,9 @@ def _jsonl(text: str) -> Iterator[Entry]:
             yield Entry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            yield Entry(number, problem=f"not JSON: {reason}")
+            value = load_json(line)
+        except ValueError as error:
+            yield Entry(number, problem=f"not JSON: {error}")
             continue
         if isinstance(value, str):
             value = {"prompt": value}

@@ -1,15 +1,15 @@
 """The manifest of an exported bundle: `cascade.json` at its root."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import CheckpointError
 from .fp16 import MAX_EXPONENT
+from .json_text import load_json, well_formed
 from .layouts import Layout
 from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE, VQGAN_SCALES
 from .numbers import Number
@@ -53,6 +53,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Capability = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
 
 
+def _well_formed(value: object) -> object:
+    return well_formed(value) if isinstance(value, str) else value
+
+
+# Of a file elsewhere, to be read and not opened; what of it is no UTF-8 becomes escapes, since a manifest is UTF-8.
+FileName = Annotated[str, BeforeValidator(_well_formed)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,7 +83,7 @@ class SourceEntry(_Frozen):
     """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing. Its
     `sha256` is known where the bundle holds the very file and had it hashed."""
 
-    name: str
+    name: FileName
     bytes: Bytes
     fingerprint: Sha256
     sha256: Sha256 | None
@@ -268,7 +276,7 @@ def _same(source: PlanSource, file: FileEntry) -> bool:
 class LoraEntry(_Frozen):
     """A LoRA that is merged into the weights, and how strongly: into the UNets, into the text encoder."""
 
-    name: str
+    name: FileName
     fingerprint: Sha256
     strength: Finite
     text_encoder_strength: Finite
@@ -377,8 +385,8 @@ def parse_manifest(text: str, where: str) -> Manifest:
 def _other_version(text: str) -> int | None:
     """The version of a well-formed manifest that is not of this one."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = load_json(text)
+    except ValueError:
         return None
     version = content.get("version") if isinstance(content, dict) and content.get("format") == FORMAT else None
     return version if type(version) is int and version != VERSION else None

@@ -47,3 +47,16 @@ class ParityError(CascadeError):
 
 class UsageError(CascadeError):
     """The call itself is wrong: an argument, a size, an existing output."""
+
+
+def reraise_interrupt(error: BaseException | None) -> None:
+    """Raise the KeyboardInterrupt that `error` comes from, if it comes from one.
+
+    Extension modules turn whatever strikes while they are imported into an ImportError; Ctrl-C is no lack of a
+    package."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__

@@ -105,7 +105,7 @@ def shard_name(stem: str, variant: str, number: int, count: int) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes in "10GB", "500MB" or "123"; decimal units, as in diffusers. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{text!r}: expected a size such as 10GB or 500MB")
     return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

@@ -78,6 +78,7 @@ def answered(result: Result, source: Path) -> bool:
         raise result.exception
     assert result.exit_code in (0, 1, 2)
     assert "Traceback" not in result.output
+    assert "this is a bug" not in result.output
     assert result.exit_code == 0 or result.output.strip()
     assert result.exit_code != 1 or source.name in result.output
     return result.exit_code == 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.integrity import fingerprint
-from ...schemas.errors import CascadeError, ConversionError, UsageError
+from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ..placing import StartFile
 from .peft_config import CONFIG_NAME
 from .reader import FOLDER_NAMES, holds_lora
@@ -107,6 +107,7 @@ def _merging() -> Callable[..., "Applied"]:
     try:
         from .bundle import derive_bundle
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(
             "merging LoRAs takes the onnx package, which is not installed: pip install 'cascadekit[export]'"
         ) from error

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.bundle import MAIN_GRAPH, GraphEntry
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
@@ -290,6 +290,7 @@ def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        reraise_interrupt(error)
         raise EngineError(f"ONNX Runtime is not installed: pip install 'cascadekit[{EXTRAS[device]}]'") from error
     silence(onnxruntime)
     wanted = PROVIDERS[device][0]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.bundle import MAIN_GRAPH, GraphEntry
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
@@ -170,6 +170,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
+        reraise_interrupt(error)
         raise EngineError("OpenVINO is not installed: pip install 'cascadekit[openvino]'") from error
     finally:
         if hidden:
