@@ -8,9 +8,8 @@ from pathlib import Path
 from ...schemas.errors import UsageError
 from ..model import open_model
 from ..outputs import staged_output
-from ..pickles import is_pickle
 from ..safetensors_file import Progress, TensorRange
-from ..weights_file import read_weights
+from ..weights_file import is_pickle, read_weights
 from .mirror import Mirror, mirror
 from .pieces import Calculated, write_pieces
 from .plan import LoraPlan, plan_loras
