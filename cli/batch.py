@@ -104,7 +104,7 @@ def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: Drawing) -> None:
     from ..runtime.images import require_free_previews
     from ..runtime.replacing import require_apart, require_none_is
 
-    sources = [how.prompt_file, *pictures_of(job.request for job in jobs)]
+    sources: list[str | Path] = [how.prompt_file, *pictures_of(job.request for job in jobs)]
     require_none_is([how.log_path, *(job.path for job in jobs)], sources)
     for example in {job.path.parent: job.path for job in jobs}.values():
         require_apart(example, [bundle])
