@@ -4,7 +4,7 @@ the change of a weight (https://github.com/huggingface/peft, src/peft/tuners/lor
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-OFF = (None, False, "", [], {})  # values that switch any setting off
+OFF: tuple[object, ...] = (None, False, "", [], {})  # values that switch any setting off
 
 ALPHA_FIELDS: Mapping[str, str] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # by peft_type
 
