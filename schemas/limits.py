@@ -40,7 +40,7 @@ MAX_IMAGES = 100_000  # of one prompt, and of one file of prompts; each is kept 
 MAX_PIXELS_TOGETHER = 1 << 29  # of images drawn in one call, whose pixels and latents are kept to its end: 6.4 GB
 
 # Prompts
-MAX_PROMPT_CHARACTERS = 100_000  # fifty times what people write; read and tokenised in a fraction of a second
+MAX_PROMPT_CHARACTERS = 1 << 17  # fifty times what people write; read and tokenised in a fraction of a second
 MAX_PROMPT_CHUNKS = 64  # of 75 tokens; the prior attends to all of them in every step
 MAX_PROMPT_FILE_BYTES = 64 << 20  # read into memory as a whole
 MAX_PROMPT_LINE = 1 << 20  # characters of a line of JSON, which takes many times its length in memory

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from cascadekit import convert, export
+from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.model import open_model
 from cascadekit.converters.same_model import differences
@@ -45,7 +45,8 @@ def test_what_differs_is_named(tiny: Path, model: Path, tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     (line,) = found(tiny / "bundle", model)
     assert line == f"prior: exported from {file.name}, this is {file.name}; other weights, or of another dtype"
-    convert([tiny / "model"], tmp_path / "bf16", "diffusers", dtype="bf16")
+    cast = ["convert", str(tiny / "model"), "-o", str(tmp_path / "bf16"), "--to", "diffusers", "--dtype", "bf16"]
+    assert CliRunner().invoke(main, cast).exit_code == 0
     lines = found(tiny / "bundle", tmp_path / "bf16")
     assert len(lines) == 4
     assert all("32-bit weights, these are 16-bit" in line for line in lines)
