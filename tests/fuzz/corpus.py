@@ -8,17 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.numpy import save
 
-import numpy as np
 from cascadekit import convert, export
 from cascadekit.converters.arrange import Target
 from cascadekit.converters.tiny import write_tiny_cascade
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.lora import lora_modules
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
-from PIL import Image
 
 from .mutate import split_safetensors
 
@@ -64,12 +64,18 @@ class Corpus:
         tensors = {}
         for name, shape in modules.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((2, *shape[1:]), np.float32)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones((shape[0], 2, *[1] * (len(shape) - 2)), np.float32)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones(
+                (shape[0], 2, *[1] * (len(shape) - 2)), np.float32
+            )
         return split_safetensors(save(tensors))
 
     @cached_property
     def pickled(self) -> bytes:
-        content = {"state_dict": {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4).half()}, "step": 7, "x": [1, {}]}
+        content = {
+            "state_dict": {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4).half()},
+            "step": 7,
+            "x": [1, {}],
+        }
         file = io.BytesIO()
         torch.save(content, file)
         return file.getvalue()

@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import onnx
+
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.engines.table import make_engine
 from cascadekit.runtime.integrity import describe_file, sha256_of

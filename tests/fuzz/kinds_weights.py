@@ -24,7 +24,16 @@ LORA_SUFFIXES = (
 )  # fmt: skip
 
 
-PREFIXES = ("", "model.diffusion_model.", "vae.", "text_encoder.clip_g.", "generator.", "lora_", "_orig_mod.", "module.")
+PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "vae.",
+    "text_encoder.clip_g.",
+    "generator.",
+    "lora_",
+    "_orig_mod.",
+    "module.",
+)
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F8_E4M3": 1, "F64": 8, "BOOL": 1, "U8": 1}
 PLACES = ("1", "17", "999999", str(10**9), "9" * 400, "-1", "\u0663", "\u00b2")  # of blocks that are counted
 SIDES = (0, 1, 2, 3, 8, 64, 77, 192)  # small: a conversion writes what it reads
@@ -36,6 +45,8 @@ def _other_tensors(header: dict[str, Any], rng: Random) -> dict[str, Any]:
     prefix, odd = rng.choice(PREFIXES), set(rng.sample(sorted(header), rng.randint(0, 3)))
     at = 0
     for name, entry in header.items():
+        if name == "__metadata__":
+            continue
         shape, dtype = entry["shape"], entry["dtype"]
         if name in odd and rng.random() < 0.3:
             continue
@@ -107,7 +118,9 @@ def lora(rng: Random, corpus: Corpus, folder: Path) -> Call:
             source.write_bytes(_odd_file(header, data, rng))
     against = ("--against", corpus.root / "model")
     look = command("lora", "inspect", source, *against, *rng.choice(([], ["--json"])))
-    return several(look, command("lora", "convert", source, *against, "-o", folder / "out.safetensors", "--to", "comfyui"))
+    return several(
+        look, command("lora", "convert", source, *against, "-o", folder / "out.safetensors", "--to", "comfyui")
+    )
 
 
 def _renamed(header: dict[str, Any], rng: Random) -> dict[str, Any]:
@@ -115,7 +128,9 @@ def _renamed(header: dict[str, Any], rng: Random) -> dict[str, Any]:
     names = {name: name for name in header}
     for name in rng.sample(sorted(names), rng.randint(1, 4)):
         stem = name.partition(".lora_")[0]
-        names[name] = f"{rng.choice(('', 'lora_unet_', 'lora_prior_unet_', 'unet.', stem + '.'))}{rng.choice(LORA_SUFFIXES)}"
+        names[name] = (
+            f"{rng.choice(('', 'lora_unet_', 'lora_prior_unet_', 'unet.', stem + '.'))}{rng.choice(LORA_SUFFIXES)}"
+        )
     return {names[name]: entry for name, entry in header.items()}
 
 
@@ -123,11 +138,8 @@ def pickled(rng: Random, corpus: Corpus, folder: Path) -> Call:
     """The bytes of the zip, or of the pickle inside, or another pickle, stored or deflated."""
     source = folder / rng.choice(("odd.ckpt", "odd.pt", "odd.bin", "odd.safetensors"))
     roll = rng.random()
-    if roll < 0.3:
-        content = odd_bytes(corpus.pickled, rng)
-    else:
-        content = _zipped(corpus.pickled, rng, other=roll > 0.7)
-    source.write_bytes(content)
+    whole = corpus.pickled
+    source.write_bytes(odd_bytes(whole, rng) if roll < 0.3 else _zipped(whole, rng, other=roll > 0.7))
     return _inspect_and_convert(source, rng)
 
 

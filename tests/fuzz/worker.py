@@ -65,7 +65,11 @@ def run(kind: str, seed: int, corpus: Corpus, scratch: Path, seconds: float) -> 
             os.chdir(here)
     grown = _status("VmHWM") - before
     if grown > MOST_BYTES and outcome["what"] in ("done", "refused"):
-        outcome = {"what": "memory", "error": f"took {grown >> 20} MB, of {MOST_BYTES >> 20} MB that it may", "where": ""}
+        outcome = {
+            "what": "memory",
+            "error": f"took {grown >> 20} MB, of {MOST_BYTES >> 20} MB that it may",
+            "where": "",
+        }
     return {"kind": kind, "seed": seed, "grown": grown, **outcome}
 
 
