@@ -17,27 +17,27 @@ Kind = Callable[[Random, Corpus, Path], Call]  # writes an input into a folder
 CODES = (0, 1, 2)
 
 
-class Refused(CascadeError):
+class RefusedError(CascadeError):
     """The command line said no, in words."""
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """It said so in another way than users are to see."""
 
 
 def command(*arguments: object) -> Call:
-    """The command line in this process. Raises Refused where it exits with 1 or 2, whatever else it meets as it is."""
+    """The command line in this process. Raises RefusedError where it exits with 1 or 2, whatever else it meets as it is."""
 
     def call() -> None:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         if result.exit_code not in CODES or "Traceback" in result.output:
-            raise Wrong(f"exit code {result.exit_code}: {result.output[-300:]}")
+            raise WrongError(f"exit code {result.exit_code}: {result.output[-300:]}")
         if result.exit_code:
             if not result.output.strip():
-                raise Wrong(f"exit code {result.exit_code} without a word")
-            raise Refused(result.output)
+                raise WrongError(f"exit code {result.exit_code} without a word")
+            raise RefusedError(result.output)
 
     return call
 

@@ -44,7 +44,7 @@ class Fuzzer:
     def __init__(self, root: Path, seconds: float = SECONDS) -> None:
         self._root, self._seconds = root, seconds
         self._process: subprocess.Popen[str] | None = None
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed where the context ends
         self.counts: dict[str, int] = {}
         self.peak = 0  # bytes that an input took
 

@@ -22,7 +22,7 @@ from cascadekit.runtime.ui.server import json_reply
 from cascadekit.schemas.errors import CascadeError, UsageError
 from cascadekit.schemas.request import loras_of, parse_request
 
-from .calls import Call, Kind, Wrong, command
+from .calls import Call, Kind, WrongError, command
 from .corpus import Corpus
 from .mutate import odd_bytes, odd_json
 from .odd_json import ODD
@@ -52,7 +52,7 @@ def png(rng: Random, corpus: Corpus, folder: Path) -> Call:
         images, _ = gallery.newest(48)
         found = json.loads(json_reply({"images": images}).body, parse_constant=_no_number)["images"]
         if "sound.png" not in [image["name"] for image in found]:
-            raise Wrong("the sound image is gone from the gallery")
+            raise WrongError("the sound image is gone from the gallery")
         settings = require_settings(folder / "odd.png")
         loras_of(settings)
         parse_request(settings, SIZE)
@@ -61,7 +61,7 @@ def png(rng: Random, corpus: Corpus, folder: Path) -> Call:
 
 
 def _no_number(name: str) -> None:
-    raise Wrong(f"{name} in the gallery's JSON")
+    raise WrongError(f"{name} in the gallery's JSON")
 
 
 def _with_text(content: bytes, text: bytes) -> bytes:
@@ -130,7 +130,8 @@ NUMBERS = ("0", "1", "2", "-1", "64", "2.5", "nan", "inf", "-inf", "1e999", "1" 
 VALUES = (
     "", " ", "0", "1", "-1", "2.5", "nan", "inf", "-inf", "1e999", "1" + "0" * 400, "9" * 5000, "64x64", "0x0", "-8x64",
     "64x64x64", "1" + "0" * 400 + "x64", "٣", "²", "1,0.5,0", "1,nan,0", ",", "a=b", "prior=", "=x", "canny=x.png:nan",
-    "x.png:1e999", "l.safetensors:nan", "\ud800", "\udcff", "ü" * 300, "x" * 5000, "a\0b", "[red]", "\x1b[31m", "{", "{seed",
+    "x.png:1e999", "l.safetensors:nan", "\ud800", "\udcff", "ü" * 300, "x" * 5000, "a\0b", "[red]", "\x1b[31m",
+    "{", "{seed",
     "{number:1000000000d}", "{prompt.__class__}", "resident", "1 GB", "-1GB", "nan GB", "file", "folder", "none", "-",
     "--help", "exact", "gdf", "true",
 )  # fmt: skip

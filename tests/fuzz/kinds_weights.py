@@ -45,6 +45,8 @@ def _other_tensors(header: dict[str, Any], rng: Random) -> dict[str, Any]:
     prefix, odd = rng.choice(PREFIXES), set(rng.sample(sorted(header), rng.randint(0, 3)))
     at = 0
     for name, entry in header.items():
+        if name == "__metadata__":
+            continue
         shape, dtype = entry["shape"], entry["dtype"]
         if name in odd and rng.random() < 0.3:
             continue
@@ -136,11 +138,8 @@ def pickled(rng: Random, corpus: Corpus, folder: Path) -> Call:
     """The bytes of the zip, or of the pickle inside, or another pickle, stored or deflated."""
     source = folder / rng.choice(("odd.ckpt", "odd.pt", "odd.bin", "odd.safetensors"))
     roll = rng.random()
-    if roll < 0.3:
-        content = odd_bytes(corpus.pickled, rng)
-    else:
-        content = _zipped(corpus.pickled, rng, other=roll > 0.7)
-    source.write_bytes(content)
+    whole = corpus.pickled
+    source.write_bytes(odd_bytes(whole, rng) if roll < 0.3 else _zipped(whole, rng, other=roll > 0.7))
     return _inspect_and_convert(source, rng)
 
 

@@ -43,6 +43,10 @@ def _panics() -> None:
     raise BaseException("as a library in Rust does")
 
 
+def _aborts() -> None:
+    os.abort()
+
+
 def _exits() -> None:
     os._exit(0)
 
@@ -62,7 +66,7 @@ KINDS: dict[str, Kind] = {
     "planted-panic": _kind(_panics),
     "planted-hang": _kind(_hangs),
     "planted-native-hang": _kind(_hangs_in_native_code),
-    "planted-abort": _kind(os.abort),
+    "planted-abort": _kind(_aborts),
     "planted-exit": _kind(_exits),
     "planted-memory": _kind(_takes),
     "planted-address-space": _kind(_takes_all),

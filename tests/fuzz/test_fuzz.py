@@ -36,7 +36,7 @@ def test_all(fuzzer: Fuzzer, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def impatient(tiny: Path) -> Iterator[Fuzzer]:
-    with Fuzzer(tiny, seconds=1) as started:
+    with Fuzzer(tiny, seconds=4) as started:
         yield started
 
 
@@ -47,8 +47,8 @@ def impatient(tiny: Path) -> Iterator[Fuzzer]:
         ("panic", "traceback", "BaseException: as a library"),
         ("memory", "memory", "took 7"),
         ("address-space", "memory", "MemoryError"),
-        ("hang", "hang", "no answer after 1 seconds"),
-        ("native-hang", "hang", "no answer after 1 seconds"),
+        ("hang", "hang", "no answer after 4 seconds"),
+        ("native-hang", "hang", "no answer after 4 seconds"),
         ("abort", "abort", "SIGABRT"),
         ("exit", "abort", "exit code 0"),
     ],
