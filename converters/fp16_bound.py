@@ -47,5 +47,5 @@ def _rows(weight: Weight, folder: Path) -> NDArray[np.float32]:
     table = values.view(DTYPES[weight.dtype]).reshape(count, -1)
     chosen = table[np.unique(np.linspace(0, count - 1, min(count, ROWS)).astype(int))]
     if weight.dtype == "BF16":
-        return (chosen.astype("<u4") << 16).view(np.float32)
-    return chosen.astype(np.float32)
+        return np.asarray((chosen.astype("<u4") << 16).view(np.float32))
+    return np.asarray(chosen, np.float32)

@@ -14,7 +14,7 @@ from .model import Model
 from .placing import source_files
 
 WIDTHS = {4: "32-bit", 2: "16-bit", 1: "8-bit"}  # bytes of a value
-SLACK = 0.02  # of a file is its header, and what is no float
+SLACK = 0.5  # what a file may be larger by: headers of small files; one with other networks beside is larger still
 
 
 def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) -> list[str]:
