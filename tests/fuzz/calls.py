@@ -26,7 +26,7 @@ class WrongError(Exception):
 
 
 def command(*arguments: object) -> Call:
-    """The command line in this process. Raises RefusedError where it exits with 1 or 2, whatever else it meets as it is."""
+    """The command line in this process. Raises RefusedError where it exits with 1 or 2; all else comes as it is."""
 
     def call() -> None:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])

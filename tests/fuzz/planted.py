@@ -31,7 +31,7 @@ def _hangs_in_native_code() -> None:
 
 
 def _takes() -> None:
-    kept.append(bytearray(b"x") * (700 << 20))
+    kept.append(bytearray(b"x") * (300 << 20))
     kept.clear()
 
 

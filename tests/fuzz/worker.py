@@ -24,7 +24,7 @@ from .corpus import Corpus
 
 ALL: dict[str, Kind] = {**kinds_weights.KINDS, **kinds_bundle.KINDS, **kinds_request.KINDS, **planted.KINDS}
 
-MOST_BYTES = 512 << 20  # resident memory that one input may take at its peak, beyond what was taken before it
+MOST_BYTES = 256 << 20  # resident memory that one input may take at its peak, beyond what was taken before it
 ADDRESS_SPACE = 4 << 30  # beyond what is mapped already: a runaway meets MemoryError, not the machine
 SHOWN = 5  # frames of a traceback
 
