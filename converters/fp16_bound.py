@@ -47,5 +47,6 @@ def _rows(weight: Weight, folder: Path) -> NDArray[np.float32]:
     table = values.view(DTYPES[weight.dtype]).reshape(count, -1)
     chosen = table[np.unique(np.linspace(0, count - 1, min(count, ROWS)).astype(int))]
     if weight.dtype == "BF16":
-        return np.asarray((chosen.astype("<u4") << 16).view(np.float32))
-    return np.asarray(chosen, np.float32)
+        chosen = (chosen.astype("<u4") << 16).view(np.float32)
+    rows: NDArray[np.float32] = np.asarray(chosen, np.float32)
+    return rows

@@ -100,7 +100,7 @@ def _outside(settings: Settings) -> Iterator[str]:
             yield f"{name} {shown(wrong[0])}: expected ratios from 0 to 1"
 
 
-def _is_within(value: object, kind: type[Real], least: float, most: float) -> bool:
+def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
 
 

@@ -219,6 +219,7 @@ class _Head:
 
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
+    raw_requestline: bytes  # set by the base class
     protocol_version = "HTTP/1.1"
     timeout = PATIENCE
 
