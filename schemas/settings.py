@@ -101,7 +101,8 @@ def _outside(settings: Settings) -> Iterator[str]:
 
 
 def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    return is_number and bool(least <= value <= most)
 
 
 def shown(value: object) -> str:
