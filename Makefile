@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
 
-.PHONY: demo test test-slow lint types docs wheel-test clean
+.PHONY: demo test test-slow fuzz lint types docs wheel-test clean
 
 demo: .venv/demo.stamp ## a tiny cascade down the whole road, into demo/
 	$(BIN)/cascadekit demo -o demo --force
@@ -14,6 +14,9 @@ test: .venv/dev.stamp ## every test but the slow ones; ARGS="-k name" chooses
 
 test-slow: .venv/dev.stamp ## weights of real size: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
+
+fuzz: .venv/dev.stamp ## 20,000 odd inputs from seeds; `python -m tests.fuzz KIND SEED` runs one of them again
+	$(BIN)/python -m pytest -m fuzz -n auto tests/fuzz
 
 lint: .venv/dev.stamp ## ruff and mypy strict
 	$(BIN)/ruff check .

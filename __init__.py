@@ -1,10 +1,13 @@
 """cascadekit: convert, export, run and verify Stable Cascade.
 
 What needs onnx or torch is imported when first used, so that `import cascadekit` is light and works without them.
+Importing it also tells ONNX Runtime and huggingface_hub not to report that they are used, see `runtime.telemetry`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .runtime.telemetry import switch_off_telemetry
 
 if TYPE_CHECKING:
     from .converters.checkpoint import convert as convert
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from .runtime.pipeline import Cascade as Cascade
     from .runtime.seeds import PlacedSeed as PlacedSeed
     from .schemas.settings import Settings as Settings
+
+switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
 
 _PUBLIC = {
     "Cascade": (".runtime.pipeline", "Cascade"),

@@ -5,10 +5,10 @@ import click
 from .bench import bench
 from .bench_build import build as bench_build
 from .bench_generate import generate as bench_generate
+from .boundary import CascadeGroup
 from .build import build
 from .bundles import export, validate
 from .checkpoints import convert, inspect
-from .console import CascadeGroup
 from .demo import demo
 from .doctor import doctor
 from .generate import generate

@@ -12,8 +12,9 @@ import click
 
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.stages import Stage
-from .console import FAILED, batch_progress, note, say, stoppable
-from .drawing import open_cascade, preview_path, require_previewer, steps_shown, tell_memory, warn_of_cuts
+from .console import FAILED, batch_progress, note, say
+from .drawing import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
+from .signals import stoppable
 
 if TYPE_CHECKING:
     from ..runtime.batch import Outcome
@@ -58,6 +59,7 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
         seed, plan = _plan(cascade, common, how)
         if plan.problems:
             _tell_problems(plan, keep_going=how.keep_going)
+        _require_apart(plan.jobs, bundle, how)
         with alone(how.output), Journal(how.log_path) as journal:
             if not how.force and (others := conflicts(plan.jobs)):
                 todo = "move them away, choose another -o or --name, or replace what is there with --force"
@@ -96,6 +98,21 @@ def _tell_problems(plan: "Plan", *, keep_going: bool) -> None:
         note(f"left out: {problem}")
 
 
+def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: Drawing) -> None:
+    """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
+    from ..runtime.batch_plan import pictures_of
+    from ..runtime.images import require_free_previews
+    from ..runtime.replacing import require_apart, require_none_is
+
+    sources: list[str | Path] = [how.prompt_file, *pictures_of(job.request for job in jobs)]
+    require_none_is([how.log_path, *(job.path for job in jobs)], sources)
+    for example in {job.path.parent: job.path for job in jobs}.values():
+        require_apart(example, [bundle])
+    require_apart(how.log_path, [bundle])
+    if how.preview_every:
+        require_free_previews(job.path for job in jobs)
+
+
 def _listed(text: str, lines: Sequence[str]) -> str:
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "\n  ".join([f"{text}:", *lines[:SHOWN], *more])
@@ -116,6 +133,7 @@ def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
 def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Drawing) -> int:
     """Draw and tell; how many failed."""
     from ..runtime.batch import Runner
+    from ..runtime.images import remove_preview
 
     count = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
     paths: list[Path] = []  # of the images in work
@@ -134,14 +152,14 @@ def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Dr
                 if line := _line(outcome):
                     bars.say(f"[{sum(count.values())}/{len(jobs)}] {line}")
                 if how.preview_every:
-                    preview_path(outcome.job.path).unlink(missing_ok=True)
+                    remove_preview(outcome.job.path)
         except BaseException as error:
             with suppress(CascadeError):
                 journal.write("stopped", {**count, "reason": str(error) or type(error).__name__})
             raise
         finally:
             for path in paths if how.preview_every else ():
-                preview_path(path).unlink(missing_ok=True)
+                remove_preview(path)
     journal.write("finished", count)
     say(", ".join(f"{number} {kind}" for kind, number in count.items() if number) + f"; log: {how.log_path}")
     return count["failed"]

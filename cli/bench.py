@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import PATH, parse_size
-from .console import err, note, say, show_table
+from .console import complain, note, say, show_table
 
 if TYPE_CHECKING:
     from ..converters.bench import EnginesReport, Report
@@ -229,7 +229,7 @@ def _engine_row(name: str, measured: dict[str, Any]) -> list[str]:
 
 
 def show_progress(text: str) -> None:
-    err.print(text, markup=False)
+    complain(text)
 
 
 def _show(report: "Report", as_json: bool) -> None:

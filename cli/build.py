@@ -8,6 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.text import Text
 
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.precision import Precision, Target
@@ -15,7 +16,8 @@ from ..schemas.profiles import DEFAULT, Bounds, parse_image_size, shown
 from ..schemas.stages import Stage
 from ..schemas.targets import ALONE, PLAIN, RTX, parse_targets
 from .common import PATH, STAGES, local, maybe_local
-from .console import byte_progress, err, note, say, show_table
+from .console import byte_progress, complain, err, note, say, show_table
+from .escape import visible_line
 
 if TYPE_CHECKING:
     from ..converters.tensorrt import Built, Progress
@@ -210,14 +212,14 @@ def _progress() -> "Iterator[Callable[[Progress], object]]":
     """A line that changes on a terminal; in a pipe one at the start of a build, and one in a while."""
     if err.is_terminal:
         with err.status("") as status:
-            yield lambda progress: status.update(_line(progress))
+            yield lambda progress: status.update(Text(visible_line(_line(progress))))
         return
     last: dict[str, float] = {}
 
     def print_some(progress: "Progress") -> None:
         if progress.name not in last or monotonic() - last[progress.name] >= QUIET:
             last[progress.name] = monotonic()
-            err.print(_line(progress), markup=False)
+            complain(_line(progress))
 
     yield print_some
 

@@ -41,7 +41,7 @@ def _parse_precisions(
 def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | None) -> Literal["auto"] | int | None:
     if value is None or value == "auto":
         return value  # type: ignore[return-value]
-    if not value.isdecimal() or int(value) > MAX_EXPONENT:
+    if not value.isdecimal() or len(value) > 2 or int(value) > MAX_EXPONENT:
         raise click.BadParameter(f"{value!r}: expected auto, or a number from 0 to {MAX_EXPONENT}")
     return int(value)
 
@@ -55,9 +55,9 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     type=click.Choice(["auto", "link", "copy"]),
     default="auto",
     show_default=True,
-    help="link: share the model's files, by clones where the file system has them, else by hard links, and then the "
-    "model's files must not change in place (replacing or deleting them is fine). copy: the bundle has its own. "
-    "auto: link where that is possible, else copy.",
+    help="auto: clones of the model's files where the file system has them (Btrfs, XFS), else copies. copy: copies. "
+    "link: hard links in place of copies. They take no disk, but no other program opens the graphs then (onnx.load "
+    "refuses hard links), and the model's files must not change in place (replacing or deleting them is fine).",
 )
 @click.option(
     "--precision",
@@ -101,10 +101,11 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 )
 @click.option("--controlnet", is_flag=True, help="Give the prior inputs for a ControlNet's residuals.")
 @click.option(
-    "--hash",
+    "--hash/--no-hash",
     "hashed",
-    is_flag=True,
-    help="Record the SHA-256 of weights too, 0.7 s a gigabyte; copies below 64 MiB have it anyway.",
+    default=True,
+    help="Record the SHA-256 of weights, 0.7 s a gigabyte at most, or not: `validate --hash` compares with it.  "
+    "[default: --hash]",
 )
 @click.option(
     "--lora",
@@ -116,7 +117,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle; other files stay.")
 def export(
     model: Path,
     output: Path,
@@ -172,7 +173,10 @@ def export(
         _show_choices(choices)
     say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
     if any(entry.weights == "link" for entry in manifest.stages.values()):
-        note("hard links: the model's files must not change in place; --weights copy makes the bundle independent")
+        note(
+            "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
+            "not change in place; --weights copy makes the bundle independent"
+        )
 
 
 def _quantize(kind: Quantization, threshold: float | None, choices: "dict[Stage, Choice]") -> "Quantize | None":
@@ -195,7 +199,7 @@ def _show_choices(choices: "dict[Stage, Choice]") -> None:
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--hash", "hashed", is_flag=True, help="Read all files whole and compare their SHA-256.")
+@click.option("--hash", "hashed", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
     """Check a bundle's graphs, weights and files without running it; exit code 1 when something is wrong.
@@ -218,7 +222,12 @@ def print_validation(result: "Validation") -> None:
     rows = []
     for check in result.checks:
         facts = check.facts
-        if check.subject:
+        if check.stage is None:
+            rest = f"{facts['files']} files"
+            more = len(facts["unlisted"]) - 5
+            rest += f"; in no list: {', '.join(facts['unlisted'][:5])}" if facts["unlisted"] else ""
+            rest += f" and {more} more" if more > 0 else ""
+        elif check.subject:
             count = sum(facts.get("operators", {}).values())
             kinds = ", ".join(f"{name} {n}" for name, n in facts.get("operators", {}).items())
             rest = f"{count} nodes: {kinds}; opset {facts.get('opset')}, IR {facts.get('ir_version')}"
@@ -228,9 +237,12 @@ def print_validation(result: "Validation") -> None:
             rest = f"{facts['files']} files, weights: {WAYS[facts['weights']]}"
             rest += f"; no SHA-256 recorded: {unhashed}" if unhashed else ""
             rest += f"; {facts['plans']['current']} GPU engines" if "plans" in facts else ""
-        rows.append((check.stage, check.subject or "files", "; ".join(check.problems) or "ok", rest))
+        rows.append((check.stage or "bundle", check.subject or "files", "; ".join(check.problems) or "ok", rest))
     show_table("", ("stage", "checked", "verdict", "found"), rows)
     say("valid" if result else "INVALID")
+    count = sum(len(check.facts.get("without_sha256", ())) for check in result.checks)
+    if count:
+        note(f"{count} files were exported without a SHA-256: of their bytes only samples can be compared")
 
 
 def _unhashed(file: dict[str, str | None]) -> str:

@@ -155,7 +155,7 @@ DTYPES = {"keep": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 @click.option("--shard-size", callback=_parse_shard_size, help="Cut larger diffusers components, e.g. 10GB.")
 @click.option("--combined", is_flag=True, help="Folders of StableCascadeCombinedPipeline (diffusers).")
 @click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 def convert(
     sources: tuple[Path, ...],
     output: Path,

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import click
 
+from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.layouts import Layout
 from .common import PATH
-from .console import FAILED, say
+from .console import FAILED, note, say
 from .verify import print_report, run_verify
 from .verify_report import keep
 
 
 @click.command()
 @click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder to make.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--force", is_flag=True, help="Replace an earlier demo; other files stay.")
 def demo(output: Path, force: bool) -> None:
     """Take a tiny cascade down the whole road: original files, model folder, bundle, image, parity.
 
@@ -24,11 +25,13 @@ def demo(output: Path, force: bool) -> None:
     from ..converters.export import export as run_export
     from ..converters.model import open_model
     from ..converters.outputs import staged_output
+    from ..converters.ownership import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
     from ..converters.tiny import write_tiny_cascade
     from ..runtime.images import save_png
     from ..runtime.pipeline import Cascade
 
-    with staged_output(output, force=force) as folder:
+    files = ["image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}"]
+    with staged_output(output, force=force, files=files, say=note) as folder:
         say("original/    a tiny cascade in Stability's layout")
         write_tiny_cascade(folder / "original")
         say("model/       converted to a model folder")
@@ -41,9 +44,11 @@ def demo(output: Path, force: bool) -> None:
         save_png(folder / "image.png", result.images[0], result.settings[0])
         say("parity.json  compared with PyTorch")
         report = run_verify(folder / "bundle", folder / "model")
-        (folder / "parity.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         keep(report, folder / "bundle", folder / "model", (), record=True)
+        content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
+        (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print_report(report)
-    say(f"image: {output / 'image.png'}\nparity table: {output / 'parity.json'}")
+    say(f"image: {output / 'image.png'}")
+    say(f"parity table: {output / 'parity.json'}")
     if not report:
         raise SystemExit(FAILED)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.markup import escape
 
 from .common import PATH
 from .console import FAILED, say, show_table
@@ -50,8 +49,7 @@ def _print(findings: "Findings") -> None:
     seen = f"{gpu.name}, {gpu.capability}, {gpu.memory / 1e9:.0f} GB, driver {gpu.driver}" if gpu else ""
     say(f"GPU: {'; '.join(part for part in (seen, findings.gpu_problem) if part)}")
     rows = [
-        (e.engine, e.device, e.version or "-", ANSWERS[e.builds], ANSWERS[e.runs], escape(e.lacking))
-        for e in findings.engines
+        (e.engine, e.device, e.version or "-", ANSWERS[e.builds], ANSWERS[e.runs], e.lacking) for e in findings.engines
     ]
     show_table("", ENGINE_COLUMNS, rows)
     for tool, command in findings.lacking_tools.items():
@@ -63,14 +61,13 @@ def _print(findings: "Findings") -> None:
 def _check(output: Path, *, force: bool, as_json: bool) -> None:
     from ..converters.gpu_check import check_gpu
     from ..converters.outputs import staged_output
-    from ..schemas.errors import UsageError
+    from ..runtime.replacing import require_free
 
-    if output.exists() and not force:
-        raise UsageError(f"{output}: exists already; give another output or --force to replace it")
+    require_free(output, force=force)
 
     def keep(report: "GpuReport") -> None:
         """After every check: a driver that takes the process down leaves what was found until then."""
-        with staged_output(output, force=True) as staged:
+        with staged_output(output, force=True, files=()) as staged:
             staged.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
 
     report = check_gpu(keep, (lambda check: None) if as_json else _say_check)

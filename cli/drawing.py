@@ -31,6 +31,7 @@ def open_cascade(
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
     """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
+    from ..runtime.bundle import open_bundle
     from ..runtime.parity.verdict import warning
     from ..runtime.pipeline import Cascade
 
@@ -50,8 +51,9 @@ def open_cascade(
         refit=_refit,
         stages=stages,
     )
-    if line := warning(cascade.manifest, cascade.engine.name):
-        note(line)
+    for line in (warning(cascade.manifest, cascade.engine.name), open_bundle(bundle).tokenizer_change()):
+        if line:
+            note(line)
     return cascade
 
 
@@ -76,13 +78,14 @@ def steps_shown(
 ) -> "Callable[[Stage, Step], None]":
     """Moves the bars on, and puts a preview beside where each image will be."""
 
+    from ..runtime.images import save_preview
+
     def on_step(stage: Stage, step: "Step") -> None:
         progress(stage, step.index + 1, step.steps)
         if every and stage is Stage.PRIOR and (step.index + 1) % every == 0:
             for path, picture in zip(paths, step.preview(), strict=True):
                 with suppress(OSError):  # the image itself will tell that nothing can be written there
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    picture.save(preview_path(path))
+                    save_preview(path, picture)
 
     return on_step
 
@@ -91,10 +94,6 @@ def require_previewer(cascade: "Cascade", every: int | None) -> None:
     """Raise UsageError when previews are asked for that the bundle cannot draw."""
     if every and Stage.PREVIEWER not in cascade.manifest.stages:
         raise UsageError("--preview-every: the bundle has no previewer; export the model with it, or leave this out")
-
-
-def preview_path(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.preview.png")
 
 
 def tell_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
 from .batch import Drawing, draw_batch
 from .common import PATH
-from .console import say, step_progress
+from .console import note, say, step_progress
 from .drawing import (
     OPENING,
     open_cascade,
-    preview_path,
     require_previewer,
     said,
     steps_shown,
@@ -26,6 +26,7 @@ from .generate_options import BATCH, looks, machinery, together
 if TYPE_CHECKING:
     from ..runtime.pipeline import Cascade
     from ..schemas.request import Request
+    from ..schemas.settings import Settings
 
 
 @click.command()
@@ -33,8 +34,16 @@ if TYPE_CHECKING:
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder or .png file.")
 @click.option("--like", type=PATH, help="A PNG made by cascadekit: draw it again, with what else is said changed.")
-@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Images for each prompt.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="One for the batch, or one for each image.")
+@click.option(
+    "--images", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images for each prompt."
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=click.IntRange(-(2**63), 2**64 - 1),
+    multiple=True,
+    help="One for the batch, or one for each image.",
+)
 @looks
 @machinery
 @click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Show NAME.preview.png every N steps.")
@@ -61,7 +70,16 @@ def generate(
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
     from ..runtime.batch import images_together
-    from ..runtime.images import image_paths, require_settings, save_png
+    from ..runtime.batch_plan import pictures_of
+    from ..runtime.images import (
+        image_paths,
+        remove_preview,
+        require_free_previews,
+        require_settings,
+        save_numbered,
+        save_png,
+    )
+    from ..runtime.made_with import changes
     from ..runtime.requests import draw, groups, text_length
     from ..schemas.request import loras_of
 
@@ -81,41 +99,66 @@ def generate(
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, preview_every)
+        if like and (other := changes(base, cascade.engine, cascade.manifest)):
+            note(f"{like} was made with {', '.join(other)}: pixels may differ")
         requests = _requests(cascade, prompts, images, seeds, common)
-        paths = image_paths(output, len(requests), force=force)
+        paths = image_paths(output, len(requests), force=force, sources=[bundle, *_given(like), *pictures_of(requests)])
+        is_file = paths == [output]
+        if preview_every:
+            require_free_previews(paths)
         warn_of_cuts(requests, cascade)
-        most = batch or images_together(requests[0].settings)
+        most = min(batch or images_together(requests[0].settings), _room(requests[0].settings))
         tell_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:
             for group in groups(requests, most, partial(text_length, cascade)):
                 here = [next(left) for _ in group]
                 on_step = steps_shown(progress, here, preview_every)
-                for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):
-                    save_png(path, drawn.image, drawn.metadata)
-                    preview_path(path).unlink(missing_ok=True)
-                    say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
+                try:
+                    for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):
+                        if is_file:
+                            save_png(path, drawn.image, drawn.metadata, force=force)
+                        else:
+                            path = save_numbered(path, drawn.image, drawn.metadata)
+                        say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
+                finally:
+                    for path in here if preview_every else ():
+                        remove_preview(path)
+
+
+def _given(path: Path | None) -> list[Path]:
+    return [] if path is None else [path]
 
 
 def _requests(
     cascade: "Cascade", prompts: Sequence[str], images: int, seeds: Sequence[int], common: Mapping[str, Any]
 ) -> "list[Request]":
     """One request for each image: of each prompt, `images`."""
+    from ..runtime.batch_plan import check_request
     from ..schemas.request import parse_request
 
     if not prompts and "prompt" not in common:
         raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to draw again, or --prompts.")
     count = (len(prompts) or 1) * images
+    if count > MAX_IMAGES:
+        raise click.UsageError(f"{count} images: expected at most {MAX_IMAGES}")
     if len(seeds) > 1 and len(seeds) != count:
         raise click.UsageError(f"{len(seeds)} seeds for {count} images; give one, or one for each")
     places = _places(seeds, count, common)
-    return [
-        parse_request(
-            {**common, **({"prompt": prompts[number // images]} if prompts else {}), **place},
-            cascade.manifest.default_size,
-        )
-        for number, place in enumerate(places)
+    size = cascade.manifest.default_size
+    of_prompt = [
+        parse_request({**common, **words, **places[number * images]}, size)
+        for number, words in enumerate([{"prompt": prompt} for prompt in prompts] or [{}])
     ]
+    for request in of_prompt:
+        check_request(request, cascade.manifest)
+    # They differ in their places alone, and share everything else in memory.
+    return [of_prompt[number // images].model_copy(update=place) for number, place in enumerate(places)]
+
+
+def _room(settings: "Settings") -> int:
+    """How many images may be drawn in one call, however many --batch asks for."""
+    return max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
 
 
 def _places(seeds: Sequence[int], count: int, base: Mapping[str, Any]) -> list[dict[str, int]]:

@@ -84,7 +84,7 @@ MACHINERY: Sequence[Option] = (
         help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
         "in bf16 differ slightly from those in fp32, which all the others compute in; -mapped is for little memory.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="The engine's own choice when left out."),
+    click.option("--threads", type=click.IntRange(1, 4096), help="The engine's own choice when left out."),
     click.option(
         "--memory",
         metavar="resident|staged|N GB",
@@ -92,7 +92,9 @@ MACHINERY: Sequence[Option] = (
         show_default=True,
         help="Stages that stay loaded: all, one at a time, or what fits.",
     ),
-    click.option("--vram", type=click.IntRange(1), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"),
+    click.option(
+        "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
+    ),
     click.option("--allow-cpu", is_flag=True, help="Let the CPU do what ONNX Runtime cannot do on the GPU."),
     click.option("--batch", type=click.IntRange(1), help="Images drawn together.  [default: 4 of 1024x1024]"),
     click.option(

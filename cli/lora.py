@@ -22,7 +22,7 @@ filter_option = click.option(
     help="Stability's format: the trainer's module_filters (repeatable).",
 )
 alpha_option = click.option("--alpha", type=float, help="Alpha, where the file states none; its rank when left out.")
-force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+force_option = click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 
 
 @click.group()

@@ -1,7 +1,6 @@
 """The command that shows a page to draw with."""
 
 import ipaddress
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **en
 
     Example: cascadekit ui bundle
     """
+    from ..runtime.replacing import require_apart
     from ..runtime.ui.serve import page_server
 
+    require_apart(output / "0000.png", [bundle])
     with open_cascade(bundle, **engine) as cascade:
         name = bundle.resolve().name
         page = page_server(
@@ -35,7 +36,6 @@ def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **en
             if not _is_loopback(host):
                 note("whoever reaches this address can draw, and see the images; 127.0.0.1 is for this machine alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..schemas.errors import UsageError
+from ..schemas.errors import UsageError, reraise_interrupt
 from ..schemas.stages import Stage
 from .common import ENGINES, PATH, STAGES, local, maybe_local, parse_size
 from .console import FAILED, note, say, show_table
@@ -80,9 +80,13 @@ COMPUTE = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16
     type=PATH,
     help="Write a report (repeatable): .html to look at, .json for programs, .xml (JUnit) for build servers.",
 )
-@click.option("--verdict/--no-verdict", default=True, help="Write the verdict into the bundle's manifest or not.")
+@click.option(
+    "--verdict/--no-verdict",
+    default=True,
+    help="Write the verdict into the bundle's manifest, if the model is the one it was exported from; or never.",
+)
 @click.option("--mapping", is_flag=True, help="Of checkpoints: list every tensor and where it lies in both.")
-@click.option("--force", is_flag=True, help="Replace an existing recording.")
+@click.option("--force", is_flag=True, help="Replace an existing recording or report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     bundle: Path,
@@ -112,7 +116,7 @@ def verify(
 
     Example: cascadekit verify bundle --against model --report report.html
     """
-    check_names(reports)
+    check_names(reports, force=force, sources=[path for path in (bundle, against, recorded) if path is not None])
     wanted = {"--record": record is not None, "--bisect": bisect, "--ranges": ranges}
     model = _check_options(against, recorded, wanted, reference)
     if not is_bundle(bundle):
@@ -130,22 +134,41 @@ def verify(
         chosen = chosen or list(opened.manifest.stages)
         runs = _reference(_model(model, text_encoder), chosen)
         inside = look_inside(opened, chosen, runs, bisect=bisect, ranges=ranges)
+    other = _differences(bundle, against, recorded, text_encoder, stages)
+    if other:
+        note(f"this is not the model {bundle} was exported from, so no verdict is recorded: {'. '.join(other)}")
     report = None
     if reports or not (bisect or ranges):
         report = run_verify(
             bundle, against, text_encoder, stages, device, engine, reference, reference_precision, recorded, size, sizes
         )
     if as_json:
-        say(json.dumps({**({} if report is None else report.to_json()), **inside.to_json()}, indent=2))
+        differs = {"differs_from_exported": other} if other else {}
+        say(json.dumps({**({} if report is None else report.to_json()), **differs, **inside.to_json()}, indent=2))
     else:
         if report is not None:
             print_report(report)
         print_inside(inside)
     if report is not None:
         depth, widths = inside.depth_entries(), inside.range_entries()
-        keep(report, bundle, model, reports, record=verdict, depth=depth, ranges=widths)
+        keep(report, bundle, model, reports, record=verdict and not other, depth=depth, ranges=widths)
     if not inside or (report is not None and not report):
         raise SystemExit(FAILED)
+
+
+def _differences(
+    bundle: Path, against: Path | None, recorded: Path | None, text_encoder: Path | None, stages: Sequence[str]
+) -> list[str]:
+    """What the bundle was exported from that is not what it is compared with, a line each."""
+    from ..converters.same_model import differences, recorded_differences
+
+    opened, chosen = _opened(bundle, stages)
+    if against is not None:
+        return differences(opened.manifest, _model(against, text_encoder), chosen)
+    assert recorded is not None
+    from ..converters.recording import load_recording
+
+    return recorded_differences(opened.manifest, load_recording(recorded).sources, chosen)
 
 
 def _check_options(against: Path | None, recorded: Path | None, wanted: dict[str, bool], reference: str) -> Path:
@@ -185,7 +208,9 @@ def run_verify(
     runs = make_engine(engine, opened, device)
     expected: Expected | TorchEngine
     if recorded is not None:
-        expected = _recorded(recorded, opened)
+        from ..converters.recording import load_recording
+
+        expected = load_recording(recorded).expected
     else:
         assert against is not None
         model = _model(against, text_encoder)
@@ -211,10 +236,11 @@ def run_record(
 ) -> None:
     from ..converters.recording import record
     from ..runtime.parity.expected import expect
+    from ..runtime.replacing import require_apart, require_free
     from ..runtime.tokenizer import ClipTokenizer
 
-    if output.exists() and not force:
-        raise UsageError(f"{output}: exists already; give another output or --force to replace it")
+    require_apart(output, [bundle, against])
+    require_free(output, force=force)
     opened, chosen = _opened(bundle, stages)
     model = _model(against, text_encoder)
     runs = _reference(model, chosen or list(opened.manifest.stages), reference, reference_precision)
@@ -261,6 +287,7 @@ def _reference(
     try:
         from ..converters.reference import independent_engine, reference_engine
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(
             "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
             "or give --recorded FILE"
@@ -268,17 +295,6 @@ def _reference(
     wanted = list(dict.fromkeys([*stages, *({Stage.TEXT_ENCODER} & model.components.keys())]))
     make = {"cascadekit": reference_engine, "diffusers": independent_engine}[reference]
     return make(model, wanted, compute=COMPUTE[precision])
-
-
-def _recorded(path: Path, bundle: "Bundle") -> "Expected":
-    from ..converters.recording import load_recording
-
-    recording = load_recording(path)
-    for stage, entry in bundle.manifest.stages.items():
-        known = {source.fingerprint for source in entry.sources}
-        if not known.issuperset(recording.sources.get(stage, ())):
-            note(f"{stage}: recorded from other files than those the bundle was exported from")
-    return recording.expected
 
 
 def print_report(report: "Report") -> None:

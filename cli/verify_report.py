@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..schemas.errors import CascadeError, UsageError
+from ..schemas.json_text import well_formed
 from .common import local
 from .console import note
 
@@ -23,15 +24,18 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def check_names(reports: Iterable[Path]) -> None:
-    """Raise UsageError for a report that could not be written, before anything takes time."""
+def check_names(reports: Iterable[Path], *, force: bool, sources: Sequence[Path]) -> None:
+    """Raise UsageError for a report that could not be written, or not there, before anything takes time."""
     from ..runtime.parity.report import SUFFIXES
+    from ..runtime.replacing import require_apart, require_free
 
     for path in reports:
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{path}: a report is one of {', '.join(SUFFIXES)}; end its name so")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent} to write it in; make it first")
+        require_apart(path, sources)
+        require_free(path, force=force)
 
 
 def keep(
@@ -54,7 +58,7 @@ def keep(
         compared = {place(comparison.name)[1] for comparison in report.comparisons}
         stages = [stage for stage in opened.manifest.stages if stage in compared]
         files = (*bundle_files(opened.manifest, stages), *_reference_files(against))
-        circumstances = Circumstances(bundle.absolute().name, _command(), _environment(), files)
+        circumstances = Circumstances(well_formed(bundle.absolute().name), _command(), _environment(), files)
         images = report.images
         whole = build_report(report, opened.manifest, circumstances, images=images, depth=depth, ranges=ranges)
         for path in reports:
@@ -68,7 +72,7 @@ def keep(
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return well_formed(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def _environment() -> dict[str, str]:
@@ -101,7 +105,7 @@ def _reference_files(against: Path) -> "list[FileEntry]":
     return [
         FileEntry(
             role="reference",
-            path=path.name if against.is_file() else path.relative_to(local(against)).as_posix(),
+            path=well_formed(path.name if against.is_file() else path.relative_to(local(against)).as_posix()),
             bytes=path.stat().st_size,
             fingerprint=fingerprint(path),
             sha256=None,

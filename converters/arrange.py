@@ -13,6 +13,7 @@ from ..schemas.stages import Stage, Variant
 from ..schemas.tensors import Shape
 from .cast import target_dtype
 from .identify import Component
+from .model import ENCODERS
 from .model_folder import component_folders
 from .plans import TensorPlan, canonical_order
 
@@ -31,7 +32,6 @@ COMFYUI_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stable_cascade_stage_c",
     Stage.DECODER: "stable_cascade_stage_b",
 }
-ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def plan_tensors(component: Component, target: Target, prefix: str = "") -> dict
                 f"but differ in dtype ({', '.join(sorted(dtypes))}); choose one with --dtype"
             )
         plans[prefix + name] = TensorPlan(dtypes.pop(), made.shape, ranges)
-    return plans
+    return plans | {prefix + name: TensorPlan("I64", (), ()) for name in component.zeros}
 
 
 def _paths(component: Component, target: Target) -> list[Path]:

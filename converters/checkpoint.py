@@ -9,15 +9,18 @@ from pathlib import Path
 
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
-from ..schemas.stages import NetworkConfig, Stage, VQGANConfig
-from .arrange import ENCODERS, Arrangement, FilePlan, Target, arrange
+from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
+from .arrange import Arrangement, FilePlan, Target, arrange
+from .computing import Counts
 from .identify import Component
-from .model import DEFAULT_CHOICE, Choice, Model, open_model
+from .model import DEFAULT_CHOICE, ENCODERS, Choice, Model, open_model
 from .model_folder import write_folder_files
 from .outputs import staged_output
+from .ownership import MODEL_INDEX
 from .provenance import copy_provenance, provenance_files
 from .safetensors_file import Progress
 from .safetensors_writer import write_file
+from .tokenizer_files import OwnTokenizer, check_tokenizer, copy_tokenizer
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
 
@@ -58,47 +61,71 @@ def convert(
     for component in model.components.values():
         component.require_sound()
     plan = arrange(model.components, target)
-    single = output.suffix == ".safetensors"
+    single = output.suffix.lower() == ".safetensors"
     if single and (len(plan.files) > 1 or target.layout is Layout.DIFFUSERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
+    tokenizer = _tokenizer(model)
     _require_space(output, plan)
-    overflows: dict[str, int] = {}
-    with staged_output(output, force=force, fingerprint=_fingerprint(plan)) as staged:
+    given = [*map(Path, sources), *_given(text_encoder, image_encoder)]
+    papers = provenance_files(given)
+    notes = [
+        *model.notes,
+        *plan.notes,
+        *_token_notes(tokenizer, target.layout),
+        *_scale_notes(model, target.layout),
+    ]
+    with staged_output(
+        output,
+        force=force,
+        fingerprint=_fingerprint(plan),
+        sources=[*given, *_sources(plan)],
+        files=() if single else [*_paths(plan, target), *(paper.name for paper in papers)],
+        say=notes.append,
+    ) as staged:
         for file in plan.files:
             path = staged if single else staged / file.path
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
-            overflows |= _write(file, path, progress, allow_overflow)
+            notes += _write(file, path, progress, allow_overflow).notes(file.path.name)
         if not single:
-            _write_rest(model, plan, staged, target)
-            copy_provenance(provenance_files([*map(Path, sources), *_given(text_encoder, image_encoder)]), staged)
-    notes = (*model.notes, *plan.notes, *_scale_notes(model, target.layout), *_overflow_notes(overflows))
-    return Conversion(output, tuple(file.path for file in plan.files) if not single else (), notes)
+            _write_rest(model, plan, tokenizer, staged, target)
+            copy_provenance(papers, staged)
+    return Conversion(output, tuple(file.path for file in plan.files) if not single else (), tuple(notes))
 
 
-def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> dict[str, int]:
+def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> Counts:
     """Write one file. Under its own name it is complete: one that is there was completed before a kill, and is done
-    unless its values are computed, whose overflow is to be counted."""
+    unless its values are computed, which are to be counted where they are not finite."""
     copied = all(part.dtype == tensor.dtype for tensor in file.tensors.values() for part in tensor.ranges)
     if path.exists() and copied:
         if progress:
             progress(file.nbytes)
-        return {}
+        return Counts()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    overflows = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    counts = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
     partial.rename(path)
-    return overflows
+    return counts
 
 
 def _given(*paths: str | Path | None) -> list[Path]:
     return [Path(path) for path in paths if path is not None]
 
 
+def _sources(plan: Arrangement) -> set[Path]:
+    """The files that tensors are copied from."""
+    return {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
+
+
+def _paths(plan: Arrangement, target: Target) -> list[str]:
+    """Of the files that will surely be written, below the output folder."""
+    index = [MODEL_INDEX] if target.layout is Layout.DIFFUSERS else []
+    return [*(file.path.as_posix() for file in plan.files), *(path.as_posix() for path in plan.indexes), *index]
+
+
 def _fingerprint(plan: Arrangement) -> str:
     """A digest of everything that decides the bytes of the output; sources count by path, size and time."""
     digest = hashlib.sha256()
-    sources = {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
-    for path in sorted(sources):
+    for path in sorted(_sources(plan)):
         status = path.stat()
         digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
     for file in plan.files:
@@ -116,7 +143,7 @@ def _require_space(output: Path, plan: Arrangement) -> None:
         )
 
 
-def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -> None:
+def _write_rest(model: Model, plan: Arrangement, tokenizer: OwnTokenizer | None, folder: Path, target: Target) -> None:
     """Everything of the output folder that is not weights."""
     for path, index in plan.indexes.items():
         (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -127,9 +154,23 @@ def _write_rest(model: Model, plan: Arrangement, folder: Path, target: Target) -
         if is_diffusers or (stage in ENCODERS and target.layout is not Layout.COMFYUI)
     }
     write_folder_files(folder, configs, index=is_diffusers, combined=target.combined)
-    if model.tokenizer is not None and target.layout is not Layout.COMFYUI:
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        shutil.copytree(model.tokenizer, folder / "tokenizer")
+    if tokenizer is not None and target.layout is not Layout.COMFYUI:
+        for prefix in ("", "prior_") if is_diffusers and target.combined else ("",):
+            copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
+
+
+def _tokenizer(model: Model) -> OwnTokenizer | None:
+    """The model's own, fit for its text encoder."""
+    encoder = model.components.get(Stage.TEXT_ENCODER)
+    rows = encoder.config.vocab_size if encoder and isinstance(encoder.config, TextEncoderConfig) else None
+    return check_tokenizer(model.tokenizer, rows)
+
+
+def _token_notes(tokenizer: OwnTokenizer | None, to: Layout) -> tuple[str, ...]:
+    if tokenizer is None or to is not Layout.COMFYUI:
+        return tokenizer.notes if tokenizer else ()
+    added = ", ".join(list(tokenizer.content.added)[:5])
+    return (f"ComfyUI has a tokenizer of its own, which does not know {added}",) if added else ()
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:
@@ -147,12 +188,3 @@ def _scale_notes(model: Model, to: Layout) -> list[str]:
         "the vqgan's scale belongs to the layout: original code multiplies latents by 0.43, diffusers by 0.3764; "
         "weights are the same, images a little less or more contrasted (see export --vqgan-scale)"
     ]
-
-
-def _overflow_notes(overflows: dict[str, int]) -> list[str]:
-    if not overflows:
-        return []
-    worst = sorted(overflows, key=lambda name: -overflows[name])[:5]
-    named = ", ".join(f"{name} ({overflows[name]})" for name in worst)
-    total = sum(overflows.values())
-    return [f"{total} values in {len(overflows)} tensors became infinite in the new dtype, most in {named}"]

@@ -14,9 +14,8 @@ import numpy as np
 from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
 from ..schemas.tensors import Shape
-from .cast import castable
 from .identify import Component
-from .mapped import Difference, MappedFiles, Pair, blocks_of, differences
+from .mapped import Difference, MappedFiles, Pair, blocks_of, comparable, differences, read_as
 from .model import Model
 from .safetensors_file import DTYPE_SIZES, Progress, TensorRange
 from .weights_file import read_weights
@@ -157,10 +156,10 @@ def _matched(stage: Stage, found: Component, expected: Component) -> Iterator[tu
             status = Status.MISSING if x is None else Status.UNEXPECTED
         elif x.shape != y.shape:
             status, detail = Status.SHAPE, f"{list(x.shape)}, expected {list(y.shape)}"
-        elif x.dtype != y.dtype and not castable(x.dtype, y.dtype):
+        elif not comparable(x, y):
             status, detail = Status.DTYPE, f"{x.dtype}, expected {y.dtype}"
         else:
-            status, pair = Status.EQUAL if x.dtype == y.dtype else Status.CAST, Pair(x, y)
+            status, pair = Status.EQUAL if read_as(x) == read_as(y) else Status.CAST, Pair(x, y)
         shape = x.shape if x is not None else y.shape if y is not None else ()
         yield TensorMatch(stage, name, status, shape, places[0].get(name), places[1].get(name), detail=detail), pair
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from ..schemas.bundle import PortEntry
+from ..schemas.bundle import VERSION, PortEntry
 
 DTYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "F32",
@@ -90,6 +90,14 @@ def port_entries(values: Iterator[onnx.ValueInfoProto] | list[onnx.ValueInfoProt
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of ai.onnx that the graph is written in; 0 where it names none."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def stamp(model: onnx.ModelProto, facts: Mapping[str, str], version: str) -> None:
+    """Have the graph say which cascadekit made it, and `facts` under names of its own. The time is none of them: two
+    exports of the same weights are the same bytes."""
+    model.producer_version = version
+    model.model_version = VERSION
+    onnx.helper.set_model_props(model, {f"cascadekit.{key}": text for key, text in facts.items()})
 
 
 @contextmanager

@@ -1,51 +1,26 @@
-"""What a safetensors file holds, from its header alone: stage, layout, variant, dtypes, and what is wrong with it."""
+"""What a weights file holds, from its header alone: stage, layout, variant, dtypes, and what is wrong with it."""
 
 import math
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from ..schemas.allinone import COMFYUI_PREFIXES, WHOLE, Part, parts_of
-from ..schemas.errors import LayoutError
+from ..schemas.allinone import Found, parts_of
+from ..schemas.errors import ForeignError, LayoutError
 from ..schemas.infer import infer_config
 from ..schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
 from ..schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from ..schemas.tensors import Shape, expected_tensors, is_counter
+from .problems import Problems, find_problems, listed, missing_counters
 from .safetensors_file import Header, TensorRange
+from .scaled_fp8 import attach_scales
 
-SHOWN_PROBLEMS = 6  # of each kind; the rest are counted
-BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the part of a tensor's name that says its block
+__all__ = ["Component", "Parts", "Problems", "find_problems", "identify", "identify_parts", "nearest_known"]
 
-
-@dataclass(frozen=True)
-class Problems:
-    """How the tensors of a file differ from those its network has (names of the diffusers layout)."""
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    wrong_shape: tuple[tuple[str, Shape, Shape], ...] = ()  # name, expected, found
-    wrong_dtype: tuple[tuple[str, str], ...] = ()  # name, found
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.wrong_shape or self.wrong_dtype)
-
-    def lines(self) -> list[str]:
-        """One line for every kind of problem there is, tensors of one block together."""
-        shapes = [f"{name} expected {list(want)}, found {list(found)}" for name, want, found in self.wrong_shape]
-        dtypes = [f"{name} is {found}" for name, found in self.wrong_dtype]
-        kinds: dict[str, Sequence[str]] = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "wrong shape": shapes,
-            "not a floating point type": dtypes,
-        }
-        grouped = {
-            kind: _by_block(items) if kind in ("missing", "unexpected") else items for kind, items in kinds.items()
-        }
-        return [f"{kind} ({len(kinds[kind])}): {_listed(items)}" for kind, items in grouped.items() if items]
+# The config of a stage that came with its tensors, which have these shapes; None when only the tensors tell.
+Configs = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +37,7 @@ class Component:
     problems: Problems
     dropped: tuple[str, ...] = ()  # tensors that carry nothing, by their names in the file
     rank: int = 0  # of two in one file the lower rank is taken, see schemas.allinone
+    zeros: tuple[str, ...] = ()  # step counters that the file lacks; they are written as 0
 
     @property
     def variant(self) -> Variant:
@@ -81,30 +57,13 @@ class Component:
     def require_sound(self) -> "Component":
         """This component, or a LayoutError that lists everything wrong with it."""
         if self.problems:
-            listed = "\n  ".join(self.problems.lines())
-            raise LayoutError(
-                f"{self.path}: {self.describe()} with problems:\n  {listed}\n"
-                "The file is damaged, cut out of a larger one, or of a derived model; get it again from its source."
-            )
+            lines = "\n  ".join(self.problems.lines())
+            raise LayoutError(f"{self.path}: {self.describe()} with problems:\n  {lines}\n{self.problems.meaning()}")
         return self
 
     def describe(self) -> str:
         """A few words, such as "prior (lite, original layout)"."""
         return f"{self.stage} ({self.variant}, {self.layout} layout)"
-
-
-def identify(header: Header, config: NetworkConfig | None = None, expected: Stage | None = None) -> Component:
-    """The one component a file holds; `config` when a config.json came with it, `expected` when its place says
-    the stage.
-
-    Raises LayoutError when the file holds no stage of the cascade, several, or not the expected one. Missing,
-    surplus and misshapen tensors are no error here: they are reported in `problems`."""
-    found = identify_parts(header, config).components
-    matching = [component for component in found if expected in (None, component.stage)]
-    if not matching:
-        stages = ", ".join(component.stage for component in found)
-        raise LayoutError(f"{header.path}: expected the {expected} here, found the {stages}; give the right file")
-    return matching[0]
 
 
 @dataclass(frozen=True)
@@ -115,45 +74,113 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-def identify_parts(header: Header, config: NetworkConfig | None = None) -> Parts:
-    """Every component a file holds, behind whatever prefix. Raises LayoutError when it holds none."""
-    components, notes = [], []
-    for part, names in parts_of(header.tensors).items():
-        tensors = {name.removeprefix(part.prefix): header.tensors[name] for name in names}
-        stage = part.stage or stage_of(_shapes(tensors))
-        if stage is not None:
-            components.append(_component(header, part, stage, tensors, config))
-        elif part is not WHOLE or components:
-            notes.append(f"{header.path}: left out {len(names)} tensors of no known component ({_listed(names)})")
-    if not components:
+def identify(header: Header) -> Component:
+    """The first component a file holds. Raises LayoutError as identify_parts does."""
+    return identify_parts(header).components[0]
+
+
+def identify_parts(
+    header: Header,
+    configs: Configs = lambda stage, shapes: None,
+    *,
+    only: Stage | None = None,
+    without: Collection[Stage] = (),
+) -> Parts:
+    """Every component a file holds, behind whatever prefix; `only` one stage where its place says which, and
+    `without` stages that are given apart, whatever state they are in.
+
+    Raises ForeignError when the file holds no component, LayoutError when it does not hold `only`, or holds a
+    network whose config cannot be read. Missing, surplus and misshapen tensors are no error here: they are
+    reported in `problems`."""
+    header, notes = attach_scales(header)
+    components: list[Component] = []
+    others: list[Stage] = []
+    refused: list[LayoutError] = []
+    for found in parts_of(header.tensors):
+        shapes = {inner: header.tensors[name].shape for inner, name in found.names.items()}
+        stage = found.stage or stage_of(shapes)
+        if stage is None or (foreign := _foreign_part(found, stage, shapes)):
+            what = foreign_name(found.names) if stage is None else foreign
+            notes.append(_left_out(header, f"{len(shapes)} tensors of {what or 'no known component'}", [*found.names]))
+        elif only not in (None, stage) or stage in without:
+            others.append(stage)
+            reason = "for the one given" if stage in without else f"as the {only} was asked for"
+            notes.append(f"{header.path}: its {stage} ({len(shapes)} tensors) is left out, {reason}")
+        else:
+            try:
+                components.append(_component(header, found, stage, configs))
+                notes += _wrapper_note(header, found, stage)
+            except LayoutError as error:
+                if not found.tower or only is not None:
+                    raise
+                refused.append(error)
+    if components:
+        notes += [f"left out: {error}" for error in refused]
+    elif refused:
+        raise refused[0]
+    elif others and not without:
         raise LayoutError(
+            f"{header.path}: expected the {only} here, found the {', '.join(others)}; give the right file"
+        )
+    elif not others:
+        raise ForeignError(
             f"{header.path}: not a Stable Cascade component: it holds {_guess(header)}. Expected a stage, encoder, "
             "previewer or ControlNet in the original, split, diffusers or comfyui layout"
         )
-    for component in components:
-        if component.dropped:
-            notes.append(f"{header.path}: left out {_listed(component.dropped)}, which carry nothing")
+    notes += [note for component in components for note in _remarks(component)]
     return Parts(tuple(components), tuple(notes))
 
 
-def _component(
-    header: Header, part: Part, stage: Stage, tensors: dict[str, TensorRange], config: NetworkConfig | None
-) -> Component:
-    spelling = part.layout or layout_of(stage, _shapes(tensors))
-    layout = Layout.COMFYUI if part.prefix in COMFYUI_PREFIXES.values() else spelling
+def _foreign_part(found: Found, stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
+    """What stands in the place of `stage` when it bears no mark of it and is known to be something else."""
+    return foreign_name(found.names) if found.stage and stage is Stage.VQGAN and stage_of(shapes) is None else None
+
+
+def _wrapper_note(header: Header, found: Found, stage: Stage) -> list[str]:
+    """A remark on names that a program wrapped, with the first of them before and after."""
+    inner, name = next(iter(found.names.items()))
+    said = f"{header.path}: the {stage} is read without what a wrapper added to its names ({name} is {inner})"
+    return [said] if found.wrapped else []
+
+
+def _left_out(header: Header, what: str, names: list[str]) -> str:
+    return f"{header.path}: left out {what} ({listed(names)})"
+
+
+def _remarks(component: Component) -> list[str]:
+    """What the user should know of a component's tensors."""
+    remarks = []
+    if component.dropped:
+        remarks.append(f"{component.path}: left out {listed(component.dropped)}, which carry nothing")
+    if component.zeros:
+        remarks.append(
+            f"{component.path}: the {component.stage} has no {listed(component.zeros)}; nothing computes with these "
+            "counters, and they are written as 0"
+        )
+    return remarks
+
+
+def _component(header: Header, found: Found, stage: Stage, configs: Configs) -> Component:
+    tensors = {inner: header.tensors[name] for inner, name in found.names.items()}
+    spelling = found.layout or layout_of(stage, _shapes(tensors))
+    layout = Layout.COMFYUI if found.in_comfyui else spelling
     try:
         renamed, dropped = _diffusers_tensors(tensors, stage, spelling)
-        config = config or _with_scale(infer_config(stage, _shapes(renamed)), layout)
+        given = configs(stage, _shapes(renamed))
+        config = given or _with_scale(infer_config(stage, _shapes(renamed)), layout)
     except LayoutError as error:
-        raise LayoutError(f"{header.path}: taken for the {stage} in the {layout} layout, but {error}") from error
+        raise type(error)(f"{header.path}: taken for the {stage} in the {layout} layout, but {error}") from error
     problems = find_problems(config, renamed)
-    left_out = tuple(part.prefix + name for name in dropped)
-    return Component(header.path, stage, layout, config, renamed, header.metadata, problems, left_out, part.rank)
+    left_out = tuple(found.names[name] for name in dropped)
+    zeros = missing_counters(config, renamed)
+    return Component(
+        header.path, stage, layout, config, renamed, header.metadata, problems, left_out, found.rank, zeros
+    )
 
 
 def _guess(header: Header) -> str:
     """What a file without any component most likely is."""
-    foreign = foreign_name(header.shapes)
+    foreign = foreign_name(header.tensors)
     if foreign:
         return foreign
     nearest = nearest_known(header.shapes)
@@ -186,25 +213,6 @@ def _known_files() -> dict[str, dict[str, Shape]]:
     return files
 
 
-def find_problems(config: NetworkConfig, tensors: Mapping[str, TensorRange]) -> Problems:
-    """How `tensors` (diffusers names) differ from what the network of `config` has."""
-    expected = expected_tensors(config)
-    return Problems(
-        missing=tuple(name for name in expected if name not in tensors),
-        unexpected=tuple(name for name in tensors if name not in expected),
-        wrong_shape=tuple(
-            (name, expected[name], tensor.shape)
-            for name, tensor in tensors.items()
-            if name in expected and tensor.shape != expected[name]
-        ),
-        wrong_dtype=tuple(
-            (name, tensor.dtype)
-            for name, tensor in tensors.items()
-            if not is_counter(name) and not tensor.dtype.startswith(("F", "BF"))
-        ),
-    )
-
-
 def _diffusers_tensors(
     tensors: Mapping[str, TensorRange], stage: Stage, layout: Layout
 ) -> tuple[dict[str, TensorRange], list[str]]:
@@ -230,20 +238,3 @@ def _with_scale(config: NetworkConfig, layout: Layout) -> NetworkConfig:
     if isinstance(config, VQGANConfig) and layout is not Layout.DIFFUSERS:
         return replace(config, scale_factor=ORIGINAL_VQGAN_SCALE)
     return config
-
-
-def _by_block(names: Sequence[str]) -> list[str]:
-    """Names that share a numbered block as one item: "up_blocks.0.2.{kv_mapper.1.bias, kv_mapper.1.weight}"."""
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        match = BLOCK.match(name)
-        blocks.setdefault(match[0] if match else name, []).append(name)
-    return [
-        members[0] if len(members) == 1 else f"{block}{{{_listed([name.removeprefix(block) for name in members])}}}"
-        for block, members in blocks.items()
-    ]
-
-
-def _listed(items: Sequence[str]) -> str:
-    rest = len(items) - SHOWN_PROBLEMS
-    return ", ".join(items[:SHOWN_PROBLEMS]) + (f" and {rest} more" if rest > 0 else "")

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import CheckpointError
-from .cast import FLOATS, cast_block
+from .cast import FLOATS, FP8, cast_block, cast_counted, castable
+from .computing import read_scale
 from .safetensors_file import DTYPE_SIZES, TensorRange
 
 BLOCK = 1 << 22  # values that one task of a thread compares
@@ -91,18 +92,37 @@ def differences(files: MappedFiles, pair: Pair, span: range) -> Difference:
     """What the values at the flat indices `span` differ by. Of two dtypes the wider is cast to the narrower, and of
     two as wide as each other the one to the other in whichever direction they agree best; NaN then equals NaN."""
     x, y = pair.found, pair.expected
-    step = SLICE // max(DTYPE_SIZES[x.dtype], DTYPE_SIZES[y.dtype])
+    scales = read_scale(x), read_scale(y)
+    step = SLICE // max(DTYPE_SIZES[read_as(x)], DTYPE_SIZES[read_as(y)])
     unequal = np.empty(SLICE, np.bool_)
     total = Difference()
     for start in range(span.start, span.stop, step):
         part = range(start, min(start + step, span.stop))
-        a, b = _bytes(files, x, part), _bytes(files, y, part)
-        if x.dtype == y.dtype:
+        a, b = _values(files, x, part, scales[0]), _values(files, y, part, scales[1])
+        if read_as(x) == read_as(y):
             if np.not_equal(a, b, out=unequal[: a.size]).any():
-                total = total.joined(_differing(a, b, x.dtype, start))
+                total = total.joined(_differing(a, b, read_as(x), start))
         else:
-            total = total.joined(_after_cast(a, x.dtype, b, y.dtype, start))
+            total = total.joined(_after_cast(a, read_as(x), b, read_as(y), start))
     return total
+
+
+def read_as(tensor: TensorRange) -> str:
+    """The dtype a tensor's values are compared in: its own, but float32 for scaled fp8."""
+    return tensor.dtype if tensor.scale is None else "F32"
+
+
+def comparable(x: TensorRange, y: TensorRange) -> bool:
+    """Whether the values of two tensors can be compared: their dtypes are supported, and equal or one cast to the
+    other."""
+    a, b = read_as(x), read_as(y)
+    return a in DTYPE_SIZES and b in DTYPE_SIZES and (a == b or castable(a, b) or castable(b, a))
+
+
+def _values(files: MappedFiles, tensor: TensorRange, part: range, scale: np.float32 | None) -> Array:
+    """The values at flat indices in the dtype of `read_as`, as bytes."""
+    stored = _bytes(files, tensor, part)
+    return stored if scale is None else cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
 
 
 def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:
@@ -127,10 +147,10 @@ def _differing(a: Array, b: Array, dtype: str, start: int) -> Difference:
 
 
 def _after_cast(a: Array, source: str, b: Array, target: str, start: int) -> Difference:
-    ways = []
-    if DTYPE_SIZES[source] >= DTYPE_SIZES[target]:
+    ways = []  # fp8 is never cast to
+    if target not in FP8 and (DTYPE_SIZES[source] >= DTYPE_SIZES[target] or source in FP8):
         ways.append((target, cast_block(a.tobytes(), source, target)[0].view(np.uint8), b))
-    if DTYPE_SIZES[source] <= DTYPE_SIZES[target]:
+    if source not in FP8 and (DTYPE_SIZES[source] <= DTYPE_SIZES[target] or target in FP8):
         ways.append((source, a, cast_block(b.tobytes(), target, source)[0].view(np.uint8)))
     found = []
     for dtype, x, y in ways:
@@ -158,7 +178,7 @@ def _numbers(values: Array, dtype: str, places: Array) -> Array | None:
     """The values at `places` in float64; None for types numpy knows nothing of."""
     size = DTYPE_SIZES[dtype]
     chosen = values.reshape(-1, size)[places].tobytes()
-    if dtype in FLOATS:
+    if dtype in (*FLOATS, *FP8):
         return np.asarray(cast_block(chosen, dtype, "F64")[0])
     if dtype in _INTEGERS:
         return np.frombuffer(chosen, _INTEGERS[dtype]).astype(np.float64)

@@ -1,25 +1,21 @@
 """Opens what a user may call a model: files, a folder of original files, a model folder, one component's folder."""
 
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..schemas.config_json import from_json
-from ..schemas.errors import CascadeError, CheckpointError, UsageError
-from ..schemas.folders import PLACES, STEMS, TOKENIZER_FOLDERS, VARIANTS, weights_names
-from ..schemas.layouts import stage_of
-from ..schemas.stages import NetworkConfig, Stage
-from .identify import Component, Parts, identify, identify_parts
-from .pickles import read_pickle
-from .safetensors_file import Header, read_header
+from ..schemas.clips import misfit
+from ..schemas.errors import CheckpointError, LayoutError, UsageError
+from ..schemas.folders import PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
+from ..schemas.stages import Stage, Variant
+from .component_folder import open_component_folder, weights_sets
+from .folder_files import read_files
+from .identify import Component, Parts, identify_parts
 from .weights_file import read_weights
 
-PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # of a file, without a folder
+ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
-LEGACY_CLASS = "StableCascadeUnet"  # of the first days, with the config keys of the original code
+EMA_SUFFIX = "_ema"  # of the file in which Stability's trainer saves averaged weights beside the trained ones
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,13 @@ DEFAULT_CHOICE = Choice()
 
 @dataclass(frozen=True)
 class Model:
-    """The components found, the tokenizer folder if one lies beside them, and what the user should know."""
+    """The components found, the tokenizer folder if one lies beside them, what the user should know, and the paths it
+    was opened from."""
 
     components: dict[Stage, Component]
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
 
     def component(self, stage: Stage) -> Component:
         """The component of `stage`, sound. Raises UsageError when the model has none."""
@@ -63,31 +61,41 @@ def open_model(
     image_encoder: str | Path | None = None,
     choice: Choice = DEFAULT_CHOICE,
 ) -> Model:
-    """Read the headers of every component in `sources`; the two encoders may be given apart.
+    """Read the headers of every component in `sources`; the two encoders may be given apart, and then replace those
+    in the sources, whatever these are.
 
-    Raises UsageError when a path does not exist, holds no component, or two files hold the same one."""
+    Raises UsageError when a path does not exist, holds no component, or two files hold the same one, and LayoutError
+    when an encoder that is given does not fit the prior or the decoder."""
     paths = [Path(source) for source in sources]
-    found = [parts for path in paths for parts in _parts_at(path, choice)]
-    notes = [note for parts in found for note in parts.notes]
     given = {Stage.TEXT_ENCODER: text_encoder, Stage.IMAGE_ENCODER: image_encoder}
-    apart = {stage: open_component(Path(path), stage, choice) for stage, path in given.items() if path is not None}
-    components: dict[Stage, Component] = dict(apart)
+    wanted = {stage: Path(path) for stage, path in given.items() if path is not None}
+    apart = {stage: _open_encoder(path, stage, choice) for stage, path in wanted.items()}
+    found = [parts for path in paths for parts in _parts_at(path, choice, wanted)]
+    notes = [note for parts in (*found, *apart.values()) for note in parts.notes]
+    components: dict[Stage, Component] = {stage: parts.components[0] for stage, parts in apart.items()}
     for component in (component for parts in found for component in parts.components):
-        if component.stage not in apart:
-            _add(components, component, choice, notes)
+        _add(components, component, choice, notes)
+    notes += _misfits(components, wanted)
     tokenizer = next((path / name for path in paths for name in TOKENIZER_FOLDERS if (path / name).is_dir()), None)
     notes += _misnamed(components.values())
-    return Model(components, tokenizer, tuple(notes))
+    opened = (*paths, *(Path(path) for path in given.values() if path is not None))
+    return Model(components, tokenizer, tuple(dict.fromkeys(notes)), opened)
 
 
-def open_component(path: Path, expected: Stage | None = None, choice: Choice = DEFAULT_CHOICE) -> Component:
-    """The one component in a safetensors file, or in a folder that holds its weights and perhaps a config.json."""
+def _open_encoder(path: Path, stage: Stage, choice: Choice) -> Parts:
+    """The one encoder in a file or in a folder, of a whole CLIP model the tower that is meant."""
     _require_exists(path)
     if path.is_dir():
-        header = _read_weights(path, choice)
-        stage = expected or stage_of(header.shapes)
-        return identify(header, _config_in(path, stage) if stage else None, expected)
-    return identify(read_weights(path), None, expected)
+        return open_component_folder(path, stage, choice.variant)[0]
+    return _parts_of_file(path, only=stage)
+
+
+def _parts_of_file(path: Path, only: Stage | None = None, without: Collection[Stage] = ()) -> Parts:
+    """The components of one file; of a shard or an index, those of all shards."""
+    said = read_weights_name(path.name)
+    if said is not None and (said.is_index or said.number):
+        return open_component_folder(path.parent, only, said.variant, without)[0]
+    return identify_parts(read_weights(path), only=only, without=without)
 
 
 def _add(components: dict[Stage, Component], component: Component, choice: Choice, notes: list[str]) -> None:
@@ -98,33 +106,110 @@ def _add(components: dict[Stage, Component], component: Component, choice: Choic
         return
     if other.path == component.path:
         components[component.stage] = sorted((other, component), key=lambda c: c.rank, reverse=choice.ema)[0]
-        notes.append(f"{component.path}: holds the {component.stage} twice, trained and averaged (see --ema)")
-    elif component.stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER) and other.config == component.config:
+        kinds = ", trained and averaged (see --ema)" if other.rank != component.rank else "; the first is taken"
+        notes.append(f"{component.path}: holds the {component.stage} twice{kinds}")
+    elif component.stage in ENCODERS and other.config == component.config:
         dtypes = ", ".join(other.dtypes)
         notes.append(f"{component.path}: its {component.stage} is left out for the one in {other.path} ({dtypes})")
     else:
         raise UsageError(f"{other.path} and {component.path} both hold the {component.stage}; name one of them")
 
 
-def _parts_at(source: Path, choice: Choice) -> list[Parts]:
+def _parts_at(source: Path, choice: Choice, without: Collection[Stage]) -> list[Parts]:
+    """What a source holds, but for the stages `without`, which are given apart."""
     _require_exists(source)
     if source.is_file():
-        return [identify_parts(read_weights(path)) for path in (source, *_side_files(source))]
-    if (source / "config.json").is_file():
-        return [Parts((open_component(source, None, choice),))]
-    folders = _places_in(source, choice)
-    # A pipeline's folder is its components; single files lie beside them in a shared download, not as part of it.
+        return [_parts_of_file(path, without=without) for path in (source, *_side_files(source))]
     is_pipeline = (source / "model_index.json").is_file()
-    files = (
-        [] if is_pipeline else sorted((*source.glob("*.safetensors"), *(source / "controlnet").glob("*.safetensors")))
-    )
-    if not folders and not files:
+    if not is_pipeline and _is_component(source):
+        whole, variant = open_component_folder(source, None, choice.variant, without)
+        _require_variant(source, choice, [variant])
+        return [whole]
+    folders, passed_over = _places_in(source, choice)
+    parts = _component_folders(source, folders, choice, without)
+    single = read_files(source, without)
+    if not folders and not any(parts.components for parts in single.parts):
+        if single.refused is not None:
+            raise single.refused
         raise UsageError(
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
             "or stage_a, stage_b and stage_c .safetensors files"
         )
-    parts = [identify_parts(read_weights(path)) for path in files]
-    return parts + [Parts((open_component(path, stage, choice),)) for stage, path in folders.items()]
+    # A download of a whole repository has the folders of a pipeline, and the same weights as single files beside them.
+    taken_stages = {component.stage for found in parts for component in found.components} if is_pipeline else set()
+    files, notes = _best_of(single.parts, choice, taken_stages)
+    return [*files, *parts, Parts((), (*passed_over, *notes, *single.notes))]
+
+
+def _component_folders(
+    source: Path, folders: dict[Stage, Path], choice: Choice, without: Collection[Stage]
+) -> list[Parts]:
+    """The components of a model folder, with a remark on those that lack the variant asked for."""
+    found, variants = [], []
+    for stage, path in folders.items():
+        if stage in without:
+            found.append(Parts((), (f"{path}: left out for the {stage} given",)))
+            continue
+        parts, taken = open_component_folder(path, stage, choice.variant)
+        variants.append(taken)
+        if choice.variant is not None and taken != choice.variant.lower():
+            names = ", ".join(sorted({component.path.name for component in parts.components}))
+            note = f"{path}: has no weights of variant {choice.variant}; {names} is taken"
+            parts = replace(parts, notes=(*parts.notes, note))
+        found.append(parts)
+    if folders and variants:
+        _require_variant(source, choice, variants)
+    return found
+
+
+def _require_variant(source: Path, choice: Choice, taken: Collection[str]) -> None:
+    """Raise CheckpointError when a variant was asked for that no component has."""
+    if choice.variant is not None and choice.variant.lower() not in taken:
+        raise CheckpointError(f"{source}: no weights of variant {choice.variant}; try without --variant")
+
+
+def _is_component(source: Path) -> bool:
+    """Whether a folder is one component's: it has a config.json, or shards."""
+    return (source / "config.json").is_file() or any(
+        found.index is not None or found.shards for found in weights_sets(source).values()
+    )
+
+
+def _best_of(found: Sequence[Parts], choice: Choice, taken: Collection[Stage]) -> tuple[list[Parts], list[str]]:
+    """Of single files that hold one stage in several sizes, precisions or averages the one that is meant, the rest
+    remarked on. Files that are alike in all that stay, and are an error later; so do encoders, see _add."""
+    by_stage: dict[Stage, list[Component]] = {}
+    for component in (component for parts in found for component in parts.components):
+        by_stage.setdefault(component.stage, []).append(component)
+    dropped: set[int] = set()
+    notes = []
+    for stage, components in by_stage.items():
+        best = min(_preference(component, choice) for component in components)
+        for component in components:
+            if stage in taken:
+                reason = f"the {stage} of the component's folder is taken"
+            elif stage not in ENCODERS and _preference(component, choice) != best:
+                first = next(other for other in components if _preference(other, choice) == best)
+                reason = f"{first.path.name} is taken (see --variant, --lite and --ema)"
+            else:
+                continue
+            dropped.add(id(component))
+            notes.append(f"{component.path}: its {component.describe()} is left out, {reason}")
+    kept = [
+        replace(parts, components=tuple(component for component in parts.components if id(component) not in dropped))
+        for parts in found
+    ]
+    return kept, notes
+
+
+def _preference(component: Component, choice: Choice) -> tuple[bool, bool, int]:
+    """Less is better: trained or averaged weights, the size, the precision that a variant's name asks for."""
+    averaged = component.path.stem.endswith(EMA_SUFFIX)
+    dtypes = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+    (dtype, _), *_ = component.dtypes.most_common(1) or [("", 0)]
+    precision = dtypes.get(dtype, dtype)
+    order = [*([choice.variant.lower()] if choice.variant else []), *VARIANTS, precision]
+    return averaged != choice.ema, (component.variant is Variant.LITE) != choice.lite, order.index(precision)
 
 
 def _side_files(source: Path) -> list[Path]:
@@ -133,71 +218,40 @@ def _side_files(source: Path) -> list[Path]:
     return [path for path in map(source.with_name, names) if path.is_file()]
 
 
-def _places_in(source: Path, choice: Choice) -> dict[Stage, Path]:
-    """The folder of each component, the lite ones first when they are asked for."""
+def _places_in(source: Path, choice: Choice) -> tuple[dict[Stage, Path], list[str]]:
+    """The folder of each component, the lite ones first when they are asked for; and remarks on the others."""
     folders: dict[Stage, Path] = {}
+    notes = []
     for place in sorted(PLACES, key=lambda place: place.lite != choice.lite):
         path = source / place.folder
-        if path.is_dir() and any(path.iterdir()):
-            folders.setdefault(place.stage, path)
-    return folders
+        if not path.is_dir() or not any(not entry.name.startswith(".") for entry in path.iterdir()):
+            continue
+        first = folders.setdefault(place.stage, path)
+        if first != path:
+            advice = " (see --lite)" if place.lite or choice.lite else ""
+            notes.append(f"{path}: left out, {first.name} is taken{advice}")
+    return folders, notes
 
 
-def _read_weights(folder: Path, choice: Choice) -> Header:
-    """The header of a component folder's weights, the headers of all shards taken together."""
-    for variant in VARIANTS if choice.variant is None else (choice.variant,):
-        for stem in STEMS:
-            single, index = (folder / name for name in weights_names(stem, variant))
-            if single.is_file():
-                return read_header(single)
-            if index.is_file():
-                return _read_shards(folder, index)
-            if single.with_suffix(".bin").is_file():
-                return read_pickle(single.with_suffix(".bin"))
-    if choice.variant is not None:
-        raise CheckpointError(f"{folder}: no weights of variant {choice.variant}; try without --variant")
-    raise CheckpointError(f"{folder}: no weights; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors")
+def _misfits(components: dict[Stage, Component], given: Collection[Stage]) -> list[str]:
+    """Leave out encoders that feed neither the prior nor the decoder; one that was given is an error.
+
+    Raises LayoutError for it, naming what it is and what is expected."""
+    configs = [component.config for component in components.values()]
+    notes = []
+    for stage in ENCODERS:
+        if stage not in components or not (reason := misfit(components[stage].config, configs)):
+            continue
+        if stage in given or not _is_spare(components[stage], components):
+            raise LayoutError(f"{components[stage].path}: the {stage} is {reason}")
+        notes.append(f"{components.pop(stage).path}: the {stage} is left out: it is {reason}")
+    return notes
 
 
-def _read_shards(folder: Path, index: Path) -> Header:
-    weight_map: Any = _read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names")
-    outside = [name for name in names if not PLAIN_NAME.fullmatch(name)]
-    if outside:
-        raise CheckpointError(f"{index}: refers to {outside[0]!r}, which is not a file beside it")
-    shards = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
-    lost = [name for name, file in weight_map.items() if name not in shards[file].tensors]
-    if lost:
-        raise CheckpointError(f"{index}: {lost[0]} is not in {weight_map[lost[0]]}; download the folder again")
-    tensors = {name: shards[file].tensors[name] for name, file in weight_map.items()}
-    order = list(shards)
-    tensors = dict(sorted(tensors.items(), key=lambda item: (order.index(item[1].path.name), item[1].offset)))
-    return replace(next(iter(shards.values())), path=index, tensors=tensors)
-
-
-def _config_in(folder: Path, stage: Stage) -> NetworkConfig | None:
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    values = _read_json(path)
-    if values.get("_class_name") == LEGACY_CLASS:
-        return None  # the tensors tell the config, whose keys were others in those days
-    try:
-        return from_json(stage, values)
-    except CascadeError as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    return values
+def _is_spare(component: Component, components: dict[Stage, Component]) -> bool:
+    """Whether the file of an encoder is there for its other tower."""
+    others = (components[stage] for stage in ENCODERS if stage in components and stage is not component.stage)
+    return any(other.path == component.path for other in others)
 
 
 def _require_exists(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Brings a stage's weights into its folder of a bundle: linked where they can stay as they are, else copied."""
+"""Brings a stage's weights into its folder of a bundle: cloned where the file system can, else copied, or linked."""
 
 import errno
 import fcntl
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..runtime.integrity import WHOLE_BELOW, sha256_of
 from ..schemas.bundle import Placement
 from ..schemas.errors import ExportError, UsageError
+from ..schemas.paths import problem_of_name
 from .cast import target_dtype
 from .identify import Component
 from .plans import TensorPlan
 from .safetensors_file import Progress, TensorRange, read_header
 from .safetensors_writer import write_file
+from .weights_file import is_pickle
 
 WEIGHTS_NAME = "weights.safetensors"
 OVERFLOW_ADVICE = "export it with --precision bf16, which reaches as far as float32, or store it so with --storage"
@@ -32,12 +33,13 @@ WISHES: tuple[Wish, ...] = get_args(Wish)
 
 @dataclass(frozen=True)
 class Placed:
-    """A stage's weights in its folder: how they came there, its tensors by diffusers names, and its files with their
-    SHA-256 where it is known."""
+    """A stage's weights in its folder: how they came there, its tensors by diffusers names, its files, and what a user
+    should know of their values."""
 
     how: Placement
     tensors: dict[str, TensorRange]
-    files: dict[Path, str | None]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def place_weights(
@@ -46,11 +48,10 @@ def place_weights(
     wish: Wish,
     *,
     dtype: str | None = None,
-    hashed: bool = False,
     start_file: StartFile | None = None,
 ) -> Placed:
-    """Bring the weights of `component` into `folder`. "link" clones its files or, where the file system does not
-    clone, links them hard; "auto" copies where neither is possible. Files are hashed if `hashed`, small copies always.
+    """Bring the weights of `component` into `folder`. "auto" clones its files where the file system clones, else copies
+    them. "link" takes hard links in place of copies: onnx.load refuses graphs whose weights are hard links.
     With `dtype` (F32, BF16, F16) they are stored in that one, which takes a copy unless they are so already.
 
     Raises ExportError when "link" is impossible, naming the reason, ConversionError for values `dtype` cannot hold."""
@@ -59,15 +60,16 @@ def place_weights(
     if wish != "copy":
         reason = _why_not_as_is(component, dtype)
         try:
-            if reason is None:
-                return _linked(component, folder, hashed)
+            if reason is None and (how := _share(component, folder, links=wish == "link")):
+                files = tuple(folder / source.name for source in source_files(component))
+                return Placed(how, moved(component.tensors, folder), files)
         except OSError as error:
             reason = f"{source_files(component)[0]}: cannot be hard-linked into {folder.parent}: {error.strerror}"
-            for half_done in folder.iterdir():
-                half_done.unlink()
+        for half_done in folder.iterdir():
+            half_done.unlink()
         if wish == "link":
             raise ExportError(f"{reason}; use --weights copy")
-    return copy_weights(component, folder, start_file, dtype=dtype, hashed=hashed)
+    return copy_weights(component, folder, start_file, dtype=dtype)
 
 
 def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
@@ -75,28 +77,31 @@ def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
     for name, tensor in component.tensors.items():
         if tensor.transposed:
             return f"{tensor.path}: {name} lies transposed"
+        if tensor.scale is not None:
+            return f"{tensor.path}: {name} is scaled fp8"
         if target_dtype(tensor.dtype, dtype) != tensor.dtype:
             return f"{tensor.path}: {name} is stored as {tensor.dtype}, not as {dtype}"
-    odd = [path for path in source_files(component) if path.suffix != ".safetensors"]
-    return f"{odd[0]}: not a safetensors file" if odd else None
-
-
-def _linked(component: Component, folder: Path, hashed: bool) -> Placed:
     sources = source_files(component)
-    ways = {source: _clone_or_link(source, folder / source.name) for source in sources}
-    return Placed(
-        how="link" if "link" in ways.values() else "reflink",
-        tensors=moved(component.tensors, folder),
-        files={folder / s.name: sha256_of(folder / s.name) if hashed else None for s in sources},
-    )
+    pickles = [path for path in sources if is_pickle(path)]
+    if pickles:
+        return f"{pickles[0]}: a pickled checkpoint, not a safetensors file"
+    named = [f"{path}: the name {problem}" for path in sources if (problem := problem_of_name(path.name))]
+    return named[0] if named else None
 
 
-def _clone_or_link(source: Path, target: Path) -> Placement:
-    """ONNX wants its data inside the model's folder and refuses symbolic links."""
-    if clone(source, target):
-        return "reflink"
-    os.link(source.resolve(), target)
-    return "link"
+def _share(component: Component, folder: Path, *, links: bool) -> Placement | None:
+    """Clone the files of `component` into `folder`, or link them hard where `links` allows; None where a file can be
+    neither. ONNX refuses symbolic links. Raises OSError when a file cannot be linked."""
+    ways: set[Placement] = set()
+    for source in source_files(component):
+        if clone(source, folder / source.name):
+            ways.add("reflink")
+        elif links:
+            os.link(source.resolve(), folder / source.name)
+            ways.add("link")
+        else:
+            return None
+    return "link" if "link" in ways else "reflink"
 
 
 def clone(source: Path, target: Path) -> bool:
@@ -121,15 +126,9 @@ def moved(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRang
 
 
 def copy_weights(
-    component: Component,
-    folder: Path,
-    start_file: StartFile | None = None,
-    *,
-    dtype: str | None = None,
-    hashed: bool = False,
+    component: Component, folder: Path, start_file: StartFile | None = None, *, dtype: str | None = None
 ) -> Placed:
-    """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored. It is
-    hashed if it is small or `hashed`: one stream of SHA-256 is slower than a disk."""
+    """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored."""
     path = folder / WEIGHTS_NAME
     tensors = component.tensors
     plans = {
@@ -139,8 +138,9 @@ def copy_weights(
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
-    write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
-    return Placed("copy", read_header(path).tensors, {path: recorded_sha256(path, hashed)})
+    counts = write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
+    notes = counts.notes(f"{component.stage}/{WEIGHTS_NAME}")
+    return Placed("copy", read_header(path).tensors, (path,), notes)
 
 
 def projections_together(names: Iterable[str]) -> list[str]:
@@ -155,11 +155,6 @@ def projections_together(names: Iterable[str]) -> list[str]:
         result += [each for each in triple if each in present and each not in done]
         done.update(triple)
     return result
-
-
-def recorded_sha256(path: Path, hashed: bool) -> str | None:
-    """What the manifest is to have of a finished copy: its SHA-256 if it is small or `hashed`."""
-    return sha256_of(path) if hashed or path.stat().st_size < WHOLE_BELOW else None
 
 
 def source_files(component: Component) -> list[Path]:

@@ -1,5 +1,6 @@
 """What to write into a safetensors file: for each tensor, the ranges of other files its values come from."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from .safetensors_file import DTYPE_SIZES, TensorRange
 class TensorPlan:
     """A tensor to write: its dtype and shape, and the ranges its values are, one after another.
 
-    Ranges of another dtype are cast, which takes two dtypes of cast.FLOATS; transposed ones are turned round."""
+    Ranges of another dtype are cast, where cast.castable; transposed ones are turned round. A plan without ranges is a
+    tensor of zeros."""
 
     dtype: str
     shape: Shape
@@ -20,6 +22,8 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """Bytes in the file to be written."""
+        if not self.ranges:
+            return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
         return sum(_nbytes_as(part, self.dtype) for part in self.ranges)
 
 
@@ -45,7 +49,8 @@ class Piece:
 
     @property
     def computed(self) -> bool:
-        return self.part.transposed or self.part.dtype != self.dtype
+        part = self.part
+        return part.transposed or part.scale is not None or part.dtype != self.dtype
 
 
 def pieces(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[Piece]:
@@ -53,3 +58,4 @@ def pieces(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[Piece]:
         for part in plan.ranges:
             yield Piece(name, part, plan.dtype, at)
             at += _nbytes_as(part, plan.dtype)
+        at += 0 if plan.ranges else plan.nbytes  # zeros, which the empty file has already

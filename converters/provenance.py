@@ -85,12 +85,18 @@ def _papers_in(folder: Path) -> list[Path]:
 
 
 def _is_paper(path: Path, folder: Path) -> bool:
-    """A short file that lies in `folder`. A link out of it might show the world what is only the user's, and
-    anybody can put one into a folder of weights; those of the Hub's cache into its own store are in order."""
+    """A short file that lies in `folder`."""
+    return lies_in(path, folder) and path.stat().st_size <= MAX_BYTES
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a regular file lies at `path` and in `folder`. A link out of it might show the world what is only the
+    user's, and anybody can put one into a folder of weights; those of the Hub's cache into its own store are in
+    order."""
     try:
         target = path.resolve(strict=True)
-        homes = [home.resolve() for home in (folder, *_hub_stores(folder))]
-        return target.is_file() and target.stat().st_size <= MAX_BYTES and any(map(target.is_relative_to, homes))
+        homes = [home.resolve() for home in (folder, *_hub_stores(folder.absolute()))]
+        return target.is_file() and any(map(target.is_relative_to, homes))
     except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself
         return False
 

@@ -17,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ..schemas.errors import ExportError
+from ..runtime.engines.onnxruntime import import_onnxruntime
+from ..schemas.errors import EngineError, ExportError
 from ..schemas.ports import ports_of
 from ..schemas.quantization import Quantization, Scheme, linears, stored_tensors
 from ..schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
@@ -208,8 +209,8 @@ def _modules_of(node: onnx.NodeProto) -> list[str]:
 
 def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: Inputs) -> dict[str, Floats]:
     try:
-        import onnxruntime
-    except ImportError as error:
+        onnxruntime = import_onnxruntime("cpu")
+    except EngineError as error:
         raise ExportError(
             "what quantisation loses is measured with ONNX Runtime: pip install 'cascadekit[cpu]'"
         ) from error

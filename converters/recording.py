@@ -18,6 +18,7 @@ from ..runtime.parity.cases import Case
 from ..runtime.parity.expected import Call, Expected, Trajectory, noise_tape
 from ..runtime.parity.presets import COMPUTES
 from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.json_text import load_json
 from ..schemas.stages import Stage
 from .identify import Component
 from .outputs import staged_output
@@ -59,13 +60,15 @@ class _Array:
 
 
 def record(expected: Expected, components: Mapping[Stage, Component], path: Path, *, force: bool = False) -> None:
-    """Write `expected`, which the `components` gave. Raises UsageError when the file exists, without `force`."""
+    """Write `expected`, which the `components` gave. Raises UsageError when the file exists, without `force`, or is one
+    of the components'."""
     if expected.trajectory is not None:
         expected = replace(expected, trajectory=replace(expected.trajectory, noise=noise_tape(expected.trajectory)))
     tensors = {name: _Array(np.ascontiguousarray(values)) for name, values in _tensors(expected)}
     sources = {stage: [fingerprint(file) for file in source_files(components[stage])] for stage in expected.stages}
     header = encode_header(tensors, {KEY: json.dumps({**_described(expected), "sources": sources})})
-    with staged_output(path, force=force) as staged, staged.open("wb") as file:
+    files = [file for component in components.values() for file in source_files(component)]
+    with staged_output(path, force=force, sources=files, files=()) as staged, staged.open("wb") as file:
         file.write(header)
         for tensor in tensors.values():
             file.write(tensor.values.tobytes())
@@ -113,7 +116,7 @@ def load_recording(path: Path) -> Recording:
     if KEY not in header.metadata:
         raise UsageError(f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record`")
     try:
-        about = json.loads(header.metadata[KEY])
+        about = load_json(header.metadata[KEY])
         if about["version"] != VERSION:
             raise UsageError(f"{path}: a recording of version {about['version']}, expected {VERSION}; record it again")
         groups = _grouped(path, header.tensors)
@@ -128,7 +131,7 @@ def load_recording(path: Path) -> Recording:
         }
         trajectory = _trajectory(about, groups) if about["calls"] else None
         sources = {Stage(stage): tuple(found) for stage, found in about["sources"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: a damaged recording: {error!r}; record it again") from error
     return Recording(Expected(about["reference"], tuple(cases), outputs, floors, trajectory), sources)
 

@@ -10,9 +10,11 @@ from torch import nn
 from ..runtime.engines.torch import Loader, TorchEngine
 from ..runtime.reference import load_reference
 from ..schemas.config_json import to_json
-from ..schemas.errors import ExportError, LayoutError, UsageError
+from ..schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
 from ..schemas.ports import StagePorts, ports_of
 from ..schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from .cast import FP8, cast_counted
+from .computing import read_scale
 from .identify import Component
 from .model import Model
 from .safetensors_file import TensorRange
@@ -43,16 +45,28 @@ def reference_engine(
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
-    """The tensor's values, copied out of the file in the file's dtype. Raises ExportError for a dtype torch lacks."""
+    """The tensor's values, copied out of the file in the file's dtype, those of fp8 and scaled ones in float32.
+
+    Raises ExportError for a dtype torch lacks, ConversionError for a scale that is no number."""
+    if tensor.dtype in FP8 or tensor.scale is not None:
+        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
+        return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in DTYPES:
         raise ExportError(f"{tensor.path}: the reference cannot read dtype {tensor.dtype}")
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    return _shaped(torch.frombuffer(_bytes(tensor), dtype=DTYPES[tensor.dtype]), tensor)
+
+
+def _bytes(tensor: TensorRange) -> bytearray:
+    data = bytearray(tensor.nbytes)
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
-        data = bytearray(tensor.nbytes)
         file.readinto(data)
-    values = torch.frombuffer(data, dtype=DTYPES[tensor.dtype])
+    return data
+
+
+def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
     return values.reshape(tensor.shape[::-1]).T.contiguous() if tensor.transposed else values.reshape(tensor.shape)
 
 
@@ -98,6 +112,7 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | 
         for library in ("diffusers", "transformers"):
             import_module(library)
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
     loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}

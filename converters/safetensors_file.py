@@ -9,12 +9,14 @@ import math
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..schemas.errors import CheckpointError, ConversionError
+from ..schemas.limits import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
 from ..schemas.tensors import Shape
 
 # Bytes per value; in the ascending order of the library's own enumeration, which decides where its writer puts
@@ -36,8 +38,31 @@ DTYPE_SIZES: Mapping[str, int] = {
     "I64": 8,
     "U64": 8,
 }
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+# Bits per value of dtypes that the library knows and nothing here computes with.
+UNSUPPORTED_BITS: Mapping[str, int] = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "C64": 64,
+}
+DTYPE_BITS = {**{dtype: 8 * size for dtype, size in DTYPE_SIZES.items()}, **UNSUPPORTED_BITS}
+FIELDS = ("dtype", "shape", "data_offsets")
+LARGEST = (1 << 64) - 1  # of a size; the library counts values and bits in 64 bits
 LFS_POINTER = b"version https://git-lfs"
+STARTS: Mapping[bytes, str] = {
+    LFS_POINTER: "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+    b"PK\x03\x04": "a pickled checkpoint (a zip archive of torch.save), not a safetensors file",
+    b"\x80": "a pickle, not a safetensors file",
+    b"GGUF": "a GGUF file, which is not supported; get the weights as safetensors",
+    b"\x89HDF": "an HDF5 file, which is not supported; get the weights as safetensors",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
+    b"<": "a web page or XML, not weights; download the file itself",
+    b"{": "JSON text, not weights; give the weights file it belongs to",
+}
 
 Progress = Callable[[int], object]  # told the number of bytes written since the last call
 
@@ -47,6 +72,7 @@ class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
     When `transposed`, the tensor is a matrix of `shape` whose transpose lies there, as [shape[1], shape[0]].
+    With a `scale`, the tensor is what lies there times the one number that lies at that range.
     Raises ConversionError when it is transposed and no matrix."""
 
     path: Path
@@ -55,6 +81,7 @@ class TensorRange:
     offset: int
     nbytes: int
     transposed: bool = False
+    scale: "TensorRange | None" = None
 
     def __post_init__(self) -> None:
         if self.transposed and len(self.shape) != 2:
@@ -69,7 +96,7 @@ class TensorRange:
                 f"{self.path}: the matrix at byte {self.offset} lies transposed; it has no row ranges"
             )
         row = self.nbytes // self.shape[0]
-        return TensorRange(self.path, self.dtype, shape, self.offset + start * row, (stop - start) * row)
+        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked against the file's size; no tensor is read.
 
-    Raises CheckpointError for anything else than a whole, well-formed file, naming what it is instead."""
+    It takes what the safetensors library takes, and dtypes that the library does not know yet; but no name twice, which
+    the format forbids. Raises CheckpointError for all else, naming what the file is instead or where it is damaged."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise CheckpointError(f"{path}: cannot be read: not a file")
@@ -100,10 +128,8 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
-        if not isinstance(entries, dict):
-            raise ValueError("the header is not an object")
-        metadata = _metadata(entries.pop("__metadata__", {}))
+        entries = _parse(text)
+        metadata = _metadata(entries.pop("__metadata__", None))
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -122,10 +148,11 @@ def _header_length(path: Path, head: bytes, size: int, file: BinaryIO) -> int:
 
 
 def _what_instead(start: bytes, length: int, size: int) -> str:
-    if start.startswith(LFS_POINTER):
-        return "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "a pickle (.ckpt, .pt, .bin), which may run code when opened; expected a .safetensors file"
+    if not size:
+        return "not a safetensors file: it is empty; download it again"
+    for first, meaning in STARTS.items():
+        if start.startswith(first) and start[8:9] != b"{":  # where a header begins, its length may have any bytes
+            return meaning
     if 2 <= length <= MAX_HEADER_BYTES:
         return f"truncated: the header alone ends at byte {8 + length}, the file at {size}; download it again"
     return (
@@ -134,49 +161,101 @@ def _what_instead(start: bytes, length: int, size: int) -> str:
     )
 
 
+def _parse(text: bytes) -> dict[str, Any]:
+    """The header's object, in JSON as strict as the library's."""
+    items = sum(map(text.count, (b",", b"[", b"{")))
+    if items > MAX_HEADER_ITEMS:
+        raise ValueError(f"it has {items} items (at most {MAX_HEADER_ITEMS} are read)")
+    entries = json.loads(
+        text.decode("utf-8"),  # json itself would guess another encoding, and take a byte order mark
+        object_pairs_hook=_no_duplicates,
+        parse_constant=_no_constant,
+        parse_float=_float,
+        parse_int=_integer,
+    )
+    if not isinstance(entries, dict):
+        raise ValueError("the header is not an object")
+    if b"\\u" in text:
+        json.dumps(entries, ensure_ascii=False).encode("utf-8")  # raises for half a surrogate pair
+    return entries
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {next(name for name, count in counts.items() if count > 1)!r} stands twice")
     return result
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is out of range")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    """What no 64 bits hold is a float to the library, and so no size; -0 too."""
+    value = int(text)
+    return value if text != "-0" and -(1 << 63) <= value <= LARGEST else _float(text)
+
+
 def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError("__metadata__ must map strings to strings")
     return value
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= {*FIELDS}:
         raise ValueError(f"{name}: expected dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_SIZES:
-        raise ValueError(f"{name}: unknown dtype {dtype!r} (known: {', '.join(DTYPE_SIZES)})")
+    dtype, shape, offsets = (entry[field] for field in FIELDS)
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name}: the dtype {dtype!r} is no name")
     if not _naturals(shape):
         raise ValueError(f"{name}: shape {shape!r} is not a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: data_offsets {offsets!r} are not two positions")
     start, stop = offsets
-    nbytes = math.prod(shape) * DTYPE_SIZES[dtype]
-    if stop - start != nbytes:
-        raise ValueError(f"{name}: {dtype} {shape} takes {nbytes} bytes, data_offsets give it {stop - start}")
-    return TensorRange(path, dtype, tuple(shape), data_start + start, nbytes)
+    bits = DTYPE_BITS.get(dtype)
+    if bits is not None and 8 * (stop - start) != (takes := _bits(name, shape, bits)):
+        raise ValueError(f"{name}: {dtype} {shape} takes {takes / 8:.16g} bytes, data_offsets give it {stop - start}")
+    if stop < start:
+        raise ValueError(f"{name}: data_offsets {offsets} run backwards")
+    return TensorRange(path, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _bits(name: str, shape: list[int], each: int) -> int:
+    """Bits that a tensor takes, counted in 64 bits as the library does; a size of 0 behind the overflow is too late."""
+    values = 1
+    for size in (*shape, each):
+        values *= size
+        if values > LARGEST:
+            raise ValueError(f"{name}: shape {shape} has more values than can be counted")
+    return values
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _check_coverage(path: Path, tensors: Mapping[str, TensorRange], start: int, size: int) -> None:
     position = start
     for name, tensor in tensors.items():
         if tensor.offset != position:
+            kind = (
+                "overlaps the tensor before it, which" if tensor.offset < position else "leaves a gap: what is before"
+            )
             raise CheckpointError(
-                f"{path}: damaged safetensors header: {name} starts at byte {tensor.offset}, "
-                f"the tensor before it ends at {position}; download or save the file again"
+                f"{path}: damaged safetensors header: {name} starts at byte {tensor.offset} and {kind} "
+                f"ends at byte {position}; download or save the file again"
             )
         position += tensor.nbytes
     if position > size:
@@ -185,7 +264,11 @@ def _check_coverage(path: Path, tensors: Mapping[str, TensorRange], start: int, 
             f"({position - size} missing); download it again"
         )
     if position < size:
-        raise CheckpointError(f"{path}: {size - position} bytes follow the last tensor; the file is damaged")
+        raise CheckpointError(
+            f"{path}: {size - position} bytes follow the last tensor, which the format does not allow: the tensors end "
+            f"at byte {position}, the file at {size}. Something was appended, or the file was written over a longer "
+            "one; save it again"
+        )
 
 
 class Described(Protocol):

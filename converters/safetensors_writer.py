@@ -11,7 +11,7 @@ from threading import Event
 
 from ..schemas.errors import ConversionError
 from .cast import FLOATS, castable
-from .computing import compute
+from .computing import Counts, compute
 from .copying import copy_range, merged
 from .plans import TensorPlan, pieces
 from .safetensors_file import Progress, encode_header
@@ -27,12 +27,13 @@ def write_file(
     *,
     allow_overflow: bool = False,
     overflow_advice: str = "",
-) -> dict[str, int]:
+) -> Counts:
     """Write a safetensors file from ranges of other files, in the order of `tensors`.
 
-    Returns, for each tensor with any, how many finite values became infinite in its dtype. The header is padded to
-    8 bytes. The file is on disk (fsync) when this returns; whoever calls renames it. Memory is a few blocks per
-    thread (some 100 MB in all), however large the tensors. `progress` counts bytes of the output's tensors.
+    Returns, for each tensor with any, how many finite values became infinite in its dtype, and how many of those that
+    were cast are NaN or infinite in the source. The header is padded to 8 bytes. The file is on disk (fsync) when this
+    returns; whoever calls renames it. Memory is a few blocks per thread (some 100 MB in all), however large the
+    tensors. `progress` counts bytes of the output's tensors.
 
     Raises ConversionError when the disk is full, a source cannot be read, a dtype cannot be cast, or, without
     `allow_overflow`, when values became infinite (`overflow_advice` is what to do then, where that is not an option of
@@ -43,18 +44,19 @@ def write_file(
     try:
         with path.open("wb") as out:
             reserve(out.fileno(), total)
+            out.truncate(total)  # so that zeros need not be written, where nothing could be reserved
             out.write(header)
             out.flush()
             with flushing(out.fileno()):
                 for run in merged(pieces(tensors, len(header))):
                     copy_range(*run, out.fileno(), progress)
-                overflows = compute(pieces(tensors, len(header)), out.fileno(), progress)
+                counts = compute(pieces(tensors, len(header)), out.fileno(), progress)
             os.fsync(out.fileno())
     except OSError as error:
         raise ConversionError(what_failed(path, total, error)) from error
-    if overflows and not allow_overflow:
-        raise ConversionError(_overflow_message(path, tensors, overflows, overflow_advice))
-    return dict(overflows)
+    if counts.overflows and not allow_overflow:
+        raise ConversionError(_overflow_message(path, tensors, counts.overflows, overflow_advice))
+    return counts
 
 
 @contextmanager
@@ -81,6 +83,11 @@ def _flush_until(done: Event, target: int) -> None:
 def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
     for name, plan in tensors.items():
         for part in plan.ranges:
+            if part.scale is not None and plan.dtype not in FLOATS:
+                raise ConversionError(
+                    f"{part.path}: {name}: scaled fp8, a weight and the scale it is to be multiplied by, is read but "
+                    "not written; choose a dtype, such as --dtype bf16"
+                )
             if part.dtype != plan.dtype and not castable(part.dtype, plan.dtype):
                 raise ConversionError(
                     f"{part.path}: {name}: {part.dtype} cannot become {plan.dtype}; only {', '.join(FLOATS)} are cast"

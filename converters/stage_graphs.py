@@ -15,6 +15,7 @@ from ..schemas.fp16 import Fp16Plan, plan_fp16
 from ..schemas.precision import Precision, Target
 from ..schemas.stages import PROJ_BLOCKS_ENDS, NetworkConfig, Stage, UNetConfig
 from .calibrate import Inputs, measure_ranges
+from .fp16_bound import warning
 from .onnx import GraphOptions, Weight
 
 Fp16Safe = Literal["auto"] | int | None
@@ -77,7 +78,10 @@ def options_for(
     if wishes.control and stage is Stage.PRIOR:
         controlled_blocks(config, PROJ_BLOCKS_ENDS)
         options = replace(options, control=PROJ_BLOCKS_ENDS)
-    if options.precision is not Precision.FP16 or wishes.fp16_safe is None:
+    if options.precision is not Precision.FP16:
+        return options, None
+    if wishes.fp16_safe is None:
+        say(warning(stage, weights, bundle / stage))
         return options, None
     say(f"{stage}: measuring how large its values grow")
     ranges = measure_ranges(config, weights, bundle / stage, _embeddings(bundle, say))

@@ -15,11 +15,11 @@ from typing import Any
 
 import onnx
 
-from ..runtime.bundle import Bundle
-from ..runtime.integrity import WHOLE_BELOW, find_change, sha256_of
+from ..runtime.bundle import PUT_BACK, Bundle
+from ..runtime.integrity import WHOLE_BELOW, find_change, require_regular, sha256_of
 from ..runtime.plan_header import find_contradiction
 from ..runtime.plan_weights import is_current
-from ..schemas.bundle import DOMAINS, FileEntry, GraphEntry, PortEntry, StageEntry
+from ..schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ..schemas.stages import Stage
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 from .safetensors_file import DTYPE_SIZES
@@ -33,9 +33,10 @@ Say = Callable[[str], object]
 
 @dataclass
 class Check:
-    """What was found out about one graph, or about the files of one stage: problems, if any, and facts."""
+    """What was found out about one graph, about the files of one stage, or about those of no stage (None): problems, if
+    any, and facts."""
 
-    stage: Stage
+    stage: Stage | None
     subject: str  # the graph's name; "" for the stage's files
     problems: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +62,8 @@ class Validation:
 
 
 def validate(bundle: Bundle, *, hashed: bool = False, say: Say = lambda text: None) -> Validation:
-    """Check every stage of `bundle`; `hashed` reads all files whole and compares their SHA-256.
+    """Check every stage of `bundle`, and its other files; `hashed` reads every byte of every file, whatever its time,
+    and compares the SHA-256. Files without one on record are compared by the samples of their fingerprint, and named.
 
     Nothing is written into the bundle. Memory: one graph, without its weights. `say` hears what is going on."""
     checks = []
@@ -73,23 +75,54 @@ def validate(bundle: Bundle, *, hashed: bool = False, say: Say = lambda text: No
                 check = Check(stage, name)
                 _check_graph(bundle.root, entry, graph, check, Path(scratch))
                 checks.append(check)
-    return Validation(tuple(checks))
+    return Validation((*checks, _check_rest(bundle, hashed)))
+
+
+def _check_rest(bundle: Bundle, hashed: bool) -> Check:
+    """The files of no stage: the tokenizer, what LoRAs replaced, and those that nothing is known of."""
+    manifest = bundle.manifest
+    check = Check(None, "")
+    kept = manifest.lora.kept if manifest.lora else ()
+    for file in manifest.files:
+        _compare(bundle, file, check, PUT_BACK, hashed=True)
+    for file in kept:
+        _compare(bundle, file, check, "the LoRAs cannot be undone; export the model again", hashed=hashed)
+    unlisted = sorted(_on_disk(bundle.root) - _known(bundle))
+    check.facts = {"files": len(manifest.files) + len(kept), "unlisted": unlisted}
+    return check
+
+
+def _on_disk(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def _known(bundle: Bundle) -> set[str]:
+    """What the manifest lists, itself, and the notes beside plans."""
+    manifest = bundle.manifest
+    files = [*manifest.files, *(manifest.lora.kept if manifest.lora else ())]
+    plans = [plan.path for entry in manifest.stages.values() for plan in entry.plans]
+    files += [file for entry in manifest.stages.values() for file in entry.files]
+    notes = (PurePosixPath(path).with_suffix(".json").as_posix() for path in plans)
+    return {MANIFEST_NAME, *plans, *notes, *(file.path for file in files)}
 
 
 def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hashed: bool) -> Check:
     """The stage's files against the manifest, as loading it compares them, or by all their bytes."""
     check = Check(stage, "")
-    unhashed = []
     for file in entry.files:
-        path = bundle.root / file.path
-        problem = find_change(path, file, always_hash=hashed or file.path in entry.graph_paths)
-        if problem:
-            check.problems.append(f"{file.path}: {problem}; {bundle.advice(entry, file)}")
-        elif file.sha256 is None:
-            unhashed.append(_unhashed(path, file, hashed))
+        whole = hashed or file.path in entry.graph_paths
+        _compare(bundle, file, check, bundle.advice(entry, file), hashed=whole)
+    unhashed = [_unhashed(bundle.root / file.path, file, hashed) for file in entry.files if file.sha256 is None]
     check.facts = {"weights": entry.weights, "files": len(entry.files), "without_sha256": unhashed}
     _check_plans(bundle, entry, check, hashed)
     return check
+
+
+def _compare(bundle: Bundle, file: FileEntry, check: Check, advice: str, *, hashed: bool) -> None:
+    path = bundle.root / file.path
+    problem = find_change(path, file, always_hash=hashed)
+    if problem:
+        check.problems.append(f"{file.path}: {problem}; {advice}")
 
 
 def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) -> None:
@@ -109,12 +142,13 @@ def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) 
 
 def _unhashed(path: Path, file: FileEntry, hashed: bool) -> dict[str, str | None]:
     """A file whose SHA-256 the manifest does not have, with the one it has now."""
-    return {"path": file.path, "sha256_now": sha256_of(path) if hashed else None}
+    return {"path": file.path, "sha256_now": sha256_of(path) if hashed and path.is_file() else None}
 
 
 def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: Check, scratch: Path) -> None:
     path = root / graph.path
     try:
+        require_regular(path)
         model = load_graph(path)
     except Exception as error:  # protobuf has its own class for bytes that are no graph
         check.problems.append(f"{graph.path}: cannot be read as ONNX: {_first_line(error)}")
@@ -192,11 +226,11 @@ def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
 
 
 def _size_beside(path: Path, location: str) -> int | None:
-    """The size of a file in the graph's folder; None for any other place, and where a link leads out of it."""
+    """The size of a file in the graph's folder, which may be a link as in the Hub's cache; None for any other place."""
     pure = PurePosixPath(location)
     found = path.parent / location
     inside = len(pure.parts) == 1 and not pure.is_absolute() and location not in (".", "..")
-    return found.stat().st_size if inside and found.is_file() and not found.is_symlink() else None
+    return found.stat().st_size if inside and found.is_file() else None
 
 
 def _onnx_problems(path: Path) -> Iterator[str]:

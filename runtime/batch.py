@@ -6,7 +6,6 @@ is for people and programs; only the seed of a batch that was given none is take
 
 import fcntl
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,11 +28,11 @@ from .pipeline import Cascade
 from .requests import Drawn, draw, groups, text_length
 from .sampling import Step
 from .text_cache import ROWS
+from .whole_file import remove_leftovers as remove_files
 
 MOST_PIXELS = 4 << 20  # of all images drawn together, unless a number is given
 PROMPTS_AT_ONCE = 8  # and their negatives, encoded before anything can stop the run again
 TOKENS = 75  # of a chunk, besides its start and end
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")  # what `save_png` had not finished when it was killed
 
 OnStep = Callable[[Sequence[Job], Stage, Step], object]
 Kind = Literal["drawn", "copied", "skipped", "failed"]
@@ -204,7 +203,10 @@ class Runner:
 
     def _save(self, job: Job, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
         try:
-            save_png(job.path, picture, metadata)
+            found = look(job)
+            if found is Found.OTHER and not self.force:
+                raise UsageError(f"{job.path}: another image was put there meanwhile; move it away")
+            save_png(job.path, picture, metadata, force=self.force or found is not Found.NOTHING)
         except UsageError as error:
             failed = Outcome(job, "failed", error=str(error))
             with suppress(CascadeError):  # the log is perhaps on the same disk
@@ -259,10 +261,7 @@ def remove_leftovers(jobs: Sequence[Job]) -> None:
     for job in jobs:
         names[job.path.parent].add(job.path.name)
     for folder, here in names.items():
-        for path in folder.glob(".*.png.*"):
-            match = LEFTOVER.fullmatch(path.name)
-            if match and match["name"] in here:
-                path.unlink(missing_ok=True)
+        remove_files(folder, here.__contains__)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ same file leads to the same jobs after a bad entry was mended.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -14,20 +15,22 @@ from typing import Any
 
 from ..schemas.bundle import Manifest
 from ..schemas.errors import UsageError
+from ..schemas.limits import MAX_IMAGES
 from ..schemas.request import Request, parse_request
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
-from .controls import require_control
+from .controls import INPAINTING, require_control
 from .images import read_settings
 from .integrity import sha256_unless_changed
 from .names import NameTemplate
 from .prompt_files import Entry, PromptFile
-from .prompts import parse_weights
-from .samplers import Sampling
+from .prompts import check_length, parse_weights
+from .samplers import check_schedules
 
 KEY = "key"  # in an image's metadata
 PICTURES = ("image_prompts", "init_image", "mask", "controls")
-MOST_IMAGES = 100_000  # of one entry
+
+MAX_DIGITS = 20  # of a count of images; Python refuses to read numbers of thousands
 
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -73,7 +76,10 @@ class Planner:
     common: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, file: PromptFile) -> Plan:
-        """Everything that can be known without drawing is checked here, for all entries."""
+        """Everything that can be known without drawing is checked here, for all entries.
+
+        Raises UsageError for more images than `MAX_IMAGES`."""
+        self._require_number(file)
         jobs: list[Job] = []
         problems: list[str] = []
         number = 0
@@ -88,12 +94,23 @@ class Planner:
         kept, clashes = _without_clashes(jobs, file.name)
         return Plan(tuple(kept), (*problems, *clashes))
 
+    def _require_number(self, file: PromptFile) -> None:
+        """Raise UsageError for more images than a file may ask for, those of bad entries left out."""
+        total = 0
+        for entry in file.entries:
+            with suppress(UsageError):  # told with the entry
+                total += self._count(entry)
+        if total > MAX_IMAGES:
+            raise UsageError(
+                f"{file.name}: {total} images, where {MAX_IMAGES} are the most; divide it into several files"
+            )
+
     def _count(self, entry: Entry) -> int:
         if entry.problem:
             raise UsageError(entry.problem)
         text = str(entry.given.get("images", self.images))
-        if not text.isdecimal() or not 1 <= int(text) <= MOST_IMAGES:
-            raise UsageError(f"images: {text!r}: expected a number from 1 to {MOST_IMAGES}")
+        if not text.isdecimal() or len(text) > MAX_DIGITS or not 1 <= int(text) <= MAX_IMAGES:
+            raise UsageError(f"images: {text!r}: expected a number from 1 to {MAX_IMAGES}")
         return int(text)
 
     def _jobs(self, entry: Entry, folder: Path, place: int, number: int, count: int) -> list[Job]:
@@ -128,24 +145,24 @@ class Planner:
 
 
 def check_request(request: Request, manifest: Manifest) -> None:
-    """Raise UsageError for a size, schedule or stage that `generate` would refuse."""
+    """Raise UsageError for a size, schedule, prompt or stage that `generate` would refuse."""
     chosen = request.settings
     latent_sizes(chosen.height, chosen.width, chosen.size_policy)
-    start = chosen.strength if request.init_image else 1.0
-    for steps, guidance, shift, timesteps, strength in (
-        (chosen.prior_steps, chosen.prior_guidance, chosen.prior_shift, chosen.prior_timesteps, start),
-        (chosen.decoder_steps, chosen.decoder_guidance, chosen.decoder_shift, chosen.decoder_timesteps, 1.0),
-    ):
-        Sampling(steps, guidance, chosen.sampler, shift, chosen.rescale, timesteps).schedule(strength)
+    check_schedules(chosen, varies=request.init_image is not None)
+    if request.batch > MAX_IMAGES:
+        raise UsageError(f"batch {request.batch:.4g}: expected at most {MAX_IMAGES}")
+    for text in (request.prompt, request.negative):
+        check_length(text)
     if chosen.weighted:
         for text in (request.prompt, request.negative):
             parse_weights(text)
-    if request.mask and not request.init_image:
+    inpaints = any(control.name == INPAINTING for control in request.controls)
+    if request.mask and not request.init_image and not inpaints:
         raise UsageError("mask: says what to draw anew of an initial image; give init_image with it")
     missing = [stage for stage in used_stages(request, manifest) if stage not in manifest.stages]
     if missing:
         raise UsageError(f"the bundle has no {', '.join(missing)}; export the model with it")
-    if request.mask and "encoder" not in manifest.stages[Stage.VQGAN].graphs:
+    if request.mask and request.init_image and "encoder" not in manifest.stages[Stage.VQGAN].graphs:
         raise UsageError("mask: the bundle's vqgan has no encoder; export the vqgan again from weights that have one")
 
 
@@ -180,6 +197,13 @@ def bundle_identity(manifest: Manifest) -> dict[str, str]:
     """For the log: one digest for each stage."""
     digests = {stage: hashlib.sha256("".join(_fingerprints(manifest, stage)).encode()) for stage in manifest.stages}
     return {str(stage): digest.hexdigest() for stage, digest in digests.items()}
+
+
+def pictures_of(requests: Iterable[Request]) -> list[str]:
+    """The files of all pictures that images are made from, each once."""
+    values = [getattr(request, name) for request in requests for name in PICTURES]
+    refs = [ref for value in values for ref in (value if isinstance(value, tuple) else (value,)) if ref is not None]
+    return list(dict.fromkeys(ref.path for ref in refs))
 
 
 def look(job: Job) -> Found:

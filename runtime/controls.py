@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..schemas.bundle import Manifest
 from ..schemas.control import is_control
-from ..schemas.errors import UsageError
+from ..schemas.errors import UsageError, reraise_interrupt
 from ..schemas.stages import Stage
 from .engines.base import Tensors
 from .images import effnet_pixels
@@ -177,6 +177,7 @@ def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(
             "control canny: OpenCV finds the edges, and is not installed: pip install 'cascadekit[control]', "
             "or give a picture of edges with edges=PICTURE"

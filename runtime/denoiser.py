@@ -1,8 +1,8 @@
 """A sampled stage with its conditions, as a function of latents and timestep ratio alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from .engines.base import Engine, Run, Tensors
 from .hoisting import CONDITIONING, STEP, HoistedStage, is_hoisted, prepare
 from .residency import Residency
 from .sampling import F32, Predict, Schedule
+
+Check = Callable[[F32, str], None]  # rows of a batch, and when they were computed
 
 
 @contextmanager
@@ -24,11 +26,14 @@ def denoiser(
     *,
     guidance: float | None,
     rows: int,
+    check: Check = lambda prediction, where: None,
 ) -> Iterator[Predict]:
     """The stage, in memory and with `conditions` bound for as long as the context lasts.
 
     With `guidance` the conditions are a batch [conditional, unconditional], twice that of `latents`. `rows` bounds the
-    batch that goes through the network at once."""
+    batch that goes through the network at once. `check` is given what the network predicts in each step, and raises
+    where that is no prediction."""
+    steps, made = len(schedule.ratios) - 1, count(1)
     doubled = np.concatenate([latents, latents]) if guidance is not None else latents
     parts = _parts(len(doubled), rows)
     with _bound(engine, residency, stage, doubled, conditions, schedule.ratios[:-1], parts) as runs:
@@ -41,6 +46,7 @@ def denoiser(
                 for part, run in zip(parts, runs, strict=True)
             ]
             prediction = found[0] if len(found) == 1 else np.concatenate(found)
+            check(prediction, f"step {next(made)} of {steps}")
             return prediction if guidance is None else schedule.guide(prediction, guidance)
 
         yield predict
@@ -71,8 +77,8 @@ def _bound(
         yield [HoistedStage(step, each, ratios) for each in prepared]
 
 
-def _parts(count: int, rows: int) -> list[slice]:
-    """A batch of `count` in as few parts of at most `rows` as possible, of nearly equal size."""
-    number = -(-count // rows)
-    edges = [round(count * part / number) for part in range(number + 1)]
+def _parts(total: int, rows: int) -> list[slice]:
+    """A batch of `total` in as few parts of at most `rows` as possible, of nearly equal size."""
+    number = -(-total // rows)
+    edges = [round(total * part / number) for part in range(number + 1)]
     return [slice(start, end) for start, end in pairwise(edges)]

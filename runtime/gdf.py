@@ -25,10 +25,15 @@ class Gdf:
     log_snr: F32  # (steps + 1,)
     ratios: F32  # (steps + 1,)
     rescale: float  # 0: plain guidance; 1: wholly the deviation of the conditional prediction
+    first: np.float32  # log signal-to-noise ratio of the first point where nothing is shifted
 
     def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
-        a, b = _scales(self.log_snr[index])
-        return np.asarray(a * x_0 + b * noise, np.float32)
+        return _diffused(x_0, noise, self.log_snr[index])
+
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        """Stability's notebooks shift the sampling, not the noise that is put on a picture before it: they call
+        GDF.diffuse without a shift."""
+        return _diffused(x_0, noise, self.first)
 
     def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
         a, b = _scales(self.log_snr[index])
@@ -55,11 +60,11 @@ def gdf_schedule(points: F32, shift: float = 1.0, rescale: float = 0.0) -> Sched
     """The sampler on `points` (steps + 1,), ratios that fall from at most 1 to at least 0.
 
     `shift` s moves the log signal-to-noise ratio by 2·ln(1/s), within the limits it has without."""
-    log_snr = _log_snr(points)
+    plain = log_snr = _log_snr(points)
     if shift != 1:
         limits = _log_snr(np.array([1, 0], np.float32))
         log_snr = np.clip(log_snr + np.float32(2 * math.log(1 / shift)), *limits)
-    return Gdf(log_snr, _ratios(log_snr), rescale)
+    return Gdf(log_snr, _ratios(log_snr), rescale, plain[0])
 
 
 def _log_snr(t: F32) -> F32:
@@ -74,6 +79,11 @@ def _ratios(log_snr: F32) -> F32:
     t = np.arccos(np.sqrt(_sigmoid(log_snr) * MIN_VARIANCE)) / HALF_PI * (ONE + OFFSET) - OFFSET
     found: F32 = np.clip(t, 0, 1).astype(np.float32)
     return found
+
+
+def _diffused(x_0: F32, noise: F32, log_snr: np.float32) -> F32:
+    a, b = _scales(log_snr)
+    return np.asarray(a * x_0 + b * noise, np.float32)
 
 
 def _scales(log_snr: np.float32) -> tuple[np.float32, np.float32]:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from ..schemas.errors import UsageError
+from ..schemas.limits import MAX_PIXELS_TOGETHER
 from ..schemas.settings import Settings, parse_settings
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
 from .controls import INPAINTING, ControlPicture
 from .embeds import PromptEmbeds, as_texts
 from .images import to_pictures
+from .made_with import made_with
 from .masks import composite, fit_mask, latent_mask
 from .noise import TorchGenerator
 from .pictures import fit
+from .samplers import check_schedules
 from .sampling import F32, Step
 from .seeds import Noise, PlacedSeed, Seeds, plain_seeds
 from .start import Start
@@ -84,8 +87,10 @@ def generate(
     Raises UsageError for a size, count, seed or picture that cannot be, or a stage that the bundle lacks."""
     chosen = _settings(self, settings, overrides)
     size = latent_sizes(chosen.height, chosen.width, chosen.size_policy)  # fails before anything is loaded
+    check_schedules(chosen, varies=init_image is not None)
     if num_images < 1:
         raise UsageError(f"{num_images} images: expected at least 1")
+    _require_room(num_images * (len(embeds) if embeds is not None else len(as_texts(prompt or ""))), size.image)
     if mask is not None and init_image is None and not any(control.name == INPAINTING for control in controls):
         raise UsageError(
             "a mask says what to draw anew of an initial image, or of what the inpainting ControlNet sees: give one"
@@ -138,6 +143,13 @@ def generate(
     decoder_latents = _run(Stage.DECODER, decoder, on_step)
     pixels = self.pixels(decoder_latents) if output == "images" else None
     return Result(prior_latents, decoder_latents, pixels, described, repeated, encoded.truncated, kept)
+
+
+def _require_room(count: int, size: tuple[int, int]) -> None:
+    """Raise UsageError for more images than one call may keep to its end."""
+    most = max(1, MAX_PIXELS_TOGETHER // (size[0] * size[1]))
+    if count > most:
+        raise UsageError(f"{count} images of {size[1]}x{size[0]} at once: expected at most {most}; use several calls")
 
 
 def _encoded(
@@ -208,6 +220,7 @@ def _described(
 ) -> list[dict[str, Any]]:
     """For each of `count` images what `generate` needs to draw it again; of embeddings the prompt is not known."""
     negatives = as_texts(negative)
+    made = made_with(cascade.engine, cascade.manifest)
     words: list[dict[str, str]] = [
         {"prompt": prompt, "negative": negatives[0 if len(negatives) == 1 else number]}
         for number, prompt in enumerate(prompts)
@@ -218,7 +231,7 @@ def _described(
             **_seed_of(seed, index, count),
             **chosen.to_json(),
             "vqgan_scale": cascade.manifest.vqgan_scale,
-            "engine": cascade.engine.name,
+            **made,
             "created_by": cascade.manifest.created_by,
         }
         for index in range(count)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -9,10 +10,10 @@ from pathlib import Path
 
 from ..schemas.bundle import FileEntry
 from ..schemas.errors import CheckpointError
+from ..schemas.limits import MAX_HEADER_BYTES
 
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 16
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 WHOLE_BELOW = 1 << 26  # bytes; what is smaller is hashed whole in no time
 SHOWN_DIGITS = 12  # of a digest, in messages
 
@@ -24,22 +25,23 @@ def fingerprint(path: Path) -> str:
     It tells weights from other weights, as those differ nearly everywhere; a few bytes changed between two samples
     it does not see. Raises CheckpointError when the file cannot be read."""
     digest = hashlib.sha256()
+    require_regular(path)
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(struct.pack("<Q", size))
-            for start, stop in _sampled(size, _header_end(path, os.pread(file.fileno(), 8, 0), size)):
+            for start, stop in _sampled(size, _header_end(os.pread(file.fileno(), 9, 0), size)):
                 digest.update(os.pread(file.fileno(), stop - start, start))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def _header_end(path: Path, first: bytes, size: int) -> int:
-    """Where the tensors begin; 0 in a file that has no such header."""
-    if path.suffix != ".safetensors" or len(first) < 8:
+def _header_end(first: bytes, size: int) -> int:
+    """Where the tensors of a safetensors file begin; 0 in any other. It begins with a length, then JSON."""
+    if len(first) < 9 or first[8:] not in b"{ \t\r\n":
         return 0
-    length = int(struct.unpack("<Q", first)[0])
+    length = int(struct.unpack("<Q", first[:8])[0])
     return 8 + length if length <= MAX_HEADER_BYTES and 8 + length <= size else 0
 
 
@@ -54,8 +56,21 @@ def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
         yield at, at + SAMPLE_BYTES
 
 
+def require_regular(path: Path) -> os.stat_result:
+    """The status of the file at `path`, or of the one a link there leads to. Raises CheckpointError for anything that
+    is no ordinary file: opening a pipe waits for ever, and a device may have no end."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: cannot be read: not a regular file")
+    return status
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
+    require_regular(path)
     try:
         return _sha256(path)
     except OSError as error:
@@ -95,19 +110,18 @@ def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
 def find_change(path: Path, entry: FileEntry, *, always_hash: bool = False) -> str | None:
     """How the file at `path` differs from `entry`: what was expected and what was found. None when it does not.
 
-    A file of the same size and time of change is trusted. Of another time, it must have the same content: all of it
-    below 64 MiB where the manifest has its SHA-256, else the same fingerprint. `always_hash` compares the SHA-256,
-    where there is one, whatever the time."""
+    A file of the same size and time of change is trusted, whatever its bytes. Of another time, it must have the same
+    content: all of it below 64 MiB where the manifest has its SHA-256, else the same fingerprint. `always_hash` reads
+    the file whatever its time: all of it where the manifest has its SHA-256, else the samples of its fingerprint."""
     status = _status(path)
     if status is None or status.st_size != entry.bytes:
         found = f"it has {status.st_size}" if status else "it is missing"
         return f"expected {entry.bytes} bytes, {found}"
-    small = entry.bytes < WHOLE_BELOW
-    if entry.sha256 is not None and (always_hash or (small and status.st_mtime_ns != entry.mtime_ns)):
+    if not always_hash and status.st_mtime_ns == entry.mtime_ns:
+        return None
+    if entry.sha256 is not None and (always_hash or entry.bytes < WHOLE_BELOW):
         return _differs("SHA-256", entry.sha256, sha256_of(path))
-    if status.st_mtime_ns != entry.mtime_ns:
-        return _differs("fingerprint", entry.fingerprint, fingerprint(path))
-    return None
+    return _differs("fingerprint", entry.fingerprint, fingerprint(path))
 
 
 def _status(path: Path) -> os.stat_result | None:

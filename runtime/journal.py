@@ -1,6 +1,5 @@
 """A log of JSON lines that survives what happens to the program writing it."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..schemas.errors import CascadeError, UsageError
+from ..schemas.json_text import dump_json, load_json
 
 
 class Journal:
@@ -29,7 +29,7 @@ class Journal:
     def write(self, event: str, *fields: Mapping[str, Any]) -> None:
         """Append an event for each of `fields`, and flush. Raises CascadeError when that fails."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        lines = [json.dumps({"time": now, "event": event, **each}, ensure_ascii=False) + "\n" for each in fields]
+        lines = [dump_json({"time": now, "event": event, **each}) + "\n" for each in fields]
         left = (("\n" if self._cut else "") + "".join(lines)).encode()
         try:
             while left:
@@ -59,8 +59,8 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another --log") from error
     for line in lines:
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = load_json(line)
+        except ValueError:
             continue
         if isinstance(event, dict):
             yield event

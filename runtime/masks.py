@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..schemas.errors import UsageError
-from .pictures import F32, cover_box, decode, has_alpha
+from .pictures import F32, cover_box, decode, has_alpha, strips
 
 HALF = 128  # greys from here on are masked
 SAME_SHAPE = 0.01  # how far the proportions of mask and picture may differ
@@ -28,21 +28,34 @@ def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     That is where the file is white (at least half), or, where some of it is transparent, where it is opaque (at
     least half), whatever the colour. It is scaled to `size`.
     Raises UsageError for what `open_picture` refuses, other proportions than the picture's, and an empty mask."""
-    stored = decode(path)
-    values = np.asarray(stored.convert("L"))
-    if has_alpha(stored):
-        alpha = np.asarray(stored.convert("RGBA"))[..., 3]
-        values = alpha if alpha.min() < HALF else values
-    masked = values >= HALF
-    if abs(math.log(stored.width / stored.height * size[1] / size[0])) > SAME_SHAPE:
-        raise UsageError(
-            f"{path}: a mask of {stored.width}x{stored.height} for a picture of {size[0]}x{size[1]}; "
-            "make it of the picture's size"
-        )
+    stored = decode(path, lambda *found: _require_shape(path, size, found, found[::-1]))  # EXIF may turn it
+    _require_shape(path, size, stored.size)
+    masked = _masked_in(stored)
     if not masked.any():
         raise UsageError(f"{path}: masks nothing; paint white what is to be drawn anew, and the rest black")
     edges = [_even(side, cells) for side, cells in zip(stored.size, size, strict=True)]
     return _to_mask(_touched(masked, edges[1], edges[0]))
+
+
+def _require_shape(path: Path, size: tuple[int, int], *found: tuple[int, int]) -> None:
+    """Raise UsageError unless one of the sizes found has the proportions of `size`."""
+    if not any(abs(math.log(width / height * size[1] / size[0])) <= SAME_SHAPE for width, height in found):
+        raise UsageError(
+            f"{path}: a mask of {found[0][0]}x{found[0][1]} for a picture of {size[0]}x{size[1]}; "
+            "make it of the picture's size"
+        )
+
+
+def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
+    """Where a picture is opaque, if some of it is not, else where it is white; at least half, each."""
+    white = np.empty((stored.height, stored.width), np.bool_)
+    opaque = np.empty_like(white) if has_alpha(stored) else None
+    for top, strip in strips(stored):
+        rows = slice(top, top + strip.height)
+        white[rows] = np.asarray(strip.convert("L")) >= HALF
+        if opaque is not None:
+            opaque[rows] = np.asarray(strip.convert("RGBA"))[..., 3] >= HALF
+    return white if opaque is None or opaque.all() else opaque
 
 
 def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
@@ -124,4 +137,7 @@ def _touched(masked: NDArray[np.bool_], rows: Edges, columns: Edges) -> NDArray[
 
 
 def _any_in_rows(masked: NDArray[np.bool_], edges: Edges) -> NDArray[np.bool_]:
-    return np.stack([masked[math.floor(a) : math.ceil(b)].any(axis=0) for a, b in pairwise(edges)])
+    found = np.empty((len(edges) - 1, masked.shape[1]), np.bool_)
+    for row, (start, stop) in zip(found, pairwise(edges), strict=True):
+        masked[math.floor(start) : math.ceil(stop)].any(axis=0, out=row)
+    return found

@@ -21,7 +21,7 @@ consume from the generator.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,21 +101,22 @@ class TorchGenerator:
         if count < BLOCK:
             return self._scalar(count).reshape(shape)[list(rows)]
         width = count // shape[0]
-        values = np.empty(count, np.float32)  # of which the system provides what is written to
-        wanted = np.zeros(count // BLOCK, np.bool_)
-        for row in rows:
-            wanted[row * width // BLOCK : -(-(row + 1) * width // BLOCK)] = True
-        done = 0
-        for start, stop in np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2) * BLOCK:
-            self._pass_over(start - done)
-            values[start:stop] = self._uniforms(stop - start)
-            _box_muller(values[start:stop])
-            done = stop
+        kept = np.empty((len(rows), width), np.float32)
+        blocks = count // BLOCK
+        done = 0  # values that the generator has passed
+        for start, stop in _ranges(rows, width):  # in blocks; the last one may go beyond what is whole
+            whole = min(stop, blocks) * BLOCK
+            self._pass_over(start * BLOCK - done)
+            values = self._uniforms(whole - start * BLOCK)
+            _box_muller(values)
+            _keep(kept, rows, values, start * BLOCK)
+            done = whole
         self._pass_over(count - done)
         if count % BLOCK:  # as in _vector
-            values[-BLOCK:] = self._uniforms(BLOCK)
-            _box_muller(values[-BLOCK:])
-        return values.reshape(shape)[list(rows)]
+            values = self._uniforms(BLOCK)
+            _box_muller(values)
+            _keep(kept, rows, values, count - BLOCK)
+        return kept.reshape(len(rows), *shape[1:])
 
     def _pass_over(self, words: int) -> None:
         for start in range(0, words, PASSED):
@@ -175,6 +176,30 @@ def randn(shape: tuple[int, ...], generators: TorchGenerator | Sequence[TorchGen
     for i, generator in enumerate(generators):
         noise[i] = generator.randn((1, *shape[1:]))[0]
     return noise
+
+
+def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
+    """The blocks that rows of `width` values reach into, first and one after the last, those that meet as one."""
+    begun: tuple[int, int] | None = None
+    for row in sorted(set(rows)):
+        start, stop = row * width // BLOCK, -(-(row + 1) * width // BLOCK)
+        if begun is not None and start <= begun[1]:
+            begun = begun[0], max(stop, begun[1])
+            continue
+        if begun is not None:
+            yield begun
+        begun = start, stop
+    if begun is not None:
+        yield begun
+
+
+def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:
+    """Put what of `values`, which begin `at` that place of all, belongs to each of `rows` into its row of `kept`."""
+    width = kept.shape[1]
+    for place, row in enumerate(rows):
+        start, stop = max(row * width, at), min((row + 1) * width, at + len(values))
+        if start < stop:
+            kept[place, start - row * width : stop - row * width] = values[start - at : stop - at]
 
 
 def _box_muller(values: F32) -> None:

@@ -5,6 +5,7 @@ all of them. With the same seed, sizes and settings the latents follow diffusers
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from ..schemas.bundle import Manifest
+from ..schemas.bundle import MAIN_GRAPH, Manifest
 from ..schemas.errors import EngineError, UsageError
 from ..schemas.settings import Settings
 from ..schemas.sizes import SizePolicy, latent_sizes
@@ -23,7 +25,7 @@ from .bundle import open_bundle
 from .controls import ControlPicture, control_image, control_residuals, require_control, together
 from .denoiser import denoiser
 from .embeds import PromptEmbeds, as_texts
-from .engines.base import Engine, Tensors
+from .engines.base import Engine, Run, Tensors
 from .engines.mixed import with_stages_of
 from .engines.table import make_engine
 from .engines.tensorrt import Refit
@@ -36,6 +38,7 @@ from .residency import RESIDENT, MemoryPolicy, Residency
 from .samplers import Sampling, SamplingOptions
 from .sampling import F32, Step, sample
 from .seeds import Noise, Seeds
+from .soundness import require_finite, require_sound
 from .start import Start, keep_outside
 from .text_cache import CachedTextEncoder
 from .tokenizer import ClipTokenizer
@@ -59,16 +62,19 @@ class Cascade:
         *,
         memory: MemoryPolicy = RESIDENT,
         rows: int | None = None,
+        checked: bool = True,
     ) -> None:
         """`memory` says which stages stay loaded. `rows` bounds the batch that goes through a sampled stage at once
         (guidance doubles it), and so the memory of activations: by default 8 rows of a 1024x1024 image, and more of
-        smaller ones. Images do not depend on it."""
+        smaller ones. Images do not depend on it. Unless `checked` is False, a stage that gives NaN, infinity, or one
+        value throughout latents or an image is an UnsoundError."""
         self.engine = engine
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.rows = rows
         self.residency = Residency(engine, memory, partial(loaded_bytes, manifest))
-        self._encode_text = CachedTextEncoder(lambda: self.residency.use(Stage.TEXT_ENCODER))
+        self.checked = checked
+        self._encode_text = CachedTextEncoder(partial(self._use, Stage.TEXT_ENCODER))
 
     @classmethod
     def open(
@@ -105,7 +111,7 @@ class Cascade:
             others = {stage: open_bundle(Path(path)) for stage, path in stages.items()}
             engines = {stage: make(other) for stage, other in others.items()}
             runs, manifest = with_stages_of(runs, opened, engines, others)
-        return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer), memory=policy, rows=rows)
+        return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer, manifest.text_rows), memory=policy, rows=rows)
 
     def encode_prompt(
         self,
@@ -137,7 +143,7 @@ class Cascade:
 
         Raises UsageError when the bundle has no image encoder."""
         side = self.size_of(Stage.IMAGE_ENCODER, "pixel_values", axis=2)
-        with self.residency.use(Stage.IMAGE_ENCODER) as encode:
+        with self._use(Stage.IMAGE_ENCODER) as encode:
             return encode({"pixel_values": clip_pixels(pictures, side)})["image_embeds"][None]
 
     def encode_picture(self, picture: Image.Image, *, height: int, width: int) -> F32:
@@ -150,7 +156,7 @@ class Cascade:
         """What `decode` would have to draw: the vqgan's latents (1, 4, h, w) of a picture of `height` x `width`.
 
         Raises UsageError when the bundle's vqgan has no encoder."""
-        with self.residency.use(Stage.VQGAN, ENCODER) as encode:
+        with self._use(Stage.VQGAN, ENCODER) as encode:
             latents = encode({"images": vqgan_input(picture, height, width)})["latents"]
         assert self.manifest.vqgan_scale is not None  # there is one wherever there is a vqgan
         return np.asarray(latents / self.manifest.vqgan_scale, np.float32)
@@ -167,7 +173,7 @@ class Cascade:
         for control in controls:
             stage = require_control(self.manifest, control.name)[0]
             image = control_image(control.name, control.picture, size, mask=mask, encode=self._effnet)
-            with self.residency.use(stage) as run:
+            with self._use(stage) as run:
                 residuals = control_residuals(self.manifest, control.name, image, run, strength=control.strength)
             found.append(residuals)
         return together(found, size)
@@ -233,8 +239,13 @@ class Cascade:
 
     def pixels(self, latents: F32) -> F32:
         """Decode stage B's latents (B, 4, h, w) to images (B, 3, 4h, 4w) in 0..1, one at a time to bound memory."""
+        found = []
         with self.residency.use(Stage.VQGAN) as decode:
-            return np.concatenate([decode({"latents": one[None]})["images"] for one in latents])
+            for number, one in enumerate(latents):
+                images = decode({"latents": one[None]})["images"]
+                self._require_sound(Stage.VQGAN, images, f"image {number + 1} of {len(latents)}")
+                found.append(images)
+        return np.concatenate(found)
 
     generate = generate
 
@@ -244,7 +255,7 @@ class Cascade:
         Raises UsageError when the bundle has no previewer."""
         if stage is Stage.DECODER:
             return to_pictures(self.pixels(latents))
-        with self.residency.use(Stage.PREVIEWER) as show:
+        with self._use(Stage.PREVIEWER) as show:
             return to_pictures(show({"latents": latents})["images"])
 
     def size_of(self, stage: Stage, port: str, axis: int = 1) -> int:
@@ -266,8 +277,27 @@ class Cascade:
         self.close()
 
     def _effnet(self, pixels: F32) -> F32:
-        with self.residency.use(Stage.EFFNET_ENCODER) as encode:
+        with self._use(Stage.EFFNET_ENCODER) as encode:
             return encode({"pixels": pixels})["effnet"]
+
+    @contextmanager
+    def _use(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[Run]:
+        """The stage, in memory for as long as the context lasts; what it gives is finite, or an UnsoundError."""
+        with self.residency.use(stage, graph) as runner:
+
+            def run(inputs: Tensors) -> dict[str, NDArray[Any]]:
+                outputs = runner(inputs)
+                for name, value in outputs.items():
+                    self._require_sound(stage, value, name, varied=False)
+                return outputs
+
+            yield run
+
+    def _require_sound(
+        self, stage: Stage, rows: NDArray[Any], where: str, *, images: int = 0, varied: bool = True
+    ) -> None:
+        if self.checked:
+            require_sound(stage, self.manifest.stages.get(stage), rows, where, images=images, varied=varied)
 
     def _sample(
         self,
@@ -286,6 +316,8 @@ class Cascade:
         first = noise.draw(shape) if latents is None else latents.astype(np.float32, copy=False)
         if first.shape != shape:
             raise UsageError(f"{stage} latents: expected shape {list(shape)}, found {list(first.shape)}")
+        begun = {"start": start.latents} if start else {}
+        require_finite(f"the {stage}'s", {"latents": first, **begun, **conditions})
         if sampling.guides:  # batch [conditional, unconditional]
             conditions = {name: np.concatenate([value, negatives[name]]) for name, value in conditions.items()}
         guidance = sampling.guidance if sampling.guides else None
@@ -298,9 +330,10 @@ class Cascade:
             schedule,
             guidance=guidance,
             rows=self.rows or max(1, ROW_AREA[stage] // (shape[2] * shape[3])),
+            check=partial(self._require_sound, stage, images=shape[0]),
         )
         with parts as predict:
-            x_t = first if start is None else schedule.diffuse(start.latents, first, 0)
+            x_t = first if start is None else schedule.begin(start.latents, first)
             show = partial(self.preview, stage)
             steps = sample(predict, x_t, schedule, lambda: noise.draw(shape), show)
             yield from steps if start is None or start.mask is None else keep_outside(steps, start, first, schedule)

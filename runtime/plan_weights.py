@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..schemas.bundle import PlanEntry, StageEntry
 from ..schemas.errors import CheckpointError
+from .integrity import require_regular
 
 CHUNK = 1 << 24  # bytes read at a time
 
@@ -29,10 +30,7 @@ def sha256_of_ranges(root: Path, ranges: Ranges) -> str:
     they cannot be read, or are not there."""
     files = []
     for name, parts in ranges.items():
-        try:
-            status = (root / name).stat()
-        except OSError as error:
-            raise CheckpointError(f"{root / name}: cannot be read: {error.strerror}") from error
+        status = require_regular(root / name)
         files.append((root / name, status.st_size, status.st_mtime_ns, tuple(map(tuple, parts))))
     return _hashed(tuple(files))
 

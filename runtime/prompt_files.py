@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..schemas.errors import UsageError
+from ..schemas.json_text import load_json
+from ..schemas.limits import MAX_PROMPT_FILE_BYTES, MAX_PROMPT_LINE
 
 STDIN = "-"
 COMMENT = "#"
@@ -42,14 +44,18 @@ class PromptFile:
 def read_prompt_file(path: str | Path) -> PromptFile:
     """The file at `path`; "-" is standard input, as .txt. UTF-8, with a byte order mark or without.
 
-    Raises UsageError for a file that cannot be read, is of none of the three kinds, or holds no prompts."""
+    Raises UsageError for a file that cannot be read, is too large, is none of the three kinds, or holds no prompts."""
     name = str(path)
     if name == STDIN:
-        kind, folder, content = ".txt", Path(), sys.stdin.buffer.read()
+        if sys.stdin is None:
+            raise UsageError(f"{name}: standard input is closed; pipe the prompts into it")
+        kind, folder, content = ".txt", Path(), sys.stdin.buffer.read(MAX_PROMPT_FILE_BYTES + 1)
     else:
         kind, folder, content = Path(path).suffix.lower(), Path(path).parent, _content(Path(path))
     if kind not in READERS:
         raise UsageError(f"{name}: expected a name ending in {', '.join(READERS)}; rename the file after what it holds")
+    if len(content) > MAX_PROMPT_FILE_BYTES:
+        raise UsageError(f"{name}: more than {MAX_PROMPT_FILE_BYTES >> 20} MiB; divide it into several files")
     # Bytes that are no UTF-8 become lone surrogates, which `_checked` finds in the entry that has them.
     text = content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
     entries = tuple(_checked(entry) for entry in READERS[kind](text))
@@ -60,7 +66,8 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(MAX_PROMPT_FILE_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: the prompts cannot be read: {error.strerror}; check the path") from error
 
@@ -90,11 +97,13 @@ def _txt(text: str) -> Iterator[Entry]:
 
 def _jsonl(text: str) -> Iterator[Entry]:
     for number, line in _lines(text):
+        if len(line) > MAX_PROMPT_LINE:
+            yield Entry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
+            continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            yield Entry(number, problem=f"not JSON: {reason}")
+            value = load_json(line)
+        except ValueError as error:
+            yield Entry(number, problem=f"not JSON: {error}")
             continue
         if isinstance(value, str):
             value = {"prompt": value}

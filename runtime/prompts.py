@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import UsageError
+from ..schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_CHUNKS
 from .tokenizer import END, LENGTH, START, ClipTokenizer, Token
 
 F32 = NDArray[np.float32]
@@ -81,8 +82,9 @@ def parse_weights(text: str) -> tuple[Part, ...]:
     and \\ are the characters themselves. That is the web UI's syntax, with these differences: a backslash before
     anything else stays (there it vanishes), brackets that cancel leave exactly 1, and BREAK is a word like any other.
 
-    Raises UsageError for a weight below 0 or above 10.
+    Raises UsageError for a weight below 0 or above 10, and for what `check_length` refuses.
     """
+    check_length(text)
     texts: list[str] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `texts` what is still open begins
     factors: list[tuple[int, int, float]] = []  # from, to, factor
@@ -102,10 +104,19 @@ def parse_weights(text: str) -> tuple[Part, ...]:
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
         for start, stop, factor in factors:
             weights[start:stop] *= factor
-    pieces = zip(texts, weights.round(9).tolist(), strict=True)
+        rounded = weights.round(9).tolist()
+    pieces = zip(texts, rounded, strict=True)
     joined = groupby(pieces, key=lambda piece: piece[1])
     parts = tuple(Part("".join(one for one, _ in group), _checked(weight, text)) for weight, group in joined)
     return parts or (Part("", 1.0),)
+
+
+def check_length(text: str) -> None:
+    """Raise UsageError for a prompt of more characters than are read."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise UsageError(
+            f"{text[:30]!r}...: a prompt of {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}"
+        )
 
 
 def encode_texts(
@@ -174,11 +185,15 @@ def _cut(tokens: Sequence[Token], full: int) -> int:
 def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long: bool) -> tuple[list[_Chunk], str]:
     """The chunks of `text`, at least one, and what did not fit. Parts are tokenized apart, as every user interface
     does: a weight that starts within a word makes two words of it."""
+    if isinstance(text, str):
+        check_length(text)
     parts = parse_weights(text) if weighted and isinstance(text, str) else (Part(text, 1.0),)
     pairs = [(token, index) for index, part in enumerate(parts) for token in tokenizer.split(part.text, name)]
     tokens = [token for token, _ in pairs]
     weights = [parts[index].weight for _, index in pairs]
     cuts = list(split(tokens)) if long else [slice(ROOM)]
+    if len(cuts) > MAX_PROMPT_CHUNKS:
+        raise UsageError(f"{name}: {len(cuts)} chunks of 75 tokens; expected at most {MAX_PROMPT_CHUNKS}; shorten it")
     chunks = [_Chunk(tuple(token.id for token in tokens[cut]), tuple(weights[cut])) for cut in cuts]
     if long or len(tokens) <= ROOM:
         return chunks, ""

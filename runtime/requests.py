@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..schemas.errors import UsageError
+from ..schemas.errors import UnsoundError, UsageError
 from ..schemas.request import ControlRef, PictureRef, Request
 from .controls import INPAINTING, ControlPicture
 from .generation import OnStep
@@ -32,7 +32,20 @@ class Drawn:
 def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep) -> list[Drawn]:
     """Draw requests of one group in one batch; paths of pictures are relative to `folder`.
 
-    Raises UsageError for a picture that cannot be opened or is not the one whose SHA-256 the request has."""
+    Raises UsageError for a picture that cannot be opened or is not the one whose SHA-256 the request has,
+    UnsoundError that names the requests whose images came out as no images."""
+    try:
+        return _draw(cascade, requests, folder, on_step)
+    except UnsoundError as error:
+        if len(requests) == 1 or not error.images:
+            raise
+        which = "; ".join(
+            f"image {n + 1} is seed {requests[n].seed}, {requests[n].prompt[:40]!r}" for n in error.images
+        )
+        raise UnsoundError(f"{error} ({which})", error.images) from error
+
+
+def _draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep) -> list[Drawn]:
     first = requests[0]
     init = None if first.init_image is None else _open(first.init_image, folder)
     controls = [ControlPicture(each.name, _open(each, folder), each.strength) for each in first.controls]

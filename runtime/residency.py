@@ -15,7 +15,7 @@ from .engines.memory import large_blocks_given_back
 Key = tuple[Stage, str]  # a stage and one of its graphs
 
 UNITS = {"": 1 << 30, "GB": 1 << 30, "GIB": 1 << 30, "MB": 1 << 20, "MIB": 1 << 20}
-BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+BUDGET = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

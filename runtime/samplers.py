@@ -7,7 +7,8 @@ from typing import TypedDict
 import numpy as np
 
 from ..schemas.errors import UsageError
-from ..schemas.settings import Sampler
+from ..schemas.limits import MAX_STEPS
+from ..schemas.settings import Sampler, Settings
 from .gdf import gdf_schedule
 from .sampling import F32, Schedule, Wuerstchen, custom_timesteps, timesteps
 
@@ -47,11 +48,23 @@ class Sampling:
             raise UsageError(f"strength {strength:g}: expected more than 0, at most 1")
         if self.sampler not in SCHEDULES:
             raise UsageError(f"sampler {self.sampler!r}: expected {' or '.join(SCHEDULES)}")
+        if self.steps > MAX_STEPS or len(self.timesteps) > MAX_STEPS + 1:
+            raise UsageError(f"more than {MAX_STEPS} steps: expected at most {MAX_STEPS}")
         if self.timesteps:
             points = _below(custom_timesteps(self.timesteps), strength)
         else:
             points = timesteps(max(1, int(self.steps * strength)) if self.steps > 0 else self.steps, strength)
         return SCHEDULES[Sampler(self.sampler)](points, self)
+
+
+def check_schedules(settings: Settings, *, varies: bool) -> None:
+    """Raise UsageError for a sampler, a number of steps, a shift or a list that either stage would refuse; where a
+    picture is varied, also for its strength."""
+    of, sampler, rescale = settings, settings.sampler, settings.rescale
+    prior = Sampling(of.prior_steps, of.prior_guidance, sampler, of.prior_shift, rescale, of.prior_timesteps)
+    decoder = Sampling(of.decoder_steps, of.decoder_guidance, sampler, of.decoder_shift, rescale, of.decoder_timesteps)
+    prior.schedule(of.strength if varies else 1.0)
+    decoder.schedule()
 
 
 def _below(points: F32, strength: float) -> F32:

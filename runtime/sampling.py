@@ -35,6 +35,9 @@ class Schedule(Protocol):
     def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
         """Noiseless latents as they would be at point `index`."""
 
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        """Noiseless latents as sampling that starts from them begins, at point 0."""
+
     def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
         """The noiseless latents that follow from noise `eps` predicted at point `index`."""
 
@@ -98,6 +101,9 @@ class Wuerstchen:
         bar = alpha_bar(self.ratios[index])
         x_t: F32 = np.sqrt(bar) * x_0 + np.sqrt(np.float32(1) - bar) * noise
         return x_t
+
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        return self.diffuse(x_0, noise, 0)
 
     def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
         bar = alpha_bar(self.ratios[index])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..schemas.errors import UsageError
+from ..schemas.limits import MAX_IMAGES
 from .noise import TorchGenerator
 from .sampling import F32
 
@@ -77,4 +78,6 @@ def _generator(source: PlacedSeed | TorchGenerator) -> TorchGenerator:
         return source
     if not 0 <= source.index < source.batch:
         raise UsageError(f"image {source.index} of a batch of {source.batch}: expected 0 to {source.batch - 1}")
+    if source.batch > MAX_IMAGES:
+        raise UsageError(f"a batch of {source.batch:.4g} images: expected at most {MAX_IMAGES}")
     return TorchGenerator(source.seed)

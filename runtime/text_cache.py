@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines.base import StageRunner, Tensors
+from .engines.base import Run, Tensors
 
 ROWS = 256  # kept, 400 kB each at CLIP bigG's width
 
-Use = Callable[[], AbstractContextManager[StageRunner]]
+Use = Callable[[], AbstractContextManager[Run]]
 
 
 class CachedTextEncoder:

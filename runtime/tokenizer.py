@@ -16,24 +16,26 @@ data/clip_tokenizer/LICENSE.txt). open_clip's SimpleTokenizer, the one of CLIP's
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
-from tokenizers.models import BPE
 
 from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.limits import MAX_PROMPT_CHARACTERS
+from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
+
+__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
 
 LENGTH = 77  # positions of the text encoder
-VOCAB_SIZE = 49408  # rows of its embedding table
-START, END = 49406, 49407
-START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
+PANIC = "PanicException"  # what the library raises where it fails; it is no Exception, and no module has it
 _NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,28 +63,27 @@ class ClipTokenizer:
         self._tokenizer = tokenizer
 
     @classmethod
-    def open(cls, path: Path | None = None) -> "ClipTokenizer":
-        """The shipped tokenizer, or the one at `path`: a tokenizer.json, or a folder with one or with vocab.json and
-        merges.txt. The settings in a tokenizer.json are kept, except for truncation and padding.
+    def open(cls, path: Path | None = None, rows: int | None = None) -> "ClipTokenizer":
+        """The shipped tokenizer, or the one at `path`, see `tokenizer_file.read_tokenizer`. The settings in a
+        tokenizer.json are kept, except for truncation and padding. Tokens that were added to CLIP's are used, if the
+        text encoder has a row for each: `rows` is how many it has.
 
-        Raises CheckpointError when a file is missing or is not a CLIP tokenizer of 49,408 tokens.
+        Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more than rows.
         """
         if path is None:
-            return cls(Tokenizer.from_str(_shipped()))
-        file = path / "tokenizer.json" if path.is_dir() else path
-        lists = path / "vocab.json", path / "merges.txt"
-        only_lists = lists[0].exists() and not file.exists()
+            return cls(Tokenizer.from_str(shipped()))
         try:
-            tokenizer = _from_lists(*lists) if only_lists else Tokenizer.from_file(str(file))
-            tokenizer.no_truncation()  # a saved file may ask for either; both are done here
-            tokenizer.no_padding()
-            found = f"{tokenizer.get_vocab_size()} tokens, empty prompt {tokenizer.encode('').ids}"
+            read = read_tokenizer(path)
+            tokenizer = _guarded(lambda: _made_of(read.text))
+            found = _described(tokenizer, read.added)
         except Exception as error:  # the library raises nothing narrower
             found = str(error)
         expected = f"{VOCAB_SIZE} tokens, empty prompt {[START, END]}"
         if found != expected:
-            name = f"{lists[0]} with {lists[1].name}" if only_lists else file
-            raise CheckpointError(f"{name}: expected CLIP's tokenizer ({expected}), found: {found}. {_NEXT}")
+            raise CheckpointError(
+                f"{name_of(path)}: expected CLIP's tokenizer ({expected}), found: {found[:300]}. {_NEXT}"
+            )
+        require_rows(read, rows)
         return cls(tokenizer)
 
     def __call__(self, prompts: Sequence[str], length: int = LENGTH) -> Tokens:
@@ -122,8 +123,10 @@ class ClipTokenizer:
         ]
 
     def _encode(self, text: str, name: str) -> Encoding:
+        if isinstance(text, str) and len(text) > MAX_PROMPT_CHARACTERS:
+            raise UsageError(f"{name}: {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}")
         try:
-            return self._tokenizer.encode(text)
+            return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:
             raise UsageError(f"{name}: expected text, got {ascii(text)[:60]}") from error
 
@@ -133,7 +136,7 @@ def save_tokenizer_folder(folder: Path) -> None:
 
     transformers 4 and 5 open it as CLIPTokenizer. Raises OSError when the files cannot be written.
     """
-    text = _shipped()
+    text = shipped()
     model = json.loads(text)["model"]
     special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END_TEXT) | {"bos_token": START_TEXT}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -151,12 +154,27 @@ def save_tokenizer_folder(folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
-def _shipped() -> str:
-    return files(__package__).joinpath("data", "clip_tokenizer", "tokenizer.json").read_text(encoding="utf-8")
-
-
-def _from_lists(vocab: Path, merges: Path) -> Tokenizer:
-    """Only the two lists differ from one CLIP tokenizer to another, so the shipped one lends the rest."""
-    tokenizer = Tokenizer.from_str(_shipped())
-    tokenizer.model = BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END_TEXT)
+def _made_of(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()  # a saved file may ask for either; both are done here
+    tokenizer.no_padding()
     return tokenizer
+
+
+def _described(tokenizer: Tokenizer, added: Mapping[str, int]) -> str:
+    """What the library made of a file, in the words that a right one is expected in."""
+    wrong = [text for text, number in added.items() if tokenizer.token_to_id(text) != number]
+    if wrong:
+        return f"the added token {wrong[0][:40]!r} under another id, {tokenizer.token_to_id(wrong[0])}"
+    own = tokenizer.get_vocab_size() - len(added)
+    return f"{own} tokens, empty prompt {_guarded(lambda: tokenizer.encode('')).ids}"
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    """What `call` gives. Raises CheckpointError for a panic of the library."""
+    try:
+        return call()
+    except BaseException as error:
+        if type(error).__name__ == PANIC:
+            raise CheckpointError(f"the tokenizers library failed: {error}; use another tokenizer") from error
+        raise

@@ -1,32 +1,129 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the hidden names they have until then.
 
+A file in the making is called `.NAME.RANDOM.partial` and is locked by the process that writes it. The lock ends with
+the process, so what a killed one left can be told from what another one is writing.
+"""
+
+import errno
+import fcntl
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of a file system without hard links
+LONGEST = 255  # bytes of a file's name, on all common file systems
+TAIL = ".partial"
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}" + re.escape(TAIL), re.DOTALL)
 
 
 @contextmanager
 def whole_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
     """A file to write, which is put at `path`, on disk, when the context ends, and is gone when it ends in an
-    exception; what was there before is replaced. `mode` are its permissions, None those of any new file.
+    exception; what was there before is replaced. `mode` are its permissions, None those of any new file. What killed
+    processes left of the same file is removed first.
 
     Raises OSError when it cannot be written."""
-    scratch: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            scratch = Path(file.name)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(_usual() if mode is None else mode)
+    remove_leftovers(path.parent, {_shortened(path.name, _RANDOM)}.__contains__)
+    with unplaced_file(path, mode) as (file, scratch):
+        yield file
+        finish(file)
         scratch.replace(path)
+
+
+@contextmanager
+def unplaced_file(path: Path, mode: int | None = None) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file to write and its hidden name beside `path`, which is gone when the context ends: until then the caller
+    gives the file another one."""
+    file = _locked_file(path)
+    scratch = Path(file.name)
+    try:
+        with file:
+            scratch.chmod(_usual() if mode is None else mode)
+            yield file, scratch
     finally:
-        if scratch is not None:
-            with suppress(OSError):
-                scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def claim(scratch: Path, path: Path) -> bool:
+    """Give a finished file the name `path` unless something has it; one of several processes gets it."""
+    try:
+        os.link(scratch, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        scratch.replace(path)
+    return True
+
+
+def finish(file: IO[bytes]) -> None:
+    """Bring all that was written to disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path, chosen: Callable[[str], bool]) -> None:
+    """Remove what killed processes left in `folder` of files whose names are `chosen`; never what a live one writes."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            match = LEFTOVER.fullmatch(entry.name)
+            if match and chosen(match["name"]) and entry.is_file(follow_symlinks=False):
+                _remove_unless_locked(Path(entry.path))
+
+
+def hidden_name(name: str, tail: str = TAIL) -> str:
+    """The name of what becomes `name`: hidden, and no longer than names may be."""
+    return f".{_shortened(name, len(os.fsencode(tail)))}{tail}"
+
+
+_RANDOM = len(".12345678" + TAIL)
+
+
+def _shortened(name: str, more: int) -> str:
+    """`name`, cut so that a dot before it and `more` bytes behind it have room."""
+    return os.fsdecode(os.fsencode(name)[: LONGEST - 1 - more])
+
+
+def _locked_file(path: Path) -> IO[bytes]:
+    """A new hidden file beside `path`. It is made again if a cleaner took it before it was locked."""
+    while True:
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            "wb", dir=path.parent, prefix=f".{_shortened(path.name, _RANDOM)}.", suffix=TAIL, delete=False
+        )
+        with suppress(OSError):  # a file system without locks: then no cleaner gets one either
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        if _is_at(file.fileno(), Path(file.name)):
+            return file
+        file.close()
+
+
+def _remove_unless_locked(path: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _usual() -> int:

@@ -1,15 +1,19 @@
 """The manifest of an exported bundle: `cascade.json` at its root."""
 
-import json
-from collections.abc import Mapping
-from pathlib import PurePosixPath
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import CheckpointError
+from .fp16 import MAX_EXPONENT
+from .json_text import load_json, well_formed
 from .layouts import Layout
+from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE, VQGAN_SCALES
 from .numbers import Number
+from .paths import PlainName, RelativePath
 from .precision import Precision, Target
 from .quantization import Quantization
 from .stages import Stage, Variant
@@ -30,16 +34,31 @@ DOMAINS: Mapping[Target, tuple[str, ...]] = {
 }
 
 
-def _inside(path: str) -> str:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
-        raise ValueError(f"{path!r} leads out of the bundle")
-    return path
+def _finite(value: Any) -> Any:
+    """A value of JSON, unless a number in it is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a number, found {value}")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(part)
+    return value
 
 
-RelativePath = Annotated[str, AfterValidator(_inside)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+Dimension = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=VQGAN_SCALES[0], le=VQGAN_SCALES[1])]
+Exponent = Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Capability = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
+
+
+def _well_formed(value: object) -> object:
+    return well_formed(value) if isinstance(value, str) else value
+
+
+# Of a file elsewhere, to be read and not opened; what of it is no UTF-8 becomes escapes, since a manifest is UTF-8.
+FileName = Annotated[str, BeforeValidator(_well_formed)]
 
 
 class _Frozen(BaseModel):
@@ -50,12 +69,12 @@ class FileEntry(_Frozen):
     """A file of the bundle, its path relative to the root, "/" between folders.
 
     A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
-    its safetensors header and samples of its content (see `runtime.fingerprint`), `sha256` of all of it; linked
-    and large weights have the latter only when it was asked for."""
+    its safetensors header and samples of its content (see `runtime.integrity`), `sha256` of all of it; an export with
+    --no-hash, and bundles from before it was recorded always, lack the latter of weights."""
 
     path: RelativePath
-    bytes: int = Field(ge=0)
-    mtime_ns: int
+    bytes: Bytes
+    mtime_ns: int = Field(ge=-MAX_FILE_BYTES, le=MAX_FILE_BYTES)
     fingerprint: Sha256
     sha256: Sha256 | None
 
@@ -64,8 +83,8 @@ class SourceEntry(_Frozen):
     """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing. Its
     `sha256` is known where the bundle holds the very file and had it hashed."""
 
-    name: str
-    bytes: int = Field(ge=0)
+    name: FileName
+    bytes: Bytes
     fingerprint: Sha256
     sha256: Sha256 | None
     layout: Layout
@@ -76,14 +95,14 @@ class PortEntry(_Frozen):
 
     name: str
     dtype: str
-    dims: tuple[int | str, ...]
+    dims: tuple[Dimension | str, ...]
 
 
 class GraphEntry(_Frozen):
     """One graph of a stage: its ONNX file, and what goes in and out."""
 
     path: RelativePath
-    opset: int
+    opset: int = Field(ge=0, le=1000)
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...]
 
@@ -91,17 +110,17 @@ class GraphEntry(_Frozen):
 class ImageSize(_Frozen):
     """What a profile is for, in a user's words: images of a size, and how many at a time."""
 
-    width: int = Field(ge=1)
-    height: int = Field(ge=1)
-    images: int = Field(ge=1)
+    width: Side
+    height: Side
+    images: int = Field(ge=1, le=MAX_SIDE)
 
 
 class PortShapes(_Frozen):
     """Least, likeliest and largest shape of an input port."""
 
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
+    min: tuple[Dimension, ...]
+    opt: tuple[Dimension, ...]
+    max: tuple[Dimension, ...]
 
 
 class ProfileEntry(_Frozen):
@@ -135,17 +154,17 @@ class WeightInput(_Frozen):
 
     name: str
     path: RelativePath
-    offset: int = Field(ge=0)
-    bytes: int = Field(ge=1)
+    offset: Bytes
+    bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
     dtype: Literal["F32", "F16", "BF16"]
-    shape: tuple[int, ...]
+    shape: tuple[Dimension, ...]
 
 
 class BuiltIn(_Frozen):
     """What a plan with weights as inputs has of the same files in itself: ranges of bytes by file, from the first to
     before the last, and the SHA-256 of them all, one after the other."""
 
-    ranges: dict[RelativePath, tuple[tuple[int, int], ...]]
+    ranges: dict[RelativePath, tuple[tuple[Bytes, Bytes], ...]]
     sha256: Sha256
 
 
@@ -159,7 +178,7 @@ class PlanEntry(_Frozen):
 
     graph: str
     path: RelativePath
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
     sha256: Sha256
     backend: Backend
     backend_version: str
@@ -172,8 +191,8 @@ class PlanEntry(_Frozen):
     weight_streaming: bool = False  # whether weights may stay on the host while it runs
     weight_inputs: tuple[WeightInput, ...] = ()
     built_in: BuiltIn | None = None
-    seconds: float = Field(ge=0)
-    peak_rss: int = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    peak_rss: Bytes
 
     @model_validator(mode="after")
     def _is_for_something(self) -> Self:
@@ -195,17 +214,17 @@ class StageEntry(_Frozen):
     the model's file, or as a clone that shares its blocks on disk until either changes."""
 
     variant: Variant
-    config: dict[str, Any]
+    config: Annotated[dict[str, Any], AfterValidator(_finite)]
     precision: Precision
     target: Target = Target.PORTABLE
     quantization: Quantization = Quantization.NONE  # of the weights of Linears
-    exponents: dict[str, int] = {}  # of streams kept smaller than meant, see `schemas.fp16`
-    fp16_margins: dict[str, float] = {}  # by block: bits from its largest value measured to the end of fp16
+    exponents: dict[str, Exponent] = {}  # of streams kept smaller than meant, see `schemas.fp16`
+    fp16_margins: dict[str, Finite] = {}  # by block: bits from its largest value measured to the end of fp16
     fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 all the same
-    control: tuple[int, ...] = ()  # residual blocks that take a ControlNet's residual
+    control: tuple[Dimension, ...] = ()  # residual blocks that take a ControlNet's residual
     weights: Placement
     sources: tuple[SourceEntry, ...]
-    graphs: dict[str, GraphEntry]
+    graphs: dict[PlainName, GraphEntry]
     files: tuple[FileEntry, ...] = Field(min_length=1)
     plans: tuple[PlanEntry, ...] = ()  # GPU engines, the one asked for last at the end; none of them is among `files`
 
@@ -216,6 +235,7 @@ class StageEntry(_Frozen):
         unlisted = self.graph_paths - {file.path for file in self.files}
         if unlisted:
             raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is none of the files")
+        _require_once(file.path for file in self.files)
         unknown = {plan.graph for plan in self.plans} - self.graphs.keys()
         if unknown:
             raise ValueError(f"plans of {', '.join(sorted(unknown))}, which is no graph of the stage")
@@ -256,10 +276,10 @@ def _same(source: PlanSource, file: FileEntry) -> bool:
 class LoraEntry(_Frozen):
     """A LoRA that is merged into the weights, and how strongly: into the UNets, into the text encoder."""
 
-    name: str
+    name: FileName
     fingerprint: Sha256
-    strength: float
-    text_encoder_strength: float
+    strength: Finite
+    text_encoder_strength: Finite
 
 
 class LoraState(_Frozen):
@@ -298,13 +318,47 @@ class Manifest(_Frozen):
     format: Literal["cascadekit-bundle"] = "cascadekit-bundle"
     version: Literal[2] = 2
     created_by: str
-    default_size: tuple[int, int]  # (width, height)
-    vqgan_scale: float | None  # the factor inside the vqgan graph; None without a vqgan
+    default_size: tuple[Side, Side]  # (width, height)
+    vqgan_scale: Scale | None  # the factor inside the vqgan graph; None without a vqgan
     tokenizer: RelativePath | None  # a tokenizer.json; None: the one the package ships
     stages: dict[Stage, StageEntry]
+    files: tuple[FileEntry, ...] = ()  # those of no stage: the tokenizer; none are listed by earlier versions
     lora: LoraState | None = None
     engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
     parity: tuple[VerdictEntry, ...] = ()  # the latest last, see `runtime.parity.verdict`
+
+    @model_validator(mode="after")
+    def _lists_the_tokenizer(self) -> Self:
+        paths = [file.path for file in self.files]
+        _require_once(paths)
+        if self.tokenizer and paths and self.tokenizer not in paths:
+            raise ValueError(f"{self.tokenizer}: a tokenizer that is none of the files")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_latents(self) -> Self:
+        entry = self.stages.get(Stage.VQGAN)
+        scale = entry.config.get("scale_factor") if entry else None
+        if isinstance(scale, int | float) and not VQGAN_SCALES[0] <= scale <= VQGAN_SCALES[1]:
+            raise ValueError(f"scale_factor {scale} of the vqgan, expected {VQGAN_SCALES[0]} to {VQGAN_SCALES[1]}")
+        return self
+
+    @property
+    def text_rows(self) -> int | None:
+        """How many tokens the text encoder has a row for; None without one."""
+        entry = self.stages.get(Stage.TEXT_ENCODER)
+        rows = entry.config.get("vocab_size") if entry else None
+        return rows if isinstance(rows, int) else None
+
+    def file(self, path: str) -> FileEntry | None:
+        """What is said of a file of no stage; None where nothing is."""
+        return next((file for file in self.files if file.path == path), None)
+
+
+def _require_once(paths: Iterable[str]) -> None:
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: listed twice")
 
 
 def to_text(manifest: Manifest) -> str:
@@ -331,8 +385,8 @@ def parse_manifest(text: str, where: str) -> Manifest:
 def _other_version(text: str) -> int | None:
     """The version of a well-formed manifest that is not of this one."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = load_json(text)
+    except ValueError:
         return None
     version = content.get("version") if isinstance(content, dict) and content.get("format") == FORMAT else None
     return version if type(version) is int and version != VERSION else None

@@ -22,6 +22,7 @@ from .stages import (
     UNetConfig,
     VQGANConfig,
 )
+from .tensors import Shape
 
 # Bounds far beyond every release, so that a hostile config cannot ask for endless networks.
 MOST_ENTRIES = 256
@@ -53,6 +54,16 @@ _EXTRAS: dict[type, dict[str, Any]] = {
     ControlNetConfig: {"_class_name": "CascadeControlNet"},
 }
 
+# The keys of a whole CLIP model's config that hold its towers' configs; files of 2022 have a second one for each.
+_TOWERS: Mapping[Stage, str] = {Stage.TEXT_ENCODER: "text_config", Stage.IMAGE_ENCODER: "vision_config"}
+_PROJECTIONS = {Stage.TEXT_ENCODER: "text_projection.weight", Stage.IMAGE_ENCODER: "visual_projection.weight"}
+
+# What transformers takes for keys that a CLIP config does not state.
+_CLIP_DEFAULTS: dict[type, dict[str, Any]] = {
+    TextEncoderConfig: asdict(TextEncoderConfig(512, 2048, 8, 12, 512, hidden_act="quick_gelu")),
+    ImageEncoderConfig: asdict(ImageEncoderConfig(768, 3072, 12, 12, 512, patch_size=32)),
+}
+
 _CLASSES: dict[Stage, type[NetworkConfig]] = {
     Stage.PRIOR: UNetConfig,
     Stage.DECODER: UNetConfig,
@@ -70,17 +81,22 @@ def to_json(config: NetworkConfig) -> dict[str, Any]:
     return {**_EXTRAS[type(config)], **asdict(config)}
 
 
-def from_json(stage: Stage, values: Mapping[str, Any]) -> NetworkConfig:
+def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> NetworkConfig:
     """The config of `stage` from a parsed config.json. Fields that do not shape the network are ignored.
+
+    The config may be that of a whole CLIP model, of which one tower is taken; `shapes` are then the tensors'.
 
     Raises LayoutError for another class of network, missing fields, values of a wrong type or size, and settings no
     release uses.
     """
     cls = _CLASSES[stage]
+    if stage in _TOWERS and values.get("model_type") == "clip":
+        values = _tower_values(stage, values, shapes or {})
     expected = _EXTRAS[cls].get("_class_name", _EXTRAS[cls].get("model_type"))
     found = values.get("_class_name", values.get("model_type"))
     if found != expected:
         raise LayoutError(f"config of the {stage}: expected class {expected}, found {found}")
+    values = {**_CLIP_DEFAULTS.get(cls, {}), **values}
     known = {f.name: f for f in fields(cls)}
     missing = [n for n, f in known.items() if n not in values and f.default is MISSING]
     if missing:
@@ -97,6 +113,22 @@ def from_json(stage: Stage, values: Mapping[str, Any]) -> NetworkConfig:
         case ControlNetConfig():
             return _checked_controlnet(config, stage)
     return config
+
+
+def _tower_values(stage: Stage, whole: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """One tower's config within that of a whole CLIP model, as CLIPConfig of transformers reads it.
+
+    The width of the projection is stated twice, and CLIPModel goes by the outer one: where both are stated the
+    tensor decides."""
+    key, cls = _TOWERS[stage], _CLASSES[stage]
+    inner, older = whole.get(key) or {}, whole.get(f"{key}_dict")
+    if not isinstance(inner, Mapping) or not isinstance(older, Mapping | None):
+        raise LayoutError(f"config of the {stage}: expected {key} to be an object")
+    values = dict(inner) if older is None else {**inner, **_CLIP_DEFAULTS[cls], **older}
+    outer, (width, *_) = whole.get("projection_dim"), shapes.get(_PROJECTIONS[stage]) or (None,)
+    if outer is not None and (outer == width or "projection_dim" not in values):
+        values["projection_dim"] = outer
+    return {**values, "model_type": _EXTRAS[cls]["model_type"]}
 
 
 def _check_numbers(config: NetworkConfig) -> None:

@@ -38,6 +38,59 @@ COMBINED_FOLDERS: Mapping[str, str] = {
 }
 
 
+WEIGHTS_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")  # in lower case
+FORMATS = ("safetensors", "bin")  # of a component's weights, in the order they are taken
+
+# Other files by what their names say, for people who wonder why a file was not read. The first that fits counts.
+STRAY_NAMES: Mapping[str, str] = {
+    r"\._.*": "a Mac's file attributes, not a file of its own",
+    r"\.DS_Store|Thumbs\.db|desktop\.ini": "a file browser's settings",
+    r".*\.(part|partial|crdownload|download|opdownload|incomplete|aria2|tmp|temp|!qb)": (
+        "a download that was not finished"
+    ),
+    r"(.*[._-])?(optim(izer)?(_states?)?|scheduler|scaler|rng_state\w*|random_states?(_\d+)?|training_state\w*)"
+    r"([._-]\d+)?\.(pt|pth|bin|pkl|ckpt|safetensors)": "training state, not weights",
+    r".*\.(gguf|onnx|h5|msgpack|npz|tflite|engine|plan)": "weights in a format that is not read here",
+}
+
+_STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
+_WEIGHTS = re.compile(
+    _STEM + r"(?:\.(?P<early>\w+?))?(?:-(?P<number>\d{1,6})-of-(?P<count>\d{1,6}))?(?:\.(?P<late>\w+))?"
+    r"\.(?P<format>safetensors|bin)",
+    re.IGNORECASE,
+)
+_INDEX = re.compile(
+    _STEM + r"(?:\.(?P<early>\w+?))?\.(?P<format>safetensors|bin)\.index(?:\.(?P<late>\w+))?\.json", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class WeightsName:
+    """What the name of a component's weights file, or of the index of its shards, says."""
+
+    variant: str
+    format: str
+    is_index: bool = False
+    number: int = 0  # of a shard, from 1; 0 of a whole file
+    count: int = 0
+
+
+def read_weights_name(name: str) -> WeightsName | None:
+    """What a file's name says; None when it is no name that diffusers or transformers give weights."""
+    for pattern, is_index in ((_INDEX, True), (_WEIGHTS, False)):
+        if match := pattern.fullmatch(name):
+            said = match.groupdict()
+            variant = (said["early"] or said["late"] or "").lower()
+            numbers = (int(said.get("number") or 0), int(said.get("count") or 0))
+            return WeightsName(variant, said["format"].lower(), is_index, *numbers)
+    return None
+
+
+def stray_kind(name: str) -> str | None:
+    """What a file that is no component is by its name; None when the name does not tell."""
+    return next((what for pattern, what in STRAY_NAMES.items() if re.fullmatch(pattern, name, re.IGNORECASE)), None)
+
+
 def weights_names(stem: str, variant: str) -> tuple[str, str]:
     """The name of a component's one weights file, and of the index of its shards."""
     infix = f".{variant}" if variant else ""
@@ -52,7 +105,7 @@ def shard_name(stem: str, variant: str, number: int, count: int) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes in "10GB", "500MB" or "123"; decimal units, as in diffusers. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{text!r}: expected a size such as 10GB or 500MB")
     return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

@@ -8,6 +8,7 @@ placeholders included. The same goes for the blocks a ControlNet feeds: their nu
 import re
 from collections.abc import Callable, Mapping
 
+from .clips import HOMES, tower_name
 from .errors import LayoutError
 from .stages import (
     CONTROLNET_KINDS,
@@ -20,14 +21,16 @@ from .stages import (
     RES_TIMESTEP_ATTENTION,
     ControlNetConfig,
     EffnetEncoderConfig,
+    ImageEncoderConfig,
     NetworkConfig,
     PreviewerConfig,
     Stage,
+    TextEncoderConfig,
     UNetConfig,
     VQGANConfig,
     same_network,
 )
-from .tensors import Shape, expected_tensors
+from .tensors import Shape
 
 
 def infer_config(stage: Stage, shapes: Mapping[str, Shape]) -> NetworkConfig:
@@ -137,13 +140,29 @@ def _vqgan(stage: Stage, shapes: _Shapes) -> VQGANConfig:
 
 def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
     """Only the released encoders: their heads and activation cannot be read off shapes."""
-    for (preset_stage, _), preset in PRESETS.items():
-        if preset_stage is stage and expected_tensors(preset).items() <= dict(shapes.shapes).items():
+    embedding, axis = _EMBEDDINGS[stage]
+    width = shapes.size(embedding, axis)
+    layers = shapes.count(f"{embedding.partition('.')[0]}.encoder.layers.#.")
+    presets = (preset for (preset_stage, _), preset in PRESETS.items() if preset_stage is stage)
+    for preset in presets:
+        if (
+            isinstance(preset, TextEncoderConfig | ImageEncoderConfig)
+            and preset.hidden_size == width
+            and preset.num_hidden_layers == layers
+        ):
             return preset
     raise LayoutError(
-        f"the {stage} is none of the released ones, and its heads and activation cannot be read off its tensors: "
-        "give the folder that holds its config.json"
+        f"the {stage} is {tower_name(stage, width)}, none of the released ones, and its heads and activation cannot be "
+        f"read off its tensors: give the folder that holds its config.json, or {HOMES[stage]}, "
+        f"with --{stage.replace('_', '-')}"
     )
+
+
+# The tensor that says how wide a tower is, and the axis.
+_EMBEDDINGS: Mapping[Stage, tuple[str, int]] = {
+    Stage.TEXT_ENCODER: ("text_model.embeddings.token_embedding.weight", 1),
+    Stage.IMAGE_ENCODER: ("vision_model.embeddings.class_embedding", 0),
+}
 
 
 def _effnet_encoder(stage: Stage, shapes: _Shapes) -> EffnetEncoderConfig:

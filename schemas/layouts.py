@@ -1,7 +1,9 @@
 """How each layout names the tensors of each stage, and the marks by which a file is recognised."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from itertools import islice
 
 from .keymap import Drop, KeyMap, Rename, SplitRows, Transpose
 from .stages import CONTROLNETS, Stage
@@ -47,9 +49,18 @@ ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
     Stage.PRIOR: KeyMap(_ATTENTION),
     Stage.DECODER: KeyMap((*_ATTENTION, *_CLIP_MAPPER)),
     Stage.VQGAN: KeyMap((Rename("vquantizer.codebook.weight", "vquantizer.embedding.weight"),)),
-    Stage.TEXT_ENCODER: KeyMap((Drop("text_model.embeddings.position_ids"),)),
-    Stage.IMAGE_ENCODER: KeyMap((Drop("vision_model.embeddings.position_ids"),)),
-    **dict.fromkeys((Stage.EFFNET_ENCODER, Stage.PREVIEWER, *CONTROLNETS), KeyMap()),  # one spelling
+    Stage.TEXT_ENCODER: KeyMap(
+        (
+            Drop("text_model.embeddings.position_ids"),
+            Drop("logit_scale"),
+            Rename("text_projection.weight", "text_projection.weight"),  # first, so that it is what is written
+            Transpose("text_projection", "text_projection.weight"),  # older ComfyUI's CLIPSave
+        )
+    ),
+    Stage.IMAGE_ENCODER: KeyMap((Drop("vision_model.embeddings.position_ids"), Drop("logit_scale"))),
+    # The constants of ImageNet, which newer ComfyUI saves along.
+    Stage.EFFNET_ENCODER: KeyMap((Drop("mean"), Drop("std"))),
+    **dict.fromkeys((Stage.PREVIEWER, *CONTROLNETS), KeyMap()),  # one spelling
 }
 
 
@@ -70,8 +81,6 @@ _DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
                 Rename("transformer.{}", "{}"),
             )
         ),
-        # The constants of ImageNet, which newer ComfyUI saves along.
-        Stage.EFFNET_ENCODER: KeyMap((Drop("mean"), Drop("std"))),
     },
     Layout.DIFFUSERS: {stage: KeyMap() for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)},
 }
@@ -98,7 +107,7 @@ STAGE_MARKS: Mapping[str, Stage] = {
     "text_model.embeddings.token_embedding.weight": Stage.TEXT_ENCODER,
     "vision_model.embeddings.class_embedding": Stage.IMAGE_ENCODER,
     "mapper.1.running_mean": Stage.EFFNET_ENCODER,
-    "blocks.11.num_batches_tracked": Stage.PREVIEWER,
+    "blocks.11.running_mean": Stage.PREVIEWER,
 }
 
 # A ControlNet has this tensor, and its kind shows in the first convolution of its backbone.
@@ -118,18 +127,32 @@ LAYOUT_MARKS: Mapping[str, Layout] = {
     "vquantizer.codebook.": Layout.ORIGINAL,
 }
 
-# What a file is when it is nothing this package reads, by the beginning of a tensor's name.
-FOREIGN_MARKS: Mapping[str, str] = {
-    "conditioner.embedders.": "an SDXL checkpoint",
-    "model.diffusion_model.input_blocks.": "a Stable Diffusion checkpoint (SD 1.x, 2.x or SDXL)",
-    "cond_stage_model.": "a Stable Diffusion 1.x or 2.x checkpoint",
-    "double_blocks.": "a Flux transformer",
-    "joint_blocks.": "an SD3 transformer",
-    "down_blocks.0.resnets.": "a Stable Diffusion UNet or VAE in the diffusers layout",
-    CONTROLNET_MARK: "a ControlNet of no kind released for Stable Cascade",
-    "lora_": "a LoRA (see `cascadekit lora`)",
-    "weights.0.": "a LoRA in Stability's format (see `cascadekit lora`)",
+_LORA = r".*[._](lora_(A|B|down|up|mid)|hada_w[12]|lokr_w[12]|oft_(blocks|diag)|dora_scale|diff(_b)?)(\.|_[ab]$|$)"
+
+# What a file or a part of one is when it is nothing this package reads: a pattern that a tensor's name begins with.
+# What may stand beside a network of another family comes first.
+FOREIGN_KINDS: Mapping[str, str] = {
+    r"lora_|lycoris_|" + _LORA: "a LoRA (see `cascadekit lora`)",
+    r"weights\.0\.": "a LoRA in Stability's format (see `cascadekit lora`)",
+    r"(.*\.)?(exp_avg|exp_avg_sq|momentum_buffer|shadow_params)(\.|$)|optim(izers?|izer_states?)?[._]|state\.\d+\.": (
+        "training state (of an optimizer or an average)"
+    ),
+    r"(clip_[glh](_out)?|emb_params|string_to_param\..*|<.*>)$": "a textual inversion embedding",
+    r"conditioner\.embedders\.": "an SDXL checkpoint",
+    r"model\.diffusion_model\.input_blocks\.": "a Stable Diffusion checkpoint (SD 1.x, 2.x or SDXL)",
+    r"cond_stage_model\.|first_stage_model\.": "a Stable Diffusion 1.x or 2.x checkpoint",
+    r"(.*\.)?double_blocks\.": "a Flux transformer",
+    r"(.*\.)?joint_blocks\.": "an SD3 transformer",
+    r"(unet\.)?down_blocks\.0\.resnets\.": "a Stable Diffusion UNet or VAE in the diffusers layout",
+    r"(vae\.)?(encoder|decoder)\.(conv_in|down_blocks|mid_block|down|mid)\.": "a Stable Diffusion VAE",
+    r"(.*\.)?encoder\.block\.\d+\.layer\.": "a T5 text encoder",
+    r"(.*\.)?(visual\.)?transformer\.resblocks\.": (
+        "a CLIP model in open_clip's spelling, which is not read; give the same model in Hugging Face's spelling, "
+        "such as laion/CLIP-ViT-bigG-14-laion2B-39B-b160k or openai/clip-vit-large-patch14"
+    ),
+    re.escape(CONTROLNET_MARK): "a ControlNet of no kind released for Stable Cascade",
 }
+NAMES_LOOKED_AT = 20_000  # of a file that is nothing known; a name that tells is among the first
 
 
 def stage_of(shapes: Mapping[str, Shape]) -> Stage | None:
@@ -149,9 +172,10 @@ def layout_of(stage: Stage, shapes: Mapping[str, Shape]) -> Layout:
     return next(found, Layout.DIFFUSERS)
 
 
-def foreign_name(shapes: Mapping[str, Shape]) -> str | None:
-    """What a file of another model family most likely is."""
+def foreign_name(names: Iterable[str]) -> str | None:
+    """What a file of another model family most likely is, by the names of its tensors."""
+    looked_at = list(islice(names, NAMES_LOOKED_AT))
     return next(
-        (what for mark, what in FOREIGN_MARKS.items() if any(name.startswith(mark) for name in shapes)),
+        (what for pattern, what in FOREIGN_KINDS.items() if any(re.match(pattern, name) for name in looked_at)),
         None,
     )

@@ -32,13 +32,24 @@ class Algorithm(StrEnum):
     LORA = "lora"
     LOHA = "loha"
     LOKR = "lokr"
+    FULL = "full"  # the difference itself, for a weight of any shape or a bias
 
 
 class Target(NamedTuple):
-    """A module that a LoRA changes, by its diffusers name, without ".weight"."""
+    """What a LoRA changes: a module by its diffusers name, and of it the weight or the bias."""
 
     stage: Stage
     module: str
+    parameter: str = "weight"
+
+    @property
+    def tensor(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def name(self) -> str:
+        """The module's name, and behind it what else than its weight is changed."""
+        return self.module if self.parameter == "weight" else self.tensor
 
 
 @dataclass(frozen=True)
@@ -88,18 +99,39 @@ SUFFIXES: Mapping[str, str] = {
     "lora_magnitude_vector": "magnitude",
     "dora_scale": "dora_scale",
     "alpha": "alpha",
+    "lora.down.weight": "lora_down",
+    "lora.up.weight": "lora_up",
+    "lora_B.default.bias": "bias_up",
+    "lora_B.bias": "bias_up",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "w_norm": "diff",
+    "b_norm": "diff_b",
+    "reshape_weight": "reshape_weight",
     **{name: name for name in "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2".split()},
     **{name: name for name in "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2".split()},
 }
 
-# Pieces of keys of algorithms that are recognised and refused.
+# The endings by length, so that of two that fit the longer one is found.
+_LENGTHS = sorted({ending.count(".") for ending in SUFFIXES}, reverse=True)
+
+# Pieces of keys -> what they are a sign of, none of which is a product of factors that is added to a weight.
 REFUSED: Mapping[str, str] = {
-    ".oft_": "OFT",
+    ".oft_": "OFT or BOFT",
     ".boft_": "BOFT",
-    ".diff": 'full difference (LyCORIS "full")',
     ".a1.weight": "GLoRA",
     ".on_input": "IA3",
+    ".ia3_l": "IA3",
+    ".vera_": "VeRA",
+    ".randlora_": "RandLoRA",
+    ".fourierft_": "FourierFT",
+    ".lora_diag": "KaSA",
     ".wd_for_diff": "a DoRA of the change alone",
+    ".set_weight": "a weight that replaces the old one (set_weight)",
+    ".lora_embedding_": "a LoRA of PEFT on a table of embeddings",
+    ".token_adapter.": "retrained tokens of PEFT (trainable_token_indices)",
+    ".modules_to_save.": "whole modules of PEFT (modules_to_save)",
+    ".base_layer.": "whole tensors of PEFT's base layers (bias or modules_to_save)",
 }
 
 # Attention below "X.attention.": the diffusers spelling -> the original ones with q, k, v apart. The first is what
@@ -130,6 +162,27 @@ def lora_modules(config: NetworkConfig) -> dict[str, Shape]:
     }
 
 
+def changeable(config: NetworkConfig) -> dict[str, Shape]:
+    """The shape of every tensor that a LoRA can change, by its diffusers name: weights and biases."""
+    return {name: shape for name, shape in expected_tensors(config).items() if name.endswith((".weight", ".bias"))}
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """A key as its module and the ending, one of SUFFIXES; None where it has no such ending."""
+    parts = key.split(".")
+    for dots in _LENGTHS:
+        ending = ".".join(parts[-dots - 1 :])
+        if ending in SUFFIXES and len(parts) > dots + 1:
+            return key[: -len(ending) - 1], ending
+    return key, None
+
+
+def is_depthwise(shape: Shape) -> bool:
+    """Whether a weight of this shape is that of a depthwise convolution, which these networks have no other kind of
+    grouped ones than."""
+    return len(shape) == 4 and shape[1] == 1 < shape[0]
+
+
 def original_spelling(stage: Stage, module: str) -> str:
     """The module's name in Stability's code, with q, k and v apart."""
     return _spellings(stage, module)[-1]
@@ -152,7 +205,7 @@ def _renamed(stage: Stage, module: str) -> str:
 def spelling_table(config: NetworkConfig) -> dict[str, tuple[str, ...]]:
     """Every spelling of every module -> the modules it means: one, or three for attention's joined matrix."""
     table: dict[str, tuple[str, ...]] = {}
-    for module in lora_modules(config):
+    for module in (name.removesuffix(".weight") for name in changeable(config) if name.endswith(".weight")):
         for name in _spellings(config.stage, module):
             table[name] = (module,)
         block, found, projection = module.partition(_ATTENTION)

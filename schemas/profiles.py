@@ -23,7 +23,7 @@ STEPS: Triple = (1, 20, 100)  # of a schedule, all embedded at once
 EFFNET_STRIDE = 32  # pixels for each value of the map that stage C's latents are like
 CONTROL_STRIDE = 32
 
-_SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?")
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?")
 
 
 @dataclass(frozen=True)

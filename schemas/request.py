@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import UsageError
-from .settings import SETTINGS, Settings, parse_settings, wrong_fields
+from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
+from .settings import LONG, SETTINGS, Settings, parse_settings, wrong_fields
 
-# Metadata that tells how an image was made without deciding what it looks like to `generate`.
-INFORMATION = frozenset({"vqgan_scale", "engine", "created_by", "key"})
 CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
+
+
+Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 
 
 class _Frozen(BaseModel):
@@ -29,18 +32,26 @@ class ControlRef(PictureRef):
     """A ControlNet by name, the picture it looks at, and how strongly it counts."""
 
     name: str
-    strength: float = 1.0
+    strength: Strength = 1.0
 
 
 class LoraRef(_Frozen):
     """A LoRA by name or path, merged into the weights with this strength."""
 
     name: str
-    strength: float = 1.0
+    strength: Strength = 1.0
 
 
 def _picture(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected text, found half of a surrogate pair at character {error.start + 1}") from None
+    return value
 
 
 def _several(value: object) -> object:
@@ -55,10 +66,14 @@ def _control(value: object) -> object:
         return value
     match = CONTROL.fullmatch(value)
     if not match:
-        raise ValueError(f"{value!r}: expected NAME=PICTURE or NAME=PICTURE:STRENGTH, such as canny=photo.png:0.8")
+        raise ValueError(
+            f"{value[:LONG]!r}: expected NAME=PICTURE or NAME=PICTURE:STRENGTH, such as canny=photo.png:0.8"
+        )
     return {key: found for key, found in match.groupdict().items() if found is not None}
 
 
+Text = Annotated[str, AfterValidator(_text)]
+Several = Field(max_length=MAX_PICTURES)
 Picture = Annotated[PictureRef, BeforeValidator(_picture)]
 ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 
@@ -66,17 +81,17 @@ ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 class Request(_Frozen):
     """One image. `seed` with `index` and `batch`: that image of a batch which one generator draws."""
 
-    prompt: str
-    negative: str = ""
+    prompt: Text
+    negative: Text = ""
     seed: int = Field(ge=-(2**63), lt=2**64)
-    index: int = Field(default=0, ge=0)
-    batch: int = Field(default=1, ge=1)
+    index: int = Field(default=0, ge=0, lt=MAX_IMAGES)
+    batch: int = Field(default=1, ge=1, le=MAX_IMAGES)
     settings: Settings
-    image_prompts: Annotated[tuple[Picture, ...], BeforeValidator(_several)] = ()
+    image_prompts: Annotated[tuple[Picture, ...], BeforeValidator(_several), Several] = ()
     init_image: Picture | None = None
     mask: Picture | None = None
-    controls: Annotated[tuple[ControlEntry, ...], BeforeValidator(_several)] = ()
-    loras: tuple[LoraRef, ...] = ()
+    controls: Annotated[tuple[ControlEntry, ...], BeforeValidator(_several), Several] = ()
+    loras: Annotated[tuple[LoraRef, ...], Several] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Flat plain values, as `parse_request` reads them; what says nothing is left out."""
@@ -87,6 +102,16 @@ class Request(_Frozen):
     def group(self) -> tuple[object, ...]:
         """Requests of one group can be drawn together: they differ in prompts and seeds alone."""
         return self.settings, self.image_prompts, self.init_image, self.mask, self.controls, self.loras
+
+
+FIELDS = SETTINGS | (Request.model_fields.keys() - {"settings"})
+_SAID: TypeAdapter[str] = TypeAdapter(Text)
+_INFORMATION: Mapping[str, TypeAdapter[Any]] = {
+    "vqgan_scale": TypeAdapter(Annotated[float, Field(allow_inf_nan=False)]),
+    "precision": TypeAdapter(dict[Text, Text]),
+    **dict.fromkeys(("engine", "bundle", "version", "created_by", "key"), _SAID),
+}
+INFORMATION = frozenset(_INFORMATION)  # says how an image was made, without deciding what `generate` makes of it
 
 
 def _placed(request: Request) -> dict[str, int]:
@@ -111,9 +136,36 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
     return request
 
 
+def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Of flat values from anywhere: those that a request may have, as plain JSON values, and the names of the others.
+
+    Each is looked at by itself: an image of a newer version, or one that was tampered with, shows what is sound."""
+    found: dict[str, Any] = {}
+    others: list[str] = []
+    for name, value in given.items():
+        if value in (None, "") and name in FIELDS:
+            continue
+        try:
+            found[name] = _one(name, value)
+        except (UsageError, ValidationError, KeyError):
+            others.append(name)
+    return found, others
+
+
+def _one(name: str, value: Any) -> Any:
+    """The value of one field. Raises KeyError for an unknown name, one of the others for a value it cannot have."""
+    if name in _INFORMATION:
+        return _INFORMATION[name].validate_python(value)
+    if name not in FIELDS:
+        raise KeyError(name)
+    # An index is only sound within a batch, and a request has a prompt and a seed.
+    request = parse_request({"prompt": "", "seed": 0, "batch": MAX_IMAGES, name: value}, (1, 1))
+    return {**request.model_dump(mode="json"), **asdict(request.settings)}[name]
+
+
 def loras_of(given: Mapping[str, Any]) -> tuple[LoraRef, ...]:
     """The LoRAs among flat values. Raises UsageError for what is no list of them."""
     try:
-        return TypeAdapter(tuple[LoraRef, ...]).validate_python(given.get("loras", ()))
+        return TypeAdapter(Annotated[tuple[LoraRef, ...], Several]).validate_python(given.get("loras", ()))
     except ValidationError as error:
         raise UsageError(f"loras: {wrong_fields(error)}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .errors import UsageError
+from .limits import MAX_IMAGE_SIDE
 
 PRIOR_COMPRESSION = 42.67
 DIFFUSERS_LATENT_SCALE = 10.67
@@ -37,6 +38,8 @@ class LatentSizes:
 def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT) -> LatentSizes:
     """Latent sizes for an image of `height` x `width` pixels. Raises UsageError for a size that cannot be made."""
     for name, side in (("height", height), ("width", width)):
+        if side > MAX_IMAGE_SIDE:
+            raise UsageError(f"{name} of {_shown(side)}: expected at most {MAX_IMAGE_SIDE} pixels")
         if side < SMALLEST_SIDE or side % SIZE_STEP:
             nearest = max(SMALLEST_SIDE, round(side / SIZE_STEP) * SIZE_STEP)
             raise UsageError(
@@ -45,6 +48,11 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
     prior = (_prior_side(height), _prior_side(width))
     decoder = _decoder_size(prior, policy, (height, width))
     return LatentSizes(prior, decoder, (decoder[0] * VQGAN_COMPRESSION, decoder[1] * VQGAN_COMPRESSION))
+
+
+def _shown(side: int) -> str:
+    """A number of any length, shortened."""
+    return str(side) if side < 10**12 else f"more than {10**12}"
 
 
 def _decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:

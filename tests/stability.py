@@ -40,6 +40,12 @@ def variance_preserving(log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return log_snr.sigmoid() ** 0.5, (1 - log_snr.sigmoid()) ** 0.5
 
 
+def diffuse(x_0: torch.Tensor, epsilon: torch.Tensor, t: float, shift: float = 1.0) -> torch.Tensor:
+    """GDF.diffuse, whose shift is 1 unless it is given; the notebooks give none when they start from a picture."""
+    a, b = variance_preserving(CosineSchedule(shift)(torch.tensor(t)))
+    return x_0 * a + epsilon * b
+
+
 @dataclass
 class Traced:
     told: list[float]

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit.cli import main
 from cascadekit.converters.model_folder import write_folder_files
+from cascadekit.converters.ownership import owned
 from cascadekit.runtime.images import read_settings
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
@@ -168,13 +169,20 @@ def test_long_and_empty_prompts(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.txt").write_text("precious")
     result = call("demo", "-o", tmp_path / "demo")
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "demo" / "thesis.txt").unlink()
     made = {path.name for path in (tmp_path / "demo").iterdir()}
     assert made == {"original", "model", "bundle", "image.png", "parity.json"}
     assert json.loads((tmp_path / "demo/parity.json").read_text())["passed"] is True
     assert "image.png" in result.output
     refused(2, "exists already", "demo", "-o", tmp_path / "demo")
+    found = owned(tmp_path / "demo", ["parity.json"])
+    assert found is not None
+    assert (found.marker, found.foreign) == ("parity.json", ())
 
 
 class TestWrongInputs:
@@ -224,6 +232,7 @@ class TestWrongInputs:
         refused(1, "cannot be written", "convert", original, "-o", output, "--to", "diffusers")
 
     def test_existing_output(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "model_index.json").touch()
         refused(2, "--force to replace", "convert", original, "-o", tmp_path, "--to", "diffusers")
 
     @pytest.mark.parametrize("size", ["100x64", "64x100", "8x8"])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ...runtime.bundle import open_bundle
 from ...runtime.engines.base import StageRunner
-from ...runtime.engines.onnxruntime import OnnxRuntimeStage
+from ...runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
 from ...runtime.engines.openvino import import_openvino
 from ...runtime.engines.table import make_engine
 from ...runtime.hoisting import CONDITIONING, STEP, HoistedStage, prepare
@@ -61,6 +61,13 @@ class Job:
         }
 
 
+# Those that report their use unless they are imported with care.
+IMPORTS: Mapping[str, Callable[[], Any]] = {
+    "onnxruntime": lambda: import_onnxruntime("cpu"),
+    "openvino": import_openvino,
+}
+
+
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     print(json.dumps(_gemm_rates() if job.engine == GEMM else _measure(job)))
@@ -71,7 +78,7 @@ def _measure(job: Job) -> dict[str, Any]:
     os.chdir(job.work)
     _, needs = LOADERS[job.engine]
     for name in needs:
-        import_openvino() if name == "openvino" else import_module(name)  # importing is not loading
+        IMPORTS[name]() if name in IMPORTS else import_module(name)  # importing is not loading
     start = perf_counter()
     runner = load(job)
     loaded, rss = perf_counter() - start, resident()
@@ -153,7 +160,7 @@ def _diffusers(dtype: str) -> Callable[[Job], StageRunner]:
 
 def _traced(job: Job) -> StageRunner:
     """The reference as torch's exporter writes it."""
-    session = import_module("onnxruntime")
+    session = import_onnxruntime("cpu")
     options = session.SessionOptions()
     options.intra_op_num_threads = job.threads
     loaded = session.InferenceSession(traced_graph(job), options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,7 @@ from .errors import explaining, reason, unreachable
 from .headers import remote_header, remote_headers
 from .repository import from_cache, list_files
 from .select import select
-from .source import WEIGHTS, HubPath, HubSource, is_hub, parse
+from .source import HubPath, HubSource, is_hub, is_weights, parse
 from .transfer import Tell, bars, fetch_weights
 
 __all__ = ["HubPath", "HubSource", "fetch", "is_hub", "parse", "remote_header", "remote_headers", "select"]
@@ -31,7 +31,7 @@ def fetch(source: str | Path, progress: Tell | None = None, *, variant: str | No
             tell(f"{wanted}: {reason(error)}; taken from the cache")
             return path
         names = select(files, wanted, variant, lite)
-        fetch_weights(wanted, [files[name] for name in names if name.endswith(WEIGHTS)], tell)
+        fetch_weights(wanted, [files[name] for name in names if is_weights(name)], tell)
         snapshot = snapshot_download(
             wanted.repo,
             revision=wanted.revision,

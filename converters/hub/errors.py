@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ...schemas.errors import CascadeError, CheckpointError, UsageError
+from ...schemas.errors import CascadeError, CheckpointError, UsageError, reraise_interrupt
 from .source import FORM, HubSource
 
 
@@ -14,6 +14,7 @@ def explaining(wanted: HubSource) -> Iterator[None]:
     try:
         import huggingface_hub.errors  # noqa: F401
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(f"{wanted}: hf:// sources need huggingface_hub: pip install huggingface_hub") from error
     try:
         yield

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
-from ..safetensors_file import MAX_HEADER_BYTES, Header, read_header
+from ...schemas.limits import MAX_HEADER_BYTES
+from ..safetensors_file import Header, read_header
 from .errors import explaining, unreachable
 from .repository import from_cache, list_files
 from .select import weights_below
-from .source import WEIGHTS, HubPath, HubSource, parse
+from .source import WEIGHTS, HubPath, HubSource, is_weights, parse
 from .transfer import ask, blocks
 
 FIRST_BYTES = 64  # the header's length, and enough to tell what a file is that has none
@@ -40,7 +41,7 @@ def remote_headers(source: str | Path) -> tuple[Header, ...]:
                 return tuple(pool.map(_read_remote, [replace(wanted, path=name) for name in names]))
         except unreachable() as error:
             found = from_cache(wanted, error)
-            paths = sorted(found.rglob(f"*{WEIGHTS}")) if found.is_dir() else [found]
+            paths = sorted(path for path in found.rglob("*") if is_weights(path.name)) if found.is_dir() else [found]
             return tuple(map(read_header, paths))
 
 

@@ -1,13 +1,12 @@
 """Which files of a repository are taken, by their names alone."""
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
-from ...schemas.folders import COMBINED_FOLDERS, PLACES, STEMS, TOKENIZER_FOLDERS, VARIANTS, weights_names
+from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
 from ..provenance import is_provenance_name
-from .source import PICKLES, WEIGHTS, HubSource, is_plain
+from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
 OTHER_FOLDERS = (
     *TOKENIZER_FOLDERS,
@@ -34,8 +33,9 @@ def select(files: Iterable[str], wanted: HubSource, variant: str | None = None, 
         folders = _component_folders(below, lite)
         found = sorted(_model_files(below, folders, variant))
         _refuse_doubles(wanted, found)
+        _require_variant(wanted, found, variant)
         chosen = {_join(wanted.path, name) for name in found}
-    if not any(name.endswith(WEIGHTS) for name in chosen):
+    if not any(is_weights(name) for name in chosen):
         raise UsageError(_nothing_there(names, wanted))
     homes = {_join(wanted.path, folder) for folder in folders}
     homes |= {str(parent) if parent.name else "" for parent in PurePosixPath(wanted.path, "x").parents}
@@ -45,7 +45,7 @@ def select(files: Iterable[str], wanted: HubSource, variant: str | None = None, 
 
 def weights_below(wanted: HubSource, files: Iterable[str]) -> list[str]:
     names = sorted(name for name in files if is_plain(name))
-    found = [_join(wanted.path, name) for name in _below(names, wanted.path) if name.endswith(WEIGHTS)]
+    found = [_join(wanted.path, name) for name in _below(names, wanted.path) if is_weights(name)]
     if not found:
         raise UsageError(_nothing_there(names, wanted))
     if len(found) > MAX_HEADERS:
@@ -75,7 +75,7 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
         inside = [base_name(name) for name in names if _folder(name) == folder]
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
     if "" not in folders and "model_index.json" not in names:  # where one lies, other files are other layouts
-        yield from (name for name in names if _folder(name) in ("", "controlnet") and name.endswith(WEIGHTS))
+        yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
         index = ".index" in name  # only that of the shards taken is wanted
@@ -85,32 +85,38 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
 
 def _component_weights(names: list[str], variant: str | None) -> list[str]:
     """The one file, or the index and shards, of a component's folder in the order model.open_model looks."""
-    for one in VARIANTS if variant is None else (variant,):
-        for stem in STEMS:
-            single, index = weights_names(stem, one)
-            if single in names:
-                return [single]
-            if index in names:
-                shard = re.compile(re.escape(single.removesuffix(WEIGHTS)) + r"-\d{5}-of-\d{5}" + re.escape(WEIGHTS))
-                return [index, *filter(shard.fullmatch, names)]
+    known = {name: said for name in names if (said := read_weights_name(name)) and said.format == "safetensors"}
+    others = sorted({said.variant for said in known.values()} - {*VARIANTS})
+    for one in (*([variant.lower()] if variant is not None else []), *VARIANTS, *others):
+        found = [name for name, said in known.items() if said.variant == one]
+        single = [name for name in found if not known[name].is_index and not known[name].number]
+        if found:
+            return single[:1] or found
     return []
 
 
 def _refuse_doubles(wanted: HubSource, names: Iterable[str]) -> None:
     """Stability's repository has every stage in four files; all of them would be 40 GB and no model."""
     for stage in ("stage_a", "stage_b", "stage_c"):
-        found = [name for name in names if name.startswith(stage) and name.endswith(WEIGHTS)]
+        found = [name for name in names if name.startswith(stage) and is_weights(name)]
         if len(found) > 1:
             raise UsageError(
                 f"{wanted}: {', '.join(found)} are all the same stage; name one, as in {wanted}/{found[0]}"
             )
 
 
+def _require_variant(wanted: HubSource, names: Iterable[str], variant: str | None) -> None:
+    """Components without the variant fall back to the plain weights; that all do is noticed before a transfer."""
+    said = [said for name in names if (said := read_weights_name(base_name(name)))]
+    if variant is not None and said and all(one.variant != variant.lower() for one in said):
+        raise UsageError(f"{wanted}: no weights of variant {variant}; try without --variant")
+
+
 def _nothing_there(names: list[str], wanted: HubSource) -> str:
     below = names if wanted.is_file else _below(names, wanted.path)
-    if any(name.endswith(PICKLES) for name in below) and not any(name.endswith(WEIGHTS) for name in below):
-        return f"{wanted}: only pickled weights, which may run code when opened; find one that has {WEIGHTS} files"
-    have = [name for name in names if name.endswith(WEIGHTS)]
+    if any(name.lower().endswith(PICKLES) for name in below) and not any(is_weights(name) for name in below):
+        return f"{wanted}: only pickled weights, which are not fetched; find {WEIGHTS} files, or download them yourself"
+    have = [name for name in names if is_weights(name)]
     shown = ", ".join(have[:8]) + (f" and {len(have) - 8} more" if len(have) > 8 else "")
     what = "no such file" if wanted.is_file else "no model's weights here"
     return f"{wanted}: {what}; the repository has {shown or f'no {WEIGHTS} file'}"

@@ -26,7 +26,7 @@ class HubSource:
 
     @property
     def is_file(self) -> bool:
-        return self.path.endswith(WEIGHTS)
+        return is_weights(self.path)
 
 
 class HubPath(type(Path())):  # type: ignore[misc]  # the base is PosixPath or WindowsPath
@@ -57,8 +57,15 @@ def parse(source: str | Path) -> HubSource:
     if path and not is_plain(path):
         raise UsageError(f"{text}: {path} is not a path in a repository; expected {FORM}")
     if path.lower().endswith(PICKLES):
-        raise UsageError(f"{text}: a pickle, which may run code when opened; name a {WEIGHTS} file or a folder")
+        raise UsageError(
+            f"{text}: a pickle by its name, which is not fetched; name a {WEIGHTS} file, or download it yourself"
+        )
     return HubSource(match["repo"], unquote(match["revision"] or "main"), path)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a repository is named like safetensors; before it is fetched only its name is known."""
+    return name.lower().endswith(WEIGHTS)
 
 
 def is_plain(path: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ...schemas.errors import LayoutError
-from ...schemas.lora import Algorithm
+from ...schemas.lora import Algorithm, is_depthwise
 from ...schemas.tensors import Shape
 from .factors import Factor, reshaped, rows
 
@@ -15,6 +15,7 @@ FACTOR_NAMES: Mapping[Algorithm, tuple[str, ...]] = {
     Algorithm.LORA: ("lora_up", "lora_down", "lora_mid"),
     Algorithm.LOHA: ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     Algorithm.LOKR: ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    Algorithm.FULL: ("diff",),
 }
 
 # The sets of factors that are whole; each tuple's pieces may be chosen freely, one of each.
@@ -35,7 +36,16 @@ WHOLE: Mapping[Algorithm, tuple[tuple[frozenset[str], ...], ...]] = {
             frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
         ),
     ),
+    Algorithm.FULL: ((frozenset({"diff"}),),),
 }
+
+# Of a product without a core: the factor whose rows are the weight's.
+ROW_FACTORS: Mapping[Algorithm, tuple[str, ...]] = {
+    Algorithm.LORA: ("lora_up",),
+    Algorithm.LOHA: ("hada_w1_a", "hada_w2_a"),
+    Algorithm.FULL: ("diff",),
+}
+CORES = frozenset({"lora_mid", "hada_t1"})
 
 
 class Axis(StrEnum):
@@ -65,7 +75,7 @@ class Adapter:
 
     @property
     def rank(self) -> int | None:
-        """None for a LoKr of two whole matrices, which is not scaled either."""
+        """None for a LoKr of two whole matrices and for a difference, which are not scaled either."""
         for name in ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if name in self.factors:
                 return self.factors[name].shape[0]
@@ -75,6 +85,14 @@ class Adapter:
     def scale(self) -> float:
         """What the product of the factors is multiplied by: alpha / rank."""
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+    @property
+    def folded(self) -> bool:
+        """Whether the product is one long row to be folded into the weight's shape: so OneTrainer makes the change of
+        a depthwise convolution, lora_up [1, r, 1, 1] and lora_down [r, C, 3, 3] for a weight [C, 1, 3, 3]."""
+        names = ROW_FACTORS.get(self.algorithm, ())
+        rows = {self.factors[name].shape[:1] for name in names if not CORES & self.factors.keys()}
+        return is_depthwise(self.shape) and rows == {(1,)}
 
 
 def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shape) -> Adapter:
@@ -88,8 +106,9 @@ def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shap
     adapter = Adapter(algorithm, own, alpha or None, shape, _magnitude(factors, shape))
     if adapter.rank == 0:
         raise LayoutError("its rank is 0")
+    _check_depthwise(adapter)
     made = _made_shape(adapter)
-    if made[0] != shape[0] or math.prod(made) != math.prod(shape):
+    if made[0] != (1 if adapter.folded else shape[0]) or math.prod(made) != math.prod(shape):
         raise LayoutError(f"expected factors of a weight {list(shape)}, found those of {list(made)}")
     return _with_weight_axes(adapter)
 
@@ -97,9 +116,22 @@ def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shap
 def _algorithm(names: set[str]) -> Algorithm:
     found = [algorithm for algorithm, own in FACTOR_NAMES.items() if names & set(own)]
     if len(found) != 1:
-        what = " and ".join(found) if found else "neither factors of LoRA, LoHa nor LoKr"
+        what = " and ".join(found) if found else "neither factors of LoRA, LoHa nor LoKr, nor a difference"
         raise LayoutError(f"expected the factors of one algorithm, found {what}")
     return found[0]
+
+
+def _check_depthwise(adapter: Adapter) -> None:
+    """Refuse by name what PEFT trains on a depthwise convolution: a convolution over all channels before one of groups,
+    whose effect no change of the depthwise weight has."""
+    down = adapter.factors.get("lora_down")
+    if down is None or not is_depthwise(adapter.shape) or adapter.folded:
+        return
+    if len(down.shape) == 4 and down.shape[1] == adapter.shape[0]:
+        raise LayoutError(
+            f"expected a LoRA of a depthwise convolution {list(adapter.shape)}, found one over all channels at once "
+            f"(lora_down {list(down.shape)}), which cannot be merged; train without this module"
+        )
 
 
 def _check_complete(algorithm: Algorithm, names: set[str]) -> None:
@@ -127,6 +159,9 @@ def _made_shape(adapter: Adapter) -> Shape:
             one = _matrix(shapes, "lokr_w1", "lokr_w1_a", "lokr_w1_b", "")
             two = _matrix(shapes, "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
             return one[0] * two[0], one[1] * two[1]
+        case Algorithm.FULL:
+            diff = shapes["diff"]
+            return diff if diff else (1,)
 
 
 def _matrix(shapes: Mapping[str, Shape], whole: str, a: str, b: str, core: str) -> Shape:
@@ -158,7 +193,12 @@ def _product(shapes: Mapping[str, Shape], a: str, b: str, core: str, *, transpos
 
 
 def _with_weight_axes(adapter: Adapter) -> Adapter:
-    """A plain LoRA's factors with as many axes as the weight: [r, in(, h, w)] and [out, r(, 1, 1)]."""
+    """A plain LoRA's factors with as many axes as the weight: [r, in(, h, w)] and [out, r(, 1, 1)]; a difference in the
+    weight's shape."""
+    if adapter.algorithm is Algorithm.FULL:
+        return replace(adapter, factors={"diff": reshaped(adapter.factors["diff"], adapter.shape)})
+    if adapter.folded:
+        return adapter
     if adapter.algorithm is not Algorithm.LORA or "lora_mid" in adapter.factors:
         return adapter
     down, up = adapter.factors["lora_down"], adapter.factors["lora_up"]
@@ -183,8 +223,8 @@ def split_rows(adapter: Adapter, parts: int) -> list[Adapter]:
 
     Raises LayoutError where the algorithm does not allow it: LoKr, Tucker cores, DoRA along the inputs."""
     height = adapter.shape[0] // parts
-    by_row = {Algorithm.LORA: ("lora_up",), Algorithm.LOHA: ("hada_w1_a", "hada_w2_a")}.get(adapter.algorithm)
-    tucker = {"lora_mid", "hada_t1"} & adapter.factors.keys()
+    by_row = ROW_FACTORS.get(adapter.algorithm)
+    tucker = CORES & adapter.factors.keys()
     magnitude = adapter.magnitude
     if by_row is None or tucker or (magnitude and magnitude.axis is Axis.INPUT):
         raise LayoutError(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.integrity import fingerprint
-from ...schemas.errors import CascadeError, ConversionError, UsageError
+from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ..placing import StartFile
 from .peft_config import CONFIG_NAME
 from .reader import FOLDER_NAMES, holds_lora
@@ -78,8 +78,9 @@ def find_lora(lora: str | Path) -> Path:
     folders = [Path(name) for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
     name = path.name if path.name.endswith(SUFFIX) else path.name + SUFFIX
     for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+        for found in (folder / name, folder / path.name):
+            if found.is_file():
+                return found
     if not folders:
         raise UsageError(f"{lora}: no such LoRA file; give its path, or list your folders of LoRAs in ${FOLDERS}")
     have = sorted({found.stem for folder in folders for found in folder.glob("*" + SUFFIX)})
@@ -106,6 +107,7 @@ def _merging() -> Callable[..., "Applied"]:
     try:
         from .bundle import derive_bundle
     except ImportError as error:
+        reraise_interrupt(error)
         raise UsageError(
             "merging LoRAs takes the onnx package, which is not installed: pip install 'cascadekit[export]'"
         ) from error
@@ -139,9 +141,9 @@ def _is_whole(target: Path) -> bool:
         found = open_bundle(target)
         for stage in found.manifest.stages:
             found.check(stage)
+        return found.tokenizer_change() is None
     except CascadeError:
         return False
-    return found.tokenizer is None or found.tokenizer.is_file()
 
 
 @contextmanager

@@ -76,9 +76,10 @@ def apply_loras(
         alpha=alpha,
     )
     bundle = merge.bundle
+    _require_real_files(bundle.root)
     for stage in merge.changes:
         bundle.check(stage)
-    with staged_output(bundle.root.resolve(), force=True) as staged:
+    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
         _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
         kept = [_keep(bundle, staged, name) for name in (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))]
         return _write_merged(merge, staged, {}, kept, start_file)
@@ -189,7 +190,7 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
         if problem:
             raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
     originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
-    with staged_output(bundle.root.resolve(), force=True) as staged:
+    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
         _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
         for path, name in originals.items():
             _link(path, staged / name)
@@ -200,6 +201,16 @@ def _require_none_applied(bundle: Bundle) -> None:
     if bundle.manifest.lora is not None:
         names = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in bundle.manifest.lora.loras)
         raise UsageError(f"{bundle.root}: has {names} merged in already; --undo them, then apply all at once")
+
+
+def _require_real_files(root: Path) -> None:
+    """Refuse a bundle of links, as the Hub's cache keeps them: its files are not this bundle's alone."""
+    link = next((path for path in sorted(root.rglob("*")) if path.is_symlink()), None)
+    if link is not None:
+        raise UsageError(
+            f"{link}: a link to a file elsewhere, which is not to be changed; copy the bundle (cp -rL {root} COPY) and "
+            "apply to the copy, or use `generate --lora`, which leaves the bundle as it is"
+        )
 
 
 def _component(bundle: Bundle, stage: Stage) -> Component:
@@ -315,15 +326,18 @@ def _others(root: Path, staged: Path, without: Collection[Path]) -> Iterator[tup
     staged.mkdir()
     for path in sorted(root.rglob("*")):
         target = staged / path.relative_to(root)
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and path.is_symlink():
+            target.symlink_to(path.resolve())
+        elif path.is_dir():
             target.mkdir()
-        elif path not in without:
+        elif path.is_file() and path not in without:
             yield path, target
 
 
 def _share(source: Path, target: Path) -> Placement:
-    """A clone that keeps the time of change, else a hard link, else a copy."""
-    if not source.is_symlink() and clone(source, target):
+    """A clone that keeps the time of change, else a hard link, else a copy; of what a link leads to."""
+    source = source.resolve()
+    if clone(source, target):
         shutil.copystat(source, target)
         return "reflink"
     return _link(source, target)

@@ -1,7 +1,7 @@
 """Converts LoRA files between formats without changing what they do to a weight."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ...schemas.lora import LoraFormat, Target
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ..model import open_model
 from ..outputs import staged_output
-from .adapters import Adapter
+from .adapters import Adapter, Axis
 from .factors import Factor
 from .lora_file import Embedding, Lora, listed
 from .peft_config import CONFIG_NAME, METADATA_KEY, settings
@@ -69,13 +69,29 @@ def convert_lora(
     folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
     if output.suffix != ".safetensors" and not folder:
         raise UsageError(f"{output}: expected a name ending in .safetensors")
-    with staged_output(output, force=force) as staged:
+    replaced: list[str] = []
+    files = [CONFIG_NAME, FOLDER_NAMES[0]] if folder else []
+    with staged_output(output, force=force, sources=[source, lora.path], files=files, say=replaced.append) as staged:
         if folder:
             staged.mkdir()
             (staged / CONFIG_NAME).write_text(metadata[METADATA_KEY] + "\n", encoding="utf-8")
         weights = staged / FOLDER_NAMES[0] if folder else staged
         write_pieces(weights, {name: factor_pieces(factor) for name, factor in tensors.items()}, metadata)
-    return LoraConversion(output, len(lora.adapters), (*lora.notes, *(f"left out: {part}" for part in lost)))
+    notes = (*replaced, *lora.notes, *_norm_notes(lora, to), *(f"left out: {part}" for part in lost))
+    return LoraConversion(output, len(lora.adapters), notes)
+
+
+def _norm_notes(lora: Lora, to: LoraFormat) -> Iterator[str]:
+    """ComfyUI (comfy/weight_adapter/base.py, weight_decompose) divides a DoRA with a magnitude for each output by the
+    norms of W alone; PEFT, LyCORIS and OneTrainer, and this package, by those of W + ΔW."""
+    adapters = lora.adapters.values()
+    count = sum(a.magnitude is not None and a.magnitude.axis is Axis.OUTPUT for a in adapters)
+    if to is LoraFormat.COMFYUI and count:
+        yield (
+            f"{lora.path}: ComfyUI computes DoRA with a magnitude for each output ({count} modules) along the norms of "
+            "the old weights rather than of the changed ones, so its images will differ from the trainer's; "
+            "`cascadekit lora merge` gives a checkpoint with the trainer's weights"
+        )
 
 
 def networks_of(checkpoint: str | Path | None) -> list[NetworkConfig]:
@@ -111,16 +127,17 @@ def _tensors(lora: Lora, to: LoraFormat, filters: Sequence[str]) -> tuple[dict[s
 
 def _stability(lora: Lora, filters: Sequence[str]) -> tuple[dict[str, Factor], list[str]]:
     encoder = [f"{module}: the format holds no text encoder" for module in lora.of(Stage.TEXT_ENCODER)]
+    biases = [f"{target.name}: the format holds no biases" for target in lora.biases]
     if lora.unet is None:
-        return {}, encoder
+        return {}, encoder + biases
     tensors, lost = stability_tensors(lora.of(lora.unet.stage), lora.unet, filters)
-    return tensors, lost + encoder
+    return tensors, lost + encoder + biases
 
 
 def _held(lora: Lora, style: Style) -> tuple[dict[Target, Adapter], list[str]]:
     """The adapters that a format with names can hold, and the others, each with the reason."""
     reasons = {target: unfit(style, target, adapter) for target, adapter in lora.adapters.items()}
-    lost = [f"{target.module}: {reason}" for target, reason in reasons.items() if reason]
+    lost = [f"{target.name}: {reason}" for target, reason in reasons.items() if reason]
     held = {target: adapter for target, adapter in lora.adapters.items() if reasons[target] is None}
     if style.alpha is Alpha.SETTINGS and any(adapter.magnitude for adapter in held.values()):
         # One switch of the settings says whether all modules are DoRA.

@@ -9,7 +9,9 @@ import numpy as np
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.tensors import Shape
 from ..safetensors_file import DTYPE_SIZES, TensorRange
-from .numbers import FLOATS, Array, compute_type, decode
+from .numbers import FLOATS, INTEGERS, Array, compute_type, decode
+
+MOST_VALUES = 8  # of a setting that is stored as a tensor: no more than a weight has axes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,23 @@ def stored(name: str, tensor: TensorRange) -> Factor:
 def read_numbers(tensor: TensorRange) -> Array:
     """The numbers of a tensor, in its shape."""
     return decode(read_bytes(tensor), tensor.dtype).reshape(tensor.shape)
+
+
+def read_values(name: str, tensor: TensorRange) -> list[float]:
+    """The values of a small tensor that is a setting, such as alpha: of any numeric dtype and shape.
+
+    Raises LayoutError for another dtype, for a long list, and for values that are not finite."""
+    if tensor.dtype not in (*FLOATS, *INTEGERS):
+        known = ", ".join((*FLOATS, *INTEGERS))
+        raise LayoutError(f"{tensor.path}: {name}: expected a dtype of {known}, found {tensor.dtype}; save it as F32")
+    if math.prod(tensor.shape) > MOST_VALUES:
+        raise LayoutError(f"{tensor.path}: {name}: expected a few numbers, found shape {list(tensor.shape)}")
+    data = read_bytes(tensor)
+    numbers = decode(data, tensor.dtype) if tensor.dtype in FLOATS else np.frombuffer(data, INTEGERS[tensor.dtype])
+    values = [float(number) for number in numbers]
+    if not all(map(math.isfinite, values)):
+        raise LayoutError(f"{tensor.path}: {name}: expected a finite number, found {values}")
+    return values
 
 
 def read_bytes(tensor: TensorRange) -> bytes:

@@ -4,7 +4,9 @@ Definitions: LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS, lycoris/functio
     LoRA   ΔW = alpha/r · up @ down
     LoHa   ΔW = alpha/r · (w1_a @ w1_b) * (w2_a @ w2_b)
     LoKr   ΔW = alpha/r · w1 ⊗ w2, each whole or a product of two; not scaled when both are whole
+    full   ΔW as it is, not scaled
     DoRA   W' = magnitude · (W + ΔW) / ‖W + ΔW‖, norms over inputs or over outputs
+Of depthwise convolutions OneTrainer makes the product as one row, which is folded into the weight's shape.
 Tucker's cores, which LyCORIS uses for kernels larger than 1x1, are multiplied into the right factor first.
 """
 
@@ -37,13 +39,23 @@ def change_rows(adapter: Adapter, dtype: type[np.floating]) -> RowReader:
         case Algorithm.LORA:
             up, down = _pair(values, "lora_up", "lora_down", "lora_mid", transposed=False)
             up = up * scale  # the smaller matrix
-            return lambda start, stop: up[start:stop] @ down
+            return _rows_of(up @ down, adapter) if adapter.folded else lambda start, stop: up[start:stop] @ down
         case Algorithm.LOHA:
             a1, b1 = _pair(values, "hada_w1_a", "hada_w1_b", "hada_t1")
             a2, b2 = _pair(values, "hada_w2_a", "hada_w2_b", "hada_t2")
+            if adapter.folded:
+                return _rows_of((a1 @ b1) * (a2 @ b2) * scale, adapter)
             return lambda start, stop: (a1[start:stop] @ b1) * (a2[start:stop] @ b2) * scale
         case Algorithm.LOKR:
             return _kronecker(_whole(values, "lokr_w1"), _whole(values, "lokr_w2"), adapter.shape, scale)
+        case Algorithm.FULL:
+            return _rows_of(values["diff"], adapter)
+
+
+def _rows_of(change: Array, adapter: Adapter) -> RowReader:
+    """Rows of a change that is there as a whole."""
+    whole = change.reshape(adapter.shape[0], -1)
+    return lambda start, stop: whole[start:stop]
 
 
 def _pair(values: dict[str, Array], a: str, b: str, core: str, *, transposed: bool = True) -> tuple[Array, Array]:

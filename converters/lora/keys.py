@@ -1,16 +1,28 @@
 """Takes the keys of a LoRA file apart: module, factor; and tells which format's they are."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ...schemas.errors import LayoutError
-from ...schemas.lora import PREFIXES, REFUSED, SUFFIXES, LoraFormat, Prefix, Target, flattened, spelling_table
+from ...schemas.errors import LayoutError, UsageError
+from ...schemas.limits import MAX_LORA_TENSORS
+from ...schemas.lora import (
+    PREFIXES,
+    REFUSED,
+    SUFFIXES,
+    LoraFormat,
+    Prefix,
+    Target,
+    flattened,
+    spelling_table,
+    split_key,
+)
 from ...schemas.stages import NetworkConfig
+from ...schemas.tensors import Shape
+from ..identify import identify_parts
 from ..safetensors_file import Header
-from .factors import Factor, stored
+from .factors import Factor, read_values, stored
 from .lora_file import Embedding, listed
 
 BUNDLE = re.compile(r"bundle_emb\.(.+)\.clip_g(_out)?")
@@ -19,10 +31,12 @@ EMBEDDING_KEYS = ("clip_g", "clip_g_out")  # of a file that holds an embedding a
 
 @dataclass
 class Group:
-    """The factors of one module, by our names; `keys` are the file's."""
+    """The factors of one module, by our names; `keys` are the file's. `reshape` is the shape that ComfyUI gives the
+    weight before it adds the product."""
 
     factors: dict[str, Factor] = field(default_factory=dict)
     alpha: float | None = None
+    reshape: Shape | None = None
     keys: list[str] = field(default_factory=list)
 
 
@@ -35,13 +49,19 @@ class Keys:
 
 
 def group_keys(header: Header) -> Keys:
-    """Sort a file's tensors by module. Raises LayoutError for keys that belong to no known algorithm."""
+    """Sort a file's tensors by module. Raises LayoutError for keys that belong to no known algorithm, UsageError for a
+    checkpoint."""
+    if len(header.tensors) > MAX_LORA_TENSORS:
+        raise LayoutError(
+            f"{header.path}: not a LoRA for Stable Cascade: it has {len(header.tensors)} tensors, and a LoRA for these "
+            f"networks has no more than {MAX_LORA_TENSORS}. Is it for another model?"
+        )
     groups: dict[str, Group] = {}
     embeddings = []
     unknown = []
     for key, tensor in header.tensors.items():
         bundle = BUNDLE.fullmatch(key)
-        module, suffix = _split(key)
+        module, suffix = split_key(key)
         if bundle:
             embeddings.append(Embedding(bundle[1], stored(key, tensor), output=bundle[2] is not None))
         elif suffix is None:
@@ -55,42 +75,28 @@ def group_keys(header: Header) -> Keys:
 
 def is_factor_key(key: str) -> bool:
     """Whether `key` ends as the factors and settings of LoRA files do."""
-    return _split(key)[1] is not None
-
-
-def _split(key: str) -> tuple[str, str | None]:
-    for ending in SUFFIXES:
-        if key.endswith(f".{ending}"):
-            return key[: -len(ending) - 1], ending
-    return key, None
+    return split_key(key)[1] is not None
 
 
 def _add(group: Group, suffix: str, key: str, header: Header) -> None:
-    name, factor = SUFFIXES[suffix], stored_or_scalar(header, key, suffix)
+    name, tensor = SUFFIXES[suffix], header.tensors[key]
     if name in group.factors or (name == "alpha" and group.alpha is not None):
         raise LayoutError(f"{header.path}: {key}: expected one {name} for a module, found a second; remove one of them")
     group.keys.append(key)
-    if isinstance(factor, float):
-        group.alpha = factor
+    if name == "alpha":
+        values = read_values(key, tensor)
+        if len(values) != 1:
+            raise LayoutError(f"{header.path}: {key}: expected a single number, found shape {list(tensor.shape)}")
+        group.alpha = values[0]
+    elif name == "reshape_weight":
+        group.reshape = tuple(map(int, read_values(key, tensor)))
     else:
-        group.factors[name] = factor
-
-
-def stored_or_scalar(header: Header, key: str, suffix: str) -> Factor | float:
-    """The factor, or for alpha its value."""
-    tensor = header.tensors[key]
-    factor = stored(key, tensor)
-    if suffix != "alpha":
-        return factor
-    if math.prod(tensor.shape) != 1:
-        raise LayoutError(f"{header.path}: {key}: expected a single number, found shape {list(tensor.shape)}")
-    alpha = float(factor.load().reshape(-1)[0])
-    if not math.isfinite(alpha):
-        raise LayoutError(f"{header.path}: {key}: expected a finite number, found {alpha}")
-    return alpha
+        group.factors[name] = stored(key, tensor)
 
 
 def _unknown_keys(header: Header, unknown: list[str]) -> str:
+    """What is wrong with a file of such keys. Raises UsageError when it is a checkpoint."""
+    _refuse_checkpoint(header)
     for piece, algorithm in REFUSED.items():
         if any(piece in key for key in unknown):
             example = next(key for key in unknown if piece in key)
@@ -103,6 +109,20 @@ def _unknown_keys(header: Header, unknown: list[str]) -> str:
     return (
         f"{header.path}: {len(unknown)} keys are no part of a LoRA known here:\n  {listed(unknown)}\n"
         "Expected endings such as lora_down.weight, lora_A.weight, hada_w1_a, lokr_w1, alpha; is this a LoRA file?"
+    )
+
+
+def _refuse_checkpoint(header: Header) -> None:
+    try:
+        found = identify_parts(header).components
+    except LayoutError:
+        return
+    if any(is_factor_key(key) for key in header.tensors):
+        return
+    what = ", ".join(component.describe() for component in found)
+    raise UsageError(
+        f"{header.path}: expected a LoRA, found a checkpoint: {what}. "
+        "Were the two exchanged? The checkpoint comes first, then its LoRAs"
     )
 
 

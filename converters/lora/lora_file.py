@@ -39,8 +39,13 @@ class Lora:
     notes: tuple[str, ...] = ()
 
     def of(self, stage: Stage) -> dict[str, Adapter]:
-        """The adapters of one network, by module."""
-        return {target.module: adapter for target, adapter in self.adapters.items() if target.stage is stage}
+        """The adapters of one network's weights, by module."""
+        return {t.module: adapter for t, adapter in self.adapters.items() if t.stage is stage and t.module == t.name}
+
+    @property
+    def biases(self) -> list[Target]:
+        """What of it changes biases."""
+        return [target for target in self.adapters if target.module != target.name]
 
     @property
     def dtypes(self) -> Counter[str]:

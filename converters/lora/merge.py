@@ -5,17 +5,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...schemas.errors import UsageError
 from ..model import open_model
 from ..outputs import staged_output
-from ..safetensors_file import Progress, TensorRange, read_header
+from ..safetensors_file import Progress, TensorRange
+from ..weights_file import is_pickle, read_weights
 from .mirror import Mirror, mirror
 from .pieces import Calculated, write_pieces
 from .plan import LoraPlan, plan_loras
+from .reader import holds_lora
 from .stability import DEFAULT_FILTERS
 from .weights import Effect, changed, rewritten
 
 STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 MERGED_KEY = "cascadekit.merged_loras"
+PICKLED_PREFIX = "state_dict."  # what trainers put a checkpoint's tensors in when they pickle it
 
 StartFile = Callable[[str, int], Progress]
 
@@ -63,6 +67,10 @@ def merge_loras(
     Raises LayoutError when a LoRA is not for this checkpoint, ConversionError when it cannot be merged or undone."""
     source, target = Path(checkpoint), Path(output)
     apart = Path(text_encoder) if text_encoder is not None else None
+    if source.is_file() and holds_lora(source):
+        raise UsageError(
+            f"{source}: expected a checkpoint, found a LoRA. Were the two exchanged? The checkpoint comes first"
+        )
     model = open_model([source], text_encoder=apart)
     plan = plan_loras(
         source,
@@ -75,7 +83,8 @@ def merge_loras(
         unmerge=unmerge,
     )
     record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
-    effects, skipped = _write(plan, mirror(source, apart, target), target, record, force, start_file)
+    sources = [*model.sources, *map(Path, loras)]
+    effects, skipped = _write(plan, mirror(source, apart, target), target, sources, record, force, start_file)
     return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))
 
 
@@ -83,6 +92,7 @@ def _write(
     plan: LoraPlan,
     files: Mirror,
     output: Path,
+    sources: Sequence[Path],
     record: list[list[object]] | None,
     force: bool,
     start_file: StartFile | None,
@@ -91,15 +101,20 @@ def _write(
     effects = []
     for target, changes in plan.changes.items():
         component = plan.components[target.stage].require_sound()
-        tensor = component.tensors[f"{target.module}.weight"]
-        calculated[tensor], effect = changed(f"{target.stage}: {target.module}", tensor, changes)
+        tensor = component.tensors[target.tensor]
+        calculated[tensor], effect = changed(f"{target.stage}: {target.name}", tensor, changes)
         effects.append(effect)
     touched = {tensor.path for tensor in calculated}
-    with staged_output(output, force=force) as staged:
+    replaced: list[str] = []
+    names = [name for path in sorted(touched) if (name := files.relative(path).as_posix()) != "."]
+    with staged_output(output, force=force, sources=sources, files=names, say=replaced.append) as staged:
         skipped = files.copy_others(staged, touched)
         for path in sorted(touched):
-            _rewrite(path, files.place(staged, path), calculated, record, start_file)
-    return effects, skipped
+            place = files.place(staged, path)
+            if place != staged and is_pickle(path):
+                place = place.with_suffix(".safetensors")
+            _rewrite(path, place, calculated, record, start_file)
+    return effects, [*replaced, *skipped]
 
 
 def _rewrite(
@@ -109,8 +124,10 @@ def _rewrite(
     record: list[list[object]] | None,
     start_file: StartFile | None,
 ) -> None:
-    header = read_header(source)
+    header = read_weights(source)
     plans = rewritten(header, calculated)
+    if is_pickle(source):  # torch keeps a dictionary in a dictionary, safetensors has names alone
+        plans = {name.removeprefix(PICKLED_PREFIX): plan for name, plan in plans.items()}
     metadata = {key: text for key, text in header.metadata.items() if key not in STALE_METADATA}
     if record is not None:
         earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""

@@ -19,11 +19,15 @@ class Mirror:
 
     def place(self, staged: Path, source: Path) -> Path:
         """Where the counterpart of `source`, a file in one of the sources, is to be written; its folder exists then."""
+        path = staged / self.relative(source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def relative(self, source: Path) -> Path:
+        """The same below the output, "." where `source` becomes the output itself."""
         for root, place in self.places.items():
             if source == root or source.is_relative_to(root):
-                path = staged / place / source.relative_to(root)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                return path
+                return Path(place) / source.relative_to(root)
         raise UsageError(f"{source}: lies outside of what is merged")
 
     def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:

@@ -8,7 +8,20 @@ from ..cast import FLOATS, cast_block
 Array = NDArray[np.floating]
 Bytes = NDArray[np.uint8]
 
-__all__ = ["FLOATS", "Array", "Bytes", "compute_type", "decode", "encode", "spacing"]
+__all__ = ["FLOATS", "INTEGERS", "Array", "Bytes", "compute_type", "decode", "encode", "spacing"]
+
+# Settings that are stored as tensors (alpha, shapes) may be whole numbers.
+INTEGERS = {
+    "BOOL": "<u1",
+    "U8": "<u1",
+    "I8": "<i1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "I64": "<i8",
+    "U64": "<u8",
+}
 
 
 def compute_type(dtype: str) -> type[np.float32] | type[np.float64]:

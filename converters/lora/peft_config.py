@@ -2,40 +2,60 @@
 
 import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...schemas.errors import CheckpointError
+from ...schemas.errors import CheckpointError, LayoutError
+from ...schemas.peft import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
 from ...schemas.stages import Stage
+from .patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the same settings inside the weights file
+PREFIXES: Mapping[str, Stage | None] = {
+    "prior.": Stage.PRIOR,
+    "decoder.": Stage.DECODER,
+    "text_encoder.": Stage.TEXT_ENCODER,
+    "unet.": None,
+}
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """`lora_alpha` and the modules that have another; `use_rslora`: the scale is alpha / √rank."""
+    """Rank and alpha, and the modules that have others. `use_rslora`: the scale is alpha / √rank."""
 
-    lora_alpha: float
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
+    default_alpha: float
+    default_rank: float
+    alphas: Patterns
+    ranks: Patterns
+    use_rslora: bool
+    use_dora: bool
 
     def alpha(self, module: str, rank: int) -> float:
         """The alpha that makes alpha / rank the module's scale."""
-        value = next((a for key, a in self.alpha_pattern.items() if _matches(key, module)), self.lora_alpha)
+        value = self.alphas.value(module, self.default_alpha)
         return value * math.sqrt(rank) if self.use_rslora else value
 
+    def scale(self, module: str) -> float:
+        """The scale of a module whose factors do not tell the rank."""
+        return self.alphas.value(module, self.default_alpha) / self.ranks.value(module, self.default_rank)
 
-def find_config(weights: Path, metadata: Mapping[str, str]) -> PeftConfig | None:
-    """The settings in the file's own metadata, else in adapter_config.json beside it."""
+
+Configs = Mapping[Stage | None, PeftConfig]  # None: of every network that has none of its own
+
+
+def find_configs(weights: Path, metadata: Mapping[str, str]) -> Configs:
+    """The settings in the file's own metadata, else in adapter_config.json beside it; none without either.
+
+    Raises CheckpointError for what are no settings, LayoutError for settings under which an adapter is no change of
+    the weights that alpha and the factors make, or that are not known."""
     if METADATA_KEY in metadata:
         return _parse(f"{weights}: metadata {METADATA_KEY}", metadata[METADATA_KEY])
     path = weights.parent / CONFIG_NAME
     if not path.is_file():
-        return None
+        return {}
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -43,43 +63,75 @@ def find_config(weights: Path, metadata: Mapping[str, str]) -> PeftConfig | None
     return _parse(str(path), text)
 
 
-def _parse(where: str, text: str) -> PeftConfig:
+def _parse(where: str, text: str) -> Configs:
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
-        values = _of_prior(values)
-        if values.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"peft_type: expected LORA, found {values['peft_type']}")
-        if values.get("fan_in_fan_out"):
-            raise ValueError("fan_in_fan_out: expected false; no module of these networks is transposed")
-        patterns = {str(key): _number(key, value) for key, value in (values.get("alpha_pattern") or {}).items()}
-        return PeftConfig(
-            _number("lora_alpha", values.get("lora_alpha", 8)), patterns, bool(values.get("use_rslora", False))
-        )
+        return {stage: _config(where, own) for stage, own in _by_stage(values).items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: not the settings of a LoRA: {error}") from error
 
 
-def _of_prior(values: dict[str, Any]) -> dict[str, Any]:
+def _by_stage(values: dict[str, Any]) -> dict[Stage | None, dict[str, Any]]:
     """Pipelines keep the settings of several networks in one table, each behind its name."""
-    prefix = f"{Stage.PRIOR}."
-    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-    return own or values
+    tables: dict[Stage | None, dict[str, Any]] = {}
+    for key, value in values.items():
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
+        tables.setdefault(PREFIXES.get(prefix), {})[key.removeprefix(prefix)] = value
+    return tables
+
+
+def _config(where: str, values: dict[str, Any]) -> PeftConfig:
+    kind = values.get("peft_type") or "LORA"
+    if kind not in ALPHA_FIELDS:
+        raise LayoutError(
+            f"{where}: peft_type: expected {', '.join(ALPHA_FIELDS)}, found {kind}, which is not supported; "
+            "merge it with PEFT, then extract a LoRA"
+        )
+    problems = list(_refused(values, ALPHA_FIELDS[kind]))
+    if problems:
+        raise LayoutError(f"{where}: the adapter cannot be used:\n  " + "\n  ".join(problems))
+    return PeftConfig(
+        _number(ALPHA_FIELDS[kind], values.get(ALPHA_FIELDS[kind], 8)),
+        _number("r", values.get("r", 8)) or 8,
+        Patterns("alpha_pattern", _table("alpha_pattern", values)),
+        Patterns("rank_pattern", _table("rank_pattern", values)),
+        bool(values.get("use_rslora", False)),
+        bool(values.get("use_dora", False)),
+    )
+
+
+def _refused(values: Mapping[str, Any], alpha: str) -> Iterator[str]:
+    """The settings that are none of those understood, harmless, or limited to the value they have."""
+    for name, value in values.items():
+        if name in UNDERSTOOD or name in HARMLESS or name == alpha or value in OFF:
+            continue
+        limit = LIMITED.get(name)
+        if limit is None:
+            yield f"{name}: {_shown(value)}: a setting that is not known here; merge the adapter with PEFT"
+        elif _plain(value) not in limit.values:
+            expected = " or ".join(json.dumps(allowed) for allowed in limit.values) or "none"
+            yield f"{name}: expected {expected}, found {_shown(value)}: {limit.why}"
+
+
+def _plain(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _table(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(key): _number(f"{name}: {key}", value) for key, value in (values.get(name) or {}).items()}
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name}: expected a number, found {value!r}")
     return float(value)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """PEFT takes patterns for regular expressions matching the end of a name; names are all we expect in them."""
-    name = re.sub(r"\\(.)", r"\1", pattern.removesuffix("$"))
-    if name.startswith("^"):
-        return module == name[1:]
-    return module == name or module.endswith(f".{name}")
 
 
 def settings(ranks: Mapping[str, int], alphas: Mapping[str, float], *, dora: bool) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class LoraPlan:
 
     def of(self, stage: Stage) -> dict[str, list[Change]]:
         """The changes to one network's tensors, by their names."""
-        return {f"{t.module}.weight": changes for t, changes in self.changes.items() if t.stage is stage}
+        return {target.tensor: changes for target, changes in self.changes.items() if target.stage is stage}
 
 
 def plan_loras(
@@ -110,7 +110,7 @@ def _place(plan: LoraPlan, lora: Lora, strength: float, text_strength: float) ->
             of_text = target.stage is Stage.TEXT_ENCODER
             plan.changes[target].append(adapter_change(adapter, text_strength if of_text else strength))
         else:
-            plan.unapplied.append(f"{lora.path}: {target.stage}: {target.module}")
+            plan.unapplied.append(f"{lora.path}: {target.stage}: {target.name}")
     _place_embeddings(plan, lora, text_strength)
 
 

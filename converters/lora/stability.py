@@ -65,11 +65,11 @@ def _pairs(header: Header) -> Pairs:
             unknown.append(key)
     if unknown:
         raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:\n  {listed(unknown)}")
-    for index in range(max(pairs, default=-1) + 1):
+    for index in range(len(pairs)):
         missing = {"lora_down", "lora_up"} - pairs.get(index, {}).keys()
         if missing:
             raise LayoutError(
-                f"{header.path}: weights.{index}.{min(missing)} is missing; the file is damaged, get it again"
+                f"{header.path}: weights.{index}.{min(missing)} is missing; expected a whole list, get the file again"
             )
     return dict(sorted(pairs.items()))
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ...schemas.lora import Algorithm, LoraFormat, Target, original_spelling
+from ...schemas.lora import Algorithm, LoraFormat, Target, is_depthwise, original_spelling
 from ...schemas.stages import Stage
 from . import factors as F
 from .adapters import Adapter, Axis, Magnitude
@@ -25,6 +25,11 @@ KOHYA_NAMES: Mapping[str, str] = {
     "lora_mid": "lora_mid.weight",
 }
 PEFT_NAMES: Mapping[str, str] = {"lora_up": "lora_B.weight", "lora_down": "lora_A.weight"}
+WHOLE_NAMES = {"weight": "diff", "bias": "diff_b"}  # of a difference, by what it changes
+
+# ComfyUI finds a module by these names whatever it is; by flat ones only the text encoder's Linears.
+COMFYUI_DOTTED = {Stage.TEXT_ENCODER: "text_encoders.clip_g.transformer."}
+COMFYUI_PREFIX = "diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Style:
     magnitudes: frozenset[Axis]
     alpha: Alpha
     architecture: str | None = None  # modelspec.architecture, by which interfaces sort their lists
+    folded: bool = False  # whether a product of one row is folded into a depthwise convolution's weight
+    dotted: bool = False  # whether differences go by ComfyUI's dotted names
 
 
 _ALL = frozenset(Algorithm)
 _BOTH = frozenset(Axis)
-_ONETRAINER = frozenset({Algorithm.LORA, Algorithm.LOHA})
+_ONETRAINER = frozenset({Algorithm.LORA, Algorithm.LOHA, Algorithm.LOKR})
 _LORA = frozenset({Algorithm.LORA})
 _V1 = "stable-cascade-v1-prior/lora"
 
@@ -53,11 +60,20 @@ STYLES: Mapping[LoraFormat, Style] = {
         "lora_unet_", "lora_te_", True, True, KOHYA_NAMES, _ALL, _BOTH, Alpha.TENSOR, "stable-cascade/lora"
     ),
     LoraFormat.ONETRAINER: Style(
-        "lora_prior_unet_", "lora_prior_te_", True, True, KOHYA_NAMES, _ONETRAINER, _BOTH, Alpha.TENSOR, _V1
+        "lora_prior_unet_",
+        "lora_prior_te_",
+        True,
+        True,
+        KOHYA_NAMES,
+        _ONETRAINER,
+        _BOTH,
+        Alpha.TENSOR,
+        _V1,
+        folded=True,
     ),
     # ComfyUI has read these names since it knows Stable Cascade; the dotted ones came later.
     LoraFormat.COMFYUI: Style(
-        "lora_prior_unet_", "lora_prior_te_", True, True, KOHYA_NAMES, _ALL, _BOTH, Alpha.TENSOR, _V1
+        "lora_prior_unet_", "lora_prior_te_", True, True, KOHYA_NAMES, _ALL, _BOTH, Alpha.TENSOR, _V1, True, True
     ),
     LoraFormat.PEFT: Style(
         "base_model.model.", None, False, False, PEFT_NAMES, _LORA, frozenset({Axis.OUTPUT}), Alpha.SETTINGS
@@ -71,7 +87,12 @@ def unfit(style: Style, target: Target, adapter: Adapter) -> str | None:
     if target.stage is Stage.TEXT_ENCODER and style.text_encoder is None:
         return "the format holds one network, and this is the text encoder"
     if adapter.algorithm not in style.algorithms:
-        return f"the format holds {', '.join(sorted(style.algorithms))}, this is {adapter.algorithm}"
+        what = "the difference of a bias" if target.parameter == "bias" else adapter.algorithm
+        return f"the format holds {', '.join(sorted(style.algorithms))}, this is {what}"
+    if style.names is PEFT_NAMES and is_depthwise(adapter.shape):
+        return "PEFT trains no LoRA of a depthwise convolution that can be merged"
+    if adapter.folded and not style.folded:
+        return "the format holds no product that is folded into a depthwise convolution, as OneTrainer's is"
     if style.names is PEFT_NAMES and "lora_mid" in adapter.factors:
         return "the format has no lora_mid"
     if adapter.magnitude is not None and adapter.magnitude.axis not in style.magnitudes:
@@ -83,13 +104,15 @@ def named_tensors(style: Style, adapters: Mapping[Target, Adapter]) -> dict[str,
     """The tensors of a file in this style."""
     tensors: dict[str, Factor] = {}
     for target, adapter in adapters.items():
-        key = _key(style, target)
-        tensors.update((f"{key}.{suffix}", factor) for suffix, factor in _tensors(style, adapter))
+        key = _key(style, target, adapter)
+        tensors.update((f"{key}.{suffix}", factor) for suffix, factor in _tensors(style, target, adapter))
     return tensors
 
 
-def _key(style: Style, target: Target) -> str:
-    module = original_spelling(*target) if style.original else target.module
+def _key(style: Style, target: Target, adapter: Adapter) -> str:
+    module = original_spelling(target.stage, target.module) if style.original else target.module
+    if style.dotted and (adapter.algorithm is Algorithm.FULL or module.endswith("_embedding")):
+        return COMFYUI_DOTTED.get(target.stage, COMFYUI_PREFIX) + module
     text_encoder = target.stage is Stage.TEXT_ENCODER
     prefix = style.text_encoder if text_encoder else style.prefix
     if target.stage is Stage.DECODER and style.prefix == f"{Stage.PRIOR}.":
@@ -97,7 +120,10 @@ def _key(style: Style, target: Target) -> str:
     return f"{prefix}{module.replace('.', '_') if style.flat else module}"
 
 
-def _tensors(style: Style, adapter: Adapter) -> Iterator[tuple[str, Factor]]:
+def _tensors(style: Style, target: Target, adapter: Adapter) -> Iterator[tuple[str, Factor]]:
+    if adapter.algorithm is Algorithm.FULL:
+        yield WHOLE_NAMES[target.parameter], adapter.factors["diff"]
+        return
     for name, factor in adapter.factors.items():
         folded = style.alpha is Alpha.FOLDED and name == "lora_up"
         yield style.names.get(name, name), F.scaled(factor, adapter.scale) if folded else factor

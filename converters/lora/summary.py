@@ -45,8 +45,8 @@ def _block(target: Target) -> str:
     """Such as "prior: down_blocks.0 attention.to_q"."""
     match = BLOCK.match(target.module)
     if match is None:
-        return f"{target.stage}: {target.module}"
-    inside = re.sub(r"^\.\d+\.", "", target.module[match.end() :])
+        return f"{target.stage}: {target.name}"
+    inside = re.sub(r"^\.\d+\.", "", target.name[match.end() :])
     return f"{target.stage}: {match[0]} {inside}"
 
 

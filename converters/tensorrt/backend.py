@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-from ...schemas.errors import EngineError, UsageError
+from ...schemas.errors import EngineError, UsageError, reraise_interrupt
 from ...schemas.targets import PLAIN, RTX
 
 MODULES = {RTX: "tensorrt_rtx", PLAIN: "tensorrt"}
@@ -79,8 +79,10 @@ def find_backend(name: str) -> Backend:
     try:
         module = import_module(MODULES[name])
     except ModuleNotFoundError as error:
+        reraise_interrupt(error)
         raise EngineError(f"{name} is not installed: {INSTALL[name]}") from error
     except (ImportError, OSError, RuntimeError) as error:  # a library of it is missing or of another machine
+        reraise_interrupt(error)
         raise EngineError(f"{name} is installed but cannot be loaded: {error}; {INSTALL[name]}") from error
     if not hasattr(module, "OnnxParser"):
         raise EngineError(f"{name} {getattr(module, '__version__', '')}: has no ONNX parser; {INSTALL[name]}")

@@ -16,6 +16,7 @@ from ...runtime.integrity import sha256_of
 from ...runtime.plan_header import find_contradiction
 from ...schemas.bundle import PlanEntry
 from ...schemas.errors import CheckpointError
+from ...schemas.json_text import load_json
 from .job import Job
 
 FORMAT = 1  # of the key; another one makes all plans unknown
@@ -51,7 +52,7 @@ def find(folder: Path, name: str, key: str) -> Found | str | None:
     """The plan called `name` in `folder`; None when there is none, and what is wrong with it when it is not whole."""
     path = folder / name
     try:
-        content: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = load_json(path.with_suffix(".json").read_text(encoding="utf-8"))
         plan = PlanEntry.model_validate(content["plan"])
     except FileNotFoundError:
         return None

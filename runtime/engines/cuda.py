@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, reraise_interrupt
 
 OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
 NO_DRIVER = ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorInitializationError", "cudaErrorStubLibrary")
@@ -162,6 +162,7 @@ def import_cuda_runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
+        reraise_interrupt(error)
         raise EngineError("cuda-bindings is not installed: pip install 'cuda-bindings>=12.8'") from error
     return runtime
 

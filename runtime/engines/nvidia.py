@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.bundle import Backend
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, reraise_interrupt
 from .cuda import Cuda, Device
 
 MODULES: Mapping[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -51,8 +51,10 @@ def import_tensorrt(backend: Backend) -> Any:
     try:
         return import_module(MODULES[backend])
     except ModuleNotFoundError as error:
+        reraise_interrupt(error)
         raise EngineError(f"{backend} is not installed: {install}") from error
     except (ImportError, OSError, RuntimeError) as error:  # one of its libraries is missing or of another machine
+        reraise_interrupt(error)
         raise EngineError(f"{backend} is installed but cannot be loaded: {error}; {install}") from error
 
 

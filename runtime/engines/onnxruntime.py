@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.bundle import MAIN_GRAPH, GraphEntry
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
+from ..real_files import without_links
+from ..telemetry import silence, switch_off_telemetry
 from .base import HostRunner, Run, Tensors, check_inputs, with_absent_control
 from .installs import onnxruntime_conflict
 from .memory import give_back_memory
@@ -88,7 +90,8 @@ class OnnxRuntimeEngine:
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
                 f"export it with --precision {stage}=fp32, or run it with --device cuda"
             )
-        session = self._start(stage, self.bundle.graph(stage, graph))
+        with without_links(self.bundle.graph(stage, graph)) as path:
+            session = self._start(stage, path)
         on_device = self._check_placement(stage, session)
         give_back_memory()
         return OnnxRuntimeStage(stage, entry.graphs[graph], session, self._ort if on_device else None)
@@ -281,11 +284,15 @@ def open_proto(model: "ModelProto", folder: Path) -> Any:
 
 
 def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:
-    """The module, able to use `device` unless the CPU will do. Raises EngineError saying what to install."""
+    """The module, able to use `device` unless the CPU will do, and silent about its use. Every import of it in
+    cascadekit is this one. Raises EngineError saying what to install."""
+    switch_off_telemetry()
     try:
         import onnxruntime
     except ImportError as error:
+        reraise_interrupt(error)
         raise EngineError(f"ONNX Runtime is not installed: pip install 'cascadekit[{EXTRAS[device]}]'") from error
+    silence(onnxruntime)
     wanted = PROVIDERS[device][0]
     if wanted not in onnxruntime.get_available_providers() and not allow_cpu:
         advice = onnxruntime_conflict() or (

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.bundle import MAIN_GRAPH, GraphEntry
-from ...schemas.errors import EngineError
+from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ..bundle import Bundle
+from ..real_files import without_links
 from .base import HostRunner, Tensors, check_inputs, with_absent_control
 from .memory import give_back_memory
 
@@ -63,10 +64,13 @@ class OpenVinoEngine:
         entry = self.bundle.entry(stage)
         path = self.bundle.graph(stage, graph)
         try:
-            model = self._core.read_model(str(path))
-            head = None if self._precise else _cut_at_sines(self._ov, model)
-            head = head and self._core.compile_model(head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"})
-            body = self._core.compile_model(model, "CPU", self._options)
+            with without_links(path) as alone:
+                model = self._core.read_model(str(alone))
+                head = None if self._precise else _cut_at_sines(self._ov, model)
+                head = head and self._core.compile_model(
+                    head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"}
+                )
+                body = self._core.compile_model(model, "CPU", self._options)
         except Exception as error:  # all that its layers raise are RuntimeErrors
             raise EngineError(f"{path}: openvino cannot load the {stage}: {_reason(error)}") from error
         give_back_memory()
@@ -166,6 +170,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
+        reraise_interrupt(error)
         raise EngineError("OpenVINO is not installed: pip install 'cascadekit[openvino]'") from error
     finally:
         if hidden:

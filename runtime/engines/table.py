@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError, UsageError
 from ..bundle import Bundle
+from ..real_files import can_do_without
 from .base import Engine
 from .onnxruntime import OnnxRuntimeEngine
 from .openvino import OpenVinoEngine, multiplies_bf16
@@ -53,9 +55,15 @@ ENGINES: Mapping[str, Maker] = {
 AUTO: tuple[tuple[str, Callable[[Bundle, str], bool]], ...] = (
     ("tensorrt", lambda bundle, device: device == "cuda" and has_plans(bundle, "tensorrt")),
     ("tensorrt-rtx", lambda bundle, device: device == "cuda" and has_plans(bundle, "tensorrt-rtx")),
-    ("openvino-bf16", lambda bundle, device: device == "cpu" and multiplies_bf16()),
+    ("openvino-bf16", lambda bundle, device: device == "cpu" and multiplies_bf16() and _opens_in_openvino(bundle)),
     ("onnxruntime", lambda bundle, device: True),
 )
+
+
+def _opens_in_openvino(bundle: Bundle) -> bool:
+    """Whether its weights lie beside their graphs, or can be brought there; elsewhere OpenVINO reads none."""
+    entries = bundle.manifest.stages.values()
+    return all(can_do_without(bundle.root / entry.graphs[MAIN_GRAPH].path) for entry in entries)
 
 
 def make_engine(

@@ -1,15 +1,26 @@
 """The finished images in a folder, newest first, with the settings that made them."""
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
-
-from PIL import Image
+from urllib.parse import quote
 
 from ...schemas.errors import UsageError
-from ..images import read_settings
+from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
+from ...schemas.request import understood
+from ..images import METADATA_KEY, parse_text
+from ..png_text import read_png_text
 from .pictures import REFERENCES, Pictures
 
 Described = dict[str, Any]
+Known = tuple[str, int]  # an image by its name and its time in nanoseconds
+
+SUFFIX = ".png"
+NAMED = 20  # settings that are not understood, of what may be thousands
+LONGEST_NAME = 60  # characters of such a setting's name
 
 
 class Gallery:
@@ -21,14 +32,16 @@ class Gallery:
             raise UsageError(f"{folder}: expected a folder for the images")
         self.folder = folder
         self._pictures = pictures
-        self._known: dict[tuple[str, int], Described | None] = {}
+        self._known: dict[Known, Described | None] = {}
+        self._lock = Lock()  # of what is known; every request has a thread of its own
 
     def newest(self, count: int) -> tuple[list[Described], bool]:
-        """The `count` newest images, and whether there are more."""
-        times = {path: path.stat().st_mtime_ns for path in self._files()}
+        """The `count` newest images, and whether there are more. Raises UsageError for a folder that cannot be read."""
+        files = sorted(self._files(), key=lambda known: (known[1], known[0]), reverse=True)
+        self._forget_all_but(set(files))
         found: list[Described] = []
-        for path in sorted(times, key=lambda path: (times[path], path.name), reverse=True):
-            described = self.describe(path)
+        for name, time in files:
+            described = self._described(name, time)
             if described and len(found) == count:
                 return found, True
             found += [described] if described else []
@@ -36,46 +49,84 @@ class Gallery:
 
     def describe(self, path: Path) -> Described | None:
         """Name, size, time in seconds and settings of an image; None when it carries no settings."""
-        time = path.stat().st_mtime_ns
-        key = path.name, time
-        if key not in self._known:
-            self._known[key] = _read(path)
-        found = self._known[key]
-        if found is None:
-            return None
-        url = f"/images/{path.name}?{time}"
-        return {**found, "name": path.name, "url": url, "time": time // 10**9, **self._for_page(found["settings"])}
+        return self._described(path.name, path.stat().st_mtime_ns)
 
     def file(self, name: str) -> Path | None:
         """The image of that name, when it is one of the folder's own."""
-        return next((path for path in self._files() if path.name == name), None)
+        return next((self.folder / found for found, _ in self._files() if found == name), None)
 
-    def _files(self) -> list[Path]:
-        """Never hidden files, nor links, which may lead out of the folder."""
-        return [p for p in self.folder.glob("*.png") if p.is_file() and not p.is_symlink() and p.name[0] != "."]
+    def _files(self) -> Iterator[Known]:
+        """Never hidden files, nor links, which may lead out of the folder, nor what vanishes meanwhile."""
+        try:
+            with os.scandir(self.folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        if (
+                            entry.name.endswith(SUFFIX)
+                            and entry.name[0] != "."
+                            and entry.is_file(follow_symlinks=False)
+                        ):
+                            yield entry.name, entry.stat(follow_symlinks=False).st_mtime_ns
+        except FileNotFoundError:
+            return  # before the first image
+        except OSError as error:
+            raise UsageError(f"{self.folder}: the images cannot be listed: {error.strerror}") from error
 
-    def _for_page(self, settings: Described) -> Described:
-        """Settings with ids in place of paths, and the seed as text: JavaScript has no integers of 64 bits."""
-        shown = {name: self._by_id(value) if name in REFERENCES else value for name, value in settings.items()}
-        if "seed" in shown:
-            shown["seed"] = str(shown["seed"])
-        return {"settings": shown}
+    def _forget_all_but(self, present: set[Known]) -> None:
+        with self._lock:
+            self._known = {known: value for known, value in self._known.items() if known in present}
+
+    def _described(self, name: str, time: int) -> Described | None:
+        with self._lock:
+            known = (name, time) in self._known
+            found = self._known.get((name, time))
+        if not known:
+            found = _read(self.folder / name)
+            with self._lock:
+                self._known[name, time] = found
+        if found is None:
+            return None
+        encoded = os.fsencode(name)  # which may be no UTF-8
+        shown, url = encoded.decode("utf-8", "replace"), f"/images/{quote(encoded, safe='')}?{time}"
+        return {**found, "name": shown, "url": url, "time": time // 10**9, "settings": self._by_ids(found["settings"])}
+
+    def _by_ids(self, settings: Described) -> Described:
+        """Settings with ids in place of paths."""
+        return {name: self._by_id(value) if name in REFERENCES else value for name, value in settings.items()}
 
     def _by_id(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._by_id(each) for each in value]
         if not isinstance(value, dict):
-            return None
+            return [self._by_id(each) for each in value]
         rest = {name: value[name] for name in ("name", "strength") if name in value}
-        here = self._pictures.find(value.get("sha256"))
-        return {**rest, "picture": value["sha256"] if here else None, "file": Path(str(value.get("path"))).name}
+        here = self._pictures.find(value["sha256"])
+        return {**rest, "picture": value["sha256"] if here else None, "file": _printable(Path(value["path"]).name)}
 
 
 def _read(path: Path) -> Described | None:
+    """Size and settings of an image, and under "odd" the names of settings that this version does not understand."""
     try:
-        settings = read_settings(path)
-        with Image.open(path) as picture:
-            width, height = picture.size
-    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
+        png = read_png_text(path, METADATA_KEY)
+        given = parse_text(png.text)
+    except (OSError, ValueError):
         return None  # no image of ours
-    return {"width": width, "height": height, "settings": settings} if isinstance(settings, dict) else None
+    if given is None or not png.whole or not 0 < png.width * png.height <= MAX_SHOWN_PIXELS:
+        return None
+    settings, odd = understood({name: value for name, value in given.items() if not _is_long(value)})
+    odd += [name for name, value in given.items() if _is_long(value)]
+    if "seed" in settings:
+        settings["seed"] = str(settings["seed"])  # JavaScript has no integers of 64 bits
+    return {"width": png.width, "height": png.height, "settings": settings, "odd": _names(odd)}
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, str) and len(value) > MAX_SHOWN_TEXT
+
+
+def _names(odd: list[str]) -> list[str]:
+    more = [f"and {len(odd) - NAMED} more"] if len(odd) > NAMED else []
+    return [*(_printable(name)[:LONGEST_NAME] for name in odd[:NAMED]), *more]
+
+
+def _printable(text: str) -> str:
+    """With a mark in place of what is no text: bytes of a file's name, halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()

@@ -7,8 +7,10 @@ from typing import Any
 
 from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
-from ...schemas.request import Request, parse_request
+from ...schemas.limits import MAX_IMAGE_SIDE, MAX_STEPS
+from ...schemas.request import parse_request
 from ...schemas.settings import Sampler, parse_settings
+from ...schemas.settings import shown as shown_value
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..controls import CONTROLS, INPAINTING, require_control
@@ -16,8 +18,7 @@ from ..pipeline import ENCODER
 from .jobs import Order
 from .pictures import Pictures
 
-# What a slip of the finger may not exceed.
-MOST_IMAGES, MOST_STEPS, LARGEST_SIDE = 64, 1000, 8192
+MOST_IMAGES = 64  # what a slip of the finger may not exceed
 
 PICTURED = frozenset({"image_prompts", "init_image", "mask"})
 PREVIEWED = (Stage.PRIOR, Stage.DECODER)
@@ -39,7 +40,7 @@ def features(manifest: Manifest) -> dict[str, Any]:
 
 def describe(manifest: Manifest) -> dict[str, Any]:
     """The bundle, its features, and defaults and limits of the settings."""
-    sides = {"min": SMALLEST_SIDE, "max": LARGEST_SIDE, "step": SIZE_STEP}
+    sides = {"min": SMALLEST_SIDE, "max": MAX_IMAGE_SIDE, "step": SIZE_STEP}
     size = manifest.default_size
     return {
         "stages": [
@@ -49,7 +50,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "features": features(manifest),
         "defaults": {sampler: parse_settings({"sampler": sampler}, size).to_json() for sampler in Sampler},
         "size_policies": list(SizePolicy),
-        "limits": {"side": sides, "steps": MOST_STEPS, "images": MOST_IMAGES},
+        "limits": {"side": sides, "steps": MAX_STEPS, "images": MOST_IMAGES},
         "created_by": manifest.created_by,
     }
 
@@ -83,27 +84,11 @@ def parse_order(
     first = parse_request(said, manifest.default_size)
     if count > 1 and first.batch > 1:
         raise UsageError("index and batch are of one image; leave them out to draw several")
-    _check(first)
+    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)  # refused before it waits
     if first.seed + count > 2**64:
         raise UsageError(f"seed {first.seed}: too large for {count} images, which count on from it")
     requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
     return Order(requests, shown & frozenset(able["previews"]))
-
-
-def _check(request: Request) -> None:
-    settings = request.settings
-    try:
-        f"{request.prompt}{request.negative}".encode()
-    except UnicodeEncodeError:
-        raise UsageError("prompt: expected text, found half of a surrogate pair") from None
-    latent_sizes(settings.height, settings.width, settings.size_policy)
-    if max(settings.width, settings.height) > LARGEST_SIDE:
-        raise UsageError(f"size {settings.width}x{settings.height}: expected at most {LARGEST_SIDE} a side")
-    for name in ("prior_steps", "decoder_steps"):
-        if not 1 <= getattr(settings, name) <= MOST_STEPS:
-            raise UsageError(f"{name} {getattr(settings, name)}: expected 1 to {MOST_STEPS}")
-    if max(len(settings.prior_timesteps), len(settings.decoder_timesteps)) > MOST_STEPS + 1:
-        raise UsageError(f"timesteps: expected at most {MOST_STEPS + 1}")
 
 
 def _count(value: Any) -> int:
@@ -112,14 +97,14 @@ def _count(value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         count = 0
     if not 1 <= count <= MOST_IMAGES:
-        raise UsageError(f"images {value!r}: expected 1 to {MOST_IMAGES}")
+        raise UsageError(f"images {shown_value(value)}: expected 1 to {MOST_IMAGES}")
     return count
 
 
 def _stages(value: Any) -> frozenset[Stage]:
     wrong = [each for each in _list("previews", value) if each not in PREVIEWED]
     if wrong:
-        raise UsageError(f"previews {wrong[0]!r}: expected {' and '.join(PREVIEWED)}")
+        raise UsageError(f"previews {shown_value(wrong[0])}: expected {' and '.join(PREVIEWED)}")
     return frozenset(Stage(each) for each in value)
 
 

@@ -26,6 +26,7 @@ class Pictures:
         self._folder = folder
         self._kept = kept
         self._lock = Lock()  # of what is added
+        self._decoding = Lock()  # one at a time: a small file may take hundreds of megabytes
 
     def add(self, content: bytes) -> str:
         """Store a picture's file and return its id. Raises UsageError when it is none, or there are too many."""
@@ -42,7 +43,8 @@ class Pictures:
         scratch = path.with_suffix(".new")
         scratch.write_bytes(content)
         try:
-            open_picture(scratch)
+            with self._decoding:
+                open_picture(scratch)
         except UsageError as error:
             scratch.unlink()
             raise UsageError(str(error).replace(str(scratch), "the picture")) from error
@@ -63,8 +65,10 @@ class Pictures:
 
     def shown(self, picture: str) -> Image.Image:
         """A small RGB picture, whatever the file's format. Raises UsageError for an unknown id."""
-        small = open_picture(self.path(picture))
-        small.thumbnail((SHOWN, SHOWN))
+        path = self.path(picture)
+        with self._decoding:
+            small = open_picture(path)
+            small.thumbnail((SHOWN, SHOWN))
         return small
 
     def keep(self, metadata: Mapping[str, Any]) -> dict[str, Any]:

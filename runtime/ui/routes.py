@@ -4,20 +4,21 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
 from .gallery import Gallery
 from .jobs import Job
 from .orders import describe, parse_order
 from .pictures import Pictures
-from .server import Call, RefusedError, Reply, Route, json_reply
+from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
 from .studio import Studio
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
@@ -119,7 +120,20 @@ def _image(app: App, call: Call) -> Reply:
     path = app.gallery.file(call.groups["name"])
     if path is None:
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such image")
-    return Reply(path.read_bytes(), "image/png", headers={"Cache-Control": "private, max-age=3600"})
+    try:
+        file = path.open("rb")
+    except OSError:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such image (any more)") from None
+    length = os.fstat(file.fileno()).st_size
+    return Reply(_pieces(file, length), "image/png", headers={"Cache-Control": "private, max-age=3600"}, length=length)
+
+
+def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
+    """So many bytes of a file, which is never in memory as a whole: many may ask for large images at once."""
+    with file:
+        while length > 0 and (piece := file.read(min(length, CHUNK))):
+            length -= len(piece)
+            yield piece
 
 
 ROUTES: Sequence[Route] = (
@@ -132,7 +146,7 @@ ROUTES: Sequence[Route] = (
     Route("GET", r"/api/jobs/(?P<id>[0-9a-f]+)/events", _events),
     Route("POST", r"/api/jobs/(?P<id>[0-9a-f]+)/cancel", _cancel, MOST_JSON, ("application/json",)),
     Route("GET", r"/api/images", _images),
-    Route("GET", r"/images/(?P<name>[^/\\]+\.png)", _image),
+    Route("GET", r"/images/(?P<name>[^/]+\.png)", _image),
 )
 
 

@@ -3,27 +3,34 @@
 Only for a browser on a machine its user trusts: nobody logs in. Other web sites that this browser shows are kept out:
 the Host of a request must be an address or a name the server knows (a rebound DNS name is neither), the Origin of a
 POST must be the page itself, and its type one that a form of another site cannot send.
+
+Every connection has a thread, so that a slow client keeps no other waiting. What they take together is bounded: the
+number of connections, the bytes of all bodies that are held, and the time until a request has arrived.
 """
 
+import http.client
 import ipaddress
 import json
 import re
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import BoundedSemaphore, Lock
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...schemas.errors import CascadeError, UsageError
+from ...schemas.limits import MAX_BACKLOG, MAX_BODIES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEAD
 
-PATIENCE = 60  # seconds a client may take to send what it announced
+PATIENCE = 60  # seconds until a request has arrived as a whole, and between two of one connection
 DRAINED = 64 << 20  # bytes of a refused body that are read all the same, so that the client hears of the refusal
-LINGER = 2  # seconds without any of them, after which nobody listens
+LINGER = 2  # seconds for all of them, after which nobody listens
 CHUNK = 1 << 16
 
 HEADERS: Mapping[str, str] = {
@@ -46,16 +53,21 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A body as a whole, or in pieces that are sent as they come."""
+    """A body as a whole, or in pieces that are sent as they come; `length` bytes of them where that is known."""
 
     body: bytes | Iterable[bytes]
     type: str
     status: HTTPStatus = HTTPStatus.OK
     headers: Mapping[str, str] = field(default_factory=dict)
+    length: int | None = None
 
 
 def json_reply(value: Any, status: HTTPStatus = HTTPStatus.OK) -> Reply:
-    return Reply(json.dumps(value).encode(), "application/json", status)
+    """Raises ValueError for numbers that JSON does not have: no browser would read the reply."""
+    return Reply(json.dumps(value, allow_nan=False).encode(), "application/json", status)
+
+
+BUSY = json_reply({"error": "too many connections; try again in a moment"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @dataclass(frozen=True)
@@ -94,12 +106,17 @@ class PageServer(ThreadingHTTPServer):
     """Serves `routes`, whose functions are given `app`. `name` is the host it was asked to listen on."""
 
     daemon_threads = True  # a watcher of events must not keep the program from ending
+    request_queue_size = MAX_BACKLOG
 
     def __init__(self, host: str, port: int, routes: Sequence[Route], app: Any) -> None:
         """Raises UsageError when it cannot listen there."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.routes, self.app = routes, app
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
+        self._places = BoundedSemaphore(MAX_CONNECTIONS)
+        self._lock = Lock()  # of the two below
+        self._held = 0  # bytes of bodies
+        self._expected: dict[socket.socket, float] = {}  # when a request must have arrived
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError, UnicodeError) as error:
@@ -119,16 +136,107 @@ class PageServer(ThreadingHTTPServer):
             return False
         return name in self.names or _is_address(name)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, as long as there are not too many."""
+        if not self._places.acquire(blocking=False):
+            self._refuse(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system has no more threads
+            self._places.release()
+            self._refuse(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.arrived(request)
+            self._places.release()
+
+    def _refuse(self, request: socket.socket) -> None:
+        """Say that there is no place, if that can be said at once; a connection closed on unread bytes loses it."""
+        assert isinstance(BUSY.body, bytes)
+        head = f"HTTP/1.1 {BUSY.status.value} {BUSY.status.phrase}\r\nContent-Type: {BUSY.type}\r\n"
+        head += f"Content-Length: {len(BUSY.body)}\r\nConnection: close\r\n\r\n"
+        with suppress(OSError):
+            request.setblocking(False)
+            request.send(head.encode() + BUSY.body)
+            request.recv(MAX_HEAD)
+        self.shutdown_request(request)
+
+    def expect(self, request: socket.socket) -> None:
+        """From now on a request of that connection has PATIENCE seconds to arrive."""
+        with self._lock:
+            self._expected[request] = time.monotonic() + PATIENCE
+
+    def arrived(self, request: socket.socket) -> None:
+        with self._lock:
+            self._expected.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Several times a second: hang up on clients whose requests trickle in."""
+        now = time.monotonic()
+        with self._lock:
+            late = [request for request, until in self._expected.items() if until < now]
+        for request in late:
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)  # its thread reads the end of the stream
+
+    @contextmanager
+    def room_for(self, length: int) -> Iterator[None]:
+        """Room for a body in memory. Raises RefusedError when the others have taken it."""
+        with self._lock:
+            if self._held + length > MAX_BODIES:
+                raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too much at the same time; try again in a moment")
+            self._held += length
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= length
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that leave are nothing to tell of."""
         if not isinstance(sys.exception(), OSError):
             traceback.print_exc()
 
 
+class _Head:
+    """A stream of which a request's line and headers are read, and no more than they may take."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._left = stream, MAX_HEAD
+        self.read1 = stream.read1  # what a refused client goes on sending is none of them
+
+    def readline(self, size: int) -> bytes:
+        line: bytes = self._stream.readline(min(size, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("header")
+        return line
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
+    raw_requestline: bytes  # set by the base class
     protocol_version = "HTTP/1.1"
     timeout = PATIENCE
+
+    def handle_one_request(self) -> None:
+        self.server.expect(self.connection)
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """As the base class does, but with a bound on all headers together, and no HTTP/0.9, which has none."""
+        if len(self.raw_requestline.split()) == 2:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return False
+        stream, self.rfile = self.rfile, _Head(self.rfile)  # type: ignore[assignment]
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = stream
 
     def do_GET(self) -> None:
         try:
@@ -151,19 +259,23 @@ class _Handler(BaseHTTPRequestHandler):
         self._unread = self._length()
         self._require_ours()
         route, groups, query = self._find()
-        body = b""
-        if self.command == "POST":
-            self._require_type(route)
-            body = self._body(route.limit)
-        return route.answer(self.server.app, Call(groups, query, dict(self.headers.items()), body))
+        if self.command != "POST":
+            self.server.arrived(self.connection)
+            return route.answer(self.server.app, Call(groups, query, dict(self.headers.items())))
+        self._require_type(route)
+        self._require_size(route.limit)
+        with self.server.room_for(self._unread):
+            body = self._body()
+            self.server.arrived(self.connection)
+            return route.answer(self.server.app, Call(groups, query, dict(self.headers.items()), body))
 
     def _length(self) -> int:
         """Of the body, as announced."""
         self._unread = DRAINED  # for all that is known so far
         if "Transfer-Encoding" in self.headers:
             raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "expected a body with a Content-Length")
-        length = self.headers.get("Content-Length", "0")
-        if not re.fullmatch(r"\d{1,18}", length):
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ["0"])}
+        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", length := lengths.pop()):
             raise RefusedError(HTTPStatus.BAD_REQUEST, "Content-Length: expected a number")
         return int(length)
 
@@ -176,14 +288,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(HTTPStatus.FORBIDDEN, "requests of other web sites are refused")
 
     def _find(self) -> tuple[Route, dict[str, str], dict[str, str]]:
-        parts = urlsplit(self.path)
-        path = unquote(parts.path)
+        try:
+            parts = urlsplit(self.path)
+            query = {name: values[-1] for name, values in parse_qs(parts.query, max_num_fields=MAX_FIELDS).items()}
+        except ValueError:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "not an address of this server") from None
+        path = unquote(parts.path, errors="surrogateescape")  # as names of files are in Python
         found = [(route, match) for route in self.server.routes if (match := re.fullmatch(route.pattern, path))]
         if not found:
             raise RefusedError(HTTPStatus.NOT_FOUND, "there is nothing here")
         for route, match in found:
             if route.method == self.command:
-                query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
                 return route, match.groupdict(), query
         raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"expected {' or '.join(route.method for route, _ in found)}")
 
@@ -192,10 +307,12 @@ class _Handler(BaseHTTPRequestHandler):
         if route.types and not self.headers.get("Content-Type", "").lower().startswith(route.types):
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected a body of type {' or '.join(route.types)}")
 
-    def _body(self, limit: int) -> bytes:
+    def _require_size(self, limit: int) -> None:
         if self._unread > limit:
             limits = f"{limit >> 20} MB" if limit >= 1 << 20 else f"{limit >> 10} kB"
             raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"too large: expected at most {limits}")
+
+    def _body(self) -> bytes:
         body = self.rfile.read(self._unread)
         if len(body) < self._unread:
             raise ConnectionError("the client left")
@@ -208,8 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         sent = {**HEADERS, "Content-Security-Policy": CLOSED, "Cache-Control": "no-store", **reply.headers}
         sent["Content-Type"] = reply.type
-        if isinstance(reply.body, bytes):
-            sent["Content-Length"] = str(len(reply.body))
+        length = len(reply.body) if isinstance(reply.body, bytes) else reply.length
+        if length is not None:
+            sent["Content-Length"] = str(length)
         if self.close_connection:
             sent["Connection"] = "close"
         for name, value in sent.items():
@@ -224,16 +342,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Read what a refused client goes on sending: a connection closed on unread bytes loses the reply."""
         if not self._unread:
             return
-        left = min(self._unread, DRAINED)
+        left, until = min(self._unread, DRAINED), time.monotonic() + LINGER
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER)
-            while left and (read := self.rfile.read(min(left, CHUNK))):
+            while left and (patience := until - time.monotonic()) > 0:
+                self.connection.settimeout(patience)
+                read = self.rfile.read1(min(left, CHUNK))
+                if not read:
+                    break
                 left -= len(read)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses, requests that are no HTTP, in the form of all other refusals."""
-        self._unread, self.close_connection = 0, True
+        self._unread, self.close_connection = DRAINED, True
+        self.request_version, self.requestline = self.protocol_version, ""  # without them there is no status line
         self.command = getattr(self, "command", None) or "GET"
         self._send(json_reply({"error": "not a request this server understands"}, HTTPStatus(code)))
 

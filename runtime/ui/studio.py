@@ -17,7 +17,7 @@ from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
 from ..batch import images_together
 from ..generation import OnStep
-from ..images import image_paths, save_png
+from ..images import image_paths, save_numbered
 from ..pipeline import Cascade
 from ..requests import Drawn, draw, groups
 from ..sampling import Step
@@ -155,7 +155,7 @@ class Studio:
 
     def _save(self, job: Job, drawn: Drawn) -> None:
         (path,) = image_paths(self._gallery.folder, 1)
-        save_png(path, drawn.image, self._pictures.keep(drawn.metadata))
+        path = save_numbered(path, drawn.image, self._pictures.keep(drawn.metadata))
         described = self._gallery.describe(path)
         assert described is not None
         job.images.append(described)

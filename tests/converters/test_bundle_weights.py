@@ -60,20 +60,22 @@ def clones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
 
 
-def test_auto_links_where_nothing_clones(prior: Path, tmp_path: Path) -> None:
-    entry = exported(prior, tmp_path / "bundle")
+def test_links_where_nothing_clones(prior: Path, tmp_path: Path) -> None:
+    entry = exported(prior, tmp_path / "bundle", weights="link")
     assert entry.weights == "link"
     assert (tmp_path / "bundle/prior" / WEIGHTS).samefile(prior / WEIGHTS)
     graph, *_, weights = entry.files
     assert graph.sha256 == sha256(tmp_path / "bundle" / graph.path)
-    assert (weights.sha256, entry.sources[0].sha256) == (None, None)
+    assert weights.sha256 == entry.sources[0].sha256 == sha256(prior / WEIGHTS)
     assert weights.fingerprint == entry.sources[0].fingerprint
     assert weights.mtime_ns == (prior / WEIGHTS).stat().st_mtime_ns
 
 
-def test_linked_weights_are_hashed_when_asked(prior: Path, tmp_path: Path) -> None:
-    entry = exported(prior, tmp_path / "bundle", weights="link", hash_weights=True)
-    assert entry.files[-1].sha256 == entry.sources[0].sha256 == sha256(prior / WEIGHTS)
+def test_weights_are_not_hashed_when_not_asked(prior: Path, tmp_path: Path) -> None:
+    for weights in ("link", "copy"):
+        entry = exported(prior, tmp_path / weights, weights=weights, hash_weights=False)
+        assert (entry.files[-1].sha256, entry.sources[0].sha256) == (None, None)
+        assert all(file.sha256 for file in entry.files[:-1])
 
 
 @pytest.mark.parametrize("wish", ["auto", "link"])
@@ -88,24 +90,36 @@ def test_a_clone_is_taken_before_a_link(
     open_bundle(tmp_path / "bundle").check(Stage.PRIOR)
 
 
-def test_auto_copies_where_neither_is_possible(prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_copies_where_nothing_clones(prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = exported(prior, tmp_path / "bundle")
+    assert entry.weights == "copy"
+    assert {path.name for path in (tmp_path / "bundle/prior").iterdir()} == {*GRAPHS, "weights.safetensors"}
+    assert all((tmp_path / "bundle" / file.path).stat().st_nlink == 1 for file in entry.files)
+    assert entry.files[-1].sha256 == sha256(tmp_path / "bundle/prior/weights.safetensors")
+    assert entry.sources[0].sha256 is None  # the copy is another file
+
     def refuse(*arguments: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(placing.os, "link", refuse)
-    entry = exported(prior, tmp_path / "bundle")
-    assert entry.weights == "copy"
-    assert {path.name for path in (tmp_path / "bundle/prior").iterdir()} == {*GRAPHS, "weights.safetensors"}
-    assert entry.files[-1].sha256 == sha256(tmp_path / "bundle/prior/weights.safetensors")
     with pytest.raises(ExportError, match=r"cannot be hard-linked.*cross-device.*; use --weights copy"):
         export(prior, tmp_path / "other", weights="link")
+
+
+def test_names_that_no_bundle_has_are_copied_under_another(prior: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a:b.safetensors"
+    (prior / WEIGHTS).rename(odd)
+    with pytest.raises(ExportError, match="the name has a slash, backslash, colon or control character"):
+        export(odd, tmp_path / "linked", weights="link")
+    assert exported(odd, tmp_path / "bundle").weights == "copy"
+    open_bundle(tmp_path / "bundle").check(Stage.PRIOR)
 
 
 def test_a_file_behind_a_symbolic_link(prior: Path, tmp_path: Path) -> None:
     """As huggingface_hub's cache has them: the bundle gets the file itself, by the link's name."""
     (prior / WEIGHTS).rename(tmp_path / "blob")
     (prior / WEIGHTS).symlink_to(tmp_path / "blob")
-    assert exported(prior, tmp_path / "bundle").weights == "link"
+    assert exported(prior, tmp_path / "bundle", weights="link").weights == "link"
     made = tmp_path / "bundle/prior" / WEIGHTS
     assert made.samefile(tmp_path / "blob")
     assert not made.is_symlink()
@@ -135,22 +149,26 @@ def test_the_hash_waits_for_tensors_that_are_turned_round(tiny: Path, tmp_path: 
         save_file({**tensors, "text_encoder.clip_g.text_projection": projection.T.copy()}, path)
     manifest = export(tmp_path / "comfyui", tmp_path / "bundle")
     ways = {stage: entry.weights for stage, entry in manifest.stages.items()}
-    assert ways[Stage.TEXT_ENCODER] == "copy"
-    assert ways[Stage.PRIOR] == "link"
+    assert set(ways.values()) == {"copy"}
     file = manifest.stages[Stage.TEXT_ENCODER].files[-1]
     assert file.sha256 == sha256(tmp_path / "bundle" / file.path)
 
 
 def test_what_the_command_says(prior: Path, tmp_path: Path) -> None:
-    result = call("export", prior, "-o", tmp_path / "linked", "--hash")
+    result = call("export", prior, "-o", tmp_path / "linked", "--weights", "link")
     assert result.exit_code == 0, result.output
     assert "prior: hard-linked" in result.stdout
+    assert "other programs cannot open the graphs" in result.stderr
     assert "must not change in place; --weights copy" in result.stderr
-    assert json.loads((tmp_path / "linked/cascade.json").read_text())["stages"]["prior"]["files"][-1]["sha256"]
-    result = call("export", prior, "-o", tmp_path / "copied", "--weights", "copy")
-    assert "prior: copied" in result.stdout
-    assert "in place" not in result.stderr
-    assert "must not change in place" in " ".join(call("export", "--help").output.split())
+    for number, options in enumerate(([], ["--weights", "copy"])):
+        result = call("export", prior, "-o", tmp_path / f"copied{number}", *options, "--no-hash")
+        assert "prior: copied" in result.stdout
+        assert "in place" not in result.stderr
+        files = json.loads((tmp_path / f"copied{number}/cascade.json").read_text())["stages"]["prior"]["files"]
+        assert files[-1]["sha256"] is None
+    said = " ".join(call("export", "--help").output.split())
+    assert "onnx.load" in said
+    assert "must not change in place" in said
 
 
 EXPORT = """
@@ -320,11 +338,12 @@ def test_a_graph_that_onnx_refuses_is_not_written(prior: Path, tmp_path: Path, m
 
 def test_full_size_takes_no_memory(catalog_folder: Path, tmp_path: Path) -> None:
     """A linked export of a full prior, 7.2 GB, reads its header and samples alone."""
-    write_stand_in(catalog_folder / "original_stage_c.json", tmp_path / "stage_c.safetensors", "BF16", holes=True)
+    (tmp_path / "model").mkdir()
+    write_stand_in(catalog_folder / "original_stage_c.json", tmp_path / "model/stage_c.safetensors", "BF16", holes=True)
     measured = (
         "import resource\n" + UNTOUCHED + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
-    command = ["export", str(tmp_path), "-o", str(tmp_path / "bundle"), "--weights", "link"]
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--weights", "link"]
     # A process of its own in between: a child counts as large as the one that started it.
     launch = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
     ended = subprocess.run(

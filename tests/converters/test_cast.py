@@ -165,11 +165,13 @@ def test_same_dtype_keeps_every_bit() -> None:
 def test_target_dtype() -> None:
     assert target_dtype("F32", "BF16") == "BF16"
     assert target_dtype("BF16", "F16") == "F16"
-    assert target_dtype("F8_E4M3", "F16") == "F16"  # refused by name when written, see castable
+    assert target_dtype("F8_E4M3", "F16") == "F16"
     assert [target_dtype(whole, "F16") for whole in ("I64", "U8", "BOOL")] == ["I64", "U8", "BOOL"]
     assert target_dtype("F32", None) == "F32"
     assert castable("F32", "F16")
-    assert not castable("F8_E4M3", "F16")
+    assert castable("F8_E4M3", "F16")
+    assert not castable("F16", "F8_E4M3")
+    assert not castable("F4", "F16")
     assert not castable("F32", "I64")
     for wrong in ("I64", "F8_E4M3", "fp16"):
         with pytest.raises(UsageError, match=f"cannot cast to {wrong}; choose one of F16, BF16, F32, F64"):

@@ -18,7 +18,7 @@ from cascadekit.converters.model import open_model
 from cascadekit.converters.reference import reference_engine
 from cascadekit.runtime.bundle import open_bundle
 from cascadekit.runtime.tokenizer import ClipTokenizer
-from cascadekit.schemas.errors import ExportError, LayoutError, UsageError
+from cascadekit.schemas.errors import CascadeError, ExportError, LayoutError, UsageError
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import Stage
 
@@ -130,3 +130,15 @@ def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
     inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
     plain = reference_engine(open_model([tiny / "model"]), [Stage.TEXT_ENCODER]).load(Stage.TEXT_ENCODER)
     assert np.array_equal(reference(inputs)["pooled"], plain(inputs)["pooled"])
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 0.0, -0.3764, 1e9, 1e-9])
+def test_scales_that_no_image_survives_are_refused(tiny: Path, tmp_path: Path, scale: float) -> None:
+    with pytest.raises(UsageError, match=r"--vqgan-scale .*: expected a number from 0.001 to 1000, such as 0.3764"):
+        export(tiny / "model", tmp_path / "bundle", vqgan_scale=scale)
+    shutil.copytree(tiny / "model/vqgan", tmp_path / "vqgan")
+    config = json.loads((tmp_path / "vqgan/config.json").read_text())
+    (tmp_path / "vqgan/config.json").write_text(json.dumps({**config, "scale_factor": scale}))
+    with pytest.raises(CascadeError, match="scale_factor"):
+        export(tmp_path / "vqgan", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

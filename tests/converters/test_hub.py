@@ -343,7 +343,10 @@ def test_a_pipelines_repository() -> None:
     assert {name for name in chosen(variant="bf16") if "bf16" in name or name.endswith("tensors")} == {
         "decoder/diffusion_pytorch_model.bf16.safetensors",
         "text_encoder/model.bf16.safetensors",
+        "vqgan/diffusion_pytorch_model.safetensors",  # which has no such variant
     }
+    with pytest.raises(UsageError, match="no weights of variant fp16"):
+        chosen(variant="fp16")
 
 
 def test_one_file() -> None:

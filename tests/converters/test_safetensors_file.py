@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from cascadekit.converters import computing, copying, safetensors_file
 from cascadekit.converters.cast import target_dtype
+from cascadekit.converters.computing import Counts
 from cascadekit.converters.plans import TensorPlan, canonical_order
 from cascadekit.converters.safetensors_file import read_header
 from cascadekit.converters.safetensors_writer import write_file
@@ -233,7 +234,7 @@ def test_casting_equals_torch(
         name: TensorPlan(target_dtype(t.dtype, wanted), t.shape, (t,)) for name, t in read_header(mixed).tensors.items()
     }
     done: list[int] = []
-    assert write_file(tmp_path / "out", plans, {}, done.append) == {}
+    assert write_file(tmp_path / "out", plans, {}, done.append) == Counts()
     written, source = safetensors.torch.load_file(tmp_path / "out"), safetensors.torch.load_file(mixed)
     assert list(written) == list(source)
     for name, tensor in source.items():
@@ -341,8 +342,9 @@ def test_overflow_is_an_error_that_names_the_worst(
 
 
 def test_overflow_may_be_allowed(large_values: dict[str, TensorPlan], tmp_path: Path) -> None:
-    overflows = write_file(tmp_path / "out", large_values, {}, allow_overflow=True)
-    assert overflows == {str(n): n for n in range(1, 7)}
+    counts = write_file(tmp_path / "out", large_values, {}, allow_overflow=True)
+    assert counts.overflows == {str(n): n for n in range(1, 7)}
+    assert counts.not_finite == {str(n): 2 for n in range(7)}
     assert safetensors.numpy.load_file(tmp_path / "out")["1"].tolist() == [np.inf, np.inf, 1, -np.inf]
 
 
@@ -398,6 +400,7 @@ print(before // 1024, after // 1024)
     [
         ("F32", "BF16", 1 << 30, (1 << 14, 1 << 14), False),
         ("BF16", "F32", 1 << 28, (1 << 13, 1 << 14), False),
+        ("F8_E4M3", "BF16", 1 << 28, (1 << 14, 1 << 14), False),
         ("F32", "F16", 1 << 28, (1 << 13, 1 << 13), True),
         ("F32", "F32", 1 << 28, (2, 1 << 25), True),
         ("F32", "F32", 1 << 28, (1 << 25, 2), True),
@@ -500,14 +503,12 @@ DAMAGED = {
     "not an object": (raw([]), "not an object"),
     "deep nesting": (raw(b"[" * 100_000), "damaged safetensors header"),
     "duplicate key": (raw(b'{"x":' + json.dumps(entry([], 0, 0)).encode() + b',"x":1}'), "'x' stands twice"),
-    "unknown dtype": (raw({"x": entry([1], 0, 4, "F33")}, b"\0" * 4), "x: unknown dtype 'F33'"),
-    "list as dtype": (raw({"x": entry([1], 0, 4) | {"dtype": ["F32"]}}, b"\0" * 4), "unknown dtype"),
+    "list as dtype": (raw({"x": entry([1], 0, 4) | {"dtype": ["F32"]}}, b"\0" * 4), "is no name"),
     "negative size": (raw({"x": entry([-1, -1], 0, 4)}, b"\0" * 4), r"shape \[-1, -1\]"),
     "bool as size": (raw({"x": entry([True], 0, 4)}, b"\0" * 4), "shape"),
-    "overflowing size": (raw({"x": entry([1 << 62, 4], 0, 4)}, b"\0" * 4), "takes 73786976294838206464 bytes"),
+    "overflowing size": (raw({"x": entry([1 << 62, 4], 0, 4)}, b"\0" * 4), "more values than can be counted"),
     "offsets do not fit": (raw({"x": entry([2], 0, 4)}, b"\0" * 4), "takes 8 bytes, data_offsets give it 4"),
     "offsets backwards": (raw({"x": entry([1], 4, 0)}, b"\0" * 4), "give it -4"),
-    "surplus field": (raw({"x": entry([1], 0, 4) | {"extra": 1}}, b"\0" * 4), "expected dtype, shape"),
     "entry is a list": (raw({"x": [1]}, b""), "expected dtype, shape"),
     "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "strings to strings"),
 }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from onnx import helper
 
 from cascadekit import export
 from cascadekit.cli import main
+from cascadekit.converters.validate import validate
+from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.stages import Stage
 from standins import accept_changes
 
@@ -72,9 +75,11 @@ def test_sound_bundles(tiny: Path, tmp_path: Path, weights: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     report = found(tmp_path / "bundle")
     assert [(c["stage"], c["graph"]) for c in report["checks"]] == [
-        (stage, graph) for stage, graphs in GRAPHS.items() for graph in (None, *graphs)
+        *((stage, graph) for stage, graphs in GRAPHS.items() for graph in (None, *graphs)),
+        (None, None),
     ]
-    for check in report["checks"]:
+    assert (report["checks"][-1]["files"], report["checks"][-1]["unlisted"]) == (1, [])
+    for check in report["checks"][:-1]:
         if check["graph"]:
             model = onnx.load(tmp_path / "bundle" / check["stage"] / f"{check['graph']}.onnx", load_external_data=False)
             counts: dict[str, int] = {}
@@ -84,7 +89,7 @@ def test_sound_bundles(tiny: Path, tmp_path: Path, weights: Any) -> None:
             assert (check["opset"], check["ir_version"]) == (model.opset_import[0].version, model.ir_version)
             assert check["polygraphy"] == "not installed"
         else:
-            assert len(check["without_sha256"]) == (weights == "link")
+            assert check["without_sha256"] == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -103,22 +108,89 @@ def test_the_table(bundle: Path) -> None:
 
 
 def test_hashes_that_were_not_recorded_are_reported(tiny: Path, tmp_path: Path) -> None:
-    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], weights="link")
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", hash_weights=False)
     source = tiny / "model/vqgan/diffusion_pytorch_model.safetensors"
     (file,) = found(tmp_path / "bundle", "--hash")["checks"][0]["without_sha256"]
     assert file["sha256_now"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert f"{file['path']} (now {file['sha256_now']})" in call(tmp_path / "bundle", "--hash").stdout
+    result = call(tmp_path / "bundle", "--hash")
+    assert f"{file['path']} (now {file['sha256_now']})" in result.stdout
+    assert "1 files were exported without a SHA-256: of their bytes only samples can be compared" in result.stderr
+
+
+def flip_unseen(path: Path, position: int) -> None:
+    """One bit, the time of change kept."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 4]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_a_flipped_bit_behind_the_same_time(bundle: Path) -> None:
-    path = bundle / "vqgan/weights.safetensors"
-    before = path.stat()
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    flip_unseen(bundle / "vqgan/weights.safetensors", 5000)
     assert found(bundle)["valid"]
     assert "vqgan/weights.safetensors: expected SHA-256" in problems(found(bundle, "--hash"))[0]
+
+
+@pytest.mark.parametrize("weights", ["auto", "link", "copy"])
+def test_hash_finds_one_flipped_bit_in_any_file(tiny: Path, tmp_path: Path, weights: Any) -> None:
+    """Whatever its time says, at any place of any file, the tokenizer among them."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    root = tmp_path / "bundle"
+    export(tmp_path / "model", root, stages=[Stage.VQGAN], weights=weights)
+    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "cascade.json"}
+    assert {path.suffix for path in whole} == {".onnx", ".safetensors", ".json"}
+    rng = random.Random(0)
+    for path, content in whole.items():
+        for position in (0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(3))):
+            flip_unseen(path, position)
+            checks = validate(open_bundle(root), hashed=True).checks
+            name = path.relative_to(root).as_posix()
+            assert any(p.startswith(f"{name}: expected SHA-256") for check in checks for p in check.problems), name
+            flip_unseen(path, position)
+    assert validate(open_bundle(root), hashed=True)
+
+
+def test_the_tokenizer_is_compared(bundle: Path) -> None:
+    """Two words exchanged give other images: neither loading nor the check passes over it."""
+    path = bundle / "tokenizer/tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["cat</w>"], vocab["dog</w>"] = vocab["dog</w>"], vocab["cat</w>"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    (problem,) = problems(found(bundle))
+    assert problem.startswith("tokenizer/tokenizer.json: expected ")
+    assert "tokenizer.json: expected " in str(open_bundle(bundle).tokenizer_change())  # `generate` notes it
+    path.unlink()
+    assert "it is missing; put it back" in problems(found(bundle))[0]
+
+
+def test_files_in_no_list_are_named(bundle: Path) -> None:
+    (bundle / "vqgan/stray.bin").write_bytes(b"x")
+    report = found(bundle)
+    assert (report["valid"], report["checks"][-1]["unlisted"]) == (True, ["vqgan/stray.bin"])
+    assert "in no list: vqgan/stray.bin" in " ".join(call(bundle).stdout.split())
+
+
+def test_manifests_from_before_the_tokenizer_was_listed_are_read(bundle: Path) -> None:
+    path = bundle / "cascade.json"
+    content = json.loads(path.read_text())
+    del content["files"]
+    path.write_text(json.dumps(content))
+    assert open_bundle(bundle).tokenizer == bundle / "tokenizer/tokenizer.json"
+    assert found(bundle)["checks"][-1]["unlisted"] == ["tokenizer/tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["vqgan/model.onnx", "vqgan/weights.safetensors", "tokenizer/tokenizer.json"])
+def test_what_is_no_regular_file_is_not_waited_for(bundle: Path, name: str) -> None:
+    """Opening a pipe would wait for ever; a device has no end."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        (shutil.rmtree if (bundle / name).is_dir() else os.unlink)(bundle / name)
+        make(bundle / name)
+        for options in ((), ("--hash",)):
+            assert any(f"{name}: expected" in problem for problem in problems(found(bundle, *options)))
 
 
 def test_a_graph_that_is_none(bundle: Path) -> None:
@@ -202,7 +274,9 @@ def test_weights_behind_a_symbolic_link(bundle: Path, tmp_path: Path) -> None:
     path = bundle / "vqgan/weights.safetensors"
     shutil.move(path, tmp_path / "away")
     path.symlink_to(tmp_path / "away")
-    assert "lies in 'weights.safetensors', which is not a file of the bundle" in "\n".join(problems(found(bundle)))
+    assert found(bundle, "--hash")["valid"]
+    (tmp_path / "away").unlink()
+    assert any("it is missing" in problem for problem in problems(found(bundle)))
 
 
 def test_shapes_that_do_not_fit(bundle: Path) -> None:

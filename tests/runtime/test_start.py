@@ -20,7 +20,7 @@ from cascadekit.runtime.sampling import Step
 from cascadekit.runtime.start import Start
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
-from stability import CosineSchedule, ddpm, variance_preserving
+from stability import ddpm, diffuse
 from whole import Whole, picture
 
 F32 = NDArray[np.float32]
@@ -134,20 +134,20 @@ def test_varying_a_picture(whole: Whole, strength: float, made: int) -> None:
         assert close(step.latents, latents), step.index
 
 
-def test_varying_a_picture_with_gdf(whole: Whole) -> None:
-    """Shift moves the start too, as it does in GDF.diffuse with a shifted schedule."""
+@pytest.mark.parametrize("shift", [2.0, 0.5, 1.0])
+def test_varying_a_picture_with_gdf(whole: Whole, shift: float) -> None:
+    """As the notebooks do: the picture is diffused without a shift, then sampled with one."""
     conditions = Conditions.of(whole, ["a", "b"])
     x_0 = torch.from_numpy(np.random.default_rng(1).standard_normal((1, 16, 3, 5)).astype(np.float32))
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(2, 16, 3, 5, generator=generator)
-    a, b = variance_preserving(CosineSchedule(2.0)(torch.tensor(0.7)))
     expected = ddpm(
         lambda x, r, conditional: their_prior(whole, conditions, x, r[:1]),
-        a * x_0 + b * noise,
+        diffuse(x_0, noise, 0.7),
         generator,
         steps=4,
         cfg=None,
-        shift=2.0,
+        shift=shift,
         rho=0.0,
         t_start=0.7,
     )
@@ -160,7 +160,43 @@ def test_varying_a_picture_with_gdf(whole: Whole) -> None:
         steps=6,
         guidance=1.0,
         sampler="gdf",
-        shift=2.0,
+        shift=shift,
+    )
+    for step, latents in zip(steps, expected.latents, strict=True):
+        assert close(step.latents, latents, 1e-4), step.index
+
+
+@pytest.mark.parametrize("shift", [2.0, 0.5])
+def test_stage_b_starts_without_a_shift_too(whole: Whole, shift: float) -> None:
+    conditions = Conditions.of(whole, ["a"])
+    random = np.random.default_rng(3)
+    details, effnet = (random.standard_normal(s).astype(np.float32) for s in ((1, 4, 32, 32), (1, 16, 3, 3)))
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(1, 4, 32, 32, generator=generator)
+
+    def network(x: torch.Tensor, r: torch.Tensor, conditional: bool) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = whole.unets[Stage.DECODER, False](
+                sample=x,
+                timestep_ratio=r,
+                clip_text_pooled=conditions.pooled,
+                effnet=torch.from_numpy(effnet),
+                return_dict=False,
+            )[0]
+        return found
+
+    begun = diffuse(torch.from_numpy(details), noise, 0.8)
+    expected = ddpm(network, begun, generator, steps=2, cfg=None, shift=shift, rho=0.0, t_start=0.8)
+    steps = opened(whole).decode(
+        effnet,
+        conditions.embeds,
+        height=128,
+        width=128,
+        seed=4,
+        start=Start(details, 0.8),
+        steps=3,
+        sampler="gdf",
+        shift=shift,
     )
     for step, latents in zip(steps, expected.latents, strict=True):
         assert close(step.latents, latents, 1e-4), step.index
@@ -248,8 +284,7 @@ def test_inpainting(whole: Whole, sampler: str) -> None:
 
 def _diffused(x_0: torch.Tensor, noise: torch.Tensor, t: float, sampler: str, stage: Stage) -> torch.Tensor:
     if sampler == "gdf":
-        a, b = variance_preserving(CosineSchedule(2.0 if stage is Stage.PRIOR else 1.0)(torch.tensor(t)))
-        return a * x_0 + b * noise
+        return diffuse(x_0, noise, t, shift=2.0 if stage is Stage.PRIOR else 1.0)
     return noised(x_0, noise, t)
 
 

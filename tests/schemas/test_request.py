@@ -2,41 +2,45 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascadekit.schemas.errors import UsageError
-from cascadekit.schemas.request import Request, parse_request
-from cascadekit.schemas.settings import Sampler, Settings
+from cascadekit.schemas.limits import MAX_IMAGE_SIDE, MAX_IMAGES, MAX_PICTURES, MAX_STEPS, MAX_WEIGHT
+from cascadekit.schemas.request import Request, loras_of, parse_request, understood
+from cascadekit.schemas.settings import RANGES, Sampler, Settings, parse_settings
 from cascadekit.schemas.sizes import SizePolicy
 
 SIZE = (256, 320)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 paths = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
-finite = st.floats(-1e6, 1e6)
+weights = st.floats(-MAX_WEIGHT, MAX_WEIGHT)
+shifts, shares = st.floats(0, MAX_WEIGHT), st.floats(0, 1)
 ratios = st.lists(st.floats(0, 1), max_size=4).map(tuple)
 refs = st.builds(dict, path=paths, sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64))
-controls = st.builds(dict, path=paths, name=st.sampled_from(["canny", "edges"]), strength=finite)
-loras = st.builds(dict, name=paths, strength=finite)
+controls = st.builds(dict, path=paths, name=st.sampled_from(["canny", "edges"]), strength=weights)
+loras = st.builds(dict, name=paths, strength=weights)
 chosen = st.builds(
     Settings,
-    width=st.integers(1, 9999),
-    height=st.integers(1, 9999),
-    prior_steps=st.integers(-5, 99),
-    prior_guidance=finite,
-    decoder_steps=st.integers(0, 99),
-    decoder_guidance=finite,
+    width=st.integers(1, MAX_IMAGE_SIDE),
+    height=st.integers(1, MAX_IMAGE_SIDE),
+    prior_steps=st.integers(1, 99),
+    prior_guidance=weights,
+    decoder_steps=st.integers(1, 99),
+    decoder_guidance=weights,
     size_policy=st.sampled_from(SizePolicy),
     sampler=st.sampled_from(Sampler),
-    prior_shift=finite,
-    decoder_shift=finite,
-    rescale=finite,
+    prior_shift=shifts,
+    decoder_shift=shifts,
+    rescale=shares,
     prior_timesteps=ratios,
     decoder_timesteps=ratios,
-    strength=finite,
+    strength=shares,
     weighted=st.booleans(),
     long_prompts=st.booleans(),
 )
@@ -124,6 +128,24 @@ def test_several_pictures_in_a_cell() -> None:
         ({"prompt": 5}, "prompt: "),
         ({"sampler": ["gdf"]}, "sampler"),
         ({"image_prompts": 5}, "image_prompts"),
+        ({"width": 10**400}, "width a number of hundreds of digits: expected 1 to 8192"),
+        ({"width": "1" + "0" * 400}, "width a number of hundreds of digits: expected 1 to 8192"),
+        ({"height": -64}, "height -64: expected 1 to 8192"),
+        ({"decoder_steps": MAX_STEPS + 1}, "decoder_steps 1001: expected 1 to 1000"),
+        ({"prior_guidance": 10**400}, "prior_guidance: "),
+        ({"prior_guidance": -1e30}, "prior_guidance -1e+30: expected -1000 to 1000"),
+        ({"rescale": 1.5, "strength": 2}, "rescale 1.5: expected 0 to 1; strength 2.0: expected 0 to 1"),
+        ({"prior_timesteps": [1, 10**400]}, "prior_timesteps.1: "),
+        ({"prior_timesteps": "1.5,0"}, "prior_timesteps 1.5: expected ratios from 0 to 1"),
+        ({"decoder_timesteps": [0.5] * (MAX_STEPS + 2)}, "decoder_timesteps: expected at most 1001, found 1002"),
+        ({"sampler": 10**5000}, "sampler a number of hundreds of digits: expected"),
+        ({"batch": MAX_IMAGES + 1}, "batch: "),
+        ({"prompt": "\ud800"}, "prompt: "),
+        ({"negative": "a\udcff"}, "half of a surrogate pair at character 2"),
+        ({"controls": [{"name": "canny", "path": "x", "strength": math.nan}]}, "controls.0.strength: "),
+        ({"loras": [{"name": "x", "strength": 1e30}]}, "loras.0.strength: "),
+        ({"image_prompts": ["x"] * (MAX_PICTURES + 1)}, "image_prompts: "),
+        ({"x" * 100_000: 1}, "unknown"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(wrong: dict[str, Any], words: str) -> None:
@@ -131,3 +153,45 @@ def test_what_is_wrong_is_named_in_one_line(wrong: dict[str, Any], words: str) -
         parse_request({"prompt": "x", "seed": 0, **wrong}, SIZE)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 1e30, 10**400, "4", None, True])
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_settings_made_in_python_have_the_same_ranges(name: str, wrong: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name} .*: expected "):
+        Settings(**{"width": 64, "height": 64, name: wrong})
+    with pytest.raises(UsageError, match=f"{name} .*: expected "):
+        replace(Settings(64, 64), **{name: wrong})
+
+
+def test_settings_at_the_ends_of_their_ranges() -> None:
+    for end in (1, 2):
+        given = {name: bounds[end] for name, bounds in RANGES.items()}
+        assert Settings(**given) == parse_settings(given, SIZE)
+    assert Settings(MAX_IMAGE_SIDE, 64, prior_guidance=np.float32(4)).prior_guidance == 4
+    with pytest.raises(UsageError, match="prior_timesteps nan"):
+        Settings(64, 64, prior_timesteps=(1, math.nan, 0))
+
+
+def test_loras_of_metadata_are_finite() -> None:
+    with pytest.raises(UsageError, match=r"loras: 0\.strength"):
+        loras_of({"loras": [{"name": "x", "strength": math.nan}]})
+
+
+def test_of_odd_metadata_the_sound_part_is_understood() -> None:
+    """Each field by itself, whatever JSON says; what is left out is named."""
+    sound = {"prompt": "x", "index": 3, "batch": 4, "seed": 2**64 - 1, "width": 64, "vqgan_scale": 0.43, "key": "k"}
+    odd = (
+        '{"prior_guidance": NaN, "decoder_guidance": 1e999, "height": 1'
+        + "0" * 400
+        + ', "engine": "\\ud800", "controls": [[]], "loras": 5, "sampler": ["gdf"], "depth": {"a": 1}, "init_image": '
+        + "[" * 900
+        + "]" * 900
+        + "}"
+    )
+    found, others = understood({**json.loads(odd), **sound})
+    assert found == sound
+    assert others == list(json.loads(odd))
+    picture = {"init_image": {"path": "a"}, "prior_timesteps": [1, 0.5]}
+    assert understood(picture) == ({"init_image": {"path": "a", "sha256": None}, "prior_timesteps": (1, 0.5)}, [])

@@ -123,7 +123,7 @@ def test_dora_of_a_single_input_with_square_weight(bench: Any, numbers: Any) -> 
         bench.check(path, {module: scale * moved / moved.norm(dim=dim, keepdim=True)}, 2e-6)
 
 
-@pytest.mark.parametrize("suffix", ["oft_blocks", "oft_diag", "diff", "a1.weight"])
+@pytest.mark.parametrize("suffix", ["oft_blocks", "oft_diag", "a1.weight", "on_input", "set_weight"])
 def test_other_algorithms_are_refused_by_name(bench: Any, numbers: Any, suffix: str) -> None:
     path = bench.lora({f"{key(MODULE)}.{suffix}": numbers(1, 4, 4)})
     with pytest.raises(CascadeError, match="not supported"):

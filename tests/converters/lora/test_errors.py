@@ -111,8 +111,8 @@ def test_a_list_tells_its_network_by_length_and_shapes(bench: Any, width: int, c
     ("content", "message"),
     [
         (b"", "not a safetensors file"),
-        (b"PK\x03\x04" + b"x" * 100, "pickle"),
-        (b"\x80\x02}q\x00." + b"x" * 100, "pickle"),
+        (b"PK\x03\x04" + b"x" * 100, "torch"),
+        (b"\x80\x02}q\x00." + b"x" * 100, "torch"),
         (b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 80, "Git LFS"),
         (struct.pack("<Q", 10**6) + b"{}", "truncated"),
         (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
@@ -146,8 +146,8 @@ def test_paths(tmp_path: Path, bench: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"peft_type": "LOHA"}', '{"lora_alpha": "8"}', '{"lora_alpha": true}',
-     '{"alpha_pattern": {"x": null}}', '{"fan_in_fan_out": true}', '{"alpha_pattern": [1]}', "[" * 100_000],
+    ["{", "[]", '{"lora_alpha": "8"}', '{"lora_alpha": true}', '{"alpha_pattern": {"x": null}}',
+     '{"alpha_pattern": [1]}', "[" * 100_000, '{"alpha_pattern": {"(": 1}}', '{"rank_pattern": {"(.*)*!": 1}}'],
 )  # fmt: skip
 def test_settings_of_peft_that_are_none(bench: Any, tmp_path: Path, text: str) -> None:
     module = "down_blocks.0.2.attention.to_q"

@@ -26,6 +26,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"to_v": 2},
         "alpha_pattern": {"to_v": 6, "down_blocks.0.2.attention.to_q": 1},
     },
+    "patterns that are regular expressions": {
+        "r": 4,
+        "lora_alpha": 2,
+        "rank_pattern": {r"up_blocks\..*": 3, "attention.to_k": 5},
+        "alpha_pattern": {
+            r"down_blocks\..*\.to_q": 16,
+            r"(down|up)_blocks\.1\.2\.attention\.to_k": 12,
+            "to_.": 7,
+            "q": 99,
+        },
+    },
     "rank stabilised": {"r": 3, "lora_alpha": 2, "use_rslora": True},
     "dora": {"r": 2, "lora_alpha": 3, "use_dora": True},
     "dora on convolutions": {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": ["clf.1", "embedding.1"]},
@@ -78,6 +89,37 @@ def _assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bias": ("LoraConfig", {"r": 3, "lora_alpha": 4, "lora_bias": True, "target_modules": ["to_q", "clf.1"]}),
+    "LoHa": ("LoHaConfig", {"r": 3, "alpha": 4, "target_modules": ["to_q", "depthwise", "clf.1"]}),
+    "LoHa with cores": (
+        "LoHaConfig",
+        {"r": 2, "alpha": 4, "target_modules": ["depthwise", "clf.1"], "use_effective_conv2d": True},
+    ),
+    "LoKr": (
+        "LoKrConfig",
+        {"r": 3, "alpha": 4, "decompose_both": True, "target_modules": ["to_q", "depthwise", "clf.1"]},
+    ),
+    "LoKr of whole matrices": ("LoKrConfig", {"r": 64, "alpha": 4, "target_modules": ["to_q", "mapper", "clf.1"]}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_adapters_saved_by_peft(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    kind, values = KINDS[name]
+    weights = checkpoint / "diffusion_pytorch_model.safetensors"
+    model = peft.get_peft_model(unet(weights), getattr(peft, kind)(**values))
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if any(piece in key for piece in ("lora_", "hada_", "lokr_")):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = model.merge_and_unload().state_dict()
+    merge_loras(checkpoint, [tmp_path / "adapter"], tmp_path / "merged")
+    _assert_same(load_file(tmp_path / "merged" / weights.name), theirs)
+    assert sum(not torch.equal(theirs[key], tensor) for key, tensor in load_file(weights).items()) > 3
 
 
 def test_our_folder_is_a_peft_adapter(checkpoint: Path, tmp_path: Path) -> None:

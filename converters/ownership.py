@@ -1,0 +1,151 @@
+"""Which folders are ours to replace whole: they carry a marker and hold nothing but what belongs to it."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..schemas.bundle import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
+from ..schemas.errors import CascadeError
+from ..schemas.folders import PLACES, STEMS
+from ..schemas.stages import Stage
+
+MODEL_INDEX = "model_index.json"
+DEMO_REPORT = "parity.json"  # of a demo: says which files it made
+DEMO = "demo"  # the key under which it says so
+
+Owns = Callable[[str], bool]  # told a path below the folder
+
+_COMPONENT = rf"(?:{'|'.join(re.escape(place.folder) for place in PLACES)})"
+_STEM = rf"(?:{'|'.join(STEMS)})"
+_WEIGHTS = re.compile(
+    rf"(?:{_COMPONENT}/)?{_STEM}(?:"
+    r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index(?:\.(?P<indexed>\w+))?\.json)"
+)
+_MODEL_FILE = re.compile(
+    rf"{MODEL_INDEX}|{_COMPONENT}/config\.json|(?:prior_)?scheduler/scheduler_config\.json"
+    r"|(?:prior_)?feature_extractor/preprocessor_config\.json"
+    r"|(?:prior_)?tokenizer/(?:tokenizer|tokenizer_config|vocab|special_tokens_map|added_tokens)\.json"
+    r"|(?:prior_)?tokenizer/merges\.txt"
+)
+_STAGE = rf"(?:{'|'.join(map(re.escape, Stage))})"
+_PLAN = re.compile(  # and what a killed build or verify left
+    rf"{_STAGE}/plans/[^/]+\.(?:plan|json)|\.building/.*|\.{re.escape(MANIFEST_NAME)}\.(?:\w{{8}}\.)?partial(?:/.*)?"
+)
+_BUNDLE_FILE = re.compile(  # of a bundle whose manifest is of another version
+    rf"{MANIFEST_NAME}|{_STAGE}/[^/]+\.(?:onnx|safetensors)|tokenizer/tokenizer\.json|.+\.before-lora"
+)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What was found out of a folder: its marker, all files in it, and those that do not belong to the marker."""
+
+    marker: str
+    files: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def owned(folder: Path, names: Collection[str], without: Path | None = None) -> Owned | None:
+    """What the `folder` is that `names` are to be written into, but for what is below `without`; None when it carries
+    no marker of ours."""
+    for marker, rule in _RULES.items():
+        owns = rule(folder, names)
+        if owns is not None:
+            files = files_in(folder, without)
+            return Owned(marker, files, tuple(path for path in files if not owns(path)))
+    return None
+
+
+def files_in(folder: Path, without: Path | None = None) -> tuple[str, ...]:
+    """The paths of all files and links below a folder, "/" between folders. No link is followed."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        here = Path(root)
+        links = [name for name in folders if (here / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in links and here / name != without]
+        found += [(here / name).relative_to(folder).as_posix() for name in (*names, *links)]
+    return tuple(sorted(found))
+
+
+def stale_weights(folder: Path, names: Collection[str]) -> tuple[str, ...]:
+    """Weights in a component's folder that would be taken together with those in `names`: an older conversion's shards
+    beside a new single file, or a component that is not written again. Those of another variant are no danger."""
+    variants = _variants(names)
+    if not variants:
+        return ()
+    places = [folder, *(folder / place.folder for place in PLACES)]
+    found = [path for place in places if place.is_dir() for path in sorted(place.iterdir()) if not path.is_dir()]
+    paths = [path.relative_to(folder).as_posix() for path in found]
+    return tuple(path for path in paths if path not in names and _variant(path) in variants)
+
+
+def has_component(names: Collection[str]) -> bool:
+    return any(re.match(rf"{_COMPONENT}/", name) for name in names)
+
+
+def _variant(path: str) -> str | None:
+    """The variant that a component's weights are of, "" for none; None for anything but such weights."""
+    match = _WEIGHTS.fullmatch(path)
+    return (match["variant"] or match["indexed"] or "") if match else None
+
+
+def _variants(names: Collection[str]) -> set[str]:
+    return {variant for variant in map(_variant, names) if variant is not None}
+
+
+def _model(folder: Path, names: Collection[str]) -> Owns | None:
+    """A model folder: what a conversion writes, by name. Weights of a variant that is not written anew are no part of
+    it, nor is a licence or model card."""
+    if not isinstance(_json(folder / MODEL_INDEX).get("_class_name"), str):
+        return None
+    variants = _variants(names)
+    return lambda path: path in names or bool(_MODEL_FILE.fullmatch(path)) or _variant(path) in variants
+
+
+def _bundle(folder: Path, names: Collection[str]) -> Owns | None:
+    """A bundle: the files its manifest lists, and plans, which a killed build may have left unlisted."""
+    path = folder / MANIFEST_NAME
+    if _json(path).get("format") != FORMAT:
+        return None
+    try:
+        known = _listed(parse_manifest(path.read_text(encoding="utf-8"), str(path)))
+    except CascadeError:
+        return lambda path: bool(_BUNDLE_FILE.fullmatch(path) or _PLAN.fullmatch(path))
+    return lambda path: path in known or bool(_PLAN.fullmatch(path))
+
+
+def _listed(manifest: Manifest) -> set[str]:
+    files = {file.path for entry in manifest.stages.values() for file in entry.files}
+    plans = {plan.path for entry in manifest.stages.values() for plan in entry.plans}
+    kept = {file.path for file in manifest.lora.kept} if manifest.lora else set()
+    return {MANIFEST_NAME, *files, *plans, *kept, *filter(None, [manifest.tokenizer])}
+
+
+def _demo(folder: Path, names: Collection[str]) -> Owns | None:
+    """A demo: the files its report lists; its bundle may have grown plans."""
+    made = _json(folder / DEMO_REPORT).get(DEMO)
+    if not isinstance(made, list):
+        return None
+    bundle = _bundle(folder / "bundle", ())
+    grown = bundle or (lambda path: False)
+    return lambda path: path in made or (path.startswith("bundle/") and grown(path.removeprefix("bundle/")))
+
+
+_RULES: dict[str, Callable[[Path, Collection[str]], Owns | None]] = {
+    MANIFEST_NAME: _bundle,
+    MODEL_INDEX: _model,
+    DEMO_REPORT: _demo,
+}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one when there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
