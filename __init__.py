@@ -7,29 +7,29 @@ Importing it also tells ONNX Runtime and huggingface_hub not to report that they
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .runtime.telemetry import switch_off_telemetry
+from .runtime.engines.telemetry import switch_off_telemetry
 
 if TYPE_CHECKING:
-    from .converters.checkpoint import convert as convert
-    from .converters.export import export as export
+    from .converters.checkpoints.convert import convert as convert
+    from .converters.checkpoints.open_model import inspect as inspect
+    from .converters.export.export import export as export
     from .converters.lora.at_load import with_loras as with_loras
-    from .converters.model import inspect as inspect
-    from .runtime.embeds import PromptEmbeds as PromptEmbeds
-    from .runtime.pipeline import Cascade as Cascade
-    from .runtime.seeds import PlacedSeed as PlacedSeed
+    from .runtime.cascade import Cascade as Cascade
+    from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
+    from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
     from .schemas.settings import Settings as Settings
 
 switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
 
 _PUBLIC = {
-    "Cascade": (".runtime.pipeline", "Cascade"),
-    "PlacedSeed": (".runtime.seeds", "PlacedSeed"),
-    "PromptEmbeds": (".runtime.embeds", "PromptEmbeds"),
+    "Cascade": (".runtime.cascade", "Cascade"),
+    "PlacedSeed": (".runtime.sampling.seeds", "PlacedSeed"),
+    "PromptEmbeds": (".runtime.text.embeds", "PromptEmbeds"),
     "Settings": (".schemas.settings", "Settings"),
-    "convert": (".converters.checkpoint", "convert"),
-    "export": (".converters.export", "export"),
+    "convert": (".converters.checkpoints.convert", "convert"),
+    "export": (".converters.export.export", "export"),
     "with_loras": (".converters.lora.at_load", "with_loras"),
-    "inspect": (".converters.model", "inspect"),
+    "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 
 __all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "with_loras"]

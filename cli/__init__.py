@@ -1,32 +1,33 @@
-"""The command line: parses, calls the library, prints. Everything heavy is imported by the command that needs it."""
+"""The command line: parses, calls the library, prints. A command is imported when it is called."""
+
+from importlib.util import find_spec
 
 import click
 
-from .bench import bench
-from .bench_build import build as bench_build
-from .bench_generate import generate as bench_generate
 from .boundary import CascadeGroup
-from .build import build
-from .bundles import export, validate
-from .checkpoints import convert, inspect
-from .demo import demo
-from .doctor import doctor
-from .generate import generate
-from .lora import lora
-from .lora_bundle import apply
-from .ui import ui
-from .verify import verify
+
+PACKAGE = __package__.rpartition(".")[0]
+
+# Where each command lies, in the order of `--help`.
+COMMANDS = {
+    "inspect": ".checkpoints:inspect",
+    "convert": ".checkpoints:convert",
+    "lora": ".lora:lora",
+    "export": ".bundles:export",
+    "validate": ".bundles:validate",
+    "build": ".build:build",
+    "generate": ".generate:generate",
+    "ui": ".ui:ui",
+    "verify": ".verify:verify",
+    "demo": ".demo:demo",
+    "doctor": ".doctor:doctor",
+}
+if find_spec(f"{PACKAGE}.bench"):  # lies in a checkout and is no part of the wheel
+    COMMANDS["bench"] = "..bench.commands:bench"
 
 
-@click.group(cls=CascadeGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CascadeGroup, places=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cascadekit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Convert, export, run and verify Stable Cascade."""
-
-
-for command in (inspect, convert, lora, export, validate, build, generate, ui, verify, demo, bench, doctor):
-    main.add_command(command)
-lora.add_command(apply)
-for command in (bench_build, bench_generate):
-    bench.add_command(command)

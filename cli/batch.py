@@ -17,11 +17,11 @@ from .drawing import open_cascade, require_previewer, steps_shown, tell_memory, 
 from .signals import stoppable
 
 if TYPE_CHECKING:
-    from ..runtime.batch import Outcome
-    from ..runtime.batch_plan import Job, Plan
-    from ..runtime.journal import Journal
-    from ..runtime.pipeline import Cascade
-    from ..runtime.sampling import Step
+    from ..runtime.batch.jobs import Job, Plan
+    from ..runtime.batch.log import Journal
+    from ..runtime.batch.run import Outcome
+    from ..runtime.cascade import Cascade
+    from ..runtime.sampling.ddpm import Step
 
 LOG_NAME = "log.jsonl"
 SHOWN = 20  # problems, of what may be thousands
@@ -51,8 +51,8 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
     """Draw the images of a file of prompts that are not there yet. `common` is what its lines leave unsaid.
 
     Exits with 1 when some could not be drawn."""
-    from ..runtime.batch import alone, conflicts
-    from ..runtime.journal import Journal
+    from ..runtime.batch.log import Journal
+    from ..runtime.batch.run import alone, conflicts
 
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, how.preview_every)
@@ -75,10 +75,10 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
 
 def _plan(cascade: "Cascade", common: Mapping[str, Any], how: Drawing) -> tuple[int, "Plan"]:
     """The base seed, the one a former run chose when none is given, and the jobs."""
-    from ..runtime.batch import last_seed
-    from ..runtime.batch_plan import Planner
-    from ..runtime.names import DEFAULT_NAME, NameTemplate
-    from ..runtime.prompt_files import read_prompt_file
+    from ..runtime.batch.file_names import DEFAULT_NAME, NameTemplate
+    from ..runtime.batch.jobs import Planner
+    from ..runtime.batch.prompt_files import read_prompt_file
+    from ..runtime.batch.run import last_seed
 
     if how.output.suffix.lower() == ".png":
         raise UsageError(f"{how.output}: expected a folder for the images of {how.prompt_file}")
@@ -100,9 +100,9 @@ def _tell_problems(plan: "Plan", *, keep_going: bool) -> None:
 
 def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: Drawing) -> None:
     """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
-    from ..runtime.batch_plan import pictures_of
-    from ..runtime.images import require_free_previews
-    from ..runtime.replacing import require_apart, require_none_is
+    from ..runtime.batch.jobs import pictures_of
+    from ..runtime.images.png import require_free_previews
+    from ..storage.output_place import require_apart, require_none_is
 
     sources: list[str | Path] = [how.prompt_file, *pictures_of(job.request for job in jobs)]
     require_none_is([how.log_path, *(job.path for job in jobs)], sources)
@@ -120,7 +120,7 @@ def _listed(text: str, lines: Sequence[str]) -> str:
 
 def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
     """For the log: what was drawn with."""
-    from ..runtime.batch_plan import bundle_identity
+    from ..runtime.batch.jobs import bundle_identity
 
     return {
         "settings": dict(common),
@@ -132,8 +132,8 @@ def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
 
 def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Drawing) -> int:
     """Draw and tell; how many failed."""
-    from ..runtime.batch import Runner
-    from ..runtime.images import remove_preview
+    from ..runtime.batch.run import Runner
+    from ..runtime.images.png import remove_preview
 
     count = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
     paths: list[Path] = []  # of the images in work
@@ -180,7 +180,7 @@ def _line(outcome: "Outcome") -> str | None:
 def _tell_needs(cascade: "Cascade", jobs: "Sequence[Job]", how: Drawing) -> None:
     """Say what is cut off, how much memory will be taken, and so when the disk may become full: images are mostly
     smaller than their pixels."""
-    from ..runtime.batch import images_together
+    from ..runtime.batch.run import images_together
 
     left = [job.request for job in jobs if how.force or not job.path.exists()]
     if not left:

@@ -16,6 +16,7 @@ import click
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
 from .console import FAILED, WRONG_USAGE, OutputError, complain
 from .escape import escaped, visible, visible_line
+from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
 
 UNREAD = SHELL_BASE + signal.SIGPIPE  # what shells say of a program whose reader went away
@@ -37,7 +38,7 @@ ADVICE = {
 }
 
 
-class CascadeGroup(click.Group):
+class CascadeGroup(LazyGroup):
     """Ends each command in an exit code; `--debug` lets the traceback of an error through."""
 
     def main(self, *arguments: Any, **extra: Any) -> Any:

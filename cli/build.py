@@ -186,9 +186,9 @@ def build(
 
 def _export(model: Path, output: Path, text_encoder: Path | None, precision: str | None, wishes: Any) -> None:
     """Make the bundle to build from, once it is clear that it can be built from."""
-    from ..converters.export import export
-    from ..converters.model import open_model
-    from ..converters.stage_graphs import GraphWishes
+    from ..converters.checkpoints.open_model import open_model
+    from ..converters.export.export import export
+    from ..converters.export.graph_options import GraphWishes
     from ..converters.tensorrt.tasks import require_targets
 
     computed = Precision(precision) if precision else Precision.FP16 if ALONE in wishes.targets else Precision.BF16

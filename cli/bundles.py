@@ -15,9 +15,9 @@ from .common import PATH, STAGES, local, maybe_local, parse_loras
 from .console import FAILED, byte_progress, note, say, show_table
 
 if TYPE_CHECKING:
-    from ..converters.quantize_choice import Choice
-    from ..converters.quantize_export import Quantize
-    from ..converters.validate import Validation
+    from ..converters.export.quantize_choice import Choice
+    from ..converters.export.quantize_stage import Quantize
+    from ..converters.export.validate import Validation
 
 WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
@@ -140,9 +140,9 @@ def export(
 
     Example: cascadekit export model -o bundle
     """
-    from ..converters.export import export as run
-    from ..converters.model import open_model
-    from ..converters.stage_graphs import GraphWishes
+    from ..converters.checkpoints.open_model import open_model
+    from ..converters.export.export import export as run
+    from ..converters.export.graph_options import GraphWishes
 
     source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
     wishes = GraphWishes(
@@ -185,13 +185,13 @@ def _quantize(kind: Quantization, threshold: float | None, choices: "dict[Stage,
         if threshold is not None:
             raise UsageError("--quantize-threshold says what --quantize tolerates: give both")
         return None
-    from ..converters.quantize_export import Quantize
+    from ..converters.export.quantize_stage import Quantize
 
     return Quantize(kind, threshold, choices.__setitem__)
 
 
 def _show_choices(choices: "dict[Stage, Choice]") -> None:
-    from ..converters.quantize_export import COLUMNS, table_rows
+    from ..converters.export.quantize_stage import COLUMNS, table_rows
 
     for stage, choice in choices.items():
         show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))
@@ -206,8 +206,8 @@ def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
 
     Example: cascadekit validate bundle --hash
     """
-    from ..converters.validate import validate as run
-    from ..runtime.bundle import open_bundle
+    from ..converters.export.validate import validate as run
+    from ..storage.bundle import open_bundle
 
     result = run(open_bundle(bundle), hashed=hashed, say=lambda text: None if as_json else note(text))
     if as_json:

@@ -14,7 +14,7 @@ from .console import FAILED, byte_progress, note, say, show_table
 from .lora import show_facts
 
 if TYPE_CHECKING:
-    from ..converters.identify import Component
+    from ..converters.checkpoints.identify import Component
 
 INSPECT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")
 
@@ -37,8 +37,8 @@ def inspect(path: Path, as_json: bool) -> None:
 
     Example: cascadekit inspect stage_c_lite_bf16.safetensors
     """
+    from ..converters.checkpoints.provenance import licence_fields
     from ..converters.hub import is_hub
-    from ..converters.provenance import licence_fields
     from .inspect_bundle import is_bundle, show_bundle
 
     if is_bundle(path):
@@ -69,7 +69,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 def _local_components(path: Path) -> "list[Component] | dict[str, Any]":
     """The components at `path`, or the facts of the LoRA it is instead."""
-    from ..converters.model import open_model
+    from ..converters.checkpoints.open_model import open_model
 
     try:
         model = open_model([path])
@@ -85,7 +85,7 @@ def _local_components(path: Path) -> "list[Component] | dict[str, Any]":
 
 def _lora_facts(path: Path) -> dict[str, Any] | None:
     """What `lora inspect` says of the LoRA at `path`; None when it is none."""
-    from ..converters.lora.reader import holds_lora, open_lora
+    from ..converters.lora.read_formats import holds_lora, open_lora
     from ..converters.lora.summary import summary
 
     if not path.exists() or not holds_lora(path):
@@ -95,8 +95,8 @@ def _lora_facts(path: Path) -> dict[str, Any] | None:
 
 def _remote_components(source: Path) -> "list[Component]":
     """The components on the Hub, by their headers alone; a folder's unknown files are noted and passed over."""
+    from ..converters.checkpoints.identify import identify_parts
     from ..converters.hub import remote_headers
-    from ..converters.identify import identify_parts
 
     components: list[Component] = []
     refused: list[LayoutError] = []
@@ -113,7 +113,7 @@ def _remote_components(source: Path) -> "list[Component]":
 
 
 def _described(component: "Component") -> dict[str, Any]:
-    from ..converters.provenance import licence_fields
+    from ..converters.checkpoints.provenance import licence_fields
     from ..schemas.config_json import to_json
 
     return {
@@ -178,9 +178,9 @@ def convert(
     Example: cascadekit convert stage_a.safetensors stage_b.safetensors stage_c.safetensors
     --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers
     """
-    from ..converters.arrange import Target
-    from ..converters.checkpoint import convert as run
-    from ..converters.model import Choice
+    from ..converters.checkpoints.convert import convert as run
+    from ..converters.checkpoints.open_model import Choice
+    from ..converters.checkpoints.output_files import Target
 
     paths = all_local(sources, variant, lite=lite)
     encoders = {"text_encoder": maybe_local(text_encoder), "image_encoder": maybe_local(image_encoder)}

@@ -21,14 +21,14 @@ def demo(output: Path, force: bool) -> None:
 
     Example: cascadekit demo -o demo
     """
-    from ..converters.checkpoint import convert as run_convert
-    from ..converters.export import export as run_export
-    from ..converters.model import open_model
-    from ..converters.outputs import staged_output
-    from ..converters.ownership import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
-    from ..converters.tiny import write_tiny_cascade
-    from ..runtime.images import save_png
-    from ..runtime.pipeline import Cascade
+    from ..converters.checkpoints.convert import convert as run_convert
+    from ..converters.checkpoints.open_model import open_model
+    from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
+    from ..converters.export.export import export as run_export
+    from ..runtime.cascade import Cascade
+    from ..runtime.images.png import save_png
+    from ..storage.outputs import staged_output
+    from ..storage.own_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
 
     files = ["image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}"]
     with staged_output(output, force=force, files=files, say=note) as folder:

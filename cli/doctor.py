@@ -10,7 +10,7 @@ from .common import PATH
 from .console import FAILED, say, show_table
 
 if TYPE_CHECKING:
-    from ..converters.gpu_check import Check, GpuReport
+    from ..parity.gpu_check import Check, GpuReport
     from ..runtime.doctor import Findings
 
 ENGINE_COLUMNS = ("engine", "device", "version", "builds here", "runs here", "what is lacking")
@@ -59,9 +59,9 @@ def _print(findings: "Findings") -> None:
 
 
 def _check(output: Path, *, force: bool, as_json: bool) -> None:
-    from ..converters.gpu_check import check_gpu
-    from ..converters.outputs import staged_output
-    from ..runtime.replacing import require_free
+    from ..parity.gpu_check import check_gpu
+    from ..storage.output_place import require_free
+    from ..storage.outputs import staged_output
 
     require_free(output, force=force)
 

@@ -10,8 +10,8 @@ from ..schemas.stages import Stage
 from .console import byte_progress, note
 
 if TYPE_CHECKING:
-    from ..runtime.pipeline import Cascade
-    from ..runtime.sampling import Step
+    from ..runtime.cascade import Cascade
+    from ..runtime.sampling.ddpm import Step
     from ..schemas.request import Request
 
 
@@ -31,9 +31,9 @@ def open_cascade(
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
     """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
-    from ..runtime.bundle import open_bundle
-    from ..runtime.parity.verdict import warning
-    from ..runtime.pipeline import Cascade
+    from ..parity.verdict import warning
+    from ..runtime.cascade import Cascade
+    from ..storage.bundle import open_bundle
 
     if loras:
         from ..converters.lora.at_load import with_loras
@@ -78,7 +78,7 @@ def steps_shown(
 ) -> "Callable[[Stage, Step], None]":
     """Moves the bars on, and puts a preview beside where each image will be."""
 
-    from ..runtime.images import save_preview
+    from ..runtime.images.png import save_preview
 
     def on_step(stage: Stage, step: "Step") -> None:
         progress(stage, step.index + 1, step.steps)
@@ -98,7 +98,7 @@ def require_previewer(cascade: "Cascade", every: int | None) -> None:
 
 def tell_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
     """Say how much memory the largest of the images will take, before anything is loaded."""
-    from ..runtime.memory import predict_peak
+    from ..runtime.memory.prediction import predict_peak
 
     largest = max((each.settings for each in requests), key=lambda settings: settings.width * settings.height)
     peak = predict_peak(cascade.manifest, cascade.residency.policy, largest, min(most, len(requests)))

@@ -24,7 +24,7 @@ from .drawing import (
 from .generate_options import BATCH, looks, machinery, together
 
 if TYPE_CHECKING:
-    from ..runtime.pipeline import Cascade
+    from ..runtime.cascade import Cascade
     from ..schemas.request import Request
     from ..schemas.settings import Settings
 
@@ -69,9 +69,11 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
-    from ..runtime.batch import images_together
-    from ..runtime.batch_plan import pictures_of
-    from ..runtime.images import (
+    from ..runtime.batch.jobs import pictures_of
+    from ..runtime.batch.requests import draw, groups, text_length
+    from ..runtime.batch.run import images_together
+    from ..runtime.images.made_with import changes
+    from ..runtime.images.png import (
         image_paths,
         remove_preview,
         require_free_previews,
@@ -79,8 +81,6 @@ def generate(
         save_numbered,
         save_png,
     )
-    from ..runtime.made_with import changes
-    from ..runtime.requests import draw, groups, text_length
     from ..schemas.request import loras_of
 
     engine = {name: options.pop(name) for name in OPENING}
@@ -134,7 +134,7 @@ def _requests(
     cascade: "Cascade", prompts: Sequence[str], images: int, seeds: Sequence[int], common: Mapping[str, Any]
 ) -> "list[Request]":
     """One request for each image: of each prompt, `images`."""
-    from ..runtime.batch_plan import check_request
+    from ..runtime.batch.jobs import check_request
     from ..schemas.request import parse_request
 
     if not prompts and "prompt" not in common:

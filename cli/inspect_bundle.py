@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle, open_bundle
-from ..runtime.plan_header import find_contradiction
-from ..runtime.plan_weights import is_current
+from ..runtime.engines.tensorrt.plan_header import find_contradiction
+from ..runtime.engines.tensorrt.plan_weights import is_current
 from ..schemas.bundle import MANIFEST_NAME, PlanEntry, StageEntry
 from ..schemas.profiles import shown
+from ..storage.bundle import Bundle, open_bundle
 from .console import say, show_table
 
 STAGE_COLUMNS = ("stage", "variant", "precision", "target", "quantization", "graphs", "weights", "MB")

@@ -9,6 +9,7 @@ import click
 from ..schemas.lora import LoraFormat
 from .common import PATH, all_local, local, maybe_local
 from .console import byte_progress, note, say, show_table
+from .lora_bundle import apply
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 SHOWN_METADATA = 120  # characters; thumbnails are longer
@@ -42,7 +43,7 @@ def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: f
     Example: cascadekit lora inspect style.safetensors
     """
     from ..converters.lora.convert import networks_of
-    from ..converters.lora.reader import open_lora
+    from ..converters.lora.read_formats import open_lora
     from ..converters.lora.summary import summary
 
     networks = networks_of(maybe_local(against))
@@ -173,3 +174,6 @@ def merge(
     say(f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
     if unmerge:
         say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+
+
+lora.add_command(apply)

@@ -23,8 +23,8 @@ def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **en
 
     Example: cascadekit ui bundle
     """
-    from ..runtime.replacing import require_apart
     from ..runtime.ui.serve import page_server
+    from ..storage.output_place import require_apart
 
     require_apart(output / "0000.png", [bundle])
     with open_cascade(bundle, **engine) as cascade:

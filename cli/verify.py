@@ -16,12 +16,12 @@ from .verify_inside import Inside, look_inside, print_inside
 from .verify_report import check_names, keep
 
 if TYPE_CHECKING:
-    from ..converters.model import Model
-    from ..runtime.bundle import Bundle
-    from ..runtime.engines.torch import TorchEngine
-    from ..runtime.parity.expected import Expected
-    from ..runtime.parity.sizes import Sizes
-    from ..runtime.parity.verify import Report
+    from ..converters.checkpoints.open_model import Model
+    from ..parity.image_sizes import Sizes
+    from ..parity.reference.engine import TorchEngine
+    from ..parity.reference_run import Expected
+    from ..parity.verify import Report
+    from ..storage.bundle import Bundle
 
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
 REFERENCES = ("cascadekit", "diffusers")
@@ -160,13 +160,13 @@ def _differences(
     bundle: Path, against: Path | None, recorded: Path | None, text_encoder: Path | None, stages: Sequence[str]
 ) -> list[str]:
     """What the bundle was exported from that is not what it is compared with, a line each."""
-    from ..converters.same_model import differences, recorded_differences
+    from ..parity.same_model import differences, recorded_differences
 
     opened, chosen = _opened(bundle, stages)
     if against is not None:
         return differences(opened.manifest, _model(against, text_encoder), chosen)
     assert recorded is not None
-    from ..converters.recording import load_recording
+    from ..parity.recording import load_recording
 
     return recorded_differences(opened.manifest, load_recording(recorded).sources, chosen)
 
@@ -200,15 +200,15 @@ def run_verify(
     size: tuple[int, int] | None = None,
     sizes: str = "small",
 ) -> "Report":
+    from ..parity.verify import verify as run
     from ..runtime.engines.table import make_engine
-    from ..runtime.parity.verify import verify as run
-    from ..runtime.tokenizer import ClipTokenizer
+    from ..runtime.text.tokenizer import ClipTokenizer
 
     opened, chosen = _opened(bundle, stages)
     runs = make_engine(engine, opened, device)
     expected: Expected | TorchEngine
     if recorded is not None:
-        from ..converters.recording import load_recording
+        from ..parity.recording import load_recording
 
         expected = load_recording(recorded).expected
     else:
@@ -234,10 +234,10 @@ def run_record(
     *,
     force: bool = False,
 ) -> None:
-    from ..converters.recording import record
-    from ..runtime.parity.expected import expect
-    from ..runtime.replacing import require_apart, require_free
-    from ..runtime.tokenizer import ClipTokenizer
+    from ..parity.recording import record
+    from ..parity.reference_run import expect
+    from ..runtime.text.tokenizer import ClipTokenizer
+    from ..storage.output_place import require_apart, require_free
 
     require_apart(output, [bundle, against])
     require_free(output, force=force)
@@ -253,7 +253,7 @@ def run_record(
 
 
 def _opened(bundle: Path, stages: Sequence[str]) -> "tuple[Bundle, list[Stage]]":
-    from ..runtime.bundle import open_bundle
+    from ..storage.bundle import open_bundle
 
     opened = open_bundle(bundle)
     chosen = [Stage(stage) for stage in stages]
@@ -265,7 +265,7 @@ def _opened(bundle: Path, stages: Sequence[str]) -> "tuple[Bundle, list[Stage]]"
 def _sizes(
     bundle: "Bundle", engine: str, stages: Sequence[Stage], named: tuple[int, int] | None, sizes: str
 ) -> "Sizes":
-    from ..runtime.parity.sizes import choose_sizes
+    from ..parity.image_sizes import choose_sizes
 
     found = choose_sizes(bundle.manifest, engine, named, every=sizes == "all", stages=stages)
     if found.left_out:
@@ -275,7 +275,7 @@ def _sizes(
 
 
 def _model(against: Path, text_encoder: Path | None) -> "Model":
-    from ..converters.model import open_model
+    from ..converters.checkpoints.open_model import open_model
 
     return open_model([local(against)], text_encoder=maybe_local(text_encoder))
 
@@ -285,7 +285,7 @@ def _reference(
 ) -> "TorchEngine":
     """The reference for `stages`, and for the text encoder if the model has it: prompts are embedded with it."""
     try:
-        from ..converters.reference import independent_engine, reference_engine
+        from ..parity.reference.loading import independent_engine, reference_engine
     except ImportError as error:
         reraise_interrupt(error)
         raise UsageError(

@@ -10,7 +10,7 @@ from .common import local
 from .console import byte_progress, say, show_table
 
 if TYPE_CHECKING:
-    from ..converters.compare_checkpoints import CheckpointComparison, TensorMatch
+    from ..parity.checkpoints.compare_tensors import CheckpointComparison, TensorMatch
 
 COUNTED = ("equal", "cast", "differing", "other shape", "other dtype", "missing", "unexpected")
 SHOWN = 40  # tensors that are not equal; --json lists all
@@ -23,8 +23,8 @@ def is_bundle(path: Path) -> bool:
 
 def verify_checkpoints(found: Path, expected: Path, stages: tuple[str, ...], *, as_json: bool, mapping: bool) -> bool:
     """Compare, print, and say whether all tensors are equal."""
-    from ..converters.compare_checkpoints import compare_checkpoints, total_bytes
-    from ..converters.model import open_model
+    from ..converters.checkpoints.open_model import open_model
+    from ..parity.checkpoints.compare_tensors import compare_checkpoints, total_bytes
 
     models = open_model([local(found)]), open_model([local(expected)])
     with byte_progress() as start:

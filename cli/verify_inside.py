@@ -8,11 +8,11 @@ from ..schemas.stages import Stage
 from .console import note, say, show_table
 
 if TYPE_CHECKING:
-    from ..runtime.bundle import Bundle
-    from ..runtime.engines.torch import TorchEngine
-    from ..runtime.parity.bisect import Bisection
-    from ..runtime.parity.ranges import Advice
+    from ..parity.inside.bisect import Bisection
+    from ..parity.inside.ranges import Advice
+    from ..parity.reference.engine import TorchEngine
     from ..schemas.report import DepthEntry, RangeEntry
+    from ..storage.bundle import Bundle
 
 RANGE_COLUMNS = ("block", "largest", "in", "smallest usual", "bits below fp16's end", "lost in fp16", "bf16", "fp8")
 ERROR_COLUMNS = ("precision", "predicted", "measured", "worst block", "predicted there", "measured there")
@@ -30,7 +30,7 @@ class Inside:
         return all(self.bisections)
 
     def to_json(self) -> dict[str, Any]:
-        from ..runtime.parity.ranges import export_options
+        from ..parity.inside.ranges import export_options
 
         found: dict[str, Any] = {}
         if self.bisections:
@@ -41,7 +41,7 @@ class Inside:
         return found
 
     def depth_entries(self) -> "list[DepthEntry]":
-        from ..runtime.parity.report import depth_entries
+        from ..parity.report.build import depth_entries
 
         return [entry for found in self.bisections for entry in depth_entries(found.stage, found.points)]
 
@@ -53,9 +53,9 @@ def look_inside(
     bundle: "Bundle", stages: Sequence[Stage], reference: "TorchEngine", *, bisect: bool, ranges: bool
 ) -> Inside:
     """Each stage in turn, one in memory at a time."""
-    from ..runtime.parity.bisect import bisect_stage
-    from ..runtime.parity.ranges import advise
-    from ..runtime.tokenizer import ClipTokenizer
+    from ..parity.inside.bisect import bisect_stage
+    from ..parity.inside.ranges import advise
+    from ..runtime.text.tokenizer import ClipTokenizer
 
     tokenizer = ClipTokenizer.open(bundle.tokenizer)
     bisections, advices = [], []
@@ -78,7 +78,7 @@ def print_inside(inside: Inside) -> None:
     for advice in inside.advices:
         _print_advice(advice)
     if inside.advices:
-        from ..runtime.parity.ranges import export_options
+        from ..parity.inside.ranges import export_options
 
         say(f"export with: {' '.join(export_options(inside.advices))}")
 

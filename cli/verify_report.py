@@ -15,7 +15,7 @@ from .common import local
 from .console import note
 
 if TYPE_CHECKING:
-    from ..runtime.parity.verify import Report
+    from ..parity.verify import Report
     from ..schemas.report import DepthEntry, FileEntry, RangeEntry
 
 LIBRARIES = (
@@ -26,8 +26,8 @@ LIBRARIES = (
 
 def check_names(reports: Iterable[Path], *, force: bool, sources: Sequence[Path]) -> None:
     """Raise UsageError for a report that could not be written, or not there, before anything takes time."""
-    from ..runtime.parity.report import SUFFIXES
-    from ..runtime.replacing import require_apart, require_free
+    from ..parity.report.build import SUFFIXES
+    from ..storage.output_place import require_apart, require_free
 
     for path in reports:
         if path.suffix.lower() not in SUFFIXES:
@@ -49,9 +49,9 @@ def keep(
     ranges: "Iterable[RangeEntry]" = (),
 ) -> None:
     """Write the reports, then the verdict; a manifest that cannot be written is worth a note, not the verdict."""
-    from ..runtime.bundle import open_bundle
-    from ..runtime.parity.report import Circumstances, build_report, bundle_files, place, write_report
-    from ..runtime.parity.verdict import make_verdict, record_verdict
+    from ..parity.report.build import Circumstances, build_report, bundle_files, place, write_report
+    from ..parity.verdict import make_verdict, record_verdict
+    from ..storage.bundle import open_bundle
 
     opened = open_bundle(bundle)
     if reports:
@@ -76,7 +76,7 @@ def _command() -> str:
 
 
 def _environment() -> dict[str, str]:
-    from ..converters.machine import cpu_model
+    from ..storage.machine import cpu_model
 
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -93,9 +93,9 @@ def _environment() -> dict[str, str]:
 
 def _reference_files(against: Path) -> "list[FileEntry]":
     """The files that were compared with: of a model its weights."""
-    from ..converters.model import open_model
-    from ..runtime.integrity import fingerprint
+    from ..converters.checkpoints.open_model import open_model
     from ..schemas.report import FileEntry
+    from ..storage.fingerprints import fingerprint
 
     try:
         model = open_model([local(against)])

@@ -1,6 +1,6 @@
 """Convert Stability's single files to a diffusers model folder, and say what was found.
 
-    python examples/convert_checkpoint.py demo/original model
+python examples/convert_checkpoint.py demo/original model
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Export a model as ONNX graphs, and list the inputs of every stage.
 
-    python examples/export_bundle.py model bundle
+python examples/export_bundle.py model bundle
 """
 
 import sys

@@ -1,12 +1,12 @@
 """Generate an image, one call for each stage, and watch the steps.
 
-    python examples/generate_image.py demo/bundle "a tiny cascade" image.png
+python examples/generate_image.py demo/bundle "a tiny cascade" image.png
 """
 
 import sys
 
 from cascadekit import Cascade
-from cascadekit.runtime.images import to_pictures
+from cascadekit.runtime.images.png import to_pictures
 
 SIZE = {"height": 256, "width": 256}
 

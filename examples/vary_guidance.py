@@ -1,12 +1,13 @@
 """Generate one image with several guidances; prompt and noise are the same, so that only the guidance differs.
 
-    python examples/vary_guidance.py demo/bundle "a tiny cascade" sheet.png
+python examples/vary_guidance.py demo/bundle "a tiny cascade" sheet.png
 """
 
 import sys
 
-from cascadekit import Cascade
 from PIL import Image
+
+from cascadekit import Cascade
 
 GUIDANCES = (1.5, 4.0, 8.0)
 

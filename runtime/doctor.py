@@ -8,11 +8,11 @@ from typing import Any
 
 from ..schemas.bundle import Backend
 from ..schemas.errors import EngineError
-from .engines.cuda import Cuda
 from .engines.installs import installed, onnxruntime_conflict, onnxruntimes
-from .engines.nvidia import import_tensorrt
 from .engines.onnxruntime import PROVIDERS, import_onnxruntime, provider_problem
 from .engines.openvino import import_openvino, multiplies_bf16
+from .engines.tensorrt.cuda import Cuda
+from .engines.tensorrt.nvidia import import_tensorrt
 
 # An ONNX model in opset 20: y = Identity(x), float32 [1]. What a session of it starts with tells what there is.
 PROBE = bytes.fromhex(

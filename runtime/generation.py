@@ -13,20 +13,20 @@ from ..schemas.limits import MAX_PIXELS_TOGETHER
 from ..schemas.settings import Settings, parse_settings
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
-from .controls import INPAINTING, ControlPicture
-from .embeds import PromptEmbeds, as_texts
-from .images import to_pictures
-from .made_with import made_with
-from .masks import composite, fit_mask, latent_mask
-from .noise import TorchGenerator
-from .pictures import fit
-from .samplers import check_schedules
-from .sampling import F32, Step
-from .seeds import Noise, PlacedSeed, Seeds, plain_seeds
-from .start import Start
+from .images.made_with import made_with
+from .images.masks import composite, fit_mask, latent_mask
+from .images.pictures import fit
+from .images.png import to_pictures
+from .sampling.controlnets import INPAINTING, ControlPicture
+from .sampling.ddpm import F32, Step
+from .sampling.noise import TorchGenerator
+from .sampling.samplers import check_schedules
+from .sampling.seeds import Noise, PlacedSeed, Seeds, plain_seeds
+from .sampling.start import Start
+from .text.embeds import PromptEmbeds, as_texts
 
 if TYPE_CHECKING:
-    from .pipeline import Cascade
+    from .cascade import Cascade
 
 Output = Literal["images", "latents", "prior"]
 OnStep = Callable[[Stage, Step], object]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorrt_bindings_of import unpack_bindings
 
 from cascadekit import convert, export
-from cascadekit.converters.tiny import write_tiny_cascade
-from whole import Whole, make_whole
+from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
+from helpers.tensorrt_bindings_of import unpack_bindings
+from helpers.whole import Whole, make_whole
 
 DATA = Path(__file__).parent / "data"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import cascadekit
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("cli", "converters", "runtime", "schemas")
+SHIPPED = ("cli", "converters", "parity", "runtime", "schemas", "storage")
 
 
 def test_every_folder_of_the_package_is_listed_in_pyproject() -> None:

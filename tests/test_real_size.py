@@ -11,16 +11,16 @@ import torch
 from safetensors import safe_open
 
 from cascadekit import convert, export
-from cascadekit.converters.bench import bench_generate
-from cascadekit.converters.model import open_model
-from cascadekit.converters.reference import reference_engine
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.bench import bench_generate
+from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.parity.reference import build_reference
+from cascadekit.parity.reference.loading import reference_engine
+from cascadekit.parity.verify import verify
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.parity.verify import verify
-from cascadekit.runtime.reference import build_reference
-from cascadekit.runtime.tokenizer import ClipTokenizer
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
-from standins import write_stand_in
+from cascadekit.storage.bundle import open_bundle
+from helpers.standins import write_stand_in
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..provenance import MAX_BYTES, is_provenance_name
+from ..checkpoints.provenance import MAX_BYTES, is_provenance_name
 from .select import base_name, select
 from .source import HubSource
 

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
 from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
-from ..provenance import is_provenance_name
+from ..checkpoints.provenance import is_provenance_name
 from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
 OTHER_FOLDERS = (

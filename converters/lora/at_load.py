@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.bundle import Bundle, open_bundle
-from ...runtime.integrity import fingerprint
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
-from ..placing import StartFile
+from ...storage.bundle import Bundle, open_bundle
+from ...storage.fingerprints import fingerprint
+from ..export.bundle_weights import StartFile
 from .peft_config import CONFIG_NAME
-from .reader import FOLDER_NAMES, holds_lora
+from .read_formats import FOLDER_NAMES, holds_lora
 
 if TYPE_CHECKING:
     from .bundle import Applied

@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.bundle import Bundle, open_bundle
-from ...runtime.integrity import describe_file, find_change, sha256_of
 from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
@@ -21,17 +19,19 @@ from ...schemas.layouts import Layout
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
-from ..copying import copy_range
-from ..graph_files import External, external_data, load_graph
-from ..identify import Component, Problems
-from ..outputs import staged_output
-from ..placing import StartFile, clone
-from ..safetensors_file import DTYPE_SIZES, Progress, TensorRange
-from ..safetensors_writer import reserve, what_failed
+from ...storage.bundle import Bundle, open_bundle
+from ...storage.copy_ranges import copy_range
+from ...storage.fingerprints import describe_file, find_change, sha256_of
+from ...storage.outputs import staged_output
+from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange
+from ...storage.safetensors_writer import reserve, what_failed
+from ..checkpoints.identify import Component, Problems
+from ..export.bundle_weights import StartFile, clone
+from ..export.graph_files import External, external_data, load_graph
+from .changes import MERGED_STAGES, LoraPlan, plan_loras
 from .lora_file import listed
 from .numbers import FLOATS
 from .overwrite import Changes, overwrite
-from .plan import MERGED_STAGES, LoraPlan, plan_loras
 from .stability import DEFAULT_FILTERS
 from .weights import Effect
 

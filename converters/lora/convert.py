@@ -9,16 +9,16 @@ from typing import Any
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora import LoraFormat, Target
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
-from ..model import open_model
-from ..outputs import staged_output
+from ...storage.outputs import staged_output
+from ..checkpoints.open_model import open_model
 from .adapters import Adapter, Axis
 from .factors import Factor
 from .lora_file import Embedding, Lora, listed
 from .peft_config import CONFIG_NAME, METADATA_KEY, settings
 from .pieces import factor_pieces, write_pieces
-from .reader import FOLDER_NAMES, open_lora
+from .read_formats import FOLDER_NAMES, open_lora
 from .stability import DEFAULT_FILTERS, stability_tensors
-from .styles import STYLES, Alpha, Style, named_tensors, unfit
+from .write_formats import STYLES, Alpha, Style, named_tensors, unfit
 
 # Metadata that says how or for whom the old file was written, and hashes of it.
 STALE_METADATA = (

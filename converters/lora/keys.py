@@ -20,8 +20,8 @@ from ...schemas.lora import (
 )
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape
-from ..identify import identify_parts
-from ..safetensors_file import Header
+from ...storage.safetensors_header import Header
+from ..checkpoints.identify import identify_parts
 from .factors import Factor, read_values, stored
 from .lora_file import Embedding, listed
 

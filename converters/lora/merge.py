@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.errors import UsageError
-from ..model import open_model
-from ..outputs import staged_output
-from ..safetensors_file import Progress, TensorRange
-from ..weights_file import is_pickle, read_weights
-from .mirror import Mirror, mirror
+from ...storage.outputs import staged_output
+from ...storage.safetensors_header import Progress, TensorRange
+from ...storage.weights_file import is_pickle, read_weights
+from ..checkpoints.open_model import open_model
+from .changes import LoraPlan, plan_loras
+from .merged_files import Mirror, mirror
 from .pieces import Calculated, write_pieces
-from .plan import LoraPlan, plan_loras
-from .reader import holds_lora
+from .read_formats import holds_lora
 from .stability import DEFAULT_FILTERS
 from .weights import Effect, changed, rewritten
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cast import FLOATS, cast_block
+from ...storage.cast import FLOATS, cast_block
 
 Array = NDArray[np.floating]
 Bytes = NDArray[np.uint8]

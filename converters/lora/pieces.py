@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 
 from ...schemas.errors import ConversionError
 from ...schemas.tensors import Shape
-from ..copying import copy_range
-from ..safetensors_file import Progress, TensorRange, encode_header
-from ..safetensors_writer import reserve, what_failed
+from ...storage.copy_ranges import copy_range
+from ...storage.safetensors_header import Progress, TensorRange, encode_header
+from ...storage.safetensors_writer import reserve, what_failed
 from .factors import Factor
 from .numbers import Bytes, encode
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ...runtime.bundle import Bundle, open_bundle
-from ...runtime.plan_header import find_contradiction
-from ...runtime.plan_weights import is_current
+from ...runtime.engines.tensorrt.plan_header import find_contradiction
+from ...runtime.engines.tensorrt.plan_weights import is_current
 from ...schemas.bundle import MANIFEST_NAME, PlanEntry, to_text
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
-from ..outputs import scratch_folder, staged_output
-from . import cache
+from ...storage.bundle import Bundle, open_bundle
+from ...storage.outputs import scratch_folder, staged_output
+from . import plan_cache as cache
 from .backend import Backend, find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room

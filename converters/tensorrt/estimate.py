@@ -13,10 +13,10 @@ from pathlib import Path
 
 import onnx
 
-from ...runtime.hoisting import CONDITIONING
+from ...runtime.sampling.hoisting import CONDITIONING
 from ...schemas.errors import EngineError
 from ...schemas.precision import Precision
-from ..graph_files import DTYPES, load_graph
+from ..export.graph_files import DTYPES, load_graph
 
 MIB = 1 << 20
 MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 130 * MIB, 0.34 * MIB, 1.33

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from ...schemas.errors import EngineError
-from ..graph_files import load_graph
+from ..export.graph_files import load_graph
 from .backend import MESSAGES, Backend, logger_of
 
 SHOWN = 5  # names in a message

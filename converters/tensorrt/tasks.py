@@ -7,9 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from ...runtime.bundle import Bundle
-from ...runtime.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
-from ...runtime.integrity import sha256_of
+from ...runtime.sampling.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from ...schemas.bundle import (
     MAIN_GRAPH,
     BuiltIn,
@@ -27,9 +25,11 @@ from ...schemas.profiles import DEFAULT, Bounds, profile_for
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.targets import RTX, plans_for, refusal, require_rtx_targets
-from ..graph_files import external_data, load_graph
-from .cache import file_name, key_of
+from ...storage.bundle import Bundle
+from ...storage.fingerprints import sha256_of
+from ..export.graph_files import external_data, load_graph
 from .job import Job
+from .plan_cache import file_name, key_of
 from .weights import built_in, weight_inputs
 
 PLANS = "plans"  # folder of a stage's plans

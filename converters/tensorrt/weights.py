@@ -6,7 +6,7 @@ from typing import Literal
 
 import onnx
 
-from ...runtime.plan_weights import sha256_of_ranges
+from ...runtime.engines.tensorrt.plan_weights import sha256_of_ranges
 from ...schemas.bundle import BuiltIn, WeightInput
 
 PRODUCTS = ("Gemm", "MatMul")

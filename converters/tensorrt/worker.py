@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..graph_files import load_graph
+from ..export.graph_files import load_graph
 from .backend import MESSAGES, Backend, find_backend, logger_of
 from .job import Job
 from .pages import forget_pages

@@ -6,7 +6,7 @@ from typing import Any
 from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.stages import Stage
-from ..bundle import Bundle
+from ...storage.bundle import Bundle
 from .base import Engine, StageRunner
 
 

@@ -16,13 +16,13 @@ from ...schemas.bundle import MAIN_GRAPH, GraphEntry
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
-from ..bundle import Bundle
-from ..real_files import without_links
-from ..telemetry import silence, switch_off_telemetry
+from ...storage.bundle import Bundle
+from ...storage.linked_files import without_links
+from ..memory.give_back import give_back_memory
 from .base import HostRunner, Run, Tensors, check_inputs, with_absent_control
 from .installs import onnxruntime_conflict
-from .memory import give_back_memory
-from .nvidia import cache_folder
+from .telemetry import silence, switch_off_telemetry
+from .tensorrt.nvidia import cache_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto

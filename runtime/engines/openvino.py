@@ -11,10 +11,10 @@ from ...schemas.bundle import MAIN_GRAPH, GraphEntry
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
-from ..bundle import Bundle
-from ..real_files import without_links
+from ...storage.bundle import Bundle
+from ...storage.linked_files import without_links
+from ..memory.give_back import give_back_memory
 from .base import HostRunner, Tensors, check_inputs, with_absent_control
-from .memory import give_back_memory
 
 # What INFERENCE_PRECISION_HINT is set to; left alone, OpenVINO takes bf16 where the CPU multiplies it.
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}

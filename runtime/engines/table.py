@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError, UsageError
-from ..bundle import Bundle
-from ..real_files import can_do_without
+from ...storage.bundle import Bundle
+from ...storage.linked_files import can_do_without
 from .base import Engine
 from .onnxruntime import OnnxRuntimeEngine
 from .openvino import OpenVinoEngine, multiplies_bf16
-from .tensorrt import Refit, has_plans, make_tensorrt
+from .tensorrt.engine import Refit, has_plans, make_tensorrt
 
 GRAPHS_FOR = "onnxruntime"  # what a manifest calls plain ONNX graphs; all of these engines read them
 

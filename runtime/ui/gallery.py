@@ -11,8 +11,8 @@ from urllib.parse import quote
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
-from ..images import METADATA_KEY, parse_text
-from ..png_text import read_png_text
+from ..images.png import METADATA_KEY, parse_text
+from ..images.png_text import read_png_text
 from .pictures import REFERENCES, Pictures
 
 Described = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ...schemas.errors import UsageError
-from ..pictures import open_picture
+from ..images.pictures import open_picture
 
 ID = re.compile(r"[0-9a-f]{64}")
 MOST_BYTES = 512 << 20  # of all pictures given to one server

@@ -14,12 +14,12 @@ from importlib.resources import files
 from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
+from .form import describe, parse_order
 from .gallery import Gallery
 from .jobs import Job
-from .orders import describe, parse_order
 from .pictures import Pictures
+from .queue import Studio
 from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
-from .studio import Studio
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
 SHOWN = 48  # images of the gallery unless more are asked for

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..pipeline import Cascade
+from ..cascade import Cascade
 from .gallery import Gallery
 from .pictures import Pictures
+from .queue import Studio
 from .routes import ROUTES, App
 from .server import PageServer
-from .studio import Studio
 
 KEPT = "pictures"  # beside the images, what they were made from
 

@@ -19,14 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters import copying, placing
-from cascadekit.converters import export as export_module
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.converters.export.export import bundle_weights as placing
+from cascadekit.converters.export.export import export as export_module
 from cascadekit.schemas.bundle import StageEntry
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import ConversionError, ExportError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
-from standins import write_stand_in
+from cascadekit.storage import copy_ranges as copying
+from cascadekit.storage.bundle import open_bundle
+from helpers.standins import write_stand_in
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 GRAPHS = ("model.onnx", "conditioning.onnx", "step.onnx")

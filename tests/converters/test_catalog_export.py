@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from cascadekit import export
-from cascadekit.converters.validate import validate
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.converters.export.validate import validate
 from cascadekit.schemas.stages import Stage
-from standins import write_stand_in
+from cascadekit.storage.bundle import open_bundle
+from helpers.standins import write_stand_in
 
 ORIGINAL = {
     "stage_a": Stage.VQGAN,

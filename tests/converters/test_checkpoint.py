@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascadekit import convert, inspect
-from cascadekit.converters import checkpoint
-from cascadekit.converters.safetensors_file import read_header
+from cascadekit.converters.checkpoints import convert as checkpoint
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage, Variant
+from cascadekit.storage.safetensors_header import read_header
 
 STAGES = ("stage_a", "stage_b", "stage_c")
 

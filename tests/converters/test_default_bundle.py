@@ -10,12 +10,12 @@ import onnx.reference
 import pytest
 
 from cascadekit import export
-from cascadekit.converters.stage_graphs import GraphWishes
-from cascadekit.runtime.bundle import Bundle, open_bundle
+from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.bundle import PortEntry
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import Bundle, open_bundle
 
 SIZES = {"batch": 1, "height": 8, "width": 8, "h": 8, "w": 8}
 

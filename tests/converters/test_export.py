@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, Settings, convert, export
-from cascadekit.converters import placing
-from cascadekit.converters.arrange import Target
-from cascadekit.converters.model import open_model
-from cascadekit.converters.reference import reference_engine
-from cascadekit.runtime.bundle import open_bundle
-from cascadekit.runtime.tokenizer import ClipTokenizer
+from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.export.export import bundle_weights as placing
+from cascadekit.parity.reference.loading import reference_engine
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import CascadeError, ExportError, LayoutError, UsageError
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 QUICK = Settings(64, 64, prior_steps=2, decoder_steps=2)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import convert
 from cascadekit.cli import main
-from cascadekit.converters.model import Choice, open_model
+from cascadekit.converters.checkpoints.open_model import Choice, open_model
 from cascadekit.schemas.errors import CheckpointError, UsageError
 from cascadekit.schemas.stages import Stage, Variant
 
@@ -96,7 +96,7 @@ def test_only_strays_are_refused_by_their_kind(tmp_path: Path) -> None:
 def test_a_stage_in_several_precisions_and_sizes(
     original: Path, catalog_folder: Path, tmp_path: Path, choice: Choice, dtype: str, variant: Variant
 ) -> None:
-    from standins import write_stand_in
+    from helpers.standins import write_stand_in
 
     tensors = load_file(original / "stage_c.safetensors")
     save_file(tensors, tmp_path / "stage_c.safetensors")

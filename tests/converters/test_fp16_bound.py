@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import export
-from cascadekit.converters.fp16_bound import largest_stream
+from cascadekit.converters.export.fp16_bound import largest_stream
+from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.converters.onnx import Weight
-from cascadekit.converters.safetensors_file import read_header
-from cascadekit.converters.stage_graphs import GraphWishes
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.safetensors_header import read_header
 
 FP16 = GraphWishes(precisions={Stage.PRIOR: Precision.FP16})
 

@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, export, inspect
-from cascadekit.converters.arrange import Target
-from cascadekit.converters.cast import FLOATS, FP8, cast_counted
-from cascadekit.converters.compare_checkpoints import compare_checkpoints
-from cascadekit.converters.reference import read_tensor
-from cascadekit.converters.stage_graphs import GraphWishes
+from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
+from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.cast import FLOATS, FP8, cast_counted
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

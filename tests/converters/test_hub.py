@@ -27,6 +27,8 @@ from huggingface_hub import constants
 
 from cascadekit.cli import main
 from cascadekit.converters import hub as hub_module
+from cascadekit.converters.checkpoints.identify import identify
+from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.converters.hub import (
     HubPath,
     HubSource,
@@ -38,10 +40,8 @@ from cascadekit.converters.hub import (
     select,
     transfer,
 )
-from cascadekit.converters.identify import identify
-from cascadekit.converters.model import open_model
-from cascadekit.converters.safetensors_file import read_header
 from cascadekit.schemas.errors import CheckpointError, UsageError
+from cascadekit.storage.safetensors_header import read_header
 
 MAIN, OTHER = "1" * 40, "2" * 40  # commits
 LARGE = 4096  # files from here on are stored as large files

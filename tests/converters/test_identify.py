@@ -7,7 +7,7 @@ import pytest
 from cascadekit import inspect
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import Stage, Variant
-from standins import write_stand_in
+from helpers.standins import write_stand_in
 
 OFFICIAL = {
     "original_stage_a": (Stage.VQGAN, Layout.ORIGINAL, Variant.FULL),

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from cascadekit.cli import main
-from cascadekit.converters.tiny import write_tiny_cascade
+from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 
 KILLS_AT_ANY_TIME = 50
 KILLS_AT_EVENTS = 20  # over the whole run, and as many in its last quarter
@@ -33,7 +33,7 @@ CHILD = """
 import os, signal, sys, time
 from collections import Counter
 from cascadekit.cli import main
-from cascadekit.converters import copying
+from cascadekit.storage import copy_ranges as copying
 
 def slowly(copy):
     def wait_and_copy(*arguments):
@@ -72,7 +72,9 @@ def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cascadekit.cli.checkpoints", "cascadekit.converters.checkpoint"])
+    context.set_forkserver_preload(
+        ["pytest", "cascadekit.cli.checkpoints", "cascadekit.converters.checkpoints.convert"]
+    )
     return context
 
 

@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, inspect
-from cascadekit.converters.arrange import Target, arrange
-from cascadekit.converters.checkpoint import Conversion
-from cascadekit.converters.identify import Component
-from cascadekit.converters.model import Choice, open_model
-from cascadekit.converters.reference import read_tensor
-from cascadekit.runtime.reference import load_reference
+from cascadekit.converters.checkpoints.convert import Conversion
+from cascadekit.converters.checkpoints.identify import Component
+from cascadekit.converters.checkpoints.open_model import Choice, open_model
+from cascadekit.converters.checkpoints.output_files import Target, arrange
+from cascadekit.parity.reference import load_reference
+from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import CheckpointError, LayoutError, UsageError
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import PreviewerConfig, Stage, Variant
 from cascadekit.schemas.tensors import expected_tensors
-from standins import write_stand_in
+from helpers.standins import write_stand_in
 
 ORIGINALS = {
     Stage.PRIOR: "original_stage_c",

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from cascadekit import convert, export, inspect
-from cascadekit.converters.pickles import read_pickle
-from cascadekit.converters.reference import read_tensor
-from cascadekit.converters.validate import validate
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.converters.export.validate import validate
+from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
+from cascadekit.storage.pickles import read_pickle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
-from cascadekit.converters.placing import projections_together
-from cascadekit.converters.stage_graphs import GraphWishes
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.converters.export.bundle_weights import projections_together
+from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.parity.compare import psnr
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.parity.metrics import psnr
 from cascadekit.schemas.errors import ConversionError, EngineError, ExportError, UsageError
 from cascadekit.schemas.hoisted import conditioning_ports, step_ports
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.stages import PRESETS, PROJ_BLOCKS_ENDS, Stage, UNetConfig, Variant, prior_config
-from graphs import random_tensors
+from cascadekit.storage.bundle import open_bundle
+from helpers.graphs import random_tensors
 
 QUICK = Settings(128, 64, prior_steps=3, decoder_steps=2, decoder_guidance=1.5)
 FP16 = GraphWishes(precision=Precision.FP16)

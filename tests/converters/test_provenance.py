@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cascadekit.converters.provenance import (
+from cascadekit.converters.checkpoints.provenance import (
     MAX_BYTES,
     copy_provenance,
     is_provenance_name,

@@ -15,20 +15,20 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from cascadekit.converters import quantize_file
-from cascadekit.converters.quantize import dequantize, from_e4m3, pack, quantize, to_e4m3
-from cascadekit.converters.quantize_choice import (
+from cascadekit.converters.export.export import quantize_file
+from cascadekit.converters.export.quantize_choice import (
     normal_error,
     product_error,
     rounded_activations,
 )
-from cascadekit.converters.quantize_file import quantize_weights
-from cascadekit.converters.safetensors_file import TensorRange, read_header
+from cascadekit.converters.export.quantize_file import quantize_weights
+from cascadekit.converters.export.quantize_values import dequantize, from_e4m3, pack, quantize, to_e4m3
 from cascadekit.schemas.errors import ConversionError, ExportError
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme, candidates, linears
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.schemas.tensors import expected_tensors
+from cascadekit.storage.safetensors_header import TensorRange, read_header
 
 INT8, INT4, DYNAMIC, FP8 = Quantization.INT8, Quantization.INT4, Quantization.INT8_DYNAMIC, Quantization.FP8
 PORTABLE, ORT, TENSORRT = Target
@@ -233,8 +233,8 @@ def test_refused_files(source: dict[str, TensorRange], tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from cascadekit.converters.quantize_file import quantize_weights
-from cascadekit.converters.safetensors_file import read_header
+from cascadekit.converters.export.quantize_file import quantize_weights
+from cascadekit.storage.safetensors_header import read_header
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme
 folder = Path(sys.argv[1])

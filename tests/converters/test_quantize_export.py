@@ -10,13 +10,13 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
+from cascadekit.converters.export.quantize_choice import Choice
+from cascadekit.converters.export.quantize_stage import COLUMNS, Quantize, table_rows
 from cascadekit.converters.lora.bundle import apply_loras
-from cascadekit.converters.quantize_choice import Choice
-from cascadekit.converters.quantize_export import COLUMNS, Quantize, table_rows
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 KINDS = [kind for kind in Quantization if kind is not Quantization.NONE]
 QUANTISED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER)
@@ -78,7 +78,7 @@ def test_loras_are_for_the_weights_before(tiny: Path, tmp_path: Path) -> None:
 
 
 def load_file_names(path: Path) -> set[str]:
-    from cascadekit.converters.safetensors_file import read_header
+    from cascadekit.storage.safetensors_header import read_header
 
     return set(read_header(path).tensors)
 

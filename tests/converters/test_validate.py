@@ -16,10 +16,10 @@ from onnx import helper
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.validate import validate
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.converters.export.validate import validate
 from cascadekit.schemas.stages import Stage
-from standins import accept_changes
+from cascadekit.storage.bundle import open_bundle
+from helpers.standins import accept_changes
 
 GRAPHS = {
     "text_encoder": ("model",),

@@ -60,7 +60,7 @@ def test_a_surplus_or_lack_is_named_by_its_kind(
 
 
 def batch_norms(catalog_folder: Path, original: Path, folder: Path) -> Iterator[tuple[Stage, Path]]:
-    from standins import write_stand_in
+    from helpers.standins import write_stand_in
 
     for stage in (Stage.VQGAN, Stage.PREVIEWER, Stage.EFFNET_ENCODER):
         path = folder / f"{stage}-whole.safetensors"

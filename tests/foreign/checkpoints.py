@@ -18,7 +18,7 @@ from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection
 
-from cascadekit.converters.model import Choice
+from cascadekit.converters.checkpoints.open_model import Choice
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 Tensors = dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from cascadekit.converters.lora.convert import convert_lora
 from cascadekit.converters.lora.formulas import applied
 from cascadekit.converters.lora.merge import merge_loras
-from cascadekit.converters.lora.reader import open_lora
+from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError, ConversionError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.schemas.tensors import expected_tensors

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 from cascadekit import convert, export
-from cascadekit.converters.arrange import Target
-from cascadekit.converters.tiny import write_tiny_cascade
+from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.lora import lora_modules
 from cascadekit.schemas.stages import PRESETS, Stage, Variant

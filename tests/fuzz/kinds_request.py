@@ -11,16 +11,16 @@ from unittest.mock import patch
 import click
 
 from cascadekit.cli import main
-from cascadekit.runtime.batch_plan import Planner
-from cascadekit.runtime.bundle import open_bundle
-from cascadekit.runtime.images import require_settings, save_png
-from cascadekit.runtime.names import DEFAULT_NAME, NameTemplate
-from cascadekit.runtime.prompt_files import read_prompt_file
+from cascadekit.runtime.batch.file_names import DEFAULT_NAME, NameTemplate
+from cascadekit.runtime.batch.jobs import Planner
+from cascadekit.runtime.batch.prompt_files import read_prompt_file
+from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.ui.gallery import Gallery
 from cascadekit.runtime.ui.pictures import Pictures
 from cascadekit.runtime.ui.server import json_reply
 from cascadekit.schemas.errors import CascadeError, UsageError
 from cascadekit.schemas.request import loras_of, parse_request
+from cascadekit.storage.bundle import open_bundle
 
 from .calls import Call, Kind, WrongError, command
 from .corpus import Corpus
@@ -66,7 +66,7 @@ def _no_number(name: str) -> None:
 
 def _with_text(content: bytes, text: bytes) -> bytes:
     """The text in place of that of the picture's chunk "cascadekit"."""
-    from pngs import BEGINS, itxt
+    from helpers.pngs import BEGINS, itxt
 
     header_ends = len(BEGINS) + 25
     pixels = content.index(b"IDAT") - 4
@@ -156,9 +156,9 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     call = command(*path, *arguments)
 
     def without_work() -> None:
-        drawing = patch("cascadekit.runtime.requests.draw", side_effect=CascadeError("not drawn"))
+        drawing = patch("cascadekit.runtime.batch.requests.draw", side_effect=CascadeError("not drawn"))
         serving = patch("cascadekit.runtime.ui.server.PageServer.serve_forever")
-        batch = patch("cascadekit.runtime.batch.Runner.run", side_effect=CascadeError("not drawn"))
+        batch = patch("cascadekit.runtime.batch.run.Runner.run", side_effect=CascadeError("not drawn"))
         with drawing, serving, batch, patch("signal.signal"):
             call()
 
@@ -182,7 +182,9 @@ def _options_of(path: tuple[str, ...]) -> list[click.Option]:
     found: click.Command = main
     for name in path:
         assert isinstance(found, click.Group)
-        found = found.commands[name]
+        inner = found.get_command(click.Context(found), name)
+        assert inner is not None
+        found = inner
     return [param for param in found.params if isinstance(param, click.Option) and "--host" not in param.opts]
 
 

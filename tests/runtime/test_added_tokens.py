@@ -13,9 +13,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from cascadekit import Cascade, convert, export
-from cascadekit.converters.tokenizer_files import check_tokenizer
-from cascadekit.runtime.prompts import encode_texts
-from cascadekit.runtime.tokenizer import LENGTH, ClipTokenizer, save_tokenizer_folder
+from cascadekit.converters.checkpoints.tokenizer_files import check_tokenizer
+from cascadekit.runtime.text.prompts import encode_texts
+from cascadekit.runtime.text.tokenizer import LENGTH, ClipTokenizer, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.stages import Stage
 

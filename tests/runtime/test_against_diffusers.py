@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascadekit import Cascade
-from cascadekit.runtime.parity.metrics import psnr
-from cascadekit.runtime.pipeline import Settings
-from cascadekit.runtime.sampling import Step
+from cascadekit.parity.compare import psnr
+from cascadekit.runtime.cascade import Settings
+from cascadekit.runtime.sampling.ddpm import Step
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
 

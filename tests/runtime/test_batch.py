@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
-from cascadekit.runtime.batch import Runner, last_seed, windows
-from cascadekit.runtime.batch_plan import Found, Job, Plan, Planner, content_key, look
+from cascadekit.runtime.batch.file_names import NameTemplate, slug
+from cascadekit.runtime.batch.jobs import Found, Job, Plan, Planner, content_key, look
+from cascadekit.runtime.batch.log import Journal, read_journal
+from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
+from cascadekit.runtime.batch.run import Runner, last_seed, windows
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.journal import Journal, read_journal
-from cascadekit.runtime.names import NameTemplate, slug
-from cascadekit.runtime.prompt_files import PromptFile, read_prompt_file
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 

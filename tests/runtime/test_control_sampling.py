@@ -16,10 +16,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cascadekit import Cascade
-from cascadekit.runtime.controls import ControlPicture
+from cascadekit.runtime.sampling.controlnets import ControlPicture
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import PROJ_BLOCKS_ENDS, Stage
-from whole import Whole, counted, picture
+from helpers.whole import Whole, counted, picture
 
 F32 = NDArray[np.float32]
 

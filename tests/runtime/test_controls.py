@@ -12,25 +12,25 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from cascadekit.runtime.controls import (
+from cascadekit.parity.reference import load_reference
+from cascadekit.parity.reference.engine import TorchEngine
+from cascadekit.runtime.engines.base import check_inputs
+from cascadekit.runtime.images.pictures import fit
+from cascadekit.runtime.images.resample import bilinear
+from cascadekit.runtime.sampling.controlnets import (
     CONTROLS,
     control_image,
     control_residuals,
     require_control,
     together,
 )
-from cascadekit.runtime.engines.base import check_inputs
-from cascadekit.runtime.engines.torch import TorchEngine
-from cascadekit.runtime.pictures import fit
-from cascadekit.runtime.reference import load_reference
-from cascadekit.runtime.resample import bilinear
 from cascadekit.schemas.bundle import Manifest, parse_manifest
 from cascadekit.schemas.control import control_ports
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.ports import Port, ports_of
 from cascadekit.schemas.request import parse_request
 from cascadekit.schemas.stages import PRESETS, ControlNetConfig, EffnetEncoderConfig, Stage, Variant
-from graphs import random_tensors
+from helpers.graphs import random_tensors
 
 SIZE = (4, 6)  # of the prior's latents: control images are 128x192
 PRIOR = PRESETS[Stage.PRIOR, Variant.TINY]

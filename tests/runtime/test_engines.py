@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, export
-from cascadekit.converters.model import open_model
-from cascadekit.converters.reference import reference_engine
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.parity.reference.loading import reference_engine
+from cascadekit.parity.verify import verify
 from cascadekit.runtime.engines import table
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
 from cascadekit.runtime.engines.table import ENGINES, make_engine
-from cascadekit.runtime.parity.verify import verify
-from cascadekit.runtime.tokenizer import ClipTokenizer
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
-from standins import accept_changes
+from cascadekit.storage.bundle import open_bundle
+from helpers.standins import accept_changes
 
 FILES = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
 ON_THE_CPU = [name for name in ENGINES if "tensorrt" not in name]
@@ -146,7 +146,7 @@ def test_openvino_calls_nobody(tiny: Path, tmp_path: Path) -> None:
 import socket, sys
 from pathlib import Path
 socket.socket.connect = socket.create_connection = lambda *args: sys.exit("connected")
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.storage.bundle import open_bundle
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
 from cascadekit.schemas.stages import Stage
 OpenVinoEngine(open_bundle(Path(sys.argv[1]))).load(Stage.VQGAN).close()

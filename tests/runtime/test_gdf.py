@@ -9,12 +9,12 @@ import torch
 from diffusers import DDPMWuerstchenScheduler
 
 from cascadekit import Cascade
-from cascadekit.runtime.gdf import Gdf, gdf_schedule
-from cascadekit.runtime.sampling import Step, Wuerstchen, timesteps
+from cascadekit.runtime.sampling.ddpm import Step, Wuerstchen, timesteps
+from cascadekit.runtime.sampling.gdf import Gdf, gdf_schedule
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
-from stability import CosineSchedule, ddpm, noise_condition
-from whole import Whole
+from helpers.stability import CosineSchedule, ddpm, noise_condition
+from helpers.whole import Whole
 
 TOLERANCE = 1e-4  # greatest |difference| over greatest |latent|
 PROMPTS, NEGATIVES = ["an image of a shiba inu", "a cat"], ["blurry", "dog"]

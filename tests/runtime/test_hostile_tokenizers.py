@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cascadekit import convert, export
-from cascadekit.runtime.tokenizer import ClipTokenizer, save_tokenizer_folder
-from cascadekit.runtime.tokenizer_file import MAX_TOKENIZER_BYTES
+from cascadekit.runtime.text.tokenizer import ClipTokenizer, save_tokenizer_folder
+from cascadekit.runtime.text.tokenizer_file import MAX_TOKENIZER_BYTES
 from cascadekit.schemas.errors import CheckpointError
 
 Json = dict[str, Any]
@@ -187,7 +187,7 @@ def test_memory_and_time_of_a_hostile_file_are_bounded(plain: Json, tmp_path: Pa
     change = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 1_000_000}
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps({**plain, "normalizer": {"type": "Sequence", "normalizers": [change] * 3}}))
-    code = "import sys; from pathlib import Path; from cascadekit.runtime.tokenizer import ClipTokenizer\n"
+    code = "import sys; from pathlib import Path; from cascadekit.runtime.text.tokenizer import ClipTokenizer\n"
     code += "ClipTokenizer.open(Path(sys.argv[1]))(['a cat'])"
     ended = subprocess.run(
         [sys.executable, "-c", code, str(file)],

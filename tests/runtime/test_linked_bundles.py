@@ -10,16 +10,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cascadekit import Cascade, Settings
+from cascadekit.converters.export.validate import validate
 from cascadekit.converters.lora.bundle import apply_loras, derive_bundle
-from cascadekit.converters.validate import validate
-from cascadekit.runtime import real_files
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.parity.verdict import record_verdict
 from cascadekit.runtime.engines.table import make_engine
-from cascadekit.runtime.parity.verdict import record_verdict
-from cascadekit.runtime.real_files import can_do_without, without_links
 from cascadekit.schemas.bundle import VerdictEntry
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage import linked_files as real_files
+from cascadekit.storage.bundle import open_bundle
+from cascadekit.storage.linked_files import can_do_without, without_links
 
 ENGINES = ["onnxruntime", "onnxruntime-mapped", "openvino", "openvino-bf16", "auto"]
 QUICK = Settings(64, 64, prior_steps=1, decoder_steps=1)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.runtime.masks import composite, feathered, fit_mask, latent_mask, mask_pixels, open_mask
-from cascadekit.runtime.pictures import fit
+from cascadekit.runtime.images.masks import composite, feathered, fit_mask, latent_mask, mask_pixels, open_mask
+from cascadekit.runtime.images.pictures import fit
 from cascadekit.schemas.errors import UsageError
 
 Array = np.ndarray

@@ -9,12 +9,12 @@ import onnx
 import pytest
 
 from cascadekit import Settings, export
-from cascadekit.converters.stage_graphs import GraphWishes
-from cascadekit.runtime.bundle import Bundle, open_bundle
-from cascadekit.runtime.memory import Peak, loaded_bytes, predict_peak
-from cascadekit.runtime.residency import RESIDENT, STAGED, MemoryPolicy
+from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.runtime.memory.prediction import Peak, loaded_bytes, predict_peak
+from cascadekit.runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import Bundle, open_bundle
 
 SETTINGS = Settings(1024, 1024)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cascadekit.runtime.noise import TorchGenerator, _box_muller, randn
+from cascadekit.runtime.sampling.noise import TorchGenerator, _box_muller, randn
 from cascadekit.schemas.errors import UsageError
 
 SEEDS = [0, 1, 42, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**53 + 1, 2**63, 2**64 - 1, -1, -(2**63)]

@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cascadekit.runtime.bundle import Bundle, open_bundle
 from cascadekit.runtime.engines import installs
 from cascadekit.runtime.engines.onnxruntime import (
     RECORD_ASSIGNMENT,
@@ -25,6 +24,7 @@ from cascadekit.runtime.engines.onnxruntime import (
 from cascadekit.runtime.engines.table import make_engine
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import Bundle, open_bundle
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from cascadekit import Cascade, Settings
-from cascadekit.runtime.embeds import PromptEmbeds
-from cascadekit.runtime.parity.metrics import psnr
-from cascadekit.runtime.sampling import Step
+from cascadekit.parity.compare import psnr
+from cascadekit.runtime.sampling.ddpm import Step
+from cascadekit.runtime.text.embeds import PromptEmbeds
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
-from whole import Whole, picture
+from helpers.whole import Whole, picture
 
 F32 = NDArray[np.float32]
 Tape = dict[str, F32]

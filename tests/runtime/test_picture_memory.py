@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.runtime.masks import open_mask
-from cascadekit.runtime.pictures import open_picture
+from cascadekit.runtime.images.masks import open_mask
+from cascadekit.runtime.images.pictures import open_picture
 from cascadekit.schemas.errors import UsageError
 
 SIDE = 4000
@@ -22,8 +22,8 @@ START = 60 << 20  # more than the interpreter had taken, for imports and strips
 CODE = """
 import resource, sys
 from pathlib import Path
-from cascadekit.runtime.masks import open_mask
-from cascadekit.runtime.pictures import open_picture
+from cascadekit.runtime.images.masks import open_mask
+from cascadekit.runtime.images.pictures import open_picture
 from PIL import Image
 Image.init()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from cascadekit.runtime.pictures import clip_pixels, effnet_input, fit, open_picture, vqgan_input
-from cascadekit.runtime.reference import load_reference
+from cascadekit.parity.reference import load_reference
+from cascadekit.runtime.images.pictures import clip_pixels, effnet_input, fit, open_picture, vqgan_input
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import EffnetEncoderConfig
-from graphs import random_tensors
+from helpers.graphs import random_tensors
 
 Array = np.ndarray
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from cascadekit import Cascade, Settings, export
+from cascadekit.runtime.cascade import ROW_AREA
 from cascadekit.runtime.engines.base import check_inputs
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStage
-from cascadekit.runtime.images import image_paths, read_settings, save_png
-from cascadekit.runtime.pipeline import ROW_AREA
+from cascadekit.runtime.images.png import image_paths, read_settings, save_png
 from cascadekit.schemas.errors import CheckpointError, EngineError, UsageError
 from cascadekit.schemas.ports import Port
 from cascadekit.schemas.stages import Stage

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascadekit import Cascade
-from cascadekit.runtime.pipeline import PromptEmbeds
-from cascadekit.runtime.prompts import EncodedTexts, encode_texts, parse_weights, split
-from cascadekit.runtime.tokenizer import END, START, ClipTokenizer, Token
+from cascadekit.runtime.cascade import PromptEmbeds
+from cascadekit.runtime.text.prompts import EncodedTexts, encode_texts, parse_weights, split
+from cascadekit.runtime.text.tokenizer import END, START, ClipTokenizer, Token
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
 

@@ -12,13 +12,13 @@ from PIL import Image
 
 from cascadekit import Cascade
 from cascadekit.cli import main
-from cascadekit.runtime.images import require_settings, save_png
-from cascadekit.runtime.requests import draw, groups
-from cascadekit.runtime.seeds import PlacedSeed
+from cascadekit.runtime.batch.requests import draw, groups
+from cascadekit.runtime.images.png import require_settings, save_png
+from cascadekit.runtime.sampling.seeds import PlacedSeed
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.request import Request, parse_request
 from cascadekit.schemas.stages import Stage
-from whole import Whole, picture
+from helpers.whole import Whole, picture
 
 SIZE = (128, 64)
 QUICK: dict[str, Any] = {"width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2, "prior_guidance": 3.5}

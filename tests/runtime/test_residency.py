@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from cascadekit import Cascade
-from cascadekit.runtime.controls import ControlPicture
-from cascadekit.runtime.residency import MemoryPolicy, Residency
-from cascadekit.runtime.sampling import Step
+from cascadekit.runtime.memory.residency import MemoryPolicy, Residency
+from cascadekit.runtime.sampling.controlnets import ControlPicture
+from cascadekit.runtime.sampling.ddpm import Step
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
-from whole import Loads, Whole, counted, picture
+from helpers.whole import Loads, Whole, counted, picture
 
 QUICK: dict[str, Any] = {"seed": 0, "width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2}
 PATH = [Stage.TEXT_ENCODER, Stage.PRIOR, Stage.PRIOR, Stage.DECODER, Stage.VQGAN]  # the prior is in two graphs

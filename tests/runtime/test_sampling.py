@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 
-from cascadekit.runtime.sampling import Wuerstchen, alpha_bar, ddpm_step, guided, sample, timesteps
+from cascadekit.runtime.sampling.ddpm import Wuerstchen, alpha_bar, ddpm_step, guided, sample, timesteps
 from cascadekit.schemas.errors import UsageError
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, export
 from cascadekit.cli import main
-from cascadekit.converters.stage_graphs import GraphWishes
-from cascadekit.runtime.controls import ControlPicture
-from cascadekit.runtime.soundness import require_sound
+from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.runtime.sampling.controlnets import ControlPicture
+from cascadekit.runtime.sampling.finite_values import require_sound
 from cascadekit.schemas.errors import UnsoundError, UsageError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
-from whole import Whole, picture
+from helpers.whole import Whole, picture
 
 SMALL = {"width": 64, "height": 64, "prior_steps": 3, "decoder_steps": 2, "seed": 0}
 

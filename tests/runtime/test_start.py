@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadekit import Cascade
-from cascadekit.runtime.embeds import PromptEmbeds
-from cascadekit.runtime.samplers import Sampling
-from cascadekit.runtime.sampling import Step
-from cascadekit.runtime.start import Start
+from cascadekit.runtime.sampling.ddpm import Step
+from cascadekit.runtime.sampling.samplers import Sampling
+from cascadekit.runtime.sampling.start import Start
+from cascadekit.runtime.text.embeds import PromptEmbeds
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
-from stability import ddpm, diffuse
-from whole import Whole, picture
+from helpers.stability import ddpm, diffuse
+from helpers.whole import Whole, picture
 
 F32 = NDArray[np.float32]
 

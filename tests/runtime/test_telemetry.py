@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cascadekit
-from whole import Whole
+from helpers.whole import Whole
 
 ROOT = Path(cascadekit.__file__).parent
 COMMAND = """
@@ -59,7 +59,7 @@ def test_huggingface_hub_reports_nothing() -> None:
 
 
 def test_what_the_user_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cascadekit.runtime.telemetry import switch_off_telemetry
+    from cascadekit.runtime.engines.telemetry import switch_off_telemetry
 
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     switch_off_telemetry()

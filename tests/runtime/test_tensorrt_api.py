@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorrt_bindings_of import BINDINGS, look, missing
 
-from cascadekit.runtime.engines import cuda, execution, nvidia
-from cascadekit.runtime.engines.cuda import Cuda
+from cascadekit.runtime.engines.tensorrt.cuda import Cuda
+from cascadekit.runtime.engines.tensorrt.engine import cuda, execution, nvidia
 from cascadekit.schemas.errors import EngineError
+from helpers.tensorrt_bindings_of import BINDINGS, look, missing
 
 # The objects of TensorRT that are kept in variables or attributes of these names, and their classes.
 CLASSES = {

@@ -13,21 +13,21 @@ import tensorrt_rtx
 from cuda.bindings import runtime as real_cuda
 
 from cascadekit.converters.tensorrt import BuildWishes, build
-from cascadekit.runtime.bundle import Bundle, open_bundle
-from cascadekit.runtime.engines import cuda, nvidia, table
-from cascadekit.runtime.engines.cuda import Cuda, as_bf16, from_bf16
-from cascadekit.runtime.engines.execution import Execution
-from cascadekit.runtime.engines.nvidia import Host, open_host
+from cascadekit.runtime.cascade import Cascade
+from cascadekit.runtime.engines import table
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.engines.plans import choose
 from cascadekit.runtime.engines.table import make_engine
-from cascadekit.runtime.engines.tensorrt import TensorRTEngine
-from cascadekit.runtime.pipeline import Cascade
-from cascadekit.runtime.tokenizer import ClipTokenizer
+from cascadekit.runtime.engines.tensorrt.cuda import Cuda, as_bf16, from_bf16
+from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine, cuda, nvidia
+from cascadekit.runtime.engines.tensorrt.execution import Execution
+from cascadekit.runtime.engines.tensorrt.nvidia import Host, open_host
+from cascadekit.runtime.engines.tensorrt.plan_choice import choose
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
-from fake_gpu import FakeGpu, FakeTensorRT, add_plan, profile_of, shapes_for, without_plans
+from cascadekit.storage.bundle import Bundle, open_bundle
+from helpers.fake_gpu import FakeGpu, FakeTensorRT, add_plan, profile_of, shapes_for, without_plans
 
 # Least, likeliest and largest size of symbolic dims: images of 64, 128 and 256 pixels, up to two, and guidance.
 SIDES = {

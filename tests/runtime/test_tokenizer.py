@@ -22,7 +22,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascadekit.runtime.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
+from cascadekit.runtime.text.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError, UsageError
 
 COUNT = 10_000

@@ -9,14 +9,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
-from cascadekit.runtime.bundle import Bundle, open_bundle
-from cascadekit.runtime.engines import cuda, nvidia
-from cascadekit.runtime.engines.nvidia import open_host
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.engines.tensorrt import TensorRTEngine
+from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine, cuda, nvidia
+from cascadekit.runtime.engines.tensorrt.nvidia import open_host
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
-from fake_gpu import FakeGpu, FakeTensorRT, add_plan, profile_of, shapes_for, without_plans
+from cascadekit.storage.bundle import Bundle, open_bundle
+from helpers.fake_gpu import FakeGpu, FakeTensorRT, add_plan, profile_of, shapes_for, without_plans
 
 STAGE = Stage.TEXT_ENCODER
 SIZES = {"batch": (1, 2, 4), "tokens": (77, 77, 77)}

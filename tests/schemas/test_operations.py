@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascadekit.runtime.reference import build_reference
+from cascadekit.parity.reference import build_reference
 from cascadekit.schemas.errors import ExportError
 from cascadekit.schemas.operations import multiply_adds
 from cascadekit.schemas.ports import ports_of

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.converters.lora import bundle
 from cascadekit.converters.lora.at_load import cache_folder, find_lora, with_loras
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 Q = "down_blocks.0.2.attention.to_q"
 FC1 = "text_model.encoder.layers.0.mlp.fc1"

@@ -26,10 +26,10 @@ from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.lora import formulas
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.errors import CascadeError, CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
-from standins import accept_changes
+from cascadekit.storage.bundle import open_bundle
+from helpers.standins import accept_changes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Q = "down_blocks.0.2.attention.to_q"

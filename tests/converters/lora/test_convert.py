@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cascadekit.converters.lora.convert import convert_lora
 from cascadekit.converters.lora.merge import merge_loras
-from cascadekit.converters.lora.reader import open_lora
+from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import ConversionError, UsageError
 from cascadekit.schemas.lora import LoraFormat
 

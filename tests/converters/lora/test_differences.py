@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from cascadekit.converters.lora.convert import convert_lora
 from cascadekit.converters.lora.merge import merge_loras
-from cascadekit.converters.lora.reader import open_lora
+from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import ConversionError, LayoutError
 from cascadekit.schemas.lora import Algorithm, Target
 from cascadekit.schemas.stages import Stage

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from cascadekit.converters.lora.convert import convert_lora
 from cascadekit.converters.lora.merge import merge_loras
-from cascadekit.converters.lora.reader import open_lora
+from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
-from standins import write_stand_in
+from helpers.standins import write_stand_in
 
 KEY = "lora_unet_down_blocks_0_2_attention_attn_to_q"
 DOWN, UP = f"{KEY}.lora_down.weight", f"{KEY}.lora_up.weight"

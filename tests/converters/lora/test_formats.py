@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascadekit.converters.lora.reader import open_lora
+from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError
 from cascadekit.schemas.lora import LoraFormat
 from cascadekit.schemas.stages import PRESETS, Stage, Variant

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit.cli import main
 from cascadekit.converters.lora.convert import convert_lora
 from cascadekit.converters.lora.merge import merge_loras
-from cascadekit.converters.lora.reader import holds_lora, open_lora
+from cascadekit.converters.lora.read_formats import holds_lora, open_lora
 from cascadekit.schemas.errors import LayoutError
 
 Q = "down_blocks.0.2.attention.to_q"

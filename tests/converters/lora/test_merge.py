@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cascadekit.converters.lora.merge import merge_loras
-from cascadekit.converters.safetensors_file import read_header
 from cascadekit.schemas.errors import CascadeError, ConversionError, UsageError
+from cascadekit.storage.safetensors_header import read_header
 
 Q = "down_blocks.0.2.attention.to_q"
 KEY = "lora_unet_down_blocks_0_2_attention_attn_to_q"
@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_checkpoint(
     """A lite prior of real size as a hole: only one tensor is calculated, a block at a time."""
     import tracemalloc
 
-    from standins import write_stand_in
+    from helpers.standins import write_stand_in
 
     write_stand_in(catalog_folder / "original_stage_c_lite.json", tmp_path / "c.safetensors", "BF16", holes=True)
     down, up = numbers(1, 4, 1536), numbers(2, 6144, 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cascadekit.converters.lora.patterns import Patterns, paths_of
-from cascadekit.converters.lora.reader import open_lora
+from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CheckpointError, LayoutError
 from cascadekit.schemas.lora import lora_modules
 from cascadekit.schemas.peft import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD

@@ -12,10 +12,10 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 
 from cascadekit.converters.onnx import Weight, write_graph
-from cascadekit.converters.safetensors_file import read_header
 from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import is_counter
-from graphs import Arrays, Exported, LayerNormalization, random_tensors, shift_data
+from cascadekit.storage.safetensors_header import read_header
+from helpers.graphs import Arrays, Exported, LayerNormalization, random_tensors, shift_data
 
 
 @pytest.fixture(scope="session")

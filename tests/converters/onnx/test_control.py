@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graph
-from cascadekit.runtime.reference.blocks import ResBlock
+from cascadekit.parity.reference.blocks import ResBlock
 from cascadekit.schemas.errors import ExportError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
-from graphs import open_session, run
-from unets import PRIOR, PRIOR_SIZES, inputs_of
+from helpers.graphs import open_session, run
+from helpers.unets import PRIOR, PRIOR_SIZES, inputs_of
 
 NUMBERS = (0, 3, 5, 9)  # of ten residual blocks: 2 and 3 on the way down, 3 and 2 up again
 EXPONENTS = {"down_blocks.0": 2, "down_blocks.1": 3, "up_blocks.1": 1}

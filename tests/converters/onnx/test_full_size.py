@@ -14,7 +14,7 @@ from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import PRESETS, RES_TIMESTEP_ATTENTION, NetworkConfig, Stage, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors, is_counter
-from graphs import open_session, run
+from helpers.graphs import open_session, run
 
 RELEASED = {f"{stage} {variant}": config for (stage, variant), config in PRESETS.items() if variant is not Variant.TINY}
 SIZES = {

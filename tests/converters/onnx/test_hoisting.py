@@ -12,8 +12,8 @@ from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_
 from cascadekit.schemas.hoisted import MODULATION, RATIOS, modulation_width
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.stages import UNetConfig
-from graphs import open_session, run
-from unets import DECODER, DECODER_SIZES, ODD_DECODER, ODD_PRIOR, ODD_PRIOR_SIZES, PRIOR, PRIOR_SIZES, inputs_of
+from helpers.graphs import open_session, run
+from helpers.unets import DECODER, DECODER_SIZES, ODD_DECODER, ODD_PRIOR, ODD_PRIOR_SIZES, PRIOR, PRIOR_SIZES, inputs_of
 
 CASES = [
     (PRIOR, PRIOR_SIZES[1]),

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graph, write_graphs
-from cascadekit.converters.safetensors_file import read_header
-from cascadekit.runtime.reference import load_reference
+from cascadekit.parity.reference import load_reference
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import FP16_MAX, Precision, Target
 from cascadekit.schemas.stages import (
@@ -29,6 +28,7 @@ from cascadekit.schemas.stages import (
     Variant,
 )
 from cascadekit.schemas.unet_blocks import streams_of
+from cascadekit.storage.safetensors_header import read_header
 
 EFFNET, PREVIEWER = EffnetEncoderConfig(), PreviewerConfig(c_hidden=16)
 VISION = ImageEncoderConfig(32, 64, 2, 2, 24, image_size=28)
@@ -180,7 +180,7 @@ def test_exponents_are_exact(export: Callable[..., Any], evaluate: Callable[...,
 
 
 def test_probes_are_the_largest_magnitudes(export: Callable[..., Any]) -> None:
-    from graphs import open_session, run
+    from helpers.graphs import open_session, run
 
     graph = export(PRIOR)
     inputs = inputs_of(graph)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cascadekit.converters.quantize import dequantize, quantize
-from cascadekit.converters.quantize_choice import choose_layers, seeded_inputs
-from cascadekit.converters.safetensors_file import read_header
+from cascadekit.converters.export.quantize_choice import choose_layers, seeded_inputs
+from cascadekit.converters.export.quantize_values import dequantize, quantize
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme, candidates, linears
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant
 from cascadekit.schemas.tensors import expected_tensors
-from graphs import Exported
+from cascadekit.storage.safetensors_header import read_header
+from helpers.graphs import Exported
 
 INT8, INT4 = Quantization.INT8, Quantization.INT4
 PORTABLE, ORT, TENSORRT = Target

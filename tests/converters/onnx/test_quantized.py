@@ -12,17 +12,17 @@ import torch
 from onnx import TensorProto
 from safetensors.torch import load_file
 
+from cascadekit.converters.export.quantize_file import quantize_weights
 from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graph, write_graphs
-from cascadekit.converters.quantize_file import quantize_weights
-from cascadekit.converters.safetensors_file import read_header
-from cascadekit.runtime.reference import load_reference
+from cascadekit.parity.reference import load_reference
 from cascadekit.schemas.errors import ExportError, UsageError
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.quantization import TARGETS, Quantization, candidates
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors
 from cascadekit.schemas.unet_blocks import streams_of
-from graphs import Exported, open_session, run
+from cascadekit.storage.safetensors_header import read_header
+from helpers.graphs import Exported, open_session, run
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32 with the dequantised weights; about 1e-6 is found
 PRIOR, DECODER = (PRESETS[stage, Variant.TINY] for stage in (Stage.PRIOR, Stage.DECODER))

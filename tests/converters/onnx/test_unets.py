@@ -14,7 +14,7 @@ import torch
 
 from cascadekit.converters.onnx.conditions import timestep_frequencies
 from cascadekit.schemas.stages import Stage, UNetConfig
-from unets import DECODER, DECODER_SIZES, ODD_DECODER, ODD_PRIOR, ODD_PRIOR_SIZES, PRIOR, PRIOR_SIZES, inputs_of
+from helpers.unets import DECODER, DECODER_SIZES, ODD_DECODER, ODD_PRIOR, ODD_PRIOR_SIZES, PRIOR, PRIOR_SIZES, inputs_of
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32; about 5e-7 is found
 

@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from tensorrt_bindings_of import BINDINGS, look, missing
 
 from cascadekit.converters.tensorrt import backend, refit, worker
+from helpers.tensorrt_bindings_of import BINDINGS, look, missing
 
 # The classes of what is kept in variables of these names.
 CLASSES = {

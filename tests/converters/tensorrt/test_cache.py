@@ -13,14 +13,14 @@ from safetensors.numpy import save_file
 
 from cascadekit import export
 from cascadekit.cli import main
+from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
-from cascadekit.converters.stage_graphs import GraphWishes
 from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.bundle import PlanEntry
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 SMALL = Bounds(*[parse_image_size("256x256")] * 3)
 VQGAN = BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,), profiles=(SMALL,))

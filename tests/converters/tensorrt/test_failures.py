@@ -18,9 +18,9 @@ from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildWishes, Progress, build, tasks
 from cascadekit.converters.tensorrt.job import Job
 from cascadekit.converters.tensorrt.process import run_build
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 DECODER = BuildWishes(targets=("sm89",), stages=(Stage.DECODER,))
 VQGAN = BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,))

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildWishes, build, builder
 from cascadekit.converters.tensorrt import device as devices
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.bundle import DeviceEntry
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 H100 = DeviceEntry(name="NVIDIA H100", capability="sm90")
 SMALL = Bounds(*[parse_image_size("256x384")] * 3)

@@ -11,12 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cascadekit import export
+from cascadekit.bench.standins import write_stand_in
 from cascadekit.cli import main
-from cascadekit.converters.bench.standins import write_stand_in
-from cascadekit.converters.stage_graphs import GraphWishes
+from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.converters.tensorrt import BuildWishes, build
-from cascadekit.runtime.bundle import open_bundle
-from cascadekit.runtime.plan_header import read_header
+from cascadekit.runtime.engines.tensorrt.plan_header import read_header
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.profiles import DEFAULT, Bounds, parse_image_size
 from cascadekit.schemas.stages import (
@@ -29,6 +28,7 @@ from cascadekit.schemas.stages import (
     Stage,
     TextEncoderConfig,
 )
+from cascadekit.storage.bundle import open_bundle
 
 STATIC = Bounds(*[parse_image_size("512x768")] * 3)
 GRAPHS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cascadekit.converters.tensorrt import BuildWishes, build
-from cascadekit.runtime.bundle import open_bundle
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 # Apart from the environment, where `validate` would run it on every graph of every test.
 ORACLES = Path(sys.prefix) / "oracles"

@@ -12,12 +12,12 @@ from cascadekit.converters.lora.bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder, prune
 from cascadekit.converters.tensorrt.tasks import require_targets
 from cascadekit.converters.tensorrt.weights import built_in, weight_inputs
-from cascadekit.runtime.bundle import open_bundle
-from cascadekit.runtime.plan_header import find_contradiction, read_header
+from cascadekit.runtime.engines.tensorrt.plan_header import find_contradiction, read_header
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 SMALL = Bounds(*[parse_image_size("256x256")] * 3)
 TEXT = BuildWishes(targets=("sm89",), stages=(Stage.TEXT_ENCODER,), profiles=(SMALL,))

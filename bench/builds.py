@@ -1,0 +1,129 @@
+"""Measures builds of GPU engines from networks of real size, and says what the model makes of larger ones."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..converters.export.export import export
+from ..converters.export.graph_options import GraphWishes
+from ..converters.onnx import GraphOptions, Weight, write_graph
+from ..converters.tensorrt import BuildWishes, Built, build
+from ..converters.tensorrt.estimate import Estimate, estimate_model
+from ..converters.tensorrt.process import OnProgress
+from ..converters.tensorrt.tasks import graphs_of
+from ..schemas.errors import UsageError
+from ..schemas.precision import Precision, Target
+from ..schemas.profiles import DEFAULT, Bounds
+from ..schemas.stages import PRESETS
+from ..schemas.tensors import expected_tensors
+from ..storage.machine import describe_machine
+from .report import Say
+from .standins import NETWORKS, source_file
+
+LITE_CASCADE = ("text-encoder", "prior-lite", "decoder-lite", "vqgan")
+STORED = {Precision.FP32: "F32", Precision.BF16: "BF16", Precision.FP16: "F16"}
+
+
+@dataclass(frozen=True)
+class BuildsReport:
+    """Every plan that was built, by the name of its network, and the estimates for networks that were not."""
+
+    machine: dict[str, Any]
+    backend: str
+    built: tuple[tuple[str, Built], ...]
+    expected: dict[tuple[str, str], Estimate]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json.dumps. Ratios are to the bytes of the weights as the graph computes them."""
+        return {
+            "machine": self.machine,
+            "backend": self.backend,
+            "builds": [{"network": network, **_figures(built)} for network, built in self.built],
+            "estimates": [
+                {"network": network, "graph": graph, **vars(each)} for (network, graph), each in self.expected.items()
+            ],
+        }
+
+
+def _figures(built: Built) -> dict[str, Any]:
+    plan, outcome, expected = built.plan, built.outcome, built.estimate
+    assert outcome is not None  # as every plan was built
+    assert expected is not None
+    return {
+        "graph": plan.graph,
+        "targets": plan.targets,
+        "precision": str(plan.precision),
+        "nodes": expected.nodes,
+        "weight_bytes": expected.weights,
+        "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
+        "peak_rss": outcome.peak_rss,
+        "peak_own": outcome.peak_own,
+        "plan_bytes": outcome.bytes,
+        "ratios": {
+            "peak_rss / weights": outcome.peak_rss / expected.weights,
+            "peak_own / weights": outcome.peak_own / expected.weights,
+            "plan / weights": outcome.bytes / expected.weights,
+            "cpu_seconds / estimate": outcome.cpu_seconds / expected.seconds,
+            "peak_own / estimate": outcome.peak_own / expected.memory,
+            "plan / estimate": outcome.bytes / expected.plan,
+        },
+    }
+
+
+def bench_builds(
+    work: Path,
+    *,
+    networks: Sequence[str] = LITE_CASCADE,
+    targets: Sequence[str] = ("sm89",),
+    precision: Precision = Precision.BF16,
+    bounds: Bounds = DEFAULT,
+    expected: Sequence[str] = ("prior", "decoder"),
+    say: Say = lambda text: None,
+    on_progress: OnProgress = lambda progress: None,
+) -> BuildsReport:
+    """Build the graphs that `generate` runs of stand-ins for `networks` with TensorRT-RTX, one at a time, in a folder
+    below `work` that is removed at the end. `expected` are networks that are estimated alone: no file is written.
+
+    Raises UsageError when the work folder is none or too small, and what `build` raises."""
+    if not work.is_dir():
+        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
+    machine = describe_machine(work)
+    wishes = BuildWishes(targets=tuple(targets), profiles=(bounds,))
+    measured: list[tuple[str, Built]] = []
+    backend = ""
+    for network in networks:
+        with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
+            folder = Path(name).absolute()
+            dtype = "F32" if precision is Precision.FP32 else "BF16"
+            _, source = source_file(folder, network, dtype, None, 2 if precision is Precision.FP16 else 1, say)
+            graphs = GraphWishes(precision=precision, target=Target.TENSORRT)
+            export(source, folder / "bundle", graphs=graphs)
+            for built in build(folder / "bundle", wishes, on_progress=on_progress, say=say):
+                say(f"{network}/{built.plan.graph}: {built.plan.seconds:.1f} s")
+                backend = f"{built.plan.backend} {built.plan.backend_version}"
+                measured.append((network, built))
+    machine["load_average"]["after"] = os.getloadavg()[0]
+    estimates = {key: each for network in expected for key, each in _expected(network, precision).items()}
+    return BuildsReport(machine, backend, tuple(measured), estimates)
+
+
+def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estimate]:
+    """What builds of a network would take, from its graphs alone."""
+    config = PRESETS[NETWORKS[network]]
+    options = GraphOptions(precision=precision, target=Target.TENSORRT)
+    weights: dict[str, Weight] = {}
+    end = 0
+    for name, shape in expected_tensors(config).items():
+        nbytes = math.prod(shape) * (4 if precision is Precision.FP32 else 2)
+        weights[name] = Weight(STORED[precision], shape, "weights", end, nbytes)
+        end += nbytes
+    names = graphs_of(config.stage)
+    return {
+        (network, name): estimate_model(write_graph(config, weights, options, name), name, precision, 1)
+        for name in names
+    }

@@ -1,0 +1,178 @@
+"""Measures whole generations, by this package and by diffusers' pipelines on the same weights."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..converters.checkpoints.convert import convert
+from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
+from ..converters.export.export import export
+from ..runtime.memory.prediction import predict_peak
+from ..runtime.memory.residency import MemoryPolicy
+from ..schemas.errors import ConversionError, UsageError
+from ..schemas.layouts import Layout
+from ..schemas.stages import PRESETS, Stage, Variant
+from ..schemas.tensors import expected_tensors
+from ..storage.machine import describe_machine
+from .generate_worker import PROGRAMS, GenerateJob
+from .process import launch
+from .report import Say
+from .standins import NETWORKS, require_space, write_stand_in
+
+DEFAULT_PROGRAMS = ("onnxruntime", "openvino-bf16", "diffusers", "diffusers-bf16")
+STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
+STAND_INS = {"prior-lite": "stage_c_lite_bf16", "decoder-lite": "stage_b_lite_bf16", "vqgan": "stage_a"}
+TEXT = "text-encoder"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One program: seconds a round for each stage's network (of a step, where it has steps), for loading, for all
+    of an image, and for what is neither (tokens, noise, the sampler, the loop); the peak of its processes."""
+
+    version: str
+    stage_seconds: dict[str, list[float]]
+    load_seconds: list[float]
+    image_seconds: list[float]
+    loop_seconds: list[float]
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """What was measured; `missing` names what each program that is not installed needs. `predicted_peak` is what
+    `generate` would tell before such an image, in bytes."""
+
+    machine: dict[str, Any]
+    job: dict[str, Any]
+    predicted_peak: int
+    programs: dict[str, Generation]
+    missing: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json.dumps, with medians and the ratios of each round to the first program."""
+        content = asdict(self)
+        first = next(iter(self.programs.values()))
+        for name, found in self.programs.items():
+            content["programs"][name] |= {
+                "loop_share": median(found.loop_seconds) / median(found.image_seconds),
+                "ratios": [a / b for a, b in zip(found.image_seconds, first.image_seconds, strict=True)],
+            }
+        return content
+
+
+def bench_generate(
+    work: Path,
+    *,
+    model: Path | None = None,
+    programs: Sequence[str] = DEFAULT_PROGRAMS,
+    tiny: bool = False,
+    size: tuple[int, int] = (512, 512),
+    steps: tuple[int, int] = (4, 2),
+    memory: str = "resident",
+    threads: int = 2,
+    rounds: int = 3,
+    runs: int = 1,
+    say: Say = lambda text: None,
+) -> GenerateReport:
+    """Draw images of `size` (height, width) with `steps` of prior and decoder, from `model`, a model folder, or from
+    a stand-in of the lite cascade's size (`tiny`: of no size), in a folder below `work` that is removed at the end.
+
+    In each of `rounds` rounds every program has a process of its own, which draws once and then `runs` times for the
+    clock. Raises UsageError for what cannot be measured, ConversionError when a process fails."""
+    missing = _missing(programs)
+    if not work.is_dir():
+        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
+    with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
+        folder = Path(name).absolute()
+        machine = describe_machine(folder)
+        source = model.absolute() if model else _stand_in(folder, say, tiny=tiny)
+        manifest = export(source, folder / "bundle", stages=STAGES)
+        job = GenerateJob(
+            program="",
+            model=str(source),
+            bundle=str(folder / "bundle"),
+            memory=memory,
+            threads=threads,
+            height=size[0],
+            width=size[1],
+            prior_steps=steps[0],
+            decoder_steps=steps[1],
+            runs=runs,
+        )
+        results = _rounds(job, [name for name in programs if name not in missing], rounds, say)
+        machine["load_average"]["after"] = os.getloadavg()[0]
+        described = {k: v for k, v in asdict(job).items() if k not in ("program", "model", "bundle")}
+        return GenerateReport(
+            machine,
+            described,
+            predict_peak(manifest, MemoryPolicy.parse(memory), job.settings, 1).nbytes,
+            {name: _generation(job, found) for name, found in results.items()},
+            missing,
+        )
+
+
+def _missing(programs: Sequence[str]) -> dict[str, str]:
+    unknown = [name for name in programs if name not in PROGRAMS]
+    if unknown:
+        raise UsageError(f"program {', '.join(unknown)}: expected some of {', '.join(PROGRAMS)}")
+    missing = {name: f"not installed: {PROGRAMS[name][0]}" for name in programs if find_spec(PROGRAMS[name][0]) is None}
+    if len(missing) == len(programs):
+        raise UsageError(f"nothing to measure: {'; '.join(missing.values())}")
+    return missing
+
+
+def _stand_in(folder: Path, say: Say, *, tiny: bool) -> Path:
+    """A model folder with random weights."""
+    original = folder / "original"
+    original.mkdir()
+    if tiny:
+        write_tiny_cascade(original)
+    else:
+        counts = [sum(_sizes(PRESETS[NETWORKS[name]])) for name in (*STAND_INS, TEXT)]
+        require_space(folder, 4 * sum(counts))
+        say(f"writing a stand-in for the lite cascade: {2 * sum(counts) / 1e9:.1f} GB of BF16, and its model folder")
+        for name, file in STAND_INS.items():
+            write_stand_in(original / f"{file}.safetensors", PRESETS[NETWORKS[name]], "BF16")
+        write_stand_in(original / "unused", PRESETS[Stage.TEXT_ENCODER, Variant.FULL], "BF16")
+    convert([original], folder / "model", Layout.DIFFUSERS)
+    return folder / "model"
+
+
+def _sizes(config: Any) -> list[int]:
+    return [math.prod(shape) for shape in expected_tensors(config).values()]
+
+
+def _rounds(job: GenerateJob, programs: Sequence[str], rounds: int, say: Say) -> dict[str, list[dict[str, Any]]]:
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
+    for number in range(1, rounds + 1):
+        for name in programs:
+            here = GenerateJob(**{**asdict(job), "program": name})
+            run, printed = launch(here.command(), environment=here.environment, label=name)
+            try:
+                result = {**json.loads(printed[-1]), "peak_rss": run.peak_rss}
+            except (IndexError, ValueError) as error:
+                raise ConversionError(f"{name}: its process ended without a result: {error}") from error
+            results[name].append(result)
+            say(f"round {number} of {rounds}: {name} {result['spent']['all'] / job.runs:.2f} s an image")
+    return results
+
+
+def _generation(job: GenerateJob, results: Sequence[dict[str, Any]]) -> Generation:
+    calls = {Stage.PRIOR: job.prior_steps, Stage.DECODER: job.decoder_steps}
+    spent = [{name: seconds / job.runs for name, seconds in result["spent"].items()} for result in results]
+    return Generation(
+        version=results[0]["version"],
+        stage_seconds={stage: [each.get(stage, 0.0) / calls.get(stage, 1) for each in spent] for stage in STAGES},
+        load_seconds=[result["first"].get("load", 0.0) for result in results],
+        image_seconds=[each["all"] for each in spent],
+        loop_seconds=[2 * each["all"] - sum(each.values()) for each in spent],  # "all" is among the values
+        peak_rss=max(result["peak_rss"] for result in results),
+    )

@@ -1,0 +1,121 @@
+"""Measures what verify's presets are made of: how far engines are from the reference, over the reference's own error.
+
+On tiny cascades of random weights, as many as asked for: the ratio hardly depends on the network, which is why a preset
+is a factor times a floor that is measured on the very model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..converters.checkpoints.convert import convert
+from ..converters.checkpoints.open_model import open_model
+from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
+from ..converters.export.export import export
+from ..converters.export.graph_options import GraphWishes
+from ..converters.export.quantize_stage import SCHEMES, Quantize
+from ..parity.inside.bisect import Bisection, bisect_stage
+from ..parity.reference.loading import reference_engine
+from ..parity.reference_run import TRAJECTORY_STAGES, expect
+from ..parity.verify import Report, verify
+from ..runtime.engines.table import make_engine
+from ..runtime.text.tokenizer import ClipTokenizer
+from ..schemas.layouts import Layout
+from ..schemas.precision import Precision
+from ..schemas.quantization import Quantization
+from ..schemas.stages import Stage
+from ..storage.bundle import open_bundle
+
+# The bundle's precision, and the engines that run it. Graphs in bf16 have none on CPUs but what computes so by itself.
+RUNS = (
+    (Precision.FP32, ("onnxruntime", "openvino", "openvino-bf16")),
+    (Precision.FP16, ("onnxruntime",)),
+)
+FP16_SAFE = 3
+PARTS = "parts of a graph"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The worst of a stage's passes over all networks: the reference's floor, relative L2 there, and one over the
+    other."""
+
+    engine: str
+    kind: Precision | Quantization
+    stage: Stage
+    floor: float
+    relative_l2: float
+
+    @property
+    def ratio(self) -> float:
+        return self.relative_l2 / self.floor
+
+
+def measure_ratios(networks: int, say: Callable[[str], object] = lambda text: None) -> list[Ratio]:
+    """For `networks` cascades, of each engine, precision or quantisation, and stage the ratio that is worst.
+
+    "parts of a graph" is about bisection: the worst channel of the part that is nearest to being called faulty."""
+    found: list[Ratio] = []
+    for seed in range(networks):
+        with TemporaryDirectory(prefix="cascadekit-parity-") as folder:
+            say(f"network {seed + 1} of {networks}")
+            found += _of_network(Path(folder), seed)
+    worst: dict[tuple[str, Precision | Quantization, Stage], Ratio] = {}
+    for ratio in found:
+        key = (ratio.engine, ratio.kind, ratio.stage)
+        if key not in worst or ratio.ratio > worst[key].ratio:
+            worst[key] = ratio
+    return list(worst.values())
+
+
+def _of_network(folder: Path, seed: int) -> list[Ratio]:
+    write_tiny_cascade(folder / "original", seed)
+    convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
+    model = open_model([folder / "model"])
+    reference = reference_engine(model, TRAJECTORY_STAGES)
+    tokenizer = ClipTokenizer.open(None)
+    found: list[Ratio] = []
+    for precision in Precision:
+        safe = FP16_SAFE if precision is Precision.FP16 else None
+        export(model, folder / precision, graphs=GraphWishes(precision=precision, fp16_safe=safe))
+    expected = expect(reference, open_bundle(folder / Precision.FP32).manifest, tokenizer)
+    for precision in Precision:
+        bundle = open_bundle(folder / precision)
+        for engine in dict(RUNS).get(precision, ()):
+            found += _of_report(verify(make_engine(engine, bundle), expected, bundle.manifest, tokenizer))
+        found += [_of_parts(bisect_stage(bundle, stage, reference, tokenizer)) for stage in bundle.manifest.stages]
+    for kind in SCHEMES:
+        export(model, folder / kind, weights="copy", quantize=Quantize(kind))
+        bundle = open_bundle(folder / kind)
+        found += _of_report(verify(make_engine("onnxruntime", bundle), expected, bundle.manifest, tokenizer))
+    return found
+
+
+def _of_report(report: Report) -> list[Ratio]:
+    """Of quantised stages to the floor of that, of others to that of their precision."""
+    found = []
+    for stage, preset in report.presets.items():
+        quantized = preset.quantization is not Quantization.NONE
+        kind = preset.quantization if quantized else preset.precision
+        floor = preset.quantized_floor if quantized else preset.floor
+        found.append(Ratio(report.engine, kind, stage, floor, _worst(report, stage)))
+    return found
+
+
+def _worst(report: Report, stage: Stage) -> float:
+    """Of the passes that were fed what the reference was fed."""
+    names = (f"{stage}: ", f"teacher-forced: {stage} ")
+    return max(comparison.relative_l2 for comparison in report.comparisons if comparison.name.startswith(names))
+
+
+def _of_parts(found: Bisection) -> Ratio:
+    nearest = max(found.points, key=lambda point: point.worst_channel / point.limit)
+    return Ratio(PARTS, found.precision, found.stage, nearest.held_to, nearest.worst_channel)
+
+
+def table_rows(ratios: Sequence[Ratio]) -> list[tuple[str, ...]]:
+    return [
+        (r.engine, str(r.kind), str(r.stage), f"{r.floor:.1e}", f"{r.relative_l2:.1e}", f"{r.ratio:.2f}")
+        for r in ratios
+    ]

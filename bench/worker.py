@@ -1,0 +1,225 @@
+"""The process that measures one engine: loads a stage, runs it, prints what that took as one line of JSON."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..converters.checkpoints.open_model import open_model
+from ..runtime.engines.base import StageRunner
+from ..runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
+from ..runtime.engines.openvino import import_openvino
+from ..runtime.engines.table import make_engine
+from ..runtime.sampling.hoisting import CONDITIONING, STEP, HoistedStage, prepare
+from ..schemas.bundle import MAIN_GRAPH
+from ..schemas.ports import ports_of
+from ..schemas.stages import Stage
+from ..storage.bundle import open_bundle
+
+GEMM = "gemm"
+GEMM_SHAPE = (1152, 1536, 6144)  # of the widest products of the lite prior at 1024x1024 with guidance
+GEMM_SECONDS = 0.7  # for each dtype
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does: `runs` forwards of one stage on one engine, after one that does not count."""
+
+    engine: str
+    stage: str
+    source: str  # the checkpoint, for engines that read it
+    bundle: str
+    inputs: str  # .npz, an array for each port
+    outputs: str  # .npz to write
+    work: str  # folder for what an engine has to make
+    threads: int
+    runs: int
+
+    def command(self) -> tuple[str, ...]:
+        call = "from cascadekit.bench.worker import main; main()"
+        return (sys.executable, "-c", call, json.dumps(asdict(self)))
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Settings that libraries read when they are loaded."""
+        count = str(self.threads)
+        return {
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(self.work) / "inductor"),
+        }
+
+
+# Those that report their use unless they are imported with care.
+IMPORTS: Mapping[str, Callable[[], Any]] = {
+    "onnxruntime": lambda: import_onnxruntime("cpu"),
+    "openvino": import_openvino,
+}
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    print(json.dumps(_gemm_rates() if job.engine == GEMM else _measure(job)))
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    inputs = dict(np.load(job.inputs))
+    os.chdir(job.work)
+    _, needs = LOADERS[job.engine]
+    for name in needs:
+        IMPORTS[name]() if name in IMPORTS else import_module(name)  # importing is not loading
+    start = perf_counter()
+    runner = load(job)
+    loaded, rss = perf_counter() - start, resident()
+    outputs = runner(inputs)  # compiles, packs, grows its memory
+    first = perf_counter() - start - loaded
+    seconds, cpu = [], []
+    for _ in range(job.runs):
+        wall, own = perf_counter(), process_time()
+        outputs = runner(inputs)
+        seconds.append(perf_counter() - wall)
+        cpu.append(process_time() - own)
+    save_arrays(Path(job.outputs), outputs)
+    return {
+        "load_seconds": loaded,
+        "first_seconds": first,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "rss_after_load": rss,
+        "rss_after_runs": resident(),
+        "version": version(needs[0]),
+    }
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """As .npz."""
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def resident() -> dict[str, int]:
+    """Bytes in memory: the process's own, and pages of files, which the system may drop."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("file", "RssFile"))}
+
+
+def load(job: Job) -> StageRunner:
+    """The stage on the job's engine."""
+    loader, _ = LOADERS[job.engine]
+    return loader(job)
+
+
+def _bundled(name: str) -> Callable[[Job], StageRunner]:
+    return lambda job: make_engine(name, open_bundle(Path(job.bundle)), threads=job.threads).load(Stage(job.stage))
+
+
+def _hoisted(name: str) -> Callable[[Job], StageRunner]:
+    """The step graph alone; what conditions it is computed before the clock runs."""
+
+    def loaded(job: Job) -> StageRunner:
+        engine, stage = make_engine(name, open_bundle(Path(job.bundle)), threads=job.threads), Stage(job.stage)
+        inputs = dict(np.load(job.inputs))
+        ratios = inputs["timestep_ratio"]
+        conditions = {port: value for port, value in inputs.items() if port not in ("sample", "timestep_ratio")}
+        with engine.load(stage, CONDITIONING) as first:
+            prepared = dict(prepare(first, stage, inputs["sample"], conditions, ratios))
+        return HoistedStage(engine.load(stage, STEP), prepared, ratios)
+
+    return loaded
+
+
+def _reference(dtype: str, *, compiled: bool = False) -> Callable[[Job], StageRunner]:
+    def loaded(job: Job) -> StageRunner:
+        from ..parity.reference.loading import reference_engine
+
+        stage = Stage(job.stage)
+        return reference_engine(open_model([Path(job.source)]), [stage], dtype=dtype, compiled=compiled).load(stage)
+
+    return loaded
+
+
+def _diffusers(dtype: str) -> Callable[[Job], StageRunner]:
+    def loaded(job: Job) -> StageRunner:
+        from ..parity.reference.loading import diffusers_engine
+
+        stage = Stage(job.stage)
+        return diffusers_engine(open_model([Path(job.source)]).component(stage), dtype=dtype).load(stage)
+
+    return loaded
+
+
+def _traced(job: Job) -> StageRunner:
+    """The reference as torch's exporter writes it."""
+    session = import_onnxruntime("cpu")
+    options = session.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    loaded = session.InferenceSession(traced_graph(job), options, providers=["CPUExecutionProvider"])
+    stage = Stage(job.stage)
+    return OnnxRuntimeStage(stage, open_bundle(Path(job.bundle)).entry(stage).graphs[MAIN_GRAPH], loaded)
+
+
+def traced_graph(job: Job) -> Path:
+    """Where the traced graph lies; the first worker that asks makes it, before the others are measured."""
+    path = Path(job.work) / "traced.onnx"
+    if not path.exists():
+        from ..parity.reference.engine import trace
+        from ..parity.reference.loading import load_component
+
+        component = open_model([Path(job.source)]).component(Stage(job.stage))
+        names = [port.name for port in ports_of(component.config).outputs]
+        trace(load_component(component), dict(np.load(job.inputs)), names, path)
+    return path
+
+
+def _gemm_rates() -> dict[str, float]:
+    """Multiply-adds per second of a product like the prior's, for each library and dtype at hand."""
+    rates = {"numpy fp32": _numpy_rate()}
+    if find_spec("torch") is not None:
+        from ..parity.reference.engine import matmul_rate
+
+        rates["torch fp32"] = matmul_rate("float32", *GEMM_SHAPE, GEMM_SECONDS)
+        rates["torch bf16"] = matmul_rate("bfloat16", *GEMM_SHAPE, GEMM_SECONDS)
+    return rates
+
+
+def _numpy_rate() -> float:
+    rows, inner, columns = GEMM_SHAPE
+    random = np.random.default_rng(0)
+    a, b = random.random((rows, inner), np.float32), random.random((columns, inner), np.float32).T
+    best = float("inf")
+    end = perf_counter() + GEMM_SECONDS
+    while perf_counter() < end:
+        start = perf_counter()
+        a @ b
+        best = min(best, perf_counter() - start)
+    return rows * inner * columns / best
+
+
+ONNXRUNTIME, OPENVINO, TORCH, DIFFUSERS = ("onnxruntime",), ("openvino",), ("torch",), ("diffusers", "torch")
+
+# How each engine is loaded, and the packages it needs, first the one whose version counts.
+LOADERS: Mapping[str, tuple[Callable[[Job], StageRunner], tuple[str, ...]]] = {
+    "onnxruntime": (_bundled("onnxruntime"), ONNXRUNTIME),
+    "onnxruntime-hoisted": (_hoisted("onnxruntime"), ONNXRUNTIME),
+    "onnxruntime-mapped": (_bundled("onnxruntime-mapped"), ONNXRUNTIME),
+    "onnxruntime-traced": (_traced, (*ONNXRUNTIME, *TORCH, "onnxscript")),
+    "openvino": (_bundled("openvino"), OPENVINO),
+    "openvino-bf16": (_bundled("openvino-bf16"), OPENVINO),
+    "openvino-bf16-hoisted": (_hoisted("openvino-bf16"), OPENVINO),
+    "torch": (_reference("F32"), TORCH),
+    "torch-bf16": (_reference("BF16"), TORCH),
+    "torch-compile": (_reference("F32", compiled=True), TORCH),
+    "torch-compile-bf16": (_reference("BF16", compiled=True), TORCH),
+    "diffusers": (_diffusers("F32"), DIFFUSERS),
+    "diffusers-bf16": (_diffusers("BF16"), DIFFUSERS),
+}

@@ -1,0 +1,1 @@
+"""Checkpoints of every layout: opened, identified, and written in another layout."""

@@ -1,0 +1,88 @@
+"""The tiny cascade: every stage with about a million weights in all, the same on every machine, in the original
+layout. It draws no picture anybody would want; it is the whole road at a size that runs anywhere.
+
+Its weights are random, so its prior and decoder denoise nothing and latents grow to some hundreds along a
+trajectory; the vqgan is scaled to them and keeps its images off black and white, where errors would not show.
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.layouts import Layout, to_diffusers
+from ...schemas.stages import PRESETS, NetworkConfig, Stage, Variant
+from ...schemas.tensors import Shape, expected_tensors, is_counter
+from .model_folder import write_folder_files
+
+TINY_FILES = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
+
+LATENTS_NEAR = np.float32(100)  # what random networks make of unit noise in 20 + 10 steps
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def write_tiny_cascade(folder: Path, seed: int = 0) -> None:
+    """Write stage_a, stage_b and stage_c .safetensors and text_encoder/ (Hugging Face layout) into `folder`, F32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (stage, name) in enumerate(TINY_FILES.items()):
+        config = PRESETS[stage, Variant.TINY]
+        tensors = _random_tensors(_original_shapes(config), np.random.default_rng([seed, number]))
+        if stage is Stage.VQGAN:
+            _draw_around_grey(tensors)
+        _write(folder / f"{name}.safetensors", tensors)
+    text_encoder = PRESETS[Stage.TEXT_ENCODER, Variant.TINY]
+    write_folder_files(folder, {Stage.TEXT_ENCODER: text_encoder}, index=False)
+    tensors = _random_tensors(expected_tensors(text_encoder), np.random.default_rng([seed, len(TINY_FILES)]))
+    _write(folder / Stage.TEXT_ENCODER / "model.safetensors", tensors)
+
+
+def _original_shapes(config: NetworkConfig) -> dict[str, Shape]:
+    made = to_diffusers(config.stage, Layout.ORIGINAL).inverse.apply(expected_tensors(config))
+    return {name: tensor.shape for name, tensor in made.items()}
+
+
+def _random_tensors(shapes: dict[str, Shape], rng: np.random.Generator) -> Tensors:
+    return {name: _random_tensor(name, shape, rng) for name, shape in shapes.items()}
+
+
+def _random_tensor(name: str, shape: Shape, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Weights that keep activations near 1 and leave nothing at zero, where a mistake could hide."""
+    if name.endswith("running_var"):
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    noise = rng.standard_normal(shape, dtype=np.float32) * np.float32(_deviation(name, shape))
+    is_norm_weight = "norm" in name and name.endswith("weight")
+    return noise + np.float32(1) if is_norm_weight else noise
+
+
+def _deviation(name: str, shape: Shape) -> float:
+    if len(shape) < 2 or name.endswith((".gamma", ".beta")):
+        return 0.5 if name.endswith("gammas") else 0.1
+    if name.endswith("embedding.weight"):
+        return 0.5
+    return 1 / math.sqrt(math.prod(shape[1:]))
+
+
+def _draw_around_grey(tensors: Tensors) -> None:
+    """Let the vqgan's images vary around 0.5 without reaching 0 or 1 everywhere."""
+    tensors["up_blocks.0.0.weight"] /= LATENTS_NEAR
+    tensors["out_block.0.weight"] *= np.float32(0.15)
+    tensors["out_block.0.bias"] += np.float32(0.5)
+
+
+def _write(path: Path, tensors: Tensors) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    data: list[bytes] = []
+    position = 0
+    for name, tensor in tensors.items():
+        dtype, values = ("I64", np.full(tensor.shape, 1000, "<i8")) if is_counter(name) else ("F32", tensor)
+        block = values.astype(values.dtype.newbyteorder("<")).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, position + len(block)]}
+        position += len(block)
+        data.append(block)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *data]))

@@ -1,0 +1,1 @@
+"""Bundles: graphs and weights written, quantised, and checked."""

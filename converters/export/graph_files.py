@@ -1,0 +1,127 @@
+"""ONNX files and their weights: where each initialiser's bytes lie, and onnx's own checks."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from ...schemas.bundle import VERSION, PortEntry
+
+DTYPES: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "F32",
+    onnx.TensorProto.FLOAT16: "F16",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.DOUBLE: "F64",
+}
+TOGETHER = re.compile(r"(.*)\.([^.]+(?:\+[^.]+)+)\.(weight|bias)")
+PORT_DTYPES: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.INT32: "int32",
+}
+
+
+@dataclass(frozen=True)
+class External:
+    """Where an initialiser says its bytes lie: a file relative to the graph's folder, and a range of it."""
+
+    name: str
+    dtype: str  # in safetensors' spelling; "" for one it has none for
+    dims: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+
+
+def external_data(model: onnx.ModelProto) -> Iterator[External]:
+    """Every tensor of the graph that lies in another file, those that the graph takes as one apart again. Raises
+    ValueError for numbers that are none."""
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            said = {entry.key: entry.value for entry in tensor.external_data}
+            whole = External(
+                tensor.name,
+                DTYPES.get(tensor.data_type, ""),
+                tuple(tensor.dims),
+                said.get("location", ""),
+                int(said.get("offset", 0)),
+                int(said.get("length", -1)),
+            )
+            yield from _apart(whole)
+
+
+def _apart(whole: External) -> Iterator[External]:
+    """The tensors of ``prefix.a+b.weight``, which lie one after the other and are equally large; or the one it is."""
+    found = TOGETHER.fullmatch(whole.name)
+    if not found:
+        yield whole
+        return
+    parts = found[2].split("+")
+    length, dims = whole.length // len(parts), (whole.dims[0] // len(parts), *whole.dims[1:])
+    for number, part in enumerate(parts):
+        name = f"{found[1]}.{part}.{found[3]}"
+        yield replace(whole, name=name, dims=dims, offset=whole.offset + number * length, length=length)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph alone, its weights left where they are."""
+    return onnx.load(path, load_external_data=False)
+
+
+def port_entries(values: Iterator[onnx.ValueInfoProto] | list[onnx.ValueInfoProto]) -> tuple[PortEntry, ...]:
+    """What the graph says of its inputs or outputs."""
+    return tuple(
+        PortEntry(
+            name=value.name,
+            dtype=PORT_DTYPES.get(value.type.tensor_type.elem_type, "unknown"),
+            dims=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in values
+    )
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ai.onnx that the graph is written in; 0 where it names none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def stamp(model: onnx.ModelProto, facts: Mapping[str, str], version: str) -> None:
+    """Have the graph say which cascadekit made it, and `facts` under names of its own. The time is none of them: two
+    exports of the same weights are the same bytes."""
+    model.producer_version = version
+    model.model_version = VERSION
+    onnx.helper.set_model_props(model, {f"cascadekit.{key}": text for key, text in facts.items()})
+
+
+@contextmanager
+def beside_holes(folder: Path, sizes: Mapping[str, int]) -> Iterator[Path]:
+    """A folder with a hole of the size of each weights file; it is removed at the end.
+
+    onnx follows a graph's weights when it checks a file, and refuses those with several hard links. It reads
+    none of their bytes, so a hole will do."""
+    folder.mkdir()
+    try:
+        for name, size in sizes.items():
+            (folder / name).touch()
+            os.truncate(folder / name, size)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_graph(path: Path) -> None:
+    """onnx's full check of a graph by its path, with shape inference. Raises onnx's own errors."""
+    onnx.checker.check_model(path, full_check=True)
+
+
+def infer_strictly(path: Path) -> None:
+    """Infer the shape of every value of a graph by its path; writes the result beside it. Raises onnx's own errors."""
+    output = path.with_suffix(".inferred")
+    onnx.shape_inference.infer_shapes_path(path, output, check_type=True, strict_mode=True, data_prop=True)

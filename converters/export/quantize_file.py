@@ -1,0 +1,117 @@
+"""Writes quantised weights from ranges of safetensors files into one of their own, some rows at a time."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ...schemas.errors import ConversionError, ExportError
+from ...schemas.quantization import Quantization, Scheme, StoredTensor, quantized_name, scale_name, stored_tensors
+from ...storage.cast import FLOATS, cast_block
+from ...storage.cast_ranges import read_exactly, read_lines, write_all, write_lines
+from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange, encode_header, read_header
+from ...storage.safetensors_writer import flushing, reserve, what_failed
+from .quantize_values import Floats, Quantized, pack, quantize
+
+BLOCK_VALUES = 1 << 21  # of a block of rows; some ten arrays of that many floats or less are alive at a time
+
+
+def quantize_weights(
+    tensors: Mapping[str, TensorRange],
+    chosen: Collection[str],
+    scheme: Scheme,
+    path: Path,
+    progress: Progress | None = None,
+) -> dict[str, TensorRange]:
+    """Write the weights of the modules `chosen`, out of the float `tensors`, in `scheme` to a safetensors file.
+
+    Returns where each stored tensor lies in it (see ``schemas.quantization.stored_tensors``). The file is on disk
+    (fsync) when this returns. Memory is about 100 MB, however large the matrices, unless a row has over 2 million
+    values. `progress` counts bytes of the output's tensors.
+
+    Raises ExportError for modules without a float matrix, ConversionError for NaN and infinities and when the disk is
+    full or a source cannot be read; the file is then to be thrown away."""
+    matrices = {module: matrix_of(tensors, module) for module in sorted(chosen)}
+    described = {module: stored_tensors(scheme, module, *shape_of(part)) for module, part in matrices.items()}
+    flat = {name: tensor for parts in described.values() for name, tensor in parts.items()}
+    header = encode_header(flat, {"format": "pt"})
+    total = len(header) + sum(tensor.nbytes for tensor in flat.values())
+    try:
+        with path.open("wb") as out:
+            reserve(out.fileno(), total)
+            out.write(header)
+            out.flush()
+            at = len(header)
+            with flushing(out.fileno()):
+                for module, matrix in matrices.items():
+                    _write_module(module, matrix, scheme, described[module], out.fileno(), at, progress)
+                    at += sum(tensor.nbytes for tensor in described[module].values())
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise ConversionError(what_failed(path, total, error)) from error
+    return read_header(path).tensors
+
+
+def matrix_of(tensors: Mapping[str, TensorRange], module: str) -> TensorRange:
+    """The range of a module's weight. Raises ExportError when there is none, or no float matrix."""
+    part = tensors.get(f"{module}.weight")
+    if part is None:
+        raise ExportError(f"{module}: has no weight to quantise")
+    if part.dtype not in FLOATS or len(part.shape) < 2:
+        raise ExportError(f"{part.path}: {module}.weight: {part.dtype} {list(part.shape)} is no float matrix")
+    return part
+
+
+def shape_of(part: TensorRange) -> tuple[int, int]:
+    """Rows and columns of a matrix or of a 1x1 convolution's weight."""
+    return part.shape[0], part.shape[1]
+
+
+def row_blocks(part: TensorRange) -> Iterator[tuple[int, Floats]]:
+    """The first row and the values (n, columns) float32 of each block of rows."""
+    rows, columns = shape_of(part)
+    step = max(1, BLOCK_VALUES // columns)
+    with part.path.open("rb", buffering=0) as file:
+        size = DTYPE_SIZES[part.dtype]
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            if part.transposed:  # a line of the file is a column
+                data = read_lines(file, part.offset + start * size, rows * size, columns, count * size)
+                yield start, cast_block(data, part.dtype, "F32")[0].reshape(columns, count).T
+            else:
+                data = read_exactly(file, part.offset + start * columns * size, count * columns * size)
+                yield start, cast_block(data, part.dtype, "F32")[0].reshape(count, columns)
+
+
+def quantize_rows(module: str, part: TensorRange, rows: Floats, scheme: Scheme) -> Quantized:
+    """`quantize` rows of the weight of `module`, which lies at `part`; the error names both."""
+    try:
+        return quantize(rows, scheme)
+    except ConversionError as error:
+        raise ConversionError(f"{part.path}: {module}.weight {error}") from error
+
+
+def _write_module(
+    module: str,
+    part: TensorRange,
+    scheme: Scheme,
+    described: Mapping[str, StoredTensor],
+    target: int,
+    at: int,
+    progress: Progress | None,
+) -> None:
+    """Write values and scales of one module to where the file has them, from byte `at` on."""
+    values, scale = described[quantized_name(module)], described[scale_name(module)]
+    at_scale = at + values.nbytes
+    for start, rows in row_blocks(part):
+        quantized = quantize_rows(module, part, rows, scheme)
+        packed = pack(quantized, scheme)
+        if scheme.kind is Quantization.INT8_DYNAMIC:  # lies transposed: a column's values follow one another
+            write_lines(target, packed, at + start, values.shape[1])
+        else:
+            write_all(target, packed.reshape(-1), at + start * (values.nbytes // values.shape[0]))
+        little = np.ascontiguousarray(quantized.scale, "<f4")
+        write_all(target, little.reshape(-1), at_scale + start * (scale.nbytes // scale.shape[0]))
+        if progress:
+            progress(packed.nbytes + little.nbytes)

@@ -1,0 +1,140 @@
+"""Matrices in 8 and 4 bits: symmetric, rounded to nearest, ties to even.
+
+Every scheme divides by a scale and rounds, as ONNX's QuantizeLinear without a zero point does:
+q = saturate(round(x / scale)), and x is read as q * scale
+(https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html, onnx__DequantizeLinear.html). They differ in the scale:
+
+- int8, int4 for MatMulNBits, by block of columns: the value of largest magnitude, with its sign, becomes -2^(bits-1):
+  scale = value / -2^(bits-1), which may be negative and wastes no code; as ONNX Runtime's own quantiser has it
+  (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits).
+- int8, int4 for DequantizeLinear, by block of columns: scale = max(largest / (2^(bits-1) - 1), -smallest / 2^(bits-1)),
+  as TensorRT wants scales positive.
+- int8-dynamic by row: scale = largest magnitude / 127.
+- fp8 by row: scale = largest magnitude / 448; the quotient becomes E4M3 without infinities (https://arxiv.org/abs/2209.05433).
+
+A block of zeros has scale 1. The last block of a row may be short.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.errors import ConversionError
+from ...schemas.precision import E4M3_MAX
+from ...schemas.quantization import Quantization, Scheme
+
+Floats = NDArray[np.float32]
+
+E4M3_SMALLEST_EXPONENT = -6  # of normal numbers; three bits of mantissa
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised matrix: `values` (rows, columns), int8, or E4M3 patterns as uint8; `scale` float32, (rows, blocks)
+    where the scheme has blocks, else (rows,)."""
+
+    values: NDArray[Any]
+    scale: Floats
+
+
+def quantize(matrix: Floats, scheme: Scheme) -> Quantized:
+    """`matrix` (rows, columns) in `scheme`. Raises ConversionError for NaN and infinities."""
+    if not np.isfinite(matrix).all():
+        raise ConversionError("holds NaN or infinite values, which have no quantised form; leave it in float")
+    if scheme.blockwise:
+        return _by_block(matrix, scheme)
+    limit = E4M3_MAX if scheme.kind is Quantization.FP8 else 127.0
+    scale = _usable(np.abs(matrix).max(axis=1) / np.float32(limit))
+    quotients = matrix / scale[:, None]
+    values = to_e4m3(quotients) if scheme.kind is Quantization.FP8 else _rounded(quotients, 127, 127)
+    return Quantized(values, scale)
+
+
+def dequantize(quantized: Quantized, scheme: Scheme) -> Floats:
+    """What the graph computes with, (rows, columns) float32."""
+    values = from_e4m3(quantized.values) if scheme.kind is Quantization.FP8 else quantized.values.astype(np.float32)
+    scale = quantized.scale
+    if scheme.blockwise:
+        return values * np.repeat(scale, scheme.block_size, axis=1)[:, : values.shape[1]]
+    return values * scale[:, None]
+
+
+def pack(quantized: Quantized, scheme: Scheme) -> NDArray[Any]:
+    """The values as they are stored, see ``schemas.quantization.stored_tensors``."""
+    values = quantized.values
+    if scheme.kind is Quantization.INT8_DYNAMIC:
+        return np.ascontiguousarray(values.T)
+    if scheme.packed:
+        half = 1 << scheme.bits - 1
+        unsigned = (_blocks(values, scheme.block_size).astype(np.int16) + half).astype(np.uint8)
+        return _paired(unsigned) if scheme.bits == 4 else unsigned
+    return _paired(values.view(np.uint8) & 15) if scheme.kind is Quantization.INT4 else values
+
+
+def _by_block(matrix: Floats, scheme: Scheme) -> Quantized:
+    blocks = _blocks(matrix, scheme.block_size)  # (rows, blocks, block size)
+    low, high = blocks.min(axis=2), blocks.max(axis=2)
+    half = np.float32(1 << scheme.bits - 1)
+    if scheme.packed:
+        extreme = np.where(-low > high, low, high)
+        scale = _usable(np.asarray(extreme / -half))
+    else:
+        scale = _usable(np.maximum(high / (half - 1), low / -half))
+    values = _rounded(blocks / scale[..., None], int(half), int(half) - 1)
+    return Quantized(values.reshape(len(matrix), -1)[:, : matrix.shape[1]], scale)
+
+
+def _blocks(matrix: NDArray[Any], size: int) -> NDArray[Any]:
+    """(rows, columns) -> (rows, blocks, size), padded with zeros."""
+    missing = -matrix.shape[1] % size
+    padded = np.pad(matrix, ((0, 0), (0, missing))) if missing else matrix
+    return padded.reshape(len(matrix), -1, size)
+
+
+def _rounded(quotients: NDArray[Any], down: int, up: int) -> NDArray[np.int8]:
+    return np.asarray(np.clip(np.rint(quotients), -down, up), np.int8)
+
+
+def _usable(scale: NDArray[Any]) -> Floats:
+    """Scales by which one can divide, float32: zeros as 1."""
+    usable = scale.astype(np.float32)
+    usable[usable == 0] = 1
+    return usable
+
+
+def _paired(nibbles: NDArray[Any]) -> NDArray[np.uint8]:
+    """(..., n) values of 4 bits -> (..., n/2) bytes, the first of two in the lower bits."""
+    return np.asarray(nibbles[..., 0::2] | nibbles[..., 1::2] << 4, np.uint8)
+
+
+def to_e4m3(values: Floats) -> NDArray[np.uint8]:
+    """The patterns of the E4M3 numbers nearest to `values`, ties to even, the largest for what is beyond.
+
+    A number is sign, 4 bits of exponent (bias 7) and 3 of mantissa; counted in units of its mantissa's last place it
+    is 8 to 15, below 2^-6 it is 0 to 7."""
+    magnitude = np.minimum(np.abs(values), np.float32(E4M3_MAX))
+    exponent = np.maximum(np.frexp(magnitude)[1] - 1, E4M3_SMALLEST_EXPONENT)
+    exponent[magnitude == 0] = E4M3_SMALLEST_EXPONENT
+    units = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int32)  # 16 carries into the exponent by itself
+    patterns = units + (exponent - E4M3_SMALLEST_EXPONENT) * 8
+    return np.asarray(patterns | np.signbit(values).astype(np.int32) << 7, np.uint8)
+
+
+def from_e4m3(patterns: NDArray[np.uint8]) -> Floats:
+    """The numbers behind finite patterns."""
+    return np.asarray(_E4M3[patterns], np.float32)
+
+
+def _e4m3_table() -> Floats:
+    patterns = np.arange(256)
+    exponent, mantissa = patterns >> 3 & 15, patterns & 7
+    units = np.where(exponent > 0, 8 + mantissa, mantissa).astype(np.float32)
+    magnitude = np.ldexp(units, np.maximum(exponent, 1) - 7 - 3)
+    table = np.asarray(np.where(patterns & 128, -magnitude, magnitude), np.float32)
+    table[[0x7F, 0xFF]] = np.nan
+    return table
+
+
+_E4M3 = _e4m3_table()

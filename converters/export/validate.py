@@ -1,0 +1,261 @@
+"""Checks a bundle without running it: its graphs by onnx's own rules, its weights by where the graphs say they lie,
+its files by what the manifest says of them."""
+
+import math
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+
+from ...runtime.engines.tensorrt.plan_header import find_contradiction
+from ...runtime.engines.tensorrt.plan_weights import is_current
+from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
+from ...schemas.stages import Stage
+from ...storage.bundle import PUT_BACK, Bundle
+from ...storage.fingerprints import WHOLE_BELOW, find_change, require_regular, sha256_of
+from ...storage.safetensors_header import DTYPE_SIZES
+from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
+
+POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__
+POLYGRAPHY_TIMEOUT = 300  # seconds
+NOT_INSTALLED = "not installed"
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Check:
+    """What was found out about one graph, about the files of one stage, or about those of no stage (None): problems, if
+    any, and facts."""
+
+    stage: Stage | None
+    subject: str  # the graph's name; "" for the stage's files
+    problems: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """All checks of a bundle; true when none found a problem."""
+
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return not any(check.problems for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json.dumps."""
+        return {
+            "valid": bool(self),
+            "checks": [
+                {"stage": c.stage, "graph": c.subject or None, "problems": c.problems, **c.facts} for c in self.checks
+            ],
+        }
+
+
+def validate(bundle: Bundle, *, hashed: bool = False, say: Say = lambda text: None) -> Validation:
+    """Check every stage of `bundle`, and its other files; `hashed` reads every byte of every file, whatever its time,
+    and compares the SHA-256. Files without one on record are compared by the samples of their fingerprint, and named.
+
+    Nothing is written into the bundle. Memory: one graph, without its weights. `say` hears what is going on."""
+    checks = []
+    for stage, entry in bundle.manifest.stages.items():
+        say(f"checking the {stage}")
+        checks.append(_check_files(bundle, stage, entry, hashed))
+        with TemporaryDirectory(prefix="cascadekit-validate-") as scratch:
+            for name, graph in entry.graphs.items():
+                check = Check(stage, name)
+                _check_graph(bundle.root, entry, graph, check, Path(scratch))
+                checks.append(check)
+    return Validation((*checks, _check_rest(bundle, hashed)))
+
+
+def _check_rest(bundle: Bundle, hashed: bool) -> Check:
+    """The files of no stage: the tokenizer, what LoRAs replaced, and those that nothing is known of."""
+    manifest = bundle.manifest
+    check = Check(None, "")
+    kept = manifest.lora.kept if manifest.lora else ()
+    for file in manifest.files:
+        _compare(bundle, file, check, PUT_BACK, hashed=True)
+    for file in kept:
+        _compare(bundle, file, check, "the LoRAs cannot be undone; export the model again", hashed=hashed)
+    unlisted = sorted(_on_disk(bundle.root) - _known(bundle))
+    check.facts = {"files": len(manifest.files) + len(kept), "unlisted": unlisted}
+    return check
+
+
+def _on_disk(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def _known(bundle: Bundle) -> set[str]:
+    """What the manifest lists, itself, and the notes beside plans."""
+    manifest = bundle.manifest
+    files = [*manifest.files, *(manifest.lora.kept if manifest.lora else ())]
+    plans = [plan.path for entry in manifest.stages.values() for plan in entry.plans]
+    files += [file for entry in manifest.stages.values() for file in entry.files]
+    notes = (PurePosixPath(path).with_suffix(".json").as_posix() for path in plans)
+    return {MANIFEST_NAME, *plans, *notes, *(file.path for file in files)}
+
+
+def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hashed: bool) -> Check:
+    """The stage's files against the manifest, as loading it compares them, or by all their bytes."""
+    check = Check(stage, "")
+    for file in entry.files:
+        whole = hashed or file.path in entry.graph_paths
+        _compare(bundle, file, check, bundle.advice(entry, file), hashed=whole)
+    unhashed = [_unhashed(bundle.root / file.path, file, hashed) for file in entry.files if file.sha256 is None]
+    check.facts = {"weights": entry.weights, "files": len(entry.files), "without_sha256": unhashed}
+    _check_plans(bundle, entry, check, hashed)
+    return check
+
+
+def _compare(bundle: Bundle, file: FileEntry, check: Check, advice: str, *, hashed: bool) -> None:
+    path = bundle.root / file.path
+    problem = find_change(path, file, always_hash=hashed)
+    if problem:
+        check.problems.append(f"{file.path}: {problem}; {advice}")
+
+
+def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) -> None:
+    """GPU engines: their headers, and all bytes of small ones, or if `hashed`. One of other weights than the stage has
+    now is no problem: it is not run."""
+    for plan in entry.plans:
+        path = bundle.root / plan.path
+        problem = find_contradiction(path, plan)
+        if not problem and (hashed or plan.bytes < WHOLE_BELOW) and sha256_of(path) != plan.sha256:
+            problem = "its SHA-256 is not that of the manifest"
+        if problem:
+            check.problems.append(f"{plan.path}: {problem}; `cascadekit build` makes it again")
+    if entry.plans:
+        current = sum(is_current(bundle.root, entry, plan) for plan in entry.plans)
+        check.facts["plans"] = {"current": current, "of_other_weights": len(entry.plans) - current}
+
+
+def _unhashed(path: Path, file: FileEntry, hashed: bool) -> dict[str, str | None]:
+    """A file whose SHA-256 the manifest does not have, with the one it has now."""
+    return {"path": file.path, "sha256_now": sha256_of(path) if hashed and path.is_file() else None}
+
+
+def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: Check, scratch: Path) -> None:
+    path = root / graph.path
+    try:
+        require_regular(path)
+        model = load_graph(path)
+    except Exception as error:  # protobuf has its own class for bytes that are no graph
+        check.problems.append(f"{graph.path}: cannot be read as ONNX: {_first_line(error)}")
+        return
+    operators = Counter(_operators(model.graph))
+    check.facts = {
+        "opset": opset_of(model),
+        "ir_version": model.ir_version,
+        "operators": {f"{domain}::{name}" if domain else name: n for (domain, name), n in sorted(operators.items())},
+        "initializers": len(model.graph.initializer),
+    }
+    check.problems += [
+        *_against_manifest(model, graph),
+        *_foreign_operators(operators, entry),
+        *_misplaced_weights(model, path),
+    ]
+    sizes = {file.name: file.stat().st_size for file in path.parent.iterdir() if file != path and file.is_file()}
+    with beside_holes(scratch / check.subject, sizes) as alone:
+        shutil.copyfile(path, alone / path.name)
+        check.problems += _onnx_problems(alone / path.name)
+        check.facts["polygraphy"], failed = _polygraphy(alone / path.name)
+        check.problems += failed
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
+    """Domain and name of every node, those of nested graphs included; ai.onnx is ""."""
+    for node in graph.node:
+        yield ("" if node.domain == "ai.onnx" else node.domain), node.op_type
+        for attribute in node.attribute:
+            for nested in (attribute.g, *attribute.graphs):
+                yield from _operators(nested)
+
+
+def _against_manifest(model: onnx.ModelProto, graph: GraphEntry) -> Iterator[str]:
+    if opset_of(model) != graph.opset:
+        yield f"{graph.path}: expected opset {graph.opset} as the manifest says, found {opset_of(model)}"
+    pairs = {
+        "inputs": (graph.inputs, port_entries(model.graph.input)),
+        "outputs": (graph.outputs, port_entries(model.graph.output)),
+    }
+    for what, (expected, found) in pairs.items():
+        if expected != found:
+            yield f"{graph.path}: expected {what} {_ports(expected)} as the manifest says, found {_ports(found)}"
+
+
+def _ports(ports: Iterable[PortEntry]) -> str:
+    return ", ".join(f"{port.name} {port.dtype} [{', '.join(map(str, port.dims))}]" for port in ports)
+
+
+def _foreign_operators(operators: Iterable[tuple[str, str]], entry: StageEntry) -> Iterator[str]:
+    allowed = DOMAINS[entry.target]
+    foreign = sorted(f"{domain}::{name}" for domain, name in operators if domain not in allowed)
+    if foreign:
+        names = ", ".join(domain or "ai.onnx" for domain in allowed)
+        yield f"operators {', '.join(foreign)} are not of {names}, which is what a {entry.target} graph may use"
+
+
+def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
+    """Initialisers whose bytes do not lie beside the graph, or not inside their file, or are not as many as needed."""
+    sizes: dict[str, int | None] = {}
+    try:
+        for data in external_data(model):
+            if data.location not in sizes:
+                sizes[data.location] = _size_beside(path, data.location)
+            size = sizes[data.location]
+            needed = math.prod(data.dims) * DTYPE_SIZES.get(data.dtype, 0)
+            if size is None:
+                yield f"{data.name}: lies in {data.location!r}, which is not a file of the bundle beside the graph"
+            elif data.offset < 0 or data.length < 0 or data.offset + data.length > size:
+                yield f"{data.name}: bytes {data.offset} to {data.offset + data.length} of a file of {size}"
+            elif data.length != needed:
+                yield f"{data.name}: {data.length} bytes, expected {needed} for {data.dtype} {list(data.dims)}"
+    except ValueError as error:
+        yield f"the place of an initialiser is no number: {error}"
+
+
+def _size_beside(path: Path, location: str) -> int | None:
+    """The size of a file in the graph's folder, which may be a link as in the Hub's cache; None for any other place."""
+    pure = PurePosixPath(location)
+    found = path.parent / location
+    inside = len(pure.parts) == 1 and not pure.is_absolute() and location not in (".", "..")
+    return found.stat().st_size if inside and found.is_file() else None
+
+
+def _onnx_problems(path: Path) -> Iterator[str]:
+    """What onnx's checker and its strict shape inference say."""
+    for name, check in (("onnx.checker", check_graph), ("strict shape inference", infer_strictly)):
+        try:
+            check(path)
+        except Exception as error:  # onnx raises classes of its own and, from C++, plain RuntimeError and others
+            yield f"{name}: {_first_line(error)}"
+
+
+def _polygraphy(path: Path) -> tuple[str, list[str]]:
+    """What `polygraphy inspect model` makes of the graph, where it is installed: a word, and problems."""
+    if find_spec("polygraphy") is None:
+        return NOT_INSTALLED, []
+    command = (sys.executable, "-c", POLYGRAPHY, "inspect", "model", str(path), "--model-type", "onnx")
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=POLYGRAPHY_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return "failed", [f"polygraphy inspect model: no answer in {POLYGRAPHY_TIMEOUT} seconds"]
+    if ended.returncode:
+        said = (ended.stderr or ended.stdout).strip().splitlines() or ["it said nothing"]
+        return "failed", [f"polygraphy inspect model: {said[-1]}"]
+    return "passed", []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

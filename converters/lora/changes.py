@@ -1,0 +1,135 @@
+"""What LoRAs change about the networks they meet: every LoRA's adapters, placed on the tensors they are for."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...schemas.bundle import LoraEntry
+from ...schemas.errors import ConversionError, UsageError
+from ...schemas.lora import Target
+from ...schemas.stages import Stage
+from ...storage.fingerprints import fingerprint
+from ..checkpoints.identify import Component
+from .lora_file import Lora, listed
+from .read_formats import open_lora
+from .stability import DEFAULT_FILTERS
+from .weights import Change, adapter_change, embedding_change
+
+TOKEN_TABLE = "text_model.embeddings.token_embedding"
+
+MERGED_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER)  # a LoRA that fits both UNets is the prior's
+
+
+@dataclass
+class LoraPlan:
+    """The changes by tensor, what could not be placed, and which LoRAs they are of."""
+
+    components: dict[Stage, Component]
+    changes: dict[Target, list[Change]] = field(default_factory=lambda: defaultdict(list))
+    unapplied: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    entries: list[LoraEntry] = field(default_factory=list)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those with changes."""
+        return tuple(stage for stage in self.components if self.of(stage))
+
+    def of(self, stage: Stage) -> dict[str, list[Change]]:
+        """The changes to one network's tensors, by their names."""
+        return {target.tensor: changes for target, changes in self.changes.items() if target.stage is stage}
+
+
+def plan_loras(
+    source: Path | str,
+    components: Mapping[Stage, Component],
+    loras: Sequence[str | Path],
+    *,
+    strengths: Sequence[float] = (),
+    text_encoder_strengths: Sequence[float] = (),
+    module_filters: Sequence[str] = DEFAULT_FILTERS,
+    alpha: float | None = None,
+    unmerge: bool = False,
+    advice: str = "Give the text encoder with --text-encoder, or another checkpoint",
+) -> LoraPlan:
+    """Read `loras` and place what they change (`unmerge`: the other way round) on `components`, which `source` is
+    the name of in messages, and `advice` what to try when nothing applies. See `merge_loras` for the rest.
+
+    Raises UsageError when there is nothing to merge into, LayoutError when a LoRA is not for these networks,
+    ConversionError when nothing of it applies or it cannot be taken out again."""
+    plan = LoraPlan({stage: components[stage] for stage in MERGED_STAGES if stage in components})
+    if not plan.components:
+        raise UsageError(f"{source}: expected a prior (stage C), a decoder (stage B) or a text encoder to merge into")
+    configs = [component.config for component in plan.components.values()]
+    sign = -1.0 if unmerge else 1.0
+    for path, (strength, text_strength) in zip(
+        loras, _strengths(loras, strengths, text_encoder_strengths), strict=True
+    ):
+        lora = open_lora(path, configs, module_filters=module_filters, alpha=alpha)
+        _require_linear(lora, unmerge)
+        _place(plan, lora, sign * strength, sign * text_strength)
+        plan.entries.append(
+            LoraEntry(
+                name=Path(path).name,
+                fingerprint=fingerprint(lora.path),
+                strength=strength,
+                text_encoder_strength=text_strength,
+            )
+        )
+    if not plan.changes:
+        raise ConversionError(
+            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:\n  {listed(plan.unapplied)}\n{advice}"
+        )
+    return plan
+
+
+def _strengths(
+    loras: Sequence[str | Path], strengths: Sequence[float], for_text: Sequence[float]
+) -> list[tuple[float, float]]:
+    for name, given in (("strength", strengths), ("text encoder strength", for_text)):
+        if given and len(given) != len(loras):
+            raise UsageError(f"expected one {name} for each LoRA ({len(loras)}), found {len(given)}")
+    plain = list(strengths) or [1.0] * len(loras)
+    return list(zip(plain, for_text or plain, strict=True))
+
+
+def _require_linear(lora: Lora, unmerge: bool) -> None:
+    dora = [target.module for target, adapter in lora.adapters.items() if adapter.magnitude is not None]
+    if unmerge and dora:
+        raise ConversionError(
+            f"{lora.path}: DoRA in {len(dora)} modules ({dora[0]}, ...) cannot be taken out again: it replaced the "
+            "norms of the original weights, which are lost; use the original checkpoint"
+        )
+
+
+def _place(plan: LoraPlan, lora: Lora, strength: float, text_strength: float) -> None:
+    plan.notes.extend(lora.notes)
+    for target, adapter in lora.adapters.items():
+        if target.stage in plan.components:
+            of_text = target.stage is Stage.TEXT_ENCODER
+            plan.changes[target].append(adapter_change(adapter, text_strength if of_text else strength))
+        else:
+            plan.unapplied.append(f"{lora.path}: {target.stage}: {target.name}")
+    _place_embeddings(plan, lora, text_strength)
+
+
+def _place_embeddings(plan: LoraPlan, lora: Lora, strength: float) -> None:
+    encoder = plan.components.get(Stage.TEXT_ENCODER)
+    for embedding in lora.embeddings:
+        what = f"{lora.path}: token embeddings {embedding.name}"
+        if embedding.indices is None:
+            plan.unapplied.append(f"{what}: vectors of a new token, which a checkpoint has no row for")
+        elif encoder is None:
+            plan.unapplied.append(f"{what}: need the text encoder")
+        else:
+            table = encoder.tensors[f"{TOKEN_TABLE}.weight"].shape
+            if max(embedding.index_values, default=0) >= table[0]:
+                plan.unapplied.append(
+                    f"{what}: rows {sorted(embedding.index_values)} of a table of {table[0]}; the rows that new "
+                    "tokens start from are not in the file, only in the trainer's config"
+                )
+            elif embedding.rows.shape[1] != table[1]:
+                plan.unapplied.append(f"{what}: width {embedding.rows.shape[1]}, the table's is {table[1]}")
+            else:
+                plan.changes[Target(Stage.TEXT_ENCODER, TOKEN_TABLE)].append(embedding_change(embedding, strength))

@@ -1,0 +1,265 @@
+"""Reads a LoRA file of any known format into adapters by diffusers names."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
+from ...schemas.lora import Algorithm, LoraFormat, Prefix, Target, changeable
+from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+from ...schemas.tensors import Shape
+from ...storage.safetensors_header import Header
+from ...storage.weights_file import read_weights
+from ..checkpoints.open_model import open_model
+from .adapters import Adapter, make_adapter, split_rows
+from .factors import Factor, scaled
+from .keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
+from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe, listed
+from .peft_config import Configs, find_configs
+from .stability import DEFAULT_FILTERS, is_stability, read_stability
+
+# What a LoRA's file is called in a folder: PEFT's names, diffusers', that of OneTrainer's backups.
+FOLDER_NAMES = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "lora/lora.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+)
+BIAS_FACTORS = {"diff_b", "bias_up"}  # a bias' difference as it is; PEFT's bias of lora_B, scaled as the product is
+
+
+def open_lora(
+    path: str | Path,
+    networks: Sequence[NetworkConfig] = (),
+    *,
+    module_filters: Sequence[str] = DEFAULT_FILTERS,
+    alpha: float | None = None,
+) -> Lora:
+    """Read the LoRA in a file, or in a PEFT adapter's folder; factors are read later, when they are needed.
+
+    `networks` are the configs of the checkpoint it is for; without them the released networks are tried, and the
+    first that every key and shape fits is taken. `module_filters` are the trainer's, for Stability's format, which
+    has no names. `alpha` counts where the file states none (else: the rank, so a scale of 1).
+
+    Raises CheckpointError for a damaged file, LayoutError for one that is no LoRA or not for these networks,
+    UsageError for a checkpoint."""
+    header = read_weights(_weights(Path(path)))
+    if is_stability(header):
+        return read_stability(header, networks, module_filters)
+    settings = find_configs(header.path, header.metadata) if _states_no_alpha(header) else {}
+    keys = group_keys(header)
+    if not keys.groups and not keys.embeddings:
+        raise LayoutError(f"{header.path}: holds no tensors; expected a LoRA")
+    source = Source(header, keys, settings, alpha)
+    attempt = _best(source, networks)
+    if attempt.problems:
+        raise LayoutError(_refusal(source, attempt, networks))
+    return _lora(header, keys, attempt)
+
+
+def _states_no_alpha(header: Header) -> bool:
+    return not any(key.endswith(".alpha") for key in header.tensors)
+
+
+def holds_lora(path: Path) -> bool:
+    """Whether `path` is a file of LoRA keys, or a folder with a LoRA's usual file name; from the header alone.
+
+    Says nothing about whether `open_lora` can read it. Raises CheckpointError for a damaged file."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in FOLDER_NAMES)
+    header = read_weights(path)
+    return is_stability(header) or any(is_factor_key(key) for key in header.tensors)
+
+
+def _weights(path: Path) -> Path:
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    for name in FOLDER_NAMES:
+        if (path / name).is_file():
+            return path / name
+    _refuse_model(path)
+    raise CheckpointError(f"{path}: no LoRA here; expected one of {', '.join(FOLDER_NAMES)} in the folder")
+
+
+def _refuse_model(path: Path) -> None:
+    try:
+        found = open_model([path]).components
+    except CascadeError:
+        return
+    raise UsageError(
+        f"{path}: expected a LoRA, found a checkpoint: {', '.join(found)}. "
+        "Were the two exchanged? The checkpoint comes first, then its LoRAs"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA file: its keys by module, its settings, and the alpha that counts where it states none."""
+
+    header: Header
+    keys: Keys
+    settings: Configs
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A file read as being for one pair of networks."""
+
+    unet: UNetConfig
+    text_encoder: TextEncoderConfig
+    adapters: dict[Target, Adapter]
+    prefixes: list[Prefix]
+    problems: list[str]
+    unnamed: int  # problems that are names the networks do not have
+
+
+def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
+    """The reading with the fewest problems, the first of equals."""
+    attempts = (
+        _attempt(source, unet, text_encoder)
+        for unet in candidate_unets(networks)
+        for text_encoder in candidate_text_encoders(networks)
+    )
+    return min(_until_sound(attempts), key=lambda attempt: len(attempt.problems))
+
+
+def _until_sound(attempts: Iterator[Attempt]) -> Iterator[Attempt]:
+    for attempt in attempts:
+        yield attempt
+        if not attempt.problems:
+            return
+
+
+def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) -> Attempt:
+    names = NameTable(unet, text_encoder)
+    shapes = _shapes(unet) | _shapes(text_encoder)
+    result = Attempt(unet, text_encoder, {}, [], [], 0)
+    claimed: dict[Target, str] = {}
+    unnamed, network = 0, describe(unet)
+    for name, group in source.keys.groups.items():
+        found = names.find(name)
+        if found is None:
+            unnamed += 1
+            result.problems.append(f"{name}: no such module in {network}")
+            continue
+        prefix, targets = found
+        result.prefixes.append(prefix)
+        try:
+            adapters = dict(_adapters(group, targets, shapes, source))
+        except LayoutError as error:
+            result.problems.append(f"{name}: {error}")
+            continue
+        for target, adapter in adapters.items():
+            if target in claimed:
+                result.problems.append(f"{name}: changes {target.name}, which {claimed[target]} changes already")
+            claimed[target] = name
+            result.adapters[target] = adapter
+    return replace(result, unnamed=unnamed)
+
+
+def _shapes(config: NetworkConfig) -> dict[Target, Shape]:
+    """Every weight and bias of a network."""
+    parts = ((name.rpartition("."), shape) for name, shape in changeable(config).items())
+    return {Target(config.stage, module, parameter): shape for (module, _, parameter), shape in parts}
+
+
+def _adapters(
+    group: Group, targets: Sequence[Target], shapes: Mapping[Target, Shape], source: Source
+) -> Iterator[tuple[Target, Adapter]]:
+    """What a group's factors change: the weights of its modules, one or q, k and v, and their biases."""
+    weight = {name: factor for name, factor in group.factors.items() if name not in BIAS_FACTORS}
+    scale = 1.0
+    if weight or not group.factors:
+        joined = _weight_adapter(group, weight, _joined(shapes, targets), targets[0], source)
+        scale = joined.scale
+        yield from zip(targets, _cut(joined, len(targets)), strict=True)
+    biases = [target._replace(parameter="bias") for target in targets]
+    for name in BIAS_FACTORS & group.factors.keys():
+        if biases[0] not in shapes:
+            raise LayoutError(f"expected no change of a bias ({name}), as the module has none")
+        factor = group.factors[name]
+        change = {"diff": scaled(factor, scale) if name == "bias_up" else factor}
+        joined = make_adapter(change, None, _joined(shapes, biases))
+        yield from zip(biases, _cut(joined, len(biases)), strict=True)
+
+
+def _joined(shapes: Mapping[Target, Shape], targets: Sequence[Target]) -> Shape:
+    shape = shapes[targets[0]]
+    return (len(targets) * shape[0], *shape[1:])
+
+
+def _cut(adapter: Adapter, parts: int) -> list[Adapter]:
+    return [adapter] if parts == 1 else split_rows(adapter, parts)
+
+
+def _weight_adapter(
+    group: Group, factors: Mapping[str, Factor], shape: Shape, target: Target, source: Source
+) -> Adapter:
+    if group.reshape not in (None, shape):
+        raise LayoutError(f"expected a weight {list(shape)}, found reshape_weight, which enlarges it")
+    adapter = make_adapter(factors, group.alpha, shape)
+    settings = source.settings.get(target.stage, source.settings.get(None))
+    if settings and settings.use_dora and adapter.magnitude is None:
+        raise LayoutError("expected a lora_magnitude_vector, as the settings say use_dora, found none")
+    if group.alpha is not None or adapter.algorithm is Algorithm.FULL:
+        return adapter
+    if adapter.rank is not None:
+        stated = settings.alpha(target.module, adapter.rank) if settings and source.alpha is None else source.alpha
+        return replace(adapter, alpha=stated or None)
+    if settings:  # PEFT scales a LoKr of two whole matrices too
+        first = scaled(adapter.factors["lokr_w1"], settings.scale(target.module))
+        return replace(adapter, factors={**adapter.factors, "lokr_w1": first})
+    return adapter
+
+
+def _lora(header: Header, keys: Keys, attempt: Attempt) -> Lora:
+    stages = {target.stage for target in attempt.adapters}
+    kind = format_of(attempt.prefixes, keys.groups)
+    return Lora(
+        header.path,
+        kind,
+        attempt.adapters,
+        attempt.unet if attempt.unet.stage in stages else None,
+        attempt.text_encoder if Stage.TEXT_ENCODER in stages else None,
+        keys.embeddings,
+        header.metadata,
+        tuple(_notes(header, kind, list(attempt.adapters.values()))),
+    )
+
+
+def _notes(header: Header, kind: LoraFormat, adapters: Sequence[Adapter]) -> Iterator[str]:
+    if kind is LoraFormat.PEFT and any(adapter.rank and adapter.alpha is None for adapter in adapters):
+        yield (
+            f"{header.path}: states no alpha and has no adapter_config.json beside it; "
+            "alpha is taken to be the rank (give --alpha if it was another)"
+        )
+    folded = [a for a in adapters if a.folded and a.algorithm is Algorithm.LORA and a.magnitude is None]
+    if folded:
+        yield (
+            f"{header.path}: {len(folded)} depthwise convolutions were trained by a plain LoRA whose own forward pass "
+            "(one row for all channels) no change of a weight has; the product folded into the weight is merged, as "
+            "ComfyUI does it and as the same trainer's DoRA and LoHa do"
+        )
+
+
+def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]) -> str:
+    """Why a file cannot be read as a LoRA for these networks, and what it seems to be for."""
+    header, keys = source.header, source.keys
+    if attempt.unnamed == len(keys.groups):
+        names = listed(list(keys.groups), ", ")
+        return (
+            f"{header.path}: not a LoRA for Stable Cascade; none of its {len(keys.groups)} modules is one of "
+            f"{describe(attempt.unet)} or of the text encoder ({names}). Is it for another model?"
+        )
+    elsewhere = _best(source, ()) if networks else attempt
+    if elsewhere.problems:
+        advice = "It fits none of the released networks; get the LoRA made for Stable Cascade, or a whole copy of it."
+    else:
+        fits = describe(elsewhere.unet)
+        advice = f"It fits {fits}: give a checkpoint of that, or get the LoRA made for {describe(attempt.unet)}."
+    count = f"{len(attempt.problems)} of {len(keys.groups)} modules"
+    return f"{header.path}: not for {describe(attempt.unet)}: {count}:\n  {listed(attempt.problems)}\n{advice}"

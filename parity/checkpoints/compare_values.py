@@ -1,0 +1,185 @@
+"""Compares ranges of files value by value, through memory maps and in slices."""
+
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.errors import CheckpointError
+from ...storage.cast import FLOATS, FP8, cast_block, cast_counted, castable
+from ...storage.cast_ranges import read_scale
+from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
+
+BLOCK = 1 << 22  # values that one task of a thread compares
+SLICE = 1 << 18  # bytes at a time: larger scratch space is paged in anew each time
+
+Array = NDArray[Any]
+
+_INTEGERS = {"I8": "<i1", "U8": "<u1", "BOOL": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4"} | {
+    "I64": "<i8",
+    "U64": "<u8",
+}
+_LARGEST = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}  # patterns of infinity
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor in two files, of one shape."""
+
+    found: TensorRange
+    expected: TensorRange
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How many values differ, by how much at most (None: not to be subtracted), and the flat index of the first."""
+
+    count: int = 0
+    max_abs: float | None = None
+    first: int = 0
+
+    def joined(self, other: "Difference") -> "Difference":
+        """Of this and a later part of the tensor."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        both = (self.max_abs, other.max_abs)
+        worst = None if None in both else max(value for value in both if value is not None)
+        return Difference(self.count + other.count, worst, self.first)
+
+
+class MappedFiles:
+    """Files mapped into memory, each once; closed at the end of the block."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, Array] = {}
+        self._lock = Lock()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._maps.clear()
+        self._stack.close()
+
+    def bytes_of(self, path: Path) -> Array:
+        with self._lock:
+            if path not in self._maps:
+                try:
+                    with path.open("rb") as file:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:
+                    raise CheckpointError(f"{path}: cannot be read: {error}") from error
+                mapped.madvise(mmap.MADV_SEQUENTIAL)
+                self._maps[path] = np.frombuffer(mapped, np.uint8)  # which keeps the map open as long as it lives
+            return self._maps[path]
+
+
+def blocks_of(pair: Pair) -> Iterator[range]:
+    """The flat indices of a tensor, cut into tasks."""
+    count = math.prod(pair.found.shape)
+    return (range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+
+
+def differences(files: MappedFiles, pair: Pair, span: range) -> Difference:
+    """What the values at the flat indices `span` differ by. Of two dtypes the wider is cast to the narrower, and of
+    two as wide as each other the one to the other in whichever direction they agree best; NaN then equals NaN."""
+    x, y = pair.found, pair.expected
+    scales = read_scale(x), read_scale(y)
+    step = SLICE // max(DTYPE_SIZES[read_as(x)], DTYPE_SIZES[read_as(y)])
+    unequal = np.empty(SLICE, np.bool_)
+    total = Difference()
+    for start in range(span.start, span.stop, step):
+        part = range(start, min(start + step, span.stop))
+        a, b = _values(files, x, part, scales[0]), _values(files, y, part, scales[1])
+        if read_as(x) == read_as(y):
+            if np.not_equal(a, b, out=unequal[: a.size]).any():
+                total = total.joined(_differing(a, b, read_as(x), start))
+        else:
+            total = total.joined(_after_cast(a, read_as(x), b, read_as(y), start))
+    return total
+
+
+def read_as(tensor: TensorRange) -> str:
+    """The dtype a tensor's values are compared in: its own, but float32 for scaled fp8."""
+    return tensor.dtype if tensor.scale is None else "F32"
+
+
+def comparable(x: TensorRange, y: TensorRange) -> bool:
+    """Whether the values of two tensors can be compared: their dtypes are supported, and equal or one cast to the
+    other."""
+    a, b = read_as(x), read_as(y)
+    return a in DTYPE_SIZES and b in DTYPE_SIZES and (a == b or castable(a, b) or castable(b, a))
+
+
+def _values(files: MappedFiles, tensor: TensorRange, part: range, scale: np.float32 | None) -> Array:
+    """The values at flat indices in the dtype of `read_as`, as bytes."""
+    stored = _bytes(files, tensor, part)
+    return stored if scale is None else cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
+
+
+def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:
+    """The values at flat indices, as bytes one after another."""
+    content, size = files.bytes_of(tensor.path), DTYPE_SIZES[tensor.dtype]
+    if tensor.offset + tensor.nbytes > content.size:
+        raise CheckpointError(f"{tensor.path}: ends early; it was cut short while it was read")
+    if not tensor.transposed:
+        return content[tensor.offset + part.start * size : tensor.offset + part.stop * size]
+    rows, columns = tensor.shape
+    matrix = content[tensor.offset : tensor.offset + tensor.nbytes].reshape(columns, rows, size).transpose(1, 0, 2)
+    first, last = part.start // columns, (part.stop - 1) // columns + 1
+    flat = matrix[first:last].reshape(-1)
+    return flat[(part.start - first * columns) * size : (part.stop - first * columns) * size]
+
+
+def _differing(a: Array, b: Array, dtype: str, start: int) -> Difference:
+    """Of bytes of one dtype, some of which differ."""
+    size = DTYPE_SIZES[dtype]
+    places = np.flatnonzero((a.reshape(-1, size) != b.reshape(-1, size)).any(axis=1))
+    return _described(a, b, dtype, places, start)
+
+
+def _after_cast(a: Array, source: str, b: Array, target: str, start: int) -> Difference:
+    ways = []  # fp8 is never cast to
+    if target not in FP8 and (DTYPE_SIZES[source] >= DTYPE_SIZES[target] or source in FP8):
+        ways.append((target, cast_block(a.tobytes(), source, target)[0].view(np.uint8), b))
+    if source not in FP8 and (DTYPE_SIZES[source] <= DTYPE_SIZES[target] or target in FP8):
+        ways.append((source, a, cast_block(b.tobytes(), target, source)[0].view(np.uint8)))
+    found = []
+    for dtype, x, y in ways:
+        bits = [np.frombuffer(values.tobytes(), f"<u{DTYPE_SIZES[dtype]}") for values in (x, y)]
+        nan = [(pattern & (1 << 8 * pattern.itemsize - 1) - 1) > _LARGEST[dtype] for pattern in bits]
+        places = np.flatnonzero((bits[0] != bits[1]) & ~(nan[0] & nan[1]))
+        found.append(_described(x, y, dtype, places, start))
+    return min(found, key=lambda difference: difference.count)
+
+
+def _described(a: Array, b: Array, dtype: str, places: Array, start: int) -> Difference:
+    if not places.size:
+        return Difference()
+    x, y = (_numbers(values, dtype, places) for values in (a, b))
+    worst = None
+    if x is not None and y is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.abs(x - y)
+        same = x == y  # the two zeros, two infinities
+        worst = float(np.where(same, 0, np.where(np.isnan(error), np.inf, error)).max())
+    return Difference(int(places.size), worst, start + int(places[0]))
+
+
+def _numbers(values: Array, dtype: str, places: Array) -> Array | None:
+    """The values at `places` in float64; None for types numpy knows nothing of."""
+    size = DTYPE_SIZES[dtype]
+    chosen = values.reshape(-1, size)[places].tobytes()
+    if dtype in (*FLOATS, *FP8):
+        return np.asarray(cast_block(chosen, dtype, "F64")[0])
+    if dtype in _INTEGERS:
+        return np.frombuffer(chosen, _INTEGERS[dtype]).astype(np.float64)
+    return None

@@ -1,0 +1,1 @@
+"""Looks inside graphs: which part differs from the reference, and how large its values grow."""

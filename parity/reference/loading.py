@@ -1,0 +1,239 @@
+"""Loads a model's weights, whatever their layout, into the PyTorch reference."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...converters.checkpoints.identify import Component
+from ...converters.checkpoints.open_model import Model
+from ...schemas.config_json import to_json
+from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
+from ...schemas.ports import StagePorts, ports_of
+from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from ...storage.cast import FP8, cast_counted
+from ...storage.cast_ranges import read_scale
+from ...storage.safetensors_header import TensorRange
+from . import load_reference
+from .engine import Loader, TorchEngine
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+
+def reference_engine(
+    model: Model,
+    stages: Sequence[Stage],
+    *,
+    dtype: str = "F32",
+    compiled: bool = False,
+    compute: str | None = None,
+) -> TorchEngine:
+    """The reference of each of `stages` with weights in `dtype`, computing in that or in `compute`; weights are read
+    when a stage is loaded.
+
+    Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
+    loaders = {stage: _loader(model.component(stage), DTYPES[dtype]) for stage in stages}
+    return TorchEngine(loaders, compiled=compiled, compute=compute)
+
+
+def read_tensor(tensor: TensorRange) -> torch.Tensor:
+    """The tensor's values, copied out of the file in the file's dtype, those of fp8 and scaled ones in float32.
+
+    Raises ExportError for a dtype torch lacks, ConversionError for a scale that is no number."""
+    if tensor.dtype in FP8 or tensor.scale is not None:
+        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
+        return _shaped(torch.from_numpy(values), tensor)
+    if tensor.dtype not in DTYPES:
+        raise ExportError(f"{tensor.path}: the reference cannot read dtype {tensor.dtype}")
+    if not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    return _shaped(torch.frombuffer(_bytes(tensor), dtype=DTYPES[tensor.dtype]), tensor)
+
+
+def _bytes(tensor: TensorRange) -> bytearray:
+    data = bytearray(tensor.nbytes)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        file.readinto(data)
+    return data
+
+
+def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
+    return values.reshape(tensor.shape[::-1]).T.contiguous() if tensor.transposed else values.reshape(tensor.shape)
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A component's tensors, each read from its file when asked for, so that no second copy of the weights waits."""
+
+    def __init__(self, component: Component) -> None:
+        self._ranges = component.tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._ranges[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ranges
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ranges)
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+
+def load_component(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The component's network in PyTorch, holding its weights."""
+    return load_reference(component.config, _Tensors(component), dtype)
+
+
+def _loader(component: Component, dtype: torch.dtype) -> Loader:
+    return lambda: (load_component(component, dtype), ports_of(component.config))
+
+
+def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | None = None) -> TorchEngine:
+    """The networks of diffusers and transformers with the model's weights: code that is not ours.
+
+    Raises UsageError when the model lacks a stage, or there is no such network for one, or they are not installed."""
+    strange = [stage for stage in stages if stage not in INDEPENDENT]
+    if strange:
+        raise UsageError(
+            f"diffusers and transformers have no {strange[0]}; compare it with --reference cascadekit, "
+            f"or choose others with --stage: {', '.join(INDEPENDENT)}"
+        )
+    try:
+        for library in ("diffusers", "transformers"):
+            import_module(library)
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
+    components = {stage: model.component(stage) for stage in stages}
+    loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}
+    return TorchEngine(loaders, compute=compute, name="diffusers")
+
+
+def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
+    """diffusers' own network for the prior or the decoder, to measure beside ours. Needs diffusers."""
+    return TorchEngine({component.stage: _independent_loader(component, DTYPES[dtype])})
+
+
+def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
+    def load() -> tuple[nn.Module, StagePorts]:
+        network = INDEPENDENT[component.stage](component.config)
+        _take_weights(network.inner, component, dtype)
+        return network.requires_grad_(False).eval(), ports_of(component.config)
+
+    return load
+
+
+def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype) -> None:
+    """Load what the component has into a network without storage; of the vqgan what `decode` needs has to be there.
+
+    Raises LayoutError for weights that are missing."""
+    known = network.state_dict().keys() & component.tensors.keys()
+    weights = {name: read_tensor(component.tensors[name]) for name in sorted(known)}
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    missing = network.load_state_dict(cast, strict=False, assign=True).missing_keys
+    needed = [name for name in missing if not name.startswith(UNUSED_OF_VQGAN)]
+    if needed:
+        raise LayoutError(f"{component.path}: the {component.stage} lacks {', '.join(needed[:5])}")
+
+
+UNUSED_OF_VQGAN = ("in_block.", "down_blocks.", "vquantizer.")
+
+
+class _Theirs(nn.Module):
+    """A network of another library, built without storage, behind our ports."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.inner: nn.Module = self.build(config)
+
+    def build(self, config: Any) -> nn.Module:
+        raise NotImplementedError
+
+
+class _Diffusers(_Theirs):
+    """diffusers' StableCascadeUNet."""
+
+    def build(self, config: UNetConfig) -> nn.Module:
+        network: nn.Module = import_module("diffusers").StableCascadeUNet.from_config(to_json(config))
+        return network
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"noise_pred": self.inner(**inputs).sample}
+
+
+class _Paella(_Theirs):
+    """diffusers' PaellaVQModel, with what the pipelines do around it."""
+
+    def build(self, config: VQGANConfig) -> nn.Module:
+        self.scale = config.scale_factor
+        deprecated = import_module("diffusers.pipelines.deprecated.wuerstchen")
+        network: nn.Module = deprecated.PaellaVQModel.from_config(to_json(config))
+        return network
+
+    def forward(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        images: torch.Tensor = self.inner.decode(self.scale * latents).sample  # type: ignore[operator]
+        return {"images": images.clamp(0, 1)}
+
+
+class _Clip(_Theirs):
+    """A CLIP model of transformers; `part` is where its embeddings are."""
+
+    part, positions = "", 0
+
+    def place_positions(self) -> None:
+        """The one buffer that is in no checkpoint."""
+        embeddings = self.inner.get_submodule(f"{self.part}.embeddings")
+        embeddings.position_ids = torch.arange(self.positions)[None]
+
+
+class _ClipText(_Clip):
+    """transformers' CLIPTextModelWithProjection, whose last hidden state is before the final norm."""
+
+    part = "text_model"
+
+    def build(self, config: TextEncoderConfig) -> nn.Module:
+        self.positions = config.max_position_embeddings
+        library = import_module("transformers")
+        network: nn.Module = library.CLIPTextModelWithProjection(library.CLIPTextConfig.from_dict(to_json(config)))
+        return network
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.place_positions()
+        found = self.inner(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return {"prompt_embeds": found.hidden_states[-1], "pooled": found.text_embeds[:, None]}
+
+
+class _ClipVision(_Clip):
+    """transformers' CLIPVisionModelWithProjection."""
+
+    part = "vision_model"
+
+    def build(self, config: ImageEncoderConfig) -> nn.Module:
+        self.positions = (config.image_size // config.patch_size) ** 2 + 1
+        library = import_module("transformers")
+        network: nn.Module = library.CLIPVisionModelWithProjection(library.CLIPVisionConfig.from_dict(to_json(config)))
+        return network
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.place_positions()
+        return {"image_embeds": self.inner(pixel_values=pixel_values).image_embeds}
+
+
+INDEPENDENT: Mapping[Stage, type[_Theirs]] = {
+    Stage.TEXT_ENCODER: _ClipText,
+    Stage.PRIOR: _Diffusers,
+    Stage.DECODER: _Diffusers,
+    Stage.VQGAN: _Paella,
+    Stage.IMAGE_ENCODER: _ClipVision,
+}

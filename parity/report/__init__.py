@@ -1,0 +1,1 @@
+"""A parity run as a report: JSON, HTML with charts, JUnit."""

@@ -1,0 +1,1 @@
+"""Many images from a file of prompts."""

@@ -1,0 +1,66 @@
+"""A log of JSON lines that survives what happens to the program writing it."""
+
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ...schemas.errors import CascadeError, UsageError
+from ...schemas.json_text import dump_json, load_json
+
+
+class Journal:
+    """One JSON object a line, each on disk before the next thing happens. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Go on with the log at `path`, or begin it. Raises UsageError when it cannot be written."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            end = os.fstat(self._descriptor).st_size
+            # Of a run that was killed while it wrote; what follows must not be taken for the rest of it.
+            self._cut = end > 0 and os.pread(self._descriptor, 1, end - 1) != b"\n"
+        except OSError as error:
+            raise UsageError(f"{path}: the log cannot be written: {error.strerror}; choose another --log") from error
+
+    def write(self, event: str, *fields: Mapping[str, Any]) -> None:
+        """Append an event for each of `fields`, and flush. Raises CascadeError when that fails."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        lines = [dump_json({"time": now, "event": event, **each}) + "\n" for each in fields]
+        left = (("\n" if self._cut else "") + "".join(lines)).encode()
+        try:
+            while left:
+                self._cut = True  # until all is written
+                left = left[os.write(self._descriptor, left) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise CascadeError(
+                f"{self.path}: the log cannot be written: {error.strerror}; make room, then run the same again"
+            ) from error
+        self._cut = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._descriptor)
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The events in a log, without what was cut short; none when there is no log.
+
+    Raises UsageError when it cannot be read."""
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another --log") from error
+    for line in lines:
+        try:
+            event = load_json(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event

@@ -1,0 +1,150 @@
+"""Files of prompts: .txt with one a line, .jsonl with a request a line, .csv with a request's fields in its header.
+
+Nothing is judged here but the form: an entry that cannot be read carries what is wrong with it, so that all of them can
+be told together.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...schemas.errors import UsageError
+from ...schemas.json_text import load_json
+from ...schemas.limits import MAX_PROMPT_FILE_BYTES, MAX_PROMPT_LINE
+
+STDIN = "-"
+COMMENT = "#"
+LISTS = ("prior_timesteps", "decoder_timesteps")  # in a cell: numbers with "," or ";" between them
+FIRST_LINE = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one entry says, by the names of a request's fields, besides "images" and "name"; or what is wrong."""
+
+    line: int  # of the file, where the entry begins, from 1
+    given: Mapping[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """All entries of a file. Paths in it are relative to `folder`."""
+
+    name: str
+    folder: Path
+    entries: tuple[Entry, ...]
+
+
+def read_prompt_file(path: str | Path) -> PromptFile:
+    """The file at `path`; "-" is standard input, as .txt. UTF-8, with a byte order mark or without.
+
+    Raises UsageError for a file that cannot be read, is too large, is none of the three kinds, or holds no prompts."""
+    name = str(path)
+    if name == STDIN:
+        if sys.stdin is None:
+            raise UsageError(f"{name}: standard input is closed; pipe the prompts into it")
+        kind, folder, content = ".txt", Path(), sys.stdin.buffer.read(MAX_PROMPT_FILE_BYTES + 1)
+    else:
+        kind, folder, content = Path(path).suffix.lower(), Path(path).parent, _content(Path(path))
+    if kind not in READERS:
+        raise UsageError(f"{name}: expected a name ending in {', '.join(READERS)}; rename the file after what it holds")
+    if len(content) > MAX_PROMPT_FILE_BYTES:
+        raise UsageError(f"{name}: more than {MAX_PROMPT_FILE_BYTES >> 20} MiB; divide it into several files")
+    # Bytes that are no UTF-8 become lone surrogates, which `_checked` finds in the entry that has them.
+    text = content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+    entries = tuple(_checked(entry) for entry in READERS[kind](text))
+    if not entries:
+        raise UsageError(f"{name}: holds no prompts; write one a line")
+    return PromptFile(name, folder, entries)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_PROMPT_FILE_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: the prompts cannot be read: {error.strerror}; check the path") from error
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry unless its text cannot be written as UTF-8."""
+    try:
+        json.dumps(entry.given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Entry(entry.line, problem="its text is not UTF-8; save the file in that encoding")
+    return entry
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers; of the many characters that split lines for Python, only those
+    that do for editors."""
+    for number, line in enumerate(io.StringIO(text, newline=None), FIRST_LINE):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _txt(text: str) -> Iterator[Entry]:
+    for number, line in _lines(text):
+        if not line.startswith(COMMENT):
+            yield Entry(number, {"prompt": line})
+
+
+def _jsonl(text: str) -> Iterator[Entry]:
+    for number, line in _lines(text):
+        if len(line) > MAX_PROMPT_LINE:
+            yield Entry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
+            continue
+        try:
+            value = load_json(line)
+        except ValueError as error:
+            yield Entry(number, problem=f"not JSON: {error}")
+            continue
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if isinstance(value, dict):
+            yield Entry(number, {name: said for name, said in value.items() if said is not None})
+        else:
+            yield Entry(number, problem=f"expected an object or a prompt in quotes, found {line[:40]}")
+
+
+def _csv(text: str) -> Iterator[Entry]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    begins = FIRST_LINE
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield Entry(begins, problem=f"not CSV from here on: {error}")
+            return
+        if cells is None:
+            return
+        if header is None and any(cells):
+            header = [cell.strip() for cell in cells]
+            if "" in header or len(set(header)) < len(header):
+                yield Entry(begins, problem=f"expected a header of different names, found {', '.join(header)}")
+                return
+        elif header is not None and cells:
+            yield _row(begins, header, cells)
+        begins = reader.line_num + 1
+
+
+def _row(line: int, header: list[str], cells: list[str]) -> Entry:
+    """Empty cells say nothing; neither do those that are missing at the end."""
+    if len(cells) > len(header):
+        return Entry(line, problem=f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas")
+    said = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    return Entry(line, {name: _numbers(cell) if name in LISTS else cell for name, cell in said.items()})
+
+
+def _numbers(cell: str) -> list[str]:
+    return [part.strip() for part in cell.replace(",", ";").split(";")]
+
+
+READERS: Mapping[str, Callable[[str], Iterator[Entry]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}

@@ -1,0 +1,245 @@
+"""Runs the plans of a bundle with TensorRT or TensorRT-RTX: numpy in and out, nothing else on the way."""
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import finalize
+
+from numpy.typing import NDArray
+
+from ....schemas.bundle import MAIN_GRAPH, Backend, PlanEntry
+from ....schemas.errors import EngineError
+from ....schemas.precision import Precision
+from ....schemas.stages import Stage
+from ....storage.bundle import Bundle
+from ...memory.give_back import give_back_memory
+from ...memory.gpu_budget import DeviceBudget, gib
+from ..base import StageRunner, Tensors, check_inputs, with_absent_control
+from .cuda import DeviceMemoryError
+from .execution import Execution, inputs_apart
+from .nvidia import Host, cache_folder, make_runtime, open_host
+from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
+
+Outputs = dict[str, NDArray[Any]]
+Refit = Callable[[Any, Path], object]  # an engine of TensorRT's, the ONNX file whose weights it is to have
+T = TypeVar("T")
+
+DRAWING = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
+
+NOTHING_HELD = 0  # the key of calls without constants
+_keys = count(NOTHING_HELD + 1)
+
+
+class TensorRTEngine:
+    """An engine for the stages of `bundle` that have plans for this machine; `host` is what `nvidia.open_host` gives.
+
+    Stages stay on the device as long as they fit into `memory_budget` bytes (None: into what is free); those used
+    longest ago leave first and come back when they are called. Of a plan built for weight streaming, `weight_budget`
+    bytes of weights stay on the device (None: as many as fit). Weights that are inputs of a plan are fed from the
+    bundle's files. Kernels that TensorRT-RTX compiles are kept in `cache` between runs (None: the user's cache folder).
+    `refit` gives an engine the weights of an ONNX file: with it, plans built to be refitted run with whatever weights
+    the bundle has now (``converters.tensorrt.refit`` does it)."""
+
+    precision: Precision | None = None  # a plan computes as its graph says
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        host: Host,
+        *,
+        memory_budget: int | None = None,
+        weight_budget: int | None = None,
+        cache: Path | None = None,
+        refit: Refit | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.host = host
+        self.name: str = host.backend
+        self.weight_budget = weight_budget
+        self.refit = refit
+        self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
+        self.cache = cache or cache_folder("tensorrt-rtx")
+        self.runtime = make_runtime(host)
+
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        host, bundle = self.host, self.bundle
+        return graphs_with_plans(
+            bundle.root, bundle.entry(stage), host.backend, host.version, host.device, refits=self.refit is not None
+        )
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TensorRTStage":
+        return TensorRTStage(self, stage, graph)
+
+
+class TensorRTStage(StageRunner):
+    """One graph of a stage: the plans it has for this machine, one of them at a time on the device."""
+
+    def __init__(self, engine: TensorRTEngine, stage: Stage, graph: str) -> None:
+        """Raises EngineError when no plan can run here: why, and the command that makes one."""
+        host = engine.host
+        self.stage = stage
+        self._engine = engine
+        self._plans = runnable_plans(
+            engine.bundle, stage, graph, host.backend, host.version, host.device, refits=engine.refit is not None
+        )
+        self._entry = engine.bundle.entry(stage).graphs[graph]
+        self._execution: Execution | None = None
+        if len(self._plans) == 1:  # of several, the sizes asked for decide
+            self._with_room(lambda: self._ready(self._plans[0]))
+
+    def __call__(self, inputs: Tensors) -> Outputs:
+        return self.run(inputs, {}, NOTHING_HELD)
+
+    def bind(self, constants: Tensors) -> "BoundStage":
+        """The stage with some inputs fixed, which go to the device once."""
+        return BoundStage(self, constants)
+
+    def run(self, inputs: Tensors, constants: Tensors, key: int) -> Outputs:
+        """The outputs for `inputs` and `constants`, which are held on the device under `key`."""
+        twice = inputs.keys() & constants.keys()
+        if twice:
+            raise EngineError(f"{self.stage}: {', '.join(sorted(twice))} given, though bound already")
+        everything = with_absent_control(self._entry.inputs, {**constants, **inputs})
+        check_inputs(self.stage, self._entry.inputs, everything)
+        shapes = {name: array.shape for name, array in everything.items()}
+        loaded = self._execution.plan if self._execution else None
+        plan, profile = choose(self._engine.bundle, self.stage, self._plans, shapes, loaded)
+
+        def attempt() -> Outputs:
+            execution = self._ready(plan, profile)
+            execution.hold(key, constants)
+            return execution.run(profile, inputs_apart(everything, constants), constants, key)
+
+        return self._with_room(attempt)
+
+    def release(self, key: int) -> None:
+        """Forget the constants held under `key`."""
+        if self._execution:
+            self._execution.release(key)
+
+    def close(self) -> None:
+        self._engine.room.forget(self)
+        self.evict()
+        give_back_memory()
+
+    @property
+    def device_bytes(self) -> int:
+        return self._execution.device_bytes if self._execution else 0
+
+    def facts(self) -> dict[str, Any]:
+        """How it runs now, for reports: plan, bytes on the device and of weights there, whether from a CUDA graph."""
+        execution = self._execution
+        if execution is None:
+            return {}
+        return {
+            "plan": execution.plan.path,
+            "device_bytes": execution.device_bytes,
+            "weight_bytes": execution.weights_on_device,
+            "replays_cuda_graph": execution.replays,
+        }
+
+    def evict(self) -> None:
+        """Leave the device; the next call comes back to it."""
+        if self._execution:
+            execution, self._execution = self._execution, None
+            execution.close()
+
+    def _with_room(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives; while memory is short for it, other stages leave the device."""
+        while True:
+            try:
+                return attempt()
+            except DeviceMemoryError as error:
+                if not self._engine.room.evict_oldest(self):
+                    free = gib(self._engine.host.cuda.free_memory())
+                    self.evict()
+                    raise EngineError(
+                        f"{self.stage}: the GPU's memory does not hold it ({error}; {free} free); take a smaller size "
+                        f"or fewer images"
+                    ) from error
+
+    def _ready(self, plan: PlanEntry, profile: int | None = None) -> Execution:
+        """The plan on the device, with room for what `profile` needs between layers."""
+        room = self._engine.room
+        if self._execution and self._execution.plan is not plan:
+            room.forget(self)
+            self.evict()
+        if self._execution is None:
+            self._execution = self._open(plan)
+        if profile is not None and not self._execution.has_selected(profile):
+            room.make_room(self._execution.scratch(profile), self)
+        room.use(self)
+        return self._execution
+
+    def _open(self, plan: PlanEntry) -> Execution:
+        engine = self._engine
+        path = check_plan(engine.bundle, self.stage, plan)
+        engine.room.make_room(plan.bytes + plan.input_bytes, self)
+        cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
+        execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
+        try:
+            if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
+                execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))
+            if plan.weight_inputs:
+                engine.bundle.check(self.stage)
+                execution.feed_weights(engine.bundle.root)
+            if execution.streamable:
+                self._stream_weights(execution)
+            self._require_budget(execution)
+        except EngineError:
+            execution.close()
+            raise
+        return execution
+
+    def _stream_weights(self, execution: Execution) -> None:
+        """Keep on the device what is wished for and fits."""
+        kept = min(execution.streamable, self._engine.weight_budget or execution.streamable)
+        for _ in range(3):  # what streaming itself needs between layers depends on what is streamed
+            execution.keep_weights(kept)
+            needed = execution.weights_on_device + execution.most_scratch
+            lacking = needed - self._engine.room.make_room(needed, self)
+            if lacking <= 0 or kept == 0:
+                return
+            kept = max(0, kept - lacking)
+        execution.keep_weights(kept)
+
+    def _require_budget(self, execution: Execution) -> None:
+        budget = self._engine.room.budget
+        needed = execution.weights_on_device + execution.scratch(0)
+        if budget is not None and needed > budget:
+            raise EngineError(
+                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; raise it"
+            )
+
+
+class BoundStage:
+    """A stage with some inputs fixed: call it with the others. They leave the device when it is let go."""
+
+    def __init__(self, stage: TensorRTStage, constants: Tensors) -> None:
+        self._stage = stage
+        self._constants: Mapping[str, NDArray[Any]] = dict(constants)
+        self._key = next(_keys)
+        finalize(self, stage.release, self._key).atexit = False  # the driver may be gone by then
+
+    def __call__(self, inputs: Tensors) -> Outputs:
+        return self._stage.run(inputs, self._constants, self._key)
+
+
+def make_tensorrt(
+    bundle: Bundle, backend: Backend, memory_budget: int | None = None, refit: Refit | None = None
+) -> TensorRTEngine:
+    """The engine on this machine's GPU. Raises EngineError when TensorRT, a driver or a GPU are missing."""
+    return TensorRTEngine(bundle, open_host(backend), memory_budget=memory_budget, refit=refit)
+
+
+def has_plans(bundle: Bundle, backend: Backend) -> bool:
+    """Whether what drawing an image takes has plans of `backend` that can run here."""
+    entries = [bundle.manifest.stages.get(stage) for stage in DRAWING]
+    if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
+        return False
+    try:
+        host = open_host(backend)
+    except EngineError:
+        return False
+    return all(entry and graphs_with_plans(bundle.root, entry, backend, host.version, host.device) for entry in entries)

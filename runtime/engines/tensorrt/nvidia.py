@@ -1,0 +1,92 @@
+"""What GPU engines run on: a TensorRT, CUDA, and the GPU there is."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ....schemas.bundle import Backend
+from ....schemas.errors import EngineError, reraise_interrupt
+from .cuda import Cuda, Device
+
+MODULES: Mapping[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+KEPT_MESSAGES = 20
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine's GPU with the TensorRT that is to run on it. `trt` is the module, `messages` its latest errors."""
+
+    backend: Backend
+    trt: Any
+    cuda: Cuda
+    device: Device
+    messages: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_MESSAGES))
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    @property
+    def reason(self) -> str:
+        """The first of the latest errors, in one line: those after it are consequences."""
+        return " ".join(self.messages[0].split()) if self.messages else "it gave no reason"
+
+
+def open_host(backend: Backend) -> Host:
+    """Raises EngineError when TensorRT, CUDA's bindings, a driver or a GPU are missing, saying which."""
+    trt = import_tensorrt(backend)
+    cuda = Cuda()
+    return Host(backend, trt, cuda, cuda.device(), _messages(backend))
+
+
+def import_tensorrt(backend: Backend) -> Any:
+    """The module. Raises EngineError when it is not installed or cannot be loaded, saying what to install."""
+    install = f"pip install 'cascadekit[{backend}]'"
+    try:
+        return import_module(MODULES[backend])
+    except ModuleNotFoundError as error:
+        reraise_interrupt(error)
+        raise EngineError(f"{backend} is not installed: {install}") from error
+    except (ImportError, OSError, RuntimeError) as error:  # one of its libraries is missing or of another machine
+        reraise_interrupt(error)
+        raise EngineError(f"{backend} is installed but cannot be loaded: {error}; {install}") from error
+
+
+def make_runtime(host: Host) -> Any:
+    """What turns plans into engines, with a logger that fills `host.messages`."""
+    return host.trt.Runtime(_logger(host.trt, host.backend))
+
+
+def cache_folder(name: str) -> Path:
+    """Where what was compiled here for this GPU is kept, for this user."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "cascadekit" / name
+
+
+@cache
+def _messages(backend: Backend) -> deque[str]:
+    return deque(maxlen=KEPT_MESSAGES)
+
+
+@cache
+def _logger(trt: Any, backend: Backend) -> Any:
+    """One for the process: TensorRT ignores a second while the first is alive."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                _messages(backend).append(text)
+
+    return Logger()

@@ -1,0 +1,143 @@
+"""Masks of what is to be drawn anew: from a file to pixels, to latents, and to the seam in the finished image.
+
+A mask is a greyscale picture of 0 and 255 only. Where it gets smaller, what the mask touches at all stays masked:
+what was to go must not shine through the edges, and the last step puts back every pixel that was to stay.
+"""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...schemas.errors import UsageError
+from .pictures import F32, cover_box, decode, has_alpha, strips
+
+HALF = 128  # greys from here on are masked
+SAME_SHAPE = 0.01  # how far the proportions of mask and picture may differ
+
+Edges = list[Fraction]
+
+
+def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask in a file, for a picture of `size` (width, height): mode L, 255 where to draw anew.
+
+    That is where the file is white (at least half), or, where some of it is transparent, where it is opaque (at
+    least half), whatever the colour. It is scaled to `size`.
+    Raises UsageError for what `open_picture` refuses, other proportions than the picture's, and an empty mask."""
+    stored = decode(path, lambda *found: _require_shape(path, size, found, found[::-1]))  # EXIF may turn it
+    _require_shape(path, size, stored.size)
+    masked = _masked_in(stored)
+    if not masked.any():
+        raise UsageError(f"{path}: masks nothing; paint white what is to be drawn anew, and the rest black")
+    edges = [_even(side, cells) for side, cells in zip(stored.size, size, strict=True)]
+    return _to_mask(_touched(masked, edges[1], edges[0]))
+
+
+def _require_shape(path: Path, size: tuple[int, int], *found: tuple[int, int]) -> None:
+    """Raise UsageError unless one of the sizes found has the proportions of `size`."""
+    if not any(abs(math.log(width / height * size[1] / size[0])) <= SAME_SHAPE for width, height in found):
+        raise UsageError(
+            f"{path}: a mask of {found[0][0]}x{found[0][1]} for a picture of {size[0]}x{size[1]}; "
+            "make it of the picture's size"
+        )
+
+
+def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
+    """Where a picture is opaque, if some of it is not, else where it is white; at least half, each."""
+    white = np.empty((stored.height, stored.width), np.bool_)
+    opaque = np.empty_like(white) if has_alpha(stored) else None
+    for top, strip in strips(stored):
+        rows = slice(top, top + strip.height)
+        white[rows] = np.asarray(strip.convert("L")) >= HALF
+        if opaque is not None:
+            opaque[rows] = np.asarray(strip.convert("RGBA"))[..., 3] >= HALF
+    return white if opaque is None or opaque.all() else opaque
+
+
+def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
+    """The mask of what `pictures.fit` makes of its picture. Raises UsageError when the part it takes has no mask."""
+    left, top, right, bottom = cover_box(mask.size, width, height)
+    columns, rows = _edges(left, right, width), _edges(top, bottom, height)
+    masked = _touched(_masked(mask), rows, columns)
+    if not masked.any():
+        raise UsageError(
+            f"the mask lies outside the middle that {width}x{height} takes from {mask.width}x{mask.height}; "
+            "choose a size nearer to the picture's proportions"
+        )
+    return _to_mask(masked)
+
+
+def latent_mask(mask: Image.Image, size: tuple[int, int]) -> F32:
+    """(1, 1, h, w) float32 for latents of `size` (h, w): 1 for those that stand for any masked pixel, even in part,
+    else 0."""
+    rows, columns = _even(mask.height, size[0]), _even(mask.width, size[1])
+    return _touched(_masked(mask), rows, columns).astype(np.float32)[None, None]
+
+
+def mask_pixels(mask: Image.Image) -> F32:
+    """(1, 1, height, width) float32, 1 where masked, else 0."""
+    return _masked(mask).astype(np.float32)[None, None]
+
+
+def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, feather: int = 8) -> Image.Image:
+    """RGB pictures of one size: `generated` wherever the mask is, `original` to the last bit from 2 * `feather` pixels
+    off it on, and from one to the other in between. Raises UsageError for pictures of different sizes."""
+    if not original.size == generated.size == mask.size:
+        sizes = ", ".join(f"{each.width}x{each.height}" for each in (original, generated, mask))
+        raise UsageError(f"to composite original, generated image and mask of {sizes}: expected one size")
+    share = feathered(mask, feather)[..., None]
+    old, new = (np.asarray(picture, np.float32) for picture in (original, generated))
+    return Image.fromarray((old + (new - old) * share).round().astype(np.uint8))
+
+
+def feathered(mask: Image.Image, feather: int) -> F32:
+    """(height, width) float32 in 0..1: 1 where the mask is, 0 from 2 * `feather` pixels off it on (across or down).
+
+    The mask grown by `feather`, then averaged over squares that reach `feather` to each side, cut at the borders."""
+    grown = _square_sum(_masked(mask), feather) > 0
+    share: F32 = (_square_sum(grown, feather) / _square_sum(np.ones_like(grown), feather)).astype(np.float32)
+    return share
+
+
+def _square_sum(masked: NDArray[np.bool_], reach: int) -> NDArray[np.int32]:
+    """How many are masked in the squares around every pixel, as far as they lie inside."""
+    counts = masked.astype(np.int32)
+    for _ in counts.shape:  # along the rows, then along the columns; turned over in between
+        total = np.zeros((counts.shape[1] + 1, counts.shape[0]), np.int32)
+        np.cumsum(counts.T, axis=0, out=total[1:])
+        at = np.arange(counts.shape[1])
+        counts = total[np.minimum(at + reach + 1, len(at))] - total[np.maximum(at - reach, 0)]
+    return counts
+
+
+def _masked(mask: Image.Image) -> NDArray[np.bool_]:
+    return np.asarray(mask) >= HALF
+
+
+def _to_mask(masked: NDArray[np.bool_]) -> Image.Image:
+    return Image.fromarray(masked.astype(np.uint8) * 255)
+
+
+def _even(length: int, cells: int) -> Edges:
+    return _edges(Fraction(0), Fraction(length), cells)
+
+
+def _edges(start: Fraction, stop: Fraction, cells: int) -> Edges:
+    """The `cells` + 1 borders of as many equal cells between `start` and `stop`."""
+    return [start + (stop - start) * number / cells for number in range(cells + 1)]
+
+
+def _touched(masked: NDArray[np.bool_], rows: Edges, columns: Edges) -> NDArray[np.bool_]:
+    """Of the cells between borders in pixels of `masked`, those that any masked pixel reaches into."""
+    return _any_in_rows(_any_in_rows(masked, rows).T, columns).T
+
+
+def _any_in_rows(masked: NDArray[np.bool_], edges: Edges) -> NDArray[np.bool_]:
+    found = np.empty((len(edges) - 1, masked.shape[1]), np.bool_)
+    for row, (start, stop) in zip(found, pairwise(edges), strict=True):
+        masked[math.floor(start) : math.ceil(stop)].any(axis=0, out=row)
+    return found

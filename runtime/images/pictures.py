@@ -1,0 +1,209 @@
+"""Picture files to the arrays that the encoders take.
+
+Colours are taken as they are stored, as Stability's code and diffusers do; an ICC profile is not applied.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ...schemas.errors import UsageError
+from ...schemas.limits import JPEG_PIXELS, MAX_PICTURE_BYTES, MAX_PICTURE_SIDE, PICTURE_BYTES
+from .png import effnet_pixels
+
+F32 = NDArray[np.float32]
+
+# Mean and deviation of red, green and blue, with which CLIP was trained.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+EFFNET_COMPRESSION = 32  # image pixels for each pixel of the effnet encoder's map
+STEEPEST = 500  # how many times longer than the other a side may be where CLIP's square is cut out
+SIXTEEN_BITS = 65535
+WHITE = (255, 255, 255, 255)
+STRIP_PIXELS = 1 << 20  # converted at a time, so that no second picture of more bytes is needed
+
+Box = tuple[Fraction, Fraction, Fraction, Fraction]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in a file as 8-bit RGB, turned as its EXIF data say, the first one where there are several.
+
+    What is transparent lets white through, as in transformers. 16 bits are rounded to 8. Takes `PICTURE_BYTES` a
+    pixel; of a JPEG beyond `JPEG_PIXELS` every second, fourth or eighth pixel across and down is decoded.
+    Raises UsageError, in one line, for what is no picture, is damaged, or is larger than `schemas.limits` allows."""
+    picture = decode(path)
+    if has_alpha(picture):
+        return _converted(picture, "RGB", _over_white)
+    return picture if picture.mode == "RGB" else _converted(picture, "RGB", lambda strip: strip.convert("RGB"))
+
+
+def clip_pixels(pictures: Sequence[Image.Image], size: int = 224) -> F32:
+    """RGB pictures to (n, 3, size, size) float32, the `pixel_values` of the image encoder: transformers'
+    CLIPImageProcessor on Pillow, step by step. `size` is the config's image_size.
+
+    Raises UsageError for a picture with one side more than 500 times the other."""
+    mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
+    squares = [(_scaled(_centre_square(picture, size)) - mean) / std for picture in pictures]
+    return np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2))
+
+
+def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest part of the middle that has the proportions of `width` x `height`, at that size (Lanczos)."""
+    left, top, right, bottom = (float(side) for side in cover_box(picture.size, width, height))
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+
+
+def cover_box(size: tuple[int, int], width: int, height: int) -> Box:
+    """What `fit` takes from a picture of `size` (width, height): left, top, right, bottom in its pixels."""
+    scale = min(Fraction(size[0], width), Fraction(size[1], height))
+    left, top = ((have - wanted * scale) / 2 for have, wanted in zip(size, (width, height), strict=True))
+    return left, top, size[0] - left, size[1] - top
+
+
+def to_pixels(picture: Image.Image) -> F32:
+    """An 8-bit picture to (1, channels, height, width) float32 in 0..1."""
+    pixels = np.atleast_3d(np.asarray(picture)).astype(np.float32) / 255
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def effnet_input(picture: Image.Image, prior_size: tuple[int, int]) -> F32:
+    """The picture as the effnet encoder's `pixels`, (1, 3, 32h, 32w) float32; for (h, w) latents of the prior the
+    encoder makes a map of exactly that size: 768 pixels for the 24 of a 1024 image."""
+    height, width = (EFFNET_COMPRESSION * side for side in prior_size)
+    return effnet_pixels(to_pixels(fit(picture, width, height)))
+
+
+def vqgan_input(picture: Image.Image, height: int, width: int) -> F32:
+    """The picture as the `images` of the vqgan's encoder, (1, 3, height, width) float32 in 0..1."""
+    return to_pixels(fit(picture, width, height))
+
+
+def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:
+    """The picture in a file as it is stored, turned as its EXIF data say; 16-bit greys as 8-bit ones. `check` may
+    refuse the width and height stored in the file before its pixels are read.
+
+    Raises UsageError as `open_picture` does."""
+    if not path.is_file():
+        found = "a folder; give a file in it" if path.is_dir() else "no such file; check the path"
+        raise UsageError(f"{path}: expected a picture, found {found}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of pictures larger than half of Pillow's limit
+            with Image.open(path, formats=_known_formats()) as picture:
+                _require_size(path, picture)
+                check(*picture.size)
+                _require_meaning(path, picture)
+                picture.draft(None, _enough(picture.size))  # only JPEGs can; the others ignore it
+                picture.load()
+                ImageOps.exif_transpose(picture, in_place=True)
+    except UsageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, 2 * (Image.MAX_IMAGE_PIXELS or 0)) from error
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{path}: not a picture of a known format; give a PNG, JPEG or WebP file") from error
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path}: the picture cannot be decoded: {reason}; save it again, or give another") from error
+    return _eight_bits(picture, path)
+
+
+def strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in pieces of its whole width, each with the row it begins at."""
+    rows = max(1, STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        yield top, picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether some of the picture may be transparent."""
+    return picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
+
+
+def _known_formats() -> list[str]:
+    """Those of the table that this Pillow can open; others are not tried (EPS would start another program)."""
+    Image.init()
+    return [name for name in PICTURE_BYTES if name in Image.OPEN]
+
+
+def _require_size(path: Path, picture: Image.Image) -> None:
+    most = MAX_PICTURE_BYTES // PICTURE_BYTES.get(picture.format or "", max(PICTURE_BYTES.values()))
+    if picture.width * picture.height > most:
+        raise _too_large(path, most)
+    if max(picture.size) > MAX_PICTURE_SIDE:
+        raise UsageError(
+            f"{path}: a picture of {picture.width}x{picture.height}: expected sides of at most {MAX_PICTURE_SIDE} "
+            "pixels; cut a piece out of it"
+        )
+
+
+def _too_large(path: Path, most: int) -> UsageError:
+    return UsageError(f"{path}: expected a picture of at most {most // 10**6} megapixels; make it smaller")
+
+
+def _require_meaning(path: Path, picture: Image.Image) -> None:
+    """Refuse what has no colours of its own."""
+    if picture.mode in ("F", "LAB"):
+        kind = "floats" if picture.mode == "F" else "L*a*b* colours"
+        raise UsageError(f"{path}: a picture of {kind}, which have no one meaning on a screen; save it as a PNG")
+
+
+def _enough(size: tuple[int, int]) -> tuple[int, int]:
+    """What a decoder that can decode less may decode at least: all of it, or the half, quarter or eighth of its sides
+    that has at least a quarter of JPEG_PIXELS."""
+    width, height = size
+    while width * height > JPEG_PIXELS:
+        width, height = -(-width // 2), -(-height // 2)
+    return width, height
+
+
+def _over_white(strip: Image.Image) -> Image.Image:
+    ground = Image.new("RGBA", strip.size, WHITE)
+    return Image.alpha_composite(ground, strip.convert("RGBA")).convert("RGB")
+
+
+def _converted(picture: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The picture in another mode, strip by strip."""
+    made = Image.new(mode, picture.size)
+    for top, strip in strips(picture):
+        made.paste(convert(strip), (0, top))
+    return made
+
+
+def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """Greys of 16 bits (which Pillow also has as 32) to 8."""
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+
+    def rounded(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip)
+        if values.min() < 0 or values.max() > SIXTEEN_BITS:
+            raise UsageError(f"{path}: a picture of 32-bit integers; save it with 8 or 16 bits")
+        return Image.fromarray((values / (SIXTEEN_BITS / 255)).round().astype(np.uint8))
+
+    return _converted(picture, "L", rounded)
+
+
+def _centre_square(picture: Image.Image, size: int) -> Image.Image:
+    """The shorter side scaled to `size` (bicubic), then the middle."""
+    short, long = sorted(picture.size)
+    if long > STEEPEST * short:
+        raise UsageError(
+            f"an image prompt of {picture.width}x{picture.height}: expected sides that differ {STEEPEST}-fold at most; "
+            "cut a piece out of it"
+        )
+    scaled = int(size * long / short)  # cut off, not rounded, as transformers does
+    wide, high = (size, scaled) if picture.width <= picture.height else (scaled, size)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return picture.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _scaled(picture: Image.Image) -> F32:
+    """(height, width, 3) float32 in 0..1, by a product in float64, as transformers does."""
+    return (np.asarray(picture).astype(np.float64) * (1 / 255)).astype(np.float32)

@@ -1,0 +1,125 @@
+"""The size of a PNG and one of its texts, from its first chunks alone: nothing is decoded, and little is read.
+
+Pillow reads texts of any length into memory. Here a text has a limit, and so has what compressed text unpacks to.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ...schemas.limits import MAX_SETTINGS
+
+BEGINS, ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+MOST_CHUNKS = 1000  # before the pixels; programs write about ten
+HEADER, PIXELS, PLAIN, DEFLATED, INTERNATIONAL = b"IHDR", b"IDAT", b"tEXt", b"zTXt", b"iTXt"
+
+
+@dataclass(frozen=True)
+class PngText:
+    """Width and height in pixels, the text if there is one, and whether the file ends as a PNG does."""
+
+    width: int
+    height: int
+    text: str | None
+    whole: bool
+
+
+def read_png_text(path: Path, keyword: str) -> PngText:
+    """The last text of that keyword before the pixels.
+
+    Raises OSError when the file cannot be read, ValueError when it is no PNG, or the text is damaged or too long."""
+    key = keyword.encode("latin-1")
+    size: tuple[int, int] | None = None
+    text = None
+    with path.open("rb") as file:
+        if file.read(len(BEGINS)) != BEGINS:
+            raise ValueError("not a PNG file")
+        for kind, length in _chunks(file):
+            if kind == HEADER:
+                size = _size(_content(file, kind, length))
+            elif kind in READERS and _is_named(file, key, length):
+                text = READERS[kind](_content(file, kind, length)[len(key) + 1 :])
+        if size is None:
+            raise ValueError("a PNG file without its header")
+        return PngText(*size, text, _ends(file))
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of each chunk before the pixels, the file standing at its content."""
+    for _ in range(MOST_CHUNKS):
+        begins = file.read(8)
+        if len(begins) < 8:
+            raise ValueError("cut short before its pixels")
+        length, kind = struct.unpack(">I4s", begins)
+        if kind == PIXELS:
+            return
+        at = file.tell()
+        yield kind, length
+        file.seek(at + length + 4)
+    raise ValueError(f"more than {MOST_CHUNKS} chunks before its pixels")
+
+
+def _is_named(file: BinaryIO, key: bytes, length: int) -> bool:
+    at = file.tell()
+    found = file.read(min(length, len(key) + 1))
+    file.seek(at)
+    return found == key + b"\0"
+
+
+def _content(file: BinaryIO, kind: bytes, length: int) -> bytes:
+    if length > MAX_SETTINGS:
+        raise ValueError(f"a {kind.decode()} chunk of {length} bytes; expected at most {MAX_SETTINGS}")
+    content, check = file.read(length), file.read(4)
+    if check != struct.pack(">I", zlib.crc32(kind + content)):
+        raise ValueError(f"its {kind.decode()} chunk is damaged")
+    return content
+
+
+def _size(header: bytes) -> tuple[int, int]:
+    if len(header) < 8:
+        raise ValueError("a PNG file whose header is cut short")
+    width, height = struct.unpack(">II", header[:8])
+    return width, height
+
+
+def _inflated(content: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    try:
+        found = unpacker.decompress(content, MAX_SETTINGS)
+    except zlib.error as error:
+        raise ValueError(f"its text cannot be unpacked: {error}") from error
+    if unpacker.unconsumed_tail or not unpacker.eof:
+        raise ValueError(f"its text unpacks to more than {MAX_SETTINGS} bytes, or is cut short")
+    return found
+
+
+def _deflated(content: bytes) -> str:
+    return _inflated(content[1:]).decode("latin-1")
+
+
+def _international(content: bytes) -> str:
+    """Flag and method of the compression, language, the keyword's translation, then the text in UTF-8."""
+    packed, (_, _, text) = content[:1], _three(content[2:])
+    return (_inflated(text) if packed == b"\1" else text).decode("utf-8")
+
+
+def _three(content: bytes) -> list[bytes]:
+    parts = content.split(b"\0", 2)
+    if len(parts) < 3:
+        raise ValueError("its text is cut short")
+    return parts
+
+
+def _ends(file: BinaryIO) -> bool:
+    file.seek(-len(ENDS), 2)
+    return file.read() == ENDS
+
+
+def _plain(content: bytes) -> str:
+    return content.decode("latin-1")
+
+
+READERS: Mapping[bytes, Callable[[bytes], str]] = {PLAIN: _plain, DEFLATED: _deflated, INTERNATIONAL: _international}

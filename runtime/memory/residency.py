@@ -1,0 +1,88 @@
+"""Which stages are in memory: all that were used, one at a time, or as many as fit a budget."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Self
+
+from ...schemas.bundle import MAIN_GRAPH
+from ...schemas.errors import UsageError
+from ...schemas.stages import Stage
+from ..engines.base import Engine, StageRunner
+from .give_back import large_blocks_given_back
+
+Key = tuple[Stage, str]  # a stage and one of its graphs
+
+UNITS = {"": 1 << 30, "GB": 1 << 30, "GIB": 1 << 30, "MB": 1 << 20, "MIB": 1 << 20}
+BUDGET = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """`resident`: a stage once used stays. `staged`: what is not in use goes before anything is loaded. A budget in
+    bytes: the stage unused for longest goes until the next one fits. The latter two also load with less memory at the
+    peak, and more slowly."""
+
+    name: str
+    budget: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From "resident", "staged" or a size such as "8 GB" (2^30 bytes each). Raises UsageError for anything else."""
+        if text in ("resident", "staged"):
+            return cls(text)
+        match = BUDGET.fullmatch(text.strip())
+        if not match or match[2].upper() not in UNITS or not float(match[1]):
+            raise UsageError(f"memory {text!r}: expected resident, staged, or a size such as 8GB or 500MB")
+        return cls("budget", int(float(match[1]) * UNITS[match[2].upper()]))
+
+
+RESIDENT, STAGED = MemoryPolicy("resident"), MemoryPolicy("staged")
+
+
+class Residency:
+    """Loads stages when they are asked for, and frees others as the policy says; a stage in use is never freed."""
+
+    def __init__(self, engine: Engine, policy: MemoryPolicy, size_of: Callable[[Stage, str], int]) -> None:
+        """`size_of` tells how many bytes a stage's graph takes once loaded."""
+        self._engine = engine
+        self.policy = policy
+        self._size_of = size_of
+        self._loaded: dict[Key, StageRunner] = {}  # the one used last comes last
+        self._in_use: list[Key] = []
+
+    @contextmanager
+    def use(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[StageRunner]:
+        """The stage, in memory for as long as the context lasts."""
+        key = stage, graph
+        runner = self._loaded.pop(key, None)
+        if runner is None:
+            self._make_room(key)
+            with nullcontext() if self.policy == RESIDENT else large_blocks_given_back():
+                runner = self._engine.load(stage, graph)
+        self._loaded[key] = runner
+        self._in_use.append(key)
+        try:
+            yield runner
+        finally:
+            self._in_use.remove(key)
+
+    def close(self) -> None:
+        """Free every stage; they are loaded again when used."""
+        for key in list(self._loaded):
+            self._free(key)
+
+    def _make_room(self, key: Key) -> None:
+        if self.policy == RESIDENT:
+            return
+        for old in [old for old in self._loaded if old not in self._in_use]:
+            if self.policy.budget is not None and self._needed(key) <= self.policy.budget:
+                return
+            self._free(old)
+
+    def _needed(self, key: Key) -> int:
+        return sum(self._size_of(*each) for each in (*self._loaded, key))
+
+    def _free(self, key: Key) -> None:
+        self._loaded.pop(key).close()

@@ -1,0 +1,1 @@
+"""Noise, samplers and the loop that denoises latents."""

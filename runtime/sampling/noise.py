@@ -1,0 +1,268 @@
+"""Gaussian noise that equals torch's CPU generator bit for bit, without torch.
+
+A seed names an image only as long as everyone draws the same noise from it, so the pipelines draw as
+diffusers' ``randn_tensor`` does from CPU generators: ``torch.randn`` in float32.
+
+Followed is ``normal_`` of torch's x86-64 Linux builds on CPUs with AVX2 or AVX-512 (one kernel serves both),
+compared with torch 2.13:
+
+* 16 values or more: 24-bit uniforms, then Box-Muller over blocks of 16 by the Cephes polynomials of
+  ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to fused multiply-adds. Each polynomial sees one
+  uniform, of which there are 2**24; the tests walk through all of them, so equality is shown, not sampled.
+  Here the arithmetic is IEEE only, hence the result is the same on every machine.
+* Fewer than 16: one value at a time in double precision by the C library's ``log1p``, ``sin`` and ``cos``,
+  to which :mod:`math` leads as well. Equal where Python and torch share that library; another one may round
+  the double differently, which rarely survives the rounding to float32.
+
+With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch takes libm in the first case, too. Of 2**25
+values drawn so two in five differed from these, all by less than 3e-6. Builds by other compilers (Windows, macOS)
+have not been compared. Draws in bfloat16 or float16 are left out: torch has changed between releases what these
+consume from the generator.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.errors import UsageError
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+BLOCK = 16  # values of one vector step of normal_: 8 that give the radius, 8 that give the angle
+LANES = BLOCK // 2
+PASSED = 1 << 20  # words thrown away at once
+CHUNK = 1024  # blocks per pass of the numpy code: its temporaries then stay in the cache
+
+
+def _single(*values: float) -> tuple[float, ...]:
+    """Constants as the C code has them: rounded to float32 (held as doubles here)."""
+    return tuple(float(np.float32(value)) for value in values)
+
+
+# All from torch's aten/src/ATen/native/cpu/avx_mathfun.h, there from Cephes logf.c and sinf.c.
+LOG_P = _single(
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+(SQRT_HALF,) = _single(0.707106781186547524)
+LN2_LOW, LN2_HIGH = _single(-2.12194440e-4, 0.693359375)  # their sum is ln 2
+SIN_P = _single(-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COS_P = _single(2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+(FOUR_OVER_PI,) = _single(1.27323954473516)
+MINUS_QUARTER_PI = _single(-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)  # as a sum of three
+TWO_PI = np.float32(2 * math.pi)
+
+
+class TorchGenerator:
+    """Stands in for ``torch.Generator("cpu").manual_seed(seed)``; every draw moves it on as it would torch's.
+
+    ``seed`` is an integer from -2**63 to 2**64 - 1, of which torch's CPU engine uses the lower 32 bits (two's
+    complement), so that seeds equal modulo 2**32 draw the same. Raises UsageError for anything else.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise UsageError(f"a seed is an integer, not {seed!r}")
+        if not -(2**63) <= int(seed) < 2**64:
+            raise UsageError(f"a seed lies between -2**63 and 2**64 - 1, {seed} does not")
+        # torch's mt19937_engine and numpy's legacy seeding are both the init_genrand of Matsumoto and Nishimura.
+        self._engine = np.random.RandomState(int(seed) & 0xFFFFFFFF)
+        self._pending: float | None = None  # the sine half of the last scalar pair, not yet handed out
+
+    def randn(self, shape: tuple[int, ...]) -> F32:
+        """``torch.randn(shape, generator=self)``: a new float32 array of ``shape``; () draws one value.
+
+        Raises UsageError if a dimension is negative.
+        """
+        if any(size < 0 for size in shape):
+            raise UsageError(f"a shape has no negative dimensions, {tuple(shape)} does")
+        count = math.prod(shape)
+        values = self._vector(count) if count >= BLOCK else self._scalar(count)
+        return values.reshape(shape)
+
+    def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
+        """``randn(shape)[rows]``, in the time and memory of these rows alone: what lies between is passed over.
+
+        The generator moves on as by the whole. Raises UsageError for a row that ``shape`` does not have.
+        """
+        if not all(0 <= row < shape[0] for row in rows):
+            raise UsageError(f"rows {list(rows)} of noise of shape {tuple(shape)}")
+        count = math.prod(shape)
+        if count < BLOCK:
+            return self._scalar(count).reshape(shape)[list(rows)]
+        width = count // shape[0]
+        kept = np.empty((len(rows), width), np.float32)
+        blocks = count // BLOCK
+        done = 0  # values that the generator has passed
+        for start, stop in _ranges(rows, width):  # in blocks; the last one may go beyond what is whole
+            whole = min(stop, blocks) * BLOCK
+            self._pass_over(start * BLOCK - done)
+            values = self._uniforms(whole - start * BLOCK)
+            _box_muller(values)
+            _keep(kept, rows, values, start * BLOCK)
+            done = whole
+        self._pass_over(count - done)
+        if count % BLOCK:  # as in _vector
+            values = self._uniforms(BLOCK)
+            _box_muller(values)
+            _keep(kept, rows, values, count - BLOCK)
+        return kept.reshape(len(rows), *shape[1:])
+
+    def _pass_over(self, words: int) -> None:
+        for start in range(0, words, PASSED):
+            self._words(min(PASSED, words - start))
+
+    def _vector(self, count: int) -> F32:
+        """normal_fill of ATen/native/cpu/DistributionTemplates.h."""
+        values = self._uniforms(count)
+        _box_muller(values[: count - count % BLOCK])
+        if count % BLOCK:  # the last 16 values are drawn anew, whatever the blocks have put there
+            values[-BLOCK:] = self._uniforms(BLOCK)
+            _box_muller(values[-BLOCK:])
+        return values
+
+    def _scalar(self, count: int) -> F32:
+        """normal_distribution<double> of ATen/core/DistributionsHelper.h, ``count`` times.
+
+        A value left over stays pending for the next short draw, also across long ones, which do not use it.
+        """
+        values = np.empty(count, np.float32)
+        for i in range(count):
+            if self._pending is None:
+                angle, tail = self._double(), self._double()
+                radius = math.sqrt(-2.0 * math.log1p(-tail))
+                angle *= 2.0 * math.pi
+                values[i], self._pending = radius * math.cos(angle), radius * math.sin(angle)
+            else:
+                values[i], self._pending = self._pending, None
+        return values + np.float32(0)  # torch adds the mean, which makes -0 a +0
+
+    def _words(self, count: int) -> NDArray[np.uint32]:
+        """Raw outputs of the engine; over the full range randint hands them out as they come."""
+        return self._engine.randint(0, 2**32, count, np.uint32)
+
+    def _uniforms(self, count: int) -> F32:
+        """uniform_real_distribution<float>: the lower 24 bits of a word each, in [0, 1)."""
+        return (self._words(count) & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
+
+    def _double(self) -> float:
+        """uniform_real_distribution<double>: the lower 53 bits of two words, the first being the upper half."""
+        high, low = (int(word) for word in self._words(2))
+        return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
+
+def randn(shape: tuple[int, ...], generators: TorchGenerator | Sequence[TorchGenerator]) -> F32:
+    """diffusers' ``randn_tensor`` on the CPU: a float32 array of ``shape``, the batch coming first.
+
+    One generator draws the whole batch. Of a sequence, each draws its own sample with shape ``(1, *shape[1:])``,
+    so a sample does not depend on the others. Raises UsageError unless there are ``shape[0]`` of them (diffusers
+    is laxer: a list of one draws any batch, surplus generators are ignored).
+    """
+    if isinstance(generators, TorchGenerator):
+        return generators.randn(shape)
+    if not shape or len(generators) != shape[0]:
+        raise UsageError(f"{len(generators)} generators given for noise of shape {tuple(shape)}: one per sample needed")
+    noise = np.empty(shape, np.float32)
+    for i, generator in enumerate(generators):
+        noise[i] = generator.randn((1, *shape[1:]))[0]
+    return noise
+
+
+def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
+    """The blocks that rows of `width` values reach into, first and one after the last, those that meet as one."""
+    begun: tuple[int, int] | None = None
+    for row in sorted(set(rows)):
+        start, stop = row * width // BLOCK, -(-(row + 1) * width // BLOCK)
+        if begun is not None and start <= begun[1]:
+            begun = begun[0], max(stop, begun[1])
+            continue
+        if begun is not None:
+            yield begun
+        begun = start, stop
+    if begun is not None:
+        yield begun
+
+
+def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:
+    """Put what of `values`, which begin `at` that place of all, belongs to each of `rows` into its row of `kept`."""
+    width = kept.shape[1]
+    for place, row in enumerate(rows):
+        start, stop = max(row * width, at), min((row + 1) * width, at + len(values))
+        if start < stop:
+            kept[place, start - row * width : stop - row * width] = values[start - at : stop - at]
+
+
+def _box_muller(values: F32) -> None:
+    """Turn uniforms into normals in place: NormalFill16<float, true> of DistributionTemplates.h.
+
+    ``values`` is contiguous, its size a multiple of 16. Value i < 8 of a block sets the radius and value i + 8
+    the angle of a pair; its cosine half goes to i, its sine half to i + 8.
+    """
+    blocks = values.reshape(-1, 2, LANES)
+    for start in range(0, len(blocks), CHUNK):
+        block = blocks[start : start + CHUNK]
+        radius = np.sqrt(np.float32(-2) * _log(np.float32(1) - block[:, 0]))
+        sine, cosine = _sincos(TWO_PI * block[:, 1])
+        # Adding the mean 0 is not idle: it makes -0 a +0, as torch's does.
+        block[:, 0] = radius * cosine + np.float32(0)
+        block[:, 1] = radius * sine + np.float32(0)
+
+
+def _round(values: F64) -> F64:
+    """To float32 precision; the double stays the container, exact for products of two such values."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _fma(a: F64 | float, b: F64, c: F64 | float) -> F64:
+    """float32 ``a * b + c`` with one rounding.
+
+    The double sum has been rounded before, which would show if it fell on the middle between two float32. For
+    the 2**24 arguments that occur it does not change a result.
+    """
+    return _round(a * b + c)
+
+
+def _log(x: F32) -> F32:
+    """log256_ps for ``x`` in [2**-24, 1], multiply-adds fused as GCC does it."""
+    mantissa, exponent = np.frexp(x)
+    m, e = mantissa.astype(np.float64), exponent.astype(np.float64)
+    small = m < SQRT_HALF
+    e -= small
+    m = np.where(small, m + m, m) - 1
+    square = _round(m * m)
+    y = _fma(LOG_P[0], m, LOG_P[1])
+    for coefficient in LOG_P[2:]:
+        y = _fma(y, m, coefficient)
+    y = _fma(_round(y * m), square, _round(e * LN2_LOW))
+    y = _fma(-0.5, square, y)
+    return _fma(LN2_HIGH, e, _round(m + y)).astype(np.float32)
+
+
+def _sincos(angle: F32) -> tuple[F32, F32]:
+    """sincos256_ps for ``angle`` in [0, 2 pi], multiply-adds fused as GCC does it: sines, cosines."""
+    x = angle.astype(np.float64)
+    octant = (_round(x * FOUR_OVER_PI).astype(np.int32) + 1) & ~1
+    octants = octant.astype(np.float64)
+    for part in MINUS_QUARTER_PI:
+        x = _fma(part, octants, x)
+    square = _round(x * x)
+    y = _fma(_fma(COS_P[0], square, COS_P[1]), square, COS_P[2])
+    cosine = _round(_fma(_round(y * square), square, -0.5 * square) + 1)
+    y = _fma(_fma(SIN_P[0], square, SIN_P[1]), square, SIN_P[2])
+    sine = _fma(_round(y * square), x, x)
+    swapped = octant & 2 != 0
+    sines = np.where(swapped, cosine, sine)
+    cosines = np.where(swapped, sine, cosine)
+    np.negative(sines, out=sines, where=octant & 4 != 0)
+    np.negative(cosines, out=cosines, where=(octant - 2) & 4 == 0)
+    return sines.astype(np.float32), cosines.astype(np.float32)

@@ -1,0 +1,1 @@
+"""From prompts to what the text encoder makes of them."""

@@ -1,0 +1,180 @@
+"""CLIP's byte-pair tokenizer for the text encoder, on the `tokenizers` library alone.
+
+The authority is transformers' CLIPTokenizer (version 5), which diffusers feeds the text encoder with: ids, padding,
+truncation and masks are its own for every string. The vocabulary is OpenAI's, as shipped in open_clip_torch (MIT; see
+data/clip_tokenizer/LICENSE.txt). open_clip's SimpleTokenizer, the one of CLIP's training, cuts text into the same ids
+(but pads with 0) except where the two disagree by construction:
+
+* open_clip first mends the text with ftfy and html.unescape ("&amp;", curly quotes, "Ã©", full-width letters, control
+  characters); transformers takes it as it is;
+* "<|startoftext|>" and "<|endoftext|>" in a prompt are special tokens to transformers alone (open_clip knows them as
+  "<start_of_text>" and "<end_of_text>"); in upper case they are plain text to both, but split differently;
+* a capital sigma that ends a word becomes a final sigma in open_clip, an ordinary one in transformers;
+* open_clip matches its pattern without regard to case, so U+0345 passes for a letter and an apostrophe with a long s
+  (U+017F) for the contraction 's;
+* characters newer than the Unicode tables of Python or of either library may be letters to one of them only.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from ...schemas.errors import CheckpointError, UsageError
+from ...schemas.limits import MAX_PROMPT_CHARACTERS
+from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
+
+__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
+
+LENGTH = 77  # positions of the text encoder
+PANIC = "PanicException"  # what the library raises where it fails; it is no Exception, and no module has it
+_NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of B prompts as the text encoder takes it; L is the length asked for, 77 unless told."""
+
+    input_ids: NDArray[np.int64]  # (B, L)
+    attention_mask: NDArray[np.int64]  # (B, L): 1 up to and with the closing token, then 0
+    truncated: tuple[str, ...]  # of each prompt the words that did not fit, "" where all did
+
+
+class Token(NamedTuple):
+    """One token of a text, with what is needed to cut the text in a good place."""
+
+    id: int
+    start: int  # the character of the text it starts at
+    opens_word: bool
+    is_comma: bool  # or punctuation that ends with one, such as ")," which is a token of its own
+
+
+class ClipTokenizer:
+    """Prompts to token ids. Made by `open`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(cls, path: Path | None = None, rows: int | None = None) -> "ClipTokenizer":
+        """The shipped tokenizer, or the one at `path`, see `tokenizer_file.read_tokenizer`. The settings in a
+        tokenizer.json are kept, except for truncation and padding. Tokens that were added to CLIP's are used, if the
+        text encoder has a row for each: `rows` is how many it has.
+
+        Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more than rows.
+        """
+        if path is None:
+            return cls(Tokenizer.from_str(shipped()))
+        try:
+            read = read_tokenizer(path)
+            tokenizer = _guarded(lambda: _made_of(read.text))
+            found = _described(tokenizer, read.added)
+        except Exception as error:  # the library raises nothing narrower
+            found = str(error)
+        expected = f"{VOCAB_SIZE} tokens, empty prompt {[START, END]}"
+        if found != expected:
+            raise CheckpointError(
+                f"{name_of(path)}: expected CLIP's tokenizer ({expected}), found: {found[:300]}. {_NEXT}"
+            )
+        require_rows(read, rows)
+        return cls(tokenizer)
+
+    def __call__(self, prompts: Sequence[str], length: int = LENGTH) -> Tokens:
+        """`prompts` as int64 ids of shape (len(prompts), length), padded with the closing token 49407.
+
+        What does not fit is cut and the last place given to the closing token, as transformers does with
+        padding="max_length", truncation=True, max_length=length. Raises UsageError when `prompts` is a bare string,
+        when one of them is not text (half a surrogate pair included), and for a length below 2.
+        """
+        if isinstance(prompts, str) or length < 2:
+            raise UsageError(f"expected a list of prompts and a length of at least 2, got {prompts!r:.60}, {length}")
+        input_ids = np.full((len(prompts), length), END, np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        truncated = []
+        for row, prompt in enumerate(prompts):
+            encoding = self._encode(prompt, f"prompt {row}")
+            # The closing token is the fill value, so only what comes before it is copied.
+            kept = min(len(encoding.ids), length) - 1
+            input_ids[row, :kept] = encoding.ids[:kept]
+            attention_mask[row, : kept + 1] = 1
+            fits = len(encoding.ids) <= length
+            # Offsets count characters of the prompt as typed, before lowering and normalization.
+            truncated.append("" if fits else prompt[encoding.offsets[kept][0] :].strip())
+        return Tokens(input_ids, attention_mask, tuple(truncated))
+
+    def split(self, text: str, name: str = "prompt") -> list[Token]:
+        """All tokens of `text`, however many, without the opening and the closing one.
+
+        Raises UsageError, calling the text `name`, when it is not text."""
+        encoding = self._encode(text, name)
+        fields = zip(encoding.ids, encoding.offsets, encoding.word_ids, encoding.tokens, strict=True)
+        own = list(fields)[1:-1]
+        words = [None, *(word for _, _, word, _ in own)]
+        return [
+            Token(id_, offsets[0], word != before, token.endswith(",</w>"))
+            for (id_, offsets, word, token), before in zip(own, words, strict=False)
+        ]
+
+    def _encode(self, text: str, name: str) -> Encoding:
+        if isinstance(text, str) and len(text) > MAX_PROMPT_CHARACTERS:
+            raise UsageError(f"{name}: {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}")
+        try:
+            return _guarded(lambda: self._tokenizer.encode(text))
+        except TypeError as error:
+            raise UsageError(f"{name}: expected text, got {ascii(text)[:60]}") from error
+
+
+def save_tokenizer_folder(folder: Path) -> None:
+    """Write the shipped tokenizer as the `tokenizer` folder of a diffusers repository, making `folder` if need be.
+
+    transformers 4 and 5 open it as CLIPTokenizer. Raises OSError when the files cannot be written.
+    """
+    text = shipped()
+    model = json.loads(text)["model"]
+    special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END_TEXT) | {"bos_token": START_TEXT}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = {str(i): {"content": t, **flags} for i, t in ((START, START_TEXT), (END, END_TEXT))}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "added_tokens_decoder": added, **special}
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "tokenizer.json": text,
+        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
+        "merges.txt": "\n".join(["#version: 0.2", *model["merges"], ""]),
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8", newline="\n")
+
+
+def _made_of(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()  # a saved file may ask for either; both are done here
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _described(tokenizer: Tokenizer, added: Mapping[str, int]) -> str:
+    """What the library made of a file, in the words that a right one is expected in."""
+    wrong = [text for text, number in added.items() if tokenizer.token_to_id(text) != number]
+    if wrong:
+        return f"the added token {wrong[0][:40]!r} under another id, {tokenizer.token_to_id(wrong[0])}"
+    own = tokenizer.get_vocab_size() - len(added)
+    return f"{own} tokens, empty prompt {_guarded(lambda: tokenizer.encode('')).ids}"
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    """What `call` gives. Raises CheckpointError for a panic of the library."""
+    try:
+        return call()
+    except BaseException as error:
+        if type(error).__name__ == PANIC:
+            raise CheckpointError(f"the tokenizers library failed: {error}; use another tokenizer") from error
+        raise

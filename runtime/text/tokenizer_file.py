@@ -1,0 +1,233 @@
+"""The files of a CLIP tokenizer, read and checked before the `tokenizers` library sees them.
+
+The library runs whatever pipeline a tokenizer.json describes: some abort the process, some never end, some take all
+memory. CLIP's is always the same but for its vocabulary and the tokens added to it, so nothing else is let through.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ...schemas.errors import CheckpointError
+from ...schemas.limits import MAX_ADDED_TOKENS, MAX_TOKENIZER_BYTES
+from ...storage.fingerprints import require_regular
+
+VOCAB_SIZE = 49408  # tokens of CLIP's own
+START, END = 49406, 49407
+START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
+
+WHOLE_NAME = "tokenizer.json"  # holds everything
+LIST_NAMES = ("vocab.json", "merges.txt")  # in its place, in older folders
+SETTINGS_NAME, ADDED_NAME = "tokenizer_config.json", "added_tokens.json"  # tokens added, in folders of either kind
+SPECIAL_NAME = "special_tokens_map.json"
+NAMES = (WHOLE_NAME, *LIST_NAMES, SETTINGS_NAME, ADDED_NAME, SPECIAL_NAME)
+
+_LETTERS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer: the file that errors name, all of it as the text of one tokenizer.json, and the ids of the tokens
+    beyond CLIP's."""
+
+    name: str
+    text: str
+    added: Mapping[str, int]
+
+
+def shipped() -> str:
+    """The tokenizer.json of the package."""
+    return files(__package__).joinpath("data", "clip_tokenizer", WHOLE_NAME).read_text(encoding="utf-8")
+
+
+def read_tokenizer(path: Path) -> TokenizerFile:
+    """The tokenizer at `path`: a tokenizer.json, or a folder with one or with vocab.json and merges.txt, and with the
+    tokens that tokenizer_config.json or added_tokens.json add to either.
+
+    Raises ValueError or CheckpointError that say what was found in place of CLIP's."""
+    folder = path if path.is_dir() else None
+    own = "" if folder and has_only_lists(folder) else _read(path / WHOLE_NAME if folder else path)
+    content = _parse(own) if own else _from_lists(path)
+    further = _added_in(folder) if folder else []
+    merged = _merged(content, further)
+    for what, problem in _CHECKS.items():
+        if not problem(merged.get(what)):
+            raise ValueError(f"another {what.replace('_', ' ')}")
+    added = _check_added(merged)
+    text = own if own and merged is content else json.dumps(merged, ensure_ascii=False, separators=(",", ":"))
+    return TokenizerFile(name_of(path), text, added)
+
+
+def name_of(path: Path) -> str:
+    """What errors call the tokenizer at `path`."""
+    if not path.is_dir():
+        return str(path)
+    return " with ".join((str(path / LIST_NAMES[0]), LIST_NAMES[1])) if has_only_lists(path) else str(path / WHOLE_NAME)
+
+
+def has_only_lists(folder: Path) -> bool:
+    """Whether it is one of the older kind."""
+    return (folder / LIST_NAMES[0]).exists() and not (folder / WHOLE_NAME).exists()
+
+
+def _read(file: Path) -> str:
+    size = require_regular(file).st_size
+    if size > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{file.name} of {size} bytes, which is more than {MAX_TOKENIZER_BYTES}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file.name}: {error}") from error
+
+
+def _parse(text: str) -> Json:
+    try:
+        content = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("JSON that is not an object")
+    return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> Json:
+    """Of a key that stands twice, this reader and the library's might take different ones."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key that stands twice")
+    return content
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text}, which is no number of JSON")
+
+
+def _from_lists(folder: Path) -> Json:
+    """Only the two lists differ from one CLIP tokenizer to another, so the shipped one lends the rest."""
+    vocab, merges = (_read(folder / name) for name in LIST_NAMES)
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    content: Json = json.loads(shipped())
+    content["model"] |= {"vocab": _parse(vocab), "merges": lines[: len(content["model"]["merges"])]}
+    return content
+
+
+def _added_in(folder: Path) -> list[Json]:
+    """The tokens that the files beside a vocabulary add, as a tokenizer.json would list them."""
+    settings = _parse(_read(folder / SETTINGS_NAME)) if (folder / SETTINGS_NAME).exists() else {}
+    decoder = settings.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        if not all(number.isascii() and number.isdecimal() and isinstance(t, dict) for number, t in decoder.items()):
+            raise ValueError(f"{SETTINGS_NAME} whose added_tokens_decoder does not map ids to tokens")
+        return [_token(int(number[:12]), token.get("content"), token) for number, token in decoder.items()]
+    if not (folder / ADDED_NAME).exists():
+        return []
+    return [_token(number, text, {}) for text, number in _parse(_read(folder / ADDED_NAME)).items()]
+
+
+def _token(number: Any, content: Any, flags: Mapping[str, Any]) -> Json:
+    special = flags.get("special", False)
+    usual = {"normalized": not special}
+    return {"id": number, "content": content, **{flag: flags.get(flag, usual.get(flag, False)) for flag in _FLAGS}}
+
+
+def _merged(content: Json, further: list[Json]) -> Json:
+    """`content` with the tokens of `further` that it does not list."""
+    listed = content.get("added_tokens")
+    if not isinstance(listed, list) or not all(isinstance(token, dict) for token in listed):
+        raise ValueError("no list of added_tokens")
+    known = {str(token.get("content")): token.get("id") for token in listed}
+    new = []
+    for token in further:
+        if known.setdefault(str(token["content"]), token["id"]) != token["id"]:
+            raise ValueError(f"two ids of {str(token['content'])[:40]!r}: {known[token['content']]}, {token['id']}")
+        if not any(token["content"] == one.get("content") for one in listed):
+            new.append(token)
+    if not new:
+        return content
+    return {**content, "added_tokens": sorted([*listed, *new], key=lambda token: str(token.get("id")).zfill(12))}
+
+
+def _check_added(content: Json) -> dict[str, int]:
+    """The ids of the tokens beyond CLIP's. Raises ValueError for tokens the library would give other ids."""
+    listed = content["added_tokens"]
+    if len(listed) > MAX_ADDED_TOKENS:
+        raise ValueError(f"{len(listed)} added tokens, which is more than {MAX_ADDED_TOKENS}")
+    vocab = content["model"]["vocab"]
+    added: dict[str, int] = {}
+    for token in listed:
+        text, number = token.get("content"), token.get("id")
+        if type(text) is not str or not text or not all(type(token.get(flag)) is bool for flag in _FLAGS):
+            raise ValueError(f"an added token without text or flags: {json.dumps(token)[:80]}")
+        expected = vocab.get(text, VOCAB_SIZE + len(added))
+        if type(number) is not int or number != expected or text in added:
+            raise ValueError(f"the added token {text[:40]!r} with id {number}, where {expected} is due")
+        if text not in vocab:
+            added[text] = number
+    return added
+
+
+def _is_normalizer(value: Any) -> bool:
+    """NFC, white space as single spaces, lower case."""
+    space = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+    return bool(value == {"type": "Sequence", "normalizers": [{"type": "NFC"}, space, {"type": "Lowercase"}]})
+
+
+def _is_pre_tokenizer(value: Any) -> bool:
+    """CLIP's pattern, with the special tokens in front or without, then bytes."""
+    parts = value.get("pretokenizers") if isinstance(value, dict) and value.get("type") == "Sequence" else None
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, dict) for part in parts):
+        return False
+    patterns = (_LETTERS, rf"<\|startoftext\|>|<\|endoftext\|>|{_LETTERS}")
+    splits = [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": True} for regex in patterns
+    ]
+    return parts[0] in splits and parts[1].get("type") == "ByteLevel" and parts[1].get("add_prefix_space") is False
+
+
+def _is_post_processor(value: Any) -> bool:
+    """What surrounds a prompt; that it is the right two tokens is tried out."""
+    kinds = (None, "RobertaProcessing", "TemplateProcessing")
+    return value is None or (isinstance(value, dict) and value.get("type") in kinds)
+
+
+def _is_decoder(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and value.get("type") == "ByteLevel")
+
+
+def _is_model(value: Any) -> bool:
+    """Byte-pair encoding with ids from 0 to 49407, and no dropout: one prompt has one encoding."""
+    if not isinstance(value, dict) or value.get("type", "BPE") != "BPE" or value.get("dropout"):
+        return False
+    if value.get("end_of_word_suffix") != "</w>" or value.get("continuing_subword_prefix"):
+        return False
+    vocab, merges = value.get("vocab"), value.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or len(merges) > VOCAB_SIZE:
+        return False
+    ids = set(vocab.values()) if all(type(number) is int for number in vocab.values()) else set()
+    return len(vocab) == VOCAB_SIZE and ids == set(range(VOCAB_SIZE))
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "model": _is_model,
+    "normalizer": _is_normalizer,
+    "pre_tokenizer": _is_pre_tokenizer,
+    "post_processor": _is_post_processor,
+    "decoder": _is_decoder,
+}
+
+
+def require_rows(tokenizer: TokenizerFile, rows: int | None) -> None:
+    """Raises CheckpointError when the text encoder has no row for an added token; `rows` None: there is none to ask."""
+    beyond = [text for text, number in tokenizer.added.items() if rows is not None and number >= rows]
+    if beyond:
+        raise CheckpointError(
+            f"{tokenizer.name}: its token {beyond[0][:40]!r} has the id {tokenizer.added[beyond[0]]}, expected one "
+            f"below {rows}, the rows of the text encoder; take the text encoder that was trained with its "
+            f"{len(tokenizer.added)} added tokens, or a tokenizer without them"
+        )

@@ -1,0 +1,135 @@
+"""What the page may ask for, and from its flat JSON to requests."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from ...schemas.bundle import Manifest
+from ...schemas.errors import UsageError
+from ...schemas.limits import MAX_IMAGE_SIDE, MAX_STEPS
+from ...schemas.request import parse_request
+from ...schemas.settings import Sampler, parse_settings
+from ...schemas.settings import shown as shown_value
+from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
+from ...schemas.stages import Stage
+from ..cascade import ENCODER
+from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
+from .jobs import Order
+from .pictures import Pictures
+
+MOST_IMAGES = 64  # what a slip of the finger may not exceed
+
+PICTURED = frozenset({"image_prompts", "init_image", "mask"})
+PREVIEWED = (Stage.PRIOR, Stage.DECODER)
+
+
+def features(manifest: Manifest) -> dict[str, Any]:
+    """What the bundle can do besides following a prompt."""
+    has = manifest.stages
+    varies = Stage.EFFNET_ENCODER in has and Stage.VQGAN in has
+    controls = [name for name in CONTROLS if _can(manifest, name)]
+    return {
+        "image_prompts": Stage.IMAGE_ENCODER in has,
+        "init_image": varies,
+        "mask": (varies and ENCODER in has[Stage.VQGAN].graphs) or INPAINTING in controls,
+        "controls": controls,
+        "previews": [stage for stage in PREVIEWED if stage is not Stage.PRIOR or Stage.PREVIEWER in has],
+    }
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """The bundle, its features, and defaults and limits of the settings."""
+    sides = {"min": SMALLEST_SIDE, "max": MAX_IMAGE_SIDE, "step": SIZE_STEP}
+    size = manifest.default_size
+    return {
+        "stages": [
+            {"stage": stage, "variant": entry.variant, "precision": entry.precision}
+            for stage, entry in manifest.stages.items()
+        ],
+        "features": features(manifest),
+        "defaults": {sampler: parse_settings({"sampler": sampler}, size).to_json() for sampler in Sampler},
+        "size_policies": list(SizePolicy),
+        "limits": {"side": sides, "steps": MAX_STEPS, "images": MOST_IMAGES},
+        "created_by": manifest.created_by,
+    }
+
+
+def parse_order(
+    given: Mapping[str, Any], manifest: Manifest, pictures: Pictures, loras: Sequence[tuple[str, float]] = ()
+) -> Order:
+    """Fields of a request with ids for pictures, besides `images` (how many, each with a seed of its own, counted on
+    from `seed`) and `previews` (stages). `loras` are merged into the weights already.
+
+    Raises UsageError for what cannot be drawn."""
+    said = dict(given)
+    count, shown = _count(said.pop("images", 1)), _stages(said.pop("previews", []))
+    if "loras" in said:
+        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui --lora")
+    able = features(manifest)
+    said = {name: value for name, value in said.items() if value or name not in PICTURED}
+    for name in sorted(PICTURED & said.keys()):
+        if not able[name]:
+            raise UsageError(f"{name}: the bundle lacks the stages for that; export the model with its encoders")
+    for name in PICTURED & said.keys():
+        value = said[name]
+        said[name] = (
+            [_picture(each, pictures) for each in value] if isinstance(value, list) else _picture(value, pictures)
+        )
+    if said.get("controls"):
+        said["controls"] = [_control(each, manifest, pictures) for each in _list("controls", said["controls"])]
+    said["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
+    if said.get("seed") in (None, ""):
+        said["seed"] = secrets.randbelow(1 << 32)
+    first = parse_request(said, manifest.default_size)
+    if count > 1 and first.batch > 1:
+        raise UsageError("index and batch are of one image; leave them out to draw several")
+    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)  # refused before it waits
+    if first.seed + count > 2**64:
+        raise UsageError(f"seed {first.seed}: too large for {count} images, which count on from it")
+    requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
+    return Order(requests, shown & frozenset(able["previews"]))
+
+
+def _count(value: Any) -> int:
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):
+        count = 0
+    if not 1 <= count <= MOST_IMAGES:
+        raise UsageError(f"images {shown_value(value)}: expected 1 to {MOST_IMAGES}")
+    return count
+
+
+def _stages(value: Any) -> frozenset[Stage]:
+    wrong = [each for each in _list("previews", value) if each not in PREVIEWED]
+    if wrong:
+        raise UsageError(f"previews {shown_value(wrong[0])}: expected {' and '.join(PREVIEWED)}")
+    return frozenset(Stage(each) for each in value)
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise UsageError(f"{name}: expected a list")
+    return value
+
+
+def _picture(value: Any, pictures: Pictures) -> dict[str, str]:
+    """A reference for an id."""
+    return {"path": str(pictures.path(value)), "sha256": value}
+
+
+def _control(value: Any, manifest: Manifest, pictures: Pictures) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value.keys() <= {"name", "picture", "strength"}:
+        raise UsageError("controls: expected each as {name, picture, strength}")
+    require_control(manifest, str(value.get("name")))
+    strength = {"strength": value["strength"]} if value.get("strength") not in (None, "") else {}
+    return {"name": value["name"], **_picture(value.get("picture"), pictures), **strength}
+
+
+def _can(manifest: Manifest, name: str) -> bool:
+    try:
+        require_control(manifest, name)
+    except UsageError:
+        return False
+    return name != "canny" or find_spec("cv2") is not None  # without OpenCV there is "edges"

@@ -1,0 +1,1 @@
+"""What lies on disk: weights files read and written, outputs that appear whole, bundles opened and checked."""

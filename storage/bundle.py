@@ -1,0 +1,96 @@
+"""Opens a bundle: reads its manifest and checks that its files are there, whole and unchanged."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..schemas.bundle import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, Placement, StageEntry, parse_manifest
+from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.limits import MAX_MANIFEST_BYTES
+from ..schemas.stages import Stage
+from .fingerprints import find_change
+
+WHAT_TO_DO = "the bundle is damaged, export it again"
+PUT_BACK = "put it back, or export the model again"
+# A change to what these are made of reaches into the bundle.
+WHAT_TO_DO_ABOUT: dict[Placement, str] = {
+    "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
+    "with --weights copy if the model is to go on changing",
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported bundle on disk."""
+
+    root: Path
+    manifest: Manifest
+
+    def entry(self, stage: Stage) -> StageEntry:
+        """What the manifest says of `stage`. Raises UsageError when it was not exported."""
+        if stage not in self.manifest.stages:
+            have = ", ".join(self.manifest.stages)
+            raise UsageError(f"{self.root}: has no {stage} (it has {have}); export the model again with that stage")
+        return self.manifest.stages[stage]
+
+    def graph(self, stage: Stage, name: str = MAIN_GRAPH) -> Path:
+        """One of the stage's ONNX files, its weights beside it; see `check`. Raises UsageError when it has none of
+        that name."""
+        graphs = self.entry(stage).graphs
+        if name not in graphs:
+            raise UsageError(f"{self.root}: its {stage} has no graph {name!r}; it has {', '.join(graphs)}")
+        self.check(stage)
+        return self.root / graphs[name].path
+
+    def check(self, stage: Stage) -> None:
+        """Compare the stage's files with the manifest, graphs by all their bytes, weights as `find_change` does.
+
+        Takes milliseconds. Raises CheckpointError for the first that is missing, cut short or changed."""
+        entry = self.entry(stage)
+        for file in entry.files:
+            problem = find_change(self.root / file.path, file, always_hash=file.path in entry.graph_paths)
+            if problem:
+                raise CheckpointError(f"{self.root / file.path}: {problem}; {self.advice(entry, file)}")
+
+    def advice(self, entry: StageEntry, file: FileEntry) -> str:
+        """What a user can do about a file of a stage that is not what the manifest says."""
+        if not (self.root / file.path).exists():
+            return PUT_BACK
+        return WHAT_TO_DO if file.path in entry.graph_paths else WHAT_TO_DO_ABOUT.get(entry.weights, WHAT_TO_DO)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The bundle's own tokenizer.json, if it has one."""
+        return self.root / self.manifest.tokenizer if self.manifest.tokenizer else None
+
+    def tokenizer_change(self) -> str | None:
+        """A line for who is about to use a bundle whose tokenizer is not what was exported, by all its bytes; None when
+        it is, or when the bundle comes from an earlier version, which listed none."""
+        path = self.tokenizer
+        file = self.manifest.file(self.manifest.tokenizer) if self.manifest.tokenizer else None
+        problem = find_change(path, file, always_hash=True) if path and file else None
+        return f"{path}: {problem}; prompts may mean others to it: {WHAT_TO_DO}" if problem else None
+
+
+def require_utf8(path: Path) -> None:
+    """Raise UsageError for a path that the libraries which open a bundle's files cannot be given."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{path}: the name is not UTF-8, and onnx, engines and tokenizers open no other; rename it"
+        ) from None
+
+
+def open_bundle(root: Path) -> Bundle:
+    """The bundle at `root`. Raises UsageError when there is none, CheckpointError when its manifest is wrong."""
+    require_utf8(root)
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, it has {path.stat().st_size}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return Bundle(root, parse_manifest(text, str(path)))

@@ -1,0 +1,279 @@
+"""Outputs appear whole or not at all: written beside their place, flushed to disk, then renamed into it.
+
+Where they may lie and what they may replace is one rule for all commands, see `runtime.replacing`.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..schemas.bundle import MANIFEST_NAME
+from ..schemas.errors import ConversionError, UsageError
+from .merge_folder import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
+from .output_place import listed, locate, require_apart, require_free
+from .own_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
+from .whole_file import hidden_name
+
+NOTE = "fingerprint"  # in the scratch folder: says which work its content belongs to
+RESERVED = (NOTE, REPLACED, JOURNAL, f"{JOURNAL}.new")
+INSIDE = ".cascadekit.partial"  # the scratch folder where it must lie in the output itself
+
+Say = Callable[[str], object]
+
+
+@contextmanager
+def staged_output(
+    target: Path,
+    *,
+    force: bool = False,
+    fingerprint: str = "",
+    sources: Iterable[str | Path] = (),
+    files: Collection[str] | None = None,
+    complete: bool = False,
+    say: Say = lambda text: None,
+) -> Iterator[Path]:
+    """A path to write a file or folder at; it becomes `target` when the block ends well, its files beside those that a
+    folder there has. `say` hears what it replaced.
+
+    When the block raises, nothing is left behind and an old `target` is as it was. A killed process leaves a folder
+    `.NAME.partial` beside the target, which the next run throws away, or finds again at the yielded path if both
+    had the same `fingerprint`: files in it are then what an earlier run of the same work completed.
+
+    `files` are paths that will surely be written below a folder, none for a single file: what speaks against them is
+    said before the block runs. With `complete` the new folder has all of the old one that is to stay.
+    Raises UsageError when `target` is none of its `sources`' business, would replace something without `force` or
+    something that is not ours, or another process is writing it; ConversionError when its folder cannot be written."""
+    place = locate(target)
+    require_apart(place, sources)
+    scratch = _scratch_for(place)
+    with _locked(scratch, target):
+        staged = scratch / (place.name if place.name not in ("", *RESERVED) else "output")
+        try:
+            _require_own(scratch, staged)
+            _restore(scratch, staged, place)
+            if files is not None or place.is_file():
+                _replacement(place, files or (), scratch, force=force, complete=complete)
+        except BaseException:
+            with suppress(OSError):  # work that a killed run left stays, for a run that is allowed to go on with it
+                scratch.rmdir()
+            raise
+        try:
+            _keep_only(scratch, staged, fingerprint)
+            yield staged
+            flush_all(staged)
+            names = files_in(staged) if staged.is_dir() else ()
+            replacement = _replacement(place, names, scratch, force=force, complete=complete)
+            _put_in_place(staged, place, replacement, force=force)
+            if replacement.gone:
+                say(f"{target}: replaced {listed(replacement.gone)}")
+        except OSError as error:
+            where = error.filename2 or error.filename or target
+            raise ConversionError(f"{where}: cannot be written: {error.strerror or error}") from error
+        finally:
+            if not (scratch / JOURNAL).exists():  # which is there while something is left to undo
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """Files of the old output that go, and whether that is all of it, so that the folders can change places."""
+
+    gone: tuple[str, ...] = ()
+    whole: bool = False
+
+
+def _replacement(
+    place: Path, names: Collection[str], scratch: Path, *, force: bool, complete: bool = False
+) -> _Replacement:
+    """What the files `names` replace below the folder `place`, or one file there without any.
+
+    Raises UsageError where that is not allowed."""
+    if not names:
+        require_free(place, force=force)
+        return _Replacement((place.name,) if os.path.lexists(place) else ())
+    if not place.is_dir():
+        if os.path.lexists(place):
+            raise UsageError(f"{place}: is a file; give a folder to write to")
+        return _Replacement()
+    if complete:
+        return _Replacement(files_in(place, scratch), whole=True)
+    _require_no_crossing(place, names)
+    found = owned(place, names, scratch)
+    if found and found.marker == MANIFEST_NAME and (found.foreign or MANIFEST_NAME not in names):
+        _refuse_in_bundle(place, found.foreign, names)
+    same = tuple(sorted(name for name in names if os.path.lexists(place / name)))
+    whole = bool(found and not found.foreign and same and _is_of_kind(found.marker, names))
+    gone = found.files if found and whole else same
+    if same and not force:
+        raise UsageError(
+            f"{place}: exists already, with {listed(gone)}; give another output or --force to replace these"
+        )
+    if not whole:
+        _require_no_mixture(place, names)
+    return _Replacement(gone, whole)
+
+
+def _is_of_kind(marker: str, names: Collection[str]) -> bool:
+    """Whether new files `names` take the place of a folder with this marker; a model's need no index of their own."""
+    return marker in names or (marker == MODEL_INDEX and MANIFEST_NAME not in names)
+
+
+def _refuse_in_bundle(place: Path, foreign: Collection[str], names: Collection[str]) -> None:
+    if MANIFEST_NAME not in names:
+        raise UsageError(f"{place}: is a bundle, which takes no other files; give another output")
+    raise UsageError(
+        f"{place}: exists already, a bundle with files of others: {listed(sorted(foreign))}; move these away or give "
+        "another output"
+    )
+
+
+def _require_no_crossing(place: Path, names: Collection[str]) -> None:
+    """Raise UsageError for a file where a folder is to be, the reverse, or a link that leads to another folder."""
+    for folder in sorted({parent for name in names for parent in Path(name).parents if parent.name}):
+        path = place / folder
+        if path.is_symlink():
+            raise UsageError(f"{path}: is a link, where a folder is to be written; remove it or give another output")
+        if os.path.lexists(path) and not path.is_dir():
+            raise UsageError(f"{path}: is a file, where a folder is to be written; move it or give another output")
+    for path in (place / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            raise UsageError(f"{path}: is a folder, where a file is to be written; move it or give another output")
+
+
+def _require_no_mixture(place: Path, names: Collection[str]) -> None:
+    """Raise UsageError when old files would be read together with the new ones as one model."""
+    stale = list(stale_weights(place, names))
+    if MODEL_INDEX not in names and has_component(names) and (place / MODEL_INDEX).is_file():
+        stale.insert(0, MODEL_INDEX)
+    if stale:
+        raise UsageError(
+            f"{place}: has {listed(stale)} of another model, which would be read together with the new files; move "
+            "these away or give another output"
+        )
+
+
+def _scratch_for(place: Path) -> Path:
+    """Beside the output; inside it where nothing can be renamed from there, as with a mounted volume."""
+    if place.is_dir() and (_is_mount(place) or not os.access(place.parent, os.W_OK | os.X_OK)):
+        return place / INSIDE
+    return place.parent / hidden_name(place.name)
+
+
+def _is_mount(place: Path) -> bool:
+    """Whether something is mounted there; the kernel's list knows of folders that are bound from the same disk too."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        mounts = []
+    escaped = str(place).replace("\\", "\\134").replace(" ", "\\040")
+    return os.path.ismount(place) or any(line.split()[4] == escaped for line in mounts)
+
+
+@contextmanager
+def _locked(scratch: Path, target: Path) -> Iterator[None]:
+    """The scratch folder, held by this process alone. The lock goes with the process, however that ends."""
+    try:
+        descriptor = _hold(scratch)
+        while descriptor is None:
+            descriptor = _hold(scratch)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{target}: another process is writing it; wait for that one or choose another output"
+        ) from error
+    except OSError as error:
+        raise ConversionError(
+            f"{target}: cannot be written: {error.strerror} ({error.filename}); choose another output"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _hold(scratch: Path) -> int | None:
+    """Make, open and lock the scratch folder; None when its last owner removed it meanwhile."""
+    if scratch.is_symlink() or (scratch.exists() and not scratch.is_dir()):
+        raise UsageError(f"{scratch}: is in the way of unfinished work, and no folder; remove it")
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(scratch)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _require_own(scratch: Path, staged: Path) -> None:
+    """Raise UsageError when the folder holds what no run of ours left there."""
+    names = (path.name for path in scratch.iterdir())
+    foreign = sorted(name for name in names if name not in RESERVED and not name.startswith(staged.name))
+    if foreign:
+        raise UsageError(f"{scratch}: is in the way of unfinished work; move {listed(foreign)} out of it")
+
+
+def _restore(scratch: Path, staged: Path, place: Path) -> None:
+    """Put everything back as it was if a run was killed while it moved the old output away and the new one there."""
+    undo(scratch, staged, place)
+    replaced = scratch / REPLACED
+    if replaced.exists() and not replaced.is_symlink() and not os.path.lexists(place):
+        replaced.rename(place)
+
+
+def _keep_only(scratch: Path, staged: Path, fingerprint: str) -> None:
+    """Empty the scratch folder, but for the work that a run with the same fingerprint left."""
+    note = scratch / NOTE
+    known = note.is_file() and not note.is_symlink() and note.read_bytes() == fingerprint.encode()
+    kept = {note, staged} if fingerprint and known and not staged.is_symlink() else set()
+    for left in set(scratch.iterdir()) - kept:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    if fingerprint:
+        note.write_text(fingerprint, encoding="utf-8")
+
+
+def _put_in_place(staged: Path, place: Path, replacement: _Replacement, *, force: bool) -> None:
+    scratch = staged.parent
+    is_beside = scratch.parent != place
+    if staged.is_dir() and place.is_dir() and not (replacement.whole and is_beside):
+        merge(staged, place, replacement.gone)
+        (scratch / NOTE).unlink(missing_ok=True)
+        finish(scratch)
+        return
+    # From here on the scratch folder may hold the old output, which no later run must take for its own work.
+    (scratch / NOTE).unlink(missing_ok=True)
+    flush(scratch)
+    if place.is_dir():
+        staged.chmod(place.stat().st_mode & 0o7777)
+        exchange(staged, place)
+    elif force or staged.is_dir():  # a folder never replaces a file, nor a folder with something in it
+        staged.replace(place)
+    else:
+        rename_new(staged, place)
+    flush(place.parent)
+
+
+@contextmanager
+def scratch_folder(scratch: Path, target: Path) -> Iterator[Path]:
+    """An empty folder at `scratch`, held by this process alone and removed at the end, for what is to go to `target`
+    piece by piece. What a killed process left in it is thrown away. Raises as `staged_output` does."""
+    with _locked(scratch, target):
+        try:
+            _keep_only(scratch, scratch / target.name, "")
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

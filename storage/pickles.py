@@ -1,0 +1,202 @@
+"""Checkpoints that torch pickled (.pt, .ckpt, .bin): read by torch's restricted unpickler, never by pickle itself.
+
+A zip written by torch.save holds each tensor's bytes uncompressed, so that what comes out is what a safetensors
+header gives: byte ranges of the file. torch maps the file into memory; nothing is read but the small pickle, whose
+size the zip's directory tells beforehand.
+"""
+
+import mmap
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..schemas.errors import CheckpointError, reraise_interrupt
+from ..schemas.limits import MAX_PICKLE_BYTES, MAX_PICKLE_DEPTH, MAX_PICKLE_ENTRIES, MAX_PICKLE_NAME
+from .safetensors_header import Header, TensorRange
+from .zip_directory import Entry, read_directory
+
+if TYPE_CHECKING:
+    import torch
+
+ZIP = b"PK\x03\x04"  # how a file begins that torch 1.6 or later saved
+PICKLE_NAME = "data.pkl"
+SAMPLE = 256  # bytes of each tensor compared with the file, at both ends
+ADVICE = "load it where you trust it, and save its tensors as safetensors"
+
+_DTYPES = {
+    "bool": "BOOL",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "complex64": "C64",
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+}
+
+
+def read_pickle(path: Path) -> Header:
+    """The tensors of a pickled checkpoint as byte ranges, nested dictionaries and lists flattened with dots.
+
+    Needs torch. Raises CheckpointError for files that hold anything but tensors and plain values, that torch.save
+    wrote before version 1.6, that pass a limit, or whose tensors do not lie as they are in the file."""
+    try:
+        import torch
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise CheckpointError(
+            f"{path}: reading pickled weights takes torch: pip install 'cascadekit[parity]'"
+        ) from error
+    storages = _storages(path)
+    try:
+        content = _load(path)
+    except Exception as error:  # the unpickler, the zip reader and the mapping each have their own
+        raise CheckpointError(f"{path}: refused: {_why_refused(error)}; {ADVICE}") from error
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in _flatten(path, content):
+        if name in tensors:
+            raise CheckpointError(f"{path}: two tensors are called {name}; {ADVICE}")
+        tensors[name] = _plain(path, name, tensor)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return Header(path, _ranges(path, tensors, storages))
+
+
+def _load(path: Path) -> Any:
+    """What torch's restricted unpickler makes of the file, its tensors mapped into memory."""
+    import torch
+
+    if not path.name.endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with TemporaryDirectory(prefix="cascadekit-pickle-") as scratch:  # torch 2.13 goes by that suffix, so by a link
+        named = Path(scratch, "checkpoint.pt")
+        named.symlink_to(path.absolute())
+        return torch.load(named, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _storages(path: Path) -> list[Entry]:
+    """The entries that hold tensors, once the archive is known to be one that can be loaded in little memory."""
+    with path.open("rb") as file:
+        begins_as_zip = file.read(len(ZIP)) == ZIP
+    if not begins_as_zip:
+        raise CheckpointError(f"{path}: not a checkpoint that torch 1.6 or later saved, but an older pickle; {ADVICE}")
+    entries = read_directory(path)
+    pickles = [entry for name, entry in entries.items() if name.rpartition("/")[2] == PICKLE_NAME]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{path}: a zip archive, but not a checkpoint of torch: it has {len(pickles)} data.pkl")
+    packed = [entry for entry in entries.values() if entry.compressed]
+    if packed:
+        raise CheckpointError(
+            f"{path}: {packed[0].name} in it is compressed, so that it does not lie as it is; {ADVICE}"
+        )
+    if pickles[0].nbytes > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{path}: its {PICKLE_NAME} has {pickles[0].nbytes} bytes; at most {MAX_PICKLE_BYTES} are read; {ADVICE}"
+        )
+    root = pickles[0].name.removesuffix(PICKLE_NAME) + "data/"
+    return [entry for name, entry in entries.items() if name.startswith(root) and entry.nbytes]
+
+
+def _why_refused(error: Exception) -> str:
+    """What torch did not take, without its advice to load the file in an unsafe way."""
+    text = str(error)
+    found = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", text)
+    if found:
+        return f"it holds {found[1]}, more than tensors and plain values, and loading that may run code"
+    lines = [line for line in text.splitlines() if "nsupported" in line] or text.splitlines() or [type(error).__name__]
+    return f"torch's restricted unpickler does not take it ({lines[0].strip()[:200]})"
+
+
+def _flatten(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
+    """Every tensor with the keys that lead to it. A dictionary may stand at several places, so what is bounded is how
+    many entries are looked at."""
+    waiting = [("", content, 0)]
+    looked_at = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        if hasattr(value, "untyped_storage"):
+            yield name, value
+            continue
+        inside: Collection[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            inside = value.items()
+        elif isinstance(value, list | tuple):
+            inside = list(enumerate(value))
+        looked_at += len(inside)
+        if looked_at > MAX_PICKLE_ENTRIES:
+            raise CheckpointError(f"{path}: refused: its dictionaries have over {MAX_PICKLE_ENTRIES} entries; {ADVICE}")
+        if depth > MAX_PICKLE_DEPTH:
+            raise CheckpointError(
+                f"{path}: refused: its dictionaries are over {MAX_PICKLE_DEPTH} deep, or one contains itself; {ADVICE}"
+            )
+        for key, item in reversed(list(inside)):
+            below = f"{name}.{key}" if depth else str(key)
+            if len(below) > MAX_PICKLE_NAME:
+                raise CheckpointError(f"{path}: refused: the name {below[:50]}... is too long; {ADVICE}")
+            waiting.append((below, item, depth + 1))
+
+
+def _plain(path: Path, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+    """The tensor, if its values lie one after another. Raises CheckpointError naming what it is instead."""
+    kinds = {
+        "nested": tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "without values (on the meta device)": tensor.is_meta,
+        "sparse": not tensor.is_nested and str(tensor.layout) != "torch.strided",
+    }
+    kind = next((kind for kind, holds in kinds.items() if holds), None)
+    if kind is None and type(tensor).__name__ not in ("Tensor", "Parameter", "Buffer"):
+        kind = f"a {type(tensor).__name__}"
+    if kind is None and (tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous()):
+        kind = f"a view whose values do not lie one after another (strides {list(tensor.stride())})"
+    if kind is not None:
+        raise CheckpointError(f"{path}: {name} is {kind}, which is not supported; {ADVICE}")
+    return tensor.detach()
+
+
+def _ranges(path: Path, tensors: Mapping[str, "torch.Tensor"], storages: list[Entry]) -> dict[str, TensorRange]:
+    """Where each tensor lies."""
+    origin = _origin(path, tensors.values(), storages)
+    ranges = {}
+    with path.open("rb") as file:
+        for name, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            nbytes = tensor.numel() * tensor.element_size()
+            offset = tensor.data_ptr() - origin if nbytes else 0
+            ranges[name] = TensorRange(path, _DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
+            _check_sample(path, file, name, tensor, ranges[name])
+    return ranges
+
+
+def _origin(path: Path, tensors: Collection["torch.Tensor"], storages: list[Entry]) -> int:
+    """Where in memory the file's first byte is mapped: a page begins there, and each storage lies where one of the same
+    size does in the file."""
+    mapped = {
+        (storage.data_ptr(), storage.nbytes()) for storage in (t.untyped_storage() for t in tensors) if storage.nbytes()
+    }
+    if not mapped:
+        return 0
+    places = {(entry.offset, entry.nbytes) for entry in storages}
+    first, nbytes = min(mapped)
+    for offset, size in sorted(places):
+        origin = first - offset
+        if size == nbytes and origin % mmap.PAGESIZE == 0 and {(at - origin, n) for at, n in mapped} <= places:
+            return origin
+    raise CheckpointError(f"{path}: its tensors do not lie in the file as its zip directory says; {ADVICE}")
+
+
+def _check_sample(path: Path, file: BinaryIO, name: str, tensor: "torch.Tensor", found: TensorRange) -> None:
+    """The bytes at both ends must be what torch reads there; a file laid out otherwise is refused, not misread."""
+    import torch
+
+    flat = tensor.reshape(-1).view(torch.uint8)
+    for start in (0, max(0, found.nbytes - SAMPLE)):
+        file.seek(found.offset + start)
+        wanted = bytes(flat[start : start + SAMPLE].numpy())
+        if file.read(len(wanted)) != wanted:
+            raise CheckpointError(f"{path}: {name} does not lie in the file as torch maps it; {ADVICE}")

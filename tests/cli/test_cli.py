@@ -1,0 +1,321 @@
+"""The command line as people and programs meet it: output, messages, exit codes."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from cascadekit.cli import main
+from cascadekit.converters.checkpoints.model_folder import write_folder_files
+from cascadekit.runtime.images.png import read_settings
+from cascadekit.schemas.stages import ImageEncoderConfig, Stage
+from cascadekit.schemas.tensors import expected_tensors
+from cascadekit.storage.own_folders import owned
+from helpers.standins import write_stand_in
+from helpers.whole import Whole, picture
+
+QUICK = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--seed", "0"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(code: int, message: str, *arguments: object) -> None:
+    """One clear message on standard error, no traceback, the right exit code."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "export", "build", "generate", "verify", "demo"])
+def test_help_has_an_example(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: cascadekit {command}" in " ".join(result.output.split())
+
+
+def test_inspect(tiny: Path, original: Path) -> None:
+    result = call("inspect", original)
+    assert result.exit_code == 0
+    for word in ("stage_a.safetensors", "prior", "decoder", "original", "tiny", "F32", "547,600", "none"):
+        assert word in result.output, word
+    (prior,) = json.loads(call("inspect", tiny / "model" / "prior", "--json").output)
+    assert (prior["component"], prior["layout"], prior["variant"]) == ("prior", "diffusers", "tiny")
+    assert (prior["parameters"], prior["problems"], prior["dtypes"].keys()) == (547600, [], {"F32"})
+
+
+def test_inspect_of_a_damaged_file_lists_problems(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original / "stage_c.safetensors")
+    del tensors["clf.1.bias"]
+    save_file(tensors, tmp_path / "c.safetensors")
+    result = call("inspect", tmp_path / "c.safetensors")
+    assert result.exit_code == 1
+    assert "missing (1): clf.1.bias" in result.output
+
+
+@pytest.fixture
+def helpers(catalog_folder: Path, tmp_path: Path) -> Path:
+    """The networks beside the cascade: a small image encoder, and others with the release's shapes."""
+    folder = tmp_path / "helpers"
+    (folder / "controlnet").mkdir(parents=True)
+    for name, file in (("effnet_encoder", "e"), ("previewer", "p"), ("controlnet_canny", "controlnet/c")):
+        write_stand_in(catalog_folder / f"original_{name}.json", folder / f"{file}.safetensors", "BF16")
+    config = ImageEncoderConfig(16, 32, 2, 2, 12, image_size=20, patch_size=6)
+    write_folder_files(folder, {Stage.IMAGE_ENCODER: config}, index=False)
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal(s, np.float32) * np.float32(0.3) for n, s in expected_tensors(config).items()}
+    save_file(tensors, folder / "image_encoder" / "model.safetensors")
+    return folder
+
+
+def test_the_networks_beside_the_cascade(helpers: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    stages = ["image_encoder", "effnet_encoder", "previewer", "controlnet/canny"]
+    result = call("export", helpers, "-o", bundle, "--weights", "copy")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((bundle / "cascade.json").read_text())["stages"]
+    assert list(manifest) == stages
+    assert [port["name"] for port in manifest["controlnet/canny"]["graphs"]["model"]["outputs"]][:3] == [
+        "control.0",
+        "control.4",
+        "control.8",
+    ]
+    for stage in stages:
+        assert [file["path"] for file in manifest[stage]["files"]] == [
+            f"{stage}/model.onnx",
+            f"{stage}/weights.safetensors",
+        ]
+    verified = call("verify", bundle, "--against", helpers, "--json")
+    assert verified.exit_code == 0, verified.output
+    report = json.loads(verified.stdout)
+    assert {comparison["name"].split(":")[0] for comparison in report["comparisons"]} == set(stages)
+    assert max(comparison["relative_l2"] for comparison in report["comparisons"]) < 1e-5
+    assert report["image_psnr_db"] is None
+    looked = call("verify", bundle, "--against", helpers, "--bisect", "--json")
+    bisections = json.loads(looked.stdout)["bisection"]
+    assert looked.exit_code == 0, [bisection["first"] for bisection in bisections]
+    assert all(len(bisection["points"]) > 15 for bisection in bisections)
+    only = json.loads(call("verify", bundle, "--against", helpers, "--stage", "previewer", "--json").stdout)
+    assert {comparison["name"].split(":")[0] for comparison in only["comparisons"]} == {"previewer"}
+
+
+def test_the_road(original: Path, tmp_path: Path) -> None:
+    model, bundle, image = tmp_path / "model", tmp_path / "bundle", tmp_path / "x.png"
+    files = [original / f"stage_{letter}.safetensors" for letter in "abc"]
+    encoder = ("--text-encoder", original / "text_encoder")
+    result = call("convert", *files, *encoder, "-o", model, "--to", "diffusers")
+    assert result.exit_code == 0, result.output
+    assert "prior/diffusion_pytorch_model.safetensors: 2.2 MB" in result.stderr
+    assert call("export", model, "-o", bundle).exit_code == 0
+    result = call("generate", bundle, "a cat", *QUICK, "-o", image)
+    assert result.exit_code == 0, result.output
+    assert "64x64, seed 0" in result.output
+    assert Image.open(image).size == (64, 64)
+    result = call("verify", bundle, "--against", model, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["passed"] is True
+    result = call("verify", bundle, "--against", model, "--stage", "vqgan")
+    assert result.exit_code == 0
+    assert "passed" in result.output
+
+
+def test_engines_by_name(tiny: Path, tmp_path: Path) -> None:
+    bundle, stage = tiny / "bundle", ("--stage", "vqgan")
+    for engine in "onnxruntime-mapped", "openvino", "openvino-bf16":
+        result = call("generate", bundle, "x", *QUICK, "--engine", engine, "--threads", 1, "-o", tmp_path)
+        assert result.exit_code == 0, result.output
+        verified = call("verify", bundle, "--against", tiny / "model", *stage, "--engine", engine, "--no-verdict")
+        assert verified.exit_code == 0, verified.output  # each is held to what its type can reach
+    assert sorted(read_settings(path)["engine"] for path in tmp_path.iterdir()) == [
+        "onnxruntime-mapped",
+        "openvino",
+        "openvino-bf16",
+    ]
+    refused(1, "openvino has cpu only", "generate", bundle, "x", "--engine", "openvino", "--device", "cuda")
+    assert call("generate", bundle, "x", "--engine", "abacus").exit_code == 2
+
+
+def test_verify_says_no_with_exit_code_1(tiny: Path, tmp_path: Path) -> None:
+    """A bundle with another scale draws other images than the model."""
+    call("export", tiny / "model", "-o", tmp_path / "b", "--stage", "vqgan", "--vqgan-scale", "0.43")
+    result = call("verify", tmp_path / "b", "--against", tiny / "model", "--stage", "vqgan")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+    assert "relative L2" in result.output
+
+
+def test_many_images_into_a_folder(tiny: Path, tmp_path: Path) -> None:
+    arguments = ("generate", tiny / "bundle", "a", "b", "--images", "2", *QUICK, "-o", tmp_path / "out")
+    assert call(*arguments).exit_code == 0
+    assert call(*arguments).exit_code == 0  # the next free numbers
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{n:04d}.png" for n in range(8)]
+
+
+def test_long_and_empty_prompts(tiny: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny / "bundle", "word " * 80, "", *QUICK, "-o", tmp_path)
+    assert result.exit_code == 0
+    assert "CLIP reads 77 tokens; cut off: 'word word word word word'" in result.stderr
+
+
+def test_demo(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.txt").write_text("precious")
+    result = call("demo", "-o", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "demo" / "thesis.txt").unlink()
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert made == {"original", "model", "bundle", "image.png", "parity.json"}
+    assert json.loads((tmp_path / "demo/parity.json").read_text())["passed"] is True
+    assert "image.png" in result.output
+    refused(2, "exists already", "demo", "-o", tmp_path / "demo")
+    found = owned(tmp_path / "demo", ["parity.json"])
+    assert found is not None
+    assert (found.marker, found.foreign) == ("parity.json", ())
+
+
+class TestWrongInputs:
+    def test_truncated_file(self, original: Path, tmp_path: Path) -> None:
+        cut = tmp_path / "stage_c.safetensors"
+        cut.write_bytes((original / "stage_c.safetensors").read_bytes()[:-100])
+        refused(1, "100 missing", "convert", cut, "-o", tmp_path / "out", "--to", "diffusers")
+
+    def test_lfs_pointer(self, tmp_path: Path) -> None:
+        path = tmp_path / "stage_c.safetensors"
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7178375922\n")
+        refused(1, "git lfs pull", "inspect", path)
+
+    def test_sdxl(self, tmp_path: Path) -> None:
+        header = {
+            "conditioner.embedders.0.model.logit_scale": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "model.diffusion_model.input_blocks.0.0.bias": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        }
+        text = json.dumps(header).encode()
+        path = tmp_path / "sdxl.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+        refused(1, "it holds an SDXL checkpoint", "inspect", path)
+
+    def test_unknown_dtype(self, tmp_path: Path) -> None:
+        text = json.dumps({"clf.1.bias": {"dtype": "F12", "shape": [2], "data_offsets": [0, 3]}}).encode()
+        path = tmp_path / "stage_c.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 3)
+        refused(
+            1, "clf.1.bias: unknown dtype 'F12' (known: ", "convert", path, "-o", tmp_path / "o", "--to", "original"
+        )
+
+    def test_missing_keys(self, original: Path, tmp_path: Path) -> None:
+        tensors = load_file(original / "stage_c.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if ".depthwise.bias" not in name}
+        save_file(tensors, tmp_path / "stage_c.safetensors")
+        arguments = ("convert", tmp_path / "stage_c.safetensors", "-o", tmp_path / "out", "--to", "diffusers")
+        refused(1, "missing (4): down_blocks.0.0.depthwise.bias, ", *arguments)
+
+    def test_stage_b_as_stage_c(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "model" / "prior").mkdir(parents=True)
+        shutil.copy(original / "stage_b.safetensors", tmp_path / "model/prior/diffusion_pytorch_model.safetensors")
+        refused(1, "expected the prior here, found the decoder", "export", tmp_path / "model", "-o", tmp_path / "b")
+
+    def test_unwritable_output(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "out"
+        refused(1, "cannot be written", "convert", original, "-o", output, "--to", "diffusers")
+
+    def test_existing_output(self, original: Path, tmp_path: Path) -> None:
+        (tmp_path / "model_index.json").touch()
+        refused(2, "--force to replace", "convert", original, "-o", tmp_path, "--to", "diffusers")
+
+    @pytest.mark.parametrize("size", ["100x64", "64x100", "8x8"])
+    def test_size_that_cannot_be(self, tiny: Path, tmp_path: Path, size: str) -> None:
+        refused(2, "expected a multiple of 8", "generate", tiny / "bundle", "x", "--size", size, "-o", tmp_path)
+
+    def test_size_that_is_none(self, tiny: Path) -> None:
+        refused(2, "expected WIDTHxHEIGHT", "generate", tiny / "bundle", "x", "--size", "big")
+
+    def test_no_bundle(self, tiny: Path) -> None:
+        refused(2, "not a bundle", "generate", tiny / "model", "x")
+
+    def test_no_such_file(self, tmp_path: Path) -> None:
+        refused(2, "no such file or folder", "inspect", tmp_path / "none")
+
+    def test_debug_shows_the_traceback(self, tmp_path: Path) -> None:
+        result = call("--debug", "inspect", tmp_path / "none")
+        assert result.exception is not None
+        assert not isinstance(result.exception, SystemExit)
+
+
+def test_interrupting_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cascadekit.runtime import generation
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "Noise", interrupt)
+    refused(130, "interrupted", "generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+FORBIDDEN = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is not to be imported")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "code"),
+    [
+        ({"torch", "diffusers", "transformers", "onnx"}, "import cascadekit, cascadekit.runtime.cascade"),
+        ({"torch", "diffusers", "transformers", "onnx", "onnxruntime"}, "import cascadekit.cli"),
+        ({"torch", "diffusers", "transformers", "onnx", "onnxruntime"}, "from cascadekit import convert, inspect"),
+        ({"torch", "diffusers", "transformers"}, "from cascadekit import export"),
+    ],
+)
+def test_imports_without_the_heavy_libraries(blocked: set[str], code: str) -> None:
+    subprocess.run([sys.executable, "-c", FORBIDDEN.format(blocked=blocked) + code], check=True)
+
+
+def test_generate_without_torch_diffusers_transformers_and_onnx(tiny: Path, tmp_path: Path) -> None:
+    blocked = {"torch", "diffusers", "transformers", "onnx"}
+    arguments = ["generate", str(tiny / "bundle"), "x", *QUICK, "-o", str(tmp_path / "x.png")]
+    code = FORBIDDEN.format(blocked=blocked) + f"from cascadekit.cli import main; main({arguments!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "x.png").is_file()
+
+
+def test_everything_of_generate_without_torch_diffusers_transformers_and_onnx(whole: Whole, tmp_path: Path) -> None:
+    blocked = {"torch", "diffusers", "transformers", "onnx"}
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    picture(96, 80, 1).save(photo)
+    drawn = Image.new("L", (96, 80))
+    drawn.paste(255, (16, 16, 64, 60))
+    drawn.save(mask)
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "a (red:1.2) cat, " * 30, "name": "long"}) + "\n")
+    quick = ["--size", "128x128", "--prior-steps", 2, "--decoder-steps", 1, "--seed", 0]
+    pictures = ["--image-prompt", photo, "--init-image", photo, "--mask", mask, "--strength", 0.9]
+    controls = ["--control", f"canny={photo}:0.5", "--control", f"inpainting={photo}", "--preview-every", 1]
+    prompts = ["--prompts", tmp_path / "lines.jsonl", "--weighted", "--long-prompts", "--sampler", "gdf"]
+    calls = [
+        ["x", *quick, *pictures, *controls, "-o", tmp_path / "x.png"],
+        [*quick, *prompts, "--memory", "resident", "-o", tmp_path / "out"],
+        ["--like", tmp_path / "x.png", "-o", tmp_path / "again.png"],
+    ]
+    for call in calls:
+        arguments = [str(each) for each in ("generate", whole.bundle, *call)]
+        code = FORBIDDEN.format(blocked=blocked) + f"from cascadekit.cli import main; main({arguments!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "out" / "long.png").is_file()

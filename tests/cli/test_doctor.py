@@ -1,0 +1,244 @@
+"""`doctor` on this machine as it is, and on one with a GPU, which is not there."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner, Result
+from cuda.bindings import runtime as cuda_runtime
+
+from cascadekit.cli import main
+from cascadekit.converters.tensorrt import BuildWishes, Built
+from cascadekit.converters.tensorrt.tasks import graphs_to_build
+from cascadekit.parity import gpu_check
+from cascadekit.parity.gpu_check import Case, GpuReport
+from cascadekit.runtime import doctor
+from cascadekit.runtime.engines import installs
+from cascadekit.runtime.engines import onnxruntime as ort_engine
+from cascadekit.runtime.engines.tensorrt.engine import cuda, nvidia
+from cascadekit.runtime.engines.tensorrt.engine import engine as tensorrt
+from cascadekit.schemas.config_json import from_json
+from cascadekit.schemas.errors import EngineError
+from cascadekit.schemas.precision import Precision
+from cascadekit.schemas.profiles import profile_for
+from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
+from helpers.fake_gpu import FakeGpu, FakeTensorRT, add_plan
+
+HAS_GPU = cuda_runtime.cudaGetDeviceCount()[0] == cuda_runtime.cudaError_t.cudaSuccess
+without_gpu = pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["doctor", *map(str, arguments)])
+
+
+def test_help_has_examples() -> None:
+    assert "Example: cascadekit doctor" in call("--help").output
+
+
+def test_the_probe_is_the_identity() -> None:
+    model = onnx.load_model_from_string(doctor.PROBE)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(doctor.PROBE, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": np.array([3.5], np.float32)})[0], [3.5])
+
+
+@without_gpu
+def test_on_this_machine() -> None:
+    result = call()
+    assert result.exit_code == 0, result.output
+    assert "GPU: no NVIDIA GPU can be used here" in result.output
+    found = json.loads(call("--json").output)
+    assert found["packages"]["onnxruntime"] == onnxruntime.__version__
+    assert (found["gpu"], found["warnings"], found["lacking_tools"]) == (None, [], {})
+    engines = {(one["engine"], one["device"]): one for one in found["engines"]}
+    assert len(engines) == 7
+    runs = {key for key, one in engines.items() if one["runs"]}
+    assert {("onnxruntime", "cpu"), ("openvino", "cpu")} <= runs
+    assert all(device == "cpu" for _, device in runs)
+    rtx = engines["tensorrt-rtx", "cuda"]
+    assert (rtx["builds"], rtx["runs"]) == (True, False)
+    assert "no NVIDIA GPU" in rtx["lacking"]
+    plain = engines["tensorrt", "cuda"]
+    assert (plain["version"], plain["builds"]) == (None, False)
+    assert "pip install 'cascadekit[tensorrt]'" in plain["lacking"]
+    assert "pip install 'cascadekit[tensorrt]'" in result.output
+    assert all(bool(one["lacking"]) != one["runs"] for one in found["engines"])
+
+
+def test_what_to_install_and_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    for module in (doctor, installs):
+        monkeypatch.setattr(module, "installed", there.get)
+    result = call()
+    for text in (
+        "for verify: pip install 'cascadekit[parity]'",
+        "for export, build: pip install 'cascadekit[export]'",
+        "to mend: onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed together",
+    ):
+        assert text in result.output, text
+
+
+@without_gpu
+def test_a_gpu_that_only_nvidia_smi_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smi(command: Any, **wishes: Any) -> Any:
+        assert command[0] == "nvidia-smi"
+        return SimpleNamespace(stdout="NVIDIA GeForce RTX 4090, 8.9, 24564, 550.54.15\n")
+
+    monkeypatch.setattr(subprocess, "run", smi)
+    gpu, problem = doctor.find_gpu()
+    assert gpu == doctor.Gpu("NVIDIA GeForce RTX 4090", "sm89", 24564 << 20, "550.54.15")
+    assert "no NVIDIA GPU can be used" in problem
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "lacking"),
+    [
+        ((8, 9), "1.7.1.116", ""),
+        ((9, 0), "1.7.1.116", "it is for sm75, sm80, sm86, sm89, sm120, sm121, this GPU is sm90; take tensorrt"),
+        ((8, 9), "1.5.0.114", "too old: pip install --upgrade 'tensorrt-rtx>=1.6'"),
+    ],
+)
+def test_tensorrt_rtx_and_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: str, lacking: str
+) -> None:
+    gpu = FakeGpu(capability=capability)
+    monkeypatch.setattr(cuda, "import_cuda_runtime", lambda: gpu)
+    monkeypatch.setattr(doctor, "import_tensorrt", lambda backend: FakeTensorRT(gpu, __version__=version))
+    found = doctor.examine()
+    assert found.gpu is not None
+    assert (found.gpu.name, found.gpu.driver, found.gpu_problem) == ("NVIDIA Fake 4090", "CUDA 13.0", "")
+    rtx = next(one for one in found.engines if one.engine == "tensorrt-rtx")
+    assert (rtx.lacking, rtx.runs) == (lacking, not lacking)
+
+
+@without_gpu
+def test_no_gpu_to_check(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = call("--gpu", "-o", report)
+    assert result.exit_code == 1
+    assert "not checked, because no NVIDIA GPU can be used here" in result.output
+    assert "0 passed, 0 failed, 34 not checked" in result.output
+    found = json.loads(report.read_text())
+    assert (found["passed"], found["finished"], len(found["checks"])) == (False, True, 34)
+    assert {check["result"] for check in found["checks"]} == {"not checked"}
+    again = call("--gpu", "-o", report)
+    assert (again.exit_code, "exists already" in again.stderr) == (2, True)
+    assert call("--gpu", "-o", report, "--force", "--json").exit_code == 1
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRT:
+    """A machine with a GPU and TensorRT-RTX, and less to draw."""
+    gpu = FakeGpu()
+    trt = FakeTensorRT(gpu)
+
+    def find(backend: str) -> FakeTensorRT:
+        if backend == "tensorrt":
+            raise EngineError("tensorrt is not installed")
+        return trt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda, "import_cuda_runtime", lambda: gpu)
+    for module in (nvidia, doctor):
+        monkeypatch.setattr(module, "import_tensorrt", find)
+    for engine in (tensorrt, ort_engine):  # it walks through all objects there are, and torch has many
+        monkeypatch.setattr(engine, "give_back_memory", lambda: None)
+    monkeypatch.setattr(gpu_check, "CASES", (Case(64, 72, 2),))
+    monkeypatch.setattr(
+        gpu_check, "TIMED", {"width": 64, "height": 64, "prior_steps": 2, "decoder_steps": 2, "seed": 0}
+    )
+    monkeypatch.setattr(gpu_check, "PRECISIONS", (Precision.FP32, Precision.FP16))
+    return trt
+
+
+def builder(types: dict[str, str] | None = None) -> Callable[[Path, BuildWishes], list[Built]]:
+    """Makes plans for the FakeTensorRT; `types` are of ports of the prior's step."""
+
+    def build(root: Path, wishes: BuildWishes) -> list[Built]:
+        assert (wishes.backend, wishes.targets) == ("tensorrt-rtx", ("sm89",))
+        done = []
+        bundle = open_bundle(root)
+        for stage, entry in bundle.manifest.stages.items():
+            for graph in graphs_to_build(stage, entry, wishes.graphs):
+                there = entry.graphs[graph]
+                config = from_json(stage, entry.config)
+                bundle = add_plan(
+                    bundle,
+                    stage,
+                    [profile_for(config, graph, there.inputs, bounds) for bounds in wishes.profiles],
+                    graph=graph,
+                    types=(types or {}) if stage is Stage.PRIOR and graph == "step" else {},
+                    weights=200_000,
+                )
+                done.append(Built(stage, bundle.entry(stage).plans[-1], "built"))
+        return done
+
+    return build
+
+
+def test_everything_passes(trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "build", builder())
+    report = tmp_path / "report.json"
+    result = call("--gpu", "-o", report)
+    assert result.exit_code == 0, result.output
+    assert "11 passed, 0 failed, 14 not checked" in result.output
+    found = json.loads(report.read_text())
+    assert (found["passed"], found["findings"]["gpu"]["capability"]) == (True, "sm89")
+    checks = {check["name"]: check for check in found["checks"]}
+    assert len(checks) == 25
+    for precision in ("fp32", "fp16"):
+        parity = checks[f"tensorrt-rtx {precision}: parity"]["numbers"]
+        assert {name.partition(" ")[2] for name in parity} == {
+            "text",
+            "pooled text",
+            "negative text",
+            "prior",
+            "decoder",
+            "vqgan",
+        }
+        assert checks[f"tensorrt-rtx {precision}: memory"]["numbers"]["evictions"] >= 2
+        assert checks[f"tensorrt-rtx {precision}: timing"]["numbers"]["prior_step_ms"] > 0
+        assert checks[f"tensorrt-rtx {precision}: repeats"]["numbers"]["replays_cuda_graph"] is None
+    errors = [value["relative_l2"] for value in checks["tensorrt-rtx fp16: parity"]["numbers"].values()]
+    assert max(errors) > 1e-4
+    assert checks["tensorrt fp32: parity"]["detail"] == "tensorrt is not installed"
+    assert trt.gpu.taken == 0
+
+
+def test_what_fails_is_told(trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ports in bf16 where fp32 is asked for; then a builder that refuses, and one that crashes."""
+    monkeypatch.setattr(gpu_check, "PRECISIONS", (Precision.FP32,))
+    monkeypatch.setattr(gpu_check, "build", builder({"sample": "BF16", "noise_pred": "BF16"}))
+    report = tmp_path / "report.json"
+    result = call("--gpu", "-o", report)
+    assert result.exit_code == 1
+    checks = {check["name"]: check for check in json.loads(report.read_text())["checks"]}
+    parity = checks["tensorrt-rtx fp32: parity"]
+    assert parity["result"] == "failed"
+    assert "64x72x2 prior: relative L2" in parity["detail"]
+    assert "decoder" not in parity["detail"]
+    assert "_parity" in parity["trace"]
+
+    def fail(root: Path, wishes: BuildWishes) -> list[Built]:
+        raise EngineError("no kernel") if root.name == "fp32" else KeyError("x")
+
+    monkeypatch.setattr(gpu_check, "build", fail)
+    monkeypatch.setattr(gpu_check, "PRECISIONS", (Precision.FP32, Precision.BF16))
+    kept: list[GpuReport] = []
+    found = gpu_check.check_gpu(kept.append)
+    assert not found
+    by_name = {check.name: check for check in found.checks}
+    assert by_name["tensorrt-rtx fp32: build"].detail == "no kernel"
+    assert by_name["tensorrt-rtx bf16: build"].detail == "KeyError: 'x'"
+    assert by_name["tensorrt-rtx fp32: timing"].detail == "there are no engines to run"
+    assert [len(one.checks) for one in kept] == [*range(1, len(found.checks) + 1), len(found.checks)]
+    assert [one.finished for one in kept[-2:]] == [False, True]

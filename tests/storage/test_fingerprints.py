@@ -1,0 +1,244 @@
+"""What loading a bundle notices: files missing, cut short, replaced, changed; and what it lets pass."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cascadekit import Cascade, export
+from cascadekit.schemas.errors import CheckpointError, UsageError
+from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import Bundle, open_bundle
+from cascadekit.storage.fingerprints import WHOLE_BELOW, describe_file, find_change, fingerprint
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def prior(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny / "model" / "prior", tmp_path / "prior"))
+
+
+@pytest.fixture
+def copied(prior: Path, tmp_path: Path) -> Bundle:
+    export(prior, tmp_path / "copied", weights="copy")
+    return open_bundle(tmp_path / "copied")
+
+
+@pytest.fixture
+def linked(prior: Path, tmp_path: Path) -> Bundle:
+    export(prior, tmp_path / "linked", weights="link")
+    return open_bundle(tmp_path / "linked")
+
+
+def weights_of(bundle: Bundle) -> Path:
+    return bundle.root / bundle.entry(Stage.PRIOR).files[-1].path
+
+
+def flip(path: Path, position: int) -> None:
+    """One bit, with another time of change."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+    touch(path)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+
+
+def refused(bundle: Bundle, message: str) -> None:
+    """One line that names the file; the graph is not given out."""
+    with pytest.raises(CheckpointError, match=message) as caught:
+        bundle.graph(Stage.PRIOR)
+    assert "\n" not in str(caught.value)
+    assert str(bundle.root) in str(caught.value)
+
+
+def test_a_sound_bundle(copied: Bundle, linked: Bundle) -> None:
+    for bundle in (copied, linked):
+        assert bundle.graph(Stage.PRIOR) == bundle.root / "prior" / "model.onnx"
+        with pytest.raises(UsageError, match="no graph 'encoder'; it has model, conditioning, step"):
+            bundle.graph(Stage.PRIOR, "encoder")
+        assert bundle.graph(Stage.PRIOR, "step") == bundle.root / "prior" / "step.onnx"
+
+
+def test_missing(copied: Bundle, linked: Bundle) -> None:
+    for bundle in (copied, linked):
+        path = weights_of(bundle)
+        path.rename(path.with_suffix(".away"))
+        refused(bundle, r"safetensors: expected \d+ bytes, it is missing; put it back, or export the model again")
+
+
+def test_cut_short(copied: Bundle, linked: Bundle) -> None:
+    for bundle in (copied, linked):
+        os.truncate(weights_of(bundle), 1000)
+    refused(copied, r"expected \d+ bytes, it has 1000; the bundle is damaged, export it again")
+    refused(linked, r"expected \d+ bytes, it has 1000; the model's file, which this is a hard link to, was changed")
+
+
+@pytest.mark.parametrize("position", [0, 1000, -1])
+def test_a_byte_of_the_graph(copied: Bundle, position: int) -> None:
+    """Whatever its time of change says."""
+    path = copied.root / "prior" / "model.onnx"
+    before = path.stat()
+    flip(path, position % before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    refused(copied, r"model\.onnx: expected SHA-256 [0-9a-f]{12}\.\.\., found [0-9a-f]{12}\.\.\.: changed")
+
+
+@pytest.mark.parametrize("where", ["header", "first", "middle", "last"])
+def test_changed_in_place_behind_a_hard_link(prior: Path, linked: Bundle, where: str) -> None:
+    size = (prior / WEIGHTS).stat().st_size
+    start = 8 + struct.unpack("<Q", (prior / WEIGHTS).read_bytes()[:8])[0]
+    flip(prior / WEIGHTS, {"header": 20, "first": start, "middle": (start + size) // 2, "last": size - 1}[where])
+    message = "expected {} .* changed since the export; the model's file, which this is a hard link to"
+    refused(linked, message.format("SHA-256"))
+    file = linked.entry(Stage.PRIOR).files[-1].model_copy(update={"sha256": None})  # as --no-hash leaves it
+    assert "expected fingerprint" in str(find_change(linked.root / file.path, file))
+
+
+def test_saved_again_behind_a_hard_link(prior: Path, linked: Bundle) -> None:
+    """safetensors' own writer writes into the file that is there."""
+    tensors = {name: tensor * np.float32(2) for name, tensor in load_file(prior / WEIGHTS).items()}
+    data = (prior / WEIGHTS).read_bytes()
+    inode = (prior / WEIGHTS).stat().st_ino
+    save_file(tensors, prior / "new.safetensors", {"format": "pt"})
+    with (prior / WEIGHTS).open("wb") as file:
+        file.write((prior / "new.safetensors").read_bytes())
+    touch(prior / WEIGHTS)
+    assert (prior / WEIGHTS).stat().st_ino == inode
+    refused(linked, "expected (SHA-256|[0-9]+ bytes)")
+    (prior / WEIGHTS).write_bytes(data)
+    linked.graph(Stage.PRIOR)  # the old content again, whatever its time
+
+
+def test_replacing_the_models_file_leaves_a_linked_bundle_alone(prior: Path, linked: Bundle) -> None:
+    (prior / "new").write_bytes(b"other weights")
+    (prior / "new").replace(prior / WEIGHTS)
+    linked.graph(Stage.PRIOR)
+
+
+def test_weights_replaced_by_others_of_the_same_size(copied: Bundle) -> None:
+    path = weights_of(copied)
+    tensors = {name: np.ascontiguousarray(tensor[::-1]) for name, tensor in load_file(path).items()}
+    save_file(tensors, path.with_name("other"), {"format": "pt"})
+    data = path.read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    other = path.with_name("other").read_bytes()
+    path.with_name("other").unlink()
+    path.write_bytes(data[:header] + other[-(len(data) - header) :])
+    touch(path)
+    refused(copied, "expected SHA-256 .* the bundle is damaged, export it again")
+
+
+def test_touched_but_equal(copied: Bundle, linked: Bundle, tmp_path: Path) -> None:
+    for bundle in (copied, linked):
+        touch(weights_of(bundle))
+        touch(bundle.root / "prior" / "model.onnx")
+        bundle.graph(Stage.PRIOR)
+    shutil.copytree(copied.root, tmp_path / "moved", copy_function=shutil.copyfile)
+    open_bundle(tmp_path / "moved").graph(Stage.PRIOR)
+
+
+def test_a_file_of_the_same_time_is_trusted(linked: Bundle) -> None:
+    """No byte of it is read: this is what makes loading take milliseconds."""
+    path = weights_of(linked)
+    before = path.stat()
+    flip(path, before.st_size - 1)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    linked.graph(Stage.PRIOR)
+
+
+def test_the_cascade_says_it_in_one_line(prior: Path, linked: Bundle) -> None:
+    flip(prior / WEIGHTS, 200_000)
+    from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    with pytest.raises(CheckpointError, match="changed in place"):
+        OnnxRuntimeEngine(linked).load(Stage.PRIOR)
+
+
+def test_older_bundles_say_what_to_do(tiny: Path, tmp_path: Path) -> None:
+    content = json.loads((tiny / "bundle/cascade.json").read_text())
+    for version, todo in ((1, "export the model again"), (3, "use the cascadekit that made it")):
+        (tmp_path / "cascade.json").write_text(json.dumps(content | {"version": version, "new": 1}))
+        with pytest.raises(CheckpointError, match=f"a bundle of version {version}, expected version 2; {todo}"):
+            Cascade.open(tmp_path)
+    (tmp_path / "cascade.json").write_text(json.dumps(content | {"format": "other", "version": 1}))
+    with pytest.raises(CheckpointError, match="not a manifest of format cascadekit-bundle 2"):
+        open_bundle(tmp_path)
+
+
+def test_manifests_whose_graphs_are_not_theirs(tiny: Path, tmp_path: Path) -> None:
+    for change, message in (
+        ({"graphs": {}}, "no graph 'model'"),
+        ({"files": [{**json_of(tiny)["files"][-1]}]}, "a graph that is none of the files"),
+    ):
+        content = json.loads((tiny / "bundle/cascade.json").read_text())
+        content["stages"]["prior"] |= change
+        (tmp_path / "cascade.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message):
+            open_bundle(tmp_path)
+
+
+def json_of(tiny: Path) -> dict[str, list[dict[str, object]]]:
+    content: dict[str, list[dict[str, object]]] = json.loads((tiny / "bundle/cascade.json").read_text())["stages"][
+        "prior"
+    ]
+    return content
+
+
+# --- The fingerprint
+
+
+def expected_fingerprint(path: Path) -> str:
+    """As the docstring says it: size, header, 64 evenly spaced samples of 64 KiB."""
+    data = path.read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0] if path.suffix == ".safetensors" else 0
+    body = data[header:]
+    samples = [body]
+    if len(body) > 64 * 65536:
+        starts = [(len(body) - 65536) * n // 63 for n in range(64)]
+        samples = [body[start : start + 65536] for start in starts]
+    return hashlib.sha256(struct.pack("<Q", len(data)) + data[:header] + b"".join(samples)).hexdigest()
+
+
+@pytest.mark.parametrize("values", [0, 1, 4097, 1 << 20, (1 << 20) + 1, 3_000_001])
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
+def test_fingerprint(tmp_path: Path, values: int, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    save_file({"x": np.random.default_rng(values).random(values, np.float32)}, path)
+    assert fingerprint(path) == expected_fingerprint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, struct.pack("<Q", 10**9) + b"x" * 100])
+def test_fingerprint_of_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(content)
+    assert fingerprint(path) == hashlib.sha256(struct.pack("<Q", len(content)) + content).hexdigest()
+
+
+def test_large_files_are_compared_by_samples(tmp_path: Path) -> None:
+    """Above 64 MiB a change between two samples is not seen on loading, but by the whole hash."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": np.zeros(WHOLE_BELOW // 4, np.float32)}, path)
+    entry = describe_file(tmp_path, path, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert entry.bytes > WHOLE_BELOW
+    flip(path, 1_000_000)
+    assert find_change(path, entry) is None
+    assert "expected SHA-256" in str(find_change(path, entry, always_hash=True))
+    unhashed = entry.model_copy(update={"sha256": None})
+    assert find_change(path, unhashed, always_hash=True) is None  # samples are all there is to compare
+    flip(path, entry.bytes - 1)
+    assert "expected fingerprint" in str(find_change(path, entry))
+    os.utime(path, ns=(0, entry.mtime_ns))
+    assert find_change(path, unhashed) is None
+    assert "expected fingerprint" in str(find_change(path, unhashed, always_hash=True))  # whatever its time
