@@ -10,19 +10,11 @@ from ..schemas.lora import LoraFormat
 from .common import PATH, all_local, local, maybe_local
 from .console import byte_progress, note, say, show_table
 from .lora_bundle import apply
+from .lora_options import alpha_option, filter_option
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 SHOWN_METADATA = 120  # characters; thumbnails are longer
 
-filter_option = click.option(
-    "--module-filter",
-    "filters",
-    multiple=True,
-    default=(".attn",),
-    show_default=True,
-    help="Stability's format: the trainer's module_filters (repeatable).",
-)
-alpha_option = click.option("--alpha", type=float, help="Alpha, where the file states none; its rank when left out.")
 force_option = click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 
 

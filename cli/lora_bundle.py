@@ -7,7 +7,7 @@ import click
 from ..schemas.errors import UsageError
 from .common import PATH, all_local
 from .console import byte_progress, note, say
-from .lora import alpha_option, filter_option
+from .lora_options import alpha_option, filter_option
 
 
 @click.command()
