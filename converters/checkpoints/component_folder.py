@@ -12,7 +12,7 @@ from ...schemas.folders import FORMATS, STEMS, VARIANTS, WEIGHTS_SUFFIXES, read_
 from ...schemas.json_text import load_json
 from ...schemas.stages import NetworkConfig, Stage
 from ...schemas.tensors import Shape
-from ...storage.safetensors_header import Header
+from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
 from .identify import Configs, Parts, identify_parts
 from .problems import listed

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...schemas.callbacks import Progress
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.layouts import Layout
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
+from ...storage.atomic_output import staged_output
 from ...storage.cast_ranges import Counts
-from ...storage.outputs import staged_output
-from ...storage.own_folders import MODEL_INDEX
-from ...storage.safetensors_header import Progress
-from ...storage.safetensors_writer import write_file
+from ...storage.replaceable_folders import MODEL_INDEX
+from ...storage.safetensors_writer import write_safetensors
 from .identify import Component
 from .model_folder import write_folder_files
 from .open_model import DEFAULT_CHOICE, ENCODERS, Choice, Model, open_model
@@ -102,7 +102,7 @@ def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow
         return Counts()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    counts = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
     partial.rename(path)
     return counts
 

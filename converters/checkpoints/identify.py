@@ -13,7 +13,7 @@ from ...schemas.infer import infer_config
 from ...schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
 from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from ...schemas.tensors import Shape, expected_tensors, is_counter
-from ...storage.safetensors_header import Header, TensorRange
+from ...storage.safetensors_reader import Header, TensorRange
 from .problems import Problems, find_problems, listed, missing_counters
 from .scaled_fp8 import attach_scales
 

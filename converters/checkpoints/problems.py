@@ -9,7 +9,7 @@ from ...schemas.layouts import foreign_name
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape, expected_tensors, is_counter
 from ...storage.cast import FLOATS, FP8
-from ...storage.safetensors_header import DTYPE_SIZES
+from ...storage.safetensors_reader import DTYPE_SIZES
 
 SHOWN_PROBLEMS = 6  # of each kind; the rest are counted
 BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the part of a tensor's name that says its block

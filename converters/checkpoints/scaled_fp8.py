@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ...schemas.errors import LayoutError
 from ...storage.cast import FLOATS, FP8
-from ...storage.safetensors_header import Header, TensorRange
+from ...storage.safetensors_reader import Header, TensorRange
 
 MARKER = "scaled_fp8"
 WEIGHT, SCALE, INPUT_SCALE = ".weight", ".scale_weight", ".scale_input"

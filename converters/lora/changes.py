@@ -9,7 +9,7 @@ from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora import Target
 from ...schemas.stages import Stage
-from ...storage.fingerprints import fingerprint
+from ...storage.file_hashes import fingerprint
 from ..checkpoints.identify import Component
 from .lora_file import Lora, listed
 from .read_formats import open_lora

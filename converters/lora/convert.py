@@ -9,7 +9,7 @@ from typing import Any
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora import LoraFormat, Target
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
-from ...storage.outputs import staged_output
+from ...storage.atomic_output import staged_output
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, Axis
 from .factors import Factor

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...schemas.callbacks import Progress
 from ...schemas.errors import UsageError
-from ...storage.outputs import staged_output
-from ...storage.safetensors_header import Progress, TensorRange
+from ...storage.atomic_output import staged_output
+from ...storage.safetensors_reader import TensorRange
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from .changes import LoraPlan, plan_loras

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from ...schemas.errors import ConversionError
-from ...storage.safetensors_header import TensorRange
+from ...storage.safetensors_reader import TensorRange
 from .weights import Change, Effect, changed
 
 Changes = Mapping[str, Sequence[Change]]  # by the tensor's diffusers name

@@ -1,84 +1,32 @@
-"""Writes safetensors files whose tensors are partly copied and partly calculated, one piece at a time."""
+"""Plans of safetensors files whose tensors are partly copied and partly calculated."""
 
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from ...schemas.errors import ConversionError
-from ...schemas.tensors import Shape
-from ...storage.copy_ranges import copy_range
-from ...storage.safetensors_header import Progress, TensorRange, encode_header
-from ...storage.safetensors_writer import reserve, what_failed
+from ...schemas.callbacks import Progress
+from ...storage.safetensors_plan import Calculated, Part, TensorPlan
+from ...storage.safetensors_writer import write_safetensors
 from .factors import Factor
-from .numbers import Bytes, encode
+from .numbers import encode
+
+__all__ = ["Calculated", "Piece", "Pieces", "factor_pieces", "write_pieces"]
+
+Piece = Part
+Pieces = TensorPlan
 
 
-@dataclass(frozen=True)
-class Calculated:
-    """`nbytes` bytes that are made when their turn comes, a block at a time."""
-
-    nbytes: int
-    blocks: Callable[[], Iterable[Bytes]]
-
-
-Piece = TensorRange | Calculated
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """A tensor to write: its dtype and shape, and the pieces its bytes are, one after another."""
-
-    dtype: str
-    shape: Shape
-    pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-
-def factor_pieces(factor: Factor) -> Pieces:
-    """A factor as a tensor: the bytes it is a copy of, or its numbers encoded."""
+def factor_pieces(factor: Factor) -> TensorPlan:
+    """A factor as a tensor: the bytes of which it is a copy, or its numbers encoded."""
     if factor.source is not None:
-        return Pieces(factor.dtype, factor.shape, (factor.source,))
+        return TensorPlan(factor.dtype, factor.shape, (factor.source,))
     made = Calculated(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
-    return Pieces(factor.dtype, factor.shape, (made,))
+    return TensorPlan(factor.dtype, factor.shape, (made,))
 
 
 def write_pieces(
-    path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str], progress: Progress | None = None
+    path: Path, tensors: Mapping[str, TensorPlan], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
-    """Write a safetensors file in the order of `tensors`, on disk (fsync) when this returns; whoever calls renames it.
+    """Write a safetensors file in the order of `tensors`; see ``storage.safetensors_writer.write_safetensors``.
 
-    Raises ConversionError when the disk is full or a source cannot be read. Memory: one block."""
-    plans: Mapping[str, Any] = tensors  # the header needs what both kinds of plan have: dtype, shape, nbytes
-    header = encode_header(plans, metadata)
-    total = len(header) + sum(plan.nbytes for plan in tensors.values())
-    try:
-        with path.open("wb") as out:
-            reserve(out.fileno(), total)
-            out.write(header)
-            for piece in (piece for tensor in tensors.values() for piece in tensor.pieces):
-                _write_piece(piece, out, progress)
-            if out.tell() != total:
-                raise ConversionError(f"{path}: wrote {out.tell()} bytes instead of {total}; this is a bug, report it")
-            out.flush()
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise ConversionError(what_failed(path, total, error)) from error
-
-
-def _write_piece(piece: Piece, out: BinaryIO, progress: Progress | None) -> None:
-    """Append a piece at the file's position."""
-    if isinstance(piece, TensorRange):
-        out.flush()  # the copy goes past Python's buffer
-        at = out.tell()
-        copy_range(piece.path, piece.offset, piece.nbytes, at, out.fileno(), progress)
-        out.seek(at + piece.nbytes)
-        return
-    for block in piece.blocks():
-        out.write(block.data)
-        if progress:
-            progress(block.nbytes)
+    Raises ConversionError when the disk is full or a source cannot be read."""
+    write_safetensors(path, tensors, metadata, progress)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from ...schemas.errors import ConversionError
-from ...storage.safetensors_header import Header, TensorRange
+from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
 from .factors import read_bytes, read_numbers
 from .formulas import RowReader, applied, blocks

@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from cascadekit.schemas.errors import CheckpointError
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 F32 = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 

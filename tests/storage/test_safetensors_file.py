@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 
 from cascadekit.schemas.errors import CheckpointError, ConversionError
 from cascadekit.storage import cast_ranges as computing
-from cascadekit.storage import copy_ranges as copying
-from cascadekit.storage import safetensors_header as safetensors_file
+from cascadekit.storage import file_ranges as copying
+from cascadekit.storage import safetensors_reader as safetensors_file
 from cascadekit.storage.cast import target_dtype
 from cascadekit.storage.cast_ranges import Counts
-from cascadekit.storage.safetensors_header import read_header
-from cascadekit.storage.safetensors_writer import write_file
-from cascadekit.storage.tensor_plans import TensorPlan, canonical_order
+from cascadekit.storage.safetensors_plan import TensorPlan, canonical_order
+from cascadekit.storage.safetensors_reader import read_header
+from cascadekit.storage.safetensors_writer import write_safetensors
 
 
 def raw(header: Any, data: bytes = b"", *, pad: bool = False) -> bytes:
@@ -71,7 +71,7 @@ def test_written_bytes(two: Path, tmp_path: Path) -> None:
         "swapped": TensorPlan("F32", (2, 2), (x.rows(1, 2, (1, 2)), x.rows(0, 1, (1, 2)))),
         "counter": TensorPlan("I64", (), (tensors["counter"],)),
     }
-    write_file(tmp_path / "out", plan, {"format": "pt"})
+    write_safetensors(tmp_path / "out", plan, {"format": "pt"})
     assert (tmp_path / "out").read_bytes() == (
         b"\xd8\x00\x00\x00\x00\x00\x00\x00"
         b'{"__metadata__":{"format":"pt"},'
@@ -119,7 +119,7 @@ def test_every_way_of_copying_gives_the_same(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: str, how: str
 ) -> None:
     """The calls before `used` are not there, or fail as between two file systems."""
-    write_file(tmp_path / "kernel", copied(two), {})
+    write_safetensors(tmp_path / "kernel", copied(two), {})
     for call in COPY_CALLS[: COPY_CALLS.index(used)]:
         if how == "missing":
             monkeypatch.delattr(os, call)
@@ -128,7 +128,7 @@ def test_every_way_of_copying_gives_the_same(
     calls = spy(monkeypatch, used)
     monkeypatch.setattr(copying, "COPY_BLOCK", 5)
     done: list[int] = []
-    write_file(tmp_path / "fallback", copied(two), {}, done.append)
+    write_safetensors(tmp_path / "fallback", copied(two), {}, done.append)
     assert (tmp_path / "fallback").read_bytes() == (tmp_path / "kernel").read_bytes()
     assert len(calls) == len(done) == 7
     assert sum(done) == 32
@@ -142,14 +142,14 @@ def test_a_way_of_copying_may_fail_midway(two: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "copy_file_range", once)
     monkeypatch.setattr(copying, "COPY_BLOCK", 5)
-    write_file(tmp_path / "out", copied(two), {})
+    write_safetensors(tmp_path / "out", copied(two), {})
     assert safetensors.numpy.load_file(tmp_path / "out")["x"].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_a_full_disk_is_noticed_before_copying(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
     with pytest.raises(ConversionError, match=r"bytes needed\): No space left"):
-        write_file(tmp_path / "out", copied(two), {})
+        write_safetensors(tmp_path / "out", copied(two), {})
     assert (tmp_path / "out").stat().st_size == 0
 
 
@@ -158,10 +158,10 @@ def test_free_space_is_counted_before_any_is_taken(two: Path, tmp_path: Path, mo
     disk = SimpleNamespace(f_blocks=1000, f_bavail=2, f_frsize=50)
     monkeypatch.setattr(os, "fstatvfs", lambda target: disk)
     with pytest.raises(ConversionError, match=r"\(\d+ bytes needed\): No space left on device, 100 bytes are free"):
-        write_file(tmp_path / "out", copied(two), {})
+        write_safetensors(tmp_path / "out", copied(two), {})
     assert calls == []
     disk.f_blocks = disk.f_bavail = 0  # a file system that does not tell
-    write_file(tmp_path / "out", copied(two), {})
+    write_safetensors(tmp_path / "out", copied(two), {})
     assert len(calls) == 1
 
 
@@ -173,7 +173,7 @@ def test_file_systems_that_cannot_reserve(
         monkeypatch.delattr(os, "posix_fallocate")
     else:
         monkeypatch.setattr(os, "posix_fallocate", refuse(number))
-    write_file(tmp_path / "out", copied(two), {})
+    write_safetensors(tmp_path / "out", copied(two), {})
     assert safetensors.numpy.load_file(tmp_path / "out")["counter"] == 7
 
 
@@ -183,15 +183,15 @@ def test_a_source_that_changed_meanwhile(two: Path, tmp_path: Path, dtype: str) 
     plan = {"x": TensorPlan(dtype, x.shape, (x,))}
     os.truncate(two, x.offset + 20)
     with pytest.raises(ConversionError, match=rf"^{two}: cannot be read: the file ended 4 bytes too early"):
-        write_file(tmp_path / "out", plan, {})
+        write_safetensors(tmp_path / "out", plan, {})
     two.unlink()
     with pytest.raises(ConversionError, match=rf"^{two}: cannot be read: No such file"):
-        write_file(tmp_path / "out", plan, {})
+        write_safetensors(tmp_path / "out", plan, {})
 
 
 def test_an_output_that_cannot_be_opened(two: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"none/out: cannot be written \(\d+ bytes needed\): No such file"):
-        write_file(tmp_path / "none" / "out", copied(two), {})
+        write_safetensors(tmp_path / "none" / "out", copied(two), {})
 
 
 # Casting and transposing
@@ -236,7 +236,7 @@ def test_casting_equals_torch(
         name: TensorPlan(target_dtype(t.dtype, wanted), t.shape, (t,)) for name, t in read_header(mixed).tensors.items()
     }
     done: list[int] = []
-    assert write_file(tmp_path / "out", plans, {}, done.append) == Counts()
+    assert write_safetensors(tmp_path / "out", plans, {}, done.append) == Counts()
     written, source = safetensors.torch.load_file(tmp_path / "out"), safetensors.torch.load_file(mixed)
     assert list(written) == list(source)
     for name, tensor in source.items():
@@ -255,7 +255,7 @@ def test_one_tensor_of_ranges_of_several_dtypes(mixed: Path, tmp_path: Path) -> 
     names = [f"{dtype}.7x5" for dtype in FLOAT_TENSORS]
     cut = tensors["F32.7x5"].rows(2, 4, (2, 5))
     plan = TensorPlan("BF16", (30, 5), (*(tensors[name] for name in names), cut))
-    write_file(tmp_path / "out", {"all": plan, "steps": TensorPlan("I64", (), (tensors["steps"],))}, {})
+    write_safetensors(tmp_path / "out", {"all": plan, "steps": TensorPlan("I64", (), (tensors["steps"],))}, {})
     expected = torch.cat([*(source[name].bfloat16() for name in names), source["F32.7x5"][2:4].bfloat16()])
     written = safetensors.torch.load_file(tmp_path / "out")
     assert_same(written["all"], expected)
@@ -282,7 +282,7 @@ def test_transposing(
         "after": TensorPlan(source, (3,), (tensors["a"],)),
     }
     done: list[int] = []
-    write_file(tmp_path / "out", plans, {}, done.append)
+    write_safetensors(tmp_path / "out", plans, {}, done.append)
     written = safetensors.torch.load_file(tmp_path / "out")
     assert_same(written["turned"], values.to(kinds[target]))
     assert_same(written["before"], stored["a"])
@@ -316,7 +316,7 @@ def test_short_reads_and_writes(two: Path, tmp_path: Path, monkeypatch: pytest.M
     pread, pwrite = os.pread, os.pwrite
     monkeypatch.setattr(os, "pread", lambda source, nbytes, at: pread(source, min(nbytes, 3), at))
     monkeypatch.setattr(os, "pwrite", lambda target, data, at: pwrite(target, data[:3], at))
-    write_file(tmp_path / "out", {"x": TensorPlan("F16", (3, 2), (x,))}, {})
+    write_safetensors(tmp_path / "out", {"x": TensorPlan("F16", (3, 2), (x,))}, {})
     written = safetensors.numpy.load_file(tmp_path / "out")["x"]
     assert written.tolist() == ([[0, 3], [1, 4], [2, 5]] if transposed else [[0, 1], [2, 3], [4, 5]])
 
@@ -335,16 +335,16 @@ def test_overflow_is_an_error_that_names_the_worst(
 ) -> None:
     monkeypatch.setattr(computing, "CAST_BLOCK", 8)
     with pytest.raises(ConversionError) as caught:
-        write_file(tmp_path / "out", large_values, {})
+        write_safetensors(tmp_path / "out", large_values, {})
     assert str(caught.value) == (
         "out: 21 finite values become infinite: 6 (6 in F16), 5 (5 in F16), 4 (4 in F16), 3 (3 in F16), 2 (2 in F16) "
-        "and 1 more tensors; try --dtype bf16, which reaches as far as float32, or keep the infinities with "
-        "--allow-overflow"
+        "and 1 more tensors; try dtype=\"bf16\", whose range is that of float32, or keep the infinities with "
+        "allow_overflow=True"
     )
 
 
 def test_overflow_may_be_allowed(large_values: dict[str, TensorPlan], tmp_path: Path) -> None:
-    counts = write_file(tmp_path / "out", large_values, {}, allow_overflow=True)
+    counts = write_safetensors(tmp_path / "out", large_values, {}, allow_overflow=True)
     assert counts.overflows == {str(n): n for n in range(1, 7)}
     assert counts.not_finite == {str(n): 2 for n in range(7)}
     assert safetensors.numpy.load_file(tmp_path / "out")["1"].tolist() == [np.inf, np.inf, 1, -np.inf]
@@ -354,7 +354,7 @@ def test_overflow_of_bf16_does_not_advise_bf16(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"x": np.array([3.4e38], np.float32)}, tmp_path / "in")
     x = read_header(tmp_path / "in").tensors["x"]
     with pytest.raises(ConversionError, match=r"x \(1 in BF16\); try a wider dtype"):
-        write_file(tmp_path / "out", {"x": TensorPlan("BF16", (1,), (x,))}, {})
+        write_safetensors(tmp_path / "out", {"x": TensorPlan("BF16", (1,), (x,))}, {})
 
 
 def test_what_is_not_cast(two: Path, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_what_is_not_cast(two: Path, tmp_path: Path) -> None:
     for name, dtype in (("counter", "F32"), ("x", "I64"), ("x", "F8_E4M3")):
         t = tensors[name]
         with pytest.raises(ConversionError, match=f"{two}: {name}: {t.dtype} cannot become {dtype}; only F16, BF16"):
-            write_file(tmp_path / "out", {name: TensorPlan(dtype, t.shape, (t,))}, {})
+            write_safetensors(tmp_path / "out", {name: TensorPlan(dtype, t.shape, (t,))}, {})
     assert not (tmp_path / "out").exists()
 
 
@@ -376,21 +376,21 @@ def test_workers_stop_before_the_file_is_closed(two: Path, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:  # held, and with it every frame
-        write_file(tmp_path / "out", {"x": TensorPlan("F16", x.shape, (x,) * 100)}, {}, stop)
+        write_safetensors(tmp_path / "out", {"x": TensorPlan("F16", x.shape, (x,) * 100)}, {}, stop)
     assert threading.active_count() == threads
     assert caught.value
 
 
 MEASURE = """
 import pathlib, re, sys
-from cascadekit.storage.tensor_plans import TensorPlan
-from cascadekit.storage.safetensors_header import TensorRange
-from cascadekit.storage.safetensors_writer import write_file
+from cascadekit.storage.safetensors_plan import TensorPlan
+from cascadekit.storage.safetensors_reader import TensorRange
+from cascadekit.storage.safetensors_writer import write_safetensors
 source, out, dtype, target, rows, columns, transposed = sys.argv[1:]
 shape, path = (int(rows), int(columns)), pathlib.Path(source)
 part = TensorRange(path, dtype, shape, 0, path.stat().st_size, transposed == "True")
 before = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-write_file(pathlib.Path(out), {"x": TensorPlan(target, shape, (part,))}, {})
+write_safetensors(pathlib.Path(out), {"x": TensorPlan(target, shape, (part,))}, {})
 after = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print(before // 1024, after // 1024)
 """
@@ -459,7 +459,7 @@ def test_canonical_files_are_the_librarys_own(tmp_path: Path, metadata: dict[str
     safetensors.torch.save_file(tensors, tmp_path / "library", metadata)
     plans = list(copied(tmp_path / "library").items())
     rng.shuffle(plans)
-    write_file(tmp_path / "ours", canonical_order(dict(plans)), metadata or {})
+    write_safetensors(tmp_path / "ours", canonical_order(dict(plans)), metadata or {})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
 
 
@@ -475,7 +475,7 @@ def test_a_canonical_cast_file_is_the_librarys_own(mixed: Path, tmp_path: Path) 
     plans = {
         name: TensorPlan(target_dtype(t.dtype, "BF16"), t.shape, (t,)) for name, t in read_header(mixed).tensors.items()
     }
-    write_file(tmp_path / "ours", canonical_order(plans), {"format": "pt"})
+    write_safetensors(tmp_path / "ours", canonical_order(plans), {"format": "pt"})
     source = safetensors.torch.load_file(mixed)
     cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in source.items()}
     safetensors.torch.save_file(cast, tmp_path / "library", {"format": "pt"})
@@ -483,7 +483,7 @@ def test_a_canonical_cast_file_is_the_librarys_own(mixed: Path, tmp_path: Path) 
 
 
 def test_an_empty_file_is_the_librarys_own(tmp_path: Path) -> None:
-    write_file(tmp_path / "ours", {}, {})
+    write_safetensors(tmp_path / "ours", {}, {})
     assert (tmp_path / "ours").read_bytes() == safetensors.torch.save({})
 
 
@@ -552,6 +552,8 @@ def test_whatever_is_accepted_the_library_accepts_too(tmp_path: Path, data: st.D
         ours = read_header(path)
     except CheckpointError:
         return
+    if any(tensor.dtype not in safetensors_file.DTYPE_BITS for tensor in ours.tensors.values()):
+        return  # a dtype that the library does not know yet, which is accepted on purpose
     with safetensors.safe_open(path, "np") as theirs:
         assert set(theirs.keys()) == set(ours.tensors)
         for name, tensor in ours.tensors.items():
