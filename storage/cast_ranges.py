@@ -158,7 +158,8 @@ def _transpose_tile(work: _Work, rows: range, columns: range) -> Done:
     with part.path.open("rb", buffering=0) as file:
         start = part.offset + columns.start * line + rows.start * size
         data = read_lines(file, start, line, len(columns), len(rows) * size)
-    cast = Cast(np.frombuffer(data, np.uint8), 0, 0) if work.keeps_bits else cast_counted(data, part.dtype, dtype, work.scale)
+    moved = Cast(np.frombuffer(data, np.uint8), 0, 0)
+    cast = moved if work.keeps_bits else cast_counted(data, part.dtype, dtype, work.scale)
     bits = np.frombuffer(cast.values, f"<u{DTYPE_SIZES[dtype]}").reshape(len(columns), len(rows))
     at = work.placed.at + rows.start * width + columns.start * bits.itemsize
     write_lines(work.target, np.ascontiguousarray(bits.T), at, width)
