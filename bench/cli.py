@@ -10,6 +10,7 @@ import click
 
 from ..cli.common import PATH, parse_size
 from ..cli.console import complain, note, say, show_table
+from ..cli.lazy import LazyGroup
 
 if TYPE_CHECKING:
     from . import EnginesReport, Report
@@ -67,7 +68,7 @@ SOURCE = click.option("--source", type=PATH, help="Measure with this checkpoint;
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group()
+@click.group(cls=LazyGroup, places={})
 def bench() -> None:
     """Measure this package on this machine; nothing is judged."""
 

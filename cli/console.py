@@ -22,6 +22,7 @@ from rich.text import Text
 
 from ..schemas.errors import CascadeError
 from .escape import visible, visible_line
+from .translate import in_options
 
 HOUR = 3600.0  # seconds; images may take minutes each, of which an estimate needs several
 PIPE_WIDTH = 1000  # more than any row takes, so that none is broken
@@ -60,7 +61,7 @@ def say(text: str, console: Console = out) -> None:
 
 def note(text: str) -> None:
     """Something the person should know that is no error, on standard error."""
-    complain(f"note: {text}", style="yellow")
+    complain(f"note: {in_options(text)}", style="yellow")
 
 
 def complain(text: str, style: str | None = None) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from .translate import remember_command
+
 
 class LazyGroup(click.Group):
     """`places` names where each command lies: "module:attribute", the module relative to this package."""
@@ -22,3 +24,11 @@ class LazyGroup(click.Group):
             module, _, attribute = self.places[cmd_name].partition(":")
             self.add_command(getattr(import_module(module, __package__), attribute), cmd_name)
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            remember_command(ctx, command)
+        return name, command, rest

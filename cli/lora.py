@@ -9,6 +9,7 @@ import click
 from ..schemas.lora import LoraFormat
 from .common import PATH, all_local, local, maybe_local
 from .console import byte_progress, note, say, show_table
+from .lazy import LazyGroup
 from .lora_bundle import apply
 from .lora_options import alpha_option, filter_option
 
@@ -18,7 +19,7 @@ SHOWN_METADATA = 120  # characters; thumbnails are longer
 force_option = click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 
 
-@click.group()
+@click.group(cls=LazyGroup, places={})
 def lora() -> None:
     """Inspect, convert and merge LoRA files."""
 
