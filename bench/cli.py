@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli.common import PATH, parse_size
 from ..cli.console import complain, note, say, show_table
 from ..cli.lazy import LazyGroup
+from ..cli.options import PATH, parse_size
 
 if TYPE_CHECKING:
     from . import EnginesReport, Report

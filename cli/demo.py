@@ -7,8 +7,8 @@ import click
 
 from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.layouts import Layout
-from .common import PATH
 from .console import FAILED, note, say
+from .options import PATH
 from .verify import print_report, run_verify
 from .verify_report import keep
 

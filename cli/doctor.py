@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import PATH
 from .console import FAILED, say, show_table
+from .options import PATH
 
 if TYPE_CHECKING:
     from ..parity.gpu_check import Check, GpuReport

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
-from .batch import Drawing, draw_batch
-from .common import PATH
 from .console import note, say, step_progress
-from .drawing import (
+from .generate_batch import Drawing, draw_batch
+from .generate_common import (
     OPENING,
     open_cascade,
     require_previewer,
@@ -22,6 +21,7 @@ from .drawing import (
     warn_of_cuts,
 )
 from .generate_options import BATCH, looks, machinery, together
+from .options import PATH
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade

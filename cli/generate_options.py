@@ -9,7 +9,7 @@ import click
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .common import ENGINES, parse_loras, parse_size
+from .options import ENGINES, parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from .common import PATH
 from .console import note, say
-from .drawing import open_cascade
+from .generate_common import open_cascade
 from .generate_options import machinery
+from .options import PATH
 
 
 @click.command()

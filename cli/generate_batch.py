@@ -13,7 +13,7 @@ import click
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.stages import Stage
 from .console import FAILED, batch_progress, note, say
-from .drawing import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
+from .generate_common import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
 from .signals import stoppable
 from .translate import in_options
 
