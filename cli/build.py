@@ -13,7 +13,7 @@ from ..schemas.stages import Stage
 from ..schemas.targets import ALONE, PLAIN, RTX
 from .build_options import parse_arch, parse_profiles, parse_sizes, size_option
 from .build_progress import build_progress
-from .console import note, say, show_table
+from .console import byte_progress, note, say, show_table
 from .options import PATH, STAGES, local, maybe_local
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _export(model: Path, output: Path, text_encoder: Path | None, precision: str
     require_targets(wishes, computed)
     safe = "auto" if computed is Precision.FP16 and Stage.PRIOR in (wishes.stages or (Stage.PRIOR,)) else None
     source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
-    with bytebuild_progress() as start_file:
+    with byte_progress() as start_file:
         export(
             source,
             output,

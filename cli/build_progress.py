@@ -20,7 +20,7 @@ def build_progress() -> "Iterator[Callable[[Progress], object]]":
     if err.is_terminal:
         from rich.text import Text
 
-        with err.status("") as status:
+        with err.console.status("") as status:
             yield lambda progress: status.update(Text(visible_line(_line(progress))))
         return
     last: dict[str, float] = {}
