@@ -70,7 +70,10 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 @click.group(cls=LazyGroup, places={})
 def bench() -> None:
-    """Measure this package on this machine; nothing is judged."""
+    """Measure this package on this machine.
+
+    The figures are not judged.
+    """
 
 
 @bench.command()

@@ -105,7 +105,9 @@ def build(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Build GPU engines of a bundle's graphs; with tensorrt-rtx on any machine, for any GPU.
+    """Build GPU engines of a bundle's graphs.
+
+    With tensorrt-rtx, any machine builds for any GPU.
 
     Example: cascadekit build bundle --arch sm89 --arch "rtx 5090"
     From original files to engines: cascadekit build model -o bundle --arch sm89

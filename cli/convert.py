@@ -52,7 +52,9 @@ def convert(
     canonical: bool,
     force: bool,
 ) -> None:
-    """Rewrite checkpoints in another layout; without --dtype, bit for bit the same weights.
+    """Rewrite checkpoints in another layout.
+
+    Without --dtype, the weights stay the same bit for bit.
 
     Example: cascadekit convert stage_a.safetensors stage_b.safetensors stage_c.safetensors
     --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers

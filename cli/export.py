@@ -134,7 +134,9 @@ def export(
     vqgan_scale: float | None,
     force: bool,
 ) -> None:
-    """Write each stage as an ONNX graph; the weights stay in safetensors files beside it.
+    """Write a model as ONNX graphs and safetensors weights.
+
+    Each stage becomes a graph; its weights lie in safetensors files beside it.
 
     Example: cascadekit export model -o bundle
     """

@@ -1,4 +1,4 @@
-"""The command that draws images."""
+"""The command `generate`."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,9 @@ def generate(
     keep_going: bool,
     **options: Any,
 ) -> None:
-    """Draw images from an exported bundle, without torch.
+    """Generate images from an exported bundle.
+
+    torch is not needed.
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """

@@ -20,7 +20,9 @@ WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 @click.option("--hash", "hashed", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
-    """Check a bundle's graphs, weights and files without running it; exit code 1 when something is wrong.
+    """Check a bundle's graphs, weights and files.
+
+    Nothing is run. Exit code 1 when something is wrong.
 
     Example: cascadekit validate bundle --hash
     """

@@ -110,7 +110,9 @@ def verify(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Compare a bundle's engines with PyTorch on the same inputs, or two checkpoints tensor by tensor.
+    """Compare a bundle with PyTorch, or two checkpoints.
+
+    A bundle's engines get the same inputs as PyTorch. Checkpoints are compared tensor by tensor.
 
     Exit code 1 when they differ. Checkpoints may be in any layouts, and in two dtypes: then values must be what the
     wider ones round to.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.layouts import can_become
-from .hub import is_hub, remote_headers
 
 if TYPE_CHECKING:
     from ..schemas.bundle import Manifest, PlanEntry, StageEntry
@@ -79,7 +78,7 @@ def contents_of(path: str | Path, say: Callable[[str], object] = lambda text: No
     Raises CheckpointError for a damaged file or manifest, LayoutError when no component is found, UsageError when
     there is nothing at `path`."""
     path = Path(path)
-    if is_hub(path):
+    if str(path).startswith("hf:"):  # as `hub.is_hub`, which is not imported for files on disk
         return CheckpointContents(_remote_components(path, say))
     if (path / MANIFEST_NAME).is_file():
         return _bundle_contents(path)
@@ -153,6 +152,7 @@ def _lora_facts(path: Path) -> dict[str, Any] | None:
 def _remote_components(source: Path, say: Callable[[str], object]) -> "tuple[Component, ...]":
     """The components on the Hub, by their headers alone. Files that hold no component are passed over."""
     from .checkpoints.identify import identify_parts
+    from .hub import remote_headers
 
     components: list[Component] = []
     refused: list[LayoutError] = []

@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
-
-FLOATS = ("F16", "BF16", "F32", "F64")
-FP8 = ("F8_E4M3", "F8_E5M2")  # cast from, never to
 
 Array = NDArray[Any]
 
