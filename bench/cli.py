@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli.common import PATH, parse_size
 from ..cli.console import complain, note, say, show_table
+from ..cli.lazy import LazyGroup
+from ..cli.options import PATH, parse_size
 
 if TYPE_CHECKING:
     from . import EnginesReport, Report
@@ -67,9 +68,12 @@ SOURCE = click.option("--source", type=PATH, help="Measure with this checkpoint;
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group()
+@click.group(cls=LazyGroup, places={})
 def bench() -> None:
-    """Measure this package on this machine; nothing is judged."""
+    """Measure this package on this machine.
+
+    The figures are not judged.
+    """
 
 
 @bench.command()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli.common import PATH, parse_size
 from ..cli.console import say, show_table
+from ..cli.options import PATH, parse_size
 from .cli import AS_JSON, WORK, machine_lines, runs_option, seconds, show_progress
 
 if TYPE_CHECKING:

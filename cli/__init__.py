@@ -1,29 +1,30 @@
-"""The command line: parses, calls the library, prints. A command is imported when it is called."""
+"""The command line. Each command has a file of its own, which is imported when the command is called."""
 
 from importlib.util import find_spec
 
 import click
 
 from .boundary import CascadeGroup
+from .lazy import Place
 
 PACKAGE = __package__.rpartition(".")[0]
 
-# Where each command lies, in the order of `--help`.
+# The commands in the order of `--help`.
 COMMANDS = {
-    "inspect": ".checkpoints:inspect",
-    "convert": ".checkpoints:convert",
-    "lora": ".lora:lora",
-    "export": ".bundles:export",
-    "validate": ".bundles:validate",
-    "build": ".build:build",
-    "generate": ".generate:generate",
-    "ui": ".ui:ui",
-    "verify": ".verify:verify",
-    "demo": ".demo:demo",
-    "doctor": ".doctor:doctor",
+    "inspect": Place(".inspect:inspect", "Show what a file or folder holds."),
+    "convert": Place(".convert:convert", "Rewrite checkpoints in another layout."),
+    "lora": Place(".lora:lora", "Inspect, convert and merge LoRA files."),
+    "export": Place(".export:export", "Write a model as ONNX graphs and safetensors weights."),
+    "validate": Place(".validate:validate", "Check a bundle's graphs, weights and files."),
+    "build": Place(".build:build", "Build GPU engines of a bundle's graphs."),
+    "generate": Place(".generate:generate", "Generate images from an exported bundle."),
+    "ui": Place(".ui:ui", "Generate images on a page in the browser."),
+    "verify": Place(".verify:verify", "Compare a bundle with PyTorch, or two checkpoints."),
+    "demo": Place(".demo:demo", "Run every step once on a tiny cascade."),
+    "doctor": Place(".doctor:doctor", "Show which engines can be built and run here."),
 }
-if find_spec(f"{PACKAGE}.bench"):  # lies in a checkout and is no part of the wheel
-    COMMANDS["bench"] = "..bench.commands:bench"
+if find_spec(f"{PACKAGE}.bench"):  # part of a checkout, not of the wheel
+    COMMANDS["bench"] = Place("..bench.commands:bench", "Measure this package on this machine.")
 
 
 @click.group(cls=CascadeGroup, places=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})

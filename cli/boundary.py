@@ -18,6 +18,7 @@ from .console import FAILED, WRONG_USAGE, OutputError, complain
 from .escape import escaped, visible, visible_line
 from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
+from .translate import in_options
 
 UNREAD = SHELL_BASE + signal.SIGPIPE  # what shells say of a program whose reader went away
 PANIC = "pyo3_runtime"  # the module of the BaseException that a panic in a library written in Rust becomes
@@ -93,7 +94,7 @@ def _unread(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """What to tell of an error, with the file it is about."""
     if isinstance(error, CascadeError):
-        return str(error)
+        return in_options(str(error))
     for kinds, text in TEXTS:
         if isinstance(error, kinds):
             return text(error)

@@ -1,66 +1,27 @@
-"""The command that builds GPU engines, and how a bundle is shown."""
+"""The command `build`."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.text import Text
 
-from ..schemas.errors import CascadeError, UsageError
+from ..schemas.errors import UsageError
 from ..schemas.precision import Precision, Target
-from ..schemas.profiles import DEFAULT, Bounds, parse_image_size, shown
+from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import Stage
-from ..schemas.targets import ALONE, PLAIN, RTX, parse_targets
-from .common import PATH, STAGES, local, maybe_local
-from .console import byte_progress, complain, err, note, say, show_table
-from .escape import visible_line
+from ..schemas.targets import ALONE, PLAIN, RTX
+from .build_options import parse_arch, parse_profiles, parse_sizes, size_option
+from .build_progress import build_progress
+from .console import byte_progress, note, say, show_table
+from .options import PATH, STAGES, local, maybe_local
 
 if TYPE_CHECKING:
-    from ..converters.tensorrt import Built, Progress
+    from ..converters.tensorrt import Built
     from ..schemas.bundle import ImageSize
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
 HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
-QUIET = 10.0  # seconds between two lines about one build in a pipe
-
-
-def _parse_size(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """One size, or as many as were given."""
-    try:
-        return tuple(map(parse_image_size, value)) if isinstance(value, tuple) else value and parse_image_size(value)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _parse_arch(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return parse_targets(values)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Bounds, ...]:
-    found = []
-    for value in values:
-        sizes = value.split(":")
-        if len(sizes) != 3:
-            raise click.BadParameter(f"{value!r}: expected MIN:OPT:MAX, such as 512x512:1024x1024:1536x1536x2")
-        try:
-            found.append(Bounds(*map(parse_image_size, sizes)))
-        except CascadeError as error:
-            raise click.BadParameter(str(error)) from None
-    return tuple(found)
-
-
-def _size_option(name: str, text: str) -> Callable[..., Any]:
-    default = shown(getattr(DEFAULT, name))
-    return click.option(
-        f"--{name}", f"{name}_size", metavar="HxW[xB]", callback=_parse_size, help=f"{text}  [default: {default}]"
-    )
 
 
 @click.command()
@@ -77,7 +38,7 @@ def _size_option(name: str, text: str) -> Callable[..., Any]:
     "targets",
     metavar="GPU",
     multiple=True,
-    callback=_parse_arch,
+    callback=parse_arch,
     help="GPU to build for, such as sm89 or 'rtx 4090' (repeatable, or with commas); one plan serves several.",
 )
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Build this stage only (repeatable).")
@@ -87,15 +48,15 @@ def _size_option(name: str, text: str) -> Callable[..., Any]:
     multiple=True,
     help="Build graphs of this name, such as model or encoder (repeatable).  [default: those that generate runs]",
 )
-@_size_option("min", "Smallest images, height x width x how many at a time (1 if not said).")
-@_size_option("opt", "Likeliest images: these are fastest.")
-@_size_option("max", "Largest images.")
+@size_option("min", "Smallest images, height x width x how many at a time (1 if not said).")
+@size_option("opt", "Likeliest images: these are fastest.")
+@size_option("max", "Largest images.")
 @click.option(
     "--static",
     "statics",
     metavar="HxW[xB]",
     multiple=True,
-    callback=_parse_size,
+    callback=parse_sizes,
     help="A profile for this size alone (repeatable).",
 )
 @click.option(
@@ -103,7 +64,7 @@ def _size_option(name: str, text: str) -> Callable[..., Any]:
     "profiles",
     metavar="MIN:OPT:MAX",
     multiple=True,
-    callback=_parse_profiles,
+    callback=parse_profiles,
     help="A profile more (repeatable): several narrow ones run faster than a wide one.",
 )
 @click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is a model then, and this the bundle to make.")
@@ -144,7 +105,9 @@ def build(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Build GPU engines of a bundle's graphs; with tensorrt-rtx on any machine, for any GPU.
+    """Build GPU engines of a bundle's graphs.
+
+    With tensorrt-rtx, any machine builds for any GPU.
 
     Example: cascadekit build bundle --arch sm89 --arch "rtx 5090"
     From original files to engines: cascadekit build model -o bundle --arch sm89
@@ -174,7 +137,7 @@ def build(
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
-    with _progress() as on_progress:
+    with build_progress() as on_progress:
         done = run(bundle, wishes, on_progress=on_progress, say=note)
     if pruned:
         note(f"removed plans of other weights: {prune(bundle) / 1e6:.1f} MB")
@@ -205,30 +168,6 @@ def _export(model: Path, output: Path, text_encoder: Path | None, precision: str
             start_file=start_file,
             say=note,
         )
-
-
-@contextmanager
-def _progress() -> "Iterator[Callable[[Progress], object]]":
-    """A line that changes on a terminal; in a pipe one at the start of a build, and one in a while."""
-    if err.is_terminal:
-        with err.status("") as status:
-            yield lambda progress: status.update(Text(visible_line(_line(progress))))
-        return
-    last: dict[str, float] = {}
-
-    def print_some(progress: "Progress") -> None:
-        if progress.name not in last or monotonic() - last[progress.name] >= QUIET:
-            last[progress.name] = monotonic()
-            complain(_line(progress))
-
-    yield print_some
-
-
-def _line(progress: "Progress") -> str:
-    return (
-        f"{progress.name}: {progress.elapsed:.0f} s of about {max(progress.estimate, 1):.0f}, {progress.phase}, "
-        f"{progress.rss / 1e6:.0f} MB"
-    )
 
 
 def _described(built: "Built") -> dict[str, Any]:

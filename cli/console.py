@@ -1,33 +1,24 @@
-"""How the command line speaks: bars on a terminal, plain lines in a pipe, and no text of a file as it is."""
+"""Output of the command line: bars and frames on a terminal, plain lines in a pipe, control characters escaped."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
-
-from rich.box import HEAVY_HEAD
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ..schemas.errors import CascadeError
 from .escape import visible, visible_line
+from .translate import in_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
 HOUR = 3600.0  # seconds; images may take minutes each, of which an estimate needs several
-PIPE_WIDTH = 1000  # more than any row takes, so that none is broken
 
 FAILED, WRONG_USAGE = 1, 2
-DESCRIPTION = TextColumn("{task.description}", markup=False)
 
 
 class OutputError(CascadeError):
@@ -42,53 +33,135 @@ class OutputError(CascadeError):
         return made
 
 
-class Terminal(Console):
-    """A console that leaves it to its caller what a closed pipe means."""
+class Stream:
+    """Standard output or standard error. rich, which takes a while to import, is used on a terminal alone."""
 
-    def on_broken_pipe(self) -> None:
-        raise
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._stderr = stderr
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether bars and frames are shown. The variables FORCE_COLOR and TTY_COMPATIBLE of rich decide, if set."""
+        forced = [os.environ.get(name, "") for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")]
+        return self.console.is_terminal if any(forced) else _is_tty(self._file)
+
+    @property
+    def console(self) -> "Console":
+        """The stream as rich's console."""
+        return _console(self._stderr)
+
+    @property
+    def _file(self) -> TextIO | None:
+        return sys.stderr if self._stderr else sys.stdout
+
+    def write_line(self, text: str, style: str | None = None) -> None:
+        """Write `text` and a line end; `style` colours it on a terminal. Raises OSError when it cannot be written."""
+        if self.is_terminal:
+            self.console.print(text, style=style, markup=False)
+        elif self._file is not None:
+            self._file.write(f"{text}\n")
+            self._file.flush()
 
 
-out = Terminal(highlight=False, emoji=False, soft_wrap=True)
-err = Terminal(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+def _is_tty(file: TextIO | None) -> bool:
+    try:
+        return file is not None and file.isatty()
+    except ValueError:  # closed
+        return False
 
 
-def say(text: str, console: Console = out) -> None:
-    """A line for the person, on standard output. Raises OutputError when that cannot be written."""
-    _print(console, visible(text))
+@cache
+def _console(stderr: bool) -> "Console":
+    from rich.console import Console
+
+    class Terminal(Console):
+        """A console that leaves it to its caller what a closed pipe means."""
+
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Terminal(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
+
+
+out = Stream()
+err = Stream(stderr=True)
+
+
+def say(text: str, stream: Stream = out) -> None:
+    """Write a line for the user to standard output. Raises OutputError when that cannot be written."""
+    with _output_errors():
+        stream.write_line(visible(text))
 
 
 def note(text: str) -> None:
-    """Something the person should know that is no error, on standard error."""
-    complain(f"note: {text}", style="yellow")
+    """Write something that the user should know, but that is no error, to standard error."""
+    complain(f"note: {in_options(text)}", style="yellow")
 
 
 def complain(text: str, style: str | None = None) -> None:
-    """A line on standard error. Where that cannot be written, nobody can be told so: the work goes on."""
+    """Write a line to standard error. If that cannot be written, the command goes on without the line."""
     with suppress(OSError):
-        err.print(visible(text), style=style, markup=False)
+        err.write_line(visible(text), style)
 
 
-def _print(console: Console, shown: RenderableType, **how: Any) -> None:
+@contextmanager
+def _output_errors() -> Iterator[None]:
     try:
-        console.print(shown, markup=False, **how)
+        yield
     except OSError as error:
         raise OutputError.of(error) from error
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table: framed on a terminal, plain columns one line a row in a pipe."""
-    table = Table(
-        title=Text(visible_line(title), "italic") if title else None, box=HEAVY_HEAD if out.is_terminal else None
-    )
+    """Write a table: framed on a terminal; in a pipe plain columns, one line for each row."""
+    cells = [[visible_line(cell) for cell in row] for row in rows]
+    with _output_errors():
+        if out.is_terminal:
+            _print_framed(title, columns, cells)
+        else:
+            for line in _plain_lines(title, columns, cells):
+                out.write_line(line)
+
+
+def _print_framed(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.box import HEAVY_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(visible_line(title), "italic") if title else None, box=HEAVY_HEAD)
     for column in columns:
-        table.add_column(column, overflow="fold")  # paths and names are to be read whole
+        table.add_column(column, overflow="fold")  # paths and names are shown whole
     for row in rows:
-        table.add_row(*(Text(visible_line(cell)) for cell in row))
-    if out.is_terminal:
-        _print(out, table)
-    else:
-        _print(Terminal(width=PIPE_WIDTH, highlight=False, emoji=False), table, no_wrap=True)
+        table.add_row(*map(Text, row))
+    out.console.print(table, markup=False)
+
+
+def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The title, the names of the columns, and the rows; each column is as wide as its widest cell."""
+    if title:
+        yield visible_line(title)
+    lines = [columns, *rows]
+    widths = [max(map(_cell_width, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (cell + " " * (width - _cell_width(cell)) for cell, width in zip(line, widths, strict=True))
+        yield "  ".join(padded).rstrip()
+
+
+def _cell_width(text: str) -> int:
+    """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _bars(*columns: "ProgressColumn", **how: Any) -> "Progress":
+    """Bars on standard error: a description, the bar, `columns`, and the time that remains."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    description = TextColumn("{task.description}", markup=False)
+    return Progress(description, BarColumn(), *columns, TimeRemainingColumn(), console=err.console, **how)
 
 
 @contextmanager
@@ -103,8 +176,9 @@ def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
 
         yield announce
         return
-    columns = (DESCRIPTION, BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err) as bars:
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
 
         def start(name: str, total: int) -> Callable[[int], object]:
             task = bars.add_task(visible_line(name), total=total)
@@ -119,8 +193,9 @@ def step_progress() -> Iterator[Callable[[str, int, int], object]]:
     if not err.is_terminal:
         yield lambda name, done, total: complain(f"{name}: {total} steps") if done == total else None
         return
-    columns = (DESCRIPTION, BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err) as bars:
+    from rich.progress import MofNCompleteColumn
+
+    with _bars(MofNCompleteColumn()) as bars:
         tasks: dict[str, Any] = {}
 
         def update(name: str, done: int, total: int) -> None:
@@ -147,8 +222,9 @@ def batch_progress(total: int) -> Iterator[BatchBars]:
     if not err.is_terminal:
         yield BatchBars(lambda done: None, lambda name, done, steps: None, say)
         return
-    columns = (DESCRIPTION, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, speed_estimate_period=HOUR) as bars:
+    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+
+    with _bars(MofNCompleteColumn(), TimeElapsedColumn(), speed_estimate_period=HOUR) as bars:
         images = bars.add_task("images", total=total)
         tasks: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The command that takes a tiny cascade down the whole road."""
+"""The command `demo`."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import click
 
 from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.layouts import Layout
-from .common import PATH
 from .console import FAILED, note, say
+from .options import PATH
 from .verify import print_report, run_verify
 from .verify_report import keep
 
@@ -17,7 +17,9 @@ from .verify_report import keep
 @click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder to make.")
 @click.option("--force", is_flag=True, help="Replace an earlier demo; other files stay.")
 def demo(output: Path, force: bool) -> None:
-    """Take a tiny cascade down the whole road: original files, model folder, bundle, image, parity.
+    """Run every step once on a tiny cascade.
+
+    The folder gets original files, a model folder, a bundle, an image and a parity report.
 
     Example: cascadekit demo -o demo
     """

@@ -1,4 +1,4 @@
-"""The command that says what can be done here, and checks a GPU from one end to the other."""
+"""The command `doctor`: installed engines, and a check of the GPU."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import PATH
 from .console import FAILED, say, show_table
+from .options import PATH
 
 if TYPE_CHECKING:
     from ..parity.gpu_check import Check, GpuReport
@@ -25,7 +25,9 @@ ANSWERS = {True: "yes", False: "no", None: "-"}
 @click.option("--force", is_flag=True, help="Replace an existing report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(gpu: bool, output: Path, force: bool, as_json: bool) -> None:
-    """Say what is installed, which engines can be built and run here, and what to install for the rest.
+    """Show which engines can be built and run here.
+
+    For each that cannot, the line says what to install.
 
     Example: cascadekit doctor
     With a GPU, everything that needs one, and a report to send back: cascadekit doctor --gpu -o report.json

@@ -1,4 +1,4 @@
-"""The command that draws images."""
+"""The command `generate`."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
-from .batch import Drawing, draw_batch
-from .common import PATH
 from .console import note, say, step_progress
-from .drawing import (
+from .generate_batch import Drawing, draw_batch
+from .generate_common import (
     OPENING,
     open_cascade,
     require_previewer,
@@ -22,6 +21,7 @@ from .drawing import (
     warn_of_cuts,
 )
 from .generate_options import BATCH, looks, machinery, together
+from .options import PATH
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
@@ -65,7 +65,9 @@ def generate(
     keep_going: bool,
     **options: Any,
 ) -> None:
-    """Draw images from an exported bundle, without torch.
+    """Generate images from an exported bundle.
+
+    torch is not needed.
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """

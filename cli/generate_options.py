@@ -9,7 +9,8 @@ import click
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .common import ENGINES, parse_loras, parse_size
+from .engines import ENGINES
+from .options import parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 

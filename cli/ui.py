@@ -1,4 +1,4 @@
-"""The command that shows a page to draw with."""
+"""The command `ui`."""
 
 import ipaddress
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from .common import PATH
 from .console import note, say
-from .drawing import open_cascade
+from .generate_common import open_cascade
 from .generate_options import machinery
+from .options import PATH
 
 
 @click.command()
@@ -19,7 +19,9 @@ from .generate_options import machinery
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder for the images.")
 @machinery
 def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **engine: Any) -> None:
-    """Show a page in the browser to draw images with: prompt, settings, live preview, gallery.
+    """Generate images on a page in the browser.
+
+    The page has prompt, settings, live preview and gallery.
 
     Example: cascadekit ui bundle
     """

@@ -9,8 +9,9 @@ import click
 
 from ..schemas.errors import UsageError, reraise_interrupt
 from ..schemas.stages import Stage
-from .common import ENGINES, PATH, STAGES, local, maybe_local, parse_size
 from .console import FAILED, note, say, show_table
+from .engines import ENGINES
+from .options import PATH, STAGES, local, maybe_local, parse_size
 from .verify_checkpoints import is_bundle, verify_checkpoints
 from .verify_inside import Inside, look_inside, print_inside
 from .verify_report import check_names, keep
@@ -109,7 +110,9 @@ def verify(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Compare a bundle's engines with PyTorch on the same inputs, or two checkpoints tensor by tensor.
+    """Compare a bundle with PyTorch, or two checkpoints.
+
+    A bundle's engines get the same inputs as PyTorch. Checkpoints are compared tensor by tensor.
 
     Exit code 1 when they differ. Checkpoints may be in any layouts, and in two dtypes: then values must be what the
     wider ones round to.

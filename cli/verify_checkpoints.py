@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.stages import Stage
-from .common import local
 from .console import byte_progress, say, show_table
+from .options import local
 
 if TYPE_CHECKING:
     from ..parity.checkpoints.compare_tensors import CheckpointComparison, TensorMatch

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.json_text import well_formed
-from .common import local
 from .console import note
+from .options import local
 
 if TYPE_CHECKING:
     from ..parity.verify import Report

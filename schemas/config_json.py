@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from .errors import LayoutError
 from .stages import (
     CONTROLNETS,
@@ -89,6 +87,8 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
     Raises LayoutError for another class of network, missing fields, values of a wrong type or size, and settings no
     release uses.
     """
+    from pydantic import TypeAdapter, ValidationError  # here, as it takes 0.1 s and most headers need no config
+
     cls = _CLASSES[stage]
     if stage in _TOWERS and values.get("model_type") == "clip":
         values = _tower_values(stage, values, shapes or {})

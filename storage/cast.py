@@ -15,10 +15,8 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
+from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
-
-FLOATS = ("F16", "BF16", "F32", "F64")
-FP8 = ("F8_E4M3", "F8_E5M2")  # cast from, never to
 
 Array = NDArray[Any]
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...schemas.dtypes import FLOATS, FP8
 from ...schemas.layouts import foreign_name
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape, expected_tensors, is_counter
-from ...storage.cast import FLOATS, FP8
 from ...storage.safetensors_reader import DTYPE_SIZES
 
 SHOWN_PROBLEMS = 6  # of each kind; the rest are counted

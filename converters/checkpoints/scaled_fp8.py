@@ -8,8 +8,8 @@ empty tensor `scaled_fp8`, or one of two values, marks the file. What ComfyUI wr
 import math
 from dataclasses import replace
 
+from ...schemas.dtypes import FLOATS, FP8
 from ...schemas.errors import LayoutError
-from ...storage.cast import FLOATS, FP8
 from ...storage.safetensors_reader import Header, TensorRange
 
 MARKER = "scaled_fp8"

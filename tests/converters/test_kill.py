@@ -72,9 +72,7 @@ def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "cascadekit.cli.checkpoints", "cascadekit.converters.checkpoints.convert"]
-    )
+    context.set_forkserver_preload(["pytest", "cascadekit.cli.convert", "cascadekit.converters.checkpoints.convert"])
     return context
 
 

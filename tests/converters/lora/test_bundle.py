@@ -272,8 +272,8 @@ def test_through_the_command_line(model: Path, tmp_path: Path) -> None:
     assert call("validate", bundle, "--hash").exit_code == 0
     for message, *arguments in (
         ("has one.safetensors (0.5) merged in already; --undo them, then apply all at once", bundle, lora),
-        ("expected LoRAs to apply, or --undo without any", bundle, lora, "--undo"),
-        ("expected LoRAs to apply, or --undo without any", bundle),
+        ("give LoRAs to apply, or --undo without LoRAs", bundle, lora, "--undo"),
+        ("give LoRAs to apply, or --undo without LoRAs", bundle),
         ("not a bundle", model, lora),
     ):
         result = call("lora", "apply", *arguments)

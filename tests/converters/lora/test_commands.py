@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from cascadekit.cli.boundary import CascadeGroup
-from cascadekit.cli.checkpoints import inspect
+from cascadekit.cli.inspect import inspect
 from cascadekit.cli.lora import lora
 
 KEY = "lora_unet_down_blocks_0_2_attention_attn_to_q"

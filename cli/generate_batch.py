@@ -13,8 +13,9 @@ import click
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.stages import Stage
 from .console import FAILED, batch_progress, note, say
-from .drawing import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
+from .generate_common import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
 from .signals import stoppable
+from .translate import in_options
 
 if TYPE_CHECKING:
     from ..runtime.batch.jobs import Job, Plan
@@ -171,7 +172,7 @@ def _line(outcome: "Outcome") -> str | None:
     if outcome.kind == "skipped":
         return None
     if outcome.kind == "failed":
-        return f"failed: line {job.line}: {outcome.error}"
+        return f"failed: line {job.line}: {in_options(str(outcome.error))}"
     size = f"{job.request.settings.width}x{job.request.settings.height}"
     copied = f", the same as line {outcome.of.line}" if outcome.of else ""
     return f"wrote {job.path} ({size}, seed {job.request.seed}{copied})"

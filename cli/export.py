@@ -1,6 +1,5 @@
-"""Commands that make bundles and prove them."""
+"""The command `export`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,13 +10,12 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .common import PATH, STAGES, local, maybe_local, parse_loras
-from .console import FAILED, byte_progress, note, say, show_table
+from .console import byte_progress, note, say, show_table
+from .options import PATH, STAGES, local, maybe_local, parse_loras
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import Choice
     from ..converters.export.quantize_stage import Quantize
-    from ..converters.export.validate import Validation
 
 WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
@@ -136,7 +134,9 @@ def export(
     vqgan_scale: float | None,
     force: bool,
 ) -> None:
-    """Write each stage as an ONNX graph; the weights stay in safetensors files beside it.
+    """Write a model as ONNX graphs and safetensors weights.
+
+    Each stage becomes a graph; its weights lie in safetensors files beside it.
 
     Example: cascadekit export model -o bundle
     """
@@ -195,55 +195,3 @@ def _show_choices(choices: "dict[Stage, Choice]") -> None:
 
     for stage, choice in choices.items():
         show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))
-
-
-@click.command()
-@click.argument("bundle", type=PATH)
-@click.option("--hash", "hashed", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
-    """Check a bundle's graphs, weights and files without running it; exit code 1 when something is wrong.
-
-    Example: cascadekit validate bundle --hash
-    """
-    from ..converters.export.validate import validate as run
-    from ..storage.bundle import open_bundle
-
-    result = run(open_bundle(bundle), hashed=hashed, say=lambda text: None if as_json else note(text))
-    if as_json:
-        say(json.dumps(result.to_json(), indent=2))
-    else:
-        print_validation(result)
-    if not result:
-        raise SystemExit(FAILED)
-
-
-def print_validation(result: "Validation") -> None:
-    rows = []
-    for check in result.checks:
-        facts = check.facts
-        if check.stage is None:
-            rest = f"{facts['files']} files"
-            more = len(facts["unlisted"]) - 5
-            rest += f"; in no list: {', '.join(facts['unlisted'][:5])}" if facts["unlisted"] else ""
-            rest += f" and {more} more" if more > 0 else ""
-        elif check.subject:
-            count = sum(facts.get("operators", {}).values())
-            kinds = ", ".join(f"{name} {n}" for name, n in facts.get("operators", {}).items())
-            rest = f"{count} nodes: {kinds}; opset {facts.get('opset')}, IR {facts.get('ir_version')}"
-            rest += f"; polygraphy {facts['polygraphy']}" if "polygraphy" in facts else ""
-        else:
-            unhashed = ", ".join(_unhashed(file) for file in facts["without_sha256"])
-            rest = f"{facts['files']} files, weights: {WAYS[facts['weights']]}"
-            rest += f"; no SHA-256 recorded: {unhashed}" if unhashed else ""
-            rest += f"; {facts['plans']['current']} GPU engines" if "plans" in facts else ""
-        rows.append((check.stage or "bundle", check.subject or "files", "; ".join(check.problems) or "ok", rest))
-    show_table("", ("stage", "checked", "verdict", "found"), rows)
-    say("valid" if result else "INVALID")
-    count = sum(len(check.facts.get("without_sha256", ())) for check in result.checks)
-    if count:
-        note(f"{count} files were exported without a SHA-256: of their bytes only samples can be compared")
-
-
-def _unhashed(file: dict[str, str | None]) -> str:
-    return f"{file['path']} (now {file['sha256_now']})" if file["sha256_now"] else str(file["path"])

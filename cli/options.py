@@ -9,15 +9,6 @@ from ..schemas.stages import Stage
 from .console import note
 
 PATH = click.Path(path_type=Path)
-ENGINES = (
-    "onnxruntime",
-    "onnxruntime-mapped",
-    "onnxruntime-tensorrt",
-    "openvino",
-    "openvino-bf16",
-    "tensorrt-rtx",
-    "tensorrt",
-)
 STAGES = click.Choice([str(stage) for stage in Stage])
 
 

@@ -1,0 +1,45 @@
+"""The option types of `build`: GPUs, image sizes and profiles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..schemas.errors import CascadeError, UsageError
+from ..schemas.profiles import DEFAULT, Bounds, parse_image_size, shown
+from ..schemas.targets import parse_targets
+
+
+def parse_sizes(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """One size, or as many as were given."""
+    try:
+        return tuple(map(parse_image_size, value)) if isinstance(value, tuple) else value and parse_image_size(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def parse_arch(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return parse_targets(values)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Bounds, ...]:
+    found = []
+    for value in values:
+        sizes = value.split(":")
+        if len(sizes) != 3:
+            raise click.BadParameter(f"{value!r}: expected MIN:OPT:MAX, such as 512x512:1024x1024:1536x1536x2")
+        try:
+            found.append(Bounds(*map(parse_image_size, sizes)))
+        except CascadeError as error:
+            raise click.BadParameter(str(error)) from None
+    return tuple(found)
+
+
+def size_option(name: str, text: str) -> Callable[..., Any]:
+    default = shown(getattr(DEFAULT, name))
+    return click.option(
+        f"--{name}", f"{name}_size", metavar="HxW[xB]", callback=parse_sizes, help=f"{text}  [default: {default}]"
+    )

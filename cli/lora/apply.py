@@ -1,0 +1,54 @@
+"""The command `lora apply`."""
+
+from pathlib import Path
+
+import click
+
+from ...schemas.errors import UsageError
+from ..console import byte_progress, say
+from ..options import PATH, all_local
+from .merge import show_merge
+from .options import alpha_option, filter_option, strength_option, text_strength_option
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.argument("loras", metavar="LORA...", nargs=-1, type=PATH)
+@strength_option
+@text_strength_option
+@click.option("--undo", is_flag=True, help="Restore the earlier weights, byte for byte.")
+@filter_option
+@alpha_option
+def apply(
+    bundle: Path,
+    loras: tuple[Path, ...],
+    strengths: tuple[float, ...],
+    text_strengths: tuple[float, ...],
+    undo: bool,
+    filters: tuple[str, ...],
+    alpha: float | None,
+) -> None:
+    """Merge LoRAs into an exported bundle.
+
+    The graphs stay as they are. The earlier weights are kept beside the new ones for --undo.
+
+    Example: cascadekit lora apply bundle style.safetensors --strength 0.8
+    """
+    from ...converters.lora.bundle import apply_loras, undo_loras
+
+    if undo == bool(loras):
+        raise UsageError("give LoRAs to apply, or --undo without LoRAs")
+    if undo:
+        say(f"wrote {bundle}: without {', '.join(undo_loras(bundle))} again")
+        return
+    with byte_progress() as start_file:
+        done = apply_loras(
+            bundle,
+            all_local(loras),
+            strengths=strengths,
+            text_encoder_strengths=text_strengths,
+            module_filters=filters,
+            alpha=alpha,
+            start_file=start_file,
+        )
+    show_merge(bundle, done)

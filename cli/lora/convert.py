@@ -1,0 +1,52 @@
+"""The command `lora convert`."""
+
+from pathlib import Path
+
+import click
+
+from ...schemas.lora import LoraFormat
+from ..console import note, say
+from ..options import PATH, local, maybe_local
+from .options import against_option, alpha_option, filter_option, force_option
+
+WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
+
+
+@click.command()
+@click.argument("path", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="The .safetensors file to make; for peft, a folder.")
+@click.option("--to", required=True, type=click.Choice(WRITTEN), help="Format to write.")
+@against_option
+@filter_option
+@alpha_option
+@click.option("--drop", is_flag=True, help="Leave out the tensors that the format cannot hold, and list them.")
+@force_option
+def convert(
+    path: Path,
+    output: Path,
+    to: str,
+    against: Path | None,
+    filters: tuple[str, ...],
+    alpha: float | None,
+    drop: bool,
+    force: bool,
+) -> None:
+    """Rewrite a LoRA in another format; its effect stays the same.
+
+    Example: cascadekit lora convert stability.safetensors --to comfyui -o comfyui.safetensors
+    """
+    from ...converters.lora.convert import convert_lora
+
+    done = convert_lora(
+        local(path),
+        output,
+        to,
+        against=maybe_local(against),
+        module_filters=filters,
+        alpha=alpha,
+        drop=drop,
+        force=force,
+    )
+    for text in done.notes:
+        note(text)
+    say(f"wrote {output} ({done.modules} modules, {to})")

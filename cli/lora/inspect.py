@@ -1,0 +1,60 @@
+"""The command `lora inspect`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..console import note, say, show_table
+from ..options import PATH, local, maybe_local
+from .options import against_option, alpha_option, filter_option
+
+SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
+
+
+@click.command()
+@click.argument("path", type=PATH)
+@against_option
+@filter_option
+@alpha_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: float | None, as_json: bool) -> None:
+    """Show what a LoRA file holds and which network it fits.
+
+    Example: cascadekit lora inspect style.safetensors
+    """
+    from ...converters.lora.convert import networks_of
+    from ...converters.lora.read_formats import open_lora
+    from ...converters.lora.summary import summary
+
+    networks = networks_of(maybe_local(against))
+    facts = summary(open_lora(local(path), networks, module_filters=filters, alpha=alpha))
+    if as_json:
+        say(json.dumps(facts, indent=2))
+    else:
+        show_facts(facts)
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """Print the facts that `converters.lora.summary` returns."""
+    for text in facts["notes"]:
+        note(text)
+    show_table("", ("property", "value"), _rows(facts))
+    show_table("", ("target", "modules"), ((name, str(count)) for name, count in facts["targets"].items()))
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    plain = ("path", "format", "network", "modules", "text_encoder_modules")
+    rows = [(name.replace("_", " "), str(facts[name])) for name in plain]
+    for name in ("algorithms", "ranks", "alphas", "dtypes"):
+        rows.append((name, ", ".join(f"{value} ({count})" for value, count in facts[name].items())))
+    for embedding in facts["embeddings"]:
+        where = f" for rows {embedding['indices']}" if embedding["indices"] else ""
+        rows.append(("embedding", f"{embedding['name']} {embedding['shape']}{where}"))
+    rows += [(key, _shortened(text)) for key, text in facts["metadata"].items()]
+    return rows
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_METADATA else f"{text[:SHOWN_METADATA]}... ({len(text)} characters)"

@@ -1,0 +1,75 @@
+"""The command `lora merge`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..console import byte_progress, note, say
+from ..options import PATH, all_local, local, maybe_local
+from .options import alpha_option, filter_option, force_option, strength_option, text_strength_option
+
+if TYPE_CHECKING:
+    from ...converters.lora.bundle import Applied
+    from ...converters.lora.merge import Merge
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("loras", metavar="LORA...", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="File or folder to make; the same kind as CHECKPOINT.")
+@strength_option
+@text_strength_option
+@click.option("--text-encoder", type=PATH, help="Text encoder to merge into; the output is then a folder.")
+@click.option("--unmerge", is_flag=True, help="Take the LoRAs out again.")
+@filter_option
+@alpha_option
+@force_option
+def merge(
+    checkpoint: Path,
+    loras: tuple[Path, ...],
+    output: Path,
+    strengths: tuple[float, ...],
+    text_strengths: tuple[float, ...],
+    text_encoder: Path | None,
+    unmerge: bool,
+    filters: tuple[str, ...],
+    alpha: float | None,
+    force: bool,
+) -> None:
+    """Write a checkpoint with LoRAs merged in.
+
+    The output has the layout and dtype of CHECKPOINT.
+
+    Example: cascadekit lora merge stage_c.safetensors a.safetensors b.safetensors --strength 0.8 --strength 0.5
+    -o merged.safetensors
+    """
+    from ...converters.lora.merge import merge_loras
+
+    base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
+    with byte_progress() as start_file:
+        done = merge_loras(
+            base,
+            adapters,
+            output,
+            strengths=strengths,
+            text_encoder_strengths=text_strengths,
+            text_encoder=encoder,
+            module_filters=filters,
+            alpha=alpha,
+            unmerge=unmerge,
+            force=force,
+            start_file=start_file,
+        )
+    show_merge(output, done)
+    if unmerge:
+        say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+
+
+def show_merge(output: Path, done: "Merge | Applied") -> None:
+    """Print what a merge changed, and the parts of LoRAs that were not applied."""
+    for text in done.notes:
+        note(text)
+    for part in done.unapplied:
+        note(f"not applied: {part}")
+    say(f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")

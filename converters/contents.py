@@ -1,0 +1,168 @@
+"""The contents of a path, whatever it is: checkpoints, a LoRA, or an exported bundle. Only headers are read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..schemas.errors import LayoutError, UsageError
+from ..schemas.layouts import can_become
+
+if TYPE_CHECKING:
+    from ..schemas.bundle import Manifest, PlanEntry, StageEntry
+    from ..storage.bundle import Bundle
+    from .checkpoints.identify import Component
+
+MANIFEST_NAME = "cascade.json"  # as in `schemas.bundle`, which takes 0.2 s to import
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """The components found. True when none has missing, unexpected or wrongly shaped tensors."""
+
+    components: "tuple[Component, ...]"
+
+    def __bool__(self) -> bool:
+        return not any(component.problems for component in self.components)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The facts of each component, as plain values."""
+        return list(map(component_facts, self.components))
+
+
+@dataclass(frozen=True)
+class LoraContents:
+    """The facts of a LoRA, those of `converters.lora.summary`. Always true."""
+
+    facts: dict[str, Any]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The facts as the only item of a list, named a LoRA."""
+        return [{"component": "lora", **self.facts}]
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """Whether a plan file is what the manifest says, and a text about it: "ok" or what differs."""
+
+    good: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class BundleContents:
+    """A bundle's manifest, and the state of each plan by its path. True when every plan is what the manifest says."""
+
+    manifest: "Manifest"
+    plan_states: Mapping[str, PlanState]
+
+    def __bool__(self) -> bool:
+        return all(state.good for state in self.plan_states.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain values; each plan has its state in addition."""
+        content: dict[str, Any] = self.manifest.model_dump(mode="json")
+        for stage in content["stages"].values():
+            for plan in stage["plans"]:
+                plan["state"] = self.plan_states[plan["path"]].text
+        return content
+
+
+Contents = BundleContents | CheckpointContents | LoraContents
+
+
+def contents_of(path: str | Path, say: Callable[[str], object] = lambda text: None) -> Contents:
+    """Find out what `path` holds: a bundle, a LoRA, or components of the cascade, on disk or as ``hf://...``.
+
+    `say` is called with each line that the user should know, such as files that were passed over.
+    Raises CheckpointError for a damaged file or manifest, LayoutError when no component is found, UsageError when
+    there is nothing at `path`."""
+    path = Path(path)
+    if str(path).startswith("hf:"):  # as `hub.is_hub`, which is not imported for files on disk
+        return CheckpointContents(_remote_components(path, say))
+    if (path / MANIFEST_NAME).is_file():
+        return _bundle_contents(path)
+    return _local_contents(path, say)
+
+
+def component_facts(component: "Component") -> dict[str, Any]:
+    """The facts of one component, as plain values."""
+    from ..schemas.config_json import to_json
+    from .checkpoints.provenance import licence_fields
+
+    return {
+        "path": str(component.path),
+        "component": component.stage,
+        "layout": component.layout,
+        "variant": component.variant,
+        "dtypes": component.dtypes,
+        "tensors": len(component.tensors),
+        "parameters": component.parameters,
+        "problems": component.problems.lines(),
+        "can_become": can_become(component.stage),
+        "config": to_json(component.config),
+        "licence": licence_fields(component.metadata),
+        "metadata": component.metadata,
+    }
+
+
+def _bundle_contents(path: Path) -> BundleContents:
+    from ..storage.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    plans = [(entry, plan) for entry in bundle.manifest.stages.values() for plan in entry.plans]
+    return BundleContents(bundle.manifest, {plan.path: _plan_state(bundle, entry, plan) for entry, plan in plans})
+
+
+def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> PlanState:
+    from ..runtime.engines.tensorrt.plan_header import find_contradiction
+    from ..runtime.engines.tensorrt.plan_weights import is_current
+
+    problem = find_contradiction(bundle.root / plan.path, plan)
+    if problem:
+        return PlanState(False, f"{problem}; build it again")
+    return PlanState(True, "ok" if is_current(bundle.root, entry, plan) else "of other weights than the stage has now")
+
+
+def _local_contents(path: Path, say: Callable[[str], object]) -> CheckpointContents | LoraContents:
+    from .checkpoints.open_model import open_model
+
+    try:
+        model = open_model([path])
+    except (LayoutError, UsageError):
+        facts = _lora_facts(path)
+        if facts is None:
+            raise
+        return LoraContents(facts)
+    for text in model.notes:
+        say(text)
+    return CheckpointContents(tuple(model.components.values()))
+
+
+def _lora_facts(path: Path) -> dict[str, Any] | None:
+    """The facts of the LoRA at `path`; None when `path` is no LoRA."""
+    from .lora.read_formats import holds_lora, open_lora
+    from .lora.summary import summary
+
+    if not path.exists() or not holds_lora(path):
+        return None
+    return summary(open_lora(path))
+
+
+def _remote_components(source: Path, say: Callable[[str], object]) -> "tuple[Component, ...]":
+    """The components on the Hub, by their headers alone. Files that hold no component are passed over."""
+    from .checkpoints.identify import identify_parts
+    from .hub import remote_headers
+
+    components: list[Component] = []
+    refused: list[LayoutError] = []
+    for header in remote_headers(source):
+        try:
+            components += identify_parts(header).components
+        except LayoutError as error:
+            refused.append(error)
+    if not components and refused:
+        raise refused[0]
+    for reason in refused:
+        say(str(reason))
+    return tuple(components)
