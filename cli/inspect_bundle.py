@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.engines.tensorrt.plan_header import find_contradiction
-from ..runtime.engines.tensorrt.plan_weights import is_current
 from ..schemas.bundle import MANIFEST_NAME, PlanEntry, StageEntry
 from ..schemas.profiles import shown
 from ..storage.bundle import Bundle, open_bundle
@@ -39,7 +38,7 @@ def _state(bundle: Bundle, entry: StageEntry, plan: PlanEntry) -> tuple[bool, st
     problem = find_contradiction(bundle.root / plan.path, plan)
     if problem:
         return False, f"{problem}; build it again"
-    return True, GOOD if is_current(bundle.root, entry, plan) else "of other weights than the stage has now"
+    return True, GOOD if entry.is_current(plan) else "of other weights than the stage has now"
 
 
 def _content(bundle: Bundle, states: dict[str, tuple[bool, str]]) -> dict[str, Any]:
