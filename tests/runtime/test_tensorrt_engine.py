@@ -14,7 +14,7 @@ from cuda.bindings import runtime as real_cuda
 
 from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.cascade import Cascade
-from cascadekit.runtime.engines import table
+from cascadekit.runtime.engines import openvino
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.table import make_engine
 from cascadekit.runtime.engines.tensorrt import cuda, nvidia
@@ -502,7 +502,7 @@ def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: py
     trt.__version__ = "1.8.0.0"
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):
         make_engine("auto", bundle, "cuda")
-    monkeypatch.setattr(table, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     assert make_engine("auto", bundle).name == "onnxruntime"
 
 

@@ -15,7 +15,7 @@ from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
-from ..base import StageRunner, Tensors, check_inputs, with_absent_control
+from ..base import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution, inputs_apart
 from .nvidia import Host, cache_folder, make_runtime, open_host
@@ -101,8 +101,7 @@ class TensorRTStage(StageRunner):
         twice = inputs.keys() & constants.keys()
         if twice:
             raise EngineError(f"{self.stage}: {', '.join(sorted(twice))} given, though bound already")
-        everything = with_absent_control(self._entry.inputs, {**constants, **inputs})
-        check_inputs(self.stage, self._entry.inputs, everything)
+        everything = complete_inputs(self.stage, self._entry.inputs, {**constants, **inputs})
         shapes = {name: array.shape for name, array in everything.items()}
         loaded = self._execution.plan if self._execution else None
         plan, profile = choose(self._engine.bundle, self.stage, self._plans, shapes, loaded)
