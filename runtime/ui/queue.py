@@ -22,7 +22,7 @@ from ..generation import OnStep
 from ..images.png import image_paths, save_numbered
 from ..sampling.ddpm import Step
 from .gallery import Gallery
-from .jobs import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, Job, Order
+from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, Job, Order
 from .pictures import Pictures
 
 MOST_WAITING = 32

@@ -14,9 +14,9 @@ from importlib.resources import files
 from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
-from .form import describe, parse_order
+from .page_request import describe, parse_order
 from .gallery import Gallery
-from .jobs import Job
+from .queued_job import Job
 from .pictures import Pictures
 from .queue import Studio
 from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
