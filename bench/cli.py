@@ -11,6 +11,7 @@ import click
 from ..cli.console import complain, note, say, show_table
 from ..cli.lazy import LazyGroup
 from ..cli.options import PATH, parse_size
+from ..runtime.engines.table import ENGINES as ENGINE_TABLE
 
 if TYPE_CHECKING:
     from . import EnginesReport, Report
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
 NETWORKS = (*UNETS, "vqgan", "text-encoder")
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
-ENGINES = (
-    "onnxruntime onnxruntime-hoisted onnxruntime-mapped onnxruntime-traced openvino openvino-bf16 "
-    "openvino-bf16-hoisted torch torch-bf16 torch-compile torch-compile-bf16 diffusers diffusers-bf16"
+VARIANTS = (  # of engines, and other programs: measured here alone
+    "onnxruntime-hoisted onnxruntime-traced openvino-bf16-hoisted torch torch-bf16 torch-compile torch-compile-bf16 "
+    "diffusers diffusers-bf16"
 ).split()
+ENGINES = (*(name for name, engine in ENGINE_TABLE.items() if "cpu" in engine.devices), *VARIANTS)
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
 CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
 

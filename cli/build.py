@@ -75,7 +75,6 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for that export, when the model holds none.")
 @click.option("--refittable", is_flag=True, help="With tensorrt: engines that can be given a LoRA's weights later.")
-@click.option("--weights-as-inputs", is_flag=True, help="Experimental: plans to which any LoRA's weights are fed.")
 @click.option("--weight-streaming", is_flag=True, help="Plans whose weights may stay in the host's memory.")
 @click.option("--cache", type=PATH, help="Folder of plans that bundles share.")
 @click.option("--prune", "pruned", is_flag=True, help="Remove plans of other weights than the bundle has now.")
@@ -97,7 +96,6 @@ def build(
     precision: str | None,
     text_encoder: Path | None,
     refittable: bool,
-    weights_as_inputs: bool,
     weight_streaming: bool,
     cache: Path | None,
     pruned: bool,
@@ -129,7 +127,6 @@ def build(
         force,
         cache,
         not no_memory_check,
-        weights_as_inputs,
         weight_streaming,
     )
     if output is not None:

@@ -71,7 +71,7 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
-    from ..runtime.batch.jobs import pictures_of
+    from ..runtime.batch.image_jobs import pictures_of
     from ..runtime.batch.requests import draw, groups, text_length
     from ..runtime.batch.run import images_together
     from ..runtime.images.made_with import changes
@@ -136,7 +136,7 @@ def _requests(
     cascade: "Cascade", prompts: Sequence[str], images: int, seeds: Sequence[int], common: Mapping[str, Any]
 ) -> "list[Request]":
     """One request for each image: of each prompt, `images`."""
-    from ..runtime.batch.jobs import check_request
+    from ..runtime.batch.image_jobs import check_request
     from ..schemas.request import parse_request
 
     if not prompts and "prompt" not in common:

@@ -18,7 +18,7 @@ from .signals import stoppable
 from .translate import in_options
 
 if TYPE_CHECKING:
-    from ..runtime.batch.jobs import Job, Plan
+    from ..runtime.batch.image_jobs import Job, Plan
     from ..runtime.batch.log import Journal
     from ..runtime.batch.run import Outcome
     from ..runtime.cascade import Cascade
@@ -77,7 +77,7 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
 def _plan(cascade: "Cascade", common: Mapping[str, Any], how: Drawing) -> tuple[int, "Plan"]:
     """The base seed, the one a former run chose when none is given, and the jobs."""
     from ..runtime.batch.file_names import DEFAULT_NAME, NameTemplate
-    from ..runtime.batch.jobs import Planner
+    from ..runtime.batch.image_jobs import Planner
     from ..runtime.batch.prompt_files import read_prompt_file
     from ..runtime.batch.run import last_seed
 
@@ -101,7 +101,7 @@ def _tell_problems(plan: "Plan", *, keep_going: bool) -> None:
 
 def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: Drawing) -> None:
     """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
-    from ..runtime.batch.jobs import pictures_of
+    from ..runtime.batch.image_jobs import pictures_of
     from ..runtime.images.png import require_free_previews
     from ..storage.output_rules import require_apart, require_none_is
 
@@ -121,7 +121,7 @@ def _listed(text: str, lines: Sequence[str]) -> str:
 
 def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
     """For the log: what was drawn with."""
-    from ..runtime.batch.jobs import bundle_identity
+    from ..runtime.batch.image_jobs import bundle_identity
 
     return {
         "settings": dict(common),

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
+from ..runtime.engines.table import AUTO
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .engines import ENGINES
-from .options import parse_loras, parse_size
+from .options import ENGINES, parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -79,8 +79,8 @@ MACHINERY: Sequence[Option] = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
     click.option(
         "--engine",
-        type=click.Choice(["auto", *ENGINES]),
-        default="auto",
+        type=click.Choice([AUTO, *ENGINES]),
+        default=AUTO,
         show_default=True,
         help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
         "in bf16 differ slightly from those in fp32, which all the others compute in; -mapped is for little memory.",

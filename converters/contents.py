@@ -116,12 +116,11 @@ def _bundle_contents(path: Path) -> BundleContents:
 
 def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> PlanState:
     from ..runtime.engines.tensorrt.plan_header import find_contradiction
-    from ..runtime.engines.tensorrt.plan_weights import is_current
 
     problem = find_contradiction(bundle.root / plan.path, plan)
     if problem:
         return PlanState(False, f"{problem}; build it again")
-    return PlanState(True, "ok" if is_current(bundle.root, entry, plan) else "of other weights than the stage has now")
+    return PlanState(True, "ok" if entry.is_current(plan) else "of other weights than the stage has now")
 
 
 def _local_contents(path: Path, say: Callable[[str], object]) -> CheckpointContents | LoraContents:

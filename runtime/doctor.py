@@ -1,20 +1,21 @@
-"""What is installed here, which engines can be built and run with it, and what to install for the rest."""
+"""Reports what is installed here, which engines can be built and run with it, and what to install for the rest."""
 
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..schemas.bundle import Backend
 from ..schemas.errors import EngineError
-from .engines.installs import installed, onnxruntime_conflict, onnxruntimes
-from .engines.onnxruntime import PROVIDERS, import_onnxruntime, provider_problem
+from .engines.installs import installed, onnxruntime_conflict, onnxruntimes, provider_problem
+from .engines.onnxruntime import PROVIDERS, import_onnxruntime, quiet_options
 from .engines.openvino import import_openvino, multiplies_bf16
+from .engines.table import ENGINES
 from .engines.tensorrt.cuda import Cuda
 from .engines.tensorrt.nvidia import import_tensorrt
 
-# An ONNX model in opset 20: y = Identity(x), float32 [1]. What a session of it starts with tells what there is.
+# An ONNX model in opset 20: y = Identity(x), float32 [1]. A session of it shows which providers can start.
 PROBE = bytes.fromhex(
     "08093a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112"
     "040a02080142040a001014"
@@ -31,18 +32,19 @@ PACKAGES = (
     "tensorrt-rtx",
     "cuda-bindings",
 )
-# By command, the package it takes besides the base ones, and the extra that brings it.
+# For each command, the package that it needs besides the base ones, and the extra that installs the package.
 TOOLS: Mapping[str, tuple[str, str]] = {
     "export, build": ("onnx", "export"),
     "verify": ("torch", "parity"),
 }
 SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
-OLDEST_RTX = (1, 6)  # before, it had no depthwise convolutions in bf16
+OLDEST_RTX = (1, 6)  # older ones have no depthwise convolutions in bf16
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`capability` as in "sm89", `memory` in bytes, `driver` its version or the newest CUDA it can run."""
+    """A GPU. `capability` is written as in "sm89", `memory` is in bytes, and `driver` is the driver's version or the
+    newest CUDA that the driver can run."""
 
     name: str
     capability: str
@@ -52,7 +54,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Finding:
-    """Of an engine: its version, whether it builds plans here (None: it needs none) and runs, and what is lacking."""
+    """What was found about one engine on one device. `builds` says whether plans can be built here, and is None for an
+    engine without plans. `lacking` says why the engine does not run."""
 
     engine: str
     device: str
@@ -64,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything there is to say. `gpu_problem` is why there is no GPU to be used, `warnings` what should be mended."""
+    """The whole report. `gpu_problem` is why no GPU can be used, `warnings` are installs that should be repaired."""
 
     system: str
     python: str
@@ -80,7 +83,9 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Look at everything; starts engines for a moment, loads no network. Never raises for what is missing."""
+    """Examine this machine. Starts every engine for a moment and loads no network. Raises nothing for what is missing.
+
+    Example: `[found.engine for found in examine().engines if found.runs]`"""
     gpu, problem = find_gpu()
     conflict = onnxruntime_conflict()
     named = {name: version for name in PACKAGES if (version := installed(name))}
@@ -90,12 +95,7 @@ def examine() -> Findings:
         packages=named | onnxruntimes(),
         gpu=gpu,
         gpu_problem=problem,
-        engines=(
-            *(_onnxruntime(name, device) for name, device in ONNXRUNTIME_ENGINES),
-            *_openvino(),
-            _tensorrt("tensorrt-rtx", gpu, problem),
-            _tensorrt("tensorrt", gpu, problem),
-        ),
+        engines=tuple(_examine_engines(gpu, problem)),
         lacking_tools={
             tool: f"pip install 'cascadekit[{extra}]'" for tool, (name, extra) in TOOLS.items() if not installed(name)
         },
@@ -103,8 +103,19 @@ def examine() -> Findings:
     )
 
 
+def _examine_engines(gpu: Gpu | None, gpu_problem: str) -> Iterator[Finding]:
+    for name, engine in ENGINES.items():
+        for device in engine.devices if engine.probed else ():
+            if engine.library == "onnxruntime":
+                yield _onnxruntime(name, device)
+            elif engine.library == "openvino":
+                yield _openvino(name, device)
+            else:
+                yield _tensorrt("tensorrt" if name == "tensorrt" else "tensorrt-rtx", gpu, gpu_problem)
+
+
 def find_gpu() -> tuple[Gpu | None, str]:
-    """The first GPU, and what hinders its use: there may be one that cannot be used, and none with the reason."""
+    """The first GPU and the reason why it cannot be used, "" if it can. Without a GPU there is a reason, too."""
     try:
         cuda = Cuda()
         device = cuda.device()
@@ -122,67 +133,58 @@ def _seen_by_nvidia_smi() -> Gpu | None:
         return None
 
 
-ONNXRUNTIME_ENGINES = (("onnxruntime", "cpu"), ("onnxruntime", "cuda"), ("onnxruntime-tensorrt", "cuda"))
-
-
 def _onnxruntime(name: str, device: str) -> Finding:
-    """Its providers are listed whether they can start or not: only a session shows it."""
-    versions: list[str] = []  # the module's: of two installs one is there, whatever the other's metadata say
-    kind = "tensorrt" if name.endswith("tensorrt") else device
-    wanted = PROVIDERS[kind][0]
+    """ONNX Runtime lists providers that cannot start, so a session has to be tried."""
+    provider = "tensorrt" if name.endswith("tensorrt") else device
+    wanted = PROVIDERS[provider][0]
+    try:  # the version of the module: of two installs only one is there, whatever their metadata say
+        version = str(import_onnxruntime("cpu").__version__)
+    except EngineError as error:
+        return Finding(name, device, None, None, False, str(error))
 
-    def lacking() -> str:
-        versions.append(str(import_onnxruntime("cpu").__version__))
-        ort = import_onnxruntime(kind)
-        options = ort.SessionOptions()
+    def find_problem() -> str:
+        ort = import_onnxruntime(provider)
+        options = quiet_options(ort)
         options.log_severity_level = 4
         try:
             session = ort.InferenceSession(PROBE, options, providers=[wanted], enable_fallback=0)
-        except Exception as error:  # a class of its own for each status code
+        except Exception as error:  # onnxruntime has an exception class for each status code
             return provider_problem(ort, wanted) or " ".join(str(error).split())
         if wanted in session.get_providers():
             return ""
         return provider_problem(ort, wanted) or f"its {wanted} does not start; see nvidia-smi"
 
-    found = _tried(name, device, None, None, lacking)
-    return replace(found, version=next(iter(versions), None))
+    return _tried(name, device, version, find_problem)
 
 
-def _openvino() -> tuple[Finding, ...]:
-    version = installed("openvino")
-
-    def lacking() -> str:
+def _openvino(name: str, device: str) -> Finding:
+    def find_problem() -> str:
         import_openvino().Core()
-        return ""
+        slow = name.endswith("bf16") and not multiplies_bf16()
+        return "this CPU does not multiply bf16: it would be slow" if slow else ""
 
-    def lacking_bf16() -> str:
-        return lacking() or ("" if multiplies_bf16() else "this CPU does not multiply bf16: it would be slow")
-
-    return (
-        _tried("openvino", "cpu", version, None, lacking),
-        _tried("openvino-bf16", "cpu", version, None, lacking_bf16),
-    )
+    return _tried(name, device, installed("openvino"), find_problem)
 
 
-def _tensorrt(backend: Backend, gpu: Gpu | None, problem: str) -> Finding:
+def _tried(name: str, device: str, version: str | None, find_problem: Callable[[], str]) -> Finding:
+    try:
+        problem = find_problem()
+    except EngineError as error:
+        problem = str(error)
+    return Finding(name, device, version, None, not problem, problem)
+
+
+def _tensorrt(backend: Backend, gpu: Gpu | None, gpu_problem: str) -> Finding:
     try:
         trt = import_tensorrt(backend)
     except EngineError as error:
         return Finding(backend, "cuda", None, False, False, str(error))
     version = str(trt.__version__)
     if backend == "tensorrt":
-        return Finding(backend, "cuda", version, not problem, not problem, problem)
+        return Finding(backend, "cuda", version, not gpu_problem, not gpu_problem, gpu_problem)
     if tuple(map(int, version.split(".")[:2])) < OLDEST_RTX:
         return Finding(backend, "cuda", version, False, False, "too old: pip install --upgrade 'tensorrt-rtx>=1.6'")
     targets = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
-    if gpu and not problem and gpu.capability not in targets:
-        problem = f"it is for {', '.join(targets)}, this GPU is {gpu.capability}; take tensorrt"
-    return Finding(backend, "cuda", version, True, not problem, problem)
-
-
-def _tried(name: str, device: str, version: str | None, builds: bool | None, lacking: Callable[[], str]) -> Finding:
-    try:
-        problem = lacking()
-    except EngineError as error:
-        problem = str(error)
-    return Finding(name, device, version, builds, not problem, problem)
+    if gpu and not gpu_problem and gpu.capability not in targets:
+        gpu_problem = f"it is for {', '.join(targets)}, this GPU is {gpu.capability}; take tensorrt"
+    return Finding(backend, "cuda", version, True, not gpu_problem, gpu_problem)

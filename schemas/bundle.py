@@ -5,7 +5,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import CheckpointError
 from .fp16 import MAX_EXPONENT
@@ -19,6 +28,7 @@ from .quantization import Quantization
 from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
+PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 MAIN_GRAPH = "model"  # the graph every stage has
 FORMAT = "cascadekit-bundle"
 VERSION = 2
@@ -148,33 +158,12 @@ class DeviceEntry(_Frozen):
     capability: Capability
 
 
-class WeightInput(_Frozen):
-    """A weight that a plan takes as an input: `bytes` bytes at `offset` of a file of the bundle, row by row, of a dtype
-    in safetensors' spelling."""
-
-    name: str
-    path: RelativePath
-    offset: Bytes
-    bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
-    dtype: Literal["F32", "F16", "BF16"]
-    shape: tuple[Dimension, ...]
-
-
-class BuiltIn(_Frozen):
-    """What a plan with weights as inputs has of the same files in itself: ranges of bytes by file, from the first to
-    before the last, and the SHA-256 of them all, one after the other."""
-
-    ranges: dict[RelativePath, tuple[tuple[Bytes, Bytes], ...]]
-    sha256: Sha256
-
-
 class PlanEntry(_Frozen):
     """A GPU engine that was built from one graph of the stage.
 
     `targets` are the compute capabilities TensorRT-RTX built for; TensorRT builds for the one `device` it runs on.
     Profiles are in the order the plan has them. A plan stands for the graphs and weights of `sources`, and is no good
-    once `files` have others. Files of `weight_inputs` are not among the sources: `built_in` says what of them is in the
-    plan. `seconds` and `peak_rss` (bytes) are what building it took."""
+    once `files` have others. `seconds` and `peak_rss` (bytes) are what building it took."""
 
     graph: str
     path: RelativePath
@@ -189,23 +178,22 @@ class PlanEntry(_Frozen):
     sources: tuple[PlanSource, ...] = Field(min_length=1)
     refittable: bool = False  # whether a runtime can give it other weights of the same graph
     weight_streaming: bool = False  # whether weights may stay on the host while it runs
-    weight_inputs: tuple[WeightInput, ...] = ()
-    built_in: BuiltIn | None = None
     seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_rss: Bytes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_parked(cls, given: Any) -> Any:
+        """Drop the fields of plans with weights as inputs, which cascadekit wrote once, where they are empty."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value or name not in PARKED}
 
     @model_validator(mode="after")
     def _is_for_something(self) -> Self:
         if bool(self.targets) == bool(self.device):
             raise ValueError("expected either targets or a device")
-        if bool(self.weight_inputs) != bool(self.built_in):
-            raise ValueError("expected weight_inputs and built_in, or neither")
         return self
-
-    @property
-    def input_bytes(self) -> int:
-        """Of weights that are no part of it."""
-        return sum(weight.bytes for weight in self.weight_inputs)
 
 
 class StageEntry(_Frozen):
@@ -228,6 +216,14 @@ class StageEntry(_Frozen):
     files: tuple[FileEntry, ...] = Field(min_length=1)
     plans: tuple[PlanEntry, ...] = ()  # GPU engines, the one asked for last at the end; none of them is among `files`
 
+    @field_validator("plans", mode="before")
+    @classmethod
+    def _without_parked(cls, given: Any) -> Any:
+        """Leave out plans that take weights as inputs: earlier versions built them, this one does not run them."""
+        if not isinstance(given, list | tuple):
+            return given
+        return [plan for plan in given if not (isinstance(plan, dict) and any(plan.get(name) for name in PARKED))]
+
     @model_validator(mode="after")
     def _graphs_are_files(self) -> Self:
         if MAIN_GRAPH not in self.graphs:
@@ -243,7 +239,7 @@ class StageEntry(_Frozen):
 
     def is_current(self, plan: PlanEntry) -> bool:
         """Whether `plan` was built from the very files the stage has now: by their SHA-256 where that is known of
-        both, else by fingerprint. What is `built_in` has to be read besides, see `runtime.plan_weights`."""
+        both, else by fingerprint."""
         files = {file.path: file for file in self.files}
         return all(source.path in files and _same(source, files[source.path]) for source in plan.sources)
 

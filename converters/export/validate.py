@@ -16,7 +16,6 @@ from typing import Any
 import onnx
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...runtime.engines.tensorrt.plan_weights import is_current
 from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle
@@ -136,7 +135,7 @@ def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) 
         if problem:
             check.problems.append(f"{plan.path}: {problem}; `cascadekit build` makes it again")
     if entry.plans:
-        current = sum(is_current(bundle.root, entry, plan) for plan in entry.plans)
+        current = sum(entry.is_current(plan) for plan in entry.plans)
         check.facts["plans"] = {"current": current, "of_other_weights": len(entry.plans) - current}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...runtime.engines.tensorrt.plan_weights import is_current
 from ...schemas.bundle import MANIFEST_NAME, PlanEntry, to_text
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
@@ -94,8 +93,8 @@ def _find(task: Task, wishes: BuildWishes, say: Say) -> Built | None:
 
 def _at_home(task: Task, plan: PlanEntry) -> PlanEntry:
     """A plan's entry as this bundle has it, wherever the plan was made."""
-    same = {name: getattr(task, name) for name in ("sources", "profiles", "weight_inputs", "built_in")}
-    return plan.model_copy(update={"path": _relative(task), **same})
+    here = {"path": _relative(task), "sources": task.sources, "profiles": task.profiles}
+    return plan.model_copy(update=here)
 
 
 def _relative(task: Task) -> str:
@@ -123,8 +122,6 @@ def _build(
         sources=task.sources,
         refittable=job.refittable,
         weight_streaming=job.weight_streaming,
-        weight_inputs=task.weight_inputs,
-        built_in=task.built_in,
         seconds=round(outcome.seconds, 2),
         peak_rss=outcome.peak_rss,
     )
@@ -159,7 +156,7 @@ def stale_plans(bundle: Bundle) -> Iterator[Path]:
         bundle.root / plan.path
         for entry in bundle.manifest.stages.values()
         for plan in entry.plans
-        if is_current(bundle.root, entry, plan)
+        if entry.is_current(plan)
     }
     for stage in bundle.manifest.stages:
         for path in sorted((bundle.root / stage / PLANS).glob(f"*{cache.SUFFIX}")):
@@ -173,9 +170,7 @@ def prune(root: str | Path) -> int:
     freed = 0
     with scratch_folder(bundle.root / SCRATCH, bundle.root):
         stages = {
-            stage: entry.model_copy(
-                update={"plans": tuple(p for p in entry.plans if is_current(bundle.root, entry, p))}
-            )
+            stage: entry.model_copy(update={"plans": tuple(p for p in entry.plans if entry.is_current(p))})
             for stage, entry in bundle.manifest.stages.items()
         }
         if stages != bundle.manifest.stages:

@@ -11,9 +11,8 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt a
 
 @dataclass(frozen=True)
 class Job:
-    """Builds a plan of one graph. Paths are absolute. `profiles` have shapes for every input but `weight_inputs`,
-    names of initialisers that become inputs; `timing_cache` is for TensorRT, which measures kernels on the GPU and
-    remembers how they did."""
+    """Builds a plan of one graph. Paths are absolute. `profiles` have shapes for every input. `timing_cache` is for
+    TensorRT, which measures kernels on the GPU and remembers how they did."""
 
     backend: str
     graph: str
@@ -22,7 +21,6 @@ class Job:
     profiles: tuple[Shapes, ...]
     refittable: bool = False
     weight_streaming: bool = False
-    weight_inputs: tuple[str, ...] = ()
     timing_cache: str | None = None
 
     def command(self) -> tuple[str, ...]:
@@ -35,4 +33,4 @@ class Job:
     @classmethod
     def from_line(cls, line: str) -> "Job":
         content: dict[str, Any] = json.loads(line)
-        return cls(**content | {name: tuple(content[name]) for name in ("targets", "profiles", "weight_inputs")})
+        return cls(**content | {name: tuple(content[name]) for name in ("targets", "profiles")})

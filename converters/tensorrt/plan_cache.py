@@ -33,12 +33,13 @@ class Found:
 
 
 def key_of(job: Job, version: str, sources: Iterable[str], device: str | None) -> str:
-    """SHA-256, in hexadecimal, of everything that decides what a plan is: all bytes of the graph and its weights but
-    those that are inputs (`sources`, SHA-256s in their order), the backend and its version, targets, the GPU, profiles,
+    """SHA-256, in hexadecimal, of everything that decides what a plan is: all bytes of the graph and its weights
+    (`sources`, SHA-256s in their order), the backend and its version, targets, the GPU, profiles,
     flags."""
     settings = asdict(job)
     for path in ("graph", "output", "timing_cache"):
         del settings[path]
+    settings["weight_inputs"] = []  # a field that jobs had once: plans that were built then keep their keys
     content = {"format": FORMAT, "version": version, "sources": list(sources), "device": device, **settings}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

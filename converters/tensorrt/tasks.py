@@ -10,13 +10,11 @@ import onnx
 from ...runtime.sampling.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from ...schemas.bundle import (
     MAIN_GRAPH,
-    BuiltIn,
     DeviceEntry,
     FileEntry,
     PlanSource,
     ProfileEntry,
     StageEntry,
-    WeightInput,
 )
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
@@ -30,7 +28,6 @@ from ...storage.file_hashes import sha256_of
 from ..export.graph_files import external_data, load_graph
 from .job import Job
 from .plan_cache import file_name, key_of
-from .weights import built_in, weight_inputs
 
 PLANS = "plans"  # folder of a stage's plans
 
@@ -43,8 +40,8 @@ class BuildWishes:
     `stages` and `graphs` limit what is built; without `graphs` it is what `generate` runs. Each of `profiles` becomes
     an optimisation profile of every plan. `refittable` plans of TensorRT can be given other weights, see ``refit``.
     `force` builds what is there already, `cache` is a folder of plans that
-    bundles share, `check_memory` refuses to start what seems to need more than is free. `weights_as_inputs` leaves the
-    weights of matrix products out of plans, to be fed, `weight_streaming` lets a runtime keep weights on the host."""
+    bundles share, `check_memory` refuses to start what seems to need more than is free. `weight_streaming` lets a
+    runtime keep weights on the host."""
 
     backend: str = RTX
     targets: tuple[str, ...] = ()
@@ -55,7 +52,6 @@ class BuildWishes:
     force: bool = False
     cache: Path | None = None
     check_memory: bool = True
-    weights_as_inputs: bool = False
     weight_streaming: bool = False
 
 
@@ -72,8 +68,6 @@ class Task:
     job: Job
     key: str
     path: Path
-    weight_inputs: tuple[WeightInput, ...] = ()
-    built_in: BuiltIn | None = None
 
     @property
     def name(self) -> str:
@@ -111,8 +105,6 @@ def _require_targets(wishes: BuildWishes) -> None:
             )
     elif wishes.targets:
         raise UsageError("TensorRT builds for the GPU it runs on; --arch is for --backend tensorrt-rtx")
-    if wishes.refittable and wishes.weights_as_inputs:
-        raise UsageError("--refittable and --weights-as-inputs are two ways to one thing; take one of them")
 
 
 def graphs_to_build(stage: Stage, entry: StageEntry, wanted: Sequence[str]) -> list[str]:
@@ -132,8 +124,6 @@ def _require_possible(entries: dict[Stage, StageEntry], wishes: BuildWishes, tar
     for stage, entry in entries.items():
         for reason in _reasons(entry, wishes.backend, targets):
             reasons[reason].append(stage)
-        if wishes.weights_as_inputs and entry.quantization is not Quantization.NONE:
-            reasons["quantised weights cannot be inputs; build without --weights-as-inputs"].append(stage)
     problems = [f"{', '.join(stages)}: {reason}{_safe(reason, stages)}" for reason, stages in reasons.items()]
     unknown = [name for name in wishes.graphs if not any(name in entry.graphs for entry in entries.values())]
     if unknown:
@@ -170,21 +160,17 @@ def _tasks(
     for graph in graphs_to_build(stage, entry, wishes.graphs):
         path = bundle.root / entry.graphs[graph].path
         model = load_graph(path)
-        weights = weight_inputs(model, path, bundle.root) if wishes.weights_as_inputs else ()
-        inside = built_in(model, path, bundle.root, weights) if weights else None
-        apart = {weight.path for weight in weights}
-        files = [file for file in _files(bundle, entry, path, model) if file.path not in apart]
-        sources = tuple(_source(bundle, entry, file) for file in files)
+        sources = tuple(_source(bundle, entry, file) for file in _files(bundle, entry, path, model))
         profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in wishes.profiles)
         shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
         for targets in plans_for(wishes.targets) or [()]:
             timing = str((folder / "timing.cache").absolute()) if device else None
-            flags = (wishes.refittable, wishes.weight_streaming, tuple(weight.name for weight in weights))
+            flags = (wishes.refittable, wishes.weight_streaming)
             job = Job(wishes.backend, str(path.absolute()), "", targets, shapes, *flags, timing)
-            hashes = [*(str(source.sha256) for source in sources), *([inside.sha256] if inside else [])]
+            hashes = [str(source.sha256) for source in sources]
             key = key_of(job, version, hashes, device.name if device else None)
             name = file_name(job, graph, entry.precision, key)
-            yield Task(stage, graph, entry, device, profiles, sources, job, key, folder / name, weights, inside)
+            yield Task(stage, graph, entry, device, profiles, sources, job, key, folder / name)
 
 
 def _files(bundle: Bundle, entry: StageEntry, graph: Path, model: onnx.ModelProto) -> list[FileEntry]:

@@ -13,11 +13,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..export.graph_files import load_graph
 from .backend import MESSAGES, Backend, find_backend, logger_of
 from .job import Job
 from .pages import forget_pages
-from .weights import with_weight_inputs
 
 PR_SET_PDEATHSIG = 1
 ASK_PERSONALITY, ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of Linux's personality(2)
@@ -64,12 +62,12 @@ def build(job: Job, say: SAY) -> dict[str, Any]:
     weights = Path(job.graph).parent
     if sum(path.stat().st_size for path in weights.iterdir() if path.is_file()) > LARGE:
         forget_pages(weights)
-    if not _parse(parser, job):
+    if not parser.parse_from_file(job.graph):
         raise BuildFailed(f"{job.graph}: not read by {backend.name}: {_parse_errors(parser)}")
     config = builder.create_builder_config()
     _configure(backend, config, job)
     for profile in job.profiles:
-        config.add_optimization_profile(_profile(builder, network, profile, job.weight_inputs))
+        config.add_optimization_profile(_profile(builder, network, profile))
     monitor = _monitor(backend, say)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor
@@ -91,14 +89,6 @@ def build(job: Job, say: SAY) -> dict[str, Any]:
     }
 
 
-def _parse(parser: Any, job: Job) -> bool:
-    """Weights that become inputs do so on the way: the graph has them as they lie in their file."""
-    if not job.weight_inputs:
-        return bool(parser.parse_from_file(job.graph))
-    model = with_weight_inputs(load_graph(Path(job.graph)), job.weight_inputs)
-    return bool(parser.parse(model.SerializeToString(), job.graph))
-
-
 def _configure(backend: Backend, config: Any, job: Job) -> None:
     if job.targets:
         config.num_compute_capabilities = len(job.targets)
@@ -116,11 +106,10 @@ def _configure(backend: Backend, config: Any, job: Job) -> None:
         config.set_flag(streaming)
 
 
-def _profile(builder: Any, network: Any, shapes: Any, weights: tuple[str, ...]) -> Any:
-    """Weights have one shape, which the network says."""
+def _profile(builder: Any, network: Any, shapes: Any) -> Any:
+    """An optimisation profile that gives every input of the network its range of shapes."""
     profile = builder.create_optimization_profile()
-    there = [network.get_input(number).name for number in range(network.num_inputs)]
-    names = [name for name in there if name not in weights]
+    names = [network.get_input(number).name for number in range(network.num_inputs)]
     if set(names) != set(shapes):
         raise BuildFailed(f"the graph has inputs {', '.join(names)}; expected {', '.join(shapes)} as the manifest says")
     for name in names:

@@ -26,7 +26,7 @@ from ..cascade import Cascade
 from ..images.png import read_settings, save_png
 from ..sampling.ddpm import Step
 from ..text.text_cache import ROWS
-from .jobs import KEY, Found, Job, look
+from .image_jobs import KEY, Found, Job, look
 from .log import Journal, read_journal
 from .requests import Drawn, draw, groups, text_length
 

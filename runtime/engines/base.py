@@ -1,6 +1,6 @@
 """The protocol every engine follows, and the check of what is fed to a stage."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -66,6 +66,13 @@ class Engine(Protocol):
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> StageRunner:
         """Raises EngineError when the stage cannot be loaded, naming what to install or export."""
+
+
+def complete_inputs(stage: Stage, ports: Sequence[PortSpec], inputs: Tensors) -> Tensors:
+    """`inputs` with zeros for the ControlNet ports that it leaves out. Raises EngineError as `check_inputs` does."""
+    inputs = with_absent_control(ports, inputs)
+    check_inputs(stage, ports, inputs)
+    return inputs
 
 
 def with_absent_control(ports: Iterable[PortSpec], inputs: Tensors) -> Tensors:

@@ -1,9 +1,13 @@
-"""What is installed of the packages that engines need, and what to do where it does not go together."""
+"""Which packages of the engines are installed, and what to do where the installs do not work together."""
 
+import ctypes
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
-# All of them put their files into one folder, `onnxruntime/`: the one installed last wins, and removing one breaks the
-# other (github.com/microsoft/onnxruntime/issues/26996).
+# All of these put their files into the folder `onnxruntime/`: the one installed last wins, and removing one breaks the
+# others (github.com/microsoft/onnxruntime/issues/26996).
 ONNXRUNTIMES = (
     "onnxruntime",
     "onnxruntime-gpu",
@@ -29,7 +33,7 @@ def onnxruntimes() -> dict[str, str]:
 
 
 def onnxruntime_conflict() -> str | None:
-    """What is wrong, and how to mend it, where several are installed; None where it is one or none."""
+    """A message that says how to repair several installed ONNX Runtimes; None where at most one is installed."""
     found = onnxruntimes()
     if len(found) < 2:
         return None
@@ -39,3 +43,18 @@ def onnxruntime_conflict() -> str | None:
         f"{names} are installed together and overwrite each other's files; "
         f"pip uninstall -y {' '.join(found)}, then pip install 'cascadekit[{extra}]'"
     )
+
+
+def provider_problem(ort: Any, provider: str) -> str | None:
+    """The system's reason why the library of a GPU provider cannot be loaded; None if it can be, or is not there."""
+    folder = Path(ort.__file__).parent / "capi"
+    pattern = "onnxruntime_providers_{}.dll" if sys.platform == "win32" else "libonnxruntime_providers_{}.so"
+    library = folder / pattern.format(provider.removesuffix("ExecutionProvider").lower())
+    if not library.is_file():
+        return None
+    try:
+        ctypes.CDLL(str(folder / pattern.format("shared")), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return None

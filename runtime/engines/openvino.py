@@ -14,7 +14,7 @@ from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
 from ..memory.give_back import give_back_memory
-from .base import HostRunner, Tensors, check_inputs, with_absent_control
+from .base import HostRunner, Tensors, complete_inputs
 
 # What INFERENCE_PRECISION_HINT is set to; left alone, OpenVINO takes bf16 where the CPU multiplies it.
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
@@ -87,8 +87,7 @@ class OpenVinoStage(HostRunner):
         self._body = body
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        inputs = with_absent_control(self.entry.inputs, inputs)
-        check_inputs(self.stage, self.entry.inputs, inputs)
+        inputs = complete_inputs(self.stage, self.entry.inputs, inputs)
         try:
             fed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
             if self._head is not None:

@@ -1,91 +1,140 @@
-"""The engines that run bundles, by the names people choose them by."""
+"""The engines that run bundles: one table with the name, the devices and the constructor of each.
+
+The module imports no engine and no numpy until an engine is made, so the command line can read the names for its help.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError, UsageError
-from ...storage.bundle import Bundle
-from ...storage.hub_cache_links import can_do_without
-from .base import Engine
-from .onnxruntime import OnnxRuntimeEngine
-from .openvino import OpenVinoEngine, multiplies_bf16
-from .tensorrt.engine import Refit, has_plans, make_tensorrt
 
-GRAPHS_FOR = "onnxruntime"  # what a manifest calls plain ONNX graphs; all of these engines read them
+if TYPE_CHECKING:
+    from ...storage.bundle import Bundle
+    from .base import Engine
+    from .tensorrt.engine import Refit
+
+GRAPHS_FOR = "onnxruntime"  # the manifest's name for plain ONNX graphs, which every engine of the table reads
+AUTO = "auto"  # the name that stands for the first engine of CHOICES that can run
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine may be told; each takes what concerns it. `threads` None leaves their number to it.
+    """Options of every engine; an engine ignores the options that do not concern it.
 
-    `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot on the GPU. `memory_budget` is the bytes of GPU
-    memory that TensorRT's stages may take together, None what is free; with `refit` plans may be of other weights."""
+    `device` is "cpu" or "cuda". `threads` None leaves the number to the engine. `allow_cpu` lets ONNX Runtime compute
+    on the CPU what it cannot compute on the GPU. `memory_budget` is the GPU memory in bytes that all stages in TensorRT
+    may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights."""
 
     device: str = "cpu"
     threads: int | None = None
     allow_cpu: bool = False
     memory_budget: int | None = None
-    refit: Refit | None = None
+    refit: "Refit | None" = None
 
 
-Maker = Callable[[Bundle, EngineOptions], Engine]
+@dataclass(frozen=True)
+class EngineInfo:
+    """One engine of the table. `library` is what executes the graphs, `devices` are where it runs, and `make` opens a
+    bundle with it. `probed` is False where `cascadekit doctor` learns nothing that another entry does not say."""
+
+    library: str
+    devices: tuple[str, ...]
+    make: Callable[["Bundle", EngineOptions], "Engine"]
+    probed: bool = True
 
 
-def _onnxruntime(bundle: Bundle, given: EngineOptions, memory: str = "fast", device: str | None = None) -> Engine:
-    return OnnxRuntimeEngine(
-        bundle, device or given.device, memory=memory, threads=given.threads, allow_cpu=given.allow_cpu
+def _onnxruntime(memory: str = "fast", device: str | None = None) -> Callable[["Bundle", EngineOptions], "Engine"]:
+    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
+        from .onnxruntime import OnnxRuntimeEngine
+
+        where = device or given.device
+        return OnnxRuntimeEngine(bundle, where, memory=memory, threads=given.threads, allow_cpu=given.allow_cpu)
+
+    return make
+
+
+def _openvino(precision: str) -> Callable[["Bundle", EngineOptions], "Engine"]:
+    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
+        from .openvino import OpenVinoEngine
+
+        return OpenVinoEngine(bundle, given.device, precision=precision, threads=given.threads)
+
+    return make
+
+
+def _tensorrt(bundle: "Bundle", given: EngineOptions) -> "Engine":
+    from .tensorrt.engine import make_tensorrt
+
+    return make_tensorrt(bundle, "tensorrt", given.memory_budget, given.refit)
+
+
+def _tensorrt_rtx(bundle: "Bundle", given: EngineOptions) -> "Engine":
+    from .tensorrt.engine import make_tensorrt
+
+    return make_tensorrt(bundle, "tensorrt-rtx", given.memory_budget, given.refit)
+
+
+# TensorRT runs on the GPU whatever `EngineOptions.device` is.
+ENGINES: Mapping[str, EngineInfo] = {
+    "onnxruntime": EngineInfo("onnxruntime", ("cpu", "cuda"), _onnxruntime()),
+    "onnxruntime-mapped": EngineInfo("onnxruntime", ("cpu", "cuda"), _onnxruntime("mapped"), probed=False),
+    "onnxruntime-tensorrt": EngineInfo("onnxruntime", ("cuda",), _onnxruntime(device="tensorrt")),
+    "openvino": EngineInfo("openvino", ("cpu",), _openvino("f32")),
+    "openvino-bf16": EngineInfo("openvino", ("cpu",), _openvino("bf16")),
+    "tensorrt-rtx": EngineInfo("tensorrt-rtx", ("cuda",), _tensorrt_rtx),
+    "tensorrt": EngineInfo("tensorrt", ("cuda",), _tensorrt),
+}
+
+
+def _has_plans(bundle: "Bundle", name: str) -> bool:
+    from .tensorrt.engine import has_plans
+
+    return has_plans(bundle, "tensorrt" if name == "tensorrt" else "tensorrt-rtx")
+
+
+def _openvino_computes_bf16(bundle: "Bundle", name: str) -> bool:
+    """Whether the CPU multiplies bf16 and OpenVINO finds the weights, which it reads only beside their graphs."""
+    from ...schemas.bundle import MAIN_GRAPH
+    from ...storage.hub_cache_links import can_do_without
+    from . import openvino
+
+    entries = bundle.manifest.stages.values()
+    return openvino.multiplies_bf16() and all(
+        can_do_without(bundle.root / entry.graphs[MAIN_GRAPH].path) for entry in entries
     )
 
 
-# TensorRT runs on a GPU whatever the device is said to be.
-ENGINES: Mapping[str, Maker] = {
-    "onnxruntime": _onnxruntime,
-    "onnxruntime-mapped": lambda bundle, given: _onnxruntime(bundle, given, memory="mapped"),
-    "onnxruntime-tensorrt": lambda bundle, given: _onnxruntime(bundle, given, device="tensorrt"),
-    "openvino": lambda bundle, given: OpenVinoEngine(bundle, given.device, threads=given.threads),
-    "openvino-bf16": lambda bundle, given: OpenVinoEngine(
-        bundle, given.device, precision="bf16", threads=given.threads
-    ),
-    "tensorrt-rtx": lambda bundle, given: make_tensorrt(bundle, "tensorrt-rtx", given.memory_budget, given.refit),
-    "tensorrt": lambda bundle, given: make_tensorrt(bundle, "tensorrt", given.memory_budget, given.refit),
-}
-
-# What "auto" takes: the first whose condition holds.
-AUTO: tuple[tuple[str, Callable[[Bundle, str], bool]], ...] = (
-    ("tensorrt", lambda bundle, device: device == "cuda" and has_plans(bundle, "tensorrt")),
-    ("tensorrt-rtx", lambda bundle, device: device == "cuda" and has_plans(bundle, "tensorrt-rtx")),
-    ("openvino-bf16", lambda bundle, device: device == "cpu" and multiplies_bf16() and _opens_in_openvino(bundle)),
-    ("onnxruntime", lambda bundle, device: True),
+# The engines that "auto" considers, in this order: name, device, and whether the engine can run the bundle here.
+CHOICES: tuple[tuple[str, str, Callable[["Bundle", str], bool]], ...] = (
+    ("tensorrt", "cuda", _has_plans),
+    ("tensorrt-rtx", "cuda", _has_plans),
+    ("openvino-bf16", "cpu", _openvino_computes_bf16),
 )
-
-
-def _opens_in_openvino(bundle: Bundle) -> bool:
-    """Whether its weights lie beside their graphs, or can be brought there; elsewhere OpenVINO reads none."""
-    entries = bundle.manifest.stages.values()
-    return all(can_do_without(bundle.root / entry.graphs[MAIN_GRAPH].path) for entry in entries)
+DEFAULT = "onnxruntime"  # what "auto" takes where none of CHOICES can run
 
 
 def make_engine(
     name: str,
-    bundle: Bundle,
+    bundle: "Bundle",
     device: str = "cpu",
     threads: int | None = None,
     *,
     allow_cpu: bool = False,
     memory_budget: int | None = None,
-    refit: Refit | None = None,
-) -> Engine:
+    refit: "Refit | None" = None,
+) -> "Engine":
     """The engine called `name`, or the one that "auto" takes here, for `bundle`; see `EngineOptions`.
 
-    Raises UsageError for an unknown name, EngineError when the bundle or the device is not for it, or what it needs
-    is not installed."""
-    if name not in (*ENGINES, "auto"):
-        raise UsageError(f"engine {name!r}: expected auto, {', '.join(ENGINES)}")
+    Raises UsageError for an unknown name or too few threads. Raises EngineError when the bundle or the device does not
+    suit the engine, or a package that the engine needs is not installed."""
+    if name not in (*ENGINES, AUTO):
+        raise UsageError(f"engine {name!r}: expected {AUTO}, {', '.join(ENGINES)}")
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads: expected at least 1")
     if GRAPHS_FOR not in bundle.manifest.engines:
         raise EngineError(f"{bundle.root}: made for {', '.join(bundle.manifest.engines)}; known are {GRAPHS_FOR}")
-    if name == "auto":
-        name = next(engine for engine, holds in AUTO if holds(bundle, device))
-    return ENGINES[name](bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))
+    if name == AUTO:
+        able = (engine for engine, where, can_run in CHOICES if where == device and can_run(bundle, engine))
+        name = next(able, DEFAULT)
+    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))

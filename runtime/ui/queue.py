@@ -22,8 +22,8 @@ from ..generation import OnStep
 from ..images.png import image_paths, save_numbered
 from ..sampling.ddpm import Step
 from .gallery import Gallery
-from .jobs import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, Job, Order
 from .pictures import Pictures
+from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, Job, Order
 
 MOST_WAITING = 32
 REMEMBERED = 64  # jobs, finished ones included

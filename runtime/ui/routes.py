@@ -14,11 +14,11 @@ from importlib.resources import files
 from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
-from .form import describe, parse_order
 from .gallery import Gallery
-from .jobs import Job
+from .page_request import describe, parse_order
 from .pictures import Pictures
 from .queue import Studio
+from .queued_job import Job
 from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body

@@ -22,8 +22,8 @@ from cascadekit.parity.gpu_check import Case, GpuReport
 from cascadekit.runtime import doctor
 from cascadekit.runtime.engines import installs
 from cascadekit.runtime.engines import onnxruntime as ort_engine
-from cascadekit.runtime.engines.tensorrt.engine import cuda, nvidia
-from cascadekit.runtime.engines.tensorrt.engine import engine as tensorrt
+from cascadekit.runtime.engines.tensorrt import cuda, nvidia
+from cascadekit.runtime.engines.tensorrt import engine as tensorrt
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.precision import Precision

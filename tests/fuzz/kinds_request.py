@@ -12,7 +12,7 @@ import click
 
 from cascadekit.cli import main
 from cascadekit.runtime.batch.file_names import DEFAULT_NAME, NameTemplate
-from cascadekit.runtime.batch.jobs import Planner
+from cascadekit.runtime.batch.image_jobs import Planner
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.ui.gallery import Gallery

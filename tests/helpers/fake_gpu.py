@@ -19,8 +19,6 @@ import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as real
 
-from cascadekit.converters.export.graph_files import load_graph
-from cascadekit.converters.tensorrt.weights import built_in, weight_inputs, with_weight_inputs
 from cascadekit.schemas.bundle import (
     Backend,
     DeviceEntry,
@@ -405,7 +403,6 @@ def add_plan(
     streamable: int = 0,
     scratch: int = 100,
     refittable: bool = False,
-    weights_as_inputs: bool = False,
     name: str = "plan",
     ports: tuple[str, ...] | None = None,
 ) -> Bundle:
@@ -413,25 +410,13 @@ def add_plan(
     entry = bundle.entry(stage)
     there = entry.graphs[graph]
     onnx_path = bundle.root / there.path
-    given, inside = (), None
-    if weights_as_inputs:
-        model = load_graph(onnx_path)
-        given = weight_inputs(model, onnx_path, bundle.root)
-        inside = built_in(model, onnx_path, bundle.root, given)
-        onnx_path = onnx_path.with_suffix(".without-weights")
-        onnx_path.write_bytes(with_weight_inputs(model, [weight.name for weight in given]).SerializeToString())
-    apart = {weight.path for weight in given}
     content = {
         "onnx": str(onnx_path),
-        "inputs": [*(port.name for port in there.inputs), *(weight.name for weight in given)],
+        "inputs": [port.name for port in there.inputs],
         "outputs": list(ports or [port.name for port in there.outputs]),
-        "types": {port.name: ONNX_TYPES[port.dtype] for port in (*there.inputs, *there.outputs)}
-        | {weight.name: "FLOAT" for weight in given}
-        | dict(types),
+        "types": {port.name: ONNX_TYPES[port.dtype] for port in (*there.inputs, *there.outputs)} | dict(types),
         "profiles": [
-            {port: [shapes.min, shapes.max] for port, shapes in profile.ports.items()}
-            | {weight.name: [weight.shape] * 2 for weight in given}
-            for profile in profiles
+            {port: [shapes.min, shapes.max] for port, shapes in profile.ports.items()} for profile in profiles
         ],
         "weights": weights,
         "streamable": streamable,
@@ -451,14 +436,8 @@ def add_plan(
         device=None if backend == "tensorrt-rtx" else DeviceEntry(name="a card", capability=targets[0]),
         precision=entry.precision,
         profiles=tuple(profiles),
-        sources=tuple(
-            PlanSource(path=f.path, fingerprint=f.fingerprint, sha256=f.sha256)
-            for f in entry.files
-            if f.path not in apart
-        ),
+        sources=tuple(PlanSource(path=f.path, fingerprint=f.fingerprint, sha256=f.sha256) for f in entry.files),
         refittable=refittable,
-        weight_inputs=given,
-        built_in=inside,
         seconds=1.0,
         peak_rss=1,
     )

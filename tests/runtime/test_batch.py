@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
 from cascadekit.runtime.batch.file_names import NameTemplate, slug
-from cascadekit.runtime.batch.jobs import Found, Job, Plan, Planner, content_key, look
+from cascadekit.runtime.batch.image_jobs import Found, Job, Plan, Planner, content_key, look
 from cascadekit.runtime.batch.log import Journal, read_journal
 from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
 from cascadekit.runtime.batch.run import Runner, last_seed, windows

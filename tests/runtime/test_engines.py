@@ -14,7 +14,7 @@ from cascadekit import Cascade, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.verify import verify
-from cascadekit.runtime.engines import table
+from cascadekit.runtime.engines import openvino
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
 from cascadekit.runtime.engines.table import ENGINES, make_engine
@@ -96,9 +96,9 @@ def test_a_cascade_on_any_engine(tiny: Path, engine: str) -> None:
 def test_auto_takes_bf16_where_the_cpu_has_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(tiny / "bundle")
     for has, name in ((True, "openvino-bf16"), (False, "onnxruntime")):
-        monkeypatch.setattr(table, "multiplies_bf16", lambda has=has: has)
+        monkeypatch.setattr(openvino, "multiplies_bf16", lambda has=has: has)
         assert make_engine("auto", bundle).name == name
-    monkeypatch.setattr(table, "multiplies_bf16", lambda: pytest.fail("the device is no CPU"))
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: pytest.fail("the device is no CPU"))
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):
         make_engine("auto", bundle, "cuda")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cascadekit.runtime.engines.tensorrt import cuda, execution, nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
-from cascadekit.runtime.engines.tensorrt.engine import cuda, execution, nvidia
 from cascadekit.schemas.errors import EngineError
 from helpers.tensorrt_bindings_of import BINDINGS, look, missing
 

@@ -14,11 +14,12 @@ from cuda.bindings import runtime as real_cuda
 
 from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.cascade import Cascade
-from cascadekit.runtime.engines import table
+from cascadekit.runtime.engines import openvino
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.table import make_engine
+from cascadekit.runtime.engines.tensorrt import cuda, nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda, as_bf16, from_bf16
-from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine, cuda, nvidia
+from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine
 from cascadekit.runtime.engines.tensorrt.execution import Execution
 from cascadekit.runtime.engines.tensorrt.nvidia import Host, open_host
 from cascadekit.runtime.engines.tensorrt.plan_choice import choose
@@ -501,7 +502,7 @@ def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: py
     trt.__version__ = "1.8.0.0"
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):
         make_engine("auto", bundle, "cuda")
-    monkeypatch.setattr(table, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     assert make_engine("auto", bundle).name == "onnxruntime"
 
 
@@ -531,3 +532,18 @@ def test_a_host_knows_its_gpu(trt: FakeTensorRT) -> None:
         "sm89",
         "13.0",
     )
+
+
+def test_plans_of_earlier_versions(bundle: Bundle) -> None:
+    """A manifest may name plans that take weights as inputs: they are left out, the others stay."""
+    bundle = with_plan(bundle, Stage.TEXT_ENCODER)
+    content = json.loads((bundle.root / "cascade.json").read_text())
+    (plan,) = content["stages"]["text_encoder"]["plans"]
+    weight = {"name": "w", "path": "w.safetensors", "offset": 0, "bytes": 4, "dtype": "F32", "shape": [1]}
+    inside = {"ranges": {"w.safetensors": [[4, 8]]}, "sha256": "0" * 64}
+    content["stages"]["text_encoder"]["plans"] = [
+        {**plan, "weight_inputs": [], "built_in": None},
+        {**plan, "path": "text_encoder/other.plan", "weight_inputs": [weight], "built_in": inside},
+    ]
+    (bundle.root / "cascade.json").write_text(json.dumps(content))
+    assert open_bundle(bundle.root).entry(Stage.TEXT_ENCODER).plans == bundle.entry(Stage.TEXT_ENCODER).plans

@@ -15,7 +15,7 @@ from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
-from ..base import StageRunner, Tensors, check_inputs, with_absent_control
+from ..base import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution, inputs_apart
 from .nvidia import Host, cache_folder, make_runtime, open_host
@@ -34,12 +34,13 @@ _keys = count(NOTHING_HELD + 1)
 class TensorRTEngine:
     """An engine for the stages of `bundle` that have plans for this machine; `host` is what `nvidia.open_host` gives.
 
-    Stages stay on the device as long as they fit into `memory_budget` bytes (None: into what is free); those used
-    longest ago leave first and come back when they are called. Of a plan built for weight streaming, `weight_budget`
-    bytes of weights stay on the device (None: as many as fit). Weights that are inputs of a plan are fed from the
-    bundle's files. Kernels that TensorRT-RTX compiles are kept in `cache` between runs (None: the user's cache folder).
-    `refit` gives an engine the weights of an ONNX file: with it, plans built to be refitted run with whatever weights
-    the bundle has now (``converters.tensorrt.refit`` does it)."""
+    Stages stay on the device as long as they fit into `memory_budget` bytes (None: into the memory that is free). The
+    stage that was used longest ago leaves first, and comes back when it is called. Of a plan built for weight
+    streaming, `weight_budget` bytes of weights stay on the device (None: as many as fit). TensorRT-RTX compiles
+    kernels, which are kept in the folder `cache` between runs (None: the user's cache folder).
+
+    `refit` gives an engine the weights of an ONNX file. With it, plans built to be refitted run with the weights that
+    the bundle has now, whatever they were built from (``converters.tensorrt.refit`` does it)."""
 
     precision: Precision | None = None  # a plan computes as its graph says
 
@@ -100,8 +101,7 @@ class TensorRTStage(StageRunner):
         twice = inputs.keys() & constants.keys()
         if twice:
             raise EngineError(f"{self.stage}: {', '.join(sorted(twice))} given, though bound already")
-        everything = with_absent_control(self._entry.inputs, {**constants, **inputs})
-        check_inputs(self.stage, self._entry.inputs, everything)
+        everything = complete_inputs(self.stage, self._entry.inputs, {**constants, **inputs})
         shapes = {name: array.shape for name, array in everything.items()}
         loaded = self._execution.plan if self._execution else None
         plan, profile = choose(self._engine.bundle, self.stage, self._plans, shapes, loaded)
@@ -175,15 +175,12 @@ class TensorRTStage(StageRunner):
     def _open(self, plan: PlanEntry) -> Execution:
         engine = self._engine
         path = check_plan(engine.bundle, self.stage, plan)
-        engine.room.make_room(plan.bytes + plan.input_bytes, self)
+        engine.room.make_room(plan.bytes, self)
         cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
         execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
         try:
             if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
                 execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))
-            if plan.weight_inputs:
-                engine.bundle.check(self.stage)
-                execution.feed_weights(engine.bundle.root)
             if execution.streamable:
                 self._stream_weights(execution)
             self._require_budget(execution)

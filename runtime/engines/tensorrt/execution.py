@@ -24,7 +24,6 @@ HOST_TYPES: Mapping[str, np.dtype[Any]] = {
     "INT32": np.dtype(np.int32),
     "BOOL": np.dtype(np.bool_),
 }
-TYPE_OF = {"F32": "FLOAT", "F16": "HALF", "BF16": "BF16"}  # by safetensors' names
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ class Execution:
         self._types = self._check_ports(graph)
         self._outputs = {port.name: np.dtype(port.dtype) for port in graph.outputs}
         self._buffers = {name: DeviceBuffer(self._cuda) for name in self._types}
-        self._weights: dict[str, Placed] = {}
         self._held: dict[int, dict[str, DeviceBuffer]] = {}
         self._last: Mapping[str, Placed] | None = None
         self._captured: Any = None
@@ -86,7 +84,7 @@ class Execution:
         """Bytes, at most: the plan has little besides weights."""
         streamable = self.streamable
         away = streamable - int(self._engine.weight_streaming_budget_v2) if streamable else 0
-        return self.plan.bytes + self.plan.input_bytes - away
+        return self.plan.bytes - away
 
     def scratch(self, profile: int) -> int:
         """Bytes of device memory that a run with `profile` takes for what lies between layers."""
@@ -100,28 +98,12 @@ class Execution:
     @property
     def device_bytes(self) -> int:
         held = (buffer for buffers in self._held.values() for buffer in buffers.values())
-        moving = (buffer for name, buffer in self._buffers.items() if name not in self._weights)
-        ports = sum(buffer.nbytes for buffer in (*moving, *held))
+        ports = sum(buffer.nbytes for buffer in (*self._buffers.values(), *held))
         return self.weights_on_device + ports + (0 if self._profile is None else self.scratch(self._profile))
 
     def give_weights(self, refit: Callable[[Any, Path], object], graph: Path) -> None:
         """Have `refit` replace the engine's weights by those of the ONNX file `graph`. Before the first run."""
         refit(self._engine, graph)
-
-    def feed_weights(self, root: Path) -> None:
-        """Bring the weights that are inputs of the plan to the device, from the files of the bundle at `root`; to be
-        done before the first run."""
-        arrays = []  # they have to live until the copies are done
-        for weight in self.plan.weight_inputs:
-            try:
-                array = np.memmap(root / weight.path, np.uint8, "r", weight.offset, (weight.bytes,))
-            except (OSError, ValueError) as error:
-                raise EngineError(f"{root / weight.path}: {weight.name} cannot be read: {error}") from error
-            address = self._buffers[weight.name].fit(weight.bytes)
-            self._cuda.upload(address, array, self._stream)
-            self._weights[weight.name] = Placed(weight.shape, address)
-            arrays.append(array)
-        self._cuda.synchronize(self._stream)
 
     def has_selected(self, profile: int) -> bool:
         """Whether the scratch memory of `profile` is taken already."""
@@ -160,8 +142,7 @@ class Execution:
     def _run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
         self._select(profile)
         arrays = {name: self._fed(name, array) for name, array in inputs.items()}
-        placed = dict(self._weights)
-        placed |= {name: Placed(array.shape, self._held[key][name].address) for name, array in held.items()}
+        placed = {name: Placed(array.shape, self._held[key][name].address) for name, array in held.items()}
         for name, array in arrays.items():
             address = self._buffers[name].fit(array.nbytes)
             self._cuda.upload(address, array, self._stream)
@@ -190,8 +171,7 @@ class Execution:
         """TensorRT's name of each port's type, and what it is on the host."""
         engine = self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        weights = {weight.name: TYPE_OF[weight.dtype] for weight in self.plan.weight_inputs}
-        expected = {port.name for port in (*graph.inputs, *graph.outputs)} | weights.keys()
+        expected = {port.name for port in (*graph.inputs, *graph.outputs)}
         if set(names) != expected or engine.num_optimization_profiles != len(self.plan.profiles):
             raise EngineError(
                 f"{self._path}: not the plan that the manifest tells of: expected ports {', '.join(sorted(expected))} "
@@ -202,9 +182,6 @@ class Execution:
         strange = [f"{name} is {kind}" for name, kind in types.items() if kind not in HOST_TYPES]
         if strange:
             raise EngineError(f"{self._path}: expected ports of {', '.join(HOST_TYPES)}; {', '.join(strange)}")
-        other = [f"{name} {types[name]}, which is {kind}" for name, kind in weights.items() if types[name] != kind]
-        if other:
-            raise EngineError(f"{self._path}: takes the weights {', '.join(other)} in the bundle; build it again")
         return {name: (kind, HOST_TYPES[kind]) for name, kind in types.items()}
 
     def _fed(self, name: str, array: NDArray[Any]) -> NDArray[Any]:

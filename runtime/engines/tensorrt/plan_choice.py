@@ -12,7 +12,6 @@ from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
 from ...sampling.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from .cuda import Device
-from .plan_weights import has_what_is_built_in
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -40,8 +39,6 @@ def refusal(
     built_for = plan.targets or ((plan.device.capability,) if plan.device else ())
     if device.capability not in built_for:
         return f"was built for {', '.join(built_for)}, this GPU is {device.capability} ({device.name})"
-    if not has_what_is_built_in(root, plan):
-        return "was built with other weights than the bundle has now, besides those that are its inputs"
     return None
 
 

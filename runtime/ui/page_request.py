@@ -15,8 +15,8 @@ from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..cascade import ENCODER
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
-from .jobs import Order
 from .pictures import Pictures
+from .queued_job import Order
 
 MOST_IMAGES = 64  # what a slip of the finger may not exceed
 
