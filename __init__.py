@@ -1,7 +1,7 @@
 """cascadekit: convert, export, run and verify Stable Cascade.
 
-What needs onnx or torch is imported when first used, so that `import cascadekit` is light and works without them.
-Importing it also tells ONNX Runtime and huggingface_hub not to report that they are used, see `runtime.telemetry`.
+Each public name is imported when it is first used, so `import cascadekit` is quick and works without onnx and torch.
+The import also tells ONNX Runtime and huggingface_hub not to report usage; see `runtime.engines.telemetry`.
 """
 
 from importlib import import_module
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
     from .converters.lora.at_load import with_loras as with_loras
+    from .parity.demo import make_demo as make_demo
     from .runtime.cascade import Cascade as Cascade
+    from .runtime.images.png import to_pictures as to_pictures
     from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
     from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
     from .schemas.settings import Settings as Settings
@@ -29,10 +31,15 @@ _PUBLIC = {
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
     "with_loras": (".converters.lora.at_load", "with_loras"),
+    "make_demo": (".parity.demo", "make_demo"),
+    "to_pictures": (".runtime.images.png", "to_pictures"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 
-__all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "with_loras"]
+__all__ = [
+    "Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "make_demo", "to_pictures",
+    "with_loras",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,11 @@
 """The command `demo`."""
 
-import json
 from pathlib import Path
 
 import click
 
-from ..schemas.bundle import MANIFEST_NAME
-from ..schemas.layouts import Layout
 from .console import FAILED, note, say
 from .options import PATH
-from .verify import print_report, run_verify
-from .verify_report import keep
 
 
 @click.command()
@@ -23,32 +18,10 @@ def demo(output: Path, force: bool) -> None:
 
     Example: cascadekit demo -o demo
     """
-    from ..converters.checkpoints.convert import convert as run_convert
-    from ..converters.checkpoints.open_model import open_model
-    from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
-    from ..converters.export.export import export as run_export
-    from ..runtime.cascade import Cascade
-    from ..runtime.images.png import save_png
-    from ..storage.atomic_output import staged_output
-    from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
+    from ..parity.demo import make_demo
+    from .verify import print_report
 
-    files = ["image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}"]
-    with staged_output(output, force=force, files=files, say=note) as folder:
-        say("original/    a tiny cascade in Stability's layout")
-        write_tiny_cascade(folder / "original")
-        say("model/       converted to a model folder")
-        run_convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
-        say("bundle/      exported to ONNX")
-        run_export(open_model([folder / "model"]), folder / "bundle")
-        say("image.png    generated with ONNX Runtime")
-        with Cascade.open(folder / "bundle") as cascade:
-            result = cascade.generate("a tiny cascade", seed=0)
-        save_png(folder / "image.png", result.images[0], result.settings[0])
-        say("parity.json  compared with PyTorch")
-        report = run_verify(folder / "bundle", folder / "model")
-        keep(report, folder / "bundle", folder / "model", (), record=True)
-        content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
-        (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    report = make_demo(output, force=force, say=say, note=note)
     print_report(report)
     say(f"image: {output / 'image.png'}")
     say(f"parity table: {output / 'parity.json'}")

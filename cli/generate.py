@@ -1,7 +1,5 @@
 """The command `generate`."""
 
-import secrets
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,6 @@ from .generate_options import BATCH, looks, machinery, together
 from .options import PATH
 
 if TYPE_CHECKING:
-    from ..runtime.cascade import Cascade
-    from ..schemas.request import Request
     from ..schemas.settings import Settings
 
 
@@ -72,6 +68,7 @@ def generate(
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
     from ..runtime.batch.image_jobs import pictures_of
+    from ..runtime.batch.prompt_requests import prompt_requests
     from ..runtime.batch.requests import draw, groups, text_length
     from ..runtime.batch.run import images_together
     from ..runtime.images.made_with import changes
@@ -99,11 +96,13 @@ def generate(
         return
     if name or log or keep_going:
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
+    if not prompts and "prompt" not in common:
+        raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to draw again, or --prompts.")
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, preview_every)
         if like and (other := changes(base, cascade.engine, cascade.manifest)):
             note(f"{like} was made with {', '.join(other)}: pixels may differ")
-        requests = _requests(cascade, prompts, images, seeds, common)
+        requests = prompt_requests(cascade.manifest, prompts, images, seeds, common)
         paths = image_paths(output, len(requests), force=force, sources=[bundle, *_given(like), *pictures_of(requests)])
         is_file = paths == [output]
         if preview_every:
@@ -132,42 +131,6 @@ def _given(path: Path | None) -> list[Path]:
     return [] if path is None else [path]
 
 
-def _requests(
-    cascade: "Cascade", prompts: Sequence[str], images: int, seeds: Sequence[int], common: Mapping[str, Any]
-) -> "list[Request]":
-    """One request for each image: of each prompt, `images`."""
-    from ..runtime.batch.image_jobs import check_request
-    from ..schemas.request import parse_request
-
-    if not prompts and "prompt" not in common:
-        raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to draw again, or --prompts.")
-    count = (len(prompts) or 1) * images
-    if count > MAX_IMAGES:
-        raise click.UsageError(f"{count} images: expected at most {MAX_IMAGES}")
-    if len(seeds) > 1 and len(seeds) != count:
-        raise click.UsageError(f"{len(seeds)} seeds for {count} images; give one, or one for each")
-    places = _places(seeds, count, common)
-    size = cascade.manifest.default_size
-    of_prompt = [
-        parse_request({**common, **words, **places[number * images]}, size)
-        for number, words in enumerate([{"prompt": prompt} for prompt in prompts] or [{}])
-    ]
-    for request in of_prompt:
-        check_request(request, cascade.manifest)
-    # They differ in their places alone, and share everything else in memory.
-    return [of_prompt[number // images].model_copy(update=place) for number, place in enumerate(places)]
-
-
 def _room(settings: "Settings") -> int:
     """How many images may be drawn in one call, however many --batch asks for."""
     return max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
-
-
-def _places(seeds: Sequence[int], count: int, base: Mapping[str, Any]) -> list[dict[str, int]]:
-    """Seed, index and batch for each image."""
-    if len(seeds) > 1:
-        return [{"seed": seed, "index": 0, "batch": 1} for seed in seeds]
-    if not seeds and "seed" in base and count == 1:
-        return [{}]
-    seed = seeds[0] if seeds else base.get("seed", secrets.randbelow(1 << 32))
-    return [{"seed": seed, "index": index, "batch": count} for index in range(count)]

@@ -5,8 +5,7 @@ python examples/generate_image.py demo/bundle "a tiny cascade" image.png
 
 import sys
 
-from cascadekit import Cascade
-from cascadekit.runtime.images.png import to_pictures
+from cascadekit import Cascade, to_pictures
 
 SIZE = {"height": 256, "width": 256}
 

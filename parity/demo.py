@@ -1,0 +1,80 @@
+"""Every step once on a tiny cascade: original files, model folder, bundle, image, parity report."""
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from ..converters.checkpoints.convert import convert
+from ..converters.checkpoints.open_model import open_model
+from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
+from ..converters.export.export import export
+from ..runtime.cascade import Cascade
+from ..runtime.engines.table import make_engine
+from ..runtime.images.png import save_png
+from ..runtime.text.tokenizer import ClipTokenizer
+from ..schemas.bundle import MANIFEST_NAME
+from ..schemas.errors import UsageError, reraise_interrupt
+from ..schemas.layouts import Layout
+from ..storage.bundle import open_bundle
+from ..storage.outputs import staged_output
+from ..storage.own_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
+from .image_sizes import choose_sizes
+from .verdict import make_verdict, record_verdict
+from .verify import Report, verify
+
+FILES = ("image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}")
+
+
+def make_demo(
+    output: Path,
+    *,
+    force: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+    note: Callable[[str], object] = lambda text: None,
+) -> Report:
+    """Write the folder `output`: ``original/``, ``model/``, ``bundle/``, ``image.png`` and ``parity.json``.
+
+    `say` is called with a line for each step before it starts, `note` with what is compared. `force` replaces an
+    earlier demo; other files stay. Returns the parity report, which is true when the bundle passed.
+
+    Raises UsageError when `output` exists and `force` is false, or when PyTorch is not installed.
+
+    >>> bool(make_demo(Path("demo")))  # doctest: +SKIP
+    True
+    """
+    with staged_output(output, force=force, files=list(FILES), say=note) as folder:
+        say("original/    a tiny cascade in Stability's layout")
+        write_tiny_cascade(folder / "original")
+        say("model/       converted to a model folder")
+        convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
+        say("bundle/      exported to ONNX")
+        export(open_model([folder / "model"]), folder / "bundle")
+        say("image.png    generated with ONNX Runtime")
+        with Cascade.open(folder / "bundle") as cascade:
+            result = cascade.generate("a tiny cascade", seed=0)
+        save_png(folder / "image.png", result.images[0], result.settings[0])
+        say("parity.json  compared with PyTorch")
+        report = _compare(folder / "bundle", folder / "model", note)
+        content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
+        (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _compare(path: Path, model: Path, note: Callable[[str], object]) -> Report:
+    """Compare the bundle with its model, and write the verdict into its manifest."""
+    try:
+        from .reference.loading import reference_engine
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise UsageError("the demo compares with PyTorch: pip install 'cascadekit[parity]'") from error
+    bundle = open_bundle(path)
+    engine = make_engine("onnxruntime", bundle, "cpu")
+    reference = reference_engine(open_model([model]), list(bundle.manifest.stages))
+    tokenizer = ClipTokenizer.open(bundle.tokenizer)
+    sizes = choose_sizes(bundle.manifest, engine.name, None, every=False, stages=[])
+    report = verify(
+        engine, reference, bundle.manifest, tokenizer, progress=lambda what: note(f"comparing {what}"), sizes=sizes
+    )
+    record_verdict(bundle, make_verdict(report, bundle.manifest, f"cascadekit {version('cascadekit')}"))
+    return report

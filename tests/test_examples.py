@@ -1,0 +1,41 @@
+"""The example scripts run on the tiny cascade, and import public names alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cascadekit
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMPT = "a tiny cascade"
+ARGUMENTS = {
+    "convert_checkpoint": ("{tiny}/original", "{new}/model"),
+    "export_bundle": ("{tiny}/model", "{new}/bundle"),
+    "generate_image": ("{tiny}/bundle", PROMPT, "{new}/image.png"),
+    "vary_guidance": ("{tiny}/bundle", PROMPT, "{new}/sheet.png"),
+    "many_prompts": ("{tiny}/bundle", "{new}/images"),
+}
+MADE = {"convert_checkpoint": "model/model_index.json", "export_bundle": "bundle/cascade.json"}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_it_runs(name: str, tiny: Path, tmp_path: Path) -> None:
+    arguments = [each.format(tiny=tiny, new=tmp_path) for each in ARGUMENTS[name]]
+    ended = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / MADE[name] if name in MADE else Path(arguments[-1])).exists()
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_it_imports_public_names_alone(name: str) -> None:
+    for node in ast.walk(ast.parse((EXAMPLES / f"{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cascadekit"):
+            assert node.module == "cascadekit", ast.unparse(node)
+            assert {alias.name for alias in node.names} <= set(cascadekit.__all__)
