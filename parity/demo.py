@@ -16,9 +16,9 @@ from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.errors import UsageError, reraise_interrupt
 from ..schemas.layouts import Layout
+from ..storage.atomic_output import staged_output
 from ..storage.bundle import open_bundle
-from ..storage.outputs import staged_output
-from ..storage.own_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
+from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
 from .image_sizes import choose_sizes
 from .verdict import make_verdict, record_verdict
 from .verify import Report, verify

@@ -8,7 +8,7 @@ from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
 from ...schemas.request import Request, parse_request
-from .jobs import check_request
+from .image_jobs import check_request
 
 
 def prompt_requests(
