@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from .converters.export.export import export as export
     from .converters.lora.at_load import with_loras as with_loras
     from .runtime.cascade import Cascade as Cascade
-    from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
-    from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
+    from .runtime.sampling.noise import PlacedSeed as PlacedSeed
+    from .runtime.text.prompts import PromptEmbeds as PromptEmbeds
     from .schemas.settings import Settings as Settings
 
 switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
 
 _PUBLIC = {
     "Cascade": (".runtime.cascade", "Cascade"),
-    "PlacedSeed": (".runtime.sampling.seeds", "PlacedSeed"),
-    "PromptEmbeds": (".runtime.text.embeds", "PromptEmbeds"),
+    "PlacedSeed": (".runtime.sampling.noise", "PlacedSeed"),
+    "PromptEmbeds": (".runtime.text.prompts", "PromptEmbeds"),
     "Settings": (".schemas.settings", "Settings"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),

@@ -20,6 +20,7 @@ from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
 MAIN_GRAPH = "model"  # the graph every stage has
+ENCODER_GRAPH = "encoder"  # the second graph of a vqgan: from images to latents
 FORMAT = "cascadekit-bundle"
 VERSION = 2
 

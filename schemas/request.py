@@ -128,7 +128,7 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
     try:
         request = Request(settings=settings, **rest)
     except ValidationError as error:
-        raise UsageError(f"request: {wrong_fields(error)}") from error
+        raise UsageError(f"request: {wrong_fields(error, FIELDS)}") from error
     if request.index >= request.batch:
         raise UsageError(
             f"request: index {request.index} of a batch of {request.batch}: expected 0 to {request.batch - 1}"

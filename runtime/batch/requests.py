@@ -12,11 +12,11 @@ from ...schemas.errors import UnsoundError, UsageError
 from ...schemas.request import ControlRef, PictureRef, Request
 from ...storage.fingerprints import sha256_unless_changed
 from ..cascade import Cascade
-from ..generation import OnStep
 from ..images.masks import open_mask
 from ..images.pictures import open_picture
 from ..sampling.controlnets import INPAINTING, ControlPicture
-from ..sampling.seeds import PlacedSeed
+from ..sampling.loop import OnStep
+from ..sampling.noise import PlacedSeed
 from ..text.tokenizer import LENGTH
 
 

@@ -10,12 +10,12 @@ from math import prod
 
 from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.config_json import from_json
+from ...schemas.hoisted import CONDITIONING, STEP
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
 from ...schemas.sizes import latent_sizes
 from ...schemas.stages import Stage, UNetConfig
 from ...schemas.tensors import expected_tensors, is_counter
-from ..sampling.hoisting import CONDITIONING, STEP
 from .residency import RESIDENT, MemoryPolicy
 
 BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
