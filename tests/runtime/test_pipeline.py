@@ -126,7 +126,7 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"guidance_scale": 3}, "guidance_scale: unknown, did you mean prior_guidance or decoder_guidance?"),
         ({"negative_prompt": "x"}, "negative_prompt: unknown, did you mean negative?"),
         ({"image": "x.png"}, "image: unknown, did you mean init_image or image_prompts?"),
-        ({"prior_steps": 0}, "0 steps"),
+        ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
