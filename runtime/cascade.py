@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
@@ -434,7 +435,7 @@ class Cascade:
         return sample_stage(self.networks, stage, conditions, batch, partial(self.preview, stage))
 
     def _settings(self, settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
-        require_known("generate", overrides, SETTINGS | Cascade.generate.__kwdefaults__.keys())
+        require_known("generate", overrides, SETTINGS | signature(Cascade.generate).parameters.keys())
         if settings is None:
             return parse_settings(overrides, self.manifest.default_size)
         return replace(settings, **overrides)
