@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from .converters.lora.at_load import with_loras as with_loras
     from .parity.demo import make_demo as make_demo
     from .runtime.cascade import Cascade as Cascade
-    from .runtime.images.png import to_pictures as to_pictures
-    from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
-    from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
+    from .runtime.images.png import to_images as to_images
+    from .runtime.sampling.noise import PlacedSeed as PlacedSeed
+    from .runtime.text.prompts import PromptEmbeds as PromptEmbeds
     from .schemas.settings import Settings as Settings
 
 switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
 
 _PUBLIC = {
     "Cascade": (".runtime.cascade", "Cascade"),
-    "PlacedSeed": (".runtime.sampling.seeds", "PlacedSeed"),
-    "PromptEmbeds": (".runtime.text.embeds", "PromptEmbeds"),
+    "PlacedSeed": (".runtime.sampling.noise", "PlacedSeed"),
+    "PromptEmbeds": (".runtime.text.prompts", "PromptEmbeds"),
     "Settings": (".schemas.settings", "Settings"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
     "with_loras": (".converters.lora.at_load", "with_loras"),
     "make_demo": (".parity.demo", "make_demo"),
-    "to_pictures": (".runtime.images.png", "to_pictures"),
+    "to_images": (".runtime.images.png", "to_images"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 
 __all__ = [
-    "Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "make_demo", "to_pictures",
+    "Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "make_demo", "to_images",
     "with_loras",
 ]  # fmt: skip
 

@@ -62,7 +62,7 @@ def on_the_command_line(demo: Path, folder: Path) -> None:
 
 def in_python(demo: Path) -> None:
     from cascadekit import Cascade
-    from cascadekit.runtime.sampling.start import Start
+    from cascadekit.runtime.sampling.loop import Start
 
     with Cascade.open(demo / "bundle", engine="onnxruntime", memory="2GB") as cascade:
         size = {"height": 72, "width": 128}

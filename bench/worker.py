@@ -20,8 +20,9 @@ from ..runtime.engines.base import StageRunner
 from ..runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
 from ..runtime.engines.openvino import import_openvino
 from ..runtime.engines.table import make_engine
-from ..runtime.sampling.hoisting import CONDITIONING, STEP, HoistedStage, prepare
+from ..runtime.sampling.denoiser import HoistedStage, prepare
 from ..schemas.bundle import MAIN_GRAPH
+from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.ports import ports_of
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle

@@ -71,7 +71,7 @@ def generate(
     from ..runtime.batch.prompt_requests import prompt_requests
     from ..runtime.batch.requests import draw, groups, text_length
     from ..runtime.batch.run import images_together
-    from ..runtime.images.made_with import changes
+    from ..runtime.images.metadata import changes
     from ..runtime.images.png import (
         image_paths,
         remove_preview,

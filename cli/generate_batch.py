@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..runtime.batch.log import Journal
     from ..runtime.batch.run import Outcome
     from ..runtime.cascade import Cascade
-    from ..runtime.sampling.ddpm import Step
+    from ..runtime.sampling.loop import Step
 
 LOG_NAME = "log.jsonl"
 SHOWN = 20  # problems, of what may be thousands

@@ -11,7 +11,7 @@ from .console import byte_progress, note
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
-    from ..runtime.sampling.ddpm import Step
+    from ..runtime.sampling.loop import Step
     from ..schemas.request import Request
 
 

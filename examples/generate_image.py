@@ -5,7 +5,7 @@ python examples/generate_image.py demo/bundle "a tiny cascade" image.png
 
 import sys
 
-from cascadekit import Cascade, to_pictures
+from cascadekit import Cascade, to_images
 
 SIZE = {"height": 256, "width": 256}
 
@@ -18,7 +18,7 @@ def main(bundle: str, prompt: str, output: str) -> None:
         prior_latents = step.latents  # (1, 16, h, w) float32
         for step in cascade.decode(prior_latents, embeds, **SIZE, steps=5, seed=7):
             print(f"decoder step {step.index + 1} of {step.steps}")
-        to_pictures(cascade.pixels(step.latents))[0].save(output)
+        to_images(cascade.pixels(step.latents))[0].save(output)
     print(f"wrote {output}")
 
 

@@ -24,11 +24,11 @@ from ..converters.export.graph_options import Fp16Safe, GraphWishes
 from ..converters.tensorrt import BuildWishes, build
 from ..runtime.cascade import Cascade, PromptEmbeds
 from ..runtime.doctor import Finding, Findings, examine
-from ..runtime.engines.base import Engine
+from ..runtime.engines.base import F32, Engine
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from ..runtime.engines.table import make_engine
 from ..runtime.engines.tensorrt.engine import TensorRTEngine
-from ..runtime.sampling.ddpm import F32, Step
+from ..runtime.sampling.loop import Step
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.errors import CascadeError
 from ..schemas.precision import Precision, Target

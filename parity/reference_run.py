@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..runtime.cascade import Cascade, Settings
 from ..runtime.engines.base import Engine, HostRunner, StageRunner, Tensors
 from ..runtime.memory.residency import STAGED
-from ..runtime.sampling.ddpm import Step
+from ..runtime.sampling.loop import Step
 from ..runtime.sampling.noise import TorchGenerator, randn
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.bundle import MAIN_GRAPH, Manifest

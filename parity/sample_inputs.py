@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.engines.base import Tensors
-from ..runtime.sampling.ddpm import alpha_bar
+from ..runtime.sampling.samplers import alpha_bar
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.bundle import StageEntry
 from ..schemas.control import is_control

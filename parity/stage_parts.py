@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.engines.base import Engine, HostRunner, StageRunner, Tensors
-from ..runtime.sampling.ddpm import F32
-from ..runtime.sampling.hoisting import CONDITIONING, STEP, HoistedStage, is_hoisted, prepare
+from ..runtime.engines.base import F32, Engine, HostRunner, StageRunner, Tensors
+from ..runtime.sampling.denoiser import HoistedStage, is_hoisted, prepare
 from ..schemas.bundle import MAIN_GRAPH
+from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.profiles import STEPS
 from ..schemas.stages import Stage
 

@@ -1,1 +1,1 @@
-"""Runs the cascade: engines, sampler, pipeline, parity. Imports neither torch, diffusers nor transformers."""
+"""Runs the cascade: text, sampling, images, memory, batches, engines, the page. Nothing here imports torch."""

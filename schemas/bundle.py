@@ -30,6 +30,7 @@ from .stages import Stage, Variant
 MANIFEST_NAME = "cascade.json"
 PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 MAIN_GRAPH = "model"  # the graph every stage has
+ENCODER_GRAPH = "encoder"  # the second graph of a vqgan: from images to latents
 FORMAT = "cascadekit-bundle"
 VERSION = 2
 

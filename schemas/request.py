@@ -1,4 +1,4 @@
-"""A request for one image: what the command line, a line of a batch, the page and a PNG's metadata all say."""
+"""A request for one image, as the command line, a line of a batch, the page and a PNG's metadata hold it."""
 
 import re
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ class _Frozen(BaseModel):
 
 
 class PictureRef(_Frozen):
-    """A picture's file, and the SHA-256 it had when it was used."""
+    """The path of a picture, and the SHA-256 that the file had when it was used."""
 
     path: str
     sha256: str | None = None
 
 
 class ControlRef(PictureRef):
-    """A ControlNet by name, the picture it looks at, and how strongly it counts."""
+    """A ControlNet by name, the path of the picture it follows, and the factor of its residuals."""
 
     name: str
     strength: Strength = 1.0
@@ -55,7 +55,7 @@ def _text(value: str) -> str:
 
 
 def _several(value: object) -> object:
-    """One where several may be; "a;b" from a table's cell."""
+    """A list from a single entry, or from a table's cell such as "a;b"."""
     if isinstance(value, str):
         return [part for part in value.split(";") if part]
     return [value] if isinstance(value, Mapping) else value
@@ -79,7 +79,7 @@ ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 
 
 class Request(_Frozen):
-    """One image. `seed` with `index` and `batch`: that image of a batch which one generator draws."""
+    """All that decides one image. It is image `index` of a `batch` whose noise comes from one generator with `seed`."""
 
     prompt: Text
     negative: Text = ""
@@ -94,13 +94,13 @@ class Request(_Frozen):
     loras: Annotated[tuple[LoraRef, ...], Several] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Flat plain values, as `parse_request` reads them; what says nothing is left out."""
+        """Flat plain values, as `parse_request` reads them; values equal to their default are left out."""
         own = self.model_dump(exclude={"settings"}, exclude_defaults=True)
         return {"prompt": self.prompt, "negative": self.negative, **_placed(self), **own, **self.settings.to_json()}
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Requests of one group can be drawn together: they differ in prompts and seeds alone."""
+        """The key of requests that can be generated together: they differ in prompts and seeds alone."""
         return self.settings, self.image_prompts, self.init_image, self.mask, self.controls, self.loras
 
 
@@ -111,7 +111,7 @@ _INFORMATION: Mapping[str, TypeAdapter[Any]] = {
     "precision": TypeAdapter(dict[Text, Text]),
     **dict.fromkeys(("engine", "bundle", "version", "created_by", "key"), _SAID),
 }
-INFORMATION = frozenset(_INFORMATION)  # says how an image was made, without deciding what `generate` makes of it
+INFORMATION = frozenset(_INFORMATION)  # fields that tell how an image was made, and that `generate` does not read
 
 
 def _placed(request: Request) -> dict[str, int]:
@@ -119,7 +119,7 @@ def _placed(request: Request) -> dict[str, int]:
 
 
 def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Request:
-    """A request from flat values; text is accepted for numbers, None and "" for what is not said.
+    """A request from flat values; text is accepted for numbers, and None or "" for a value that is not given.
 
     Raises UsageError naming each field that is wrong, unknown or missing."""
     said = {name: value for name, value in given.items() if value not in (None, "") or name in ("prompt", "negative")}
@@ -128,7 +128,7 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
     try:
         request = Request(settings=settings, **rest)
     except ValidationError as error:
-        raise UsageError(f"request: {wrong_fields(error)}") from error
+        raise UsageError(f"request: {wrong_fields(error, FIELDS)}") from error
     if request.index >= request.batch:
         raise UsageError(
             f"request: index {request.index} of a batch of {request.batch}: expected 0 to {request.batch - 1}"
@@ -137,9 +137,10 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
 
 
 def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Of flat values from anywhere: those that a request may have, as plain JSON values, and the names of the others.
+    """Split flat values into those that a request may have, as plain JSON values, and the names of the others.
 
-    Each is looked at by itself: an image of a newer version, or one that was tampered with, shows what is sound."""
+    Each value is checked by itself. The page so shows the sound values of an image from a newer version, or of one that
+    was tampered with."""
     found: dict[str, Any] = {}
     others: list[str] = []
     for name, value in given.items():
@@ -153,7 +154,7 @@ def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _one(name: str, value: Any) -> Any:
-    """The value of one field. Raises KeyError for an unknown name, one of the others for a value it cannot have."""
+    """The value of one field. Raises KeyError for an unknown name, UsageError or ValidationError for a wrong value."""
     if name in _INFORMATION:
         return _INFORMATION[name].validate_python(value)
     if name not in FIELDS:
@@ -164,7 +165,7 @@ def _one(name: str, value: Any) -> Any:
 
 
 def loras_of(given: Mapping[str, Any]) -> tuple[LoraRef, ...]:
-    """The LoRAs among flat values. Raises UsageError for what is no list of them."""
+    """The LoRAs among flat values. Raises UsageError when `loras` is no list of LoRAs."""
     try:
         return TypeAdapter(Annotated[tuple[LoraRef, ...], Several]).validate_python(given.get("loras", ()))
     except ValidationError as error:

@@ -1,10 +1,15 @@
-"""Everything besides prompts, pictures and seed that decides what an image looks like."""
+"""Settings: everything besides prompts, pictures and the seed that decides what an image looks like.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+People and PNG metadata write settings flat: `prior_steps`, `decoder_guidance`. Code passes them on as one value:
+`Settings.prior` and `Settings.decoder` each give the `Sampling` of one stage.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypedDict, Unpack
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -14,24 +19,87 @@ from .sizes import SizePolicy
 
 
 class Sampler(StrEnum):
-    """Whose sampler: diffusers' DDPM, or Stability's own (gdf)."""
+    """The samplers: diffusers' DDPM-Würstchen, and Stability's own "gdf"."""
 
     DDPM_WUERSTCHEN = "ddpm-wuerstchen"
     GDF = "gdf"
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keywords of `Cascade.prior` and `Cascade.decode`."""
+
+    steps: int
+    guidance: float
+    sampler: Sampler | str
+    shift: float
+    rescale: float
+    timesteps: Sequence[float]
+
+
+class SettingsOptions(TypedDict, total=False):
+    """The fields of `Settings` as keywords of `Cascade.generate`."""
+
+    width: int
+    height: int
+    prior_steps: int
+    prior_guidance: float
+    decoder_steps: int
+    decoder_guidance: float
+    size_policy: SizePolicy | str
+    sampler: Sampler | str
+    prior_shift: float
+    decoder_shift: float
+    rescale: float
+    prior_timesteps: Sequence[float]
+    decoder_timesteps: Sequence[float]
+    strength: float
+    weighted: bool
+    long_prompts: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one stage is sampled.
+
+    A `guidance` above 1 turns classifier-free guidance on. `timesteps` are ratios that fall from at most 1 to at least
+    0; they replace `steps`, and there is one ratio more than there are steps. `shift` and `rescale` belong to the gdf
+    sampler. `runtime.sampling.samplers.make_schedule` checks the values."""
+
+    steps: int
+    guidance: float
+    sampler: Sampler | str = Sampler.DDPM_WUERSTCHEN
+    shift: float = 1.0
+    rescale: float = 0.0
+    timesteps: Sequence[float] = ()
+
+    @property
+    def guides(self) -> bool:
+        """Whether the stage computes an unconditional prediction too."""
+        return self.guidance > 1
+
+    def changed(self, **changes: Unpack[SamplingOptions]) -> Self:
+        """A copy with these fields changed. Raises UsageError that suggests a name for each unknown one."""
+        known = [field.name for field in fields(self)]
+        require_known("sampling", changes, known)
+        return replace(self, **changes)
+
+
+# diffusers' defaults for the two stages.
+PRIOR_SAMPLING, DECODER_SAMPLING = Sampling(steps=20, guidance=4.0), Sampling(steps=10, guidance=0.0)
+
+
 def _ratios(value: object) -> object:
-    """Also "1,0.5,0", from a table's cell."""
+    """Split a table's cell such as "1,0.5,0"; leave every other value to pydantic."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 Ratios = Annotated[tuple[float, ...], BeforeValidator(_ratios)]
-Range = tuple[type[Real], float, float]  # whole numbers or any, from the one to the other
+Range = tuple[type[Real], float, float]  # the kind of number, its least and its greatest value
 
 _SIDE, _STEPS = (Integral, 1, MAX_IMAGE_SIDE), (Integral, 1, MAX_STEPS)
 _WEIGHT, _SHIFT, _SHARE = (Real, -MAX_WEIGHT, MAX_WEIGHT), (Real, 0, MAX_WEIGHT), (Real, 0, 1)
 
-# What every number of the settings may be. No comparison holds for NaN.
+# The range of every number of the settings. NaN lies in none of them.
 RANGES: Mapping[str, Range] = {
     "width": _SIDE,
     "height": _SIDE,
@@ -50,20 +118,27 @@ TIMESTEPS = ("prior_timesteps", "decoder_timesteps")
 
 @dataclass(frozen=True)
 class Settings:
-    """A size, and how both stages are sampled.
+    """The size of an image in pixels, and how both stages are sampled.
 
-    Lists of timestep ratios fall from at most 1 to at least 0 and take the place of a number of steps: as many steps
-    as there are gaps. Shift and rescale are the gdf sampler's. `strength` is where sampling starts on an initial
-    picture: 1 forgets it, the nearer to 0 the less changes. Raises UsageError for numbers outside RANGES, NaN too."""
+    `prior_timesteps` and `decoder_timesteps` replace a number of steps, see `Sampling`. Shift and rescale belong to the
+    gdf sampler. `strength` is the timestep ratio where sampling starts on an initial picture: at 1 nothing of the
+    picture is left, and the nearer to 0, the less changes. `weighted` reads (words:1.2) in prompts as emphasis;
+    `long_prompts` encodes prompts beyond 77 tokens in chunks.
+
+    Raises UsageError for a number outside its range, NaN included.
+
+        settings = Settings(1024, 768, prior_steps=30)
+        settings.prior  # Sampling(steps=30, guidance=4.0, ...)
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     width: int
     height: int
-    prior_steps: int = 20
-    prior_guidance: float = 4.0
-    decoder_steps: int = 10
-    decoder_guidance: float = 0.0
+    prior_steps: int = PRIOR_SAMPLING.steps
+    prior_guidance: float = PRIOR_SAMPLING.guidance
+    decoder_steps: int = DECODER_SAMPLING.steps
+    decoder_guidance: float = DECODER_SAMPLING.guidance
     size_policy: SizePolicy = SizePolicy.EXACT
     sampler: Sampler = Sampler.DDPM_WUERSTCHEN
     prior_shift: float = 1.0
@@ -80,14 +155,33 @@ class Settings:
         if wrong:
             raise UsageError(f"settings: {'; '.join(wrong)}")
 
+    @property
+    def prior(self) -> Sampling:
+        """How stage C is sampled."""
+        return Sampling(
+            self.prior_steps, self.prior_guidance, self.sampler, self.prior_shift, self.rescale, self.prior_timesteps
+        )
+
+    @property
+    def decoder(self) -> Sampling:
+        """How stage B is sampled."""
+        return Sampling(
+            self.decoder_steps,
+            self.decoder_guidance,
+            self.sampler,
+            self.decoder_shift,
+            self.rescale,
+            self.decoder_timesteps,
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values by name; those that say nothing (lists that are empty) are left out."""
+        """Flat plain values by name, as `parse_settings` reads them; empty lists are left out."""
         found = {name: value for name, value in asdict(self).items() if value != ()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _outside(settings: Settings) -> Iterator[str]:
-    """What is wrong with the numbers, a few words for each."""
+    """One short message for each number outside its range."""
     for name, (kind, least, most) in RANGES.items():
         value = getattr(settings, name)
         if not _is_within(value, kind, least, most):
@@ -106,7 +200,7 @@ def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
 
 
 def shown(value: object) -> str:
-    """A wrong value in a message: never long, and whatever it is."""
+    """A wrong value as a message shows it: of any type, and shortened to LONG characters."""
     if isinstance(value, list | tuple | dict):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > LONG_BITS:
@@ -115,7 +209,7 @@ def shown(value: object) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
-# Where a sampler's own defaults differ: Stability's notebooks sample so.
+# The settings whose defaults depend on the sampler; those of gdf are those of Stability's notebooks.
 SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
     Sampler.DDPM_WUERSTCHEN: {},
     Sampler.GDF: {"prior_shift": 2.0, "decoder_guidance": 1.1, "rescale": 0.7},
@@ -124,10 +218,52 @@ SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
 SETTINGS = frozenset(field.name for field in fields(Settings))
 _ADAPTER = TypeAdapter(Settings)
 
+# Names from diffusers and ComfyUI, with the names that stand for them here.
+NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
+    "num_inference_steps": ("steps", "prior_steps", "decoder_steps"),
+    "prior_num_inference_steps": ("prior_steps",),
+    "guidance_scale": ("guidance", "prior_guidance", "decoder_guidance"),
+    "prior_guidance_scale": ("prior_guidance",),
+    "decoder_guidance_scale": ("decoder_guidance",),
+    "cfg": ("guidance", "prior_guidance", "decoder_guidance"),
+    "scheduler": ("sampler",),
+    "denoise": ("strength",),
+    "negative_prompt": ("negative",),
+    "num_images_per_prompt": ("num_images",),
+    "generator": ("seed",),
+    "output_type": ("output",),
+    "image": ("init_image", "image_prompts"),
+    "mask_image": ("mask",),
+    "size": ("width", "height"),
+}
+STAGE_PREFIXES = ("prior_", "decoder_")
+
+
+def nearest_names(name: str, known: Collection[str]) -> list[str]:
+    """The names of `known` that somebody who wrote `name` most likely meant, at most two."""
+    stem = next((name.removeprefix(prefix) for prefix in STAGE_PREFIXES if name.startswith(prefix)), name)
+    candidates = (*NAMES_ELSEWHERE.get(name, ()), *(prefix + name for prefix in STAGE_PREFIXES), stem)
+    return [each for each in candidates if each in known][:2] or get_close_matches(name[:LONG], sorted(known), 2)
+
+
+def unknown(name: str, known: Collection[str]) -> str:
+    """The message for a name that is not one of `known`."""
+    meant = nearest_names(name, known)
+    return f"{name[:LONG]}: unknown" + (f", did you mean {' or '.join(meant)}?" if meant else "")
+
+
+def require_known(what: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raise UsageError for names in `given` that are not in `known`; the message suggests a name for each."""
+    wrong = [name for name in given if name not in known]
+    if wrong:
+        raise UsageError(f"{what}: {'; '.join(unknown(name, known) for name in wrong[:5])}")
+
 
 def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> Settings:
-    """Settings from what is `given` of them, text for numbers accepted; the rest is the sampler's and Settings' own
-    defaults, the size (width, height) `default_size`. Raises UsageError naming each field that is wrong."""
+    """Settings from flat values, such as those of a PNG's metadata; text is accepted for numbers.
+
+    A size that is not given is `default_size` (width, height). The sampler decides other defaults, see
+    SAMPLER_DEFAULTS. Raises UsageError that names each wrong field."""
     width, height = default_size
     try:
         sampler = Sampler(given.get("sampler", Sampler.DDPM_WUERSTCHEN))
@@ -136,13 +272,19 @@ def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> S
     try:
         return _ADAPTER.validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
     except ValidationError as error:
-        raise UsageError(f"settings: {wrong_fields(error)}") from error
+        raise UsageError(f"settings: {wrong_fields(error, SETTINGS)}") from error
 
 
-def wrong_fields(error: ValidationError) -> str:
-    """What pydantic found, a few words for each field."""
+def wrong_fields(error: ValidationError, known: Collection[str] = ()) -> str:
+    """A short message for each of the first five fields that pydantic refused; `known` are the names there are."""
     return "; ".join(
-        f"{'.'.join(str(part)[:LONG] for part in e['loc'])}: "
-        + ("unknown" if e["type"] in ("unexpected_keyword_argument", "extra_forbidden") else e["msg"])
+        unknown(_dotted(e["loc"]), known)
+        if e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+        else f"{_dotted(e['loc'])}: {e['msg']}"
         for e in error.errors()[:5]
     )
+
+
+def _dotted(place: Sequence[int | str]) -> str:
+    """Where in the values pydantic found something, such as controls.0.strength."""
+    return ".".join(str(part)[:LONG] for part in place)

@@ -1,8 +1,11 @@
 """From the size of an image to the sizes of the latents.
 
-Stability's code takes ceil(side / 42.67) for stage C and ceil(side / 4) for stage B, which gives exactly the
-size asked for at every multiple of 8. diffusers takes int(10.67 * stage C side) for stage B: other sizes come
-out than were asked for, and an odd stage B side cannot be decoded at all.
+| rule        | stage C side        | stage B side              | image                                     |
+|-------------|---------------------|---------------------------|-------------------------------------------|
+| Stability's | ceil(side / 42.67)  | ceil(side / 4)            | the size asked for, at every multiple of 8 |
+| diffusers'  | ceil(side / 42.67)  | int(10.67 * stage C side) | often another size than was asked for     |
+
+An odd stage B side, which diffusers' rule gives for some sizes, cannot be decoded at all.
 """
 
 import math
@@ -20,7 +23,7 @@ SMALLEST_SIDE = 64  # stage B's four levels need 16 latent pixels
 
 
 class SizePolicy(StrEnum):
-    """Whose rule gives the stage B latent its size."""
+    """The rule for the size of the stage B latents: Stability's (exact) or diffusers'."""
 
     EXACT = "exact"
     DIFFUSERS = "diffusers"
@@ -28,7 +31,7 @@ class SizePolicy(StrEnum):
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """(height, width) of the two latents and of the image they end in."""
+    """(height, width) of the latents of stage C and stage B, and of the image in pixels."""
 
     prior: tuple[int, int]
     decoder: tuple[int, int]
@@ -36,7 +39,10 @@ class LatentSizes:
 
 
 def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT) -> LatentSizes:
-    """Latent sizes for an image of `height` x `width` pixels. Raises UsageError for a size that cannot be made."""
+    """Latent sizes for an image of `height` x `width` pixels.
+
+    Raises UsageError for a side that is no multiple of 8, too small or too large, and for a size that diffusers' rule
+    cannot decode."""
     for name, side in (("height", height), ("width", width)):
         if side > MAX_IMAGE_SIDE:
             raise UsageError(f"{name} of {_shown(side)}: expected at most {MAX_IMAGE_SIDE} pixels")
@@ -51,7 +57,7 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
 
 
 def _shown(side: int) -> str:
-    """A number of any length, shortened."""
+    """A number as a message shows it; a number of more than 12 digits is not written out."""
     return str(side) if side < 10**12 else f"more than {10**12}"
 
 
@@ -63,7 +69,7 @@ def _decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, 
     if height % 2 or width % 2:
         raise UsageError(
             f"size {image[1]}x{image[0]}: diffusers' rule gives an odd stage B latent ({width}x{height}) that cannot "
-            "be decoded; use multiples of 128, or --size-policy exact"
+            'be decoded; use multiples of 128, or size_policy="exact"'
         )
     return height, width
 

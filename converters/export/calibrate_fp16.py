@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ...runtime.engines.base import F32
 from ...runtime.engines.onnxruntime import open_session
-from ...runtime.sampling.ddpm import F32, Wuerstchen, guided, sample, timesteps
+from ...runtime.sampling.loop import sample
 from ...runtime.sampling.noise import TorchGenerator, randn
+from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...schemas.stages import Stage, UNetConfig
 from ..onnx import GraphOptions, Weight, write_graph
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import onnx
 
-from ...runtime.sampling.hoisting import CONDITIONING
 from ...schemas.errors import EngineError
+from ...schemas.hoisted import CONDITIONING
 from ...schemas.precision import Precision
 from ..export.graph_files import DTYPES, load_graph
 

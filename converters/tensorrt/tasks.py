@@ -7,7 +7,6 @@ from pathlib import Path
 
 import onnx
 
-from ...runtime.sampling.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from ...schemas.bundle import (
     MAIN_GRAPH,
     DeviceEntry,
@@ -18,6 +17,7 @@ from ...schemas.bundle import (
 )
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
+from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for
 from ...schemas.quantization import Quantization

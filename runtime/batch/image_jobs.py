@@ -23,7 +23,7 @@ from ...storage.file_hashes import sha256_unless_changed
 from ..images.png import read_settings
 from ..sampling.controlnets import INPAINTING, require_control
 from ..sampling.samplers import check_schedules
-from ..text.prompts import check_length, parse_weights
+from ..text.prompt_weights import check_length, parse_weights
 from .file_names import NameTemplate
 from .prompt_files import Entry, PromptFile
 

@@ -12,11 +12,11 @@ from ...schemas.errors import UnsoundError, UsageError
 from ...schemas.request import ControlRef, PictureRef, Request
 from ...storage.file_hashes import sha256_unless_changed
 from ..cascade import Cascade
-from ..generation import OnStep
 from ..images.masks import open_mask
-from ..images.pictures import open_picture
+from ..images.pictures import as_picture, open_picture
 from ..sampling.controlnets import INPAINTING, ControlPicture
-from ..sampling.seeds import PlacedSeed
+from ..sampling.loop import OnStep
+from ..sampling.noise import PlacedSeed
 from ..text.tokenizer import LENGTH
 
 
@@ -117,7 +117,7 @@ def _mask(path: Path, init: Image.Image | None, controls: Sequence[ControlPictur
     masked = [*([] if init is None else [init]), *(each.picture for each in controls if each.name == INPAINTING)]
     if not masked:
         raise UsageError(f"{path}: a mask of no picture; give --init-image, or --control {INPAINTING}=PICTURE")
-    return open_mask(path, masked[0].size)
+    return open_mask(path, as_picture(masked[0]).size)
 
 
 def _checked(picture: PictureRef | ControlRef, folder: Path) -> Path:

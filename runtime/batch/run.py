@@ -24,8 +24,8 @@ from ...schemas.stages import Stage
 from ...storage.atomic_file import remove_leftovers as remove_files
 from ..cascade import Cascade
 from ..images.png import read_settings, save_png
-from ..sampling.ddpm import Step
-from ..text.text_cache import ROWS
+from ..sampling.loop import Step
+from ..text.prompts import CACHED_ROWS
 from .image_jobs import KEY, Found, Job, look
 from .log import Journal, read_journal
 from .requests import Drawn, draw, groups, text_length
@@ -224,7 +224,7 @@ def images_together(settings: Settings) -> int:
     return max(1, MOST_PIXELS // (settings.width * settings.height))
 
 
-def windows(jobs: Iterable[Job], rows: int = ROWS - 1) -> Iterator[list[Job]]:
+def windows(jobs: Iterable[Job], rows: int = CACHED_ROWS - 1) -> Iterator[list[Job]]:
     """Jobs in a row whose prompts make at most `rows` rows of tokens, but at least one job. The encoder's cache has
     one row more, for the empty prompt."""
     window: list[Job] = []

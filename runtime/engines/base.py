@@ -14,6 +14,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
 Tensors = Mapping[str, NDArray[Any]]
+F32 = NDArray[np.float32]
 Run = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 

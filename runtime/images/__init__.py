@@ -1,1 +1,1 @@
-"""Pictures and masks read, images written."""
+"""Reads the pictures and masks that users give, and writes the images that the cascade generates."""

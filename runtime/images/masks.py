@@ -1,7 +1,8 @@
-"""Masks of what is to be drawn anew: from a file to pixels, to latents, and to the seam in the finished image.
+"""Masks: from a file to pixels, to latents, and to the seam in the finished image.
 
-A mask is a greyscale picture of 0 and 255 only. Where it gets smaller, what the mask touches at all stays masked:
-what was to go must not shine through the edges, and the last step puts back every pixel that was to stay.
+A mask is a greyscale picture of 0 and 255 only, 255 where the image is generated anew. A reduced mask covers every
+pixel that the mask touches even in part: nothing that was to go shines through the edges. The composite puts back
+every pixel that was to stay.
 """
 
 import math
@@ -14,25 +15,33 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...schemas.errors import UsageError
-from .pictures import F32, cover_box, decode, has_alpha, strips
+from ..engines.base import F32
+from .pictures import Picture, cover_box, decode, has_alpha, strips
 
-HALF = 128  # greys from here on are masked
+HALF = 128  # the darkest grey that is masked
 SAME_SHAPE = 0.01  # how far the proportions of mask and picture may differ
 
 Edges = list[Fraction]
 
 
-def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The mask in a file, for a picture of `size` (width, height): mode L, 255 where to draw anew.
+def as_mask(mask: Picture, size: tuple[int, int]) -> Image.Image:
+    """The mask in mode L: a path is opened with `open_mask` for a picture of `size`, a PIL image is converted."""
+    return mask.convert("L") if isinstance(mask, Image.Image) else open_mask(Path(mask), size)
 
-    That is where the file is white (at least half), or, where some of it is transparent, where it is opaque (at
-    least half), whatever the colour. It is scaled to `size`.
-    Raises UsageError for what `open_picture` refuses, other proportions than the picture's, and an empty mask."""
+
+def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask in a file, for a picture of `size` (width, height): mode L, 255 where the image is generated anew.
+
+    A file with transparent pixels masks where it is at least half opaque, whatever the colour. Any other file masks
+    where it is at least half white. The mask is scaled to `size`.
+
+    Raises UsageError for a file that `open_picture` refuses, for other proportions than the picture's, and for an empty
+    mask."""
     stored = decode(path, lambda *found: _require_shape(path, size, found, found[::-1]))  # EXIF may turn it
     _require_shape(path, size, stored.size)
     masked = _masked_in(stored)
     if not masked.any():
-        raise UsageError(f"{path}: masks nothing; paint white what is to be drawn anew, and the rest black")
+        raise UsageError(f"{path}: masks nothing; paint white what is to be generated anew, and the rest black")
     edges = [_even(side, cells) for side, cells in zip(stored.size, size, strict=True)]
     return _to_mask(_touched(masked, edges[1], edges[0]))
 
@@ -47,7 +56,7 @@ def _require_shape(path: Path, size: tuple[int, int], *found: tuple[int, int]) -
 
 
 def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
-    """Where a picture is opaque, if some of it is not, else where it is white; at least half, each."""
+    """Where a picture with transparent pixels is at least half opaque, and any other at least half white."""
     white = np.empty((stored.height, stored.width), np.bool_)
     opaque = np.empty_like(white) if has_alpha(stored) else None
     for top, strip in strips(stored):
@@ -59,7 +68,7 @@ def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
 
 
 def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
-    """The mask of what `pictures.fit` makes of its picture. Raises UsageError when the part it takes has no mask."""
+    """Cut and resize a mask as `pictures.fit` does its picture. Raises UsageError when nothing of the mask is left."""
     left, top, right, bottom = cover_box(mask.size, width, height)
     columns, rows = _edges(left, right, width), _edges(top, bottom, height)
     masked = _touched(_masked(mask), rows, columns)
@@ -72,8 +81,7 @@ def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def latent_mask(mask: Image.Image, size: tuple[int, int]) -> F32:
-    """(1, 1, h, w) float32 for latents of `size` (h, w): 1 for those that stand for any masked pixel, even in part,
-    else 0."""
+    """The mask for latents of `size` (h, w): (1, 1, h, w) float32, 1 where a latent covers any masked pixel, else 0."""
     rows, columns = _even(mask.height, size[0]), _even(mask.width, size[1])
     return _touched(_masked(mask), rows, columns).astype(np.float32)[None, None]
 
@@ -84,8 +92,10 @@ def mask_pixels(mask: Image.Image) -> F32:
 
 
 def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, feather: int = 8) -> Image.Image:
-    """RGB pictures of one size: `generated` wherever the mask is, `original` to the last bit from 2 * `feather` pixels
-    off it on, and from one to the other in between. Raises UsageError for pictures of different sizes."""
+    """Put `generated` into `original` where the mask is; all three have one size, the first two are RGB.
+
+    From 2 * `feather` pixels off the mask on, the result equals `original` to the last bit; in between the two are
+    blended. Raises UsageError for different sizes."""
     if not original.size == generated.size == mask.size:
         sizes = ", ".join(f"{each.width}x{each.height}" for each in (original, generated, mask))
         raise UsageError(f"to composite original, generated image and mask of {sizes}: expected one size")
@@ -95,16 +105,17 @@ def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, 
 
 
 def feathered(mask: Image.Image, feather: int) -> F32:
-    """(height, width) float32 in 0..1: 1 where the mask is, 0 from 2 * `feather` pixels off it on (across or down).
+    """The mask with soft edges: (height, width) float32, 1 where the mask is, 0 from 2 * `feather` pixels off it on.
 
-    The mask grown by `feather`, then averaged over squares that reach `feather` to each side, cut at the borders."""
+    The mask is grown by `feather` pixels across and down, then averaged over squares that reach `feather` pixels to
+    each side and are cut off at the borders."""
     grown = _square_sum(_masked(mask), feather) > 0
     share: F32 = (_square_sum(grown, feather) / _square_sum(np.ones_like(grown), feather)).astype(np.float32)
     return share
 
 
 def _square_sum(masked: NDArray[np.bool_], reach: int) -> NDArray[np.int32]:
-    """How many are masked in the squares around every pixel, as far as they lie inside."""
+    """How many pixels are masked in the square around each pixel, which reaches `reach` pixels to each side."""
     counts = masked.astype(np.int32)
     for _ in counts.shape:  # along the rows, then along the columns; turned over in between
         total = np.zeros((counts.shape[1] + 1, counts.shape[0]), np.int32)
@@ -132,7 +143,7 @@ def _edges(start: Fraction, stop: Fraction, cells: int) -> Edges:
 
 
 def _touched(masked: NDArray[np.bool_], rows: Edges, columns: Edges) -> NDArray[np.bool_]:
-    """Of the cells between borders in pixels of `masked`, those that any masked pixel reaches into."""
+    """Which cells, given by their borders in pixels of `masked`, any masked pixel reaches into."""
     return _any_in_rows(_any_in_rows(masked, rows).T, columns).T
 
 

@@ -1,6 +1,7 @@
-"""Picture files to the arrays that the encoders take.
+"""Pictures, which users give, to the arrays that the encoders take.
 
-Colours are taken as they are stored, as Stability's code and diffusers do; an ICC profile is not applied.
+A picture is a path or a PIL image. Colours are taken as they are stored, as Stability's code and diffusers do; an ICC
+profile is not applied.
 """
 
 import warnings
@@ -9,14 +10,15 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import JPEG_PIXELS, MAX_PICTURE_BYTES, MAX_PICTURE_SIDE, PICTURE_BYTES
-from .png import effnet_pixels
+from ..engines.base import F32
 
-F32 = NDArray[np.float32]
+# Mean and deviation of ImageNet's red, green and blue, with which the EfficientNet was trained.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Mean and deviation of red, green and blue, with which CLIP was trained.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,25 +30,37 @@ SIXTEEN_BITS = 65535
 WHITE = (255, 255, 255, 255)
 STRIP_PIXELS = 1 << 20  # converted at a time, so that no second picture of more bytes is needed
 
+Picture = Image.Image | str | Path
 Box = tuple[Fraction, Fraction, Fraction, Fraction]
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture in a file as 8-bit RGB, turned as its EXIF data say, the first one where there are several.
+def as_picture(picture: Picture) -> Image.Image:
+    """The picture as 8-bit RGB: a path is opened, a PIL image of another mode is converted in the same way.
 
-    What is transparent lets white through, as in transformers. 16 bits are rounded to 8. Takes `PICTURE_BYTES` a
-    pixel; of a JPEG beyond `JPEG_PIXELS` every second, fourth or eighth pixel across and down is decoded.
-    Raises UsageError, in one line, for what is no picture, is damaged, or is larger than `schemas.limits` allows."""
-    picture = decode(path)
+    Raises UsageError as `open_picture` does."""
+    return _rgb(_eight_bits(picture, "picture")) if isinstance(picture, Image.Image) else open_picture(Path(picture))
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The first picture in a file as 8-bit RGB, turned as its EXIF data say.
+
+    White shows through transparent pixels, as in transformers. 16 bits are rounded to 8. Decoding takes `PICTURE_BYTES`
+    a pixel. Of a JPEG beyond `JPEG_PIXELS` only every second, fourth or eighth pixel across and down is decoded.
+
+    Raises UsageError for a file that is no picture, is damaged, or is larger than `schemas.limits` allows."""
+    return _rgb(decode(path))
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
     if has_alpha(picture):
         return _converted(picture, "RGB", _over_white)
     return picture if picture.mode == "RGB" else _converted(picture, "RGB", lambda strip: strip.convert("RGB"))
 
 
 def clip_pixels(pictures: Sequence[Image.Image], size: int = 224) -> F32:
-    """RGB pictures to (n, 3, size, size) float32, the `pixel_values` of the image encoder: transformers'
-    CLIPImageProcessor on Pillow, step by step. `size` is the config's image_size.
+    """n RGB pictures to the `pixel_values` of the image encoder: (n, 3, size, size) float32.
 
+    The steps are those of transformers' CLIPImageProcessor on Pillow. `size` is the image_size of the encoder's config.
     Raises UsageError for a picture with one side more than 500 times the other."""
     mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
     squares = [(_scaled(_centre_square(picture, size)) - mean) / std for picture in pictures]
@@ -54,13 +68,13 @@ def clip_pixels(pictures: Sequence[Image.Image], size: int = 224) -> F32:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest part of the middle that has the proportions of `width` x `height`, at that size (Lanczos)."""
+    """Cut out the middle of the picture with the proportions of `width` x `height`, and resize it (Lanczos)."""
     left, top, right, bottom = (float(side) for side in cover_box(picture.size, width, height))
     return picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def cover_box(size: tuple[int, int], width: int, height: int) -> Box:
-    """What `fit` takes from a picture of `size` (width, height): left, top, right, bottom in its pixels."""
+    """The box that `fit` cuts out of a picture of `size` (width, height): left, top, right, bottom in its pixels."""
     scale = min(Fraction(size[0], width), Fraction(size[1], height))
     left, top = ((have - wanted * scale) / 2 for have, wanted in zip(size, (width, height), strict=True))
     return left, top, size[0] - left, size[1] - top
@@ -72,23 +86,30 @@ def to_pixels(picture: Image.Image) -> F32:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
 
+def effnet_pixels(images: F32) -> F32:
+    """(B, 3, height, width) float32 in 0..1 to the effnet encoder's `pixels`, of the same shape."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
 def effnet_input(picture: Image.Image, prior_size: tuple[int, int]) -> F32:
-    """The picture as the effnet encoder's `pixels`, (1, 3, 32h, 32w) float32; for (h, w) latents of the prior the
-    encoder makes a map of exactly that size: 768 pixels for the 24 of a 1024 image."""
+    """The picture as the effnet encoder's `pixels`: (1, 3, 32h, 32w) float32 for prior latents of size (h, w).
+
+    The encoder makes a map of (h, w) of these. A 1024x1024 image has 24x24 prior latents and 768x768 pixels here."""
     height, width = (EFFNET_COMPRESSION * side for side in prior_size)
     return effnet_pixels(to_pixels(fit(picture, width, height)))
 
 
 def vqgan_input(picture: Image.Image, height: int, width: int) -> F32:
-    """The picture as the `images` of the vqgan's encoder, (1, 3, height, width) float32 in 0..1."""
+    """The picture as the `images` of the vqgan's encoder: (1, 3, height, width) float32 in 0..1."""
     return to_pixels(fit(picture, width, height))
 
 
 def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:
-    """The picture in a file as it is stored, turned as its EXIF data say; 16-bit greys as 8-bit ones. `check` may
-    refuse the width and height stored in the file before its pixels are read.
+    """The picture in a file in its own mode, turned as its EXIF data say; 16-bit greys become 8-bit.
 
-    Raises UsageError as `open_picture` does."""
+    `check` is called with the stored width and height before any pixel is read, and may raise. Raises UsageError as
+    `open_picture` does."""
     if not path.is_file():
         found = "a folder; give a file in it" if path.is_dir() else "no such file; check the path"
         raise UsageError(f"{path}: expected a picture, found {found}")
@@ -108,10 +129,10 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
         raise _too_large(path, 2 * (Image.MAX_IMAGE_PIXELS or 0)) from error
     except UnidentifiedImageError as error:
         raise UsageError(f"{path}: not a picture of a known format; give a PNG, JPEG or WebP file") from error
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:  # decoders raise any exception on damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: the picture cannot be decoded: {reason}; save it again, or give another") from error
-    return _eight_bits(picture, path)
+    return _eight_bits(picture, str(path))
 
 
 def strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
@@ -127,7 +148,7 @@ def has_alpha(picture: Image.Image) -> bool:
 
 
 def _known_formats() -> list[str]:
-    """Those of the table that this Pillow can open; others are not tried (EPS would start another program)."""
+    """The formats of the table that this Pillow can open. Others are not tried: EPS would start another program."""
     Image.init()
     return [name for name in PICTURE_BYTES if name in Image.OPEN]
 
@@ -148,15 +169,14 @@ def _too_large(path: Path, most: int) -> UsageError:
 
 
 def _require_meaning(path: Path, picture: Image.Image) -> None:
-    """Refuse what has no colours of its own."""
+    """Raise UsageError for pixels without a fixed colour: floats and L*a*b*."""
     if picture.mode in ("F", "LAB"):
         kind = "floats" if picture.mode == "F" else "L*a*b* colours"
         raise UsageError(f"{path}: a picture of {kind}, which have no one meaning on a screen; save it as a PNG")
 
 
 def _enough(size: tuple[int, int]) -> tuple[int, int]:
-    """What a decoder that can decode less may decode at least: all of it, or the half, quarter or eighth of its sides
-    that has at least a quarter of JPEG_PIXELS."""
+    """The smallest size at which a JPEG may be decoded: its own, or halved until it has at most JPEG_PIXELS."""
     width, height = size
     while width * height > JPEG_PIXELS:
         width, height = -(-width // 2), -(-height // 2)
@@ -176,22 +196,22 @@ def _converted(picture: Image.Image, mode: str, convert: Callable[[Image.Image],
     return made
 
 
-def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """Greys of 16 bits (which Pillow also has as 32) to 8."""
+def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
+    """A grey picture of 16 bits as one of 8 bits; Pillow may hold the 16 bits as 32."""
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
 
     def rounded(strip: Image.Image) -> Image.Image:
         values = np.asarray(strip)
         if values.min() < 0 or values.max() > SIXTEEN_BITS:
-            raise UsageError(f"{path}: a picture of 32-bit integers; save it with 8 or 16 bits")
+            raise UsageError(f"{name}: a picture of 32-bit integers; save it with 8 or 16 bits")
         return Image.fromarray((values / (SIXTEEN_BITS / 255)).round().astype(np.uint8))
 
     return _converted(picture, "L", rounded)
 
 
 def _centre_square(picture: Image.Image, size: int) -> Image.Image:
-    """The shorter side scaled to `size` (bicubic), then the middle."""
+    """Scale the shorter side to `size` (bicubic) and cut out the middle square."""
     short, long = sorted(picture.size)
     if long > STEEPEST * short:
         raise UsageError(
@@ -205,5 +225,5 @@ def _centre_square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _scaled(picture: Image.Image) -> F32:
-    """(height, width, 3) float32 in 0..1, by a product in float64, as transformers does."""
+    """(height, width, 3) float32 in 0..1, multiplied in float64 as transformers does."""
     return (np.asarray(picture).astype(np.float64) * (1 / 255)).astype(np.float32)

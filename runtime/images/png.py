@@ -1,4 +1,7 @@
-"""Arrays to pictures, and PNG files that say how they were made."""
+"""Arrays to images, and PNG files with the settings that generated them.
+
+A file appears whole or not at all, see `storage.whole_file`.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,52 +10,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from ...schemas.errors import UsageError
 from ...schemas.json_text import dump_json, load_json
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 from ...storage.output_rules import locate, require_apart, require_free
+from ..engines.base import F32
 from .png_text import read_png_text
 
 METADATA_KEY = "cascadekit"
 PREVIEW_KEY = "cascadekit.preview"
-MOST_DIGITS = 9  # of an image's number
-
-# Mean and deviation of ImageNet's red, green and blue, with which the EfficientNet was trained.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_DIGITS = 9  # of an image's number; a longer name is no number
 
 
-def effnet_pixels(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(B, 3, height, width) float32 in 0..1 to the pixels that the effnet encoder takes, same shape."""
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+def to_images(pixels: F32) -> list[Image.Image]:
+    """(B, 3, height, width) float32, clipped to 0..1, to B 8-bit RGB images; rounds to nearest as diffusers does."""
+    rounded = ((one.clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8) for one in pixels)
+    return [Image.fromarray(one) for one in rounded]
 
 
-def to_pictures(images: NDArray[np.float32]) -> list[Image.Image]:
-    """(B, 3, height, width) float32 in 0..1 (clipped to it) to 8-bit RGB, rounding to nearest as diffusers does."""
-    pixels = ((image.clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in images)
-    return [Image.fromarray(picture) for picture in pixels]
+def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True) -> None:
+    """Write `image` with `settings` as JSON in its text chunk "cascadekit".
 
-
-def save_png(path: Path, picture: Image.Image, settings: Mapping[str, Any], *, force: bool = True) -> None:
-    """Write `picture` with `settings` as JSON in its text chunk "cascadekit"; the file appears whole or not at all.
-    Without `force` no file is replaced, even one that has just appeared.
-
-    Raises UsageError when the file cannot be written, or is there without `force`."""
-    with _unplaced_png(path, picture, settings) as scratch:
+    Without `force` no file is replaced, even one that has just appeared. Raises UsageError when the file cannot be
+    written, or exists without `force`."""
+    with _unplaced_png(path, image, settings) as scratch:
         if force:
             scratch.replace(path)
         elif not claim(scratch, path):
-            raise UsageError(f"{path}: exists already, another process has just made it; give another -o")
+            raise UsageError(f"{path}: exists already, another process has just made it; choose another output")
 
 
-def save_numbered(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> Path:
-    """Write `picture` as `save_png` does, at `path` or, if another process took that number, at the next free one;
-    returns where it is. Raises UsageError when the file cannot be written."""
-    with _unplaced_png(path, picture, settings) as scratch:
+def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
+    """Write `image` as `save_png` does, and return its path: `path`, or the next free number if that one was taken.
+
+    Raises UsageError when the file cannot be written."""
+    with _unplaced_png(path, image, settings) as scratch:
         while not claim(scratch, path):
             path = path.with_name(f"{int(path.stem) + 1:04d}.png")
     return path
@@ -63,81 +57,83 @@ def preview_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.preview.png")
 
 
-def save_preview(path: Path, picture: Image.Image) -> None:
-    """Write a preview of the image that will be at `path`. Raises OSError when it cannot be written."""
+def save_preview(path: Path, image: Image.Image) -> None:
+    """Write `image` as a preview of the image that will be at `path`. Raises OSError when it cannot be written."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PREVIEW_KEY, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(preview_path(path)) as file:
-        picture.save(file, format="PNG", pnginfo=info)
+        image.save(file, format="PNG", pnginfo=info)
 
 
 def remove_preview(path: Path) -> None:
-    """Remove the preview of the image at `path`; a picture of that name that is no preview stays."""
+    """Remove the preview of the image at `path`; any other file of that name stays."""
     if _is_preview(preview_path(path)):
         preview_path(path).unlink(missing_ok=True)
 
 
 def require_free_previews(paths: Iterable[Path]) -> None:
-    """Raise UsageError when other pictures lie where previews of the images at `paths` are to go."""
+    """Raise UsageError when a file that is no preview has the name of a preview of one of the images at `paths`."""
     for place in map(preview_path, paths):
         if os.path.lexists(place) and not _is_preview(place):
-            raise UsageError(f"{place}: exists already, where a preview goes; give another -o or no --preview-every")
+            raise UsageError(f"{place}: exists already, where a preview goes; choose another output, or no previews")
 
 
 def _is_preview(path: Path) -> bool:
     try:
-        with Image.open(path) as picture:
-            return not path.is_symlink() and PREVIEW_KEY in picture.info
+        with Image.open(path) as image:
+            return not path.is_symlink() and PREVIEW_KEY in image.info
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
 @contextmanager
-def _unplaced_png(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> Iterator[Path]:
-    """The picture in a hidden file beside `path`, on disk, to be given its name."""
+def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Write the image to a hidden file beside `path`; the caller gives that file its name."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(METADATA_KEY, dump_json(settings))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
-            picture.save(file, format="PNG", pnginfo=info)
+            image.save(file, format="PNG", pnginfo=info)
             finish(file)
             yield scratch
     except OSError as error:
-        raise UsageError(f"{path}: the image cannot be written: {error.strerror}; choose another -o") from error
+        raise UsageError(f"{path}: the image cannot be written: {error.strerror}; choose another output") from error
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a PNG written by `save_png`, None when it carries none.
+    """The settings in a PNG written by `save_png`, or None when it has none.
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG or its settings are no JSON."""
     return parse_text(read_png_text(path, METADATA_KEY).text)
 
 
 def parse_text(text: str | None) -> dict[str, Any] | None:
-    """The settings that such a text says. Raises ValueError when it is no JSON."""
+    """The settings in the text of such a chunk. Raises ValueError when the text is no JSON."""
     found = None if text is None else load_json(text)
     return found if isinstance(found, dict) else None
 
 
 def require_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG written by `save_png`. Raises UsageError when it cannot be read or carries none."""
+    """The settings in a PNG written by `save_png`. Raises UsageError when it cannot be read or has none."""
     try:
         settings = read_settings(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as an image made by cascadekit: {error}") from error
     if not isinstance(settings, dict):
-        raise UsageError(f"{path}: has no settings of cascadekit; editors drop them, take the file as it was written")
+        raise UsageError(
+            f"{path}: has no settings of cascadekit; image editors drop them, give the file as it was written"
+        )
     return settings
 
 
 def image_paths(output: Path, count: int, *, force: bool = False, sources: Iterable[str | Path] = ()) -> list[Path]:
-    """Where `count` images go: `output` itself when it ends in .png, otherwise the next free numbers in that folder,
-    which `save_numbered` takes unless another process was first.
+    """The paths for `count` images: `output` itself when it ends in .png, else the next free numbers in that folder.
 
-    What killed processes left of images there is removed. Raises UsageError when one file is named for several images,
-    or exists without `force`, or when images would lie inside one of the `sources` or replace it."""
+    `save_numbered` takes these numbers unless another process is first. Half-written images of killed processes are
+    removed from the folder. Raises UsageError when one file is named for several images, when it exists without
+    `force`, and when an image would lie inside one of the `sources` or replace it."""
     locate(output)
     if output.suffix.lower() == ".png" and not output.is_dir():
         if count > 1:
@@ -160,5 +156,5 @@ def _is_image(name: str) -> bool:
 
 
 def _is_number(stem: str) -> bool:
-    """Whether a name is one that images are counted by; longer ones come from elsewhere."""
+    """Whether a file's name is an image's number."""
     return stem.isdecimal() and len(stem) <= MOST_DIGITS

@@ -1,6 +1,6 @@
-"""The size of a PNG and one of its texts, from its first chunks alone: nothing is decoded, and little is read.
+"""The size of a PNG and one of its texts, read from the chunks before its pixels; nothing is decoded.
 
-Pillow reads texts of any length into memory. Here a text has a limit, and so has what compressed text unpacks to.
+Pillow reads texts of any length into memory. Here the length of a text is limited, compressed and unpacked.
 """
 
 import struct
@@ -28,7 +28,7 @@ class PngText:
 
 
 def read_png_text(path: Path, keyword: str) -> PngText:
-    """The last text of that keyword before the pixels.
+    """The last text with that keyword before the pixels.
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, or the text is damaged or too long."""
     key = keyword.encode("latin-1")
@@ -48,7 +48,7 @@ def read_png_text(path: Path, keyword: str) -> PngText:
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Kind and length of each chunk before the pixels, the file standing at its content."""
+    """Kind and length of each chunk before the pixels; the file is then at the chunk's content."""
     for _ in range(MOST_CHUNKS):
         begins = file.read(8)
         if len(begins) < 8:
@@ -101,7 +101,7 @@ def _deflated(content: bytes) -> str:
 
 
 def _international(content: bytes) -> str:
-    """Flag and method of the compression, language, the keyword's translation, then the text in UTF-8."""
+    """An iTXt chunk: compression flag and method, language, the keyword's translation, then the text in UTF-8."""
     packed, (_, _, text) = content[:1], _three(content[2:])
     return (_inflated(text) if packed == b"\1" else text).decode("utf-8")
 

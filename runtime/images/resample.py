@@ -1,17 +1,17 @@
-"""Resizing arrays as torch's `interpolate` does; Pillow's filters antialias when they make smaller."""
+"""Resizing of arrays as torch's `interpolate` does it; Pillow's filters antialias where they reduce."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
+from ..engines.base import F32
 
 
 def bilinear(images: F32, size: tuple[int, int], *, align_corners: bool = False) -> F32:
-    """(B, c, height, width) float32 to (B, c, *size): between the two nearest pixels each way, without antialiasing.
+    """Resize (B, c, height, width) float32 to (B, c, *size), bilinear and without antialiasing.
 
-    The middle of the image stays the middle; with `align_corners` the middles of its corner pixels stay in place.
-    Rounded where torch rounds on CPUs with more than one thread, as values that are cut off to bytes afterwards may
-    hang on the last bit."""
+    The middle of the image stays the middle; with `align_corners` the centres of its corner pixels stay in place.
+    Rounding follows torch on CPUs with more than one thread: the callers cut values off to bytes, where the last bit
+    may decide."""
     for axis, length in ((-1, size[1]), (-2, size[0])):
         images = _along(images, axis, length, align_corners)
     return images
@@ -31,7 +31,7 @@ def _along(images: F32, axis: int, length: int, align_corners: bool) -> F32:
 
 
 def _places(have: int, length: int, align_corners: bool) -> tuple[NDArray[np.int64], F32]:
-    """For each new pixel the old one before it, and how far it lies towards the next."""
+    """For each new pixel the old pixel before it, and its distance from that one as a share of a pixel."""
     at = np.arange(length, dtype=np.float32)
     if align_corners:
         place = at * (np.float32(have - 1) / np.float32(max(length - 1, 1)))

@@ -1,1 +1,1 @@
-"""How much memory a generation takes, and which stages stay loaded."""
+"""Predicts the memory that generating takes, and decides which stages stay loaded."""

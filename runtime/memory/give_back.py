@@ -1,4 +1,4 @@
-"""Memory that nobody uses any more, given back to the system."""
+"""Return free memory to the operating system."""
 
 import ctypes
 import gc
@@ -6,16 +6,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3): blocks from this size on go back to the system when they are freed
+M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt(3): the size from which freed blocks go back to the system
 WHILE_LOADING = 1 << 20
 USUALLY = 32 << 20  # where glibc itself ends up once blocks of that size were freed
 
 
 @contextmanager
 def large_blocks_given_back() -> Iterator[None]:
-    """For the time of loading a stage, which casts and rearranges weights one by one: what that frees goes back to the
-    system at once. glibc would keep blocks below 32 MiB for later, up to a fifth of all weights at the peak. Loading
-    takes half as long again, as all memory comes fresh from the system."""
+    """Have glibc return every freed block of 1 MiB or more at once, for as long as the context lasts.
+
+    Loading a stage casts and rearranges its weights one by one. glibc would keep freed blocks below 32 MiB, up to a
+    fifth of all weights at the peak. Loading takes half as long again, as all memory comes fresh from the system."""
     _set_threshold(WHILE_LOADING)
     try:
         yield
@@ -24,7 +25,7 @@ def large_blocks_given_back() -> Iterator[None]:
 
 
 def give_back_memory() -> None:
-    """Collect garbage and have the C library return what is free.
+    """Collect garbage and have the C library return its free memory.
 
     Loading a large stage casts and rearranges its weights, and glibc keeps a tenth of their size for later."""
     gc.collect()
@@ -38,6 +39,6 @@ def _set_threshold(nbytes: int) -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library where it is glibc, which alone has these calls."""
+    """The C library if it is glibc, else None; other libraries lack these calls."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return library if hasattr(library, "malloc_trim") else None

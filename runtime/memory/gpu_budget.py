@@ -1,4 +1,4 @@
-"""Which stages are in the GPU's memory: those used last, as far as they fit."""
+"""Keeps the stages that were used last in GPU memory, as many as fit."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -7,7 +7,7 @@ GIB = 1 << 30
 
 
 class Resident(Protocol):
-    """Something in device memory that can leave it and come back when it is needed."""
+    """A stage in GPU memory that can be evicted and comes back when it is used."""
 
     @property
     def device_bytes(self) -> int: ...
@@ -16,39 +16,40 @@ class Resident(Protocol):
 
 
 class DeviceBudget:
-    """Keeps residents within `budget` bytes of device memory, or within what is free where that is less."""
+    """Keeps residents within `budget` bytes of GPU memory, or within the free memory if that is less."""
 
     def __init__(self, free: Callable[[], int], budget: int | None = None) -> None:
         self._free = free
         self.budget = budget
-        self.residents: list[Resident] = []  # the one used last at the end
+        self.residents: list[Resident] = []  # in the order of their last use
         self.evictions = 0
 
     def use(self, resident: Resident) -> None:
-        """It is in memory and used now."""
+        """Note that the resident is in memory and is used now."""
         self.forget(resident)
         self.residents.append(resident)
 
     def forget(self, resident: Resident) -> None:
-        """It has left."""
+        """Note that the resident has left the memory."""
         self.residents = [one for one in self.residents if one is not resident]
 
     def available(self) -> int:
-        """Bytes that may be taken now."""
+        """The number of bytes that may be allocated now."""
         free = self._free()
         if self.budget is None:
             return free
         return max(0, min(free, self.budget - sum(resident.device_bytes for resident in self.residents)))
 
     def make_room(self, wanted: int, keep: Resident) -> int:
-        """Evict what was used longest ago, never `keep`, until `wanted` bytes are available or nothing is left to
-        evict; the bytes available then."""
+        """Evict residents, never `keep`, until `wanted` bytes are available or nothing is left to evict.
+
+        The resident used longest ago goes first. Returns the bytes that are available then."""
         while (available := self.available()) < wanted and self.evict_oldest(keep):
             pass
         return available
 
     def evict_oldest(self, keep: Resident) -> bool:
-        """Evict what was used longest ago, never `keep`; whether there was something to evict."""
+        """Evict the resident used longest ago, never `keep`; returns False when there is none."""
         oldest = next((resident for resident in self.residents if resident is not keep), None)
         if oldest is None:
             return False

@@ -1,7 +1,7 @@
-"""How much memory a generation takes, told before it starts.
+"""Predicts the memory that generating images takes at its peak.
 
-A model, not a measurement: weights are counted exactly, the rest are factors measured with onnxruntime 1.32 on a CPU
-in fp32 (lite stages of real size, 512x512 and 1024x1024). Other engines take about as much.
+Weights are counted exactly. Loading and activations are factors, measured with onnxruntime 1.32 on a CPU in fp32 (lite
+stages of real size, 512x512 and 1024x1024). Other engines take about as much.
 """
 
 from collections.abc import Mapping
@@ -10,45 +10,45 @@ from math import prod
 
 from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.config_json import from_json
+from ...schemas.hoisted import CONDITIONING, STEP
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
 from ...schemas.sizes import latent_sizes
 from ...schemas.stages import Stage, UNetConfig
 from ...schemas.tensors import expected_tensors, is_counter
-from ..sampling.hoisting import CONDITIONING, STEP
 from .residency import RESIDENT, MemoryPolicy
 
 BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 ALWAYS = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)  # every generation runs them
 PROCESS = 115 << 20  # the interpreter, numpy and an engine's library
 
-# Tensors that the prior's two graphs do not share, by parts of their names: what conditions and timesteps are mapped
-# by is the conditioning's, and so are keys and values, which the step needs for its own tokens too.
+# Parts of the names of tensors that only one graph of the prior has, or both. Only the conditioning graph maps
+# conditions and timesteps. Both graphs compute keys and values: one those of the conditions, the other its own.
 CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
-# While it is loaded a stage takes this much of its weights: cast and not yet rearranged, some are there twice.
-# Where a policy spares memory, less is.
+# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are there twice, cast and
+# not yet rearranged. Policies other than "resident" load with the lower factors.
 LOADING: Mapping[Stage, float] = {Stage.DECODER: 1.45}
 LOADING_ELSE = 1.17
 SPARING: Mapping[Stage, float] = {Stage.DECODER: 1.35}
 SPARING_ELSE = 1.05
 
-# Activations in bytes for each pixel of one image (with guidance an image counts twice), and of networks with levels
-# for each channel of the widest map, the first.
+# Activations in bytes for each pixel of one image; guidance counts an image twice. For prior and decoder the factor is
+# multiplied by the channels of the first level, which has the widest map.
 ACTIVATIONS: Mapping[Stage, float] = {Stage.PRIOR: 0.082, Stage.DECODER: 0.92, Stage.VQGAN: 2480}
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory a generation takes at once, in bytes, and the stage that takes it."""
+    """The most memory that generating images takes at once, in bytes, and the stage at which it does."""
 
     nbytes: int
     stage: Stage
 
 
 def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> int:
-    """Weights of one graph of a stage, in the type it computes in."""
+    """Bytes of the weights of one graph of a stage, in the precision it computes in."""
     entry = manifest.stages[stage]
     shapes = expected_tensors(from_json(stage, entry.config))
     count = sum(prod(shape) for name, shape in shapes.items() if not is_counter(name) and _is_in(graph, name))
@@ -56,7 +56,7 @@ def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> i
 
 
 def predict_peak(manifest: Manifest, policy: MemoryPolicy, settings: Settings, images: int) -> Peak:
-    """For `images` images drawn together. A budget is kept to only as far as the largest stage fits into it."""
+    """The peak for `images` images generated together. A budget is exceeded when the largest stage does not fit."""
     stages = [stage for stage in ALWAYS if stage in manifest.stages]
     runs = [(stage, graph) for stage in stages for graph in _graphs(manifest, stage)]
     alone = {run: loaded_bytes(manifest, *run) for run in runs}
@@ -82,17 +82,18 @@ def _is_in(graph: str, name: str) -> bool:
 
 
 def _loading(stage: Stage, policy: MemoryPolicy) -> float:
-    """What loading takes on top of a stage's weights, as a share of them."""
+    """The memory that loading takes beyond a stage's weights, as a share of them."""
     factors, usual = (LOADING, LOADING_ELSE) if policy == RESIDENT else (SPARING, SPARING_ELSE)
     return factors.get(stage, usual) - 1
 
 
 def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:
-    """What comes on top of the weights: bytes for `loading`, or for running where that is more."""
+    """Bytes beyond the weights: those for `loading`, or those for running the stage if these are more."""
     entry = manifest.stages[stage]
     config = from_json(stage, entry.config)
-    guidance = {Stage.PRIOR: settings.prior_guidance, Stage.DECODER: settings.decoder_guidance}.get(stage, 0.0)
-    rows = 1 if stage is Stage.VQGAN else images * (2 if guidance > 1 else 1)  # it decodes one by one
+    sampling = {Stage.PRIOR: settings.prior, Stage.DECODER: settings.decoder}.get(stage)
+    rows = images * (2 if sampling and sampling.guides else 1)
+    rows = 1 if stage is Stage.VQGAN else rows  # the vqgan decodes one image at a time
     width = config.block_out_channels[0] if isinstance(config, UNetConfig) else 1
     pixels = prod(latent_sizes(settings.height, settings.width, settings.size_policy).image)
     running = ACTIVATIONS.get(stage, 0) * width * rows * pixels * BYTES[entry.precision] / BYTES[Precision.FP32]

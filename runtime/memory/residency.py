@@ -1,4 +1,4 @@
-"""Which stages are in memory: all that were used, one at a time, or as many as fit a budget."""
+"""Keeps stages in memory by a policy: all that were used, one at a time, or as many as fit a budget."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -20,16 +20,22 @@ BUDGET = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """`resident`: a stage once used stays. `staged`: what is not in use goes before anything is loaded. A budget in
-    bytes: the stage unused for longest goes until the next one fits. The latter two also load with less memory at the
-    peak, and more slowly."""
+    """Which stages stay in memory.
+
+    | name     | a stage that is not in use                                              |
+    |----------|-------------------------------------------------------------------------|
+    | resident | stays loaded                                                            |
+    | staged   | is freed before another stage is loaded                                 |
+    | budget   | is freed, the longest unused first, until the next fits into `budget` bytes |
+
+    "staged" and "budget" also load with less memory at the peak, and more slowly."""
 
     name: str
     budget: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From "resident", "staged" or a size such as "8 GB" (2^30 bytes each). Raises UsageError for anything else."""
+        """Read "resident", "staged" or a size such as "8 GB" (of 2^30 bytes each). Raises UsageError for other text."""
         if text in ("resident", "staged"):
             return cls(text)
         match = BUDGET.fullmatch(text.strip())
@@ -42,19 +48,19 @@ RESIDENT, STAGED = MemoryPolicy("resident"), MemoryPolicy("staged")
 
 
 class Residency:
-    """Loads stages when they are asked for, and frees others as the policy says; a stage in use is never freed."""
+    """Loads stages when they are used and frees others by the policy; a stage in use is never freed."""
 
     def __init__(self, engine: Engine, policy: MemoryPolicy, size_of: Callable[[Stage, str], int]) -> None:
-        """`size_of` tells how many bytes a stage's graph takes once loaded."""
+        """`size_of` gives the bytes that a graph of a stage takes once it is loaded."""
         self._engine = engine
         self.policy = policy
         self._size_of = size_of
-        self._loaded: dict[Key, StageRunner] = {}  # the one used last comes last
+        self._loaded: dict[Key, StageRunner] = {}  # in the order of their last use
         self._in_use: list[Key] = []
 
     @contextmanager
     def use(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[StageRunner]:
-        """The stage, in memory for as long as the context lasts."""
+        """The stage's runner, in memory for as long as the context lasts."""
         key = stage, graph
         runner = self._loaded.pop(key, None)
         if runner is None:

@@ -1,8 +1,8 @@
-"""What ControlNets look at, and what they add to the prior.
+"""ControlNets: the control images they are given, and the residuals they add to the prior.
 
-A control picture is brought to 32 times the size of the prior's latents: 768x768 for the 24x24 of a 1024 image, as
-Stability trained and ran them. An EfficientNet then sees one pixel of its own for each latent; what leaves a
-ControlNet may have any size all the same, as the prior resizes it to its latents.
+A control picture is resized to 32 times the size of the prior's latents, as Stability trained and ran them: 768x768 for
+the 24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals may
+have any size, as the prior resizes them to its latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,34 +16,34 @@ from ...schemas.bundle import Manifest
 from ...schemas.control import is_control
 from ...schemas.errors import UsageError, reraise_interrupt
 from ...schemas.stages import Stage
-from ..engines.base import Tensors
+from ..engines.base import F32, Tensors
 from ..images.masks import fit_mask, mask_pixels
-from ..images.pictures import EFFNET_COMPRESSION, F32, fit, to_pixels
-from ..images.png import effnet_pixels
+from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fit, to_pixels
 from ..images.resample import bilinear
 
-Run = Callable[[Tensors], Mapping[str, Any]]
+RunControl = Callable[[Tensors], Mapping[str, Any]]
 Size = tuple[int, int]  # (height, width)
 
-CANNY_SIDE = 224  # edges are looked for in the picture squeezed to this square
+CANNY_SIDE = 224  # Canny's filter runs on the picture squeezed to this square
 CANNY_THRESHOLDS = (100, 200)
-INPAINTING = "inpainting"  # the control that sees a mask, too
-HALVES = 2  # super-resolution sees the latents of the picture at half its size
+INPAINTING = "inpainting"  # the control that takes a mask as well
+HALVES = 2  # super-resolution takes the latents of the picture at half its size
 
 
 @dataclass(frozen=True)
 class ControlPicture:
-    """A ControlNet chosen by a name of CONTROLS, the RGB picture it looks at, and how strongly it counts."""
+    """A ControlNet by its name in CONTROLS, the picture it follows, and the factor of its residuals."""
 
     name: str
-    picture: Image.Image
+    picture: Picture
     strength: float = 1.0
 
 
 @dataclass(frozen=True)
-class View:
-    """What a filter may look at: `picture` RGB, `mask` of the same size where there is one, and the effnet encoder,
-    `pixels` (B, 3, 32h, 32w) to (B, 16, h, w), where that is loaded."""
+class FilterInputs:
+    """The inputs of a filter: an RGB picture, its mask if there is one, and the effnet encoder if it is loaded.
+
+    `encode` takes `pixels` (B, 3, 32h, 32w) to (B, 16, h, w) float32."""
 
     picture: Image.Image
     size: Size  # of the control image, in pixels
@@ -51,69 +51,71 @@ class View:
     encode: Callable[[F32], F32] | None
 
 
-Filter = Callable[[View], F32]
+Filter = Callable[[FilterInputs], F32]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A ControlNet's stage, what makes its control image, and which other stage that takes."""
+class Control:
+    """A ControlNet's stage, the filter that makes its control image, and the other stages that the filter runs."""
 
     stage: Stage
     filter: Filter
     also: tuple[Stage, ...] = ()
 
 
-def canny(view: View) -> F32:
-    """(1, 1, H, W) float32 in 0..1: Canny's edges of the picture squeezed to 224x224, stretched back. Both ways
-    bilinear without antialiasing, as torch's `interpolate` in Stability's filter; not Pillow's, which antialiases."""
-    squeezed = bilinear(_pixels(view), (CANNY_SIDE, CANNY_SIDE))
-    bytes_ = (squeezed[0] * np.float32(255)).astype(np.uint8)  # cut off, as there
+def canny(given: FilterInputs) -> F32:
+    """Canny's edges of the picture: (1, 1, H, W) float32 in 0..1.
+
+    The picture is squeezed to 224x224 and the edges are stretched back, both bilinear without antialiasing, as torch's
+    `interpolate` does in Stability's filter. Pillow's filters antialias."""
+    squeezed = bilinear(_pixels(given), (CANNY_SIDE, CANNY_SIDE))
+    bytes_ = (squeezed[0] * np.float32(255)).astype(np.uint8)  # cut off, as in Stability's filter
     found = _opencv().Canny(np.ascontiguousarray(bytes_.transpose(1, 2, 0)), *CANNY_THRESHOLDS)
-    return bilinear(np.asarray(found, np.float32)[None, None] / np.float32(255), view.size)
+    return bilinear(np.asarray(found, np.float32)[None, None] / np.float32(255), given.size)
 
 
-def edges(view: View) -> F32:
-    """(1, 1, H, W) float32 in 0..1: a picture of edges, white on black, as it is."""
-    height, width = view.size
-    return to_pixels(fit(view.picture.convert("L"), width, height))
+def edges(given: FilterInputs) -> F32:
+    """A picture that shows edges already, white on black: (1, 1, H, W) float32 in 0..1."""
+    height, width = given.size
+    return to_pixels(fit(given.picture.convert("L"), width, height))
 
 
-def inpainting(view: View) -> F32:
-    """(1, 4, H, W) float32 in 0..1: the picture, white where masked, and the mask."""
-    if view.mask is None:
-        raise UsageError("the inpainting ControlNet needs a mask of what is to be drawn anew; give one")
-    height, width = view.size
-    mask = mask_pixels(fit_mask(view.mask, width, height))
-    return np.concatenate([np.where(mask > 0, np.float32(1), _pixels(view)), mask], axis=1)
+def inpainting(given: FilterInputs) -> F32:
+    """The picture, white where it is masked, and the mask: (1, 4, H, W) float32 in 0..1."""
+    if given.mask is None:
+        raise UsageError("the inpainting ControlNet needs a mask of what is to be generated anew; give mask=PICTURE")
+    height, width = given.size
+    mask = mask_pixels(fit_mask(given.mask, width, height))
+    return np.concatenate([np.where(mask > 0, np.float32(1), _pixels(given)), mask], axis=1)
 
 
-def super_resolution(view: View) -> F32:
-    """(1, 16, h, w) float32: effnet latents of the picture at half the size, every second pixel of it, each latent
-    four times."""
-    if view.encode is None:
-        raise UsageError("the super_resolution ControlNet looks at effnet latents; export the effnet_encoder too")
-    half = effnet_pixels(np.ascontiguousarray(_pixels(view)[..., ::HALVES, ::HALVES]))
-    return view.encode(half).repeat(HALVES, axis=-2).repeat(HALVES, axis=-1)
+def super_resolution(given: FilterInputs) -> F32:
+    """Effnet latents of every second pixel, each repeated twice across and down: (1, 16, h, w) float32."""
+    if given.encode is None:
+        raise UsageError("the super_resolution ControlNet takes effnet latents; export the effnet_encoder too")
+    half = effnet_pixels(np.ascontiguousarray(_pixels(given)[..., ::HALVES, ::HALVES]))
+    return given.encode(half).repeat(HALVES, axis=-2).repeat(HALVES, axis=-1)
 
 
-# By the name a user chooses it by. The fourth ControlNet, identity, looks at embeddings of faces, which take networks
-# that are not part of Stable Cascade.
-CONTROLS: Mapping[str, Kind] = {
-    "canny": Kind(Stage.CONTROLNET_CANNY, canny),
-    "edges": Kind(Stage.CONTROLNET_CANNY, edges),
-    INPAINTING: Kind(Stage.CONTROLNET_INPAINTING, inpainting),
-    "super_resolution": Kind(Stage.CONTROLNET_SUPER_RESOLUTION, super_resolution, also=(Stage.EFFNET_ENCODER,)),
+# The names that users write. The fourth ControlNet, identity, is left out: its embeddings of faces need networks that
+# are not part of Stable Cascade.
+CONTROLS: Mapping[str, Control] = {
+    "canny": Control(Stage.CONTROLNET_CANNY, canny),
+    "edges": Control(Stage.CONTROLNET_CANNY, edges),
+    INPAINTING: Control(Stage.CONTROLNET_INPAINTING, inpainting),
+    "super_resolution": Control(Stage.CONTROLNET_SUPER_RESOLUTION, super_resolution, also=(Stage.EFFNET_ENCODER,)),
 }
 
 
 def require_control(manifest: Manifest, name: str) -> tuple[Stage, ...]:
     """The stages that the control `name` runs, its ControlNet first.
 
-    Raises UsageError when the bundle lacks one, or its prior takes no residuals or not those of this ControlNet."""
+    Raises UsageError when the bundle lacks a stage, and when its prior takes no residuals or those of another
+    ControlNet."""
     if name not in CONTROLS:
         raise UsageError(f"control {name!r}: expected one of {', '.join(CONTROLS)}")
-    kind = CONTROLS[name]
-    needed = (kind.stage, *kind.also)
+    control = CONTROLS[name]
+    needed = (control.stage, *control.also)
     missing = [stage for stage in needed if stage not in manifest.stages]
     if missing:
         raise UsageError(f"control {name}: the bundle has no {', '.join(missing)}; export the model with it")
@@ -121,11 +123,11 @@ def require_control(manifest: Manifest, name: str) -> tuple[Stage, ...]:
     taken = {port.name: port.dims[1] for port in prior.inputs if is_control(port.name)} if prior else {}
     if not taken:
         raise UsageError(f"control {name}: the bundle's prior takes no residuals; export the prior with --controlnet")
-    given = {port.name: port.dims[1] for port in manifest.stages[kind.stage].outputs}
+    given = {port.name: port.dims[1] for port in manifest.stages[control.stage].outputs}
     wrong = [f"{port} of {channels}" for port, channels in given.items() if taken.get(port) != channels]
     if wrong:
         raise UsageError(
-            f"control {name}: the {kind.stage} makes {', '.join(wrong)} channels, which the prior does not take; "
+            f"control {name}: the {control.stage} makes {', '.join(wrong)} channels, which the prior does not take; "
             "ControlNets are for the full prior exported with --controlnet"
         )
     return needed
@@ -139,27 +141,38 @@ def control_image(
     mask: Image.Image | None = None,
     encode: Callable[[F32], F32] | None = None,
 ) -> F32:
-    """The `control_image` port of the ControlNet that `name` chooses, a batch of one, float32.
+    """The `control_image` for the ControlNet called `name`: a batch of one, float32.
 
-    `picture` is RGB, `prior_size` the (h, w) of the prior's latents. "inpainting" needs `mask`, of the picture's size,
-    "super_resolution" `encode`, the effnet encoder. Raises UsageError without, and for "canny" without OpenCV."""
+    `picture` is RGB; `prior_size` is the (h, w) of the prior's latents. "inpainting" needs `mask`, of the picture's
+    size. "super_resolution" needs `encode`, the effnet encoder. Raises UsageError when one of these is missing, and for
+    "canny" without OpenCV."""
     height, width = (EFFNET_COMPRESSION * side for side in prior_size)
-    return CONTROLS[name].filter(View(picture, (height, width), mask, encode))
+    return CONTROLS[name].filter(FilterInputs(picture, (height, width), mask, encode))
 
 
 def control_residuals(
-    manifest: Manifest, name: str, image: F32, run: Run, *, strength: float = 1.0, batch: int = 1
+    manifest: Manifest,
+    name: str,
+    image: F32,
+    run: Callable[[Tensors], Mapping[str, Any]],
+    *,
+    strength: float = 1.0,
+    batch: int = 1,
 ) -> dict[str, F32]:
-    """`control.N` (batch, c, h, w) float32 by port of the prior, out of `run`, the ControlNet's stage, for one control
-    image. They go to both halves of guidance alike. Raises UsageError as `require_control` does."""
+    """The residuals (batch, c, h, w) float32 for one control image, by the prior's port `control.N`.
+
+    `run` is the ControlNet's stage. Both halves of guidance take the same residuals. Raises UsageError as
+    `require_control` does."""
     require_control(manifest, name)
     outputs = run({"control_image": image})
     return {port: np.repeat(residual * np.float32(strength), batch, axis=0) for port, residual in outputs.items()}
 
 
-def together(residuals: Sequence[Mapping[str, F32]], prior_size: Size) -> dict[str, F32]:
-    """The sum of several ControlNets' residuals. Those of other sizes than the prior's latents are brought to that as
-    the prior itself would, bilinear with aligned corners; so a sum of one changes nothing."""
+def summed(residuals: Sequence[Mapping[str, F32]], prior_size: Size) -> dict[str, F32]:
+    """The sum of several ControlNets' residuals, by port.
+
+    Residuals of another size than the prior's latents are resized as the prior itself resizes them, bilinear with
+    aligned corners. The sum for a single ControlNet therefore changes nothing."""
     total: dict[str, F32] = {}
     for each in residuals:
         for port, residual in each.items():
@@ -168,9 +181,9 @@ def together(residuals: Sequence[Mapping[str, F32]], prior_size: Size) -> dict[s
     return total
 
 
-def _pixels(view: View) -> F32:
-    height, width = view.size
-    return to_pixels(fit(view.picture, width, height))
+def _pixels(given: FilterInputs) -> F32:
+    height, width = given.size
+    return to_pixels(fit(given.picture, width, height))
 
 
 def _opencv() -> Any:

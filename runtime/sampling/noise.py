@@ -1,34 +1,36 @@
 """Gaussian noise that equals torch's CPU generator bit for bit, without torch.
 
-A seed names an image only as long as everyone draws the same noise from it, so the pipelines draw as
-diffusers' ``randn_tensor`` does from CPU generators: ``torch.randn`` in float32.
+A seed stands for an image only if every program draws the same noise from it. The noise here is therefore that of
+diffusers' ``randn_tensor`` with CPU generators: ``torch.randn`` in float32.
 
-Followed is ``normal_`` of torch's x86-64 Linux builds on CPUs with AVX2 or AVX-512 (one kernel serves both),
-compared with torch 2.13:
+The code follows ``normal_`` of torch's x86-64 Linux builds on CPUs with AVX2 or AVX-512, which share one kernel. It was
+compared with torch 2.13.
 
-* 16 values or more: 24-bit uniforms, then Box-Muller over blocks of 16 by the Cephes polynomials of
-  ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to fused multiply-adds. Each polynomial sees one
-  uniform, of which there are 2**24; the tests walk through all of them, so equality is shown, not sampled.
-  Here the arithmetic is IEEE only, hence the result is the same on every machine.
-* Fewer than 16: one value at a time in double precision by the C library's ``log1p``, ``sin`` and ``cos``,
-  to which :mod:`math` leads as well. Equal where Python and torch share that library; another one may round
-  the double differently, which rarely survives the rounding to float32.
+* 16 values or more are 24-bit uniforms that Box-Muller turns into normals in blocks of 16. Logarithm, sine and cosine
+  are the Cephes polynomials of ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to fused multiply-adds. Each
+  polynomial takes one of 2**24 uniforms, and the tests compare all of them. The arithmetic here is IEEE only, so the
+  result is the same on every machine.
+* Fewer than 16 values are computed one at a time in double precision by the C library's ``log1p``, ``sin`` and ``cos``,
+  which :mod:`math` calls too. They are equal where Python and torch share that library. Another library may round the
+  double differently, which rarely survives the rounding to float32.
 
-With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch takes libm in the first case, too. Of 2**25
-values drawn so two in five differed from these, all by less than 3e-6. Builds by other compilers (Windows, macOS)
-have not been compared. Draws in bfloat16 or float16 are left out: torch has changed between releases what these
-consume from the generator.
+With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Of 2**25 such
+values, two in five differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have not
+been compared. Noise in bfloat16 or float16 is left out: what it consumes from the generator differs between releases of
+torch.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
+from ...schemas.limits import MAX_IMAGES
+from ..engines.base import F32
 
-F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 BLOCK = 16  # values of one vector step of normal_: 8 that give the radius, 8 that give the angle
@@ -38,7 +40,7 @@ CHUNK = 1024  # blocks per pass of the numpy code: its temporaries then stay in 
 
 
 def _single(*values: float) -> tuple[float, ...]:
-    """Constants as the C code has them: rounded to float32 (held as doubles here)."""
+    """Constants rounded to float32 as in the C code, and held as doubles."""
     return tuple(float(np.float32(value)) for value in values)
 
 
@@ -64,10 +66,10 @@ TWO_PI = np.float32(2 * math.pi)
 
 
 class TorchGenerator:
-    """Stands in for ``torch.Generator("cpu").manual_seed(seed)``; every draw moves it on as it would torch's.
+    """Replaces ``torch.Generator("cpu").manual_seed(seed)``: the same values, and the same state after every draw.
 
-    ``seed`` is an integer from -2**63 to 2**64 - 1, of which torch's CPU engine uses the lower 32 bits (two's
-    complement), so that seeds equal modulo 2**32 draw the same. Raises UsageError for anything else.
+    ``seed`` is an integer from -2**63 to 2**64 - 1. torch's CPU engine uses its lower 32 bits (two's complement), so
+    seeds that are equal modulo 2**32 give the same noise. Raises UsageError for anything else.
     """
 
     def __init__(self, seed: int) -> None:
@@ -91,9 +93,9 @@ class TorchGenerator:
         return values.reshape(shape)
 
     def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
-        """``randn(shape)[rows]``, in the time and memory of these rows alone: what lies between is passed over.
+        """``randn(shape)[rows]``, in the memory of these rows alone; the values of other rows are skipped.
 
-        The generator moves on as by the whole. Raises UsageError for a row that ``shape`` does not have.
+        The generator's state is then that after the whole. Raises UsageError for a row that ``shape`` does not have.
         """
         if not all(0 <= row < shape[0] for row in rows):
             raise UsageError(f"rows {list(rows)} of noise of shape {tuple(shape)}")
@@ -126,7 +128,7 @@ class TorchGenerator:
         """normal_fill of ATen/native/cpu/DistributionTemplates.h."""
         values = self._uniforms(count)
         _box_muller(values[: count - count % BLOCK])
-        if count % BLOCK:  # the last 16 values are drawn anew, whatever the blocks have put there
+        if count % BLOCK:  # torch overwrites the last 16 values with new ones
             values[-BLOCK:] = self._uniforms(BLOCK)
             _box_muller(values[-BLOCK:])
         return values
@@ -134,7 +136,7 @@ class TorchGenerator:
     def _scalar(self, count: int) -> F32:
         """normal_distribution<double> of ATen/core/DistributionsHelper.h, ``count`` times.
 
-        A value left over stays pending for the next short draw, also across long ones, which do not use it.
+        Values come in pairs. A value left over stays pending for the next short draw; long draws do not use it.
         """
         values = np.empty(count, np.float32)
         for i in range(count):
@@ -148,7 +150,7 @@ class TorchGenerator:
         return values + np.float32(0)  # torch adds the mean, which makes -0 a +0
 
     def _words(self, count: int) -> NDArray[np.uint32]:
-        """Raw outputs of the engine; over the full range randint hands them out as they come."""
+        """Raw outputs of the engine; over the full range randint returns them unchanged."""
         return self._engine.randint(0, 2**32, count, np.uint32)
 
     def _uniforms(self, count: int) -> F32:
@@ -162,11 +164,11 @@ class TorchGenerator:
 
 
 def randn(shape: tuple[int, ...], generators: TorchGenerator | Sequence[TorchGenerator]) -> F32:
-    """diffusers' ``randn_tensor`` on the CPU: a float32 array of ``shape``, the batch coming first.
+    """diffusers' ``randn_tensor`` on the CPU: float32 noise of ``shape`` (B, ...).
 
-    One generator draws the whole batch. Of a sequence, each draws its own sample with shape ``(1, *shape[1:])``,
-    so a sample does not depend on the others. Raises UsageError unless there are ``shape[0]`` of them (diffusers
-    is laxer: a list of one draws any batch, surplus generators are ignored).
+    One generator gives the noise of the whole batch. In a sequence each generator gives that of its own sample, of
+    shape ``(1, *shape[1:])``, so a sample does not depend on the others. Raises UsageError unless the sequence has B
+    generators. diffusers is laxer: one generator in a list serves any batch, and surplus generators are ignored.
     """
     if isinstance(generators, TorchGenerator):
         return generators.randn(shape)
@@ -179,7 +181,7 @@ def randn(shape: tuple[int, ...], generators: TorchGenerator | Sequence[TorchGen
 
 
 def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
-    """The blocks that rows of `width` values reach into, first and one after the last, those that meet as one."""
+    """The blocks that `rows` of `width` values reach into: (first, one after the last), touching ranges joined."""
     begun: tuple[int, int] | None = None
     for row in sorted(set(rows)):
         start, stop = row * width // BLOCK, -(-(row + 1) * width // BLOCK)
@@ -194,7 +196,7 @@ def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
 
 
 def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:
-    """Put what of `values`, which begin `at` that place of all, belongs to each of `rows` into its row of `kept`."""
+    """Copy from `values`, the first of which is number `at` of all, what belongs to each of `rows` into `kept`."""
     width = kept.shape[1]
     for place, row in enumerate(rows):
         start, stop = max(row * width, at), min((row + 1) * width, at + len(values))
@@ -213,21 +215,21 @@ def _box_muller(values: F32) -> None:
         block = blocks[start : start + CHUNK]
         radius = np.sqrt(np.float32(-2) * _log(np.float32(1) - block[:, 0]))
         sine, cosine = _sincos(TWO_PI * block[:, 1])
-        # Adding the mean 0 is not idle: it makes -0 a +0, as torch's does.
+        # Adding the mean 0 turns -0 into +0, as torch's code does.
         block[:, 0] = radius * cosine + np.float32(0)
         block[:, 1] = radius * sine + np.float32(0)
 
 
 def _round(values: F64) -> F64:
-    """To float32 precision; the double stays the container, exact for products of two such values."""
+    """Round to float32, in a double array: products of two such values are exact there."""
     return values.astype(np.float32).astype(np.float64)
 
 
 def _fma(a: F64 | float, b: F64, c: F64 | float) -> F64:
     """float32 ``a * b + c`` with one rounding.
 
-    The double sum has been rounded before, which would show if it fell on the middle between two float32. For
-    the 2**24 arguments that occur it does not change a result.
+    The sum is rounded to double first, which would matter if it fell on the middle between two float32 values. For
+    the 2**24 arguments that occur, it changes no result.
     """
     return _round(a * b + c)
 
@@ -266,3 +268,94 @@ def _sincos(angle: F32) -> tuple[F32, F32]:
     np.negative(sines, out=sines, where=octant & 4 != 0)
     np.negative(cosines, out=cosines, where=(octant - 2) & 4 == 0)
     return sines.astype(np.float32), cosines.astype(np.float32)
+
+
+# From seeds to the noise of a batch
+
+
+@dataclass(frozen=True)
+class PlacedSeed:
+    """The seed of one image that was image `index` of a `batch` from one generator.
+
+    The image comes out the same alone, with others, or in its batch."""
+
+    seed: int
+    index: int = 0
+    batch: int = 1
+
+
+Seed = int | PlacedSeed | TorchGenerator
+Seeds = Seed | Sequence[Seed]
+
+
+def plain_seeds(seeds: Seeds) -> Seeds:
+    """Seeds with numpy's integers turned into Python's, and any other sequence into a list."""
+    if isinstance(seeds, PlacedSeed | TorchGenerator):
+        return seeds
+    if isinstance(seeds, int | np.integer):
+        return int(seeds)
+    return [int(seed) if isinstance(seed, np.integer) else seed for seed in seeds]
+
+
+class Noise:
+    """Standard normal noise for a batch of images, from one generator or from one for each image.
+
+    The decoder goes on with the generators where the prior left them, as in diffusers."""
+
+    def __init__(self, seeds: Seeds, count: int) -> None:
+        """Raises UsageError unless there is one seed, or one for each of `count` images."""
+        seeds = plain_seeds(seeds)
+        if isinstance(seeds, int):
+            given: list[Seed] = [PlacedSeed(seeds, index, count) for index in range(count)]
+        elif isinstance(seeds, TorchGenerator):
+            given = [seeds] * count
+        else:
+            given = [seeds] if isinstance(seeds, PlacedSeed) else list(seeds)
+        if len(given) != count:
+            raise UsageError(f"{len(given)} seeds for {count} images; give one, or one for each")
+        places = {seed: PlacedSeed(seed) for seed in given if isinstance(seed, int)}
+        self._shared = isinstance(seeds, TorchGenerator)
+        self._sources = [places[seed] if isinstance(seed, int) else seed for seed in given]
+        self._generators = {_key(source): _generator(source) for source in self._sources}
+
+    def draw(self, shape: tuple[int, ...]) -> F32:
+        """Draw float32 noise of `shape` (B, ...); a generator draws once for all of its images."""
+        if self._shared:
+            return self._generators[_key(self._sources[0])].randn(shape)
+        noise = np.empty((len(self._sources), *shape[1:]), np.float32)
+        for key, generator in self._generators.items():
+            places = [place for place, source in enumerate(self._sources) if _key(source) == key]
+            rows, batch = zip(*(_place(self._sources[place]) for place in places), strict=True)
+            noise[places] = generator.randn_rows((batch[0], *shape[1:]), rows)
+        return noise
+
+
+def _place(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
+    """Index and batch size of the image in the noise of its generator."""
+    return (source.index, source.batch) if isinstance(source, PlacedSeed) else (0, 1)
+
+
+def seed_settings(seed: Seeds, index: int, count: int) -> dict[str, int]:
+    """The settings `seed`, `index` and `batch` that generate image `index` of `count` again.
+
+    The dictionary is empty for a generator, whose state cannot be written down."""
+    if isinstance(seed, int):
+        return {"seed": seed, "index": index, "batch": count}
+    own = seed if isinstance(seed, PlacedSeed | TorchGenerator) else seed[index]
+    if isinstance(own, int):
+        return {"seed": own, "index": 0, "batch": 1}
+    return asdict(own) if isinstance(own, PlacedSeed) else {}
+
+
+def _key(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
+    return (id(source), 0) if isinstance(source, TorchGenerator) else (source.seed, source.batch)
+
+
+def _generator(source: PlacedSeed | TorchGenerator) -> TorchGenerator:
+    if isinstance(source, TorchGenerator):
+        return source
+    if not 0 <= source.index < source.batch:
+        raise UsageError(f"image {source.index} of a batch of {source.batch}: expected 0 to {source.batch - 1}")
+    if source.batch > MAX_IMAGES:
+        raise UsageError(f"a batch of {source.batch:.4g} images: expected at most {MAX_IMAGES}")
+    return TorchGenerator(source.seed)

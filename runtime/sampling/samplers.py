@@ -1,74 +1,104 @@
-"""The samplers by name, and how one stage is sampled."""
+"""The samplers: their schedules, their steps and their guidance.
 
+diffusers' DDPMWuerstchenScheduler is followed operation for operation in float32. The networks' timestep embedding
+multiplies a last-bit difference in a timestep by 10,000, so the order of roundings matters.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol
 
 import numpy as np
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_STEPS
-from ...schemas.settings import Sampler, Settings
-from .ddpm import F32, Schedule, Wuerstchen, custom_timesteps, timesteps
-from .gdf import gdf_schedule
+from ...schemas.settings import Sampler, Sampling, Settings
+from ..engines.base import F32
+
+COSINE_OFFSET = 0.008  # s of the cosine schedule (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672)
+VARIANCE_LIMITS = (np.float32(0.0001), np.float32(0.9999))  # of ᾱ, in both samplers
+ONE, HALF_PI = np.float32(1), np.float32(math.pi) * np.float32(0.5)
+OFFSET = np.float32(COSINE_OFFSET)
+MIN_VARIANCE = np.cos(OFFSET / (ONE + OFFSET) * HALF_PI) ** 2
 
 
-class SamplingOptions(TypedDict, total=False):
-    """What `Cascade.prior` and `Cascade.decode` take to say how to sample; the fields of Sampling."""
-
-    steps: int
-    guidance: float
-    sampler: Sampler | str
-    shift: float
-    rescale: float
-    timesteps: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one stage is sampled. Guidance above 1 is classifier-free; `shift` and `rescale` are gdf's alone. The
-    points in `timesteps`, one more than there are steps, take the place of `steps`."""
-
-    steps: int
-    guidance: float
-    sampler: Sampler | str = Sampler.DDPM_WUERSTCHEN
-    shift: float = 1.0
-    rescale: float = 0.0
-    timesteps: Sequence[float] = ()
+class Schedule(Protocol):
+    """A sampler on given points in time. Step `index` leads from point `index` to the next; all arrays are float32."""
 
     @property
-    def guides(self) -> bool:
-        return self.guidance > 1
+    def ratios(self) -> F32:
+        """The timestep ratio at each point, as the network is given it: (steps + 1,)."""
 
-    def schedule(self, strength: float = 1.0) -> Schedule:
-        """From ratio `strength` down; of the steps, that share of them is made, at least one, as Stability does.
+    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
+        """Add `noise` to noiseless latents, as much as there is at point `index`."""
 
-        Raises UsageError for a sampler, a number or a list that cannot be."""
-        if not 0 < strength <= 1:
-            raise UsageError(f"strength {strength:g}: expected more than 0, at most 1")
-        if self.sampler not in SCHEDULES:
-            raise UsageError(f"sampler {self.sampler!r}: expected {' or '.join(SCHEDULES)}")
-        if self.steps > MAX_STEPS or len(self.timesteps) > MAX_STEPS + 1:
-            raise UsageError(f"more than {MAX_STEPS} steps: expected at most {MAX_STEPS}")
-        if self.timesteps:
-            points = _below(custom_timesteps(self.timesteps), strength)
-        else:
-            points = timesteps(max(1, int(self.steps * strength)) if self.steps > 0 else self.steps, strength)
-        return SCHEDULES[Sampler(self.sampler)](points, self)
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        """Add `noise` to noiseless latents from which sampling starts, at point 0."""
+
+    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
+        """The noiseless latents that follow from the noise `eps` predicted at point `index`."""
+
+    def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
+        """Latents at point `index` + 1, from those at `index`, the predicted noise and fresh noise `z`."""
+
+    def guide(self, prediction: F32, guidance: float) -> F32:
+        """Apply classifier-free guidance to a batch [conditional, unconditional]; half as many rows come out."""
+
+
+def make_schedule(sampling: Sampling, strength: float = 1.0) -> Schedule:
+    """The schedule of one stage, from timestep ratio `strength` down.
+
+    A strength below 1 makes that share of the steps, at least one, as Stability does. Raises UsageError for an unknown
+    sampler, and for a number or a list of timesteps out of range."""
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength {strength:g}: expected more than 0, at most 1")
+    if sampling.sampler not in SCHEDULES:
+        raise UsageError(f"sampler {sampling.sampler!r}: expected {' or '.join(SCHEDULES)}")
+    if sampling.steps > MAX_STEPS or len(sampling.timesteps) > MAX_STEPS + 1:
+        raise UsageError(f"more than {MAX_STEPS} steps: expected at most {MAX_STEPS}")
+    if sampling.timesteps:
+        points = _below(custom_timesteps(sampling.timesteps), strength)
+    else:
+        points = timesteps(max(1, int(sampling.steps * strength)) if sampling.steps > 0 else sampling.steps, strength)
+    return SCHEDULES[Sampler(sampling.sampler)](points, sampling)
 
 
 def check_schedules(settings: Settings, *, varies: bool) -> None:
-    """Raise UsageError for a sampler, a number of steps, a shift or a list that either stage would refuse; where a
-    picture is varied, also for its strength."""
-    of, sampler, rescale = settings, settings.sampler, settings.rescale
-    prior = Sampling(of.prior_steps, of.prior_guidance, sampler, of.prior_shift, rescale, of.prior_timesteps)
-    decoder = Sampling(of.decoder_steps, of.decoder_guidance, sampler, of.decoder_shift, rescale, of.decoder_timesteps)
-    prior.schedule(of.strength if varies else 1.0)
-    decoder.schedule()
+    """Raise UsageError for a sampler, number of steps, shift or list of timesteps that either stage would refuse.
+
+    `varies` says that there is an initial picture: then the strength is checked too."""
+    make_schedule(settings.prior, settings.strength if varies else 1.0)
+    make_schedule(settings.decoder)
+
+
+def timesteps(steps: int, start: float = 1.0) -> F32:
+    """`steps` + 1 ratios from `start` to 0, bit for bit torch.linspace(start, 0, steps + 1) in float32.
+
+    Raises UsageError for fewer than one step."""
+    if steps < 1:
+        raise UsageError(f"{steps} steps: expected at least 1")
+    # torch counts up from the start in the first half and down from the end in the second.
+    step = np.float32(-start) / np.float32(steps)
+    count = np.arange(steps + 1, dtype=np.float32)
+    first = _fused(step, count, float(np.float32(start)))
+    second = _fused(-step, np.float32(steps) - count, 0.0)
+    return np.where(count < (steps + 1) // 2, first, second).astype(np.float32)
+
+
+def custom_timesteps(ratios: Sequence[float]) -> F32:
+    """The user's own ratios as an array. Raises UsageError unless they fall from at most 1 to at least 0."""
+    found = np.array(ratios, np.float32)
+    if found.ndim != 1 or len(found) < 2 or not (np.all(np.diff(found) < 0) and found[0] <= 1 and found[-1] >= 0):
+        raise UsageError(
+            f"timesteps {', '.join(f'{ratio:g}' for ratio in ratios)}: expected two or more that fall, "
+            "from at most 1 to at least 0 (1, 0.5, 0 are two steps)"
+        )
+    return found
 
 
 def _below(points: F32, strength: float) -> F32:
-    """The points from ratio `strength` on, that one in place of what lies above it."""
+    """The points from ratio `strength` on; `strength` itself replaces all points above it."""
     if strength == 1:
         return points
     rest = points[points < np.float32(strength)]
@@ -77,7 +107,163 @@ def _below(points: F32, strength: float) -> F32:
     return np.append(np.float32(strength), rest)
 
 
-def _wuerstchen(points: F32, sampling: Sampling) -> Schedule:
+def _fused(a: np.float32, b: F32, c: float) -> F32:
+    """a·b + c with one rounding, as torch's vectorised kernel computes it."""
+    return (np.float64(a) * b + c).astype(np.float32)
+
+
+# diffusers' sampler
+
+
+@dataclass(frozen=True)
+class Wuerstchen:
+    """diffusers' DDPMWuerstchenScheduler on given timestep ratios (steps + 1,)."""
+
+    ratios: F32
+
+    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
+        bar = alpha_bar(self.ratios[index])
+        x_t: F32 = np.sqrt(bar) * x_0 + np.sqrt(np.float32(1) - bar) * noise
+        return x_t
+
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        return self.diffuse(x_0, noise, 0)
+
+    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
+        bar = alpha_bar(self.ratios[index])
+        x_0: F32 = (x_t - np.sqrt(np.float32(1) - bar) * eps) / np.sqrt(bar)
+        return x_0
+
+    def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
+        return ddpm_step(x_t, eps, z, self.ratios[index], self.ratios[index + 1])
+
+    def guide(self, prediction: F32, guidance: float) -> F32:
+        return guided(prediction, guidance)
+
+
+def alpha_bar(t: F32 | np.float32) -> F32:
+    """ᾱ, the share of the signal's variance left at ratio `t`: cos²((t+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2), clamped."""
+    s, one, half, pi = (np.float32(value) for value in (COSINE_OFFSET, 1, 0.5, math.pi))
+    start = np.cos(s / (one + s) * pi * half) ** 2
+    bar: F32 = np.clip(np.cos((t + s) / (one + s) * pi * half) ** 2 / start, *VARIANCE_LIMITS)
+    return bar
+
+
+def ddpm_step(x_t: F32, eps: F32, z: F32, t: np.float32, t_prev: np.float32) -> F32:
+    """x at ratio `t_prev` from x at ratio `t`, the predicted noise `eps` and fresh noise `z`, all of one shape.
+
+    The DDPM posterior has the mean (x - (1-α)·ε/√(1-ᾱ)) / √α and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ). The last step
+    adds no noise."""
+    one = np.float32(1)
+    bar, bar_prev = alpha_bar(t), alpha_bar(t_prev)
+    alpha = bar / bar_prev
+    mean: F32 = np.sqrt(one / alpha) * (x_t - (one - alpha) * eps / np.sqrt(one - bar))
+    if t_prev == 0:
+        return mean
+    deviation: F32 = np.sqrt((one - alpha) * (one - bar_prev) / (one - bar))
+    return mean + deviation * z
+
+
+def guided(prediction: F32, guidance: float) -> F32:
+    """Classifier-free guidance: lerp from the second half of the batch (unconditional) to the first (conditional)."""
+    cond, uncond = np.split(prediction, 2)
+    weight = np.float32(guidance)
+    if abs(weight) < 0.5:  # the two forms of torch.lerp
+        return uncond + weight * (cond - uncond)
+    return cond - (cond - uncond) * (np.float32(1) - weight)
+
+
+# Stability's sampler
+
+
+@dataclass(frozen=True)
+class Gdf:
+    """Stability's sampler, the DDPM of their "gdf" (generalised diffusion framework).
+
+    It has the cosine schedule of DDPM-Würstchen, written in log signal-to-noise ratios, which may be shifted to another
+    resolution. Its guidance keeps the deviation of the conditional prediction, and the last step adds noise too.
+    Formulas follow StableCascade/gdf (schedulers.py, noise_conditions.py, samplers.py) in float32 and in their order.
+    """
+
+    log_snr: F32  # (steps + 1,)
+    ratios: F32  # (steps + 1,)
+    rescale: float  # from 0, plain guidance, to 1, the full deviation of the conditional prediction
+    first: np.float32  # log signal-to-noise ratio of the first point, before any shift
+
+    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
+        return _diffused(x_0, noise, self.log_snr[index])
+
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        """Stability's notebooks shift the sampling but not the noise added to a picture before it: they call
+        GDF.diffuse without a shift."""
+        return _diffused(x_0, noise, self.first)
+
+    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
+        a, b = _scales(self.log_snr[index])
+        return np.asarray((x_t - eps * b) / a, np.float32)
+
+    def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
+        (a, b), (a_prev, b_prev) = (_scales(self.log_snr[point]) for point in (index, index + 1))
+        sigma = np.sqrt(b_prev**2 / b**2) * np.sqrt(ONE - a**2 / a_prev**2)
+        x_prev: F32 = a_prev * self.predicted(x_t, eps, index) + np.sqrt(b_prev**2 - sigma**2) * eps + sigma * z
+        return x_prev
+
+    def guide(self, prediction: F32, guidance: float) -> F32:
+        """As in the original, one deviation is taken over all samples of the batch."""
+        found = guided(prediction, guidance)
+        if not self.rescale:
+            return found
+        share, cond = np.float32(self.rescale), prediction[: len(found)]
+        factor = np.float32(np.std(cond, ddof=1) / (np.std(found, ddof=1) + np.float32(1e-9)))
+        rescaled: F32 = share * (found * factor) + found * (ONE - share)
+        return rescaled
+
+
+def gdf_schedule(points: F32, shift: float = 1.0, rescale: float = 0.0) -> Schedule:
+    """Stability's sampler on `points` (steps + 1,), ratios that fall from at most 1 to at least 0.
+
+    A `shift` of s adds 2·ln(1/s) to the log signal-to-noise ratio and clips the sum to the unshifted limits."""
+    plain = log_snr = _log_snr(points)
+    if shift != 1:
+        limits = _log_snr(np.array([1, 0], np.float32))
+        log_snr = np.clip(log_snr + np.float32(2 * math.log(1 / shift)), *limits)
+    return Gdf(log_snr, _ratios_of(log_snr), rescale, plain[0])
+
+
+def _log_snr(t: F32) -> F32:
+    angle = np.clip(np.cos((OFFSET + t) / (ONE + OFFSET) * HALF_PI), 0, 1)
+    variance = np.clip(angle**2 / MIN_VARIANCE, *VARIANCE_LIMITS)
+    found: F32 = np.log(variance / (ONE - variance))
+    return found
+
+
+def _ratios_of(log_snr: F32) -> F32:
+    """The timestep ratios, clamped to 0..1, at which the cosine schedule has these log signal-to-noise ratios."""
+    t = np.arccos(np.sqrt(_sigmoid(log_snr) * MIN_VARIANCE)) / HALF_PI * (ONE + OFFSET) - OFFSET
+    found: F32 = np.clip(t, 0, 1).astype(np.float32)
+    return found
+
+
+def _diffused(x_0: F32, noise: F32, log_snr: np.float32) -> F32:
+    a, b = _scales(log_snr)
+    return np.asarray(a * x_0 + b * noise, np.float32)
+
+
+def _scales(log_snr: np.float32) -> tuple[np.float32, np.float32]:
+    """The factors of signal and noise; their squares sum to one."""
+    variance = _sigmoid(log_snr)
+    return np.float32(np.sqrt(variance)), np.float32(np.sqrt(ONE - variance))
+
+
+def _sigmoid(value: F32 | np.float32) -> F32:
+    found: F32 = ONE / (ONE + np.exp(-value))
+    return found
+
+
+# The samplers by name
+
+
+def _ddpm(points: F32, sampling: Sampling) -> Schedule:
     if sampling.shift != 1 or sampling.rescale:
         raise UsageError(f"shift and rescale: {Sampler.DDPM_WUERSTCHEN} has neither; take sampler {Sampler.GDF}")
     return Wuerstchen(points)
@@ -90,6 +276,6 @@ def _gdf(points: F32, sampling: Sampling) -> Schedule:
 
 
 SCHEDULES: Mapping[Sampler, Callable[[F32, Sampling], Schedule]] = {
-    Sampler.DDPM_WUERSTCHEN: _wuerstchen,
+    Sampler.DDPM_WUERSTCHEN: _ddpm,
     Sampler.GDF: _gdf,
 }

@@ -1,1 +1,1 @@
-"""From prompts to what the text encoder makes of them."""
+"""From prompts to token ids and embeddings."""

@@ -1,122 +1,85 @@
-"""Prompts with weights and of any length, as what the text encoder makes of them.
+"""Prompts to embeddings: weights, chunks of 77 tokens, and the text encoder with its cache.
 
-Both are opt in; without them a text is read as it stands and what does not fit 77 tokens is cut, as in diffusers.
+By default a text is read as it stands and cut off after 77 tokens, as in diffusers. Weights and long texts are opt-in.
 
-Weights use the syntax of AUTOMATIC1111's web UI (`parse_prompt_attention` in its modules/prompt_parser.py), see
-`parse_weights`. They are applied as ComfyUI does (`encode_token_weights` in its comfy/sd1_clip.py): at a token of
-weight w the hidden state z becomes
+Weights have the syntax of `prompt_weights`. They are applied as ComfyUI does (`encode_token_weights` in its
+comfy/sd1_clip.py): at a token of weight w the hidden state z becomes
 
     z_empty + w * (z - z_empty)
 
-with z_empty the hidden state of the empty prompt at the same position. Opening, closing and padding tokens weigh 1,
-and so does the pooled vector.
+with z_empty the hidden state of the empty prompt at the same position. Opening, closing and padding tokens have the
+weight 1. The pooled vector has no weights.
 
-A long text is cut into chunks of at most 75 tokens, each encoded by itself between an opening and a closing token.
-Their hidden states are joined on the token axis, (77 * k, channels), and the pooled vector is the first chunk's, as in
-ComfyUI and the web UI: it is the only one that belongs to how the text begins, and a mean of several vectors is none
-the decoder was trained on. Texts of fewer chunks are filled up with the empty prompt, so that all have the same length.
+A long text is cut into chunks of at most 75 tokens; each chunk is encoded by itself between an opening and a closing
+token. The hidden states of all chunks are joined on the token axis: (77 * k, channels). The pooled vector is that of
+the first chunk, as in ComfyUI and the web UI: it belongs to how the text begins, and the decoder was not trained on a
+mean of several vectors. Texts of fewer chunks are filled up with the empty prompt, so that all have the same length.
 """
 
-import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain, groupby
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
-from ...schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_CHUNKS
+from ...schemas.limits import MAX_PROMPT_CHUNKS
+from ..engines.base import F32, Run, Tensors
+from .prompt_weights import WeightedText, check_length, parse_weights
 from .tokenizer import END, LENGTH, START, ClipTokenizer, Token
 
-F32 = NDArray[np.float32]
 Encode = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
 ROOM = LENGTH - 2  # tokens of a chunk besides the opening and the closing one
-BACK = 20  # how far from its end a full chunk may be cut; the web UI's default
-STRONGER, WEAKER = 1.1, 1 / 1.1
-MOST = 10.0  # far beyond what gives a picture
-
-_SYNTAX = re.compile(
-    r"""
-    \\(?P<escaped>[()\[\]\\])
-    | : \s* (?P<number>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)) \s* \)
-    | [()\[\]:\\]
-    | [^()\[\]:\\]+
-    """,
-    re.VERBOSE,
-)
-_CLOSING = {")": ("(", STRONGER), "]": ("[", WEAKER)}
+BACK = 20  # tokens before its end within which a full chunk may be cut; the web UI's default
+CACHED_ROWS = 256  # of 77 tokens each; a row takes 400 kB at the width of CLIP bigG
 
 
-class Part(NamedTuple):
-    """A piece of a prompt, free of syntax, and how much it counts."""
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """The embeddings of B prompts and their B negative prompts, all float32.
 
-    text: str
-    weight: float
+    T is 77 times the number of chunks. The arrays may also come from another text encoder."""
+
+    clip_text: F32  # (B, T, channels)
+    pooled: F32  # (B, 1, channels)
+    negative_clip_text: F32  # (B, T, channels)
+    negative_pooled: F32  # (B, 1, channels)
+    truncated: tuple[str, ...] = ()  # the text that did not fit, of each prompt and then of each negative prompt
+
+    def __len__(self) -> int:
+        return len(self.clip_text)
+
+    def repeated(self, count: int) -> "PromptEmbeds":
+        """Every prompt `count` times in a row: embeddings of B * count prompts."""
+        return PromptEmbeds(
+            np.repeat(self.clip_text, count, axis=0),
+            np.repeat(self.pooled, count, axis=0),
+            np.repeat(self.negative_clip_text, count, axis=0),
+            np.repeat(self.negative_pooled, count, axis=0),
+            self.truncated,
+        )
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """What the text encoder makes of B texts; k is the number of chunks of the longest, 1 unless asked for more."""
+    """The embeddings of B texts. k is the number of chunks of the longest text, 1 unless long texts are read."""
 
     clip_text: F32  # (B, 77 * k, channels)
     pooled: F32  # (B, 1, channels)
-    truncated: tuple[str, ...]  # of each text what did not fit, free of syntax; "" where all did
+    truncated: tuple[str, ...]  # of each text the part that did not fit, without syntax, or ""
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What lies between one opening and closing token; one weight for each id."""
+    """The token ids between one opening and one closing token, and a weight for each id."""
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
-
-
-def parse_weights(text: str) -> tuple[Part, ...]:
-    r"""The parts of `text` with their weights, neighbours of the same weight joined.
-
-    (a) multiplies by 1.1, [a] divides by 1.1, (a:1.3) multiplies by 1.3, and what is nested multiplies. A bracket that
-    is never closed reaches to the end; one that was never opened is text, and so is a number outside (). \( \) \[ \]
-    and \\ are the characters themselves. That is the web UI's syntax, with these differences: a backslash before
-    anything else stays (there it vanishes), brackets that cancel leave exactly 1, and BREAK is a word like any other.
-
-    Raises UsageError for a weight below 0 or above 10, and for what `check_length` refuses.
-    """
-    check_length(text)
-    texts: list[str] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `texts` what is still open begins
-    factors: list[tuple[int, int, float]] = []  # from, to, factor
-
-    for match in _SYNTAX.finditer(text):
-        found, number = match[0], match["number"]
-        opening, factor = ("(", float(number)) if number else _CLOSING.get(found, ("", 1.0))
-        if found in opened:
-            opened[found].append(len(texts))
-        elif opening and opened[opening]:
-            factors.append((opened[opening].pop(), len(texts), factor))
-        else:
-            texts.append(match["escaped"] or found)
-
-    factors += [(start, len(texts), factor) for opening, factor in _CLOSING.values() for start in opened[opening]]
-    weights = np.ones(len(texts))
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
-        for start, stop, factor in factors:
-            weights[start:stop] *= factor
-        rounded = weights.round(9).tolist()
-    pieces = zip(texts, rounded, strict=True)
-    joined = groupby(pieces, key=lambda piece: piece[1])
-    parts = tuple(Part("".join(one for one, _ in group), _checked(weight, text)) for weight, group in joined)
-    return parts or (Part("", 1.0),)
-
-
-def check_length(text: str) -> None:
-    """Raise UsageError for a prompt of more characters than are read."""
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise UsageError(
-            f"{text[:30]!r}...: a prompt of {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}"
-        )
 
 
 def encode_texts(
@@ -128,12 +91,12 @@ def encode_texts(
     long: bool = False,
     batch: int = 16,
 ) -> EncodedTexts:
-    """Embed `texts` (B of them): read with `parse_weights` if `weighted`, cut into chunks instead of cut off if `long`.
+    """Embed B `texts`; `weighted` reads the syntax of weights, `long` cuts into chunks what is cut off otherwise.
 
     `encode` is the text encoder, from input_ids and attention_mask (n, 77) int64 to prompt_embeds (n, 77, channels) and
-    pooled (n, 1, channels) float32. It is called with at most `batch` rows at a time, each of them once.
+    pooled (n, 1, channels) float32. It is called with at most `batch` rows at a time, and once for equal rows.
 
-    Raises UsageError when there are no texts, when one of them is not text, and as `parse_weights` does.
+    Raises UsageError when there are no texts, when one of them is no text, and as `parse_weights` does.
     """
     if isinstance(texts, str) or not texts or batch < 1:
         raise UsageError(f"expected a list of prompts and a batch of at least 1, got {texts!r:.60}, {batch}")
@@ -158,12 +121,50 @@ def encode_texts(
     return EncodedTexts(clip_text, pooled[[place[chunks[0].ids] for chunks in filled]], tuple(truncated))
 
 
+def as_texts(text: str | Sequence[str]) -> list[str]:
+    """One text or several texts as a list."""
+    return [text] if isinstance(text, str) else list(text)
+
+
+class CachedTextEncoder:
+    """The text encoder with a cache: rows of tokens that were encoded before are not encoded again."""
+
+    def __init__(self, use: Callable[[], AbstractContextManager[Run]]) -> None:
+        """`use` brings the stage into memory; it is called only for rows that are not in the cache."""
+        self._use = use
+        self._rows: OrderedDict[bytes, dict[str, NDArray[Any]]] = OrderedDict()  # in the order of their last use
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """input_ids and attention_mask (B, 77) int64 to prompt_embeds (B, 77, c) and pooled (B, 1, c) float32."""
+        keys = [
+            ids.tobytes() + mask.tobytes()
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        places = {key: place for place, key in enumerate(keys)}
+        new = [place for key, place in places.items() if key not in self._rows]
+        found = {key: self._rows[key] for key in places if key in self._rows}
+        found |= {keys[place]: row for place, row in zip(new, self._encode(inputs, new), strict=True)}
+        for key in keys:
+            self._rows[key] = found[key]
+            self._rows.move_to_end(key)
+        while len(self._rows) > CACHED_ROWS:
+            self._rows.popitem(last=False)
+        return {name: np.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
+
+    def _encode(self, inputs: Tensors, places: list[int]) -> list[dict[str, NDArray[Any]]]:
+        if not places:
+            return []
+        with self._use() as encode:
+            outputs = encode({name: value[places] for name, value in inputs.items()})
+        return [{name: value[row] for name, value in outputs.items()} for row in range(len(places))]
+
+
 def split(tokens: Sequence[Token]) -> Iterator[slice]:
     """Where to cut a text of many tokens into chunks of at most 75.
 
-    A full chunk is cut after the last comma among its last 20 tokens, as in the web UI. Where that has no comma it
-    cuts anywhere; here, as in ComfyUI, the cut is moved before the word it would go through, if that began no more
-    than 20 tokens ago.
+    A full chunk is cut after the last comma among its last 20 tokens, as in the web UI. Without a comma the web UI cuts
+    anywhere. Here, as in ComfyUI, the cut is moved before the word it would go through, if that word began no more than
+    20 tokens ago.
     """
     start = 0
     while len(tokens) - start > ROOM:
@@ -183,11 +184,13 @@ def _cut(tokens: Sequence[Token], full: int) -> int:
 
 
 def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long: bool) -> tuple[list[_Chunk], str]:
-    """The chunks of `text`, at least one, and what did not fit. Parts are tokenized apart, as every user interface
-    does: a weight that starts within a word makes two words of it."""
+    """The chunks of `text`, at least one, and the part of it that did not fit.
+
+    Pieces of different weight are tokenized apart, as every user interface does: a weight that starts within a word
+    makes two words of it."""
     if isinstance(text, str):
         check_length(text)
-    parts = parse_weights(text) if weighted and isinstance(text, str) else (Part(text, 1.0),)
+    parts = parse_weights(text) if weighted and isinstance(text, str) else (WeightedText(text, 1.0),)
     pairs = [(token, index) for index, part in enumerate(parts) for token in tokenizer.split(part.text, name)]
     tokens = [token for token, _ in pairs]
     weights = [parts[index].weight for _, index in pairs]
@@ -221,18 +224,9 @@ def _joined(outputs: Iterable[Mapping[str, NDArray[Any]]], name: str) -> F32:
 
 
 def _weighted(hidden: F32, empty: F32, weights: Sequence[float]) -> F32:
-    """`hidden` (77, channels) with the tokens after the opening one moved away from `empty`, or towards it."""
+    """Move the tokens of `hidden` (77, channels) after the opening one away from `empty`, or towards it."""
     result = hidden.copy()
     at = slice(1, 1 + len(weights))
     factors = np.asarray(weights, np.float32)[:, None]
     result[at] = np.where(factors == 1, hidden[at], empty[at] + factors * (hidden[at] - empty[at]))
     return result
-
-
-def _checked(weight: float, text: str) -> float:
-    if not 0 <= weight <= MOST:  # NaN too
-        raise UsageError(
-            f"{text[:60]!r}: expected weights from 0 to {MOST:g}, found {weight:g}; lower it, use the negative prompt "
-            r"for what is to be absent, or write \( \) \[ \] for brackets that are text"
-        )
-    return weight

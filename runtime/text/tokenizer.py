@@ -32,7 +32,7 @@ from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_o
 __all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
 
 LENGTH = 77  # positions of the text encoder
-PANIC = "PanicException"  # what the library raises where it fails; it is no Exception, and no module has it
+PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
 _NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."
 
 T = TypeVar("T")
@@ -40,15 +40,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of B prompts as the text encoder takes it; L is the length asked for, 77 unless told."""
+    """B prompts as the text encoder takes them; L is the length asked for, 77 by default."""
 
     input_ids: NDArray[np.int64]  # (B, L)
     attention_mask: NDArray[np.int64]  # (B, L): 1 up to and with the closing token, then 0
-    truncated: tuple[str, ...]  # of each prompt the words that did not fit, "" where all did
+    truncated: tuple[str, ...]  # of each prompt the text that did not fit, or ""
 
 
 class Token(NamedTuple):
-    """One token of a text, with what is needed to cut the text in a good place."""
+    """One token of a text, and what tells whether the text may be cut before or after it."""
 
     id: int
     start: int  # the character of the text it starts at
@@ -57,7 +57,7 @@ class Token(NamedTuple):
 
 
 class ClipTokenizer:
-    """Prompts to token ids. Made by `open`."""
+    """Turns prompts into token ids. `ClipTokenizer.open` makes one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -76,7 +76,7 @@ class ClipTokenizer:
             read = read_tokenizer(path)
             tokenizer = _guarded(lambda: _made_of(read.text))
             found = _described(tokenizer, read.added)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             found = str(error)
         expected = f"{VOCAB_SIZE} tokens, empty prompt {[START, END]}"
         if found != expected:
@@ -162,7 +162,7 @@ def _made_of(text: str) -> Tokenizer:
 
 
 def _described(tokenizer: Tokenizer, added: Mapping[str, int]) -> str:
-    """What the library made of a file, in the words that a right one is expected in."""
+    """A short description of what the library read from a file, for the error message."""
     wrong = [text for text, number in added.items() if tokenizer.token_to_id(text) != number]
     if wrong:
         return f"the added token {wrong[0][:40]!r} under another id, {tokenizer.token_to_id(wrong[0])}"
@@ -171,7 +171,7 @@ def _described(tokenizer: Tokenizer, added: Mapping[str, int]) -> str:
 
 
 def _guarded(call: Callable[[], T]) -> T:
-    """What `call` gives. Raises CheckpointError for a panic of the library."""
+    """The result of `call`. Raises CheckpointError for a panic of the library."""
     try:
         return call()
     except BaseException as error:

@@ -65,14 +65,14 @@ def read_tokenizer(path: Path) -> TokenizerFile:
 
 
 def name_of(path: Path) -> str:
-    """What errors call the tokenizer at `path`."""
+    """The name of the tokenizer at `path` in error messages."""
     if not path.is_dir():
         return str(path)
     return " with ".join((str(path / LIST_NAMES[0]), LIST_NAMES[1])) if has_only_lists(path) else str(path / WHOLE_NAME)
 
 
 def has_only_lists(folder: Path) -> bool:
-    """Whether it is one of the older kind."""
+    """Whether the folder has vocab.json and merges.txt but no tokenizer.json."""
     return (folder / LIST_NAMES[0]).exists() and not (folder / WHOLE_NAME).exists()
 
 
@@ -97,7 +97,7 @@ def _parse(text: str) -> Json:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> Json:
-    """Of a key that stands twice, this reader and the library's might take different ones."""
+    """Refuse a key that stands twice: this reader and the library's might take different values."""
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("a key that stands twice")
@@ -109,7 +109,7 @@ def _no_number(text: str) -> float:
 
 
 def _from_lists(folder: Path) -> Json:
-    """Only the two lists differ from one CLIP tokenizer to another, so the shipped one lends the rest."""
+    """A tokenizer.json with these two lists; all else is taken from the shipped one, as it never differs."""
     vocab, merges = (_read(folder / name) for name in LIST_NAMES)
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     content: Json = json.loads(shipped())
@@ -191,7 +191,7 @@ def _is_pre_tokenizer(value: Any) -> bool:
 
 
 def _is_post_processor(value: Any) -> bool:
-    """What surrounds a prompt; that it is the right two tokens is tried out."""
+    """Whether this may be the post-processor; a trial prompt shows whether it adds the right two tokens."""
     kinds = (None, "RobertaProcessing", "TemplateProcessing")
     return value is None or (isinstance(value, dict) and value.get("type") in kinds)
 
@@ -223,7 +223,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
 
 
 def require_rows(tokenizer: TokenizerFile, rows: int | None) -> None:
-    """Raises CheckpointError when the text encoder has no row for an added token; `rows` None: there is none to ask."""
+    """Raise CheckpointError when the text encoder has no row for an added token; `rows=None` skips the check."""
     beyond = [text for text, number in tokenizer.added.items() if rows is not None and number >= rows]
     if beyond:
         raise CheckpointError(

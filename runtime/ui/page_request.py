@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ...schemas.bundle import Manifest
+from ...schemas.bundle import ENCODER_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGE_SIDE, MAX_STEPS
 from ...schemas.request import parse_request
@@ -13,7 +13,6 @@ from ...schemas.settings import Sampler, parse_settings
 from ...schemas.settings import shown as shown_value
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
-from ..cascade import ENCODER
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
 from .pictures import Pictures
 from .queued_job import Order
@@ -32,7 +31,7 @@ def features(manifest: Manifest) -> dict[str, Any]:
     return {
         "image_prompts": Stage.IMAGE_ENCODER in has,
         "init_image": varies,
-        "mask": (varies and ENCODER in has[Stage.VQGAN].graphs) or INPAINTING in controls,
+        "mask": (varies and ENCODER_GRAPH in has[Stage.VQGAN].graphs) or INPAINTING in controls,
         "controls": controls,
         "previews": [stage for stage in PREVIEWED if stage is not Stage.PRIOR or Stage.PREVIEWER in has],
     }

@@ -18,9 +18,8 @@ from ...schemas.stages import Stage
 from ..batch.requests import Drawn, draw, groups
 from ..batch.run import images_together
 from ..cascade import Cascade
-from ..generation import OnStep
 from ..images.png import image_paths, save_numbered
-from ..sampling.ddpm import Step
+from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
 from .pictures import Pictures
 from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, Job, Order

@@ -255,12 +255,12 @@ class TestWrongInputs:
 
 
 def test_interrupting_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cascadekit.runtime import generation
+    from cascadekit.runtime import cascade
 
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "Noise", interrupt)
+    monkeypatch.setattr(cascade, "Noise", interrupt)
     refused(130, "interrupted", "generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
 

@@ -56,7 +56,7 @@ COMMANDS = {
     "build": (["{tiny}/bundle", "-o", "{out}", "--arch", "sm89"], tasks, "require_targets"),
     "generate": (
         ["{tiny}/bundle", "x", "-o", "{out}.png", "--engine", "onnxruntime"],
-        "runtime.generation",
+        "runtime.cascade",
         "Noise",
     ),
     "verify": (["{tiny}/model", "--against", "{tiny}/original"], "converters.compare_checkpoints", "_differences"),

@@ -23,7 +23,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from cascadekit import Cascade
 from cascadekit.parity.compare import psnr
 from cascadekit.runtime.cascade import Settings
-from cascadekit.runtime.sampling.ddpm import Step
+from cascadekit.runtime.sampling.loop import Step
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
 

@@ -22,7 +22,7 @@ from cascadekit.runtime.sampling.controlnets import (
     control_image,
     control_residuals,
     require_control,
-    together,
+    summed,
 )
 from cascadekit.schemas.bundle import Manifest, parse_manifest
 from cascadekit.schemas.control import control_ports
@@ -179,7 +179,7 @@ def test_several_controlnets() -> None:
     rng = np.random.default_rng(0)
     one = {f"control.{n}": rng.standard_normal((2, 8, 4, 6), dtype=np.float32) for n in (0, 3)}
     two = {f"control.{n}": rng.standard_normal((2, 8, 5, 3), dtype=np.float32) for n in (3, 9)}
-    found = together([one, two], SIZE)
+    found = summed([one, two], SIZE)
     resized = {
         name: F.interpolate(torch.from_numpy(value), SIZE, mode="bilinear", align_corners=True).numpy()
         for name, value in two.items()
@@ -188,7 +188,7 @@ def test_several_controlnets() -> None:
     assert np.array_equal(found["control.0"], one["control.0"])
     assert np.abs(found["control.3"] - (one["control.3"] + resized["control.3"])).max() <= 1e-6
     assert np.abs(found["control.9"] - resized["control.9"]).max() <= 1e-6
-    assert together([], SIZE) == {}
+    assert summed([], SIZE) == {}
 
 
 def test_bundles_that_cannot_be_controlled() -> None:

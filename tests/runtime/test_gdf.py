@@ -9,8 +9,8 @@ import torch
 from diffusers import DDPMWuerstchenScheduler
 
 from cascadekit import Cascade
-from cascadekit.runtime.sampling.ddpm import Step, Wuerstchen, timesteps
-from cascadekit.runtime.sampling.gdf import Gdf, gdf_schedule
+from cascadekit.runtime.sampling.loop import Step
+from cascadekit.runtime.sampling.samplers import Gdf, Wuerstchen, gdf_schedule, timesteps
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
 from helpers.stability import CosineSchedule, ddpm, noise_condition

@@ -15,7 +15,7 @@ from cascadekit import Cascade, PlacedSeed
 from cascadekit.cli import main
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
 from cascadekit.runtime.sampling.noise import TorchGenerator
-from cascadekit.runtime.text.prompts import parse_weights
+from cascadekit.runtime.text.prompt_weights import parse_weights
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_FILE_BYTES, MAX_PROMPT_LINE

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from cascadekit import Cascade, Settings
 from cascadekit.parity.compare import psnr
-from cascadekit.runtime.sampling.ddpm import Step
-from cascadekit.runtime.text.embeds import PromptEmbeds
+from cascadekit.runtime.sampling.loop import Step
+from cascadekit.runtime.text.prompts import PromptEmbeds
 from cascadekit.schemas.sizes import SizePolicy
 from cascadekit.schemas.stages import Stage
 from helpers.whole import Whole, picture

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from cascadekit import Cascade, Settings, export
-from cascadekit.runtime.cascade import ROW_AREA
 from cascadekit.runtime.engines.base import check_inputs
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStage
 from cascadekit.runtime.images.png import image_paths, read_settings, save_png
+from cascadekit.runtime.sampling.loop import ROW_AREA
 from cascadekit.schemas.errors import CheckpointError, EngineError, UsageError
 from cascadekit.schemas.ports import Port
 from cascadekit.schemas.stages import Stage
@@ -120,8 +120,13 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"seed": [1, 2, 3]}, "3 seeds for 1 images"),
         ({"num_images": 0}, "0 images"),
         ({"negative": ["a", "b"]}, "2 negative prompts for 1 prompts"),
-        ({"steps": 3}, "unknown setting"),
-        ({"prior_steps": 0}, "0 steps"),
+        ({"steps": 3}, "steps: unknown, did you mean prior_steps or decoder_steps?"),
+        ({"prior_stpes": 3}, "prior_stpes: unknown, did you mean prior_steps"),
+        ({"num_inference_steps": 3}, "num_inference_steps: unknown, did you mean prior_steps or decoder_steps?"),
+        ({"guidance_scale": 3}, "guidance_scale: unknown, did you mean prior_guidance or decoder_guidance?"),
+        ({"negative_prompt": "x"}, "negative_prompt: unknown, did you mean negative?"),
+        ({"image": "x.png"}, "image: unknown, did you mean init_image or image_prompts?"),
+        ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:

@@ -20,7 +20,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascadekit import Cascade
 from cascadekit.runtime.cascade import PromptEmbeds
-from cascadekit.runtime.text.prompts import EncodedTexts, encode_texts, parse_weights, split
+from cascadekit.runtime.text.prompt_weights import parse_weights
+from cascadekit.runtime.text.prompts import EncodedTexts, encode_texts, split
 from cascadekit.runtime.text.tokenizer import END, START, ClipTokenizer, Token
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage

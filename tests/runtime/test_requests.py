@@ -14,7 +14,7 @@ from cascadekit import Cascade
 from cascadekit.cli import main
 from cascadekit.runtime.batch.requests import draw, groups
 from cascadekit.runtime.images.png import require_settings, save_png
-from cascadekit.runtime.sampling.seeds import PlacedSeed
+from cascadekit.runtime.sampling.noise import PlacedSeed
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.request import Request, parse_request
 from cascadekit.schemas.stages import Stage

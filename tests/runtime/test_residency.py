@@ -9,7 +9,7 @@ import pytest
 from cascadekit import Cascade
 from cascadekit.runtime.memory.residency import MemoryPolicy, Residency
 from cascadekit.runtime.sampling.controlnets import ControlPicture
-from cascadekit.runtime.sampling.ddpm import Step
+from cascadekit.runtime.sampling.loop import Step
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from helpers.whole import Loads, Whole, counted, picture

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 
-from cascadekit.runtime.sampling.ddpm import Wuerstchen, alpha_bar, ddpm_step, guided, sample, timesteps
+from cascadekit.runtime.sampling.loop import sample
+from cascadekit.runtime.sampling.samplers import Wuerstchen, alpha_bar, ddpm_step, guided, timesteps
 from cascadekit.schemas.errors import UsageError
 
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadekit import Cascade
-from cascadekit.runtime.sampling.ddpm import Step
-from cascadekit.runtime.sampling.samplers import Sampling
-from cascadekit.runtime.sampling.start import Start
-from cascadekit.runtime.text.embeds import PromptEmbeds
+from cascadekit.runtime.sampling.loop import Start, Step
+from cascadekit.runtime.sampling.samplers import make_schedule
+from cascadekit.runtime.text.prompts import PromptEmbeds
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.settings import Sampling
 from cascadekit.schemas.stages import Stage
 from helpers.stability import ddpm, diffuse
 from helpers.whole import Whole, picture
@@ -207,19 +207,19 @@ def test_stage_b_starts_without_a_shift_too(whole: Whole, shift: float) -> None:
     [(1.0, (1.0, 0.8, 0.5, 0.1)), (0.9, (0.9, 0.8, 0.5, 0.1)), (0.8, (0.8, 0.5, 0.1)), (0.3, (0.3, 0.1))],
 )
 def test_timesteps_of_ones_own_from_a_strength_on(strength: float, wanted: tuple[float, ...]) -> None:
-    schedule = Sampling(20, 1.0, timesteps=(1.0, 0.8, 0.5, 0.1)).schedule(strength)
+    schedule = make_schedule(Sampling(20, 1.0, timesteps=(1.0, 0.8, 0.5, 0.1)), strength)
     assert np.array_equal(schedule.ratios, np.array(wanted, np.float32))
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.1, math.nan])
 def test_strengths_that_cannot_be(strength: float) -> None:
     with pytest.raises(UsageError, match="strength"):
-        Sampling(20, 1.0).schedule(strength)
+        make_schedule(Sampling(20, 1.0), strength)
 
 
 def test_a_strength_below_the_last_timestep_of_ones_own() -> None:
     with pytest.raises(UsageError, match="all timesteps lie above it"):
-        Sampling(20, 1.0, timesteps=(1.0, 0.8, 0.5)).schedule(0.4)
+        make_schedule(Sampling(20, 1.0, timesteps=(1.0, 0.8, 0.5)), 0.4)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm-wuerstchen", "gdf"])

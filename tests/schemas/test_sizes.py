@@ -30,7 +30,7 @@ def test_diffusers_policy_where_another_size_comes_out() -> None:
 
 
 def test_diffusers_policy_refuses_what_crashes_there() -> None:
-    with pytest.raises(UsageError, match=r"832.*odd.*--size-policy exact"):
+    with pytest.raises(UsageError, match=r'832.*odd.*size_policy="exact"'):
         latent_sizes(832, 1024, SizePolicy.DIFFUSERS)
 
 

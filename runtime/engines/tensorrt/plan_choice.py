@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ....schemas.bundle import MAIN_GRAPH, Backend, ImageSize, PlanEntry, ProfileEntry, StageEntry
 from ....schemas.errors import EngineError, OutsideProfileError
+from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
-from ...sampling.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from .cuda import Device
 
 Shape = tuple[int, ...]

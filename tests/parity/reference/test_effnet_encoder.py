@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from cascadekit.parity.reference import load_reference
-from cascadekit.runtime.images.png import effnet_pixels
+from cascadekit.runtime.images.pictures import effnet_pixels
 from cascadekit.schemas.stages import EffnetEncoderConfig
 from cascadekit.schemas.tensors import expected_tensors
 

@@ -1,0 +1,113 @@
+"""The networks of a bundle on one engine: loaded when they are needed, run, and their outputs checked.
+
+A prior that overflows in fp16 gives NaN, of which the VQGAN makes a black image. The check stops that here.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schemas.bundle import MAIN_GRAPH, Manifest, StageEntry
+from ..schemas.errors import EngineError, UnsoundError, UsageError
+from ..schemas.precision import Precision
+from ..schemas.stages import Stage
+from .engines.base import Engine, Run, StageRunner, Tensors
+from .memory.prediction import loaded_bytes
+from .memory.residency import RESIDENT, MemoryPolicy, Residency
+
+SAFE_STAGES = (Stage.PRIOR, Stage.DECODER)  # the stages for which export has --fp16-safe
+DAMAGED = "compare its files with cascadekit validate --hash, its numbers with cascadekit verify BUNDLE --against MODEL"
+
+
+class Networks:
+    """The networks of one bundle's stages on one engine."""
+
+    def __init__(
+        self, engine: Engine, manifest: Manifest, memory: MemoryPolicy = RESIDENT, *, checked: bool = True
+    ) -> None:
+        """`memory` decides which stages stay loaded. `checked=False` lets NaN, infinity and constant images pass."""
+        self.engine = engine
+        self.manifest = manifest
+        self.checked = checked
+        self.residency = Residency(engine, memory, partial(loaded_bytes, manifest))
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> AbstractContextManager[StageRunner]:
+        """The stage's runner, in memory for as long as the context lasts; its outputs are not checked."""
+        return self.residency.use(stage, graph)
+
+    @contextmanager
+    def use(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[Run]:
+        """The stage as a function of its input ports, in memory for as long as the context lasts.
+
+        The function raises UnsoundError when an output holds NaN or infinity."""
+        with self.load(stage, graph) as runner:
+
+            def run(inputs: Tensors) -> dict[str, NDArray[Any]]:
+                outputs = runner(inputs)
+                for name, value in outputs.items():
+                    self.require_sound(stage, value, name, varied=False)
+                return outputs
+
+            yield run
+
+    def require_sound(
+        self, stage: Stage, rows: NDArray[Any], where: str, *, images: int = 0, varied: bool = True
+    ) -> None:
+        """The check of `require_sound` below, with the bundle's entry of the stage; nothing where checks are off."""
+        if self.checked:
+            require_sound(stage, self.manifest.stages.get(stage), rows, where, images=images, varied=varied)
+
+    def size_of(self, stage: Stage, port: str, axis: int = 1) -> int:
+        """The fixed size of an axis of an input port.
+
+        Raises EngineError when the bundle has no such stage or port, or the axis has no fixed size."""
+        entry = self.manifest.stages.get(stage)
+        dims = next((p.dims for p in entry.inputs if p.name == port), ()) if entry else ()
+        if axis >= len(dims) or not isinstance(size := dims[axis], int):
+            raise EngineError(f"the bundle has no {stage} with an input {port}; export the model again")
+        return size
+
+
+def require_sound(
+    stage: Stage, entry: StageEntry | None, rows: NDArray[Any], where: str = "", *, images: int = 0, varied: bool = True
+) -> None:
+    """Raise UnsoundError when a row of the batch (B, ...) holds NaN or infinity, or, with `varied`, one value only.
+
+    The message names the stage, what was computed (`where`), the images concerned, and what to do, which depends on the
+    stage's `entry`. Row `n` belongs to image `n` modulo `images`. The check reads the values twice."""
+    if not rows.size:
+        return
+    flat = rows.reshape(len(rows), -1)
+    with np.errstate(invalid="ignore"):
+        low, high = flat.min(axis=1), flat.max(axis=1)  # NaN where a row holds any
+    infinite = ~(np.isfinite(low) & np.isfinite(high))
+    constant = (low == high) & varied & (flat.shape[1] > 1)
+    if not (infinite | constant).any():
+        return
+    kind = infinite if infinite.any() else constant
+    found = "NaN or infinity" if infinite.any() else f"{low[np.argmax(constant)]:g} in every place"
+    bad = tuple(sorted({int(row) % images for row in np.flatnonzero(kind)})) if images else ()
+    of = f" for image {', '.join(str(number + 1) for number in bad)} of {images}" if images > 1 else ""
+    raise UnsoundError(f"{stage}{where and ', ' + where}: gave {found}{of}; {advice(stage, entry)}", bad)
+
+
+def require_finite(what: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raise UsageError that names the first of the user's arrays that holds NaN or infinity."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UsageError(f"{what} {name}: expected finite numbers, found NaN or infinity; see where they came from")
+
+
+def advice(stage: Stage, entry: StageEntry | None) -> str:
+    """What to do about a stage that gives no finite numbers; the precision it computes in decides."""
+    if entry is None or entry.precision is not Precision.FP16:
+        return DAMAGED
+    wider = f"{stage}=bf16 or {stage}=fp32"
+    if stage not in SAFE_STAGES:
+        return f"fp16 ends at 65504: export it again with --precision {wider}"
+    safe = f"--fp16-safe {max(entry.exponents.values()) + 2}" if entry.exponents else "--fp16-safe auto"
+    return f"fp16 ends at 65504: export it again with --precision {stage}=fp16 {safe}, or --precision {wider}"
