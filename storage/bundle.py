@@ -73,7 +73,7 @@ class Bundle:
         path = self.tokenizer
         file = self.manifest.file(self.manifest.tokenizer) if self.manifest.tokenizer else None
         problem = find_change(path, file, always_hash=True) if path and file else None
-        return f"{path}: {problem}; prompts may mean others to it: {WHAT_TO_DO}" if problem else None
+        return f"{path}: {problem}; it may read prompts differently; {WHAT_TO_DO}" if problem else None
 
 
 def require_utf8(path: Path) -> None:
