@@ -1,24 +1,50 @@
-"""One exception tree: whatever goes wrong reaches the user as a CascadeError."""
+"""The exceptions of cascadekit; every error that it raises on purpose is a CascadeError.
+
+```
+CascadeError
+├── CheckpointError          a file cannot be read
+├── LayoutError              tensors do not belong to the network
+│   └── ForeignError         the file has nothing of the cascade
+├── ConversionError          a file cannot be written
+├── ExportError              a graph or bundle cannot be made
+├── EngineError              an engine cannot load or run a stage
+│   ├── OutsideProfileError  an engine was built for other sizes
+│   └── UnsoundError         a stage gave useless values
+├── ParityError              two runs cannot be compared
+└── UsageError               the call itself is wrong
+```
+
+The text of an error names the file, what was expected, what was found, and what to do next:
+
+```python
+from cascadekit import Cascade, CascadeError
+
+try:
+    cascade = Cascade.open("bundle")
+except CascadeError as error:
+    print(error)  # bundle: not a bundle, it has no cascade.json; make one with `cascadekit export`
+```
+"""
 
 
 class CascadeError(Exception):
-    """Base of every error cascadekit raises on purpose; its text is what the user reads."""
+    """Base class of every error that cascadekit raises on purpose."""
 
 
 class CheckpointError(CascadeError):
-    """A file cannot be read as the weights, config or tokenizer it should be."""
+    """A file cannot be read as the weights, config or tokenizer that it should be."""
 
 
 class LayoutError(CascadeError):
-    """Tensor names or shapes are not those of the network and layout they are taken for."""
+    """The names or shapes of tensors are not those of the expected network and layout."""
 
 
 class ForeignError(LayoutError):
-    """A file is sound as far as can be seen, but holds no component of the cascade."""
+    """A file seems sound but holds no network of the cascade."""
 
 
 class ConversionError(CascadeError):
-    """A checkpoint was read but cannot be written in the layout asked for."""
+    """A checkpoint was read but cannot be written as asked."""
 
 
 class ExportError(CascadeError):
@@ -26,15 +52,15 @@ class ExportError(CascadeError):
 
 
 class EngineError(CascadeError):
-    """An engine cannot load a stage, or was fed something its ports do not take."""
+    """An engine cannot load a stage, or got an input that the stage's ports do not take."""
 
 
 class OutsideProfileError(EngineError):
-    """An engine was built for other sizes than it was fed."""
+    """An engine got an input of a size for which it was not built."""
 
 
 class UnsoundError(EngineError):
-    """A stage gave NaN, infinity, or one value in every place; `images` are those it is about, counted from 0."""
+    """A stage gave NaN, infinity or one value everywhere; `images` are the affected images, counted from 0."""
 
     def __init__(self, message: str, images: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -42,18 +68,18 @@ class UnsoundError(EngineError):
 
 
 class ParityError(CascadeError):
-    """Two executions cannot be compared."""
+    """Two runs cannot be compared."""
 
 
 class UsageError(CascadeError):
-    """The call itself is wrong: an argument, a size, an existing output."""
+    """The call itself is wrong: an argument, a size, an output that exists already."""
 
 
 def reraise_interrupt(error: BaseException | None) -> None:
-    """Raise the KeyboardInterrupt that `error` comes from, if it comes from one.
+    """Raise the KeyboardInterrupt that caused `error`, if one did.
 
-    Extension modules turn whatever strikes while they are imported into an ImportError; Ctrl-C is no lack of a
-    package."""
+    An extension module turns Ctrl-C during its import into an ImportError. Callers that report a missing package call
+    this function first, so that Ctrl-C is not reported as one."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):

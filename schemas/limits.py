@@ -1,4 +1,4 @@
-"""Upper bounds on what is accepted, each checked before the work that it bounds."""
+"""Upper bounds on what is accepted; each is checked before the work that it bounds."""
 
 from collections.abc import Mapping
 

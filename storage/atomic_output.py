@@ -1,6 +1,6 @@
 """Outputs appear whole or not at all: written beside their place, flushed to disk, then renamed into it.
 
-Where they may lie and what they may replace is one rule for all commands, see `runtime.replacing`.
+``output_rules`` and ``replaceable_folders`` decide where an output may lie and what it may replace.
 """
 
 import fcntl
@@ -109,7 +109,7 @@ def _replacement(
     gone = found.files if found and whole else same
     if same and not force:
         raise UsageError(
-            f"{place}: exists already, with {listed(gone)}; give another output or --force to replace these"
+            f"{place}: exists already, with {listed(gone)}; give another output, or force=True to replace these"
         )
     if not whole:
         _require_no_mixture(place, names)

@@ -14,8 +14,13 @@ PUT_BACK = "put it back, or export the model again"
 # A change to what these are made of reaches into the bundle.
 WHAT_TO_DO_ABOUT: dict[Placement, str] = {
     "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
-    "with --weights copy if the model is to go on changing",
+    'with weights="copy" if the model is to go on changing',
 }
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the folder at `path` has a bundle's manifest; the manifest is not read."""
+    return (path / MANIFEST_NAME).is_file()
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Bundle:
         path = self.tokenizer
         file = self.manifest.file(self.manifest.tokenizer) if self.manifest.tokenizer else None
         problem = find_change(path, file, always_hash=True) if path and file else None
-        return f"{path}: {problem}; prompts may mean others to it: {WHAT_TO_DO}" if problem else None
+        return f"{path}: {problem}; it may read prompts differently; {WHAT_TO_DO}" if problem else None
 
 
 def require_utf8(path: Path) -> None:
@@ -85,7 +90,7 @@ def open_bundle(root: Path) -> Bundle:
     """The bundle at `root`. Raises UsageError when there is none, CheckpointError when its manifest is wrong."""
     require_utf8(root)
     path = root / MANIFEST_NAME
-    if not path.is_file():
+    if not is_bundle(root):
         raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:

@@ -1,11 +1,12 @@
 """Casts between float formats on raw bytes, in numpy: what torch's `.to(dtype)` gives, without torch.
 
-Every value but NaN comes out bit for bit as torch's: rounded to nearest, ties to even, through float32 where the
-source is float64 (torch does so too). A NaN stays a NaN and keeps its sign and the leading bits of its payload; it
-becomes a quiet one, save from BF16 to F32, where nothing is recomputed. torch agrees on that unless the target is
-BF16: there its NaN is 0x7FC0 or 0xFFFF, whichever of its kernels the memory layout selects.
+ml_dtypes rounds to BF16. Every value but NaN equals torch's bit for bit: values are rounded to nearest, ties to even,
+and a float64 goes through float32 as in torch. A NaN stays a NaN and keeps its sign and the leading bits of its
+payload. It becomes a quiet NaN, except from BF16 to F32, where its bits are kept. torch gives the same NaNs unless the
+target is BF16: its BF16 NaN is 0x7FC0 or 0xFFFF, depending on the kernel that it chooses for the memory layout.
 
-fp8 is only read. All its values are float32 values; a scale is multiplied in there, so that one rounding follows.
+fp8 is read but not written. Each fp8 value is a float32 value, so it is multiplied by its scale in float32 and rounded
+once. The 256 values are looked up in a table, which is 5 times as fast as the cast of ml_dtypes.
 """
 
 import math
@@ -20,11 +21,11 @@ from ..schemas.errors import ConversionError, UsageError
 
 Array = NDArray[Any]
 
-# numpy has no bfloat16 and no fp8: their bits are kept as integers.
+# Arrays of BF16 and fp8 hold the bits as integers, so that callers need no ml_dtypes.
 _STORAGE = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 _BITS = {"F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000, "F8_E5M2": 0x7C}
-_NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first pattern without sign that is no number; E4M3 has no infinity
+_NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that are not finite; E4M3 has no infinity
 
 # Where rounding begins to give infinity: half a step above the target's largest value.
 _LIMIT = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf, "F64": math.inf}
@@ -33,8 +34,10 @@ _CHUNK = 1 << 18  # elements per step: the scratch space of a step stays in a co
 
 
 def target_dtype(source: str, wanted: str | None) -> str:
-    """The dtype a tensor of dtype `source` is written in when `wanted` is asked for: floats follow, integers and
-    booleans keep theirs, and without a wish everything does. Raises UsageError when `wanted` is none of FLOATS."""
+    """The dtype in which a tensor of dtype `source` is written if the user asks for `wanted`.
+
+    Floats become `wanted`; integers and booleans keep their dtype, and so does every tensor if `wanted` is None.
+    Raises UsageError when `wanted` is not one of FLOATS."""
     if wanted is None:
         return source
     if wanted not in FLOATS:
@@ -43,14 +46,15 @@ def target_dtype(source: str, wanted: str | None) -> str:
 
 
 def castable(source: str, target: str) -> bool:
-    """Whether `cast_block` takes this pair."""
+    """Whether `cast_block` can cast from `source` to `target`."""
     return source in (*FLOATS, *FP8) and target in FLOATS
 
 
 class Cast(NamedTuple):
-    """What a cast gives: the values, how many finite ones became infinite, how many were NaN or infinite before.
+    """The result of a cast.
 
-    The last is counted of values that are cast, not of those that come out as they were."""
+    `overflow` counts finite values that became infinite. `not_finite` counts values that were NaN or infinite before;
+    it stays 0 where source and target are the same dtype."""
 
     values: Array
     overflow: int
@@ -84,7 +88,7 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
 
 
 def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:
-    """Every value looked up in a table of what the 256 codes become."""
+    """Look every value up in a table of what the 256 codes become."""
     codes = _FP8_VALUES[source]
     with np.errstate(all="ignore"):
         floats = codes if scale is None else codes * scale
@@ -103,7 +107,7 @@ def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None)
 def _cast(
     values: Array, source: str, out: Array, target: str, scratch: Array, scale: np.float32 | None
 ) -> tuple[int, int]:
-    """Fill `out`; the number of values that are infinite there alone, and of those that were not finite before."""
+    """Fill `out`; returns the number of values that became infinite, and of those that were not finite before."""
     floats = _as_f32(values, source, scratch)
     if scale is not None:
         floats = np.multiply(floats, scale, out=scratch)
@@ -153,20 +157,20 @@ def _count_not_finite(values: Array, dtype: str) -> int:
 
 
 def _unsigned(values: Array, dtype: str) -> Array:
-    """The patterns without their sign."""
+    """The bits of the values without their sign."""
     bits = values.view(_BITS[dtype])
     return np.asarray(bits & (1 << 8 * bits.itemsize - 1) - 1)
 
 
 def _e4m3_values() -> Array:
     """The float32 value of each of the 256 codes of E4M3."""
-    values = np.arange(256, dtype="u1").view(float8_e4m3fn).astype("<f4")
+    values: Array = np.arange(256, dtype="u1").view(float8_e4m3fn).astype("<f4")
     values.view("<u4")[[0x7F, 0xFF]] = 0x7FF0_0000, 0xFFF0_0000  # its NaNs, with the payload that torch gives them
     return values
 
 
 def _e5m2_values() -> Array:
-    """The same of E5M2, which is the upper half of float16."""
+    """The float32 value of each of the 256 codes of E5M2, which are the upper bytes of float16 values."""
     halves = np.arange(256, dtype="<u2") << 8
     return _as_f32(halves.view("<f2"), "F16", np.empty(256, "<f4"))
 

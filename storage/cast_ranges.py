@@ -41,7 +41,7 @@ class Counts:
     not_finite: Counter[str] = field(default_factory=Counter)
 
     def notes(self, file: str) -> tuple[str, ...]:
-        """What a user should know of values that are no numbers, or are none any more, in the file of that name."""
+        """One line for the user on values of `file` that became infinite, and one on values that were not finite."""
         kinds = {
             "became infinite in the new dtype": self.overflows,
             "were NaN or infinite before the cast, and still are": self.not_finite,
@@ -73,8 +73,10 @@ def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress |
 
 
 def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterator[tuple[str, Done]]:
-    """The results in order. Each task reads, computes and writes at its own place in a worker thread, so no block
-    waits for another; only as many are handed out as keep the workers busy."""
+    """The results of the tasks, in order.
+
+    Each task reads, computes and writes at its own place in a worker thread, so no block waits for another. Only as
+    many tasks are submitted as keep the workers busy."""
     waiting: deque[tuple[str, Future[Done]]] = deque()
     for name, task in tasks:
         waiting.append((name, pool.submit(task)))
@@ -99,7 +101,7 @@ def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
 
 
 def read_scale(part: TensorRange) -> np.float32 | None:
-    """The number that all values of a tensor are to be multiplied by. Raises ConversionError when it is not finite."""
+    """The number by which all values of a tensor are multiplied. Raises ConversionError when it is not finite."""
     if part.scale is None:
         return None
     with part.scale.path.open("rb", buffering=0) as file:
@@ -107,7 +109,7 @@ def read_scale(part: TensorRange) -> np.float32 | None:
     scale = np.float32(cast_block(data, part.scale.dtype, "F32")[0][0])
     if not np.isfinite(scale):
         raise ConversionError(
-            f"{part.scale.path}: the fp8 scale at byte {part.scale.offset} is {scale}, no finite number; "
+            f"{part.scale.path}: the fp8 scale at byte {part.scale.offset} is {scale}, not a finite number; "
             "get the checkpoint in another dtype"
         )
     return scale
@@ -118,8 +120,10 @@ def _cuts(size: int, step: int) -> Iterator[range]:
 
 
 def _tiles(shape: Shape, limit: int) -> Iterator[tuple[range, range]]:
-    """Rows and columns of tiles of at most `limit` values: whole rows of the output or of the source where that
-    leaves the other side long, squares otherwise, so that neither is read or written in crumbs."""
+    """Rows and columns of tiles of at most `limit` values.
+
+    Tiles are whole rows of the output or of the source where the other side stays long, else squares. So neither file
+    is read or written in very short lines."""
     rows, columns = shape
     height = max(1, min(rows, max(math.isqrt(limit), limit // max(1, columns))))
     width = max(1, limit // height)

@@ -1,7 +1,9 @@
-"""Where outputs may lie and what they may replace: the one rule of every command that writes.
+"""Decides where an output may lie and what it may replace; every command that writes follows these rules.
 
-Files go into an existing folder beside what is there. `--force` replaces files of the same names, or a whole folder
-that we made and that holds nothing else (`converters.ownership` tells). No output is, contains or lies inside a source.
+- Files go into an existing folder beside the files that are there.
+- ``force=True`` replaces files of the same names, or a whole folder that cascadekit made and that holds nothing else
+  (see ``replaceable_folders``).
+- No output is a source, contains one or lies inside one.
 """
 
 import os
@@ -60,7 +62,7 @@ def require_free(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; give the name of a file to write")
     if os.path.lexists(path) and not force:
-        raise UsageError(f"{path}: exists already; give another output or --force to replace it")
+        raise UsageError(f"{path}: exists already; give another output, or force=True to replace it")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -70,7 +72,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _is_source(target: Path, source: str | Path) -> UsageError:
-    return UsageError(f"{target}: is the source {source} itself, which not even --force replaces; give another output")
+    return UsageError(
+        f"{target}: is the source {source} itself, which not even force=True replaces; give another output"
+    )
 
 
 def _identity(path: Path) -> Identity | None:

@@ -1,4 +1,4 @@
-"""Reads the header of any weights file: its first bytes, not its name, say whether it is safetensors or a pickle."""
+"""Reads the header of any weights file; the first bytes, not the name, decide between safetensors and a pickle."""
 
 import stat
 from pathlib import Path

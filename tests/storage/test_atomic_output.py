@@ -64,7 +64,7 @@ def test_an_empty_folder_is_no_obstacle_and_stays_the_same_folder(tmp_path: Path
 @pytest.mark.parametrize("files", [None, ["a.txt"]])
 def test_files_of_the_same_names_take_force_and_are_listed(tmp_path: Path, files: list[str] | None) -> None:
     out = fill(tmp_path / "out", OLD)
-    with pytest.raises(UsageError, match=r"exists already, with a\.txt(, sub/b\.txt)?; .*--force to replace"):
+    with pytest.raises(UsageError, match=r"exists already, with a\.txt(, sub/b\.txt)?; .*force=True to replace"):
         write(out, files=files)
     assert read(out) == OLD
     assert write(out, files=files, force=True) == [f"{out}: replaced a.txt, sub/b.txt"]

@@ -251,10 +251,9 @@ def test_workers_stop_before_the_file_is_closed(two: Path, tmp_path: Path, monke
 
 MEASURE = """
 import pathlib, re, sys
-from cascadekit.storage.safetensors_plan import Calculated, TensorPlan
+from cascadekit.storage.safetensors_plan import TensorPlan
 from cascadekit.storage.safetensors_reader import TensorRange
-from cascadekit.storage.safetensors_writer import new_safetensors, write_safetensors
-from helpers.safetensors_bytes import copied
+from cascadekit.storage.safetensors_writer import write_safetensors
 source, out, dtype, target, rows, columns, transposed = sys.argv[1:]
 shape, path = (int(rows), int(columns)), pathlib.Path(source)
 part = TensorRange(path, dtype, shape, 0, path.stat().st_size, transposed == "True")

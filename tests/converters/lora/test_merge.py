@@ -219,7 +219,7 @@ def test_too_large_for_the_dtype(bench: Any, numbers: Any, tmp_path: Path) -> No
     with pytest.raises(ConversionError, match="not finite in F16"):
         merge_loras(bench.checkpoint(dtype=torch.float16), [lora], tmp_path / "x.safetensors", strengths=[1e6])
     assert not (tmp_path / "x.safetensors").exists()
-    with pytest.raises(UsageError, match="--force"):
+    with pytest.raises(UsageError, match="force=True"):
         merge_loras(bench.checkpoint(), [lora], lora)
 
 
