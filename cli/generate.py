@@ -8,15 +8,15 @@ import click
 
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
 from .console import note, say, step_progress
-from .generate_batch import Drawing, draw_batch
+from .generate_batch import BatchOptions, generate_batch
 from .generate_common import (
     OPENING,
+    note_cut_prompts,
+    note_memory,
     open_cascade,
+    request_fields,
     require_previewer,
-    said,
     steps_shown,
-    tell_memory,
-    warn_of_cuts,
 )
 from .generate_options import BATCH, looks, machinery, together
 from .options import PATH
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder or .png file.")
-@click.option("--like", type=PATH, help="A PNG made by cascadekit: draw it again, with what else is said changed.")
+@click.option("--like", type=PATH, help="A PNG made by cascadekit: generate it again, changed by the other options.")
 @click.option(
     "--images", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images for each prompt."
 )
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @looks
 @machinery
 @click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Show NAME.preview.png every N steps.")
-@click.option("--force", is_flag=True, help="Replace an existing .png file; draw all images of --prompts again.")
+@click.option("--force", is_flag=True, help="Replace an existing .png file; generate all images of --prompts again.")
 @together(BATCH)
 def generate(
     bundle: Path,
@@ -86,13 +86,13 @@ def generate(
     base = require_settings(like) if like else {}
     engine["loras"] = engine["loras"] or [(lora.name, lora.strength) for lora in loras_of(base)]
     merged = [{"name": name, "strength": strength} for name, strength in engine["loras"]]
-    common = {**base, **said(options), **({"loras": merged} if merged else {})}
+    common = {**base, **request_fields(options), **({"loras": merged} if merged else {})}
     if prompt_file is not None:
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         common |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
-        how = Drawing(prompt_file, output, name, log, images, batch, preview_every, force, keep_going)
-        draw_batch(bundle, engine, common, how)
+        how = BatchOptions(prompt_file, output, name, log, images, batch, preview_every, force, keep_going)
+        generate_batch(bundle, engine, common, how)
         return
     if name or log or keep_going:
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
@@ -107,9 +107,9 @@ def generate(
         is_file = paths == [output]
         if preview_every:
             require_free_previews(paths)
-        warn_of_cuts(requests, cascade)
+        note_cut_prompts(requests, cascade)
         most = min(batch or images_together(requests[0].settings), _room(requests[0].settings))
-        tell_memory(requests, cascade, most)
+        note_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:
             for group in groups(requests, most, partial(text_length, cascade)):
@@ -132,5 +132,5 @@ def _given(path: Path | None) -> list[Path]:
 
 
 def _room(settings: "Settings") -> int:
-    """How many images may be drawn in one call, however many --batch asks for."""
+    """The most images that one call may generate, whatever --batch says."""
     return max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))

@@ -1,4 +1,4 @@
-"""The part of `generate` that draws what a file of prompts says."""
+"""The part of `generate` that reads a file of prompts (`--prompts`)."""
 
 import secrets
 import shutil
@@ -13,7 +13,7 @@ import click
 from ..schemas.errors import CascadeError, UsageError
 from ..schemas.stages import Stage
 from .console import FAILED, batch_progress, note, say
-from .generate_common import open_cascade, require_previewer, steps_shown, tell_memory, warn_of_cuts
+from .generate_common import note_cut_prompts, note_memory, open_cascade, require_previewer, steps_shown
 from .signals import stoppable
 from .translate import in_options
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ..runtime.sampling.loop import Step
 
 LOG_NAME = "log.jsonl"
-SHOWN = 20  # problems, of what may be thousands
+SHOWN = 20  # problems; there may be thousands
 PIXEL_BYTES = 3  # what a PNG takes at most
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How a file of prompts is drawn; the options of the same names."""
+class BatchOptions:
+    """The options of `generate` that concern a file of prompts."""
 
     prompt_file: Path
     output: Path
@@ -48,10 +48,10 @@ class Drawing:
         return self.log or self.output / LOG_NAME
 
 
-def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any], how: Drawing) -> None:
-    """Draw the images of a file of prompts that are not there yet. `common` is what its lines leave unsaid.
+def generate_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any], how: BatchOptions) -> None:
+    """Generate the images of a file of prompts that do not exist yet.
 
-    Exits with 1 when some could not be drawn."""
+    `common` has the fields that lines of the file leave out. The command ends with exit code 1 when an image failed."""
     from ..runtime.batch.log import Journal
     from ..runtime.batch.run import alone, conflicts
 
@@ -59,7 +59,7 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
         require_previewer(cascade, how.preview_every)
         seed, plan = _plan(cascade, common, how)
         if plan.problems:
-            _tell_problems(plan, keep_going=how.keep_going)
+            _report_problems(plan, keep_going=how.keep_going)
         _require_apart(plan.jobs, bundle, how)
         with alone(how.output), Journal(how.log_path) as journal:
             if not how.force and (others := conflicts(plan.jobs)):
@@ -68,14 +68,14 @@ def draw_batch(bundle: Path, engine: Mapping[str, Any], common: Mapping[str, Any
             started = {"prompts": str(how.prompt_file), "bundle": str(bundle), "images": len(plan.jobs)}
             journal.write("started", {**started, "base_seed": seed, **_used(cascade, common)})
             journal.write("failed", *({"error": problem} for problem in plan.problems))
-            _tell_needs(cascade, plan.jobs, how)
-            failed = _draw(cascade, plan.jobs, journal, how) + len(plan.problems)
+            _note_needs(cascade, plan.jobs, how)
+            failed = _generate(cascade, plan.jobs, journal, how) + len(plan.problems)
     if failed:
         click.get_current_context().exit(FAILED)
 
 
-def _plan(cascade: "Cascade", common: Mapping[str, Any], how: Drawing) -> tuple[int, "Plan"]:
-    """The base seed, the one a former run chose when none is given, and the jobs."""
+def _plan(cascade: "Cascade", common: Mapping[str, Any], how: BatchOptions) -> tuple[int, "Plan"]:
+    """The base seed and the jobs. Without a seed in `common`, the seed of an earlier run in the log is used."""
     from ..runtime.batch.file_names import DEFAULT_NAME, NameTemplate
     from ..runtime.batch.image_jobs import Planner
     from ..runtime.batch.prompt_files import read_prompt_file
@@ -91,17 +91,17 @@ def _plan(cascade: "Cascade", common: Mapping[str, Any], how: Drawing) -> tuple[
     return seed, Planner(cascade.manifest, how.output, template, seed, how.images, shared).plan(file)
 
 
-def _tell_problems(plan: "Plan", *, keep_going: bool) -> None:
+def _report_problems(plan: "Plan", *, keep_going: bool) -> None:
     if not keep_going:
-        todo = "nothing was drawn; mend them, or draw the others with --keep-going"
-        raise UsageError(_listed(f"{len(plan.problems)} wrong in the file of prompts; {todo}", plan.problems))
+        todo = "nothing was generated; correct the lines, or generate the others with --keep-going"
+        raise UsageError(_listed(f"{len(plan.problems)} wrong lines in the file of prompts; {todo}", plan.problems))
     for problem in plan.problems:
         note(f"left out: {problem}")
 
 
-def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: Drawing) -> None:
-    """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
-    from ..runtime.batch.image_jobs import pictures_of
+def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: BatchOptions) -> None:
+    """Raise UsageError when an image, a preview or the log would replace a source of the images."""
+    from ..runtime.batch.jobs import pictures_of
     from ..runtime.images.png import require_free_previews
     from ..storage.output_rules import require_apart, require_none_is
 
@@ -120,8 +120,8 @@ def _listed(text: str, lines: Sequence[str]) -> str:
 
 
 def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
-    """For the log: what was drawn with."""
-    from ..runtime.batch.image_jobs import bundle_identity
+    """Settings, weights, engine and version that the images are generated with, for the log."""
+    from ..runtime.batch.jobs import bundle_identity
 
     return {
         "settings": dict(common),
@@ -131,8 +131,8 @@ def _used(cascade: "Cascade", common: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Drawing) -> int:
-    """Draw and tell; how many failed."""
+def _generate(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: BatchOptions) -> int:
+    """Generate all jobs and print a line for each. Returns the number of jobs that failed."""
     from ..runtime.batch.run import Runner
     from ..runtime.images.png import remove_preview
 
@@ -167,7 +167,7 @@ def _draw(cascade: "Cascade", jobs: "Sequence[Job]", journal: "Journal", how: Dr
 
 
 def _line(outcome: "Outcome") -> str | None:
-    """What to say of it; None of what was there before."""
+    """The line to print about an outcome; None for an image that existed before."""
     job = outcome.job
     if outcome.kind == "skipped":
         return None
@@ -178,17 +178,16 @@ def _line(outcome: "Outcome") -> str | None:
     return f"wrote {job.path} ({size}, seed {job.request.seed}{copied})"
 
 
-def _tell_needs(cascade: "Cascade", jobs: "Sequence[Job]", how: Drawing) -> None:
-    """Say what is cut off, how much memory will be taken, and so when the disk may become full: images are mostly
-    smaller than their pixels."""
+def _note_needs(cascade: "Cascade", jobs: "Sequence[Job]", how: BatchOptions) -> None:
+    """Note prompts that are cut off, the memory that will be needed, and a disk that may become full."""
     from ..runtime.batch.run import images_together
 
     left = [job.request for job in jobs if how.force or not job.path.exists()]
     if not left:
         return
-    warn_of_cuts(left, cascade)
+    note_cut_prompts(left, cascade)
     sizes = [request.settings for request in left]
-    tell_memory(left, cascade, how.batch or min(map(images_together, sizes)))
+    note_memory(left, cascade, how.batch or min(map(images_together, sizes)))
     needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
     free = shutil.disk_usage(how.output).free
     if needed > free:

@@ -1,4 +1,4 @@
-"""What commands that draw share: opening the cascade, previews, notes."""
+"""Functions that `generate` and `ui` share: opening the cascade, previews, notes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +30,7 @@ def open_cascade(
     stages: Mapping[Stage, Path],
     loras: Sequence[tuple[str, float]],
 ) -> "Cascade":
-    """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
+    """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
     from ..parity.verdict import warning
     from ..runtime.cascade import Cascade
     from ..storage.bundle import open_bundle
@@ -58,15 +58,15 @@ def open_cascade(
 
 
 def _refit(engine: Any, graph: Path) -> None:
-    """Give an engine of plain TensorRT the weights that its graph has now."""
+    """Put the current weights of `graph` into an engine of plain TensorRT."""
     from ..converters.tensorrt.backend import find_backend
     from ..converters.tensorrt.refit import refit
 
     refit(find_backend("tensorrt"), engine, graph)
 
 
-def said(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a request from the options of LOOKS that were given."""
+def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request, from those options of LOOKS that were given."""
     found = {name: value for name, value in options.items() if value not in (None, ()) and name != "size"}
     if options.get("size"):
         found["width"], found["height"] = options["size"]
@@ -76,7 +76,7 @@ def said(options: Mapping[str, Any]) -> dict[str, Any]:
 def steps_shown(
     progress: Callable[[str, int, int], object], paths: Sequence[Path], every: int | None
 ) -> "Callable[[Stage, Step], None]":
-    """Moves the bars on, and puts a preview beside where each image will be."""
+    """Return a function for each step: it moves the bars, and every `every` steps saves a preview of each image."""
 
     from ..runtime.images.png import save_preview
 
@@ -84,20 +84,20 @@ def steps_shown(
         progress(stage, step.index + 1, step.steps)
         if every and stage is Stage.PRIOR and (step.index + 1) % every == 0:
             for path, picture in zip(paths, step.preview(), strict=True):
-                with suppress(OSError):  # the image itself will tell that nothing can be written there
+                with suppress(OSError):  # saving the image itself reports the error
                     save_preview(path, picture)
 
     return on_step
 
 
 def require_previewer(cascade: "Cascade", every: int | None) -> None:
-    """Raise UsageError when previews are asked for that the bundle cannot draw."""
+    """Raise UsageError when previews are asked for and the bundle has no previewer."""
     if every and Stage.PREVIEWER not in cascade.manifest.stages:
         raise UsageError("--preview-every: the bundle has no previewer; export the model with it, or leave this out")
 
 
-def tell_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
-    """Say how much memory the largest of the images will take, before anything is loaded."""
+def note_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
+    """Note how much memory the largest image will need, before anything is loaded."""
     from ..runtime.memory.prediction import predict_peak
 
     largest = max((each.settings for each in requests), key=lambda settings: settings.width * settings.height)
@@ -105,8 +105,8 @@ def tell_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) ->
     note(f"memory: about {peak.nbytes / 1e9:.1f} GB at the peak, in the {peak.stage}")
 
 
-def warn_of_cuts(requests: "Sequence[Request]", cascade: "Cascade") -> None:
-    """Say what CLIP does not read, unless long prompts are read in chunks."""
+def note_cut_prompts(requests: "Sequence[Request]", cascade: "Cascade") -> None:
+    """Note the end of each prompt that CLIP does not read; with --long-prompts nothing is cut off."""
     texts = {text for each in requests if not each.settings.long_prompts for text in (each.prompt, each.negative)}
     for text, cut in zip(sorted(texts), cascade.tokenizer(sorted(texts)).truncated, strict=True):
         if cut:

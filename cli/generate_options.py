@@ -1,4 +1,4 @@
-"""The options of `generate`: what an image looks like, and what draws it."""
+"""The options of `generate`: those that change the image, and those that choose engine and memory."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,9 +39,9 @@ def _setting(*names: str, default: str = "", **more: Any) -> Option:
     return click.option(*names, default=None, show_default=default or False, **more)
 
 
-# What an image looks like: the fields of a request by their names.
+# Options that change the image. Their names are those of a request's fields.
 LOOKS: Sequence[Option] = (
-    _setting("--negative", default="nothing", help="What the image should not be."),
+    _setting("--negative", default="nothing", help="Text that describes what to avoid."),
     click.option("--size", metavar="WxH", callback=parse_size, help="Multiples of 8.  [default: the bundle's]"),
     _setting("--prior-steps", type=int, default="20"),
     _setting("--prior-guidance", type=float, default="4.0"),
@@ -52,29 +52,39 @@ LOOKS: Sequence[Option] = (
         "--sampler",
         type=click.Choice([str(sampler) for sampler in Sampler]),
         default="ddpm-wuerstchen",
-        help="diffusers' or Stability's.",
+        help="ddpm-wuerstchen is the sampler of diffusers, gdf the one of Stability.",
     ),
-    _setting("--prior-shift", type=float, default="1.0; 2.0 with gdf", help="Of the noise schedule (gdf)."),
-    _setting("--decoder-shift", type=float, default="1.0", help="Of the noise schedule (gdf)."),
-    _setting("--rescale", type=float, default="0.7", help="Of guidance (gdf)."),
-    _setting("--prior-timesteps", metavar="1,...,0", callback=_parse_ratios, help="Ratios in place of a number."),
-    _setting("--decoder-timesteps", metavar="1,...,0", callback=_parse_ratios, help="Ratios in place of a number."),
+    _setting("--prior-shift", type=float, default="1.0; 2.0 with gdf", help="Shift of the noise schedule (gdf)."),
+    _setting("--decoder-shift", type=float, default="1.0", help="Shift of the noise schedule (gdf)."),
+    _setting("--rescale", type=float, default="0.7", help="Rescaling of guidance (gdf)."),
+    _setting(
+        "--prior-timesteps",
+        metavar="1,...,0",
+        callback=_parse_ratios,
+        help="Ratios instead of steps.",
+    ),
+    _setting(
+        "--decoder-timesteps",
+        metavar="1,...,0",
+        callback=_parse_ratios,
+        help="Ratios instead of steps.",
+    ),
     click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
-    _setting("--init-image", help="A picture to vary, or to draw into with --mask."),
+    _setting("--init-image", help="A picture to vary; with --mask, to inpaint."),
     _setting("--strength", type=float, default="0.8", help="How far from --init-image: 0 to 1."),
-    _setting("--mask", help="White where --init-image is to be drawn anew."),
+    _setting("--mask", help="A picture that is white where --init-image is to be replaced."),
     click.option(
         "--control",
         "controls",
         metavar="NAME=PICTURE[:STRENGTH]",
         multiple=True,
-        help="canny, inpainting or super_resolution, and what it looks at (repeatable).",
+        help="A ControlNet (canny, inpainting or super_resolution) and its picture (repeatable).",
     ),
     click.option("--weighted", is_flag=True, default=None, help="Read (words:1.2) and [words] as emphasis."),
     click.option("--long-prompts", is_flag=True, default=None, help="Read prompts beyond 77 tokens in chunks."),
 )
 
-# What draws it.
+# Options that choose engine, device and memory.
 MACHINERY: Sequence[Option] = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
     click.option(
@@ -85,19 +95,19 @@ MACHINERY: Sequence[Option] = (
         help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
         "in bf16 differ slightly from those in fp32, which all the others compute in; -mapped is for little memory.",
     ),
-    click.option("--threads", type=click.IntRange(1, 4096), help="The engine's own choice when left out."),
+    click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(
         "--memory",
         metavar="resident|staged|N GB",
         default="staged",
         show_default=True,
-        help="Stages that stay loaded: all, one at a time, or what fits.",
+        help="Stages that stay loaded: all, one at a time, or as many as fit.",
     ),
     click.option(
         "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
     ),
-    click.option("--allow-cpu", is_flag=True, help="Let the CPU do what ONNX Runtime cannot do on the GPU."),
-    click.option("--batch", type=click.IntRange(1), help="Images drawn together.  [default: 4 of 1024x1024]"),
+    click.option("--allow-cpu", is_flag=True, help="Let the CPU run what ONNX Runtime cannot run on the GPU."),
+    click.option("--batch", type=click.IntRange(1), help="Images generated together.  [default: 4 of 1024x1024]"),
     click.option(
         "--from",
         "stages",
@@ -117,7 +127,7 @@ MACHINERY: Sequence[Option] = (
 )
 
 
-# What --prompts takes besides.
+# Options that concern --prompts.
 BATCH: Sequence[Option] = (
     click.option(
         "--prompts",
@@ -130,16 +140,20 @@ BATCH: Sequence[Option] = (
     click.option(
         "--name",
         metavar="TEMPLATE",
-        help="Of each image of --prompts, such as {number:04d}-{seed}-{prompt:.30}; there are also {width}, {height}, "
-        "{key} and the line's {name}.  [default: the name, or the number]",
+        help="File name of each image of --prompts, such as {number:04d}-{seed}-{prompt:.30}; there are also "
+        "{width}, {height}, {key} and the line's {name}.  [default: the name, or the number]",
     ),
-    click.option("--log", type=click.Path(path_type=Path), help="JSON lines.  [default: log.jsonl in the folder]"),
-    click.option("--keep-going", is_flag=True, help="Draw the good lines of --prompts though others are wrong."),
+    click.option(
+        "--log",
+        type=click.Path(path_type=Path),
+        help="Log, as JSON lines.  [default: log.jsonl in the folder]",
+    ),
+    click.option("--keep-going", is_flag=True, help="Generate the correct lines of --prompts and skip wrong ones."),
 )
 
 
 def together(options: Sequence[Option]) -> Option:
-    """All of a table's options on one command."""
+    """A decorator that puts all options of a table on a command."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in reversed(options):

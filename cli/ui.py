@@ -36,7 +36,7 @@ def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **en
         )
         with page as server:
             if not _is_loopback(host):
-                note("whoever reaches this address can draw, and see the images; 127.0.0.1 is for this machine alone")
+                note("whoever reaches this address can generate and see images; use 127.0.0.1 for this machine alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")
             try:
                 server.serve_forever()
