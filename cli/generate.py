@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
-from .batch import Drawing, draw_batch
 from .common import PATH
 from .console import note, say, step_progress
 from .drawing import (
@@ -69,8 +68,9 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
+    from ..runtime.batch.generate_batch import BatchSettings
     from ..runtime.batch.image_jobs import pictures_of
-    from ..runtime.batch.requests import draw, groups, text_length
+    from ..runtime.batch.requests import generate_requests, request_groups, text_length
     from ..runtime.batch.run import images_together
     from ..runtime.images.made_with import changes
     from ..runtime.images.png import (
@@ -82,6 +82,7 @@ def generate(
         save_png,
     )
     from ..schemas.request import loras_of
+    from .batch import generate_prompt_file
 
     engine = {name: options.pop(name) for name in OPENING}
     base = require_settings(like) if like else {}
@@ -92,8 +93,19 @@ def generate(
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         common |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
-        how = Drawing(prompt_file, output, name, log, images, batch, preview_every, force, keep_going)
-        draw_batch(bundle, engine, common, how)
+        chosen = BatchSettings(
+            prompt_file,
+            output,
+            name=name,
+            log=log,
+            images=images,
+            batch=batch,
+            preview_every=preview_every,
+            force=force,
+            keep_going=keep_going,
+            bundle=bundle,
+        )
+        generate_prompt_file(engine, chosen, common)
         return
     if name or log or keep_going:
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
@@ -111,11 +123,11 @@ def generate(
         tell_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:
-            for group in groups(requests, most, partial(text_length, cascade)):
+            for group in request_groups(requests, most, partial(text_length, cascade)):
                 here = [next(left) for _ in group]
                 on_step = steps_shown(progress, here, preview_every)
                 try:
-                    for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):
+                    for path, drawn in zip(here, generate_requests(cascade, group, Path(), on_step), strict=True):
                         if is_file:
                             save_png(path, drawn.image, drawn.metadata, force=force)
                         else:
