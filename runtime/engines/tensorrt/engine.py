@@ -122,7 +122,7 @@ class TensorRTStage(StageRunner):
         return self._execution.device_bytes if self._execution else 0
 
     def facts(self) -> dict[str, Any]:
-        """For reports: the plan in use, its bytes and its weights' bytes on the device, whether a CUDA graph is used."""
+        """For reports: the plan in use, its bytes and its weights' bytes on the device, if a CUDA graph is used."""
         execution = self._execution
         if execution is None:
             return {}
