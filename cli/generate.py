@@ -8,7 +8,6 @@ import click
 
 from ..schemas.limits import MAX_IMAGES, MAX_PIXELS_TOGETHER
 from .console import note, say, step_progress
-from .generate_batch import BatchOptions, generate_batch
 from .generate_common import (
     OPENING,
     note_cut_prompts,
@@ -67,9 +66,10 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
+    from ..runtime.batch.generate_batch import BatchSettings
     from ..runtime.batch.image_jobs import pictures_of
     from ..runtime.batch.prompt_requests import prompt_requests
-    from ..runtime.batch.requests import draw, groups, text_length
+    from ..runtime.batch.requests import generate_requests, request_groups, text_length
     from ..runtime.batch.run import images_together
     from ..runtime.images.metadata import changes
     from ..runtime.images.png import (
@@ -81,6 +81,7 @@ def generate(
         save_png,
     )
     from ..schemas.request import loras_of
+    from .generate_batch import generate_prompt_file
 
     engine = {name: options.pop(name) for name in OPENING}
     base = require_settings(like) if like else {}
@@ -91,13 +92,24 @@ def generate(
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         common |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
-        how = BatchOptions(prompt_file, output, name, log, images, batch, preview_every, force, keep_going)
-        generate_batch(bundle, engine, common, how)
+        chosen = BatchSettings(
+            prompt_file,
+            output,
+            name=name,
+            log=log,
+            images=images,
+            batch=batch,
+            preview_every=preview_every,
+            force=force,
+            keep_going=keep_going,
+            bundle=bundle,
+        )
+        generate_prompt_file(engine, chosen, common)
         return
     if name or log or keep_going:
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     if not prompts and "prompt" not in common:
-        raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to draw again, or --prompts.")
+        raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to generate again, or --prompts.")
     with open_cascade(bundle, **engine) as cascade:
         require_previewer(cascade, preview_every)
         if like and (other := changes(base, cascade.engine, cascade.manifest)):
@@ -112,11 +124,11 @@ def generate(
         note_memory(requests, cascade, most)
         left = iter(paths)
         with step_progress() as progress:
-            for group in groups(requests, most, partial(text_length, cascade)):
+            for group in request_groups(requests, most, partial(text_length, cascade)):
                 here = [next(left) for _ in group]
                 on_step = steps_shown(progress, here, preview_every)
                 try:
-                    for path, drawn in zip(here, draw(cascade, group, Path(), on_step), strict=True):
+                    for path, drawn in zip(here, generate_requests(cascade, group, Path(), on_step), strict=True):
                         if is_file:
                             save_png(path, drawn.image, drawn.metadata, force=force)
                         else:

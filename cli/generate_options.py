@@ -10,7 +10,8 @@ from ..runtime.engines.table import AUTO
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .options import ENGINES, parse_loras, parse_size
+from .engines import ENGINES
+from .options import parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import click
 
-from ..runtime.engines.table import ENGINES as ENGINE_TABLE
 from ..schemas.stages import Stage
 from .console import note
 
 PATH = click.Path(path_type=Path)
-ENGINES = tuple(ENGINE_TABLE)
 STAGES = click.Choice([str(stage) for stage in Stage])
 
 

@@ -10,7 +10,8 @@ import click
 from ..schemas.errors import UsageError, reraise_interrupt
 from ..schemas.stages import Stage
 from .console import FAILED, note, say, show_table
-from .options import ENGINES, PATH, STAGES, local, maybe_local, parse_size
+from .engines import ENGINES
+from .options import PATH, STAGES, local, maybe_local, parse_size
 from .verify_checkpoints import is_bundle, verify_checkpoints
 from .verify_inside import Inside, look_inside, print_inside
 from .verify_report import check_names, keep

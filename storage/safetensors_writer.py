@@ -18,9 +18,10 @@ from threading import Event
 from typing import Any, Protocol
 
 from ..schemas.callbacks import Progress
+from ..schemas.dtypes import FLOATS
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
-from .cast import FLOATS, Array, castable
+from .cast import Array, castable
 from .cast_ranges import Counts, cast_placed
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .safetensors_plan import PlacedRange, PlacedValues, TensorPlan, placed

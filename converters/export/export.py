@@ -20,6 +20,7 @@ from ...schemas.bundle import (
     to_text,
 )
 from ...schemas.config_json import to_json
+from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError, LayoutError, UsageError
 from ...schemas.infer import infer_config
 from ...schemas.limits import VQGAN_SCALES
@@ -27,7 +28,6 @@ from ...schemas.quantization import RULES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
 from ...storage.atomic_output import staged_output
 from ...storage.bundle import require_utf8
-from ...storage.cast import FP8
 from ...storage.file_hashes import Hashing, describe_file, fingerprint
 from ...storage.safetensors_reader import TensorRange
 from ..checkpoints.identify import Component, find_problems

@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ...storage.cast import FLOATS, cast_block
+from ...schemas.dtypes import FLOATS
+from ...storage.cast import cast_block
 
 Array = NDArray[np.floating]
 Bytes = NDArray[np.uint8]

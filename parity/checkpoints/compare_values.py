@@ -12,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.dtypes import FLOATS, FP8
 from ...schemas.errors import CheckpointError
-from ...storage.cast import FLOATS, FP8, cast_block, cast_counted, castable
+from ...storage.cast import cast_block, cast_counted, castable
 from ...storage.cast_ranges import read_scale
 from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 

@@ -10,10 +10,11 @@ from torch import nn
 from ...converters.checkpoints.identify import Component
 from ...converters.checkpoints.open_model import Model
 from ...schemas.config_json import to_json
+from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
 from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
-from ...storage.cast import FP8, cast_counted
+from ...storage.cast import cast_counted
 from ...storage.cast_ranges import read_scale
 from ...storage.safetensors_reader import TensorRange
 from . import load_reference

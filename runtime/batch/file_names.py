@@ -1,4 +1,4 @@
-"""Names of output files from a template such as "{number:04d}-{seed}", which no prompt can lead astray."""
+"""Names of output files from a template such as "{number:04d}-{seed}". No prompt can lead a file out of its folder."""
 
 import os
 import re
@@ -16,10 +16,10 @@ TEXTS = ("prompt", "name", "key")
 DEFAULT_NAME = "{name}"
 EXTENSION = ".png"
 
-SLUG_BYTES = 100  # of a prompt or a name, in UTF-8
-MOST_BYTES = 240  # of a file's name: file systems take 255, and while it is written it is somewhat longer
+SLUG_BYTES = 100  # the UTF-8 bytes of a prompt or a name that are used
+MOST_BYTES = 240  # of a file name: file systems take 255, and the name of an unfinished file is longer
 SPEC = {**dict.fromkeys(NUMBERS, re.compile(r"(0?\d{1,2})?d?")), **dict.fromkeys(TEXTS, re.compile(r"(\.\d{1,2})?s?"))}
-FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')  # somewhere, in a file's name
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')  # in file names, on some system
 
 
 def slug(text: str) -> str:
@@ -37,7 +37,8 @@ class NameTemplate:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises UsageError for a field there is none of, a format that is none, and a path out of the folder."""
+        """Parse a template. Raises UsageError for an unknown field, an invalid format, and characters that file names
+        must not have."""
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -54,9 +55,9 @@ class NameTemplate:
         return cls(text)
 
     def path(self, values: Mapping[str, Any]) -> Path:
-        """A relative path ending in .png. Texts are made safe, numbers are not asked.
+        """A relative path that ends in .png. Texts among `values` are reduced to letters, digits and "-".
 
-        Raises UsageError when what comes out is no name of a file, or one too long."""
+        Raises UsageError when the result is no file name, or too long a one."""
         safe = {name: slug(value) if name in TEXTS else value for name, value in values.items()}
         filled = self.text.format_map(safe).removesuffix(EXTENSION)
         parts = filled.split("/")

@@ -1,7 +1,7 @@
-"""From a file of prompts to jobs: one for each image, with the key that tells a finished image from all others.
+"""Turns a file of prompts into jobs, one for each image. A job's key tells its finished image from all others.
 
-A job's number, its seed and its name depend on its place among the entries of the file, bad ones included, so that the
-same file leads to the same jobs after a bad entry was mended.
+The number, the seed and the name of a job depend on its place among all entries of the file, bad ones included. So the
+same file leads to the same jobs after a bad entry was corrected.
 """
 
 import hashlib
@@ -36,26 +36,26 @@ PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image: number `number` of the batch, from 0, said on line `line` of the file."""
+class ImageJob:
+    """One image of a batch: its number, from 0, and the line of the file that asks for it."""
 
     number: int
     line: int
-    request: Request  # its pictures with their SHA-256, their paths usable as they are
+    request: Request  # its pictures have their SHA-256, and paths that need no folder
     key: str
     path: Path
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The jobs of all entries that are good, and what is wrong with the others, each with its file and line."""
+class BatchPlan:
+    """The jobs of all good entries, and one message for each bad entry, which names the file and the line."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[ImageJob, ...]
     problems: tuple[str, ...]
 
 
-class Found(StrEnum):
-    """What lies where a job's image belongs."""
+class OutputState(StrEnum):
+    """What lies at the path of a job's image."""
 
     NOTHING = "nothing"
     DONE = "the image"
@@ -64,9 +64,9 @@ class Found(StrEnum):
 
 
 @dataclass(frozen=True)
-class Planner:
-    """What all entries of a batch share. `common` are fields of a request that an entry may override, `images` how
-    many of each, `base_seed` the seed of entry 0; the entries after it count on from there."""
+class BatchPlanner:
+    """What all entries of a batch share. `common` are fields of a request that an entry may override. `images` is the
+    number of images of an entry. `base_seed` is the seed of entry 0; the seeds of later entries count on from it."""
 
     manifest: Manifest
     output: Path
@@ -75,12 +75,12 @@ class Planner:
     images: int = 1
     common: Mapping[str, Any] = field(default_factory=dict)
 
-    def plan(self, file: PromptFile) -> Plan:
-        """Everything that can be known without drawing is checked here, for all entries.
+    def plan(self, file: PromptFile) -> BatchPlan:
+        """The jobs of `file`. All entries are checked for everything that can be known before images are generated.
 
         Raises UsageError for more images than `MAX_IMAGES`."""
         self._require_number(file)
-        jobs: list[Job] = []
+        jobs: list[ImageJob] = []
         problems: list[str] = []
         number = 0
         for place, entry in enumerate(file.entries):
@@ -92,13 +92,13 @@ class Planner:
                 problems.append(f"{file.name}:{entry.line}: {error}")
             number += count
         kept, clashes = _without_clashes(jobs, file.name)
-        return Plan(tuple(kept), (*problems, *clashes))
+        return BatchPlan(tuple(kept), (*problems, *clashes))
 
     def _require_number(self, file: PromptFile) -> None:
-        """Raise UsageError for more images than a file may ask for, those of bad entries left out."""
+        """Raise UsageError if the good entries ask for more than MAX_IMAGES images."""
         total = 0
         for entry in file.entries:
-            with suppress(UsageError):  # told with the entry
+            with suppress(UsageError):  # reported with the entry
                 total += self._count(entry)
         if total > MAX_IMAGES:
             raise UsageError(
@@ -113,7 +113,7 @@ class Planner:
             raise UsageError(f"images: {text!r}: expected a number from 1 to {MAX_IMAGES}")
         return int(text)
 
-    def _jobs(self, entry: Entry, folder: Path, place: int, number: int, count: int) -> list[Job]:
+    def _jobs(self, entry: Entry, folder: Path, place: int, number: int, count: int) -> list[ImageJob]:
         said = {name: value for name, value in entry.given.items() if name not in ("images", "name")}
         if "loras" in said:
             raise UsageError("loras: all images of a batch share them; give them with --lora")
@@ -129,7 +129,7 @@ class Planner:
             for index, request in enumerate(requests)
         ]
 
-    def _job(self, entry: Entry, request: Request, number: int, suffix: str) -> Job:
+    def _job(self, entry: Entry, request: Request, number: int, suffix: str) -> ImageJob:
         key = content_key(request, self.manifest)
         name = entry.given.get("name")
         values = {
@@ -141,7 +141,7 @@ class Planner:
             "name": f"{number:04d}" if name is None else f"{name}{suffix}",
             "key": key,
         }
-        return Job(number, entry.line, request, key, self.output / self.template.path(values))
+        return ImageJob(number, entry.line, request, key, self.output / self.template.path(values))
 
 
 def check_request(request: Request, manifest: Manifest) -> None:
@@ -158,7 +158,7 @@ def check_request(request: Request, manifest: Manifest) -> None:
             parse_weights(text)
     inpaints = any(control.name == INPAINTING for control in request.controls)
     if request.mask and not request.init_image and not inpaints:
-        raise UsageError("mask: says what to draw anew of an initial image; give init_image with it")
+        raise UsageError("mask: selects what to redraw of an initial image; give init_image, too")
     missing = [stage for stage in used_stages(request, manifest) if stage not in manifest.stages]
     if missing:
         raise UsageError(f"the bundle has no {', '.join(missing)}; export the model with it")
@@ -167,7 +167,7 @@ def check_request(request: Request, manifest: Manifest) -> None:
 
 
 def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
-    """The stages that decide what the image looks like. Raises UsageError for a control the bundle cannot run."""
+    """The stages that decide how the image looks. Raises UsageError for a control the bundle cannot run."""
     used = [Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN]
     used += [Stage.IMAGE_ENCODER] if request.image_prompts else []
     used += [Stage.EFFNET_ENCODER] if request.init_image else []
@@ -176,8 +176,8 @@ def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
 
 
 def content_key(request: Request, manifest: Manifest) -> str:
-    """SHA-256, in hexadecimal, over what decides about the image: the request, its pictures by their SHA-256, and the
-    fingerprints of the stages it goes through, LoRAs merged in; neither names of files nor the engine.
+    """The key of an image: SHA-256, in hexadecimal, over the request, the SHA-256 of its pictures, and the fingerprints
+    of the stages it goes through, with LoRAs merged in. File names and the engine are not part of the key.
 
     Raises UsageError for numbers that are not finite."""
     said = {name: value for name, value in request.to_json().items() if name != "loras"}
@@ -194,20 +194,20 @@ def content_key(request: Request, manifest: Manifest) -> str:
 
 
 def bundle_identity(manifest: Manifest) -> dict[str, str]:
-    """For the log: one digest for each stage."""
+    """One digest of the files of each stage, by which the log identifies the bundle."""
     digests = {stage: hashlib.sha256("".join(_fingerprints(manifest, stage)).encode()) for stage in manifest.stages}
     return {str(stage): digest.hexdigest() for stage, digest in digests.items()}
 
 
 def pictures_of(requests: Iterable[Request]) -> list[str]:
-    """The files of all pictures that images are made from, each once."""
+    """The paths of all pictures that images are made from, each once."""
     values = [getattr(request, name) for request in requests for name in PICTURES]
     refs = [ref for value in values for ref in (value if isinstance(value, tuple) else (value,)) if ref is not None]
     return list(dict.fromkeys(ref.path for ref in refs))
 
 
-def look(job: Job) -> Found:
-    """What lies at the job's path; of an image only what comes before its pixels is read, and its end."""
+def output_state(job: ImageJob) -> OutputState:
+    """What lies at the job's path. Only the metadata and the end of an image are read, not its pixels."""
     try:
         with job.path.open("rb") as file:
             begins = file.read(len(PNG_BEGINS))
@@ -215,18 +215,18 @@ def look(job: Job) -> Found:
             file.seek(max(0, length - len(PNG_ENDS)))
             ends = file.read()
     except FileNotFoundError:
-        return Found.NOTHING
+        return OutputState.NOTHING
     except OSError:
-        return Found.OTHER
+        return OutputState.OTHER
     if begins and not PNG_BEGINS.startswith(begins) and any(begins):
-        return Found.OTHER
+        return OutputState.OTHER
     try:
         settings = read_settings(job.path) if ends == PNG_ENDS else None
     except (OSError, ValueError, SyntaxError):
-        return Found.DAMAGED
+        return OutputState.DAMAGED
     if ends != PNG_ENDS:
-        return Found.DAMAGED
-    return Found.DONE if isinstance(settings, dict) and settings.get(KEY) == job.key else Found.OTHER
+        return OutputState.DAMAGED
+    return OutputState.DONE if isinstance(settings, dict) and settings.get(KEY) == job.key else OutputState.OTHER
 
 
 def _fingerprints(manifest: Manifest, stage: Stage) -> list[str]:
@@ -234,10 +234,10 @@ def _fingerprints(manifest: Manifest, stage: Stage) -> list[str]:
     return sorted(file.fingerprint for file in entry.files) if entry else []
 
 
-def _without_clashes(jobs: Sequence[Job], file: str) -> tuple[list[Job], list[str]]:
-    """The first job of each name, and what is wrong with the others; names that only differ in capitals are one on
-    some file systems."""
-    firsts: dict[str, Job] = {}
+def _without_clashes(jobs: Sequence[ImageJob], file: str) -> tuple[list[ImageJob], list[str]]:
+    """The first job of each file name, and a message for each other job. Names that differ in capitals alone count as
+    one, as they do on some file systems."""
+    firsts: dict[str, ImageJob] = {}
     problems = []
     for job in jobs:
         first = firsts.setdefault(str(job.path).casefold(), job)
@@ -249,7 +249,7 @@ def _without_clashes(jobs: Sequence[Job], file: str) -> tuple[list[Job], list[st
 
 
 def _with_hashes(request: Request, said: Mapping[str, Any], folder: Path) -> Request:
-    """Pictures with the SHA-256 they have now; paths the entry said are relative to `folder`."""
+    """The request with the present SHA-256 of its pictures. Paths that the entry gives are relative to `folder`."""
     changes: dict[str, Any] = {}
     for name in PICTURES:
         value = getattr(request, name)

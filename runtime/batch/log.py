@@ -1,4 +1,4 @@
-"""A log of JSON lines that survives what happens to the program writing it."""
+"""A log of JSON lines. Its complete lines survive whatever ends the program that writes it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,29 +11,29 @@ from ...schemas.errors import CascadeError, UsageError
 from ...schemas.json_text import dump_json, load_json
 
 
-class Journal:
-    """One JSON object a line, each on disk before the next thing happens. A context manager."""
+class BatchLog:
+    """The log of a batch: one JSON object a line, on disk when `write` returns. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Go on with the log at `path`, or begin it. Raises UsageError when it cannot be written."""
+        """Open the log at `path` to append to it, or begin it. Raises UsageError when it cannot be written."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             end = os.fstat(self._descriptor).st_size
-            # Of a run that was killed while it wrote; what follows must not be taken for the rest of it.
+            # A killed run left half a line, which what follows must not continue.
             self._cut = end > 0 and os.pread(self._descriptor, 1, end - 1) != b"\n"
         except OSError as error:
             raise UsageError(f"{path}: the log cannot be written: {error.strerror}; choose another --log") from error
 
     def write(self, event: str, *fields: Mapping[str, Any]) -> None:
-        """Append an event for each of `fields`, and flush. Raises CascadeError when that fails."""
+        """Append an event for each of `fields` and bring it to disk. Raises CascadeError when that fails."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         lines = [dump_json({"time": now, "event": event, **each}) + "\n" for each in fields]
         left = (("\n" if self._cut else "") + "".join(lines)).encode()
         try:
             while left:
-                self._cut = True  # until all is written
+                self._cut = True  # until the whole line is written
                 left = left[os.write(self._descriptor, left) :]
             os.fsync(self._descriptor)
         except OSError as error:
@@ -49,8 +49,8 @@ class Journal:
         os.close(self._descriptor)
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The events in a log, without what was cut short; none when there is no log.
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a log, in order, without incomplete lines. A missing log has no events.
 
     Raises UsageError when it cannot be read."""
     try:

@@ -1,7 +1,7 @@
-"""Files of prompts: .txt with one a line, .jsonl with a request a line, .csv with a request's fields in its header.
+"""Reads files of prompts: .txt (a prompt a line), .jsonl (a request a line), .csv (a request's fields in its header).
 
-Nothing is judged here but the form: an entry that cannot be read carries what is wrong with it, so that all of them can
-be told together.
+Only the form is checked here. An entry that cannot be read carries a message, so that all messages can be shown
+together.
 """
 
 import csv
@@ -19,15 +19,15 @@ from ...schemas.limits import MAX_PROMPT_FILE_BYTES, MAX_PROMPT_LINE
 
 STDIN = "-"
 COMMENT = "#"
-LISTS = ("prior_timesteps", "decoder_timesteps")  # in a cell: numbers with "," or ";" between them
+LISTS = ("prior_timesteps", "decoder_timesteps")  # fields whose cell holds numbers with "," or ";" between them
 FIRST_LINE = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one entry says, by the names of a request's fields, besides "images" and "name"; or what is wrong."""
+    """One entry: the fields of a request that it gives, and "images" and "name"; or its problem."""
 
-    line: int  # of the file, where the entry begins, from 1
+    line: int  # the line on which the entry begins, from 1
     given: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
@@ -82,8 +82,8 @@ def _checked(entry: Entry) -> Entry:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers; of the many characters that split lines for Python, only those
-    that do for editors."""
+    """The lines that are not blank, with their numbers. Lines end as in an editor, not at the further characters that
+    Python's splitlines() knows."""
     for number, line in enumerate(io.StringIO(text, newline=None), FIRST_LINE):
         if line.strip():
             yield number, line.strip()
@@ -136,7 +136,7 @@ def _csv(text: str) -> Iterator[Entry]:
 
 
 def _row(line: int, header: list[str], cells: list[str]) -> Entry:
-    """Empty cells say nothing; neither do those that are missing at the end."""
+    """The entry of a row. Empty cells, and cells missing at the end, leave their fields out."""
     if len(cells) > len(header):
         return Entry(line, problem=f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas")
     said = {name: cell for name, cell in zip(header, cells, strict=False) if cell}

@@ -1,4 +1,4 @@
-"""Draws requests: opens their pictures, generates, and says in the metadata what was used."""
+"""Generates the images of requests: opens their pictures and writes what was used into the metadata."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..text.tokenizer import LENGTH
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedImage:
     """A finished image, the request it answers, and the metadata to store in it."""
 
     request: Request
@@ -29,13 +29,15 @@ class Drawn:
     metadata: dict[str, Any]
 
 
-def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep) -> list[Drawn]:
-    """Draw requests of one group in one batch; paths of pictures are relative to `folder`.
+def generate_requests(
+    cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep
+) -> list[GeneratedImage]:
+    """Generate the images of requests of one group together. Paths of pictures are relative to `folder`.
 
     Raises UsageError for a picture that cannot be opened or is not the one whose SHA-256 the request has,
-    UnsoundError that names the requests whose images came out as no images."""
+    UnsoundError that names the requests whose images have values that are not finite."""
     try:
-        return _draw(cascade, requests, folder, on_step)
+        return _generate(cascade, requests, folder, on_step)
     except UnsoundError as error:
         if len(requests) == 1 or not error.images:
             raise
@@ -45,7 +47,7 @@ def draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: O
         raise UnsoundError(f"{error} ({which})", error.images) from error
 
 
-def _draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep) -> list[Drawn]:
+def _generate(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: OnStep) -> list[GeneratedImage]:
     first = requests[0]
     init = None if first.init_image is None else _open(first.init_image, folder)
     controls = [ControlPicture(each.name, _open(each, folder), each.strength) for each in first.controls]
@@ -62,16 +64,16 @@ def _draw(cascade: Cascade, requests: Sequence[Request], folder: Path, on_step: 
     )
     used = with_hashes(first, folder)
     return [
-        Drawn(request, image, {**described, **used})
+        GeneratedImage(request, image, {**described, **used})
         for request, image, described in zip(requests, result.images, result.settings, strict=True)
     ]
 
 
-def groups(
+def request_groups(
     requests: Sequence[Request], most: int, length: Callable[[Request], int] = lambda request: 0
 ) -> Iterator[list[Request]]:
-    """Neighbours that can be drawn together, at most `most` at a time. `length` is that of their texts, if those may
-    differ: see `text_length`.
+    """Yield neighbours among `requests` that can be generated together, at most `most` at a time. `length` gives the
+    length of a request's embeddings if lengths may differ: see `text_length`.
 
     Where guidance is rescaled, one at a time: the factor is taken from all images drawn together, as in Stability's
     code, and no image of several could be drawn again alone."""
@@ -82,8 +84,8 @@ def groups(
 
 
 def text_length(cascade: Cascade, request: Request) -> int:
-    """How long the prompt's embeddings are. Drawn with a longer prompt it would be given empty chunks, and be another
-    image."""
+    """The number of rows of the prompt's embeddings. Together with a longer prompt it would be padded with empty
+    chunks, and the image would be another."""
     if not request.settings.long_prompts:
         return LENGTH
     weighted = request.settings.weighted
@@ -92,7 +94,7 @@ def text_length(cascade: Cascade, request: Request) -> int:
 
 
 def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
-    """The request's pictures and LoRAs as metadata, every picture with its SHA-256."""
+    """The metadata of the request's pictures and LoRAs, each picture with its SHA-256."""
     found = request.to_json()
     for name in ("image_prompts", "controls"):
         if name in found:
@@ -104,7 +106,7 @@ def with_hashes(request: Request, folder: Path) -> dict[str, Any]:
 
 
 def _with_hash(ref: dict[str, Any], folder: Path) -> dict[str, Any]:
-    rest = {name: value for name, value in ref.items() if name != "sha256"}  # so that it always comes last
+    rest = {name: value for name, value in ref.items() if name != "sha256"}  # sha256 always comes last
     return {**rest, "sha256": sha256_unless_changed(folder / ref["path"])}
 
 
@@ -116,12 +118,14 @@ def _mask(path: Path, init: Image.Image | None, controls: Sequence[ControlPictur
     """The mask of the initial picture, else of the one that the inpainting ControlNet looks at."""
     masked = [*([] if init is None else [init]), *(each.picture for each in controls if each.name == INPAINTING)]
     if not masked:
-        raise UsageError(f"{path}: a mask of no picture; give --init-image, or --control {INPAINTING}=PICTURE")
+        raise UsageError(
+            f"{path}: the mask needs a picture; give init_image=..., or a control {INPAINTING} with its picture"
+        )
     return open_mask(path, as_picture(masked[0]).size)
 
 
 def _checked(picture: PictureRef | ControlRef, folder: Path) -> Path:
-    """The picture's path. Raises UsageError when it is not the file it was."""
+    """The picture's path. Raises UsageError when its SHA-256 is not the one in the request."""
     path = folder / picture.path
     if picture.sha256 and path.is_file() and (found := sha256_unless_changed(path)) != picture.sha256:
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Draws the jobs of a batch, each once whatever happens in between, and tells a log.
+"""Generates the images of a batch's jobs, each once, however often the run is interrupted, and keeps a log.
 
-What is finished is told by the images themselves: the one at a job's path has the job's key in its metadata. The log
-is for people and programs; only the seed of a batch that was given none is taken from it.
+The images themselves show which jobs are finished: a finished image has its job's key in its metadata. The log is for
+people and programs. It is read for one thing: the seed of an earlier run, where a batch is given none.
 """
 
 import fcntl
@@ -26,28 +26,28 @@ from ..cascade import Cascade
 from ..images.png import read_settings, save_png
 from ..sampling.loop import Step
 from ..text.prompts import CACHED_ROWS
-from .image_jobs import KEY, Found, Job, look
-from .log import Journal, read_journal
-from .requests import Drawn, draw, groups, text_length
+from .image_jobs import KEY, ImageJob, OutputState, output_state
+from .log import BatchLog, read_log
+from .requests import GeneratedImage, generate_requests, request_groups, text_length
 
-MOST_PIXELS = 4 << 20  # of all images drawn together, unless a number is given
-PROMPTS_AT_ONCE = 8  # and their negatives, encoded before anything can stop the run again
-TOKENS = 75  # of a chunk, besides its start and end
+MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
+PROMPTS_AT_ONCE = 8  # encoded with their negatives between two calls of `check`
+TOKENS = 75  # of a chunk, without its start and end tokens
 
-OnStep = Callable[[Sequence[Job], Stage, Step], object]
+OnStep = Callable[[Sequence[ImageJob], Stage, Step], object]
 Kind = Literal["drawn", "copied", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job. `seconds` by stage are of all `together` images that were drawn at once; `of` is the
+    """How a job ended. `seconds` by stage are those of all `together` images that were computed at once. `of` is the
     job whose image was copied."""
 
-    job: Job
+    job: ImageJob
     kind: Kind
     seconds: Mapping[str, float] = field(default_factory=dict)
     together: int = 1
-    of: Job | None = None
+    of: ImageJob | None = None
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -59,14 +59,14 @@ class Outcome:
 
 
 @dataclass
-class Clock:
-    """Seconds by what they went to."""
+class Stopwatch:
+    """Seconds by the name of what took them."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _last: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> None:
-        """What passed since the last call went to `name`."""
+        """Add the time since the last call to `name`."""
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
@@ -76,29 +76,31 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Runner:
-    """Draws jobs. `on_step` is told of every step, with the jobs that are drawn, `check` is called wherever nothing
-    would be lost; both may raise to stop the run, but not what an image may fail with: CascadeError, OSError and
-    MemoryError. `together` images are drawn at once, as many as MOST_PIXELS have room for when it is None. `force`
-    draws what is finished again."""
+class BatchRunner:
+    """Generates the images of jobs. `on_step` is called after every step, with the jobs whose images are in work.
+    `check` is called wherever the run can stop without loss. Both may raise an exception to stop the run, other than
+    CascadeError, OSError and MemoryError, which mean that an image failed. `together` images are computed at once
+    (None: as many as MOST_PIXELS allow). `force` generates finished images again."""
 
     cascade: Cascade
-    journal: Journal
+    log: BatchLog
     together: int | None = None
     force: bool = False
     on_step: OnStep = lambda jobs, stage, step: None
     check: Callable[[], object] = lambda: None
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """What becomes of each job, once it is on disk and in the log.
+    def run(self, jobs: Sequence[ImageJob]) -> Iterator[Outcome]:
+        """Yield the outcome of each job once it is on disk and in the log.
 
-        A job that cannot be drawn fails alone. Raises CascadeError when an image or the log cannot be written, or the
-        bundle is damaged; run again, with the same jobs, it goes on."""
+        A job that fails does not stop the others. Raises CascadeError when an image or the log cannot be written, or
+        the bundle is damaged. A later run with the same jobs goes on from there."""
         remove_leftovers(jobs)
-        done = [] if self.force else [job for job in jobs if look(job) is Found.DONE]
-        yield from self._told("skipped", [Outcome(job, "skipped") for job in done])
+        done = [] if self.force else [job for job in jobs if output_state(job) is OutputState.DONE]
+        yield from self._logged("skipped", [Outcome(job, "skipped") for job in done])
         finished = {job.number for job in done}
-        left: dict[str, list[Job]] = defaultdict(list)  # by key: one is drawn, the others are copies of it
+        left: dict[str, list[ImageJob]] = defaultdict(
+            list
+        )  # by key: the first is generated, the others are copies of it
         for job in jobs:
             if job.number not in finished:
                 left[job.key].append(job)
@@ -108,10 +110,10 @@ class Runner:
         for window in windows(job for job, *_ in left.values()):
             yield from self._window(window, left)
 
-    def _window(self, jobs: Sequence[Job], left: Mapping[str, Sequence[Job]]) -> Iterator[Outcome]:
-        """Jobs whose prompts fit the text encoder's cache: encoded first, so that it is loaded once for all."""
+    def _window(self, jobs: Sequence[ImageJob], left: Mapping[str, Sequence[ImageJob]]) -> Iterator[Outcome]:
+        """Generate jobs whose prompts fit the text cache. All are encoded first, so the text encoder is loaded once."""
         order = {group: place for place, group in reversed(list(enumerate(job.request.group for job in jobs)))}
-        clock = Clock()
+        clock = Stopwatch()
         self._encode(jobs)
         ordered = sorted(jobs, key=lambda job: (order[job.request.group], self._tokens(job.request)))
         clock.lap(Stage.TEXT_ENCODER)
@@ -119,10 +121,10 @@ class Runner:
             self.check()
             for members, drawn in self._drawn(group, clock):
                 yield from self._finished(members, drawn, left, clock)
-            clock = Clock()
+            clock = Stopwatch()
 
-    def _encode(self, jobs: Sequence[Job]) -> None:
-        def how(job: Job) -> tuple[bool, bool]:
+    def _encode(self, jobs: Sequence[ImageJob]) -> None:
+        def how(job: ImageJob) -> tuple[bool, bool]:
             return job.request.settings.weighted, job.request.settings.long_prompts
 
         for (weighted, long), alike in groupby(sorted(jobs, key=how), key=how):
@@ -131,31 +133,33 @@ class Runner:
                 self.check()
                 requests = [job.request for job in members[start : start + PROMPTS_AT_ONCE]]
                 prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
-                with suppress(UsageError):  # told with the image it belongs to
+                with suppress(UsageError):  # reported with the image
                     self.cascade.encode_prompt(prompts, negatives, weighted=weighted, long_prompts=long)
 
-    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    def _groups(self, jobs: Sequence[ImageJob]) -> Iterator[list[ImageJob]]:
         for _, alike in groupby(jobs, key=lambda job: (job.request.group, self._tokens(job.request))):
             members = list(alike)
             left = iter(members)
             most = self.together or images_together(members[0].request.settings)
-            for group in groups([job.request for job in members], most):
+            for group in request_groups([job.request for job in members], most):
                 yield [next(left) for _ in group]
 
     def _tokens(self, request: Request) -> int:
-        with suppress(UsageError):  # told when it is drawn
+        with suppress(UsageError):  # reported when the image is generated
             return text_length(self.cascade, request)
         return 0
 
-    def _drawn(self, group: Sequence[Job], clock: Clock) -> Iterator[tuple[Sequence[Job], Sequence[Drawn] | Exception]]:
-        """The images of a group; where it fails as a whole, of each of its jobs alone, and errors for some."""
+    def _drawn(
+        self, group: Sequence[ImageJob], clock: Stopwatch
+    ) -> Iterator[tuple[Sequence[ImageJob], Sequence[GeneratedImage] | Exception]]:
+        """Yield the images of a group. If the group fails, yield the images or the error of each of its jobs alone."""
 
         def on_step(stage: Stage, step: Step) -> None:
             clock.lap(stage)
             self.on_step(group, stage, step)
 
         try:
-            drawn = draw(self.cascade, [job.request for job in group], Path(), on_step)
+            drawn = generate_requests(self.cascade, [job.request for job in group], Path(), on_step)
         except CheckpointError:
             raise
         except (CascadeError, OSError, MemoryError) as error:
@@ -172,22 +176,22 @@ class Runner:
 
     def _finished(
         self,
-        group: Sequence[Job],
-        drawn: Sequence[Drawn] | Exception,
-        left: Mapping[str, Sequence[Job]],
-        clock: Clock,
+        group: Sequence[ImageJob],
+        drawn: Sequence[GeneratedImage] | Exception,
+        left: Mapping[str, Sequence[ImageJob]],
+        clock: Stopwatch,
     ) -> Iterator[Outcome]:
-        """Save what was drawn, and again for jobs that are the same; all of it, before anything may stop the run."""
+        """Save the images and their copies for jobs of the same key, all before `check` may stop the run."""
         if isinstance(drawn, Exception):
             text = one_line(drawn)
-            yield from self._told("failed", [Outcome(job, "failed", error=text) for job in left[group[0].key]])
+            yield from self._logged("failed", [Outcome(job, "failed", error=text) for job in left[group[0].key]])
             return
         outcomes: list[Outcome] = []
         try:
             for job, one in zip(group, drawn, strict=True):
                 metadata = {**one.metadata, KEY: job.key}
                 self._save(job, one.image, metadata)
-                outcomes += self._told("done", [Outcome(job, "drawn", clock.told(), len(group))])
+                outcomes += self._logged("done", [Outcome(job, "drawn", clock.told(), len(group))])
                 outcomes += self._copies(job, left[job.key][1:], one.image, metadata)
         except CascadeError:
             yield from outcomes
@@ -195,39 +199,39 @@ class Runner:
         yield from outcomes
 
     def _copies(
-        self, source: Job, jobs: Sequence[Job], picture: Image.Image, metadata: Mapping[str, Any]
+        self, source: ImageJob, jobs: Sequence[ImageJob], picture: Image.Image, metadata: Mapping[str, Any]
     ) -> Iterator[Outcome]:
         for job in jobs:
             self._save(job, picture, metadata)
-            yield from self._told("copied", [Outcome(job, "copied", of=source)])
+            yield from self._logged("copied", [Outcome(job, "copied", of=source)])
 
-    def _save(self, job: Job, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
+    def _save(self, job: ImageJob, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
         try:
-            found = look(job)
-            if found is Found.OTHER and not self.force:
+            found = output_state(job)
+            if found is OutputState.OTHER and not self.force:
                 raise UsageError(f"{job.path}: another image was put there meanwhile; move it away")
-            save_png(job.path, picture, metadata, force=self.force or found is not Found.NOTHING)
+            save_png(job.path, picture, metadata, force=self.force or found is not OutputState.NOTHING)
         except UsageError as error:
             failed = Outcome(job, "failed", error=str(error))
             with suppress(CascadeError):  # the log is perhaps on the same disk
-                self.journal.write("failed", failed.to_json())
+                self.log.write("failed", failed.to_json())
             raise CascadeError(f"stopped: {error}, or make room and run the same again to go on") from error
 
-    def _told(self, event: str, outcomes: list[Outcome]) -> list[Outcome]:
+    def _logged(self, event: str, outcomes: list[Outcome]) -> list[Outcome]:
         if outcomes:
-            self.journal.write(event, *(outcome.to_json() for outcome in outcomes))
+            self.log.write(event, *(outcome.to_json() for outcome in outcomes))
         return outcomes
 
 
 def images_together(settings: Settings) -> int:
-    """How many images of one size are drawn at once when no number is given."""
+    """The number of images of one size that are computed at once if no number is given."""
     return max(1, MOST_PIXELS // (settings.width * settings.height))
 
 
-def windows(jobs: Iterable[Job], rows: int = CACHED_ROWS - 1) -> Iterator[list[Job]]:
-    """Jobs in a row whose prompts make at most `rows` rows of tokens, but at least one job. The encoder's cache has
-    one row more, for the empty prompt."""
-    window: list[Job] = []
+def windows(jobs: Iterable[ImageJob], rows: int = CACHED_ROWS - 1) -> Iterator[list[ImageJob]]:
+    """Yield successive jobs whose prompts have at most `rows` rows of tokens together, and at least one job. The text
+    cache has one row more, for the empty prompt."""
+    window: list[ImageJob] = []
     texts: dict[tuple[str, bool], int] = {}
     for job in jobs:
         settings = job.request.settings
@@ -245,18 +249,18 @@ def windows(jobs: Iterable[Job], rows: int = CACHED_ROWS - 1) -> Iterator[list[J
 
 
 def last_seed(log: Path) -> int | None:
-    """The base seed of the batch that was last begun with this log."""
-    seeds = [event.get("base_seed") for event in read_journal(log) if event.get("event") == "started"]
+    """The base seed of the last batch in the log; None without one."""
+    seeds = [event.get("base_seed") for event in read_log(log) if event.get("event") == "started"]
     return next((seed for seed in reversed(seeds) if isinstance(seed, int)), None)
 
 
-def conflicts(jobs: Iterable[Job]) -> list[str]:
-    """What lies where images are to go and is none of theirs."""
-    return [f"{job.path}: not the image of line {job.line}" for job in jobs if look(job) is Found.OTHER]
+def foreign_files(jobs: Iterable[ImageJob]) -> list[str]:
+    """A message for each file at the path of an image that is not the image of its job."""
+    return [f"{job.path}: not the image of line {job.line}" for job in jobs if output_state(job) is OutputState.OTHER]
 
 
-def remove_leftovers(jobs: Sequence[Job]) -> None:
-    """Delete what a killed run had begun to write beside the jobs' images."""
+def remove_leftovers(jobs: Sequence[ImageJob]) -> None:
+    """Delete the unfinished files that killed runs left beside the jobs' images."""
     names: dict[Path, set[str]] = defaultdict(set)
     for job in jobs:
         names[job.path.parent].add(job.path.name)
@@ -265,26 +269,28 @@ def remove_leftovers(jobs: Sequence[Job]) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold `folder`, making it, so that no other batch draws into it. The lock goes with the process.
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and lock it, so that no other batch writes into it. The lock ends with the process.
 
-    Raises UsageError when another one does, or it cannot be made."""
+    Raises UsageError when another batch has the lock, or the folder cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise UsageError(f"{folder}: expected a folder to write to: {error.strerror}; choose another -o") from error
+        raise UsageError(f"{folder}: expected a folder to write to: {error.strerror}; choose another output") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UsageError(f"{folder}: another batch is drawn into it; wait for that one or choose another -o") from error
+        raise UsageError(
+            f"{folder}: another batch writes into it; wait for that batch, or choose another output"
+        ) from error
     else:
         yield
     finally:
         os.close(descriptor)
 
 
-def _opened(job: Job) -> tuple[Image.Image, Mapping[str, Any]] | None:
+def _opened(job: ImageJob) -> tuple[Image.Image, Mapping[str, Any]] | None:
     """The job's finished image and its metadata; None when its pixels turn out to be damaged."""
     try:
         with Image.open(job.path) as picture:
@@ -295,5 +301,5 @@ def _opened(job: Job) -> tuple[Image.Image, Mapping[str, Any]] | None:
 
 
 def one_line(error: Exception) -> str:
-    """An error as a line of a log."""
+    """The message of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,1 +1,1 @@
-"""What executes a stage: one file per engine behind one protocol."""
+"""The engines that execute a stage: one file for each, behind the protocol in base.py."""

@@ -1,4 +1,4 @@
-"""The protocol every engine follows, and the check of what is fed to a stage."""
+"""The protocol that every engine follows, and the check of a stage's inputs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -19,7 +19,7 @@ Run = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 
 class PortSpec(Protocol):
-    """What a port has to say for the check: `schemas.ports.Port` and `schemas.bundle.PortEntry` both do."""
+    """A port as the check needs it; `schemas.ports.Port` and `schemas.bundle.PortEntry` are such ports."""
 
     @property
     def name(self) -> str: ...
@@ -30,17 +30,17 @@ class PortSpec(Protocol):
 
 
 class StageRunner(Protocol):
-    """One loaded stage: call it with an array for each input port, get one for each output port. As a context manager
-    it is closed at the end."""
+    """One loaded stage. Called with an array for each input port, it returns an array for each output port. It is a
+    context manager, which closes it at the end."""
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
 
     def bind(self, constants: Tensors) -> Run:
-        """The stage with some inputs fixed, called with the others. Where the engine has a memory of its own they are
-        brought there once."""
+        """The stage with the inputs `constants` fixed: a function of the other inputs. An engine with memory of its
+        own copies the constants there once."""
 
     def close(self) -> None:
-        """Give back the memory of the weights."""
+        """Free the memory of the weights."""
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +50,7 @@ class StageRunner(Protocol):
 
 
 class HostRunner(StageRunner, Protocol):
-    """What a runner does that computes where its inputs are: binding copies nothing."""
+    """A runner that computes in the memory of its inputs, so that binding copies nothing."""
 
     def bind(self, constants: Tensors) -> Run:
         return lambda inputs: self({**constants, **inputs})
@@ -60,13 +60,13 @@ class Engine(Protocol):
     """Loads stages for execution."""
 
     name: str
-    precision: Precision | None  # what it computes in whatever a graph says; None: what that says
+    precision: Precision | None  # in which it computes; None: as each graph says
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        """What `load` may be asked for of a stage; "model" is the whole."""
+        """The names of the stage's graphs that `load` takes; "model" is the whole network."""
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> StageRunner:
-        """Raises EngineError when the stage cannot be loaded, naming what to install or export."""
+        """Load a graph of a stage. Raises EngineError that names what to install or export when it cannot be loaded."""
 
 
 def complete_inputs(stage: Stage, ports: Sequence[PortSpec], inputs: Tensors) -> Tensors:
@@ -77,7 +77,7 @@ def complete_inputs(stage: Stage, ports: Sequence[PortSpec], inputs: Tensors) ->
 
 
 def with_absent_control(ports: Iterable[PortSpec], inputs: Tensors) -> Tensors:
-    """`inputs`, and for every ControlNet port they leave out zeros (B, c, 1, 1) float32, which change nothing."""
+    """`inputs` with zeros, float32 (B, c, 1, 1), for each missing ControlNet port. The zeros change nothing."""
     absent = [port for port in ports if is_control(port.name) and port.name not in inputs]
     if not absent:
         return inputs
@@ -87,7 +87,7 @@ def with_absent_control(ports: Iterable[PortSpec], inputs: Tensors) -> Tensors:
 
 
 def check_inputs(stage: Stage, ports: Iterable[PortSpec], inputs: Tensors) -> None:
-    """Raise EngineError unless `inputs` has exactly the ports of `stage`, in the right dtype and shape."""
+    """Raise EngineError unless `inputs` has exactly `ports`, in their dtypes and in shapes that agree."""
     expected = {port.name: port for port in ports}
     if expected.keys() != inputs.keys():
         raise EngineError(f"{stage}: expected inputs {', '.join(expected)}, found {', '.join(inputs)}")

@@ -1,4 +1,4 @@
-"""Stages of several bundles as one: a full prior with a lite decoder, say."""
+"""Runs stages of several bundles as one cascade, such as a full prior with a lite decoder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from .base import Engine, StageRunner
 
 
 class MixedEngine:
-    """One engine for most stages, others for some."""
+    """An engine that hands some stages to other engines."""
 
     def __init__(self, main: Engine, others: Mapping[Stage, Engine]) -> None:
         self.name = main.name
@@ -32,9 +32,9 @@ class MixedEngine:
 def with_stages_of(
     main: Engine, bundle: Bundle, engines: Mapping[Stage, Engine], others: Mapping[Stage, Bundle]
 ) -> tuple[MixedEngine, Manifest]:
-    """An engine, and a manifest for it, of `bundle` with some stages of others in place of its own.
+    """The engine and the manifest of `bundle` with the stages of `others` in place of its own.
 
-    Raises UsageError when another bundle has no such stage, or the stages' embeddings have different widths."""
+    Raises UsageError when one of `others` lacks its stage, or the stages take embeddings of different widths."""
     entries = {stage: other.entry(stage) for stage, other in others.items()}
     changes: dict[str, Any] = {"stages": {**bundle.manifest.stages, **entries}}
     if Stage.VQGAN in others:

@@ -16,7 +16,7 @@ from ...storage.hub_cache_links import without_links
 from ..memory.give_back import give_back_memory
 from .base import HostRunner, Tensors, complete_inputs
 
-# What INFERENCE_PRECISION_HINT is set to; left alone, OpenVINO takes bf16 where the CPU multiplies it.
+# The value of INFERENCE_PRECISION_HINT. Without one, OpenVINO takes bf16 where the CPU multiplies it.
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
 PERIODIC = ("Sin", "Cos")
 TELEMETRY = "openvino_telemetry"
@@ -27,7 +27,7 @@ class OpenVinoEngine:
     """An engine for every stage of `bundle`, on the CPU.
 
     `precision` is "f32" (the graphs' own), "bf16" or "auto" (OpenVINO's choice). `threads` None leaves their number
-    to OpenVINO. With `mmap` the files of the weights are mapped, otherwise read.
+    to OpenVINO. With `mmap` the files of the weights are mapped into memory, otherwise they are read.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class OpenVinoEngine:
 
 
 class OpenVinoStage(HostRunner):
-    """One stage, compiled: with `head` that computes further inputs of `body`, in fp32."""
+    """One compiled stage. `head`, if there is one, computes some inputs of `body` in fp32."""
 
     def __init__(self, stage: Stage, entry: GraphEntry, head: Any, body: Any) -> None:
         self.stage = stage
@@ -104,11 +104,11 @@ class OpenVinoStage(HostRunner):
 
 
 def _cut_at_sines(ov: Any, model: Any) -> Any:
-    """Take the sines and cosines, and what leads to them, out of `model`: returned as a model of its own, whose
-    outputs have the names of `model`'s new inputs. None where there are none.
+    """Move the sines and cosines of `model`, and what leads to them, into a model of their own and return it. Its
+    outputs have the names of the inputs that `model` gets instead. Returns None for a model without them.
 
     Angles of the timestep embedding reach 10000, where neighbours in bf16 are 64 apart: in 16 bits their sines
-    are noise, and so is what the network makes of them."""
+    are noise, and so is the output of the network."""
     outputs = [op.output(0) for op in model.get_ordered_ops() if op.get_type_name() in PERIODIC]
     if not outputs:
         return None
@@ -131,7 +131,7 @@ def _cut_at_sines(ov: Any, model: Any) -> Any:
 
 
 def _parameters_above(nodes: list[Any]) -> list[Any]:
-    """The graph inputs that the values of `nodes` are computed from."""
+    """The inputs of the graph from which the values of `nodes` are computed."""
     found: dict[str, Any] = {}
     seen: set[str] = set()
     while nodes:
@@ -146,7 +146,7 @@ def _parameters_above(nodes: list[Any]) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What OpenVINO says, cut to a line: it goes on for one line per node."""
+    """The start of OpenVINO's message in one line: the message has a line for each node."""
     return " ".join(str(error).split())[:REASON_LENGTH]
 
 
@@ -160,9 +160,9 @@ def multiplies_bf16() -> bool:
 
 
 def import_openvino() -> Any:
-    """The package, without the telemetry that importing it would send off. Raises EngineError without it.
+    """The module openvino, imported without sending telemetry. Raises EngineError when it is not installed.
 
-    OpenVINO goes on without the package that sends; None is how Python is told that there is none."""
+    OpenVINO works without its telemetry package. None in sys.modules tells Python that a package is missing."""
     hidden = TELEMETRY not in sys.modules
     if hidden:
         sys.modules[TELEMETRY] = None  # type: ignore[assignment]

@@ -1,18 +1,18 @@
-"""Keeps libraries from reporting that they are used: no device id in the home folder, no look-ups, no events.
+"""Stops the telemetry of libraries: no device id in the home folder, no look-ups, no events.
 
-OpenVINO has no variable for it; `engines.openvino` keeps its reporting package out when it imports OpenVINO.
+OpenVINO has no such variable. `engines.openvino` hides its telemetry package when it imports OpenVINO.
 """
 
 import os
 from typing import Any
 
 # ONNX Runtime 1.32 on Linux writes a device id and a database of events, and looks for its maker's server.
-# Hugging Face's libraries add what else is installed to every request. Each variable is read at the library's import.
+# Hugging Face's libraries report the installed packages in every request. A library reads its variable at its import.
 OFF = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
 
 
 def switch_off_telemetry() -> None:
-    """Set the variables for this process and those it starts. One that the user has set stays as it is."""
+    """Set the variables for this process and its children. A variable that the user has set keeps its value."""
     for name in OFF:
         os.environ.setdefault(name, "1")
 

@@ -1,1 +1,1 @@
-"""A local page that draws: jobs in a queue, pictures, a gallery, and the HTTP server between them and a browser."""
+"""A local page that generates images: a queue of jobs, pictures, a gallery, and the HTTP server of the page."""

@@ -1,4 +1,4 @@
-"""What the page may ask for, and from its flat JSON to requests."""
+"""What the page may ask for, and how its flat JSON becomes requests."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
 from .pictures import Pictures
-from .queued_job import Order
+from .queued_job import PageRequest
 
-MOST_IMAGES = 64  # what a slip of the finger may not exceed
+MOST_IMAGES = 64  # in one submission, against typing errors
 
 PICTURED = frozenset({"image_prompts", "init_image", "mask"})
 PREVIEWED = (Stage.PRIOR, Stage.DECODER)
@@ -54,13 +54,15 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def parse_order(
+def parse_page_request(
     given: Mapping[str, Any], manifest: Manifest, pictures: Pictures, loras: Sequence[tuple[str, float]] = ()
-) -> Order:
-    """Fields of a request with ids for pictures, besides `images` (how many, each with a seed of its own, counted on
-    from `seed`) and `previews` (stages). `loras` are merged into the weights already.
+) -> PageRequest:
+    """Parse what the page submits.
 
-    Raises UsageError for what cannot be drawn."""
+    `given` has the fields of a request, with ids in place of pictures. Besides, `images` is the number of images, whose
+    seeds count on from `seed`, and `previews` are stages. `loras` are already merged into the weights.
+
+    Raises UsageError for a request that cannot be generated."""
     said = dict(given)
     count, shown = _count(said.pop("images", 1)), _stages(said.pop("previews", []))
     if "loras" in said:
@@ -83,11 +85,11 @@ def parse_order(
     first = parse_request(said, manifest.default_size)
     if count > 1 and first.batch > 1:
         raise UsageError("index and batch are of one image; leave them out to draw several")
-    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)  # refused before it waits
+    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)  # refuse before it waits
     if first.seed + count > 2**64:
         raise UsageError(f"seed {first.seed}: too large for {count} images, which count on from it")
     requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
-    return Order(requests, shown & frozenset(able["previews"]))
+    return PageRequest(requests, shown & frozenset(able["previews"]))
 
 
 def _count(value: Any) -> int:

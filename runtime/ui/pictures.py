@@ -1,4 +1,4 @@
-"""Pictures that the page was given: named by their SHA-256, so that no request ever names a file of the server."""
+"""Pictures that the page uploaded, named by their SHA-256: no request ever names a file of the server."""
 
 import hashlib
 import re
@@ -11,25 +11,27 @@ from typing import Any
 from PIL import Image
 
 from ...schemas.errors import UsageError
+from ...storage.atomic_file import whole_file
 from ..images.pictures import open_picture
 
 ID = re.compile(r"[0-9a-f]{64}")
-MOST_BYTES = 512 << 20  # of all pictures given to one server
+MOST_BYTES = 512 << 20  # of all pictures that one server takes
 SHOWN = 768  # pixels, the longer side of a picture in the page
-REFERENCES = ("image_prompts", "controls", "init_image", "mask")  # fields of metadata that name pictures
+REFERENCES = ("image_prompts", "controls", "init_image", "mask")  # fields of an image's metadata that name pictures
 
 
 class Pictures:
-    """Pictures in a temporary folder, and those that images were made from in a folder beside these images."""
+    """Uploaded pictures in the temporary folder `folder`. Those that images were made from are in `kept`, too."""
 
     def __init__(self, folder: Path, kept: Path) -> None:
         self._folder = folder
         self._kept = kept
-        self._lock = Lock()  # of what is added
-        self._decoding = Lock()  # one at a time: a small file may take hundreds of megabytes
+        self._lock = Lock()  # held while a picture is added
+        self._decoding = Lock()  # one picture at a time: a small file may decode to hundreds of megabytes
 
     def add(self, content: bytes) -> str:
-        """Store a picture's file and return its id. Raises UsageError when it is none, or there are too many."""
+        """Store the content of a picture's file and return its id. Raises UsageError for a file that is no picture, and
+        for pictures of more than MOST_BYTES together."""
         found = hashlib.sha256(content).hexdigest()
         with self._lock:
             self._add(self._folder / found, content)
@@ -40,18 +42,17 @@ class Pictures:
             return
         if sum(file.stat().st_size for file in self._folder.iterdir()) + len(content) > MOST_BYTES:
             raise UsageError(f"more than {MOST_BYTES >> 20} MB of pictures; start cascadekit ui again to drop them")
-        scratch = path.with_suffix(".new")
-        scratch.write_bytes(content)
-        try:
-            with self._decoding:
-                open_picture(scratch)
-        except UsageError as error:
-            scratch.unlink()
-            raise UsageError(str(error).replace(str(scratch), "the picture")) from error
-        scratch.replace(path)
+        with whole_file(path) as file:
+            file.write(content)
+            file.flush()
+            try:
+                with self._decoding:
+                    open_picture(Path(file.name))
+            except UsageError as error:
+                raise UsageError(str(error).replace(file.name, "the picture")) from error
 
     def find(self, picture: object) -> Path | None:
-        """The file of an id."""
+        """The file of an id; None when there is none."""
         if not isinstance(picture, str) or not ID.fullmatch(picture):
             return None
         return next((path for path in (self._folder / picture, self._kept / picture) if path.is_file()), None)
@@ -64,7 +65,7 @@ class Pictures:
         return path
 
     def shown(self, picture: str) -> Image.Image:
-        """A small RGB picture, whatever the file's format. Raises UsageError for an unknown id."""
+        """The picture in RGB, its longer side at most SHOWN pixels. Raises UsageError for an unknown id."""
         path = self.path(picture)
         with self._decoding:
             small = open_picture(path)
@@ -72,7 +73,8 @@ class Pictures:
         return small
 
     def keep(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Metadata that names pictures where they stay: copied beside the images, once, under their ids."""
+        """`metadata` with the paths of lasting copies of its pictures, which are made in the folder `kept` under their
+        ids. Raises OSError when a copy cannot be written."""
         return {name: self._keep(value) if name in REFERENCES and value else value for name, value in metadata.items()}
 
     def _keep(self, value: Any) -> Any:
@@ -81,7 +83,6 @@ class Pictures:
         target = self._kept / Path(value["path"]).name
         if not target.exists():
             self._kept.mkdir(parents=True, exist_ok=True)
-            scratch = target.with_suffix(".new")
-            shutil.copyfile(value["path"], scratch)
-            scratch.replace(target)
+            with Path(value["path"]).open("rb") as source, whole_file(target) as copy:
+                shutil.copyfileobj(source, copy)
         return {**value, "path": str(target)}

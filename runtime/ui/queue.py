@@ -1,11 +1,11 @@
-"""One queue of jobs and one thread that draws them."""
+"""The queue of the page's jobs, and the one thread that generates their images."""
 
 import base64
 import io
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
@@ -13,28 +13,29 @@ from typing import Any, Self
 
 from PIL import Image
 
+from ...schemas.callbacks import Say
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
-from ..batch.requests import Drawn, draw, groups
+from ..batch.requests import GeneratedImage, generate_requests, request_groups
 from ..batch.run import images_together
 from ..cascade import Cascade
 from ..images.png import image_paths, save_numbered
 from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
 from .pictures import Pictures
-from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, Job, Order
+from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, PageRequest, QueuedJob
 
 MOST_WAITING = 32
-REMEMBERED = 64  # jobs, finished ones included
+REMEMBERED = 64  # jobs that can be asked for, finished ones included
 PREVIEW_SIDE = 512  # pixels, the longer side of what is sent to the page
 
 
 class _CancelledError(Exception):
-    """Leaves the sampling loop."""
+    """Raised in the sampling loop of a job that was cancelled."""
 
 
-class Studio:
-    """Draws jobs one after the other, in a thread of its own for as long as its context lasts."""
+class JobQueue:
+    """Generates the images of jobs, one job after the other, in a thread that runs as long as the queue's context."""
 
     def __init__(
         self,
@@ -43,19 +44,20 @@ class Studio:
         pictures: Pictures,
         *,
         batch: int | None = None,
-        say: Callable[[str], object] = lambda text: None,
+        say: Say = lambda text: None,
     ) -> None:
-        """`batch` images are drawn together, or what `images_together` says; `say` hears of each image saved."""
+        """`batch` images are computed together (None: as many as `images_together` gives). `say` is called with a line
+        for each image that is saved."""
         self._cascade = cascade
         self._gallery = gallery
         self._pictures = pictures
         self._batch = batch
         self._say = say
         self._changed = Condition()
-        self._waiting: deque[Job] = deque()
-        self._jobs: OrderedDict[str, Job] = OrderedDict()  # the newest last
+        self._waiting: deque[QueuedJob] = deque()
+        self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()  # the newest last
         self._closing = False
-        self._thread = Thread(target=self._work, name="studio", daemon=True)
+        self._thread = Thread(target=self._run_jobs, name="queue", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -70,9 +72,9 @@ class Studio:
             self.cancel(job)
         self._thread.join()
 
-    def submit(self, order: Order) -> Job:
+    def submit(self, request: PageRequest) -> QueuedJob:
         """Queue a job. Raises UsageError when too many wait."""
-        job = Job(order)
+        job = QueuedJob(request)
         with self._changed:
             if len(self._waiting) >= MOST_WAITING:
                 raise UsageError(f"{MOST_WAITING} jobs wait already; let some of them finish")
@@ -80,34 +82,34 @@ class Studio:
             self._jobs[job.id] = job
             for old in [old for old in self._jobs.values() if old.finished][: max(0, len(self._jobs) - REMEMBERED)]:
                 del self._jobs[old.id]
-            self._tell_places()
+            self._publish_places()
             self._changed.notify_all()
         return job
 
-    def job(self, name: str) -> Job | None:
+    def job(self, name: str) -> QueuedJob | None:
         with self._changed:
             return self._jobs.get(name)
 
-    def unfinished(self) -> list[Job]:
-        """Jobs that are drawn or wait, in order."""
+    def unfinished(self) -> list[QueuedJob]:
+        """The running job and the waiting ones, in order."""
         with self._changed:
             return [job for job in self._jobs.values() if not job.finished]
 
-    def cancel(self, job: Job) -> None:
-        """At once when it waits, else after the step that is being computed. A finished job stays as it is."""
+    def cancel(self, job: QueuedJob) -> None:
+        """Cancel a waiting job at once, and a running one after its current step. A finished job stays as it is."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.tell(CANCELLED, images=[])
-                self._tell_places()
+                job.publish(CANCELLED, images=[])
+                self._publish_places()
 
-    def _tell_places(self) -> None:
+    def _publish_places(self) -> None:
         running = sum(not job.finished for job in self._jobs.values()) - len(self._waiting)
         for place, job in enumerate(self._waiting):
-            job.tell(QUEUED, ahead=place + running)
+            job.publish(QUEUED, ahead=place + running)
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -116,43 +118,43 @@ class Studio:
                 job = self._waiting.popleft()
             self._run(job)
             with self._changed:
-                self._tell_places()
+                self._publish_places()
 
-    def _run(self, job: Job) -> None:
-        """Draw a job; whatever goes wrong becomes its last event."""
+    def _run(self, job: QueuedJob) -> None:
+        """Generate the images of a job; an error becomes its last event."""
         try:
-            job.tell(STARTED)
-            self._draw(job)
+            job.publish(STARTED)
+            self._generate(job)
         except _CancelledError:
-            job.tell(CANCELLED, images=job.images)
+            job.publish(CANCELLED, images=job.images)
         except CascadeError as error:
-            job.tell(ERROR, message=str(error), images=job.images)
+            job.publish(ERROR, message=str(error), images=job.images)
         except MemoryError:
-            job.tell(ERROR, message="there is not enough memory; draw a smaller image, or fewer", images=job.images)
+            job.publish(ERROR, message="there is not enough memory; draw a smaller image, or fewer", images=job.images)
         except Exception as error:
             traceback.print_exc()
             message = f"something went wrong that should not ({type(error).__name__}); the terminal says more"
-            job.tell(ERROR, message=message, images=job.images)
+            job.publish(ERROR, message=message, images=job.images)
         else:
-            job.tell(DONE, images=job.images)
+            job.publish(DONE, images=job.images)
 
-    def _draw(self, job: Job) -> None:
+    def _generate(self, job: QueuedJob) -> None:
         _leave_if_cancelled(job)
-        requests = job.order.requests
+        requests = job.request.requests
         cut = self._cut(requests[0].prompt, requests[0].negative) if not requests[0].settings.long_prompts else []
         if cut:
-            job.tell(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
+            job.publish(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
         most = self._batch or images_together(requests[0].settings)
         began, done = time.monotonic(), 0
-        for group in groups(requests, most):
+        for group in request_groups(requests, most):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
-            for drawn in draw(self._cascade, group, Path(), on_step):
+            for drawn in generate_requests(self._cascade, group, Path(), on_step):
                 _leave_if_cancelled(job)
                 self._save(job, drawn)
             done += len(group)
 
-    def _save(self, job: Job, drawn: Drawn) -> None:
+    def _save(self, job: QueuedJob, drawn: GeneratedImage) -> None:
         (path,) = image_paths(self._gallery.folder, 1)
         path = save_numbered(path, drawn.image, self._pictures.keep(drawn.metadata))
         described = self._gallery.describe(path)
@@ -164,22 +166,22 @@ class Studio:
         return [cut.strip() for cut in self._cascade.tokenizer(list(texts)).truncated if cut]
 
 
-def _on_step(job: Job, place: dict[str, Any]) -> OnStep:
-    """Tells of each step, shows it where that is wanted, and leaves when the job was cancelled."""
+def _on_step(job: QueuedJob, place: dict[str, Any]) -> OnStep:
+    """A function that publishes each step and its previews, and raises _CancelledError for a cancelled job."""
     began = place.pop("began")
 
     def on_step(stage: Stage, step: Step) -> None:
         _leave_if_cancelled(job)
         now = {"stage": stage, "index": step.index + 1, "steps": step.steps, **place}
-        job.tell(STEP, **now, elapsed=round(time.monotonic() - began, 3))
-        if stage in job.order.previews:
-            job.tell(PREVIEW, **now, pictures=[_data_url(picture) for picture in step.preview()])
+        job.publish(STEP, **now, elapsed=round(time.monotonic() - began, 3))
+        if stage in job.request.previews:
+            job.publish(PREVIEW, **now, pictures=[_data_url(picture) for picture in step.preview()])
             _leave_if_cancelled(job)
 
     return on_step
 
 
-def _leave_if_cancelled(job: Job) -> None:
+def _leave_if_cancelled(job: QueuedJob) -> None:
     if job.cancelled:
         raise _CancelledError
 

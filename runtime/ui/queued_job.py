@@ -1,4 +1,4 @@
-"""A job of the page: what to draw, and what whoever watches it is told."""
+"""A job of the page: the images to generate, and the events that show how far it is."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -16,8 +16,9 @@ FINAL = (DONE, ERROR, CANCELLED)
 
 
 @dataclass(frozen=True)
-class Order:
-    """Requests to draw, all of one group, and the stages whose steps are shown as pictures."""
+class PageRequest:
+    """What one submission of the page asks for: requests of one group, which can be computed together, and the stages
+    whose steps are shown as pictures."""
 
     requests: tuple[Request, ...]
     previews: frozenset[Stage] = frozenset()
@@ -25,20 +26,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Event:
-    """`version` counts the events of a job; a later event of the same name replaces this one."""
+    """One event of a job. `version` counts the events of the job. A later event of the same name replaces this one."""
 
     version: int
     name: str
     data: Mapping[str, Any]
 
 
-class Job:
-    """Keeps the latest event of each name, so that whoever comes late or is slow sees how things stand, not how they
-    went. Safe to use from several threads."""
+class QueuedJob:
+    """A job in the queue, with the latest event of each name: a browser that connects late or reads slowly gets the
+    present state and skips the history. Safe to use from several threads."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, request: PageRequest) -> None:
         self.id = secrets.token_hex(8)
-        self.order = order
+        self.request = request
         self.images: list[dict[str, Any]] = []  # as the gallery describes them
         self.cancelled = False
         self._changed = Condition()
@@ -49,8 +50,8 @@ class Job:
     def finished(self) -> bool:
         return any(name in self._latest for name in FINAL)
 
-    def tell(self, name: str, **data: Any) -> None:
-        """Put an event in place of the last one of this name. After a final event nothing more is said."""
+    def publish(self, name: str, **data: Any) -> None:
+        """Put an event in place of the last one of this name. After a final event, further events are ignored."""
         with self._changed:
             if self.finished:
                 return
@@ -61,7 +62,7 @@ class Job:
             self._changed.notify_all()
 
     def events(self, after: int = 0, beat: float = 15.0) -> Iterator[Event | None]:
-        """What is new since version `after`, until the job is over; None when nothing was for `beat` seconds."""
+        """Yield the events since version `after` until the job is over, and None after `beat` seconds without any."""
         while True:
             with self._changed:
                 self._changed.wait_for(partial(self._has_news, after), beat)
@@ -79,11 +80,11 @@ class Job:
         return self._version > after or self.finished
 
     def to_json(self) -> dict[str, Any]:
-        """What to call it while it waits, and the steps it will take unless a picture to begin with saves some."""
-        first = self.order.requests[0]
+        """The job as the page lists it. "steps" are those of each stage; an initial picture may save some."""
+        first = self.request.requests[0]
         settings = first.settings
         given = {Stage.PRIOR: settings.prior_timesteps, Stage.DECODER: settings.decoder_timesteps}
         steps = {Stage.PRIOR: settings.prior_steps, Stage.DECODER: settings.decoder_steps}
         steps |= {stage: len(ratios) - 1 for stage, ratios in given.items() if ratios}
         size = {"width": settings.width, "height": settings.height}
-        return {"id": self.id, "prompt": first.prompt, "images": len(self.order.requests), "steps": steps, **size}
+        return {"id": self.id, "prompt": first.prompt, "images": len(self.request.requests), "steps": steps, **size}

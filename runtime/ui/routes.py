@@ -1,4 +1,4 @@
-"""What the page may ask of the server."""
+"""The routes of the page: for each address, the function that answers."""
 
 import base64
 import hashlib
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
 from .gallery import Gallery
-from .page_request import describe, parse_order
+from .page_request import describe, parse_page_request
 from .pictures import Pictures
-from .queue import Studio
-from .queued_job import Job
+from .queue import JobQueue
+from .queued_job import QueuedJob
 from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
@@ -33,10 +33,10 @@ POLICY = (
 
 @dataclass(frozen=True)
 class App:
-    """What routes work with. `about` is said of the machinery that draws."""
+    """What the routes work with. `about` describes the engine, the LoRAs and the output folder to the page."""
 
     manifest: Manifest
-    studio: Studio
+    queue: JobQueue
     gallery: Gallery
     pictures: Pictures
     loras: Sequence[tuple[str, float]]
@@ -48,11 +48,11 @@ class App:
 
     @cached_property
     def policy(self) -> str:
-        """The page's own script and style by their hashes; nothing from elsewhere, nothing that is slipped in."""
+        """The Content-Security-Policy of the page, which allows its own script and style alone, by their hashes."""
         return POLICY.format(script=_hash_of(self.page, b"script"), style=_hash_of(self.page, b"style"))
 
-    def job(self, call: Call) -> Job:
-        job = self.studio.job(call.groups["id"])
+    def job(self, call: Call) -> QueuedJob:
+        job = self.queue.job(call.groups["id"])
         if job is None:
             raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such job (any more)")
         return job
@@ -80,12 +80,12 @@ def _picture(app: App, call: Call) -> Reply:
 
 
 def _submit(app: App, call: Call) -> Reply:
-    order = parse_order(call.json(), app.manifest, app.pictures, app.loras)
-    return json_reply(app.studio.submit(order).to_json(), HTTPStatus.CREATED)
+    request = parse_page_request(call.json(), app.manifest, app.pictures, app.loras)
+    return json_reply(app.queue.submit(request).to_json(), HTTPStatus.CREATED)
 
 
 def _jobs(app: App, call: Call) -> Reply:
-    return json_reply({"jobs": [job.to_json() for job in app.studio.unfinished()]})
+    return json_reply({"jobs": [job.to_json() for job in app.queue.unfinished()]})
 
 
 def _events(app: App, call: Call) -> Reply:
@@ -94,8 +94,8 @@ def _events(app: App, call: Call) -> Reply:
     return Reply(_stream(job, int(seen) if re.fullmatch(r"\d{1,9}", seen) else 0), "text/event-stream")
 
 
-def _stream(job: Job, seen: int) -> Iterator[bytes]:
-    """Server-sent events, and a comment now and then that finds out whether anybody still listens."""
+def _stream(job: QueuedJob, seen: int) -> Iterator[bytes]:
+    """Server-sent events of a job, and now and then a comment, whose sending fails once the client is gone."""
     for event in job.events(seen):
         if event is None:
             yield b": waiting\n\n"
@@ -104,7 +104,7 @@ def _stream(job: Job, seen: int) -> Iterator[bytes]:
 
 
 def _cancel(app: App, call: Call) -> Reply:
-    app.studio.cancel(job := app.job(call))
+    app.queue.cancel(job := app.job(call))
     return json_reply(job.to_json())
 
 
@@ -129,7 +129,7 @@ def _image(app: App, call: Call) -> Reply:
 
 
 def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
-    """So many bytes of a file, which is never in memory as a whole: many may ask for large images at once."""
+    """The first `length` bytes of a file in pieces: many clients may ask for large images. Closes the file."""
     with file:
         while length > 0 and (piece := file.read(min(length, CHUNK))):
             length -= len(piece)

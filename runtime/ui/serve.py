@@ -1,18 +1,19 @@
-"""The page of one cascade, from its parts."""
+"""Puts the page of one cascade together: queue, gallery, pictures and server."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...schemas.callbacks import Say
 from ..cascade import Cascade
 from .gallery import Gallery
 from .pictures import Pictures
-from .queue import Studio
+from .queue import JobQueue
 from .routes import ROUTES, App
 from .server import PageServer
 
-KEPT = "pictures"  # beside the images, what they were made from
+KEPT = "pictures"  # folder beside the images, for the pictures that images were made from
 
 
 @contextmanager
@@ -25,13 +26,15 @@ def page_server(
     port: int = 7860,
     batch: int | None = None,
     loras: Sequence[tuple[str, float]] = (),
-    say: Callable[[str], object] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> Iterator[PageServer]:
     """A server that listens on `host` and `port` (0: a free one) until the context ends; `serve_forever` answers.
 
-    Images go to the folder `output`. `name` is what the page calls the bundle, `loras` are merged into its weights
-    already, `batch` images are drawn together, `say` hears of each. Raises UsageError when it cannot listen there or
-    `output` is no folder."""
+    Images go to the folder `output`. `name` is what the page calls the bundle. `loras` are already merged into the
+    weights of `cascade`, and the page shows them. `batch` images are computed together. `say` is called with a line
+    for each image. Raises UsageError when the server cannot listen there or `output` is no folder.
+
+    Example: `with page_server(cascade, Path("images"), name="bundle") as server: server.serve_forever()`"""
     with tempfile.TemporaryDirectory(prefix="cascadekit-") as scratch:
         pictures = Pictures(Path(scratch), output / KEPT)
         gallery = Gallery(output, pictures)
@@ -41,7 +44,7 @@ def page_server(
             "output": str(output),
             "loras": [f"{lora} {strength:g}" for lora, strength in loras],
         }
-        studio = Studio(cascade, gallery, pictures, batch=batch, say=say)
-        app = App(cascade.manifest, studio, gallery, pictures, loras, about)
-        with PageServer(host, port, ROUTES, app) as server, studio:
+        queue = JobQueue(cascade, gallery, pictures, batch=batch, say=say)
+        app = App(manifest=cascade.manifest, queue=queue, gallery=gallery, pictures=pictures, loras=loras, about=about)
+        with PageServer(host, port, ROUTES, app) as server, queue:
             yield server

@@ -53,7 +53,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A body as a whole, or in pieces that are sent as they come; `length` bytes of them where that is known."""
+    """A reply. `body` is whole, or in pieces that are sent as they come; `length` is their size in bytes if known."""
 
     body: bytes | Iterable[bytes]
     type: str
@@ -72,7 +72,7 @@ BUSY = json_reply({"error": "too many connections; try again in a moment"}, HTTP
 
 @dataclass(frozen=True)
 class Call:
-    """A request: the groups of its route, its query, and its body of the types and size that the route takes."""
+    """A request that its route accepts: the groups of the route's pattern, the query, the headers and the body."""
 
     groups: Mapping[str, str]
     query: Mapping[str, str]
@@ -114,9 +114,9 @@ class PageServer(ThreadingHTTPServer):
         self.routes, self.app = routes, app
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
         self._places = BoundedSemaphore(MAX_CONNECTIONS)
-        self._lock = Lock()  # of the two below
-        self._held = 0  # bytes of bodies
-        self._expected: dict[socket.socket, float] = {}  # when a request must have arrived
+        self._lock = Lock()  # held while one of the next two attributes changes
+        self._held = 0  # bytes of all bodies in memory
+        self._expected: dict[socket.socket, float] = {}  # when the request of a connection must be here
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError, UnicodeError) as error:
@@ -137,7 +137,7 @@ class PageServer(ThreadingHTTPServer):
         return name in self.names or _is_address(name)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, as long as there are not too many."""
+        """Answer in a thread of its own, unless there are MAX_CONNECTIONS already."""
         if not self._places.acquire(blocking=False):
             self._refuse(request)
             return
@@ -155,7 +155,8 @@ class PageServer(ThreadingHTTPServer):
             self._places.release()
 
     def _refuse(self, request: socket.socket) -> None:
-        """Say that there is no place, if that can be said at once; a connection closed on unread bytes loses it."""
+        """Reply that there are too many connections, unless sending would block. What the client sent is read, too:
+        closing a connection with unread bytes would lose the reply."""
         assert isinstance(BUSY.body, bytes)
         head = f"HTTP/1.1 {BUSY.status.value} {BUSY.status.phrase}\r\nContent-Type: {BUSY.type}\r\n"
         head += f"Content-Length: {len(BUSY.body)}\r\nConnection: close\r\n\r\n"
@@ -166,7 +167,7 @@ class PageServer(ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def expect(self, request: socket.socket) -> None:
-        """From now on a request of that connection has PATIENCE seconds to arrive."""
+        """Start the clock of a connection: its next request has to arrive within PATIENCE seconds."""
         with self._lock:
             self._expected[request] = time.monotonic() + PATIENCE
 
@@ -175,7 +176,7 @@ class PageServer(ThreadingHTTPServer):
             self._expected.pop(request, None)
 
     def service_actions(self) -> None:
-        """Several times a second: hang up on clients whose requests trickle in."""
+        """Close the connections of clients that take too long to send a request. Called several times a second."""
         now = time.monotonic()
         with self._lock:
             late = [request for request, until in self._expected.items() if until < now]
@@ -185,7 +186,7 @@ class PageServer(ThreadingHTTPServer):
 
     @contextmanager
     def room_for(self, length: int) -> Iterator[None]:
-        """Room for a body in memory. Raises RefusedError when the others have taken it."""
+        """Reserve memory for a body. Raises RefusedError when other bodies have taken it."""
         with self._lock:
             if self._held + length > MAX_BODIES:
                 raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too much at the same time; try again in a moment")
@@ -197,17 +198,17 @@ class PageServer(ThreadingHTTPServer):
                 self._held -= length
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that leave are nothing to tell of."""
+        """Print the traceback of an error, unless the client is gone."""
         if not isinstance(sys.exception(), OSError):
             traceback.print_exc()
 
 
 class _Head:
-    """A stream of which a request's line and headers are read, and no more than they may take."""
+    """A stream that gives the request line and the headers, and at most MAX_HEAD bytes of them."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._left = stream, MAX_HEAD
-        self.read1 = stream.read1  # what a refused client goes on sending is none of them
+        self.read1 = stream.read1  # for the rest of a refused body, which is no header
 
     def readline(self, size: int) -> bytes:
         line: bytes = self._stream.readline(min(size, self._left + 1))
@@ -246,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         except CascadeError as error:
             reply = json_reply({"error": str(error)}, HTTPStatus.BAD_REQUEST)
         except (ConnectionError, TimeoutError):
-            raise  # nobody is there to be told
+            raise  # the client is gone
         except Exception as error:
             traceback.print_exc()
             message = f"something went wrong that should not ({type(error).__name__}); the terminal says more"
@@ -270,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
             return route.answer(self.server.app, Call(groups, query, dict(self.headers.items()), body))
 
     def _length(self) -> int:
-        """Of the body, as announced."""
+        """The length of the body that the client announces."""
         self._unread = DRAINED  # for all that is known so far
         if "Transfer-Encoding" in self.headers:
             raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "expected a body with a Content-Length")
@@ -303,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"expected {' or '.join(route.method for route, _ in found)}")
 
     def _require_type(self, route: Route) -> None:
-        """Forms, which other sites may send without asking, have none of these types."""
+        """Refuse bodies of other types: other sites can send forms without permission, and forms have none of these."""
         if route.types and not self.headers.get("Content-Type", "").lower().startswith(route.types):
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected a body of type {' or '.join(route.types)}")
 
@@ -339,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._drain()
 
     def _drain(self) -> None:
-        """Read what a refused client goes on sending: a connection closed on unread bytes loses the reply."""
+        """Read the rest of what a refused client sends: closing a connection with unread bytes would lose the reply."""
         if not self._unread:
             return
         left, until = min(self._unread, DRAINED), time.monotonic() + LINGER
@@ -353,7 +354,7 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(read)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses, requests that are no HTTP, in the form of all other refusals."""
+        """Refuse what the base class cannot parse as HTTP, with a reply in the form of all other refusals."""
         self._unread, self.close_connection = DRAINED, True
         self.request_version, self.requestline = self.protocol_version, ""  # without them there is no status line
         self.command = getattr(self, "command", None) or "GET"
@@ -363,7 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "cascadekit"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The terminal is for images and errors."""
+        """Log nothing: the terminal shows images and errors."""
 
 
 def _is_address(name: str) -> bool:

@@ -431,7 +431,7 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
     result = call(tiny / "bundle", tmp_path / "p.txt", "-o", tmp_path)
     os.close(descriptor)
     assert result.exit_code == 2
-    assert "another batch is drawn into it" in result.stderr
+    assert "another batch writes into it" in result.stderr
 
 
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from cascadekit.cli import main
 from cascadekit.cli.escape import visible, visible_line
 from cascadekit.converters.checkpoints import open_model as model
-from cascadekit.runtime.batch.log import read_journal
+from cascadekit.runtime.batch.log import read_log
 from cascadekit.runtime.images.png import read_settings
 from cascadekit.schemas.bundle import LoraEntry
 
@@ -192,7 +192,7 @@ class TestNamesThatAreNotUtf8:
         prompts.write_text("a cat\n")
         result = call("generate", tiny / "bundle", "--prompts", prompts, "-o", out, *QUICK)
         assert result.exit_code == 0, result.output
-        started = next(read_journal(out / "log.jsonl"))
+        started = next(read_log(out / "log.jsonl"))
         assert started["prompts"] == str(prompts)
         (out / "log.jsonl").read_text(encoding="utf-8", errors="strict")
         assert (read_settings(out / "0000.png") or {})["prompt"] == "a cat"

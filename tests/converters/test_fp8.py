@@ -12,11 +12,12 @@ from cascadekit.converters.checkpoints.output_files import Target
 from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor
+from cascadekit.schemas.dtypes import FLOATS, FP8
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError
 from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
-from cascadekit.storage.cast import FLOATS, FP8, cast_counted
+from cascadekit.storage.cast import cast_counted
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

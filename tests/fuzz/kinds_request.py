@@ -12,7 +12,7 @@ import click
 
 from cascadekit.cli import main
 from cascadekit.runtime.batch.file_names import DEFAULT_NAME, NameTemplate
-from cascadekit.runtime.batch.image_jobs import Planner
+from cascadekit.runtime.batch.image_jobs import BatchPlanner
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.ui.gallery import Gallery
@@ -86,7 +86,7 @@ def prompts(rng: Random, corpus: Corpus, folder: Path) -> Call:
     name = rng.choice((DEFAULT_NAME, "{prompt:.30}", "{seed}-{key}", "{number:04d}"))
 
     def call() -> None:
-        plan = Planner(manifest, folder / "out", NameTemplate.parse(name), 7).plan(read_prompt_file(source))
+        plan = BatchPlanner(manifest, folder / "out", NameTemplate.parse(name), 7).plan(read_prompt_file(source))
         if plan.problems:
             raise UsageError("\n".join(plan.problems))
 
@@ -156,9 +156,9 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     call = command(*path, *arguments)
 
     def without_work() -> None:
-        drawing = patch("cascadekit.runtime.batch.requests.draw", side_effect=CascadeError("not drawn"))
+        drawing = patch("cascadekit.runtime.batch.requests.generate_requests", side_effect=CascadeError("not drawn"))
         serving = patch("cascadekit.runtime.ui.server.PageServer.serve_forever")
-        batch = patch("cascadekit.runtime.batch.run.Runner.run", side_effect=CascadeError("not drawn"))
+        batch = patch("cascadekit.runtime.batch.run.BatchRunner.run", side_effect=CascadeError("not drawn"))
         with drawing, serving, batch, patch("signal.signal"):
             call()
 

@@ -17,10 +17,17 @@ from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
 from cascadekit.runtime.batch.file_names import NameTemplate, slug
-from cascadekit.runtime.batch.image_jobs import Found, Job, Plan, Planner, content_key, look
-from cascadekit.runtime.batch.log import Journal, read_journal
+from cascadekit.runtime.batch.image_jobs import (
+    BatchPlan,
+    BatchPlanner,
+    ImageJob,
+    OutputState,
+    content_key,
+    output_state,
+)
+from cascadekit.runtime.batch.log import BatchLog, read_log
 from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
-from cascadekit.runtime.batch.run import Runner, last_seed, windows
+from cascadekit.runtime.batch.run import BatchRunner, last_seed, windows
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
@@ -163,10 +170,10 @@ class TestNames:
             NameTemplate.parse(text).path({"prompt": "?!"})
 
 
-def plan(cascade: Cascade, folder: Path, rows: list[Any], **more: Any) -> Plan:
+def plan(cascade: Cascade, folder: Path, rows: list[Any], **more: Any) -> BatchPlan:
     common = {**COMMON, **more.pop("common", {})}
     how = {"template": NameTemplate("{name}"), "base_seed": 10, **more}
-    planner = Planner(cascade.manifest, folder / "out", common=common, **how)
+    planner = BatchPlanner(cascade.manifest, folder / "out", common=common, **how)
     return planner.plan(read(folder, "p.jsonl", "\n".join(map(json.dumps, rows))))
 
 
@@ -191,7 +198,7 @@ class TestPlan:
         [
             ({"negative": "x"}, "prompt: Field required"),
             ({"prompt": "x", "prior_steps": "many"}, "prior_steps"),
-            ({"prompt": "x", "prior_steps": 0}, "0 steps"),
+            ({"prompt": "x", "prior_steps": 0}, "prior_steps 0"),
             ({"prompt": "x", "prior_timesteps": [0, 1]}, "timesteps"),
             ({"prompt": "x", "height": 60}, "height 60"),
             ({"prompt": "x", "prior_guidance": float("nan")}, "finite"),
@@ -243,10 +250,10 @@ class TestPlan:
 
 class TestLook:
     @pytest.fixture
-    def job(self, cascade: Cascade, tmp_path: Path) -> Job:
+    def job(self, cascade: Cascade, tmp_path: Path) -> ImageJob:
         return plan(cascade, tmp_path, ["a"]).jobs[0]
 
-    def put(self, job: Job, told: object, size: int = 50) -> bytes:
+    def put(self, job: ImageJob, told: object, size: int = 50) -> bytes:
         """A PNG that Pillow writes."""
         info = PngImagePlugin.PngInfo()
         info.add_itxt("cascadekit", json.dumps(told))
@@ -254,17 +261,21 @@ class TestLook:
         Image.effect_noise((size, size), 90).save(job.path, pnginfo=info)
         return job.path.read_bytes()
 
-    def test_images(self, job: Job) -> None:
-        assert look(job) is Found.NOTHING
-        for told, found in (({"key": job.key}, Found.DONE), ({"key": "x"}, Found.OTHER), ([], Found.OTHER)):
+    def test_images(self, job: ImageJob) -> None:
+        assert output_state(job) is OutputState.NOTHING
+        for told, found in (
+            ({"key": job.key}, OutputState.DONE),
+            ({"key": "x"}, OutputState.OTHER),
+            ([], OutputState.OTHER),
+        ):
             self.put(job, told)
-            assert look(job) is found
+            assert output_state(job) is found
 
-    def test_cut_anywhere(self, job: Job) -> None:
+    def test_cut_anywhere(self, job: ImageJob) -> None:
         content = self.put(job, {"key": job.key}, 8)
         for length in range(len(content)):
             job.path.write_bytes(content[:length])
-            assert look(job) is Found.DAMAGED
+            assert output_state(job) is OutputState.DAMAGED
 
     @settings(deadline=None)
     @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
@@ -273,31 +284,31 @@ class TestLook:
         content = bytearray(self.put(job, {"key": job.key}, 8))
         content[place % len(content)] = byte
         job.path.write_bytes(content)
-        look(job)  # raises nothing
+        output_state(job)  # raises nothing
 
     @pytest.mark.parametrize("content", [b"my notes", b"\xff\xd8\xff\xe0 a JPEG"])
-    def test_other_files_are_nobodys_to_replace(self, job: Job, content: bytes) -> None:
+    def test_other_files_are_nobodys_to_replace(self, job: ImageJob, content: bytes) -> None:
         job.path.parent.mkdir()
         job.path.write_bytes(content)
-        assert look(job) is Found.OTHER
+        assert output_state(job) is OutputState.OTHER
         job.path.unlink()
         job.path.mkdir()
-        assert look(job) is Found.OTHER
+        assert output_state(job) is OutputState.OTHER
 
 
 class TestLog:
     def test_a_cut_line_is_left_behind(self, tmp_path: Path) -> None:
         path = tmp_path / "a" / "log.jsonl"
-        with Journal(path) as journal:
-            journal.write("started", {"base_seed": 5})
+        with BatchLog(path) as log_file:
+            log_file.write("started", {"base_seed": 5})
         with path.open("a") as file:
             file.write('{"time": "2026')
         assert last_seed(path) == 5
-        with Journal(path) as journal:
-            journal.write("done", {"number": 1}, {"number": 2, "prompt": "猫\n"})
-        assert [event.get("number") for event in read_journal(path)] == [None, 1, 2]
+        with BatchLog(path) as log_file:
+            log_file.write("done", {"number": 1}, {"number": 2, "prompt": "猫\n"})
+        assert [event.get("number") for event in read_log(path)] == [None, 1, 2]
         assert len(path.read_text().splitlines()) == 4
-        assert list(read_journal(tmp_path / "none")) == []
+        assert list(read_log(tmp_path / "none")) == []
         assert last_seed(tmp_path / "none") is None
 
 
@@ -313,9 +324,12 @@ class TestRun:
             return load(self, stage, graph)
 
         monkeypatch.setattr(OnnxRuntimeEngine, "load", counting)
-        with Cascade.open(tiny / "bundle", memory="staged", threads=1) as staged, Journal(tmp_path / "log") as journal:
+        with (
+            Cascade.open(tiny / "bundle", memory="staged", threads=1) as staged,
+            BatchLog(tmp_path / "log") as log_file,
+        ):
             jobs = plan(staged, tmp_path, [{"prompt": f"p{n}", "negative": f"n{n}"} for n in range(6)]).jobs
-            outcomes = list(Runner(staged, journal, together=3).run(jobs))
+            outcomes = list(BatchRunner(staged, log_file, together=3).run(jobs))
         assert loaded == {Stage.TEXT_ENCODER: 1, Stage.PRIOR: 2, Stage.DECODER: 2, Stage.VQGAN: 2}
         assert [outcome.kind for outcome in outcomes] == ["drawn"] * 6
         assert all(outcome.seconds.keys() >= {"prior", "decoder", "vqgan"} for outcome in outcomes)
@@ -341,8 +355,10 @@ class TestRun:
             return Cascade.generate(cascade, prompts, *arguments, **more)
 
         monkeypatch.setattr(cascade, "generate", failing)
-        with Journal(tmp_path / "log") as journal:
-            outcomes = list(Runner(cascade, journal, together=3).run(plan(cascade, tmp_path, ["a", "b", "c"]).jobs))
+        with BatchLog(tmp_path / "log") as log_file:
+            outcomes = list(
+                BatchRunner(cascade, log_file, together=3).run(plan(cascade, tmp_path, ["a", "b", "c"]).jobs)
+            )
         assert calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
         assert [(outcome.kind, outcome.error) for outcome in outcomes] == [
             ("drawn", None),
@@ -358,8 +374,8 @@ class TestRun:
         common = {"long_prompts": True}
         together = plan(cascade, tmp_path, rows, common=common)
         alone = plan(cascade, tmp_path / "alone", rows[1:], common=common)
-        with Journal(tmp_path / "log") as journal:
+        with BatchLog(tmp_path / "log") as log_file:
             for made in (together, alone):
-                list(Runner(cascade, journal, together=2).run(made.jobs))
+                list(BatchRunner(cascade, log_file, together=2).run(made.jobs))
         one, other = (np.asarray(Image.open(made.jobs[-1].path), np.int16) for made in (together, alone))
         assert abs(one - other).max() <= 1

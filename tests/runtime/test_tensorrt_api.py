@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascadekit.runtime.engines.tensorrt import cuda, execution, nvidia
+from cascadekit.runtime.engines.tensorrt import cuda, execution, nvidia, plan_ports
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.schemas.errors import EngineError
 from helpers.tensorrt_bindings_of import BINDINGS, look, missing
@@ -65,7 +65,7 @@ def test_tensorrt_rtx_has_it_all() -> None:
     import tensorrt_rtx
 
     assert missing(tensorrt_rtx, used()) == set()
-    assert execution.HOST_TYPES.keys() <= set(tensorrt_rtx.DataType.__members__)
+    assert plan_ports.HOST_TYPES.keys() <= set(tensorrt_rtx.DataType.__members__)
 
 
 def test_tensorrt_rtx_takes_a_mapped_file(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_cuda_takes_what_it_is_given() -> None:
 
 @pytest.mark.parametrize("version", BINDINGS)
 def test_tensorrt_has_it_all(bindings: Path, version: str) -> None:
-    types = {f"DataType.{name}" for name in execution.HOST_TYPES}
+    types = {f"DataType.{name}" for name in plan_ports.HOST_TYPES}
     assert look(bindings, version, (used() - OF_RTX) | types) == {
         "version": version,
         "missing": [],

@@ -6,9 +6,10 @@ import struct
 import numpy as np
 import pytest
 
+from cascadekit.schemas.dtypes import FLOATS
 from cascadekit.schemas.errors import UsageError
 from cascadekit.storage import cast
-from cascadekit.storage.cast import FLOATS, Array, cast_block, castable, target_dtype
+from cascadekit.storage.cast import Array, cast_block, castable, target_dtype
 
 torch = pytest.importorskip("torch")
 

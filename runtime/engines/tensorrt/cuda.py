@@ -1,4 +1,4 @@
-"""The few calls to CUDA that the TensorRT engines make; nothing else in the house talks to a GPU."""
+"""The few calls to CUDA that the TensorRT engines make. No other module of cascadekit calls CUDA."""
 
 import contextlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ NO_DRIVER = ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorIniti
 
 
 class DeviceMemoryError(EngineError):
-    """The GPU's memory does not hold what was asked for."""
+    """The GPU has too little free memory for a request."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cuda:
         return cuda_version(int(self._call("cudaDriverGetVersion")))
 
     def free_memory(self) -> int:
-        """Bytes that nobody uses now."""
+        """Bytes of GPU memory that no process uses."""
         free, _total = self._call("cudaMemGetInfo")
         return int(free)
 
@@ -84,7 +84,7 @@ class Cuda:
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: Any) -> Any:
-        """What was recorded, ready to be launched."""
+        """End the recording and return it as a graph that `launch` takes."""
         graph = self._call("cudaStreamEndCapture", stream)
         try:
             return self._call("cudaGraphInstantiate", graph, 0)
@@ -98,7 +98,7 @@ class Cuda:
         self._call("cudaGraphExecDestroy", graph)
 
     def _call(self, name: str, *args: Any) -> Any:
-        """What the function gives besides its status: nothing, one value or a tuple."""
+        """Call a function of CUDA and return its values without the status: one value alone, or else a tuple."""
         status, *values = getattr(self._runtime, name)(*args)
         if int(status) != 0:
             raise self._error(name, status)
@@ -113,7 +113,7 @@ class Cuda:
         return kind(f"{call} failed: {reason}")
 
     def _driver_problem(self) -> str | None:
-        """What hinders the driver; None when it is nothing that is known here."""
+        """Why the driver does not work; None if the reason is unknown."""
         driver = int(self._runtime.cudaDriverGetVersion()[1])
         needed = int(self._runtime.cudaRuntimeGetVersion()[1]) // 1000
         if driver == 0:
@@ -127,7 +127,7 @@ class Cuda:
 
 
 class DeviceBuffer:
-    """Device memory that is used again and again, and replaced where it is too small."""
+    """Device memory that is reused, and replaced by a larger block when it is too small."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -135,7 +135,7 @@ class DeviceBuffer:
         self.nbytes = 0
 
     def fit(self, nbytes: int) -> int:
-        """The address of at least `nbytes`; what was there is lost when it moves."""
+        """The address of at least `nbytes` bytes. If the block has to grow, its content is lost."""
         if nbytes > self.nbytes:
             self.free()
             self.address = self._cuda.malloc(nbytes)

@@ -1,4 +1,4 @@
-"""Runs the plans of a bundle with TensorRT or TensorRT-RTX: numpy in and out, nothing else on the way."""
+"""Runs the plans of a bundle with TensorRT or TensorRT-RTX, on numpy arrays."""
 
 from collections.abc import Callable, Mapping
 from itertools import count
@@ -22,10 +22,10 @@ from .nvidia import Host, cache_folder, make_runtime, open_host
 from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
 
 Outputs = dict[str, NDArray[Any]]
-Refit = Callable[[Any, Path], object]  # an engine of TensorRT's, the ONNX file whose weights it is to have
+Refit = Callable[[Any, Path], object]  # takes an engine of TensorRT and the ONNX file of its new weights
 T = TypeVar("T")
 
-DRAWING = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
+NEEDED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 
 NOTHING_HELD = 0  # the key of calls without constants
 _keys = count(NOTHING_HELD + 1)
@@ -64,36 +64,30 @@ class TensorRTEngine:
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        host, bundle = self.host, self.bundle
-        return graphs_with_plans(
-            bundle.root, bundle.entry(stage), host.backend, host.version, host.device, refits=self.refit is not None
-        )
+        return graphs_with_plans(self.bundle.entry(stage), self.host, refits=self.refit is not None)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TensorRTStage":
         return TensorRTStage(self, stage, graph)
 
 
 class TensorRTStage(StageRunner):
-    """One graph of a stage: the plans it has for this machine, one of them at a time on the device."""
+    """One graph of a stage, with its plans for this machine. At most one plan is on the device."""
 
     def __init__(self, engine: TensorRTEngine, stage: Stage, graph: str) -> None:
-        """Raises EngineError when no plan can run here: why, and the command that makes one."""
-        host = engine.host
+        """Raises EngineError, with the reason and the command that builds a plan, when no plan can run here."""
         self.stage = stage
         self._engine = engine
-        self._plans = runnable_plans(
-            engine.bundle, stage, graph, host.backend, host.version, host.device, refits=engine.refit is not None
-        )
+        self._plans = runnable_plans(engine.bundle, stage, graph, engine.host, refits=engine.refit is not None)
         self._entry = engine.bundle.entry(stage).graphs[graph]
         self._execution: Execution | None = None
-        if len(self._plans) == 1:  # of several, the sizes asked for decide
+        if len(self._plans) == 1:  # of several plans, the sizes of the first inputs decide
             self._with_room(lambda: self._ready(self._plans[0]))
 
     def __call__(self, inputs: Tensors) -> Outputs:
         return self.run(inputs, {}, NOTHING_HELD)
 
     def bind(self, constants: Tensors) -> "BoundStage":
-        """The stage with some inputs fixed, which go to the device once."""
+        """The stage with the inputs `constants` fixed, which are copied to the device once."""
         return BoundStage(self, constants)
 
     def run(self, inputs: Tensors, constants: Tensors, key: int) -> Outputs:
@@ -128,7 +122,7 @@ class TensorRTStage(StageRunner):
         return self._execution.device_bytes if self._execution else 0
 
     def facts(self) -> dict[str, Any]:
-        """How it runs now, for reports: plan, bytes on the device and of weights there, whether from a CUDA graph."""
+        """For reports: the plan in use, its bytes and its weights' bytes on the device, if a CUDA graph is used."""
         execution = self._execution
         if execution is None:
             return {}
@@ -140,13 +134,13 @@ class TensorRTStage(StageRunner):
         }
 
     def evict(self) -> None:
-        """Leave the device; the next call comes back to it."""
+        """Free all device memory. The next call loads the plan again."""
         if self._execution:
             execution, self._execution = self._execution, None
             execution.close()
 
     def _with_room(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` gives; while memory is short for it, other stages leave the device."""
+        """The result of `attempt`. While memory is short for it, other stages are evicted from the device."""
         while True:
             try:
                 return attempt()
@@ -160,7 +154,7 @@ class TensorRTStage(StageRunner):
                     ) from error
 
     def _ready(self, plan: PlanEntry, profile: int | None = None) -> Execution:
-        """The plan on the device, with room for what `profile` needs between layers."""
+        """The plan on the device, with room for the scratch memory of `profile`."""
         room = self._engine.room
         if self._execution and self._execution.plan is not plan:
             room.forget(self)
@@ -190,9 +184,9 @@ class TensorRTStage(StageRunner):
         return execution
 
     def _stream_weights(self, execution: Execution) -> None:
-        """Keep on the device what is wished for and fits."""
+        """Keep as many weights on the device as `weight_budget` asks for and as fit."""
         kept = min(execution.streamable, self._engine.weight_budget or execution.streamable)
-        for _ in range(3):  # what streaming itself needs between layers depends on what is streamed
+        for _ in range(3):  # the scratch memory depends on how much is streamed
             execution.keep_weights(kept)
             needed = execution.weights_on_device + execution.most_scratch
             lacking = needed - self._engine.room.make_room(needed, self)
@@ -211,7 +205,8 @@ class TensorRTStage(StageRunner):
 
 
 class BoundStage:
-    """A stage with some inputs fixed: call it with the others. They leave the device when it is let go."""
+    """A stage with some inputs fixed; it is called with the others. When the object is collected, its constants leave
+    the device."""
 
     def __init__(self, stage: TensorRTStage, constants: Tensors) -> None:
         self._stage = stage
@@ -231,12 +226,12 @@ def make_tensorrt(
 
 
 def has_plans(bundle: Bundle, backend: Backend) -> bool:
-    """Whether what drawing an image takes has plans of `backend` that can run here."""
-    entries = [bundle.manifest.stages.get(stage) for stage in DRAWING]
+    """Whether every stage that `generate` needs has plans of `backend` that can run here."""
+    entries = [bundle.manifest.stages.get(stage) for stage in NEEDED]
     if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
         return False
     try:
         host = open_host(backend)
     except EngineError:
         return False
-    return all(entry and graphs_with_plans(bundle.root, entry, backend, host.version, host.device) for entry in entries)
+    return all(entry and graphs_with_plans(entry, host) for entry in entries)

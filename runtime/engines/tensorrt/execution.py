@@ -1,4 +1,4 @@
-"""A plan on the device: TensorRT's engine and context, a buffer for every port, and what is captured of a run."""
+"""A plan on the device: TensorRT's engine and context, a buffer for every port, and a captured CUDA graph."""
 
 import mmap
 from collections.abc import Callable, Iterable, Mapping
@@ -12,18 +12,9 @@ from numpy.typing import NDArray
 from ....schemas.bundle import GraphEntry, PlanEntry
 from ....schemas.errors import EngineError
 from ..base import Tensors
-from .cuda import Cuda, DeviceBuffer, DeviceMemoryError, as_bf16, from_bf16
+from .cuda import Cuda, DeviceBuffer, DeviceMemoryError
 from .nvidia import Host
-
-# What a port of TensorRT's type has on the host; numpy has no bfloat16, its bits are kept as integers.
-HOST_TYPES: Mapping[str, np.dtype[Any]] = {
-    "FLOAT": np.dtype(np.float32),
-    "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(np.uint16),
-    "INT64": np.dtype(np.int64),
-    "INT32": np.dtype(np.int32),
-    "BOOL": np.dtype(np.bool_),
-}
+from .plan_ports import PlanPorts
 
 
 @dataclass(frozen=True)
@@ -35,16 +26,16 @@ class Placed:
 
 
 class Execution:
-    """One plan, deserialised; `run` computes. `close` gives back all of its device memory.
+    """One deserialised plan. `run` computes, `close` frees all of its device memory.
 
-    TensorRT-RTX captures CUDA graphs itself where it can be told to; of TensorRT, what runs twice in a row with the
-    same shapes at the same addresses is captured here, unless weights are streamed. TensorRT-RTX compiles kernels when
-    they are first needed; `cache` is the file they are kept in for the next time."""
+    TensorRT-RTX captures CUDA graphs itself. For TensorRT, a run that repeats the shapes and addresses of the run
+    before is captured here, unless weights are streamed. TensorRT-RTX compiles kernels when they are first needed, and
+    `cache` is the file that keeps them for the next process."""
 
     def __init__(
         self, host: Host, runtime: Any, path: Path, plan: PlanEntry, graph: GraphEntry, cache: Path | None = None
     ) -> None:
-        """Raises EngineError when TensorRT refuses the plan, or it is not of `graph`."""
+        """Raises EngineError when TensorRT refuses the plan, or the plan does not belong to `graph`."""
         self.plan = plan
         self.host = host
         self._cuda: Cuda = host.cuda
@@ -56,9 +47,8 @@ class Execution:
         self._runtime_cache: Any = None
         self._profile: int | None = None
         self._stream = self._cuda.create_stream()
-        self._types = self._check_ports(graph)
-        self._outputs = {port.name: np.dtype(port.dtype) for port in graph.outputs}
-        self._buffers = {name: DeviceBuffer(self._cuda) for name in self._types}
+        self._ports = PlanPorts(self._engine, path, plan, graph)
+        self._buffers = {name: DeviceBuffer(self._cuda) for name in self._ports.types}
         self._held: dict[int, dict[str, DeviceBuffer]] = {}
         self._last: Mapping[str, Placed] | None = None
         self._captured: Any = None
@@ -66,33 +56,33 @@ class Execution:
 
     @property
     def streamable(self) -> int:
-        """Bytes of weights that may stay on the host and come when they are needed; 0 unless it was built so."""
+        """Bytes of weights that may stay on the host until needed; 0 unless the plan was built for streaming."""
         return int(self._engine.streamable_weights_size)
 
     def keep_weights(self, nbytes: int) -> None:
-        """Keep that many bytes of the streamable weights on the device. Before the first run."""
+        """Keep `nbytes` of the streamable weights on the device. To be called before the first run."""
         self._engine.weight_streaming_budget_v2 = nbytes
         self._captures = self._captures and nbytes >= self.streamable
 
     @property
     def replays(self) -> bool | None:
-        """Whether runs are replayed from a CUDA graph that was captured here; None where TensorRT captures."""
+        """Whether runs replay a CUDA graph that was captured here; None where TensorRT-RTX captures graphs."""
         return None if hasattr(self.host.trt, "CudaGraphStrategy") else self._captured is not None
 
     @property
     def weights_on_device(self) -> int:
-        """Bytes, at most: the plan has little besides weights."""
+        """Bytes of weights on the device, at most: the plan has little besides weights."""
         streamable = self.streamable
         away = streamable - int(self._engine.weight_streaming_budget_v2) if streamable else 0
         return self.plan.bytes - away
 
     def scratch(self, profile: int) -> int:
-        """Bytes of device memory that a run with `profile` takes for what lies between layers."""
+        """Bytes of device memory that a run with `profile` takes for values between layers."""
         return int(self._engine.get_device_memory_size_for_profile_v2(profile))
 
     @property
     def most_scratch(self) -> int:
-        """`scratch` of the profile that takes most."""
+        """The largest `scratch` of all profiles."""
         return max(self.scratch(profile) for profile in range(len(self.plan.profiles)))
 
     @property
@@ -102,20 +92,20 @@ class Execution:
         return self.weights_on_device + ports + (0 if self._profile is None else self.scratch(self._profile))
 
     def give_weights(self, refit: Callable[[Any, Path], object], graph: Path) -> None:
-        """Have `refit` replace the engine's weights by those of the ONNX file `graph`. Before the first run."""
+        """Let `refit` give the engine the weights of the ONNX file `graph`. To be called before the first run."""
         refit(self._engine, graph)
 
     def has_selected(self, profile: int) -> bool:
-        """Whether the scratch memory of `profile` is taken already."""
+        """Whether the scratch memory of `profile` is allocated."""
         return self._profile == profile
 
     def hold(self, key: int, constants: Tensors) -> None:
-        """Keep `constants` on the device under `key` until it is released; does nothing where they are there."""
+        """Copy `constants` to the device and keep them under `key` until `release`, unless `key` has them already."""
         if key in self._held:
             return
         buffers = self._held[key] = {name: DeviceBuffer(self._cuda) for name in constants}
         try:
-            arrays = {name: self._fed(name, array) for name, array in constants.items()}
+            arrays = {name: self._ports.to_plan(name, array) for name, array in constants.items()}
             for name, array in arrays.items():
                 self._cuda.upload(buffers[name].fit(array.nbytes), array, self._stream)
             self._cuda.synchronize(self._stream)
@@ -124,24 +114,24 @@ class Execution:
             raise
 
     def release(self, key: int) -> None:
-        """Forget what is held under `key`."""
+        """Free the constants that are held under `key`."""
         for buffer in self._held.pop(key, {}).values():
             buffer.free()
 
     def run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
-        """The outputs for `inputs` and for what is held on the device under `key`, whose arrays are `held`.
+        """The outputs for `inputs` and for the constants on the device under `key`, which `held` has on the host.
 
         Raises EngineError when CUDA or TensorRT fail."""
         try:
             return self._run(profile, inputs, held, key)
         except EngineError:
             self._drop_capture()
-            self._last = None  # who knows what of it the context was told
+            self._last = None  # the context may have taken some of the addresses
             raise
 
     def _run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
         self._select(profile)
-        arrays = {name: self._fed(name, array) for name, array in inputs.items()}
+        arrays = {name: self._ports.to_plan(name, array) for name, array in inputs.items()}
         placed = {name: Placed(array.shape, self._held[key][name].address) for name, array in held.items()}
         for name, array in arrays.items():
             address = self._buffers[name].fit(array.nbytes)
@@ -149,50 +139,25 @@ class Execution:
             placed[name] = Placed(array.shape, address)
         outputs = self._place(placed)
         self._launch({**placed, **outputs})
-        results = {name: np.empty(spot.shape, self._types[name][1]) for name, spot in outputs.items()}
+        results = {name: np.empty(spot.shape, self._ports.host_type(name)) for name, spot in outputs.items()}
         for name, spot in outputs.items():
             self._cuda.download(results[name], spot.address, self._stream)
         self._cuda.synchronize(self._stream)
-        return {name: self._taken(name, result) for name, result in results.items()}
+        return {name: self._ports.from_plan(name, result) for name, result in results.items()}
 
     def close(self) -> None:
         if self._engine is None:
             return
         self._drop_capture()
         self._save_cache()
-        self._context = self._config = self._runtime_cache = self._engine = None  # in this order: they are the engine's
+        self._context = self._config = self._runtime_cache = self._engine = (
+            None  # in this order: each depends on the next
+        )
         for key in list(self._held):
             self.release(key)
         for buffer in self._buffers.values():
             buffer.free()
         self._cuda.destroy_stream(self._stream)
-
-    def _check_ports(self, graph: GraphEntry) -> dict[str, tuple[str, np.dtype[Any]]]:
-        """TensorRT's name of each port's type, and what it is on the host."""
-        engine = self._engine
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        expected = {port.name for port in (*graph.inputs, *graph.outputs)}
-        if set(names) != expected or engine.num_optimization_profiles != len(self.plan.profiles):
-            raise EngineError(
-                f"{self._path}: not the plan that the manifest tells of: expected ports {', '.join(sorted(expected))} "
-                f"and {len(self.plan.profiles)} profiles, found {', '.join(sorted(names))} and "
-                f"{engine.num_optimization_profiles}; build it again"
-            )
-        types = {name: engine.get_tensor_dtype(name).name for name in names}
-        strange = [f"{name} is {kind}" for name, kind in types.items() if kind not in HOST_TYPES]
-        if strange:
-            raise EngineError(f"{self._path}: expected ports of {', '.join(HOST_TYPES)}; {', '.join(strange)}")
-        return {name: (kind, HOST_TYPES[kind]) for name, kind in types.items()}
-
-    def _fed(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """An input as the plan takes it."""
-        kind, dtype = self._types[name]
-        return as_bf16(array) if kind == "BF16" else np.ascontiguousarray(array, dtype)
-
-    def _taken(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """An output as the graph's port has it."""
-        kind, _ = self._types[name]
-        return (from_bf16(array) if kind == "BF16" else array).astype(self._outputs[name], copy=False)
 
     def _select(self, profile: int) -> None:
         if self._context is None:
@@ -207,7 +172,7 @@ class Execution:
         self._profile = profile
 
     def _create_context(self) -> Any:
-        """Scratch memory is that of the profile in use, not of the largest there is."""
+        """A context whose scratch memory is that of the profile in use, not of the largest profile."""
         trt = self.host.trt
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
@@ -216,7 +181,7 @@ class Execution:
         if self._cache and hasattr(config, "create_runtime_cache"):
             self._runtime_cache = config.create_runtime_cache()
             if self._cache.is_file():
-                self._runtime_cache.deserialize(self._cache.read_bytes())  # False for another GPU's or version's
+                self._runtime_cache.deserialize(self._cache.read_bytes())  # False for another GPU or version
             config.set_runtime_cache(self._runtime_cache)
         context = self._engine.create_execution_context(config)
         self._config = config
@@ -225,7 +190,7 @@ class Execution:
         return context
 
     def _place(self, inputs: Mapping[str, Placed]) -> dict[str, Placed]:
-        """Tell the context where inputs lie, and find places for the outputs."""
+        """Set the addresses of inputs and outputs in the context, and return where the outputs are."""
         context = self._context
         if self._last is None or any(self._last[name].shape != spot.shape for name, spot in inputs.items()):
             for name, spot in inputs.items():
@@ -235,11 +200,11 @@ class Execution:
             if unknown:
                 raise self._failed(f"lacks shapes of {', '.join(unknown)}")
         outputs = {}
-        for name in self._outputs:
+        for name in self._ports.outputs:
             shape = tuple(context.get_tensor_shape(name))
             if min(shape, default=0) < 0:
                 raise self._failed(f"does not know the size of {name}, {list(shape)}")
-            nbytes = int(np.prod(shape)) * self._types[name][1].itemsize
+            nbytes = int(np.prod(shape)) * self._ports.host_type(name).itemsize
             outputs[name] = Placed(shape, self._buffers[name].fit(nbytes))
         for name, spot in {**inputs, **outputs}.items():
             if self._last is None or self._last[name].address != spot.address:
@@ -263,7 +228,7 @@ class Execution:
             raise self._failed("failed")
 
     def _capture(self) -> Any:
-        """A run as a CUDA graph; None, and no further attempts, where something in it cannot be captured."""
+        """A run as a CUDA graph. Returns None, and stops further attempts, where the run cannot be captured."""
         try:
             self._cuda.begin_capture(self._stream)
             try:
@@ -281,7 +246,7 @@ class Execution:
             self._cuda.destroy_graph(captured)
 
     def _save_cache(self) -> None:
-        """Keep compiled kernels. A folder that cannot be written costs time at the next start, no more."""
+        """Save the compiled kernels. Without the cache, the next start compiles them again and nothing fails."""
         if self._cache is None or self._runtime_cache is None or self._profile is None:
             return
         try:
@@ -297,7 +262,7 @@ class Execution:
 
 
 def _deserialize(host: Host, runtime: Any, path: Path) -> Any:
-    """The engine of the plan at `path`, read from the file as it is needed."""
+    """The engine of the plan at `path`, whose file is mapped into memory."""
     host.messages.clear()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         engine = runtime.deserialize_cuda_engine(content)
@@ -307,7 +272,7 @@ def _deserialize(host: Host, runtime: Any, path: Path) -> Any:
 
 
 def _error(host: Host, what: str) -> EngineError:
-    """With TensorRT's reason; DeviceMemoryError when that is memory."""
+    """An error with TensorRT's reason: DeviceMemoryError if the reason is a lack of memory."""
     reason = host.reason
     host.messages.clear()
     lack = any(words in reason.lower() for words in ("out of memory", "cudaerror 2 ", "outofmemory"))
@@ -315,6 +280,6 @@ def _error(host: Host, what: str) -> EngineError:
 
 
 def inputs_apart(inputs: Tensors, held: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """`inputs` without what is on the device already."""
+    """`inputs` without those that are on the device already."""
     there = set(held)
     return {name: array for name, array in inputs.items() if name not in there}

@@ -1,4 +1,4 @@
-"""What GPU engines run on: a TensorRT, CUDA, and the GPU there is."""
+"""The parts that TensorRT engines run on: a TensorRT module, CUDA, and the GPU."""
 
 import os
 import sys
@@ -59,12 +59,12 @@ def import_tensorrt(backend: Backend) -> Any:
 
 
 def make_runtime(host: Host) -> Any:
-    """What turns plans into engines, with a logger that fills `host.messages`."""
+    """TensorRT's runtime, which turns plans into engines. Its logger fills `host.messages`."""
     return host.trt.Runtime(_logger(host.trt, host.backend))
 
 
 def cache_folder(name: str) -> Path:
-    """Where what was compiled here for this GPU is kept, for this user."""
+    """The user's folder for engines and kernels that were compiled on this machine."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
     else:
@@ -79,7 +79,7 @@ def _messages(backend: Backend) -> deque[str]:
 
 @cache
 def _logger(trt: Any, backend: Backend) -> Any:
-    """One for the process: TensorRT ignores a second while the first is alive."""
+    """The logger of this process: TensorRT ignores a second one while the first is alive."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

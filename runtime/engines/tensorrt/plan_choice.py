@@ -1,4 +1,4 @@
-"""Which of a bundle's plans this machine can run, and which profile of them takes given shapes."""
+"""Chooses the plan of a bundle that this machine can run, and the plan's profile that takes given shapes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
-from .cuda import Device
+from .nvidia import Host
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -20,18 +20,17 @@ Shapes = Mapping[str, Shape]
 def build_command(
     bundle: Bundle, stage: Stage, backend: Backend, targets: Sequence[str], graph: str | None = None
 ) -> str:
-    """What makes plans of `stage` for `targets`; of `graph` where that is none of those made unasked."""
+    """The command that builds plans of `stage` for `targets`. It names `graph` if that is not built by default."""
     arch = f" --arch {','.join(targets)}" if backend == "tensorrt-rtx" else ""
     unasked = (CONDITIONING, STEP) if stage in FASTER_IN_PARTS else (MAIN_GRAPH,)
     which = f" --graph {graph}" if graph and graph not in unasked else ""
     return f"cascadekit build {bundle.root} --backend {backend} --stage {stage}{which}{arch}"
 
 
-def refusal(
-    root: Path, entry: StageEntry, plan: PlanEntry, version: str, device: Device, *, refits: bool = False
-) -> str | None:
-    """Why `plan` of the bundle at `root` cannot run on `device` with TensorRT `version`; None when it can. With
-    `refits` it may be of other weights, where it takes those there are."""
+def refusal(entry: StageEntry, plan: PlanEntry, host: Host, *, refits: bool = False) -> str | None:
+    """Why `plan` of a stage cannot run on `host`; None when it can. With `refits`, a refittable plan may have been
+    built from other weights."""
+    version, device = host.version, host.device
     if not entry.is_current(plan) and not (refits and plan.refittable and _is_of_graph(entry, plan)):
         return "was built from other weights or graphs than the bundle has now"
     if plan.backend_version != version:
@@ -43,33 +42,31 @@ def refusal(
 
 
 def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
-    """Whether the graph is what the plan was made of, whatever the weights are."""
+    """Whether the plan was built from the present graph, with any weights."""
     graph = tuple(source for source in plan.sources if source.path == entry.graphs[plan.graph].path)
     return bool(graph) and entry.is_current(plan.model_copy(update={"sources": graph}))
 
 
-def graphs_with_plans(
-    root: Path, entry: StageEntry, backend: Backend, version: str, device: Device, *, refits: bool = False
-) -> tuple[str, ...]:
-    """The graphs of a stage of the bundle at `root` that can run, in the manifest's order."""
-    plans = [plan for plan in entry.plans if plan.backend == backend]
-    runnable = {plan.graph for plan in plans if refusal(root, entry, plan, version, device, refits=refits) is None}
+def graphs_with_plans(entry: StageEntry, host: Host, *, refits: bool = False) -> tuple[str, ...]:
+    """The graphs of a stage that have a plan for `host`, in the manifest's order."""
+    plans = [plan for plan in entry.plans if plan.backend == host.backend]
+    runnable = {plan.graph for plan in plans if refusal(entry, plan, host, refits=refits) is None}
     return tuple(graph for graph in entry.graphs if graph in runnable)
 
 
 def runnable_plans(
-    bundle: Bundle, stage: Stage, graph: str, backend: Backend, version: str, device: Device, *, refits: bool = False
+    bundle: Bundle, stage: Stage, graph: str, host: Host, *, refits: bool = False
 ) -> tuple[PlanEntry, ...]:
-    """The plans of a graph that can run, those of the bundle's weights first, then the newest.
+    """The plans of a graph that can run on `host`: first those of the bundle's present weights, then the newest.
 
-    Raises EngineError when there is none: why, and the command that makes one."""
-    entry = bundle.entry(stage)
-    command = build_command(bundle, stage, backend, [device.capability], graph)
+    Raises EngineError, with the reason and the command that builds a plan, when there is none."""
+    entry, backend = bundle.entry(stage), host.backend
+    command = build_command(bundle, stage, backend, [host.device.capability], graph)
     plans = [plan for plan in reversed(entry.plans) if (plan.backend, plan.graph) == (backend, graph)]
     if not plans:
         raise EngineError(f"{stage}: the bundle has no {backend} plan of its graph {graph!r}; make one: {command}")
     plans.sort(key=lambda plan: not entry.is_current(plan))
-    reasons = {plan.path: refusal(bundle.root, entry, plan, version, device, refits=refits) for plan in plans}
+    reasons = {plan.path: refusal(entry, plan, host, refits=refits) for plan in plans}
     runnable = tuple(plan for plan in plans if reasons[plan.path] is None)
     if not runnable:
         newest = plans[0].path
@@ -78,7 +75,7 @@ def runnable_plans(
 
 
 def check_plan(bundle: Bundle, stage: Stage, plan: PlanEntry) -> Path:
-    """Where the plan lies. Raises EngineError unless it has the size and the SHA-256 of the manifest."""
+    """The path of the plan. Raises EngineError unless it has the size and the SHA-256 of the manifest."""
     path = bundle.root / plan.path
     problem = _problem(path, plan)
     if problem:
@@ -102,17 +99,17 @@ def _problem(path: Path, plan: PlanEntry) -> str | None:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Hashed once as long as the file does not change: a stage may be loaded anew for every image."""
+    """The SHA-256 of a file, computed once until the file changes: a stage may be loaded for every image."""
     return sha256_of(path)
 
 
 def choose(
     bundle: Bundle, stage: Stage, plans: Sequence[PlanEntry], shapes: Shapes, loaded: PlanEntry | None
 ) -> tuple[PlanEntry, int]:
-    """A plan and the number of its profile that takes inputs of `shapes`: of the plan that is loaded if it has one,
-    else of the first that has, and the one whose likeliest shapes are nearest.
+    """A plan and the number of its profile that takes inputs of `shapes`.
 
-    Raises OutsideProfileError when none does: what there is, and what would be needed."""
+    The loaded plan is preferred, then the first of `plans`. Among the profiles of one plan, the one is taken whose
+    likeliest shapes are nearest. Raises OutsideProfileError, with the sizes of the plans, when no profile does."""
     order = sorted(plans, key=lambda plan: plan is not loaded)
     for plan in order:
         fitting = [number for number, profile in enumerate(plan.profiles) if _misfit(profile, shapes) is None]
@@ -144,7 +141,7 @@ def _noun(size: ImageSize) -> str:
 
 
 def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
-    """The first input that `profile` does not take; None when it takes all."""
+    """The first input that `profile` does not take, with the reason; None when it takes all."""
     for name, shape in shapes.items():
         ports = profile.ports.get(name)
         if ports is None:
@@ -157,7 +154,7 @@ def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
 
 
 def _distance(profile: ProfileEntry, shapes: Shapes) -> float:
-    """How far shapes are from the likeliest ones: the sum of the logarithms of the ratios of sides."""
+    """How far shapes are from the likeliest ones of a profile: the sum over all sides of |log(side / likeliest)|."""
     return sum(
         abs(math.log(side / likely))
         for name, shape in shapes.items()

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cascadekit.cli import main
-from cascadekit.runtime.batch.requests import draw
+from cascadekit.runtime.batch.requests import generate_requests
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.sampling.controlnets import ControlPicture
@@ -174,7 +174,7 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
     ("request_", "words"),
     [
         ({"width": 100}, "width 100: expected a multiple of 8"),
-        ({"width": 16384, "height": 64}, "at most 8192"),
+        ({"width": 16384, "height": 64}, "expected 1 to 8192"),
         ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
         ({"decoder_steps": 10**9}, "decoder_steps"),
         ({"prior_guidance": "nan"}, "prior_guidance: Input should be a finite number"),
@@ -474,7 +474,7 @@ def test_drawing(
     gate.opened.set()
     page.wait_for_selector("#shown button img")
     page.wait_for_selector("#grid button")
-    assert page.inner_text("#phase").startswith("Drawn in 0:")
+    assert page.inner_text("#phase").startswith("GeneratedImage in 0:")
     assert page.evaluate("document.querySelector('#shown img').naturalWidth") == 64
     assert too_wide(page) == []
     path = tmp_path / "images" / "0000.png"
@@ -614,7 +614,9 @@ def test_pictures(served: PageServer, visit: Visit, cascade: Cascade, tmp_path: 
         found = sha256((tmp_path / file).read_bytes()).hexdigest()
         assert settings[name] == {"path": str(tmp_path / "images" / "pictures" / found), "sha256": found}
     assert settings["strength"] == 0.6
-    (again,) = draw(cascade, [parse_request(settings, (64, 64))], Path(), lambda stage, step: None)  # as --like does
+    (again,) = generate_requests(
+        cascade, [parse_request(settings, (64, 64))], Path(), lambda stage, step: None
+    )  # as --like does
     assert Image.open(path).tobytes() == again.image.tobytes()
     page.get_by_label("Remove photo.jpg").click()
     page.click("#grid button >> nth=0")

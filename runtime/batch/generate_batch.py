@@ -1,0 +1,178 @@
+"""Generates all images of a file of prompts; run again, it goes on with the images that are not finished."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...schemas.errors import CascadeError, UsageError
+from ...schemas.stages import Stage
+from ...storage.output_rules import require_apart, require_none_is
+from ..cascade import Cascade
+from ..images.png import require_free_previews
+from .file_names import DEFAULT_NAME, NameTemplate
+from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity, pictures_of
+from .log import BatchLog
+from .prompt_files import read_prompt_file
+from .run import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
+
+LOG_NAME = "log.jsonl"
+SHOWN = 20  # problems that a message lists, of what may be thousands
+UNSHARED = ("seed", "index", "batch")  # fields of a request that each image of a batch has for itself
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How the images of a file of prompts are generated. Its fields are the options of `cascadekit generate`.
+
+    `prompt_file` ends in .txt, .jsonl or .csv; "-" is standard input. `output` is a folder. `name` is the template of
+    the images' names (see `NameTemplate`). `log` is a file of JSON lines (None: log.jsonl in `output`). `images` is the
+    number of images of each prompt that states none. `batch` images are computed together (None: as many as 4 of
+    1024x1024). `preview_every` is the number of steps between previews, which the observer writes. `force` replaces
+    finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `bundle` is
+    the folder of the cascade's bundle: the log names it, and nothing is written into it."""
+
+    prompt_file: Path
+    output: Path
+    name: str | None = None
+    log: Path | None = None
+    images: int = 1
+    batch: int | None = None
+    preview_every: int | None = None
+    force: bool = False
+    keep_going: bool = False
+    bundle: Path | None = None
+
+    @property
+    def log_path(self) -> Path:
+        return self.log or self.output / LOG_NAME
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """How many images of a batch ended in which way. `left_out` are the bad entries that `keep_going` passes over."""
+
+    drawn: int
+    copied: int
+    skipped: int
+    failed: int
+    left_out: int
+
+
+class BatchObserver:
+    """Follows a batch: each method is called at one point of it and does nothing. Override the methods of interest.
+
+    `step` and `check` may raise an exception to stop the batch, other than CascadeError, OSError and MemoryError."""
+
+    def planned(self, plan: BatchPlan) -> None:
+        """Called once, before the first image. `plan.problems` are the entries that are left out."""
+
+    def step(self, jobs: Sequence[ImageJob], stage: Stage, step: Any) -> None:
+        """Called after each step of sampling (a `Step`) of the images of `jobs`, which are computed together."""
+
+    def check(self) -> None:
+        """Called wherever the batch can stop without losing finished work."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """Called when an image is on disk and in the log, or has failed."""
+
+
+def generate_batch(
+    cascade: Cascade,
+    settings: BatchSettings,
+    defaults: Mapping[str, Any] | None = None,
+    observer: BatchObserver | None = None,
+) -> BatchCounts:
+    """Generate the images of a file of prompts that are not there yet, and count how each of them ended.
+
+    `defaults` are fields of a request, such as "prior_steps" or "seed", for the entries that leave them out. Without a
+    seed the one of the last batch in the same log is used, else a random one. A job that fails is counted and does not
+    stop the others.
+
+    Raises UsageError, before anything is generated, for entries that are wrong (unless `keep_going`), for files in the
+    way (unless `force`), and for outputs that would replace an input. Raises CascadeError when an image or the log
+    cannot be written.
+
+    Example: `generate_batch(cascade, BatchSettings(Path("prompts.txt"), Path("images")), {"prior_steps": 10})`"""
+    given = dict(defaults or {})
+    observer = observer or BatchObserver()
+    seed, plan = _plan(cascade, settings, given)
+    if plan.problems and not settings.keep_going:
+        todo = "nothing was generated; correct the lines, or generate the others with keep_going=True"
+        raise UsageError(_listed(f"{len(plan.problems)} wrong lines in the file of prompts; {todo}", plan.problems))
+    _require_outputs_apart(plan.jobs, settings)
+    with locked_folder(settings.output), BatchLog(settings.log_path) as log:
+        if not settings.force and (others := foreign_files(plan.jobs)):
+            todo = "move them away, choose another output or name, or replace what is there with force=True"
+            raise UsageError(_listed(f"{len(others)} files are in the way; {todo}", others))
+        started = {"prompts": str(settings.prompt_file), "bundle": str(settings.bundle), "images": len(plan.jobs)}
+        log.write("started", {**started, "base_seed": seed, **_used(cascade, given)})
+        log.write("failed", *({"error": problem} for problem in plan.problems))
+        observer.planned(plan)
+        runner = BatchRunner(
+            cascade, log, settings.batch, force=settings.force, on_step=observer.step, check=observer.check
+        )
+        counts = _run(runner, plan.jobs, observer)
+    return BatchCounts(**counts, left_out=len(plan.problems))
+
+
+def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver) -> dict[str, int]:
+    """Generate the images of `jobs`; return the number of outcomes of each kind. The log says how the batch ended."""
+    counts = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
+    try:
+        for outcome in runner.run(jobs):
+            counts[outcome.kind] += 1
+            observer.finished(outcome)
+    except BaseException as error:
+        with suppress(CascadeError):
+            runner.log.write("stopped", {**counts, "reason": str(error) or type(error).__name__})
+        raise
+    runner.log.write("finished", counts)
+    return counts
+
+
+def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]) -> tuple[int, BatchPlan]:
+    """The seed of the first entry, and the jobs."""
+    if settings.output.suffix.lower() == ".png":
+        raise UsageError(f"{settings.output}: expected a folder for the images of {settings.prompt_file}")
+    template = NameTemplate.parse(settings.name or DEFAULT_NAME)
+    file = read_prompt_file(settings.prompt_file)
+    seed = defaults.get("seed", last_seed(settings.log_path))
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    planner = BatchPlanner(
+        cascade.manifest,
+        settings.output,
+        template,
+        base_seed=seed,
+        images=settings.images,
+        common={name: value for name, value in defaults.items() if name not in UNSHARED},
+    )
+    return seed, planner.plan(file)
+
+
+def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
+    """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
+    sources: list[str | Path] = [settings.prompt_file, *pictures_of(job.request for job in jobs)]
+    require_none_is([settings.log_path, *(job.path for job in jobs)], sources)
+    if settings.bundle is not None:
+        for path in (*{job.path.parent: job.path for job in jobs}.values(), settings.log_path):
+            require_apart(path, [settings.bundle])
+    if settings.preview_every:
+        require_free_previews(job.path for job in jobs)
+
+
+def _used(cascade: Cascade, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log says about the cascade and the settings of the batch."""
+    return {
+        "settings": dict(defaults),
+        "stages": bundle_identity(cascade.manifest),
+        "engine": cascade.engine.name,
+        "created_by": cascade.manifest.created_by,
+    }
+
+
+def _listed(text: str, lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n  ".join([f"{text}:", *lines[:SHOWN], *more])
