@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .converters.checkpoints.convert import convert as convert
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
-    from .converters.lora.at_load import with_loras as with_loras
+    from .converters.lora.bundle_cache import with_loras as with_loras
     from .runtime.cascade import Cascade as Cascade
     from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
     from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
@@ -28,7 +28,7 @@ _PUBLIC = {
     "Settings": (".schemas.settings", "Settings"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
-    "with_loras": (".converters.lora.at_load", "with_loras"),
+    "with_loras": (".converters.lora.bundle_cache", "with_loras"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 

@@ -85,8 +85,8 @@ def _local_components(path: Path) -> "list[Component] | dict[str, Any]":
 
 def _lora_facts(path: Path) -> dict[str, Any] | None:
     """What `lora inspect` says of the LoRA at `path`; None when it is none."""
+    from ..converters.lora.inspect_lora import summary
     from ..converters.lora.read_formats import holds_lora, open_lora
-    from ..converters.lora.summary import summary
 
     if not path.exists() or not holds_lora(path):
         return None
@@ -180,7 +180,7 @@ def convert(
     """
     from ..converters.checkpoints.convert import convert as run
     from ..converters.checkpoints.open_model import Choice
-    from ..converters.checkpoints.output_files import Target
+    from ..converters.checkpoints.plan_output import Target
 
     paths = all_local(sources, variant, lite=lite)
     encoders = {"text_encoder": maybe_local(text_encoder), "image_encoder": maybe_local(image_encoder)}

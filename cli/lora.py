@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..schemas.lora import LoraFormat
+from ..schemas.lora_keys import LoraFormat
 from .common import PATH, all_local, local, maybe_local
 from .console import byte_progress, note, say, show_table
 from .lora_bundle import apply
@@ -34,9 +34,9 @@ def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: f
 
     Example: cascadekit lora inspect style.safetensors
     """
-    from ..converters.lora.convert import networks_of
+    from ..converters.lora.convert_lora import networks_of
+    from ..converters.lora.inspect_lora import summary
     from ..converters.lora.read_formats import open_lora
-    from ..converters.lora.summary import summary
 
     networks = networks_of(maybe_local(against))
     facts = summary(open_lora(local(path), networks, module_filters=filters, alpha=alpha))
@@ -93,7 +93,7 @@ def convert(
 
     Example: cascadekit lora convert stability.safetensors --to comfyui -o comfyui.safetensors
     """
-    from ..converters.lora.convert import convert_lora
+    from ..converters.lora.convert_lora import convert_lora
 
     done = convert_lora(
         local(path),
@@ -142,7 +142,7 @@ def merge(
     Example: cascadekit lora merge stage_c.safetensors a.safetensors b.safetensors --strength 0.8 --strength 0.5
     -o merged.safetensors
     """
-    from ..converters.lora.merge import merge_loras
+    from ..converters.lora.merge_checkpoint import merge_loras
 
     base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
     with byte_progress() as start_file:

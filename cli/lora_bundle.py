@@ -36,7 +36,7 @@ def apply(
 
     Example: cascadekit lora apply bundle style.safetensors --strength 0.8
     """
-    from ..converters.lora.bundle import apply_loras, undo_loras
+    from ..converters.lora.merge_bundle import apply_loras, undo_loras
 
     if undo == bool(loras):
         raise UsageError("expected LoRAs to apply, or --undo without any")

@@ -18,7 +18,7 @@ from ...storage.safetensors_writer import write_file
 from .identify import Component
 from .model_folder import write_folder_files
 from .open_model import DEFAULT_CHOICE, ENCODERS, Choice, Model, open_model
-from .output_files import Arrangement, FilePlan, Target, arrange
+from .plan_output import Arrangement, FilePlan, Target, arrange
 from .provenance import copy_provenance, provenance_files
 from .tokenizer_files import OwnTokenizer, check_tokenizer, copy_tokenizer
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from ...schemas.allinone import Found, parts_of
 from ...schemas.errors import ForeignError, LayoutError
-from ...schemas.infer import infer_config
+from ...schemas.infer_config import infer_config
+from ...schemas.key_prefixes import Found, parts_of
 from ...schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
 from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, variant_of
 from ...schemas.tensors import Shape, expected_tensors, is_counter
 from ...storage.safetensors_header import Header, TensorRange
-from .problems import Problems, find_problems, listed, missing_counters
+from .component import Problems, find_problems, listed, missing_counters
 from .scaled_fp8 import attach_scales
 
 __all__ = ["Component", "Parts", "Problems", "find_problems", "identify", "identify_parts", "nearest_known"]

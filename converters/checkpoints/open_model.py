@@ -9,7 +9,7 @@ from ...schemas.errors import CheckpointError, LayoutError, UsageError
 from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
-from .component_folder import open_component_folder, weights_sets
+from .find_weights import open_component_folder, weights_sets
 from .identify import Component, Parts, identify_parts
 from .single_files import read_files
 

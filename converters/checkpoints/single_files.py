@@ -10,8 +10,8 @@ from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, WEIG
 from ...schemas.limits import MAX_FOLDER_ENTRIES
 from ...schemas.stages import Stage
 from ...storage.weights_file import read_weights
+from .component import listed
 from .identify import Parts, identify_parts
-from .problems import listed
 
 CONTROLNETS = "controlnet"  # the folder of Stability's ControlNets
 # Single files of the release begin with these; a damaged one stops a conversion, which would lack it.

@@ -21,7 +21,7 @@ from ...schemas.bundle import (
 )
 from ...schemas.config_json import to_json
 from ...schemas.errors import ExportError, LayoutError, UsageError
-from ...schemas.infer import infer_config
+from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.quantization import RULES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
@@ -41,7 +41,7 @@ from .graph_options import GraphWishes, options_for
 from .quantize_stage import Quantize, quantize_stage, scheme_for
 
 if TYPE_CHECKING:
-    from ..lora.changes import LoraPlan
+    from ..lora.merge_plan import LoraPlan
     from ..lora.overwrite import Changes
 
 FLOATS = ("F32", "BF16", "F16")
@@ -305,7 +305,7 @@ def _plan(
     """What the LoRAs are to change; None without any."""
     if not loras:
         return None
-    from ..lora.changes import plan_loras
+    from ..lora.merge_plan import plan_loras
 
     paths, strengths = [path for path, _ in loras], [strength for _, strength in loras]
     plan = plan_loras("the model", components, paths, strengths=strengths)

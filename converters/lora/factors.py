@@ -9,7 +9,7 @@ import numpy as np
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.tensors import Shape
 from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
-from .numbers import FLOATS, INTEGERS, Array, compute_type, decode
+from .encoding import FLOATS, INTEGERS, Array, compute_type, decode
 
 MOST_VALUES = 8  # of a setting that is stored as a tensor: no more than a weight has axes
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...schemas.lora import LoraFormat, Target
+from ...schemas.lora_keys import LoraFormat, Target
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, variant_of
 from .adapters import Adapter
 from .factors import Factor

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ...schemas.errors import ConversionError
 from ...storage.safetensors_header import TensorRange
-from .weights import Change, Effect, changed
+from .changed_tensors import Change, Effect, changed
 
 Changes = Mapping[str, Sequence[Change]]  # by the tensor's diffusers name
 

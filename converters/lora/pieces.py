@@ -11,8 +11,8 @@ from ...schemas.tensors import Shape
 from ...storage.copy_ranges import copy_range
 from ...storage.safetensors_header import Progress, TensorRange, encode_header
 from ...storage.safetensors_writer import reserve, what_failed
+from .encoding import Bytes, encode
 from .factors import Factor
-from .numbers import Bytes, encode
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
-from ...schemas.lora import Algorithm, LoraFormat, Prefix, Target, changeable
+from ...schemas.lora_keys import Algorithm, LoraFormat, Prefix, Target, changeable
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_header import Header
@@ -13,10 +13,10 @@ from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, make_adapter, split_rows
 from .factors import Factor, scaled
-from .keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe, listed
 from .peft_config import Configs, find_configs
-from .stability import DEFAULT_FILTERS, is_stability, read_stability
+from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
+from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
 
 # What a LoRA's file is called in a folder: PEFT's names, diffusers', that of OneTrainer's backups.
 FOLDER_NAMES = (

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ...schemas.lora import Algorithm, LoraFormat, Target, is_depthwise, original_spelling
+from ...schemas.lora_keys import Algorithm, LoraFormat, Target, is_depthwise, original_spelling
 from ...schemas.stages import Stage
 from . import factors as F
 from .adapters import Adapter, Axis, Magnitude

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, Settings, convert, export
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.checkpoints.plan_output import Target
 from cascadekit.converters.export.export import bundle_weights as placing
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, export, inspect
-from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.checkpoints.plan_output import Target
 from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor

@@ -14,7 +14,7 @@ from cascadekit import convert, inspect
 from cascadekit.converters.checkpoints.convert import Conversion
 from cascadekit.converters.checkpoints.identify import Component
 from cascadekit.converters.checkpoints.open_model import Choice, open_model
-from cascadekit.converters.checkpoints.output_files import Target, arrange
+from cascadekit.converters.checkpoints.plan_output import Target, arrange
 from cascadekit.parity.reference import load_reference
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.config_json import to_json

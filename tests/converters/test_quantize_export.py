@@ -12,7 +12,7 @@ from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
 from cascadekit.converters.export.quantize_choice import Choice
 from cascadekit.converters.export.quantize_stage import COLUMNS, Quantize, table_rows
-from cascadekit.converters.lora.bundle import apply_loras
+from cascadekit.converters.lora.merge_bundle import apply_loras
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage

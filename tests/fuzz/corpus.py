@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.numpy import save
 
 from cascadekit import convert, export
-from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.checkpoints.plan_output import Target
 from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 from cascadekit.schemas.layouts import Layout
-from cascadekit.schemas.lora import lora_modules
+from cascadekit.schemas.lora_keys import lora_modules
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 from .mutate import split_safetensors

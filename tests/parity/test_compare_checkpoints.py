@@ -15,7 +15,7 @@ from cascadekit import convert
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.convert import Layout
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.checkpoints.output_files import Target
+from cascadekit.converters.checkpoints.plan_output import Target
 from cascadekit.parity.checkpoints import compare_values as mapped
 from cascadekit.parity.checkpoints.compare_tensors import CheckpointComparison, Status, compare_checkpoints
 from cascadekit.schemas.errors import UsageError

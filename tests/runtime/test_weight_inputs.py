@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from cascadekit.converters.lora.bundle import apply_loras, undo_loras
+from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine, cuda, nvidia
 from cascadekit.runtime.engines.tensorrt.nvidia import open_host

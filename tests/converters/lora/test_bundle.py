@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.lora import formulas
-from cascadekit.converters.lora.bundle import apply_loras, undo_loras
+from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
 from cascadekit.schemas.errors import CascadeError, CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -404,7 +404,7 @@ def count(event, arguments):
         if seen == {when}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-import cascadekit.converters.lora.bundle
+import cascadekit.converters.lora.merge_bundle
 os.fsync = lambda descriptor: None
 sys.addaudithook(count)
 try:

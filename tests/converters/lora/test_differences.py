@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import ConversionError, LayoutError
-from cascadekit.schemas.lora import Algorithm, Target
+from cascadekit.schemas.lora_keys import Algorithm, Target
 from cascadekit.schemas.stages import Stage
 
 WIDE = "up_blocks.1.0.channelwise.0"  # [256, 128]

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
 from helpers.standins import write_stand_in

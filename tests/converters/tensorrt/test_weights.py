@@ -8,7 +8,7 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
-from cascadekit.converters.lora.bundle import apply_loras, undo_loras
+from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder, prune
 from cascadekit.converters.tensorrt.tasks import require_targets
 from cascadekit.converters.tensorrt.weights import built_in, weight_inputs

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...schemas.errors import LayoutError
-from ...schemas.lora import Algorithm, ListEntry, LoraFormat, Target, listed_weights, lora_modules
+from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, Target, listed_weights, lora_modules
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_header import Header
 from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
+from .encoding import Array
 from .factors import Factor
 from .lora_file import Embedding, Lora, candidate_unets, describe, listed
-from .numbers import Array
 
 DEFAULT_FILTERS = (".attn",)
 FACTOR_KEY = re.compile(r"weights\.(\d{1,6})\.(lora_down|lora_up)")

@@ -14,8 +14,8 @@ from ...schemas.stages import NetworkConfig, Stage
 from ...schemas.tensors import Shape
 from ...storage.safetensors_header import Header
 from ...storage.weights_file import read_weights
+from .component import listed
 from .identify import Configs, Parts, identify_parts
-from .problems import listed
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # of a file, without a folder
 LEGACY_CLASS = "StableCascadeUnet"  # of the first days, with the config keys of the original code

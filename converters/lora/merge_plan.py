@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.lora import Target
+from ...schemas.lora_keys import Target
 from ...schemas.stages import Stage
 from ...storage.fingerprints import fingerprint
 from ..checkpoints.identify import Component
+from .changed_tensors import Change, adapter_change, embedding_change
 from .lora_file import Lora, listed
 from .read_formats import open_lora
-from .stability import DEFAULT_FILTERS
-from .weights import Change, adapter_change, embedding_change
+from .stability_format import DEFAULT_FILTERS
 
 TOKEN_TABLE = "text_model.embeddings.token_embedding"
 

@@ -10,12 +10,12 @@ from ...storage.outputs import staged_output
 from ...storage.safetensors_header import Progress, TensorRange
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
-from .changes import LoraPlan, plan_loras
+from .changed_tensors import Effect, changed, rewritten
+from .merge_plan import LoraPlan, plan_loras
 from .merged_files import Mirror, mirror
 from .pieces import Calculated, write_pieces
 from .read_formats import holds_lora
-from .stability import DEFAULT_FILTERS
-from .weights import Effect, changed, rewritten
+from .stability_format import DEFAULT_FILTERS
 
 STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 MERGED_KEY = "cascadekit.merged_loras"

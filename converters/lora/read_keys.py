@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ...schemas.errors import LayoutError, UsageError
 from ...schemas.limits import MAX_LORA_TENSORS
-from ...schemas.lora import (
+from ...schemas.lora_keys import (
     PREFIXES,
     REFUSED,
     SUFFIXES,

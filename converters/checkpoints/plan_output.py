@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...schemas.allinone import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import shard_name, weights_names
+from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import Layout, to_diffusers
 from ...schemas.stages import Stage, Variant
 from ...schemas.tensors import Shape

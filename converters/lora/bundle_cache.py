@@ -24,7 +24,7 @@ from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
 if TYPE_CHECKING:
-    from .bundle import Applied
+    from .merge_bundle import Applied
 
 FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
 CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
@@ -105,7 +105,7 @@ def _user_caches() -> Path:
 def _merging() -> Callable[..., "Applied"]:
     """What makes the bundle; what is in the cache can be had without the onnx package that this reads graphs with."""
     try:
-        from .bundle import derive_bundle
+        from .merge_bundle import derive_bundle
     except ImportError as error:
         reraise_interrupt(error)
         raise UsageError(

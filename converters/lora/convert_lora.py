@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.lora import LoraFormat, Target
+from ...schemas.lora_keys import LoraFormat, Target
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...storage.outputs import staged_output
 from ..checkpoints.open_model import open_model
@@ -17,7 +17,7 @@ from .lora_file import Embedding, Lora, listed
 from .peft_config import CONFIG_NAME, METADATA_KEY, settings
 from .pieces import factor_pieces, write_pieces
 from .read_formats import FOLDER_NAMES, open_lora
-from .stability import DEFAULT_FILTERS, stability_tensors
+from .stability_format import DEFAULT_FILTERS, stability_tensors
 from .write_formats import STYLES, Alpha, Style, named_tensors, unfit
 
 # Metadata that says how or for whom the old file was written, and hashes of it.

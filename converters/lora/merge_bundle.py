@@ -28,12 +28,12 @@ from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.identify import Component, Problems
 from ..export.bundle_weights import StartFile, clone
 from ..export.graph_files import External, external_data, load_graph
-from .changes import MERGED_STAGES, LoraPlan, plan_loras
+from .changed_tensors import Effect
+from .encoding import FLOATS
 from .lora_file import listed
-from .numbers import FLOATS
+from .merge_plan import MERGED_STAGES, LoraPlan, plan_loras
 from .overwrite import Changes, overwrite
-from .stability import DEFAULT_FILTERS
-from .weights import Effect
+from .stability_format import DEFAULT_FILTERS
 
 KEPT = ".before-lora"  # behind the names of the files that were replaced
 

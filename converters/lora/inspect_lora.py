@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from ...schemas.lora import Target
+from ...schemas.lora_keys import Target
 from ...schemas.stages import Stage, variant_of
 from .adapters import Adapter
 from .lora_file import Lora

@@ -10,10 +10,10 @@ import numpy as np
 from ...schemas.errors import ConversionError
 from ...storage.safetensors_header import Header, TensorRange
 from .adapters import Adapter
+from .encoding import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
 from .factors import read_bytes, read_numbers
 from .formulas import RowReader, applied, blocks
 from .lora_file import Embedding
-from .numbers import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
 from .pieces import Calculated, Piece, Pieces
 
 Change = Callable[[RowReader, type[np.floating]], RowReader]
