@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..schemas.dtypes import DTYPES
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout, can_become
@@ -14,7 +15,7 @@ from .console import FAILED, byte_progress, note, say, show_table
 from .lora import show_facts
 
 if TYPE_CHECKING:
-    from ..converters.checkpoints.identify import Component
+    from ..converters.checkpoints.component import Component
 
 INSPECT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")
 
@@ -38,21 +39,17 @@ def inspect(path: Path, as_json: bool) -> None:
     Example: cascadekit inspect stage_c_lite_bf16.safetensors
     """
     from ..converters.checkpoints.provenance import licence_fields
-    from ..converters.hub import is_hub
     from .inspect_bundle import is_bundle, show_bundle
 
     if is_bundle(path):
         if not show_bundle(path, as_json=as_json):
             raise SystemExit(FAILED)
         return
-    if is_hub(path):
-        components = _remote_components(path)
-    else:
-        found = _local_components(path)
-        if isinstance(found, dict):
-            say(json.dumps([found], indent=2)) if as_json else show_facts(found)
-            return
-        components = found
+    found = _components(path)
+    if isinstance(found, dict):
+        say(json.dumps([found], indent=2)) if as_json else show_facts(found)
+        return
+    components = found
     if as_json:
         say(json.dumps([_described(component) for component in components], indent=2))
     else:
@@ -67,12 +64,12 @@ def inspect(path: Path, as_json: bool) -> None:
         raise SystemExit(FAILED)
 
 
-def _local_components(path: Path) -> "list[Component] | dict[str, Any]":
+def _components(path: Path) -> "list[Component] | dict[str, Any]":
     """The components at `path`, or the facts of the LoRA it is instead."""
-    from ..converters.checkpoints.open_model import open_model
+    from ..converters.checkpoints.open_model import inspect as run
 
     try:
-        model = open_model([path])
+        model = run(path)
     except (LayoutError, UsageError):
         facts = _lora_facts(path)
         if facts is None:
@@ -80,7 +77,7 @@ def _local_components(path: Path) -> "list[Component] | dict[str, Any]":
         return facts
     for text in model.notes:
         note(text)
-    return list(model.components.values())
+    return [*model.components.values(), *model.alternatives]
 
 
 def _lora_facts(path: Path) -> dict[str, Any] | None:
@@ -91,25 +88,6 @@ def _lora_facts(path: Path) -> dict[str, Any] | None:
     if not path.exists() or not holds_lora(path):
         return None
     return {"component": "lora", **summary(open_lora(path))}
-
-
-def _remote_components(source: Path) -> "list[Component]":
-    """The components on the Hub, by their headers alone; a folder's unknown files are noted and passed over."""
-    from ..converters.checkpoints.identify import identify_parts
-    from ..converters.hub import remote_headers
-
-    components: list[Component] = []
-    refused: list[LayoutError] = []
-    for header in remote_headers(source):
-        try:
-            components += identify_parts(header).components
-        except LayoutError as error:
-            refused.append(error)
-    if not components and refused:
-        raise refused[0]
-    for reason in refused:
-        note(str(reason))
-    return components
 
 
 def _described(component: "Component") -> dict[str, Any]:
@@ -135,9 +113,6 @@ def _described(component: "Component") -> dict[str, Any]:
 def _inspect_row(c: "Component") -> tuple[str, ...]:
     problems = str(sum(map(len, vars(c.problems).values()))) if c.problems else "none"
     return c.stage, c.layout, c.variant, ", ".join(c.dtypes), f"{c.parameters:,}", problems, str(c.path)
-
-
-DTYPES = {"keep": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 @click.command()
@@ -179,19 +154,24 @@ def convert(
     --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers
     """
     from ..converters.checkpoints.convert import convert as run
-    from ..converters.checkpoints.open_model import Choice
-    from ..converters.checkpoints.plan_output import Target
 
     paths = all_local(sources, variant, lite=lite)
-    encoders = {"text_encoder": maybe_local(text_encoder), "image_encoder": maybe_local(image_encoder)}
     with byte_progress() as start_file:
         done = run(
             paths,
             output,
-            Target(Layout(to), DTYPES[dtype], as_variant, shard_size, combined, canonical),
-            **encoders,
-            choice=Choice(variant, lite, ema),
+            to,
+            text_encoder=maybe_local(text_encoder),
+            image_encoder=maybe_local(image_encoder),
+            dtype=dtype,
             allow_overflow=allow_overflow,
+            variant=variant,
+            lite=lite,
+            ema=ema,
+            as_variant=as_variant,
+            shard_size=shard_size,
+            combined=combined,
+            canonical=canonical,
             force=force,
             start_file=start_file,
         )

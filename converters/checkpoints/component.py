@@ -1,20 +1,24 @@
-"""How the tensors of a file differ from those its network has, and what that most likely means."""
+"""One network as found on disk, and how its tensors differ from those the network should have."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from ...schemas.layouts import foreign_name
-from ...schemas.stages import NetworkConfig
+from ...schemas.errors import LayoutError
+from ...schemas.layouts import Layout, foreign_name
+from ...schemas.stages import NetworkConfig, Stage, Variant, variant_of
 from ...schemas.tensors import Shape, expected_tensors, is_counter
 from ...storage.cast import FLOATS, FP8
-from ...storage.safetensors_header import DTYPE_SIZES
+from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
 
-SHOWN_PROBLEMS = 6  # of each kind; the rest are counted
-BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the part of a tensor's name that says its block
+SHOWN_ITEMS = 6  # of each list in a message; the rest are counted
+BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the beginning of a tensor's name up to the number of its block
 
-# Tensors that programs put beside weights which they have quantised.
+# Names of tensors that programs write beside quantised weights.
 _QUANTISED = re.compile(
     r".*(scale_weight|weight_scale|scaled_fp8|scale_input|input_scale|comfy_quant|absmax|quant_map|quant_state"
     r"|qweight|qzeros|\.scb|\._data|zero_point)",
@@ -23,7 +27,7 @@ _QUANTISED = re.compile(
 
 
 class Tensor(Protocol):
-    """A tensor that a header describes."""
+    """A tensor as a header describes it."""
 
     @property
     def dtype(self) -> str: ...
@@ -33,7 +37,7 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True)
 class Problems:
-    """How the tensors of a file differ from those its network has (names of the diffusers layout)."""
+    """How the tensors of a file differ from those its network should have, by their diffusers names."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -44,7 +48,7 @@ class Problems:
         return bool(self.missing or self.unexpected or self.wrong_shape or self.wrong_dtype)
 
     def lines(self) -> list[str]:
-        """One line for every kind of problem there is, tensors of one block together."""
+        """Return one line for each kind of problem found. Tensors of one block share an item."""
         shapes = [f"{name} expected {list(want)}, found {list(found)}" for name, want, found in self.wrong_shape]
         integers = [f"{name} is {found}" for name, found in self.wrong_dtype if found in DTYPE_SIZES]
         others = [f"{name} is {found}" for name, found in self.wrong_dtype if found not in DTYPE_SIZES]
@@ -61,26 +65,71 @@ class Problems:
         return [f"{kind} ({len(kinds[kind])}): {listed(items)}" for kind, items in grouped.items() if items]
 
     def meaning(self) -> str:
-        """What a file with these problems most likely is, and what to try."""
+        """Return what a file with these problems most likely is, and what to try."""
         surplus = foreign_name(self.unexpected)
         quantised = self.wrong_dtype or any(_QUANTISED.match(name) for name in self.unexpected)
-        verdicts = {
-            "Its weights are quantised in a way that is not read here; get them in bf16, fp16 or fp32.": quantised,
+        meanings = {
+            "Its weights are quantised in a way that is not supported; get them in bf16, fp16 or fp32.": quantised,
             f"Among its tensors is {surplus}; give a file of the plain weights.": surplus,
-            "Some of its tensors have other sizes than the rest asks for: it is of a derived model, or two models are "
-            "mixed in it. Only networks of one make are converted.": self.wrong_shape,
-            "It lacks a part of the network: it was saved in part, pruned, or cut out of a larger file. "
-            "Give the file that has all of it.": self.missing,
-            "It has tensors that the network does not have: it is of a derived model, or more was saved into it. "
+            "Some of its tensors have sizes that do not fit the others: the file is of a derived model, or it mixes "
+            "two models. Give a file whose tensors are all of one network.": self.wrong_shape,
+            "A part of the network is missing: the file was saved in part, pruned, or cut out of a larger file. "
+            "Give the file that has the whole network.": self.missing,
+            "It has tensors that the network does not have: it belongs to a derived model, or more was saved into it. "
             "Give a file of the plain weights.": self.unexpected,
         }
-        return next((verdict for verdict, holds in verdicts.items() if holds), "")
+        return next((meaning for meaning, holds in meanings.items() if holds), "")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network as found on disk: its config, and where the bytes of each tensor lie.
+
+    `tensors` has the diffusers names whatever the layout of the file, as the rules from every layout to that one only
+    rename and cut tensors. `path` is the file, or the index of the shards."""
+
+    path: Path
+    stage: Stage
+    layout: Layout
+    config: NetworkConfig
+    tensors: dict[str, TensorRange]
+    metadata: dict[str, str]
+    problems: Problems
+    dropped: tuple[str, ...] = ()  # names, in the file, of tensors that no conversion needs
+    rank: int = 0  # where one file holds a stage twice, the lower rank is taken; see schemas/key_prefixes.py
+    zeros: tuple[str, ...] = ()  # step counters that the file lacks, which are written as 0
+
+    @property
+    def variant(self) -> Variant:
+        return variant_of(self.config)
+
+    @property
+    def dtypes(self) -> Counter[str]:
+        """The number of tensors of each dtype, without step counters."""
+        return Counter(tensor.dtype for name, tensor in self.tensors.items() if not is_counter(name))
+
+    @property
+    def parameters(self) -> int:
+        """The number of learned values, which excludes the statistics of BatchNorm."""
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        return sum(math.prod(t.shape) for name, t in self.tensors.items() if not name.endswith(buffers))
+
+    def require_sound(self) -> "Component":
+        """Return this component. Raises LayoutError, listing every problem, when it has any."""
+        if self.problems:
+            lines = "\n  ".join(self.problems.lines())
+            raise LayoutError(f"{self.path}: {self.describe()} with problems:\n  {lines}\n{self.problems.meaning()}")
+        return self
+
+    def describe(self) -> str:
+        """Return a few words, such as "prior (lite, original layout)"."""
+        return f"{self.stage} ({self.variant}, {self.layout} layout)"
 
 
 def find_problems(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> Problems:
-    """How `tensors` (diffusers names) differ from what the network of `config` has.
+    """Compare `tensors` (diffusers names) with those of the network that `config` describes.
 
-    A missing step counter of a BatchNorm is none: nothing computes with it, and PyTorch takes 0 for it."""
+    A missing step counter of a BatchNorm is no problem: nothing computes with it, and PyTorch sets it to 0."""
     expected = expected_tensors(config)
     return Problems(
         missing=tuple(name for name in expected if name not in tensors and not is_counter(name)),
@@ -99,12 +148,12 @@ def find_problems(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> Probl
 
 
 def missing_counters(config: NetworkConfig, tensors: Mapping[str, object]) -> tuple[str, ...]:
-    """The step counters of BatchNorms that the network has and `tensors` lack."""
+    """Return the step counters of BatchNorms that are in the network but not among `tensors`."""
     return tuple(name for name in expected_tensors(config) if is_counter(name) and name not in tensors)
 
 
 def _by_block(names: Sequence[str]) -> list[str]:
-    """Names that share a numbered block as one item: "up_blocks.0.2.{kv_mapper.1.bias, kv_mapper.1.weight}"."""
+    """Join names of one numbered block into one item: "up_blocks.0.2.{kv_mapper.1.bias, kv_mapper.1.weight}"."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         match = BLOCK.match(name)
@@ -116,6 +165,6 @@ def _by_block(names: Sequence[str]) -> list[str]:
 
 
 def listed(items: Sequence[str]) -> str:
-    """The first few items, and how many there are beyond them."""
-    rest = len(items) - SHOWN_PROBLEMS
-    return ", ".join(items[:SHOWN_PROBLEMS]) + (f" and {rest} more" if rest > 0 else "")
+    """Return the first few items, and how many more there are."""
+    rest = len(items) - SHOWN_ITEMS
+    return ", ".join(items[:SHOWN_ITEMS]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,8 @@
-"""Decides which files a conversion writes, and which bytes make each tensor in them."""
+"""Plans the files that a conversion writes: which tensors go into each, and which source bytes make each tensor.
+
+The plan has three levels. An OutputPlan has one FilePlan for each weights file; a FilePlan has one TensorPlan for each
+tensor; a TensorPlan has the ranges of source files (TensorRange) that hold the tensor's values.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ from ...schemas.stages import Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
 from ...storage.tensor_plans import TensorPlan, canonical_order
-from .identify import Component
+from .component import Component
 from .model_folder import component_folders
 from .open_model import ENCODERS
 
@@ -35,10 +39,16 @@ COMFYUI_NAMES: Mapping[Stage, str] = {
 
 
 @dataclass(frozen=True)
-class Target:
-    """How a conversion's output should be: layout, dtype in safetensors' spelling (None keeps), the variant that file
-    names say (None: none), the size above which a component is cut into shards, the combined pipeline's folder
-    names, the safetensors library's order of tensors instead of the source's."""
+class OutputOptions:
+    """How a conversion writes its output. `convert` has an option for each field.
+
+    layout      the layout to write
+    dtype       the dtype of the weights in safetensors' spelling; None keeps that of the source
+    variant     the variant in the names of diffusers files; "" for none
+    shard_size  bytes above which a diffusers component is cut into shards; None for no limit
+    combined    whether to use the folder names of the combined pipeline
+    canonical   whether to order tensors as the safetensors library does; otherwise as in the source
+    """
 
     layout: Layout
     dtype: str | None = None
@@ -50,7 +60,7 @@ class Target:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A safetensors file to write, its path below the output."""
+    """A safetensors file to write: its path below the output, its tensors in their order, and its metadata."""
 
     path: Path
     tensors: dict[str, TensorPlan]
@@ -58,58 +68,63 @@ class FilePlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors, without the header."""
         return sum(plan.nbytes for plan in self.tensors.values())
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """All files of an output but its configs; `indexes` are the JSON indexes of sharded components."""
+class OutputPlan:
+    """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user."""
 
     files: tuple[FilePlan, ...]
     indexes: dict[Path, dict[str, Any]]
     notes: tuple[str, ...] = ()
 
 
-def arrange(components: Mapping[Stage, Component], target: Target) -> Arrangement:
-    """The files that hold `components` in the target's layout.
+def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan the files that hold `components` in the layout of `options`.
 
-    Raises UsageError when the layout has no place for any of them, ConversionError for parts that cannot be joined."""
-    if target.layout is Layout.COMFYUI:
-        return _comfyui(components, target)
+    Raises UsageError when the layout has no place for any of them, ConversionError for tensors that cannot be
+    joined."""
+    if options.layout is Layout.COMFYUI:
+        return _plan_comfyui(components, options)
     files: list[FilePlan] = []
     indexes: dict[Path, dict[str, Any]] = {}
     for component in components.values():
-        tensors = plan_tensors(component, target)
-        for path in _paths(component, target):
-            shards = list(_shards(_file(path, tensors, component.metadata, target), target))
+        tensors = plan_tensors(component, options)
+        for path in _paths(component, options):
+            shards = list(_cut_into_shards(_file(path, tensors, component.metadata, options), options))
             files += shards
             if len(shards) > 1:
-                name = weights_names(_stem(component.stage), target.variant)[1]
+                name = weights_names(_stem(component.stage), options.variant)[1]
                 indexes[path.with_name(name)] = _index(shards)
-    return Arrangement(tuple(files), indexes)
+    return OutputPlan(tuple(files), indexes)
 
 
-def plan_tensors(component: Component, target: Target, prefix: str = "") -> dict[str, TensorPlan]:
-    """Which bytes make each tensor of `component`, in the order they have in the source."""
+def plan_tensors(component: Component, options: OutputOptions, prefix: str = "") -> dict[str, TensorPlan]:
+    """Plan each tensor of `component` under its name in the output, in the order of the source.
+
+    Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans = {}
-    for name, made in to_diffusers(component.stage, target.layout).inverse.apply(shapes).items():
-        ranges = tuple(component.tensors[part.name] for part in made.parts)  # away from diffusers nothing is cut
-        dtypes = {target_dtype(tensor.dtype, target.dtype) for tensor in ranges}
+    for name, mapped in to_diffusers(component.stage, options.layout).inverse.apply(shapes).items():
+        # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
+        ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
+        dtypes = {target_dtype(tensor.dtype, options.dtype) for tensor in ranges}
         if len(dtypes) > 1:
             raise ConversionError(
-                f"{component.path}: {', '.join(p.name for p in made.parts)} become one tensor {name} "
-                f"but differ in dtype ({', '.join(sorted(dtypes))}); choose one with --dtype"
+                f"{component.path}: {', '.join(rows.name for rows in mapped.rows)} become one tensor {name} "
+                f'but differ in dtype ({", ".join(sorted(dtypes))}); choose one, such as dtype="bf16"'
             )
-        plans[prefix + name] = TensorPlan(dtypes.pop(), made.shape, ranges)
+        plans[prefix + name] = TensorPlan(dtypes.pop(), mapped.shape, ranges)
     return plans | {prefix + name: TensorPlan("I64", (), ()) for name in component.zeros}
 
 
-def _paths(component: Component, target: Target) -> list[Path]:
-    if target.layout is not Layout.DIFFUSERS and component.stage in ORIGINAL_NAMES:
+def _paths(component: Component, options: OutputOptions) -> list[Path]:
+    if options.layout is not Layout.DIFFUSERS and component.stage in ORIGINAL_NAMES:
         return [Path(f"{ORIGINAL_NAMES[component.stage]}{_lite(component)}.safetensors")]
-    name = weights_names(_stem(component.stage), target.variant)[0]
-    return [Path(folder, name) for folder in component_folders(component.stage, combined=target.combined)]
+    name = weights_names(_stem(component.stage), options.variant)[0]
+    return [Path(folder, name) for folder in component_folders(component.stage, combined=options.combined)]
 
 
 def _stem(stage: Stage) -> str:
@@ -120,27 +135,27 @@ def _lite(component: Component) -> str:
     return "_lite" if component.variant is Variant.LITE else ""
 
 
-def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str], target: Target) -> FilePlan:
-    ordered = canonical_order(tensors) if target.canonical else tensors
+def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str], options: OutputOptions) -> FilePlan:
+    ordered = canonical_order(tensors) if options.canonical else tensors
     return FilePlan(path, ordered, {"format": "pt", **metadata})
 
 
-def _shards(file: FilePlan, target: Target) -> Iterator[FilePlan]:
-    """The file cut into shards of at most the target's size; a single larger tensor is a shard of its own."""
-    if target.layout is not Layout.DIFFUSERS or target.shard_size is None or file.nbytes <= target.shard_size:
+def _cut_into_shards(file: FilePlan, options: OutputOptions) -> Iterator[FilePlan]:
+    """Yield shards of at most the shard size. A single tensor above that size becomes a shard of its own."""
+    if options.layout is not Layout.DIFFUSERS or options.shard_size is None or file.nbytes <= options.shard_size:
         yield file
         return
     shards: list[dict[str, TensorPlan]] = [{}]
     filled = 0
     for name, plan in file.tensors.items():
-        if shards[-1] and filled + plan.nbytes > target.shard_size:
+        if shards[-1] and filled + plan.nbytes > options.shard_size:
             shards.append({})
             filled = 0
         shards[-1][name] = plan
         filled += plan.nbytes
     stem = file.path.name.split(".")[0]
     for number, tensors in enumerate(shards, start=1):
-        name = shard_name(stem, target.variant, number, len(shards))
+        name = shard_name(stem, options.variant, number, len(shards))
         yield FilePlan(file.path.with_name(name), tensors, file.metadata)
 
 
@@ -151,32 +166,35 @@ def _index(shards: list[FilePlan]) -> dict[str, Any]:
     }
 
 
-def _comfyui(components: Mapping[Stage, Component], target: Target) -> Arrangement:
-    """The all-in-one files of the stages there are; ControlNets stay files of their own."""
+def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan the all-in-one files of the stages there are. ControlNets stay files of their own."""
     files: list[FilePlan] = []
     notes = []
-    placed: set[Stage] = set()
-    for head, parts in COMFYUI_FILES.items():
+    planned: set[Stage] = set()
+    for head, stages in COMFYUI_FILES.items():
         if head not in components:
             continue
-        present = [stage for stage in parts if stage in components]
-        absent = [str(stage) for stage in parts if stage not in components]
+        present = [stage for stage in stages if stage in components]
+        absent = [str(stage) for stage in stages if stage not in components]
         tensors: dict[str, TensorPlan] = {}
         for stage in present:
-            tensors |= plan_tensors(components[stage], target, COMFYUI_PREFIXES[stage])
+            tensors |= plan_tensors(components[stage], options, COMFYUI_PREFIXES[stage])
         path = Path(f"{COMFYUI_NAMES[head]}{_lite(components[head])}.safetensors")
-        files.append(_file(path, tensors, components[head].metadata, target))
-        placed.update(present)
+        files.append(_file(path, tensors, components[head].metadata, options))
+        planned.update(present)
         if absent:
             notes.append(f"{path}: without {', '.join(absent)}, which ComfyUI's own file has")
     for stage, component in components.items():
         if stage.startswith("controlnet/"):
-            (path,) = _paths(component, target)
-            files.append(_file(path, plan_tensors(component, target), component.metadata, target))
-            placed.add(stage)
-    homeless = [str(stage) for stage in components if stage not in placed]
+            (path,) = _paths(component, options)
+            files.append(_file(path, plan_tensors(component, options), component.metadata, options))
+            planned.add(stage)
+    others = [str(stage) for stage in components if stage not in planned]
     if not files:
-        raise UsageError(f"ComfyUI's files are named after stage_c and stage_b; there is neither with {homeless[0]}")
-    if homeless:
-        notes.append(f"no place in these ComfyUI files for {', '.join(homeless)}; left out")
-    return Arrangement(tuple(files), {}, tuple(notes))
+        raise UsageError(
+            f"the comfyui layout files everything with stage_c or stage_b, and {others[0]} comes with neither; add one "
+            "of them to the sources"
+        )
+    if others:
+        notes.append(f"no place in these ComfyUI files for {', '.join(others)}; left out")
+    return OutputPlan(tuple(files), {}, tuple(notes))

@@ -17,7 +17,7 @@ from ...storage.safetensors_header import Progress, TensorRange, read_header
 from ...storage.safetensors_writer import write_file
 from ...storage.tensor_plans import TensorPlan
 from ...storage.weights_file import is_pickle
-from ..checkpoints.identify import Component
+from ..checkpoints.component import Component
 
 WEIGHTS_NAME = "weights.safetensors"
 OVERFLOW_ADVICE = "export it with --precision bf16, which reaches as far as float32, or store it so with --storage"

@@ -31,9 +31,9 @@ from ...storage.fingerprints import describe_file, fingerprint
 from ...storage.hashing import Hashing
 from ...storage.outputs import staged_output
 from ...storage.safetensors_header import TensorRange
-from ..checkpoints.identify import Component, find_problems
+from ..checkpoints.component import Component, find_problems
+from ..checkpoints.model_folder import check_tokenizer, write_tokenizer
 from ..checkpoints.open_model import Model, open_model
-from ..checkpoints.tokenizer_files import check_tokenizer, write_tokenizer
 from ..onnx import GraphOptions, Weight, write_graphs
 from .bundle_weights import Placed, StartFile, Wish, copy_weights, place_weights, source_files
 from .graph_files import beside_holes, check_graph, opset_of, port_entries, stamp

@@ -25,7 +25,7 @@ from ...storage.fingerprints import describe_file, find_change, sha256_of
 from ...storage.outputs import staged_output
 from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
-from ..checkpoints.identify import Component, Problems
+from ..checkpoints.component import Component, Problems
 from ..export.bundle_weights import StartFile, clone
 from ..export.graph_files import External, external_data, load_graph
 from .changed_tensors import Effect

@@ -10,7 +10,7 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import Target
 from ...schemas.stages import Stage
 from ...storage.fingerprints import fingerprint
-from ..checkpoints.identify import Component
+from ..checkpoints.component import Component
 from .changed_tensors import Change, adapter_change, embedding_change
 from .lora_file import Lora, listed
 from .read_formats import open_lora

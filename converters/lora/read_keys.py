@@ -21,7 +21,7 @@ from ...schemas.lora_keys import (
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_header import Header
-from ..checkpoints.identify import identify_parts
+from ..checkpoints.identify import identify_all
 from .factors import Factor, read_values, stored
 from .lora_file import Embedding, listed
 
@@ -114,7 +114,7 @@ def _unknown_keys(header: Header, unknown: list[str]) -> str:
 
 def _refuse_checkpoint(header: Header) -> None:
     try:
-        found = identify_parts(header).components
+        found = identify_all(header).components
     except LayoutError:
         return
     if any(is_factor_key(key) for key in header.tensors):
