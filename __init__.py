@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
     from .converters.lora.bundle_cache import with_loras as with_loras
+    from .converters.lora.convert_lora import convert_lora as convert_lora
+    from .converters.lora.inspect_lora import inspect_lora as inspect_lora
+    from .converters.lora.merge_bundle import apply_loras as apply_loras
+    from .converters.lora.merge_bundle import undo_loras as undo_loras
+    from .converters.lora.merge_checkpoint import merge_loras as merge_loras
     from .runtime.cascade import Cascade as Cascade
     from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
     from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
@@ -29,10 +34,29 @@ _PUBLIC = {
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
     "with_loras": (".converters.lora.bundle_cache", "with_loras"),
+    "apply_loras": (".converters.lora.merge_bundle", "apply_loras"),
+    "convert_lora": (".converters.lora.convert_lora", "convert_lora"),
+    "inspect_lora": (".converters.lora.inspect_lora", "inspect_lora"),
+    "merge_loras": (".converters.lora.merge_checkpoint", "merge_loras"),
+    "undo_loras": (".converters.lora.merge_bundle", "undo_loras"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 
-__all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "with_loras"]
+__all__ = [
+    "Cascade",
+    "PlacedSeed",
+    "PromptEmbeds",
+    "Settings",
+    "apply_loras",
+    "convert",
+    "convert_lora",
+    "export",
+    "inspect",
+    "inspect_lora",
+    "merge_loras",
+    "undo_loras",
+    "with_loras",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,12 +34,9 @@ def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: f
 
     Example: cascadekit lora inspect style.safetensors
     """
-    from ..converters.lora.convert_lora import networks_of
-    from ..converters.lora.inspect_lora import summary
-    from ..converters.lora.read_formats import open_lora
+    from ..converters.lora.inspect_lora import inspect_lora
 
-    networks = networks_of(maybe_local(against))
-    facts = summary(open_lora(local(path), networks, module_filters=filters, alpha=alpha))
+    facts = inspect_lora(path, against=against, module_filters=filters, alpha=alpha, say=note)
     if as_json:
         say(json.dumps(facts, indent=2))
     else:

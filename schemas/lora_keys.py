@@ -35,7 +35,7 @@ class Algorithm(StrEnum):
     FULL = "full"  # the difference itself, for a weight of any shape or a bias
 
 
-class Target(NamedTuple):
+class LoraTarget(NamedTuple):
     """What a LoRA changes: a module by its diffusers name, and of it the weight or the bias."""
 
     stage: Stage

@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.fingerprints import fingerprint
-from ..export.bundle_weights import StartFile
 from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
@@ -30,8 +30,6 @@ FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
 CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
 SUFFIX = ".safetensors"
 KEY_DIGITS = 20  # of the SHA-256 that names a folder in the cache
-
-Say = Callable[[str], object]
 
 
 def with_loras(

@@ -1,6 +1,7 @@
 """A checkpoint's tensor with changes on it, as bytes to write: read, changed and rounded a block of rows at a time."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,9 +15,10 @@ from .encoding import FLOATS, Array, Bytes, compute_type, decode, encode, spacin
 from .factors import read_bytes, read_numbers
 from .formulas import RowReader, applied, blocks
 from .lora_file import Embedding
-from .pieces import Calculated, Piece, Pieces
+from .pieces import ComputedBytes, Piece, TensorPieces
 
 Change = Callable[[RowReader, type[np.floating]], RowReader]
+Changes = Mapping[str, Sequence[Change]]  # by the tensor's diffusers name
 
 
 def adapter_change(adapter: Adapter, strength: float) -> Change:
@@ -53,7 +55,7 @@ class Effect:
     rounding: float = 0.0
 
 
-def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[Calculated, Effect]:
+def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[ComputedBytes, Effect]:
     """The bytes of `tensor` with `changes` applied in their order, and a record that fills while they are made.
 
     Calculates in float32 (float64 for F64) and rounds once, to nearest, ties to even. Raises ConversionError for a
@@ -64,7 +66,7 @@ def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[
             "cast the checkpoint first"
         )
     effect = Effect(name, tensor.dtype, len(changes))
-    return Calculated(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
+    return ComputedBytes(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
 
 
 def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> Iterator[Bytes]:
@@ -124,19 +126,19 @@ def _largest(values: Array) -> float:
     return max(float(values.max()), -float(values.min()))
 
 
-def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, Pieces]:
+def rewritten(header: Header, calculated: Mapping[TensorRange, ComputedBytes]) -> dict[str, TensorPieces]:
     """Every tensor of a file in its order, calculated where `calculated` has a part of it or all."""
     ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
     plans = {}
     for name, tensor in header.tensors.items():
         end = tensor.offset + tensor.nbytes
         inside = [part for part in ranges if tensor.offset <= part.offset and part.offset + part.nbytes <= end]
-        plans[name] = Pieces(tensor.dtype, tensor.shape, tuple(_pieces(tensor, inside, calculated)))
+        plans[name] = TensorPieces(tensor.dtype, tensor.shape, tuple(_pieces(tensor, inside, calculated)))
     return plans
 
 
 def _pieces(
-    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, Calculated]
+    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, ComputedBytes]
 ) -> Iterator[Piece]:
     position, end = tensor.offset, tensor.offset + tensor.nbytes
     for part in inside:
@@ -146,3 +148,27 @@ def _pieces(
         position = part.offset + part.nbytes
     if position < end:
         yield replace(tensor, offset=position, nbytes=end - position)
+
+
+def overwrite(tensors: Mapping[str, TensorRange], changes: Changes) -> list[Effect]:
+    """Write the changed bytes of each tensor over its old ones, a block of rows at a time, as `merge_loras` makes
+    them: each block is read before it is written, and DoRA's norms are taken before the first.
+
+    The files must be the caller's alone: what is killed on the way is half merged. They are on disk (fsync) when this
+    returns. Raises ConversionError when a result is not finite or a file cannot be written."""
+    effects = []
+    for name, parts in changes.items():
+        tensor = tensors[name]
+        calculated, effect = changed(name, tensor, parts)
+        try:
+            with tensor.path.open("r+b") as file:
+                file.seek(tensor.offset)
+                for block in calculated.blocks():
+                    file.write(block.data)
+        except OSError as error:
+            raise ConversionError(f"{tensor.path}: cannot be written: {error.strerror}") from error
+        effects.append(effect)
+    for path in {tensors[name].path for name in changes}:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return effects

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...schemas.lora_keys import LoraFormat, Target
+from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, variant_of
 from .adapters import Adapter
 from .factors import Factor
@@ -31,7 +31,7 @@ class Lora:
 
     path: Path
     format: LoraFormat
-    adapters: dict[Target, Adapter]
+    adapters: dict[LoraTarget, Adapter]
     unet: UNetConfig | None
     text_encoder: TextEncoderConfig | None
     embeddings: tuple[Embedding, ...] = ()
@@ -43,7 +43,7 @@ class Lora:
         return {t.module: adapter for t, adapter in self.adapters.items() if t.stage is stage and t.module == t.name}
 
     @property
-    def biases(self) -> list[Target]:
+    def biases(self) -> list[LoraTarget]:
         """What of it changes biases."""
         return [target for target in self.adapters if target.module != target.name]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
+from ...schemas.callbacks import Progress, StartFile
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
@@ -23,16 +24,15 @@ from ...storage.bundle import Bundle, open_bundle
 from ...storage.copy_ranges import copy_range
 from ...storage.fingerprints import describe_file, find_change, sha256_of
 from ...storage.outputs import staged_output
-from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange
+from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.component import Component, Problems
-from ..export.bundle_weights import StartFile, clone
+from ..export.bundle_weights import clone
 from ..export.graph_files import External, external_data, load_graph
-from .changed_tensors import Effect
+from .changed_tensors import Changes, Effect, overwrite
 from .encoding import FLOATS
 from .lora_file import listed
 from .merge_plan import MERGED_STAGES, LoraPlan, plan_loras
-from .overwrite import Changes, overwrite
 from .stability_format import DEFAULT_FILTERS
 
 KEPT = ".before-lora"  # behind the names of the files that were replaced
@@ -184,7 +184,7 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
     if state is None:
         raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
     if not state.kept:
-        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without --lora")
+        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
     for file in state.kept:
         problem = find_change(bundle.root / file.path, file)
         if problem:
@@ -200,7 +200,7 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
 def _require_none_applied(bundle: Bundle) -> None:
     if bundle.manifest.lora is not None:
         names = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in bundle.manifest.lora.loras)
-        raise UsageError(f"{bundle.root}: has {names} merged in already; --undo them, then apply all at once")
+        raise UsageError(f"{bundle.root}: has {names} merged in already; take them out with undo=True, then apply all")
 
 
 def _require_real_files(root: Path) -> None:
@@ -248,7 +248,7 @@ def _in_graphs(plan: LoraPlan, stage: Stage, bundle: Bundle) -> Changes:
     if quantization is not Quantization.NONE and not changes.keys() <= tensors.keys():
         raise UsageError(
             f"{bundle.root}: the {stage} is quantised ({quantization}), and a LoRA changes weights before that; "
-            f"export the model again with --lora and --quantize {quantization}"
+            f'export the model again with the LoRAs and quantize="{quantization}"'
         )
     plan.unapplied += [f"{stage}: {name}: its graphs do not use it" for name in changes if name not in tensors]
     return {name: parts for name, parts in changes.items() if name in tensors}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.lora_keys import Target
+from ...schemas.lora_keys import LoraTarget
 from ...schemas.stages import Stage
 from ...storage.fingerprints import fingerprint
 from ..checkpoints.component import Component
@@ -26,7 +26,7 @@ class LoraPlan:
     """The changes by tensor, what could not be placed, and which LoRAs they are of."""
 
     components: dict[Stage, Component]
-    changes: dict[Target, list[Change]] = field(default_factory=lambda: defaultdict(list))
+    changes: dict[LoraTarget, list[Change]] = field(default_factory=lambda: defaultdict(list))
     unapplied: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     entries: list[LoraEntry] = field(default_factory=list)
@@ -51,7 +51,7 @@ def plan_loras(
     module_filters: Sequence[str] = DEFAULT_FILTERS,
     alpha: float | None = None,
     unmerge: bool = False,
-    advice: str = "Give the text encoder with --text-encoder, or another checkpoint",
+    advice: str = 'Give the text encoder with text_encoder="PATH", or another checkpoint',
 ) -> LoraPlan:
     """Read `loras` and place what they change (`unmerge`: the other way round) on `components`, which `source` is
     the name of in messages, and `advice` what to try when nothing applies. See `merge_loras` for the rest.
@@ -132,4 +132,4 @@ def _place_embeddings(plan: LoraPlan, lora: Lora, strength: float) -> None:
             elif embedding.rows.shape[1] != table[1]:
                 plan.unapplied.append(f"{what}: width {embedding.rows.shape[1]}, the table's is {table[1]}")
             else:
-                plan.changes[Target(Stage.TEXT_ENCODER, TOKEN_TABLE)].append(embedding_change(embedding, strength))
+                plan.changes[LoraTarget(Stage.TEXT_ENCODER, TOKEN_TABLE)].append(embedding_change(embedding, strength))

@@ -12,7 +12,7 @@ INDEX_MARK = ".safetensors.index"
 
 
 @dataclass(frozen=True)
-class Mirror:
+class OutputTree:
     """Source files and folders by their place below the output; "" is the output itself."""
 
     places: dict[Path, str]
@@ -62,7 +62,7 @@ def _lists(index: Path, touched: Collection[Path]) -> bool:
     return any(f'"{file.name}"' in text for file in touched if file.parent == index.parent)
 
 
-def mirror(checkpoint: Path, text_encoder: Path | None, output: Path) -> Mirror:
+def output_tree(checkpoint: Path, text_encoder: Path | None, output: Path) -> OutputTree:
     """The places for a checkpoint and perhaps a text encoder beside it.
 
     Raises UsageError when a file is to become something else than a .safetensors file, or the checkpoint's folder has
@@ -72,14 +72,14 @@ def mirror(checkpoint: Path, text_encoder: Path | None, output: Path) -> Mirror:
     if text_encoder is None:
         if checkpoint.is_file() and output.suffix != ".safetensors":
             raise UsageError(f"{output}: expected a name ending in .safetensors, as {checkpoint} is a file")
-        return Mirror({checkpoint: ""})
+        return OutputTree({checkpoint: ""})
     if output.suffix == ".safetensors":
         raise UsageError(f"{output}: expected a folder, which takes the checkpoint and the text encoder")
     if (checkpoint / "text_encoder").is_dir():
         raise UsageError(
-            f"{checkpoint}: has a text encoder of its own; give {checkpoint / 'prior'}, or no --text-encoder"
+            f"{checkpoint}: has a text encoder of its own; give {checkpoint / 'prior'}, or no text_encoder"
         )
-    inside = Mirror({})
+    inside = OutputTree({})
     inside.places[text_encoder] = text_encoder.name if text_encoder.is_file() else "text_encoder"
     if checkpoint.is_file():
         inside.places[checkpoint] = checkpoint.name

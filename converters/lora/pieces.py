@@ -16,18 +16,18 @@ from .factors import Factor
 
 
 @dataclass(frozen=True)
-class Calculated:
+class ComputedBytes:
     """`nbytes` bytes that are made when their turn comes, a block at a time."""
 
     nbytes: int
     blocks: Callable[[], Iterable[Bytes]]
 
 
-Piece = TensorRange | Calculated
+Piece = TensorRange | ComputedBytes
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TensorPieces:
     """A tensor to write: its dtype and shape, and the pieces its bytes are, one after another."""
 
     dtype: str
@@ -39,16 +39,16 @@ class Pieces:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def factor_pieces(factor: Factor) -> Pieces:
+def factor_pieces(factor: Factor) -> TensorPieces:
     """A factor as a tensor: the bytes it is a copy of, or its numbers encoded."""
     if factor.source is not None:
-        return Pieces(factor.dtype, factor.shape, (factor.source,))
-    made = Calculated(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
-    return Pieces(factor.dtype, factor.shape, (made,))
+        return TensorPieces(factor.dtype, factor.shape, (factor.source,))
+    made = ComputedBytes(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
+    return TensorPieces(factor.dtype, factor.shape, (made,))
 
 
 def write_pieces(
-    path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str], progress: Progress | None = None
+    path: Path, tensors: Mapping[str, TensorPieces], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
     """Write a safetensors file in the order of `tensors`, on disk (fsync) when this returns; whoever calls renames it.
 

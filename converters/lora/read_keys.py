@@ -12,8 +12,8 @@ from ...schemas.lora_keys import (
     REFUSED,
     SUFFIXES,
     LoraFormat,
+    LoraTarget,
     Prefix,
-    Target,
     flattened,
     spelling_table,
     split_key,
@@ -138,7 +138,7 @@ class NameTable:
             for of_text in (False, True)
         }
 
-    def find(self, name: str) -> tuple[Prefix, tuple[Target, ...]] | None:
+    def find(self, name: str) -> tuple[Prefix, tuple[LoraTarget, ...]] | None:
         """The prefix of `name` and the modules after it: one, or q, k and v; None when there is no such module."""
         for prefix in PREFIXES:
             if name.startswith(prefix.text):
@@ -146,7 +146,7 @@ class NameTable:
                 modules = table.get(name[len(prefix.text) :])
                 if modules:
                     stage = self._networks[prefix.text_encoder].stage
-                    return prefix, tuple(Target(stage, module) for module in modules)
+                    return prefix, tuple(LoraTarget(stage, module) for module in modules)
         return None
 
 

@@ -216,7 +216,7 @@ def test_exporting_with_loras(model: Path, tmp_path: Path, dtype: torch.dtype) -
     assert found.read_bytes() == other.read_bytes()
     file = manifest.stages[Stage.PRIOR].files[-1]
     assert file.sha256 == hashlib.sha256(found.read_bytes()).hexdigest()
-    with pytest.raises(UsageError, match="was exported with its LoRAs; export the model again without --lora"):
+    with pytest.raises(UsageError, match="was exported with its LoRAs; export the model again without LoRAs"):
         undo_loras(tmp_path / "bundle")
     with pytest.raises(UsageError, match=r"has one\.safetensors \(0\.5\), two\.safetensors \(1\.5\) merged in"):
         apply_loras(tmp_path / "bundle", [one])

@@ -254,5 +254,5 @@ def test_text_encoder_keys(bench: Any, numbers: Any, tmp_path: Path) -> None:
     for name, weight in bench.text_weights.items():
         torch.testing.assert_close(result[name], expected.get(name, weight), rtol=0, atol=0)
     assert (tmp_path / "out" / prior.name).read_bytes() == prior.read_bytes()
-    with pytest.raises(CascadeError, match="--text-encoder"):
+    with pytest.raises(CascadeError, match="text_encoder="):
         merge_loras(prior, [lora], tmp_path / "nothing.safetensors")
