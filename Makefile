@@ -4,13 +4,16 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
 
-.PHONY: demo test test-slow fuzz lint types docs wheel-test clean
+.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test clean
 
 demo: .venv/demo.stamp ## a tiny cascade down the whole road, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
 test: .venv/dev.stamp ## every test but the slow ones; ARGS="-k name" chooses
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-light: .venv-light/stamp ## schemas/ and storage/ where torch, diffusers, transformers and onnx are not installed
+	.venv-light/bin/python -m pytest -q tests/schemas tests/storage $(ARGS)
 
 test-slow: .venv/dev.stamp ## weights of real size: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
@@ -59,5 +62,11 @@ wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither t
 	$(PIP) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
 	touch $@
 
+.venv-light/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-light
+	.venv-light/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[test-light]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-wheel .venv-docs build dist demo *.egg-info
+	rm -rf .venv .venv-light .venv-wheel .venv-docs build dist demo *.egg-info

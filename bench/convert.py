@@ -13,7 +13,7 @@ from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import UNetConfig
 from ..storage.machine import describe_machine
-from ..storage.safetensors_header import DTYPE_SIZES
+from ..storage.safetensors_reader import DTYPE_SIZES
 from .process import PACKAGE, floor_rss, measure_all
 from .report import Case, Report, Say
 from .standins import describe, main_dtype, source_file

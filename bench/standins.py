@@ -19,7 +19,7 @@ from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout, to_diffusers
 from ..schemas.stages import PRESETS, NetworkConfig, Stage, Variant
 from ..schemas.tensors import Shape, expected_tensors, is_counter
-from ..storage.safetensors_header import DTYPE_SIZES
+from ..storage.safetensors_reader import DTYPE_SIZES
 from .report import Say
 
 NETWORKS: Mapping[str, tuple[Stage, Variant]] = {

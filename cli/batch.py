@@ -102,7 +102,7 @@ def _require_apart(jobs: "Sequence[Job]", bundle: Path, how: Drawing) -> None:
     """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
     from ..runtime.batch.jobs import pictures_of
     from ..runtime.images.png import require_free_previews
-    from ..storage.output_place import require_apart, require_none_is
+    from ..storage.output_rules import require_apart, require_none_is
 
     sources: list[str | Path] = [how.prompt_file, *pictures_of(job.request for job in jobs)]
     require_none_is([how.log_path, *(job.path for job in jobs)], sources)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..schemas.dtypes import DTYPES
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout, can_become
+from ..schemas.weight_dtypes import DTYPES
 from .common import PATH, all_local, maybe_local
 from .console import FAILED, byte_progress, note, say, show_table
 from .lora import show_facts

@@ -27,8 +27,8 @@ def demo(output: Path, force: bool) -> None:
     from ..converters.export.export import export as run_export
     from ..runtime.cascade import Cascade
     from ..runtime.images.png import save_png
-    from ..storage.outputs import staged_output
-    from ..storage.own_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
+    from ..storage.atomic_output import staged_output
+    from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
 
     files = ["image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}"]
     with staged_output(output, force=force, files=files, say=note) as folder:

@@ -60,8 +60,8 @@ def _print(findings: "Findings") -> None:
 
 def _check(output: Path, *, force: bool, as_json: bool) -> None:
     from ..parity.gpu_check import check_gpu
-    from ..storage.output_place import require_free
-    from ..storage.outputs import staged_output
+    from ..storage.atomic_output import staged_output
+    from ..storage.output_rules import require_free
 
     require_free(output, force=force)
 

@@ -237,7 +237,7 @@ def run_record(
     from ..parity.recording import record
     from ..parity.reference_run import expect
     from ..runtime.text.tokenizer import ClipTokenizer
-    from ..storage.output_place import require_apart, require_free
+    from ..storage.output_rules import require_apart, require_free
 
     require_apart(output, [bundle, against])
     require_free(output, force=force)

@@ -27,7 +27,7 @@ LIBRARIES = (
 def check_names(reports: Iterable[Path], *, force: bool, sources: Sequence[Path]) -> None:
     """Raise UsageError for a report that could not be written, or not there, before anything takes time."""
     from ..parity.report.build import SUFFIXES
-    from ..storage.output_place import require_apart, require_free
+    from ..storage.output_rules import require_apart, require_free
 
     for path in reports:
         if path.suffix.lower() not in SUFFIXES:
@@ -95,7 +95,7 @@ def _reference_files(against: Path) -> "list[FileEntry]":
     """The files that were compared with: of a model its weights."""
     from ..converters.checkpoints.open_model import open_model
     from ..schemas.report import FileEntry
-    from ..storage.fingerprints import fingerprint
+    from ..storage.file_hashes import fingerprint
 
     try:
         model = open_model([local(against)])

@@ -18,9 +18,10 @@ from ..converters.export.bundle_weights import source_files
 from ..schemas.errors import CheckpointError, UsageError
 from ..schemas.json_text import load_json
 from ..schemas.stages import Stage
-from ..storage.fingerprints import fingerprint
-from ..storage.outputs import staged_output
-from ..storage.safetensors_header import TensorRange, encode_header, read_header
+from ..storage.atomic_output import staged_output
+from ..storage.file_hashes import fingerprint
+from ..storage.safetensors_reader import TensorRange, read_header
+from ..storage.safetensors_writer import encode_header
 from .reference_run import Call, Expected, Trajectory, noise_tape
 from .sample_inputs import Case
 from .tolerances import COMPUTES

@@ -11,7 +11,7 @@ from ..converters.checkpoints.open_model import Model
 from ..converters.export.bundle_weights import source_files
 from ..schemas.bundle import Manifest, StageEntry
 from ..schemas.stages import Stage, VQGANConfig
-from ..storage.fingerprints import fingerprint
+from ..storage.file_hashes import fingerprint
 
 WIDTHS = {4: "32-bit", 2: "16-bit", 1: "8-bit"}  # bytes of a value
 SLACK = 0.5  # what a file may be larger by: headers of small files; one with other networks beside is larger still

@@ -7,8 +7,8 @@ from enum import StrEnum
 from ..schemas.bundle import MANIFEST_NAME, Manifest, StageEntry, StageVerdict, VerdictEntry, to_text
 from ..schemas.errors import CheckpointError
 from ..schemas.stages import Stage
+from ..storage.atomic_file import whole_file
 from ..storage.bundle import Bundle
-from ..storage.whole_file import whole_file
 from .compare import Comparison
 from .report.build import Verified, place
 

@@ -7,7 +7,7 @@ from ..schemas.bundle import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, Pla
 from ..schemas.errors import CheckpointError, UsageError
 from ..schemas.limits import MAX_MANIFEST_BYTES
 from ..schemas.stages import Stage
-from .fingerprints import find_change
+from .file_hashes import find_change
 
 WHAT_TO_DO = "the bundle is damaged, export it again"
 PUT_BACK = "put it back, or export the model again"

@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
 from ..schemas.errors import ConversionError, UsageError
@@ -74,12 +75,12 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
     if source in FP8:
         return _cast_fp8(values, source, target, scale)
     out = np.empty(values.size, _STORAGE[target])
-    scratch = np.empty((2, min(values.size, _CHUNK)), "<f4")
+    scratch = np.empty(min(values.size, _CHUNK), "<f4")
     overflow = not_finite = 0
     with np.errstate(all="ignore"):  # overflow is counted, and quieting a NaN is no event
         for start in range(0, values.size, _CHUNK):
             part = slice(start, start + _CHUNK)
-            counts = _cast(values[part], source, out[part], target, scratch[:, : values.size - start], scale)
+            counts = _cast(values[part], source, out[part], target, scratch[: values.size - start], scale)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
     return Cast(out, overflow, not_finite)
 
@@ -105,11 +106,11 @@ def _cast(
     values: Array, source: str, out: Array, target: str, scratch: Array, scale: np.float32 | None
 ) -> tuple[int, int]:
     """Fill `out`; the number of values that are infinite there alone, and of those that were not finite before."""
-    floats = _as_f32(values, source, scratch[0])
+    floats = _as_f32(values, source, scratch)
     if scale is not None:
-        floats = np.multiply(floats, scale, out=scratch[0])
+        floats = np.multiply(floats, scale, out=scratch)
     if target == "BF16":
-        _to_bf16(floats, out, scratch[1].view("<u4"))
+        out.view(bfloat16)[:] = floats
     else:
         out[:] = floats
     limit = _LIMIT[target]
@@ -124,28 +125,15 @@ def _cast(
 def _as_f32(values: Array, source: str, scratch: Array) -> Array:
     if source == "F32":
         return values
-    bits = scratch.view("<u4")
     if source == "BF16":
-        bits[:] = values
-        bits <<= 16
+        scratch[:] = values.view(bfloat16)
         return scratch
     scratch[:] = values
     if source == "F16":
         nan = np.isnan(scratch)
-        if nan.any():  # numpy leaves signalling ones as they are
-            bits[nan] |= 0x40_0000
+        if nan.any():  # numpy leaves signalling NaNs as they are
+            scratch.view("<u4")[nan] |= 0x40_0000
     return scratch
-
-
-def _to_bf16(floats: Array, out: Array, scratch: Array) -> None:
-    """The upper half of each float32, after adding what carries into it when the lower half rounds up: 0x7FFF,
-    and one more when the upper half is odd, so that ties go to even. Wrong for NaN."""
-    bits = floats.view("<u4")
-    np.right_shift(bits, 16, out=scratch)
-    scratch &= 1
-    scratch += 0x7FFF
-    scratch += bits
-    out[:] = scratch.view("<u2")[1::2]
 
 
 def _put_nans(floats: Array, out: Array, target: str) -> None:
@@ -173,14 +161,10 @@ def _unsigned(values: Array, dtype: str) -> Array:
 
 
 def _e4m3_values() -> Array:
-    """The float32 value of each of the 256 codes: 4 bits of exponent, biased by 7, and 3 of mantissa."""
-    codes = np.arange(128)
-    exponent, mantissa = codes >> 3, codes & 7
-    values = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(mantissa, -9)).astype("<f4")
-    values.view("<u4")[0x7F] = 0x7FF0_0000  # the one NaN, its payload moved along as torch does
-    both = np.concatenate([values, values])
-    both.view("<u4")[128:] |= 0x8000_0000
-    return both
+    """The float32 value of each of the 256 codes of E4M3."""
+    values = np.arange(256, dtype="u1").view(float8_e4m3fn).astype("<f4")
+    values.view("<u4")[[0x7F, 0xFF]] = 0x7FF0_0000, 0xFFF0_0000  # its NaNs, with the payload that torch gives them
+    return values
 
 
 def _e5m2_values() -> Array:

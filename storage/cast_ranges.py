@@ -1,28 +1,35 @@
 """Casts and transposes ranges of files into another file, block by block in worker threads."""
 
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from io import FileIO
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from ..schemas.callbacks import Progress
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
-from .cast import Array, cast_block, cast_counted
-from .copy_ranges import ended_early
-from .safetensors_header import DTYPE_SIZES, Progress, TensorRange
-from .tensor_plans import Piece
+from .cast import Cast, cast_block, cast_counted
+from .file_ranges import read_exactly, read_lines, write_all, write_lines
+from .safetensors_plan import PlacedRange
+from .safetensors_reader import DTYPE_SIZES, TensorRange
 
 CAST_BLOCK = 1 << 22  # bytes of input a thread casts at a time; memory of larger blocks is paged in anew each time
 CAST_THREADS = 2
 
-Done = tuple[int, int, int]  # bytes written, values that became infinite, values that were not finite before
+
+class Done(NamedTuple):
+    """The result of a task: bytes written, values that became infinite, values that were not finite before."""
+
+    nbytes: int
+    overflow: int
+    not_finite: int
+
+
 Task = Callable[[], Done]
 
 
@@ -47,10 +54,12 @@ class Counts:
         )
 
 
-def compute(pieces: Iterable[Piece], target: int, progress: Progress | None) -> Counts:
-    """Cast and transpose what is not copied. Raises ConversionError for a scale that is no number."""
+def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress | None) -> Counts:
+    """Cast, scale and transpose into the open file `target` those `ranges` that are not copied as they are.
+
+    Raises ConversionError for an fp8 scale that is not finite, OSError if a source ends too early."""
     counts = Counts()
-    tasks = ((piece.name, task) for piece in pieces if piece.computed for task in _tasks(piece, target))
+    tasks = ((placed.name, task) for placed in ranges if placed.computed for task in _tasks(placed, target))
     # Whatever ends this block waits for the workers: none may write once the file is closed.
     with ThreadPoolExecutor(CAST_THREADS) as pool:
         for name, (nbytes, overflow, not_finite) in _run(pool, tasks):
@@ -76,17 +85,17 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterato
         yield name, future.result()
 
 
-def _tasks(piece: Piece, target: int) -> Iterator[Task]:
-    """A piece in blocks of at most CAST_BLOCK bytes of input (and at least one value)."""
-    part = piece.part
+def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
+    """A range as blocks of at most CAST_BLOCK bytes of input, and at least one value."""
+    part = placed.part
     limit = max(1, CAST_BLOCK // DTYPE_SIZES[part.dtype])
-    scale = read_scale(part)
+    work = _Work(placed, read_scale(part), target)
     if part.transposed:
         for rows, columns in _tiles(part.shape, limit):
-            yield partial(_transpose_tile, piece, rows, columns, scale, target)
+            yield partial(_transpose_tile, work, rows, columns)
     else:
         for span in _cuts(part.nbytes // DTYPE_SIZES[part.dtype], limit):
-            yield partial(_cast_span, piece, span, scale, target)
+            yield partial(_cast_span, work, span)
 
 
 def read_scale(part: TensorRange) -> np.float32 | None:
@@ -117,57 +126,41 @@ def _tiles(shape: Shape, limit: int) -> Iterator[tuple[range, range]]:
     return ((down, across) for down in _cuts(rows, height) for across in _cuts(columns, width))
 
 
-def _cast_span(piece: Piece, span: range, scale: np.float32 | None, target: int) -> Done:
-    part, size = piece.part, DTYPE_SIZES[piece.part.dtype]
+@dataclass(frozen=True)
+class _Work:
+    """A range to compute, the scale of its values, and the descriptor of the file to write to."""
+
+    placed: PlacedRange
+    scale: np.float32 | None
+    target: int
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the values are moved without a change."""
+        return self.placed.part.dtype == self.placed.dtype and self.scale is None
+
+
+def _cast_span(work: _Work, span: range) -> Done:
+    """Cast the values whose numbers are in `span`."""
+    part, size = work.placed.part, DTYPE_SIZES[work.placed.part.dtype]
     with part.path.open("rb", buffering=0) as file:
         data = read_exactly(file, part.offset + span.start * size, len(span) * size)
-    values, overflow, not_finite = cast_counted(data, part.dtype, piece.dtype, scale)
-    write_all(target, values, piece.at + span.start * values.itemsize)
-    return values.nbytes, overflow, not_finite
+    values, overflow, not_finite = cast_counted(data, part.dtype, work.placed.dtype, work.scale)
+    write_all(work.target, values, work.placed.at + span.start * values.itemsize)
+    return Done(values.nbytes, overflow, not_finite)
 
 
-def _transpose_tile(piece: Piece, rows: range, columns: range, scale: np.float32 | None, target: int) -> Done:
+def _transpose_tile(work: _Work, rows: range, columns: range) -> Done:
     """Write the given rows and columns of the tensor; in the source they are columns and rows."""
-    part, size = piece.part, DTYPE_SIZES[piece.part.dtype]
-    line, width = part.shape[0] * size, part.shape[1] * DTYPE_SIZES[piece.dtype]
+    part, dtype = work.placed.part, work.placed.dtype
+    size, width = DTYPE_SIZES[part.dtype], part.shape[1] * DTYPE_SIZES[dtype]
+    line = part.shape[0] * size
     with part.path.open("rb", buffering=0) as file:
         start = part.offset + columns.start * line + rows.start * size
         data = read_lines(file, start, line, len(columns), len(rows) * size)
-    moved = part.dtype == piece.dtype and scale is None
-    tile, overflow, not_finite = (data, 0, 0) if moved else cast_counted(data, part.dtype, piece.dtype, scale)
-    bits = np.frombuffer(tile, f"<u{DTYPE_SIZES[piece.dtype]}").reshape(len(columns), len(rows))
-    at = piece.at + rows.start * width + columns.start * bits.itemsize
-    write_lines(target, np.ascontiguousarray(bits.T), at, width)
-    return bits.nbytes, overflow, not_finite
-
-
-def read_lines(file: FileIO, offset: int, stride: int, count: int, nbytes: int) -> bytes:
-    """`count` times `nbytes`, which start `stride` bytes apart in the file."""
-    if stride == nbytes:
-        return read_exactly(file, offset, count * nbytes)
-    return b"".join(read_exactly(file, offset + index * stride, nbytes) for index in range(count))
-
-
-def write_lines(target: int, lines: Array, at: int, stride: int) -> None:
-    """Each row of a contiguous matrix `stride` bytes after the row before."""
-    if lines.nbytes == stride * len(lines):
-        lines = lines.reshape(1, -1)
-    for index, line in enumerate(lines):
-        write_all(target, line, at + index * stride)
-
-
-def read_exactly(file: FileIO, offset: int, nbytes: int) -> bytes:
-    data = os.pread(file.fileno(), nbytes, offset)
-    while len(data) < nbytes:
-        more = os.pread(file.fileno(), nbytes - len(data), offset + len(data))
-        if not more:
-            raise ended_early(Path(os.fsdecode(file.name)), nbytes - len(data))
-        data += more
-    return data
-
-
-def write_all(target: int, values: Array, at: int) -> None:
-    data = values.view(np.uint8).data
-    while data:
-        done = os.pwrite(target, data, at)
-        data, at = data[done:], at + done
+    moved = Cast(np.frombuffer(data, np.uint8), 0, 0)
+    cast = moved if work.keeps_bits else cast_counted(data, part.dtype, dtype, work.scale)
+    bits = np.frombuffer(cast.values, f"<u{DTYPE_SIZES[dtype]}").reshape(len(columns), len(rows))
+    at = work.placed.at + rows.start * width + columns.start * bits.itemsize
+    write_lines(work.target, np.ascontiguousarray(bits.T), at, width)
+    return Done(bits.nbytes, cast.overflow, cast.not_finite)

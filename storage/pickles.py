@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..schemas.errors import CheckpointError, reraise_interrupt
 from ..schemas.limits import MAX_PICKLE_BYTES, MAX_PICKLE_DEPTH, MAX_PICKLE_ENTRIES, MAX_PICKLE_NAME
-from .safetensors_header import Header, TensorRange
-from .zip_directory import Entry, read_directory
+from .pickle_zip import Entry, read_directory
+from .safetensors_reader import Header, TensorRange
 
 if TYPE_CHECKING:
     import torch

@@ -1,25 +1,45 @@
-"""Writes safetensors files from ranges of other files: copied in the kernel, cast or transposed block by block."""
+"""The one writer of safetensors files: values are copied in the kernel, cast, transposed or calculated in blocks.
+
+``write_safetensors`` writes a file from plans. ``new_safetensors`` opens a file whose tensors the caller fills in any
+order. Memory is bounded by a few blocks for each thread, however large the tensors are.
+"""
 
 import errno
+import json
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any, Protocol
 
+from ..schemas.callbacks import Progress
 from ..schemas.errors import ConversionError
-from .cast import FLOATS, castable
-from .cast_ranges import Counts, compute
-from .copy_ranges import copy_range, merged
-from .safetensors_header import Progress, encode_header
-from .tensor_plans import TensorPlan, pieces
+from ..schemas.tensors import Shape
+from .cast import FLOATS, Array, castable
+from .cast_ranges import Counts, cast_placed
+from .file_ranges import copy_range, merged, write_all, write_lines
+from .safetensors_plan import PlacedRange, PlacedValues, TensorPlan, placed
 
 FLUSH_PAUSE = 0.05  # seconds between two flushes
 
 
-def write_file(
+class Described(Protocol):
+    """A tensor as a header describes it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def write_safetensors(
     path: Path,
     tensors: Mapping[str, TensorPlan],
     metadata: Mapping[str, str],
@@ -28,43 +48,107 @@ def write_file(
     allow_overflow: bool = False,
     overflow_advice: str = "",
 ) -> Counts:
-    """Write a safetensors file from ranges of other files, in the order of `tensors`.
+    """Write a safetensors file from plans, in the order of `tensors`; the caller renames it into its place.
 
-    Returns, for each tensor with any, how many finite values became infinite in its dtype, and how many of those that
-    were cast are NaN or infinite in the source. The header is padded to 8 bytes. The file is on disk (fsync) when this
-    returns; whoever calls renames it. Memory is a few blocks per thread (some 100 MB in all), however large the
-    tensors. `progress` counts bytes of the output's tensors.
+    Returns the number of values of each tensor that became infinite by a cast, and of those that were cast although
+    they were NaN or infinite. The file is on disk (fsync) when this function returns. `progress` is called with bytes
+    of tensors. Memory is some 100 MB in all, and the largest block of what is calculated.
 
-    Raises ConversionError when the disk is full, a source cannot be read, a dtype cannot be cast, or, without
-    `allow_overflow`, when values became infinite (`overflow_advice` is what to do then, where that is not an option of
-    `convert`); the file is then to be thrown away."""
+    Raises ConversionError if the disk is full, a source cannot be read, a dtype cannot be cast, or, without
+    `allow_overflow`, if finite values became infinite; the caller then removes the file. `overflow_advice` replaces the
+    advice of that message where the caller has no `allow_overflow` to offer."""
     _check_castable(tensors)
-    header = encode_header(tensors, metadata)
-    total = len(header) + sum(plan.nbytes for plan in tensors.values())
-    try:
-        with path.open("wb") as out:
-            reserve(out.fileno(), total)
-            out.truncate(total)  # so that zeros need not be written, where nothing could be reserved
-            out.write(header)
-            out.flush()
-            with flushing(out.fileno()):
-                for run in merged(pieces(tensors, len(header))):
-                    copy_range(*run, out.fileno(), progress)
-                counts = compute(pieces(tensors, len(header)), out.fileno(), progress)
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise ConversionError(what_failed(path, total, error)) from error
+    with new_safetensors(path, tensors, metadata) as out:
+        parts = list(placed(tensors, out.start))
+        ranges = [part for part in parts if isinstance(part, PlacedRange)]
+        for copied in merged(ranges):
+            copy_range(copied, out.file, progress)
+        counts = cast_placed(ranges, out.file, progress)
+        for part in parts:
+            if isinstance(part, PlacedValues):
+                _write_calculated(part, out, progress)
     if counts.overflows and not allow_overflow:
         raise ConversionError(_overflow_message(path, tensors, counts.overflows, overflow_advice))
     return counts
 
 
-@contextmanager
-def flushing(target: int) -> Iterator[None]:
-    """Inside, a thread sends to the disk what has been written so far, again and again.
+@dataclass(frozen=True)
+class NewSafetensors:
+    """A safetensors file in the making: its descriptor, and the byte at which each tensor begins."""
 
-    Left alone, the kernel begins only when gigabytes have gathered, and the disk idles until then. Raises the
-    OSError of a flush when the block ends: the kernel reports it once, an fsync afterwards would know nothing."""
+    path: Path
+    file: int
+    start: int
+    places: Mapping[str, int]
+
+    def write(self, name: str, values: Array, at: int = 0) -> None:
+        """Write a contiguous array `at` bytes after the beginning of the tensor `name`."""
+        write_all(self.file, values.reshape(-1), self.places[name] + at)
+
+    def write_lines(self, name: str, lines: Array, at: int, stride: int) -> None:
+        """Write the rows of a contiguous matrix, each `stride` bytes after the row before it."""
+        write_lines(self.file, lines, self.places[name] + at, stride)
+
+
+@contextmanager
+def new_safetensors(
+    path: Path, tensors: Mapping[str, Described], metadata: Mapping[str, str]
+) -> Iterator[NewSafetensors]:
+    """A new file with its header; the caller writes the values of the `tensors`, and what stays unwritten is zero.
+
+    Disk space is reserved at once. A thread flushes what has been written meanwhile. The file is on disk (fsync) when
+    the block ends. Raises ConversionError for every OSError in the block: the disk is full, or a source cannot be
+    read."""
+    header = encode_header(tensors, metadata)
+    places, end = {}, len(header)
+    for name, tensor in tensors.items():
+        places[name], end = end, end + tensor.nbytes
+    try:
+        with path.open("wb") as out:
+            reserve(out.fileno(), end)
+            out.truncate(end)  # so that zeros need not be written, where nothing could be reserved
+            out.write(header)
+            out.flush()
+            with _flushing(out.fileno()):
+                yield NewSafetensors(path, out.fileno(), len(header), places)
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise ConversionError(what_failed(path, end, error)) from error
+
+
+def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file that holds `tensors` one after another, padded with spaces to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, tensor in tensors.items():
+        offsets = [position, position + tensor.nbytes]
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        position += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_calculated(values: PlacedValues, out: NewSafetensors, progress: Progress | None) -> None:
+    at = values.at
+    for block in values.part.blocks():
+        write_all(out.file, block.reshape(-1), at)
+        at += block.nbytes
+        if progress:
+            progress(block.nbytes)
+    if (found := at - values.at) != values.part.nbytes:
+        raise ConversionError(
+            f"{out.path}: {values.name}: {found} bytes were calculated instead of {values.part.nbytes}; "
+            "this is a bug, report it"
+        )
+
+
+@contextmanager
+def _flushing(target: int) -> Iterator[None]:
+    """Flush to disk, in a thread and again and again, what has been written so far.
+
+    Without this thread the kernel begins when gigabytes have gathered, and the disk idles until then. Raises the
+    OSError of a flush when the block ends: the kernel reports an error once, so a later fsync would not see it."""
     done = Event()
     with ThreadPoolExecutor(1) as pool:
         flushes = pool.submit(_flush_until, done, target)
@@ -81,12 +165,13 @@ def _flush_until(done: Event, target: int) -> None:
 
 
 def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
+    """Raise ConversionError for the first range that cannot become the dtype of its tensor."""
     for name, plan in tensors.items():
         for part in plan.ranges:
             if part.scale is not None and plan.dtype not in FLOATS:
                 raise ConversionError(
-                    f"{part.path}: {name}: scaled fp8, a weight and the scale it is to be multiplied by, is read but "
-                    "not written; choose a dtype, such as --dtype bf16"
+                    f"{part.path}: {name}: scaled fp8 (a weight and the scale to multiply it by) is read but never "
+                    'written; choose a float dtype, such as dtype="bf16"'
                 )
             if part.dtype != plan.dtype and not castable(part.dtype, plan.dtype):
                 raise ConversionError(
@@ -95,7 +180,7 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
 
 
 def what_failed(path: Path, total: int, error: OSError) -> str:
-    """One line on an error while `total` bytes were to be written to `path`."""
+    """The message for an error while `total` bytes were to be written to `path`."""
     if error.filename not in (None, str(path)):
         return f"{error.filename}: cannot be read: {error.strerror}"
     return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
@@ -105,13 +190,15 @@ def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: 
     worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common(5)]
     more = f" and {len(overflows) - len(worst)} more tensors" if len(overflows) > len(worst) else ""
     dtypes = {tensors[name].dtype for name in overflows}
-    wider = "--dtype bf16, which reaches as far as float32" if dtypes == {"F16"} else "a wider dtype"
-    advice = advice or f"try {wider}, or keep the infinities with --allow-overflow"
+    wider = 'dtype="bf16", whose range is that of float32' if dtypes == {"F16"} else "a wider dtype"
+    advice = advice or f"try {wider}, or keep the infinities with allow_overflow=True"
     return f"{path.name}: {overflows.total()} finite values become infinite: {', '.join(worst)}{more}; {advice}"
 
 
 def reserve(target: int, total: int) -> None:
-    """Take `total` bytes of disk, so that a full one is an error before the first byte is copied."""
+    """Reserve `total` bytes of disk for an open file, so that a full disk is found before the first byte is copied.
+
+    Raises OSError (ENOSPC) if they are not free."""
     # Asked first: where a file system cannot reserve, the C library fills the file with writes until none is left.
     disk = os.fstatvfs(target)
     free = disk.f_bavail * disk.f_frsize

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..schemas.errors import CheckpointError
 from .pickles import ZIP, read_pickle
-from .safetensors_header import Header, read_header
+from .safetensors_reader import Header, read_header
 
 PICKLE = b"\x80"  # how a file begins that torch.save wrote before version 1.6, or pickle itself
 

@@ -1,14 +1,16 @@
-"""The tiny cascade, made once for all tests: original files, model folder, bundle."""
+"""The tiny cascade, made once for all tests: original files, model folder, bundle.
 
+Each fixture imports what it needs: tests of schemas/ and storage/ run without torch and onnx.
+"""
+
+import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from cascadekit import convert, export
-from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
-from helpers.tensorrt_bindings_of import unpack_bindings
-from helpers.whole import Whole, make_whole
+if TYPE_CHECKING:
+    from helpers.whole import Whole
 
 DATA = Path(__file__).parent / "data"
 
@@ -16,7 +18,10 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """The networks are tiny: a second thread costs more than it does."""
-    torch.set_num_threads(1)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +32,10 @@ def catalog_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds original/, model/ and bundle/ of the tiny cascade; read only."""
+    pytest.importorskip("onnx")
+    from cascadekit import convert, export
+    from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
+
     root = tmp_path_factory.mktemp("tiny")
     write_tiny_cascade(root / "original")
     convert([root / "original"], root / "model", "diffusers")
@@ -35,14 +44,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> "Whole":
     """A cascade of all stages, and lite ones beside it; read only."""
+    from helpers.whole import make_whole
+
     return make_whole(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny cascade's original files alone, for tests that need no bundle; read only."""
+    from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
+
     folder = tmp_path_factory.mktemp("original")
     write_tiny_cascade(folder)
     return folder
@@ -51,4 +64,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of TensorRT's bindings by version, and of empty libraries by major version; read only."""
+    from helpers.tensorrt_bindings_of import unpack_bindings
+
     return unpack_bindings(tmp_path_factory.mktemp("tensorrt"))

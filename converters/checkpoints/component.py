@@ -13,7 +13,7 @@ from ...schemas.layouts import Layout, foreign_name
 from ...schemas.stages import NetworkConfig, Stage, Variant, variant_of
 from ...schemas.tensors import Shape, expected_tensors, is_counter
 from ...storage.cast import FLOATS, FP8
-from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 
 SHOWN_ITEMS = 6  # of each list in a message; the rest are counted
 BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the beginning of a tensor's name up to the number of its block

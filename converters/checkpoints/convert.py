@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...schemas.callbacks import Progress, Say, StartFile
-from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.layouts import Layout
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
+from ...schemas.weight_dtypes import parse_dtype
+from ...storage.atomic_output import staged_output
 from ...storage.cast_ranges import Counts
-from ...storage.outputs import staged_output
-from ...storage.own_folders import MODEL_INDEX
-from ...storage.safetensors_writer import write_file
+from ...storage.replaceable_folders import MODEL_INDEX
+from ...storage.safetensors_writer import write_safetensors
 from ..hub import local_path
 from .component import Component
 from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files
@@ -172,7 +172,7 @@ def _write(file: FilePlan, path: Path, progress: Progress | None, *, allow_overf
         return Counts()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    counts = write_file(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
     partial.rename(path)
     return counts
 

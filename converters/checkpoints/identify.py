@@ -12,7 +12,7 @@ from ...schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_dif
 from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, VQGANConfig
 from ...schemas.tensors import Shape, expected_tensors
 from ...storage.cast import FLOATS, FP8
-from ...storage.safetensors_header import Header, TensorRange
+from ...storage.safetensors_reader import Header, TensorRange
 from .component import Component, find_problems, listed, missing_counters
 
 # Returns the config of a stage that lies beside its tensors, which have these shapes; None where there is none.

@@ -16,7 +16,7 @@ from ...schemas.layouts import Layout, to_diffusers
 from ...schemas.stages import Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
-from ...storage.tensor_plans import TensorPlan, canonical_order
+from ...storage.safetensors_plan import TensorPlan, canonical_order
 from .component import Component
 from .model_folder import component_folders
 from .open_model import ENCODERS

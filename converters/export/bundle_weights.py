@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ...schemas.bundle import Placement
+from ...schemas.callbacks import Progress
 from ...schemas.errors import ExportError, UsageError
 from ...schemas.paths import problem_of_name
 from ...storage.cast import target_dtype
-from ...storage.safetensors_header import Progress, TensorRange, read_header
-from ...storage.safetensors_writer import write_file
-from ...storage.tensor_plans import TensorPlan
+from ...storage.safetensors_plan import TensorPlan
+from ...storage.safetensors_reader import TensorRange, read_header
+from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle
 from ..checkpoints.component import Component
 
@@ -138,7 +139,7 @@ def copy_weights(
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
     metadata = {"format": "pt", **component.metadata}
-    counts = write_file(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
+    counts = write_safetensors(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
     notes = counts.notes(f"{component.stage}/{WEIGHTS_NAME}")
     return Placed("copy", read_header(path).tensors, (path,), notes)
 

@@ -25,12 +25,11 @@ from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.quantization import RULES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
+from ...storage.atomic_output import staged_output
 from ...storage.bundle import require_utf8
 from ...storage.cast import FP8
-from ...storage.fingerprints import describe_file, fingerprint
-from ...storage.hashing import Hashing
-from ...storage.outputs import staged_output
-from ...storage.safetensors_header import TensorRange
+from ...storage.file_hashes import Hashing, describe_file, fingerprint
+from ...storage.safetensors_reader import TensorRange
 from ..checkpoints.component import Component, find_problems
 from ..checkpoints.model_folder import check_tokenizer, write_tokenizer
 from ..checkpoints.open_model import Model, open_model

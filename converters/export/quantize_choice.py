@@ -23,7 +23,7 @@ from ...schemas.ports import ports_of
 from ...schemas.quantization import Quantization, Scheme, linears, stored_tensors
 from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import expected_tensors
-from ...storage.safetensors_header import TensorRange
+from ...storage.safetensors_reader import TensorRange
 from ..onnx import Weight, write_graph
 from .quantize_file import matrix_of, quantize_rows, row_blocks
 from .quantize_values import Floats, dequantize, quantize

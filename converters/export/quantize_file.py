@@ -1,17 +1,17 @@
 """Writes quantised weights from ranges of safetensors files into one of their own, some rows at a time."""
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from ...schemas.callbacks import Progress
 from ...schemas.errors import ConversionError, ExportError
 from ...schemas.quantization import Quantization, Scheme, StoredTensor, quantized_name, scale_name, stored_tensors
 from ...storage.cast import FLOATS, cast_block
-from ...storage.cast_ranges import read_exactly, read_lines, write_all, write_lines
-from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange, encode_header, read_header
-from ...storage.safetensors_writer import flushing, reserve, what_failed
+from ...storage.file_ranges import read_exactly, read_lines
+from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange, read_header
+from ...storage.safetensors_writer import NewSafetensors, new_safetensors
 from .quantize_values import Floats, Quantized, pack, quantize
 
 BLOCK_VALUES = 1 << 21  # of a block of rows; some ten arrays of that many floats or less are alive at a time
@@ -33,23 +33,12 @@ def quantize_weights(
     Raises ExportError for modules without a float matrix, ConversionError for NaN and infinities and when the disk is
     full or a source cannot be read; the file is then to be thrown away."""
     matrices = {module: matrix_of(tensors, module) for module in sorted(chosen)}
-    described = {module: stored_tensors(scheme, module, *shape_of(part)) for module, part in matrices.items()}
-    flat = {name: tensor for parts in described.values() for name, tensor in parts.items()}
-    header = encode_header(flat, {"format": "pt"})
-    total = len(header) + sum(tensor.nbytes for tensor in flat.values())
-    try:
-        with path.open("wb") as out:
-            reserve(out.fileno(), total)
-            out.write(header)
-            out.flush()
-            at = len(header)
-            with flushing(out.fileno()):
-                for module, matrix in matrices.items():
-                    _write_module(module, matrix, scheme, described[module], out.fileno(), at, progress)
-                    at += sum(tensor.nbytes for tensor in described[module].values())
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise ConversionError(what_failed(path, total, error)) from error
+    flat: dict[str, StoredTensor] = {}
+    for module, part in matrices.items():
+        flat |= stored_tensors(scheme, module, *shape_of(part))
+    with new_safetensors(path, flat, {"format": "pt"}) as out:
+        for module, matrix in matrices.items():
+            _write_module(module, matrix, scheme, out, progress)
     return read_header(path).tensors
 
 
@@ -93,25 +82,19 @@ def quantize_rows(module: str, part: TensorRange, rows: Floats, scheme: Scheme) 
 
 
 def _write_module(
-    module: str,
-    part: TensorRange,
-    scheme: Scheme,
-    described: Mapping[str, StoredTensor],
-    target: int,
-    at: int,
-    progress: Progress | None,
+    module: str, part: TensorRange, scheme: Scheme, out: NewSafetensors, progress: Progress | None
 ) -> None:
-    """Write values and scales of one module to where the file has them, from byte `at` on."""
+    """Write the values and the scales of one module, a block of rows after the other."""
+    described = stored_tensors(scheme, module, *shape_of(part))
     values, scale = described[quantized_name(module)], described[scale_name(module)]
-    at_scale = at + values.nbytes
     for start, rows in row_blocks(part):
         quantized = quantize_rows(module, part, rows, scheme)
         packed = pack(quantized, scheme)
         if scheme.kind is Quantization.INT8_DYNAMIC:  # lies transposed: a column's values follow one another
-            write_lines(target, packed, at + start, values.shape[1])
+            out.write_lines(quantized_name(module), packed, start, values.shape[1])
         else:
-            write_all(target, packed.reshape(-1), at + start * (values.nbytes // values.shape[0]))
+            out.write(quantized_name(module), packed, start * (values.nbytes // values.shape[0]))
         little = np.ascontiguousarray(quantized.scale, "<f4")
-        write_all(target, little.reshape(-1), at_scale + start * (scale.nbytes // scale.shape[0]))
+        out.write(scale_name(module), little, start * (scale.nbytes // scale.shape[0]))
         if progress:
             progress(packed.nbytes + little.nbytes)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from ...schemas.callbacks import Progress
 from ...schemas.errors import UsageError
 from ...schemas.precision import Target
 from ...schemas.quantization import BUNDLE_BLOCKS, RULES, Quantization, Scheme
 from ...schemas.stages import NetworkConfig, Stage
-from ...storage.safetensors_header import Progress, TensorRange, read_header
-from ...storage.safetensors_writer import write_file
-from ...storage.tensor_plans import TensorPlan
+from ...storage.safetensors_plan import TensorPlan
+from ...storage.safetensors_reader import TensorRange, read_header
+from ...storage.safetensors_writer import write_safetensors
 from ..onnx import GraphOptions
 from .quantize_choice import Choice, choose_layers
 from .quantize_file import quantize_weights
@@ -105,7 +106,7 @@ def _without(path: Path, tensors: Mapping[str, TensorRange], modules: frozenset[
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in modules}
     plans = {name: TensorPlan(t.dtype, t.shape, (replace(t, transposed=False),)) for name, t in kept.items()}
     partial = path.with_name(f"{path.name}.partial")
-    write_file(partial, plans, read_header(path).metadata)
+    write_safetensors(partial, plans, read_header(path).metadata)
     partial.replace(path)
     return read_header(path).tensors
 

@@ -20,8 +20,8 @@ from ...runtime.engines.tensorrt.plan_weights import is_current
 from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle
-from ...storage.fingerprints import WHOLE_BELOW, find_change, require_regular, sha256_of
-from ...storage.safetensors_header import DTYPE_SIZES
+from ...storage.file_hashes import WHOLE_BELOW, find_change, require_regular, sha256_of
+from ...storage.safetensors_reader import DTYPE_SIZES
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 
 POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.limits import MAX_HEADER_BYTES
-from ...storage.safetensors_header import Header, read_header
+from ...storage.safetensors_reader import Header, read_header
 from .errors import explaining, unreachable
 from .repository import from_cache, list_files
 from .select import weights_below

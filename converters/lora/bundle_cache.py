@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
-from ...storage.fingerprints import fingerprint
+from ...storage.file_hashes import fingerprint
 from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 

@@ -9,13 +9,13 @@ from functools import lru_cache
 import numpy as np
 
 from ...schemas.errors import ConversionError
-from ...storage.safetensors_header import Header, TensorRange
+from ...storage.safetensors_plan import Calculated, Part, TensorPlan
+from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
 from .encoding import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
 from .factors import read_bytes, read_numbers
 from .formulas import RowReader, applied, blocks
 from .lora_file import Embedding
-from .pieces import ComputedBytes, Piece, TensorPieces
 
 Change = Callable[[RowReader, type[np.floating]], RowReader]
 Changes = Mapping[str, Sequence[Change]]  # by the tensor's diffusers name
@@ -55,7 +55,7 @@ class Effect:
     rounding: float = 0.0
 
 
-def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[ComputedBytes, Effect]:
+def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[Calculated, Effect]:
     """The bytes of `tensor` with `changes` applied in their order, and a record that fills while they are made.
 
     Calculates in float32 (float64 for F64) and rounds once, to nearest, ties to even. Raises ConversionError for a
@@ -66,7 +66,7 @@ def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[
             "cast the checkpoint first"
         )
     effect = Effect(name, tensor.dtype, len(changes))
-    return ComputedBytes(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
+    return Calculated(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
 
 
 def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> Iterator[Bytes]:
@@ -126,20 +126,20 @@ def _largest(values: Array) -> float:
     return max(float(values.max()), -float(values.min()))
 
 
-def rewritten(header: Header, calculated: Mapping[TensorRange, ComputedBytes]) -> dict[str, TensorPieces]:
+def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, TensorPlan]:
     """Every tensor of a file in its order, calculated where `calculated` has a part of it or all."""
     ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
     plans = {}
     for name, tensor in header.tensors.items():
         end = tensor.offset + tensor.nbytes
         inside = [part for part in ranges if tensor.offset <= part.offset and part.offset + part.nbytes <= end]
-        plans[name] = TensorPieces(tensor.dtype, tensor.shape, tuple(_pieces(tensor, inside, calculated)))
+        plans[name] = TensorPlan(tensor.dtype, tensor.shape, tuple(_parts(tensor, inside, calculated)))
     return plans
 
 
-def _pieces(
-    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, ComputedBytes]
-) -> Iterator[Piece]:
+def _parts(
+    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, Calculated]
+) -> Iterator[Part]:
     position, end = tensor.offset, tensor.offset + tensor.nbytes
     for part in inside:
         if part.offset > position:

@@ -10,14 +10,14 @@ from ...schemas.callbacks import Say
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
-from ...storage.outputs import staged_output
+from ...storage.atomic_output import staged_output
+from ...storage.safetensors_writer import write_safetensors
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from .adapters import Adapter, Axis
-from .factors import Factor
+from .factors import Factor, factor_plan
 from .lora_file import Embedding, Lora, listed
 from .peft_config import CONFIG_NAME, METADATA_KEY, settings
-from .pieces import factor_pieces, write_pieces
 from .read_formats import FOLDER_NAMES, open_lora
 from .stability_format import DEFAULT_FILTERS, stability_tensors
 from .write_formats import NAMED_FORMATS, Alpha, NamedFormat, named_tensors, unfit
@@ -88,7 +88,7 @@ def convert_lora(
             staged.mkdir()
             (staged / CONFIG_NAME).write_text(metadata[METADATA_KEY] + "\n", encoding="utf-8")
         weights = staged / FOLDER_NAMES[0] if folder else staged
-        write_pieces(weights, {name: factor_pieces(factor) for name, factor in tensors.items()}, metadata)
+        write_safetensors(weights, {name: factor_plan(factor) for name, factor in tensors.items()}, metadata)
     notes = (*replaced, *lora.notes, *_norm_notes(lora, to), *(f"left out: {part}" for part in lost))
     return LoraConversion(output, len(lora.adapters), notes)
 

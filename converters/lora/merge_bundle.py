@@ -20,11 +20,11 @@ from ...schemas.layouts import Layout
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
+from ...storage.atomic_output import staged_output
 from ...storage.bundle import Bundle, open_bundle
-from ...storage.copy_ranges import copy_range
-from ...storage.fingerprints import describe_file, find_change, sha256_of
-from ...storage.outputs import staged_output
-from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
+from ...storage.file_hashes import describe_file, find_change, sha256_of
+from ...storage.file_ranges import CopiedRange, copy_range
+from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.component import Component, Problems
 from ..export.bundle_weights import clone
@@ -286,7 +286,7 @@ def _copy(source: Path, target: Path, progress: Progress | None) -> None:
             return
         with target.open("xb") as out:
             reserve(out.fileno(), size)
-            copy_range(source, 0, size, 0, out.fileno(), progress)
+            copy_range(CopiedRange(source, 0, size, 0), out.fileno(), progress)
     except OSError as error:
         raise ConversionError(what_failed(target, size, error)) from error
 

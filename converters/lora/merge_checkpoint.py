@@ -7,15 +7,16 @@ from pathlib import Path
 
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import UsageError
-from ...storage.outputs import staged_output
-from ...storage.safetensors_header import TensorRange
+from ...storage.atomic_output import staged_output
+from ...storage.safetensors_plan import Calculated
+from ...storage.safetensors_reader import TensorRange
+from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from .changed_tensors import Effect, changed, rewritten
 from .merge_plan import LoraPlan, plan_loras
 from .merged_files import OutputTree, output_tree
-from .pieces import ComputedBytes, write_pieces
 from .read_formats import holds_lora
 from .stability_format import DEFAULT_FILTERS
 
@@ -108,7 +109,7 @@ def _write(
     force: bool,
     start_file: StartFile | None,
 ) -> tuple[list[Effect], list[str]]:
-    calculated: dict[TensorRange, ComputedBytes] = {}
+    calculated: dict[TensorRange, Calculated] = {}
     effects = []
     for target, changes in plan.changes.items():
         component = plan.components[target.stage].require_sound()
@@ -131,7 +132,7 @@ def _write(
 def _rewrite(
     source: Path,
     place: Path,
-    calculated: dict[TensorRange, ComputedBytes],
+    calculated: dict[TensorRange, Calculated],
     record: list[list[object]] | None,
     start_file: StartFile | None,
 ) -> None:
@@ -144,4 +145,4 @@ def _rewrite(
         earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""
         metadata[MERGED_KEY] = earlier + json.dumps(record)
     progress = start_file(place.name, sum(plan.nbytes for plan in plans.values())) if start_file else None
-    write_pieces(place, plans, {"format": "pt", **metadata}, progress)
+    write_safetensors(place, plans, {"format": "pt", **metadata}, progress)

@@ -9,7 +9,7 @@ from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraTarget
 from ...schemas.stages import Stage
-from ...storage.fingerprints import fingerprint
+from ...storage.file_hashes import fingerprint
 from ..checkpoints.component import Component
 from .changed_tensors import Change, adapter_change, embedding_change
 from .lora_file import Lora, listed

@@ -8,7 +8,7 @@ from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageE
 from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, Prefix, changeable
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
-from ...storage.safetensors_header import Header
+from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, make_adapter, split_rows

@@ -20,7 +20,7 @@ from ...schemas.lora_keys import (
 )
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape
-from ...storage.safetensors_header import Header
+from ...storage.safetensors_reader import Header
 from ..checkpoints.identify import identify_all
 from .factors import Factor, read_values, stored
 from .lora_file import Embedding, listed

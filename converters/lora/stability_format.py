@@ -13,7 +13,7 @@ from ...schemas.errors import LayoutError
 from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights, lora_modules
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
-from ...storage.safetensors_header import Header
+from ...storage.safetensors_reader import Header
 from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
 from .encoding import Array

@@ -11,8 +11,8 @@ from ...runtime.engines.tensorrt.plan_weights import is_current
 from ...schemas.bundle import MANIFEST_NAME, PlanEntry, to_text
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
+from ...storage.atomic_output import scratch_folder, staged_output
 from ...storage.bundle import Bundle, open_bundle
-from ...storage.outputs import scratch_folder, staged_output
 from . import plan_cache as cache
 from .backend import Backend, find_backend
 from .device import present_device

@@ -16,7 +16,7 @@ from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.bundle import PlanEntry
 from ...schemas.errors import CheckpointError
 from ...schemas.json_text import load_json
-from ...storage.fingerprints import sha256_of
+from ...storage.file_hashes import sha256_of
 from .job import Job
 
 FORMAT = 1  # of the key; another one makes all plans unknown

@@ -26,7 +26,7 @@ from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.targets import RTX, plans_for, refusal, require_rtx_targets
 from ...storage.bundle import Bundle
-from ...storage.fingerprints import sha256_of
+from ...storage.file_hashes import sha256_of
 from ..export.graph_files import external_data, load_graph
 from .job import Job
 from .plan_cache import file_name, key_of

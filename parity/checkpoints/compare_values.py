@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...schemas.errors import CheckpointError
 from ...storage.cast import FLOATS, FP8, cast_block, cast_counted, castable
 from ...storage.cast_ranges import read_scale
-from ...storage.safetensors_header import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 
 BLOCK = 1 << 22  # values that one task of a thread compares
 SLICE = 1 << 18  # bytes at a time: larger scratch space is paged in anew each time

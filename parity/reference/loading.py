@@ -15,7 +15,7 @@ from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from ...storage.cast import FP8, cast_counted
 from ...storage.cast_ranges import read_scale
-from ...storage.safetensors_header import TensorRange
+from ...storage.safetensors_reader import TensorRange
 from . import load_reference
 from .engine import Loader, TorchEngine
 

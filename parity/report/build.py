@@ -22,7 +22,7 @@ from ...schemas.report import (
     StageFacts,
 )
 from ...schemas.stages import Stage
-from ...storage.whole_file import whole_file
+from ...storage.atomic_file import whole_file
 from ..compare import HISTOGRAM_EDGES, Comparison
 from ..image_metrics import ssim, window
 from .html import to_html

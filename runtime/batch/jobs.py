@@ -19,7 +19,7 @@ from ...schemas.limits import MAX_IMAGES
 from ...schemas.request import Request, parse_request
 from ...schemas.sizes import latent_sizes
 from ...schemas.stages import Stage
-from ...storage.fingerprints import sha256_unless_changed
+from ...storage.file_hashes import sha256_unless_changed
 from ..images.png import read_settings
 from ..sampling.controlnets import INPAINTING, require_control
 from ..sampling.samplers import check_schedules

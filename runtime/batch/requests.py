@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...schemas.errors import UnsoundError, UsageError
 from ...schemas.request import ControlRef, PictureRef, Request
-from ...storage.fingerprints import sha256_unless_changed
+from ...storage.file_hashes import sha256_unless_changed
 from ..cascade import Cascade
 from ..generation import OnStep
 from ..images.masks import open_mask

@@ -21,7 +21,7 @@ from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
-from ...storage.whole_file import remove_leftovers as remove_files
+from ...storage.atomic_file import remove_leftovers as remove_files
 from ..cascade import Cascade
 from ..images.png import read_settings, save_png
 from ..sampling.ddpm import Step

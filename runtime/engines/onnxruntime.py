@@ -17,7 +17,7 @@ from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
-from ...storage.linked_files import without_links
+from ...storage.hub_cache_links import without_links
 from ..memory.give_back import give_back_memory
 from .base import HostRunner, Run, Tensors, check_inputs, with_absent_control
 from .installs import onnxruntime_conflict

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError, UsageError
 from ...storage.bundle import Bundle
-from ...storage.linked_files import can_do_without
+from ...storage.hub_cache_links import can_do_without
 from .base import Engine
 from .onnxruntime import OnnxRuntimeEngine
 from .openvino import OpenVinoEngine, multiplies_bf16

@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from ...schemas.errors import UsageError
 from ...schemas.json_text import dump_json, load_json
-from ...storage.output_place import locate, require_apart, require_free
-from ...storage.whole_file import claim, finish, remove_leftovers, unplaced_file, whole_file
+from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
+from ...storage.output_rules import locate, require_apart, require_free
 from .png_text import read_png_text
 
 METADATA_KEY = "cascadekit"

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...schemas.errors import CheckpointError
 from ...schemas.limits import MAX_ADDED_TOKENS, MAX_TOKENIZER_BYTES
-from ...storage.fingerprints import require_regular
+from ...storage.file_hashes import require_regular
 
 VOCAB_SIZE = 49408  # tokens of CLIP's own
 START, END = 49406, 49407

@@ -18,7 +18,7 @@ from cascadekit.converters.checkpoints.model_folder import write_folder_files
 from cascadekit.runtime.images.png import read_settings
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
-from cascadekit.storage.own_folders import owned
+from cascadekit.storage.replaceable_folders import owned
 from helpers.standins import write_stand_in
 from helpers.whole import Whole, picture
 

@@ -25,7 +25,7 @@ from cascadekit.schemas.bundle import StageEntry
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import ConversionError, ExportError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
-from cascadekit.storage import copy_ranges as copying
+from cascadekit.storage import file_ranges as copying
 from cascadekit.storage.bundle import open_bundle
 from helpers.standins import write_stand_in
 

@@ -13,7 +13,7 @@ from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.converters.onnx import Weight
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 FP16 = GraphWishes(precisions={Stage.PRIOR: Precision.FP16})
 

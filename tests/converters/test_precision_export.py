@@ -215,5 +215,5 @@ def test_weights_beyond_fp16_say_what_to_export(overflowing: Path, tmp_path: Pat
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ConversionError, match=r"clf\.1\.weight.*export it with --precision bf16") as caught:
         export(overflowing, tmp_path / "out", graphs=FP16)
-    assert "--allow-overflow" not in str(caught.value)
+    assert "allow_overflow" not in str(caught.value)
     assert not (tmp_path / "out").exists()

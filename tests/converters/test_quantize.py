@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from cascadekit.converters.export.export import quantize_file
+from cascadekit.converters.export import quantize_file
 from cascadekit.converters.export.quantize_choice import (
     normal_error,
     product_error,
@@ -28,7 +28,7 @@ from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme, candidates, linears
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.schemas.tensors import expected_tensors
-from cascadekit.storage.safetensors_header import TensorRange, read_header
+from cascadekit.storage.safetensors_reader import TensorRange, read_header
 
 INT8, INT4, DYNAMIC, FP8 = Quantization.INT8, Quantization.INT4, Quantization.INT8_DYNAMIC, Quantization.FP8
 PORTABLE, ORT, TENSORRT = Target
@@ -234,7 +234,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from cascadekit.converters.export.quantize_file import quantize_weights
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme
 folder = Path(sys.argv[1])

@@ -78,7 +78,7 @@ def test_loras_are_for_the_weights_before(tiny: Path, tmp_path: Path) -> None:
 
 
 def load_file_names(path: Path) -> set[str]:
-    from cascadekit.storage.safetensors_header import read_header
+    from cascadekit.storage.safetensors_reader import read_header
 
     return set(read_header(path).tensors)
 

@@ -12,7 +12,7 @@ from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.bundle import MANIFEST_NAME
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
-from cascadekit.storage.fingerprints import describe_file, sha256_of
+from cascadekit.storage.file_hashes import describe_file, sha256_of
 
 from .calls import Call, Kind, command, several
 from .corpus import Corpus, linked, read_json, replaced

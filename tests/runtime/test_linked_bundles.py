@@ -17,9 +17,9 @@ from cascadekit.runtime.engines.table import make_engine
 from cascadekit.schemas.bundle import VerdictEntry
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
-from cascadekit.storage import linked_files as real_files
+from cascadekit.storage import hub_cache_links as real_files
 from cascadekit.storage.bundle import open_bundle
-from cascadekit.storage.linked_files import can_do_without, without_links
+from cascadekit.storage.hub_cache_links import can_do_without, without_links
 
 ENGINES = ["onnxruntime", "onnxruntime-mapped", "openvino", "openvino-bf16", "auto"]
 QUICK = Settings(64, 64, prior_steps=1, decoder_steps=1)

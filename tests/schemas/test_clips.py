@@ -4,14 +4,15 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from cascadekit.schemas.clips import misfit
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.errors import LayoutError
 from cascadekit.schemas.stages import PRESETS, ImageEncoderConfig, Stage, TextEncoderConfig, Variant
 
-THEIRS = {Stage.TEXT_ENCODER: CLIPTextConfig, Stage.IMAGE_ENCODER: CLIPVisionConfig}
+transformers = pytest.importorskip("transformers")
+
+THEIRS = {Stage.TEXT_ENCODER: transformers.CLIPTextConfig, Stage.IMAGE_ENCODER: transformers.CLIPVisionConfig}
 KEYS = {Stage.TEXT_ENCODER: "text_config", Stage.IMAGE_ENCODER: "vision_config"}
 PRIOR, DECODER = PRESETS[Stage.PRIOR, Variant.FULL], PRESETS[Stage.DECODER, Variant.FULL]
 
@@ -42,7 +43,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("stage", THEIRS)
 @pytest.mark.parametrize("name", WHOLE)
 def test_towers_of_a_whole_clip(stage: Stage, name: str) -> None:
-    theirs = CLIPConfig(**{key: dict(value) if value else value for key, value in WHOLE[name].items()})
+    theirs = transformers.CLIPConfig(**{key: dict(value) if value else value for key, value in WHOLE[name].items()})
     found = from_json(stage, {"model_type": "clip", **WHOLE[name]})
     assert_as(found, getattr(theirs, KEYS[stage]))
 

@@ -5,11 +5,12 @@ import struct
 
 import numpy as np
 import pytest
-import torch
 
 from cascadekit.schemas.errors import UsageError
 from cascadekit.storage import cast
 from cascadekit.storage.cast import FLOATS, Array, cast_block, castable, target_dtype
+
+torch = pytest.importorskip("torch")
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -9,7 +9,7 @@ from ....schemas.bundle import MAIN_GRAPH, Backend, ImageSize, PlanEntry, Profil
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
-from ....storage.fingerprints import SHOWN_DIGITS, sha256_of
+from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
 from ...sampling.hoisting import CONDITIONING, FASTER_IN_PARTS, STEP
 from .cuda import Device
 from .plan_weights import has_what_is_built_in

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ....schemas.bundle import PlanEntry, StageEntry
 from ....schemas.errors import CheckpointError
-from ....storage.fingerprints import require_regular
+from ....storage.file_hashes import require_regular
 
 CHUNK = 1 << 24  # bytes read at a time
 

@@ -19,7 +19,7 @@ from cascadekit import convert, inspect
 from cascadekit.converters.checkpoints import convert as checkpoint
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage, Variant
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 STAGES = ("stage_a", "stage_b", "stage_c")
 
@@ -296,7 +296,7 @@ def test_licences_go_along(original: Path, tmp_path: Path) -> None:
 def test_a_completed_file_is_not_written_again(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a killed run completed is found again by the same work, and thrown away by other work."""
     scratch = tmp_path / ".out.partial"
-    write = checkpoint.write_file
+    write = checkpoint.write_safetensors
     written: list[str] = []
 
     def killed(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -306,7 +306,7 @@ def test_a_completed_file_is_not_written_again(original: Path, tmp_path: Path, m
         return write(path, *arguments, **options)
 
     if not (pid := os.fork()):
-        monkeypatch.setattr(checkpoint, "write_file", killed)
+        monkeypatch.setattr(checkpoint, "write_safetensors", killed)
         convert([original], tmp_path / "out", "diffusers")
     os.waitpid(pid, 0)
     assert not (tmp_path / "out").exists()
@@ -317,7 +317,7 @@ def test_a_completed_file_is_not_written_again(original: Path, tmp_path: Path, m
         written.append(path.name)
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "write_file", counting)
+    monkeypatch.setattr(checkpoint, "write_safetensors", counting)
     convert([original], tmp_path / "out", "diffusers")
     assert len(written) == 2  # of four files, two were there
     assert not scratch.exists()

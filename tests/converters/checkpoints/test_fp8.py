@@ -124,7 +124,7 @@ def test_a_scaled_file_is_cast(original: Path, tmp_path: Path, dtype: str, marke
 
 def test_a_scaled_file_without_a_dtype_is_refused_by_name(original: Path, tmp_path: Path) -> None:
     scaled(original, tmp_path / "c.safetensors", None)
-    with pytest.raises(ConversionError, match=r"scaled fp8.*--dtype bf16") as caught:
+    with pytest.raises(ConversionError, match=r'scaled fp8.*dtype="bf16"') as caught:
         convert([tmp_path / "c.safetensors"], tmp_path / "out.safetensors", "original")
     assert "damaged" not in str(caught.value)
     assert not (tmp_path / "out.safetensors").exists()

@@ -33,7 +33,7 @@ CHILD = """
 import os, signal, sys, time
 from collections import Counter
 from cascadekit.cli import main
-from cascadekit.storage import copy_ranges as copying
+from cascadekit.storage import file_ranges as copying
 
 def slowly(copy):
     def wait_and_copy(*arguments):

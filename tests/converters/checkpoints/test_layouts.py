@@ -420,7 +420,7 @@ def overflowing(whole: Path, folder: Path, **options: Any) -> Conversion:
 def test_overflow_is_counted_named_and_refused(whole: Path, tmp_path: Path) -> None:
     from cascadekit.schemas.errors import ConversionError
 
-    with pytest.raises(ConversionError, match=r"clf\.1\.bias.*3.*--allow-overflow"):
+    with pytest.raises(ConversionError, match=r"clf\.1\.bias.*3.*allow_overflow=True"):
         overflowing(whole, tmp_path)
     assert not (tmp_path / "out.safetensors").exists()
     done = overflowing(whole, tmp_path, allow_overflow=True)

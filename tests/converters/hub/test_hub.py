@@ -41,7 +41,7 @@ from cascadekit.converters.hub import (
     transfer,
 )
 from cascadekit.schemas.errors import CheckpointError, UsageError
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 MAIN, OTHER = "1" * 40, "2" * 40  # commits
 LARGE = 4096  # files from here on are stored as large files

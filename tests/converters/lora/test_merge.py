@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.schemas.errors import CascadeError, ConversionError, UsageError
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 Q = "down_blocks.0.2.attention.to_q"
 KEY = "lora_unet_down_blocks_0_2_attention_attn_to_q"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cascadekit.converters.onnx import Weight, write_graph
 from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import is_counter
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 from helpers.graphs import Arrays, Exported, LayerNormalization, random_tensors, shift_data
 
 

@@ -28,7 +28,7 @@ from cascadekit.schemas.stages import (
     Variant,
 )
 from cascadekit.schemas.unet_blocks import streams_of
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 EFFNET, PREVIEWER = EffnetEncoderConfig(), PreviewerConfig(c_hidden=16)
 VISION = ImageEncoderConfig(32, 64, 2, 2, 24, image_size=28)

@@ -13,7 +13,7 @@ from cascadekit.schemas.precision import Target
 from cascadekit.schemas.quantization import Quantization, Scheme, candidates, linears
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant
 from cascadekit.schemas.tensors import expected_tensors
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 from helpers.graphs import Exported
 
 INT8, INT4 = Quantization.INT8, Quantization.INT4

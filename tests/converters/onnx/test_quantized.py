@@ -21,7 +21,7 @@ from cascadekit.schemas.quantization import TARGETS, Quantization, candidates
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors
 from cascadekit.schemas.unet_blocks import streams_of
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 from helpers.graphs import Exported, open_session, run
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32 with the dequantised weights; about 1e-6 is found

@@ -16,7 +16,7 @@ from cascadekit.parity.reference import load_vqgan_encoder
 from cascadekit.schemas.errors import ExportError
 from cascadekit.schemas.ports import vqgan_encoder_ports
 from cascadekit.schemas.stages import VQGANConfig
-from cascadekit.storage.safetensors_header import read_header
+from cascadekit.storage.safetensors_reader import read_header
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32; about 3e-7 is found
 

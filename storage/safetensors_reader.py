@@ -10,10 +10,10 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.limits import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
@@ -63,8 +63,6 @@ STARTS: Mapping[bytes, str] = {
     b"<": "a web page or XML, not weights; download the file itself",
     b"{": "JSON text, not weights; give the weights file it belongs to",
 }
-
-Progress = Callable[[int], object]  # told the number of bytes written since the last call
 
 
 @dataclass(frozen=True)
@@ -269,30 +267,3 @@ def _check_coverage(path: Path, tensors: Mapping[str, TensorRange], start: int, 
             f"at byte {position}, the file at {size}. Something was appended, or the file was written over a longer "
             "one; save it again"
         )
-
-
-class Described(Protocol):
-    """A tensor that a header describes."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file holding `tensors` one after another, padded to 8."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name, plan in tensors.items():
-        entries[name] = {
-            "dtype": plan.dtype,
-            "shape": list(plan.shape),
-            "data_offsets": [position, position + plan.nbytes],
-        }
-        position += plan.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

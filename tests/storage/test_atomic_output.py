@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from cascadekit.schemas.errors import ConversionError, UsageError
-from cascadekit.storage import merge_folder as merging
-from cascadekit.storage import outputs
-from cascadekit.storage.merge_folder import JOURNAL
-from cascadekit.storage.outputs import staged_output
+from cascadekit.storage import atomic_moves as merging
+from cascadekit.storage import atomic_output as outputs
+from cascadekit.storage.atomic_moves import JOURNAL
+from cascadekit.storage.atomic_output import staged_output
 
 NEW = {"a.txt": "new a", "sub/b.txt": "new b", "sub/c.txt": "new c"}
 OLD = {"a.txt": "old a", "sub/b.txt": "old b", "thesis.txt": "precious"}

@@ -18,9 +18,9 @@ from cascadekit.runtime.images.png import (
     save_preview,
 )
 from cascadekit.schemas.errors import UsageError
-from cascadekit.storage import whole_file as module
-from cascadekit.storage.output_place import require_none_is
-from cascadekit.storage.whole_file import claim, unplaced_file, whole_file
+from cascadekit.storage import atomic_file as module
+from cascadekit.storage.atomic_file import claim, unplaced_file, whole_file
+from cascadekit.storage.output_rules import require_none_is
 
 PICTURE = Image.new("RGB", (8, 8))
 PROCESSES, IMAGES = 4, 5

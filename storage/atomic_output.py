@@ -6,23 +6,22 @@ Where they may lie and what they may replace is one rule for all commands, see `
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..schemas.bundle import MANIFEST_NAME
+from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
-from .merge_folder import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
-from .output_place import listed, locate, require_apart, require_free
-from .own_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
-from .whole_file import hidden_name
+from .atomic_file import hidden_name
+from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
+from .output_rules import listed, locate, require_apart, require_free
+from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
 
 NOTE = "fingerprint"  # in the scratch folder: says which work its content belongs to
 RESERVED = (NOTE, REPLACED, JOURNAL, f"{JOURNAL}.new")
 INSIDE = ".cascadekit.partial"  # the scratch folder where it must lie in the output itself
-
-Say = Callable[[str], object]
 
 
 @contextmanager

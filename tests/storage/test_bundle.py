@@ -1,6 +1,5 @@
 """What loading a bundle notices: files missing, cut short, replaced, changed; and what it lets pass."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cascadekit import Cascade, export
+from cascadekit import Cascade
 from cascadekit.schemas.errors import CheckpointError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
-from cascadekit.storage.fingerprints import WHOLE_BELOW, describe_file, find_change, fingerprint
+from cascadekit.storage.file_hashes import find_change
+from helpers.files import flip, touch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,32 +27,22 @@ def prior(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def copied(prior: Path, tmp_path: Path) -> Bundle:
+    from cascadekit import export
+
     export(prior, tmp_path / "copied", weights="copy")
     return open_bundle(tmp_path / "copied")
 
 
 @pytest.fixture
 def linked(prior: Path, tmp_path: Path) -> Bundle:
+    from cascadekit import export
+
     export(prior, tmp_path / "linked", weights="link")
     return open_bundle(tmp_path / "linked")
 
 
 def weights_of(bundle: Bundle) -> Path:
     return bundle.root / bundle.entry(Stage.PRIOR).files[-1].path
-
-
-def flip(path: Path, position: int) -> None:
-    """One bit, with another time of change."""
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
-    touch(path)
-
-
-def touch(path: Path) -> None:
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
 
 
 def refused(bundle: Bundle, message: str) -> None:
@@ -194,51 +184,3 @@ def json_of(tiny: Path) -> dict[str, list[dict[str, object]]]:
         "prior"
     ]
     return content
-
-
-# --- The fingerprint
-
-
-def expected_fingerprint(path: Path) -> str:
-    """As the docstring says it: size, header, 64 evenly spaced samples of 64 KiB."""
-    data = path.read_bytes()
-    header = 8 + struct.unpack("<Q", data[:8])[0] if path.suffix == ".safetensors" else 0
-    body = data[header:]
-    samples = [body]
-    if len(body) > 64 * 65536:
-        starts = [(len(body) - 65536) * n // 63 for n in range(64)]
-        samples = [body[start : start + 65536] for start in starts]
-    return hashlib.sha256(struct.pack("<Q", len(data)) + data[:header] + b"".join(samples)).hexdigest()
-
-
-@pytest.mark.parametrize("values", [0, 1, 4097, 1 << 20, (1 << 20) + 1, 3_000_001])
-@pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
-def test_fingerprint(tmp_path: Path, values: int, suffix: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    save_file({"x": np.random.default_rng(values).random(values, np.float32)}, path)
-    assert fingerprint(path) == expected_fingerprint(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, struct.pack("<Q", 10**9) + b"x" * 100])
-def test_fingerprint_of_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "odd.safetensors"
-    path.write_bytes(content)
-    assert fingerprint(path) == hashlib.sha256(struct.pack("<Q", len(content)) + content).hexdigest()
-
-
-def test_large_files_are_compared_by_samples(tmp_path: Path) -> None:
-    """Above 64 MiB a change between two samples is not seen on loading, but by the whole hash."""
-    path = tmp_path / "x.safetensors"
-    save_file({"x": np.zeros(WHOLE_BELOW // 4, np.float32)}, path)
-    entry = describe_file(tmp_path, path, hashlib.sha256(path.read_bytes()).hexdigest())
-    assert entry.bytes > WHOLE_BELOW
-    flip(path, 1_000_000)
-    assert find_change(path, entry) is None
-    assert "expected SHA-256" in str(find_change(path, entry, always_hash=True))
-    unhashed = entry.model_copy(update={"sha256": None})
-    assert find_change(path, unhashed, always_hash=True) is None  # samples are all there is to compare
-    flip(path, entry.bytes - 1)
-    assert "expected fingerprint" in str(find_change(path, entry))
-    os.utime(path, ns=(0, entry.mtime_ns))
-    assert find_change(path, unhashed) is None
-    assert "expected fingerprint" in str(find_change(path, unhashed, always_hash=True))  # whatever its time

@@ -1,0 +1,18 @@
+"""Changes to files on disk that a check has to notice."""
+
+import os
+from pathlib import Path
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+
+
+def flip(path: Path, position: int) -> None:
+    """One bit, with another time of change."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+    touch(path)
