@@ -138,7 +138,7 @@ def convert(
         for file in plan.files:
             path = staged if single else staged / file.path
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
-            counts = _write(file, path, progress, allow_overflow=allow_overflow)
+            counts = _write(file, path, progress, allow_overflow)
             notes += counts.notes(file.path.name)
         if not single:
             _write_other_files(model, plan, tokenizer, staged, options)
@@ -160,7 +160,7 @@ def _parse_shard_size(size: int | str | None) -> int | None:
         raise UsageError(f"shard_size={error}") from error
 
 
-def _write(file: FilePlan, path: Path, progress: Progress | None, *, allow_overflow: bool) -> Counts:
+def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> Counts:
     """Write one file under a temporary name, then give it its own name.
 
     A file that has its own name was completed by a run that was killed later. Such a file is kept, unless it has

@@ -64,7 +64,7 @@ BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "a short list": (
         {"weights.0.lora_down": torch.ones(2, 64), "weights.0.lora_up": torch.ones(64, 2)},
-        "expected 8 entries, found 1.*\n.*--module-filter",
+        "expected 8 entries, found 1.*\n.*module_filters",
     ),
     "a list among names": ({"weights.0.lora_down": torch.ones(2, 64), "more": torch.ones(1)}, "more"),
     "embeddings without rows": ({"embeddings.embeddings": torch.ones(1, 8)}, "expected both"),

@@ -134,7 +134,7 @@ def test_peft_settings(bench: Any, numbers: Any, tmp_path: Path, where: str) -> 
         expected[special] = merged(bench, {special: pairs[special]}, 0.5)[special]
     bench.check(path, expected, alpha=8.0 if where == "argument" else None)
     notes = open_lora(path).notes
-    assert any("--alpha" in text for text in notes) == (where in ("argument", "nowhere"))
+    assert any("alpha=" in text for text in notes) == (where in ("argument", "nowhere"))
 
 
 def test_rank_stabilised_peft(bench: Any, numbers: Any, tmp_path: Path) -> None:
