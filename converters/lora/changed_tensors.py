@@ -1,4 +1,4 @@
-"""A checkpoint's tensor with changes on it, as bytes to write: read, changed and rounded a block of rows at a time."""
+"""Applies the changes of LoRAs to a checkpoint's tensors: reads, changes and rounds a block of rows at a time."""
 
 import math
 import os
@@ -22,11 +22,12 @@ Changes = Mapping[str, Sequence[Change]]  # by the tensor's diffusers name
 
 
 def adapter_change(adapter: Adapter, strength: float) -> Change:
+    """Return the change that an adapter makes to its weight."""
     return lambda weight, dtype: applied(weight, adapter, strength, dtype)
 
 
 def embedding_change(embedding: Embedding, strength: float) -> Change:
-    """Rows added to rows of the token table."""
+    """Return the change that adds the embedding's rows to rows of the token table."""
 
     def change(weight: RowReader, dtype: type[np.floating]) -> RowReader:
         added = embedding.rows.load().astype(dtype) * dtype(strength)
@@ -45,8 +46,9 @@ def embedding_change(embedding: Embedding, strength: float) -> Change:
 
 @dataclass
 class Effect:
-    """What happened to a tensor, known when it has been written: the largest change of a value, and the bound on
-    the rounding that a value takes on in being merged and unmerged again."""
+    """The effect of a merge on a tensor, complete once the tensor has been written.
+
+    `largest_change` is that of any value. `rounding` bounds the error of a value after a merge and its undoing."""
 
     name: str
     dtype: str
@@ -87,7 +89,7 @@ def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> 
 
 
 def _rows(tensor: TensorRange) -> RowReader:
-    """Rows from the file; the last ones asked for are kept, as they are asked for twice."""
+    """Return a reader of rows in the file. It keeps the last rows read, as each block is read twice."""
     row = tensor.nbytes // tensor.shape[0]
 
     @lru_cache(maxsize=1)
@@ -99,13 +101,13 @@ def _rows(tensor: TensorRange) -> RowReader:
 
 
 def _turned_rows(tensor: TensorRange) -> RowReader:
-    """Of a matrix whose file holds it with its axes exchanged; `shape` is that of the matrix."""
+    """Return a reader of rows of a matrix that the file holds transposed; `shape` is that of the matrix."""
     matrix = read_numbers(replace(tensor, shape=tensor.shape[::-1], transposed=False)).T
     return lambda start, stop: matrix[start:stop]
 
 
 def _require_damage_before(old: Array, tensor: TensorRange, effect: Effect) -> None:
-    """Values that are not finite may come from the checkpoint, never from a merge."""
+    """Raise ConversionError when a merge made values of finite weights infinite or NaN."""
     if np.isfinite(old).all():
         raise ConversionError(
             f"{tensor.path}: {effect.name}: the merged weight is not finite in {tensor.dtype}; "
@@ -122,12 +124,12 @@ def _record(old: Array, new: Array, effect: Effect) -> None:
 
 
 def _largest(values: Array) -> float:
-    """The largest absolute value."""
+    """Return the largest absolute value."""
     return max(float(values.max()), -float(values.min()))
 
 
 def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, TensorPlan]:
-    """Every tensor of a file in its order, calculated where `calculated` has a part of it or all."""
+    """Return a plan of every tensor of a file, in its order. Ranges in `calculated` are replaced by their new values."""
     ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
     plans = {}
     for name, tensor in header.tensors.items():

@@ -1,4 +1,4 @@
-"""What LoRAs change about the networks they meet: every LoRA's adapters, placed on the tensors they are for."""
+"""Plans a merge: which changes of which LoRAs apply to which tensors of a checkpoint."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ MERGED_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER)  # a LoRA that 
 
 @dataclass
 class LoraPlan:
-    """The changes by tensor, what could not be placed, and which LoRAs they are of."""
+    """The changes of each tensor, the parts of LoRAs that do not apply, notes for the user, and the LoRAs merged."""
 
     components: dict[Stage, Component]
     changes: dict[LoraTarget, list[Change]] = field(default_factory=lambda: defaultdict(list))
@@ -33,11 +33,11 @@ class LoraPlan:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Those with changes."""
+        """The stages with changes."""
         return tuple(stage for stage in self.components if self.of(stage))
 
     def of(self, stage: Stage) -> dict[str, list[Change]]:
-        """The changes to one network's tensors, by their names."""
+        """Return the changes of one network's tensors, by tensor name."""
         return {target.tensor: changes for target, changes in self.changes.items() if target.stage is stage}
 
 
@@ -53,8 +53,10 @@ def plan_loras(
     unmerge: bool = False,
     advice: str = 'Give the text encoder with text_encoder="PATH", or another checkpoint',
 ) -> LoraPlan:
-    """Read `loras` and place what they change (`unmerge`: the other way round) on `components`, which `source` is
-    the name of in messages, and `advice` what to try when nothing applies. See `merge_loras` for the rest.
+    """Read `loras` and plan their changes of `components`; with `unmerge`, plan to take the LoRAs out.
+
+    Messages call the checkpoint `source`, and give `advice` when nothing applies. The other options are those of
+    `merge_loras`.
 
     Raises UsageError when there is nothing to merge into, LayoutError when a LoRA is not for these networks,
     ConversionError when nothing of it applies or it cannot be taken out again."""

@@ -1,4 +1,4 @@
-"""Where the files of a merged checkpoint go: a file for a file, a folder for a folder, all else copied along."""
+"""The files of a merged checkpoint: where each is written, and which files of the source are copied unchanged."""
 
 import shutil
 from collections.abc import Collection
@@ -13,26 +13,27 @@ INDEX_MARK = ".safetensors.index"
 
 @dataclass(frozen=True)
 class OutputTree:
-    """Source files and folders by their place below the output; "" is the output itself."""
+    """Source files and folders, and the place of each below the output; "" is the output itself."""
 
     places: dict[Path, str]
 
     def place(self, staged: Path, source: Path) -> Path:
-        """Where the counterpart of `source`, a file in one of the sources, is to be written; its folder exists then."""
+        """Return where the counterpart of the file `source` is written, and make that folder."""
         path = staged / self.relative(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def relative(self, source: Path) -> Path:
-        """The same below the output, "." where `source` becomes the output itself."""
+        """Return the path of the counterpart below the output; "." where `source` becomes the output itself."""
         for root, place in self.places.items():
             if source == root or source.is_relative_to(root):
                 return Path(place) / source.relative_to(root)
         raise UsageError(f"{source}: lies outside of what is merged")
 
     def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:
-        """Copy all files but `touched`, and but other weights in their folders: another variant, or a copy in another
-        format, would be the old weights. Returns a note for each file left out."""
+        """Copy all files except `touched` and other weights in their folders.
+
+        Other variants and formats of merged weights hold the old values. Returns a note for each file left out."""
         notes = []
         for root in self.places:
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
@@ -50,7 +51,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _stale(path: Path, touched: Collection[Path]) -> bool:
-    """Weights of the component whose folder, one with a config.json, holds merged ones."""
+    """Whether a file holds old weights of a component's folder in which other weights were merged."""
     folder = path.parent
     is_weights = path.suffix in WEIGHT_SUFFIXES or (INDEX_MARK in path.name and not _lists(path, touched))
     return is_weights and (folder / "config.json").is_file() and any(file.parent == folder for file in touched)
@@ -63,7 +64,7 @@ def _lists(index: Path, touched: Collection[Path]) -> bool:
 
 
 def output_tree(checkpoint: Path, text_encoder: Path | None, output: Path) -> OutputTree:
-    """The places for a checkpoint and perhaps a text encoder beside it.
+    """Return the output's places for a checkpoint, and for a text encoder that was given separately.
 
     Raises UsageError when a file is to become something else than a .safetensors file, or the checkpoint's folder has
     another text encoder already."""

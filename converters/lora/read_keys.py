@@ -1,4 +1,4 @@
-"""Takes the keys of a LoRA file apart: module, factor; and tells which format's they are."""
+"""Splits the keys of a LoRA file into module and factor, and recognises the format of the keys."""
 
 import re
 from collections import Counter
@@ -151,7 +151,7 @@ class NameTable:
 
 
 def format_of(prefixes: Iterable[Prefix], groups: Mapping[str, Group]) -> LoraFormat:
-    """The format most prefixes say. Names without one are PEFT's, or OneTrainer's where they come with lora_down."""
+    """Return the format of most prefixes. Names without prefix are PEFT's, or OneTrainer's beside lora_down."""
     found = Counter(prefix.format for prefix in prefixes).most_common(1)
     if not found:
         return LoraFormat.KOHYA
