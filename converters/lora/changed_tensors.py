@@ -129,7 +129,7 @@ def _largest(values: Array) -> float:
 
 
 def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, TensorPlan]:
-    """Return a plan of every tensor of a file, in its order. Ranges in `calculated` are replaced by their new values."""
+    """Return a plan of every tensor of a file, in its order. Ranges in `calculated` get their new values."""
     ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
     plans = {}
     for name, tensor in header.tensors.items():
