@@ -1,4 +1,4 @@
-"""LoRAs on an exported bundle: merged into the weights its graphs refer to, and taken out again to the last byte.
+"""Merges LoRAs into the weights of an exported bundle, and takes them out again to the last byte.
 
 A changed bundle is made beside the old one out of links to its files, and the two folders change places at the end:
 whatever happens in between, the old one or the new one is there, whole. The files that were replaced stay in the
@@ -40,7 +40,7 @@ KEPT = ".before-lora"  # behind the names of the files that were replaced
 
 @dataclass(frozen=True)
 class Applied:
-    """What was done: the effect on every changed tensor, the parts nothing was there for, and notes."""
+    """The result of a merge: the effect on each changed tensor, the parts that the bundle lacks, and notes."""
 
     effects: tuple[Effect, ...]
     unapplied: tuple[str, ...]
@@ -66,7 +66,13 @@ def apply_loras(
 
     The disk must have room for a copy of each weights file that changes; the old one stays, for `undo_loras`.
     Raises UsageError for a bundle that has LoRAs merged in already, CheckpointError when its files are damaged,
-    and what `merge_loras` raises."""
+    and what `merge_loras` raises.
+
+    Example:
+        >>> done = apply_loras("bundle", ["style.safetensors"], strengths=[0.8])
+        >>> undo_loras("bundle")
+        ('style.safetensors',)
+    """
     merge = _planned(
         Path(root),
         loras,
