@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from .converters.checkpoints.convert import convert as convert
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
-    from .converters.lora.at_load import with_loras as with_loras
+    from .converters.lora.bundle_cache import with_loras as with_loras
+    from .converters.lora.convert_lora import convert_lora as convert_lora
+    from .converters.lora.inspect_lora import inspect_lora as inspect_lora
+    from .converters.lora.merge_bundle import apply_loras as apply_loras
+    from .converters.lora.merge_bundle import undo_loras as undo_loras
+    from .converters.lora.merge_checkpoint import merge_loras as merge_loras
     from .parity.demo import make_demo as make_demo
     from .runtime.cascade import Cascade as Cascade
     from .runtime.images.png import to_images as to_images
@@ -30,16 +35,34 @@ _PUBLIC = {
     "Settings": (".schemas.settings", "Settings"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
-    "with_loras": (".converters.lora.at_load", "with_loras"),
     "make_demo": (".parity.demo", "make_demo"),
     "to_images": (".runtime.images.png", "to_images"),
+    "with_loras": (".converters.lora.bundle_cache", "with_loras"),
+    "apply_loras": (".converters.lora.merge_bundle", "apply_loras"),
+    "convert_lora": (".converters.lora.convert_lora", "convert_lora"),
+    "inspect_lora": (".converters.lora.inspect_lora", "inspect_lora"),
+    "merge_loras": (".converters.lora.merge_checkpoint", "merge_loras"),
+    "undo_loras": (".converters.lora.merge_bundle", "undo_loras"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 
 __all__ = [
-    "Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "make_demo", "to_images",
+    "Cascade",
+    "PlacedSeed",
+    "PromptEmbeds",
+    "Settings",
+    "apply_loras",
+    "convert",
+    "convert_lora",
+    "export",
+    "inspect",
+    "inspect_lora",
+    "make_demo",
+    "merge_loras",
+    "to_images",
+    "undo_loras",
     "with_loras",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..converters.checkpoints.identify import Component
+from ..converters.checkpoints.component import Component
 from ..schemas.config_json import to_json
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout

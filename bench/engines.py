@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..converters.checkpoints.identify import Component
+from ..converters.checkpoints.component import Component
 from ..converters.export.export import export
 from ..parity.compare import compare
 from ..schemas.errors import ConversionError, UsageError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..converters.checkpoints.identify import Component
+from ..converters.checkpoints.component import Component
 from ..converters.checkpoints.model_folder import write_folder_files
 from ..converters.checkpoints.open_model import open_model
 from ..schemas.errors import UsageError

@@ -6,10 +6,9 @@ import click
 
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
+from ..schemas.weight_dtypes import DTYPES
 from .console import byte_progress, note, say
 from .options import PATH, all_local, maybe_local
-
-DTYPES = {"keep": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -60,19 +59,24 @@ def convert(
     --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers
     """
     from ..converters.checkpoints.convert import convert as run
-    from ..converters.checkpoints.open_model import Choice
-    from ..converters.checkpoints.output_files import Target
 
     paths = all_local(sources, variant, lite=lite)
-    encoders = {"text_encoder": maybe_local(text_encoder), "image_encoder": maybe_local(image_encoder)}
     with byte_progress() as start_file:
         done = run(
             paths,
             output,
-            Target(Layout(to), DTYPES[dtype], as_variant, shard_size, combined, canonical),
-            **encoders,
-            choice=Choice(variant, lite, ema),
+            to,
+            text_encoder=maybe_local(text_encoder),
+            image_encoder=maybe_local(image_encoder),
+            dtype=dtype,
             allow_overflow=allow_overflow,
+            variant=variant,
+            lite=lite,
+            ema=ema,
+            as_variant=as_variant,
+            shard_size=shard_size,
+            combined=combined,
+            canonical=canonical,
             force=force,
             start_file=start_file,
         )

@@ -36,7 +36,7 @@ def open_cascade(
     from ..storage.bundle import open_bundle
 
     if loras:
-        from ..converters.lora.at_load import with_loras
+        from ..converters.lora.bundle_cache import with_loras
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)

@@ -10,7 +10,7 @@ from .console import FAILED, note, say, show_table
 from .options import PATH
 
 if TYPE_CHECKING:
-    from ..converters.checkpoints.identify import Component
+    from ..converters.checkpoints.component import Component
     from ..converters.contents import BundleContents, CheckpointContents
     from ..schemas.bundle import PlanEntry, StageEntry
 

@@ -14,9 +14,9 @@ STAGES = click.Choice([str(stage) for stage in Stage])
 
 def local(source: Path, variant: str | None = None, *, lite: bool = False) -> Path:
     """Where a source lies on this machine; what is named hf://... is downloaded first."""
-    from ..converters.hub import fetch, is_hub
+    from ..converters.hub import local_path
 
-    return fetch(source, note, variant=variant, lite=lite) if is_hub(source) else source
+    return local_path(source, note, variant=variant, lite=lite)
 
 
 def all_local(sources: Sequence[Path], variant: str | None = None, *, lite: bool = False) -> list[Path]:

@@ -1,17 +1,18 @@
 """The contents of a path, whatever it is: checkpoints, a LoRA, or an exported bundle. Only headers are read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..schemas.callbacks import Say
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.layouts import can_become
 
 if TYPE_CHECKING:
     from ..schemas.bundle import Manifest, PlanEntry, StageEntry
     from ..storage.bundle import Bundle
-    from .checkpoints.identify import Component
+    from .checkpoints.component import Component
 
 MANIFEST_NAME = "cascade.json"  # as in `schemas.bundle`, which takes 0.2 s to import
 
@@ -32,7 +33,7 @@ class CheckpointContents:
 
 @dataclass(frozen=True)
 class LoraContents:
-    """The facts of a LoRA, those of `converters.lora.summary`. Always true."""
+    """The facts of a LoRA, those of `converters.lora.inspect_lora`. Always true."""
 
     facts: dict[str, Any]
 
@@ -71,18 +72,16 @@ class BundleContents:
 Contents = BundleContents | CheckpointContents | LoraContents
 
 
-def contents_of(path: str | Path, say: Callable[[str], object] = lambda text: None) -> Contents:
+def contents_of(path: str | Path, say: Say = lambda text: None) -> Contents:
     """Find out what `path` holds: a bundle, a LoRA, or components of the cascade, on disk or as ``hf://...``.
 
     `say` is called with each line that the user should know, such as files that were passed over.
     Raises CheckpointError for a damaged file or manifest, LayoutError when no component is found, UsageError when
     there is nothing at `path`."""
     path = Path(path)
-    if str(path).startswith("hf:"):  # as `hub.is_hub`, which is not imported for files on disk
-        return CheckpointContents(_remote_components(path, say))
     if (path / MANIFEST_NAME).is_file():
         return _bundle_contents(path)
-    return _local_contents(path, say)
+    return _model_contents(path, say)
 
 
 def component_facts(component: "Component") -> dict[str, Any]:
@@ -123,11 +122,11 @@ def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> Pla
     return PlanState(True, "ok" if entry.is_current(plan) else "of other weights than the stage has now")
 
 
-def _local_contents(path: Path, say: Callable[[str], object]) -> CheckpointContents | LoraContents:
-    from .checkpoints.open_model import open_model
+def _model_contents(path: Path, say: Say) -> CheckpointContents | LoraContents:
+    from .checkpoints.open_model import inspect
 
     try:
-        model = open_model([path])
+        model = inspect(path)
     except (LayoutError, UsageError):
         facts = _lora_facts(path)
         if facts is None:
@@ -135,33 +134,14 @@ def _local_contents(path: Path, say: Callable[[str], object]) -> CheckpointConte
         return LoraContents(facts)
     for text in model.notes:
         say(text)
-    return CheckpointContents(tuple(model.components.values()))
+    return CheckpointContents((*model.components.values(), *model.alternatives))
 
 
 def _lora_facts(path: Path) -> dict[str, Any] | None:
     """The facts of the LoRA at `path`; None when `path` is no LoRA."""
+    from .lora.inspect_lora import summary
     from .lora.read_formats import holds_lora, open_lora
-    from .lora.summary import summary
 
     if not path.exists() or not holds_lora(path):
         return None
     return summary(open_lora(path))
-
-
-def _remote_components(source: Path, say: Callable[[str], object]) -> "tuple[Component, ...]":
-    """The components on the Hub, by their headers alone. Files that hold no component are passed over."""
-    from .checkpoints.identify import identify_parts
-    from .hub import remote_headers
-
-    components: list[Component] = []
-    refused: list[LayoutError] = []
-    for header in remote_headers(source):
-        try:
-            components += identify_parts(header).components
-        except LayoutError as error:
-            refused.append(error)
-    if not components and refused:
-        raise refused[0]
-    for reason in refused:
-        say(str(reason))
-    return tuple(components)

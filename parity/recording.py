@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..converters.checkpoints.identify import Component
+from ..converters.checkpoints.component import Component
 from ..converters.export.bundle_weights import source_files
 from ..schemas.errors import CheckpointError, UsageError
 from ..schemas.json_text import load_json

@@ -6,7 +6,7 @@ verdict is about that. What export made of the weights (a cast, quantisation) ch
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ..converters.checkpoints.identify import Component
+from ..converters.checkpoints.component import Component
 from ..converters.checkpoints.open_model import Model
 from ..converters.export.bundle_weights import source_files
 from ..schemas.bundle import Manifest, StageEntry

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from .stages import ImageEncoderConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 
-# Where the towers of the releases come from.
-HOMES: Mapping[Stage, str] = {
+# The models that the towers of the Stable Cascade releases were taken from.
+SOURCE_MODELS: Mapping[Stage, str] = {
     Stage.TEXT_ENCODER: "CLIP ViT-bigG/14 (laion/CLIP-ViT-bigG-14-laion2B-39B-b160k)",
     Stage.IMAGE_ENCODER: "CLIP ViT-L/14 (openai/clip-vit-large-patch14)",
 }
 
-# Widths of the towers of the CLIP models that people have.
+# Hidden width of a tower -> the CLIP model that has it.
 _WIDTHS: Mapping[Stage, Mapping[int, str]] = {
     Stage.TEXT_ENCODER: {512: "ViT-B", 768: "ViT-L/14", 1024: "ViT-H/14", 1280: "ViT-bigG/14"},
     Stage.IMAGE_ENCODER: {768: "ViT-B", 1024: "ViT-L/14", 1280: "ViT-H/14", 1664: "ViT-bigG/14"},
@@ -19,13 +19,17 @@ _TOWERS = {Stage.TEXT_ENCODER: "text", Stage.IMAGE_ENCODER: "image"}
 
 
 def tower_name(stage: Stage, width: int) -> str:
-    """Which CLIP model a tower of this width is most likely of: "the text tower of CLIP ViT-L/14, 768 wide"."""
+    """Describe the CLIP model that a tower of this width most likely belongs to.
+
+    For example: "the text tower of CLIP ViT-L/14, 768 wide"."""
     model = _WIDTHS[stage].get(width)
     return f"the {_TOWERS[stage]} tower of {f'CLIP {model}' if model else 'a CLIP model'}, {width} wide"
 
 
 def misfit(encoder: NetworkConfig, networks: Iterable[NetworkConfig]) -> str | None:
-    """Why `encoder` cannot feed the prior or the decoder among `networks`; None when it can, or is no CLIP tower."""
+    """Return why `encoder` cannot feed the prior or the decoder among `networks`.
+
+    None when it can, and for networks that are not CLIP towers."""
     for unet in networks:
         if not isinstance(unet, UNetConfig):
             continue
@@ -33,13 +37,13 @@ def misfit(encoder: NetworkConfig, networks: Iterable[NetworkConfig]) -> str | N
         if wrong and isinstance(encoder, TextEncoderConfig | ImageEncoderConfig):
             return (
                 f"{tower_name(encoder.stage, encoder.hidden_size)}, does not fit the {unet.stage}: "
-                f"expected {' and '.join(wrong)}; the releases use {HOMES[encoder.stage]}"
+                f"expected {' and '.join(wrong)}; the releases use {SOURCE_MODELS[encoder.stage]}"
             )
     return None
 
 
 def _widths(encoder: NetworkConfig, unet: UNetConfig) -> Iterable[tuple[str, int, int]]:
-    """What the widths of the encoder's outputs must be, and what they are."""
+    """Yield each width of the encoder's outputs: its description, the width the UNet needs, and the width found."""
     match encoder:
         case TextEncoderConfig():
             if unet.clip_text_in_channels is not None:

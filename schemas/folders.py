@@ -1,4 +1,4 @@
-"""How folders of components are laid out: the diffusers trees, and the names of their files."""
+"""Folders of components: the trees that diffusers writes, and the names of the weights files in them."""
 
 import re
 from collections.abc import Mapping
@@ -8,29 +8,30 @@ from .stages import Stage
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder that may hold `stage`. Of several that exist the first listed is taken."""
+class ComponentFolder:
+    """A folder that may hold the component of `stage`. Where several exist, the first one listed is taken."""
 
     folder: str
     stage: Stage
     lite: bool = False
 
 
-# The published repositories, our one tree, and the combined pipeline's folder, where prior parts have a prefix.
-PLACES: tuple[Place, ...] = (
-    *(Place(str(stage), stage) for stage in Stage),
-    Place("prior_prior", Stage.PRIOR),
-    Place("prior_image_encoder", Stage.IMAGE_ENCODER),
-    Place("prior_text_encoder", Stage.TEXT_ENCODER),
-    Place("prior_lite", Stage.PRIOR, lite=True),
-    Place("decoder_lite", Stage.DECODER, lite=True),
+# Folders of the published repositories, of the model folder written here, and of the combined pipeline, which prefixes
+# the prior's components.
+PLACES: tuple[ComponentFolder, ...] = (
+    *(ComponentFolder(str(stage), stage) for stage in Stage),
+    ComponentFolder("prior_prior", Stage.PRIOR),
+    ComponentFolder("prior_image_encoder", Stage.IMAGE_ENCODER),
+    ComponentFolder("prior_text_encoder", Stage.TEXT_ENCODER),
+    ComponentFolder("prior_lite", Stage.PRIOR, lite=True),
+    ComponentFolder("decoder_lite", Stage.DECODER, lite=True),
 )
 TOKENIZER_FOLDERS = ("tokenizer", "prior_tokenizer")
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' name for weights, transformers' name
-VARIANTS = ("", "fp32", "bf16", "fp16")  # in the order they are taken when none is asked for
+VARIANTS = ("", "fp32", "bf16", "fp16")  # in the order of preference when no variant is asked for
 
-# Where the combined pipeline files what only the prior needs.
+# Folders of the combined pipeline for components that only the prior needs.
 COMBINED_FOLDERS: Mapping[str, str] = {
     "prior": "prior_prior",
     "image_encoder": "prior_image_encoder",
@@ -39,9 +40,9 @@ COMBINED_FOLDERS: Mapping[str, str] = {
 
 
 WEIGHTS_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")  # in lower case
-FORMATS = ("safetensors", "bin")  # of a component's weights, in the order they are taken
+FORMATS = ("safetensors", "bin")  # of a component's weights, in the order of preference
 
-# Other files by what their names say, for people who wonder why a file was not read. The first that fits counts.
+# Patterns of file names -> why such a file is not read. The first pattern that fits counts.
 STRAY_NAMES: Mapping[str, str] = {
     r"\._.*": "a Mac's file attributes, not a file of its own",
     r"\.DS_Store|Thumbs\.db|desktop\.ini": "a file browser's settings",
@@ -66,45 +67,47 @@ _INDEX = re.compile(
 
 @dataclass(frozen=True)
 class WeightsName:
-    """What the name of a component's weights file, or of the index of its shards, says."""
+    """The facts in the name of a component's weights file, or of the index of its shards."""
 
     variant: str
     format: str
     is_index: bool = False
-    number: int = 0  # of a shard, from 1; 0 of a whole file
-    count: int = 0
+    number: int = 0  # of the shard, from 1; 0 for a whole file
+    count: int = 0  # of the shards; 0 for a whole file
 
 
 def read_weights_name(name: str) -> WeightsName | None:
-    """What a file's name says; None when it is no name that diffusers or transformers give weights."""
+    """Read the name of a weights file. None for a name that neither diffusers nor transformers give to weights."""
     for pattern, is_index in ((_INDEX, True), (_WEIGHTS, False)):
         if match := pattern.fullmatch(name):
-            said = match.groupdict()
-            variant = (said["early"] or said["late"] or "").lower()
-            numbers = (int(said.get("number") or 0), int(said.get("count") or 0))
-            return WeightsName(variant, said["format"].lower(), is_index, *numbers)
+            fields = match.groupdict()
+            variant = (fields["early"] or fields["late"] or "").lower()
+            numbers = (int(fields.get("number") or 0), int(fields.get("count") or 0))
+            return WeightsName(variant, fields["format"].lower(), is_index, *numbers)
     return None
 
 
 def stray_kind(name: str) -> str | None:
-    """What a file that is no component is by its name; None when the name does not tell."""
+    """Return why a file of this name is not a component; None when the name does not tell."""
     return next((what for pattern, what in STRAY_NAMES.items() if re.fullmatch(pattern, name, re.IGNORECASE)), None)
 
 
 def weights_names(stem: str, variant: str) -> tuple[str, str]:
-    """The name of a component's one weights file, and of the index of its shards."""
+    """Return the name of a component's single weights file, and the name of the index of its shards."""
     infix = f".{variant}" if variant else ""
     return f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"
 
 
 def shard_name(stem: str, variant: str, number: int, count: int) -> str:
-    """The name of shard `number` (from 1) of `count`; the variant comes before the number."""
+    """Return the name of shard `number` (from 1) of `count`. The variant stands before the number."""
     infix = f".{variant}" if variant else ""
     return f"{stem}{infix}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "10GB", "500MB" or "123"; decimal units, as in diffusers. Raises ValueError for anything else."""
+    """Return the number of bytes in "10GB", "500MB" or "123". Units are decimal, as in diffusers.
+
+    Raises ValueError for any other text."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{text!r}: expected a size such as 10GB or 500MB")

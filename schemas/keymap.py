@@ -1,8 +1,8 @@
 """Rules that turn one layout's tensor names into another's, each with its inverse.
 
-Every rule is a rename or a cut between rows (one matrix is also found transposed), so applying a map moves bytes and
-computes nothing: the result says, for each tensor of the target layout, which rows of which source tensors it is
-made of.
+Every rule is a rename, a cut between rows, or (for one matrix) a transposition. Applying a map therefore moves bytes
+and computes nothing: the result names, for each tensor of the target layout, the rows of the source tensors that hold
+its values.
 """
 
 import re
@@ -17,8 +17,9 @@ from .tensors import Shape
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start:stop` along the first axis of the source tensor `name`; without a stop, the whole tensor,
-    `transposed` when its two axes are to be exchanged."""
+    """Rows `start:stop` along the first axis of the source tensor `name`; all of its rows without a stop.
+
+    `transposed` exchanges the two axes of a matrix."""
 
     name: str
     start: int = 0
@@ -27,14 +28,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor of the target layout: its shape, and the source rows it is made of, one after another."""
+class MappedTensor:
+    """A tensor of the target layout: its shape, and the source rows that hold its values, one after another."""
 
     shape: Shape
-    parts: tuple[Rows, ...]
+    rows: tuple[Rows, ...]
 
 
-Group = Mapping[str, Shape]  # the source tensors that one application of a rule takes, by full name
+Group = Mapping[str, Shape]  # the shapes of the source tensors that one application of a rule takes, by full name
 
 
 class Rule(Protocol):
@@ -46,12 +47,12 @@ class Rule(Protocol):
     def targets(self) -> tuple[str, ...]: ...
     @property
     def inverse(self) -> "Rule": ...
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]: ...
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]: ...
 
 
 @dataclass(frozen=True)
 class Rename:
-    """`source` is called `target` in the other layout."""
+    """The tensor `source` is called `target` in the other layout."""
 
     source: str
     target: str
@@ -68,13 +69,13 @@ class Rename:
     def inverse(self) -> "Rename":
         return Rename(self.target, self.source)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
-        return {targets[0]: Made(shapes[sources[0]], (Rows(sources[0]),))}
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+        return {targets[0]: MappedTensor(shapes[sources[0]], (Rows(sources[0]),))}
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """`source` is cut along its first axis into equal parts, one for each name in `targets`."""
+    """The tensor `source` is cut along its first axis into equal parts, one for each name in `targets`."""
 
     source: str
     targets: tuple[str, ...]
@@ -87,13 +88,13 @@ class SplitRows:
     def inverse(self) -> "JoinRows":
         return JoinRows(self.targets, self.source)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
         shape = shapes[sources[0]]
         if not shape or not shape[0] or shape[0] % len(targets):
             raise LayoutError(f"{sources[0]}: shape {list(shape)} cannot be cut into {len(targets)} equal parts")
         rows = shape[0] // len(targets)
         return {
-            target: Made((rows, *shape[1:]), (Rows(sources[0], i * rows, (i + 1) * rows),))
+            target: MappedTensor((rows, *shape[1:]), (Rows(sources[0], i * rows, (i + 1) * rows),))
             for i, target in enumerate(targets)
         }
 
@@ -113,7 +114,7 @@ class JoinRows:
     def inverse(self) -> SplitRows:
         return SplitRows(self.target, self.sources)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
         missing = [name for name in sources if name not in shapes]
         if missing:
             raise LayoutError(f"{targets[0]} needs {', '.join(missing)}, which is missing")
@@ -122,27 +123,27 @@ class JoinRows:
             if shapes[name] != shape:
                 raise LayoutError(f"{name}: expected shape {list(shape)} as {sources[0]}, found {list(shapes[name])}")
         parts = tuple(Rows(name) for name in sources)
-        return {targets[0]: Made((shape[0] * len(sources), *shape[1:]), parts)}
+        return {targets[0]: MappedTensor((shape[0] * len(sources), *shape[1:]), parts)}
 
 
 @dataclass(frozen=True)
 class Transpose(Rename):
-    """The matrix `source` is called `target` in the other layout and lies with its axes exchanged."""
+    """The matrix `source` is called `target` in the other layout, where its two axes are exchanged."""
 
     @property
     def inverse(self) -> "Transpose":
         return Transpose(self.target, self.source)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
         shape = shapes[sources[0]]
         if len(shape) != 2:
             raise LayoutError(f"{sources[0]}: expected a matrix, found shape {list(shape)}")
-        return {targets[0]: Made(shape[::-1], (Rows(sources[0], transposed=True),))}
+        return {targets[0]: MappedTensor(shape[::-1], (Rows(sources[0], transposed=True),))}
 
 
 @dataclass(frozen=True)
 class Drop:
-    """`source` carries nothing the target layout needs. Its inverse drops it just the same."""
+    """The target layout does not need the tensor `source`. The inverse rule drops the same tensor."""
 
     source: str
     targets: tuple[str, ...] = ()
@@ -155,13 +156,13 @@ class Drop:
     def inverse(self) -> "Drop":
         return self
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, Made]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
         return {}
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A table of rules; a tensor that no rule names keeps its name."""
+    """A table of rules from one layout's tensor names to another's. A tensor that no rule names keeps its name."""
 
     rules: tuple[Rule, ...] = ()
 
@@ -173,11 +174,11 @@ class KeyMap:
     def _sources(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(_pattern(source), rule) for rule in self.rules for source in rule.sources]
 
-    def apply(self, shapes: Mapping[str, Shape]) -> dict[str, Made]:
-        """What each tensor of the target layout is made of, in the order of the sources.
+    def apply(self, shapes: Mapping[str, Shape]) -> dict[str, MappedTensor]:
+        """Return every tensor of the target layout with the source rows it consists of, in the order of the sources.
 
-        Raises LayoutError when rows cannot be cut or joined, or two tensors claim one name."""
-        made: dict[str, Made] = {}
+        Raises LayoutError when rows cannot be cut or joined, or when two tensors would get one name."""
+        mapped: dict[str, MappedTensor] = {}
         done: set[str] = set()
         for name in shapes:
             if name in done:
@@ -185,20 +186,20 @@ class KeyMap:
             group, tensors = self._apply_one(name, shapes)
             done.update(group)
             for target, tensor in tensors.items():
-                if target in made:
+                if target in mapped:
                     raise LayoutError(f"{name}: the name {target} is taken already by another tensor")
-                made[target] = tensor
-        return made
+                mapped[target] = tensor
+        return mapped
 
-    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[Group, dict[str, Made]]:
-        """The sources that the rule for `name` takes, and what it makes of them."""
+    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[Group, dict[str, MappedTensor]]:
+        """Return the sources that the rule for `name` takes, and the tensors it maps them to."""
         for pattern, rule in self._sources:
             if match := pattern.fullmatch(name):
                 prefix = match[1] if pattern.groups else ""
                 sources = _fill(rule.sources, prefix)
                 group = {source: shapes[source] for source in sources if source in shapes}
                 return group, rule.apply(sources, _fill(rule.targets, prefix), group)
-        return {name: shapes[name]}, {name: Made(shapes[name], (Rows(name),))}
+        return {name: shapes[name]}, {name: MappedTensor(shapes[name], (Rows(name),))}
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""How each layout names the tensors of each stage, and the marks by which a file is recognised."""
+"""How each layout names the tensors of each stage, and the tensor names by which a file is recognised."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ class Layout(StrEnum):
 
     ORIGINAL = "original"  # Stability's single files
     DIFFUSERS = "diffusers"  # one folder per component ("modular")
-    SPLIT = "split"  # original but for q, k and v, which are tensors of their own: kohya, OneTrainer, ComfyUI's saves
+    SPLIT = "split"  # as original, but q, k and v are separate tensors (kohya, OneTrainer, files saved by ComfyUI)
     COMFYUI = "comfyui"  # all-in-one files: several components, each behind a prefix
 
 
@@ -43,8 +43,8 @@ _CLIP_MAPPER = (
     Rename("clip_mapper.bias", "clip_txt_pooled_mapper.bias"),
 )
 
-# Original -> diffusers. The encoders carry their Hugging Face names in either layout; files of 2022
-# also hold position_ids, a constant that transformers stopped saving.
+# Original -> diffusers. The encoders have their Hugging Face names in both layouts. Files of 2022 also hold
+# position_ids, a constant that transformers no longer saves.
 ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
     Stage.PRIOR: KeyMap(_ATTENTION),
     Stage.DECODER: KeyMap((*_ATTENTION, *_CLIP_MAPPER)),
@@ -53,18 +53,20 @@ ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
         (
             Drop("text_model.embeddings.position_ids"),
             Drop("logit_scale"),
-            Rename("text_projection.weight", "text_projection.weight"),  # first, so that it is what is written
+            Rename(
+                "text_projection.weight", "text_projection.weight"
+            ),  # before the next rule, so that this name is written
             Transpose("text_projection", "text_projection.weight"),  # older ComfyUI's CLIPSave
         )
     ),
     Stage.IMAGE_ENCODER: KeyMap((Drop("vision_model.embeddings.position_ids"), Drop("logit_scale"))),
-    # The constants of ImageNet, which newer ComfyUI saves along.
+    # The mean and deviation of ImageNet, which newer versions of ComfyUI save too.
     Stage.EFFNET_ENCODER: KeyMap((Drop("mean"), Drop("std"))),
     **dict.fromkeys((Stage.PREVIEWER, *CONTROLNETS), KeyMap()),  # one spelling
 }
 
 
-# Where another layout differs from the original one, again towards diffusers.
+# Rules to the diffusers names from layouts that differ from the original one.
 _DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
     Layout.ORIGINAL: {},
     Layout.SPLIT: {
@@ -87,17 +89,17 @@ _DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
 
 
 def to_diffusers(stage: Stage, layout: Layout) -> KeyMap:
-    """The rules from `layout` to the diffusers names, which are the names used everywhere inside."""
+    """Return the rules from `layout` to the diffusers names, which the whole package uses internally."""
     return _DIFFERENCES[layout].get(stage, ORIGINAL_TO_DIFFUSERS[stage])
 
 
 def can_become(stage: Stage) -> tuple[Layout, ...]:
-    """The layouts that have a place for a stage; the split one differs for prior and decoder alone."""
+    """Return the layouts that a stage can be written in. The split layout exists for prior and decoder only."""
     splits = stage in _DIFFERENCES[Layout.SPLIT]
     return tuple(layout for layout in Layout if layout is not Layout.SPLIT or splits)
 
 
-# A tensor that tells the stage. In this order: stage C holds the later marks of stage B too.
+# Tensor name -> the stage that has it. The order matters: stage C also has the later names of stage B.
 STAGE_MARKS: Mapping[str, Stage] = {
     "clip_txt_mapper.weight": Stage.PRIOR,
     "effnet_mapper.0.weight": Stage.DECODER,
@@ -110,7 +112,7 @@ STAGE_MARKS: Mapping[str, Stage] = {
     "blocks.11.running_mean": Stage.PREVIEWER,
 }
 
-# A ControlNet has this tensor, and its kind shows in the first convolution of its backbone.
+# Every ControlNet has this tensor. The first convolution of its backbone tells its kind.
 CONTROLNET_MARK = "projections.0.0.weight"
 CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.0.weight", (24, 1, 3, 3)): Stage.CONTROLNET_CANNY,
@@ -119,7 +121,7 @@ CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.weight", (2048, 512, 3, 3)): Stage.CONTROLNET_IDENTITY,
 }
 
-# Pieces of tensor names that tell the layout, where a stage has more than one spelling.
+# Parts of tensor names that tell the layout, for stages that have more than one spelling.
 LAYOUT_MARKS: Mapping[str, Layout] = {
     ".attention.attn.to_q.": Layout.SPLIT,
     ".attention.attn.": Layout.ORIGINAL,
@@ -129,8 +131,8 @@ LAYOUT_MARKS: Mapping[str, Layout] = {
 
 _LORA = r".*[._](lora_(A|B|down|up|mid)|hada_w[12]|lokr_w[12]|oft_(blocks|diag)|dora_scale|diff(_b)?)(\.|_[ab]$|$)"
 
-# What a file or a part of one is when it is nothing this package reads: a pattern that a tensor's name begins with.
-# What may stand beside a network of another family comes first.
+# Descriptions of files that this package does not read, by a pattern that a tensor name begins with. Kinds of tensors
+# that may stand beside a network of another family come first.
 FOREIGN_KINDS: Mapping[str, str] = {
     r"lora_|lycoris_|" + _LORA: "a LoRA (see `cascadekit lora`)",
     r"weights\.0\.": "a LoRA in Stability's format (see `cascadekit lora`)",
@@ -152,11 +154,11 @@ FOREIGN_KINDS: Mapping[str, str] = {
     ),
     re.escape(CONTROLNET_MARK): "a ControlNet of no kind released for Stable Cascade",
 }
-NAMES_LOOKED_AT = 20_000  # of a file that is nothing known; a name that tells is among the first
+NAMES_LOOKED_AT = 20_000  # of an unknown file; a name that tells its kind is among the first
 
 
 def stage_of(shapes: Mapping[str, Shape]) -> Stage | None:
-    """The stage whose mark is among the tensor names, in any layout."""
+    """Return the stage that the tensor names show, in any layout; None when they show none."""
     if CONTROLNET_MARK in shapes:
         kinds = CONTROLNET_CONVOLUTIONS.items()
         return next((stage for (name, shape), stage in kinds if shapes.get(name) == shape), None)
@@ -164,8 +166,9 @@ def stage_of(shapes: Mapping[str, Shape]) -> Stage | None:
 
 
 def layout_of(stage: Stage, shapes: Mapping[str, Shape]) -> Layout:
-    """The layout a stage's tensor names are in. What has one spelling is filed under diffusers if diffusers or
-    transformers know it, under original otherwise."""
+    """Return the layout of a stage's tensor names.
+
+    A stage with one spelling counts as diffusers when diffusers or transformers know it, else as original."""
     if stage not in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN):
         return Layout.DIFFUSERS if stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER) else Layout.ORIGINAL
     found = (layout for mark, layout in LAYOUT_MARKS.items() if any(mark in name for name in shapes))
@@ -173,7 +176,7 @@ def layout_of(stage: Stage, shapes: Mapping[str, Shape]) -> Layout:
 
 
 def foreign_name(names: Iterable[str]) -> str | None:
-    """What a file of another model family most likely is, by the names of its tensors."""
+    """Return what a file of another model family most likely is, by its tensor names; None when nothing fits."""
     looked_at = list(islice(names, NAMES_LOOKED_AT))
     return next(
         (what for pattern, what in FOREIGN_KINDS.items() if any(re.match(pattern, name) for name in looked_at)),

@@ -23,9 +23,9 @@ def apply(
     bundle: Path,
     loras: tuple[Path, ...],
     strengths: tuple[float, ...],
-    text_strengths: tuple[float, ...],
+    text_encoder_strengths: tuple[float, ...],
     undo: bool,
-    filters: tuple[str, ...],
+    module_filters: tuple[str, ...],
     alpha: float | None,
 ) -> None:
     """Merge LoRAs into an exported bundle.
@@ -34,7 +34,7 @@ def apply(
 
     Example: cascadekit lora apply bundle style.safetensors --strength 0.8
     """
-    from ...converters.lora.bundle import apply_loras, undo_loras
+    from ...converters.lora.merge_bundle import apply_loras, undo_loras
 
     if undo == bool(loras):
         raise UsageError("give LoRAs to apply, or --undo without LoRAs")
@@ -46,8 +46,8 @@ def apply(
             bundle,
             all_local(loras),
             strengths=strengths,
-            text_encoder_strengths=text_strengths,
-            module_filters=filters,
+            text_encoder_strengths=text_encoder_strengths,
+            module_filters=module_filters,
             alpha=alpha,
             start_file=start_file,
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ...schemas.lora import LoraFormat
+from ...schemas.lora_keys import LoraFormat
 from ..console import note, say
 from ..options import PATH, local, maybe_local
 from .options import against_option, alpha_option, filter_option, force_option
@@ -26,7 +26,7 @@ def convert(
     output: Path,
     to: str,
     against: Path | None,
-    filters: tuple[str, ...],
+    module_filters: tuple[str, ...],
     alpha: float | None,
     drop: bool,
     force: bool,
@@ -35,14 +35,14 @@ def convert(
 
     Example: cascadekit lora convert stability.safetensors --to comfyui -o comfyui.safetensors
     """
-    from ...converters.lora.convert import convert_lora
+    from ...converters.lora.convert_lora import convert_lora
 
     done = convert_lora(
         local(path),
         output,
         to,
         against=maybe_local(against),
-        module_filters=filters,
+        module_filters=module_filters,
         alpha=alpha,
         drop=drop,
         force=force,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..console import note, say, show_table
-from ..options import PATH, local, maybe_local
+from ..options import PATH
 from .options import against_option, alpha_option, filter_option
 
 SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
@@ -19,17 +19,16 @@ SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
 @filter_option
 @alpha_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: float | None, as_json: bool) -> None:
+def inspect(
+    path: Path, against: Path | None, module_filters: tuple[str, ...], alpha: float | None, as_json: bool
+) -> None:
     """Show what a LoRA file holds and which network it fits.
 
     Example: cascadekit lora inspect style.safetensors
     """
-    from ...converters.lora.convert import networks_of
-    from ...converters.lora.read_formats import open_lora
-    from ...converters.lora.summary import summary
+    from ...converters.lora.inspect_lora import inspect_lora
 
-    networks = networks_of(maybe_local(against))
-    facts = summary(open_lora(local(path), networks, module_filters=filters, alpha=alpha))
+    facts = inspect_lora(path, against=against, module_filters=module_filters, alpha=alpha, say=note)
     if as_json:
         say(json.dumps(facts, indent=2))
     else:
@@ -37,7 +36,7 @@ def inspect(path: Path, against: Path | None, filters: tuple[str, ...], alpha: f
 
 
 def show_facts(facts: dict[str, Any]) -> None:
-    """Print the facts that `converters.lora.summary` returns."""
+    """Print the facts that `converters.lora.inspect_lora` returns."""
     for text in facts["notes"]:
         note(text)
     show_table("", ("property", "value"), _rows(facts))

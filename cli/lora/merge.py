@@ -10,8 +10,8 @@ from ..options import PATH, all_local, local, maybe_local
 from .options import alpha_option, filter_option, force_option, strength_option, text_strength_option
 
 if TYPE_CHECKING:
-    from ...converters.lora.bundle import Applied
-    from ...converters.lora.merge import Merge
+    from ...converters.lora.merge_bundle import Applied
+    from ...converters.lora.merge_checkpoint import Merge
 
 
 @click.command()
@@ -30,10 +30,10 @@ def merge(
     loras: tuple[Path, ...],
     output: Path,
     strengths: tuple[float, ...],
-    text_strengths: tuple[float, ...],
+    text_encoder_strengths: tuple[float, ...],
     text_encoder: Path | None,
     unmerge: bool,
-    filters: tuple[str, ...],
+    module_filters: tuple[str, ...],
     alpha: float | None,
     force: bool,
 ) -> None:
@@ -44,7 +44,7 @@ def merge(
     Example: cascadekit lora merge stage_c.safetensors a.safetensors b.safetensors --strength 0.8 --strength 0.5
     -o merged.safetensors
     """
-    from ...converters.lora.merge import merge_loras
+    from ...converters.lora.merge_checkpoint import merge_loras
 
     base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
     with byte_progress() as start_file:
@@ -53,9 +53,9 @@ def merge(
             adapters,
             output,
             strengths=strengths,
-            text_encoder_strengths=text_strengths,
+            text_encoder_strengths=text_encoder_strengths,
             text_encoder=encoder,
-            module_filters=filters,
+            module_filters=module_filters,
             alpha=alpha,
             unmerge=unmerge,
             force=force,

@@ -9,7 +9,7 @@ against_option = click.option(
 )
 filter_option = click.option(
     "--module-filter",
-    "filters",
+    "module_filters",
     multiple=True,
     default=(".attn",),
     show_default=True,
@@ -25,7 +25,7 @@ strength_option = click.option(
 )
 text_strength_option = click.option(
     "--te-strength",
-    "text_strengths",
+    "text_encoder_strengths",
     type=float,
     multiple=True,
     help="Strength of a LoRA's text encoder part, in the same way.  [default: --strength]",

@@ -1,35 +1,38 @@
-"""Converts checkpoints between layouts: every output tensor is a range, or several, of an input file."""
+"""Converts checkpoints between layouts. Every tensor of the output is one or more byte ranges of the source files."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...schemas.callbacks import Progress
+from ...schemas.callbacks import Progress, Say, StartFile
 from ...schemas.errors import ConversionError, UsageError
+from ...schemas.folders import parse_size
 from ...schemas.layouts import Layout
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
+from ...schemas.weight_dtypes import parse_dtype
 from ...storage.atomic_output import staged_output
 from ...storage.cast_ranges import Counts
 from ...storage.replaceable_folders import MODEL_INDEX
 from ...storage.safetensors_writer import write_safetensors
-from .identify import Component
-from .model_folder import write_folder_files
-from .open_model import DEFAULT_CHOICE, ENCODERS, Choice, Model, open_model
-from .output_files import Arrangement, FilePlan, Target, arrange
+from ..hub import local_path
+from .component import Component
+from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files
+from .open_model import ENCODERS, Model, open_model
+from .plan_output import FilePlan, OutputOptions, OutputPlan, plan_output
 from .provenance import copy_provenance, provenance_files
-from .tokenizer_files import OwnTokenizer, check_tokenizer, copy_tokenizer
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
-
-StartFile = Callable[[str, int], Progress]  # given a file's name and its bytes, who to tell of the bytes done
+SHOWN_TOKENS = 5  # of a list of tokens in a note
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote: the weights files below the output, and what the user should know."""
+    """The result of a conversion: the output, its weights files by their paths below it, and notes for the user.
+
+    `files` is empty when the output is a single file."""
 
     output: Path
     files: tuple[Path, ...]
@@ -37,64 +40,131 @@ class Conversion:
 
 
 def convert(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     output: str | Path,
-    to: str | Layout | Target,
+    to: str | Layout,
     *,
     text_encoder: str | Path | None = None,
     image_encoder: str | Path | None = None,
-    choice: Choice = DEFAULT_CHOICE,
+    dtype: str | None = "keep",
     allow_overflow: bool = False,
+    variant: str | None = None,
+    lite: bool = False,
+    ema: bool = False,
+    as_variant: str = "",
+    shard_size: int | str | None = None,
+    combined: bool = False,
+    canonical: bool = False,
     force: bool = False,
+    say: Say | None = None,
     start_file: StartFile | None = None,
 ) -> Conversion:
-    """Write every component found in `sources` to `output` as `to` says: a layout, or a Target with more to say.
+    """Write every component found in `sources` to `output`, in the layout `to`. No weight changes a bit unless `dtype`
+    asks for a cast.
 
-    Without a dtype in the target no weight changes a bit. `output` becomes a folder, or one file when it ends in
-    .safetensors and everything goes into one. Raises a CascadeError, and leaves nothing behind, when a source is
-    damaged, values overflow (without `allow_overflow`), or the output cannot be written."""
+    sources        weights files, folders or hf:// sources; one, or a sequence
+    output         a folder, or one file when the name ends in .safetensors and one file can hold everything
+    to             "diffusers", "original", "split" or "comfyui"
+    text_encoder   the text encoder to use instead of that in the sources: a Hugging Face folder or file
+    image_encoder  the image encoder to use, likewise
+    dtype          "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too
+    allow_overflow let values that are too large for the dtype become infinite
+    variant        the weights to read from a folder with several variants, such as "bf16"
+    lite           read prior_lite/ and decoder_lite/ where a folder has both sizes
+    ema            read averaged weights where a file has trained ones too
+    as_variant     the variant to put into the names of diffusers files, such as "bf16"
+    shard_size     cut diffusers components above this size into shards: bytes, or text such as "10GB"
+    combined       use the folder names of StableCascadeCombinedPipeline (diffusers)
+    canonical      order tensors as the safetensors library does, instead of as the source does
+    force          replace files of the same names, or an earlier output
+    say            called with a line of text for each download
+    start_file     called with the name and size of each file before it is written
+
+    The output appears whole or not at all. Raises UsageError for sources without components, for an output that exists
+    without `force=True` and for options that do not fit; CheckpointError and LayoutError for damaged sources; and
+    ConversionError when values overflow or the output cannot be written.
+
+    Example:
+        >>> done = convert(["stage_a.safetensors", "stage_b.safetensors"], "model", "diffusers", dtype="bf16")
+        >>> [path.as_posix() for path in done.files]
+        ['vqgan/diffusion_pytorch_model.safetensors', 'decoder/diffusion_pytorch_model.safetensors']
+    """
     output = Path(output)
-    target = to if isinstance(to, Target) else Target(Layout(to))
-    model = open_model(sources, text_encoder=text_encoder, image_encoder=image_encoder, choice=choice)
+    single = output.suffix.lower() == ".safetensors"
+    options = OutputOptions(
+        layout=_parse_layout(to),
+        dtype=parse_dtype(dtype),
+        variant=as_variant,
+        shard_size=_parse_shard_size(shard_size),
+        combined=combined,
+        canonical=canonical,
+    )
+    paths = [
+        local_path(source, say, variant=variant, lite=lite)
+        for source in ([sources] if isinstance(sources, str | Path) else sources)
+    ]
+    model = open_model(
+        paths,
+        text_encoder=None if text_encoder is None else local_path(text_encoder, say),
+        image_encoder=None if image_encoder is None else local_path(image_encoder, say),
+        variant=variant,
+        lite=lite,
+        ema=ema,
+    )
     if not model.components:
-        raise UsageError("nothing to convert: no component found in " + ", ".join(map(str, sources)))
+        raise UsageError("nothing to convert: no component found in " + ", ".join(map(str, paths)))
     for component in model.components.values():
         component.require_sound()
-    plan = arrange(model.components, target)
-    single = output.suffix.lower() == ".safetensors"
-    if single and (len(plan.files) > 1 or target.layout is Layout.DIFFUSERS):
+    plan = plan_output(model.components, options)
+    if single and (len(plan.files) > 1 or options.layout is Layout.DIFFUSERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
     tokenizer = _tokenizer(model)
     _require_space(output, plan)
-    given = [*map(Path, sources), *_given(text_encoder, image_encoder)]
-    papers = provenance_files(given)
+    provenance = provenance_files(model.sources)
     notes = [
         *model.notes,
         *plan.notes,
-        *_token_notes(tokenizer, target.layout),
-        *_scale_notes(model, target.layout),
+        *_notes_on_tokens(tokenizer, options.layout),
+        *_notes_on_scale(model, options.layout),
     ]
     with staged_output(
         output,
         force=force,
         fingerprint=_fingerprint(plan),
-        sources=[*given, *_sources(plan)],
-        files=() if single else [*_paths(plan, target), *(paper.name for paper in papers)],
+        sources=[*model.sources, *_source_files(plan)],
+        files=() if single else [*_paths(plan, options), *(file.name for file in provenance)],
         say=notes.append,
     ) as staged:
         for file in plan.files:
             path = staged if single else staged / file.path
             progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
-            notes += _write(file, path, progress, allow_overflow).notes(file.path.name)
+            counts = _write(file, path, progress, allow_overflow)
+            notes += counts.notes(file.path.name)
         if not single:
-            _write_rest(model, plan, tokenizer, staged, target)
-            copy_provenance(papers, staged)
-    return Conversion(output, tuple(file.path for file in plan.files) if not single else (), tuple(notes))
+            _write_other_files(model, plan, tokenizer, staged, options)
+            copy_provenance(provenance, staged)
+    return Conversion(output, () if single else tuple(file.path for file in plan.files), tuple(notes))
+
+
+def _parse_layout(to: str | Layout) -> Layout:
+    try:
+        return Layout(to)
+    except ValueError as error:
+        raise UsageError(f'to="{to}": expected a layout, one of {", ".join(Layout)}') from error
+
+
+def _parse_shard_size(size: int | str | None) -> int | None:
+    try:
+        return parse_size(size) if isinstance(size, str) else size
+    except ValueError as error:
+        raise UsageError(f"shard_size={error}") from error
 
 
 def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> Counts:
-    """Write one file. Under its own name it is complete: one that is there was completed before a kill, and is done
-    unless its values are computed, which are to be counted where they are not finite."""
+    """Write one file under a temporary name, then give it its own name.
+
+    A file that has its own name was completed by a run that was killed later. Such a file is kept, unless it has
+    computed values, which are written again so that values that are not finite are counted."""
     copied = all(part.dtype == tensor.dtype for tensor in file.tensors.values() for part in tensor.ranges)
     if path.exists() and copied:
         if progress:
@@ -107,25 +177,21 @@ def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow
     return counts
 
 
-def _given(*paths: str | Path | None) -> list[Path]:
-    return [Path(path) for path in paths if path is not None]
-
-
-def _sources(plan: Arrangement) -> set[Path]:
-    """The files that tensors are copied from."""
+def _source_files(plan: OutputPlan) -> set[Path]:
+    """Return the files that hold the values of the output."""
     return {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
 
 
-def _paths(plan: Arrangement, target: Target) -> list[str]:
-    """Of the files that will surely be written, below the output folder."""
-    index = [MODEL_INDEX] if target.layout is Layout.DIFFUSERS else []
+def _paths(plan: OutputPlan, options: OutputOptions) -> list[str]:
+    """Return the paths, below the output folder, of files that every run with this plan writes."""
+    index = [MODEL_INDEX] if options.layout is Layout.DIFFUSERS else []
     return [*(file.path.as_posix() for file in plan.files), *(path.as_posix() for path in plan.indexes), *index]
 
 
-def _fingerprint(plan: Arrangement) -> str:
-    """A digest of everything that decides the bytes of the output; sources count by path, size and time."""
+def _fingerprint(plan: OutputPlan) -> str:
+    """Return a digest of everything that decides the output's bytes. Sources count by path, size and time."""
     digest = hashlib.sha256()
-    for path in sorted(_sources(plan)):
+    for path in sorted(_source_files(plan)):
         status = path.stat()
         digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
     for file in plan.files:
@@ -133,8 +199,8 @@ def _fingerprint(plan: Arrangement) -> str:
     return digest.hexdigest()
 
 
-def _require_space(output: Path, plan: Arrangement) -> None:
-    """Notice a disk that is too small before the first byte is written."""
+def _require_space(output: Path, plan: OutputPlan) -> None:
+    """Raise ConversionError when the disk is too small, before the first byte is written."""
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     needed, free = sum(file.nbytes for file in plan.files), shutil.disk_usage(existing).free
     if needed > free:
@@ -143,48 +209,50 @@ def _require_space(output: Path, plan: Arrangement) -> None:
         )
 
 
-def _write_rest(model: Model, plan: Arrangement, tokenizer: OwnTokenizer | None, folder: Path, target: Target) -> None:
-    """Everything of the output folder that is not weights."""
+def _write_other_files(
+    model: Model, plan: OutputPlan, tokenizer: OwnTokenizer | None, folder: Path, options: OutputOptions
+) -> None:
+    """Write everything in the output folder that is not weights."""
     for path, index in plan.indexes.items():
         (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    is_diffusers = target.layout is Layout.DIFFUSERS
+    is_diffusers = options.layout is Layout.DIFFUSERS
     configs = {
-        stage: _config_for(component, target.layout)
+        stage: _config_for(component, options.layout)
         for stage, component in model.components.items()
-        if is_diffusers or (stage in ENCODERS and target.layout is not Layout.COMFYUI)
+        if is_diffusers or (stage in ENCODERS and options.layout is not Layout.COMFYUI)
     }
-    write_folder_files(folder, configs, index=is_diffusers, combined=target.combined)
-    if tokenizer is not None and target.layout is not Layout.COMFYUI:
-        for prefix in ("", "prior_") if is_diffusers and target.combined else ("",):
+    write_folder_files(folder, configs, index=is_diffusers, combined=options.combined)
+    if tokenizer is not None and options.layout is not Layout.COMFYUI:
+        for prefix in ("", "prior_") if is_diffusers and options.combined else ("",):
             copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
 
 
 def _tokenizer(model: Model) -> OwnTokenizer | None:
-    """The model's own, fit for its text encoder."""
+    """Return the model's own tokenizer, checked against its text encoder; None when the model has none."""
     encoder = model.components.get(Stage.TEXT_ENCODER)
     rows = encoder.config.vocab_size if encoder and isinstance(encoder.config, TextEncoderConfig) else None
     return check_tokenizer(model.tokenizer, rows)
 
 
-def _token_notes(tokenizer: OwnTokenizer | None, to: Layout) -> tuple[str, ...]:
+def _notes_on_tokens(tokenizer: OwnTokenizer | None, to: Layout) -> tuple[str, ...]:
     if tokenizer is None or to is not Layout.COMFYUI:
         return tokenizer.notes if tokenizer else ()
-    added = ", ".join(list(tokenizer.content.added)[:5])
-    return (f"ComfyUI has a tokenizer of its own, which does not know {added}",) if added else ()
+    added = ", ".join(list(tokenizer.content.added)[:SHOWN_TOKENS])
+    return (f"ComfyUI uses its own tokenizer, which does not have {added}",) if added else ()
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:
-    """The config to write; a diffusers folder says diffusers' VQGAN scale."""
+    """Return the config to write. A diffusers folder states diffusers' VQGAN scale."""
     if isinstance(component.config, VQGANConfig) and to is Layout.DIFFUSERS is not component.layout:
         return replace(component.config, scale_factor=DIFFUSERS_VQGAN_SCALE)
     return component.config
 
 
-def _scale_notes(model: Model, to: Layout) -> list[str]:
+def _notes_on_scale(model: Model, to: Layout) -> list[str]:
     vqgan = model.components.get(Stage.VQGAN)
     if vqgan is None or (vqgan.layout is Layout.DIFFUSERS) == (to is Layout.DIFFUSERS):
         return []
     return [
-        "the vqgan's scale belongs to the layout: original code multiplies latents by 0.43, diffusers by 0.3764; "
-        "weights are the same, images a little less or more contrasted (see export --vqgan-scale)"
+        "the vqgan's scale depends on the layout: the original code multiplies latents by 0.43, diffusers by 0.3764. "
+        "The weights are the same; images have a little less or more contrast (see `cascadekit export --vqgan-scale`)"
     ]

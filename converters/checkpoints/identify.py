@@ -1,117 +1,82 @@
-"""What a weights file holds, from its header alone: stage, layout, variant, dtypes, and what is wrong with it."""
+"""Identifies the components in a weights file from its header: stage, layout and config of each network."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
-from ...schemas.allinone import Found, parts_of
+from ...schemas.dtypes import FLOATS, FP8
 from ...schemas.errors import ForeignError, LayoutError
-from ...schemas.infer import infer_config
+from ...schemas.infer_config import infer_config
+from ...schemas.key_prefixes import TensorGroup, group_by_prefix
 from ...schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
-from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, Variant, VQGANConfig, variant_of
-from ...schemas.tensors import Shape, expected_tensors, is_counter
+from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, VQGANConfig
+from ...schemas.tensors import Shape, expected_tensors
 from ...storage.safetensors_reader import Header, TensorRange
-from .problems import Problems, find_problems, listed, missing_counters
-from .scaled_fp8 import attach_scales
+from .component import Component, find_problems, listed, missing_counters
 
-__all__ = ["Component", "Parts", "Problems", "find_problems", "identify", "identify_parts", "nearest_known"]
+# Returns the config of a stage that lies beside its tensors, which have these shapes; None where there is none.
+ReadConfig = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]
 
-# The config of a stage that came with its tensors, which have these shapes; None when only the tensors tell.
-Configs = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]
-
-
-@dataclass(frozen=True)
-class Component:
-    """One network as found on disk. Its tensors go by their diffusers names whatever layout they lie in,
-    since from any layout to that one there are only renames and cuts."""
-
-    path: Path
-    stage: Stage
-    layout: Layout
-    config: NetworkConfig
-    tensors: dict[str, TensorRange]
-    metadata: dict[str, str]
-    problems: Problems
-    dropped: tuple[str, ...] = ()  # tensors that carry nothing, by their names in the file
-    rank: int = 0  # of two in one file the lower rank is taken, see schemas.allinone
-    zeros: tuple[str, ...] = ()  # step counters that the file lacks; they are written as 0
-
-    @property
-    def variant(self) -> Variant:
-        return variant_of(self.config)
-
-    @property
-    def dtypes(self) -> Counter[str]:
-        """Number of tensors of each dtype, step counters left out."""
-        return Counter(tensor.dtype for name, tensor in self.tensors.items() if not is_counter(name))
-
-    @property
-    def parameters(self) -> int:
-        """Number of learned values: all elements but BatchNorm's statistics."""
-        buffers = ("running_mean", "running_var", "num_batches_tracked")
-        return sum(math.prod(t.shape) for name, t in self.tensors.items() if not name.endswith(buffers))
-
-    def require_sound(self) -> "Component":
-        """This component, or a LayoutError that lists everything wrong with it."""
-        if self.problems:
-            lines = "\n  ".join(self.problems.lines())
-            raise LayoutError(f"{self.path}: {self.describe()} with problems:\n  {lines}\n{self.problems.meaning()}")
-        return self
-
-    def describe(self) -> str:
-        """A few words, such as "prior (lite, original layout)"."""
-        return f"{self.stage} ({self.variant}, {self.layout} layout)"
+# ComfyUI's scaled fp8. `X.scale_weight` is the factor of `X.weight`; `X.scale_input` is for products in fp8 only. A
+# tensor `scaled_fp8` of at most two values marks the file.
+MARKER = "scaled_fp8"
+WEIGHT, SCALE, INPUT_SCALE = ".weight", ".scale_weight", ".scale_input"
+# Later versions of ComfyUI write many formats of quantisation under these names; none of them is read.
+NEWER = (".comfy_quant", ".weight_scale", ".weight_scale_2")
+NEWER_METADATA = "_quantization_metadata"
+OTHER_DTYPES = "get the checkpoint in bf16, fp16 or plain fp8"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The components of one file, and remarks on what else is in it."""
+class FileContents:
+    """The components of one file, and notes for the user on everything else in it."""
 
     components: tuple[Component, ...]
     notes: tuple[str, ...] = ()
 
 
 def identify(header: Header) -> Component:
-    """The first component a file holds. Raises LayoutError as identify_parts does."""
-    return identify_parts(header).components[0]
+    """Return the first component of a file. Raises LayoutError as `identify_all` does."""
+    return identify_all(header).components[0]
 
 
-def identify_parts(
+def identify_all(
     header: Header,
-    configs: Configs = lambda stage, shapes: None,
+    read_config: ReadConfig = lambda stage, shapes: None,
     *,
     only: Stage | None = None,
     without: Collection[Stage] = (),
-) -> Parts:
-    """Every component a file holds, behind whatever prefix; `only` one stage where its place says which, and
-    `without` stages that are given apart, whatever state they are in.
+) -> FileContents:
+    """Return every component of a file, behind whatever prefix its tensors have.
 
-    Raises ForeignError when the file holds no component, LayoutError when it does not hold `only`, or holds a
-    network whose config cannot be read. Missing, surplus and misshapen tensors are no error here: they are
-    reported in `problems`."""
+    `only` names the one stage to take, where the place of the file says which. `without` names stages to leave out,
+    even damaged ones, because the user gave them separately.
+
+    Raises ForeignError when the file holds no component, and LayoutError when it does not hold `only` or when a
+    network's config cannot be read. Missing, unexpected and misshapen tensors are no error here: they are listed in
+    `Component.problems`."""
     header, notes = attach_scales(header)
     components: list[Component] = []
     others: list[Stage] = []
     refused: list[LayoutError] = []
-    for found in parts_of(header.tensors):
-        shapes = {inner: header.tensors[name].shape for inner, name in found.names.items()}
-        stage = found.stage or stage_of(shapes)
-        if stage is None or (foreign := _foreign_part(found, stage, shapes)):
-            what = foreign_name(found.names) if stage is None else foreign
-            notes.append(_left_out(header, f"{len(shapes)} tensors of {what or 'no known component'}", [*found.names]))
+    for group in group_by_prefix(header.tensors):
+        shapes = {inner: header.tensors[name].shape for inner, name in group.names.items()}
+        stage = group.stage or stage_of(shapes)
+        if stage is None or (foreign := _foreign_kind(group, stage, shapes)):
+            kind = foreign_name(group.names) if stage is None else foreign
+            what = f"{len(shapes)} tensors of {kind or 'no known component'}"
+            notes.append(f"{header.path}: left out {what} ({listed([*group.names])})")
         elif only not in (None, stage) or stage in without:
             others.append(stage)
             reason = "for the one given" if stage in without else f"as the {only} was asked for"
             notes.append(f"{header.path}: its {stage} ({len(shapes)} tensors) is left out, {reason}")
         else:
             try:
-                components.append(_component(header, found, stage, configs))
-                notes += _wrapper_note(header, found, stage)
+                components.append(_component(header, group, stage, read_config))
+                notes += _wrapper_note(header, group, stage)
             except LayoutError as error:
-                if not found.tower or only is not None:
+                if not group.tower or only is not None:
                     raise
                 refused.append(error)
     if components:
@@ -127,73 +92,101 @@ def identify_parts(
             f"{header.path}: not a Stable Cascade component: it holds {_guess(header)}. Expected a stage, encoder, "
             "previewer or ControlNet in the original, split, diffusers or comfyui layout"
         )
-    notes += [note for component in components for note in _remarks(component)]
-    return Parts(tuple(components), tuple(notes))
+    notes += [note for component in components for note in _tensor_notes(component)]
+    return FileContents(tuple(components), tuple(notes))
 
 
-def _foreign_part(found: Found, stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
-    """What stands in the place of `stage` when it bears no mark of it and is known to be something else."""
-    return foreign_name(found.names) if found.stage and stage is Stage.VQGAN and stage_of(shapes) is None else None
+def _foreign_kind(group: TensorGroup, stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
+    """Return what stands under the VQGAN's prefix when it is known to be another model's VAE; None otherwise."""
+    return foreign_name(group.names) if group.stage and stage is Stage.VQGAN and stage_of(shapes) is None else None
 
 
-def _wrapper_note(header: Header, found: Found, stage: Stage) -> list[str]:
-    """A remark on names that a program wrapped, with the first of them before and after."""
-    inner, name = next(iter(found.names.items()))
-    said = f"{header.path}: the {stage} is read without what a wrapper added to its names ({name} is {inner})"
-    return [said] if found.wrapped else []
+def _wrapper_note(header: Header, group: TensorGroup, stage: Stage) -> list[str]:
+    """Return a note on tensor names that a program wrapped, with the first name before and after."""
+    if not group.wrapped:
+        return []
+    inner, name = next(iter(group.names.items()))
+    return [f"{header.path}: the {stage} is read without what a wrapper added to its names ({name} is {inner})"]
 
 
-def _left_out(header: Header, what: str, names: list[str]) -> str:
-    return f"{header.path}: left out {what} ({listed(names)})"
-
-
-def _remarks(component: Component) -> list[str]:
-    """What the user should know of a component's tensors."""
-    remarks = []
+def _tensor_notes(component: Component) -> list[str]:
+    """Return notes on tensors that are left out, and on counters that are written as 0."""
+    notes = []
     if component.dropped:
-        remarks.append(f"{component.path}: left out {listed(component.dropped)}, which carry nothing")
+        notes.append(f"{component.path}: left out {listed(component.dropped)}, which no layout needs")
     if component.zeros:
-        remarks.append(
+        notes.append(
             f"{component.path}: the {component.stage} has no {listed(component.zeros)}; nothing computes with these "
             "counters, and they are written as 0"
         )
-    return remarks
+    return notes
 
 
-def _component(header: Header, found: Found, stage: Stage, configs: Configs) -> Component:
-    tensors = {inner: header.tensors[name] for inner, name in found.names.items()}
-    spelling = found.layout or layout_of(stage, _shapes(tensors))
-    layout = Layout.COMFYUI if found.in_comfyui else spelling
+def _component(header: Header, group: TensorGroup, stage: Stage, read_config: ReadConfig) -> Component:
+    tensors = {inner: header.tensors[name] for inner, name in group.names.items()}
+    spelling = group.layout or layout_of(stage, _shapes(tensors))
+    layout = Layout.COMFYUI if group.in_comfyui else spelling
     try:
         renamed, dropped = _diffusers_tensors(tensors, stage, spelling)
-        given = configs(stage, _shapes(renamed))
+        given = read_config(stage, _shapes(renamed))
         config = given or _with_scale(infer_config(stage, _shapes(renamed)), layout)
     except LayoutError as error:
         raise type(error)(f"{header.path}: taken for the {stage} in the {layout} layout, but {error}") from error
-    problems = find_problems(config, renamed)
-    left_out = tuple(found.names[name] for name in dropped)
-    zeros = missing_counters(config, renamed)
     return Component(
-        header.path, stage, layout, config, renamed, header.metadata, problems, left_out, found.rank, zeros
+        path=header.path,
+        stage=stage,
+        layout=layout,
+        config=config,
+        tensors=renamed,
+        metadata=header.metadata,
+        problems=find_problems(config, renamed),
+        dropped=tuple(group.names[name] for name in dropped),
+        rank=group.rank,
+        zeros=missing_counters(config, renamed),
     )
 
 
+def _diffusers_tensors(
+    tensors: Mapping[str, TensorRange], stage: Stage, layout: Layout
+) -> tuple[dict[str, TensorRange], list[str]]:
+    """Return the tensors by their diffusers names, and the names of those that have no diffusers name."""
+    renamed = {}
+    used = set()
+    for name, mapped in to_diffusers(stage, layout).apply(_shapes(tensors)).items():
+        (rows,) = mapped.rows  # no rule towards diffusers joins tensors
+        source = tensors[rows.name]
+        used.add(rows.name)
+        if rows.transposed:
+            source = replace(source, shape=mapped.shape, transposed=True)
+        renamed[name] = source if rows.stop is None else source.rows(rows.start, rows.stop, mapped.shape)
+    return renamed, [name for name in tensors if name not in used]
+
+
+def _shapes(tensors: Mapping[str, TensorRange]) -> dict[str, Shape]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _with_scale(config: NetworkConfig, layout: Layout) -> NetworkConfig:
+    """Set the VQGAN's scale by the layout: Stability's code and diffusers scale the same latents differently."""
+    if isinstance(config, VQGANConfig) and layout is not Layout.DIFFUSERS:
+        return replace(config, scale_factor=ORIGINAL_VQGAN_SCALE)
+    return config
+
+
 def _guess(header: Header) -> str:
-    """What a file without any component most likely is."""
-    foreign = foreign_name(header.tensors)
-    if foreign:
-        return foreign
-    nearest = nearest_known(header.shapes)
-    if nearest:
-        return nearest
-    return f"nothing known; its first tensor is {next(iter(header.tensors), 'missing')}"
+    """Return what a file without any component most likely is."""
+    first = next(iter(header.tensors), "missing")
+    unknown = f"nothing known; its first tensor is {first}"
+    return foreign_name(header.tensors) or nearest_known(header.shapes) or unknown
 
 
-def nearest_known(shapes: Mapping[str, Shape], least: float = 0.05) -> str | None:
-    """The known file that shares most tensors, names and shapes both: "82% of the prior (lite, original layout);
-    the first tensor that differs is clf.1.bias". None below the share `least`."""
-    best: tuple[float, str] = (least, "")
-    for what, known in _known_files().items():
+def nearest_known(shapes: Mapping[str, Shape], min_share: float = 0.05) -> str | None:
+    """Describe the released file that shares most tensors (name and shape) with `shapes`.
+
+    For example: "82% of the prior (lite, original layout); the first tensor that differs is clf.1.bias". None when the
+    share of equal tensors is not above `min_share`."""
+    best: tuple[float, str] = (min_share, "")
+    for what, known in _released_files().items():
         differing = [name for name, shape in known.items() if shapes.get(name) != shape]
         share = 1 - len(differing) / len(known)
         if share > best[0]:
@@ -203,38 +196,59 @@ def nearest_known(shapes: Mapping[str, Shape], least: float = 0.05) -> str | Non
 
 
 @cache
-def _known_files() -> dict[str, dict[str, Shape]]:
-    """Names and shapes of every released file, by what it is."""
+def _released_files() -> dict[str, dict[str, Shape]]:
+    """Return the tensor shapes of every released file, by a description of the file."""
     files = {}
     for (stage, variant), preset in PRESETS.items():
         for layout in (Layout.ORIGINAL, Layout.DIFFUSERS):
-            made = to_diffusers(stage, layout).inverse.apply(expected_tensors(preset))
-            files[f"{stage} ({variant}, {layout} layout)"] = {name: tensor.shape for name, tensor in made.items()}
+            mapped = to_diffusers(stage, layout).inverse.apply(expected_tensors(preset))
+            files[f"{stage} ({variant}, {layout} layout)"] = {name: tensor.shape for name, tensor in mapped.items()}
     return files
 
 
-def _diffusers_tensors(
-    tensors: Mapping[str, TensorRange], stage: Stage, layout: Layout
-) -> tuple[dict[str, TensorRange], list[str]]:
-    """The tensors by their diffusers names, and the names of those that have none."""
-    renamed = {}
-    used = set()
-    for name, made in to_diffusers(stage, layout).apply(_shapes(tensors)).items():
-        (part,) = made.parts  # towards diffusers nothing is ever joined
-        source = tensors[part.name]
-        used.add(part.name)
-        if part.transposed:
-            source = replace(source, shape=made.shape, transposed=True)
-        renamed[name] = source if part.stop is None else source.rows(part.start, part.stop, made.shape)
-    return renamed, [name for name in tensors if name not in used]
+def attach_scales(header: Header) -> tuple[Header, list[str]]:
+    """Give each weight of a scaled fp8 file its scale, and remove the tensors that only describe the scaling.
+
+    Returns the header and notes for the user. Raises LayoutError for a scale that is not one number, and for files of
+    other kinds of quantisation."""
+    tensors = header.tensors
+    newer = next((name for name in tensors if name.endswith(NEWER)), None)
+    if newer or NEWER_METADATA in header.metadata:
+        raise LayoutError(
+            f"{header.path}: quantised by ComfyUI ({newer or NEWER_METADATA}), which is not supported yet; "
+            f"{OTHER_DTYPES}"
+        )
+    scales = {name: _weight_of(name, SCALE) for name in tensors if name.endswith(SCALE)}
+    scales = {name: weight for name, weight in scales.items() if weight in tensors}
+    inputs = [name for name in tensors if name.endswith(INPUT_SCALE) and _weight_of(name, INPUT_SCALE) in tensors]
+    markers = [name for name in tensors if name.rpartition(".")[2] == MARKER and math.prod(tensors[name].shape) <= 2]
+    if not scales:
+        return _without(header, markers) if markers else header, []
+    scaled = {weight: _scaled(name, tensors[name], weight, tensors[weight]) for name, weight in scales.items()}
+    notes = [f"{header.path}: scaled fp8: {len(scaled)} weights have a scale, which a cast multiplies in"]
+    if inputs:
+        notes.append(f"{header.path}: left out {len(inputs)} scale_input, which only products in fp8 use")
+    plain = _without(header, [*scales, *inputs, *markers])
+    return replace(plain, tensors=plain.tensors | scaled), notes
 
 
-def _shapes(tensors: Mapping[str, TensorRange]) -> dict[str, Shape]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def _weight_of(name: str, suffix: str) -> str:
+    return name.removesuffix(suffix) + WEIGHT
 
 
-def _with_scale(config: NetworkConfig, layout: Layout) -> NetworkConfig:
-    """Stability's code and diffusers scale the latents of the same VQGAN differently; the layout tells which."""
-    if isinstance(config, VQGANConfig) and layout is not Layout.DIFFUSERS:
-        return replace(config, scale_factor=ORIGINAL_VQGAN_SCALE)
-    return config
+def _scaled(name: str, scale: TensorRange, weight: str, tensor: TensorRange) -> TensorRange:
+    if math.prod(scale.shape) != 1 or scale.dtype not in FLOATS:
+        raise LayoutError(
+            f"{scale.path}: {name} is {scale.dtype} {list(scale.shape)}; expected one number for {weight}. Other "
+            f"scales are not supported yet; {OTHER_DTYPES}"
+        )
+    if tensor.dtype not in (*FLOATS, *FP8):
+        raise LayoutError(
+            f"{tensor.path}: {weight} is {tensor.dtype} with a scale; expected {' or '.join(FP8)}, {OTHER_DTYPES}"
+        )
+    return replace(tensor, scale=scale)
+
+
+def _without(header: Header, names: list[str]) -> Header:
+    removed = frozenset(names)
+    return replace(header, tensors={name: tensor for name, tensor in header.tensors.items() if name not in removed})

@@ -1,14 +1,22 @@
-"""The files of a model folder ("modular", the diffusers tree) that are not weights."""
+"""The files of a model folder (the diffusers tree) that are not weights: configs, pipeline index, tokenizer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.text.tokenizer import save_tokenizer_folder
+from ...runtime.text.tokenizer import ClipTokenizer, save_tokenizer_folder
+from ...runtime.text.tokenizer_file import LIST_NAMES, NAMES, WHOLE_NAME, TokenizerFile, read_tokenizer
 from ...schemas.config_json import DIFFUSERS_VERSION, to_json
+from ...schemas.errors import CheckpointError, ConversionError
 from ...schemas.folders import COMBINED_FOLDERS
+from ...schemas.limits import MAX_TOKENIZER_BYTES
 from ...schemas.stages import NetworkConfig, Stage
+from .provenance import lies_in
+
+TOKENIZER_FOLDER = "tokenizer"  # in a bundle and in a model folder
+SHOWN_NAMES = 5  # of a list of file names in a note; the rest are counted
 
 SCHEDULER = {
     "_class_name": "DDPMWuerstchenScheduler",
@@ -17,7 +25,7 @@ SCHEDULER = {
     "scaler": 1.0,
 }
 
-# What CLIP ViT-L/14 expects: 224 pixels, bicubic (resample 3), its own mean and deviation per channel.
+# The input of CLIP ViT-L/14: 224 pixels, bicubic (resample 3), with the mean and deviation of each channel.
 FEATURE_EXTRACTOR = {
     "image_processor_type": "CLIPImageProcessor",
     "crop_size": {"height": 224, "width": 224},
@@ -33,8 +41,8 @@ FEATURE_EXTRACTOR = {
     "size": {"shortest_edge": 224},
 }
 
-# model_index.json: the library and class that load each component. The vqgan's library is a pipeline module's
-# name: diffusers up to 0.37 finds it there, and later versions load no other spelling either.
+# Entries of model_index.json: the library and the class that load each component. The vqgan's library is the name of
+# a pipeline module, which is the only spelling that every version of diffusers loads.
 INDEX_ENTRIES: Mapping[str, tuple[str, str]] = {
     "prior": ("diffusers", "StableCascadeUNet"),
     "decoder": ("diffusers", "StableCascadeUNet"),
@@ -47,15 +55,16 @@ INDEX_ENTRIES: Mapping[str, tuple[str, str]] = {
 }
 
 
-# Components the prior pipeline can do without: null in an index whose folder has none.
+# Components that the prior pipeline works without. Their entries are null when the folder lacks them.
 OPTIONAL = ("image_encoder", "feature_extractor")
 
 
 def write_folder_files(
     folder: Path, configs: Mapping[Stage, NetworkConfig], *, index: bool, combined: bool = False
 ) -> None:
-    """Write config.json for each stage, and with `index` what makes the folder loadable as a pipeline:
-    scheduler, tokenizer, feature extractor and model_index.json."""
+    """Write config.json for each stage, and the feature extractor's settings for an image encoder.
+
+    With `index`, also write the files that a pipeline loads: scheduler, tokenizer and model_index.json."""
     for stage, config in configs.items():
         for name in component_folders(stage, combined=combined):
             _write_json(folder / name / "config.json", to_json(config))
@@ -70,7 +79,7 @@ def write_folder_files(
 
 
 def component_folders(stage: Stage, *, combined: bool = False) -> tuple[str, ...]:
-    """The folders a component's files go to; the combined pipeline wants the text encoder twice."""
+    """Return the folders for a component's files. The combined pipeline has the text encoder twice."""
     if not combined:
         return (str(stage),)
     if stage is Stage.TEXT_ENCODER:
@@ -79,10 +88,10 @@ def component_folders(stage: Stage, *, combined: bool = False) -> tuple[str, ...
 
 
 def model_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
-    """The pipeline index of a folder with these stages.
+    """Return the pipeline index of a folder with these stages.
 
-    A tree with both stages carries the entries of both pipelines; either class loads it, taking its own entries
-    (StableCascadePriorPipeline.from_pretrained(folder), the decoder's likewise)."""
+    A folder with prior and decoder has the entries of both pipelines. StableCascadePriorPipeline and
+    StableCascadeDecoderPipeline both load it, each with its own entries."""
     prior_only = Stage.DECODER not in configs
     name = "StableCascadePriorPipeline" if prior_only else "StableCascadeDecoderPipeline"
     present = {*map(str, configs), "tokenizer", "scheduler"}
@@ -100,7 +109,7 @@ def model_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
 
 
 def combined_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
-    """The index of StableCascadeCombinedPipeline, whose prior components carry a prefix."""
+    """Return the index of StableCascadeCombinedPipeline, which names the prior's components with a prefix."""
     index: dict[str, Any] = {
         "_class_name": "StableCascadeCombinedPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -113,7 +122,7 @@ def combined_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
 
 
 def _entry(component: str, configs: Mapping[Stage, NetworkConfig]) -> list[str | None]:
-    """Library and class of a component, null where it is optional and not there."""
+    """Return library and class of a component; nulls for an optional component that is missing."""
     if component in OPTIONAL and Stage.IMAGE_ENCODER not in configs:
         return [None, None]
     return list(INDEX_ENTRIES[component])
@@ -122,3 +131,73 @@ def _entry(component: str, configs: Mapping[Stage, NetworkConfig]) -> list[str |
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class OwnTokenizer:
+    """A model's own tokenizer after all checks: its content, its files, and notes for the user."""
+
+    content: TokenizerFile
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def check_tokenizer(folder: Path | None, rows: int | None) -> OwnTokenizer | None:
+    """Read and check the tokenizer in `folder`, for a text encoder with `rows` tokens (None: no encoder).
+
+    Returns None when there is no folder or no tokenizer in it; the tokenizer of this package is used then.
+    Raises CheckpointError for links out of the folder and files above MAX_TOKENIZER_BYTES, for a tokenizer that is
+    not CLIP's, and for tokens without a row in the text encoder."""
+    if folder is None or not any((folder / name).exists() for name in (WHOLE_NAME, LIST_NAMES[0])):
+        return None
+    files = tuple(folder / name for name in NAMES if (folder / name).exists() or (folder / name).is_symlink())
+    for path in files:
+        if not lies_in(path, folder):
+            raise CheckpointError(
+                f"{path}: expected a file in this folder, found a link that leads out of it or no regular file; put "
+                "the file itself there"
+            )
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, it has {path.stat().st_size}")
+    ClipTokenizer.open(folder, rows)
+    content = read_tokenizer(folder)
+    return OwnTokenizer(content, files, (*_notes_on_other_files(folder), *_notes_on_rows(folder, content, rows)))
+
+
+def _notes_on_other_files(folder: Path) -> Iterator[str]:
+    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES)
+    if others:
+        more = f" and {len(others) - SHOWN_NAMES} more" if len(others) > SHOWN_NAMES else ""
+        yield f"{folder}: not a tokenizer's files, left out: {', '.join(others[:SHOWN_NAMES])}{more}"
+
+
+def _notes_on_rows(folder: Path, content: TokenizerFile, rows: int | None) -> Iterator[str]:
+    known = 1 + max(content.added.values(), default=0)
+    if rows is not None and content.added and known < rows:
+        yield f"{folder}: its tokens end at {known}, the text encoder has {rows} rows; no prompt reaches the others"
+
+
+def write_tokenizer(tokenizer: OwnTokenizer | None, root: Path) -> Path | None:
+    """Write the bundle's tokenizer.json, which holds everything in the model's tokenizer files.
+
+    Returns its path, or None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    path = root / TOKENIZER_FOLDER / WHOLE_NAME
+    path.parent.mkdir()
+    path.write_bytes(tokenizer.content.text.encode())
+    return path
+
+
+def copy_tokenizer(tokenizer: OwnTokenizer, target: Path) -> None:
+    """Copy the tokenizer's files into the folder `target`, in place of all files there.
+
+    Raises ConversionError when a file cannot be copied."""
+    target.mkdir(exist_ok=True)
+    try:
+        for old in target.iterdir():
+            old.unlink()
+        for path in tokenizer.files:
+            (target / path.name).write_bytes(path.read_bytes())
+    except OSError as error:
+        raise ConversionError(f"{error.filename}: the tokenizer cannot be copied: {error.strerror}") from error

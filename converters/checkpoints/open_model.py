@@ -1,4 +1,7 @@
-"""Opens what a user may call a model: files, a folder of original files, a model folder, one component's folder."""
+"""Opens a model from the paths that a user gives, reading headers alone.
+
+A path may be a weights file, a folder of Stability's single files, a model folder, or the folder of one component.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,40 +12,44 @@ from ...schemas.errors import CheckpointError, LayoutError, UsageError
 from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
-from .component_folder import open_component_folder, weights_sets
-from .identify import Component, Parts, identify_parts
-from .single_files import read_files
+from ..hub import is_hub, remote_headers
+from .component import Component
+from .find_weights import open_component_folder, open_single_files, weights_sets
+from .identify import FileContents, identify_all
 
 ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
-EMA_SUFFIX = "_ema"  # of the file in which Stability's trainer saves averaged weights beside the trained ones
+EMA_SUFFIX = "_ema"  # Stability's trainer saves averaged weights in a file of this suffix beside the trained ones
+PIPELINE_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What to take where a source offers several: a weights variant ("bf16", "fp16"; None: the plain file, else any),
-    the lite stages beside the full ones, the moving average beside the trained weights."""
+class WeightsChoice:
+    """Which weights to read where the sources offer several.
+
+    `variant` is a name such as "bf16" (None: the plain weights, else any). `lite` prefers the lite stages to the full
+    ones, `ema` the moving average to the trained weights."""
 
     variant: str | None = None
     lite: bool = False
     ema: bool = False
 
 
-DEFAULT_CHOICE = Choice()
-
-
 @dataclass(frozen=True)
 class Model:
-    """The components found, the tokenizer folder if one lies beside them, what the user should know, and the paths it
-    was opened from."""
+    """The components of a model by stage, its tokenizer folder if it has one, notes for the user, and the paths it was
+    opened from.
+
+    `alternatives` are further components of the same stages. Only `inspect` of a Hub source lists them."""
 
     components: dict[Stage, Component]
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
     sources: tuple[Path, ...] = ()
+    alternatives: tuple[Component, ...] = ()
 
     def component(self, stage: Stage) -> Component:
-        """The component of `stage`, sound. Raises UsageError when the model has none."""
+        """Return the component of `stage`. Raises UsageError when there is none, LayoutError when it has problems."""
         if stage not in self.components:
             have = ", ".join(self.components) or "nothing"
             raise UsageError(f"the model has no {stage}; it has {have}")
@@ -50,8 +57,36 @@ class Model:
 
 
 def inspect(path: str | Path) -> Model:
-    """What the file or folder at `path` holds, from its headers alone; problems are listed per component."""
-    return open_model([Path(path)])
+    """Return what a checkpoint holds, from its headers alone: stages, layouts, configs, dtypes, and problems.
+
+    `path` is a weights file, a model folder, a folder of single files, or a source on the Hub (hf://owner/repo[/path]),
+    of which only headers are transferred. Problems are listed in each component and raise no error.
+
+    Raises UsageError when there is nothing at `path`, ForeignError (a LayoutError) for a file without a component, and
+    CheckpointError for a damaged file.
+
+    Example:
+        >>> model = inspect("stage_c_lite_bf16.safetensors")
+        >>> model.components[Stage.PRIOR].describe()
+        'prior (lite, original layout)'
+    """
+    return _inspect_remote(path) if is_hub(path) else open_model([Path(path)])
+
+
+def _inspect_remote(source: str | Path) -> Model:
+    """List the components of a Hub source by its headers. Files that are not components get a note."""
+    found: list[Component] = []
+    refused: list[LayoutError] = []
+    for header in remote_headers(source):
+        try:
+            found += identify_all(header).components
+        except LayoutError as error:
+            refused.append(error)
+    if not found and refused:
+        raise refused[0]
+    components: dict[Stage, Component] = {}
+    alternatives = [one for one in found if components.setdefault(one.stage, one) is not one]
+    return Model(components, notes=tuple(map(str, refused)), alternatives=tuple(alternatives))
 
 
 def open_model(
@@ -59,54 +94,68 @@ def open_model(
     *,
     text_encoder: str | Path | None = None,
     image_encoder: str | Path | None = None,
-    choice: Choice = DEFAULT_CHOICE,
+    variant: str | None = None,
+    lite: bool = False,
+    ema: bool = False,
 ) -> Model:
-    """Read the headers of every component in `sources`; the two encoders may be given apart, and then replace those
-    in the sources, whatever these are.
+    """Read the headers of every component in `sources`, which are paths on this machine.
 
-    Raises UsageError when a path does not exist, holds no component, or two files hold the same one, and LayoutError
-    when an encoder that is given does not fit the prior or the decoder."""
+    `text_encoder` and `image_encoder` are paths that replace the encoders of the sources. `variant`, `lite` and `ema`
+    choose between several weights of one component, as in `convert`.
+
+    Raises UsageError when a path does not exist, holds no component, or two files hold the same one; LayoutError when
+    an encoder does not fit the prior or the decoder; CheckpointError when a file is damaged or no component has weights
+    of the `variant`.
+
+    Example:
+        >>> model = open_model(["stage_b.safetensors", "stage_c.safetensors"], text_encoder="CLIP-ViT-bigG-14")
+        >>> sorted(model.components)
+        ['decoder', 'prior', 'text_encoder']
+    """
+    choice = WeightsChoice(variant, lite, ema)
     paths = [Path(source) for source in sources]
-    given = {Stage.TEXT_ENCODER: text_encoder, Stage.IMAGE_ENCODER: image_encoder}
-    wanted = {stage: Path(path) for stage, path in given.items() if path is not None}
-    apart = {stage: _open_encoder(path, stage, choice) for stage, path in wanted.items()}
-    found = [parts for path in paths for parts in _parts_at(path, choice, wanted)]
-    notes = [note for parts in (*found, *apart.values()) for note in parts.notes]
-    components: dict[Stage, Component] = {stage: parts.components[0] for stage, parts in apart.items()}
-    for component in (component for parts in found for component in parts.components):
+    encoders = {Stage.TEXT_ENCODER: text_encoder, Stage.IMAGE_ENCODER: image_encoder}
+    given = {stage: Path(path) for stage, path in encoders.items() if path is not None}
+    separate = {stage: _open_encoder(path, stage, choice) for stage, path in given.items()}
+    found = [contents for path in paths for contents in _open_source(path, choice, given)]
+    notes = [note for contents in (*found, *separate.values()) for note in contents.notes]
+    components: dict[Stage, Component] = {stage: contents.components[0] for stage, contents in separate.items()}
+    for component in (component for contents in found for component in contents.components):
         _add(components, component, choice, notes)
-    notes += _misfits(components, wanted)
+    notes += _remove_unfit_encoders(components, given)
     tokenizer = next((path / name for path in paths for name in TOKENIZER_FOLDERS if (path / name).is_dir()), None)
-    notes += _misnamed(components.values())
-    opened = (*paths, *(Path(path) for path in given.values() if path is not None))
-    return Model(components, tokenizer, tuple(dict.fromkeys(notes)), opened)
+    notes += _notes_on_names(components.values())
+    return Model(components, tokenizer, tuple(dict.fromkeys(notes)), (*paths, *given.values()))
 
 
-def _open_encoder(path: Path, stage: Stage, choice: Choice) -> Parts:
-    """The one encoder in a file or in a folder, of a whole CLIP model the tower that is meant."""
+def _open_encoder(path: Path, stage: Stage, choice: WeightsChoice) -> FileContents:
+    """Open the encoder in a file or folder; of a whole CLIP model, the tower that `stage` names."""
     _require_exists(path)
     if path.is_dir():
         return open_component_folder(path, stage, choice.variant)[0]
-    return _parts_of_file(path, only=stage)
+    return _open_file(path, only=stage)
 
 
-def _parts_of_file(path: Path, only: Stage | None = None, without: Collection[Stage] = ()) -> Parts:
-    """The components of one file; of a shard or an index, those of all shards."""
-    said = read_weights_name(path.name)
-    if said is not None and (said.is_index or said.number):
-        return open_component_folder(path.parent, only, said.variant, without)[0]
-    return identify_parts(read_weights(path), only=only, without=without)
+def _open_file(path: Path, only: Stage | None = None, without: Collection[Stage] = ()) -> FileContents:
+    """Open the components of one file. A shard or an index stands for all shards of its folder."""
+    name = read_weights_name(path.name)
+    if name is not None and (name.is_index or name.number):
+        return open_component_folder(path.parent, only, name.variant, without)[0]
+    return identify_all(read_weights(path), only=only, without=without)
 
 
-def _add(components: dict[Stage, Component], component: Component, choice: Choice, notes: list[str]) -> None:
-    """Take `component` unless its stage is there already: another file's is an error, within one file ranks decide,
-    and of two text encoders (ComfyUI's two files, diffusers' two repositories) the first is taken."""
+def _add(components: dict[Stage, Component], component: Component, choice: WeightsChoice, notes: list[str]) -> None:
+    """Add `component` unless its stage is there already.
+
+    Within one file, ranks decide which of two is kept. Of two text encoders (both files of ComfyUI and both
+    repositories of diffusers have one) the first is kept. Otherwise two files with one stage are an error."""
     other = components.setdefault(component.stage, component)
     if other is component:
         return
     if other.path == component.path:
         components[component.stage] = sorted((other, component), key=lambda c: c.rank, reverse=choice.ema)[0]
-        kinds = ", trained and averaged (see --ema)" if other.rank != component.rank else "; the first is taken"
+        averaged = ", trained and averaged (ema=True takes the averaged weights)"
+        kinds = averaged if other.rank != component.rank else "; the first is taken"
         notes.append(f"{component.path}: holds the {component.stage} twice{kinds}")
     elif component.stage in ENCODERS and other.config == component.config:
         dtypes = ", ".join(other.dtypes)
@@ -115,71 +164,77 @@ def _add(components: dict[Stage, Component], component: Component, choice: Choic
         raise UsageError(f"{other.path} and {component.path} both hold the {component.stage}; name one of them")
 
 
-def _parts_at(source: Path, choice: Choice, without: Collection[Stage]) -> list[Parts]:
-    """What a source holds, but for the stages `without`, which are given apart."""
+def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]) -> list[FileContents]:
+    """Open everything in a source except the stages `without`, which the user gave separately."""
     _require_exists(source)
     if source.is_file():
-        return [_parts_of_file(path, without=without) for path in (source, *_side_files(source))]
-    is_pipeline = (source / "model_index.json").is_file()
-    if not is_pipeline and _is_component(source):
-        whole, variant = open_component_folder(source, None, choice.variant, without)
+        return [_open_file(path, without=without) for path in (source, *_side_files(source))]
+    is_pipeline = (source / PIPELINE_INDEX).is_file()
+    if not is_pipeline and _is_component_folder(source):
+        contents, variant = open_component_folder(source, None, choice.variant, without)
         _require_variant(source, choice, [variant])
-        return [whole]
-    folders, passed_over = _places_in(source, choice)
-    parts = _component_folders(source, folders, choice, without)
-    single = read_files(source, without)
-    if not folders and not any(parts.components for parts in single.parts):
+        return [contents]
+    folders, notes = _choose_folders(source, choice)
+    opened = _open_folders(source, folders, choice, without)
+    single = open_single_files(source, without)
+    if not folders and not any(contents.components for contents in single.contents):
         if single.refused is not None:
             raise single.refused
         raise UsageError(
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
             "or stage_a, stage_b and stage_c .safetensors files"
         )
-    # A download of a whole repository has the folders of a pipeline, and the same weights as single files beside them.
-    taken_stages = {component.stage for found in parts for component in found.components} if is_pipeline else set()
-    files, notes = _best_of(single.parts, choice, taken_stages)
-    return [*files, *parts, Parts((), (*passed_over, *notes, *single.notes))]
+    # A download of a whole repository has the folders of a pipeline and the same weights as single files beside them.
+    taken = {component.stage for contents in opened for component in contents.components} if is_pipeline else set()
+    files, notes_on_files = _choose_files(single.contents, choice, taken)
+    return [*files, *opened, FileContents((), (*notes, *notes_on_files, *single.notes))]
 
 
-def _component_folders(
-    source: Path, folders: dict[Stage, Path], choice: Choice, without: Collection[Stage]
-) -> list[Parts]:
-    """The components of a model folder, with a remark on those that lack the variant asked for."""
-    found, variants = [], []
+def _open_folders(
+    source: Path, folders: dict[Stage, Path], choice: WeightsChoice, without: Collection[Stage]
+) -> list[FileContents]:
+    """Open the components of a model folder, with a note for each that lacks the variant asked for."""
+    opened, variants = [], []
     for stage, path in folders.items():
         if stage in without:
-            found.append(Parts((), (f"{path}: left out for the {stage} given",)))
+            opened.append(FileContents((), (f"{path}: left out for the {stage} given",)))
             continue
-        parts, taken = open_component_folder(path, stage, choice.variant)
-        variants.append(taken)
-        if choice.variant is not None and taken != choice.variant.lower():
-            names = ", ".join(sorted({component.path.name for component in parts.components}))
+        contents, variant = open_component_folder(path, stage, choice.variant)
+        variants.append(variant)
+        if choice.variant is not None and variant != choice.variant.lower():
+            names = ", ".join(sorted({component.path.name for component in contents.components}))
             note = f"{path}: has no weights of variant {choice.variant}; {names} is taken"
-            parts = replace(parts, notes=(*parts.notes, note))
-        found.append(parts)
+            contents = replace(contents, notes=(*contents.notes, note))
+        opened.append(contents)
     if folders and variants:
         _require_variant(source, choice, variants)
-    return found
+    return opened
 
 
-def _require_variant(source: Path, choice: Choice, taken: Collection[str]) -> None:
-    """Raise CheckpointError when a variant was asked for that no component has."""
-    if choice.variant is not None and choice.variant.lower() not in taken:
-        raise CheckpointError(f"{source}: no weights of variant {choice.variant}; try without --variant")
+def _require_variant(source: Path, choice: WeightsChoice, read: Collection[str]) -> None:
+    """Raise CheckpointError when the variant asked for is not among those that were `read`."""
+    if choice.variant is not None and choice.variant.lower() not in read:
+        raise CheckpointError(
+            f'{source}: no weights of variant {choice.variant}; try without variant="{choice.variant}"'
+        )
 
 
-def _is_component(source: Path) -> bool:
-    """Whether a folder is one component's: it has a config.json, or shards."""
+def _is_component_folder(source: Path) -> bool:
+    """Whether a folder belongs to one component: it has a config.json, or shards."""
     return (source / "config.json").is_file() or any(
         found.index is not None or found.shards for found in weights_sets(source).values()
     )
 
 
-def _best_of(found: Sequence[Parts], choice: Choice, taken: Collection[Stage]) -> tuple[list[Parts], list[str]]:
-    """Of single files that hold one stage in several sizes, precisions or averages the one that is meant, the rest
-    remarked on. Files that are alike in all that stay, and are an error later; so do encoders, see _add."""
+def _choose_files(
+    found: Sequence[FileContents], choice: WeightsChoice, taken: Collection[Stage]
+) -> tuple[list[FileContents], list[str]]:
+    """Keep one of several single files that hold one stage in different sizes, precisions or averages.
+
+    Returns what is kept, and a note for each component that is left out. Files that do not differ in these ways all
+    stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
     by_stage: dict[Stage, list[Component]] = {}
-    for component in (component for parts in found for component in parts.components):
+    for component in (component for contents in found for component in contents.components):
         by_stage.setdefault(component.stage, []).append(component)
     dropped: set[int] = set()
     notes = []
@@ -190,20 +245,20 @@ def _best_of(found: Sequence[Parts], choice: Choice, taken: Collection[Stage]) -
                 reason = f"the {stage} of the component's folder is taken"
             elif stage not in ENCODERS and _preference(component, choice) != best:
                 first = next(other for other in components if _preference(other, choice) == best)
-                reason = f"{first.path.name} is taken (see --variant, --lite and --ema)"
+                reason = f"{first.path.name} is taken (see the options variant, lite and ema)"
             else:
                 continue
             dropped.add(id(component))
             notes.append(f"{component.path}: its {component.describe()} is left out, {reason}")
     kept = [
-        replace(parts, components=tuple(component for component in parts.components if id(component) not in dropped))
-        for parts in found
+        replace(contents, components=tuple(one for one in contents.components if id(one) not in dropped))
+        for contents in found
     ]
     return kept, notes
 
 
-def _preference(component: Component, choice: Choice) -> tuple[bool, bool, int]:
-    """Less is better: trained or averaged weights, the size, the precision that a variant's name asks for."""
+def _preference(component: Component, choice: WeightsChoice) -> tuple[bool, bool, int]:
+    """Return a key that is smallest for the file to take: by averaging, by size, then by precision."""
     averaged = component.path.stem.endswith(EMA_SUFFIX)
     dtypes = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     (dtype, _), *_ = component.dtypes.most_common(1) or [("", 0)]
@@ -213,13 +268,13 @@ def _preference(component: Component, choice: Choice) -> tuple[bool, bool, int]:
 
 
 def _side_files(source: Path) -> list[Path]:
-    """The text encoder that kohya and OneTrainer save beside a stage C, under its name with a suffix."""
+    """Return the text encoder that kohya and OneTrainer save beside a stage C, under its name with a suffix."""
     names = (f"{source.stem}{suffix}{source.suffix}" for suffix in SIDE_SUFFIXES)
     return [path for path in map(source.with_name, names) if path.is_file()]
 
 
-def _places_in(source: Path, choice: Choice) -> tuple[dict[Stage, Path], list[str]]:
-    """The folder of each component, the lite ones first when they are asked for; and remarks on the others."""
+def _choose_folders(source: Path, choice: WeightsChoice) -> tuple[dict[Stage, Path], list[str]]:
+    """Return the folder to read for each component, and a note for each folder that is left out."""
     folders: dict[Stage, Path] = {}
     notes = []
     for place in sorted(PLACES, key=lambda place: place.lite != choice.lite):
@@ -228,39 +283,40 @@ def _places_in(source: Path, choice: Choice) -> tuple[dict[Stage, Path], list[st
             continue
         first = folders.setdefault(place.stage, path)
         if first != path:
-            advice = " (see --lite)" if place.lite or choice.lite else ""
+            advice = " (see the option lite)" if place.lite or choice.lite else ""
             notes.append(f"{path}: left out, {first.name} is taken{advice}")
     return folders, notes
 
 
-def _misfits(components: dict[Stage, Component], given: Collection[Stage]) -> list[str]:
-    """Leave out encoders that feed neither the prior nor the decoder; one that was given is an error.
+def _remove_unfit_encoders(components: dict[Stage, Component], given: Collection[Stage]) -> list[str]:
+    """Remove encoders that feed neither the prior nor the decoder, and return a note for each.
 
-    Raises LayoutError for it, naming what it is and what is expected."""
+    Raises LayoutError, naming the encoder and the sizes expected, for one that the user gave or that lies in a file of
+    its own."""
     configs = [component.config for component in components.values()]
     notes = []
     for stage in ENCODERS:
         if stage not in components or not (reason := misfit(components[stage].config, configs)):
             continue
-        if stage in given or not _is_spare(components[stage], components):
+        if stage in given or not _is_other_tower(components[stage], components):
             raise LayoutError(f"{components[stage].path}: the {stage} is {reason}")
         notes.append(f"{components.pop(stage).path}: the {stage} is left out: it is {reason}")
     return notes
 
 
-def _is_spare(component: Component, components: dict[Stage, Component]) -> bool:
-    """Whether the file of an encoder is there for its other tower."""
+def _is_other_tower(component: Component, components: dict[Stage, Component]) -> bool:
+    """Whether the encoder's file also holds the other tower, which may be why the user gave the file."""
     others = (components[stage] for stage in ENCODERS if stage in components and stage is not component.stage)
     return any(other.path == component.path for other in others)
 
 
 def _require_exists(path: Path) -> None:
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
+        raise UsageError(f"{path}: no such file or folder; check the path")
 
 
-def _misnamed(components: Iterable[Component]) -> list[str]:
-    """Notes on files whose name says another stage than their content."""
+def _notes_on_names(components: Iterable[Component]) -> list[str]:
+    """Return a note for each file whose name tells another stage than its content."""
     names = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
     return [
         f"{component.path} is named like {name} but holds the {component.stage}; going by its content"

@@ -18,7 +18,7 @@ from ...storage.safetensors_plan import TensorPlan
 from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle
-from ..checkpoints.identify import Component
+from ..checkpoints.component import Component
 
 WEIGHTS_NAME = "weights.safetensors"
 OVERFLOW_ADVICE = "export it with --precision bf16, which reaches as far as float32, or store it so with --storage"

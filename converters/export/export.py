@@ -22,7 +22,7 @@ from ...schemas.bundle import (
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError, LayoutError, UsageError
-from ...schemas.infer import infer_config
+from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.quantization import RULES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
@@ -30,9 +30,9 @@ from ...storage.atomic_output import staged_output
 from ...storage.bundle import require_utf8
 from ...storage.file_hashes import Hashing, describe_file, fingerprint
 from ...storage.safetensors_reader import TensorRange
-from ..checkpoints.identify import Component, find_problems
+from ..checkpoints.component import Component, find_problems
+from ..checkpoints.model_folder import check_tokenizer, write_tokenizer
 from ..checkpoints.open_model import Model, open_model
-from ..checkpoints.tokenizer_files import check_tokenizer, write_tokenizer
 from ..onnx import GraphOptions, Weight, write_graphs
 from .bundle_weights import Placed, StartFile, Wish, copy_weights, place_weights, source_files
 from .graph_files import beside_holes, check_graph, opset_of, port_entries, stamp
@@ -40,8 +40,8 @@ from .graph_options import GraphWishes, options_for
 from .quantize_stage import Quantize, quantize_stage, scheme_for
 
 if TYPE_CHECKING:
-    from ..lora.changes import LoraPlan
-    from ..lora.overwrite import Changes
+    from ..lora.changed_tensors import Changes
+    from ..lora.merge_plan import LoraPlan
 
 FLOATS = ("F32", "BF16", "F16")
 
@@ -247,7 +247,7 @@ def _place(component: Component, folder: Path, options: _Options) -> Placed:
     wish: Wish = "copy" if options.quantize and component.stage in RULES else options.weights
     if not changes:
         return place_weights(component, folder, wish, dtype=dtype, start_file=options.start_file)
-    from ..lora.overwrite import overwrite
+    from ..lora.changed_tensors import overwrite
 
     placed = copy_weights(component, folder, options.start_file, dtype=dtype)
     overwrite(placed.tensors, changes)
@@ -304,7 +304,7 @@ def _plan(
     """What the LoRAs are to change; None without any."""
     if not loras:
         return None
-    from ..lora.changes import plan_loras
+    from ..lora.merge_plan import plan_loras
 
     paths, strengths = [path for path, _ in loras], [strength for _, strength in loras]
     plan = plan_loras("the model", components, paths, strengths=strengths)

@@ -1,26 +1,44 @@
-"""Models on the Hugging Face Hub, fetched whole into huggingface_hub's cache, or their headers alone."""
+"""Models on the Hugging Face Hub: downloaded into huggingface_hub's cache, or read by their headers alone."""
 
 import glob
 from pathlib import Path
 
+from ...schemas.callbacks import Say
 from .errors import explaining, reason, unreachable
 from .headers import remote_header, remote_headers
 from .repository import from_cache, list_files
 from .select import select
 from .source import HubPath, HubSource, is_hub, is_weights, parse
-from .transfer import Tell, bars, fetch_weights
+from .transfer import fetch_weights, progress_bars
 
-__all__ = ["HubPath", "HubSource", "fetch", "is_hub", "parse", "remote_header", "remote_headers", "select"]
+__all__ = [
+    "HubPath",
+    "HubSource",
+    "fetch",
+    "is_hub",
+    "local_path",
+    "parse",
+    "remote_header",
+    "remote_headers",
+    "select",
+]
 
 
-def fetch(source: str | Path, progress: Tell | None = None, *, variant: str | None = None, lite: bool = False) -> Path:
-    """The local path of a source on the Hub, in huggingface_hub's cache; what is there already is not fetched again.
+def local_path(source: str | Path, say: Say | None = None, *, variant: str | None = None, lite: bool = False) -> Path:
+    """Return the path of `source` on this machine; a source on the Hub (hf://) is downloaded first, as `fetch` does."""
+    return fetch(source, say, variant=variant, lite=lite) if is_hub(source) else Path(source)
 
-    Of a folder, only what a model is read from is fetched: each component's weights once (`variant` and `lite` say
-    which), configs, tokenizer, licence and model card. A download that was cut off goes on where it ended. Without a
-    connection the cache stands in. `progress` is told in a line what is done; bars are shown on a terminal.
-    Raises UsageError when there is no such repository, revision or file, CheckpointError when it cannot be had."""
-    wanted, tell = parse(source), progress or (lambda line: None)
+
+def fetch(source: str | Path, say: Say | None = None, *, variant: str | None = None, lite: bool = False) -> Path:
+    """Download a source on the Hub into huggingface_hub's cache and return its path there.
+
+    Files in the cache are not downloaded again. Of a folder, only the files of a model are downloaded: one set of
+    weights for each component (`variant` and `lite` choose it), configs, tokenizer, licence and model card. A download
+    that was cut off continues where it ended. Without a connection, the files in the cache are used. `say` is called
+    with a line for each download; progress bars are shown on a terminal.
+
+    Raises UsageError when there is no such repository, revision or file, CheckpointError when the download fails."""
+    wanted, say = parse(source), say or (lambda line: None)
     with explaining(wanted):
         from huggingface_hub import constants, snapshot_download
 
@@ -28,14 +46,14 @@ def fetch(source: str | Path, progress: Tell | None = None, *, variant: str | No
             files = list_files(wanted)
         except unreachable() as error:
             path = from_cache(wanted, error, variant, lite)
-            tell(f"{wanted}: {reason(error)}; taken from the cache")
+            say(f"{wanted}: {reason(error)}; taken from the cache")
             return path
         names = select(files, wanted, variant, lite)
-        fetch_weights(wanted, [files[name] for name in names if is_weights(name)], tell)
+        fetch_weights(wanted, [files[name] for name in names if is_weights(name)], say)
         snapshot = snapshot_download(
             wanted.repo,
             revision=wanted.revision,
             allow_patterns=[glob.escape(name) for name in names],
-            tqdm_class=bars(shown=constants.HF_XET_HIGH_PERFORMANCE),  # else but small files are left to fetch
+            tqdm_class=progress_bars(shown=constants.HF_XET_HIGH_PERFORMANCE),  # otherwise only small files remain
         )
     return Path(snapshot, wanted.path)

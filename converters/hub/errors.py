@@ -1,4 +1,4 @@
-"""What goes wrong with the Hub, in one line that says what to do."""
+"""Errors of huggingface_hub, each as one line with what to do next."""
 
 import errno
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from .source import FORM, HubSource
 
 @contextmanager
 def explaining(wanted: HubSource) -> Iterator[None]:
-    """Whatever huggingface_hub raises becomes one line that says what to do."""
+    """Turn whatever huggingface_hub raises into a CascadeError whose message says what to do next."""
     try:
         import huggingface_hub.errors  # noqa: F401
     except ImportError as error:
@@ -28,7 +28,7 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
     if isinstance(error.__cause__, errors.FileMetadataError):
         return _no_hub(wanted, error.__cause__)
     page = f"{constants.ENDPOINT}/{wanted.repo}"
-    table: Mapping[type[Exception], CascadeError] = {  # special ones before their bases
+    table: Mapping[type[Exception], CascadeError] = {  # subclasses before their bases
         errors.GatedRepoError: CheckpointError(
             f"{wanted}: its owner asks you to accept a licence first: do so at {page}, then `hf auth login`"
         ),
@@ -37,16 +37,16 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
         ),
         errors.RevisionNotFoundError: UsageError(f"{wanted}: no revision {wanted.revision}; see {page}/commits/main"),
         errors.LocalEntryNotFoundError: CheckpointError(
-            f"{wanted}: the connection to {constants.ENDPOINT} was lost; run the same again, what came is kept"
+            f"{wanted}: the connection to {constants.ENDPOINT} was lost; run the same again, and the download continues"
         ),
         errors.EntryNotFoundError: UsageError(f"{wanted}: no such file; see {page}/tree/{wanted.revision}"),
         errors.HFValidationError: UsageError(f"{wanted}: not a repository's name; expected {FORM}"),
         errors.OfflineModeIsEnabled: CheckpointError(
-            f"{wanted}: the cache does not hold it all, and HF_HUB_OFFLINE forbids to fetch it; unset that"
+            f"{wanted}: the cache does not hold every file, and HF_HUB_OFFLINE forbids downloads; unset it"
         ),
         errors.HfHubHTTPError: CheckpointError(f"{wanted}: {reason(error)}"),
         http_error(): CheckpointError(
-            f"{wanted}: {reason(error)}, and the cache does not hold it all; check the network and try again"
+            f"{wanted}: {reason(error)}, and the cache does not hold every file; check the network and try again"
         ),
     }
     for kind, explained in table.items():
@@ -59,14 +59,16 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
 
 
 def _no_hub(wanted: HubSource, error: object) -> CheckpointError:
-    """What answered was a proxy's page, a firewall or a server that HF_ENDPOINT names wrongly."""
+    """Return the error for an answer that is not the Hub's: from a proxy, a firewall, or a wrong HF_ENDPOINT."""
     from huggingface_hub import constants
 
-    return CheckpointError(f"{wanted}: {constants.ENDPOINT} answers as no Hub would: {_line(error)}")
+    return CheckpointError(
+        f"{wanted}: {constants.ENDPOINT} does not answer as a Hub does: {_line(error)}; check HF_ENDPOINT and the proxy"
+    )
 
 
 def reason(error: Exception) -> str:
-    """A few words for why the Hub gave nothing."""
+    """Return in a few words why the Hub gave no answer."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -80,19 +82,20 @@ def reason(error: Exception) -> str:
     return f"the Hub answers with status {status}{said}; {advice.get(status, 'try again later')}"
 
 
-def _line(said: object) -> str:
-    """What a library or server said, short and on one line."""
-    return " ".join(str(said).split())[:200]
+def _line(text: object) -> str:
+    """Return the text of a library or a server on one line of at most 200 characters."""
+    return " ".join(str(text).split())[:200]
 
 
 def http_error() -> type[Exception]:
-    """The base of the HTTP client's errors: httpx's in huggingface_hub 1.x, httpx2's in 2.x."""
+    """Return the base of the HTTP client's errors: httpx's in huggingface_hub 1.x, httpx2's in 2.x."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     return HTTPError
 
 
 def unreachable() -> tuple[type[Exception], ...]:
+    """Return the errors that mean that the Hub cannot be reached."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     return (http_error(), OfflineModeIsEnabled)

@@ -15,14 +15,14 @@ from .select import weights_below
 from .source import WEIGHTS, HubPath, HubSource, is_weights, parse
 from .transfer import ask, blocks
 
-FIRST_BYTES = 64  # the header's length, and enough to tell what a file is that has none
+FIRST_BYTES = 64  # the header's length, and enough bytes to recognise a file of another format
 
 
 def remote_header(source: str | Path) -> Header:
-    """The header of one safetensors file on the Hub, as strictly checked as a local one; of the file's bytes only
-    those of the header are transferred. Without a connection the cache stands in.
+    """Return the header of one safetensors file on the Hub, checked as strictly as a local one.
 
-    Raises UsageError when there is no such file, CheckpointError when it cannot be had or is damaged."""
+    Only the bytes of the header are transferred. Without a connection, the file in the cache is read. Raises UsageError
+    when there is no such file, CheckpointError when it cannot be read or is damaged."""
     wanted = parse(source)
     if not wanted.is_file:
         raise UsageError(f"{wanted}: expected one {WEIGHTS} file")
@@ -30,9 +30,9 @@ def remote_header(source: str | Path) -> Header:
 
 
 def remote_headers(source: str | Path) -> tuple[Header, ...]:
-    """The headers of all safetensors files at a source on the Hub, in the order of their names (see remote_header).
+    """Return the headers of all safetensors files at a source on the Hub, in the order of their names.
 
-    Raises UsageError when there is none or there are more than MAX_HEADERS, CheckpointError as remote_header does."""
+    Raises UsageError when there is none or there are more than MAX_HEADERS, CheckpointError as `remote_header` does."""
     wanted = parse(source)
     with explaining(wanted):
         try:
@@ -46,8 +46,9 @@ def remote_headers(source: str | Path) -> tuple[Header, ...]:
 
 
 def _read_remote(wanted: HubSource) -> Header:
-    """The header of the file at `wanted`. It is laid out as the beginning of an otherwise empty file of the same
-    size, which takes no space, so that one reader does all the checks."""
+    """Return the header of the file at `wanted`.
+
+    The header is written to a sparse file of the same size, so that `read_header` does all the checks."""
     head, size = _read_range(wanted, 0, FIRST_BYTES)
     length = int.from_bytes(head[:8], "little")
     if FIRST_BYTES < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
@@ -63,7 +64,7 @@ def _read_remote(wanted: HubSource) -> Header:
             os.truncate(stand_in, size)
             header = read_header(stand_in)
         except (OSError, OverflowError) as error:
-            raise CheckpointError(f"{wanted}: the server says it has {size} bytes") from error
+            raise CheckpointError(f"{wanted}: the server states a size of {size} bytes; check HF_ENDPOINT") from error
         except CascadeError as error:
             raise type(error)(str(error).replace(str(stand_in), str(shown))) from error
     tensors = {name: replace(tensor, path=shown) for name, tensor in header.tensors.items()}
@@ -71,12 +72,12 @@ def _read_remote(wanted: HubSource) -> Header:
 
 
 def _read_range(wanted: HubSource, start: int, stop: int) -> tuple[bytes, int]:
-    """Bytes `start` to `stop` of a file, fewer where it ends, and the size of the whole."""
+    """Return bytes `start` to `stop` of a file (fewer at its end), and the size of the file."""
     with ask(wanted, start, stop) as answer:
         ranged = answer.status_code in (206, 416)
-        said = answer.headers
-        size = said.get("Content-Range", "").rpartition("/")[2] if ranged else said.get("Content-Length", "")
+        fields = answer.headers
+        size = fields.get("Content-Range", "").rpartition("/")[2] if ranged else fields.get("Content-Length", "")
         if not size.isdecimal():
-            raise CheckpointError(f"{wanted}: the server does not say how long the file is")
+            raise CheckpointError(f"{wanted}: the server does not state the size of the file; check HF_ENDPOINT")
         skip = 0 if ranged else start
         return b"".join(blocks(answer, stop - start + skip))[skip:], int(size)

@@ -1,4 +1,4 @@
-"""What a repository holds: as the Hub lists it, or as the cache has it when the Hub cannot be reached."""
+"""The files of a repository: as the Hub lists them, or as the cache has them when the Hub cannot be reached."""
 
 import glob
 import re
@@ -11,8 +11,8 @@ from .source import HubSource
 
 
 @dataclass(frozen=True)
-class File:
-    """A file as the Hub lists it at a commit; `sha256` of its content if it is stored as a large file."""
+class HubFile:
+    """A file as the Hub lists it at a commit: size in bytes, and the SHA-256 of its content if it is a large file."""
 
     name: str
     commit: str
@@ -20,7 +20,8 @@ class File:
     sha256: str | None
 
 
-def list_files(wanted: HubSource) -> dict[str, File]:
+def list_files(wanted: HubSource) -> dict[str, HubFile]:
+    """Return the files of a repository by name, without licences and model cards of unusual size."""
     from huggingface_hub import HfApi, constants
 
     try:
@@ -34,17 +35,17 @@ def list_files(wanted: HubSource) -> dict[str, File]:
         name, size, digest = one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else ""
         sha256 = digest if re.fullmatch("[0-9a-f]{64}", digest) else None
         if not (is_provenance_name(base_name(name)) and size > MAX_BYTES):
-            files[name] = File(name, info.sha or wanted.revision, size, sha256)
+            files[name] = HubFile(name, info.sha or wanted.revision, size, sha256)
     return files
 
 
 def from_cache(wanted: HubSource, error: Exception, variant: str | None = None, lite: bool = False) -> Path:
-    """What `fetch` returned when there was a connection; raises `error` when it is not, or not all, in the cache."""
+    """Return the path in the cache that `fetch` would return. Raises `error` when any file is missing there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
-        raise error  # the Hub was asked and said no
+        raise error  # the Hub answered that there is no such revision or file
     try:
         names = _cached_names(wanted)
         needed = select(names, wanted, variant, lite) if names else ()
@@ -61,12 +62,12 @@ def from_cache(wanted: HubSource, error: Exception, variant: str | None = None, 
 
 
 def _cached_names(wanted: HubSource) -> list[str]:
-    """The files that the repository had when it was last listed, as far as huggingface_hub keeps that."""
+    """Return the files of the repository's last listing; none where huggingface_hub keeps no listings."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
     except ImportError:
-        return []  # early 1.x
+        return []  # early versions of 1.x
     try:
         return [file.path for file in get_cached_repo_tree(wanted.repo, revision=wanted.revision)]
     except CachedRepoTreeNotFoundError:

@@ -1,4 +1,4 @@
-"""Which files of a repository are taken, by their names alone."""
+"""Selects the files of a repository to download, by their names alone."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -21,9 +21,9 @@ MAX_HEADERS = 64  # files of one repository whose headers are read; Stable Casca
 
 
 def select(files: Iterable[str], wanted: HubSource, variant: str | None = None, lite: bool = False) -> tuple[str, ...]:
-    """Of the `files` of a repository those to fetch for a model at `wanted`.
+    """Return the `files` of a repository to download for the model at `wanted`.
 
-    Raises UsageError when there are no weights, or several of a stage with nothing to choose by."""
+    Raises UsageError when there are no weights, or several files of one stage without a way to choose."""
     names = sorted(name for name in files if is_plain(name))
     if wanted.is_file:
         chosen = {wanted.path} & set(names)
@@ -39,26 +39,28 @@ def select(files: Iterable[str], wanted: HubSource, variant: str | None = None, 
         raise UsageError(_nothing_there(names, wanted))
     homes = {_join(wanted.path, folder) for folder in folders}
     homes |= {str(parent) if parent.name else "" for parent in PurePosixPath(wanted.path, "x").parents}
-    papers = {name for name in names if _folder(name) in homes and is_provenance_name(base_name(name))}
-    return tuple(sorted(chosen | papers))
+    provenance = {name for name in names if _folder(name) in homes and is_provenance_name(base_name(name))}
+    return tuple(sorted(chosen | provenance))
 
 
 def weights_below(wanted: HubSource, files: Iterable[str]) -> list[str]:
+    """Return the weights files in the folder at `wanted`. Raises UsageError when there are none or too many."""
     names = sorted(name for name in files if is_plain(name))
     found = [_join(wanted.path, name) for name in _below(names, wanted.path) if is_weights(name)]
     if not found:
         raise UsageError(_nothing_there(names, wanted))
     if len(found) > MAX_HEADERS:
-        raise UsageError(f"{wanted}: holds {len(found)} {WEIGHTS} files, too many to look into; name a folder or file")
+        raise UsageError(f"{wanted}: holds {len(found)} {WEIGHTS} files, too many to read; name a folder or file")
     return found
 
 
 def base_name(name: str) -> str:
+    """Return the part of a path behind its last slash."""
     return name.rpartition("/")[2]
 
 
 def _component_folders(names: list[str], lite: bool) -> set[str]:
-    """The folders of a model that hold components, "" when the folder is itself one."""
+    """Return the folders of a model that hold components; "" when the model is one component's folder."""
     if "config.json" in names:
         return {""}
     filled = {_folder(name) for name in names}
@@ -70,25 +72,27 @@ def _component_folders(names: list[str], lite: bool) -> set[str]:
 
 
 def _model_files(names: list[str], folders: set[str], variant: str | None) -> Iterator[str]:
-    """What a model is read from, of the files of its folder; see model.open_model for how."""
+    """Yield the files of a folder that `open_model` reads."""
     for folder in folders:
         inside = [base_name(name) for name in names if _folder(name) == folder]
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
-    if "" not in folders and "model_index.json" not in names:  # where one lies, other files are other layouts
+    if (
+        "" not in folders and "model_index.json" not in names
+    ):  # beside one, single files are the same weights in other layouts
         yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
-        index = ".index" in name  # only that of the shards taken is wanted
+        index = ".index" in name  # the index of the shards that are taken was yielded above
         if _folder(name) in known and ((name.endswith(".json") and not index) or base_name(name) in TOKENIZER_TEXTS):
             yield name
 
 
 def _component_weights(names: list[str], variant: str | None) -> list[str]:
-    """The one file, or the index and shards, of a component's folder in the order model.open_model looks."""
-    known = {name: said for name in names if (said := read_weights_name(name)) and said.format == "safetensors"}
-    others = sorted({said.variant for said in known.values()} - {*VARIANTS})
+    """Return the one file, or the index and shards, that `open_model` would take from a component's folder."""
+    known = {name: facts for name in names if (facts := read_weights_name(name)) and facts.format == "safetensors"}
+    others = sorted({facts.variant for facts in known.values()} - {*VARIANTS})
     for one in (*([variant.lower()] if variant is not None else []), *VARIANTS, *others):
-        found = [name for name, said in known.items() if said.variant == one]
+        found = [name for name, facts in known.items() if facts.variant == one]
         single = [name for name in found if not known[name].is_index and not known[name].number]
         if found:
             return single[:1] or found
@@ -96,7 +100,7 @@ def _component_weights(names: list[str], variant: str | None) -> list[str]:
 
 
 def _refuse_doubles(wanted: HubSource, names: Iterable[str]) -> None:
-    """Stability's repository has every stage in four files; all of them would be 40 GB and no model."""
+    """Raise UsageError for several files of one stage: Stability's repository has four of each, 40 GB in all."""
     for stage in ("stage_a", "stage_b", "stage_c"):
         found = [name for name in names if name.startswith(stage) and is_weights(name)]
         if len(found) > 1:
@@ -106,16 +110,18 @@ def _refuse_doubles(wanted: HubSource, names: Iterable[str]) -> None:
 
 
 def _require_variant(wanted: HubSource, names: Iterable[str], variant: str | None) -> None:
-    """Components without the variant fall back to the plain weights; that all do is noticed before a transfer."""
-    said = [said for name in names if (said := read_weights_name(base_name(name)))]
-    if variant is not None and said and all(one.variant != variant.lower() for one in said):
-        raise UsageError(f"{wanted}: no weights of variant {variant}; try without --variant")
+    """Raise UsageError, before any download, when no component has weights of the variant."""
+    known = [facts for name in names if (facts := read_weights_name(base_name(name)))]
+    if variant is not None and known and all(facts.variant != variant.lower() for facts in known):
+        raise UsageError(f'{wanted}: no weights of variant {variant}; try without variant="{variant}"')
 
 
 def _nothing_there(names: list[str], wanted: HubSource) -> str:
     below = names if wanted.is_file else _below(names, wanted.path)
     if any(name.lower().endswith(PICKLES) for name in below) and not any(is_weights(name) for name in below):
-        return f"{wanted}: only pickled weights, which are not fetched; find {WEIGHTS} files, or download them yourself"
+        return (
+            f"{wanted}: only pickled weights, which are not downloaded; find {WEIGHTS} files, or download them yourself"
+        )
     have = [name for name in names if is_weights(name)]
     shown = ", ".join(have[:8]) + (f" and {len(have) - 8} more" if len(have) > 8 else "")
     what = "no such file" if wanted.is_file else "no model's weights here"

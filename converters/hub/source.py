@@ -1,4 +1,4 @@
-"""How a source on the Hub is spelled, and the parts of it: hf://owner/repo[@revision][/path]."""
+"""Sources on the Hub and their spelling: hf://owner/repo[@revision][/path]."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of models on the Hub, or a file or folder in it."""
+    """A repository of models on the Hub, or a file or folder in one."""
 
     repo: str
     revision: str = "main"
@@ -30,21 +30,21 @@ class HubSource:
 
 
 class HubPath(type(Path())):  # type: ignore[misc]  # the base is PosixPath or WindowsPath
-    """The path of something on the Hub, for messages: keeps the two slashes that pathlib makes one."""
+    """A path on the Hub for messages. It keeps the two slashes of hf:// that pathlib would join."""
 
     def __str__(self) -> str:
         return re.sub("^hf:/+", "hf://", super().__str__().replace("\\", "/"))
 
 
 def is_hub(source: str | Path) -> bool:
-    """Whether `source` is spelled as one on the Hub, also by way of a Path, which has hf:/ in it."""
+    """Whether `source` is on the Hub. A Path, in which hf:// became hf:/, counts too."""
     return _spelling(source).startswith("hf:")
 
 
 def parse(source: str | Path) -> HubSource:
-    """The parts of an hf:// source; a revision with slashes is written with %2F, refs/pr/1 also as it is.
+    """Return the parts of an hf:// source. Slashes in a revision are written as %2F, except in refs/pr/1 and the like.
 
-    Raises UsageError when it is malformed."""
+    Raises UsageError for a malformed source and for a pickle."""
     text = _spelling(source)
     match = re.fullmatch(
         r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(/(?P<path>.*))?", text
@@ -58,18 +58,18 @@ def parse(source: str | Path) -> HubSource:
         raise UsageError(f"{text}: {path} is not a path in a repository; expected {FORM}")
     if path.lower().endswith(PICKLES):
         raise UsageError(
-            f"{text}: a pickle by its name, which is not fetched; name a {WEIGHTS} file, or download it yourself"
+            f"{text}: a pickle by its name, which is not downloaded; name a {WEIGHTS} file, or download it yourself"
         )
     return HubSource(match["repo"], unquote(match["revision"] or "main"), path)
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a repository is named like safetensors; before it is fetched only its name is known."""
+    """Whether a file of a repository has a safetensors name, which is all that is known before the download."""
     return name.lower().endswith(WEIGHTS)
 
 
 def is_plain(path: str) -> bool:
-    """Whether a path in a repository stays in it; the names come from the user or from a server."""
+    """Whether a path stays inside its repository. Paths come from the user or from a server."""
     return "\\" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ...schemas.errors import LayoutError
-from ...schemas.lora import Algorithm, is_depthwise
+from ...schemas.lora_keys import Algorithm, is_depthwise
 from ...schemas.tensors import Shape
 from .factors import Factor, reshaped, rows
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.tensors import Shape
+from ...storage.safetensors_plan import Calculated, TensorPlan
 from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
-from .numbers import FLOATS, INTEGERS, Array, compute_type, decode
+from .encoding import FLOATS, INTEGERS, Array, compute_type, decode, encode
 
 MOST_VALUES = 8  # of a setting that is stored as a tensor: no more than a weight has axes
 
@@ -37,6 +38,14 @@ def stored(name: str, tensor: TensorRange) -> Factor:
             "save it as F16 or F32"
         )
     return Factor(tensor.dtype, tensor.shape, lambda: read_numbers(tensor), tensor)
+
+
+def factor_plan(factor: Factor) -> TensorPlan:
+    """Return a factor as a tensor to write: the bytes it is a copy of, or its encoded numbers."""
+    if factor.source is not None:
+        return TensorPlan(factor.dtype, factor.shape, (factor.source,))
+    values = Calculated(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
+    return TensorPlan(factor.dtype, factor.shape, (values,))
 
 
 def read_numbers(tensor: TensorRange) -> Array:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ...schemas.lora import Algorithm
+from ...schemas.lora_keys import Algorithm
 from .adapters import Adapter, Axis
-from .numbers import Array
+from .encoding import Array
 
 RowReader = Callable[[int, int], Array]  # rows start:stop of a weight flattened to [out, everything else]
 

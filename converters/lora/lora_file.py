@@ -1,11 +1,11 @@
-"""A LoRA file as read: what it changes by diffusers names, whatever names it was written with."""
+"""A LoRA file as read: its changes by diffusers names, whatever names the file has."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...schemas.lora import LoraFormat, Target
+from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, variant_of
 from .adapters import Adapter
 from .factors import Factor
@@ -27,11 +27,11 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapters by target, the networks they fit, and what else the file holds."""
+    """The adapters of a LoRA by target, the networks they fit, token embeddings, metadata, and notes for the user."""
 
     path: Path
     format: LoraFormat
-    adapters: dict[Target, Adapter]
+    adapters: dict[LoraTarget, Adapter]
     unet: UNetConfig | None
     text_encoder: TextEncoderConfig | None
     embeddings: tuple[Embedding, ...] = ()
@@ -43,8 +43,8 @@ class Lora:
         return {t.module: adapter for t, adapter in self.adapters.items() if t.stage is stage and t.module == t.name}
 
     @property
-    def biases(self) -> list[Target]:
-        """What of it changes biases."""
+    def biases(self) -> list[LoraTarget]:
+        """The targets that are biases."""
         return [target for target in self.adapters if target.module != target.name]
 
     @property
@@ -61,7 +61,7 @@ def describe(config: NetworkConfig) -> str:
 
 
 def candidate_unets(networks: Sequence[NetworkConfig]) -> list[UNetConfig]:
-    """The UNets a LoRA may be for: those given, else the released ones, the prior's before the decoder's."""
+    """Return the UNets that a LoRA may be for: those given, else the released ones, priors first."""
     given = [config for config in networks if isinstance(config, UNetConfig)]
     return given or [config for config in PRESETS.values() if isinstance(config, UNetConfig)]
 
@@ -72,6 +72,6 @@ def candidate_text_encoders(networks: Sequence[NetworkConfig]) -> list[TextEncod
 
 
 def listed(items: Sequence[str], separator: str = "\n  ") -> str:
-    """The first few items and how many there are beyond them."""
+    """Return the first few items, and how many more there are."""
     rest = len(items) - SHOWN
     return separator.join(items[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")

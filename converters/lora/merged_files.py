@@ -1,4 +1,4 @@
-"""Where the files of a merged checkpoint go: a file for a file, a folder for a folder, all else copied along."""
+"""The files of a merged checkpoint: where each is written, and which files of the source are copied unchanged."""
 
 import shutil
 from collections.abc import Collection
@@ -12,27 +12,28 @@ INDEX_MARK = ".safetensors.index"
 
 
 @dataclass(frozen=True)
-class Mirror:
-    """Source files and folders by their place below the output; "" is the output itself."""
+class OutputTree:
+    """Source files and folders, and the place of each below the output; "" is the output itself."""
 
     places: dict[Path, str]
 
     def place(self, staged: Path, source: Path) -> Path:
-        """Where the counterpart of `source`, a file in one of the sources, is to be written; its folder exists then."""
+        """Return where the counterpart of the file `source` is written, and make that folder."""
         path = staged / self.relative(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def relative(self, source: Path) -> Path:
-        """The same below the output, "." where `source` becomes the output itself."""
+        """Return the path of the counterpart below the output; "." where `source` becomes the output itself."""
         for root, place in self.places.items():
             if source == root or source.is_relative_to(root):
                 return Path(place) / source.relative_to(root)
         raise UsageError(f"{source}: lies outside of what is merged")
 
     def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:
-        """Copy all files but `touched`, and but other weights in their folders: another variant, or a copy in another
-        format, would be the old weights. Returns a note for each file left out."""
+        """Copy all files except `touched` and other weights in their folders.
+
+        Other variants and formats of merged weights hold the old values. Returns a note for each file left out."""
         notes = []
         for root in self.places:
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
@@ -50,7 +51,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _stale(path: Path, touched: Collection[Path]) -> bool:
-    """Weights of the component whose folder, one with a config.json, holds merged ones."""
+    """Whether a file holds old weights of a component's folder in which other weights were merged."""
     folder = path.parent
     is_weights = path.suffix in WEIGHT_SUFFIXES or (INDEX_MARK in path.name and not _lists(path, touched))
     return is_weights and (folder / "config.json").is_file() and any(file.parent == folder for file in touched)
@@ -62,8 +63,8 @@ def _lists(index: Path, touched: Collection[Path]) -> bool:
     return any(f'"{file.name}"' in text for file in touched if file.parent == index.parent)
 
 
-def mirror(checkpoint: Path, text_encoder: Path | None, output: Path) -> Mirror:
-    """The places for a checkpoint and perhaps a text encoder beside it.
+def output_tree(checkpoint: Path, text_encoder: Path | None, output: Path) -> OutputTree:
+    """Return the output's places for a checkpoint, and for a text encoder that was given separately.
 
     Raises UsageError when a file is to become something else than a .safetensors file, or the checkpoint's folder has
     another text encoder already."""
@@ -72,14 +73,14 @@ def mirror(checkpoint: Path, text_encoder: Path | None, output: Path) -> Mirror:
     if text_encoder is None:
         if checkpoint.is_file() and output.suffix != ".safetensors":
             raise UsageError(f"{output}: expected a name ending in .safetensors, as {checkpoint} is a file")
-        return Mirror({checkpoint: ""})
+        return OutputTree({checkpoint: ""})
     if output.suffix == ".safetensors":
         raise UsageError(f"{output}: expected a folder, which takes the checkpoint and the text encoder")
     if (checkpoint / "text_encoder").is_dir():
         raise UsageError(
-            f"{checkpoint}: has a text encoder of its own; give {checkpoint / 'prior'}, or no --text-encoder"
+            f"{checkpoint}: has a text encoder of its own; give {checkpoint / 'prior'}, or no text_encoder"
         )
-    inside = Mirror({})
+    inside = OutputTree({})
     inside.places[text_encoder] = text_encoder.name if text_encoder.is_file() else "text_encoder"
     if checkpoint.is_file():
         inside.places[checkpoint] = checkpoint.name

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CheckpointError, LayoutError
-from ...schemas.peft import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
+from ...schemas.peft_settings import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
 from ...schemas.stages import Stage
-from .patterns import Patterns
+from .peft_patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the same settings inside the weights file

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
-from ...schemas.lora import Algorithm, LoraFormat, Prefix, Target, changeable
+from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, Prefix, changeable
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
@@ -13,10 +13,10 @@ from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, make_adapter, split_rows
 from .factors import Factor, scaled
-from .keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe, listed
 from .peft_config import Configs, find_configs
-from .stability import DEFAULT_FILTERS, is_stability, read_stability
+from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
+from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
 
 # What a LoRA's file is called in a folder: PEFT's names, diffusers', that of OneTrainer's backups.
 FOLDER_NAMES = (
@@ -111,7 +111,7 @@ class Attempt:
 
     unet: UNetConfig
     text_encoder: TextEncoderConfig
-    adapters: dict[Target, Adapter]
+    adapters: dict[LoraTarget, Adapter]
     prefixes: list[Prefix]
     problems: list[str]
     unnamed: int  # problems that are names the networks do not have
@@ -138,7 +138,7 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
     names = NameTable(unet, text_encoder)
     shapes = _shapes(unet) | _shapes(text_encoder)
     result = Attempt(unet, text_encoder, {}, [], [], 0)
-    claimed: dict[Target, str] = {}
+    claimed: dict[LoraTarget, str] = {}
     unnamed, network = 0, describe(unet)
     for name, group in source.keys.groups.items():
         found = names.find(name)
@@ -161,15 +161,15 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
     return replace(result, unnamed=unnamed)
 
 
-def _shapes(config: NetworkConfig) -> dict[Target, Shape]:
+def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
     """Every weight and bias of a network."""
     parts = ((name.rpartition("."), shape) for name, shape in changeable(config).items())
-    return {Target(config.stage, module, parameter): shape for (module, _, parameter), shape in parts}
+    return {LoraTarget(config.stage, module, parameter): shape for (module, _, parameter), shape in parts}
 
 
 def _adapters(
-    group: Group, targets: Sequence[Target], shapes: Mapping[Target, Shape], source: Source
-) -> Iterator[tuple[Target, Adapter]]:
+    group: Group, targets: Sequence[LoraTarget], shapes: Mapping[LoraTarget, Shape], source: Source
+) -> Iterator[tuple[LoraTarget, Adapter]]:
     """What a group's factors change: the weights of its modules, one or q, k and v, and their biases."""
     weight = {name: factor for name, factor in group.factors.items() if name not in BIAS_FACTORS}
     scale = 1.0
@@ -187,7 +187,7 @@ def _adapters(
         yield from zip(biases, _cut(joined, len(biases)), strict=True)
 
 
-def _joined(shapes: Mapping[Target, Shape], targets: Sequence[Target]) -> Shape:
+def _joined(shapes: Mapping[LoraTarget, Shape], targets: Sequence[LoraTarget]) -> Shape:
     shape = shapes[targets[0]]
     return (len(targets) * shape[0], *shape[1:])
 
@@ -197,7 +197,7 @@ def _cut(adapter: Adapter, parts: int) -> list[Adapter]:
 
 
 def _weight_adapter(
-    group: Group, factors: Mapping[str, Factor], shape: Shape, target: Target, source: Source
+    group: Group, factors: Mapping[str, Factor], shape: Shape, target: LoraTarget, source: Source
 ) -> Adapter:
     if group.reshape not in (None, shape):
         raise LayoutError(f"expected a weight {list(shape)}, found reshape_weight, which enlarges it")
@@ -235,7 +235,7 @@ def _notes(header: Header, kind: LoraFormat, adapters: Sequence[Adapter]) -> Ite
     if kind is LoraFormat.PEFT and any(adapter.rank and adapter.alpha is None for adapter in adapters):
         yield (
             f"{header.path}: states no alpha and has no adapter_config.json beside it; "
-            "alpha is taken to be the rank (give --alpha if it was another)"
+            "alpha is taken to be the rank (give alpha=NUMBER if it was another)"
         )
     folded = [a for a in adapters if a.folded and a.algorithm is Algorithm.LORA and a.magnitude is None]
     if folded:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...converters.checkpoints.identify import Component
+from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model
 from ...schemas.callbacks import Progress
 from ...schemas.errors import UsageError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...converters.checkpoints.identify import Component
+from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import FP8

@@ -88,7 +88,7 @@ def test_every_command(
 def test_from_outside(tiny: Path, tmp_path: Path) -> None:
     """As service managers end a program: SIGTERM, and SIGHUP behind it."""
     slow = (
-        "import time; from cascadekit.converters import checkpoint; real = checkpoint._write\n"
+        "import time; from cascadekit.converters.checkpoints import convert as checkpoint; real = checkpoint._write\n"
         "def late(*given):\n    print('writing', flush=True); time.sleep(5); return real(*given)\n"
         "checkpoint._write = late; from cascadekit.cli import main; main()"
     )

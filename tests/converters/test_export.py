@@ -13,12 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, Settings, convert, export
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.checkpoints.output_files import Target
 from cascadekit.converters.export.export import bundle_weights as placing
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import CascadeError, ExportError, LayoutError, UsageError
-from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 
@@ -114,7 +112,7 @@ def test_manifest_is_plain_json(tiny: Path) -> None:
 
 def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
     """A folder of shards, and all-in-one files whose text projection lies transposed, export alike."""
-    convert([tiny / "original"], tmp_path / "sharded", Target(Layout.DIFFUSERS, shard_size=500_000))
+    convert([tiny / "original"], tmp_path / "sharded", "diffusers", shard_size=500_000)
     convert([tiny / "original"], tmp_path / "comfyui", "comfyui")
     for path in (tmp_path / "comfyui").iterdir():
         tensors = load_file(path)

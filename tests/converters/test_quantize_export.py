@@ -12,7 +12,7 @@ from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
 from cascadekit.converters.export.quantize_choice import Choice
 from cascadekit.converters.export.quantize_stage import COLUMNS, Quantize, table_rows
-from cascadekit.converters.lora.bundle import apply_loras
+from cascadekit.converters.lora.merge_bundle import apply_loras
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage
@@ -65,7 +65,7 @@ def test_loras_are_for_the_weights_before(tiny: Path, tmp_path: Path) -> None:
     module = "lora_unet_down_blocks_0_2_attention_attn_to_q"
     factors = {"lora_down.weight": np.ones((4, 64), np.float32), "lora_up.weight": np.ones((64, 4), np.float32)}
     save_file({f"{module}.{name}": value for name, value in factors.items()}, tmp_path / "lora.safetensors")
-    with pytest.raises(UsageError, match=r"the prior is quantised \(int4\).*--lora and --quantize int4"):
+    with pytest.raises(UsageError, match=r"the prior is quantised \(int4\).*the LoRAs and quantize=\"int4\""):
         apply_loras(tmp_path / "bundle", [tmp_path / "lora.safetensors"])
     merged = export(
         tiny / "model",

@@ -18,7 +18,6 @@ from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection
 
-from cascadekit.converters.checkpoints.open_model import Choice
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +39,7 @@ class Saved:
     said: tuple[str, ...] = ()
     text_encoder: Path | None = None
     image_encoder: Path | None = None
-    choice: Choice = field(default_factory=Choice)
+    options: dict[str, Any] = field(default_factory=dict)
     unreadable: bool = False  # without the encoder that is given
 
 
@@ -251,13 +250,13 @@ def _mixture(folder: Path) -> Saved:
     write(folder / "prior/diffusion_pytorch_model.bf16.safetensors", half)
     text_encoder().save_pretrained(folder / "text_encoder")
     said = (r"text_encoder: has no weights of variant bf16; model\.safetensors is taken", r"left out diffusion_py")
-    return Saved([folder], {Stage.PRIOR: half, Stage.TEXT_ENCODER: tower("text")}, said, choice=Choice("bf16"))
+    return Saved([folder], {Stage.PRIOR: half, Stage.TEXT_ENCODER: tower("text")}, said, options={"variant": "bf16"})
 
 
 @row("diffusers: a variant that no component has")
 def _no_variant(folder: Path) -> Saved:
     unet(Stage.PRIOR).save_pretrained(folder / "prior")
-    return Saved([folder], said=("no weights of variant bf16",), choice=Choice("bf16"))
+    return Saved([folder], said=("no weights of variant bf16",), options={"variant": "bf16"})
 
 
 @row("the official repository, cloned")
@@ -274,7 +273,7 @@ def _clone(folder: Path) -> Saved:
     said = (
         r"stage_b\.safetensors: its decoder .*component's folder is taken",
         r"stage_c_bf16\.safetensors: its prior .*stage_c\.safetensors is taken",
-        r"decoder_lite: left out, decoder is taken \(see --lite\)",
+        r"decoder_lite: left out, decoder is taken \(see the option lite\)",
         r"comfyui_checkpoints: left out.*stable_cascade_stage_b",
     )
     return Saved([folder], truth, said)
@@ -397,7 +396,7 @@ def _checkpoint_c(folder: Path) -> Saved:
         Stage.PREVIEWER: previewer,
     }
     path = write(folder / "ComfyUI_00001_.safetensors", everything, METADATA)
-    return Saved([path], truth, ("logit_scale, which carry nothing",))
+    return Saved([path], truth, ("logit_scale, which no layout needs",))
 
 
 @row("ComfyUI: CheckpointSave of stage B")
@@ -476,7 +475,7 @@ def _stability(folder: Path) -> Saved:
 def _stability_ema(folder: Path) -> Saved:
     _stability(folder)
     truth = {Stage.PRIOR: {name: tensor + 1 for name, tensor in prior().items()}}
-    return Saved([folder], truth, (r"generator\.safetensors: its prior .*left out",), choice=Choice(ema=True))
+    return Saved([folder], truth, (r"generator\.safetensors: its prior .*left out",), options={"ema": True})
 
 
 @row("Stability's trainer: both in one pickle")

@@ -41,7 +41,7 @@ def test_checkpoints_of_other_programs(tmp_path: Path, name: str) -> None:
 
 def converted(saved: Saved, output: Path) -> tuple[str, ...]:
     encoders = {"text_encoder": saved.text_encoder, "image_encoder": saved.image_encoder}
-    return convert(saved.sources, output, "diffusers", **encoders, choice=saved.choice).notes
+    return convert(saved.sources, output, "diffusers", **encoders, **saved.options).notes
 
 
 def assert_said(saved: Saved, text: str) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cascadekit.converters.lora.convert import convert_lora
+from cascadekit.converters.lora.convert_lora import convert_lora
 from cascadekit.converters.lora.formulas import applied
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError, ConversionError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant

@@ -14,10 +14,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 from cascadekit import convert, export
-from cascadekit.converters.checkpoints.output_files import Target
 from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
-from cascadekit.schemas.layouts import Layout
-from cascadekit.schemas.lora import lora_modules
+from cascadekit.schemas.lora_keys import lora_modules
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 from .mutate import split_safetensors
@@ -46,8 +44,7 @@ class Corpus:
 
     @cached_property
     def sharded(self) -> Path:
-        target = Target(Layout.DIFFUSERS, shard_size=600_000)
-        convert([self.root / "original"], self.scratch / "sharded", target)
+        convert([self.root / "original"], self.scratch / "sharded", "diffusers", shard_size=600_000)
         return self.scratch / "sharded"
 
     @cached_property

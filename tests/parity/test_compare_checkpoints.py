@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import convert
 from cascadekit.cli import main
-from cascadekit.converters.checkpoints.convert import Layout
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.checkpoints.output_files import Target
 from cascadekit.parity.checkpoints import compare_values as mapped
 from cascadekit.parity.checkpoints.compare_tensors import CheckpointComparison, Status, compare_checkpoints
 from cascadekit.schemas.errors import UsageError
@@ -133,13 +131,13 @@ def test_missing_unexpected_and_misshapen_tensors(model: Path, copied: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_casts_are_told_from_changes(model: Path, tmp_path: Path, dtype: str) -> None:
-    convert([model], tmp_path / "half", Target(Layout.ORIGINAL, dtype=dtype))
+    convert([model], tmp_path / "half", "original", dtype=dtype)
     for found, expected in ((tmp_path / "half", model), (model, tmp_path / "half")):
         result = compared(found, expected)
         assert result
         assert result.counts[Status.CAST] > 100
     widened = tmp_path / "widened"
-    convert([tmp_path / "half"], widened, Target(Layout.DIFFUSERS, dtype="F32"))
+    convert([tmp_path / "half"], widened, "diffusers", dtype="F32")
     assert compared(widened, tmp_path / "half")
     assert not compared(widened, model)
 
@@ -177,7 +175,7 @@ def test_slices_and_blocks_meet_without_gaps(model: Path, copied: Path, monkeypa
 
 
 def test_shards_and_pickles(model: Path, tmp_path: Path) -> None:
-    convert([model], tmp_path / "shards", Target(Layout.DIFFUSERS, shard_size=200_000))
+    convert([model], tmp_path / "shards", "diffusers", shard_size=200_000)
     result = compared(tmp_path / "shards", model)
     assert result
     assert len({t.found.file for t in result.tensors if t.found and t.stage is Stage.PRIOR}) > 1

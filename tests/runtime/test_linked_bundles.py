@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import Cascade, Settings
 from cascadekit.converters.export.validate import validate
-from cascadekit.converters.lora.bundle import apply_loras, derive_bundle
+from cascadekit.converters.lora.merge_bundle import apply_loras, derive_bundle
 from cascadekit.parity.verdict import record_verdict
 from cascadekit.runtime.engines.table import make_engine
 from cascadekit.schemas.bundle import VerdictEntry

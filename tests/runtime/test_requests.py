@@ -214,7 +214,7 @@ def test_an_image_made_with_loras_is_drawn_again_with_them(
         merged.append(list(loras))
         return bundle
 
-    monkeypatch.setattr("cascadekit.converters.lora.at_load.with_loras", with_loras)
+    monkeypatch.setattr("cascadekit.converters.lora.bundle_cache.with_loras", with_loras)
     words = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident"
     common = ["generate", str(tiny / "bundle"), *words.split()]
     runs = [

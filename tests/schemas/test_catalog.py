@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cascadekit.schemas.config_json import from_json, to_json
-from cascadekit.schemas.infer import infer_config
+from cascadekit.schemas.infer_config import infer_config
 from cascadekit.schemas.layouts import ORIGINAL_TO_DIFFUSERS, Layout, foreign_name, layout_of, stage_of
 from cascadekit.schemas.stages import Stage, Variant, variant_of
 from cascadekit.schemas.tensors import Shape, expected_tensors, is_counter

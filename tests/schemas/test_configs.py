@@ -8,7 +8,7 @@ import pytest
 from cascadekit.schemas.bundle import parse_manifest
 from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.errors import CheckpointError, LayoutError
-from cascadekit.schemas.infer import infer_config
+from cascadekit.schemas.infer_config import infer_config
 from cascadekit.schemas.stages import (
     PRESETS,
     ControlNetConfig,

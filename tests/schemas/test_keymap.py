@@ -14,7 +14,7 @@ def move(rules: KeyMap, tensors: dict[str, NDArray[np.int64]]) -> dict[str, NDAr
     """Apply the rules to values, the plain way."""
     made = rules.apply({name: tensor.shape for name, tensor in tensors.items()})
     return {
-        name: np.concatenate([np.atleast_1d(tensors[p.name])[p.start : p.stop] for p in tensor.parts]).reshape(
+        name: np.concatenate([np.atleast_1d(tensors[p.name])[p.start : p.stop] for p in tensor.rows]).reshape(
             tensor.shape
         )
         for name, tensor in made.items()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.schemas.tensors import expected_tensors
 

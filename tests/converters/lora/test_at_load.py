@@ -17,8 +17,8 @@ from diffusers import StableCascadeUNet
 from safetensors.torch import load_file, save_file
 
 from cascadekit import export
-from cascadekit.converters.lora import bundle
-from cascadekit.converters.lora.at_load import cache_folder, find_lora, with_loras
+from cascadekit.converters.lora import merge_bundle as bundle
+from cascadekit.converters.lora.bundle_cache import cache_folder, find_lora, with_loras
 from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -203,7 +203,7 @@ def test_two_at_once_make_one(plain: Path, tmp_path: Path, monkeypatch: pytest.M
     """The second waits for the first, which is held up in the middle of its merge, and finds what that made."""
     lora = lora_file(tmp_path / "one.safetensors", (Q,), 1)
     call = f"print(with_loras({str(plain)!r}, [({str(lora)!r}, 0.5)]))"
-    code = f"from cascadekit.converters.lora.at_load import with_loras\n{call}"
+    code = f"from cascadekit.converters.lora.bundle_cache import with_loras\n{call}"
     begun, go_on = threading.Event(), threading.Event()
     overwrite = bundle.overwrite
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.lora import formulas
-from cascadekit.converters.lora.bundle import apply_loras, undo_loras
+from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
 from cascadekit.schemas.errors import CascadeError, CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -216,7 +216,7 @@ def test_exporting_with_loras(model: Path, tmp_path: Path, dtype: torch.dtype) -
     assert found.read_bytes() == other.read_bytes()
     file = manifest.stages[Stage.PRIOR].files[-1]
     assert file.sha256 == hashlib.sha256(found.read_bytes()).hexdigest()
-    with pytest.raises(UsageError, match="was exported with its LoRAs; export the model again without --lora"):
+    with pytest.raises(UsageError, match="was exported with its LoRAs; export the model again without LoRAs"):
         undo_loras(tmp_path / "bundle")
     with pytest.raises(UsageError, match=r"has one\.safetensors \(0\.5\), two\.safetensors \(1\.5\) merged in"):
         apply_loras(tmp_path / "bundle", [one])
@@ -404,7 +404,7 @@ def count(event, arguments):
         if seen == {when}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-import cascadekit.converters.lora.bundle
+import cascadekit.converters.lora.merge_bundle
 os.fsync = lambda descriptor: None
 sys.addaudithook(count)
 try:

@@ -17,7 +17,7 @@ from cascadekit.cli.lora import lora
 KEY = "lora_unet_down_blocks_0_2_attention_attn_to_q"
 
 
-@click.group(cls=CascadeGroup)
+@click.group(cls=CascadeGroup, places={})
 def main() -> None:
     """As the real one."""
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import ConversionError, UsageError
-from cascadekit.schemas.lora import LoraFormat
+from cascadekit.schemas.lora_keys import LoraFormat
 
 FORMATS = ("kohya", "onetrainer", "comfyui", "peft", "diffusers", "stability")
 

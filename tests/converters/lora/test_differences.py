@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import ConversionError, LayoutError
-from cascadekit.schemas.lora import Algorithm, Target
+from cascadekit.schemas.lora_keys import Algorithm, LoraTarget
 from cascadekit.schemas.stages import Stage
 
 WIDE = "up_blocks.1.0.channelwise.0"  # [256, 128]
@@ -63,8 +63,8 @@ def test_norms_go_to_comfyui_by_dotted_names(bench: Any, numbers: Any, tmp_path:
     tensors = load_file(tmp_path / "comfyui.safetensors")
     assert tensors.keys() == {f"text_encoders.clip_g.transformer.{NORM}.diff", f"diffusion_model.{WIDE}.diff_b"}
     assert open_lora(tmp_path / "comfyui.safetensors").adapters.keys() == {
-        Target(Stage.TEXT_ENCODER, NORM),
-        Target(Stage.PRIOR, WIDE, "bias"),
+        LoraTarget(Stage.TEXT_ENCODER, NORM),
+        LoraTarget(Stage.PRIOR, WIDE, "bias"),
     }
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
 from helpers.standins import write_stand_in
@@ -64,7 +64,7 @@ BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "a short list": (
         {"weights.0.lora_down": torch.ones(2, 64), "weights.0.lora_up": torch.ones(64, 2)},
-        "expected 8 entries, found 1.*\n.*--module-filter",
+        "expected 8 entries, found 1.*\n.*module_filters",
     ),
     "a list among names": ({"weights.0.lora_down": torch.ones(2, 64), "more": torch.ones(1)}, "more"),
     "embeddings without rows": ({"embeddings.embeddings": torch.ones(1, 8)}, "expected both"),

@@ -11,7 +11,7 @@ import torch
 
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CascadeError
-from cascadekit.schemas.lora import LoraFormat
+from cascadekit.schemas.lora_keys import LoraFormat
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 # Modules of every kind, by their diffusers names: attention, Linear, 1x1 convolution, timestep mapper.
@@ -134,7 +134,7 @@ def test_peft_settings(bench: Any, numbers: Any, tmp_path: Path, where: str) -> 
         expected[special] = merged(bench, {special: pairs[special]}, 0.5)[special]
     bench.check(path, expected, alpha=8.0 if where == "argument" else None)
     notes = open_lora(path).notes
-    assert any("--alpha" in text for text in notes) == (where in ("argument", "nowhere"))
+    assert any("alpha=" in text for text in notes) == (where in ("argument", "nowhere"))
 
 
 def test_rank_stabilised_peft(bench: Any, numbers: Any, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_stability_list_order_is_torchs(numbers: Any) -> None:
     "which", ["original_stage_c", "original_stage_c_lite", "original_stage_b", "original_stage_b_lite"]
 )
 def test_modules_are_listed_in_the_order_of_registration(catalog_folder: Path, which: str) -> None:
-    from cascadekit.schemas.lora import listed_weights
+    from cascadekit.schemas.lora_keys import listed_weights
 
     catalog = json.loads((catalog_folder / f"{which}.json").read_text())["tensors"]
     stage = Stage.PRIOR if "stage_c" in which else Stage.DECODER
@@ -212,7 +212,7 @@ def test_modules_are_listed_in_the_order_of_registration(catalog_folder: Path, w
 
 @pytest.mark.parametrize("filters", [(".attn", "kv_mapper"), ("clip_txt", "downscalers"), ("depthwise",)])
 def test_stability_with_another_filter(bench: Any, numbers: Any, filters: tuple[str, ...]) -> None:
-    from cascadekit.schemas.lora import listed_weights
+    from cascadekit.schemas.lora_keys import listed_weights
 
     entries = listed_weights(PRESETS[Stage.PRIOR, Variant.TINY], filters)
     tensors, expected = {}, {}
@@ -229,7 +229,7 @@ def test_stability_with_another_filter(bench: Any, numbers: Any, filters: tuple[
 def test_text_encoder_keys(bench: Any, numbers: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from cascadekit.converters.lora.merge import merge_loras
+    from cascadekit.converters.lora.merge_checkpoint import merge_loras
 
     layer = "text_model.encoder.layers.1.self_attn.q_proj"
     spellings = {
@@ -254,5 +254,5 @@ def test_text_encoder_keys(bench: Any, numbers: Any, tmp_path: Path) -> None:
     for name, weight in bench.text_weights.items():
         torch.testing.assert_close(result[name], expected.get(name, weight), rtol=0, atol=0)
     assert (tmp_path / "out" / prior.name).read_bytes() == prior.read_bytes()
-    with pytest.raises(CascadeError, match="--text-encoder"):
+    with pytest.raises(CascadeError, match="text_encoder="):
         merge_loras(prior, [lora], tmp_path / "nothing.safetensors")

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from cascadekit.cli import main
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import holds_lora, open_lora
 from cascadekit.schemas.errors import LayoutError
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.schemas.errors import CascadeError, ConversionError, UsageError
 from cascadekit.storage.safetensors_reader import read_header
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableCascadeUNet
 from safetensors.torch import load_file, save_file
 
-from cascadekit.converters.lora.convert import convert_lora
-from cascadekit.converters.lora.merge import merge_loras
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from cascadekit.converters.lora.patterns import Patterns, paths_of
+from cascadekit.converters.lora.peft_patterns import Patterns, paths_of
 from cascadekit.converters.lora.read_formats import open_lora
 from cascadekit.schemas.errors import CheckpointError, LayoutError
-from cascadekit.schemas.lora import lora_modules
-from cascadekit.schemas.peft import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
+from cascadekit.schemas.lora_keys import lora_modules
+from cascadekit.schemas.peft_settings import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 
 peft = pytest.importorskip("peft")

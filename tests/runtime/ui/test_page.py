@@ -474,7 +474,7 @@ def test_drawing(
     gate.opened.set()
     page.wait_for_selector("#shown button img")
     page.wait_for_selector("#grid button")
-    assert page.inner_text("#phase").startswith("GeneratedImage in 0:")
+    assert page.inner_text("#phase").startswith("Drawn in 0:")
     assert page.evaluate("document.querySelector('#shown img').naturalWidth") == 64
     assert too_wide(page) == []
     path = tmp_path / "images" / "0000.png"

@@ -1,6 +1,7 @@
-"""A checkpoint's tensor with changes on it, as bytes to write: read, changed and rounded a block of rows at a time."""
+"""Applies the changes of LoRAs to a checkpoint's tensors: reads, changes and rounds a block of rows at a time."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -8,23 +9,25 @@ from functools import lru_cache
 import numpy as np
 
 from ...schemas.errors import ConversionError
+from ...storage.safetensors_plan import Calculated, Part, TensorPlan
 from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
+from .encoding import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
 from .factors import read_bytes, read_numbers
 from .formulas import RowReader, applied, blocks
 from .lora_file import Embedding
-from .numbers import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
-from .pieces import Calculated, Piece, Pieces
 
 Change = Callable[[RowReader, type[np.floating]], RowReader]
+Changes = Mapping[str, Sequence[Change]]  # by the tensor's diffusers name
 
 
 def adapter_change(adapter: Adapter, strength: float) -> Change:
+    """Return the change that an adapter makes to its weight."""
     return lambda weight, dtype: applied(weight, adapter, strength, dtype)
 
 
 def embedding_change(embedding: Embedding, strength: float) -> Change:
-    """Rows added to rows of the token table."""
+    """Return the change that adds the embedding's rows to rows of the token table."""
 
     def change(weight: RowReader, dtype: type[np.floating]) -> RowReader:
         added = embedding.rows.load().astype(dtype) * dtype(strength)
@@ -43,8 +46,9 @@ def embedding_change(embedding: Embedding, strength: float) -> Change:
 
 @dataclass
 class Effect:
-    """What happened to a tensor, known when it has been written: the largest change of a value, and the bound on
-    the rounding that a value takes on in being merged and unmerged again."""
+    """The effect of a merge on a tensor, complete once the tensor has been written.
+
+    `largest_change` is that of any value. `rounding` bounds the error of a value after a merge and its undoing."""
 
     name: str
     dtype: str
@@ -85,7 +89,7 @@ def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> 
 
 
 def _rows(tensor: TensorRange) -> RowReader:
-    """Rows from the file; the last ones asked for are kept, as they are asked for twice."""
+    """Return a reader of rows in the file. It keeps the last rows read, as each block is read twice."""
     row = tensor.nbytes // tensor.shape[0]
 
     @lru_cache(maxsize=1)
@@ -97,13 +101,13 @@ def _rows(tensor: TensorRange) -> RowReader:
 
 
 def _turned_rows(tensor: TensorRange) -> RowReader:
-    """Of a matrix whose file holds it with its axes exchanged; `shape` is that of the matrix."""
+    """Return a reader of rows of a matrix that the file holds transposed; `shape` is that of the matrix."""
     matrix = read_numbers(replace(tensor, shape=tensor.shape[::-1], transposed=False)).T
     return lambda start, stop: matrix[start:stop]
 
 
 def _require_damage_before(old: Array, tensor: TensorRange, effect: Effect) -> None:
-    """Values that are not finite may come from the checkpoint, never from a merge."""
+    """Raise ConversionError when a merge made values of finite weights infinite or NaN."""
     if np.isfinite(old).all():
         raise ConversionError(
             f"{tensor.path}: {effect.name}: the merged weight is not finite in {tensor.dtype}; "
@@ -120,24 +124,24 @@ def _record(old: Array, new: Array, effect: Effect) -> None:
 
 
 def _largest(values: Array) -> float:
-    """The largest absolute value."""
+    """Return the largest absolute value."""
     return max(float(values.max()), -float(values.min()))
 
 
-def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, Pieces]:
-    """Every tensor of a file in its order, calculated where `calculated` has a part of it or all."""
+def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, TensorPlan]:
+    """Return a plan of every tensor of a file, in its order. Ranges in `calculated` get their new values."""
     ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
     plans = {}
     for name, tensor in header.tensors.items():
         end = tensor.offset + tensor.nbytes
         inside = [part for part in ranges if tensor.offset <= part.offset and part.offset + part.nbytes <= end]
-        plans[name] = Pieces(tensor.dtype, tensor.shape, tuple(_pieces(tensor, inside, calculated)))
+        plans[name] = TensorPlan(tensor.dtype, tensor.shape, tuple(_parts(tensor, inside, calculated)))
     return plans
 
 
-def _pieces(
+def _parts(
     tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, Calculated]
-) -> Iterator[Piece]:
+) -> Iterator[Part]:
     position, end = tensor.offset, tensor.offset + tensor.nbytes
     for part in inside:
         if part.offset > position:
@@ -146,3 +150,27 @@ def _pieces(
         position = part.offset + part.nbytes
     if position < end:
         yield replace(tensor, offset=position, nbytes=end - position)
+
+
+def overwrite(tensors: Mapping[str, TensorRange], changes: Changes) -> list[Effect]:
+    """Write the changed bytes of each tensor over its old ones, a block of rows at a time, as `merge_loras` makes
+    them: each block is read before it is written, and DoRA's norms are taken before the first.
+
+    The files must be the caller's alone: what is killed on the way is half merged. They are on disk (fsync) when this
+    returns. Raises ConversionError when a result is not finite or a file cannot be written."""
+    effects = []
+    for name, parts in changes.items():
+        tensor = tensors[name]
+        calculated, effect = changed(name, tensor, parts)
+        try:
+            with tensor.path.open("r+b") as file:
+                file.seek(tensor.offset)
+                for block in calculated.blocks():
+                    file.write(block.data)
+        except OSError as error:
+            raise ConversionError(f"{tensor.path}: cannot be written: {error.strerror}") from error
+        effects.append(effect)
+    for path in {tensors[name].path for name in changes}:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return effects

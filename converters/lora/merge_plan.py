@@ -1,4 +1,4 @@
-"""What LoRAs change about the networks they meet: every LoRA's adapters, placed on the tensors they are for."""
+"""Plans a merge: which changes of which LoRAs apply to which tensors of a checkpoint."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.lora import Target
+from ...schemas.lora_keys import LoraTarget
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint
-from ..checkpoints.identify import Component
+from ..checkpoints.component import Component
+from .changed_tensors import Change, adapter_change, embedding_change
 from .lora_file import Lora, listed
 from .read_formats import open_lora
-from .stability import DEFAULT_FILTERS
-from .weights import Change, adapter_change, embedding_change
+from .stability_format import DEFAULT_FILTERS
 
 TOKEN_TABLE = "text_model.embeddings.token_embedding"
 
@@ -23,21 +23,21 @@ MERGED_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER)  # a LoRA that 
 
 @dataclass
 class LoraPlan:
-    """The changes by tensor, what could not be placed, and which LoRAs they are of."""
+    """The changes of each tensor, the parts of LoRAs that do not apply, notes for the user, and the LoRAs merged."""
 
     components: dict[Stage, Component]
-    changes: dict[Target, list[Change]] = field(default_factory=lambda: defaultdict(list))
+    changes: dict[LoraTarget, list[Change]] = field(default_factory=lambda: defaultdict(list))
     unapplied: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     entries: list[LoraEntry] = field(default_factory=list)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Those with changes."""
+        """The stages with changes."""
         return tuple(stage for stage in self.components if self.of(stage))
 
     def of(self, stage: Stage) -> dict[str, list[Change]]:
-        """The changes to one network's tensors, by their names."""
+        """Return the changes of one network's tensors, by tensor name."""
         return {target.tensor: changes for target, changes in self.changes.items() if target.stage is stage}
 
 
@@ -51,10 +51,12 @@ def plan_loras(
     module_filters: Sequence[str] = DEFAULT_FILTERS,
     alpha: float | None = None,
     unmerge: bool = False,
-    advice: str = "Give the text encoder with --text-encoder, or another checkpoint",
+    advice: str = 'Give the text encoder with text_encoder="PATH", or another checkpoint',
 ) -> LoraPlan:
-    """Read `loras` and place what they change (`unmerge`: the other way round) on `components`, which `source` is
-    the name of in messages, and `advice` what to try when nothing applies. See `merge_loras` for the rest.
+    """Read `loras` and plan their changes of `components`; with `unmerge`, plan to take the LoRAs out.
+
+    Messages call the checkpoint `source`, and give `advice` when nothing applies. The other options are those of
+    `merge_loras`.
 
     Raises UsageError when there is nothing to merge into, LayoutError when a LoRA is not for these networks,
     ConversionError when nothing of it applies or it cannot be taken out again."""
@@ -132,4 +134,4 @@ def _place_embeddings(plan: LoraPlan, lora: Lora, strength: float) -> None:
             elif embedding.rows.shape[1] != table[1]:
                 plan.unapplied.append(f"{what}: width {embedding.rows.shape[1]}, the table's is {table[1]}")
             else:
-                plan.changes[Target(Stage.TEXT_ENCODER, TOKEN_TABLE)].append(embedding_change(embedding, strength))
+                plan.changes[LoraTarget(Stage.TEXT_ENCODER, TOKEN_TABLE)].append(embedding_change(embedding, strength))

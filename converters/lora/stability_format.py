@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...schemas.errors import LayoutError
-from ...schemas.lora import Algorithm, ListEntry, LoraFormat, Target, listed_weights, lora_modules
+from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights, lora_modules
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
 from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
+from .encoding import Array
 from .factors import Factor
 from .lora_file import Embedding, Lora, candidate_unets, describe, listed
-from .numbers import Array
 
 DEFAULT_FILTERS = (".attn",)
 FACTOR_KEY = re.compile(r"weights\.(\d{1,6})\.(lora_down|lora_up)")
@@ -50,7 +50,7 @@ def read_stability(header: Header, networks: Sequence[NetworkConfig], filters: S
     raise LayoutError(
         f"{header.path}: a list of {len(pairs)} weights without names, which fits no network with the module filter "
         f"{' '.join(filters)}:\n  {listed(problems)}\nGive the checkpoint it is for, and the module_filters of its "
-        "training config with --module-filter"
+        "training config"
     )
 
 
@@ -89,13 +89,13 @@ def _misfit(pairs: Pairs, entries: Sequence[ListEntry]) -> str | None:
     return None
 
 
-def _adapters(pairs: Pairs, entries: Sequence[ListEntry], unet: UNetConfig) -> Iterator[tuple[Target, Adapter]]:
+def _adapters(pairs: Pairs, entries: Sequence[ListEntry], unet: UNetConfig) -> Iterator[tuple[LoraTarget, Adapter]]:
     for pair, entry in zip(pairs.values(), entries, strict=True):
         factors = {"lora_up": pair["lora_up"], "lora_down": _over_kernel(pair["lora_down"], entry.shape)}
         joined = make_adapter(factors, 1.0, entry.shape)
         parts = [joined] if len(entry.modules) == 1 else split_rows(joined, len(entry.modules))
         for module, adapter in zip(entry.modules, parts, strict=True):
-            yield Target(unet.stage, module), adapter
+            yield LoraTarget(unet.stage, module), adapter
 
 
 def _over_kernel(down: Factor, shape: Shape) -> Factor:

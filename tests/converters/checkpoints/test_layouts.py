@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, inspect
+from cascadekit.converters.checkpoints.component import Component
 from cascadekit.converters.checkpoints.convert import Conversion
-from cascadekit.converters.checkpoints.identify import Component
-from cascadekit.converters.checkpoints.open_model import Choice, open_model
-from cascadekit.converters.checkpoints.output_files import Target, arrange
+from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.converters.checkpoints.plan_output import OutputOptions, plan_output
 from cascadekit.parity.reference import load_reference
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.config_json import to_json
@@ -47,8 +47,8 @@ def listed(folder: Path, name: str) -> Shapes:
     return {key: tuple(spec["shape"]) for key, spec in tensors.items()}
 
 
-def arranged(components: dict[Stage, Component], **target: Any) -> dict[str, Shapes]:
-    plan = arrange(components, Target(**target))
+def planned(components: dict[Stage, Component], **options: Any) -> dict[str, Shapes]:
+    plan = plan_output(components, OutputOptions(**options))
     return {str(file.path): {name: tensor.shape for name, tensor in file.tensors.items()} for file in plan.files}
 
 
@@ -68,7 +68,7 @@ def test_the_release_is_recognised_whole(release: dict[Stage, Component]) -> Non
 
 
 def test_original_names(release: dict[Stage, Component], catalog_folder: Path) -> None:
-    files = arranged(release, layout=Layout.ORIGINAL)
+    files = planned(release, layout=Layout.ORIGINAL)
     assert files.keys() >= {"stage_c.safetensors", "controlnet/canny.safetensors", "text_encoder/model.safetensors"}
     assert len(files) == len(ORIGINALS)
     for stage, (path, shapes) in zip(release, files.items(), strict=True):
@@ -76,7 +76,7 @@ def test_original_names(release: dict[Stage, Component], catalog_folder: Path) -
 
 
 def test_diffusers_names(release: dict[Stage, Component], catalog_folder: Path) -> None:
-    files = arranged(release, layout=Layout.DIFFUSERS)
+    files = planned(release, layout=Layout.DIFFUSERS)
     for stage, shapes in zip(release, files.values(), strict=True):
         assert shapes == listed(catalog_folder, DIFFUSERS.get(stage, ORIGINALS[stage])), stage
     assert "controlnet/canny/diffusion_pytorch_model.safetensors" in files
@@ -84,7 +84,7 @@ def test_diffusers_names(release: dict[Stage, Component], catalog_folder: Path) 
 
 
 def test_comfyui_names(release: dict[Stage, Component], catalog_folder: Path) -> None:
-    files = arranged(release, layout=Layout.COMFYUI)
+    files = planned(release, layout=Layout.COMFYUI)
     assert files["stable_cascade_stage_c.safetensors"] == listed(catalog_folder, "comfyui_stage_c")
     assert files["stable_cascade_stage_b.safetensors"] == listed(catalog_folder, "comfyui_stage_b")
     assert {path for path in files if path.startswith("controlnet/")} == {
@@ -93,7 +93,7 @@ def test_comfyui_names(release: dict[Stage, Component], catalog_folder: Path) ->
 
 
 def test_split_names(release: dict[Stage, Component], catalog_folder: Path) -> None:
-    files = arranged(release, layout=Layout.SPLIT)
+    files = planned(release, layout=Layout.SPLIT)
     block = "down_blocks.0.2.attention.attn"
     for path, width in (("stage_c.safetensors", 2048), ("stage_b.safetensors", 1280)):
         name = block if width == 2048 else block.replace("0.2", "2.2")
@@ -111,9 +111,9 @@ def test_comfyui_files_taken_apart(catalog_folder: Path, tmp_path: Path, name: s
     components = inspect(path).components
     assert {component.layout for component in components.values()} == {Layout.COMFYUI}
     assert not any(component.problems for component in components.values())
-    for stage, shapes in zip(components, arranged(components, layout=Layout.ORIGINAL).values(), strict=True):
+    for stage, shapes in zip(components, planned(components, layout=Layout.ORIGINAL).values(), strict=True):
         assert shapes == listed(catalog_folder, ORIGINALS[stage])
-    again = arranged(components, layout=Layout.COMFYUI)
+    again = planned(components, layout=Layout.COMFYUI)
     assert list(again.values()) == [listed(catalog_folder, name)]
 
 
@@ -149,24 +149,24 @@ def assert_same(found: dict[str, dict[str, torch.Tensor]], expected: dict[str, d
             assert torch.equal(found[file][name], tensor), (file, name)
 
 
-TARGETS: dict[str, Target] = {
-    "diffusers": Target(Layout.DIFFUSERS),
-    "sharded": Target(Layout.DIFFUSERS, shard_size=400_000),
-    "variant": Target(Layout.DIFFUSERS, variant="bf16", shard_size=1_000_000),
-    "combined": Target(Layout.DIFFUSERS, combined=True),
-    "canonical": Target(Layout.DIFFUSERS, canonical=True),
-    "split": Target(Layout.SPLIT),
-    "comfyui": Target(Layout.COMFYUI),
-    "original": Target(Layout.ORIGINAL, canonical=True),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "diffusers": {"to": "diffusers"},
+    "sharded": {"to": "diffusers", "shard_size": 400_000},
+    "variant": {"to": "diffusers", "as_variant": "bf16", "shard_size": "1MB"},
+    "combined": {"to": "diffusers", "combined": True},
+    "canonical": {"to": "diffusers", "canonical": True},
+    "split": {"to": "split"},
+    "comfyui": {"to": "comfyui"},
+    "original": {"to": "original", "canonical": True},
 }
 
 
-@pytest.mark.parametrize("first", TARGETS)
+@pytest.mark.parametrize("first", OPTIONS)
 @pytest.mark.parametrize("second", ["diffusers", "split", "comfyui"])
 def test_round_trips_keep_every_value(whole: Path, tmp_path: Path, first: str, second: str) -> None:
     """original -> first -> second -> original"""
-    convert([whole], tmp_path / "a", TARGETS[first])
-    convert([tmp_path / "a"], tmp_path / "b", TARGETS[second])
+    convert([whole], tmp_path / "a", **OPTIONS[first])
+    convert([tmp_path / "a"], tmp_path / "b", **OPTIONS[second])
     convert([tmp_path / "b"], tmp_path / "c", "original")
     assert_same(tensors_in(tmp_path / "c"), tensors_in(whole))
 
@@ -251,10 +251,10 @@ def test_averaged_weights_beside_trained_ones(whole: Path, tmp_path: Path, ema: 
         tmp_path / "x.safetensors",
         lambda name, tensor: [(f"generator_ema.{name}", tensor + 1), (f"generator.{name}", tensor)],
     )
-    done = convert([tmp_path / "x.safetensors"], tmp_path / "out.safetensors", "original", choice=Choice(ema=ema))
+    done = convert([tmp_path / "x.safetensors"], tmp_path / "out.safetensors", "original", ema=ema)
     expected = load_file(whole / "stage_c.safetensors")["clf.1.bias"] + int(ema)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["clf.1.bias"], expected)
-    assert any("--ema" in note for note in done.notes)
+    assert any("ema=True" in note for note in done.notes)
 
 
 @pytest.mark.parametrize("suffix", ["_text_model", "_text_encoder"])
@@ -297,14 +297,14 @@ def test_pipelines_open_combined_sharded_and_variant_folders(
         attention = unet.down_blocks[1][2].attention
         return torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
 
-    convert([whole], tmp_path / "combined", Target(Layout.DIFFUSERS, combined=True))
+    convert([whole], tmp_path / "combined", "diffusers", combined=True)
     combined = StableCascadeCombinedPipeline.from_pretrained(tmp_path / "combined")
     assert torch.equal(rows(combined.prior_prior), wanted)
-    convert([whole], tmp_path / "variant", Target(Layout.DIFFUSERS, variant="bf16", shard_size=1_000_000))
+    convert([whole], tmp_path / "variant", "diffusers", as_variant="bf16", shard_size=1_000_000)
     assert len(list((tmp_path / "variant/prior").glob("*.bf16-*-of-*.safetensors"))) == 3
     unet = StableCascadeUNet.from_pretrained(tmp_path / "variant" / "prior", variant="bf16")
     assert torch.equal(rows(unet), wanted)
-    convert([whole], tmp_path / "sharded", Target(Layout.DIFFUSERS, shard_size=1_000_000))
+    convert([whole], tmp_path / "sharded", "diffusers", shard_size=1_000_000)
     assert torch.equal(rows(StableCascadePriorPipeline.from_pretrained(tmp_path / "sharded").prior), wanted)
 
 
@@ -345,16 +345,16 @@ def _values(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 def test_variants_and_lite_folders(whole: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     convert([whole], model, "diffusers")
-    convert([whole], tmp_path / "half", Target(Layout.DIFFUSERS, dtype="BF16", variant="bf16"))
+    convert([whole], tmp_path / "half", "diffusers", dtype="BF16", as_variant="bf16")
     shutil.copytree(tmp_path / "half", model, dirs_exist_ok=True)
     assert set(inspect(model).components[Stage.PRIOR].dtypes) == {"F32"}
-    half = open_model([model], choice=Choice(variant="bf16")).components
+    half = open_model([model], variant="bf16").components
     assert {dtype for c in half.values() for dtype in c.dtypes} == {"BF16"}
     with pytest.raises(CheckpointError, match="no weights of variant fp16"):
-        open_model([model], choice=Choice(variant="fp16"))
+        open_model([model], variant="fp16")
     shutil.copytree(model / "prior", model / "prior_lite")
     assert open_model([model]).components[Stage.PRIOR].path.parent.name == "prior"
-    assert open_model([model], choice=Choice(lite=True)).components[Stage.PRIOR].path.parent.name == "prior_lite"
+    assert open_model([model], lite=True).components[Stage.PRIOR].path.parent.name == "prior_lite"
 
 
 def test_configs_of_the_first_days(whole: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_hostile_indexes(tmp_path: Path, index: dict[str, Any], message: str) ->
 
 
 def test_a_shard_that_lacks_its_tensor(whole: Path, tmp_path: Path) -> None:
-    convert([whole / "stage_c.safetensors"], tmp_path / "m", Target(Layout.DIFFUSERS, shard_size=1_000_000))
+    convert([whole / "stage_c.safetensors"], tmp_path / "m", "diffusers", shard_size=1_000_000)
     first = min((tmp_path / "m/prior").glob("*.safetensors"))
     tensors = load_file(first)
     lost = next(iter(tensors))
@@ -401,7 +401,7 @@ def test_a_shard_that_lacks_its_tensor(whole: Path, tmp_path: Path) -> None:
 def test_casts_equal_torch_and_leave_counters_alone(
     whole: Path, tmp_path: Path, dtype: str, theirs: torch.dtype, to: str
 ) -> None:
-    convert([whole], tmp_path / "cast", Target(Layout(to), dtype=dtype))
+    convert([whole], tmp_path / "cast", to, dtype=dtype)
     convert([tmp_path / "cast"], tmp_path / "back", "original")
     expected = {
         file: {n: t.to(theirs) if t.is_floating_point() else t for n, t in tensors.items()}
@@ -414,8 +414,7 @@ def overflowing(whole: Path, folder: Path, **options: Any) -> Conversion:
     tensors = load_file(whole / "stage_c.safetensors")
     tensors["clf.1.bias"][:3] = 1e6
     save_file(tensors, folder / "stage_c.safetensors")
-    target = Target(Layout.ORIGINAL, dtype="F16")
-    return convert([folder / "stage_c.safetensors"], folder / "out.safetensors", target, **options)
+    return convert(folder / "stage_c.safetensors", folder / "out.safetensors", "original", dtype="fp16", **options)
 
 
 def test_overflow_is_counted_named_and_refused(whole: Path, tmp_path: Path) -> None:

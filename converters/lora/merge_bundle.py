@@ -1,4 +1,4 @@
-"""LoRAs on an exported bundle: merged into the weights its graphs refer to, and taken out again to the last byte.
+"""Merges LoRAs into the weights of an exported bundle, and takes them out again to the last byte.
 
 A changed bundle is made beside the old one out of links to its files, and the two folders change places at the end:
 whatever happens in between, the old one or the new one is there, whole. The files that were replaced stay in the
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
-from ...schemas.callbacks import Progress
+from ...schemas.callbacks import Progress, StartFile
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
@@ -26,22 +26,21 @@ from ...storage.file_hashes import describe_file, find_change, sha256_of
 from ...storage.file_ranges import CopiedRange, copy_range
 from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
-from ..checkpoints.identify import Component, Problems
-from ..export.bundle_weights import StartFile, clone
+from ..checkpoints.component import Component, Problems
+from ..export.bundle_weights import clone
 from ..export.graph_files import External, external_data, load_graph
-from .changes import MERGED_STAGES, LoraPlan, plan_loras
+from .changed_tensors import Changes, Effect, overwrite
+from .encoding import FLOATS
 from .lora_file import listed
-from .numbers import FLOATS
-from .overwrite import Changes, overwrite
-from .stability import DEFAULT_FILTERS
-from .weights import Effect
+from .merge_plan import MERGED_STAGES, LoraPlan, plan_loras
+from .stability_format import DEFAULT_FILTERS
 
 KEPT = ".before-lora"  # behind the names of the files that were replaced
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What was done: the effect on every changed tensor, the parts nothing was there for, and notes."""
+    """The result of a merge: the effect on each changed tensor, the parts that the bundle lacks, and notes."""
 
     effects: tuple[Effect, ...]
     unapplied: tuple[str, ...]
@@ -67,7 +66,13 @@ def apply_loras(
 
     The disk must have room for a copy of each weights file that changes; the old one stays, for `undo_loras`.
     Raises UsageError for a bundle that has LoRAs merged in already, CheckpointError when its files are damaged,
-    and what `merge_loras` raises."""
+    and what `merge_loras` raises.
+
+    Example:
+        >>> done = apply_loras("bundle", ["style.safetensors"], strengths=[0.8])
+        >>> undo_loras("bundle")
+        ('style.safetensors',)
+    """
     merge = _planned(
         Path(root),
         loras,
@@ -185,7 +190,7 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
     if state is None:
         raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
     if not state.kept:
-        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without --lora")
+        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
     for file in state.kept:
         problem = find_change(bundle.root / file.path, file)
         if problem:
@@ -201,7 +206,7 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
 def _require_none_applied(bundle: Bundle) -> None:
     if bundle.manifest.lora is not None:
         names = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in bundle.manifest.lora.loras)
-        raise UsageError(f"{bundle.root}: has {names} merged in already; --undo them, then apply all at once")
+        raise UsageError(f"{bundle.root}: has {names} merged in already; take them out with undo=True, then apply all")
 
 
 def _require_real_files(root: Path) -> None:
@@ -249,7 +254,7 @@ def _in_graphs(plan: LoraPlan, stage: Stage, bundle: Bundle) -> Changes:
     if quantization is not Quantization.NONE and not changes.keys() <= tensors.keys():
         raise UsageError(
             f"{bundle.root}: the {stage} is quantised ({quantization}), and a LoRA changes weights before that; "
-            f"export the model again with --lora and --quantize {quantization}"
+            f'export the model again with the LoRAs and quantize="{quantization}"'
         )
     plan.unapplied += [f"{stage}: {name}: its graphs do not use it" for name in changes if name not in tensors]
     return {name: parts for name, parts in changes.items() if name in tensors}

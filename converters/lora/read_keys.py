@@ -1,4 +1,4 @@
-"""Takes the keys of a LoRA file apart: module, factor; and tells which format's they are."""
+"""Splits the keys of a LoRA file into module and factor, and recognises the format of the keys."""
 
 import re
 from collections import Counter
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from ...schemas.errors import LayoutError, UsageError
 from ...schemas.limits import MAX_LORA_TENSORS
-from ...schemas.lora import (
+from ...schemas.lora_keys import (
     PREFIXES,
     REFUSED,
     SUFFIXES,
     LoraFormat,
+    LoraTarget,
     Prefix,
-    Target,
     flattened,
     spelling_table,
     split_key,
@@ -21,7 +21,7 @@ from ...schemas.lora import (
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
-from ..checkpoints.identify import identify_parts
+from ..checkpoints.identify import identify_all
 from .factors import Factor, read_values, stored
 from .lora_file import Embedding, listed
 
@@ -114,7 +114,7 @@ def _unknown_keys(header: Header, unknown: list[str]) -> str:
 
 def _refuse_checkpoint(header: Header) -> None:
     try:
-        found = identify_parts(header).components
+        found = identify_all(header).components
     except LayoutError:
         return
     if any(is_factor_key(key) for key in header.tensors):
@@ -138,7 +138,7 @@ class NameTable:
             for of_text in (False, True)
         }
 
-    def find(self, name: str) -> tuple[Prefix, tuple[Target, ...]] | None:
+    def find(self, name: str) -> tuple[Prefix, tuple[LoraTarget, ...]] | None:
         """The prefix of `name` and the modules after it: one, or q, k and v; None when there is no such module."""
         for prefix in PREFIXES:
             if name.startswith(prefix.text):
@@ -146,12 +146,12 @@ class NameTable:
                 modules = table.get(name[len(prefix.text) :])
                 if modules:
                     stage = self._networks[prefix.text_encoder].stage
-                    return prefix, tuple(Target(stage, module) for module in modules)
+                    return prefix, tuple(LoraTarget(stage, module) for module in modules)
         return None
 
 
 def format_of(prefixes: Iterable[Prefix], groups: Mapping[str, Group]) -> LoraFormat:
-    """The format most prefixes say. Names without one are PEFT's, or OneTrainer's where they come with lora_down."""
+    """Return the format of most prefixes. Names without prefix are PEFT's, or OneTrainer's beside lora_down."""
     found = Counter(prefix.format for prefix in prefixes).most_common(1)
     if not found:
         return LoraFormat.KOHYA

@@ -41,11 +41,11 @@ def quantised(tensors: Tensors) -> Tensors:
 
 KINDS: dict[Callable[[Tensors], Tensors], str] = {
     lacking: "saved in part, pruned, or cut out of a larger file",
-    other_sizes: "of a derived model, or two models are mixed",
+    other_sizes: "of a derived model, or it mixes two models",
     more_blocks: "tensors that the network does not have",
     with_lora: "Among its tensors is a LoRA",
     with_optimizer: "Among its tensors is training state",
-    quantised: "quantised in a way that is not read",
+    quantised: "quantised in a way that is not supported",
 }
 
 

@@ -1,4 +1,4 @@
-"""How LoRA files of Stable Cascade name what they change: prefixes, spellings of modules, suffixes of factors.
+"""The keys of LoRA files for Stable Cascade: prefixes, spellings of modules, suffixes of factors.
 
 Names are flattened in some formats ("." became "_"), which cannot be undone by rule: `down_blocks_0_2` has one
 reading only because the network has such a block. So names are looked up in tables made from the network's config.
@@ -15,7 +15,7 @@ from .tensors import Shape, expected_tensors
 
 
 class LoraFormat(StrEnum):
-    """Whose names a LoRA file speaks."""
+    """The format of a LoRA file, named after the program that writes it."""
 
     KOHYA = "kohya"
     ONETRAINER = "onetrainer"
@@ -27,7 +27,7 @@ class LoraFormat(StrEnum):
 
 
 class Algorithm(StrEnum):
-    """How the factors make the change of a weight."""
+    """How the change of a weight is computed from the factors."""
 
     LORA = "lora"
     LOHA = "loha"
@@ -35,8 +35,8 @@ class Algorithm(StrEnum):
     FULL = "full"  # the difference itself, for a weight of any shape or a bias
 
 
-class Target(NamedTuple):
-    """What a LoRA changes: a module by its diffusers name, and of it the weight or the bias."""
+class LoraTarget(NamedTuple):
+    """A parameter that a LoRA changes: the module by its diffusers name, and the weight or the bias of it."""
 
     stage: Stage
     module: str
@@ -54,7 +54,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before the module in a key, and whether the module after it is flattened."""
+    """The text before the module in a key, and whether the module after it is flattened."""
 
     text: str
     flat: bool

@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...schemas.callbacks import Say
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.lora import LoraFormat, Target
+from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...storage.atomic_output import staged_output
+from ...storage.safetensors_writer import write_safetensors
 from ..checkpoints.open_model import open_model
+from ..hub import local_path
 from .adapters import Adapter, Axis
-from .factors import Factor
+from .factors import Factor, factor_plan
 from .lora_file import Embedding, Lora, listed
 from .peft_config import CONFIG_NAME, METADATA_KEY, settings
-from .pieces import factor_pieces, write_pieces
 from .read_formats import FOLDER_NAMES, open_lora
-from .stability import DEFAULT_FILTERS, stability_tensors
-from .write_formats import STYLES, Alpha, Style, named_tensors, unfit
+from .stability_format import DEFAULT_FILTERS, stability_tensors
+from .write_formats import NAMED_FORMATS, Alpha, NamedFormat, named_tensors, unfit
 
-# Metadata that says how or for whom the old file was written, and hashes of it.
+# Metadata of the old file that does not hold for the new one: its settings, its architecture, its hashes.
 STALE_METADATA = (
     METADATA_KEY,
     "modelspec.architecture",
@@ -32,7 +34,7 @@ STALE_METADATA = (
 
 @dataclass(frozen=True)
 class LoraConversion:
-    """What was written: modules changed, keys of the file, and what the user should know."""
+    """The result of a conversion: the output, the number of modules in it, and notes for the user."""
 
     output: Path
     modules: int
@@ -49,6 +51,7 @@ def convert_lora(
     alpha: float | None = None,
     drop: bool = False,
     force: bool = False,
+    say: Say | None = None,
 ) -> LoraConversion:
     """Write the LoRA at `source` in the format `to`; every weight's change stays the same.
 
@@ -56,14 +59,23 @@ def convert_lora(
     multiplied into lora_up in F32. For peft, `output` may be a folder (adapter_config.json and weights) or a file
     (the settings go into its metadata). `against` is the checkpoint it is for, where it is none of the released ones.
 
-    Raises ConversionError, listing it, when the target cannot hold a part, unless `drop` allows leaving it out."""
+    Any of the paths may be an hf:// source, which is downloaded first; `say` is called with a line for each download.
+
+    Raises ConversionError, which lists the parts that the format cannot hold, unless `drop` leaves them out.
+
+    Example:
+        >>> done = convert_lora("style.safetensors", "comfyui.safetensors", "comfyui")
+        >>> print(*done.notes, sep="\n")
+    """
+    source = local_path(source, say)
     output, to = Path(output), _target_format(to)
-    lora = open_lora(source, networks_of(against), module_filters=module_filters, alpha=alpha)
+    networks = networks_of(None if against is None else local_path(against, say))
+    lora = open_lora(source, networks, module_filters=module_filters, alpha=alpha)
     tensors, lost = _tensors(lora, to, module_filters)
     if lost and (not drop or not tensors):
         raise ConversionError(
             f"{lora.path}: {to} cannot hold {len(lost)} parts of it:\n  {listed(lost)}\n"
-            + ("Leave them out with --drop, or choose another format" if tensors else "Nothing else is in it")
+            + ("drop=True leaves them out; or choose another format" if tensors else "Nothing else is in it")
         )
     metadata = _metadata(lora, to)
     folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
@@ -76,7 +88,7 @@ def convert_lora(
             staged.mkdir()
             (staged / CONFIG_NAME).write_text(metadata[METADATA_KEY] + "\n", encoding="utf-8")
         weights = staged / FOLDER_NAMES[0] if folder else staged
-        write_pieces(weights, {name: factor_pieces(factor) for name, factor in tensors.items()}, metadata)
+        write_safetensors(weights, {name: factor_plan(factor) for name, factor in tensors.items()}, metadata)
     notes = (*replaced, *lora.notes, *_norm_notes(lora, to), *(f"left out: {part}" for part in lost))
     return LoraConversion(output, len(lora.adapters), notes)
 
@@ -95,7 +107,7 @@ def _norm_notes(lora: Lora, to: LoraFormat) -> Iterator[str]:
 
 
 def networks_of(checkpoint: str | Path | None) -> list[NetworkConfig]:
-    """The configs of the UNets and text encoder at a path; none without one."""
+    """Return the configs of the UNets and the text encoder in a checkpoint; none without a checkpoint."""
     if checkpoint is None:
         return []
     configs = [component.config for component in open_model([checkpoint]).components.values()]
@@ -103,19 +115,19 @@ def networks_of(checkpoint: str | Path | None) -> list[NetworkConfig]:
 
 
 def _target_format(to: str | LoraFormat) -> LoraFormat:
-    formats = [kind.value for kind in (*STYLES, LoraFormat.STABILITY)]
+    formats = [kind.value for kind in (*NAMED_FORMATS, LoraFormat.STABILITY)]
     if to not in formats:
         raise UsageError(f"{to}: expected a format to write, one of {', '.join(formats)}")
     return LoraFormat(to)
 
 
 def _tensors(lora: Lora, to: LoraFormat, filters: Sequence[str]) -> tuple[dict[str, Factor], list[str]]:
-    """The new file's tensors, and the parts it cannot hold, each with the reason."""
+    """Return the tensors of the new file, and the parts that it cannot hold with the reasons."""
     if to is LoraFormat.STABILITY:
         tensors, lost = _stability(lora, filters)
     else:
-        held, lost = _held(lora, STYLES[to])
-        tensors = named_tensors(STYLES[to], held)
+        held, lost = _held(lora, NAMED_FORMATS[to])
+        tensors = named_tensors(NAMED_FORMATS[to], held)
     for embedding in lora.embeddings:
         rows = _embedding_tensors(lora, embedding, to)
         tensors |= rows
@@ -134,8 +146,8 @@ def _stability(lora: Lora, filters: Sequence[str]) -> tuple[dict[str, Factor], l
     return tensors, lost + encoder + biases
 
 
-def _held(lora: Lora, style: Style) -> tuple[dict[Target, Adapter], list[str]]:
-    """The adapters that a format with names can hold, and the others, each with the reason."""
+def _held(lora: Lora, style: NamedFormat) -> tuple[dict[LoraTarget, Adapter], list[str]]:
+    """Return the adapters that a format with names can hold, and the others with the reasons."""
     reasons = {target: unfit(style, target, adapter) for target, adapter in lora.adapters.items()}
     lost = [f"{target.name}: {reason}" for target, reason in reasons.items() if reason]
     held = {target: adapter for target, adapter in lora.adapters.items() if reasons[target] is None}
@@ -158,7 +170,7 @@ def _embedding_tensors(lora: Lora, embedding: Embedding, to: LoraFormat) -> dict
 def _metadata(lora: Lora, to: LoraFormat) -> dict[str, str]:
     kept = {key: text for key, text in lora.metadata.items() if key not in STALE_METADATA}
     metadata = {"format": "pt", **kept}
-    style = STYLES.get(to)
+    style = NAMED_FORMATS.get(to)
     if style and style.architecture:
         metadata["modelspec.architecture"] = style.architecture
     if style and style.alpha is Alpha.SETTINGS:
@@ -166,7 +178,7 @@ def _metadata(lora: Lora, to: LoraFormat) -> dict[str, str]:
     return metadata
 
 
-def _settings(adapters: Mapping[Target, Adapter]) -> dict[str, Any]:
+def _settings(adapters: Mapping[LoraTarget, Adapter]) -> dict[str, Any]:
     ranks = {target.module: adapter.rank or 0 for target, adapter in adapters.items()}
     alphas = {target.module: adapter.scale * (adapter.rank or 0) for target, adapter in adapters.items()}
     return settings(ranks, alphas, dora=any(adapter.magnitude for adapter in adapters.values()))

@@ -1,33 +1,33 @@
-"""Merges LoRAs into a checkpoint of any layout, in the layout it has; only what they change is calculated."""
+"""Merges LoRAs into a checkpoint and keeps its layout. Only the tensors that LoRAs change are computed."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...schemas.callbacks import Progress
+from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import UsageError
 from ...storage.atomic_output import staged_output
+from ...storage.safetensors_plan import Calculated
 from ...storage.safetensors_reader import TensorRange
+from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
-from .changes import LoraPlan, plan_loras
-from .merged_files import Mirror, mirror
-from .pieces import Calculated, write_pieces
+from ..hub import local_path
+from .changed_tensors import Effect, changed, rewritten
+from .merge_plan import LoraPlan, plan_loras
+from .merged_files import OutputTree, output_tree
 from .read_formats import holds_lora
-from .stability import DEFAULT_FILTERS
-from .weights import Effect, changed, rewritten
+from .stability_format import DEFAULT_FILTERS
 
 STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 MERGED_KEY = "cascadekit.merged_loras"
-PICKLED_PREFIX = "state_dict."  # what trainers put a checkpoint's tensors in when they pickle it
-
-StartFile = Callable[[str, int], Progress]
+PICKLED_PREFIX = "state_dict."  # the dictionary in which trainers pickle a checkpoint's tensors
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What was written: the effect on every changed tensor, the modules nothing was there for, and notes."""
+    """The result of a merge: the effect on each changed tensor, the modules that the checkpoint lacks, and notes."""
 
     output: Path
     effects: tuple[Effect, ...]
@@ -40,7 +40,7 @@ class Merge:
 
     @property
     def rounding(self) -> float:
-        """How far a value may be from the original after merging and unmerging the same LoRAs, by rounding alone."""
+        """The largest distance, by rounding, between a value and its original after a merge and its undoing."""
         return max((effect.rounding for effect in self.effects), default=0.0)
 
 
@@ -56,6 +56,7 @@ def merge_loras(
     alpha: float | None = None,
     unmerge: bool = False,
     force: bool = False,
+    say: Say | None = None,
     start_file: StartFile | None = None,
 ) -> Merge:
     """Write `checkpoint` with `loras` merged into it (`unmerge`: taken out of it) to `output`.
@@ -65,9 +66,17 @@ def merge_loras(
     the same). A file becomes a file; a folder, or a checkpoint with a `text_encoder` given apart, becomes a folder.
     Memory: one LoRA's factors of one module and some 16 MiB blocks.
 
-    Raises LayoutError when a LoRA is not for this checkpoint, ConversionError when it cannot be merged or undone."""
-    source, target = Path(checkpoint), Path(output)
-    apart = Path(text_encoder) if text_encoder is not None else None
+    Any of the paths may be an hf:// source, which is downloaded first; `say` is called with a line for each download.
+
+    Raises LayoutError when a LoRA is not for this checkpoint, ConversionError when it cannot be merged or undone.
+
+    Example:
+        >>> done = merge_loras("stage_c.safetensors", ["style.safetensors"], "merged.safetensors", strengths=[0.8])
+        >>> print(f"{len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
+    """
+    source, target = local_path(checkpoint, say), Path(output)
+    loras = [local_path(lora, say) for lora in loras]
+    apart = local_path(text_encoder, say) if text_encoder is not None else None
     if source.is_file() and holds_lora(source):
         raise UsageError(
             f"{source}: expected a checkpoint, found a LoRA. Were the two exchanged? The checkpoint comes first"
@@ -85,14 +94,16 @@ def merge_loras(
     )
     record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
     sources = [*model.sources, *map(Path, loras)]
-    effects, skipped = _write(plan, mirror(source, apart, target), target, sources, record, force, start_file)
+    files = output_tree(source, apart, target)
+    effects, skipped = _write(plan, files, target, sources=sources, record=record, force=force, start_file=start_file)
     return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))
 
 
 def _write(
     plan: LoraPlan,
-    files: Mirror,
+    files: OutputTree,
     output: Path,
+    *,
     sources: Sequence[Path],
     record: list[list[object]] | None,
     force: bool,
@@ -127,11 +138,11 @@ def _rewrite(
 ) -> None:
     header = read_weights(source)
     plans = rewritten(header, calculated)
-    if is_pickle(source):  # torch keeps a dictionary in a dictionary, safetensors has names alone
+    if is_pickle(source):  # a pickle nests dictionaries, safetensors has names only
         plans = {name.removeprefix(PICKLED_PREFIX): plan for name, plan in plans.items()}
     metadata = {key: text for key, text in header.metadata.items() if key not in STALE_METADATA}
     if record is not None:
         earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""
         metadata[MERGED_KEY] = earlier + json.dumps(record)
     progress = start_file(place.name, sum(plan.nbytes for plan in plans.values())) if start_file else None
-    write_pieces(place, plans, {"format": "pt", **metadata}, progress)
+    write_safetensors(place, plans, {"format": "pt", **metadata}, progress)

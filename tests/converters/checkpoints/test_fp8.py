@@ -8,13 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, export, inspect
-from cascadekit.converters.checkpoints.output_files import Target
 from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.dtypes import FLOATS, FP8
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError
-from cascadekit.schemas.layouts import Layout
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.cast import cast_counted
@@ -102,7 +100,7 @@ def test_a_plain_file_is_kept_or_cast(original: Path, tmp_path: Path, dtype: tor
     assert all(tensor.dtype == dtype for tensor in kept.values())
     same({name: tensor.float() for name, tensor in kept.items()}, worth)
     for name in ("BF16", "F16", "F32"):
-        convert([tmp_path / "stage_c.safetensors"], tmp_path / f"{name}.safetensors", Target(Layout.ORIGINAL, name))
+        convert([tmp_path / "stage_c.safetensors"], tmp_path / f"{name}.safetensors", "original", dtype=name)
         same(load_file(tmp_path / f"{name}.safetensors"), {n: t.to(TORCH[name]) for n, t in worth.items()})
 
 
@@ -119,7 +117,7 @@ MARKERS = {
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_a_scaled_file_is_cast(original: Path, tmp_path: Path, dtype: str, marker: torch.Tensor | None) -> None:
     worth = scaled(original, tmp_path / "c.safetensors", marker)
-    done = convert([tmp_path / "c.safetensors"], tmp_path / "out.safetensors", Target(Layout.ORIGINAL, dtype))
+    done = convert([tmp_path / "c.safetensors"], tmp_path / "out.safetensors", "original", dtype=dtype)
     same(load_file(tmp_path / "out.safetensors"), {name: tensor.to(TORCH[dtype]) for name, tensor in worth.items()})
     assert any("scaled fp8" in note for note in done.notes)
     assert any("scale_input" in note for note in done.notes)
@@ -153,7 +151,7 @@ def test_what_is_not_supported_is_named(original: Path, tmp_path: Path) -> None:
         inspect(tmp_path / "c.safetensors")
     save_file(tensors | one | {layer + "scale_weight": torch.tensor(torch.inf)}, tmp_path / "c.safetensors")
     with pytest.raises(CascadeError, match=r"scale at byte .* is inf"):
-        convert([tmp_path / "c.safetensors"], tmp_path / "out.safetensors", Target(Layout.ORIGINAL, "F32"))
+        convert([tmp_path / "c.safetensors"], tmp_path / "out.safetensors", "original", dtype="F32")
 
 
 def test_comparing(original: Path, tmp_path: Path) -> None:
@@ -164,7 +162,7 @@ def test_comparing(original: Path, tmp_path: Path) -> None:
         source = tmp_path / f"{name}.safetensors"
         for dtype in ("F32", "BF16"):
             cast = tmp_path / f"{name}-{dtype}.safetensors"
-            convert([source], cast, Target(Layout.ORIGINAL, dtype))
+            convert([source], cast, "original", dtype=dtype)
             assert compare_checkpoints(inspect(cast), inspect(source))
             assert compare_checkpoints(inspect(source), inspect(cast))
         assert compare_checkpoints(inspect(source), inspect(source))
@@ -202,9 +200,7 @@ def test_nan_in_a_cast_is_noted_and_in_a_copy_not_looked_for(original: Path, tmp
     tensors["clf.1.bias"][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     save_file(tensors, tmp_path / "stage_c.safetensors")
     for dtype in ("F16", "BF16"):
-        done = convert(
-            [tmp_path / "stage_c.safetensors"], tmp_path / f"{dtype}.safetensors", Target(Layout.ORIGINAL, dtype)
-        )
+        done = convert([tmp_path / "stage_c.safetensors"], tmp_path / f"{dtype}.safetensors", "original", dtype=dtype)
         (note,) = [note for note in done.notes if "NaN" in note]
         assert "stage_c.safetensors: 3 values in 1 tensors were NaN or infinite" in note
         assert "clf.1.bias (3)" in note

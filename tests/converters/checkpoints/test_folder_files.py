@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import convert
 from cascadekit.cli import main
-from cascadekit.converters.checkpoints.open_model import Choice, open_model
+from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.schemas.errors import CheckpointError, UsageError
 from cascadekit.schemas.stages import Stage, Variant
 
@@ -86,15 +87,15 @@ def test_only_strays_are_refused_by_their_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "dtype", "variant"),
+    ("options", "dtype", "variant"),
     [
-        (Choice(), "F32", Variant.TINY),
-        (Choice("bf16"), "BF16", Variant.TINY),
-        (Choice("bf16", lite=True), "BF16", Variant.LITE),
+        ({}, "F32", Variant.TINY),
+        ({"variant": "bf16"}, "BF16", Variant.TINY),
+        ({"variant": "bf16", "lite": True}, "BF16", Variant.LITE),
     ],
 )
 def test_a_stage_in_several_precisions_and_sizes(
-    original: Path, catalog_folder: Path, tmp_path: Path, choice: Choice, dtype: str, variant: Variant
+    original: Path, catalog_folder: Path, tmp_path: Path, options: dict[str, Any], dtype: str, variant: Variant
 ) -> None:
     from helpers.standins import write_stand_in
 
@@ -103,7 +104,7 @@ def test_a_stage_in_several_precisions_and_sizes(
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "stage_c_bf16.safetensors")
     lite = catalog_folder / "original_stage_c_lite.json"
     write_stand_in(lite, tmp_path / "stage_c_lite_bf16.safetensors", "BF16", holes=True)
-    model = open_model([tmp_path], choice=choice)
+    model = open_model([tmp_path], **options)
     prior = model.components[Stage.PRIOR]
     assert set(prior.dtypes) == {dtype}
     assert prior.variant is variant

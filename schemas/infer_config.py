@@ -1,14 +1,15 @@
-"""A network's config read off the names and shapes of its tensors (diffusers layout), without a preset.
+"""Infers a network's config from the names and shapes of its tensors (diffusers layout).
 
-What shapes cannot tell is taken from the releases: heads of 64 channels, patches of 2 in stage B and 1 in
-stage C, dropout where there is attention. A network that equals a release gets the release's own config,
-placeholders included. The same goes for the blocks a ControlNet feeds: their number must be that of a release.
+Some settings leave no trace in shapes and are taken from the releases: 64 channels per attention head, a patch size of
+2 in stage B and 1 in stage C, dropout at levels with attention. A network that equals a release gets that release's
+config, placeholders included. A ControlNet must have as many projections as a released one, since its shapes do not
+tell which blocks of the prior the projections feed.
 """
 
 import re
 from collections.abc import Callable, Mapping
 
-from .clips import HOMES, tower_name
+from .clips import SOURCE_MODELS, tower_name
 from .errors import LayoutError
 from .stages import (
     CONTROLNET_KINDS,
@@ -34,9 +35,9 @@ from .tensors import Shape
 
 
 def infer_config(stage: Stage, shapes: Mapping[str, Shape]) -> NetworkConfig:
-    """The config of the network whose tensors have these shapes.
+    """Return the config of the network whose tensors have these shapes, by their diffusers names.
 
-    Raises LayoutError when a tensor the config is read from is missing or has the wrong number of axes.
+    Raises LayoutError when a tensor that the config is read from is missing or has the wrong number of axes.
     """
     config = _READERS[stage](stage, _Shapes(stage, shapes))
     for (preset_stage, _), preset in PRESETS.items():
@@ -46,7 +47,7 @@ def infer_config(stage: Stage, shapes: Mapping[str, Shape]) -> NetworkConfig:
 
 
 class _Shapes:
-    """Shape look-ups that answer a missing or odd tensor with a LayoutError."""
+    """Looks up shapes by tensor name. Raises LayoutError for a tensor that is missing or has too few axes."""
 
     def __init__(self, stage: Stage, shapes: Mapping[str, Shape]) -> None:
         self.stage = stage
@@ -64,7 +65,7 @@ class _Shapes:
         return self.size(name, axis) if name in self.shapes else None
 
     def count(self, template: str) -> int:
-        """One more than the largest number standing at `#` in any tensor name, 0 if there is none."""
+        """Return one more than the largest number at `#` in any tensor name; 0 when no name matches."""
         pattern = re.compile(re.escape(template).replace(r"\#", r"(\d{1,6})"))
         count = max((int(m[1]) + 1 for name in self.shapes if (m := pattern.match(name))), default=0)
         if count > len(self.shapes):
@@ -115,19 +116,19 @@ def _unet(stage: Stage, shapes: _Shapes) -> UNetConfig:
 
 
 def _layers(shapes: _Shapes, template: str, period: int) -> int:
-    """Layers of a level: its blocks come in runs of `period`, and a damaged file may lack the last one."""
+    """Return the number of layers of a level, each of `period` blocks, even if the last block is missing."""
     return -(-shapes.count(template) // period)
 
 
 def _vqgan(stage: Stage, shapes: _Shapes) -> VQGANConfig:
     down_blocks = shapes.count("down_blocks.#.")
-    levels = down_blocks // 2  # residual blocks with a strided convolution between two, then the latent head
+    levels = down_blocks // 2  # blocks and strided convolutions alternate, and the latent head follows
     if not 1 <= levels <= 8:
         raise LayoutError(f"the {stage} has {down_blocks} down_blocks; expected 4")
     latent = shapes.size("vquantizer.embedding.weight", 1)
     embed = shapes.size("up_blocks.0.0.weight", 0)
     return VQGANConfig(
-        # up_blocks: one entrance, the bottleneck, then an upsampler and one block for every further level
+        # up_blocks: an entrance, the bottleneck, then an upsampler and one block for every further level
         bottleneck_blocks=shapes.count("up_blocks.#.") - 1 - 2 * (levels - 1),
         embed_dim=embed,
         levels=levels,
@@ -139,7 +140,7 @@ def _vqgan(stage: Stage, shapes: _Shapes) -> VQGANConfig:
 
 
 def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
-    """Only the released encoders: their heads and activation cannot be read off shapes."""
+    """Return the config of a released encoder. The heads and the activation of others do not show in shapes."""
     embedding, axis = _EMBEDDINGS[stage]
     width = shapes.size(embedding, axis)
     layers = shapes.count(f"{embedding.partition('.')[0]}.encoder.layers.#.")
@@ -152,13 +153,13 @@ def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
         ):
             return preset
     raise LayoutError(
-        f"the {stage} is {tower_name(stage, width)}, none of the released ones, and its heads and activation cannot be "
-        f"read off its tensors: give the folder that holds its config.json, or {HOMES[stage]}, "
-        f"with --{stage.replace('_', '-')}"
+        f"the {stage} is {tower_name(stage, width)}, not a released one, and its tensors do not tell its number of "
+        f"heads and its activation: give the folder that holds its config.json, or {SOURCE_MODELS[stage]}, "
+        f'with {stage}="PATH"'
     )
 
 
-# The tensor that says how wide a tower is, and the axis.
+# The tensor that tells the width of a tower, and the axis of the width.
 _EMBEDDINGS: Mapping[Stage, tuple[str, int]] = {
     Stage.TEXT_ENCODER: ("text_model.embeddings.token_embedding.weight", 1),
     Stage.IMAGE_ENCODER: ("vision_model.embeddings.class_embedding", 0),

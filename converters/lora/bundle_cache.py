@@ -16,22 +16,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
-from ..export.bundle_weights import StartFile
 from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
 if TYPE_CHECKING:
-    from .bundle import Applied
+    from .merge_bundle import Applied
 
 FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
 CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
 SUFFIX = ".safetensors"
 KEY_DIGITS = 20  # of the SHA-256 that names a folder in the cache
-
-Say = Callable[[str], object]
 
 
 def with_loras(
@@ -105,7 +103,7 @@ def _user_caches() -> Path:
 def _merging() -> Callable[..., "Applied"]:
     """What makes the bundle; what is in the cache can be had without the onnx package that this reads graphs with."""
     try:
-        from .bundle import derive_bundle
+        from .merge_bundle import derive_bundle
     except ImportError as error:
         reraise_interrupt(error)
         raise UsageError(

@@ -1,19 +1,51 @@
-"""What a LoRA file holds, in words and numbers, from its header and its alphas alone."""
+"""Describes a LoRA file in words and numbers, from its header and its alphas alone."""
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ...schemas.lora import Target
+from ...schemas.callbacks import Say
+from ...schemas.lora_keys import LoraTarget
 from ...schemas.stages import Stage, variant_of
+from ..hub import local_path
 from .adapters import Adapter
+from .convert_lora import networks_of
 from .lora_file import Lora
+from .read_formats import open_lora
+from .stability_format import DEFAULT_FILTERS
 
 BLOCK = re.compile(r"(?:down|up)_blocks\.\d+|text_model\.encoder\.layers")
 
 
+def inspect_lora(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    module_filters: Sequence[str] = DEFAULT_FILTERS,
+    alpha: float | None = None,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Return what a LoRA file holds and which network it fits, as `cascadekit lora inspect --json` prints it.
+
+    `path` is a LoRA file, the folder of a PEFT adapter, or an hf:// source. `against` is the checkpoint that the LoRA
+    is for, where that is not a released one. `module_filters` are the trainer's, for Stability's format. `alpha` counts
+    where the file states none (None: the rank). `say` is called with a line for each download.
+
+    Raises CheckpointError for a damaged file, LayoutError for a file that is not a LoRA for these networks, and
+    UsageError for a checkpoint.
+
+    Example:
+        >>> inspect_lora("style.safetensors")["network"]
+        'prior (full)'
+    """
+    networks = networks_of(None if against is None else local_path(against, say))
+    return summary(open_lora(local_path(path, say), networks, module_filters=module_filters, alpha=alpha))
+
+
 def summary(lora: Lora) -> dict[str, Any]:
-    """The facts, ready for JSON: format, algorithms, ranks, alphas, targets by block, networks, embeddings."""
+    """Return the facts on a LoRA, ready for JSON: format, algorithms, ranks, alphas, networks, targets, embeddings."""
     adapters = list(lora.adapters.values())
     return {
         "path": str(lora.path),
@@ -41,7 +73,7 @@ def _counted(values: Any) -> dict[str, int]:
     return dict(Counter("none" if value is None else f"{value:g}" for value in values))
 
 
-def _block(target: Target) -> str:
+def _block(target: LoraTarget) -> str:
     """Such as "prior: down_blocks.0 attention.to_q"."""
     match = BLOCK.match(target.module)
     if match is None:

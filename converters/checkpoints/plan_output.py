@@ -1,0 +1,200 @@
+"""Plans the files that a conversion writes: which tensors go into each, and which source bytes make each tensor.
+
+The plan has three levels. An OutputPlan has one FilePlan for each weights file; a FilePlan has one TensorPlan for each
+tensor; a TensorPlan has the ranges of source files (TensorRange) that hold the tensor's values.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...schemas.errors import ConversionError, UsageError
+from ...schemas.folders import shard_name, weights_names
+from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
+from ...schemas.layouts import Layout, to_diffusers
+from ...schemas.stages import Stage, Variant
+from ...schemas.tensors import Shape
+from ...storage.cast import target_dtype
+from ...storage.safetensors_plan import TensorPlan, canonical_order
+from .component import Component
+from .model_folder import component_folders
+from .open_model import ENCODERS
+
+ORIGINAL_NAMES: Mapping[Stage, str] = {
+    Stage.PRIOR: "stage_c",
+    Stage.DECODER: "stage_b",
+    Stage.VQGAN: "stage_a",
+    Stage.EFFNET_ENCODER: "effnet_encoder",
+    Stage.PREVIEWER: "previewer",
+    Stage.CONTROLNET_CANNY: "controlnet/canny",
+    Stage.CONTROLNET_INPAINTING: "controlnet/inpainting",
+    Stage.CONTROLNET_SUPER_RESOLUTION: "controlnet/super_resolution",
+    Stage.CONTROLNET_IDENTITY: "controlnet/identity",
+}
+COMFYUI_NAMES: Mapping[Stage, str] = {
+    Stage.PRIOR: "stable_cascade_stage_c",
+    Stage.DECODER: "stable_cascade_stage_b",
+}
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a conversion writes its output. `convert` has an option for each field.
+
+    layout      the layout to write
+    dtype       the dtype of the weights in safetensors' spelling; None keeps that of the source
+    variant     the variant in the names of diffusers files; "" for none
+    shard_size  bytes above which a diffusers component is cut into shards; None for no limit
+    combined    whether to use the folder names of the combined pipeline
+    canonical   whether to order tensors as the safetensors library does; otherwise as in the source
+    """
+
+    layout: Layout
+    dtype: str | None = None
+    variant: str = ""
+    shard_size: int | None = None
+    combined: bool = False
+    canonical: bool = False
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A safetensors file to write: its path below the output, its tensors in their order, and its metadata."""
+
+    path: Path
+    tensors: dict[str, TensorPlan]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without the header."""
+        return sum(plan.nbytes for plan in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user."""
+
+    files: tuple[FilePlan, ...]
+    indexes: dict[Path, dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+
+def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan the files that hold `components` in the layout of `options`.
+
+    Raises UsageError when the layout has no place for any of them, ConversionError for tensors that cannot be
+    joined."""
+    if options.layout is Layout.COMFYUI:
+        return _plan_comfyui(components, options)
+    files: list[FilePlan] = []
+    indexes: dict[Path, dict[str, Any]] = {}
+    for component in components.values():
+        tensors = plan_tensors(component, options)
+        for path in _paths(component, options):
+            shards = list(_cut_into_shards(_file(path, tensors, component.metadata, options), options))
+            files += shards
+            if len(shards) > 1:
+                name = weights_names(_stem(component.stage), options.variant)[1]
+                indexes[path.with_name(name)] = _index(shards)
+    return OutputPlan(tuple(files), indexes)
+
+
+def plan_tensors(component: Component, options: OutputOptions, prefix: str = "") -> dict[str, TensorPlan]:
+    """Plan each tensor of `component` under its name in the output, in the order of the source.
+
+    Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
+    shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
+    plans = {}
+    for name, mapped in to_diffusers(component.stage, options.layout).inverse.apply(shapes).items():
+        # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
+        ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
+        dtypes = {target_dtype(tensor.dtype, options.dtype) for tensor in ranges}
+        if len(dtypes) > 1:
+            raise ConversionError(
+                f"{component.path}: {', '.join(rows.name for rows in mapped.rows)} become one tensor {name} "
+                f'but differ in dtype ({", ".join(sorted(dtypes))}); choose one, such as dtype="bf16"'
+            )
+        plans[prefix + name] = TensorPlan(dtypes.pop(), mapped.shape, ranges)
+    return plans | {prefix + name: TensorPlan("I64", (), ()) for name in component.zeros}
+
+
+def _paths(component: Component, options: OutputOptions) -> list[Path]:
+    if options.layout is not Layout.DIFFUSERS and component.stage in ORIGINAL_NAMES:
+        return [Path(f"{ORIGINAL_NAMES[component.stage]}{_lite(component)}.safetensors")]
+    name = weights_names(_stem(component.stage), options.variant)[0]
+    return [Path(folder, name) for folder in component_folders(component.stage, combined=options.combined)]
+
+
+def _stem(stage: Stage) -> str:
+    return "model" if stage in ENCODERS else "diffusion_pytorch_model"
+
+
+def _lite(component: Component) -> str:
+    return "_lite" if component.variant is Variant.LITE else ""
+
+
+def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str], options: OutputOptions) -> FilePlan:
+    ordered = canonical_order(tensors) if options.canonical else tensors
+    return FilePlan(path, ordered, {"format": "pt", **metadata})
+
+
+def _cut_into_shards(file: FilePlan, options: OutputOptions) -> Iterator[FilePlan]:
+    """Yield shards of at most the shard size. A single tensor above that size becomes a shard of its own."""
+    if options.layout is not Layout.DIFFUSERS or options.shard_size is None or file.nbytes <= options.shard_size:
+        yield file
+        return
+    shards: list[dict[str, TensorPlan]] = [{}]
+    filled = 0
+    for name, plan in file.tensors.items():
+        if shards[-1] and filled + plan.nbytes > options.shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = plan
+        filled += plan.nbytes
+    stem = file.path.name.split(".")[0]
+    for number, tensors in enumerate(shards, start=1):
+        name = shard_name(stem, options.variant, number, len(shards))
+        yield FilePlan(file.path.with_name(name), tensors, file.metadata)
+
+
+def _index(shards: list[FilePlan]) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": {name: shard.path.name for shard in shards for name in shard.tensors},
+    }
+
+
+def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan the all-in-one files of the stages there are. ControlNets stay files of their own."""
+    files: list[FilePlan] = []
+    notes = []
+    planned: set[Stage] = set()
+    for head, stages in COMFYUI_FILES.items():
+        if head not in components:
+            continue
+        present = [stage for stage in stages if stage in components]
+        absent = [str(stage) for stage in stages if stage not in components]
+        tensors: dict[str, TensorPlan] = {}
+        for stage in present:
+            tensors |= plan_tensors(components[stage], options, COMFYUI_PREFIXES[stage])
+        path = Path(f"{COMFYUI_NAMES[head]}{_lite(components[head])}.safetensors")
+        files.append(_file(path, tensors, components[head].metadata, options))
+        planned.update(present)
+        if absent:
+            notes.append(f"{path}: without {', '.join(absent)}, which ComfyUI's own file has")
+    for stage, component in components.items():
+        if stage.startswith("controlnet/"):
+            (path,) = _paths(component, options)
+            files.append(_file(path, plan_tensors(component, options), component.metadata, options))
+            planned.add(stage)
+    others = [str(stage) for stage in components if stage not in planned]
+    if not files:
+        raise UsageError(
+            f"the comfyui layout files everything with stage_c or stage_b, and {others[0]} comes with neither; add one "
+            "of them to the sources"
+        )
+    if others:
+        notes.append(f"no place in these ComfyUI files for {', '.join(others)}; left out")
+    return OutputPlan(tuple(files), {}, tuple(notes))
