@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..converters.export.export import export
-from ..converters.export.graph_options import GraphWishes
+from ..converters.export.derive_graph_options import GraphWishes
 from ..converters.onnx import GraphOptions, Weight, write_graph
 from ..converters.tensorrt import BuildWishes, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
-from ..converters.tensorrt.process import OnProgress
-from ..converters.tensorrt.tasks import graphs_of
+from ..converters.tensorrt.worker_process import OnProgress
+from ..converters.tensorrt.plans_to_build import graphs_of
 from ..schemas.errors import UsageError
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds

@@ -13,7 +13,7 @@ from ..converters.checkpoints.convert import convert
 from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
-from ..converters.export.graph_options import GraphWishes
+from ..converters.export.derive_graph_options import GraphWishes
 from ..converters.export.quantize_stage import SCHEMES, Quantize
 from ..parity.inside.bisect import Bisection, bisect_stage
 from ..parity.reference.loading import reference_engine

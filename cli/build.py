@@ -188,8 +188,8 @@ def _export(model: Path, output: Path, text_encoder: Path | None, precision: str
     """Make the bundle to build from, once it is clear that it can be built from."""
     from ..converters.checkpoints.open_model import open_model
     from ..converters.export.export import export
-    from ..converters.export.graph_options import GraphWishes
-    from ..converters.tensorrt.tasks import require_targets
+    from ..converters.export.derive_graph_options import GraphWishes
+    from ..converters.tensorrt.plans_to_build import require_targets
 
     computed = Precision(precision) if precision else Precision.FP16 if ALONE in wishes.targets else Precision.BF16
     require_targets(wishes, computed)

@@ -142,7 +142,7 @@ def export(
     """
     from ..converters.checkpoints.open_model import open_model
     from ..converters.export.export import export as run
-    from ..converters.export.graph_options import GraphWishes
+    from ..converters.export.derive_graph_options import GraphWishes
 
     source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
     wishes = GraphWishes(

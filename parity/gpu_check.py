@@ -20,7 +20,7 @@ import numpy as np
 from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
-from ..converters.export.graph_options import Fp16Safe, GraphWishes
+from ..converters.export.derive_graph_options import Fp16Safe, GraphWishes
 from ..converters.tensorrt import BuildWishes, build
 from ..runtime.cascade import Cascade, PromptEmbeds
 from ..runtime.doctor import Finding, Findings, examine

@@ -37,7 +37,7 @@ from ..checkpoints.tokenizer_files import check_tokenizer, write_tokenizer
 from ..onnx import GraphOptions, Weight, write_graphs
 from .bundle_weights import Placed, StartFile, Wish, copy_weights, place_weights, source_files
 from .graph_files import beside_holes, check_graph, opset_of, port_entries, stamp
-from .graph_options import GraphWishes, options_for
+from .derive_graph_options import GraphWishes, options_for
 from .quantize_stage import Quantize, quantize_stage, scheme_for
 
 if TYPE_CHECKING:

@@ -17,17 +17,17 @@ from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
 from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
-from .builder import ATTENTION_OPSET, IR_VERSION, OPSET, Graph, opset_of
+from .graph import ATTENTION_OPSET, IR_VERSION, OPSET, Graph, opset_of
 from .controlnet import write_controlnet
 from .decoder import write_decoder, write_decoder_conditioning, write_decoder_step
 from .effnet_encoder import write_effnet_encoder
 from .image_encoder import write_image_encoder
-from .options import GraphOptions
+from .graph_options import GraphOptions
 from .previewer import write_previewer
 from .prior import write_prior, write_prior_conditioning, write_prior_step
 from .text_encoder import write_text_encoder
 from .vqgan import write_vqgan, write_vqgan_encoder
-from .weights import Weight
+from .external_weights import Weight
 
 __all__ = [
     "ATTENTION_OPSET",

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...schemas.hoisted import MODULATION, modulation_width, timestep_blocks
 from ...schemas.stages import UNetConfig
-from .builder import Graph
+from .graph import Graph
 from .streams import NORM_EPS, Streams
 
 MAX_POSITIONS = 10000.0

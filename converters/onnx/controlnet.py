@@ -5,7 +5,7 @@ import onnx
 from ...schemas.ports import control_port
 from ...schemas.stages import ControlNetConfig
 from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
-from .builder import Graph
+from .graph import Graph
 from .efficientnet import PADS, efficientnet_v2_s
 from .layers import Image, convolution, pixel_shuffle, pointwise
 

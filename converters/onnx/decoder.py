@@ -5,7 +5,7 @@ import onnx
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
-from .builder import Graph
+from .graph import Graph
 from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
 from .hoisting import write_conditions
 from .layers import Image, normalised, pointwise, resized

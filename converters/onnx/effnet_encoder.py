@@ -3,7 +3,7 @@
 import onnx
 
 from ...schemas.stages import EffnetEncoderConfig
-from .builder import Graph
+from .graph import Graph
 from .efficientnet import efficientnet_v2_s
 from .layers import Image, batch_normalised, convolution
 

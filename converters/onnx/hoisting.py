@@ -3,7 +3,7 @@
 from ...schemas.hoisted import MODULATION, timestep_blocks
 from ...schemas.stages import Block, UNetConfig
 from ...schemas.unet_blocks import blocks_of
-from .builder import Graph
+from .graph import Graph
 from .conditions import Computed
 
 

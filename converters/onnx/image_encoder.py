@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 
 from ...schemas.stages import ImageEncoderConfig
-from .builder import Graph
+from .graph import Graph
 from .clip import check_supported, norm, transformer_layer
 from .layers import convolution
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
-from .builder import ORT_DOMAIN, Graph
+from .graph import ORT_DOMAIN, Graph
 
 
 class Image:

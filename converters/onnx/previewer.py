@@ -3,7 +3,7 @@
 import onnx
 
 from ...schemas.stages import PreviewerConfig
-from .builder import Graph
+from .graph import Graph
 from .layers import Image, batch_normalised, convolution, transposed_convolution
 
 

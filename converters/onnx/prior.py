@@ -6,7 +6,7 @@ from ...schemas.control import controlled_blocks
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import RATIOS
 from ...schemas.stages import UNetConfig
-from .builder import Graph
+from .graph import Graph
 from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
 from .hoisting import write_conditions
 from .streams import Streams

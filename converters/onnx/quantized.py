@@ -15,7 +15,7 @@ from ...schemas.quantization import Quantization, Scheme, quantized_name, scale_
 from ...schemas.tensors import Shape
 
 if TYPE_CHECKING:
-    from .builder import Graph
+    from .graph import Graph
 
 ORT_DOMAIN = "com.microsoft"
 BLOCKED_OPSET = 21  # the first with 4-bit types and with scales by block

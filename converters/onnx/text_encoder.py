@@ -8,9 +8,9 @@ import onnx
 from onnx import TensorProto
 
 from ...schemas.stages import TextEncoderConfig
-from .builder import TYPE_NAMES, Graph
+from .graph import TYPE_NAMES, Graph
 from .clip import check_supported, norm, transformer_layer
-from .weights import STORAGE_TYPES
+from .external_weights import STORAGE_TYPES
 
 LEGACY_EOS = 2  # configs written before transformers 4.31 say 2 and mean the highest id
 

@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import Block, UNetConfig
-from .builder import Graph
+from .graph import Graph
 from .conditions import Conditions
 from .layers import Image, attend, convolution, normalised, pixel_shuffle, pointwise, resized, transposed_convolution
 from .streams import NORM_EPS, Streams

@@ -5,8 +5,8 @@ made of is in the bundle's manifest.
 """
 
 from .builder import Built, build, prune, stale_plans
-from .process import Progress
+from .worker_process import Progress
 from .refit import refit
-from .tasks import BuildWishes
+from .plans_to_build import BuildWishes
 
 __all__ = ["BuildWishes", "Built", "Progress", "build", "prune", "refit", "stale_plans"]

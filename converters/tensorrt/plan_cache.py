@@ -17,7 +17,7 @@ from ...schemas.bundle import PlanEntry
 from ...schemas.errors import CheckpointError
 from ...schemas.json_text import load_json
 from ...storage.fingerprints import sha256_of
-from .job import Job
+from .worker_request import Job
 
 FORMAT = 1  # of the key; another one makes all plans unknown
 KEY_DIGITS = 16  # of a key, in file names

@@ -16,7 +16,7 @@ from cuda.bindings import runtime as cuda_runtime
 
 from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildWishes, Built
-from cascadekit.converters.tensorrt.tasks import graphs_to_build
+from cascadekit.converters.tensorrt.plans_to_build import graphs_to_build
 from cascadekit.parity import gpu_check
 from cascadekit.parity.gpu_check import Case, GpuReport
 from cascadekit.runtime import doctor

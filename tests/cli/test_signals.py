@@ -19,7 +19,7 @@ from cascadekit.converters.checkpoints import open_model as model
 from cascadekit.converters.export.export import validate
 from cascadekit.converters.hub.errors import explaining
 from cascadekit.converters.hub.source import HubSource
-from cascadekit.converters.tensorrt import tasks
+from cascadekit.converters.tensorrt import plans_to_build as tasks
 from cascadekit.converters.tensorrt.backend import find_backend
 from cascadekit.runtime.doctor import examine
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, export, inspect
 from cascadekit.converters.checkpoints.output_files import Target
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError

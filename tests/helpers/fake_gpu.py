@@ -20,7 +20,7 @@ import onnxruntime
 from cuda.bindings import runtime as real
 
 from cascadekit.converters.export.graph_files import load_graph
-from cascadekit.converters.tensorrt.weights import built_in, weight_inputs, with_weight_inputs
+from cascadekit.converters.tensorrt.weight_inputs import built_in, weight_inputs, with_weight_inputs
 from cascadekit.schemas.bundle import (
     Backend,
     DeviceEntry,

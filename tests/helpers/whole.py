@@ -34,7 +34,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from cascadekit import convert, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.converters.checkpoints.tiny_cascade import _original_shapes, _random_tensors, write_tiny_cascade
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.parity.reference import load_reference
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.config_json import from_json

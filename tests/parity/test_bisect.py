@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.export.quantize_stage import Quantize
 from cascadekit.parity.inside.bisect import bisect
 from cascadekit.parity.inside.module_map import block_of

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.parity.inside.ranges import FORMATS, Advice, BlockRange, advise, export_options
 from cascadekit.parity.reference.loading import load_component, reference_engine
 from cascadekit.parity.sample_inputs import cases_of

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.parity.same_model import differences
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from cascadekit import Settings, export
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.runtime.memory.prediction import Peak, loaded_bytes, predict_peak
 from cascadekit.runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
 from cascadekit.schemas.precision import Precision

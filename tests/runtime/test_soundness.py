@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, export
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.runtime.sampling.controlnets import ControlPicture
 from cascadekit.runtime.sampling.finite_values import require_sound
 from cascadekit.schemas.errors import UnsoundError, UsageError

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from cascadekit import export
 from cascadekit.bench.standins import write_stand_in
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.stages import ImageEncoderConfig, NetworkConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors

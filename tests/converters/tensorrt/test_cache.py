@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder
 from cascadekit.schemas.bundle import PlanEntry

@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.converters.tensorrt import BuildWishes, Progress, build, tasks
-from cascadekit.converters.tensorrt.job import Job
-from cascadekit.converters.tensorrt.process import run_build
+from cascadekit.converters.tensorrt import BuildWishes, Progress, build
+from cascadekit.converters.tensorrt import plans_to_build as tasks
+from cascadekit.converters.tensorrt.worker_request import Job
+from cascadekit.converters.tensorrt.worker_process import run_build
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from cascadekit import export
 from cascadekit.bench.standins import write_stand_in
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.engines.tensorrt.plan_header import read_header
 from cascadekit.schemas.precision import Precision, Target

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.tensorrt import builder, estimate
 from cascadekit.schemas.precision import Precision, Target
 

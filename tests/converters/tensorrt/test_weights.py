@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder, prune
-from cascadekit.converters.tensorrt.tasks import require_targets
-from cascadekit.converters.tensorrt.weights import built_in, weight_inputs
+from cascadekit.converters.tensorrt.plans_to_build import require_targets
+from cascadekit.converters.tensorrt.weight_inputs import built_in, weight_inputs
 from cascadekit.runtime.engines.tensorrt.plan_header import find_contradiction, read_header
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import Precision

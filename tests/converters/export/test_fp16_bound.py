@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import export
 from cascadekit.converters.export.fp16_bound import largest_stream
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.onnx import Weight
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage

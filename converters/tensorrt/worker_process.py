@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import IO, Any
 
 from ...schemas.errors import EngineError
-from .job import Job
+from .worker_request import Job
 
 INTERVAL = 0.25  # seconds between two looks at the process
 KILLED = -9

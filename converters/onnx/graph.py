@@ -14,9 +14,9 @@ from ...schemas.ports import Port, StagePorts
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
-from .options import GraphOptions
+from .graph_options import GraphOptions
 from .quantized import needed_opset, quantized_linear
-from .weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
+from .external_weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
 
 OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
 BF16_OPSET = 22  # the first with convolutions in bf16

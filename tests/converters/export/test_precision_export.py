@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
 from cascadekit.converters.export.bundle_weights import projections_together
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.parity.compare import psnr
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import ConversionError, EngineError, ExportError, UsageError

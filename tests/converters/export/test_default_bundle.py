@@ -10,7 +10,7 @@ import onnx.reference
 import pytest
 
 from cascadekit import export
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.bundle import PortEntry
 from cascadekit.schemas.precision import Precision
