@@ -188,7 +188,6 @@ def _export(model: Path, output: Path, text_encoder: Path | None, precision: str
     """Make the bundle to build from, once it is clear that it can be built from."""
     from ..converters.checkpoints.open_model import open_model
     from ..converters.export.export import export
-    from ..converters.export.derive_graph_options import GraphWishes
     from ..converters.tensorrt.plans_to_build import require_targets
 
     computed = Precision(precision) if precision else Precision.FP16 if ALONE in wishes.targets else Precision.BF16
@@ -200,7 +199,9 @@ def _export(model: Path, output: Path, text_encoder: Path | None, precision: str
             source,
             output,
             stages=wishes.stages,
-            graphs=GraphWishes(precision=computed, target=Target.TENSORRT, fp16_safe=safe),  # type: ignore[arg-type]
+            precision=computed,
+            target=Target.TENSORRT,
+            fp16_safe=safe,  # type: ignore[arg-type]
             force=wishes.force,
             start_file=start_file,
             say=note,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
+from ...schemas.callbacks import StartFile
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
@@ -26,7 +27,7 @@ from ...storage.outputs import staged_output
 from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.identify import Component, Problems
-from ..export.bundle_weights import StartFile, clone
+from ..export.bundle_weights import clone
 from ..export.graph_files import External, external_data, load_graph
 from .changes import MERGED_STAGES, LoraPlan, plan_loras
 from .lora_file import listed

@@ -5,8 +5,8 @@ import onnx
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
-from .graph import Graph
 from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .graph import Graph
 from .hoisting import write_conditions
 from .layers import Image, normalised, pointwise, resized
 from .streams import NORM_EPS, Streams

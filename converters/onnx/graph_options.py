@@ -6,19 +6,28 @@ from dataclasses import dataclass, field
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import Quantization, Scheme
 
+OPSET = 20  # the first opset with Gelu; LayerNormalization and Split by parts are older
+BLOCKED_OPSET = 21  # the first opset with 4-bit types and with scales by block
+BF16_OPSET = 22  # the first opset with convolutions in bf16
+ATTENTION_OPSET = 23  # the first opset with Attention, for TensorRT
+
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How a graph computes.
+    """How the graphs of one network compute. `export` derives them from its `ExportOptions`, the weights and a
+    measurement; see ``converters.export.derive_graph_options``.
 
-    `precision` is what it computes in and `target` whose operators it may use. `exponents` gives a stream of
-    ``schemas.unet_blocks`` the exponent k: it then carries 2^-k of its values, the same function with a smaller
-    range. `fp32_blocks` are residual blocks whose perceptron computes in fp32 whatever the precision.
-    `control` are the residual blocks, counted in the order they run, that take a ControlNet's residual as an input.
-    With `probes` the graph has outputs ``NAME/max``, the largest magnitude of a value, for calibration.
-    The modules `quantized` have their weights as `quantization` says, with `block_size` and `int8_products` as in
-    ``schemas.quantization.Scheme``. `activation_ranges` gives modules in fp8 the largest magnitude of what goes into
-    them, which is fp8 then too; beyond it values saturate.
+    | field | meaning |
+    |---|---|
+    | precision | the type that the graph computes in; ports stay float32 |
+    | target | the runtime whose operators the graph may use |
+    | exponents | stream of ``schemas.unet_blocks`` -> k: the stream carries 2^-k of its values, the same function |
+    | fp32_blocks | residual blocks whose perceptron computes in fp32 in every precision |
+    | control | residual blocks, counted as they run, that take a ControlNet's residual as an input |
+    | probes | adds outputs ``NAME/max``, the largest magnitude of a value, for calibration |
+    | quantization | how the weights of the modules in `quantized` are stored |
+    | quantized | modules (Linears) with quantised weights |
+    | block_size, int8_products | as in ``schemas.quantization.Scheme`` |
     """
 
     precision: Precision = Precision.FP32
@@ -31,9 +40,17 @@ class GraphOptions:
     quantized: frozenset[str] = frozenset()
     block_size: int = 32
     int8_products: bool = False
-    activation_ranges: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scheme(self) -> Scheme:
-        """Raises UsageError for what does not go together."""
+        """How quantised weights are stored. Raises UsageError for a kind, target and block size that do not match."""
         return Scheme(self.quantization, self.target, self.block_size, self.int8_products)
+
+    @property
+    def opset(self) -> int:
+        """The lowest opset that has every operator and type of graphs with these options."""
+        if self.target is Target.TENSORRT:
+            return ATTENTION_OPSET
+        precision = BF16_OPSET if self.precision is Precision.BF16 else OPSET
+        blocked = self.scheme.blockwise and not self.scheme.packed
+        return max(precision, BLOCKED_OPSET if blocked else 0)

@@ -10,8 +10,8 @@ from onnx import TensorProto
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import Block, UNetConfig
-from .graph import Graph
 from .conditions import Conditions
+from .graph import Graph
 from .layers import Image, attend, convolution, normalised, pixel_shuffle, pointwise, resized, transposed_convolution
 from .streams import NORM_EPS, Streams
 

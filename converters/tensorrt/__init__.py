@@ -5,8 +5,8 @@ made of is in the bundle's manifest.
 """
 
 from .builder import Built, build, prune, stale_plans
-from .worker_process import Progress
-from .refit import refit
 from .plans_to_build import BuildWishes
+from .refit import refit
+from .worker_process import Progress
 
 __all__ = ["BuildWishes", "Built", "Progress", "build", "prune", "refit", "stale_plans"]

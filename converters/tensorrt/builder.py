@@ -17,8 +17,8 @@ from . import plan_cache as cache
 from .backend import Backend, find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room
-from .worker_process import OnProgress, Outcome, run_build
 from .plans_to_build import PLANS, BuildWishes, Task, tasks_for
+from .worker_process import OnProgress, Outcome, run_build
 
 SCRATCH = ".building"  # in the bundle, while a build runs
 

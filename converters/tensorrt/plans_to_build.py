@@ -28,9 +28,9 @@ from ...schemas.targets import RTX, plans_for, refusal, require_rtx_targets
 from ...storage.bundle import Bundle
 from ...storage.fingerprints import sha256_of
 from ..export.graph_files import external_data, load_graph
-from .worker_request import Job
 from .plan_cache import file_name, key_of
 from .weight_inputs import built_in, weight_inputs
+from .worker_request import Job
 
 PLANS = "plans"  # folder of a stage's plans
 

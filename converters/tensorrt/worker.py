@@ -15,9 +15,9 @@ from typing import Any
 
 from ..export.graph_files import load_graph
 from .backend import MESSAGES, Backend, find_backend, logger_of
-from .worker_request import Job
 from .pages import forget_pages
 from .weight_inputs import with_weight_inputs
+from .worker_request import Job
 
 PR_SET_PDEATHSIG = 1
 ASK_PERSONALITY, ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of Linux's personality(2)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import Cascade, Settings, convert, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.converters.checkpoints.output_files import Target
-from cascadekit.converters.export.export import bundle_weights as placing
+from cascadekit.converters.export import bundle_weights as placing
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import CascadeError, ExportError, LayoutError, UsageError
@@ -123,7 +123,7 @@ def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
     for number, (model, weights) in enumerate((("sharded", "copy"), ("sharded", "link"), ("comfyui", "copy"))):
         export(tmp_path / model, tmp_path / f"bundle{number}", weights=weights)
         assert np.array_equal(draw(tmp_path / f"bundle{number}"), draw(tiny / "bundle")), (model, weights)
-    with pytest.raises(ExportError, match=r"text_projection\.weight lies transposed; use --weights copy"):
+    with pytest.raises(ExportError, match=r"text_projection\.weight is stored transposed; use weights=\"copy\""):
         export(tmp_path / "comfyui", tmp_path / "linked", weights="link")
     reference = reference_engine(open_model([tmp_path / "comfyui"]), [Stage.TEXT_ENCODER]).load(Stage.TEXT_ENCODER)
     tokens = ClipTokenizer.open()(["a cat"])

@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from cascadekit.converters.export.export import quantize_file
+from cascadekit.converters.export import quantize_file
 from cascadekit.converters.export.quantize_choice import (
     normal_error,
     product_error,

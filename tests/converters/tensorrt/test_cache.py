@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder
 from cascadekit.schemas.bundle import PlanEntry
@@ -117,8 +116,14 @@ def test_a_shared_cache(original: Path, bundle: Path, tmp_path: Path, no_build: 
     """For a bundle exported anew, with linked weights of another file name: the bytes are the same."""
     cache = tmp_path / "cache"
     first = one(bundle, changed(VQGAN, cache=cache))
-    graphs = GraphWishes(precision=Precision.BF16, target=Target.TENSORRT)
-    export(original, tmp_path / "again", stages=[Stage.VQGAN], weights="copy", graphs=graphs)
+    export(
+        original,
+        tmp_path / "again",
+        stages=[Stage.VQGAN],
+        weights="copy",
+        precision=Precision.BF16,
+        target=Target.TENSORRT,
+    )
     no_build()
     second = one(tmp_path / "again", changed(VQGAN, cache=cache))
     assert second.how == "cached"

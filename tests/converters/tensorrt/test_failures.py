@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildWishes, Progress, build
 from cascadekit.converters.tensorrt import plans_to_build as tasks
-from cascadekit.converters.tensorrt.worker_request import Job
 from cascadekit.converters.tensorrt.worker_process import run_build
+from cascadekit.converters.tensorrt.worker_request import Job
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle

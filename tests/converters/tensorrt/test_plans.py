@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from cascadekit import export
 from cascadekit.bench.standins import write_stand_in
 from cascadekit.cli import main
-from cascadekit.converters.export.derive_graph_options import GraphWishes
 from cascadekit.converters.tensorrt import BuildWishes, build
 from cascadekit.runtime.engines.tensorrt.plan_header import read_header
 from cascadekit.schemas.precision import Precision, Target
@@ -107,8 +106,7 @@ def test_the_other_stages(
 
 def test_weights_that_are_links(original: Path, tmp_path: Path) -> None:
     """To the model's own files, which is how an export without a new dtype leaves them."""
-    graphs = GraphWishes(target=Target.TENSORRT)
-    export(original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", graphs=graphs)
+    export(original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", target=Target.TENSORRT)
     weights = tmp_path / "bundle/vqgan/stage_a.safetensors"
     assert weights.samefile(original / "stage_a.safetensors")
     (built,) = build(tmp_path / "bundle", BuildWishes(targets=("sm89",), profiles=(STATIC,)))

@@ -1,0 +1,325 @@
+"""The graph under construction: nodes named after PyTorch modules, weights left in the files they lie in."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ...schemas.errors import ExportError
+from ...schemas.ports import Port, StagePorts
+from ...schemas.precision import Precision, Target
+from ...schemas.quantization import StoredTensor
+from ...schemas.tensors import Shape
+from .external_weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
+from .graph_options import GraphOptions
+
+IR_VERSION = 10  # what onnxruntime 1.19 reads, up to opset 22
+ATTENTION_IR_VERSION = 11
+ORT_DOMAIN = "com.microsoft"
+
+PORT_TYPES: Mapping[str, int] = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+COMPUTE_TYPES: Mapping[Precision, int] = {
+    Precision.FP32: TensorProto.FLOAT,
+    Precision.FP16: TensorProto.FLOAT16,
+    Precision.BF16: TensorProto.BFLOAT16,
+}
+TYPE_NAMES: Mapping[int, str] = {
+    TensorProto.FLOAT: "float",
+    TensorProto.FLOAT16: "half",
+    TensorProto.BFLOAT16: "bfloat",
+}
+KEPT_FLOAT = ("timestep_ratio", "timestep_ratios")  # multiplied by 10000 before anything else is done with them
+LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
+    TensorProto.FLOAT: float(np.finfo(np.float32).min),
+    TensorProto.FLOAT16: -65504.0,
+    TensorProto.BFLOAT16: -3.3895313892515355e38,
+}
+
+
+class GraphBuilder:
+    """An ONNX graph that grows node by node, in one precision whatever the weights are stored in.
+
+    Ports are float32; where the graph computes in another type, they are cast at its borders. `island` switches to
+    fp32 for a while, `to_float` and `to_compute` lead a value in and out.
+
+    A node and its value carry the path of the PyTorch module they stand for; helpers of a module are called
+    ``path/part``. Images lie channels last, so a module's value is (B, h, w, c) or flattened to rows (B*h*w, c);
+    only convolutions and resizes give (B, c, h, w). Values of a further pass over the same modules end in ``@1``,
+    ``@2``. Initialisers have exactly the tensors' names. Values are handled by name, as strings.
+    """
+
+    def __init__(
+        self,
+        ports: StagePorts,
+        expected: Mapping[str, Shape],
+        weights: Mapping[str, Weight],
+        options: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.options = options
+        self.type = COMPUTE_TYPES[options.precision]  # of the values made now
+        self._ports = ports
+        self._expected = expected
+        self._weights = weights
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._written: set[str] = set()  # names given to `once`
+        self._problems: list[str] = []
+        self._suffix = ""
+        self._probes: list[str] = []
+        self._inner = {} if options.precision is Precision.FP32 else _inner_names(ports, self.type)
+        for port in ports.inputs:
+            if port.name in self._inner:
+                self._nodes.append(_cast(port.name, self._inner[port.name], self.type))
+        self.batch = self.once("Shape", "batch", ports.inputs[0].name, start=0, end=1)  # int64 (1,)
+
+    # Nodes
+
+    def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """Append a node with one output; returns the output's name, which is the node's: `name`."""
+        return self._append(op, name + self._suffix, inputs, **attributes)
+
+    def once(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """Like `node` for a value that passes share and several may ask for: its name stands for its content."""
+        if name not in self._written:
+            self._written.add(name)
+            self._append(op, name, inputs, **attributes)
+        return name
+
+    def split(self, name: str, value: str, axis: int, parts: int) -> list[str]:
+        """`parts` equal slices of `value` along `axis`, called ``name.0``, ``name.1`` and so on."""
+        return self._split([value], name, [f"{name}.{i}{self._suffix}" for i in range(parts)], axis, num_outputs=parts)
+
+    def split_widths(
+        self, name: str, value: str, axis: int, widths: Sequence[int], outputs: Sequence[str]
+    ) -> list[str]:
+        """Slices of `value` along `axis` of the given widths, called `outputs`."""
+        inputs = [value, self.integers(*widths)]
+        return self._split(inputs, name, [output + self._suffix for output in outputs], axis)
+
+    def _split(self, inputs: Sequence[str], name: str, outputs: list[str], axis: int, **attributes: Any) -> list[str]:
+        inner = [self._inner.get(i, i) for i in inputs]
+        self._nodes.append(helper.make_node("Split", inner, outputs, name + self._suffix, axis=axis, **attributes))
+        return outputs
+
+    def quantized_rows(self, value: str) -> list[str]:
+        """The fp32 `value` as uint8, its scale and its zero point, written once."""
+        outputs = [f"{value}/{part}" for part in ("quantized", "scale", "zero_point")]
+        if outputs[0] not in self._written:
+            self._written.add(outputs[0])
+            inputs = [self._inner.get(value, value)]
+            self._nodes.append(helper.make_node("DynamicQuantizeLinear", inputs, outputs, outputs[0]))
+        return outputs
+
+    @contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """Inside, modules are passed for the `times`-th time again; their names get a suffix to stay unique."""
+        outside, self._suffix = self._suffix, f"@{times}" if times else ""
+        yield
+        self._suffix = outside
+
+    def _append(self, op: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
+        inner = [self._inner.get(i, i) for i in inputs]
+        self._nodes.append(helper.make_node(op, inner, [self._inner.get(name, name)], name, **attributes))
+        return name
+
+    # Precision
+
+    @property
+    def halved(self) -> bool:
+        """Whether values are of a 16-bit type, islands apart."""
+        return self.options.precision is not Precision.FP32
+
+    @contextmanager
+    def island(self) -> Iterator[None]:
+        """Inside, weights and constants are fp32; bring values in with `to_float` and out with `to_compute`."""
+        outside, self.type = self.type, TensorProto.FLOAT
+        yield
+        self.type = outside
+
+    def to_float(self, value: str) -> str:
+        """`value` of the compute type as fp32."""
+        return self.once("Cast", f"{value}/float", value, to=TensorProto.FLOAT) if self.halved else value
+
+    def to_compute(self, value: str) -> str:
+        """An fp32 `value` in the compute type."""
+        to = COMPUTE_TYPES[self.options.precision]
+        return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
+
+    def probe(self, value: str) -> None:
+        """Give out the largest magnitude of the fp32 `value` as ``value/max``, where probes are wanted."""
+        if self.options.probes and f"{value}/max" not in self._probes:
+            magnitude = self.once("Abs", f"{value}/magnitude", value)
+            self._probes.append(self.once("ReduceMax", f"{value}/max", magnitude, keepdims=0))
+
+    # Weights
+
+    def weight(self, name: str, dims: Shape | None = None) -> str:
+        """The tensor `name` in the type of now, its bytes read as `dims` where they are given; runtimes fold the cast
+        when they load the graph. Problems are kept for `model`."""
+        stored, dtype = self.stored(name, dims)
+        return self.typed(stored, dtype)
+
+    def typed(self, stored: str, dtype: str = "F32") -> str:
+        """The initialiser `stored` of `dtype` in the type of now."""
+        if STORAGE_TYPES.get(dtype, self.type) == self.type:
+            return stored
+        return self.once("Cast", f"{stored}/{TYPE_NAMES[self.type]}", stored, to=self.type)
+
+    def scaled_weight(self, name: str, exponent: int, dims: Shape | None = None) -> str:
+        """The tensor `name` times 2^-exponent: folded like a cast, and as exact while nothing becomes subnormal."""
+        weight = self.weight(name, dims)
+        if exponent == 0:
+            return weight
+        return self.once("Mul", f"{weight}/2^{-exponent}", weight, self.scalar(2.0**-exponent))
+
+    def packed(self, name: str, parts: Sequence[str]) -> str | None:
+        """The tensors `parts` as one called `name`, stacked along their first axis, if that is how they lie in their
+        file; None if not, or if something is wrong with one of them."""
+        weights = [self._weights.get(part) for part in parts]
+        if any(problem_of(w, self._expected[part]) for w, part in zip(weights, parts, strict=True)):
+            return None
+        found = [w for w in weights if w is not None]
+        ends = [(w.location, w.dtype, w.offset + w.length) for w in found]
+        starts = [(w.location, w.dtype, w.offset) for w in found]
+        if ends[:-1] != starts[1:] or len({w.shape[1:] for w in found}) > 1:
+            return None
+        dims = (sum(w.shape[0] for w in found), *found[0].shape[1:])
+        whole = Weight(found[0].dtype, dims, found[0].location, found[0].offset, sum(w.length for w in found))
+        self._initializers.setdefault(name, external_tensor(name, dims, whole))
+        return self.typed(name, whole.dtype)
+
+    def stored(self, name: str, dims: Shape | None = None) -> tuple[str, str]:
+        """The tensor `name` as it is stored, and its dtype in safetensors' spelling."""
+        shape = self._expected[name]
+        dims = shape if dims is None else dims
+        assert math.prod(dims) == math.prod(shape), f"{name}: {shape} cannot be read as {dims}"
+        weight = self._weights.get(name)
+        if name not in self._initializers:
+            problem = problem_of(weight, shape)
+            if problem:
+                self._problems.append(f"{name}: {problem}")
+            self._initializers[name] = external_tensor(name, dims, weight)
+        assert tuple(self._initializers[name].dims) == dims, f"{name}: read in two shapes"
+        return name, weight.dtype if weight else "F32"
+
+    def stored_as(self, name: str, described: StoredTensor, data_type: int, dims: Shape) -> str:
+        """The tensor `name`, which is `described` in its file, as ONNX's `data_type` and `dims`."""
+        weight = self._weights.get(name)
+        if name not in self._initializers:
+            problem = difference_of(weight, described)
+            if problem:
+                self._problems.append(f"{name}: {problem}")
+            self._initializers[name] = external_tensor(name, dims, weight, data_type)
+        return name
+
+    def shape_of(self, name: str) -> Shape:
+        """Of the tensor `name` before anything was quantised."""
+        return self._expected[name]
+
+    def width(self, name: str) -> int:
+        """Channels that the module `name` (Linear or convolution, not a transposed one) gives."""
+        return self._expected[f"{name}.weight"][0]
+
+    # Products
+
+    def gemm(self, name: str, rows: str, weight: str, *bias: str, alpha: float = 1.0) -> str:
+        """rows (n, in) times weight (out, in) transposed, plus the bias (out,)."""
+        attributes = {"alpha": alpha} if alpha != 1 else {}
+        return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
+
+    # Constants: small, inside the protobuf, one of each
+
+    def integers(self, *values: int) -> str:
+        """int64 (n,)"""
+        return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, np.int64))
+
+    def scalar(self, value: float) -> str:
+        """() in the type of now"""
+        return self._filled(f"{TYPE_NAMES[self.type]}[{value!r}]", (), value)
+
+    def full(self, width: int, value: float = 1.0) -> str:
+        """(width,) in the type of now, `value` all over"""
+        return self._filled(f"{TYPE_NAMES[self.type]}[{width} x {value!r}]", (width,), value)
+
+    def lowest(self) -> str:
+        """() the lowest finite number of the type of now"""
+        return self.scalar(LOWEST[self.type])
+
+    def _filled(self, name: str, dims: Shape, value: float) -> str:
+        if name not in self._initializers:
+            self._initializers[name] = helper.make_tensor(name, self.type, dims, [value] * math.prod(dims))
+        return name
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """`array` as an initialiser called `name`; the name stands for the content."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def shape(self, *parts: int | str) -> str:
+        """int64 (n,) out of numbers and of int64 vectors; a shape for Reshape, where -1 is the open one."""
+        runs: list[str] = []
+        numbers: list[int] = []
+        for part in (*parts, ""):
+            if isinstance(part, int):
+                numbers.append(part)
+                continue
+            if numbers:
+                runs.append(self.integers(*numbers))
+                numbers = []
+            if part:
+                runs.append(part)
+        if len(runs) == 1:
+            return runs[0]
+        return self.once("Concat", f"shape[{','.join(map(str, parts))}]", *runs, axis=0)
+
+    # The result
+
+    def model(self, name: str, doc: str) -> onnx.ModelProto:
+        """The finished model. Raises ExportError naming every weight that is missing or unusable."""
+        if self._problems:
+            problems = "\n  ".join(sorted(self._problems))
+            raise ExportError(
+                f"{name}: {len(self._problems)} weights cannot be used for the graph; "
+                f"is the checkpoint complete and its config the right one?\n  {problems}"
+            )
+        outputs = [_value_info(port) for port in self._ports.outputs]
+        outputs += [helper.make_tensor_value_info(probe, TensorProto.FLOAT, ()) for probe in self._probes]
+        given = (port.name for port in self._ports.outputs if port.name in self._inner)
+        graph = helper.make_graph(
+            [*self._nodes, *(_cast(self._inner[port], port, TensorProto.FLOAT) for port in given)],
+            name,
+            [_value_info(port) for port in self._ports.inputs],
+            outputs,
+            list(self._initializers.values()),
+            doc,
+        )
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid(domain, opset) for domain, opset in self._opsets()],
+            ir_version=ATTENTION_IR_VERSION if self.options.target is Target.TENSORRT else IR_VERSION,
+            producer_name="cascadekit",
+            doc_string=doc,
+        )
+
+    def _opsets(self) -> list[tuple[str, int]]:
+        domains = {node.domain for node in self._nodes}
+        return [("", self.options.opset), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
+
+
+def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
+    """What the float ports are called inside a graph that computes in another type; those in KEPT_FLOAT stay."""
+    floats = (port.name for port in (*ports.inputs, *ports.outputs) if port.dtype == "float32")
+    return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats if name not in KEPT_FLOAT}
+
+
+def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], f"{target}/cast", to=to)
+
+
+def _value_info(port: Port) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(port.name, PORT_TYPES[port.dtype], port.dims)
