@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from .converters.checkpoints.convert import convert as convert
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
+    from .converters.export.export_options import ExportOptions as ExportOptions
+    from .converters.export.validate import validate as validate
     from .converters.lora.at_load import with_loras as with_loras
+    from .converters.tensorrt.builder import build as build
+    from .converters.tensorrt.plans_to_build import BuildOptions as BuildOptions
     from .runtime.cascade import Cascade as Cascade
     from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
     from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
@@ -22,17 +26,34 @@ if TYPE_CHECKING:
 switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
 
 _PUBLIC = {
+    "BuildOptions": (".converters.tensorrt.plans_to_build", "BuildOptions"),
     "Cascade": (".runtime.cascade", "Cascade"),
+    "ExportOptions": (".converters.export.export_options", "ExportOptions"),
     "PlacedSeed": (".runtime.sampling.seeds", "PlacedSeed"),
     "PromptEmbeds": (".runtime.text.embeds", "PromptEmbeds"),
     "Settings": (".schemas.settings", "Settings"),
+    "build": (".converters.tensorrt.builder", "build"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
+    "validate": (".converters.export.validate", "validate"),
     "with_loras": (".converters.lora.at_load", "with_loras"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
 }
 
-__all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "with_loras"]
+__all__ = [
+    "BuildOptions",
+    "Cascade",
+    "ExportOptions",
+    "PlacedSeed",
+    "PromptEmbeds",
+    "Settings",
+    "build",
+    "convert",
+    "export",
+    "inspect",
+    "validate",
+    "with_loras",
+]
 
 
 def __getattr__(name: str) -> Any:

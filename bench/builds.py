@@ -10,7 +10,7 @@ from typing import Any
 
 from ..converters.export.export import export
 from ..converters.onnx import GraphOptions, Weight, write_graph
-from ..converters.tensorrt import BuildWishes, Built, build
+from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
@@ -92,7 +92,7 @@ def bench_builds(
     if not work.is_dir():
         raise UsageError(f"{work}: not a folder; give one on the disk to measure")
     machine = describe_machine(work)
-    wishes = BuildWishes(targets=tuple(targets), profiles=(bounds,))
+    wishes = BuildOptions(targets=tuple(targets), profiles=(bounds,))
     measured: list[tuple[str, Built]] = []
     backend = ""
     for network in networks:

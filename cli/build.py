@@ -11,16 +11,16 @@ import click
 from rich.text import Text
 
 from ..schemas.errors import CascadeError, UsageError
-from ..schemas.precision import Precision, Target
+from ..schemas.precision import Precision
 from ..schemas.profiles import DEFAULT, Bounds, parse_image_size, shown
 from ..schemas.stages import Stage
-from ..schemas.targets import ALONE, PLAIN, RTX, parse_targets
+from ..schemas.targets import PLAIN, RTX, parse_targets
 from .common import PATH, STAGES, local, maybe_local
 from .console import byte_progress, complain, err, note, say, show_table
 from .escape import visible_line
 
 if TYPE_CHECKING:
-    from ..converters.tensorrt import Built, Progress
+    from ..converters.tensorrt import BuildProgress, Built
     from ..schemas.bundle import ImageSize
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
@@ -149,33 +149,42 @@ def build(
     Example: cascadekit build bundle --arch sm89 --arch "rtx 5090"
     From original files to engines: cascadekit build model -o bundle --arch sm89
     """
-    from ..converters.tensorrt import BuildWishes, prune
+    from ..converters.tensorrt import BuildOptions, prune
     from ..converters.tensorrt import build as run
+    from ..converters.tensorrt.export_for_build import export_for_build
 
     bounds = tuple(Bounds(size, size, size) for size in statics) + profiles
     if min_size or opt_size or max_size or not bounds:
         bounds = (Bounds(min_size or DEFAULT.min, opt_size or DEFAULT.opt, max_size or DEFAULT.max), *bounds)
-    chosen = tuple(Stage(stage) for stage in stages)
-    wishes = BuildWishes(
-        backend,
-        targets,
-        chosen,
-        graphs,
-        bounds,
-        refittable,
-        force,
-        cache,
-        not no_memory_check,
-        weights_as_inputs,
-        weight_streaming,
+    options = BuildOptions(
+        backend=backend,
+        targets=targets,
+        stages=tuple(Stage(stage) for stage in stages),
+        graphs=graphs,
+        profiles=bounds,
+        refittable=refittable,
+        force=force,
+        cache=cache,
+        check_memory=not no_memory_check,
+        weights_as_inputs=weights_as_inputs,
+        weight_streaming=weight_streaming,
     )
     if output is not None:
-        _export(bundle, output, text_encoder, precision, wishes)
+        with byte_progress() as start_file:
+            export_for_build(
+                local(bundle),
+                output,
+                options,
+                precision=Precision(precision) if precision else None,
+                text_encoder=maybe_local(text_encoder),
+                start_file=start_file,
+                say=note,
+            )
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
     with _progress() as on_progress:
-        done = run(bundle, wishes, on_progress=on_progress, say=note)
+        done = run(bundle, options, on_progress=on_progress, say=note)
     if pruned:
         note(f"removed plans of other weights: {prune(bundle) / 1e6:.1f} MB")
     if as_json:
@@ -184,32 +193,8 @@ def build(
         show_table("", COLUMNS, map(_row, done))
 
 
-def _export(model: Path, output: Path, text_encoder: Path | None, precision: str | None, wishes: Any) -> None:
-    """Make the bundle to build from, once it is clear that it can be built from."""
-    from ..converters.checkpoints.open_model import open_model
-    from ..converters.export.export import export
-    from ..converters.tensorrt.plans_to_build import require_targets
-
-    computed = Precision(precision) if precision else Precision.FP16 if ALONE in wishes.targets else Precision.BF16
-    require_targets(wishes, computed)
-    safe = "auto" if computed is Precision.FP16 and Stage.PRIOR in (wishes.stages or (Stage.PRIOR,)) else None
-    source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
-    with byte_progress() as start_file:
-        export(
-            source,
-            output,
-            stages=wishes.stages,
-            precision=computed,
-            target=Target.TENSORRT,
-            fp16_safe=safe,  # type: ignore[arg-type]
-            force=wishes.force,
-            start_file=start_file,
-            say=note,
-        )
-
-
 @contextmanager
-def _progress() -> "Iterator[Callable[[Progress], object]]":
+def _progress() -> "Iterator[Callable[[BuildProgress], object]]":
     """A line that changes on a terminal; in a pipe one at the start of a build, and one in a while."""
     if err.is_terminal:
         with err.status("") as status:
@@ -217,7 +202,7 @@ def _progress() -> "Iterator[Callable[[Progress], object]]":
         return
     last: dict[str, float] = {}
 
-    def print_some(progress: "Progress") -> None:
+    def print_some(progress: "BuildProgress") -> None:
         if progress.name not in last or monotonic() - last[progress.name] >= QUIET:
             last[progress.name] = monotonic()
             complain(_line(progress))
@@ -225,7 +210,7 @@ def _progress() -> "Iterator[Callable[[Progress], object]]":
     yield print_some
 
 
-def _line(progress: "Progress") -> str:
+def _line(progress: "BuildProgress") -> str:
     return (
         f"{progress.name}: {progress.elapsed:.0f} s of about {max(progress.estimate, 1):.0f}, {progress.phase}, "
         f"{progress.rss / 1e6:.0f} MB"

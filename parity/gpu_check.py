@@ -21,7 +21,7 @@ from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
 from ..converters.export.export_options import Fp16Safe
-from ..converters.tensorrt import BuildWishes, build
+from ..converters.tensorrt import BuildOptions, build
 from ..runtime.cascade import Cascade, PromptEmbeds
 from ..runtime.doctor import Finding, Findings, examine
 from ..runtime.engines.base import Engine
@@ -297,7 +297,7 @@ def _check_provider(recorder: _Recorder, root: Path, name: str, names: list[str]
 
 def _build(root: Path, backend: str, capability: str) -> dict[str, Any]:
     targets = (capability,) if backend == RTX else ()
-    built = build(root, BuildWishes(backend=backend, targets=targets, profiles=PROFILES))
+    built = build(root, BuildOptions(backend=backend, targets=targets, profiles=PROFILES))
     return {f"{one.stage}/{one.plan.graph}": {"seconds": one.plan.seconds, "bytes": one.plan.bytes} for one in built}
 
 

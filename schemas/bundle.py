@@ -161,8 +161,7 @@ class WeightInput(_Frozen):
 
 
 class BuiltIn(_Frozen):
-    """What a plan with weights as inputs has of the same files in itself: ranges of bytes by file, from the first to
-    before the last, and the SHA-256 of them all, one after the other."""
+    """Byte ranges of the weight files that were compiled into the plan, half-open, and their combined SHA-256."""
 
     ranges: dict[RelativePath, tuple[tuple[Bytes, Bytes], ...]]
     sha256: Sha256

@@ -76,8 +76,8 @@ def require_rtx_targets(targets: Iterable[str]) -> None:
         )
 
 
-def plans_for(targets: Iterable[str]) -> list[tuple[str, ...]]:
-    """The targets of each plan: Turing's is one of its own."""
+def group_targets(targets: Iterable[str]) -> list[tuple[str, ...]]:
+    """Group `targets` into those that one plan can serve: Turing (sm75) needs a plan of its own."""
     targets = tuple(targets)
     groups = [tuple(t for t in targets if t == ALONE), tuple(t for t in targets if t != ALONE)]
     return [group for group in groups if group]

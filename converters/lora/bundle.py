@@ -28,7 +28,7 @@ from ...storage.safetensors_header import DTYPE_SIZES, Progress, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.identify import Component, Problems
 from ..export.bundle_weights import clone
-from ..export.graph_files import External, external_data, load_graph
+from ..export.graph_files import ExternalTensor, external_data, load_graph
 from .changes import MERGED_STAGES, LoraPlan, plan_loras
 from .lora_file import listed
 from .numbers import FLOATS
@@ -231,7 +231,7 @@ def _component(bundle: Bundle, stage: Stage) -> Component:
     return Component(bundle.root / stage, stage, Layout.DIFFUSERS, config, tensors, {}, Problems())
 
 
-def _range(graph: Path, data: External, shape: Shape) -> TensorRange:
+def _range(graph: Path, data: ExternalTensor, shape: Shape) -> TensorRange:
     if data.length != math.prod(shape) * DTYPE_SIZES.get(data.dtype, 0):
         raise CheckpointError(
             f"{graph}: {data.name}: expected {list(shape)} of {', '.join(FLOATS)}, found {data.length} bytes of "

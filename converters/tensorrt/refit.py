@@ -27,7 +27,7 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
     refitter = trt.Refitter(engine, logger)
     held = set(refitter.get_all_weights())
     if not held:
-        raise EngineError(f"{graph}: its engine cannot be given weights; build it with --refittable")
+        raise EngineError(f"{graph}: its engine cannot be given weights; build it with refittable=True")
     foreign = sorted(held - set(_weights(load_graph(graph))))
     if foreign:
         raise EngineError(f"{graph}: its engine is of another graph, with weights {_listed(foreign)}; build it again")

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cascadekit.converters.lora.bundle import apply_loras, undo_loras
-from cascadekit.converters.tensorrt import BuildWishes, Built, build, builder, prune
+from cascadekit.converters.tensorrt import BuildOptions, Built, build, builder, prune
 from cascadekit.converters.tensorrt.plans_to_build import require_targets
 from cascadekit.converters.tensorrt.weight_inputs import built_in, weight_inputs
 from cascadekit.runtime.engines.tensorrt.plan_header import find_contradiction, read_header
@@ -20,11 +20,11 @@ from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 
 SMALL = Bounds(*[parse_image_size("256x256")] * 3)
-TEXT = BuildWishes(targets=("sm89",), stages=(Stage.TEXT_ENCODER,), profiles=(SMALL,))
+TEXT = BuildOptions(targets=("sm89",), stages=(Stage.TEXT_ENCODER,), profiles=(SMALL,))
 APART = replace(TEXT, weights_as_inputs=True)
 
 
-def one(bundle: Path, wishes: BuildWishes) -> Built:
+def one(bundle: Path, wishes: BuildOptions) -> Built:
     (built,) = build(bundle, wishes)
     assert open_bundle(bundle).entry(built.stage).plans[-1] == built.plan
     return built
@@ -112,8 +112,8 @@ def test_weights_that_are_streamed(bundle: Path) -> None:
 
 
 def test_wrong_requests(bundle: Path) -> None:
-    both = BuildWishes("tensorrt", refittable=True, weights_as_inputs=True)
-    with pytest.raises(UsageError, match="--refittable and --weights-as-inputs are two ways to one thing"):
+    both = BuildOptions("tensorrt", refittable=True, weights_as_inputs=True)
+    with pytest.raises(UsageError, match="refittable=True and weights_as_inputs=True serve the same purpose"):
         require_targets(both, Precision.BF16)
     path = bundle / "cascade.json"
     path.write_text(path.read_text().replace('"quantization": "none"', '"quantization": "int8"'))
