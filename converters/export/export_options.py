@@ -90,8 +90,8 @@ class ExportOptions:
         if self.quantize is Quantization.NONE:
             if self.quantize_threshold is not None:
                 raise UsageError(
-                    f"quantize_threshold={self.quantize_threshold:g} is for quantised weights; "
-                    f"choose how to quantise: {', '.join(BUNDLE_SCHEMES)}"
+                    f"quantize_threshold={self.quantize_threshold:g} is for quantised weights, and quantize is none; "
+                    f"give both, with quantize one of {', '.join(BUNDLE_SCHEMES)}"
                 )
             return
         if self.weights == "link":

@@ -99,7 +99,7 @@ def test_refused_exports_leave_nothing(tiny: Path, tmp_path: Path, monkeypatch: 
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(placing.os, "link", cross_device)
-    with pytest.raises(ExportError, match=r"cannot be hard-linked.*use --weights copy"):
+    with pytest.raises(ExportError, match=r"cannot be hard-linked.*use weights=.copy"):
         export(tiny / "model", out, weights="link")
     assert not out.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["prior"]
@@ -134,7 +134,7 @@ def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 0.0, -0.3764, 1e9, 1e-9])
 def test_scales_that_no_image_survives_are_refused(tiny: Path, tmp_path: Path, scale: float) -> None:
-    with pytest.raises(UsageError, match=r"--vqgan-scale .*: expected a number from 0.001 to 1000, such as 0.3764"):
+    with pytest.raises(UsageError, match=r"vqgan_scale=.*: expected a number from 0.001 to 1000, such as 0.3764"):
         export(tiny / "model", tmp_path / "bundle", vqgan_scale=scale)
     shutil.copytree(tiny / "model/vqgan", tmp_path / "vqgan")
     config = json.loads((tmp_path / "vqgan/config.json").read_text())
