@@ -126,7 +126,7 @@ def scale_name(module: str) -> str:
 
 
 def stored_tensors(scheme: Scheme, module: str, rows: int, columns: int) -> dict[str, StoredTensor]:
-    """What the weight (rows, columns) of `module` is stored as, scales after values.
+    """The stored tensors that replace the weight (rows, columns) of `module`: values first, then scales.
 
     int8, int4 for MatMulNBits: U8 (rows, blocks, bytes of a block), values 0 to 2^bits - 1 that mean themselves less
     2^(bits-1), the last block padded with zeros (what means them). For DequantizeLinear: int8 I8 (rows, columns), int4

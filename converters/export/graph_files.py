@@ -77,7 +77,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def port_entries(values: Iterator[onnx.ValueInfoProto] | list[onnx.ValueInfoProto]) -> tuple[PortEntry, ...]:
-    """What the graph says of its inputs or outputs."""
+    """The manifest's description of a graph's inputs or outputs."""
     return tuple(
         PortEntry(
             name=value.name,

@@ -127,7 +127,7 @@ def product_error(activations: Floats, weight: Iterable[tuple[Floats, Floats]], 
 
 
 def rounded_activations(rows: Floats, scheme: Scheme) -> Floats:
-    """What is multiplied in the place of `rows` (n, columns): the same where only weights are quantised.
+    """The activations that a quantised product multiplies instead of `rows` (n, columns); weight-only schemes: `rows`.
 
     int8-dynamic: as DynamicQuantizeLinear does, 0 to 255 between the least and the greatest value of all. Products
     in int8 of MatMulNBits: by row and block, the largest magnitude becoming 127."""
@@ -185,7 +185,7 @@ def _small_sizes(config: NetworkConfig) -> dict[str, int]:
 def _rows_into(
     config: NetworkConfig, tensors: Mapping[str, TensorRange], modules: Sequence[str], inputs: Sequence[Inputs]
 ) -> dict[str, Floats]:
-    """What goes into each module, (n, columns): at most MAX_ROWS rows, spread over all there are."""
+    """The input of each module, (n, columns): at most MAX_ROWS rows, evenly spread over all rows."""
     if not modules:
         return {}
     weights = {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}

@@ -32,8 +32,7 @@ NOT_INSTALLED = "not installed"
 
 @dataclass
 class BundleCheck:
-    """What was found out about one graph, about the files of one stage, or about those of no stage (None): problems, if
-    any, and facts."""
+    """Problems and facts of one graph, of the files of one stage, or of the files that belong to no stage (None)."""
 
     stage: Stage | None
     subject: str  # the graph's name; "" for the stage's files
@@ -105,7 +104,7 @@ def _on_disk(root: Path) -> set[str]:
 
 
 def _known(bundle: Bundle) -> set[str]:
-    """What the manifest lists, itself, and the notes beside plans."""
+    """Paths of the files in the manifest, of the manifest itself, and of the notes beside plans."""
     manifest = bundle.manifest
     files = [*manifest.files, *(manifest.lora.kept if manifest.lora else ())]
     plans = [plan.path for entry in manifest.stages.values() for plan in entry.plans]
@@ -242,7 +241,7 @@ def _size_beside(path: Path, location: str) -> int | None:
 
 
 def _onnx_problems(path: Path) -> Iterator[str]:
-    """What onnx's checker and its strict shape inference say."""
+    """Problems reported by onnx's checker and by its strict shape inference."""
     for name, check in (("onnx.checker", check_graph), ("strict shape inference", infer_strictly)):
         try:
             check(path)
@@ -251,7 +250,7 @@ def _onnx_problems(path: Path) -> Iterator[str]:
 
 
 def _polygraphy(path: Path) -> tuple[str, list[str]]:
-    """What `polygraphy inspect model` makes of the graph, where it is installed: a word, and problems."""
+    """The result of `polygraphy inspect model`, where polygraphy is installed: one word, and problems."""
     if find_spec("polygraphy") is None:
         return NOT_INSTALLED, []
     command = (sys.executable, "-c", POLYGRAPHY, "inspect", "model", str(path), "--model-type", "onnx")

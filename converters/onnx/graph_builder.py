@@ -217,7 +217,7 @@ class GraphBuilder:
         return name
 
     def shape_of(self, name: str) -> Shape:
-        """Of the tensor `name` before anything was quantised."""
+        """Shape of the tensor `name` before quantisation."""
         return self._expected[name]
 
     def width(self, name: str) -> int:
@@ -312,7 +312,7 @@ class GraphBuilder:
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
-    """What the float ports are called inside a graph that computes in another type; those in KEPT_FLOAT stay."""
+    """Names of float ports inside a graph that computes in another type; ports in KEPT_FLOAT keep their name."""
     floats = (port.name for port in (*ports.inputs, *ports.outputs) if port.dtype == "float32")
     return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats if name not in KEPT_FLOAT}
 

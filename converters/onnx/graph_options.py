@@ -1,4 +1,4 @@
-"""What may differ between two graphs of one network."""
+"""The options by which two graphs of one network may differ."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ from typing import Any
 from ...schemas.bundle import DeviceEntry
 from ...schemas.errors import EngineError
 
-# Of cuda.h, whose numbers do not change.
+# Attribute numbers of cuda.h, which do not change.
 MAJOR, MINOR = 75, 76
 NAME_BYTES = 256
 DRIVERS = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")

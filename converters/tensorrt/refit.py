@@ -43,7 +43,7 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[str]:
-    """What TensorRT calls weights: initialisers, and the values of constants."""
+    """Names that TensorRT counts as weights: initialisers, and the outputs of Constant nodes."""
     for tensor in model.graph.initializer:
         yield tensor.name
     for node in model.graph.node:

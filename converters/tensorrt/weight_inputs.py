@@ -36,7 +36,7 @@ def weight_inputs(model: onnx.ModelProto, graph: Path, root: Path) -> tuple[Weig
 
 
 def built_in(model: onnx.ModelProto, graph: Path, root: Path, inputs: Collection[WeightInput]) -> BuiltIn:
-    """What a plan with `inputs` has of their files in itself. Reads it."""
+    """The byte ranges of the inputs' files that are compiled into a plan with `inputs`, with their SHA-256."""
     names, paths = {weight.name for weight in inputs}, {weight.path for weight in inputs}
     ranges: dict[str, list[tuple[int, int]]] = {path: [] for path in sorted(paths)}
     for tensor, path, start, stop in _placed(model, graph, root):
@@ -84,7 +84,7 @@ def _placed(model: onnx.ModelProto, graph: Path, root: Path) -> Iterator[tuple[o
 
 
 def _merged(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Those that touch or overlap as one."""
+    """Merge ranges that touch or overlap."""
     pending: tuple[int, int] | None = None
     for start, stop in ranges:
         if pending and start <= pending[1]:

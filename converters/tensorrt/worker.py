@@ -195,7 +195,7 @@ def _monitor(backend: Backend, say: SAY) -> Any:
 
 
 def _timing_cache(config: Any, request: WorkerRequest) -> Any:
-    """What earlier builds measured on this GPU, handed to the configuration; None where nothing is measured."""
+    """The kernel timings of earlier builds on this GPU, set in the configuration; None where nothing is measured."""
     if request.timing_cache is None or not hasattr(config, "create_timing_cache"):
         return None
     path = Path(request.timing_cache)

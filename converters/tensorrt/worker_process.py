@@ -34,7 +34,7 @@ class BuildProgress:
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """What a build made and took: bytes and SHA-256 of the plan, the version that wrote it, seconds, those of
+    """The result and the cost of a build: bytes and SHA-256 of the plan, the version that wrote it, seconds, those of
     all processors, the most memory with mapped files (`peak_rss`) and without (`peak_own`)."""
 
     bytes: int
@@ -105,7 +105,7 @@ def _started(request: WorkerRequest, errors: IO[str]) -> Iterator[subprocess.Pop
 
 
 def _answers(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """What the process says, and nothing ({}) whenever INTERVAL has passed in silence; to its end."""
+    """The worker's answers until it ends; an empty one ({}) whenever INTERVAL has passed without an answer."""
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     pending = b""
