@@ -12,7 +12,7 @@ class Precision(StrEnum):
 
 
 class Target(StrEnum):
-    """The runtime that a graph is written for: any of opset 20, ONNX Runtime with its operators, TensorRT (opset 23)."""
+    """The runtime that a graph is written for: any of opset 20, ONNX Runtime with its own, TensorRT (opset 23)."""
 
     PORTABLE = "portable"
     ORT = "ort"
