@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from .converters.checkpoints.convert import convert as convert
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
+    from .converters.export.export_options import ExportOptions as ExportOptions
+    from .converters.export.validate import validate as validate
     from .converters.lora.bundle_cache import with_loras as with_loras
     from .converters.lora.convert_lora import convert_lora as convert_lora
     from .converters.lora.inspect_lora import inspect_lora as inspect_lora
     from .converters.lora.merge_bundle import apply_loras as apply_loras
     from .converters.lora.merge_bundle import undo_loras as undo_loras
     from .converters.lora.merge_checkpoint import merge_loras as merge_loras
+    from .converters.tensorrt.builder import build as build
+    from .converters.tensorrt.plans_to_build import BuildOptions as BuildOptions
     from .parity.demo import make_demo as make_demo
     from .runtime.cascade import Cascade as Cascade
     from .runtime.images.png import to_images as to_images
@@ -29,12 +33,16 @@ if TYPE_CHECKING:
 switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
 
 _PUBLIC = {
+    "BuildOptions": (".converters.tensorrt.plans_to_build", "BuildOptions"),
     "Cascade": (".runtime.cascade", "Cascade"),
+    "ExportOptions": (".converters.export.export_options", "ExportOptions"),
     "PlacedSeed": (".runtime.sampling.noise", "PlacedSeed"),
     "PromptEmbeds": (".runtime.text.prompts", "PromptEmbeds"),
     "Settings": (".schemas.settings", "Settings"),
+    "build": (".converters.tensorrt.builder", "build"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
+    "validate": (".converters.export.validate", "validate"),
     "make_demo": (".parity.demo", "make_demo"),
     "to_images": (".runtime.images.png", "to_images"),
     "with_loras": (".converters.lora.bundle_cache", "with_loras"),
@@ -47,11 +55,14 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "BuildOptions",
     "Cascade",
+    "ExportOptions",
     "PlacedSeed",
     "PromptEmbeds",
     "Settings",
     "apply_loras",
+    "build",
     "convert",
     "convert_lora",
     "export",
@@ -61,6 +72,7 @@ __all__ = [
     "merge_loras",
     "to_images",
     "undo_loras",
+    "validate",
     "with_loras",
 ]
 

@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..converters.export.export import export
-from ..converters.export.graph_options import GraphWishes
 from ..converters.onnx import GraphOptions, Weight, write_graph
-from ..converters.tensorrt import BuildWishes, Built, build
+from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
-from ..converters.tensorrt.process import OnProgress
-from ..converters.tensorrt.tasks import graphs_of
+from ..converters.tensorrt.plans_to_build import graphs_of
+from ..converters.tensorrt.worker_process import OnProgress
 from ..schemas.errors import UsageError
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
@@ -93,7 +92,7 @@ def bench_builds(
     if not work.is_dir():
         raise UsageError(f"{work}: not a folder; give one on the disk to measure")
     machine = describe_machine(work)
-    wishes = BuildWishes(targets=tuple(targets), profiles=(bounds,))
+    wishes = BuildOptions(targets=tuple(targets), profiles=(bounds,))
     measured: list[tuple[str, Built]] = []
     backend = ""
     for network in networks:
@@ -101,8 +100,7 @@ def bench_builds(
             folder = Path(name).absolute()
             dtype = "F32" if precision is Precision.FP32 else "BF16"
             _, source = source_file(folder, network, dtype, None, 2 if precision is Precision.FP16 else 1, say)
-            graphs = GraphWishes(precision=precision, target=Target.TENSORRT)
-            export(source, folder / "bundle", graphs=graphs)
+            export(source, folder / "bundle", precision=precision, target=Target.TENSORRT)
             for built in build(folder / "bundle", wishes, on_progress=on_progress, say=say):
                 say(f"{network}/{built.plan.graph}: {built.plan.seconds:.1f} s")
                 backend = f"{built.plan.backend} {built.plan.backend_version}"

@@ -13,8 +13,6 @@ from ..converters.checkpoints.convert import convert
 from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
-from ..converters.export.graph_options import GraphWishes
-from ..converters.export.quantize_stage import SCHEMES, Quantize
 from ..parity.inside.bisect import Bisection, bisect_stage
 from ..parity.reference.loading import reference_engine
 from ..parity.reference_run import TRAJECTORY_STAGES, expect
@@ -23,7 +21,7 @@ from ..runtime.engines.table import make_engine
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.layouts import Layout
 from ..schemas.precision import Precision
-from ..schemas.quantization import Quantization
+from ..schemas.quantization import BUNDLE_SCHEMES, Quantization
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle
 
@@ -78,15 +76,15 @@ def _of_network(folder: Path, seed: int) -> list[Ratio]:
     found: list[Ratio] = []
     for precision in Precision:
         safe = FP16_SAFE if precision is Precision.FP16 else None
-        export(model, folder / precision, graphs=GraphWishes(precision=precision, fp16_safe=safe))
+        export(model, folder / precision, precision=precision, fp16_safe=safe)
     expected = expect(reference, open_bundle(folder / Precision.FP32).manifest, tokenizer)
     for precision in Precision:
         bundle = open_bundle(folder / precision)
         for engine in dict(RUNS).get(precision, ()):
             found += _of_report(verify(make_engine(engine, bundle), expected, bundle.manifest, tokenizer))
         found += [_of_parts(bisect_stage(bundle, stage, reference, tokenizer)) for stage in bundle.manifest.stages]
-    for kind in SCHEMES:
-        export(model, folder / kind, weights="copy", quantize=Quantize(kind))
+    for kind in BUNDLE_SCHEMES:
+        export(model, folder / kind, weights="copy", quantize=kind)
         bundle = open_bundle(folder / kind)
         found += _of_report(verify(make_engine("onnxruntime", bundle), expected, bundle.manifest, tokenizer))
     return found

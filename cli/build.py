@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
-from ..schemas.precision import Precision, Target
+from ..schemas.precision import Precision
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import Stage
-from ..schemas.targets import ALONE, PLAIN, RTX
+from ..schemas.targets import PLAIN, RTX
 from .build_options import parse_arch, parse_profiles, parse_sizes, size_option
 from .build_progress import build_progress
 from .console import byte_progress, note, say, show_table
@@ -110,61 +110,47 @@ def build(
     Example: cascadekit build bundle --arch sm89 --arch "rtx 5090"
     From original files to engines: cascadekit build model -o bundle --arch sm89
     """
-    from ..converters.tensorrt import BuildWishes, prune
+    from ..converters.tensorrt import BuildOptions, prune
     from ..converters.tensorrt import build as run
+    from ..converters.tensorrt.export_for_build import export_for_build
 
     bounds = tuple(Bounds(size, size, size) for size in statics) + profiles
     if min_size or opt_size or max_size or not bounds:
         bounds = (Bounds(min_size or DEFAULT.min, opt_size or DEFAULT.opt, max_size or DEFAULT.max), *bounds)
-    chosen = tuple(Stage(stage) for stage in stages)
-    wishes = BuildWishes(
-        backend,
-        targets,
-        chosen,
-        graphs,
-        bounds,
-        refittable,
-        force,
-        cache,
-        not no_memory_check,
-        weight_streaming,
+    options = BuildOptions(
+        backend=backend,
+        targets=targets,
+        stages=tuple(Stage(stage) for stage in stages),
+        graphs=graphs,
+        profiles=bounds,
+        refittable=refittable,
+        force=force,
+        cache=cache,
+        check_memory=not no_memory_check,
+        weight_streaming=weight_streaming,
     )
     if output is not None:
-        _export(bundle, output, text_encoder, precision, wishes)
+        with byte_progress() as start_file:
+            export_for_build(
+                local(bundle),
+                output,
+                options,
+                precision=Precision(precision) if precision else None,
+                text_encoder=maybe_local(text_encoder),
+                start_file=start_file,
+                say=note,
+            )
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
     with build_progress() as on_progress:
-        done = run(bundle, wishes, on_progress=on_progress, say=note)
+        done = run(bundle, options, on_progress=on_progress, say=note)
     if pruned:
         note(f"removed plans of other weights: {prune(bundle) / 1e6:.1f} MB")
     if as_json:
         say(json.dumps([_described(built) for built in done], indent=2))
     else:
         show_table("", COLUMNS, map(_row, done))
-
-
-def _export(model: Path, output: Path, text_encoder: Path | None, precision: str | None, wishes: Any) -> None:
-    """Make the bundle to build from, once it is clear that it can be built from."""
-    from ..converters.checkpoints.open_model import open_model
-    from ..converters.export.export import export
-    from ..converters.export.graph_options import GraphWishes
-    from ..converters.tensorrt.tasks import require_targets
-
-    computed = Precision(precision) if precision else Precision.FP16 if ALONE in wishes.targets else Precision.BF16
-    require_targets(wishes, computed)
-    safe = "auto" if computed is Precision.FP16 and Stage.PRIOR in (wishes.stages or (Stage.PRIOR,)) else None
-    source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
-    with byte_progress() as start_file:
-        export(
-            source,
-            output,
-            stages=wishes.stages,
-            graphs=GraphWishes(precision=computed, target=Target.TENSORRT, fp16_safe=safe),  # type: ignore[arg-type]
-            force=wishes.force,
-            start_file=start_file,
-            say=note,
-        )
 
 
 def _described(built: "Built") -> dict[str, Any]:

@@ -9,13 +9,13 @@ from .console import complain, err
 from .escape import visible_line
 
 if TYPE_CHECKING:
-    from ..converters.tensorrt import Progress
+    from ..converters.tensorrt import BuildProgress
 
 QUIET = 10.0  # seconds between two lines about one build in a pipe
 
 
 @contextmanager
-def build_progress() -> "Iterator[Callable[[Progress], object]]":
+def build_progress() -> "Iterator[Callable[[BuildProgress], object]]":
     """Yield a function that shows progress: one changing line on a terminal, a line every 10 seconds in a pipe."""
     if err.is_terminal:
         from rich.text import Text
@@ -25,7 +25,7 @@ def build_progress() -> "Iterator[Callable[[Progress], object]]":
         return
     last: dict[str, float] = {}
 
-    def print_some(progress: "Progress") -> None:
+    def print_some(progress: "BuildProgress") -> None:
         if progress.name not in last or monotonic() - last[progress.name] >= QUIET:
             last[progress.name] = monotonic()
             complain(_line(progress))
@@ -33,7 +33,7 @@ def build_progress() -> "Iterator[Callable[[Progress], object]]":
     yield print_some
 
 
-def _line(progress: "Progress") -> str:
+def _line(progress: "BuildProgress") -> str:
     return (
         f"{progress.name}: {progress.elapsed:.0f} s of about {max(progress.estimate, 1):.0f}, {progress.phase}, "
         f"{progress.rss / 1e6:.0f} MB"

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ..schemas.errors import UsageError
 from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
@@ -14,8 +13,7 @@ from .console import byte_progress, note, say, show_table
 from .options import PATH, STAGES, local, maybe_local, parse_loras
 
 if TYPE_CHECKING:
-    from ..converters.export.quantize_choice import Choice
-    from ..converters.export.quantize_stage import Quantize
+    from ..converters.export.quantize_choice import QuantizationChoice
 
 WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
@@ -86,7 +84,6 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 )
 @click.option(
     "--quantize",
-    "kind",
     type=click.Choice([str(kind) for kind in Quantization]),
     default="none",
     show_default=True,
@@ -100,7 +97,6 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 @click.option("--controlnet", is_flag=True, help="Give the prior inputs for a ControlNet's residuals.")
 @click.option(
     "--hash/--no-hash",
-    "hashed",
     default=True,
     help="Record the SHA-256 of weights, 0.7 s a gigabyte at most, or not: `validate --hash` compares with it.  "
     "[default: --hash]",
@@ -125,10 +121,10 @@ def export(
     target: str,
     storage: str | None,
     fp16_safe: Literal["auto"] | int | None,
-    kind: str,
+    quantize: str,
     quantize_threshold: float | None,
     controlnet: bool,
-    hashed: bool,
+    hash: bool,
     loras: list[tuple[str, float]],
     text_encoder: Path | None,
     vqgan_scale: float | None,
@@ -140,35 +136,29 @@ def export(
 
     Example: cascadekit export model -o bundle
     """
-    from ..converters.checkpoints.open_model import open_model
     from ..converters.export.export import export as run
-    from ..converters.export.graph_options import GraphWishes
+    from ..converters.export.export_options import ExportOptions
 
-    source = open_model([local(model)], text_encoder=maybe_local(text_encoder))
-    wishes = GraphWishes(
-        precisions={stage: p for stage, p in precisions.items() if stage is not None},
+    options = ExportOptions(
+        stages=[Stage(stage) for stage in stages],
+        weights=weights,
         precision=precisions.get(None, Precision.FP32),
+        precisions={stage: precision for stage, precision in precisions.items() if stage is not None},
         target=Target(target),
         storage=Precision(storage) if storage else None,
         fp16_safe=fp16_safe,
-        control=controlnet,
+        quantize=Quantization(quantize),
+        quantize_threshold=quantize_threshold,
+        controlnet=controlnet,
+        hash=hash,
+        loras=[(local(Path(name)), strength) for name, strength in loras],
+        text_encoder=maybe_local(text_encoder),
+        vqgan_scale=vqgan_scale,
+        force=force,
     )
-    choices: dict[Stage, Choice] = {}
+    choices: dict[Stage, QuantizationChoice] = {}
     with byte_progress() as start_file:
-        manifest = run(
-            source,
-            output,
-            stages=[Stage(stage) for stage in stages],
-            weights=weights,
-            graphs=wishes,
-            quantize=_quantize(Quantization(kind), quantize_threshold, choices),
-            hash_weights=hashed,
-            loras=[(local(Path(name)), strength) for name, strength in loras],
-            vqgan_scale=vqgan_scale,
-            force=force,
-            start_file=start_file,
-            say=note,
-        )
+        manifest = run(local(model), output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__)
     if choices:
         _show_choices(choices)
     say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
@@ -179,18 +169,7 @@ def export(
         )
 
 
-def _quantize(kind: Quantization, threshold: float | None, choices: "dict[Stage, Choice]") -> "Quantize | None":
-    """What to quantise; `choices` gets what was chosen for each stage."""
-    if kind is Quantization.NONE:
-        if threshold is not None:
-            raise UsageError("--quantize-threshold says what --quantize tolerates: give both")
-        return None
-    from ..converters.export.quantize_stage import Quantize
-
-    return Quantize(kind, threshold, choices.__setitem__)
-
-
-def _show_choices(choices: "dict[Stage, Choice]") -> None:
+def _show_choices(choices: "dict[Stage, QuantizationChoice]") -> None:
     from ..converters.export.quantize_stage import COLUMNS, table_rows
 
     for stage, choice in choices.items():

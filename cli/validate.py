@@ -17,9 +17,9 @@ WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--hash", "hashed", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
+@click.option("--hash", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
+def validate(bundle: Path, hash: bool, as_json: bool) -> None:
     """Check a bundle's graphs, weights and files.
 
     Nothing is run. Exit code 1 when something is wrong.
@@ -27,9 +27,8 @@ def validate(bundle: Path, hashed: bool, as_json: bool) -> None:
     Example: cascadekit validate bundle --hash
     """
     from ..converters.export.validate import validate as run
-    from ..storage.bundle import open_bundle
 
-    result = run(open_bundle(bundle), hashed=hashed, say=lambda text: None if as_json else note(text))
+    result = run(bundle, hash=hash, say=lambda text: None if as_json else note(text))
     if as_json:
         say(json.dumps(result.to_json(), indent=2))
     else:

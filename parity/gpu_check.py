@@ -20,8 +20,8 @@ import numpy as np
 from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
-from ..converters.export.graph_options import Fp16Safe, GraphWishes
-from ..converters.tensorrt import BuildWishes, build
+from ..converters.export.export_options import Fp16Safe
+from ..converters.tensorrt import BuildOptions, build
 from ..runtime.cascade import Cascade, PromptEmbeds
 from ..runtime.doctor import Finding, Findings, examine
 from ..runtime.engines.base import F32, Engine
@@ -235,9 +235,7 @@ def _prepare(folder: Path, bundles: dict[Precision, Path], reference: Path, expe
     model = open_model([folder / "original"])
     for precision, root in bundles.items():
         safe: Fp16Safe = "auto" if precision is Precision.FP16 else None
-        export(
-            model, root, weights="copy", graphs=GraphWishes(precision=precision, target=Target.TENSORRT, fp16_safe=safe)
-        )
+        export(model, root, weights="copy", precision=precision, target=Target.TENSORRT, fp16_safe=safe)
     export(model, reference, weights="copy")
     bundle = open_bundle(reference)
     with _cascade(OnnxRuntimeEngine(bundle), bundle) as cascade:
@@ -299,7 +297,7 @@ def _check_provider(recorder: _Recorder, root: Path, name: str, names: list[str]
 
 def _build(root: Path, backend: str, capability: str) -> dict[str, Any]:
     targets = (capability,) if backend == RTX else ()
-    built = build(root, BuildWishes(backend=backend, targets=targets, profiles=PROFILES))
+    built = build(root, BuildOptions(backend=backend, targets=targets, profiles=PROFILES))
     return {f"{one.stage}/{one.plan.graph}": {"seconds": one.plan.seconds, "bytes": one.plan.bytes} for one in built}
 
 

@@ -68,7 +68,8 @@ def _well_formed(value: object) -> object:
     return well_formed(value) if isinstance(value, str) else value
 
 
-# Of a file elsewhere, to be read and not opened; what of it is no UTF-8 becomes escapes, since a manifest is UTF-8.
+# The name of a file outside the bundle, to be read by people. Bytes that are not UTF-8 become escapes, because the
+# manifest is UTF-8.
 FileName = Annotated[str, BeforeValidator(_well_formed)]
 
 
@@ -119,7 +120,7 @@ class GraphEntry(_Frozen):
 
 
 class ImageSize(_Frozen):
-    """What a profile is for, in a user's words: images of a size, and how many at a time."""
+    """The images that a profile is for: their size in pixels, and how many are made at a time."""
 
     width: Side
     height: Side
@@ -135,8 +136,8 @@ class PortShapes(_Frozen):
 
 
 class ProfileEntry(_Frozen):
-    """What one optimisation profile of a plan takes. `ports` are its inputs in the order of the graph's; with
-    guidance a port's batch is twice the images."""
+    """The shapes that one optimisation profile of a plan accepts. `ports` are its inputs in the order of the
+    graph's; with guidance a port's batch is twice the images."""
 
     min: ImageSize
     opt: ImageSize
@@ -246,17 +247,17 @@ class StageEntry(_Frozen):
 
     @property
     def inputs(self) -> tuple[PortEntry, ...]:
-        """Of the graph "model"."""
+        """Inputs of the graph "model"."""
         return self.graphs[MAIN_GRAPH].inputs
 
     @property
     def outputs(self) -> tuple[PortEntry, ...]:
-        """Of the graph "model"."""
+        """Outputs of the graph "model"."""
         return self.graphs[MAIN_GRAPH].outputs
 
     @property
     def opset(self) -> int:
-        """Of the graph "model"."""
+        """Opset of the graph "model"."""
         return self.graphs[MAIN_GRAPH].opset
 
     @property
@@ -297,7 +298,7 @@ class StageVerdict(_Frozen):
 
 
 class VerdictEntry(_Frozen):
-    """What a parity run found; `date` is the day in UTC, as in 2026-01-31. `passed` is about all of the run, the
+    """The result of a parity run; `date` is the day in UTC, as in 2026-01-31. `passed` is about all of the run, the
     image included."""
 
     engine: str
@@ -348,7 +349,7 @@ class Manifest(_Frozen):
         return rows if isinstance(rows, int) else None
 
     def file(self, path: str) -> FileEntry | None:
-        """What is said of a file of no stage; None where nothing is."""
+        """The entry of a file that belongs to no stage; None for a file that is not listed."""
         return next((file for file in self.files if file.path == path), None)
 
 

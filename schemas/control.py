@@ -38,5 +38,5 @@ def control_ports(config: UNetConfig, numbers: Sequence[int]) -> tuple[Port, ...
 
 
 def control_ranges(ports: Sequence[Port]) -> dict[str, Range]:
-    """What the sizes of ControlNet ports may be."""
+    """The ranges of the heights and widths of ControlNet ports."""
     return {dim: Range() for port in ports for dim in port.dims[2:] if isinstance(dim, str)}

@@ -14,9 +14,11 @@ MAX_EXPONENT = 12  # 2^-12 of a value of size 1 is still a normal fp16 number
 
 
 @dataclass(frozen=True)
-class Fp16Plan:
-    """`exponents` of the streams that need one, the residual blocks that compute in fp32, and for every block how many
-    bits its largest value stays below fp16's end (negative: beyond)."""
+class Fp16Fit:
+    """How a network is kept within fp16's range.
+
+    `exponents`: stream -> k, for streams that carry 2^-k of their values. `fp32_blocks`: residual blocks that compute
+    in fp32. `margins`: block -> bits between its largest value and fp16's largest number; negative means overflow."""
 
     exponents: dict[str, int]
     fp32_blocks: frozenset[str]
@@ -27,11 +29,13 @@ class Fp16Plan:
         return sorted(self.margins.items(), key=lambda item: item[1])[:count]
 
 
-def plan_fp16(
+def fit_fp16(
     config: UNetConfig, ranges: Mapping[str, float], *, fixed: int | None = None, margin_bits: int = MARGIN_BITS
-) -> Fp16Plan:
-    """The plan for the magnitudes that probes have measured (by value, such as "up_blocks.1.0"); `fixed` is an
-    exponent for every stream instead of the least one that fits.
+) -> Fp16Fit:
+    """Choose exponents and fp32 blocks for measured magnitudes.
+
+    `ranges` maps a value's name, such as "up_blocks.1.0", to the largest magnitude that was measured. `fixed` is one
+    exponent for every stream; None gives each stream the least exponent that fits. `margin_bits` stay free.
 
     Raises ExportError when no exponent helps, or something is measured as infinite or NaN."""
     broken = [name for name, value in ranges.items() if not math.isfinite(value)]
@@ -62,7 +66,7 @@ def plan_fp16(
         raise ExportError(
             f"{config.stage}: values of {scores[0]} reach beyond fp16 whatever the exponent; export it as bf16"
         )
-    return Fp16Plan({s: e for s, e in exponents.items() if e}, frozenset(wide), margins)
+    return Fp16Fit({s: e for s, e in exponents.items() if e}, frozenset(wide), margins)
 
 
 def _stream(config: UNetConfig, block: str) -> str:

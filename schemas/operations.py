@@ -12,7 +12,7 @@ PIXELS_AREA = 64  # of the empty image that the decoder's pixels branch maps, 8 
 
 
 def multiply_adds(config: NetworkConfig, sizes: Mapping[str, int]) -> int:
-    """Of one forward pass, as PyTorch would do it; `sizes` are the symbolic dims of the ports.
+    """Multiply-adds of one forward pass in PyTorch; `sizes` gives the symbolic dims of the ports.
 
     Raises ExportError for networks that are not exported."""
     match config:
@@ -65,7 +65,7 @@ def _areas(config: UNetConfig, height: int, width: int) -> list[int]:
 
 
 def _switch(config: UNetConfig, level: int, area: int) -> int:
-    """From the level outside into `level` or back: a 2x2 convolution of stride 2, or a 1x1 one."""
+    """Multiply-adds of the change between `level` and the next outer one: a strided 2x2 or a 1x1 convolution."""
     outer, width = config.block_out_channels[level - 1 : level + 1]
     return area * outer * width * (4 if config.switch_level is None else 1)
 

@@ -35,7 +35,7 @@ class Range:
 
 @dataclass(frozen=True)
 class StagePorts:
-    """What one exported stage takes and gives."""
+    """The inputs and outputs of one exported graph, and the ranges of its symbolic dims."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -112,7 +112,7 @@ def _vqgan(config: VQGANConfig) -> StagePorts:
 
 
 def vqgan_encoder_ports(config: VQGANConfig) -> StagePorts:
-    """Of the vqgan's encoder half: images in 0..1 to latents, unscaled. Both have the weights of one component."""
+    """Ports of the vqgan's encoder half: images in 0..1 to unscaled latents. Both halves share their weights' file."""
     factor = config.compression
     side = Range(minimum=factor, step=factor)
     latent = ("batch", config.latent_channels, f"height//{factor}", f"width//{factor}")

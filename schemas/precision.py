@@ -12,7 +12,7 @@ class Precision(StrEnum):
 
 
 class Target(StrEnum):
-    """What runs a graph: any runtime of opset 20, ONNX Runtime with its own operators, or TensorRT (opset 23)."""
+    """The runtime that a graph is written for: any of opset 20, ONNX Runtime with its own, TensorRT (opset 23)."""
 
     PORTABLE = "portable"
     ORT = "ort"

@@ -1,7 +1,7 @@
-"""From sizes of images to the shapes an engine is built for.
+"""Computes the shapes that an engine is built for from sizes of images.
 
-An engine takes every shape between a least and a largest one, and is fastest at a likeliest one. Users say these in
-images: height, width, how many at a time. Each graph of each stage has its own dims for that.
+An engine accepts every shape between a minimum and a maximum, and is fastest at the optimum between them. Users give
+all three as images: height, width, and how many at a time. Each graph has its own dims for that.
 """
 
 import re
@@ -28,7 +28,7 @@ _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?")
 
 @dataclass(frozen=True)
 class Bounds:
-    """The images an engine is for."""
+    """The smallest, likeliest and largest images that an engine is built for."""
 
     min: ImageSize
     opt: ImageSize
@@ -48,7 +48,7 @@ class Bounds:
 
     @property
     def static(self) -> bool:
-        """Whether they are for one size alone."""
+        """Whether minimum, optimum and maximum are the same size."""
         return self.min == self.opt == self.max
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ DEFAULT = Bounds(*map(parse_image_size, ("512x512x1", "1024x1024x1", "1536x1536x
 
 
 def profile_for(config: NetworkConfig, graph: str, inputs: Iterable[PortEntry], bounds: Bounds) -> ProfileEntry:
-    """What the graph `graph` of the network has to take for `bounds`.
+    """The shapes that the graph `graph` of the network must accept for images within `bounds`.
 
     Guidance makes two samples of every image in prior and decoder, so their batches reach to twice the images; the
     vqgan decodes one at a time. Counts that no size tells (text tokens, image prompts, steps) have their usual ranges,

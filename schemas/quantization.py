@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from .errors import UsageError
@@ -13,12 +13,15 @@ from .tensors import Shape
 
 
 class Quantization(StrEnum):
-    """What the weights of a graph's Linears are stored in.
+    """How the weights of a graph's Linears are stored.
 
-    INT8 and INT4 are weight-only, a scale for each block of a row. INT8_DYNAMIC has a scale for each row (output
-    channel) and makes 8-bit integers of the activations as they come, one scale for all of them: for CPUs that
-    multiply those (VNNI); without, some add two products in 16 bits and saturate. FP8 is E4M3 with a scale for each
-    row, for TensorRT from SM89 on; activations are fp8 too where a range is given for them, else it is weight-only."""
+    | kind | scales | activations | made for |
+    |---|---|---|---|
+    | INT8, INT4 | one per block of a row | float | disk and memory; ONNX Runtime's MatMulNBits |
+    | INT8_DYNAMIC | one per row (output channel) | 8-bit integers, one scale for all | CPUs with VNNI |
+    | FP8 (E4M3) | one per row | float | TensorRT from sm89 on |
+
+    CPUs without VNNI may add two products of INT8_DYNAMIC in 16 bits, which saturates."""
 
     NONE = "none"
     INT8 = "int8"
@@ -28,9 +31,6 @@ class Quantization(StrEnum):
 
 
 BLOCK_SIZES = (32, 64, 128)
-# What bundles have: long blocks cost 8-bit weights next to nothing, and make their products faster.
-BUNDLE_BLOCKS: Mapping[Quantization, int] = {Quantization.INT8: 128, Quantization.INT4: 32}
-
 BLOCKWISE = frozenset({Quantization.INT8, Quantization.INT4})
 
 # MatMulInteger is nothing TensorRT has; ONNX Runtime's CPU kernels gain nothing from fp8, but standard operators run.
@@ -85,6 +85,26 @@ class Scheme:
         return self.packed or not self.blockwise or columns % self.block_size == 0
 
 
+# How bundles are quantised. ONNX Runtime's CPU kernels beat fp32 with integer activations only. Long blocks cost 8-bit
+# weights next to nothing, and make their products faster. fp8 uses standard operators that ONNX Runtime runs and
+# TensorRT compiles.
+BUNDLE_SCHEMES: Mapping[Quantization, Scheme] = {
+    Quantization.INT8: Scheme(Quantization.INT8, Target.ORT, block_size=128, int8_products=True),
+    Quantization.INT4: Scheme(Quantization.INT4, Target.ORT, block_size=32, int8_products=True),
+    Quantization.INT8_DYNAMIC: Scheme(Quantization.INT8_DYNAMIC, Target.ORT),
+    Quantization.FP8: Scheme(Quantization.FP8, Target.PORTABLE),
+}
+
+
+def bundle_scheme(kind: Quantization, target: Target) -> Scheme:
+    """How a bundle for `target` is quantised in `kind`. The portable target, which is the default, leaves the choice of
+    operators to BUNDLE_SCHEMES. Raises UsageError for a target that has no operators for `kind`."""
+    scheme = BUNDLE_SCHEMES[kind]
+    if target is Target.PORTABLE:
+        return scheme
+    return replace(scheme, target=target, int8_products=scheme.int8_products and target is Target.ORT)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a safetensors file: dtype in safetensors' spelling, shape."""
@@ -106,7 +126,7 @@ def scale_name(module: str) -> str:
 
 
 def stored_tensors(scheme: Scheme, module: str, rows: int, columns: int) -> dict[str, StoredTensor]:
-    """What the weight (rows, columns) of `module` is stored as, scales after values.
+    """The stored tensors that replace the weight (rows, columns) of `module`: values first, then scales.
 
     int8, int4 for MatMulNBits: U8 (rows, blocks, bytes of a block), values 0 to 2^bits - 1 that mean themselves less
     2^(bits-1), the last block padded with zeros (what means them). For DequantizeLinear: int8 I8 (rows, columns), int4

@@ -10,7 +10,7 @@ from .quantization import Quantization
 
 RTX, PLAIN = "tensorrt-rtx", "tensorrt"
 
-# What TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
+# The compute capabilities TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 # NVIDIA's guide to TensorRT-RTX: no plan for Turing and later GPUs at once.
 ALONE = "sm75"
@@ -76,8 +76,8 @@ def require_rtx_targets(targets: Iterable[str]) -> None:
         )
 
 
-def plans_for(targets: Iterable[str]) -> list[tuple[str, ...]]:
-    """The targets of each plan: Turing's is one of its own."""
+def group_targets(targets: Iterable[str]) -> list[tuple[str, ...]]:
+    """Group `targets` into those that one plan can serve: Turing (sm75) needs a plan of its own."""
     targets = tuple(targets)
     groups = [tuple(t for t in targets if t == ALONE), tuple(t for t in targets if t != ALONE)]
     return [group for group in groups if group]
@@ -85,7 +85,7 @@ def plans_for(targets: Iterable[str]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Lack:
-    """What GPUs below a compute capability have no kernels for, in one backend or (None) in both."""
+    """A precision or quantization without kernels on GPUs below a compute capability. `backend` None: in both."""
 
     what: Precision | Quantization
     below: int

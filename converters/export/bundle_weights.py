@@ -1,17 +1,16 @@
-"""Brings a stage's weights into its folder of a bundle: cloned where the file system can, else copied, or linked."""
+"""Brings the weights of a stage into its folder of a bundle: as clones, as copies or as hard links."""
 
 import errno
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from ...schemas.bundle import Placement
-from ...schemas.callbacks import Progress
-from ...schemas.errors import ExportError, UsageError
+from ...schemas.callbacks import StartFile
+from ...schemas.errors import ExportError
 from ...schemas.paths import problem_of_name
 from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan
@@ -19,65 +18,69 @@ from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle
 from ..checkpoints.component import Component
+from .export_options import WeightsMode
 
 WEIGHTS_NAME = "weights.safetensors"
-OVERFLOW_ADVICE = "export it with --precision bf16, which reaches as far as float32, or store it so with --storage"
+OVERFLOW_ADVICE = 'export it with precision="bf16", which reaches as far as float32, or store it with storage="bf16"'
 FICLONE = 0x40049409  # Linux: one file becomes a clone of another, its blocks shared until either changes
 
 PROJECTIONS = {part: names for names in (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")) for part in names}
 PROJECTION = re.compile(rf"(.*\.)({'|'.join(PROJECTIONS)})(\.weight|\.bias)")
 
-StartFile = Callable[[str, int], Progress]
-Wish = Literal["auto", "link", "copy"]
-WISHES: tuple[Wish, ...] = get_args(Wish)
-
 
 @dataclass(frozen=True)
-class Placed:
-    """A stage's weights in its folder: how they came there, its tensors by diffusers names, its files, and what a user
-    should know of their values."""
+class StageWeights:
+    """The weights of a stage in its folder of the bundle.
 
-    how: Placement
+    `placement` says how the files came there, `tensors` maps diffusers names to byte ranges of `files`, and `notes` are
+    lines for the user about values that were changed."""
+
+    placement: Placement
     tensors: dict[str, TensorRange]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
-def place_weights(
+def add_weights(
     component: Component,
     folder: Path,
-    wish: Wish,
+    mode: WeightsMode,
     *,
     dtype: str | None = None,
     start_file: StartFile | None = None,
-) -> Placed:
-    """Bring the weights of `component` into `folder`. "auto" clones its files where the file system clones, else copies
-    them. "link" takes hard links in place of copies: onnx.load refuses graphs whose weights are hard links.
-    With `dtype` (F32, BF16, F16) they are stored in that one, which takes a copy unless they are so already.
+) -> StageWeights:
+    """Bring the weights of `component` into the empty `folder`.
 
-    Raises ExportError when "link" is impossible, naming the reason, ConversionError for values `dtype` cannot hold."""
-    if wish not in WISHES:
-        raise UsageError(f"weights {wish!r}: expected one of {', '.join(WISHES)}")
-    if wish != "copy":
+    | mode | where the file system clones | elsewhere |
+    |---|---|---|
+    | "auto" | clones of the model's files | copies |
+    | "link" | clones | hard links, with which onnx.load refuses the graphs |
+    | "copy" | copies | copies |
+
+    `dtype` (F32, BF16, F16) is the dtype to store the weights in; weights of another dtype are copied.
+
+    Raises ExportError when "link" is impossible, with the reason, and ConversionError for values that `dtype` cannot
+    hold."""
+    if mode != "copy":
         reason = _why_not_as_is(component, dtype)
         try:
-            if reason is None and (how := _share(component, folder, links=wish == "link")):
+            if reason is None and (how := _share(component, folder, links=mode == "link")):
                 files = tuple(folder / source.name for source in source_files(component))
-                return Placed(how, moved(component.tensors, folder), files)
+                return StageWeights(how, ranges_in(component.tensors, folder), files)
         except OSError as error:
             reason = f"{source_files(component)[0]}: cannot be hard-linked into {folder.parent}: {error.strerror}"
         for half_done in folder.iterdir():
             half_done.unlink()
-        if wish == "link":
-            raise ExportError(f"{reason}; use --weights copy")
+        if mode == "link":
+            raise ExportError(f'{reason}; use weights="copy"')
     return copy_weights(component, folder, start_file, dtype=dtype)
 
 
 def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
-    """Why a graph cannot refer to the model's files as they are."""
+    """Why a graph cannot refer to the model's files without a copy; None when it can."""
     for name, tensor in component.tensors.items():
         if tensor.transposed:
-            return f"{tensor.path}: {name} lies transposed"
+            return f"{tensor.path}: {name} is stored transposed"
         if tensor.scale is not None:
             return f"{tensor.path}: {name} is scaled fp8"
         if target_dtype(tensor.dtype, dtype) != tensor.dtype:
@@ -91,22 +94,27 @@ def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
 
 
 def _share(component: Component, folder: Path, *, links: bool) -> Placement | None:
-    """Clone the files of `component` into `folder`, or link them hard where `links` allows; None where a file can be
-    neither. ONNX refuses symbolic links. Raises OSError when a file cannot be linked."""
-    ways: set[Placement] = set()
+    """Clone the files of `component` into `folder`, or hard-link them where `links` allows it.
+
+    Returns None for a file that can be neither cloned nor linked. ONNX refuses symbolic links. Raises OSError when a
+    file cannot be linked."""
+    placements: set[Placement] = set()
     for source in source_files(component):
         if clone(source, folder / source.name):
-            ways.add("reflink")
+            placements.add("reflink")
         elif links:
             os.link(source.resolve(), folder / source.name)
-            ways.add("link")
+            placements.add("link")
         else:
             return None
-    return "link" if "link" in ways else "reflink"
+    return "link" if "link" in placements else "reflink"
 
 
 def clone(source: Path, target: Path) -> bool:
-    """Make `target` a clone of `source` where the file system can. Raises OSError when `target` cannot be made."""
+    """Make `target` a clone of `source`; False where the file system cannot clone.
+
+    A clone shares its blocks on disk with `source` until either changes. Raises OSError when `target` cannot be
+    made."""
     with source.open("rb") as old, target.open("xb") as new:
         try:
             fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
@@ -118,8 +126,8 @@ def clone(source: Path, target: Path) -> bool:
     return False
 
 
-def moved(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRange]:
-    """The same ranges in files of the same names in `folder`."""
+def ranges_in(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRange]:
+    """The same byte ranges in the files of the same names in `folder`."""
     return {
         name: TensorRange(folder / t.path.name, t.dtype, t.shape, t.offset, t.nbytes, t.transposed)
         for name, t in tensors.items()
@@ -128,8 +136,8 @@ def moved(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRang
 
 def copy_weights(
     component: Component, folder: Path, start_file: StartFile | None = None, *, dtype: str | None = None
-) -> Placed:
-    """Write the weights of `component` into a file of the bundle's own, in `dtype` or as they are stored."""
+) -> StageWeights:
+    """Write the weights of `component` into one new file in `folder`, in `dtype` or as the model stores them."""
     path = folder / WEIGHTS_NAME
     tensors = component.tensors
     plans = {
@@ -141,12 +149,12 @@ def copy_weights(
     metadata = {"format": "pt", **component.metadata}
     counts = write_safetensors(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
     notes = counts.notes(f"{component.stage}/{WEIGHTS_NAME}")
-    return Placed("copy", read_header(path).tensors, (path,), notes)
+    return StageWeights("copy", read_header(path).tensors, (path,), notes)
 
 
 def projections_together(names: Iterable[str]) -> list[str]:
-    """The names with queries, keys and values of each attention side by side, weights and biases apart, so that a
-    graph can take them as one; all others keep their order."""
+    """Sort `names` so that the query, key and value projections of each attention are adjacent, weights and biases
+    apart. A graph can then read the three as one tensor. All other names keep their order."""
     present = dict.fromkeys(names)
     done: set[str] = set()
     result = []
@@ -159,5 +167,5 @@ def projections_together(names: Iterable[str]) -> list[str]:
 
 
 def source_files(component: Component) -> list[Path]:
-    """The files its tensors lie in."""
+    """The files that hold the tensors of `component`, sorted."""
     return sorted({tensor.path for tensor in component.tensors.values()})

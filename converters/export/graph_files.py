@@ -29,7 +29,7 @@ PORT_DTYPES: Mapping[int, str] = {
 
 
 @dataclass(frozen=True)
-class External:
+class ExternalTensor:
     """Where an initialiser says its bytes lie: a file relative to the graph's folder, and a range of it."""
 
     name: str
@@ -40,13 +40,14 @@ class External:
     length: int
 
 
-def external_data(model: onnx.ModelProto) -> Iterator[External]:
-    """Every tensor of the graph that lies in another file, those that the graph takes as one apart again. Raises
-    ValueError for numbers that are none."""
+def external_data(model: onnx.ModelProto) -> Iterator[ExternalTensor]:
+    """Yield every externally stored tensor; a packed q+k+v tensor is yielded as its three parts.
+
+    Raises ValueError if an offset or length is not an integer."""
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             said = {entry.key: entry.value for entry in tensor.external_data}
-            whole = External(
+            whole = ExternalTensor(
                 tensor.name,
                 DTYPES.get(tensor.data_type, ""),
                 tuple(tensor.dims),
@@ -57,8 +58,8 @@ def external_data(model: onnx.ModelProto) -> Iterator[External]:
             yield from _apart(whole)
 
 
-def _apart(whole: External) -> Iterator[External]:
-    """The tensors of ``prefix.a+b.weight``, which lie one after the other and are equally large; or the one it is."""
+def _apart(whole: ExternalTensor) -> Iterator[ExternalTensor]:
+    """The parts of a tensor ``prefix.a+b.weight``, which are adjacent and equally large; else the tensor itself."""
     found = TOGETHER.fullmatch(whole.name)
     if not found:
         yield whole
@@ -76,7 +77,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def port_entries(values: Iterator[onnx.ValueInfoProto] | list[onnx.ValueInfoProto]) -> tuple[PortEntry, ...]:
-    """What the graph says of its inputs or outputs."""
+    """The manifest's description of a graph's inputs or outputs."""
     return tuple(
         PortEntry(
             name=value.name,

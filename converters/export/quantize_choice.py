@@ -40,7 +40,7 @@ Inputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearChoice:
     """A Linear: the relative error of its product when quantised (None: not measured), what is tolerated of it, why
     it stays float (None: it does not), and the bytes of its weight as it was and as it will be."""
 
@@ -53,11 +53,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Choice:
+class QuantizationChoice:
     """Which Linears of a network are quantised, and why the others are not."""
 
     scheme: Scheme
-    layers: tuple[Layer, ...]
+    layers: tuple[LinearChoice, ...]
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -71,7 +71,7 @@ def choose_layers(
     *,
     threshold: float | None = None,
     inputs: Sequence[Inputs] = (),
-) -> Choice:
+) -> QuantizationChoice:
     """Measure every Linear that may be quantised, and choose those that lose no more than `threshold` (relative L2;
     by default TOLERATED times what rounding loses on normal numbers in as many columns).
 
@@ -96,8 +96,8 @@ def choose_layers(
                 reason = f"loses {error:.2%}, tolerated are {limit:.2%}"
         elif reason is None:
             reason = _unfit(scheme, shape[1])
-        layers.append(Layer(module, error, limit, reason, before, before if reason else after))
-    return Choice(scheme, tuple(layers))
+        layers.append(LinearChoice(module, error, limit, reason, before, before if reason else after))
+    return QuantizationChoice(scheme, tuple(layers))
 
 
 def _unfit(scheme: Scheme, columns: int) -> str | None:
@@ -127,7 +127,7 @@ def product_error(activations: Floats, weight: Iterable[tuple[Floats, Floats]], 
 
 
 def rounded_activations(rows: Floats, scheme: Scheme) -> Floats:
-    """What is multiplied in the place of `rows` (n, columns): the same where only weights are quantised.
+    """The activations that a quantised product multiplies instead of `rows` (n, columns); weight-only schemes: `rows`.
 
     int8-dynamic: as DynamicQuantizeLinear does, 0 to 255 between the least and the greatest value of all. Products
     in int8 of MatMulNBits: by row and block, the largest magnitude becoming 127."""
@@ -185,7 +185,7 @@ def _small_sizes(config: NetworkConfig) -> dict[str, int]:
 def _rows_into(
     config: NetworkConfig, tensors: Mapping[str, TensorRange], modules: Sequence[str], inputs: Sequence[Inputs]
 ) -> dict[str, Floats]:
-    """What goes into each module, (n, columns): at most MAX_ROWS rows, spread over all there are."""
+    """The input of each module, (n, columns): at most MAX_ROWS rows, evenly spread over all rows."""
     if not modules:
         return {}
     weights = {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}

@@ -53,7 +53,7 @@ def quantize(matrix: Floats, scheme: Scheme) -> Quantized:
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> Floats:
-    """What the graph computes with, (rows, columns) float32."""
+    """The weight that the graph computes with, (rows, columns) float32."""
     values = from_e4m3(quantized.values) if scheme.kind is Quantization.FP8 else quantized.values.astype(np.float32)
     scale = quantized.scale
     if scheme.blockwise:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -17,8 +17,9 @@ import onnx
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
+from ...schemas.callbacks import Say
 from ...schemas.stages import Stage
-from ...storage.bundle import PUT_BACK, Bundle
+from ...storage.bundle import PUT_BACK, Bundle, open_bundle
 from ...storage.file_hashes import WHOLE_BELOW, find_change, require_regular, sha256_of
 from ...storage.safetensors_reader import DTYPE_SIZES
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
@@ -27,13 +28,10 @@ POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  
 POLYGRAPHY_TIMEOUT = 300  # seconds
 NOT_INSTALLED = "not installed"
 
-Say = Callable[[str], object]
-
 
 @dataclass
-class Check:
-    """What was found out about one graph, about the files of one stage, or about those of no stage (None): problems, if
-    any, and facts."""
+class BundleCheck:
+    """Problems and facts of one graph, of the files of one stage, or of the files that belong to no stage (None)."""
 
     stage: Stage | None
     subject: str  # the graph's name; "" for the stage's files
@@ -45,7 +43,7 @@ class Check:
 class Validation:
     """All checks of a bundle; true when none found a problem."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[BundleCheck, ...]
 
     def __bool__(self) -> bool:
         return not any(check.problems for check in self.checks)
@@ -60,32 +58,41 @@ class Validation:
         }
 
 
-def validate(bundle: Bundle, *, hashed: bool = False, say: Say = lambda text: None) -> Validation:
-    """Check every stage of `bundle`, and its other files; `hashed` reads every byte of every file, whatever its time,
-    and compares the SHA-256. Files without one on record are compared by the samples of their fingerprint, and named.
+def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lambda text: None) -> Validation:
+    """Check every stage and every other file of `bundle` (opened, or its path) without running it.
 
-    Nothing is written into the bundle. Memory: one graph, without its weights. `say` hears what is going on."""
+        result = validate("bundle", hash=True)
+        if not result:
+            print([problem for check in result.checks for problem in check.problems])
+
+    With `hash` every byte of every file is read and its SHA-256 compared with the manifest. Without it, a file whose
+    size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by the
+    samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is that of
+    one graph without weights.
+
+    Raises CheckpointError when the manifest cannot be read."""
+    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     checks = []
     for stage, entry in bundle.manifest.stages.items():
         say(f"checking the {stage}")
-        checks.append(_check_files(bundle, stage, entry, hashed))
+        checks.append(_check_files(bundle, stage, entry, hash))
         with TemporaryDirectory(prefix="cascadekit-validate-") as scratch:
             for name, graph in entry.graphs.items():
-                check = Check(stage, name)
+                check = BundleCheck(stage, name)
                 _check_graph(bundle.root, entry, graph, check, Path(scratch))
                 checks.append(check)
-    return Validation((*checks, _check_rest(bundle, hashed)))
+    return Validation((*checks, _check_rest(bundle, hash)))
 
 
-def _check_rest(bundle: Bundle, hashed: bool) -> Check:
+def _check_rest(bundle: Bundle, hash: bool) -> BundleCheck:
     """The files of no stage: the tokenizer, what LoRAs replaced, and those that nothing is known of."""
     manifest = bundle.manifest
-    check = Check(None, "")
+    check = BundleCheck(None, "")
     kept = manifest.lora.kept if manifest.lora else ()
     for file in manifest.files:
-        _compare(bundle, file, check, PUT_BACK, hashed=True)
+        _compare(bundle, file, check, PUT_BACK, hash=True)
     for file in kept:
-        _compare(bundle, file, check, "the LoRAs cannot be undone; export the model again", hashed=hashed)
+        _compare(bundle, file, check, "the LoRAs cannot be undone; export the model again", hash=hash)
     unlisted = sorted(_on_disk(bundle.root) - _known(bundle))
     check.facts = {"files": len(manifest.files) + len(kept), "unlisted": unlisted}
     return check
@@ -96,7 +103,7 @@ def _on_disk(root: Path) -> set[str]:
 
 
 def _known(bundle: Bundle) -> set[str]:
-    """What the manifest lists, itself, and the notes beside plans."""
+    """Paths of the files in the manifest, of the manifest itself, and of the notes beside plans."""
     manifest = bundle.manifest
     files = [*manifest.files, *(manifest.lora.kept if manifest.lora else ())]
     plans = [plan.path for entry in manifest.stages.values() for plan in entry.plans]
@@ -105,32 +112,32 @@ def _known(bundle: Bundle) -> set[str]:
     return {MANIFEST_NAME, *plans, *notes, *(file.path for file in files)}
 
 
-def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hashed: bool) -> Check:
+def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hash: bool) -> BundleCheck:
     """The stage's files against the manifest, as loading it compares them, or by all their bytes."""
-    check = Check(stage, "")
+    check = BundleCheck(stage, "")
     for file in entry.files:
-        whole = hashed or file.path in entry.graph_paths
-        _compare(bundle, file, check, bundle.advice(entry, file), hashed=whole)
-    unhashed = [_unhashed(bundle.root / file.path, file, hashed) for file in entry.files if file.sha256 is None]
+        whole = hash or file.path in entry.graph_paths
+        _compare(bundle, file, check, bundle.advice(entry, file), hash=whole)
+    unhashed = [_unhashed(bundle.root / file.path, file, hash) for file in entry.files if file.sha256 is None]
     check.facts = {"weights": entry.weights, "files": len(entry.files), "without_sha256": unhashed}
-    _check_plans(bundle, entry, check, hashed)
+    _check_plans(bundle, entry, check, hash)
     return check
 
 
-def _compare(bundle: Bundle, file: FileEntry, check: Check, advice: str, *, hashed: bool) -> None:
+def _compare(bundle: Bundle, file: FileEntry, check: BundleCheck, advice: str, *, hash: bool) -> None:
     path = bundle.root / file.path
-    problem = find_change(path, file, always_hash=hashed)
+    problem = find_change(path, file, always_hash=hash)
     if problem:
         check.problems.append(f"{file.path}: {problem}; {advice}")
 
 
-def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) -> None:
-    """GPU engines: their headers, and all bytes of small ones, or if `hashed`. One of other weights than the stage has
+def _check_plans(bundle: Bundle, entry: StageEntry, check: BundleCheck, hash: bool) -> None:
+    """GPU engines: their headers, and all bytes of small ones, or if `hash`. One of other weights than the stage has
     now is no problem: it is not run."""
     for plan in entry.plans:
         path = bundle.root / plan.path
         problem = find_contradiction(path, plan)
-        if not problem and (hashed or plan.bytes < WHOLE_BELOW) and sha256_of(path) != plan.sha256:
+        if not problem and (hash or plan.bytes < WHOLE_BELOW) and sha256_of(path) != plan.sha256:
             problem = "its SHA-256 is not that of the manifest"
         if problem:
             check.problems.append(f"{plan.path}: {problem}; `cascadekit build` makes it again")
@@ -139,12 +146,12 @@ def _check_plans(bundle: Bundle, entry: StageEntry, check: Check, hashed: bool) 
         check.facts["plans"] = {"current": current, "of_other_weights": len(entry.plans) - current}
 
 
-def _unhashed(path: Path, file: FileEntry, hashed: bool) -> dict[str, str | None]:
+def _unhashed(path: Path, file: FileEntry, hash: bool) -> dict[str, str | None]:
     """A file whose SHA-256 the manifest does not have, with the one it has now."""
-    return {"path": file.path, "sha256_now": sha256_of(path) if hashed and path.is_file() else None}
+    return {"path": file.path, "sha256_now": sha256_of(path) if hash and path.is_file() else None}
 
 
-def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: Check, scratch: Path) -> None:
+def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: BundleCheck, scratch: Path) -> None:
     path = root / graph.path
     try:
         require_regular(path)
@@ -233,7 +240,7 @@ def _size_beside(path: Path, location: str) -> int | None:
 
 
 def _onnx_problems(path: Path) -> Iterator[str]:
-    """What onnx's checker and its strict shape inference say."""
+    """Problems reported by onnx's checker and by its strict shape inference."""
     for name, check in (("onnx.checker", check_graph), ("strict shape inference", infer_strictly)):
         try:
             check(path)
@@ -242,7 +249,7 @@ def _onnx_problems(path: Path) -> Iterator[str]:
 
 
 def _polygraphy(path: Path) -> tuple[str, list[str]]:
-    """What `polygraphy inspect model` makes of the graph, where it is installed: a word, and problems."""
+    """The result of `polygraphy inspect model`, where polygraphy is installed: one word, and problems."""
     if find_spec("polygraphy") is None:
         return NOT_INSTALLED, []
     command = (sys.executable, "-c", POLYGRAPHY, "inspect", "model", str(path), "--model-type", "onnx")

@@ -28,7 +28,7 @@ from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.component import Component, Problems
 from ..export.bundle_weights import clone
-from ..export.graph_files import External, external_data, load_graph
+from ..export.graph_files import ExternalTensor, external_data, load_graph
 from .changed_tensors import Changes, Effect, overwrite
 from .encoding import FLOATS
 from .lora_file import listed
@@ -236,7 +236,7 @@ def _component(bundle: Bundle, stage: Stage) -> Component:
     return Component(bundle.root / stage, stage, Layout.DIFFUSERS, config, tensors, {}, Problems())
 
 
-def _range(graph: Path, data: External, shape: Shape) -> TensorRange:
+def _range(graph: Path, data: ExternalTensor, shape: Shape) -> TensorRange:
     if data.length != math.prod(shape) * DTYPE_SIZES.get(data.dtype, 0):
         raise CheckpointError(
             f"{graph}: {data.name}: expected {list(shape)} of {', '.join(FLOATS)}, found {data.length} bytes of "

@@ -5,7 +5,7 @@ Semantics: transformers ``CLIPEncoderLayer`` (models/clip/modeling_clip.py) with
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import ImageEncoderConfig, TextEncoderConfig
-from .builder import Graph
+from .graph import Graph
 from .layers import attention
 
 ClipConfig = TextEncoderConfig | ImageEncoderConfig

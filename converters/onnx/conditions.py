@@ -1,4 +1,4 @@
-"""What conditions the blocks of prior and decoder: computed inside the graph, or fed to it.
+"""The conditions of the blocks of prior and decoder: computed inside the graph, or fed to it.
 
 Timestep blocks ask for a gain and a shift, attention blocks for keys and values of the conditioning tokens.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from ...schemas.hoisted import MODULATION, modulation_width, timestep_blocks
 from ...schemas.stages import UNetConfig
-from .builder import Graph
+from .graph import Graph
 from .streams import NORM_EPS, Streams
 
 MAX_POSITIONS = 10000.0
@@ -24,11 +24,11 @@ class Conditions(Protocol):
     """Gives each block what it looks at besides its image, by the block's name and channels."""
 
     def modulation(self, name: str, width: int) -> tuple[str, str]:
-        """Of a timestep block: 1 + scale, and the shift at its stream's exponent; (B, 1, 1, c) each."""
+        """Gain (1 + scale) and shift of a timestep block, the shift at its stream's exponent; (B, 1, 1, c) each."""
 
     def attended(self, name: str, width: int, own: str) -> tuple[str, str, str]:
-        """Of an attention block with the tokens `own` (B*n, c): the queries of those, and keys and values of those and
-        of the conditioning tokens, (B*n, c) and twice (B, n + tokens, c)."""
+        """Queries, keys and values of an attention block with the tokens `own` (B*n, c): queries
+        (B*n, c), then keys and values of own and conditioning tokens, each (B, n + tokens, c)."""
 
 
 class Computed:

@@ -5,8 +5,8 @@ import onnx
 from ...schemas.ports import control_port
 from ...schemas.stages import ControlNetConfig
 from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
-from .builder import Graph
 from .efficientnet import PADS, efficientnet_v2_s
+from .graph import Graph
 from .layers import Image, convolution, pixel_shuffle, pointwise
 
 NORM_EPS = 1e-5

@@ -5,8 +5,8 @@ import onnx
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
-from .builder import Graph
 from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .graph import Graph
 from .hoisting import write_conditions
 from .layers import Image, normalised, pointwise, resized
 from .streams import NORM_EPS, Streams
@@ -24,7 +24,7 @@ def write_decoder(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
 
 
 def write_decoder_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
-    """What of the decoder depends on the prior's latents, text and schedule alone; see ``schemas.hoisted``."""
+    """The part of the decoder that depends only on prior latents, text and schedule; see ``schemas.hoisted``."""
     streams = _streams(graph, config)
     # Only sizes matter here: onnx's shape inference follows them through pooling, not through a division.
     patch = [config.patch_size] * 2

@@ -13,7 +13,7 @@ from ...schemas.layer_tensors import (
     InvertedResidual,
     inverted_residuals,
 )
-from .builder import Graph
+from .graph import Graph
 from .layers import Image, batch_normalised, convolution
 
 PADS = (1, 1, 1, 1)  # of a 3x3 convolution: what keeps the size

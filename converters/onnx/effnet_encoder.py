@@ -3,8 +3,8 @@
 import onnx
 
 from ...schemas.stages import EffnetEncoderConfig
-from .builder import Graph
 from .efficientnet import efficientnet_v2_s
+from .graph import Graph
 from .layers import Image, batch_normalised, convolution
 
 

@@ -3,8 +3,8 @@
 from ...schemas.hoisted import MODULATION, timestep_blocks
 from ...schemas.stages import Block, UNetConfig
 from ...schemas.unet_blocks import blocks_of
-from .builder import Graph
 from .conditions import Computed
+from .graph import Graph
 
 
 def write_conditions(graph: Graph, config: UNetConfig, conditions: Computed) -> None:

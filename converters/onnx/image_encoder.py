@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 
 from ...schemas.stages import ImageEncoderConfig
-from .builder import Graph
 from .clip import check_supported, norm, transformer_layer
+from .graph import Graph
 from .layers import convolution
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
-from .builder import ORT_DOMAIN, Graph
+from .graph import Graph
+from .graph_builder import ORT_DOMAIN
 
 
 class Image:

@@ -3,7 +3,7 @@
 import onnx
 
 from ...schemas.stages import PreviewerConfig
-from .builder import Graph
+from .graph import Graph
 from .layers import Image, batch_normalised, convolution, transposed_convolution
 
 
@@ -27,6 +27,6 @@ def write_previewer(graph: Graph, config: PreviewerConfig) -> onnx.ModelProto:
 
 
 def _activated(graph: Graph, position: int, image: Image) -> Image:
-    """What follows the convolution ``blocks.position``: a GELU and a BatchNorm."""
+    """The GELU and the BatchNorm after the convolution ``blocks.position``."""
     active = graph.node("Gelu", f"blocks.{position + 1}", image.first)
     return batch_normalised(graph, f"blocks.{position + 2}", Image(graph, image.channels, first=active))

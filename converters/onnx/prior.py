@@ -6,8 +6,8 @@ from ...schemas.control import controlled_blocks
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import RATIOS
 from ...schemas.stages import UNetConfig
-from .builder import Graph
 from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .graph import Graph
 from .hoisting import write_conditions
 from .streams import Streams
 from .unet import Pyramid, check_supported, classify, embed
@@ -22,7 +22,7 @@ def write_prior(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
 
 
 def write_prior_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
-    """What of the prior depends on text, images and schedule alone; see ``schemas.hoisted``."""
+    """The part of the prior that depends only on text, images and schedule; see ``schemas.hoisted``."""
     streams = _streams(graph, config)
     write_conditions(graph, config, _computed(graph, config, streams, RATIOS))
     return graph.model("prior_conditioning", "Stable Cascade stage C (prior): text, images and schedule to conditions")

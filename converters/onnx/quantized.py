@@ -6,19 +6,13 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 
-from ...schemas.precision import E4M3_MAX
-from ...schemas.quantization import Quantization, Scheme, quantized_name, scale_name, stored_tensors
+from ...schemas.quantization import Quantization, quantized_name, scale_name, stored_tensors
 from ...schemas.tensors import Shape
+from .graph_builder import ORT_DOMAIN, GraphBuilder
 
-if TYPE_CHECKING:
-    from .builder import Graph
-
-ORT_DOMAIN = "com.microsoft"
-BLOCKED_OPSET = 21  # the first with 4-bit types and with scales by block
 INT8_LEVEL = 4  # MatMulNBits' accuracy_level for products of 8-bit integers
 
 # What DequantizeLinear reads; 4-bit values are two to a byte in the file, so dims are not the file's.
@@ -29,12 +23,7 @@ VALUE_TYPES: Mapping[Quantization, int] = {
 }
 
 
-def needed_opset(scheme: Scheme) -> int:
-    """The first opset with what graphs of `scheme` use."""
-    return BLOCKED_OPSET if scheme.blockwise and not scheme.packed else 0
-
-
-def quantized_linear(graph: "Graph", name: str, rows: str, *bias: str, factor: float = 1.0) -> str:
+def quantized_linear(graph: GraphBuilder, name: str, rows: str, *bias: str, factor: float = 1.0) -> str:
     """rows (n, in) times the weight (out, in) of the module `name` transposed, plus the bias (out,).
 
     The product is times `factor`, a power of two: the scales are, which changes no bit of theirs."""
@@ -43,7 +32,7 @@ def quantized_linear(graph: "Graph", name: str, rows: str, *bias: str, factor: f
     return write(graph, name, rows, bias, factor)
 
 
-def _packed(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
+def _packed(graph: GraphBuilder, name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
     scheme, (out, width) = graph.options.scheme, graph.shape_of(f"{name}.weight")[:2]
     values, scale = _stored(graph, name, TensorProto.UINT8)
     return graph.node(
@@ -62,24 +51,16 @@ def _packed(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor:
     )
 
 
-def _dequantized(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
+def _dequantized(graph: GraphBuilder, name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
     scheme = graph.options.scheme
     values, scale = _stored(graph, name, VALUE_TYPES[scheme.kind], graph.shape_of(f"{name}.weight")[:2])
     scale = _times(graph, graph.typed(scale), factor)
     layout = {"axis": 1, "block_size": scheme.block_size} if scheme.blockwise else {"axis": 0}
     weight = graph.once("DequantizeLinear", f"{scale}/dequantized", values, scale, **layout)
-    if scheme.kind is Quantization.FP8 and name in graph.options.activation_ranges:
-        rows = _through_fp8(graph, name, rows, graph.options.activation_ranges[name])
     return graph.gemm(name, rows, weight, *bias)
 
 
-def _through_fp8(graph: "Graph", name: str, rows: str, largest: float) -> str:
-    scale = graph.scalar(largest / E4M3_MAX)
-    quantized = graph.node("QuantizeLinear", f"{name}/input_quantized", rows, scale, graph.fp8_zero())
-    return graph.node("DequantizeLinear", f"{name}/input", quantized, scale, graph.fp8_zero())
-
-
-def _integer(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
+def _integer(graph: GraphBuilder, name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
     """In fp32 around the integers whatever the compute type: DynamicQuantizeLinear takes nothing else."""
     narrow = graph.type != TensorProto.FLOAT
     values, scale = _stored(graph, name, TensorProto.INT8)
@@ -95,7 +76,7 @@ def _integer(graph: "Graph", name: str, rows: str, bias: tuple[str, ...], factor
     return graph.node("Add", name, product, *bias) if bias else product
 
 
-PRODUCTS: Mapping[Quantization, Callable[["Graph", str, str, tuple[str, ...], float], str]] = {
+PRODUCTS: Mapping[Quantization, Callable[[GraphBuilder, str, str, tuple[str, ...], float], str]] = {
     Quantization.INT8: _dequantized,
     Quantization.INT4: _dequantized,
     Quantization.FP8: _dequantized,
@@ -103,7 +84,7 @@ PRODUCTS: Mapping[Quantization, Callable[["Graph", str, str, tuple[str, ...], fl
 }
 
 
-def _stored(graph: "Graph", name: str, data_type: int, dims: Shape | None = None) -> tuple[str, str]:
+def _stored(graph: GraphBuilder, name: str, data_type: int, dims: Shape | None = None) -> tuple[str, str]:
     """The initialisers of values and scales; values read as `dims` where the file packs them."""
     rows, columns = graph.shape_of(f"{name}.weight")[:2]
     described = stored_tensors(graph.options.scheme, name, rows, columns)
@@ -114,5 +95,5 @@ def _stored(graph: "Graph", name: str, data_type: int, dims: Shape | None = None
     )
 
 
-def _times(graph: "Graph", scale: str, factor: float) -> str:
+def _times(graph: GraphBuilder, scale: str, factor: float) -> str:
     return scale if factor == 1 else graph.once("Mul", f"{scale}*{factor!r}", scale, graph.scalar(factor))

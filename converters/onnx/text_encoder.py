@@ -8,9 +8,10 @@ import onnx
 from onnx import TensorProto
 
 from ...schemas.stages import TextEncoderConfig
-from .builder import TYPE_NAMES, Graph
 from .clip import check_supported, norm, transformer_layer
-from .weights import STORAGE_TYPES
+from .external_weights import STORAGE_TYPES
+from .graph import Graph
+from .graph_builder import TYPE_NAMES
 
 LEGACY_EOS = 2  # configs written before transformers 4.31 say 2 and mean the highest id
 

@@ -1,4 +1,4 @@
-"""What prior and decoder share: embeddings, the three kinds of block, and the pyramid they form.
+"""The parts that prior and decoder share: embeddings, the three kinds of block, and the pyramid they form.
 
 Semantics: diffusers ``StableCascadeUNet`` (models/unets/unet_stable_cascade.py).
 """
@@ -10,8 +10,8 @@ from onnx import TensorProto
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import Block, UNetConfig
-from .builder import Graph
 from .conditions import Conditions
+from .graph import Graph
 from .layers import Image, attend, convolution, normalised, pixel_shuffle, pointwise, resized, transposed_convolution
 from .streams import NORM_EPS, Streams
 
@@ -122,7 +122,7 @@ class Pyramid:
 
 @dataclass(frozen=True)
 class Skip:
-    """What a level on the way up sees of the way down, and the exponent it is kept at."""
+    """The skip connection from the way down to a level on the way up, and the exponent of its values."""
 
     image: Image
     exponent: int

@@ -7,7 +7,7 @@ without quantisation, which the pipelines do not use, and ``encode``.
 import onnx
 
 from ...schemas.stages import VQGANConfig
-from .builder import Graph
+from .graph import Graph
 from .layers import Image, batch_normalised, convolution, pixel_shuffle, pointwise, transposed_convolution
 
 NORM_EPS = 1e-6

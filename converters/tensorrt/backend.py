@@ -16,12 +16,12 @@ from ...schemas.targets import PLAIN, RTX
 MODULES = {RTX: "tensorrt_rtx", PLAIN: "tensorrt"}
 INSTALL = {RTX: "pip install 'cascadekit[tensorrt-rtx]'", PLAIN: "pip install 'cascadekit[tensorrt]'"}
 
-# What every call says on a machine without a driver, whether it needs one or not.
+# Messages of every call on a machine without a driver, even of calls that need none.
 DRIVERLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
 
 
 class Messages:
-    """What TensorRT says, errors apart; what it says for lack of a driver is left out."""
+    """TensorRT's log messages, errors and warnings apart, without messages about a missing driver."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -62,7 +62,7 @@ class Backend:
         return getattr(self.module.BuilderFlag, name, None)
 
     def network_flags(self) -> int:
-        """Of a network whose types are those the graph says, which TensorRT 10 has to be asked for."""
+        """Flags of a strongly typed network, whose types are the graph's; TensorRT 10 needs the flag for that."""
         strong = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 0 if strong is None else 1 << int(strong)
 

@@ -1,13 +1,14 @@
 """Builds GPU engines of a bundle's graphs: each plan appears whole, with its entry in the manifest, or not at all."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.bundle import MANIFEST_NAME, PlanEntry, to_text
+from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.stages import Stage
 from ...storage.atomic_output import scratch_folder, staged_output
@@ -16,129 +17,144 @@ from . import plan_cache as cache
 from .backend import Backend, find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room
-from .process import OnProgress, Outcome, run_build
-from .tasks import PLANS, BuildWishes, Task, tasks_for
+from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
+from .worker_process import BuildOutcome, OnProgress, run_build
 
+DEFAULT = BuildOptions()
 SCRATCH = ".building"  # in the bundle, while a build runs
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Built:
-    """A plan that is in the bundle now, and how it came there: built now, or found whole in the bundle ("kept") or in
-    the shared cache. What building took, as estimated and as it was, is known of what was built now."""
+    """A plan that is in the bundle now.
+
+    `how`: "built" by this call, "kept" from the bundle, or "cached", taken from the shared cache. `estimate` and
+    `outcome`, what the build was expected to take and took, are None unless it was built by this call."""
 
     stage: Stage
     plan: PlanEntry
     how: Literal["built", "kept", "cached"]
     estimate: Estimate | None = None
-    outcome: Outcome | None = None
+    outcome: BuildOutcome | None = None
 
 
 def build(
-    root: str | Path,
-    wishes: BuildWishes,
+    bundle: str | Path,
+    options: BuildOptions = DEFAULT,
     *,
     on_progress: OnProgress = lambda progress: None,
     say: Say = lambda text: None,
+    **changes: Any,
 ) -> list[Built]:
-    """Build the engines that `wishes` ask for of the bundle at `root`, each in a process of its own.
+    """Build GPU engines ("plans") of the graphs of `bundle`, each in a process of its own.
 
-    Plans lie in the stage's folder plans/; the manifest has each as soon as it is there. One that was made of the same
-    graph, weights, options and TensorRT is not made again, one that is damaged is. `on_progress` hears some times a
-    second how a build goes, `say` what a user should know.
+    Options are given as one value or by name; a name overrides the value's field:
 
-    Raises UsageError before anything is built for what cannot be, EngineError for what TensorRT refuses and for too
-    little memory or disk, CheckpointError for damaged files."""
-    bundle = open_bundle(Path(root))
-    backend = find_backend(wishes.backend)
+        build("bundle", targets=("sm89",))
+        build("bundle", BuildOptions("tensorrt"), stages=(Stage.PRIOR,))
+
+    A plan lies in its stage's folder plans/ and enters the manifest as soon as it is complete. A plan that was made
+    from the same graph, weights, options and TensorRT is kept; a damaged one is built again. `on_progress` is called
+    several times a second during a build, `say` with each line that a user should know.
+
+    Raises UsageError before anything is built for options that cannot work, EngineError for what TensorRT refuses and
+    for too little memory or disk, CheckpointError for damaged files."""
+    options = replace(options, **changes)
+    root = Path(bundle)
+    opened = open_bundle(root)
+    backend = find_backend(options.backend)
     device = None if backend.builds_for_others else present_device()
-    tasks = tasks_for(bundle, wishes, backend.version, device)
-    with scratch_folder(bundle.root / SCRATCH, bundle.root) as scratch:
-        found = {} if wishes.force else {task.key: there for task in tasks if (there := _find(task, wishes, say))}
+    to_build = plans_to_build(opened, options, backend.version, device)
+    with scratch_folder(opened.root / SCRATCH, opened.root) as scratch:
+        existing = [] if options.force else to_build
+        found = {planned.key: there for planned in existing if (there := _find(planned, options, say))}
         estimates = {
-            task.key: estimate(Path(task.job.graph), task.entry.precision, len(task.profiles))
-            for task in tasks
-            if task.key not in found
+            planned.key: estimate(Path(planned.request.graph), planned.entry.precision, len(planned.profiles))
+            for planned in to_build
+            if planned.key not in found
         }
-        require_room(str(root), estimates.values(), bundle.root, memory=wishes.check_memory)
+        require_room(str(root), estimates.values(), opened.root, memory=options.check_memory)
         done = []
-        for task in tasks:
-            if task.key in found:
-                built = found[task.key]
+        for planned in to_build:
+            if planned.key in found:
+                built = found[planned.key]
             else:
-                built = _build(task, backend, estimates[task.key], scratch, wishes, on_progress)
-            _record(bundle.root, built)
+                built = _build(planned, backend, estimates[planned.key], scratch, options, on_progress)
+            _record(opened.root, built)
             done.append(built)
     return done
 
 
-def _find(task: Task, wishes: BuildWishes, say: Say) -> Built | None:
-    """The task's plan as it is there already, in the bundle or in the cache."""
+def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None:
+    """The plan as it exists already, in the bundle or in the shared cache; None where it has to be built."""
     hows: tuple[tuple[Path | None, Literal["kept", "cached"]], ...] = (
-        (task.path.parent, "kept"),
-        (wishes.cache, "cached"),
+        (planned.path.parent, "kept"),
+        (options.cache, "cached"),
     )
     for folder, how in hows:
-        there = cache.find(folder, task.path.name, task.key) if folder else None
+        there = cache.find(folder, planned.path.name, planned.key) if folder else None
         if isinstance(there, str):
             say(f"{there}; it is built again")
         elif there is not None:
             if how == "cached":
-                cache.put(there.path, task.path.parent)
-            return Built(task.stage, _at_home(task, there.plan), how)
+                cache.put(there.path, planned.path.parent)
+            return Built(planned.stage, _at_home(planned, there.plan), how)
     return None
 
 
-def _at_home(task: Task, plan: PlanEntry) -> PlanEntry:
-    """A plan's entry as this bundle has it, wherever the plan was made."""
-    here = {"path": _relative(task), "sources": task.sources, "profiles": task.profiles}
+def _at_home(planned: PlanToBuild, plan: PlanEntry) -> PlanEntry:
+    """The manifest entry of `plan` in this bundle, whichever bundle it was built for."""
+    here = {"path": _relative(planned), "sources": planned.sources, "profiles": planned.profiles}
     return plan.model_copy(update=here)
 
 
-def _relative(task: Task) -> str:
-    return f"{task.stage}/{PLANS}/{task.path.name}"
+def _relative(planned: PlanToBuild) -> str:
+    return f"{planned.stage}/{PLANS}/{planned.path.name}"
 
 
 def _build(
-    task: Task, backend: Backend, expected: Estimate, scratch: Path, wishes: BuildWishes, on_progress: OnProgress
+    planned: PlanToBuild,
+    backend: Backend,
+    expected: Estimate,
+    scratch: Path,
+    options: BuildOptions,
+    on_progress: OnProgress,
 ) -> Built:
-    made = scratch / task.path.name
-    task.path.parent.mkdir(exist_ok=True)
-    job = replace(task.job, output=str(made.absolute()))
-    outcome = run_build(job, task.name, expected.seconds, on_progress)
+    made = scratch / planned.path.name
+    planned.path.parent.mkdir(exist_ok=True)
+    request = replace(planned.request, output=str(made.absolute()))
+    outcome = run_build(request, planned.name, expected.seconds, on_progress)
     plan = PlanEntry(
-        graph=task.graph,
-        path=_relative(task),
+        graph=planned.graph,
+        path=_relative(planned),
         bytes=outcome.bytes,
         sha256=outcome.sha256,
-        backend=wishes.backend,  # type: ignore[arg-type]
+        backend=options.backend,  # type: ignore[arg-type]
         backend_version=outcome.version,
-        targets=job.targets,
-        device=task.device,
-        precision=task.entry.precision,
-        profiles=task.profiles,
-        sources=task.sources,
-        refittable=job.refittable,
-        weight_streaming=job.weight_streaming,
+        targets=request.targets,
+        device=planned.device,
+        precision=planned.entry.precision,
+        profiles=planned.profiles,
+        sources=planned.sources,
+        refittable=request.refittable,
+        weight_streaming=request.weight_streaming,
         seconds=round(outcome.seconds, 2),
         peak_rss=outcome.peak_rss,
     )
     wrong = find_contradiction(made, plan)
     if wrong:
-        raise EngineError(f"{task.name}: {backend.name} wrote a plan that contradicts itself: {wrong}; report this")
-    cache.write_note(made, plan, task.key)
+        raise EngineError(f"{planned.name}: {backend.name} wrote a plan that contradicts itself: {wrong}; report this")
+    cache.write_note(made, plan, planned.key)
     try:
-        for folder in filter(None, (wishes.cache, task.path.parent)):
+        for folder in filter(None, (options.cache, planned.path.parent)):
             cache.put(made, folder)
     except OSError as error:
         raise EngineError(f"{error.filename}: cannot be written: {error.strerror}") from error
-    return Built(task.stage, plan, "built", expected, outcome)
+    return Built(planned.stage, plan, "built", expected, outcome)
 
 
 def _record(root: Path, built: Built) -> None:
-    """Put the plan's entry into the manifest, in place of one of the same name; plans that are gone leave it."""
+    """Put the plan's entry into the manifest, replacing one of the same path; entries of missing plans are removed."""
     manifest = open_bundle(root).manifest
     entry = manifest.stages[built.stage]
     others = [plan for plan in entry.plans if plan.path != built.plan.path and (root / plan.path).is_file()]
@@ -151,7 +167,7 @@ def _record(root: Path, built: Built) -> None:
 
 
 def stale_plans(bundle: Bundle) -> Iterator[Path]:
-    """Plans that were built from other graphs or weights than the bundle has now, and those no manifest knows."""
+    """Paths of plans that were built from other graphs or weights than the bundle has now, and of unlisted plans."""
     known = {
         bundle.root / plan.path
         for entry in bundle.manifest.stages.values()
@@ -165,7 +181,9 @@ def stale_plans(bundle: Bundle) -> Iterator[Path]:
 
 
 def prune(root: str | Path) -> int:
-    """Remove stale plans; returns how many bytes they had. Undoing a LoRA, or merging it again, builds anew then."""
+    """Remove stale plans from the bundle at `root`; returns their size in bytes.
+
+    After that, undoing a LoRA, or merging it again, needs a new build."""
     bundle = open_bundle(Path(root))
     freed = 0
     with scratch_folder(bundle.root / SCRATCH, bundle.root):

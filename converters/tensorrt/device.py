@@ -6,7 +6,7 @@ from typing import Any
 from ...schemas.bundle import DeviceEntry
 from ...schemas.errors import EngineError
 
-# Of cuda.h, whose numbers do not change.
+# Attribute numbers of cuda.h, which do not change.
 MAJOR, MINOR = 75, 76
 NAME_BYTES = 256
 DRIVERS = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
@@ -19,7 +19,7 @@ def present_device() -> DeviceEntry:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         raise EngineError(
             "TensorRT builds for the GPU of the machine it runs on, and the driver shows none; "
-            "--backend tensorrt-rtx builds without one"
+            'backend="tensorrt-rtx" builds without one'
         )
     handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(NAME_BYTES)
@@ -38,5 +38,5 @@ def _driver() -> Any:
             continue
     raise EngineError(
         "TensorRT builds for the GPU of the machine it runs on, and there is no NVIDIA driver here; "
-        "--backend tensorrt-rtx builds without one"
+        'backend="tensorrt-rtx" builds without one'
     )

@@ -1,4 +1,4 @@
-"""What a build will take, and whether this machine has it.
+"""Estimates the time, memory and disk of a build, and checks that this machine has enough.
 
 Fitted to builds by TensorRT-RTX 1.7 of our graphs, from 0.5 million to 0.9 billion parameters and 70 to 3300 nodes, on
 two cores; `cascadekit bench build` prints how far off it is. Memory is the process's own: pages of the weights' file
@@ -61,7 +61,7 @@ def estimate_model(model: onnx.ModelProto, name: str, precision: Precision, prof
 
 
 def _bytes(tensor: onnx.TensorProto, precision: Precision) -> int:
-    """What the tensor takes once it has the type that the graph computes in; quantised ones stay as they are."""
+    """Bytes of the tensor in the type that the graph computes in; quantised tensors keep their size."""
     elements: int = math.prod(tensor.dims)
     stored = DTYPES.get(tensor.data_type)
     if stored in ("F32", "F16", "BF16"):
@@ -103,7 +103,7 @@ def _machine_free() -> int | None:
 
 
 def _group_free() -> int | None:
-    """What a container's limit leaves; pages of files count as free."""
+    """Bytes that a container's memory limit leaves free; pages of files count as free."""
     try:
         limit = (CGROUP / "memory.max").read_text(encoding="utf-8").strip()
         used = int((CGROUP / "memory.current").read_text(encoding="utf-8"))

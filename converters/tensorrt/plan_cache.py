@@ -1,5 +1,7 @@
-"""Plans by what they were made of. Beside each lies a JSON file that says so, which makes any folder of plans a cache:
-the one of a stage in a bundle, and one that bundles share."""
+"""The cache of plans, addressed by what a plan was built from.
+
+Beside each plan lies a JSON note with its key and manifest entry. Every folder of plans is therefore a cache: a stage's
+folder in a bundle, and a folder that bundles share."""
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ from ...schemas.bundle import PlanEntry
 from ...schemas.errors import CheckpointError
 from ...schemas.json_text import load_json
 from ...storage.file_hashes import sha256_of
-from .job import Job
+from .worker_request import WorkerRequest
 
 FORMAT = 1  # of the key; another one makes all plans unknown
 KEY_DIGITS = 16  # of a key, in file names
@@ -25,18 +27,18 @@ SUFFIX = ".plan"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A plan on disk, whole and of the content that is written down."""
+class CachedPlan:
+    """A complete plan on disk whose content is that of its note."""
 
     path: Path
     plan: PlanEntry
 
 
-def key_of(job: Job, version: str, sources: Iterable[str], device: str | None) -> str:
+def key_of(request: WorkerRequest, version: str, sources: Iterable[str], device: str | None) -> str:
     """SHA-256, in hexadecimal, of everything that decides what a plan is: all bytes of the graph and its weights
     (`sources`, SHA-256s in their order), the backend and its version, targets, the GPU, profiles,
     flags."""
-    settings = asdict(job)
+    settings = asdict(request)
     for path in ("graph", "output", "timing_cache"):
         del settings[path]
     settings["weight_inputs"] = []  # a field that jobs had once: plans that were built then keep their keys
@@ -44,13 +46,13 @@ def key_of(job: Job, version: str, sources: Iterable[str], device: str | None) -
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_name(job: Job, graph: str, precision: str, key: str) -> str:
-    """Of a plan: what a person wants to know, and enough of the key."""
-    return "-".join((graph, precision, *(job.targets or (job.backend,)), key[:KEY_DIGITS])) + SUFFIX
+def file_name(request: WorkerRequest, graph: str, precision: str, key: str) -> str:
+    """File name of a plan: graph, precision, GPUs or backend, and the first digits of the key."""
+    return "-".join((graph, precision, *(request.targets or (request.backend,)), key[:KEY_DIGITS])) + SUFFIX
 
 
-def find(folder: Path, name: str, key: str) -> Found | str | None:
-    """The plan called `name` in `folder`; None when there is none, and what is wrong with it when it is not whole."""
+def find(folder: Path, name: str, key: str) -> CachedPlan | str | None:
+    """The plan called `name` in `folder`; None when there is none, a description of the fault when it is damaged."""
     path = folder / name
     try:
         content: dict[str, Any] = load_json(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -62,7 +64,7 @@ def find(folder: Path, name: str, key: str) -> Found | str | None:
     if content.get("key") != key:
         return f"{path}: made of other things than its name says"
     problem = find_contradiction(path, plan) or _other_content(path, plan)
-    return f"{path}: {problem}" if problem else Found(path, plan)
+    return f"{path}: {problem}" if problem else CachedPlan(path, plan)
 
 
 def _other_content(path: Path, plan: PlanEntry) -> str | None:
@@ -74,14 +76,14 @@ def _other_content(path: Path, plan: PlanEntry) -> str | None:
 
 
 def write_note(path: Path, plan: PlanEntry, key: str) -> None:
-    """Say beside the plan at `path` what it is."""
+    """Write the JSON note of the plan at `path`: its key and its manifest entry."""
     content = {"key": key, "plan": plan.model_dump(mode="json")}
     path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def put(plan: Path, folder: Path) -> None:
     """Bring a plan and its note into `folder`, by hard links where the file system has them. The note comes last: a
-    plan without one is none."""
+    plan without a note does not count."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (plan, plan.with_suffix(".json")):
         staged = folder / f".{path.name}.{os.getpid()}"

@@ -27,7 +27,7 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
     refitter = trt.Refitter(engine, logger)
     held = set(refitter.get_all_weights())
     if not held:
-        raise EngineError(f"{graph}: its engine cannot be given weights; build it with --refittable")
+        raise EngineError(f"{graph}: its engine cannot be given weights; build it with refittable=True")
     foreign = sorted(held - set(_weights(load_graph(graph))))
     if foreign:
         raise EngineError(f"{graph}: its engine is of another graph, with weights {_listed(foreign)}; build it again")
@@ -43,7 +43,7 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[str]:
-    """What TensorRT calls weights: initialisers, and the values of constants."""
+    """Names that TensorRT counts as weights: initialisers, and the outputs of Constant nodes."""
     for tensor in model.graph.initializer:
         yield tensor.name
     for node in model.graph.node:

@@ -14,12 +14,11 @@ from time import perf_counter
 from typing import Any
 
 from .backend import MESSAGES, Backend, find_backend, logger_of
-from .job import Job
 from .pages import forget_pages
+from .worker_request import WorkerRequest
 
 PR_SET_PDEATHSIG = 1
-ASK_PERSONALITY, ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of Linux's personality(2)
-# Bytes of weights from which their pages are given back. That takes a thread, which moves addresses: `_fix_addresses`.
+# Bytes of weights from which a thread gives their pages back to the system while TensorRT reads them.
 LARGE = 256 << 20
 SAY = Callable[..., None]
 
@@ -29,9 +28,8 @@ class BuildFailed(Exception):  # noqa: N818 (told to the parent, never raised to
 
 
 def main() -> None:
-    """Read a job from standard input, do it."""
+    """Read a request from standard input, build its plan, and answer on standard output."""
     _die_with_parent()
-    _fix_addresses()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
 
@@ -39,7 +37,7 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
 
     try:
-        say(done=build(Job.from_line(sys.stdin.readline()), say))
+        say(done=build(WorkerRequest.from_line(sys.stdin.readline()), say))
     except BuildFailed as error:
         say(error=str(error))
     except Exception as error:  # TensorRT's bindings raise whatever pybind11 does
@@ -47,37 +45,37 @@ def main() -> None:
     os._exit(0)  # without the destructors of a driver that may not be there
 
 
-def build(job: Job, say: SAY) -> dict[str, Any]:
-    """Build the plan of `job` at its output, which must not exist. Returns what it took, and the plan's hash.
+def build(request: WorkerRequest, say: SAY) -> dict[str, Any]:
+    """Build the plan of `request` at its output, which must not exist. Returns what it took, and the plan's hash.
 
     Raises BuildFailed, or whatever TensorRT's bindings do."""
     started = perf_counter()
-    backend = find_backend(job.backend)
+    backend = find_backend(request.backend)
     trt, logger = backend.module, logger_of(backend)
     MESSAGES.clear()
     say(phase="reading the graph")
     builder = trt.Builder(logger)
     network = builder.create_network(backend.network_flags())
     parser = trt.OnnxParser(network, logger)
-    weights = Path(job.graph).parent
+    weights = Path(request.graph).parent
     if sum(path.stat().st_size for path in weights.iterdir() if path.is_file()) > LARGE:
         forget_pages(weights)
-    if not parser.parse_from_file(job.graph):
-        raise BuildFailed(f"{job.graph}: not read by {backend.name}: {_parse_errors(parser)}")
+    if not parser.parse_from_file(request.graph):
+        raise BuildFailed(f"{request.graph}: not read by {backend.name}: {_parse_errors(parser)}")
     config = builder.create_builder_config()
-    _configure(backend, config, job)
-    for profile in job.profiles:
+    _configure(backend, config, request)
+    for profile in request.profiles:
         config.add_optimization_profile(_profile(builder, network, profile))
     monitor = _monitor(backend, say)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor
-    timing = _timing_cache(config, job)
-    with Path(job.output).open("xb") as file:
+    timing = _timing_cache(config, request)
+    with Path(request.output).open("xb") as file:
         writer = _Output(file)
         _compile(backend, builder, network, config, writer)
         file.flush()
         os.fsync(file.fileno())
-    _save_timing_cache(timing, job)
+    _save_timing_cache(timing, request)
     return {
         "bytes": writer.bytes,
         "sha256": writer.digest.hexdigest(),
@@ -89,17 +87,17 @@ def build(job: Job, say: SAY) -> dict[str, Any]:
     }
 
 
-def _configure(backend: Backend, config: Any, job: Job) -> None:
-    if job.targets:
-        config.num_compute_capabilities = len(job.targets)
-        for position, target in enumerate(job.targets):
+def _configure(backend: Backend, config: Any, request: WorkerRequest) -> None:
+    if request.targets:
+        config.num_compute_capabilities = len(request.targets)
+        for position, target in enumerate(request.targets):
             config.set_compute_capability(getattr(backend.module.ComputeCapability, target.upper()), position)
     tf32 = backend.flag("TF32")  # on by default, and 13 bits less than the fp32 that a graph asks for
     if tf32 is not None:
         config.clear_flag(tf32)
-    if job.refittable:
+    if request.refittable:
         config.set_flag(backend.module.BuilderFlag.REFIT)
-    if job.weight_streaming:
+    if request.weight_streaming:
         streaming = backend.flag("WEIGHT_STREAMING")
         if streaming is None:
             raise BuildFailed(f"{backend.name} {backend.version} does not stream weights; build without that")
@@ -107,7 +105,7 @@ def _configure(backend: Backend, config: Any, job: Job) -> None:
 
 
 def _profile(builder: Any, network: Any, shapes: Any) -> Any:
-    """An optimisation profile that gives every input of the network its range of shapes."""
+    """Build the optimisation profile, which gives every input of the network its range of shapes."""
     profile = builder.create_optimization_profile()
     names = [network.get_input(number).name for number in range(network.num_inputs)]
     if set(names) != set(shapes):
@@ -185,20 +183,20 @@ def _monitor(backend: Backend, say: SAY) -> Any:
     return Monitor()
 
 
-def _timing_cache(config: Any, job: Job) -> Any:
-    """What earlier builds measured on this GPU, handed to the configuration; None where nothing is measured."""
-    if job.timing_cache is None or not hasattr(config, "create_timing_cache"):
+def _timing_cache(config: Any, request: WorkerRequest) -> Any:
+    """The kernel timings of earlier builds on this GPU, set in the configuration; None where nothing is measured."""
+    if request.timing_cache is None or not hasattr(config, "create_timing_cache"):
         return None
-    path = Path(job.timing_cache)
+    path = Path(request.timing_cache)
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
-def _save_timing_cache(cache: Any, job: Job) -> None:
-    if cache is None or job.timing_cache is None:
+def _save_timing_cache(cache: Any, request: WorkerRequest) -> None:
+    if cache is None or request.timing_cache is None:
         return
-    path = Path(job.timing_cache)
+    path = Path(request.timing_cache)
     with contextlib.suppress(OSError):  # it saves time alone
         path.with_suffix(".new").write_bytes(memoryview(cache.serialize()))
         path.with_suffix(".new").replace(path)
@@ -223,16 +221,3 @@ def _die_with_parent() -> None:
     """Let the system kill this process when the one that started it ends, however that is."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _fix_addresses() -> None:
-    """Start again with the same addresses as every other time: TensorRT-RTX 1.7 numbers some of what it writes by them,
-    so that plans of one graph would differ in up to some hundred bytes. One processor, so that its threads ask for
-    memory in one order; they gain nothing by two. Not every system allows it."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        now = libc.personality(ASK_PERSONALITY)
-        if now >= 0 and not now & ADDR_NO_RANDOMIZE and libc.personality(now | ADDR_NO_RANDOMIZE) >= 0:
-            os.execv(sys.executable, sys.orig_argv)

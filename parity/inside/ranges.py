@@ -13,7 +13,7 @@ from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.errors import ExportError
-from ...schemas.fp16 import MARGIN_BITS, Fp16Plan, plan_fp16
+from ...schemas.fp16 import MARGIN_BITS, Fp16Fit, fit_fp16
 from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
 from ...schemas.quantization import Quantization
 from ...schemas.report import RangeEntry
@@ -110,7 +110,7 @@ class Advice:
     computed: Precision  # what the bundle's graph computes in
     blocks: tuple[BlockRange, ...]
     errors: dict[str, PrecisionError]
-    plan: Fp16Plan | None
+    plan: Fp16Fit | None
     obstacle: str = ""  # why there is no plan
 
     @property
@@ -222,12 +222,12 @@ def _blocks(spreads: Mapping[str, tuple[float, float]]) -> list[BlockRange]:
     return blocks
 
 
-def _plan(entry: StageEntry, stage: Stage, spreads: Mapping[str, tuple[float, float]]) -> tuple[Fp16Plan | None, str]:
+def _plan(entry: StageEntry, stage: Stage, spreads: Mapping[str, tuple[float, float]]) -> tuple[Fp16Fit | None, str]:
     config = from_json(stage, entry.config)
     if not isinstance(config, UNetConfig):
         return None, ""
     try:
-        return plan_fp16(config, {name: largest for name, (largest, _) in spreads.items()}), ""
+        return fit_fp16(config, {name: largest for name, (largest, _) in spreads.items()}), ""
     except ExportError as error:
         return None, str(error)
 

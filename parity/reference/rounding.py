@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from ...schemas.precision import E4M3_MAX
-from ...schemas.quantization import BUNDLE_BLOCKS, Quantization
+from ...schemas.quantization import BUNDLE_SCHEMES, Quantization
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -69,7 +69,7 @@ def _e4m3(tensor: torch.Tensor, dim: int | None = None) -> torch.Tensor:
 
 
 def _by_block(kind: Quantization, bits: int) -> Rounding:
-    size = BUNDLE_BLOCKS[kind]
+    size = BUNDLE_SCHEMES[kind].block_size
     return Rounding(partial(_blocked, size=size, bits=bits), partial(_blocked, size=size))
 
 

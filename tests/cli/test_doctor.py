@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from cuda.bindings import runtime as cuda_runtime
 
 from cascadekit.cli import main
-from cascadekit.converters.tensorrt import BuildWishes, Built
-from cascadekit.converters.tensorrt.tasks import graphs_to_build
+from cascadekit.converters.tensorrt import BuildOptions, Built
+from cascadekit.converters.tensorrt.plans_to_build import graphs_to_build
 from cascadekit.parity import gpu_check
 from cascadekit.parity.gpu_check import Case, GpuReport
 from cascadekit.runtime import doctor
@@ -160,10 +160,10 @@ def trt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRT:
     return trt
 
 
-def builder(types: dict[str, str] | None = None) -> Callable[[Path, BuildWishes], list[Built]]:
+def builder(types: dict[str, str] | None = None) -> Callable[[Path, BuildOptions], list[Built]]:
     """Makes plans for the FakeTensorRT; `types` are of ports of the prior's step."""
 
-    def build(root: Path, wishes: BuildWishes) -> list[Built]:
+    def build(root: Path, wishes: BuildOptions) -> list[Built]:
         assert (wishes.backend, wishes.targets) == ("tensorrt-rtx", ("sm89",))
         done = []
         bundle = open_bundle(root)
@@ -228,7 +228,7 @@ def test_what_fails_is_told(trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, 
     assert "decoder" not in parity["detail"]
     assert "_parity" in parity["trace"]
 
-    def fail(root: Path, wishes: BuildWishes) -> list[Built]:
+    def fail(root: Path, wishes: BuildOptions) -> list[Built]:
         raise EngineError("no kernel") if root.name == "fp32" else KeyError("x")
 
     monkeypatch.setattr(gpu_check, "build", fail)

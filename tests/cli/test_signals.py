@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints import convert as checkpoint
 from cascadekit.converters.checkpoints import open_model as model
-from cascadekit.converters.export.export import validate
+from cascadekit.converters.export import validate
 from cascadekit.converters.hub.errors import explaining
 from cascadekit.converters.hub.source import HubSource
-from cascadekit.converters.tensorrt import tasks
+from cascadekit.converters.tensorrt import plans_to_build as tasks
 from cascadekit.converters.tensorrt.backend import find_backend
 from cascadekit.runtime.doctor import examine
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime

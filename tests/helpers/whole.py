@@ -34,7 +34,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from cascadekit import convert, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.converters.checkpoints.tiny_cascade import _original_shapes, _random_tensors, write_tiny_cascade
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.reference import load_reference
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.config_json import from_json
@@ -150,7 +149,7 @@ def make_whole(root: Path) -> Whole:
     _write_hole(SUPER_RESOLUTION, root / "super_resolution.safetensors")
     convert([original], root / "model", "diffusers")
     model = open_model([root / "model", root / "super_resolution.safetensors"])
-    export(model, root / "bundle", graphs=GraphWishes(control=True))
+    export(model, root / "bundle", controlnet=True)
 
     lite = root / "lite" / "original"
     lite.mkdir(parents=True)

@@ -13,8 +13,6 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.graph_options import GraphWishes
-from cascadekit.converters.export.quantize_stage import Quantize
 from cascadekit.parity.inside.bisect import bisect
 from cascadekit.parity.inside.module_map import block_of
 from cascadekit.parity.reference.loading import reference_engine
@@ -140,12 +138,12 @@ def test_a_fault_beyond_what_quantising_loses(
 
 VARIANTS = {
     "fp32": lambda root: root / "bundle",
-    "fp16-safe": lambda root: _exported(root, graphs=GraphWishes(precision=Precision.FP16, fp16_safe=3)),
-    "bf16": lambda root: _exported(root, graphs=GraphWishes(precision=Precision.BF16)),
-    "int8": lambda root: _exported(root, quantize=Quantize(Quantization.INT8)),
-    "int8-dynamic": lambda root: _exported(root, quantize=Quantize(Quantization.INT8_DYNAMIC)),
-    "int4": lambda root: _exported(root, quantize=Quantize(Quantization.INT4)),
-    "fp8": lambda root: _exported(root, quantize=Quantize(Quantization.FP8)),
+    "fp16-safe": lambda root: _exported(root, precision=Precision.FP16, fp16_safe=3),
+    "bf16": lambda root: _exported(root, precision=Precision.BF16),
+    "int8": lambda root: _exported(root, quantize=Quantization.INT8),
+    "int8-dynamic": lambda root: _exported(root, quantize=Quantization.INT8_DYNAMIC),
+    "int4": lambda root: _exported(root, quantize=Quantization.INT4),
+    "fp8": lambda root: _exported(root, quantize=Quantization.FP8),
 }
 
 
@@ -203,7 +201,7 @@ def test_an_overflow_is_told_with_the_ranges(tiny: Path, tmp_path: Path, referen
     tensors = load_file(weights)
     tensors["down_blocks.0.0.channelwise.4.weight"] *= 30_000
     save_file(tensors, weights)
-    export(model, tmp_path / "fp16", stages=[Stage.PRIOR], graphs=GraphWishes(precision=Precision.FP16))
+    export(model, tmp_path / "fp16", stages=[Stage.PRIOR], precision=Precision.FP16)
     bundle = open_bundle(tmp_path / "fp16")
     reference = reference_engine(open_model([model]), [Stage.PRIOR]).load(Stage.PRIOR)
     found = bisect(bundle, Stage.PRIOR, reference, inputs_of(tiny / "bundle", Stage.PRIOR))

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import export
 from cascadekit.cli.verify import run_verify
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.quantize_stage import Quantize
 from cascadekit.parity.compare import compare, psnr
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.verify import Report, verify
@@ -141,7 +140,7 @@ def test_half_precision_weights_are_compared_with_what_they_say(tiny: Path, tmp_
 
 @pytest.mark.parametrize("kind", [Quantization.INT8_DYNAMIC, Quantization.INT4])
 def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
-    export(tiny / "model", tmp_path / "bundle", quantize=Quantize(kind))
+    export(tiny / "model", tmp_path / "bundle", quantize=kind)
     report = run_verify(tmp_path / "bundle", tiny / "model")
     assert report, report.to_json()
     worst = max(c.relative_l2 for c in report.comparisons if c.name.startswith("prior"))

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.inside.ranges import FORMATS, Advice, BlockRange, advise, export_options
 from cascadekit.parity.reference.loading import load_component, reference_engine
 from cascadekit.parity.sample_inputs import cases_of
@@ -114,8 +113,7 @@ def test_predictions_come_true(tiny: Path, stage: Stage) -> None:
 
 
 def test_an_overflow_is_foreseen_and_the_advice_cures_it(tiny: Path, loud: Path, tmp_path: Path) -> None:
-    wide = GraphWishes(precision=Precision.FP16)
-    export(loud, tmp_path / "wide", graphs=wide)
+    export(loud, tmp_path / "wide", precision=Precision.FP16)
     call = ["verify", str(tmp_path / "wide"), "--against", str(loud), "--stage", "prior", "--ranges", "--json"]
     result = CliRunner().invoke(main, call)
     assert result.exit_code == 0, result.output
@@ -137,7 +135,7 @@ def test_an_overflow_is_foreseen_and_the_advice_cures_it(tiny: Path, loud: Path,
     for look in ([], ["--bisect"]):
         healthy = CliRunner().invoke(main, ["verify", str(tmp_path / "safe"), *verify, *look])
         assert healthy.exit_code == 0, healthy.output
-    export(loud, tmp_path / "auto", graphs=GraphWishes(precision=Precision.FP16, fp16_safe="auto"))
+    export(loud, tmp_path / "auto", precision=Precision.FP16, fp16_safe="auto")
     by_probes = open_bundle(tmp_path / "auto").entry(Stage.PRIOR).exponents
     assert abs(max(by_probes.values()) - int(options[3])) <= 1  # other latents, another way to measure
 

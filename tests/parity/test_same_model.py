@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.same_model import differences
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
@@ -34,7 +33,7 @@ def test_casts_and_copies_are_of_the_same_model(tiny: Path, model: Path, tmp_pat
     (file,) = (model / "vqgan").glob("*.safetensors")
     file.touch()
     assert found(tiny / "bundle", model) == []  # another time
-    export(model, tmp_path / "fp16", stages=[Stage.VQGAN], graphs=GraphWishes(precision=Precision.FP16))
+    export(model, tmp_path / "fp16", stages=[Stage.VQGAN], precision=Precision.FP16)
     assert found(tmp_path / "fp16", model) == []
 
 

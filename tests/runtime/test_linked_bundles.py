@@ -75,10 +75,10 @@ def test_every_engine_runs_it_and_leaves_it_alone(tiny: Path, snapshot: Path, en
 
 
 def test_validate_finds_it_sound(snapshot: Path) -> None:
-    assert validate(open_bundle(snapshot), hashed=True)
+    assert validate(open_bundle(snapshot), hash=True)
     blob = (snapshot / "vqgan/weights.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
-    assert not validate(open_bundle(snapshot), hashed=True)
+    assert not validate(open_bundle(snapshot), hash=True)
 
 
 def test_a_folder_of_real_files_is_made_where_one_can_be(
@@ -117,11 +117,11 @@ def test_loras_are_not_written_into_the_cache(tiny: Path, snapshot: Path, tmp_pa
     derive_bundle(snapshot, tmp_path / "derived", [lora])
     assert state_of(snapshot) == before
     made = open_bundle(tmp_path / "derived")
-    assert validate(made, hashed=True)
+    assert validate(made, hash=True)
     assert not any(path.is_symlink() for path in made.root.rglob("*"))
     shutil.copytree(snapshot, tmp_path / "copy")
     apply_loras(tmp_path / "copy", [lora])
-    assert validate(open_bundle(tmp_path / "copy"), hashed=True)
+    assert validate(open_bundle(tmp_path / "copy"), hash=True)
 
 
 def test_a_verdict_replaces_the_link_and_not_the_blob(snapshot: Path) -> None:

@@ -9,7 +9,6 @@ import onnx
 import pytest
 
 from cascadekit import Settings, export
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.runtime.memory.prediction import Peak, loaded_bytes, predict_peak
 from cascadekit.runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
 from cascadekit.schemas.precision import Precision
@@ -48,8 +47,7 @@ def test_the_parts_take_less_than_the_whole(bundle: Bundle) -> None:
 
 
 def test_half_precision_takes_half(tiny: Path, tmp_path: Path) -> None:
-    wishes = GraphWishes(precision=Precision.FP16)
-    export(tiny / "model", tmp_path / "half", stages=[Stage.DECODER], graphs=wishes)
+    export(tiny / "model", tmp_path / "half", stages=[Stage.DECODER], precision=Precision.FP16)
     half, whole = (open_bundle(path).manifest for path in (tmp_path / "half", tiny / "bundle"))
     assert 2 * loaded_bytes(half, Stage.DECODER) == loaded_bytes(whole, Stage.DECODER)
 

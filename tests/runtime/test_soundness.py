@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, export
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.runtime.networks import require_sound
 from cascadekit.runtime.sampling.controlnets import ControlPicture
 from cascadekit.schemas.errors import UnsoundError, UsageError
@@ -34,8 +33,7 @@ def fp16(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.startswith("up_blocks.1") and (".channelwise.4." in name or ".to_out.0." in name):
             tensors[name] *= 1e5
     save_file(tensors, path, {"format": "pt"})
-    wishes = GraphWishes(precisions={Stage.PRIOR: Precision.FP16}, storage=Precision.FP32)
-    export(root / "model", root / "bundle", graphs=wishes)
+    export(root / "model", root / "bundle", precisions={Stage.PRIOR: Precision.FP16}, storage=Precision.FP32)
     return root / "bundle"
 
 

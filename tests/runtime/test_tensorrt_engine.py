@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as real_cuda
 
-from cascadekit.converters.tensorrt import BuildWishes, build
+from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.engines import openvino
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -330,7 +330,7 @@ def test_a_graph_that_is_not_built_unasked(bundle: Bundle, make: Make) -> None:
 
 def test_a_real_plan_is_taken_for_what_it_is(bundle: Bundle, gpu: FakeGpu) -> None:
     """Built here by TensorRT-RTX; it is chosen, found whole, and read as far as that goes without a driver."""
-    build(bundle.root, BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,), profiles=(SMALL,)))
+    build(bundle.root, BuildOptions(targets=("sm89",), stages=(Stage.VQGAN,), profiles=(SMALL,)))
     bundle = open_bundle(bundle.root)
     there = Cuda()
     host = Host("tensorrt-rtx", tensorrt_rtx, there, there.device())

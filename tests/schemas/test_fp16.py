@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cascadekit.schemas.errors import ExportError
-from cascadekit.schemas.fp16 import MAX_EXPONENT, plan_fp16
+from cascadekit.schemas.fp16 import MAX_EXPONENT, fit_fp16
 from cascadekit.schemas.stages import PRESETS, Block, Stage, UNetConfig, Variant
 from cascadekit.schemas.unet_blocks import blocks_of, stream_of, streams_of
 
@@ -33,7 +33,7 @@ def calm() -> dict[str, float]:
 
 
 def test_what_fits_is_left_alone() -> None:
-    plan = plan_fp16(PRIOR, calm())
+    plan = fit_fp16(PRIOR, calm())
     assert (plan.exponents, plan.fp32_blocks) == ({}, frozenset())
     assert plan.margins["up_blocks.1.0"] == pytest.approx(math.log2(65504 / 100))
     assert plan.margins.keys() == {block.name for block in blocks_of(PRIOR)}
@@ -43,7 +43,7 @@ def test_what_fits_is_left_alone() -> None:
     ("peak", "exponent"), [(LIMIT, 0), (LIMIT * 1.001, 1), (2 * LIMIT, 1), (2 * LIMIT * 1.001, 2), (71_304.0, 3)]
 )
 def test_a_stream_gets_the_least_exponent_that_fits(peak: float, exponent: int) -> None:
-    plan = plan_fp16(PRIOR, calm() | {"up_blocks.1.1": peak})
+    plan = fit_fp16(PRIOR, calm() | {"up_blocks.1.1": peak})
     assert plan.exponents == ({"up_blocks.1": exponent} if exponent else {})
     assert plan.margins["up_blocks.1.1"] == pytest.approx(math.log2(65504 / peak) + exponent)
     assert plan.tightest(1)[0][0] == "up_blocks.1.1"
@@ -52,18 +52,18 @@ def test_a_stream_gets_the_least_exponent_that_fits(peak: float, exponent: int) 
 def test_the_deepest_level_is_one_stream_down_and_up() -> None:
     assert streams_of(PRIOR) == ("down_blocks.0", "down_blocks.1", "up_blocks.1")
     assert stream_of(PRIOR, "up_blocks.0") == "down_blocks.1"
-    assert plan_fp16(PRIOR, calm() | {"up_blocks.0.2": 1e5}).exponents == {"down_blocks.1": 3}
+    assert fit_fp16(PRIOR, calm() | {"up_blocks.0.2": 1e5}).exponents == {"down_blocks.1": 3}
 
 
 def test_a_perceptron_that_no_exponent_reaches_computes_in_fp32() -> None:
-    plan = plan_fp16(PRIOR, calm() | {"up_blocks.0.0.channelwise.0": 1e5})
+    plan = fit_fp16(PRIOR, calm() | {"up_blocks.0.0.channelwise.0": 1e5})
     assert (plan.exponents, plan.fp32_blocks) == ({}, {"up_blocks.0.0"})
-    after_norm = plan_fp16(PRIOR, calm() | {"up_blocks.1.0.channelwise.2": 1e5, "up_blocks.1.0": 1e5})
+    after_norm = fit_fp16(PRIOR, calm() | {"up_blocks.1.0.channelwise.2": 1e5, "up_blocks.1.0": 1e5})
     assert (after_norm.exponents, after_norm.fp32_blocks) == ({"up_blocks.1": 3}, frozenset())  # as small as the stream
 
 
 def test_a_fixed_exponent_is_taken_for_all_streams() -> None:
-    assert plan_fp16(PRIOR, calm(), fixed=4).exponents == dict.fromkeys(streams_of(PRIOR), 4)
+    assert fit_fp16(PRIOR, calm(), fixed=4).exponents == dict.fromkeys(streams_of(PRIOR), 4)
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_a_fixed_exponent_is_taken_for_all_streams() -> None:
 )
 def test_what_does_not_fit_is_refused(changed: dict[str, float], words: str) -> None:
     with pytest.raises(ExportError, match=words):
-        plan_fp16(PRIOR, calm() | changed)
+        fit_fp16(PRIOR, calm() | changed)
     assert MAX_EXPONENT < 14  # 2^-14 is fp16's smallest normal number

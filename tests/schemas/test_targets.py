@@ -5,7 +5,14 @@ import pytest
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.quantization import Quantization
-from cascadekit.schemas.targets import RTX_TARGETS, parse_target, parse_targets, plans_for, refusal, require_rtx_targets
+from cascadekit.schemas.targets import (
+    RTX_TARGETS,
+    group_targets,
+    parse_target,
+    parse_targets,
+    refusal,
+    require_rtx_targets,
+)
 
 # Compute capabilities as NVIDIA lists them, https://developer.nvidia.com/cuda-gpus
 CARDS = {
@@ -40,9 +47,9 @@ def test_unknown_cards(name: str) -> None:
 
 def test_several() -> None:
     assert parse_targets(["rtx 5090,sm89", "8.0", "4090", " "]) == ("sm80", "sm89", "sm120")
-    assert plans_for(("sm75", "sm80", "sm120")) == [("sm75",), ("sm80", "sm120")]
-    assert plans_for(("sm89",)) == [("sm89",)]
-    assert plans_for(()) == []
+    assert group_targets(("sm75", "sm80", "sm120")) == [("sm75",), ("sm80", "sm120")]
+    assert group_targets(("sm89",)) == [("sm89",)]
+    assert group_targets(()) == []
 
 
 def test_what_rtx_builds_for() -> None:

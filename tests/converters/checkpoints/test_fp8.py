@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, export, inspect
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.dtypes import FLOATS, FP8
@@ -205,9 +204,7 @@ def test_nan_in_a_cast_is_noted_and_in_a_copy_not_looked_for(original: Path, tmp
         assert "stage_c.safetensors: 3 values in 1 tensors were NaN or infinite" in note
         assert "clf.1.bias (3)" in note
     said: list[str] = []
-    export(
-        tmp_path / "stage_c.safetensors", tmp_path / "b", graphs=GraphWishes(precision=Precision.BF16), say=said.append
-    )
+    export(tmp_path / "stage_c.safetensors", tmp_path / "b", precision=Precision.BF16, say=said.append)
     assert any("prior/weights.safetensors: 3 values in 1 tensors were NaN or infinite" in text for text in said)
     copied = convert([tmp_path / "stage_c.safetensors"], tmp_path / "copy.safetensors", "original")
     assert not [note for note in copied.notes if "NaN" in note]

@@ -326,10 +326,6 @@ def test_what_cannot_be_is_refused(quantise: Callable[..., Quantised]) -> None:
     refused(UsageError, "block size 48: expected one of 32, 64, 128", block_size=48)
     refused(UsageError, "int8_products is for int8 and int4 with target ort", target=PORTABLE, int8_products=True)
     refused(UsageError, rf"{module}.*no multiple of the block size 128", target=PORTABLE, block_size=128)
-    refused(UsageError, "ranges of activations are for modules in fp8, not for", activation_ranges={module: 1.0})
-    in_fp8 = {"quantization": FP8, "target": PORTABLE}
-    refused(UsageError, "not for clf", activation_ranges={"clf.1": 1.0}, **in_fp8)
-    refused(UsageError, "no positive number", activation_ranges={module: 0.0}, **in_fp8)
     missing = {name: w for name, w in made.weights.items() if name != f"{module}.weight_scale"}
     refused(ExportError, rf"{module}\.weight_scale: missing, expected F32 \[256, 2\] of 2048 bytes", missing)
 
@@ -401,31 +397,3 @@ def test_tensorrt_builds_what_bundles_have_in_fp8(
 ) -> None:
     made = quantise(PRIOR, GraphOptions(quantization=FP8, target=PORTABLE))
     build(made.write(made.options), {name: value.shape for name, value in inputs_of(made.graph).items()})
-
-
-def test_tensorrt_builds_fp8_activations(quantise: Callable[..., Quantised], build: Callable[..., int]) -> None:
-    made = quantise(PRIOR, GraphOptions(quantization=FP8, target=TENSORRT, precision=Precision.BF16))
-    options = replace(made.options, activation_ranges=dict.fromkeys(made.options.quantized, 8.0))
-    build(made.write(options), {name: value.shape for name, value in inputs_of(made.graph).items()})
-
-
-@pytest.mark.parametrize("largest", [0.5, 8.0])  # of values up to about 2
-def test_fp8_activations_are_rounded_as_torch_rounds(
-    quantise: Callable[..., Quantised], difference: Callable[..., float], largest: float
-) -> None:
-    module = "down_blocks.0.2.attention.to_out.0"
-    made = quantise(PRIOR, GraphOptions(quantization=FP8), frozenset({module}))
-    scale = torch.tensor(largest / 448)
-
-    def rounded(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return ((given[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale,)
-
-    tensors = dict(made.graph.tensors)
-    tensors[f"{module}.weight"] = made.read(module, tensors[f"{module}.weight"].shape)
-    network, inputs = load_reference(PRIOR, tensors), inputs_of(made.graph)
-    network.get_submodule(module).register_forward_pre_hook(rounded)
-    with torch.no_grad():
-        outputs = network(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-    expected = {name: value.numpy() for name, value in outputs.items()}
-    found = made.run(inputs, replace(made.options, activation_ranges={module: largest}))
-    assert difference(found, expected) <= difference(found, made.expected(inputs)) / 100

@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from cascadekit import export
 from cascadekit.bench.standins import write_stand_in
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.stages import ImageEncoderConfig, NetworkConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
@@ -25,8 +24,7 @@ def exported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     @cache
     def made(precision: str) -> Path:
         bundle = tmp_path_factory.mktemp("bundles") / precision
-        graphs = GraphWishes(precision=Precision(precision), target=Target.TENSORRT)
-        export(original, bundle, weights="copy", graphs=graphs)
+        export(original, bundle, weights="copy", precision=Precision(precision), target=Target.TENSORRT)
         return bundle
 
     return made
@@ -54,8 +52,7 @@ def exported_network(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
             save_file(tensors, source / Stage.IMAGE_ENCODER / "model.safetensors")
         else:
             write_stand_in(source, config, "BF16")
-        graphs = GraphWishes(precision=precision, target=Target.TENSORRT)
-        export(source, folder / "bundle", weights="copy", graphs=graphs)
+        export(source, folder / "bundle", weights="copy", precision=precision, target=Target.TENSORRT)
         return folder / "bundle"
 
     return made

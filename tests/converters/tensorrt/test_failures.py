@@ -15,15 +15,16 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.converters.tensorrt import BuildWishes, Progress, build, tasks
-from cascadekit.converters.tensorrt.job import Job
-from cascadekit.converters.tensorrt.process import run_build
+from cascadekit.converters.tensorrt import BuildOptions, BuildProgress, build
+from cascadekit.converters.tensorrt import plans_to_build as tasks
+from cascadekit.converters.tensorrt.worker_process import run_build
+from cascadekit.converters.tensorrt.worker_request import WorkerRequest
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 
-DECODER = BuildWishes(targets=("sm89",), stages=(Stage.DECODER,))
-VQGAN = BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,))
+DECODER = BuildOptions(targets=("sm89",), stages=(Stage.DECODER,))
+VQGAN = BuildOptions(targets=("sm89",), stages=(Stage.VQGAN,))
 
 
 def children(pid: int) -> list[int]:
@@ -53,7 +54,7 @@ def unchanged(bundle: Path) -> Iterator[None]:
 
 
 def test_a_killed_build(bundle: Path) -> None:
-    def kill(progress: Progress) -> None:
+    def kill(progress: BuildProgress) -> None:
         if progress.phase != "starting":
             (worker,) = children(os.getpid())
             os.kill(worker, signal.SIGKILL)
@@ -66,7 +67,7 @@ def test_a_killed_build(bundle: Path) -> None:
 def test_an_interrupted_build(bundle: Path) -> None:
     workers: list[int] = []
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: BuildProgress) -> None:
         if progress.phase != "starting":
             workers.extend(children(os.getpid()))
             raise KeyboardInterrupt
@@ -125,7 +126,7 @@ def test_a_full_disk(bundle: Path) -> None:
 
 
 def test_two_at_once(bundle: Path) -> None:
-    def again(progress: Progress) -> None:
+    def again(progress: BuildProgress) -> None:
         with pytest.raises(UsageError, match="another process is writing it"):
             build(bundle, VQGAN)
         raise KeyboardInterrupt
@@ -141,7 +142,7 @@ def test_the_reason_is_tensorrts_own(
     bundle = shutil.copytree(exported("fp32"), tmp_path / "bundle")
     monkeypatch.setattr(tasks, "refusal", lambda *arguments: None)
     with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
-        build(bundle, BuildWishes(targets=("sm75",), stages=(Stage.TEXT_ENCODER,)))
+        build(bundle, BuildOptions(targets=("sm75",), stages=(Stage.TEXT_ENCODER,)))
     assert str(caught.value).startswith("text_encoder/model for sm75: not built by tensorrt-rtx: ")
     assert "cuda" not in str(caught.value).lower()
     assert "\n" not in str(caught.value)
@@ -150,7 +151,7 @@ def test_the_reason_is_tensorrts_own(
 def test_a_graph_whose_weights_moved(bundle: Path, tmp_path: Path) -> None:
     """As the process that builds sees it, should they go after they were checked."""
     (bundle / "vqgan/weights.safetensors").unlink()
-    job = Job("tensorrt-rtx", str(bundle / "vqgan/model.onnx"), str(tmp_path / "plan"), ("sm89",), ())
+    job = WorkerRequest("tensorrt-rtx", str(bundle / "vqgan/model.onnx"), str(tmp_path / "plan"), ("sm89",), ())
     with pytest.raises(EngineError) as caught:
         run_build(job, "vqgan", 1.0, lambda progress: None)
     folder = bundle / "vqgan"
@@ -160,7 +161,9 @@ def test_a_graph_whose_weights_moved(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_that_cannot_start(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Job, "command", lambda job: (sys.executable, "-c", "raise SystemExit('no memory for a word')"))
+    monkeypatch.setattr(
+        WorkerRequest, "command", lambda job: (sys.executable, "-c", "raise SystemExit('no memory for a word')")
+    )
     words = r"ended without a word \(exit code 1\): no memory for a word"
     with unchanged(bundle), pytest.raises(EngineError, match=words):
         build(bundle, VQGAN)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.converters.tensorrt import BuildWishes, build, builder
+from cascadekit.converters.tensorrt import BuildOptions, build, builder
 from cascadekit.converters.tensorrt import device as devices
 from cascadekit.schemas.bundle import DeviceEntry
 from cascadekit.schemas.errors import EngineError
@@ -24,7 +24,7 @@ from cascadekit.storage.bundle import open_bundle
 
 H100 = DeviceEntry(name="NVIDIA H100", capability="sm90")
 SMALL = Bounds(*[parse_image_size("256x384")] * 3)
-VQGAN = BuildWishes("tensorrt", stages=(Stage.VQGAN,), profiles=(SMALL,))
+VQGAN = BuildOptions("tensorrt", stages=(Stage.VQGAN,), profiles=(SMALL,))
 
 COMMON = """
 import json, os
@@ -175,7 +175,7 @@ def test_how_it_is_used(bundle: Path, installed: Any, ending: str) -> None:
     assert "model-bf16-tensorrt-" in plan.path
     assert (bundle / "vqgan/plans/timing.cache").read_bytes() == b"+"
     assert not plan.refittable
-    (again,) = build(bundle, BuildWishes(**vars(VQGAN) | {"refittable": True}))
+    (again,) = build(bundle, BuildOptions(**vars(VQGAN) | {"refittable": True}))
     assert (used()["timing"], used()["flags"]) == ("+", ["REFIT"])
     assert again.plan.refittable
     assert again.plan.path != plan.path
@@ -185,7 +185,7 @@ def test_how_it_is_used(bundle: Path, installed: Any, ending: str) -> None:
 @pytest.mark.parametrize("has_it", [True, False])
 def test_streaming_is_asked_for_by_name(bundle: Path, installed: Any, has_it: bool) -> None:
     used = installed(LATER + "BuilderFlag.WEIGHT_STREAMING = 'WEIGHT_STREAMING'\n" * has_it)
-    wishes = BuildWishes(**vars(VQGAN) | {"weight_streaming": True})
+    wishes = BuildOptions(**vars(VQGAN) | {"weight_streaming": True})
     if has_it:
         (built,) = build(bundle, wishes)
         assert built.plan.weight_streaming
@@ -258,12 +258,12 @@ def test_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(1))
     assert devices.present_device() == DeviceEntry(name="NVIDIA GeForce RTX 5090", capability="sm120")
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(0))
-    with pytest.raises(EngineError, match="the driver shows none; --backend tensorrt-rtx builds without one"):
+    with pytest.raises(EngineError, match='the driver shows none; backend="tensorrt-rtx" builds without one'):
         devices.present_device()
 
     def missing(name: str) -> Any:
         raise OSError(name)
 
     monkeypatch.setattr(devices.ctypes, "CDLL", missing)
-    with pytest.raises(EngineError, match="there is no NVIDIA driver here; --backend tensorrt-rtx builds without one"):
+    with pytest.raises(EngineError, match='there is no NVIDIA driver here; backend="tensorrt-rtx" builds without one'):
         devices.present_device()

@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 from cascadekit import export
 from cascadekit.bench.standins import write_stand_in
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
-from cascadekit.converters.tensorrt import BuildWishes, build
+from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.engines.tensorrt.plan_header import read_header
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.profiles import DEFAULT, Bounds, parse_image_size
@@ -61,7 +60,7 @@ def test_the_cascade(
 ) -> None:
     bundle = shutil.copytree(exported(precision), tmp_path / "bundle")
     before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*.onnx")}
-    built = build(bundle, BuildWishes(targets=tuple(targets.split()), profiles=(bounds,)))
+    built = build(bundle, BuildOptions(targets=tuple(targets.split()), profiles=(bounds,)))
     found = {stage: [b.plan.graph for b in built if b.stage is stage] for stage in GRAPHS}
     assert found == GRAPHS
     manifest = open_bundle(bundle).manifest
@@ -98,7 +97,7 @@ def test_the_other_stages(
     """Batch norms are islands in fp32: folded, they would leave float weights in a half graph."""
     bundle = exported_network(config, Precision(precision))
     wanted = tuple(targets.split())
-    (built,) = build(bundle, BuildWishes(targets=wanted, profiles=(bounds,)))
+    (built,) = build(bundle, BuildOptions(targets=wanted, profiles=(bounds,)))
     assert (bundle / built.plan.path).stat().st_size == built.plan.bytes
     assert open_bundle(bundle).entry(config.stage).plans == (built.plan,)
     assert built.plan.targets == wanted
@@ -107,11 +106,10 @@ def test_the_other_stages(
 
 def test_weights_that_are_links(original: Path, tmp_path: Path) -> None:
     """To the model's own files, which is how an export without a new dtype leaves them."""
-    graphs = GraphWishes(target=Target.TENSORRT)
-    export(original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", graphs=graphs)
+    export(original, tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", target=Target.TENSORRT)
     weights = tmp_path / "bundle/vqgan/stage_a.safetensors"
     assert weights.samefile(original / "stage_a.safetensors")
-    (built,) = build(tmp_path / "bundle", BuildWishes(targets=("sm89",), profiles=(STATIC,)))
+    (built,) = build(tmp_path / "bundle", BuildOptions(targets=("sm89",), profiles=(STATIC,)))
     assert built.plan.sources[1].path == "vqgan/stage_a.safetensors"
     assert built.plan.sources[1].sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
@@ -121,7 +119,7 @@ def test_fp32_and_its_size(exported: Callable[[str], Path], tmp_path: Path) -> N
     sizes = {}
     for precision in ("fp32", "bf16"):
         bundle = shutil.copytree(exported(precision), tmp_path / precision)
-        (built,) = build(bundle, BuildWishes(targets=("sm89",), stages=(Stage.TEXT_ENCODER,)))
+        (built,) = build(bundle, BuildOptions(targets=("sm89",), stages=(Stage.TEXT_ENCODER,)))
         header = read_header(bundle / built.plan.path)
         assert header is not None
         sizes[precision] = header.weight_bytes
@@ -138,16 +136,16 @@ def test_quantised_weights(tmp_path: Path, kind: str, target: str) -> None:
     assert result.exit_code == 0, result.output
     graph = onnx.load(tmp_path / "bundle/text_encoder/model.onnx", load_external_data=False).graph
     assert "DequantizeLinear" in {node.op_type for node in graph.node}
-    (built,) = build(tmp_path / "bundle", BuildWishes(targets=(target,)))
+    (built,) = build(tmp_path / "bundle", BuildOptions(targets=(target,)))
     assert built.plan.targets == (target,)
 
 
 def test_several_profiles_and_every_graph(bundle: Path) -> None:
     """A plan of its own for Turing is not made from bf16; here one plan serves two profiles, in order."""
     narrow = Bounds(*map(parse_image_size, ("256x256", "256x256", "512x512x2")))
-    wishes = BuildWishes(targets=("sm89",), stages=(Stage.VQGAN,), graphs=("model", "encoder"))
+    wishes = BuildOptions(targets=("sm89",), stages=(Stage.VQGAN,), graphs=("model", "encoder"))
     one = {b.plan.graph: b.plan for b in build(bundle, wishes)}
-    both = BuildWishes(**vars(wishes) | {"profiles": (DEFAULT, narrow)})
+    both = BuildOptions(**vars(wishes) | {"profiles": (DEFAULT, narrow)})
     two = {b.plan.graph: b.plan for b in build(bundle, both)}
     for graph in ("model", "encoder"):
         assert [profile.max.height for profile in two[graph].profiles] == [1536, 512]

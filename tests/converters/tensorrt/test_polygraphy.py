@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cascadekit.converters.tensorrt import BuildWishes, build
+from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -40,7 +40,7 @@ def polygraphy(*arguments: object) -> str:
 def test_the_same_plans(bundle: Path, tmp_path: Path, stage: Stage, graph: str, targets: tuple[str, ...]) -> None:
     """But for three bytes, as it asks for detailed profiling and leaves TF32 on, and for what TensorRT-RTX numbers by
     addresses in memory, which a process of polygraphy has others of: up to some hundred bytes."""
-    (built,) = build(bundle, BuildWishes(targets=targets, stages=(stage,), graphs=(graph,), profiles=(NARROW,)))
+    (built,) = build(bundle, BuildOptions(targets=targets, stages=(stage,), graphs=(graph,), profiles=(NARROW,)))
     shapes = {
         end: [
             f"{name}:[{','.join(map(str, getattr(port, end)))}]" for name, port in built.plan.profiles[0].ports.items()

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from cascadekit.converters.tensorrt import BuildWishes, build, refit
+from cascadekit.converters.tensorrt import BuildOptions, build, refit
 from cascadekit.converters.tensorrt.backend import Backend
 from cascadekit.schemas.errors import EngineError, UsageError
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit(bundle: Path, backend: Backend) -> None:
         refit(backend, engine, graph)
     assert engine.weights == before
     engine.weights = {}
-    with pytest.raises(EngineError, match="cannot be given weights; build it with --refittable"):
+    with pytest.raises(EngineError, match="cannot be given weights; build it with refittable=True"):
         refit(backend, engine, graph)
     engine = Engine(graph)
     engine.works = False
@@ -100,4 +100,4 @@ def test_what_does_not_fit(bundle: Path, backend: Backend) -> None:
 
 def test_rtx_builds_none(bundle: Path) -> None:
     with pytest.raises(UsageError, match="needs a GPU to build engines that take other weights; build again"):
-        build(bundle, BuildWishes(targets=("sm89",), refittable=True))
+        build(bundle, BuildOptions(targets=("sm89",), refittable=True))

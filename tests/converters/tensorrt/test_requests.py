@@ -10,7 +10,6 @@ from click.testing import CliRunner
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.converters.tensorrt import builder, estimate
 from cascadekit.schemas.precision import Precision, Target
 
@@ -67,8 +66,7 @@ def test_fp8(original: Path, tmp_path: Path) -> None:
 
 
 def test_operators_of_another_runtime(original: Path, tmp_path: Path) -> None:
-    graphs = GraphWishes(precision=Precision.FP16, target=Target.ORT)
-    export(original, tmp_path / "bundle", weights="copy", graphs=graphs)
+    export(original, tmp_path / "bundle", weights="copy", precision=Precision.FP16, target=Target.ORT)
     words = refused(2, tmp_path / "bundle", "--arch", "sm89", "--stage", "prior")
     fp16 = "--precision fp16 --fp16-safe auto"
     assert words == f"prior: has operators of ONNX Runtime, which TensorRT does not read; {AGAIN} {fp16}"

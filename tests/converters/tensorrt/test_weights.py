@@ -3,17 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-from cascadekit.converters.tensorrt import BuildWishes, Built, build
+from cascadekit.converters.tensorrt import BuildOptions, Built, build
 from cascadekit.runtime.engines.tensorrt.plan_header import find_contradiction, read_header
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 
 SMALL = Bounds(*[parse_image_size("256x256")] * 3)
-TEXT = BuildWishes(targets=("sm89",), stages=(Stage.TEXT_ENCODER,), profiles=(SMALL,))
+TEXT = BuildOptions(targets=("sm89",), stages=(Stage.TEXT_ENCODER,), profiles=(SMALL,))
 
 
-def one(bundle: Path, wishes: BuildWishes) -> Built:
+def one(bundle: Path, wishes: BuildOptions) -> Built:
     (built,) = build(bundle, wishes)
     assert open_bundle(bundle).entry(built.stage).plans[-1] == built.plan
     return built

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, Settings, convert, export
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.export.export import bundle_weights as placing
+from cascadekit.converters.export import bundle_weights as placing
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import CascadeError, ExportError, LayoutError, UsageError
@@ -97,7 +97,7 @@ def test_refused_exports_leave_nothing(tiny: Path, tmp_path: Path, monkeypatch: 
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(placing.os, "link", cross_device)
-    with pytest.raises(ExportError, match=r"cannot be hard-linked.*use --weights copy"):
+    with pytest.raises(ExportError, match=r"cannot be hard-linked.*use weights=.copy"):
         export(tiny / "model", out, weights="link")
     assert not out.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["prior"]
@@ -121,7 +121,7 @@ def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
     for number, (model, weights) in enumerate((("sharded", "copy"), ("sharded", "link"), ("comfyui", "copy"))):
         export(tmp_path / model, tmp_path / f"bundle{number}", weights=weights)
         assert np.array_equal(draw(tmp_path / f"bundle{number}"), draw(tiny / "bundle")), (model, weights)
-    with pytest.raises(ExportError, match=r"text_projection\.weight lies transposed; use --weights copy"):
+    with pytest.raises(ExportError, match=r"text_projection\.weight is stored transposed; use weights=\"copy\""):
         export(tmp_path / "comfyui", tmp_path / "linked", weights="link")
     reference = reference_engine(open_model([tmp_path / "comfyui"]), [Stage.TEXT_ENCODER]).load(Stage.TEXT_ENCODER)
     tokens = ClipTokenizer.open()(["a cat"])
@@ -132,7 +132,7 @@ def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 0.0, -0.3764, 1e9, 1e-9])
 def test_scales_that_no_image_survives_are_refused(tiny: Path, tmp_path: Path, scale: float) -> None:
-    with pytest.raises(UsageError, match=r"--vqgan-scale .*: expected a number from 0.001 to 1000, such as 0.3764"):
+    with pytest.raises(UsageError, match=r"vqgan_scale=.*: expected a number from 0.001 to 1000, such as 0.3764"):
         export(tiny / "model", tmp_path / "bundle", vqgan_scale=scale)
     shutil.copytree(tiny / "model/vqgan", tmp_path / "vqgan")
     config = json.loads((tmp_path / "vqgan/config.json").read_text())

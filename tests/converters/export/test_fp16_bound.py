@@ -8,19 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascadekit import export
+from cascadekit.converters.export.export_options import ExportOptions
 from cascadekit.converters.export.fp16_bound import largest_stream
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.converters.onnx import Weight
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.safetensors_reader import read_header
 
-FP16 = GraphWishes(precisions={Stage.PRIOR: Precision.FP16})
+FP16 = ExportOptions(precisions={Stage.PRIOR: Precision.FP16})
 
 
-def exported(model: Path, to: Path, wishes: GraphWishes = FP16) -> list[str]:
+def exported(model: Path, to: Path, wishes: ExportOptions = FP16) -> list[str]:
     said: list[str] = []
-    export(model, to, stages=[Stage.PRIOR], graphs=wishes, say=said.append)
+    export(model, to, stages=[Stage.PRIOR], options=wishes, say=said.append)
     return [line for line in said if "fp16" in line]
 
 
@@ -54,8 +54,10 @@ def test_export_says_what_may_overflow(tiny: Path, tmp_path: Path) -> None:
             tensors[name] *= 1e5
     save_file(tensors, path, {"format": "pt"})
     (line,) = exported(
-        tmp_path / "model", tmp_path / "plain", GraphWishes({Stage.PRIOR: Precision.FP16}, storage=Precision.FP32)
+        tmp_path / "model",
+        tmp_path / "plain",
+        ExportOptions(precisions={Stage.PRIOR: Precision.FP16}, storage=Precision.FP32),
     )
     assert line.startswith("prior in fp16: by its weights up_blocks.1 reaches about ")
     assert "--fp16-safe auto" in line
-    assert exported(tmp_path / "model", tmp_path / "fp32", GraphWishes()) == []
+    assert exported(tmp_path / "model", tmp_path / "fp32", ExportOptions()) == []

@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
-from cascadekit.converters.export.quantize_choice import Choice
-from cascadekit.converters.export.quantize_stage import COLUMNS, Quantize, table_rows
+from cascadekit.converters.export.export_options import ExportOptions
+from cascadekit.converters.export.quantize_choice import QuantizationChoice
+from cascadekit.converters.export.quantize_stage import COLUMNS, table_rows
 from cascadekit.converters.lora.merge_bundle import apply_loras
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.quantization import Quantization
@@ -25,9 +26,9 @@ QUICK = Settings(64, 64, prior_steps=2, decoder_steps=2)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bundles_with_quantised_weights(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
-    choices: dict[Stage, Choice] = {}
+    choices: dict[Stage, QuantizationChoice] = {}
     root = tmp_path / "bundle"
-    manifest = export(tiny / "model", root, weights="copy", quantize=Quantize(kind, on_choice=choices.__setitem__))
+    manifest = export(tiny / "model", root, weights="copy", quantize=kind, on_quantized=choices.__setitem__)
     assert list(choices) == list(QUANTISED)
     assert open_bundle(root).manifest.model_dump_json() == manifest.model_dump_json()
     for stage, entry in manifest.stages.items():
@@ -61,7 +62,7 @@ def test_bundles_with_quantised_weights(tiny: Path, tmp_path: Path, kind: Quanti
 
 
 def test_loras_are_for_the_weights_before(tiny: Path, tmp_path: Path) -> None:
-    export(tiny / "model", tmp_path / "bundle", quantize=Quantize(Quantization.INT4))
+    export(tiny / "model", tmp_path / "bundle", quantize=Quantization.INT4)
     module = "lora_unet_down_blocks_0_2_attention_attn_to_q"
     factors = {"lora_down.weight": np.ones((4, 64), np.float32), "lora_up.weight": np.ones((64, 4), np.float32)}
     save_file({f"{module}.{name}": value for name, value in factors.items()}, tmp_path / "lora.safetensors")
@@ -72,7 +73,7 @@ def test_loras_are_for_the_weights_before(tiny: Path, tmp_path: Path) -> None:
         tmp_path / "both",
         stages=[Stage.PRIOR],
         loras=[(tmp_path / "lora.safetensors", 1.0)],
-        quantize=Quantize(Quantization.INT4),
+        quantize=Quantization.INT4,
     )
     assert merged.stages[Stage.PRIOR].quantization == "int4"
 
@@ -84,8 +85,8 @@ def load_file_names(path: Path) -> set[str]:
 
 
 def test_nothing_that_bears_it(tiny: Path, tmp_path: Path) -> None:
-    wish = Quantize(Quantization.INT4, threshold=1e-9)
-    manifest = export(tiny / "model", tmp_path / "bundle", stages=[Stage.PRIOR], quantize=wish)
+    options = ExportOptions(quantize=Quantization.INT4, quantize_threshold=1e-9)
+    manifest = export(tiny / "model", tmp_path / "bundle", options, stages=[Stage.PRIOR])
     plain = export(tiny / "model", tmp_path / "plain", stages=[Stage.PRIOR], weights="copy")
     ours, theirs = (m.stages[Stage.PRIOR] for m in (manifest, plain))
     assert ours.quantization == "none"
@@ -94,10 +95,10 @@ def test_nothing_that_bears_it(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="use --weights auto or copy"):
-        export(tiny / "model", tmp_path / "bundle", weights="link", quantize=Quantize(Quantization.INT8))
-    with pytest.raises(UsageError, match="quantize none: expected one of int8, int4, int8-dynamic, fp8"):
-        Quantize(Quantization.NONE)
+    with pytest.raises(UsageError, match=r"use weights=.auto"):
+        export(tiny / "model", tmp_path / "bundle", weights="link", quantize=Quantization.INT8)
+    with pytest.raises(UsageError, match="quantize is none; give both"):
+        ExportOptions(quantize_threshold=0.1)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -115,9 +116,9 @@ def test_command_line(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_table(tiny: Path, tmp_path: Path) -> None:
-    choices: dict[Stage, Choice] = {}
-    wish = Quantize(Quantization.INT8, threshold=0.0085, on_choice=choices.__setitem__)
-    export(tiny / "model", tmp_path / "bundle", stages=[Stage.PRIOR], quantize=wish)
+    choices: dict[Stage, QuantizationChoice] = {}
+    options = ExportOptions(quantize=Quantization.INT8, quantize_threshold=0.0085)
+    export(tiny / "model", tmp_path / "bundle", options, stages=[Stage.PRIOR], on_quantized=choices.__setitem__)
     rows = {row[0]: row for row in table_rows(choices[Stage.PRIOR])}
     assert all(len(row) == len(COLUMNS) for row in rows.values())
     layers = [layer for layer in choices[Stage.PRIOR].layers if layer.module.endswith(".channelwise.4")]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
 from cascadekit.converters.export.bundle_weights import projections_together
-from cascadekit.converters.export.graph_options import GraphWishes
+from cascadekit.converters.export.export_options import ExportOptions
 from cascadekit.parity.compare import psnr
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import ConversionError, EngineError, ExportError, UsageError
@@ -26,7 +26,7 @@ from cascadekit.storage.bundle import open_bundle
 from helpers.graphs import random_tensors
 
 QUICK = Settings(128, 64, prior_steps=3, decoder_steps=2, decoder_guidance=1.5)
-FP16 = GraphWishes(precision=Precision.FP16)
+FP16 = ExportOptions(precision=Precision.FP16)
 
 
 def draw(bundle: Path) -> np.ndarray:
@@ -36,7 +36,7 @@ def draw(bundle: Path) -> np.ndarray:
 
 
 def test_half_precision_is_stored_and_computed_as_such(tiny: Path, tmp_path: Path) -> None:
-    manifest = export(tiny / "model", tmp_path / "half", graphs=FP16)
+    manifest = export(tiny / "model", tmp_path / "half", options=FP16)
     for stage, entry in manifest.stages.items():
         assert (entry.precision, entry.target, entry.weights) == (Precision.FP16, Target.PORTABLE, "copy")
         stored = load_file(tmp_path / "half" / stage / "weights.safetensors")
@@ -49,8 +49,7 @@ def test_half_precision_is_stored_and_computed_as_such(tiny: Path, tmp_path: Pat
 
 
 def test_stages_may_differ_and_have_their_split_graphs(tiny: Path, tmp_path: Path) -> None:
-    wishes = GraphWishes(precisions={Stage.PRIOR: Precision.FP16}, target=Target.ORT)
-    manifest = export(tiny / "model", tmp_path / "mixed", graphs=wishes)
+    manifest = export(tiny / "model", tmp_path / "mixed", precisions={Stage.PRIOR: Precision.FP16}, target=Target.ORT)
     assert {stage: entry.precision for stage, entry in manifest.stages.items()} == {
         Stage.TEXT_ENCODER: Precision.FP32,
         Stage.PRIOR: Precision.FP16,
@@ -69,19 +68,17 @@ def test_stages_may_differ_and_have_their_split_graphs(tiny: Path, tmp_path: Pat
 
 
 def test_links_keep_the_weights_and_cast_them(tiny: Path, tmp_path: Path) -> None:
-    manifest = export(tiny / "model", tmp_path / "linked", weights="link", graphs=FP16, stages=[Stage.PRIOR])
+    manifest = export(tiny / "model", tmp_path / "linked", weights="link", options=FP16, stages=[Stage.PRIOR])
     assert manifest.stages[Stage.PRIOR].weights in ("link", "reflink")
     model = onnx.load(tmp_path / "linked" / "prior" / "model.onnx", load_external_data=False)
     assert {t.data_type for t in model.graph.initializer if t.data_location} == {TensorProto.FLOAT}
-    wishes = GraphWishes(storage=Precision.BF16)
-    with pytest.raises(ExportError, match=r"stored as F32, not as BF16; use --weights copy"):
-        export(tiny / "model", tmp_path / "refused", weights="link", graphs=wishes)
+    with pytest.raises(ExportError, match=r"stored as F32, not as BF16; use weights=\"copy\""):
+        export(tiny / "model", tmp_path / "refused", weights="link", storage=Precision.BF16)
     assert not (tmp_path / "refused").exists()
 
 
 def test_storage_apart_from_what_is_computed(tiny: Path, tmp_path: Path) -> None:
-    wishes = GraphWishes(storage=Precision.BF16)
-    manifest = export(tiny / "model", tmp_path / "stored", graphs=wishes, stages=[Stage.PRIOR])
+    manifest = export(tiny / "model", tmp_path / "stored", storage=Precision.BF16, stages=[Stage.PRIOR])
     assert manifest.stages[Stage.PRIOR].precision is Precision.FP32
     stored = load_file(tmp_path / "stored" / "prior" / "weights.safetensors")
     theirs = load_file(tiny / "model" / "prior" / "diffusion_pytorch_model.safetensors")
@@ -122,8 +119,9 @@ def overflowing(tiny: Path, tmp_path: Path) -> Path:
 
 def test_calibration_finds_the_exponents(overflowing: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    wishes = GraphWishes(precisions={Stage.PRIOR: Precision.FP16}, fp16_safe="auto")
-    manifest = export(overflowing, tmp_path / "safe", graphs=wishes, say=said.append)
+    manifest = export(
+        overflowing, tmp_path / "safe", precisions={Stage.PRIOR: Precision.FP16}, fp16_safe="auto", say=said.append
+    )
     entry = manifest.stages[Stage.PRIOR]
     assert set(entry.exponents) == {"up_blocks.1"}
     assert 1 < entry.exponents["up_blocks.1"] < 8
@@ -140,7 +138,7 @@ def test_calibration_finds_the_exponents(overflowing: Path, tmp_path: Path) -> N
 
 
 def test_bf16_is_refused_where_nothing_computes_it(tiny: Path, tmp_path: Path) -> None:
-    export(tiny / "model", tmp_path / "bf16", stages=[Stage.VQGAN], graphs=GraphWishes(precision=Precision.BF16))
+    export(tiny / "model", tmp_path / "bf16", stages=[Stage.VQGAN], precision=Precision.BF16)
     with Cascade.open(tmp_path / "bf16") as cascade, pytest.raises(EngineError, match=r"vqgan=fp32.*--device cuda"):
         cascade.pixels(np.zeros((1, 4, 8, 8), np.float32))
 
@@ -148,17 +146,21 @@ def test_bf16_is_refused_where_nothing_computes_it(tiny: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("wishes", "stages", "words"),
     [
-        (GraphWishes(fp16_safe="auto"), (), "add --precision fp16"),
-        (GraphWishes(precision=Precision.FP16, fp16_safe=3), (Stage.VQGAN,), "for a prior or decoder"),
-        (GraphWishes(control=True), (Stage.VQGAN,), "for the prior"),
-        (GraphWishes(precisions={Stage.PRIOR: Precision.BF16}), (Stage.VQGAN,), "prior=.*not exported"),
+        (ExportOptions(fp16_safe="auto"), (), 'add precision="fp16"'),
+        (ExportOptions(precision=Precision.FP16, fp16_safe=3), (Stage.VQGAN,), "for a prior or decoder"),
+        (ExportOptions(controlnet=True), (Stage.VQGAN,), "for the prior"),
+        (
+            ExportOptions(precisions={Stage.PRIOR: Precision.BF16}),
+            (Stage.VQGAN,),
+            "given for the prior, which is not exported",
+        ),
     ],
 )
 def test_wishes_that_make_no_sense_are_refused(
-    tiny: Path, tmp_path: Path, wishes: GraphWishes, stages: tuple[Stage, ...], words: str
+    tiny: Path, tmp_path: Path, wishes: ExportOptions, stages: tuple[Stage, ...], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        export(tiny / "model", tmp_path / "out", stages=stages, graphs=wishes)
+        export(tiny / "model", tmp_path / "out", stages=stages, options=wishes)
     assert not (tmp_path / "out").exists()
 
 
@@ -188,8 +190,8 @@ def test_a_prior_for_controlnets(tmp_path: Path) -> None:
     config = prior_config((64, 64), (1, 1), (8, 24), text=8, pooled=12)
     save_file(random_tensors(config, 0), tmp_path / "prior.safetensors")
     runners = []
-    for name, wishes in (("plain", GraphWishes()), ("controlled", GraphWishes(control=True))):
-        entry = export(tmp_path / "prior.safetensors", tmp_path / name, graphs=wishes).stages[Stage.PRIOR]
+    for name, wishes in (("plain", ExportOptions()), ("controlled", ExportOptions(controlnet=True))):
+        entry = export(tmp_path / "prior.safetensors", tmp_path / name, options=wishes).stages[Stage.PRIOR]
         runners.append(OnnxRuntimeEngine(open_bundle(tmp_path / name)).load(Stage.PRIOR))
     assert entry.control == PROJ_BLOCKS_ENDS
     fed = [port.name for port in entry.inputs if port.name.startswith("control.")]
@@ -213,7 +215,7 @@ def test_weights_beyond_fp16_say_what_to_export(overflowing: Path, tmp_path: Pat
     tensors = load_file(path)
     tensors["clf.1.weight"][0, 0] = 1e5
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ConversionError, match=r"clf\.1\.weight.*export it with --precision bf16") as caught:
-        export(overflowing, tmp_path / "out", graphs=FP16)
+    with pytest.raises(ConversionError, match=r"clf\.1\.weight.*export it with precision=.bf16") as caught:
+        export(overflowing, tmp_path / "out", options=FP16)
     assert "allow_overflow" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -14,13 +14,9 @@ from ...schemas.ports import Port, StagePorts
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
-from .options import GraphOptions
-from .quantized import needed_opset, quantized_linear
-from .weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
+from .external_weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
+from .graph_options import GraphOptions
 
-OPSET = 20  # the first with Gelu; LayerNormalization and Split by parts are older
-BF16_OPSET = 22  # the first with convolutions in bf16
-ATTENTION_OPSET = 23  # the first with Attention, for TensorRT
 IR_VERSION = 10  # what onnxruntime 1.19 reads, up to opset 22
 ATTENTION_IR_VERSION = 11
 ORT_DOMAIN = "com.microsoft"
@@ -44,7 +40,7 @@ LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
 }
 
 
-class Graph:
+class GraphBuilder:
     """An ONNX graph that grows node by node, in one precision whatever the weights are stored in.
 
     Ports are float32; where the graph computes in another type, they are cast at its borders. `island` switches to
@@ -221,26 +217,25 @@ class Graph:
         return name
 
     def shape_of(self, name: str) -> Shape:
-        """Of the tensor `name` before anything was quantised."""
+        """Shape of the tensor `name` before quantisation."""
         return self._expected[name]
 
     def width(self, name: str) -> int:
         """Channels that the module `name` (Linear or convolution, not a transposed one) gives."""
         return self._expected[f"{name}.weight"][0]
 
+    # Products
+
+    def gemm(self, name: str, rows: str, weight: str, *bias: str, alpha: float = 1.0) -> str:
+        """rows (n, in) times weight (out, in) transposed, plus the bias (out,)."""
+        attributes = {"alpha": alpha} if alpha != 1 else {}
+        return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
+
     # Constants: small, inside the protobuf, one of each
 
     def integers(self, *values: int) -> str:
         """int64 (n,)"""
         return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, np.int64))
-
-    def fp8_zero(self) -> str:
-        """() E4M3"""
-        return self._kept(TensorProto(name="fp8[0]", data_type=TensorProto.FLOAT8E4M3FN, raw_data=b"\0"))
-
-    def _kept(self, tensor: TensorProto) -> str:
-        self._initializers.setdefault(tensor.name, tensor)
-        return tensor.name
 
     def scalar(self, value: float) -> str:
         """() in the type of now"""
@@ -282,60 +277,6 @@ class Graph:
             return runs[0]
         return self.once("Concat", f"shape[{','.join(map(str, parts))}]", *runs, axis=0)
 
-    # The operations every network has
-
-    def linear(
-        self,
-        name: str,
-        rows: str,
-        *,
-        bias: bool = True,
-        alpha: float = 1.0,
-        exponent: int = 0,
-        bias_exponent: int = 0,
-    ) -> str:
-        """(n, in) -> (n, out): a Linear or a 1x1 convolution, the weight used in torch's orientation as it lies.
-
-        The product, not the bias, times `alpha`; the weight times 2^-`exponent`, the bias times 2^-`bias_exponent`."""
-        biases = [self.scaled_weight(f"{name}.bias", bias_exponent)] if bias else []
-        if name in self.options.quantized:
-            return quantized_linear(self, name, rows, *biases, factor=alpha * 2.0**-exponent)
-        weight = self.scaled_weight(f"{name}.weight", exponent, self._expected[f"{name}.weight"][:2])
-        return self.gemm(name, rows, weight, *biases, alpha=alpha)
-
-    def gemm(self, name: str, rows: str, weight: str, *bias: str, alpha: float = 1.0) -> str:
-        """rows (n, in) times weight (out, in) transposed, plus the bias (out,)."""
-        attributes = {"alpha": alpha} if alpha != 1 else {}
-        return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
-
-    def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
-        """The Linears ``prefix.part`` of the same rows, in one product where their weights lie side by side."""
-        names = [f"{prefix}.{part}" for part in parts]
-        if not self.options.quantized.isdisjoint(names):
-            return [self.linear(name, rows) for name in names]
-        packed = f"{prefix}.{'+'.join(parts)}"
-        weight = self.packed(f"{packed}.weight", [f"{name}.weight" for name in names])
-        bias = self.packed(f"{packed}.bias", [f"{name}.bias" for name in names])
-        if weight is None or bias is None:
-            return [self.linear(name, rows) for name in names]
-        product = self.gemm(packed, rows, weight, bias)
-        return self.split_widths(f"{packed}/parts", product, 1, [self.width(name) for name in names], names)
-
-    def layer_norm(
-        self, name: str, value: str, width: int, *, eps: float, scale: str | None = None, shift: str | None = None
-    ) -> str:
-        """Normalised over the last axis, which has `width` channels; without `scale` and `shift` affine-free. Mean and
-        variance are computed in fp32 in every precision (stash_type)."""
-        inputs = [value, scale or self.full(width), *([shift] if shift else [])]
-        return self.node("LayerNormalization", name, *inputs, axis=-1, epsilon=eps)
-
-    def silu(self, name: str, value: str) -> str:
-        return self.node("Mul", name, value, self.node("Sigmoid", f"{name}/sigmoid", value))
-
-    def rows(self, value: str, width: int) -> str:
-        """(..., width) -> (n, width)"""
-        return self.once("Reshape", f"{value}/rows", value, self.integers(-1, width))
-
     # The result
 
     def model(self, name: str, doc: str) -> onnx.ModelProto:
@@ -367,18 +308,11 @@ class Graph:
 
     def _opsets(self) -> list[tuple[str, int]]:
         domains = {node.domain for node in self._nodes}
-        return [("", opset_of(self.options)), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
-
-
-def opset_of(options: GraphOptions) -> int:
-    """The opset of graphs written with `options`."""
-    if options.target is Target.TENSORRT:
-        return ATTENTION_OPSET
-    return max(BF16_OPSET if options.precision is Precision.BF16 else OPSET, needed_opset(options.scheme))
+        return [("", self.options.opset), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
-    """What the float ports are called inside a graph that computes in another type; those in KEPT_FLOAT stay."""
+    """Names of float ports inside a graph that computes in another type; ports in KEPT_FLOAT keep their name."""
     floats = (port.name for port in (*ports.inputs, *ports.outputs) if port.dtype == "float32")
     return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats if name not in KEPT_FLOAT}
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import export
 from cascadekit.cli import main
-from cascadekit.converters.export.export import bundle_weights as placing
-from cascadekit.converters.export.export import export as export_module
+from cascadekit.converters.export import bundle_weights as placing
+from cascadekit.converters.export import export_stage
 from cascadekit.schemas.bundle import StageEntry
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import ConversionError, ExportError
@@ -74,7 +74,7 @@ def test_links_where_nothing_clones(prior: Path, tmp_path: Path) -> None:
 
 def test_weights_are_not_hashed_when_not_asked(prior: Path, tmp_path: Path) -> None:
     for weights in ("link", "copy"):
-        entry = exported(prior, tmp_path / weights, weights=weights, hash_weights=False)
+        entry = exported(prior, tmp_path / weights, weights=weights, hash=False)
         assert (entry.files[-1].sha256, entry.sources[0].sha256) == (None, None)
         assert all(file.sha256 for file in entry.files[:-1])
 
@@ -103,7 +103,7 @@ def test_auto_copies_where_nothing_clones(prior: Path, tmp_path: Path, monkeypat
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(placing.os, "link", refuse)
-    with pytest.raises(ExportError, match=r"cannot be hard-linked.*cross-device.*; use --weights copy"):
+    with pytest.raises(ExportError, match=r"cannot be hard-linked.*cross-device.*; use weights=\"copy\""):
         export(prior, tmp_path / "other", weights="link")
 
 
@@ -324,14 +324,14 @@ def test_a_full_disk_for_the_graph(prior: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_graph_that_onnx_refuses_is_not_written(prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs beside holes that stand in for the weights, and still notices a file that is not there."""
-    good = export_module._weights
+    good = export_stage._ranges
 
     def beyond(tensors: Any) -> Any:
         weights = good(tensors)
         last = max(weights, key=lambda name: weights[name].offset)
         return {**weights, last: replace(weights[last], location="other.safetensors")}
 
-    monkeypatch.setattr(export_module, "_weights", beyond)
+    monkeypatch.setattr(export_stage, "_ranges", beyond)
     with pytest.raises(ExportError, match=r"prior/model\.onnx: refused by onnx.*other\.safetensors"):
         export(prior, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["prior"]

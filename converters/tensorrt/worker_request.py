@@ -1,4 +1,4 @@
-"""One build as the process that does it is told, and the lines it answers with."""
+"""The description of one build that is sent to the worker process."""
 
 import json
 import sys
@@ -10,8 +10,8 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt a
 
 
 @dataclass(frozen=True)
-class Job:
-    """Builds a plan of one graph. Paths are absolute. `profiles` have shapes for every input. `timing_cache` is for
+class WorkerRequest:
+    """A plan to build from one graph. Paths are absolute. `profiles` have shapes for every input. `timing_cache` is for
     TensorRT, which measures kernels on the GPU and remembers how they did."""
 
     backend: str
@@ -24,13 +24,14 @@ class Job:
     timing_cache: str | None = None
 
     def command(self) -> tuple[str, ...]:
-        """What to start; the job itself goes to standard input, as profiles may be longer than a command may be."""
+        """The command line of the worker. The request itself goes to standard input, because profiles may exceed the
+        longest command line."""
         return (sys.executable, "-c", "from cascadekit.converters.tensorrt.worker import main; main()")
 
     def to_line(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_line(cls, line: str) -> "Job":
+    def from_line(cls, line: str) -> "WorkerRequest":
         content: dict[str, Any] = json.loads(line)
         return cls(**content | {name: tuple(content[name]) for name in ("targets", "profiles")})

@@ -108,7 +108,7 @@ def test_the_table(bundle: Path) -> None:
 
 
 def test_hashes_that_were_not_recorded_are_reported(tiny: Path, tmp_path: Path) -> None:
-    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", hash_weights=False)
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], weights="link", hash=False)
     source = tiny / "model/vqgan/diffusion_pytorch_model.safetensors"
     (file,) = found(tmp_path / "bundle", "--hash")["checks"][0]["without_sha256"]
     assert file["sha256_now"] == hashlib.sha256(source.read_bytes()).hexdigest()
@@ -146,11 +146,11 @@ def test_hash_finds_one_flipped_bit_in_any_file(tiny: Path, tmp_path: Path, weig
     for path, content in whole.items():
         for position in (0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(3))):
             flip_unseen(path, position)
-            checks = validate(open_bundle(root), hashed=True).checks
+            checks = validate(open_bundle(root), hash=True).checks
             name = path.relative_to(root).as_posix()
             assert any(p.startswith(f"{name}: expected SHA-256") for check in checks for p in check.problems), name
             flip_unseen(path, position)
-    assert validate(open_bundle(root), hashed=True)
+    assert validate(open_bundle(root), hash=True)
 
 
 def test_the_tokenizer_is_compared(bundle: Path) -> None:

@@ -10,7 +10,6 @@ import onnx.reference
 import pytest
 
 from cascadekit import export
-from cascadekit.converters.export.graph_options import GraphWishes
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.bundle import PortEntry
 from cascadekit.schemas.precision import Precision
@@ -79,7 +78,6 @@ def test_graphs_say_where_they_come_from(bundle: Bundle) -> None:
 
 
 def test_half_precision_is_said_and_opens_too(tiny: Path, tmp_path: Path) -> None:
-    wishes = GraphWishes(precision=Precision.BF16)
-    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], graphs=wishes)
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], precision=Precision.BF16)
     model = onnx.load(tmp_path / "bundle/vqgan/model.onnx")
     assert {prop.key: prop.value for prop in model.metadata_props}["cascadekit.precision"] == "bf16"

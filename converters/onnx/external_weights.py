@@ -32,7 +32,7 @@ class Weight:
 
 
 def problem_of(weight: Weight | None, shape: Shape) -> str | None:
-    """What is wrong with `weight` where a tensor of `shape` is wanted."""
+    """A description of why `weight` cannot serve as a tensor of `shape`; None when it can."""
     if weight is None:
         return f"missing, expected shape {list(shape)}"
     if weight.shape != shape:
@@ -44,7 +44,7 @@ def problem_of(weight: Weight | None, shape: Shape) -> str | None:
 
 
 def difference_of(weight: Weight | None, described: StoredTensor) -> str | None:
-    """What is wrong with `weight` where a tensor as `described` is wanted, in bytes and dtype."""
+    """A description of how `weight` differs from `described` in dtype, shape or bytes; None when it does not."""
     found = (weight.dtype, weight.shape, weight.length) if weight else None
     if found == (described.dtype, described.shape, described.nbytes):
         return None

@@ -1,4 +1,4 @@
-"""What is to be built: the graphs of a bundle, for which GPUs, with which shapes; and why some of it cannot be."""
+"""Decides which plans a build makes: graphs, GPUs and shapes. Refuses, with reasons, what cannot be built."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,26 +22,33 @@ from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
-from ...schemas.targets import RTX, plans_for, refusal, require_rtx_targets
+from ...schemas.targets import RTX, group_targets, refusal, require_rtx_targets
 from ...storage.bundle import Bundle
 from ...storage.file_hashes import sha256_of
 from ..export.graph_files import external_data, load_graph
-from .job import Job
 from .plan_cache import file_name, key_of
+from .worker_request import WorkerRequest
 
 PLANS = "plans"  # folder of a stage's plans
 
 
 @dataclass(frozen=True)
-class BuildWishes:
-    """What a user asks for.
+class BuildOptions:
+    """The options of `build`.
 
-    `targets` are compute capabilities for TensorRT-RTX, and none for TensorRT, which builds for the GPU present.
-    `stages` and `graphs` limit what is built; without `graphs` it is what `generate` runs. Each of `profiles` becomes
-    an optimisation profile of every plan. `refittable` plans of TensorRT can be given other weights, see ``refit``.
-    `force` builds what is there already, `cache` is a folder of plans that
-    bundles share, `check_memory` refuses to start what seems to need more than is free. `weight_streaming` lets a
-    runtime keep weights on the host."""
+    | field | meaning |
+    |---|---|
+    | backend | "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine |
+    | targets | compute capabilities such as "sm89"; for tensorrt-rtx only |
+    | stages | stages to build; empty: every stage of the bundle |
+    | graphs | graphs to build; empty: those that `generate` runs |
+    | profiles | image sizes; each becomes an optimisation profile of every plan |
+    | refittable | plans of tensorrt that can be given other weights later, see ``refit`` |
+    | force | build plans again that exist already |
+    | cache | a folder of plans that bundles share |
+    | check_memory | refuse a build that seems to need more memory than is free |
+    | weight_streaming | plans whose weights may stay in the host's memory |
+    """
 
     backend: str = RTX
     targets: tuple[str, ...] = ()
@@ -56,8 +63,8 @@ class BuildWishes:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One plan. `key` stands for everything that decides its content, `path` is where it goes."""
+class PlanToBuild:
+    """A plan that is to exist at `path` after the build. `key` identifies everything that decides its content."""
 
     stage: Stage
     graph: str
@@ -65,50 +72,58 @@ class Task:
     device: DeviceEntry | None
     profiles: tuple[ProfileEntry, ...]
     sources: tuple[PlanSource, ...]
-    job: Job
+    request: WorkerRequest
     key: str
     path: Path
 
     @property
     def name(self) -> str:
-        return f"{self.stage}/{self.graph}" + (f" for {' '.join(self.job.targets)}" if self.job.targets else "")
+        return f"{self.stage}/{self.graph}" + (f" for {' '.join(self.request.targets)}" if self.request.targets else "")
 
 
-def require_targets(wishes: BuildWishes, precision: Precision) -> None:
+def require_targets(options: BuildOptions, precision: Precision) -> None:
     """Raises UsageError for targets that the backend does not build for, or not from graphs of `precision`."""
-    _require_targets(wishes)
-    for target in wishes.targets:
-        refused = refusal(wishes.backend, target, precision, Quantization.NONE)
+    _require_targets(options)
+    for target in options.targets:
+        refused = refusal(options.backend, target, precision, Quantization.NONE)
         if refused:
             raise UsageError(f"{refused.reason}; take {refused.instead}, or make another bundle for that GPU")
 
 
-def tasks_for(bundle: Bundle, wishes: BuildWishes, version: str, device: DeviceEntry | None) -> list[Task]:
-    """Every plan that `wishes` ask for, by the TensorRT of `version`, for `device` where it builds for that.
+def plans_to_build(
+    bundle: Bundle, options: BuildOptions, version: str, device: DeviceEntry | None
+) -> list[PlanToBuild]:
+    """Every plan that `options` ask for.
+
+    `version` is that of the installed TensorRT. `device` is the GPU that is built for, None where `targets` name it.
 
     Hashes weights whose SHA-256 is not known. Raises UsageError, naming every reason there is, for what cannot be
     built, and CheckpointError for files that are not what the manifest says."""
-    _require_targets(wishes)
-    chosen = wishes.stages or tuple(bundle.manifest.stages)
+    _require_targets(options)
+    chosen = options.stages or tuple(bundle.manifest.stages)
     entries = {stage: bundle.entry(stage) for stage in chosen}
-    _require_possible(entries, wishes, (device.capability,) if device else wishes.targets)
-    return [task for stage, entry in entries.items() for task in _tasks(bundle, stage, entry, wishes, version, device)]
+    _require_possible(entries, options, (device.capability,) if device else options.targets)
+    return [
+        planned
+        for stage, entry in entries.items()
+        for planned in _plans_of_stage(bundle, stage, entry, options, version, device)
+    ]
 
 
-def _require_targets(wishes: BuildWishes) -> None:
-    if wishes.backend == RTX:
-        require_rtx_targets(wishes.targets)
-        if wishes.refittable:  # 1.7 fails: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", even for one product
+def _require_targets(options: BuildOptions) -> None:
+    if options.backend == RTX:
+        require_rtx_targets(options.targets)
+        if options.refittable:  # 1.7 fails: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", even for one product
             raise UsageError(
                 "TensorRT-RTX needs a GPU to build engines that take other weights; build again when a LoRA is merged: "
                 "plans of weights that were there before are found again"
             )
-    elif wishes.targets:
+    elif options.targets:
         raise UsageError("TensorRT builds for the GPU it runs on; --arch is for --backend tensorrt-rtx")
 
 
 def graphs_to_build(stage: Stage, entry: StageEntry, wanted: Sequence[str]) -> list[str]:
-    """Those of `wanted` that the stage has; with none wanted, those that `generate` runs."""
+    """The graphs among `wanted` that the stage has; without `wanted`, those that `generate` runs."""
     names = wanted or graphs_of(stage)
     found = [name for name in names if name in entry.graphs]
     return found if wanted or len(found) == len(names) else [MAIN_GRAPH]
@@ -119,13 +134,13 @@ def graphs_of(stage: Stage) -> list[str]:
     return [CONDITIONING, STEP] if stage in FASTER_IN_PARTS else [MAIN_GRAPH]
 
 
-def _require_possible(entries: dict[Stage, StageEntry], wishes: BuildWishes, targets: Sequence[str]) -> None:
+def _require_possible(entries: dict[Stage, StageEntry], options: BuildOptions, targets: Sequence[str]) -> None:
     reasons: dict[str, list[Stage]] = defaultdict(list)
     for stage, entry in entries.items():
-        for reason in _reasons(entry, wishes.backend, targets):
+        for reason in _reasons(entry, options.backend, targets):
             reasons[reason].append(stage)
     problems = [f"{', '.join(stages)}: {reason}{_safe(reason, stages)}" for reason, stages in reasons.items()]
-    unknown = [name for name in wishes.graphs if not any(name in entry.graphs for entry in entries.values())]
+    unknown = [name for name in options.graphs if not any(name in entry.graphs for entry in entries.values())]
     if unknown:
         known = sorted({name for entry in entries.values() for name in entry.graphs})
         problems.append(f"graph {', '.join(unknown)}: there are {', '.join(known)}")
@@ -134,7 +149,7 @@ def _require_possible(entries: dict[Stage, StageEntry], wishes: BuildWishes, tar
 
 
 def _safe(reason: str, stages: Sequence[Stage]) -> str:
-    """What an export in fp16 needs besides for the networks whose sums grow too large."""
+    """The option that an export in fp16 also needs where prior or decoder are among `stages`."""
     return " --fp16-safe auto" if "fp16" in reason and {Stage.PRIOR, Stage.DECODER} & set(stages) else ""
 
 
@@ -151,26 +166,26 @@ def _reasons(entry: StageEntry, backend: str, targets: Sequence[str]) -> Iterato
         yield f"{refused.reason}; export it again: {command}"
 
 
-def _tasks(
-    bundle: Bundle, stage: Stage, entry: StageEntry, wishes: BuildWishes, version: str, device: DeviceEntry | None
-) -> Iterator[Task]:
+def _plans_of_stage(
+    bundle: Bundle, stage: Stage, entry: StageEntry, options: BuildOptions, version: str, device: DeviceEntry | None
+) -> Iterator[PlanToBuild]:
     bundle.check(stage)
     config = from_json(stage, entry.config)
     folder = bundle.root / stage / PLANS
-    for graph in graphs_to_build(stage, entry, wishes.graphs):
+    for graph in graphs_to_build(stage, entry, options.graphs):
         path = bundle.root / entry.graphs[graph].path
         model = load_graph(path)
         sources = tuple(_source(bundle, entry, file) for file in _files(bundle, entry, path, model))
-        profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in wishes.profiles)
+        profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in options.profiles)
         shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
-        for targets in plans_for(wishes.targets) or [()]:
+        for targets in group_targets(options.targets) or [()]:
             timing = str((folder / "timing.cache").absolute()) if device else None
-            flags = (wishes.refittable, wishes.weight_streaming)
-            job = Job(wishes.backend, str(path.absolute()), "", targets, shapes, *flags, timing)
+            flags = (options.refittable, options.weight_streaming)
+            request = WorkerRequest(options.backend, str(path.absolute()), "", targets, shapes, *flags, timing)
             hashes = [str(source.sha256) for source in sources]
-            key = key_of(job, version, hashes, device.name if device else None)
-            name = file_name(job, graph, entry.precision, key)
-            yield Task(stage, graph, entry, device, profiles, sources, job, key, folder / name)
+            key = key_of(request, version, hashes, device.name if device else None)
+            name = file_name(request, graph, entry.precision, key)
+            yield PlanToBuild(stage, graph, entry, device, profiles, sources, request, key, folder / name)
 
 
 def _files(bundle: Bundle, entry: StageEntry, graph: Path, model: onnx.ModelProto) -> list[FileEntry]:

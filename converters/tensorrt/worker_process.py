@@ -13,14 +13,14 @@ from time import perf_counter
 from typing import IO, Any
 
 from ...schemas.errors import EngineError
-from .job import Job
+from .worker_request import WorkerRequest
 
 INTERVAL = 0.25  # seconds between two looks at the process
 KILLED = -9
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """How a build goes: seconds so far and in all as estimated, what TensorRT is at, bytes of memory of its own.
 
     Most of the time is spent in one phase that has no steps, so there is no better measure than the clock."""
@@ -33,8 +33,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a build made and took: bytes and SHA-256 of the plan, the version that wrote it, seconds, those of
+class BuildOutcome:
+    """The result and the cost of a build: bytes and SHA-256 of the plan, the version that wrote it, seconds, those of
     all processors, the most memory with mapped files (`peak_rss`) and without (`peak_own`)."""
 
     bytes: int
@@ -47,23 +47,27 @@ class Outcome:
     layers: int
 
 
-OnProgress = Callable[[Progress], object]
+OnProgress = Callable[[BuildProgress], object]
 
 
-def run_build(job: Job, name: str, estimate: float, on_progress: OnProgress) -> Outcome:
-    """Do `job`, which messages call `name`. When this raises, also for an interruption, the process has ended; what it
-    wrote is left to the caller.
+def run_build(request: WorkerRequest, name: str, estimate: float, on_progress: OnProgress) -> BuildOutcome:
+    """Run the build that `request` describes in a new process; messages call it `name`.
+
+    When this raises, also for an interruption, the process has ended; the caller removes what it wrote.
 
     Raises EngineError with TensorRT's own reason, or with how the process ended."""
     started = perf_counter()
     peak, phase, answer = 0, "starting", None
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, _started(job, errors) as process:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        _started(request, errors) as process,
+    ):
         for content in _answers(process):
             rss = own_memory(process.pid)
             peak = max(peak, rss)
             phase = content.get("phase", phase)
             answer = content if {"done", "error"} & content.keys() else answer
-            on_progress(Progress(name, perf_counter() - started, estimate, phase, rss))
+            on_progress(BuildProgress(name, perf_counter() - started, estimate, phase, rss))
         code = process.wait()
         errors.seek(0)
         said = errors.read().strip().splitlines()
@@ -71,26 +75,25 @@ def run_build(job: Job, name: str, estimate: float, on_progress: OnProgress) -> 
         raise EngineError(f"{name}: {_how_it_ended(code, peak, said)}")
     if "error" in answer:
         raise EngineError(f"{name}: {answer['error']}")
-    return Outcome(**answer["done"], peak_own=peak)
+    return BuildOutcome(**answer["done"], peak_own=peak)
 
 
 @contextlib.contextmanager
-def _started(job: Job, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
+def _started(request: WorkerRequest, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """The process, in a session of its own: an interruption from the keyboard reaches this one alone, which ends it."""
     process = subprocess.Popen(
-        job.command(),
+        request.command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
         encoding="utf-8",
         start_new_session=True,
-        env={**os.environ, "PYTHONHASHSEED": "0"},  # for the same bytes at every build, see `worker._fix_addresses`
     )
     try:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended already; how is seen below
-            process.stdin.write(job.to_line() + "\n")
+            process.stdin.write(request.to_line() + "\n")
             process.stdin.flush()
         yield process
     finally:
@@ -102,7 +105,7 @@ def _started(job: Job, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def _answers(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """What the process says, and nothing ({}) whenever INTERVAL has passed in silence; to its end."""
+    """The worker's answers until it ends; an empty one ({}) whenever INTERVAL has passed without an answer."""
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     pending = b""

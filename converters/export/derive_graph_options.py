@@ -1,0 +1,80 @@
+"""Derives the options of a stage's graphs from the options of the export; measures ranges where fp16 needs them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ...runtime.engines.onnxruntime import open_session
+from ...runtime.text.tokenizer import ClipTokenizer
+from ...schemas.callbacks import Say
+from ...schemas.control import controlled_blocks
+from ...schemas.fp16 import Fp16Fit, fit_fp16
+from ...schemas.precision import Precision
+from ...schemas.stages import PROJ_BLOCKS_ENDS, NetworkConfig, Stage, UNetConfig
+from ..onnx import GraphOptions, Weight
+from .calibrate_fp16 import Inputs, measure_ranges
+from .export_options import ExportOptions
+from .fp16_bound import warning
+
+CALIBRATION_PROMPTS = ("an image of a shiba inu, donning a spacesuit and helmet", "blurry, low quality")
+
+
+@dataclass(frozen=True)
+class DerivedOptions:
+    """Options of a stage's graphs, and how the stage fits into fp16 where that was measured."""
+
+    options: GraphOptions
+    fp16: Fp16Fit | None = None
+
+
+def derive_graph_options(
+    config: NetworkConfig, weights: Mapping[str, Weight], bundle: Path, options: ExportOptions, say: Say
+) -> DerivedOptions:
+    """The options for the graphs of one network, without quantisation. `weights` lie in the stage's folder of `bundle`.
+
+    Raises ExportError when the network does not fit into fp16, or takes no ControlNet."""
+    stage = config.stage
+    derived = GraphOptions(options.precision_of(stage), options.target)
+    if not isinstance(config, UNetConfig):
+        return DerivedOptions(derived)
+    if options.controlnet and stage is Stage.PRIOR:
+        controlled_blocks(config, PROJ_BLOCKS_ENDS)
+        derived = replace(derived, control=PROJ_BLOCKS_ENDS)
+    if derived.precision is not Precision.FP16:
+        return DerivedOptions(derived)
+    if options.fp16_safe is None:
+        say(warning(stage, weights, bundle / stage))
+        return DerivedOptions(derived)
+    say(f"{stage}: measuring how large its values grow")
+    ranges = measure_ranges(config, weights, bundle / stage, _embeddings(bundle, say))
+    fit = fit_fp16(config, ranges, fixed=None if options.fp16_safe == "auto" else options.fp16_safe)
+    for line in describe_fit(stage, fit):
+        say(line)
+    return DerivedOptions(replace(derived, exponents=fit.exponents, fp32_blocks=fit.fp32_blocks), fit)
+
+
+def describe_fit(stage: Stage, fit: Fp16Fit) -> list[str]:
+    """Lines for the user: the exponents, the blocks in fp32, and the blocks with the least margin."""
+    exponents = ", ".join(f"{stream} 2^-{exponent}" for stream, exponent in fit.exponents.items()) or "none needed"
+    tightest = ", ".join(f"{name} {bits:.1f}" for name, bits in fit.tightest())
+    wide = ", ".join(sorted(fit.fp32_blocks)) or "none"
+    return [
+        f"{stage} in fp16: streams made smaller: {exponents}; perceptrons in fp32: {wide}",
+        f"{stage} in fp16: bits of margin below 65504, the tightest blocks: {tightest}",
+    ]
+
+
+def _embeddings(bundle: Path, say: Say) -> Inputs | None:
+    """Embeddings of CALIBRATION_PROMPTS by the text encoder of the same bundle; None where it is not exported yet."""
+    graph = bundle / Stage.TEXT_ENCODER / "model.onnx"
+    if not graph.is_file():
+        say("no text encoder is exported before it: normal noise stands in for prompts")
+        return None
+    own = bundle / "tokenizer" / "tokenizer.json"
+    tokens = ClipTokenizer.open(own if own.is_file() else None)(CALIBRATION_PROMPTS)
+    session = open_session(graph)
+    fed = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    text, pooled = session.run(["prompt_embeds", "pooled"], fed)
+    return {"clip_text": np.asarray(text), "clip_text_pooled": np.asarray(pooled)}

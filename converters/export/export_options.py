@@ -1,0 +1,139 @@
+"""Everything that a user can ask of an export, in one value."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from ...schemas.errors import UsageError
+from ...schemas.limits import VQGAN_SCALES
+from ...schemas.precision import Precision, Target
+from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
+from ...schemas.stages import Stage
+
+WeightsMode = Literal["auto", "copy", "link"]
+Fp16Safe = Literal["auto"] | int | None
+
+Kind = TypeVar("Kind", bound=StrEnum)
+
+STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `export`; names and defaults are those of the command line.
+
+    Strings are accepted in place of enums: ``ExportOptions(precision="fp16", stages=["prior"])``.
+
+    | field | meaning |
+    |---|---|
+    | stages | stages to export; empty: every stage that the model has |
+    | weights | "auto": clones of the model's files where the file system clones, else copies; "copy"; "link" |
+    | precision | the type that graphs compute in |
+    | precisions | the same for single stages, which overrides `precision` |
+    | target | the runtime whose operators the graphs may use |
+    | storage | the precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes |
+    | fp16_safe | for prior and decoder in fp16: "auto" measures which exponents they need, a number is used for all |
+    | quantize | how Linears are stored in 8 or 4 bits, where their error stays small |
+    | quantize_threshold | largest relative error of a quantised Linear; None: twice that of normal numbers |
+    | controlnet | whether the prior has inputs for the residuals of a ControlNet |
+    | hash | whether the SHA-256 of weights is recorded |
+    | loras | LoRA files and their strengths, to be merged into the weights |
+    | text_encoder | a file or folder of the CLIP bigG text encoder, where the model holds none |
+    | vqgan_scale | latent scale of the vqgan; None: the one that the model's layout implies |
+    | force | whether an existing bundle is replaced |
+
+    ``weights="link"`` makes hard links where the file system does not clone. No other program opens the graphs then,
+    and the model's files must never change in place.
+
+    Raises UsageError for values that are unknown or exclude each other."""
+
+    stages: Sequence[Stage] = ()
+    weights: WeightsMode = "auto"
+    precision: Precision = Precision.FP32
+    precisions: Mapping[Stage, Precision] = field(default_factory=dict)
+    target: Target = Target.PORTABLE
+    storage: Precision | None = None
+    fp16_safe: Fp16Safe = None
+    quantize: Quantization = Quantization.NONE
+    quantize_threshold: float | None = None
+    controlnet: bool = False
+    hash: bool = True
+    loras: Sequence[tuple[str | Path, float]] = ()
+    text_encoder: str | Path | None = None
+    vqgan_scale: float | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        by_stage = {_one_of(Stage, key, "precisions"): value for key, value in self.precisions.items()}
+        parsed = {
+            "stages": tuple(_one_of(Stage, stage, "stages") for stage in self.stages),
+            "precision": _one_of(Precision, self.precision, "precision"),
+            "precisions": {stage: _one_of(Precision, value, "precisions") for stage, value in by_stage.items()},
+            "target": _one_of(Target, self.target, "target"),
+            "storage": self.storage if self.storage is None else _one_of(Precision, self.storage, "storage"),
+            "quantize": _one_of(Quantization, self.quantize, "quantize"),
+        }
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
+        if self.weights not in get_args(WeightsMode):
+            raise UsageError(f"weights={self.weights!r}: expected one of {', '.join(get_args(WeightsMode))}")
+        self._require_quantization()
+        least, most = VQGAN_SCALES
+        if self.vqgan_scale is not None and not least <= self.vqgan_scale <= most:
+            raise UsageError(
+                f"vqgan_scale={self.vqgan_scale:g}: expected a number from {least:g} to {most:g}, such as 0.3764"
+            )
+
+    def _require_quantization(self) -> None:
+        if self.quantize is Quantization.NONE:
+            if self.quantize_threshold is not None:
+                raise UsageError(
+                    f"quantize_threshold={self.quantize_threshold:g} is for quantised weights, and quantize is none; "
+                    f"give both, with quantize one of {', '.join(BUNDLE_SCHEMES)}"
+                )
+            return
+        if self.weights == "link":
+            raise UsageError(
+                'weights="link" keeps the weights of the model, and quantising changes them; use weights="auto"'
+            )
+        bundle_scheme(self.quantize, self.target)  # raises for a target that has no operators for it
+
+    @property
+    def scheme(self) -> Scheme:
+        """How quantised weights are stored for `target`."""
+        return bundle_scheme(self.quantize, self.target)
+
+    def precision_of(self, stage: Stage) -> Precision:
+        """The type that the graphs of `stage` compute in."""
+        return self.precisions.get(stage, self.precision)
+
+    def storage_of(self, stage: Stage) -> str | None:
+        """The safetensors dtype (F32, BF16, F16) to store the weights of `stage` in; None: as the model has them."""
+        if self.storage is not None:
+            return STORED_AS[self.storage]
+        precision = self.precision_of(stage)
+        return None if precision is Precision.FP32 else STORED_AS[precision]
+
+    def require_stages(self, stages: Sequence[Stage]) -> None:
+        """Raises UsageError for options that concern none of `stages`, the stages that are exported."""
+        fp16 = [stage for stage in (Stage.PRIOR, Stage.DECODER) if self.precision_of(stage) is Precision.FP16]
+        if self.fp16_safe is not None and not set(fp16) & set(stages):
+            raise UsageError(
+                f'fp16_safe={self.fp16_safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
+            )
+        if self.controlnet and Stage.PRIOR not in stages:
+            raise UsageError("controlnet=True is for the prior, which is not exported here; export it too")
+        absent = [stage for stage in self.precisions if stage not in stages]
+        if absent:
+            raise UsageError(
+                f"a precision is given for the {absent[0]}, which is not exported; exported are {', '.join(stages)}"
+            )
+
+
+def _one_of(kind: type[Kind], value: Any, name: str) -> Kind:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(kind)}") from None

@@ -1,0 +1,204 @@
+"""Exports one stage: its weights into the stage's folder, its graphs beside them, its entry in the manifest."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from ...schemas.bundle import FileEntry, GraphEntry, SourceEntry, StageEntry
+from ...schemas.callbacks import Say, StartFile
+from ...schemas.config_json import to_json
+from ...schemas.dtypes import FP8
+from ...schemas.errors import ExportError
+from ...schemas.quantization import RULES, Quantization
+from ...schemas.stages import Stage
+from ...storage.file_hashes import Hashing, describe_file, fingerprint
+from ...storage.safetensors_reader import TensorRange
+from ..checkpoints.component import Component
+from ..onnx import GraphOptions, Weight, write_graphs
+from .bundle_weights import StageWeights, add_weights, copy_weights, source_files
+from .derive_graph_options import derive_graph_options
+from .export_options import ExportOptions
+from .graph_files import beside_holes, check_graph, opset_of, port_entries, stamp
+from .quantize_choice import QuantizationChoice
+from .quantize_stage import quantize_stage
+
+if TYPE_CHECKING:
+    from ..lora.merge_plan import LoraPlan
+
+FLOATS = ("F32", "BF16", "F16")
+
+OnQuantized = Callable[[Stage, QuantizationChoice], object]
+"""Called with a stage and what was measured and chosen for its Linears."""
+
+
+@dataclass(frozen=True)
+class ExportedStage:
+    """A stage whose files are written; some of them may still be hashed in the background."""
+
+    files: tuple[Path, ...]
+    described: StageEntry  # its files have no SHA-256 yet
+
+    def entry(self, root: Path, hashes: Hashing) -> StageEntry:
+        """The stage's entry in the manifest, with hashes; waits until the stage's files are hashed."""
+        files = tuple(describe_file(root, path, hashes.of(path)) for path in self.files)
+        return self.described.model_copy(update={"files": files, "sources": self._sources(files)})
+
+    def _sources(self, files: Sequence[FileEntry]) -> tuple[SourceEntry, ...]:
+        """The model's files. The hash of one is known where the bundle holds the same bytes under the same name."""
+        sources = self.described.sources
+        if self.described.weights == "copy":
+            return sources
+        known = {file.path.rpartition("/")[2]: file.sha256 for file in files}
+        return tuple(source.model_copy(update={"sha256": known.get(source.name)}) for source in sources)
+
+
+@dataclass(frozen=True)
+class StageExporter:
+    """Exports stages into the bundle at `root`, with the options and the callbacks of one call of `export`."""
+
+    root: Path
+    options: ExportOptions
+    hashes: Hashing
+    loras: "LoraPlan | None"
+    start_file: StartFile | None
+    say: Say
+    on_quantized: OnQuantized
+
+    def export(self, component: Component) -> ExportedStage:
+        """Write the weights and the graphs of `component`. Raises a CascadeError for weights that cannot be used."""
+        _require_floats(component)
+        folder = self.root / component.stage
+        folder.mkdir(parents=True)
+        weights = self._weights(component, folder)
+        for text in weights.notes:
+            self.say(text)
+        derived = derive_graph_options(component.config, _ranges(weights.tensors), self.root, self.options, self.say)
+        options = derived.options
+        if self.options.quantize is not Quantization.NONE and component.stage in RULES:
+            quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)
+            weights, options = StageWeights("copy", quantized.tensors, quantized.files), quantized.options
+            self.on_quantized(component.stage, quantized.choice)
+        if self.options.hash:
+            for path in weights.files:
+                self.hashes.start(path)
+        sources = tuple(_source(path, component) for path in source_files(component))
+        models = write_graphs(component.config, _ranges(weights.tensors), options)
+        for name, model in models.items():
+            stamp(model, _facts(component, options, sources, name), version("cascadekit"))
+        graphs = _save_graphs(models, self.root, folder, weights)
+        for path in graphs:
+            self.hashes.start(path)
+        files = (*graphs, *weights.files)
+        margins = derived.fp16.margins if derived.fp16 else {}
+        entry = StageEntry(
+            variant=component.variant,
+            config=to_json(component.config),
+            precision=options.precision,
+            target=options.target,
+            quantization=options.quantization,
+            exponents=dict(options.exponents),
+            fp16_margins={name: round(bits, 2) for name, bits in margins.items() if math.isfinite(bits)},
+            fp32_blocks=tuple(sorted(options.fp32_blocks)),
+            control=options.control,
+            weights=weights.placement,
+            sources=sources,
+            graphs={path.stem: graph for path, graph in graphs.items()},
+            files=tuple(describe_file(self.root, path, None) for path in files),
+        )
+        return ExportedStage(files, entry)
+
+    def _weights(self, component: Component, folder: Path) -> StageWeights:
+        """Bring the weights into `folder`, with the LoRAs merged; weights that will change are copied."""
+        changes = self.loras.of(component.stage) if self.loras else {}
+        dtype = self._stored_as(component)
+        if not changes:
+            is_quantized = self.options.quantize is not Quantization.NONE and component.stage in RULES
+            mode = "copy" if is_quantized else self.options.weights
+            return add_weights(component, folder, mode, dtype=dtype, start_file=self.start_file)
+        from ..lora.changed_tensors import overwrite
+
+        weights = copy_weights(component, folder, self.start_file, dtype=dtype)
+        overwrite(weights.tensors, changes)
+        return weights
+
+    def _stored_as(self, component: Component) -> str | None:
+        """The dtype to store the weights in; None: as the model has them. Links keep the model's dtype unless
+        `storage` is given. Graphs read no fp8: it becomes the narrowest dtype that holds every value exactly."""
+        is_linked = self.options.weights == "link" and self.options.storage is None
+        asked = None if is_linked else self.options.storage_of(component.stage)
+        if asked is not None or not set(component.dtypes) & set(FP8):
+            return asked
+        return "F32" if any(tensor.scale for tensor in component.tensors.values()) else "BF16"
+
+
+def _require_floats(component: Component) -> None:
+    odd = [dtype for dtype in component.dtypes if dtype not in (*FLOATS, *FP8)]
+    if odd:
+        raise ExportError(
+            f"{component.path}: the {component.stage} has weights of dtype {', '.join(odd)}; "
+            f'graphs take {", ".join((*FLOATS, *FP8))}; convert the model with dtype="fp32" first'
+        )
+
+
+def _ranges(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
+    """The byte range of each tensor, its file named relative to the folder that holds it."""
+    return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
+
+
+def _facts(
+    component: Component, options: GraphOptions, sources: Sequence[SourceEntry], graph: str
+) -> Mapping[str, str]:
+    """Metadata of a graph; it is the same in every export of the same weights."""
+    return {
+        "stage": str(component.stage),
+        "graph": graph,
+        "variant": str(component.variant),
+        "precision": str(options.precision),
+        "target": str(options.target),
+        "quantization": str(options.quantization),
+        "source_fingerprints": " ".join(source.fingerprint for source in sources),
+    }
+
+
+def _save_graphs(
+    models: Mapping[str, onnx.ModelProto], root: Path, folder: Path, weights: StageWeights
+) -> dict[Path, GraphEntry]:
+    """Write each graph into the stage's folder, after onnx has checked it beside holes of the weights' sizes."""
+    entries = {}
+    sizes = {path.name: path.stat().st_size for path in weights.files}
+    with beside_holes(folder / ".check", sizes) as scratch:
+        for name, model in models.items():
+            path = folder / f"{name}.onnx"
+            onnx.save_model(model, scratch / path.name)
+            _check(scratch / path.name, f"{folder.name}/{path.name}")
+            (scratch / path.name).rename(path)
+            entries[path] = GraphEntry(
+                path=path.relative_to(root).as_posix(),
+                opset=opset_of(model),
+                inputs=port_entries(model.graph.input),
+                outputs=port_entries(model.graph.output),
+            )
+    return entries
+
+
+def _check(path: Path, name: str) -> None:
+    try:
+        check_graph(path)
+    except Exception as error:  # onnx has classes of its own, and raises plain RuntimeErrors from C++
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"{name}: refused by onnx: {first}; this is a bug, report it") from error
+
+
+def _source(path: Path, component: Component) -> SourceEntry:
+    return SourceEntry(
+        name=path.name,
+        bytes=path.stat().st_size,
+        fingerprint=fingerprint(path),
+        sha256=None,
+        layout=component.layout,
+    )

@@ -1,0 +1,57 @@
+"""The operations that every network has, added to the graph under construction."""
+
+from collections.abc import Sequence
+
+from .graph_builder import GraphBuilder
+from .quantized import quantized_linear
+
+
+class Graph(GraphBuilder):
+    """A `GraphBuilder` with Linears, norms and activations, named after PyTorch modules as its nodes are."""
+
+    def linear(
+        self,
+        name: str,
+        rows: str,
+        *,
+        bias: bool = True,
+        alpha: float = 1.0,
+        exponent: int = 0,
+        bias_exponent: int = 0,
+    ) -> str:
+        """(n, in) -> (n, out): a Linear or a 1x1 convolution, the weight used in torch's orientation as it lies.
+
+        The product, not the bias, times `alpha`; the weight times 2^-`exponent`, the bias times 2^-`bias_exponent`."""
+        biases = [self.scaled_weight(f"{name}.bias", bias_exponent)] if bias else []
+        if name in self.options.quantized:
+            return quantized_linear(self, name, rows, *biases, factor=alpha * 2.0**-exponent)
+        weight = self.scaled_weight(f"{name}.weight", exponent, self._expected[f"{name}.weight"][:2])
+        return self.gemm(name, rows, weight, *biases, alpha=alpha)
+
+    def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
+        """The Linears ``prefix.part`` of the same rows, in one product where their weights lie side by side."""
+        names = [f"{prefix}.{part}" for part in parts]
+        if not self.options.quantized.isdisjoint(names):
+            return [self.linear(name, rows) for name in names]
+        packed = f"{prefix}.{'+'.join(parts)}"
+        weight = self.packed(f"{packed}.weight", [f"{name}.weight" for name in names])
+        bias = self.packed(f"{packed}.bias", [f"{name}.bias" for name in names])
+        if weight is None or bias is None:
+            return [self.linear(name, rows) for name in names]
+        product = self.gemm(packed, rows, weight, bias)
+        return self.split_widths(f"{packed}/parts", product, 1, [self.width(name) for name in names], names)
+
+    def layer_norm(
+        self, name: str, value: str, width: int, *, eps: float, scale: str | None = None, shift: str | None = None
+    ) -> str:
+        """Normalised over the last axis, which has `width` channels; without `scale` and `shift` affine-free. Mean and
+        variance are computed in fp32 in every precision (stash_type)."""
+        inputs = [value, scale or self.full(width), *([shift] if shift else [])]
+        return self.node("LayerNormalization", name, *inputs, axis=-1, epsilon=eps)
+
+    def silu(self, name: str, value: str) -> str:
+        return self.node("Mul", name, value, self.node("Sigmoid", f"{name}/sigmoid", value))
+
+    def rows(self, value: str, width: int) -> str:
+        """(..., width) -> (n, width)"""
+        return self.once("Reshape", f"{value}/rows", value, self.integers(-1, width))

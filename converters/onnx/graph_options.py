@@ -1,0 +1,56 @@
+"""The options by which two graphs of one network may differ."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...schemas.precision import Precision, Target
+from ...schemas.quantization import Quantization, Scheme
+
+OPSET = 20  # the first opset with Gelu; LayerNormalization and Split by parts are older
+BLOCKED_OPSET = 21  # the first opset with 4-bit types and with scales by block
+BF16_OPSET = 22  # the first opset with convolutions in bf16
+ATTENTION_OPSET = 23  # the first opset with Attention, for TensorRT
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How the graphs of one network compute. `export` derives them from its `ExportOptions`, the weights and a
+    measurement; see ``converters.export.derive_graph_options``.
+
+    | field | meaning |
+    |---|---|
+    | precision | the type that the graph computes in; ports stay float32 |
+    | target | the runtime whose operators the graph may use |
+    | exponents | stream of ``schemas.unet_blocks`` -> k: the stream carries 2^-k of its values, the same function |
+    | fp32_blocks | residual blocks whose perceptron computes in fp32 in every precision |
+    | control | residual blocks, counted as they run, that take a ControlNet's residual as an input |
+    | probes | adds outputs ``NAME/max``, the largest magnitude of a value, for calibration |
+    | quantization | how the weights of the modules in `quantized` are stored |
+    | quantized | modules (Linears) with quantised weights |
+    | block_size, int8_products | as in ``schemas.quantization.Scheme`` |
+    """
+
+    precision: Precision = Precision.FP32
+    target: Target = Target.PORTABLE
+    exponents: Mapping[str, int] = field(default_factory=dict)
+    fp32_blocks: frozenset[str] = frozenset()
+    control: tuple[int, ...] = ()
+    probes: bool = False
+    quantization: Quantization = Quantization.NONE
+    quantized: frozenset[str] = frozenset()
+    block_size: int = 32
+    int8_products: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """How quantised weights are stored. Raises UsageError for a kind, target and block size that do not match."""
+        return Scheme(self.quantization, self.target, self.block_size, self.int8_products)
+
+    @property
+    def opset(self) -> int:
+        """The lowest opset that has every operator and type of graphs with these options."""
+        if self.target is Target.TENSORRT:
+            return ATTENTION_OPSET
+        precision = BF16_OPSET if self.precision is Precision.BF16 else OPSET
+        blocked = self.scheme.blockwise and not self.scheme.packed
+        return max(precision, BLOCKED_OPSET if blocked else 0)

@@ -1,0 +1,101 @@
+"""Which graphs a stage has, the function that writes each of them, and their ports."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import onnx
+
+from ...schemas.control import control_ports, control_ranges
+from ...schemas.errors import UsageError
+from ...schemas.hoisted import conditioning_ports, step_ports
+from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
+from ...schemas.quantization import Quantization, candidates
+from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
+from ...schemas.tensors import expected_tensors
+from .controlnet import write_controlnet
+from .decoder import write_decoder, write_decoder_conditioning, write_decoder_step
+from .effnet_encoder import write_effnet_encoder
+from .external_weights import Weight
+from .graph import Graph
+from .graph_options import GraphOptions
+from .image_encoder import write_image_encoder
+from .previewer import write_previewer
+from .prior import write_prior, write_prior_conditioning, write_prior_step
+from .text_encoder import write_text_encoder
+from .vqgan import write_vqgan, write_vqgan_encoder
+
+MODEL, CONDITIONING, STEP, ENCODER = "model", "conditioning", "step", "encoder"
+
+Writer = Callable[[Graph, Any], onnx.ModelProto]
+
+# The graphs of a stage by name. "model" is what the stage is for; the prior's and the decoder's others are what it
+# falls into, the vqgan's is its other half.
+WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
+    Stage.PRIOR: {MODEL: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
+    Stage.DECODER: {MODEL: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
+    Stage.VQGAN: {MODEL: write_vqgan, ENCODER: write_vqgan_encoder},
+    Stage.TEXT_ENCODER: {MODEL: write_text_encoder},
+    Stage.IMAGE_ENCODER: {MODEL: write_image_encoder},
+    Stage.EFFNET_ENCODER: {MODEL: write_effnet_encoder},
+    Stage.PREVIEWER: {MODEL: write_previewer},
+    **{kind: {MODEL: write_controlnet} for kind in CONTROLNETS},
+}
+# Ports of the graphs that are not "model", whose ports `ports_of` tells.
+PORTS: Mapping[str, Callable[[Any], StagePorts]] = {
+    MODEL: ports_of,
+    CONDITIONING: conditioning_ports,
+    STEP: step_ports,
+    ENCODER: vqgan_encoder_ports,
+}
+
+DEFAULT = GraphOptions()
+
+
+def write_graph(
+    config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT, name: str = MODEL
+) -> onnx.ModelProto:
+    """The graph `name` of the network that `config` describes, with the ports ``graph_ports`` tells.
+
+    `weights` by their diffusers names; those the graph does not need are ignored. It computes in the precision of
+    `options` whatever they are stored in, and loads with onnxruntime 1.19 and later. Save it with ``onnx.save`` into
+    the folder that the weights' locations are relative to.
+
+    Raises ExportError, naming all of them, when weights are missing or not what the config says, and for configs
+    no graph is written for; UsageError for options that do not go together."""
+    writer = WRITERS[config.stage][name]
+    _check_quantized(config, options)
+    return writer(Graph(graph_ports(config, options, name), expected_tensors(config), weights, options), config)
+
+
+def write_graphs(
+    config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT
+) -> dict[str, onnx.ModelProto]:
+    """Every graph of the network by its name, "model" first; see `write_graph`."""
+    return {name: write_graph(config, weights, options, name) for name in WRITERS[config.stage]}
+
+
+def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MODEL) -> StagePorts:
+    """Inputs and outputs of the graph `name`."""
+    ports = PORTS[name](config)
+    if not isinstance(config, UNetConfig) or not options.control or name == CONDITIONING:
+        return ports
+    control = control_ports(config, options.control)
+    return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **control_ranges(control)})
+
+
+def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:
+    """Raises UsageError for modules that cannot be quantised, or not as the options say."""
+    scheme = options.scheme
+    if options.quantized and scheme.kind is Quantization.NONE:
+        raise UsageError(f"{config.stage}: modules are to be quantised, but quantization is {scheme.kind}")
+    shapes = candidates(config.stage, expected_tensors(config))
+    unknown = sorted(options.quantized - shapes.keys())
+    if unknown:
+        raise UsageError(f"{config.stage}: cannot be quantised: {', '.join(unknown)}")
+    odd = sorted(module for module in options.quantized if not scheme.fits(shapes[module][1]))
+    if odd:
+        raise UsageError(
+            f"{config.stage}: {', '.join(odd)}: columns are no multiple of the block size {scheme.block_size}; "
+            "leave these in float, or use target ort"
+        )

@@ -1,0 +1,43 @@
+"""Exports a model as a bundle that GPU engines can be built from."""
+
+from pathlib import Path
+
+from ...schemas.bundle import Manifest
+from ...schemas.callbacks import Say, StartFile
+from ...schemas.precision import Precision, Target
+from ...schemas.stages import Stage
+from ...schemas.targets import ALONE
+from ..export.export import export
+from ..export.export_options import ExportOptions, Fp16Safe
+from .plans_to_build import BuildOptions, require_targets
+
+
+def export_for_build(
+    model: str | Path,
+    output: str | Path,
+    options: BuildOptions,
+    *,
+    precision: Precision | None = None,
+    text_encoder: str | Path | None = None,
+    start_file: StartFile | None = None,
+    say: Say = lambda text: None,
+) -> Manifest:
+    """Export the stages of `options` from `model` to the bundle `output`, for TensorRT.
+
+    `precision` None is fp16 where sm75 is among the targets, which has no bf16, else bf16. A prior in fp16 is measured,
+    as with ``fp16_safe="auto"``.
+
+    Raises UsageError, before anything is written, for targets that graphs of that precision cannot be built for."""
+    computed = precision or (Precision.FP16 if ALONE in options.targets else Precision.BF16)
+    require_targets(options, computed)
+    measured = computed is Precision.FP16 and Stage.PRIOR in (options.stages or (Stage.PRIOR,))
+    safe: Fp16Safe = "auto" if measured else None
+    wanted = ExportOptions(
+        stages=options.stages,
+        precision=computed,
+        target=Target.TENSORRT,
+        fp16_safe=safe,
+        text_encoder=text_encoder,
+        force=options.force,
+    )
+    return export(model, output, wanted, start_file=start_file, say=say)
