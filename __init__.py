@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from .converters.checkpoints.open_model import inspect as inspect
     from .converters.export.export import export as export
     from .converters.lora.at_load import with_loras as with_loras
+    from .parity.checkpoints.compare_tensors import compare_checkpoints as compare_checkpoints
+    from .parity.results import Report as Report
+    from .parity.verify import record_reference as record_reference
+    from .parity.verify import verify as verify
     from .runtime.cascade import Cascade as Cascade
     from .runtime.sampling.seeds import PlacedSeed as PlacedSeed
     from .runtime.text.embeds import PromptEmbeds as PromptEmbeds
@@ -25,14 +29,21 @@ _PUBLIC = {
     "Cascade": (".runtime.cascade", "Cascade"),
     "PlacedSeed": (".runtime.sampling.seeds", "PlacedSeed"),
     "PromptEmbeds": (".runtime.text.embeds", "PromptEmbeds"),
+    "Report": (".parity.results", "Report"),
     "Settings": (".schemas.settings", "Settings"),
+    "compare_checkpoints": (".parity.checkpoints.compare_tensors", "compare_checkpoints"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
     "with_loras": (".converters.lora.at_load", "with_loras"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
+    "record_reference": (".parity.verify", "record_reference"),
+    "verify": (".parity.verify", "verify"),
 }
 
-__all__ = ["Cascade", "PlacedSeed", "PromptEmbeds", "Settings", "convert", "export", "inspect", "with_loras"]
+__all__ = [
+    "Cascade", "PlacedSeed", "PromptEmbeds", "Report", "Settings", "compare_checkpoints", "convert", "export",
+    "inspect", "record_reference", "verify", "with_loras",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

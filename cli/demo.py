@@ -9,8 +9,7 @@ from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.layouts import Layout
 from .common import PATH
 from .console import FAILED, note, say
-from .verify import print_report, run_verify
-from .verify_report import keep
+from .verify_print import print_report
 
 
 @click.command()
@@ -25,6 +24,7 @@ def demo(output: Path, force: bool) -> None:
     from ..converters.checkpoints.open_model import open_model
     from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
     from ..converters.export.export import export as run_export
+    from ..parity.verify import verify
     from ..runtime.cascade import Cascade
     from ..runtime.images.png import save_png
     from ..storage.outputs import staged_output
@@ -43,8 +43,7 @@ def demo(output: Path, force: bool) -> None:
             result = cascade.generate("a tiny cascade", seed=0)
         save_png(folder / "image.png", result.images[0], result.settings[0])
         say("parity.json  compared with PyTorch")
-        report = run_verify(folder / "bundle", folder / "model")
-        keep(report, folder / "bundle", folder / "model", (), record=True)
+        report = verify(folder / "bundle", folder / "model", say=note)
         content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
         (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print_report(report)

@@ -94,3 +94,8 @@ def open_bundle(root: Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Bundle(root, parse_manifest(text, str(path)))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the folder at `path` holds the manifest of an exported bundle."""
+    return (path / MANIFEST_NAME).is_file()

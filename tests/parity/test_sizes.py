@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from cascadekit.cli import main
 from cascadekit.parity.image_sizes import choose_sizes
-from cascadekit.runtime.engines.tensorrt.engine import cuda, nvidia
+from cascadekit.runtime.engines.tensorrt import cuda, nvidia
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.profiles import Bounds, parse_image_size, profile_for
 from cascadekit.schemas.stages import Stage
@@ -63,8 +63,8 @@ def names(report: dict[str, Any]) -> list[str]:
 
 def shown(bundle: Bundle, engine: str, **wishes: Any) -> list[str]:
     """Of the prior, in short."""
-    points = choose_sizes(bundle.manifest, engine, **wishes).points[Stage.PRIOR]
-    return [str(point).removesuffix(" of its profile").removesuffix(" its profile").strip() for point in points]
+    sizes = choose_sizes(bundle.manifest, engine, **wishes).by_stage[Stage.PRIOR]
+    return [str(size).removesuffix(" of its profile").removesuffix(" its profile").strip() for size in sizes]
 
 
 def test_points_of_profiles(bundle: Bundle) -> None:

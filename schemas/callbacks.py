@@ -1,0 +1,12 @@
+"""Types of the functions that a caller passes in to be told how the work goes on."""
+
+from collections.abc import Callable
+
+Say = Callable[[str], object]
+"""Called with one line of text for the user."""
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that were written since the last call."""
+
+StartFile = Callable[[str, int], Progress]
+"""Called with the name and size in bytes of a file before it is written; returns the `Progress` of that file."""
