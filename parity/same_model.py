@@ -42,13 +42,13 @@ def _known(entry: StageEntry) -> set[str]:
 
 def _other(manifest: Manifest, component: Component, entry: StageEntry) -> str | None:
     """A line about one stage; None when its files are those it was exported from."""
-    told = list(_scale(manifest, component))
+    found = list(_scale(manifest, component))
     files = source_files(component)
     if _known(entry) != {fingerprint(path) for path in files}:
         exported = ", ".join(source.name for source in entry.sources)
-        told.append(f"exported from {exported}, this is {', '.join(path.name for path in files)}")
-        told += _details(component, entry, sum(path.stat().st_size for path in files))
-    return f"{component.stage}: {'; '.join(told)}" if told else None
+        found.append(f"exported from {exported}, this is {', '.join(path.name for path in files)}")
+        found += _details(component, entry, sum(path.stat().st_size for path in files))
+    return f"{component.stage}: {'; '.join(found)}" if found else None
 
 
 def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str]:

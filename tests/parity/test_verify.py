@@ -172,7 +172,7 @@ def test_diffusers_agrees(tiny: Path) -> None:
 
 
 def test_diffusers_has_not_all_stages(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="have no previewer; compare it with --reference cascadekit"):
+    with pytest.raises(UsageError, match='have no previewer; compare it with reference="cascadekit"'):
         independent_engine(open_model([tiny / "model"]), [Stage.PREVIEWER])
 
 
