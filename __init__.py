@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from .converters.lora.merge_checkpoint import merge_loras as merge_loras
     from .converters.tensorrt.builder import build as build
     from .converters.tensorrt.plans_to_build import BuildOptions as BuildOptions
+    from .parity.checkpoints.compare_tensors import compare_checkpoints as compare_checkpoints
     from .parity.demo import make_demo as make_demo
+    from .parity.results import Report as Report
+    from .parity.verify import record_reference as record_reference
+    from .parity.verify import verify as verify
     from .runtime.cascade import Cascade as Cascade
     from .runtime.images.png import to_images as to_images
     from .runtime.sampling.noise import PlacedSeed as PlacedSeed
@@ -38,8 +42,10 @@ _PUBLIC = {
     "ExportOptions": (".converters.export.export_options", "ExportOptions"),
     "PlacedSeed": (".runtime.sampling.noise", "PlacedSeed"),
     "PromptEmbeds": (".runtime.text.prompts", "PromptEmbeds"),
+    "Report": (".parity.results", "Report"),
     "Settings": (".schemas.settings", "Settings"),
     "build": (".converters.tensorrt.builder", "build"),
+    "compare_checkpoints": (".parity.checkpoints.compare_tensors", "compare_checkpoints"),
     "convert": (".converters.checkpoints.convert", "convert"),
     "export": (".converters.export.export", "export"),
     "validate": (".converters.export.validate", "validate"),
@@ -52,6 +58,8 @@ _PUBLIC = {
     "merge_loras": (".converters.lora.merge_checkpoint", "merge_loras"),
     "undo_loras": (".converters.lora.merge_bundle", "undo_loras"),
     "inspect": (".converters.checkpoints.open_model", "inspect"),
+    "record_reference": (".parity.verify", "record_reference"),
+    "verify": (".parity.verify", "verify"),
 }
 
 __all__ = [
@@ -60,9 +68,11 @@ __all__ = [
     "ExportOptions",
     "PlacedSeed",
     "PromptEmbeds",
+    "Report",
     "Settings",
     "apply_loras",
     "build",
+    "compare_checkpoints",
     "convert",
     "convert_lora",
     "export",
@@ -70,9 +80,11 @@ __all__ = [
     "inspect_lora",
     "make_demo",
     "merge_loras",
+    "record_reference",
     "to_images",
     "undo_loras",
     "validate",
+    "verify",
     "with_loras",
 ]
 

@@ -1,7 +1,7 @@
-"""Measures what verify's presets are made of: how far engines are from the reference, over the reference's own error.
+"""Measures the factors of verify's tolerances: the error of an engine divided by the reference's own error.
 
-On tiny cascades of random weights, as many as asked for: the ratio hardly depends on the network, which is why a preset
-is a factor times a floor that is measured on the very model.
+It is measured on tiny cascades of random weights. The ratio hardly depends on the network, which is why a tolerance
+is a factor times a floor that is measured on the same model.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,13 @@ from ..converters.checkpoints.convert import convert
 from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
+from ..parity.compare import Kind
+from ..parity.compare_engine import compare_engine
 from ..parity.inside.bisect import Bisection, bisect_stage
 from ..parity.reference.loading import reference_engine
-from ..parity.reference_run import TRAJECTORY_STAGES, expect
-from ..parity.verify import Report, verify
+from ..parity.reference_run import TRAJECTORY_STAGES, run_reference
+from ..parity.results import Report
 from ..runtime.engines.table import make_engine
-from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.layouts import Layout
 from ..schemas.precision import Precision
 from ..schemas.quantization import BUNDLE_SCHEMES, Quantization
@@ -72,43 +73,43 @@ def _of_network(folder: Path, seed: int) -> list[Ratio]:
     convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
     model = open_model([folder / "model"])
     reference = reference_engine(model, TRAJECTORY_STAGES)
-    tokenizer = ClipTokenizer.open(None)
     found: list[Ratio] = []
     for precision in Precision:
         safe = FP16_SAFE if precision is Precision.FP16 else None
         export(model, folder / precision, precision=precision, fp16_safe=safe)
-    expected = expect(reference, open_bundle(folder / Precision.FP32).manifest, tokenizer)
+    expected = run_reference(reference, open_bundle(folder / Precision.FP32))
     for precision in Precision:
         bundle = open_bundle(folder / precision)
         for engine in dict(RUNS).get(precision, ()):
-            found += _of_report(verify(make_engine(engine, bundle), expected, bundle.manifest, tokenizer))
-        found += [_of_parts(bisect_stage(bundle, stage, reference, tokenizer)) for stage in bundle.manifest.stages]
+            found += _of_report(compare_engine(make_engine(engine, bundle), expected, bundle))
+        found += [_of_parts(bisect_stage(bundle, stage, reference)) for stage in bundle.manifest.stages]
     for kind in BUNDLE_SCHEMES:
         export(model, folder / kind, weights="copy", quantize=kind)
         bundle = open_bundle(folder / kind)
-        found += _of_report(verify(make_engine("onnxruntime", bundle), expected, bundle.manifest, tokenizer))
+        found += _of_report(compare_engine(make_engine("onnxruntime", bundle), expected, bundle))
     return found
 
 
 def _of_report(report: Report) -> list[Ratio]:
     """Of quantised stages to the floor of that, of others to that of their precision."""
     found = []
-    for stage, preset in report.presets.items():
-        quantized = preset.quantization is not Quantization.NONE
-        kind = preset.quantization if quantized else preset.precision
-        floor = preset.quantized_floor if quantized else preset.floor
+    for stage, tolerance in report.tolerances.items():
+        quantized = tolerance.quantization is not Quantization.NONE
+        kind = tolerance.quantization if quantized else tolerance.precision
+        floor = tolerance.quantized_floor if quantized else tolerance.floor
         found.append(Ratio(report.engine, kind, stage, floor, _worst(report, stage)))
     return found
 
 
 def _worst(report: Report, stage: Stage) -> float:
-    """Of the passes that were fed what the reference was fed."""
-    names = (f"{stage}: ", f"teacher-forced: {stage} ")
-    return max(comparison.relative_l2 for comparison in report.comparisons if comparison.name.startswith(names))
+    """The largest error of the stage's passes on the inputs of the reference."""
+    same_inputs = (Kind.STAGE, Kind.TEACHER_FORCED)
+    found = (each for each in report.comparisons if each.stage is stage and each.kind in same_inputs)
+    return max(comparison.relative_l2 for comparison in found)
 
 
 def _of_parts(found: Bisection) -> Ratio:
-    nearest = max(found.points, key=lambda point: point.worst_channel / point.limit)
+    nearest = max(found.parts, key=lambda part: part.worst_channel / part.limit)
     return Ratio(PARTS, found.precision, found.stage, nearest.held_to, nearest.worst_channel)
 
 

@@ -6,6 +6,7 @@ import click
 
 from .console import FAILED, note, say
 from .options import PATH
+from .verify_print import print_report
 
 
 @click.command()
@@ -19,7 +20,6 @@ def demo(output: Path, force: bool) -> None:
     Example: cascadekit demo -o demo
     """
     from ..parity.demo import make_demo
-    from .verify import print_report
 
     report = make_demo(output, force=force, say=say, note=note)
     print_report(report)

@@ -10,7 +10,7 @@ from .console import FAILED, say, show_table
 from .options import PATH
 
 if TYPE_CHECKING:
-    from ..parity.gpu_check import Check, GpuReport
+    from ..parity.gpu_check import GpuCheck, GpuReport
     from ..runtime.doctor import Findings
 
 ENGINE_COLUMNS = ("engine", "device", "version", "builds here", "runs here", "what is lacking")
@@ -83,6 +83,6 @@ def _check(output: Path, *, force: bool, as_json: bool) -> None:
         raise SystemExit(FAILED)
 
 
-def _say_check(check: "Check") -> None:
+def _say_check(check: "GpuCheck") -> None:
     if check.done:
         say(f"{check.name}: {check.result} in {check.seconds:.1f} s{f': {check.detail}' if check.detail else ''}")

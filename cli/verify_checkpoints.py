@@ -1,11 +1,9 @@
-"""The verify command on checkpoints: tensor by tensor, in any layouts."""
+"""The verify command on two checkpoints: tensor by tensor, in any layouts."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..schemas.bundle import MANIFEST_NAME
-from ..schemas.stages import Stage
 from .console import byte_progress, say, show_table
 from .options import local
 
@@ -16,20 +14,12 @@ COUNTED = ("equal", "cast", "differing", "other shape", "other dtype", "missing"
 SHOWN = 40  # tensors that are not equal; --json lists all
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether verify's first argument is an exported bundle, rather than a checkpoint."""
-    return (path / MANIFEST_NAME).is_file()
-
-
 def verify_checkpoints(found: Path, expected: Path, stages: tuple[str, ...], *, as_json: bool, mapping: bool) -> bool:
-    """Compare, print, and say whether all tensors are equal."""
-    from ..converters.checkpoints.open_model import open_model
-    from ..parity.checkpoints.compare_tensors import compare_checkpoints, total_bytes
+    """Compare two checkpoints and print the result; returns whether all tensors are equal."""
+    from ..parity.checkpoints.compare_tensors import compare_checkpoints
 
-    models = open_model([local(found)]), open_model([local(expected)])
-    with byte_progress() as start:
-        progress = start("comparing", total_bytes(*models))
-        result = compare_checkpoints(*models, [Stage(stage) for stage in stages], progress)
+    with byte_progress() as start_file:
+        result = compare_checkpoints(local(found), local(expected), stages, start_file=start_file)
     if as_json:
         say(json.dumps(result.to_json(), indent=2))
     else:
@@ -48,13 +38,13 @@ def _print(result: "CheckpointComparison", *, mapping: bool) -> None:
         show_table("", columns, [_mapped(tensor) for tensor in result.tensors])
     wrong = [tensor for tensor in result.tensors if not tensor]
     for tensor in wrong[:SHOWN]:
-        say(f"{tensor.stage}: {tensor.name}: {_what(tensor)}")
+        say(f"{tensor.stage}: {tensor.name}: {_problem(tensor)}")
     if len(wrong) > SHOWN:
-        say(f"and {len(wrong) - SHOWN} more; see --json")
+        say(f"and {len(wrong) - SHOWN} more; --json lists all")
     for stage in result.unmatched:
-        say(f"{stage}: not in what it is compared against")
+        say(f"{stage}: missing in the checkpoint it is compared with")
     if result.left_out:
-        say(f"left out, as only the other has it: {', '.join(result.left_out)}")
+        say(f"left out, as only the other checkpoint has it: {', '.join(result.left_out)}")
     say(_verdict(result))
 
 
@@ -62,14 +52,14 @@ def _verdict(result: "CheckpointComparison") -> str:
     if not result:
         return "NOT equal"
     cast = sum(tensor.status == "cast" for tensor in result.tensors)
-    return f"equal, {cast} tensors but for a cast" if cast else "equal"
+    return f"equal, {cast} tensors after a cast" if cast else "equal"
 
 
 def _mapped(tensor: "TensorMatch") -> tuple[str, str, str, str]:
     return str(tensor.stage), str(tensor.found or "-"), str(tensor.expected or "-"), str(tensor.status)
 
 
-def _what(tensor: "TensorMatch") -> str:
+def _problem(tensor: "TensorMatch") -> str:
     if tensor.status != "differing":
         return f"{tensor.status} {tensor.detail}".strip()
     worst = "" if tensor.max_abs is None else f", by at most {tensor.max_abs:.3g}"

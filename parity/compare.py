@@ -1,12 +1,13 @@
-"""How far a result is from the one it should be, as numbers and as a verdict.
+"""Compares an array with its reference: error figures, and whether they are within a tolerance.
 
-Arrays are read in slices and every sum is in float64, so that a tensor of any size takes next to nothing beside
-itself and values of any size neither overflow nor vanish when they are squared.
+Arrays are read in slices, so the memory that a comparison takes does not grow with them. Every sum is in float64 and
+values are scaled before they are squared, so squares neither overflow nor vanish.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -14,26 +15,52 @@ from numpy.typing import NDArray
 
 from ..schemas.errors import ParityError
 from ..schemas.precision import Precision
+from ..schemas.stages import Stage
 from .image_metrics import psnr, ssim
-from .value_counts import BINS_PER_DECADE, HISTOGRAM_EDGES, Histogram, Largest, Specials, Tally, ulp_distance
+from .value_counts import BINS_PER_DECADE, HISTOGRAM_EDGES, Histogram, Largest, SpecialCounts, ValueCount, ulp_distance
 
-__all__ = ["BINS_PER_DECADE", "HISTOGRAM_EDGES", "Comparison", "Histogram", "Tally", "compare", "psnr", "ssim"]
+__all__ = [
+    "BINS_PER_DECADE", "HISTOGRAM_EDGES", "Comparison", "Histogram", "Kind", "Subject", "ValueCount", "compare", "psnr",
+    "ssim",
+]  # fmt: skip
 
 SLICE = 1 << 13  # values at a time: scratch arrays that stay in a core's cache; larger ones are paged in anew each time
 
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One tensor against its reference; true when it passed.
+class Kind(StrEnum):
+    """Which run of a stage an array comes from."""
 
-    It fails when its relative L2 error is above `tolerance`, when either holds NaN or infinity, and when it is
-    constant although the reference is not (a black image is wrong at any tolerance). Errors are of the values that
-    are finite in both. Relative errors are |x - r| / |r| where r is not zero; where it is zero they have no meaning,
-    and `off_zero` counts the x that are not zero there."""
+    STAGE = "stage"  # one forward pass on sample inputs
+    TEACHER_FORCED = "teacher-forced"  # one forward pass on what the reference saw at a step of its trajectory
+    TRAJECTORY = "trajectory"  # a step of sampling in which the errors of earlier steps are included
+    NOISE = "noise"  # the random numbers that sampling starts from and adds
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Which array is compared: the name shown to people, and the same facts as data."""
 
     name: str
+    kind: Kind = Kind.STAGE
+    stage: Stage | None = None  # None for the final image, and for arrays of no stage
+    step: int | None = None  # counted from 1; None outside of sampling
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One array compared with its reference; true when it passed.
+
+    A comparison fails when the relative L2 error is above `tolerance`, when either array holds NaN or infinity, or
+    when the array is constant although the reference is not: a black image is wrong at any tolerance. Errors are
+    taken over the values that are finite in both arrays. A relative error is |x - r| / |r|. It is not defined where r
+    is zero; `off_zero` counts the x that are not zero there."""
+
+    name: str
+    kind: Kind
+    stage: Stage | None
+    step: int | None
     shape: tuple[int, ...]
     max_abs: float  # max |x - r|
     mean_abs: float  # mean |x - r|
@@ -54,11 +81,11 @@ class Comparison:
     reference_rms: float
     reference_max: float  # max |r|
     found_max: float  # max |x| of the finite ones
-    nan: Tally
-    positive_infinity: Tally
-    negative_infinity: Tally
-    beyond_fp16: Tally  # finite, but above 65504 in magnitude
-    reference_nonfinite: Tally
+    nan: ValueCount
+    positive_infinity: ValueCount
+    negative_infinity: ValueCount
+    beyond_fp16: ValueCount  # finite, but above 65504 in magnitude
+    reference_nonfinite: ValueCount
     worst: tuple[int, ...] | None  # where |x - r| is largest
     histogram: Histogram  # of |x - r| as a part of the reference's root mean square
 
@@ -91,22 +118,33 @@ class Comparison:
         return tuple(reason for reason, failed in reasons.items() if failed)
 
 
-def compare(name: str, found: Array, reference: Array, tolerance: float, ulp_of: Precision | None = None) -> Comparison:
-    """Compare two arrays of one shape, of any float types. With `ulp_of` also count how many values of that type lie
-    between each pair, both rounded to it. Raises ParityError when the shapes differ."""
+def compare(
+    subject: Subject | str, found: Array, reference: Array, tolerance: float, ulp_of: Precision | None = None
+) -> Comparison:
+    """Compare two arrays of one shape and of any float dtypes; `tolerance` is the largest relative L2 that passes.
+
+    `subject` says which array it is; a plain name will do for an array of no stage. With `ulp_of`, also count how many
+    values of that type lie between each pair of values, both rounded to it. Raises ParityError when the shapes differ.
+    """
+    if isinstance(subject, str):
+        subject = Subject(subject)
     if found.shape != reference.shape:
-        raise ParityError(f"{name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}")
+        raise ParityError(
+            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}"
+        )
     scales = _scales(found, reference)
     sums = _Sums(found.size, scales, ulp_of)
-    specials = Specials()
+    specials = SpecialCounts()
     for start, x, r in _slices(found, reference):
         specials.add(start, x, r)
         sums.add(start, x, r)
-    return _comparison(name, found, reference, tolerance, scales, sums, specials)
+    return _comparison(subject, found.shape, tolerance, sums, specials)
 
 
 def relative_l2(found: Array, reference: Array) -> float:
-    """‖x - r‖ / ‖r‖ alone, a tenth of the work of `compare`; NaN when any value is. Shapes must be equal."""
+    """‖x - r‖ / ‖r‖ alone, which takes a tenth of the time of `compare`; NaN when any value is NaN.
+
+    Shapes must be equal."""
     error = norm = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         for _, x, r in _slices(found, reference):
@@ -118,9 +156,11 @@ def relative_l2(found: Array, reference: Array) -> float:
 
 @dataclass(frozen=True)
 class _Scales:
-    """What has to be known of two arrays before they are compared: exponents of two that bring the largest value of
-    each, and of both, below 1; the reference's root mean square; the largest magnitudes. Exponents are zero where
-    squares stay in float64's range anyway, which is always so for float32."""
+    """Figures of two arrays that are taken before they are compared.
+
+    `found`, `reference` and `both` are powers of two that bring the largest value of each array, and of both, below 1.
+    They are zero where squares stay in the range of float64, which is always so for float32 arrays. `rms` is the root
+    mean square of the reference."""
 
     found: int
     reference: int
@@ -148,7 +188,15 @@ def _scales(found: Array, reference: Array) -> _Scales:
         squares = sum(float(r @ r) for r in scaled)
     both = max(exponents) if any(exponents) else 0
     rms = _unscale(math.sqrt(squares / max(count, 1)), exponents[1])
-    return _Scales(exponents[0], exponents[1], both, rms, peaks[0], peaks[1], equal[0] and not equal[1])
+    return _Scales(
+        found=exponents[0],
+        reference=exponents[1],
+        both=both,
+        rms=rms,
+        found_max=peaks[0],
+        reference_max=peaks[1],
+        constant=equal[0] and not equal[1],
+    )
 
 
 def _peak(values: Array) -> float:
@@ -160,7 +208,7 @@ def _exponent(peak: float) -> int:
 
 
 class _Sums:
-    """Everything that adds up over slices. `at` in `worst` is a flat index."""
+    """Figures that add up over slices. `worst` is the largest error and its flat index."""
 
     def __init__(self, size: int, scales: _Scales, ulp_of: Precision | None) -> None:
         self.scales, self.ulp_of = scales, ulp_of
@@ -184,7 +232,7 @@ class _Sums:
         scaled = _scale(x, self.scales.both)
         error = np.abs(scaled - _scale(r, self.scales.both))
         self._norms(x, r, error)
-        with np.errstate(over="ignore"):  # what two of float64's largest differ by
+        with np.errstate(over="ignore"):  # the difference of two of the largest float64 values
             error = np.ldexp(error, self.scales.both) if self.scales.both else error
         self.total_abs += float(error.sum())
         self.largest_abs.add(error)
@@ -221,21 +269,16 @@ class _Sums:
 
 
 def _comparison(
-    name: str,
-    found: Array,
-    reference: Array,
-    tolerance: float,
-    scales: _Scales,
-    sums: _Sums,
-    specials: Specials,
+    subject: Subject, shape: tuple[int, ...], tolerance: float, sums: _Sums, specials: SpecialCounts
 ) -> Comparison:
+    scales = sums.scales
     norm_x, norm_r = math.sqrt(sums.squares_x), math.sqrt(sums.squares_r)
     error = math.sqrt(sums.squares_error)
     relative = _ratio(_unscale(error, scales.both - scales.reference), norm_r)
     ulp = sums.ulp_of is not None
     return Comparison(
-        name=name,
-        shape=found.shape,
+        **vars(subject),
+        shape=shape,
         max_abs=max(sums.worst[0], 0.0),
         mean_abs=sums.total_abs / max(sums.count, 1),
         relative_l2=relative,
@@ -255,19 +298,19 @@ def _comparison(
         reference_rms=scales.rms,
         reference_max=scales.reference_max,
         found_max=scales.found_max,
-        nan=specials.nan.at(found.shape),
-        positive_infinity=specials.positive.at(found.shape),
-        negative_infinity=specials.negative.at(found.shape),
-        beyond_fp16=specials.beyond_fp16.at(found.shape),
-        reference_nonfinite=specials.reference.at(found.shape),
-        worst=None if sums.worst[1] is None else tuple(map(int, np.unravel_index(sums.worst[1], found.shape))),
+        nan=specials.nan.at(shape),
+        positive_infinity=specials.positive.at(shape),
+        negative_infinity=specials.negative.at(shape),
+        beyond_fp16=specials.beyond_fp16.at(shape),
+        reference_nonfinite=specials.reference.at(shape),
+        worst=None if sums.worst[1] is None else tuple(map(int, np.unravel_index(sums.worst[1], shape))),
         histogram=sums.histogram,
     )
 
 
 def _slices(found: Array, reference: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Flat index of the first value, and copies of the values of both in float64."""
-    # An iterator of numpy's walks any strides without a copy of the whole array.
+    """Yield for each slice the flat index of its first value, and float64 copies of the values of both arrays."""
+    # numpy's flat iterator walks any strides without a copy of the whole array.
     sources = [array.reshape(-1) if array.flags.c_contiguous else array.flat for array in (found, reference)]
     for start in range(0, found.size, SLICE):
         x, r = (np.array(source[start : start + SLICE], np.float64) for source in sources)
@@ -297,7 +340,7 @@ def _decibels(relative: float) -> float:
 
 
 def _ratio(value: float, norm: float) -> float:
-    """value / norm, where nothing over nothing is nothing."""
+    """value / norm; 0 / 0 is 0, and anything else over 0 is infinite."""
     if norm:
         return value / norm
     return 0.0 if value == 0 else value * math.inf

@@ -1,8 +1,6 @@
 """Every step once on a tiny cascade: original files, model folder, bundle, image, parity report."""
 
 import json
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from ..converters.checkpoints.convert import convert
@@ -10,18 +8,14 @@ from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
 from ..runtime.cascade import Cascade
-from ..runtime.engines.table import make_engine
 from ..runtime.images.png import save_png
-from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.bundle import MANIFEST_NAME
-from ..schemas.errors import UsageError, reraise_interrupt
+from ..schemas.callbacks import Say
 from ..schemas.layouts import Layout
 from ..storage.atomic_output import staged_output
-from ..storage.bundle import open_bundle
 from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
-from .image_sizes import choose_sizes
-from .verdict import make_verdict, record_verdict
-from .verify import Report, verify
+from .results import Report
+from .verify import verify
 
 FILES = ("image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}")
 
@@ -30,8 +24,8 @@ def make_demo(
     output: Path,
     *,
     force: bool = False,
-    say: Callable[[str], object] = lambda text: None,
-    note: Callable[[str], object] = lambda text: None,
+    say: Say = lambda text: None,
+    note: Say = lambda text: None,
 ) -> Report:
     """Write the folder `output`: ``original/``, ``model/``, ``bundle/``, ``image.png`` and ``parity.json``.
 
@@ -55,26 +49,7 @@ def make_demo(
             result = cascade.generate("a tiny cascade", seed=0)
         save_png(folder / "image.png", result.images[0], result.settings[0])
         say("parity.json  compared with PyTorch")
-        report = _compare(folder / "bundle", folder / "model", note)
+        report = verify(folder / "bundle", folder / "model", say=note)
         content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
         (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return report
-
-
-def _compare(path: Path, model: Path, note: Callable[[str], object]) -> Report:
-    """Compare the bundle with its model, and write the verdict into its manifest."""
-    try:
-        from .reference.loading import reference_engine
-    except ImportError as error:
-        reraise_interrupt(error)
-        raise UsageError("the demo compares with PyTorch: pip install 'cascadekit[parity]'") from error
-    bundle = open_bundle(path)
-    engine = make_engine("onnxruntime", bundle, "cpu")
-    reference = reference_engine(open_model([model]), list(bundle.manifest.stages))
-    tokenizer = ClipTokenizer.open(bundle.tokenizer)
-    sizes = choose_sizes(bundle.manifest, engine.name, None, every=False, stages=[])
-    report = verify(
-        engine, reference, bundle.manifest, tokenizer, progress=lambda what: note(f"comparing {what}"), sizes=sizes
-    )
-    record_verdict(bundle, make_verdict(report, bundle.manifest, f"cascadekit {version('cascadekit')}"))
     return report

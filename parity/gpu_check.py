@@ -1,6 +1,6 @@
 """Checks everything that needs a GPU on the tiny cascade: builds, runs, compares with the CPU, times, and reports.
 
-What runs on a GPU cannot be tested where there is none. This is the test that people with one can run.
+Machines without a GPU cannot test this code. `check_gpu` is the test that people with a GPU can run.
 """
 
 import platform
@@ -43,7 +43,7 @@ PASSED, FAILED, NOT_CHECKED = "passed", "failed", "not checked"
 BACKENDS = (RTX, PLAIN)
 PRECISIONS = tuple(Precision)
 PROVIDERS = ("onnxruntime", "onnxruntime-tensorrt")  # of ONNX Runtime, on the GPU
-PARTS = ("build", "parity", "repeats", "memory", "timing")  # what is checked of a backend in each precision
+PARTS = ("build", "parity", "repeats", "memory", "timing")  # the checks of a backend in each precision
 
 PROFILES = (Bounds(*map(parse_image_size, ("64x64x1", "256x256x1", "512x512x2"))),)
 PROMPTS = ("a tiny cascade", "two, three, four", "a hat")
@@ -54,24 +54,29 @@ REPEATS = 4
 # of the former in fp16 and a quarter in bf16.
 STAGE_TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 5e-3, Precision.BF16: 4.5e-2}
 TRAJECTORY_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 1e-2, Precision.BF16: 9e-2}
-SPARE = 1.25  # of the largest stage: a memory budget that holds it, and not all of them
+SPARE = 1.25  # times the largest stage: a memory budget that holds this stage but not all stages
 
 
 @dataclass(frozen=True)
-class Case:
-    """Images to be drawn."""
+class ImageSpec:
+    """The size in pixels and the number of the images of one check."""
 
     height: int
     width: int
     images: int
 
 
-CASES = (Case(256, 256, 1), Case(200, 136, 2), Case(512, 448, 1), Case(64, 72, 1))  # within PROFILES
+IMAGES = (
+    ImageSpec(256, 256, 1),
+    ImageSpec(200, 136, 2),
+    ImageSpec(512, 448, 1),
+    ImageSpec(64, 72, 1),
+)  # within PROFILES
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing checked; `numbers` are what was measured, `trace` is where it failed."""
+class GpuCheck:
+    """The result of one check; `numbers` are its measurements, `trace` is the traceback of a failure."""
 
     name: str
     result: str
@@ -87,12 +92,12 @@ class Check:
 
 @dataclass(frozen=True)
 class GpuReport:
-    """Everything checked; true when something was and nothing failed."""
+    """All checks; true when the checks ended, some outputs were compared and no check failed."""
 
     created: str
     created_by: str
     findings: Findings
-    checks: tuple[Check, ...]
+    checks: tuple[GpuCheck, ...]
     finished: bool
 
     def __bool__(self) -> bool:
@@ -101,7 +106,7 @@ class GpuReport:
 
     @property
     def not_checked(self) -> dict[str, list[str]]:
-        """Names of what was not checked, by the reason why."""
+        """Names of the checks that were not made, by the reason."""
         found: dict[str, list[str]] = {}
         for check in self.checks:
             if not check.done:
@@ -118,14 +123,14 @@ class GpuReport:
 
 
 Keep = Callable[[GpuReport], object]
-OnCheck = Callable[[Check], object]
+OnCheck = Callable[[GpuCheck], object]
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the CPU makes of a case, in fp32."""
+class CpuOutputs:
+    """The outputs of every stage on the CPU in fp32, for one set of images."""
 
-    case: Case
+    case: ImageSpec
     embeds: PromptEmbeds
     prior: F32
     decoder: F32
@@ -133,15 +138,15 @@ class Expected:
 
 
 class _WrongError(Exception):
-    """A check's answer is no."""
+    """The outputs of a check are wrong."""
 
 
 class _Recorder:
-    """Does checks and keeps what comes of each, whatever it raises."""
+    """Makes checks and keeps the result of each, whatever exception it raises."""
 
     def __init__(self, findings: Findings, keep: Keep, on_check: OnCheck) -> None:
         self.findings = findings
-        self.checks: list[Check] = []
+        self.checks: list[GpuCheck] = []
         self._keep = keep
         self._on_check = on_check
 
@@ -151,22 +156,22 @@ class _Recorder:
         return GpuReport(created, made_by, self.findings, tuple(self.checks), finished)
 
     def do(self, name: str, work: Callable[[], dict[str, Any]]) -> bool:
-        """Whether `work` passed; it returns numbers."""
+        """Run the check `work`, which returns its measurements; returns whether it passed."""
         started = perf_counter()
         try:
             numbers = work()
         except (_WrongError, CascadeError) as error:
-            return self._add(Check(name, FAILED, perf_counter() - started, str(error), trace=traceback.format_exc()))
-        except Exception as error:  # whatever a library of a GPU's raises belongs into the report
+            return self._add(GpuCheck(name, FAILED, perf_counter() - started, str(error), trace=traceback.format_exc()))
+        except Exception as error:  # whatever a GPU library raises belongs in the report
             detail = f"{type(error).__name__}: {error}"
-            return self._add(Check(name, FAILED, perf_counter() - started, detail, trace=traceback.format_exc()))
-        return self._add(Check(name, PASSED, perf_counter() - started, numbers=numbers))
+            return self._add(GpuCheck(name, FAILED, perf_counter() - started, detail, trace=traceback.format_exc()))
+        return self._add(GpuCheck(name, PASSED, perf_counter() - started, numbers=numbers))
 
     def skip(self, names: Sequence[str], reason: str) -> None:
         for name in names:
-            self._add(Check(name, NOT_CHECKED, 0.0, reason))
+            self._add(GpuCheck(name, NOT_CHECKED, 0.0, reason))
 
-    def _add(self, check: Check) -> bool:
+    def _add(self, check: GpuCheck) -> bool:
         self.checks.append(check)
         self._keep(self.report(finished=False))
         self._on_check(check)
@@ -174,9 +179,10 @@ class _Recorder:
 
 
 def check_gpu(keep: Keep = lambda report: None, on_check: OnCheck = lambda check: None) -> GpuReport:
-    """Check all that is installed for the GPU here; takes a minute or two and about 200 MB of the temporary folder.
+    """Check every engine for the GPU that is installed here.
 
-    `keep` is given the report after every check, as a driver may end the process. Raises nothing that a check meets."""
+    It takes a minute or two, and about 200 MB of the temporary folder. `keep` is called with the report after every
+    check, because a driver may end the process. Exceptions inside checks are put in the report."""
     recorder = _Recorder(examine(), keep, on_check)
     findings = recorder.findings
     if findings.gpu is None or findings.gpu_problem:
@@ -190,7 +196,7 @@ def check_gpu(keep: Keep = lambda report: None, on_check: OnCheck = lambda check
 
 
 def _all_names() -> list[str]:
-    """Of every check there is."""
+    """The names of all checks."""
     backends = [name for backend in BACKENDS for precision in PRECISIONS for name in _names(backend, precision)]
     return [*backends, *(f"{engine} on the GPU: {part}" for engine in PROVIDERS for part in ("parity", "timing"))]
 
@@ -202,7 +208,7 @@ def _names(backend: str, precision: Precision) -> list[str]:
 def _check_all(recorder: _Recorder, folder: Path, capability: str) -> None:
     bundles = {precision: folder / str(precision) for precision in PRECISIONS}
     reference = folder / "reference"
-    expected: list[Expected] = []
+    expected: list[CpuOutputs] = []
     prepared = recorder.do("the tiny cascade on the CPU", lambda: _prepare(folder, bundles, reference, expected))
     if not prepared:
         recorder.skip(_all_names(), "the tiny cascade could not be made")
@@ -229,8 +235,10 @@ def _finding(findings: Findings, engine: str) -> Finding:
     return next(found for found in findings.engines if (found.engine, found.device) == (engine, "cuda"))
 
 
-def _prepare(folder: Path, bundles: dict[Precision, Path], reference: Path, expected: list[Expected]) -> dict[str, Any]:
-    """Bundles for TensorRT in every precision and one for ONNX Runtime, and what the CPU makes of that."""
+def _prepare(
+    folder: Path, bundles: dict[Precision, Path], reference: Path, expected: list[CpuOutputs]
+) -> dict[str, Any]:
+    """Export a TensorRT bundle in every precision and one for ONNX Runtime; run the latter on the CPU."""
     write_tiny_cascade(folder / "original")
     model = open_model([folder / "original"])
     for precision, root in bundles.items():
@@ -239,22 +247,22 @@ def _prepare(folder: Path, bundles: dict[Precision, Path], reference: Path, expe
     export(model, reference, weights="copy")
     bundle = open_bundle(reference)
     with _cascade(OnnxRuntimeEngine(bundle), bundle) as cascade:
-        expected += [_expected(cascade, case) for case in CASES]
+        expected += [_expected(cascade, case) for case in IMAGES]
         return _timings(cascade)
 
 
-def _expected(cascade: Cascade, case: Case) -> Expected:
+def _expected(cascade: Cascade, case: ImageSpec) -> CpuOutputs:
     embeds = cascade.encode_prompt(PROMPTS[: case.images], NEGATIVE)
     prior = _prior(cascade, case, embeds)
     decoder = _decoder(cascade, case, prior, embeds)
-    return Expected(case, embeds, prior, decoder, cascade.pixels(decoder))
+    return CpuOutputs(case, embeds, prior, decoder, cascade.pixels(decoder))
 
 
-def _prior(cascade: Cascade, case: Case, embeds: PromptEmbeds) -> F32:
+def _prior(cascade: Cascade, case: ImageSpec, embeds: PromptEmbeds) -> F32:
     return _last(cascade.prior(embeds, height=case.height, width=case.width, steps=4, guidance=4.0, seed=0))
 
 
-def _decoder(cascade: Cascade, case: Case, prior: F32, embeds: PromptEmbeds) -> F32:
+def _decoder(cascade: Cascade, case: ImageSpec, prior: F32, embeds: PromptEmbeds) -> F32:
     steps = cascade.decode(prior, embeds, height=case.height, width=case.width, steps=3, guidance=1.5, seed=1)
     return _last(steps)
 
@@ -268,7 +276,7 @@ def _last(steps: Any) -> F32:
 
 
 def _check_backend(
-    recorder: _Recorder, root: Path, backend: str, precision: Precision, capability: str, expected: list[Expected]
+    recorder: _Recorder, root: Path, backend: str, precision: Precision, capability: str, expected: list[CpuOutputs]
 ) -> None:
     names = dict(zip(PARTS, _names(backend, precision), strict=True))
     if not recorder.do(names["build"], lambda: _build(root, backend, capability)):
@@ -287,7 +295,7 @@ def _check_backend(
     recorder.do(names["timing"], lambda: _timed(made(), bundle))
 
 
-def _check_provider(recorder: _Recorder, root: Path, name: str, names: list[str], expected: list[Expected]) -> None:
+def _check_provider(recorder: _Recorder, root: Path, name: str, names: list[str], expected: list[CpuOutputs]) -> None:
     bundle = open_bundle(root)
     recorder.do(
         names[0], lambda: _parity(make_engine(name, bundle, "cuda"), bundle, Precision.FP32, expected, tf32=True)
@@ -302,12 +310,12 @@ def _build(root: Path, backend: str, capability: str) -> dict[str, Any]:
 
 
 def _parity(
-    engine: Engine, bundle: Bundle, precision: Precision, expected: list[Expected], *, tf32: bool = False
+    engine: Engine, bundle: Bundle, precision: Precision, expected: list[CpuOutputs], *, tf32: bool = False
 ) -> dict[str, Any]:
-    """Every stage at every size on what the CPU gave the next one, so that no error adds to another's.
+    """Compare every stage at every size on the CPU's inputs, so that the errors of stages do not add up.
 
-    With `tf32` products have ten bits, as ONNX Runtime's on a GPU do in fp32 unless told otherwise; fp16's limits hold
-    for them then."""
+    With `tf32`, products in fp32 have ten bits, which is the default of ONNX Runtime on a GPU; the limits of fp16 then
+    hold."""
     limits = Precision.FP16 if tf32 and precision is Precision.FP32 else precision
     compared: list[Comparison] = []
     with _cascade(engine, bundle) as cascade:
@@ -319,7 +327,7 @@ def _parity(
     return {one.name: {"relative_l2": one.relative_l2, "limit": one.tolerance} for one in compared}
 
 
-def _compare_case(cascade: Cascade, wanted: Expected, limits: Precision) -> list[Comparison]:
+def _compare_case(cascade: Cascade, wanted: CpuOutputs, limits: Precision) -> list[Comparison]:
     case = wanted.case
     label = f"{case.height}x{case.width}x{case.images}"
     once, many = STAGE_TOLERANCE[limits], TRAJECTORY_TOLERANCE[limits]
@@ -335,8 +343,8 @@ def _compare_case(cascade: Cascade, wanted: Expected, limits: Precision) -> list
     return [compare(f"{label} {name}", found, reference, limit) for name, found, reference, limit in pairs]
 
 
-def _repeats(engine: TensorRTEngine, wanted: Expected) -> dict[str, Any]:
-    """The same inputs give the same outputs, replayed from a CUDA graph or not, and other inputs do not."""
+def _repeats(engine: TensorRTEngine, wanted: CpuOutputs) -> dict[str, Any]:
+    """Check that equal inputs give equal outputs, with or without a CUDA graph, and that other inputs do not."""
     latents = wanted.decoder[:1]
     with engine.load(Stage.VQGAN) as stage:
         outputs = [stage({"latents": latents})["images"] for _ in range(REPEATS)]
@@ -352,9 +360,9 @@ def _repeats(engine: TensorRTEngine, wanted: Expected) -> dict[str, Any]:
 
 
 def _memory(
-    made: Callable[..., TensorRTEngine], bundle: Bundle, precision: Precision, wanted: Expected
+    made: Callable[..., TensorRTEngine], bundle: Bundle, precision: Precision, wanted: CpuOutputs
 ) -> dict[str, Any]:
-    """Under a budget that holds the largest stage alone the others leave, and the image is the same."""
+    """Check that a budget for the largest stage alone evicts the others, and that the image stays the same."""
     engine = made()
     free = engine.host.cuda.free_memory()
     with _cascade(engine, bundle) as cascade:
@@ -378,7 +386,7 @@ def _memory(
     return {**numbers, "relative_l2": found.relative_l2}
 
 
-def _image(cascade: Cascade, wanted: Expected) -> F32:
+def _image(cascade: Cascade, wanted: CpuOutputs) -> F32:
     embeds = cascade.encode_prompt(PROMPTS[: wanted.case.images], NEGATIVE)
     prior = _prior(cascade, wanted.case, embeds)
     return cascade.pixels(_decoder(cascade, wanted.case, prior, embeds))
@@ -390,7 +398,7 @@ def _timed(engine: Engine, bundle: Bundle) -> dict[str, Any]:
 
 
 def _timings(cascade: Cascade) -> dict[str, Any]:
-    """Of an image of 512x512: the first, with loading and whatever is compiled then, and a second one."""
+    """Time two images of 512x512; the first one includes loading and compilation."""
     seconds: dict[str, float] = {}
     times: dict[str, list[float]] = {}
 

@@ -1,4 +1,4 @@
-"""Which sizes of images stages are compared at: those named, and those at, between and off the points of profiles."""
+"""Which sizes of images stages are compared at: those named, and those at, between and off the sizes of profiles."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,45 +7,49 @@ from typing import get_args
 from ..schemas.bundle import Backend, ImageSize, Manifest, ProfileEntry, StageEntry
 from ..schemas.sizes import SIZE_STEP, SMALLEST_SIDE
 from ..schemas.stages import Stage
-from .sample_inputs import Point, Size
+from .sample_inputs import SampleSize, Size
 
-IMAGE: Size = (256, 256)  # the one that is drawn
-DRAWING = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)  # the stages that have to take its size
-AFFORDABLE = 640 * 640  # pixels that a CPU is asked to compute unasked
+IMAGE: Size = (256, 256)  # the image that is generated for the trajectory
+IMAGE_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)  # the stages whose inputs depend on the size of an image
+AFFORDABLE = 640 * 640  # pixels; larger images are compared on request only
 LEAST, BETWEEN, LIKELIEST, LARGEST, OUTSIDE = (
-    "least of its profile", "between points of its profile", "likeliest of its profile", "largest of its profile",
+    "least of its profile", "between sizes of its profile", "likeliest of its profile", "largest of its profile",
     "outside its profile",
 )  # fmt: skip
-AWKWARD = (SIZE_STEP, 3 * SIZE_STEP)  # pixels beyond the least width and height: multiples of 8 and of no more
+AWKWARD = (SIZE_STEP, 3 * SIZE_STEP)  # pixels added to the least width and height: multiples of 8 but not of 16
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes that each stage is compared at beside the usual small ones, the size of the image that is drawn, and what
-    was left out because it takes long."""
+class SizeChoice:
+    """The image sizes of one comparison, as (width, height) in pixels.
 
-    points: Mapping[Stage, Sequence[Point]] = field(default_factory=dict)
+    `by_stage` are compared in addition to the small inputs that every stage is compared on. `image` is the size of the
+    image that the trajectory generates. `left_out` are sizes of the plans' profiles that would take long."""
+
+    by_stage: Mapping[Stage, Sequence[SampleSize]] = field(default_factory=dict)
     image: Size = IMAGE
     left_out: tuple[Size, ...] = ()
 
 
 def choose_sizes(
     manifest: Manifest, engine: str, named: Size | None = None, *, every: bool = False, stages: Sequence[Stage] = ()
-) -> Sizes:
-    """Of each of `stages` (all, when none are named) the size `named`, and those that the profiles of its plans tell:
-    of all plans, or on an engine that runs plans of its own alone, and nothing outside them. Without `every`, no images
-    larger than AFFORDABLE but the least of a profile."""
-    points: dict[Stage, Sequence[Point]] = {}
+) -> SizeChoice:
+    """Choose the sizes for each of `stages`, or for all stages of the manifest when none are named.
+
+    The sizes are `named` and those that test the profiles of the stage's plans. An engine that runs plans is compared
+    inside the profiles of its own plans only; other engines are compared at the profiles of all plans, and outside of
+    them. Without `every`, sizes of more than AFFORDABLE pixels are left out unless they are the least of a profile."""
+    by_stage: dict[Stage, Sequence[SampleSize]] = {}
     left_out: list[Size] = []
     for stage in stages or tuple(manifest.stages):
         profiles = _profiles(manifest.stages[stage], engine)
-        found: dict[Size, Point] = {}
-        for point in _points(profiles, bound=_runs_plans(engine)):
-            found.setdefault(point.size, point)
+        found: dict[Size, SampleSize] = {}
+        for sample in _samples(profiles, bound=_runs_plans(engine)):
+            found.setdefault(sample.size, sample)
         kept = [p for p in found.values() if every or p.place == LEAST or p.size[0] * p.size[1] <= AFFORDABLE]
-        left_out += found.keys() - {point.size for point in kept}
-        points[stage] = [*([Point(named)] if named else ()), *kept]
-    return Sizes(points, _image(manifest, engine), tuple(sorted(set(left_out))))
+        left_out += found.keys() - {sample.size for sample in kept}
+        by_stage[stage] = [*([SampleSize(named)] if named else ()), *kept]
+    return SizeChoice(by_stage, _image(manifest, engine), tuple(sorted(set(left_out))))
 
 
 def _runs_plans(engine: str) -> bool:
@@ -57,23 +61,23 @@ def _profiles(entry: StageEntry, engine: str) -> list[ProfileEntry]:
     return [profile for plan in plans for profile in plan.profiles]
 
 
-def _points(profiles: Sequence[ProfileEntry], *, bound: bool) -> Iterator[Point]:
+def _samples(profiles: Sequence[ProfileEntry], *, bound: bool) -> Iterator[SampleSize]:
     for profile in profiles:
         least, largest = _size(profile.min), _size(profile.max)
-        yield Point(least, LEAST)
+        yield SampleSize(least, LEAST)
         between = _each(
             max(low, min(low + more, high - SIZE_STEP)) for low, high, more in zip(least, largest, AWKWARD, strict=True)
         )
         if between != least:
-            yield Point(between, BETWEEN)
-        yield Point(_size(profile.opt), LIKELIEST)
-        yield Point(largest, LARGEST)
+            yield SampleSize(between, BETWEEN)
+        yield SampleSize(_size(profile.opt), LIKELIEST)
+        yield SampleSize(largest, LARGEST)
     if profiles and not bound:
-        yield Point(_outside(profiles), OUTSIDE)
+        yield SampleSize(_outside(profiles), OUTSIDE)
 
 
 def _outside(profiles: Sequence[ProfileEntry]) -> Size:
-    """Smaller than all of them, or where no image is, wider: as few pixels as there can be outside."""
+    """The size outside all profiles with the fewest pixels: smaller than all, or wider if none may be smaller."""
     least = _each(min(sides) for sides in zip(*(_size(profile.min) for profile in profiles), strict=True))
     if min(least) > SMALLEST_SIDE:
         return least[0] - SIZE_STEP, least[1] - SIZE_STEP
@@ -81,10 +85,10 @@ def _outside(profiles: Sequence[ProfileEntry]) -> Size:
 
 
 def _image(manifest: Manifest, engine: str) -> Size:
-    """IMAGE, or on an engine that runs plans the nearest size that those of all stages take."""
+    """IMAGE; on an engine that runs plans, the nearest size that the plans of all stages accept."""
     if not _runs_plans(engine):
         return IMAGE
-    entries = [manifest.stages[stage] for stage in DRAWING if stage in manifest.stages]
+    entries = [manifest.stages[stage] for stage in IMAGE_STAGES if stage in manifest.stages]
     ranges = [profiles for profiles in (_profiles(entry, engine) for entry in entries) if profiles]
     sides = list(IMAGE)
     for axis in range(2):

@@ -1,12 +1,13 @@
-"""A reference's results in a file: recorded on a machine that holds the model, compared where only the bundle is.
+"""A file of reference outputs: written on a machine that has the model, compared on one that has the bundle only.
 
-A safetensors file: inputs and outputs of every case and of every pass of the trajectory, the latents after each step,
-the image, and the noise that went into it. What they are is in the file's metadata.
+The file is a safetensors file. It holds the inputs and outputs of every sample input and of every pass of the
+trajectory, the latents after each step, the image and its noise. Its metadata says what each of them is.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from ..storage.atomic_output import staged_output
 from ..storage.file_hashes import fingerprint
 from ..storage.safetensors_reader import TensorRange, read_header
 from ..storage.safetensors_writer import encode_header
-from .reference_run import Call, Expected, Trajectory, noise_tape
-from .sample_inputs import Case
-from .tolerances import COMPUTES
+from .reference_run import ReferenceOutputs, StageCall, StepKey, Trajectory, reproduce_noise
+from .sample_inputs import StageInput
+from .tolerances import COMPUTE_DTYPES
 
 KEY = "cascadekit_recording"
 VERSION = 1
+SAMPLED = (Stage.PRIOR, Stage.DECODER)
+IMAGE_GAIN = "image"  # the key of the image's gain
 DTYPES: Mapping[str, str] = {"F32": "<f4", "I64": "<i8"}
-KINDS = {str(kind): kind for kind in COMPUTES}
+KINDS = {str(kind): kind for kind in COMPUTE_DTYPES}
 NAMES = {np.dtype(numpy): name for name, numpy in DTYPES.items()}
 
 Array = NDArray[Any]
@@ -37,9 +40,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Recording:
-    """What a file holds, and the fingerprints of the model's files it was recorded of, by stage."""
+    """Reference outputs from a file, and by stage the fingerprints of the files of the model that gave them."""
 
-    expected: Expected
+    outputs: ReferenceOutputs
     sources: Mapping[Stage, tuple[str, ...]]
 
 
@@ -60,14 +63,18 @@ class _Array:
         return self.values.nbytes
 
 
-def record(expected: Expected, components: Mapping[Stage, Component], path: Path, *, force: bool = False) -> None:
-    """Write `expected`, which the `components` gave. Raises UsageError when the file exists, without `force`, or is one
-    of the components'."""
-    if expected.trajectory is not None:
-        expected = replace(expected, trajectory=replace(expected.trajectory, noise=noise_tape(expected.trajectory)))
-    tensors = {name: _Array(np.ascontiguousarray(values)) for name, values in _tensors(expected)}
-    sources = {stage: [fingerprint(file) for file in source_files(components[stage])] for stage in expected.stages}
-    header = encode_header(tensors, {KEY: json.dumps({**_described(expected), "sources": sources})})
+def write_recording(
+    outputs: ReferenceOutputs, components: Mapping[Stage, Component], path: Path, *, force: bool = False
+) -> None:
+    """Write `outputs`, which were computed from `components`.
+
+    Raises UsageError when the file exists and `force` is not set, or when it is one of the components' files."""
+    if outputs.trajectory is not None:
+        noise = reproduce_noise(outputs.trajectory)
+        outputs = replace(outputs, trajectory=replace(outputs.trajectory, noise=noise))
+    tensors = {name: _Array(np.ascontiguousarray(values)) for name, values in _tensors(outputs)}
+    sources = {stage: [fingerprint(file) for file in source_files(components[stage])] for stage in outputs.stages}
+    header = encode_header(tensors, {KEY: json.dumps({**_described(outputs), "sources": sources})})
     files = [file for component in components.values() for file in source_files(component)]
     with staged_output(path, force=force, sources=files, files=()) as staged, staged.open("wb") as file:
         file.write(header)
@@ -75,17 +82,25 @@ def record(expected: Expected, components: Mapping[Stage, Component], path: Path
             file.write(tensor.values.tobytes())
 
 
-def _tensors(expected: Expected) -> Iterator[tuple[str, Array]]:
-    for number, (case, outputs) in enumerate(zip(expected.cases, expected.outputs, strict=True)):
-        yield from _named(f"case/{number}/in", case.inputs)
-        yield from _named(f"case/{number}/out", outputs)
-    if (trajectory := expected.trajectory) is None:
+def _step_name(key: StepKey) -> str:
+    return f"{key[0]} step {key[1]}"
+
+
+def _noise_name(key: StepKey) -> str:
+    return f"{key[0]} draw {key[1]}"
+
+
+def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
+    for number, (each, given) in enumerate(zip(outputs.inputs, outputs.outputs, strict=True)):
+        yield from _named(f"case/{number}/in", each.inputs)
+        yield from _named(f"case/{number}/out", given)
+    if (trajectory := outputs.trajectory) is None:
         return
     for number, call in enumerate(trajectory.calls):
         yield from _named(f"call/{number}/in", call.inputs)
         yield from _named(f"call/{number}/out", call.outputs)
-    yield from _named("latents", trajectory.latents)
-    yield from _named("noise", trajectory.noise)
+    yield from _named("latents", {_step_name(key): values for key, values in trajectory.latents.items()})
+    yield from _named("noise", {_noise_name(key): values for key, values in trajectory.noise.items()})
     yield "image/image", trajectory.image
 
 
@@ -94,25 +109,32 @@ def _named(prefix: str, arrays: Mapping[str, Array]) -> Iterator[tuple[str, Arra
         yield f"{prefix}/{name}", values
 
 
-def _described(expected: Expected) -> dict[str, Any]:
-    trajectory = expected.trajectory
-    return {
+def _described(outputs: ReferenceOutputs) -> dict[str, Any]:
+    floors = {str(s): {str(p): _number(f) for p, f in found.items()} for s, found in outputs.floors.items()}
+    about = {
         "version": VERSION,
-        "reference": expected.reference,
-        "cases": [[str(case.stage), case.label, case.t] for case in expected.cases],
-        "floors": {str(s): {str(p): _number(f) for p, f in floors.items()} for s, floors in expected.floors.items()},
-        "calls": [[str(call.stage), call.number] for call in trajectory.calls] if trajectory else None,
-        "gains": {name: _number(gain) for name, gain in trajectory.gains.items()} if trajectory else None,
+        "reference": outputs.reference,
+        "cases": [[str(each.stage), each.label, each.t] for each in outputs.inputs],
+        "floors": floors,
+        "calls": None,
+        "gains": None,
     }
+    if (trajectory := outputs.trajectory) is not None:
+        gains = {_step_name(key): _number(gain) for key, gain in trajectory.gains.items()}
+        about["calls"] = [[str(call.stage), call.number] for call in trajectory.calls]
+        about["gains"] = {**gains, IMAGE_GAIN: _number(trajectory.image_gain)}
+    return about
 
 
 def _number(value: float) -> float | None:
-    """JSON has no infinity."""
+    """The number, or None for infinity and NaN, which JSON lacks."""
     return value if np.isfinite(value) else None
 
 
-def load_recording(path: Path) -> Recording:
-    """What `record` wrote. Raises CheckpointError for a damaged file, UsageError for one that is no recording."""
+def read_recording(path: Path) -> Recording:
+    """Read what `write_recording` wrote.
+
+    Raises CheckpointError for a damaged file, UsageError for a file that is not a recording."""
     header = read_header(path)
     if KEY not in header.metadata:
         raise UsageError(f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record`")
@@ -121,11 +143,11 @@ def load_recording(path: Path) -> Recording:
         if about["version"] != VERSION:
             raise UsageError(f"{path}: a recording of version {about['version']}, expected {VERSION}; record it again")
         groups = _grouped(path, header.tensors)
-        cases = [
-            Case(Stage(stage), label, groups[f"case/{number}/in"], t)
+        inputs = [
+            StageInput(Stage(stage), label, groups[f"case/{number}/in"], t)
             for number, (stage, label, t) in enumerate(about["cases"])
         ]
-        outputs = tuple(groups[f"case/{number}/out"] for number in range(len(cases)))
+        outputs = tuple(groups[f"case/{number}/out"] for number in range(len(inputs)))
         floors = {
             Stage(stage): {KINDS[kind]: np.inf if f is None else f for kind, f in floors.items()}
             for stage, floors in about["floors"].items()
@@ -134,20 +156,35 @@ def load_recording(path: Path) -> Recording:
         sources = {Stage(stage): tuple(found) for stage, found in about["sources"].items()}
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: a damaged recording: {error!r}; record it again") from error
-    return Recording(Expected(about["reference"], tuple(cases), outputs, floors, trajectory), sources)
+    return Recording(ReferenceOutputs(about["reference"], tuple(inputs), outputs, floors, trajectory), sources)
 
 
 def _trajectory(about: Mapping[str, Any], groups: Mapping[str, dict[str, Array]]) -> Trajectory:
     calls = tuple(
-        Call(Stage(stage), count, groups[f"call/{number}/in"], groups[f"call/{number}/out"])
-        for number, (stage, count) in enumerate(about["calls"])
+        StageCall(Stage(stage), in_stage, groups[f"call/{number}/in"], groups[f"call/{number}/out"])
+        for number, (stage, in_stage) in enumerate(about["calls"])
     )
+    latents, noise = groups["latents"], groups["noise"]
     gains = {name: np.inf if gain is None else gain for name, gain in about["gains"].items()}
-    return Trajectory(calls, groups["latents"], groups["image"]["image"], gains, groups["noise"])
+    return Trajectory(
+        calls,
+        {key: latents[name] for key, name in _keys(latents, _step_name)},
+        groups["image"]["image"],
+        {key: gains[name] for key, name in _keys(latents, _step_name)},
+        image_gain=gains[IMAGE_GAIN],
+        noise={key: noise[name] for key, name in _keys(noise, _noise_name)},
+    )
+
+
+def _keys(found: Mapping[str, Any], name_of: Callable[[StepKey], str]) -> Iterator[tuple[StepKey, str]]:
+    """The steps of each stage, counted up as long as `found` has their names; each with its name."""
+    for stage in SAMPLED:
+        keys = ((stage, number) for number in count(1))
+        yield from takewhile(lambda item: item[1] in found, ((key, name_of(key)) for key in keys))
 
 
 def _grouped(path: Path, tensors: Mapping[str, TensorRange]) -> dict[str, dict[str, Array]]:
-    """The arrays by what comes before the last slash of their names."""
+    """The arrays of the file in groups: a tensor named group/name is in the group before its last slash."""
     groups: dict[str, dict[str, Array]] = {"noise": {}}
     for full, tensor in tensors.items():
         group, _, name = full.rpartition("/")

@@ -1,7 +1,7 @@
-"""Whether a model is the one that a bundle was exported from, by the fingerprints of its files; and what differs.
+"""Decides by file fingerprints whether a model is the one that a bundle was exported from, and says what differs.
 
-The same weights in another file, layout or dtype are another model here: a bundle holds what it was made from, and a
-verdict is about that. What export made of the weights (a cast, quantisation) changes nothing, LoRAs do.
+A verdict is about the files that a bundle was exported from. So the same weights in another file, layout or dtype count
+as another model. A cast or quantisation during export changes nothing; merged LoRAs make another model.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,21 +14,22 @@ from ..schemas.stages import Stage, VQGANConfig
 from ..storage.file_hashes import fingerprint
 
 WIDTHS = {4: "32-bit", 2: "16-bit", 1: "8-bit"}  # bytes of a value
-SLACK = 0.5  # what a file may be larger by: headers of small files; one with other networks beside is larger still
+SLACK = 0.5  # headers may make a small file larger by this part; a file with other networks is larger still
 
 
 def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) -> list[str]:
-    """What of the chosen stages (all there are by default) was exported from something else than `model` has, in
-    words, a line each; empty when it is the same model."""
+    """A line for each chosen stage that was exported from other files than those of `model`; empty when none was.
+
+    Without `stages`, all stages of the bundle are looked at."""
     chosen = [stage for stage in stages or tuple(manifest.stages) if stage in model.components]
     found = [_other(manifest, model.components[stage], manifest.stages[stage]) for stage in chosen]
     return [*filter(None, found), *_loras(manifest)]
 
 
-def recorded_differences(
+def recording_differences(
     manifest: Manifest, sources: Mapping[Stage, Collection[str]], stages: Sequence[Stage] = ()
 ) -> list[str]:
-    """The same of a recording, by the fingerprints of the files it was made from."""
+    """`differences` for a recording, whose `sources` are the fingerprints of the files it was made from."""
     chosen = [stage for stage in stages or tuple(manifest.stages) if stage in sources]
     other = [stage for stage in chosen if not _known(manifest.stages[stage]).issuperset(sources[stage])]
     found = [f"{stage}: recorded from other files than those the bundle was exported from" for stage in other]
@@ -40,18 +41,18 @@ def _known(entry: StageEntry) -> set[str]:
 
 
 def _other(manifest: Manifest, component: Component, entry: StageEntry) -> str | None:
-    """What differs about one stage; None when nothing does."""
-    told = list(_scale(manifest, component))
+    """A line about one stage; None when its files are those it was exported from."""
+    found = list(_scale(manifest, component))
     files = source_files(component)
     if _known(entry) != {fingerprint(path) for path in files}:
         exported = ", ".join(source.name for source in entry.sources)
-        told.append(f"exported from {exported}, this is {', '.join(path.name for path in files)}")
-        told += _details(component, entry, sum(path.stat().st_size for path in files))
-    return f"{component.stage}: {'; '.join(told)}" if told else None
+        found.append(f"exported from {exported}, this is {', '.join(path.name for path in files)}")
+        found += _details(component, entry, sum(path.stat().st_size for path in files))
+    return f"{component.stage}: {'; '.join(found)}" if found else None
 
 
 def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str]:
-    """How another file differs, as far as that can be seen without reading it: not at all means its weights do."""
+    """How the other file differs, as far as its header and size tell; otherwise its weights differ."""
     layouts = {source.layout for source in entry.sources}
     before, now = (_width(each, component.parameters) for each in (sum(s.bytes for s in entry.sources), size))
     if component.variant != entry.variant:
@@ -70,7 +71,7 @@ def _scale(manifest: Manifest, component: Component) -> Iterable[str]:
 
 
 def _width(size: int, values: int) -> str | None:
-    """How wide the weights in a file of `size` bytes are; None when it holds more than those, or another mixture."""
+    """The width of the weights in a file of `size` bytes; None when the file holds more, or a mixture of widths."""
     return next((name for width, name in WIDTHS.items() if 0 <= size / (values * width) - 1 < SLACK), None)
 
 

@@ -1,4 +1,4 @@
-"""What stages are compared on: seeded inputs as a stage meets them when it draws an image."""
+"""Makes the inputs that stages are compared on: seeded random numbers shaped and scaled as sampling has them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +22,16 @@ Size = tuple[int, int]  # (width, height) of an image
 
 NEGATIVE = "blurry"
 PROMPTS = ("", "a shiba inu wearing a beret, oil on canvas", "one, two, three " * 40)
-PROMPT = 1  # the one of PROMPTS that images are drawn of
-RATIOS = (0.95, 0.5, 0.05)  # timestep ratios: nearly noise, half way, nearly done
+PROMPT = 1  # index in PROMPTS of the prompt that the trajectory generates an image for
+RATIOS = (0.95, 0.5, 0.05)  # timestep ratios: almost pure noise, half way, almost no noise
 
-# Which samples of a batch are without conditions, as guidance has it: half of them, or none.
+# Whether the second half of a batch has no conditions, as in sampling with guidance.
 GUIDED, PLAIN = True, False
 
 
 @dataclass(frozen=True)
-class Case:
-    """One forward pass of a stage. `t` is the timestep ratio of its first sample; None for stages without."""
+class StageInput:
+    """The inputs of one forward pass of a stage, by port. `t` is the timestep ratio; None for stages without one."""
 
     stage: Stage
     label: str
@@ -40,8 +40,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Images of a size, and where that lies on an engine's profile; "" for a size that somebody named."""
+class SampleSize:
+    """An image size to make inputs for. `place` says where the size lies in a plan's profile; "" for a named size."""
 
     size: Size
     place: str = ""
@@ -52,7 +52,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Situation:
-    """Sizes of a stage's symbolic dims, and whether the second half of the batch is without conditions."""
+    """Sizes of a stage's symbolic dims by name, and whether the second half of the batch has no conditions."""
 
     sizes: Mapping[str, int]
     guided: bool = PLAIN
@@ -74,8 +74,8 @@ def _images(*sizes: tuple[int, int, int]) -> tuple[Situation, ...]:
 PHOTOS = _images((1, 128, 128), (2, 101, 67))
 MAPS = _images((1, 6, 6), (2, 5, 7))
 
-# Per stage: one small and even, one under guidance and odd in every way that the ports allow, so that each level of the
-# decoder has to resize what comes up to it, one more. A stage with timesteps has one of RATIOS in each.
+# For each stage: small even sizes, then odd sizes with guidance, then one more. With odd sizes each level of the
+# decoder has to resize its input. A stage with timesteps gets one of RATIOS in each.
 SITUATIONS: Mapping[Stage, tuple[Situation, ...]] = {
     Stage.TEXT_ENCODER: (Situation({"batch": len(PROMPTS)}),),
     Stage.PRIOR: (_prior(1, 6, 6, 1), _prior(2, 5, 7, 1, GUIDED), _prior(2, 9, 4, 2)),
@@ -96,8 +96,9 @@ SITUATIONS: Mapping[Stage, tuple[Situation, ...]] = {
 
 
 def situations_at(stage: Stage, size: Size) -> tuple[Situation, ...]:
-    """The stage as it is met with images of `size`: one that samples once in each of RATIOS, none of the encoders of
-    text and image prompts."""
+    """The dims of a stage for images of `size`: three situations for prior and decoder, one for each of RATIOS.
+
+    Empty for stages whose inputs do not depend on the size of the image."""
     sizes = latent_sizes(size[1], size[0])
     (prior_height, prior_width), (height, width) = sizes.prior, sizes.decoder
     match stage:
@@ -116,117 +117,119 @@ def situations_at(stage: Stage, size: Size) -> tuple[Situation, ...]:
     return ()
 
 
-ODD = 1  # the one of a stage's situations where most can go wrong; the last where there are fewer
-# Zeros where an image is drawn without that condition: always in the half of the batch that is not guided.
+HARDEST = 1  # index of the situation with odd sizes and guidance; stages with fewer situations use their last
+# Ports that are zero without an image prompt, and always zero in the second half of a guided batch.
 IMAGE_PORTS = ("clip_img", "effnet")
 
 Encode = Callable[[Tensors], Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """What the text encoder makes of PROMPTS and NEGATIVE."""
+class EmbeddedPrompts:
+    """The text encoder's outputs for PROMPTS and NEGATIVE, in this order."""
 
     clip_text: F32  # (prompts + 1, 77, channels)
     pooled: F32  # (prompts + 1, 1, channels)
 
 
-def embed(encode: Encode, tokenizer: ClipTokenizer) -> Embedded:
-    """PROMPTS and NEGATIVE by a text encoder."""
+def embed(encode: Encode, tokenizer: ClipTokenizer) -> EmbeddedPrompts:
+    """Run the text encoder `encode` on PROMPTS and NEGATIVE."""
     outputs = encode(tokens_of((*PROMPTS, NEGATIVE), tokenizer))
-    return Embedded(outputs["prompt_embeds"], outputs["pooled"])
+    return EmbeddedPrompts(outputs["prompt_embeds"], outputs["pooled"])
 
 
 def tokens_of(texts: Sequence[str], tokenizer: ClipTokenizer) -> dict[str, NDArray[Any]]:
-    """The text encoder's inputs for `texts`."""
+    """The text encoder's inputs for `texts`: `input_ids` and `attention_mask`, each (texts, 77)."""
     tokens = tokenizer(texts)
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
 
-def cases_of(
+def make_inputs(
     stage: Stage,
     entry: StageEntry,
     tokenizer: ClipTokenizer,
-    embedded: Embedded | None = None,
-    points: Sequence[Point] = (),
-) -> tuple[Case, ...]:
-    """The stage's cases: a batch at each of RATIOS, one of them under guidance; prompts by their true embeddings where
-    they are `embedded`, else by normal noise. As many more for images at each of `points`."""
+    embedded: EmbeddedPrompts | None = None,
+    sizes: Sequence[SampleSize] = (),
+) -> tuple[StageInput, ...]:
+    """The stage's inputs: a batch at each of RATIOS, one of them with guidance, and as many more for each of `sizes`.
+
+    Prompts are their true embeddings where `embedded` is given, else normal noise."""
     if stage is Stage.TEXT_ENCODER:
-        return (Case(stage, f"{len(PROMPTS)} prompts", tokens_of(PROMPTS, tokenizer)),)
-    rng = np.random.default_rng(0)
-    cases = [
-        _case(stage, entry, situation, ratio, embedded, rng)
-        for situation, ratio in zip(SITUATIONS[stage], cycle(RATIOS))
-    ]
-    for point in points:
-        for situation, ratio in zip(situations_at(stage, point.size), cycle(RATIOS)):
-            case = _case(stage, entry, situation, ratio, embedded, rng)
-            cases.append(replace(case, label=f"{case.label}, {point}") if point.place else case)
-    return tuple(cases)
+        return (StageInput(stage, f"{len(PROMPTS)} prompts", tokens_of(PROMPTS, tokenizer)),)
+    maker = _InputMaker(stage, entry, embedded, np.random.default_rng(0))
+    made = [maker.make(situation, ratio) for situation, ratio in zip(SITUATIONS[stage], cycle(RATIOS))]
+    for sample in sizes:
+        for situation, ratio in zip(situations_at(stage, sample.size), cycle(RATIOS)):
+            one = maker.make(situation, ratio)
+            made.append(replace(one, label=f"{one.label}, {sample}") if sample.place else one)
+    return tuple(made)
 
 
-def cases_at(
-    stage: Stage, entry: StageEntry, tokenizer: ClipTokenizer, ratios: Sequence[float], embedded: Embedded | None = None
-) -> tuple[Case, ...]:
-    """A stage with timesteps at each of `ratios` in turn in all of its situations; any other's usual cases."""
-    cases = cases_of(stage, entry, tokenizer, embedded)
-    if cases[0].t is None:
-        return cases
-    rng = np.random.default_rng(1)
-    return tuple(
-        _case(stage, entry, situation, ratio, embedded, rng) for ratio in ratios for situation in SITUATIONS[stage]
-    )
-
-
-def odd_case(cases: Sequence[Case]) -> Case:
-    """The case where most can go wrong."""
-    return cases[min(ODD, len(cases) - 1)]
-
-
-def _case(
+def make_inputs_at(
     stage: Stage,
     entry: StageEntry,
-    situation: Situation,
-    t: float,
-    embedded: Embedded | None,
-    rng: np.random.Generator,
-) -> Case:
-    ports = {port.name: port for port in entry.inputs if not is_control(port.name)}
-    sizes = situation.sizes
-    shapes = {
-        name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in port.dims) for name, port in ports.items()
-    }
-    inputs: dict[str, NDArray[Any]] = {}
-    for name, shape in shapes.items():
-        inputs[name] = rng.standard_normal(shape, dtype=np.float32)
-    batch, timed = sizes["batch"], "timestep_ratio" in inputs
-    if timed:
-        inputs["timestep_ratio"] = np.full(batch, t, np.float32)
-        inputs["sample"] = _noised(inputs["sample"], t, rng)
-    if embedded is not None:
-        _say_prompts(inputs, embedded, guided=situation.guided)
-    if situation.guided:
-        half = batch // 2
-        inputs["sample"][half:] = inputs["sample"][:half]
-        for name in IMAGE_PORTS:
-            if name in inputs:
-                inputs[name][half:] = 0
-    label = ", ".join(f"{dim} {size}" for dim, size in sizes.items())
-    label = f"t {t}, {label}{', guided' if situation.guided else ''}" if timed else label
-    return Case(stage, label, inputs, t if timed else None)
+    tokenizer: ClipTokenizer,
+    ratios: Sequence[float],
+    embedded: EmbeddedPrompts | None = None,
+) -> tuple[StageInput, ...]:
+    """The stage's inputs in all its situations at each timestep ratio of `ratios`.
+
+    A stage without timesteps has the inputs of `make_inputs`."""
+    usual = make_inputs(stage, entry, tokenizer, embedded)
+    if usual[0].t is None:
+        return usual
+    maker = _InputMaker(stage, entry, embedded, np.random.default_rng(1))
+    return tuple(maker.make(situation, ratio) for ratio in ratios for situation in SITUATIONS[stage])
+
+
+def hardest_input(inputs: Sequence[StageInput]) -> StageInput:
+    """The input with odd sizes and guidance, which shows most faults."""
+    return inputs[min(HARDEST, len(inputs) - 1)]
+
+
+@dataclass(frozen=True)
+class _InputMaker:
+    """Makes inputs for one stage of a bundle from one stream of random numbers."""
+
+    stage: Stage
+    entry: StageEntry
+    embedded: EmbeddedPrompts | None
+    rng: np.random.Generator
+
+    def make(self, situation: Situation, t: float) -> StageInput:
+        sizes = situation.sizes
+        inputs: dict[str, NDArray[Any]] = {}
+        for port in self.entry.inputs:
+            if not is_control(port.name):
+                shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in port.dims)
+                inputs[port.name] = self.rng.standard_normal(shape, dtype=np.float32)
+        batch, timed = sizes["batch"], "timestep_ratio" in inputs
+        if timed:
+            inputs["timestep_ratio"] = np.full(batch, t, np.float32)
+            inputs["sample"] = _noised(inputs["sample"], t, self.rng)
+        if self.embedded is not None:
+            _set_prompts(inputs, self.embedded, guided=situation.guided)
+        if situation.guided:
+            half = batch // 2
+            inputs["sample"][half:] = inputs["sample"][:half]
+            for name in IMAGE_PORTS:
+                if name in inputs:
+                    inputs[name][half:] = 0
+        label = ", ".join(f"{dim} {size}" for dim, size in sizes.items())
+        label = f"t {t}, {label}{', guided' if situation.guided else ''}" if timed else label
+        return StageInput(self.stage, label, inputs, t if timed else None)
 
 
 def _noised(x0: F32, t: float, rng: np.random.Generator) -> F32:
-    """√ᾱ·x0 + √(1-ᾱ)·ε: latents at ratio `t`."""
+    """√ᾱ·x0 + √(1-ᾱ)·ε: the latents `x0` noised to timestep ratio `t`."""
     bar = alpha_bar(np.float32(t))
     noise = rng.standard_normal(x0.shape, dtype=np.float32)
     noised: F32 = np.sqrt(bar) * x0 + np.sqrt(np.float32(1) - bar) * noise
     return noised
 
 
-def _say_prompts(inputs: dict[str, NDArray[Any]], embedded: Embedded, *, guided: bool) -> None:
-    """Put prompts in: another for each sample, or under guidance one and its negative."""
+def _set_prompts(inputs: dict[str, NDArray[Any]], embedded: EmbeddedPrompts, *, guided: bool) -> None:
+    """Set the text conditions: another prompt for each sample, or with guidance one prompt and its negative."""
     batch = len(inputs["sample"]) if "sample" in inputs else 0
     half, last = batch // 2, len(embedded.pooled) - 1
     rows = [PROMPT] * half + [last] * (batch - half) if guided else [(PROMPT + i) % last for i in range(batch)]

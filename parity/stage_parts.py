@@ -1,6 +1,10 @@
-"""The ways an engine runs a stage: whole, and in the two parts that images are drawn with."""
+"""Loads a stage as one graph, or as the two graphs that sampling uses; `verify` compares both.
+
+The graph "conditioning" computes once what depends on the prompt alone; the graph "step" computes the rest.
+"""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +17,19 @@ from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.profiles import STEPS
 from ..schemas.stages import Stage
 
-IN_PARTS = " in two parts"
 
-Load = Callable[[], StageRunner]
+@dataclass(frozen=True)
+class StageLoader:
+    """One way to load a stage: `name` follows the stage's name in reports, and is empty for the single graph."""
+
+    name: str
+    load: Callable[[], StageRunner]
 
 
-class InTwoParts(HostRunner):
-    """A stage by its graphs "conditioning" and "step", fed as the whole is. Both are in memory: together they have the
-    weights of the whole."""
+class TwoPartStage(HostRunner):
+    """A stage as its graphs "conditioning" and "step", with the inputs and outputs of the single graph.
+
+    Both graphs are in memory. Together they have the weights of the single graph."""
 
     def __init__(self, engine: Engine, stage: Stage) -> None:
         """Raises EngineError when either cannot be loaded."""
@@ -44,17 +53,16 @@ class InTwoParts(HostRunner):
         self._conditioning.close()
 
 
-def ways(engine: Engine, stage: Stage) -> Iterator[tuple[str, Load]]:
-    """What to call each way, and how to load it: the whole where the engine has it, and two parts where it draws images
-    with those. At least one."""
-    parts = is_hoisted(engine, stage)
-    if MAIN_GRAPH in engine.graphs(stage) or not parts:
-        yield "", lambda: engine.load(stage)
-    if parts:
-        yield IN_PARTS, lambda: InTwoParts(engine, stage)
+def stage_loaders(engine: Engine, stage: Stage) -> Iterator[StageLoader]:
+    """Every way in which the engine runs the stage, at least one: the single graph first, where the engine has it."""
+    hoisted = is_hoisted(engine, stage)
+    if MAIN_GRAPH in engine.graphs(stage) or not hoisted:
+        yield StageLoader("", lambda: engine.load(stage))
+    if hoisted:
+        yield StageLoader("in two parts", lambda: TwoPartStage(engine, stage))
 
 
 def _schedule(ratios: F32) -> F32:
-    """A schedule of the usual length that ends in `ratios` (B,), among others: another row would be noticed."""
+    """A schedule of the usual length that ends in `ratios` (batch,); a step that uses another row is noticed."""
     others = np.linspace(1, 0.01, STEPS[1], dtype=np.float32)[: max(0, STEPS[1] - len(ratios))]
     return np.concatenate([others, ratios])

@@ -1,8 +1,8 @@
-"""How far an engine may be from the reference: a factor times a floor that is measured on the very model.
+"""Decides how far an engine may be from the reference: a factor times an error floor measured on the same model.
 
-The floor is the error of the reference itself when it computes in the engine's precision, against itself in float64.
-Quantised stages have a second one: that of the reference when its Linears multiply what the graph's do.
-docs/parity.md has what the factors come from; `cascadekit bench parity` measures it.
+The floor is the error of the reference when it computes in the engine's precision, compared with itself in float64.
+Quantised stages have a second floor: the error of the reference when its Linears multiply quantised numbers as the
+graph does. docs/parity.md explains where the factors come from; `cascadekit bench parity` measures them.
 """
 
 import math
@@ -16,25 +16,25 @@ from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 
 COARSENESS = (Precision.FP32, Precision.FP16, Precision.BF16)
-# Half the distance of a type's numbers, relative to them.
+# Half the distance between neighbouring numbers of a type, relative to the numbers.
 ROUNDOFF: Mapping[Precision, float] = {Precision.FP32: 2.0**-24, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}
 
-# Tolerance over floor, by what computes and in which precision; "" is any other engine.
+# Tolerance divided by floor, by engine and precision; "" stands for every engine that is not listed.
 FACTORS: Mapping[str, Mapping[Precision, float]] = {
     "": {Precision.FP32: 4.0, Precision.FP16: 3.0, Precision.BF16: 3.0},
 }
-QUANTIZED_FACTOR = 4.0  # to the error of the reference with every Linear quantised that may be
-MOST = 0.5  # relative L2 of a quantised stage, however much the reference loses
-# What is measured of a reference, and "float64".
-COMPUTES: Mapping[Precision | Quantization, str] = {
+QUANTIZED_FACTOR = 4.0  # tolerance divided by the floor of quantised stages
+MAX_QUANTIZED_TOLERANCE = 0.5  # relative L2 of a quantised stage, however large its floor is
+# The name that a reference knows each precision and quantisation by; floors are errors against "float64".
+COMPUTE_DTYPES: Mapping[Precision | Quantization, str] = {
     Precision.FP32: "float32",
     Precision.FP16: "float16",
     Precision.BF16: "bfloat16",
     **{kind: str(kind) for kind in Quantization if kind is not Quantization.NONE},
 }
-# For a reference that computes in one way only: what the tiny cascade's worst stage has. Quantised stages are held to
-# about three times what small random networks lose.
-USUAL_FLOORS: Mapping[Precision | Quantization, float] = {
+# Floors for a reference that computes in one precision only: those of the tiny cascade's worst stage. Those of
+# quantised stages allow about three times what small random networks lose.
+DEFAULT_FLOORS: Mapping[Precision | Quantization, float] = {
     Precision.FP32: 1e-6,
     Precision.FP16: 2e-3,
     Precision.BF16: 2e-2,
@@ -49,8 +49,8 @@ Floors = Mapping[Precision | Quantization, float]
 
 
 @dataclass(frozen=True)
-class Preset:
-    """What a stage is held to on an engine: relative L2 of one forward pass, and how that came about."""
+class StageTolerance:
+    """The relative L2 that one forward pass of a stage may have on an engine, and what it was computed from."""
 
     precision: Precision
     quantization: Quantization
@@ -60,27 +60,34 @@ class Preset:
 
     @property
     def tolerance(self) -> float:
-        return max(self.floor * self.factor, min(self.quantized_floor * QUANTIZED_FACTOR, MOST))
+        return max(self.floor * self.factor, min(self.quantized_floor * QUANTIZED_FACTOR, MAX_QUANTIZED_TOLERANCE))
 
 
 def coarser(precision: Precision, other: Precision | None) -> Precision:
+    """The precision of the two that has fewer significant bits; `precision` when `other` is None."""
     return max(precision, other or precision, key=COARSENESS.index)
 
 
-def preset(entry: StageEntry, engine: str, computes: Precision | None, floors: Floors) -> Preset:
-    """The preset for a stage of a bundle; `computes` is what the engine computes in whatever the graph says, `floors`
-    are the measured ones."""
+def stage_tolerance(entry: StageEntry, engine: str, computes: Precision | None, floors: Floors) -> StageTolerance:
+    """The tolerance for a stage of a bundle.
+
+    `computes` is the precision that the engine computes in whatever the graph says, or None. `floors` are the measured
+    ones; DEFAULT_FLOORS stand in for those that are missing."""
     precision = coarser(entry.precision, computes)
-    floor = floors.get(precision, USUAL_FLOORS[precision])
-    if not math.isfinite(floor):  # the reference itself overflows there; graphs that do not are as good as in bf16
-        floor = floors.get(Precision.BF16, USUAL_FLOORS[Precision.BF16])
+    floor = floors.get(precision, DEFAULT_FLOORS[precision])
+    if not math.isfinite(floor):  # the reference overflows in fp16: a graph that does not is as exact as one in bf16
+        floor = floors.get(Precision.BF16, DEFAULT_FLOORS[Precision.BF16])
     factors = FACTORS.get(engine, FACTORS[""])
-    quantized = floors.get(entry.quantization, USUAL_FLOORS[entry.quantization])
-    return Preset(precision, entry.quantization, max(floor, ROUNDOFF[precision]), factors[precision], quantized)
+    quantized = floors.get(entry.quantization, DEFAULT_FLOORS[entry.quantization])
+    return StageTolerance(
+        precision, entry.quantization, max(floor, ROUNDOFF[precision]), factors[precision], quantized_floor=quantized
+    )
 
 
-def drift_tolerance(gain: float, tolerance: float) -> float:
-    """Relative L2 that a value far down a trajectory may have when each forward pass may have `tolerance`."""
+def trajectory_tolerance(gain: float, tolerance: float) -> float:
+    """The relative L2 that a value along a trajectory may have when each forward pass may have `tolerance`.
+
+    `gain` is how many times larger than the error of each forward pass the error of that value is."""
     return max(gain, 1.0) * tolerance
 
 

@@ -1,4 +1,4 @@
-"""What a comparison counts as it reads slices: special values, the largest errors, a histogram, distances in ULP."""
+"""Counts over slices of arrays: special values, the largest errors, a histogram, distances in ULP."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from ..schemas.precision import FP16_MAX, Precision
 Array = NDArray[Any]
 
 QUANTILE = 0.999
-SPARE = 1 << 13  # values that are taken in before the small ones are dropped
+SPARE = 1 << 13  # values that are added before the small ones are dropped
 BINS_PER_DECADE = 4
 LOWEST, HIGHEST = -12, 4  # decades of the histogram
 BINS = (HIGHEST - LOWEST) * BINS_PER_DECADE
@@ -21,8 +21,8 @@ HISTOGRAM_EDGES = tuple(LOWEST + index / BINS_PER_DECADE for index in range(BINS
 
 
 @dataclass(frozen=True)
-class Tally:
-    """How many, and the index of the first."""
+class ValueCount:
+    """How many values are of one kind, and the index of the first; true when there is one."""
 
     count: int = 0
     first: tuple[int, ...] | None = None
@@ -33,7 +33,7 @@ class Tally:
 
 @dataclass
 class _Counter:
-    """A Tally in the making; `first` is a flat index."""
+    """Counts over slices towards a ValueCount; `first` is a flat index."""
 
     count: int = 0
     first: int = -1
@@ -44,12 +44,12 @@ class _Counter:
             self.first = start + int(hits.argmax())
         self.count += count
 
-    def at(self, shape: tuple[int, ...]) -> Tally:
-        return Tally(self.count, tuple(map(int, np.unravel_index(self.first, shape))) if self.count else None)
+    def at(self, shape: tuple[int, ...]) -> ValueCount:
+        return ValueCount(self.count, tuple(map(int, np.unravel_index(self.first, shape))) if self.count else None)
 
 
-class Specials:
-    """NaN, infinities and values beyond fp16 of the found array; what is not finite in the reference."""
+class SpecialCounts:
+    """Counts NaN, infinities and values beyond fp16 in the found array, and non-finite values in the reference."""
 
     def __init__(self) -> None:
         self.nan, self.positive, self.negative = _Counter(), _Counter(), _Counter()
@@ -66,13 +66,13 @@ class Specials:
 
 
 class Largest:
-    """The largest values of a stream of at most `size`, as many as its exact 99.9th percentile takes."""
+    """Keeps the largest values of a stream of at most `size` values: as many as its exact 99.9th percentile needs."""
 
     def __init__(self, size: int) -> None:
         self._keep = size - math.floor(QUANTILE * (size - 1)) if size else 0
         self._values = np.empty(2 * self._keep + SPARE)
         self._count = 0
-        self._least = -math.inf  # what a value has to exceed to matter, once enough are kept
+        self._least = -math.inf  # once enough are kept, smaller values are ignored
 
     def add(self, values: Array) -> None:
         for start in range(0, values.size, SPARE):
@@ -85,14 +85,14 @@ class Largest:
             self._count += part.size
 
     def _drop(self) -> None:
-        """Keep what can still be needed."""
+        """Drop all but the largest values that the percentile can need."""
         self._values[: self._count].partition(self._count - self._keep)
         self._values[: self._keep] = self._values[self._count - self._keep : self._count]
         self._count = self._keep
         self._least = float(self._values[: self._keep].min(initial=math.inf))
 
     def quantile(self, count: int) -> float:
-        """The 99.9th percentile of the `count` values that came, interpolated linearly as numpy does; 0 of none."""
+        """The 99.9th percentile of the `count` values added, interpolated linearly as numpy does; 0 without values."""
         if not count:
             return 0.0
         position = QUANTILE * (count - 1)
@@ -104,7 +104,7 @@ class Largest:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Errors by their size, in quarter decades from 1e-12 to 1e4; `exact` are zero, the others lie outside."""
+    """Errors by size, in quarter decades from 1e-12 to 1e4: `exact` are zero, `below` and `above` lie outside."""
 
     exact: int = 0
     below: int = 0
@@ -112,7 +112,7 @@ class Histogram:
     above: int = 0
 
     def added(self, error: Array, unit: float) -> "Histogram":
-        """With the values of `error` / `unit`, none of them negative."""
+        """This histogram with the values of `error` / `unit` added, none of which may be negative."""
         positive = error[error > 0]
         with np.errstate(over="ignore"):
             scale = np.floor((np.log10(positive) - math.log10(unit) - LOWEST) * BINS_PER_DECADE)
@@ -130,11 +130,11 @@ class Histogram:
 
 
 def ulp_distance(x: Array, r: Array, precision: Precision) -> Array:
-    """How many steps between neighbouring values of `precision` lie between finite `x` and `r`, int64.
+    """How many neighbouring values of `precision` lie between finite `x` and `r`, as int64.
 
-    Both are rounded to it first, through float32 as torch does; what overflows counts as the value after the
-    largest, and the two zeros are one. Method: the bits of a float, taken as sign and magnitude, count its place
-    among all of its type."""
+    Both are rounded to `precision` first, through float32 as torch does. A value that overflows counts as the one
+    after the largest; the two zeros count as one. Method: the bits of a float, read as sign and magnitude, are its
+    place among all values of its type."""
     return np.asarray(np.abs(_places(x, precision) - _places(r, precision)))
 
 
@@ -152,6 +152,6 @@ def _places(values: Array, precision: Precision) -> Array:
 
 
 def _bf16_bits(floats: Array) -> Array:
-    """The upper 16 bits of each float32 after rounding to nearest, ties to even. Not for NaN."""
+    """The upper 16 bits of each float32, rounded to nearest, ties to even; no value may be NaN."""
     bits = floats.view(np.uint32)
     return np.asarray((bits + (0x7FFF + (bits >> 16 & 1))) >> 16)

@@ -1,4 +1,4 @@
-"""The verdict of a parity run in the bundle's manifest, and what it is worth later."""
+"""Records the verdict of a parity run in the bundle's manifest, and reads whether it still holds."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -10,37 +10,37 @@ from ..schemas.stages import Stage
 from ..storage.atomic_file import whole_file
 from ..storage.bundle import Bundle
 from .compare import Comparison
-from .report.build import Verified, place
+from .results import Report
 
 KEPT = 16  # verdicts in a manifest; the oldest go first
 
 
 class Verdict(StrEnum):
-    """What is known of a bundle, the worst first."""
+    """The state of a bundle's verification, the worst first."""
 
     FAILED = "failed"
-    STALE = "stale"  # it was verified, and something in it has changed since
+    STALE = "stale"  # the bundle was verified, and its files have changed since
     NEVER = "never"
     PASSED = "passed"
 
 
-def make_verdict(verified: Verified, manifest: Manifest, created_by: str, date: str = "") -> VerdictEntry:
-    """What the manifest keeps of a parity run; `date` is today's in UTC when left out."""
+def make_verdict(report: Report, manifest: Manifest, created_by: str, date: str = "") -> VerdictEntry:
+    """The entry that the manifest keeps of a parity run; an empty `date` stands for today in UTC."""
     return VerdictEntry(
-        engine=verified.engine,
-        reference=verified.reference,
+        engine=report.engine,
+        reference=report.reference,
         date=date or datetime.now(UTC).date().isoformat(),
         created_by=created_by,
-        passed=bool(verified),
-        image_psnr_db=verified.image_psnr,
-        stages=_stages(verified.comparisons, manifest),
+        passed=report.comparisons_passed,
+        image_psnr_db=report.image_psnr,
+        stages=_stages(report.comparisons, manifest),
     )
 
 
 def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
-    """Put `verdict` into the bundle's manifest in the place of those it makes obsolete; returns the new manifest.
+    """Add `verdict` to the bundle's manifest, remove the verdicts it makes obsolete, and return the new manifest.
 
-    The file is replaced whole. Raises CheckpointError when it cannot be written."""
+    The manifest is replaced whole. Raises CheckpointError when it cannot be written."""
     path = bundle.root / MANIFEST_NAME
     others = [old for old in bundle.manifest.parity if not _obsolete(old, verdict)]
     manifest = bundle.manifest.model_copy(update={"parity": (*others, verdict)[-KEPT:]})
@@ -48,19 +48,22 @@ def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
         with whole_file(path, path.stat().st_mode & 0o777) as file:
             file.write(to_text(manifest).encode())
     except OSError as error:
-        raise CheckpointError(f"{path}: the verdict cannot be recorded: {error.strerror}; see --no-verdict") from error
+        raise CheckpointError(
+            f"{path}: the verdict cannot be recorded: {error.strerror}; give verdict=False to leave it out"
+        ) from error
     return manifest
 
 
 def verdict_of(manifest: Manifest, engine: str | None = None) -> Verdict:
-    """What is known of the bundle on `engine` (on any, when left out): of every stage the latest verdict counts, of
-    the bundle the worst of its stages'."""
+    """The verdict on the bundle run by `engine`, or by any engine when left out.
+
+    The latest verdict on each stage counts. The verdict on the bundle is the worst of its stages'."""
     found = [_of_stage(stage, entry, manifest.parity, engine) for stage, entry in manifest.stages.items()]
     return next((verdict for verdict in Verdict if verdict in found), Verdict.NEVER)
 
 
 def warning(manifest: Manifest, engine: str | None = None) -> str | None:
-    """A line for who is about to use a bundle; None when it was verified and passed."""
+    """A line to show before a bundle is used; None when the bundle was verified and passed."""
     on = f" on {engine}" if engine else ""
     todo = "compare it with its model: cascadekit verify BUNDLE --against MODEL"
     match verdict_of(manifest, engine):
@@ -76,9 +79,8 @@ def warning(manifest: Manifest, engine: str | None = None) -> str | None:
 def _stages(comparisons: Iterable[Comparison], manifest: Manifest) -> dict[Stage, StageVerdict]:
     by_stage: dict[Stage, list[Comparison]] = {}
     for comparison in comparisons:
-        stage = place(comparison.name)[1]
-        if stage is not None and stage in manifest.stages:
-            by_stage.setdefault(stage, []).append(comparison)
+        if comparison.stage is not None and comparison.stage in manifest.stages:
+            by_stage.setdefault(comparison.stage, []).append(comparison)
     return {
         stage: StageVerdict(
             passed=all(found),
@@ -94,7 +96,7 @@ def _files(entry: StageEntry) -> dict[str, str]:
 
 
 def _obsolete(old: VerdictEntry, new: VerdictEntry) -> bool:
-    """Whether all that `old` says, `new` says anew."""
+    """Whether `new` is about the same engine and reference, and about every stage of `old`."""
     return (old.engine, old.reference) == (new.engine, new.reference) and old.stages.keys() <= new.stages.keys()
 
 
@@ -108,5 +110,5 @@ def _of_stage(stage: Stage, entry: StageEntry, verdicts: Iterable[VerdictEntry],
     found = latest.stages[stage]
     if found.files != _files(entry):
         return Verdict.STALE
-    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())  # the image, say
+    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())  # as the final image
     return Verdict.PASSED if found.passed and not elsewhere else Verdict.FAILED

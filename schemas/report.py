@@ -1,4 +1,4 @@
-"""What `report.json` holds: every figure of a parity run, and what it takes to repeat it."""
+"""The schema of `report.json`: every figure of a parity run, and what it takes to repeat the run."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from .stages import Stage, Variant
 FORMAT = "cascadekit-parity-report"
 
 
-class _Frozen(BaseModel):
+class _ReportModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -21,18 +21,18 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-# What may come from file names, which hold what is no character where a system allows it.
+# Text that may come from file names, which on some systems hold bytes that are no characters.
 Text = Annotated[str, BeforeValidator(_encodable)]
 
 
-class TallyEntry(_Frozen):
+class ValueCountEntry(_ReportModel):
     """How many values, and the index of the first."""
 
     count: int = Field(ge=0)
     first: tuple[int, ...] | None
 
 
-class HistogramEntry(_Frozen):
+class HistogramEntry(_ReportModel):
     """Errors as a part of the reference's root mean square: `exact` are zero, `counts` lie between 10 to the power of
     neighbouring `edges`."""
 
@@ -43,14 +43,15 @@ class HistogramEntry(_Frozen):
     above: int
 
 
-class ComparisonEntry(_Frozen):
-    """One tensor against its reference; the figures are those of `runtime.parity.metrics.Comparison`. `kind` is
-    "stage" for a pass on its own, else the way along the sampler that the name begins with, and `step` counts
-    from 1."""
+class ComparisonEntry(_ReportModel):
+    """One array compared with its reference; the figures are those of `parity.compare.Comparison`.
+
+    `kind` is "stage" for a forward pass by itself, "teacher-forced" for a pass on the latents of the reference's
+    trajectory, "trajectory" for a step of the engine's own trajectory, and "noise". `step` counts from 1."""
 
     name: Text
     kind: Text
-    stage: Stage | None  # None: the image
+    stage: Stage | None  # None for the final image and for noise
     step: int | None
     passed: bool
     failures: tuple[Text, ...]
@@ -71,11 +72,11 @@ class ComparisonEntry(_Frozen):
     ulp_mean: Number | None
     constant: bool
     nonfinite: int
-    nan: TallyEntry
-    positive_infinity: TallyEntry
-    negative_infinity: TallyEntry
-    beyond_fp16: TallyEntry
-    reference_nonfinite: TallyEntry
+    nan: ValueCountEntry
+    positive_infinity: ValueCountEntry
+    negative_infinity: ValueCountEntry
+    beyond_fp16: ValueCountEntry
+    reference_nonfinite: ValueCountEntry
     reference_rms: Number
     reference_max: Number
     found_max: Number
@@ -83,16 +84,16 @@ class ComparisonEntry(_Frozen):
     histogram: HistogramEntry
 
 
-class StageFacts(_Frozen):
-    """What the bundle's manifest says of a stage that was compared."""
+class StageFacts(_ReportModel):
+    """Facts from the bundle's manifest about a stage that was compared."""
 
     variant: Variant
     precision: Precision
     quantization: Quantization
 
 
-class ImageEntry(_Frozen):
-    """The final images against each other."""
+class ImageEntry(_ReportModel):
+    """The final image of the engine compared with that of the reference."""
 
     passed: bool
     psnr_db: Number
@@ -100,9 +101,11 @@ class ImageEntry(_Frozen):
     ssim: Number | None  # None where the images are smaller than its window
 
 
-class DepthEntry(_Frozen):
-    """One part of a stage's graph, in the order they run: its own error given the reference's values, the same of the
-    reference's module in the graph's precision, and the error of everything up to it."""
+class DepthEntry(_ReportModel):
+    """The errors of one part of a stage's graph, as relative L2.
+
+    `own` is its error when its inputs are the reference's values. `floor` is the error of the reference's module in the
+    graph's precision. `accumulated` is the error of the whole graph up to this part."""
 
     stage: Stage
     name: Text
@@ -112,7 +115,7 @@ class DepthEntry(_Frozen):
     faulty: bool
 
 
-class RangeEntry(_Frozen):
+class RangeEntry(_ReportModel):
     """The largest magnitude that a block's activations reach."""
 
     stage: Stage
@@ -121,8 +124,8 @@ class RangeEntry(_Frozen):
     precision: Precision
 
 
-class FileEntry(_Frozen):
-    """A file that was part of the comparison; the digests are those of `schemas.bundle.FileEntry`."""
+class ComparedFile(_ReportModel):
+    """A file that was part of the comparison; its digests are those of `schemas.bundle.FileEntry`."""
 
     role: Literal["bundle", "reference"]
     path: Text
@@ -131,8 +134,8 @@ class FileEntry(_Frozen):
     sha256: str | None
 
 
-class ParityReport(_Frozen):
-    """A parity run; `date` is UTC, ISO 8601. `left_out` says what an engine built for some sizes does not take."""
+class ParityReport(_ReportModel):
+    """A parity run. `date` is UTC in ISO 8601. `left_out` names the inputs whose sizes the engine was not built for."""
 
     format: Literal["cascadekit-parity-report"] = "cascadekit-parity-report"
     version: Literal[1] = 1
@@ -149,10 +152,10 @@ class ParityReport(_Frozen):
     depth: tuple[DepthEntry, ...] = ()
     ranges: tuple[RangeEntry, ...] = ()
     left_out: tuple[Text, ...] = ()
-    files: tuple[FileEntry, ...]
+    files: tuple[ComparedFile, ...]
 
 
 def report_schema() -> str:
-    """The JSON schema of report.json, as text."""
+    """The JSON schema of report.json, as JSON text."""
     schema: dict[str, Any] = ParityReport.model_json_schema(mode="serialization")
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"

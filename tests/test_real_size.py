@@ -13,11 +13,10 @@ from safetensors import safe_open
 from cascadekit import convert, export
 from cascadekit.bench import bench_generate
 from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference import build_reference
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.parity.verify import verify
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.storage.bundle import open_bundle
 from helpers.standins import write_stand_in
@@ -47,7 +46,7 @@ def test_lite_stages(catalog_folder: Path, tmp_path: Path, name: str, stage: Sta
 
     opened = open_bundle(tmp_path / "bundle")
     reference = reference_engine(open_model([tmp_path / "model"]), [stage])
-    report = verify(OnnxRuntimeEngine(opened), reference, opened.manifest, ClipTokenizer.open(), [stage])
+    report = compare_engine(OnnxRuntimeEngine(opened), reference, opened, [stage])
     for comparison in report.comparisons:
         print(f"{comparison.name}: relative L2 {comparison.relative_l2:.2e}, max abs {comparison.max_abs:.2e}")
     assert report

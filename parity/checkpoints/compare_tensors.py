@@ -1,10 +1,10 @@
-"""Whether two checkpoints, in any layouts, hold the same tensors: value by value, memory-mapped, in two threads."""
+"""Compares the tensors of two checkpoints in any layouts, value by value, memory-mapped and in two threads."""
 
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...converters.checkpoints.component import Component
-from ...converters.checkpoints.open_model import Model
-from ...schemas.callbacks import Progress
+from ...converters.checkpoints.open_model import Model, open_model
+from ...schemas.callbacks import Progress, StartFile
 from ...schemas.errors import UsageError
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape
@@ -25,23 +25,23 @@ THREADS = 2
 
 
 class Status(StrEnum):
-    """How a tensor compares. Cast: of two dtypes, and equal once the wider is rounded as torch rounds."""
+    """The result for one tensor. CAST: dtypes differ, and values are equal once the wider is rounded as in torch."""
 
     EQUAL = "equal"
     CAST = "cast"
     DIFFERING = "differing"
     SHAPE = "other shape"
     DTYPE = "other dtype"
-    MISSING = "missing"  # only in what is compared against
-    UNEXPECTED = "unexpected"  # only in what is compared
+    MISSING = "missing"  # only in the expected checkpoint
+    UNEXPECTED = "unexpected"  # only in the found checkpoint
 
 
 GOOD = (Status.EQUAL, Status.CAST)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in a file: under which name, in which of that tensor's rows (None: all of it)."""
+class TensorLocation:
+    """Where a tensor is stored: file, name, dtype, and the rows of the stored tensor that it is (None for all)."""
 
     file: str
     name: str
@@ -56,15 +56,17 @@ class Place:
 
 @dataclass(frozen=True)
 class TensorMatch:
-    """One tensor, by its diffusers name, in both checkpoints. `differing` values are not equal (of two dtypes: after
-    the cast), by at most `max_abs` (None: not numbers that can be subtracted here), the first at index `first`."""
+    """One tensor, by its diffusers name, in both checkpoints.
+
+    `differing` values are not equal, after the cast if dtypes differ. They differ by at most `max_abs`, which is None
+    for dtypes whose values cannot be subtracted. `first` is the index of the first of them."""
 
     stage: Stage
     name: str
     status: Status
     shape: Shape
-    found: Place | None
-    expected: Place | None
+    found: TensorLocation | None
+    expected: TensorLocation | None
     differing: int = 0
     max_abs: float | None = None
     first: tuple[int, ...] | None = None
@@ -76,9 +78,10 @@ class TensorMatch:
 
 @dataclass(frozen=True)
 class CheckpointComparison:
-    """All tensors of all stages that both hold; true when all are equal, or equal but for a cast. `layouts` are the
-    two of each stage. `unmatched` stages are only in what was compared, which fails; `left_out` ones only in what it
-    was compared against."""
+    """All tensors of all stages that both checkpoints have; true when all are equal, or equal after a cast.
+
+    `layouts` are the layouts of each stage, found and expected. `unmatched` stages are in the found checkpoint alone,
+    which makes the comparison fail. `left_out` stages are in the expected checkpoint alone."""
 
     tensors: tuple[TensorMatch, ...]
     layouts: dict[Stage, tuple[str, str]]
@@ -95,7 +98,7 @@ class CheckpointComparison:
         return {status: found[status] for status in Status}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; each tensor with where it lies in both."""
+        """Plain values; each tensor with its location in both checkpoints."""
         return {
             "passed": bool(self),
             "counts": self.counts,
@@ -108,15 +111,27 @@ class CheckpointComparison:
 
 
 def compare_checkpoints(
-    found: Model, expected: Model, stages: Sequence[Stage] = (), progress: Progress | None = None
+    found: str | Path | Model,
+    expected: str | Path | Model,
+    stages: Sequence[Stage | str] = (),
+    *,
+    start_file: StartFile | None = None,
 ) -> CheckpointComparison:
-    """Compare every tensor of the stages both models hold (of `stages` alone, when given); `progress` is told of the
-    bytes done, of both together.
+    """Compare every tensor of the stages that both checkpoints have, or of `stages` alone.
 
-    Values are equal when their bits are. Raises UsageError when the models share no stage, or lack a chosen one;
-    CheckpointError when a file cannot be read."""
-    chosen = list(stages) or [stage for stage in found.components if stage in expected.components]
-    for model in (found, expected):
+    The checkpoints may be files, folders or opened models, in any layouts. Two values are equal when their bits are.
+    Of two dtypes, the wider is rounded to the narrower first. `start_file` is told the bytes read from both together.
+
+    ```python
+    result = cascadekit.compare_checkpoints("model", "original")
+    assert result, [str(tensor.found) for tensor in result.tensors if not tensor]
+    ```
+
+    Raises UsageError when the checkpoints share no stage or lack a chosen one, CheckpointError when a file cannot be
+    read."""
+    models = [model if isinstance(model, Model) else open_model([model]) for model in (found, expected)]
+    chosen = [Stage(stage) for stage in stages] or [s for s in models[0].components if s in models[1].components]
+    for model in models:
         absent = [stage for stage in chosen if stage not in model.components]
         if absent or not chosen:
             have = ", ".join(model.components) or "nothing"
@@ -124,31 +139,28 @@ def compare_checkpoints(
             raise UsageError(f"one of the two checkpoints has no {wanted}; it has {have}")
     matches: list[TensorMatch] = []
     pairs: dict[int, Pair] = {}  # by position in `matches`
+    ours, theirs = (model.components for model in models)
     for stage in chosen:
-        for match, pair in _matched(stage, found.components[stage], expected.components[stage]):
+        for match, pair in _matched(stage, ours[stage], theirs[stage]):
             if pair is not None:
                 pairs[len(matches)] = pair
             matches.append(match)
+    nbytes = sum(pair.found.nbytes + pair.expected.nbytes for pair in pairs.values())
+    progress = start_file("comparing", nbytes) if start_file else None
     for index, difference in _differences(pairs, progress):
         matches[index] = _judged(matches[index], difference)
     return CheckpointComparison(
         tensors=tuple(matches),
-        layouts={s: (str(found.components[s].layout), str(expected.components[s].layout)) for s in chosen},
-        unmatched=() if stages else tuple(s for s in found.components if s not in chosen),
-        left_out=() if stages else tuple(s for s in expected.components if s not in chosen),
-        nbytes=sum(pair.found.nbytes + pair.expected.nbytes for pair in pairs.values()),
+        layouts={s: (str(ours[s].layout), str(theirs[s].layout)) for s in chosen},
+        unmatched=() if stages else tuple(s for s in ours if s not in chosen),
+        left_out=() if stages else tuple(s for s in theirs if s not in chosen),
+        nbytes=nbytes,
     )
 
 
-def total_bytes(found: Model, expected: Model) -> int:
-    """What a comparison of two models reads at most."""
-    models = (found, expected)
-    return sum(t.nbytes for model in models for c in model.components.values() for t in c.tensors.values())
-
-
 def _matched(stage: Stage, found: Component, expected: Component) -> Iterator[tuple[TensorMatch, Pair | None]]:
-    """Every tensor of a stage, and what has to be read of it; what is settled by the headers has None."""
-    places = [_places(component) for component in (found, expected)]
+    """Every tensor of a stage, with the pair of ranges to read; None where the headers alone decide."""
+    locations = [_locations(component) for component in (found, expected)]
     for name in {**expected.tensors, **found.tensors}:
         x, y = found.tensors.get(name), expected.tensors.get(name)
         pair = None
@@ -162,35 +174,36 @@ def _matched(stage: Stage, found: Component, expected: Component) -> Iterator[tu
         else:
             status, pair = Status.EQUAL if read_as(x) == read_as(y) else Status.CAST, Pair(x, y)
         shape = x.shape if x is not None else y.shape if y is not None else ()
-        yield TensorMatch(stage, name, status, shape, places[0].get(name), places[1].get(name), detail=detail), pair
+        found_at, expected_at = (each.get(name) for each in locations)
+        yield TensorMatch(stage, name, status, shape, found=found_at, expected=expected_at, detail=detail), pair
 
 
-def _places(component: Component) -> dict[str, Place]:
-    """Where each tensor lies, by its diffusers name: found again in the headers by its bytes."""
+def _locations(component: Component) -> dict[str, TensorLocation]:
+    """The location of each tensor by its diffusers name; the byte ranges in the headers tell the stored names."""
     headers: dict[Path, list[tuple[int, str, TensorRange]]] = {}
     places = {}
     for name, tensor in component.tensors.items():
         if tensor.path not in headers:
             header = read_weights(tensor.path)
             headers[tensor.path] = sorted((t.offset, own, t) for own, t in header.tensors.items() if t.nbytes)
-        places[name] = _place(tensor, headers[tensor.path], name)
+        places[name] = _location(tensor, headers[tensor.path], name)
     return places
 
 
-def _place(tensor: TensorRange, known: list[tuple[int, str, TensorRange]], name: str) -> Place:
+def _location(tensor: TensorRange, known: list[tuple[int, str, TensorRange]], name: str) -> TensorLocation:
     at = bisect_right(known, tensor.offset, key=lambda item: item[0]) - 1
     if at < 0 or not tensor.nbytes:
-        return Place(tensor.path.name, name, tensor.dtype, None, tensor.transposed)
+        return TensorLocation(tensor.path.name, name, tensor.dtype, None, tensor.transposed)
     start, own, whole = known[at]
     rows = None
     if tensor.nbytes != whole.nbytes:
         row = whole.nbytes // whole.shape[0]
         rows = ((tensor.offset - start) // row, (tensor.offset - start + tensor.nbytes) // row)
-    return Place(tensor.path.name, own, tensor.dtype, rows, tensor.transposed)
+    return TensorLocation(tensor.path.name, own, tensor.dtype, rows, tensor.transposed)
 
 
 def _differences(pairs: Mapping[int, Pair], progress: Progress | None) -> Iterator[tuple[int, Difference]]:
-    """What the values of each pair differ by, in order."""
+    """The difference of each pair, in order."""
     with MappedFiles() as files, ThreadPoolExecutor(THREADS) as pool:
         blocks = [(index, pair, span) for index, pair in pairs.items() for span in blocks_of(pair)]
         results = pool.map(lambda block: differences(files, block[1], block[2]), blocks)
@@ -211,16 +224,8 @@ def _judged(match: TensorMatch, difference: Difference) -> TensorMatch:
     if not difference.count:
         return match
     first = tuple(map(int, np.unravel_index(difference.first, match.shape)))
-    return TensorMatch(
-        match.stage,
-        match.name,
-        Status.DIFFERING,
-        match.shape,
-        match.found,
-        match.expected,
-        difference.count,
-        difference.max_abs,
-        first,
+    return replace(
+        match, status=Status.DIFFERING, differing=difference.count, max_abs=difference.max_abs, first=first, detail=""
     )
 
 

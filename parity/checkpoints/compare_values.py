@@ -1,4 +1,4 @@
-"""Compares ranges of files value by value, through memory maps and in slices."""
+"""Compares byte ranges of two files value by value, through memory maps and in slices."""
 
 import math
 import mmap
@@ -40,14 +40,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Difference:
-    """How many values differ, by how much at most (None: not to be subtracted), and the flat index of the first."""
+    """How many values differ, by how much at most (None if not numbers), and the flat index of the first."""
 
     count: int = 0
     max_abs: float | None = None
     first: int = 0
 
     def joined(self, other: "Difference") -> "Difference":
-        """Of this and a later part of the tensor."""
+        """The difference of this part of a tensor and a later part together."""
         if not self.count or not other.count:
             return self if self.count else other
         both = (self.max_abs, other.max_abs)
@@ -56,7 +56,7 @@ class Difference:
 
 
 class MappedFiles:
-    """Files mapped into memory, each once; closed at the end of the block."""
+    """A context manager that maps each file into memory once and unmaps all at its end."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, Array] = {}
@@ -90,8 +90,10 @@ def blocks_of(pair: Pair) -> Iterator[range]:
 
 
 def differences(files: MappedFiles, pair: Pair, span: range) -> Difference:
-    """What the values at the flat indices `span` differ by. Of two dtypes the wider is cast to the narrower, and of
-    two as wide as each other the one to the other in whichever direction they agree best; NaN then equals NaN."""
+    """The difference of the values at the flat indices `span`.
+
+    If dtypes differ, the wider is cast to the narrower. Two dtypes of one width are cast in the direction in which
+    fewer values differ. After a cast, NaN equals NaN."""
     x, y = pair.found, pair.expected
     scales = read_scale(x), read_scale(y)
     step = SLICE // max(DTYPE_SIZES[read_as(x)], DTYPE_SIZES[read_as(y)])
@@ -141,20 +143,20 @@ def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:
 
 
 def _differing(a: Array, b: Array, dtype: str, start: int) -> Difference:
-    """Of bytes of one dtype, some of which differ."""
+    """The difference of values of one dtype, given as bytes."""
     size = DTYPE_SIZES[dtype]
     places = np.flatnonzero((a.reshape(-1, size) != b.reshape(-1, size)).any(axis=1))
     return _described(a, b, dtype, places, start)
 
 
 def _after_cast(a: Array, source: str, b: Array, target: str, start: int) -> Difference:
-    ways = []  # fp8 is never cast to
+    casts = []  # nothing is cast to fp8
     if target not in FP8 and (DTYPE_SIZES[source] >= DTYPE_SIZES[target] or source in FP8):
-        ways.append((target, cast_block(a.tobytes(), source, target)[0].view(np.uint8), b))
+        casts.append((target, cast_block(a.tobytes(), source, target)[0].view(np.uint8), b))
     if source not in FP8 and (DTYPE_SIZES[source] <= DTYPE_SIZES[target] or target in FP8):
-        ways.append((source, a, cast_block(b.tobytes(), target, source)[0].view(np.uint8)))
+        casts.append((source, a, cast_block(b.tobytes(), target, source)[0].view(np.uint8)))
     found = []
-    for dtype, x, y in ways:
+    for dtype, x, y in casts:
         bits = [np.frombuffer(values.tobytes(), f"<u{DTYPE_SIZES[dtype]}") for values in (x, y)]
         nan = [(pattern & (1 << 8 * pattern.itemsize - 1) - 1) > _LARGEST[dtype] for pattern in bits]
         places = np.flatnonzero((bits[0] != bits[1]) & ~(nan[0] & nan[1]))
@@ -176,7 +178,7 @@ def _described(a: Array, b: Array, dtype: str, places: Array, start: int) -> Dif
 
 
 def _numbers(values: Array, dtype: str, places: Array) -> Array | None:
-    """The values at `places` in float64; None for types numpy knows nothing of."""
+    """The values at `places` in float64; None for dtypes that numpy lacks."""
     size = DTYPE_SIZES[dtype]
     chosen = values.reshape(-1, size)[places].tobytes()
     if dtype in (*FLOATS, *FP8):

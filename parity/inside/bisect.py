@@ -1,12 +1,14 @@
-"""Finds the part of a graph that is not what the reference is.
+"""Finds the parts of a graph that do not compute what the reference computes.
 
-The graph is cut at every value that stands for a module of the reference, and every part is given the reference's
-values: what it gets wrong is its own. How much it may get wrong is measured at the same place: the reference's modules
-compute in the graph's precision, given the same values, and with products quantised as the graph's are.
+The graph is cut at every value that stands for a module of the reference. Every part gets the reference's values as
+inputs, so its error is its own. The error that a part may have is measured at the same place: the reference's module
+computes on the same values in the graph's precision, and with quantised products where the graph has them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,30 +19,29 @@ from ...runtime.engines.base import Engine, Tensors
 from ...runtime.engines.onnxruntime import open_proto
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import MAIN_GRAPH, StageEntry
+from ...schemas.callbacks import Say
 from ...schemas.config_json import from_json
 from ...schemas.precision import FP16_MAX, Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
-from ..reference_run import embedded_by
-from ..sample_inputs import cases_of, odd_case
-from ..tolerances import COMPUTES, ROUNDOFF
-from .graph_cut import GIVEN, CutGraph, Part
-from .module_map import Point, block_of, match
+from ..reference_run import embed_prompts
+from ..sample_inputs import hardest_input, make_inputs
+from ..tolerances import COMPUTE_DTYPES, ROUNDOFF
+from .graph_cut import GIVEN, CutGraph, GraphPart
+from .module_map import MappedValue, block_of, match
 
-FACTOR = 8.0  # a part's own error to that of the reference's module in the same precision
-# A part may as well be off by so many times √channels of fp32's rounding: what sums over channels lose when they are
-# taken one after the other and one channel has nearly all. PyTorch sums in pairs.
+FACTOR = 8.0  # a part's error may be so many times that of the reference's module in the same precision
+# A part's error may always be so many times √channels times fp32's rounding. Runtimes add channels one after the other,
+# which loses that much when one channel is far larger than the rest; PyTorch adds in pairs.
 SUMMED = 2.0
 MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
-QUANTIZED_FACTOR = 3.0  # the same of parts with quantised products, to the reference's with such products
+QUANTIZED_FACTOR = 3.0  # FACTOR for parts with quantised products, whose floor has such products too
 SLICE_BYTES = 1 << 30
-SHOWN = 5  # faulty parts; what comes after an overflow is wrong as well
-
-Progress = Callable[[str], object]
+SHOWN = 5  # faulty parts that are shown; parts after an overflow are usually wrong as well
 
 
 class WatchedStage(Protocol):
-    """A reference whose modules can be watched: `engines.torch.TorchStage`."""
+    """A reference that returns the values of its modules: `parity.reference.engine.TorchStage`."""
 
     def watch(
         self, inputs: Tensors, wanted: Any, given: Tensors = ..., compute: str | None = None
@@ -49,19 +50,19 @@ class WatchedStage(Protocol):
 
 
 @dataclass(frozen=True)
-class PointError:
-    """How wrong one part of a graph is, by itself and with all that ran before it."""
+class PartError:
+    """The error of one part of a graph, by itself and in the whole graph."""
 
     name: str  # the module's path; "@1" after it for a second pass
-    relative_l2: float  # of the part, given the reference's values
-    worst_channel: float  # of that, the channel that is worst, relative to it or to a usual one
-    floor: float  # the same of the reference's own module in the graph's precision; infinite where that overflows
-    limit: float  # worst_channel above this is a fault
-    max_abs: float  # of the reference's value
-    nonfinite: int  # values that are NaN or infinite
-    inputs: dict[str, float] = field(default_factory=dict)  # what the part is given: largest magnitudes, by name
-    nodes: tuple[str, ...] = ()  # of the graph, that the part consists of
-    accumulated: float | None = None  # relative L2 in the whole graph; None where that was not measured
+    relative_l2: float  # when the part's inputs are the reference's values
+    worst_channel: float  # the largest error of a channel, relative to that channel or to a usual one if larger
+    floor: float  # worst_channel of the reference's module in the graph's precision; infinite where it overflows
+    limit: float  # a larger worst_channel is a fault
+    max_abs: float  # largest magnitude of the reference's value
+    nonfinite: int  # number of values that are NaN or infinite
+    inputs: dict[str, float] = field(default_factory=dict)  # largest magnitude of each of the part's inputs, by name
+    nodes: tuple[str, ...] = ()  # the names of the graph's nodes in this part
+    accumulated: float | None = None  # relative L2 in the whole graph; None where it was not measured
 
     @property
     def faulty(self) -> bool:
@@ -69,7 +70,7 @@ class PointError:
 
     @property
     def held_to(self) -> float:
-        """The floor, or what values of the precision and sums in it are rounded by where that is more."""
+        """The floor, or the rounding error of values and sums in the precision if that is larger."""
         return self.limit / FACTOR
 
     @property
@@ -88,8 +89,7 @@ class Bisection:
 
     stage: Stage
     precision: Precision
-    points: tuple[PointError, ...]
-    depth: tuple[PointError, ...]  # those of `points` with `accumulated`
+    parts: tuple[PartError, ...]
     slices: int
     note: str = ""
 
@@ -97,53 +97,57 @@ class Bisection:
         return not self.faulty
 
     @property
-    def faulty(self) -> tuple[PointError, ...]:
-        return tuple(point for point in self.points if point.faulty)
+    def depth(self) -> tuple[PartError, ...]:
+        """The parts whose accumulated error was measured."""
+        return tuple(part for part in self.parts if part.accumulated is not None)
 
     @property
-    def first(self) -> PointError | None:
+    def faulty(self) -> tuple[PartError, ...]:
+        return tuple(part for part in self.parts if part.faulty)
+
+    @property
+    def first(self) -> PartError | None:
         return next(iter(self.faulty), None)
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """The nodes of the first faulty part that no healthy part has; of these the ones that all faulty parts share,
-        if there are any."""
+        """The nodes of the first faulty part that no healthy part has; only those in all faulty parts, if any are."""
         if self.first is None:
             return ()
-        healthy = {node for point in self.points if not point.faulty for node in point.nodes}
+        healthy = {node for part in self.parts if not part.faulty for node in part.nodes}
         own = [node for node in self.first.nodes if node not in healthy]
-        shared = [node for node in own if all(node in point.nodes for point in self.faulty)]
+        shared = [node for node in own if all(node in part.nodes for part in self.faulty)]
         return tuple(shared or own)
 
     def described(self) -> list[str]:
-        """What was found, a line for each of the first faults."""
+        """The result in words: a line for each of the first SHOWN faulty parts."""
         if not self.faulty:
-            return [f"{self.stage}: {len(self.points)} parts compared, none is faulty"]
-        lines = [f"{self.stage}: {self._line(point)}" for point in self.faulty[:SHOWN]]
+            return [f"{self.stage}: {len(self.parts)} parts compared, none is faulty"]
+        lines = [f"{self.stage}: {self._line(part)}" for part in self.faulty[:SHOWN]]
         if len(self.faulty) > SHOWN:
             lines.append(f"{self.stage}: and {len(self.faulty) - SHOWN} more parts")
         suspects = self.suspects
         more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
         return [*lines, f"{self.stage}: look at the nodes {', '.join(suspects[:3])}{more}"]
 
-    def _line(self, point: PointError) -> str:
-        line = f"{point.label}: relative L2 {point.relative_l2:.1e} by itself, worst channel {point.worst_channel:.1e}"
-        usual = f"has {point.floor:.1e}" if np.isfinite(point.floor) else "overflows"
+    def _line(self, part: PartError) -> str:
+        line = f"{part.label}: relative L2 {part.relative_l2:.1e} by itself, worst channel {part.worst_channel:.1e}"
+        usual = f"has {part.floor:.1e}" if np.isfinite(part.floor) else "overflows"
         line += f" where the reference in {self.precision} {usual}"
-        before = [other.accumulated for other in self.depth if self._place(other) < self._place(point)]
+        before = [other.accumulated for other in self.depth if self._position(other) < self._position(part)]
         if before and before[-1] is not None:
-            line += f"; {before[-1]:.1e} had gathered before"
+            line += f"; {before[-1]:.1e} was the error before it"
         most = MOST[self.precision]
-        for name, largest in {**point.inputs, point.name: point.max_abs}.items():
+        for name, largest in {**part.inputs, part.name: part.max_abs}.items():
             if largest > most:
                 line += f"; max |{name}| {largest:,.0f} > {most:,.0f} ({self.precision})".replace(",", " ")
-        if point.nonfinite:
-            line += f"; {point.nonfinite} values are NaN or infinite"
-        ranges = ", ".join(f"{name} {largest:.3g}" for name, largest in point.inputs.items())
+        if part.nonfinite:
+            line += f"; {part.nonfinite} values are NaN or infinite"
+        ranges = ", ".join(f"{name} {largest:.3g}" for name, largest in part.inputs.items())
         return f"{line}; largest inputs: {ranges or 'those of the stage'}"
 
-    def _place(self, point: PointError) -> int:
-        return self.points.index(point)
+    def _position(self, part: PartError) -> int:
+        return self.parts.index(part)
 
     def to_json(self) -> dict[str, Any]:
         first = self.first
@@ -169,7 +173,7 @@ class Bisection:
                     "inputs": {name: _plain(largest) for name, largest in p.inputs.items()},
                     "accumulated": _plain(p.accumulated),
                 }
-                for p in self.points
+                for p in self.parts
             ],
         }
 
@@ -182,18 +186,19 @@ def bisect_stage(
     bundle: Bundle,
     stage: Stage,
     reference: Engine,
-    tokenizer: ClipTokenizer,
     *,
     slice_bytes: int = SLICE_BYTES,
-    progress: Progress = lambda what: None,
+    say: Say = lambda text: None,
 ) -> Bisection:
-    """`bisect` on the case of the stage where most can go wrong, with true prompts where `reference`, which is a
-    `TorchEngine` of cascadekit's modules, has a text encoder."""
-    entry = bundle.entry(stage)
-    case = odd_case(cases_of(stage, entry, tokenizer, embedded_by(reference, tokenizer)))
+    """`bisect` on the hardest sample input of the stage. `reference` is a `TorchEngine` of cascadekit's modules.
+
+    The input has true prompts where `reference` has a text encoder."""
+    tokenizer = ClipTokenizer.open(bundle.tokenizer)
+    embedded = embed_prompts(reference, tokenizer)
+    sample = hardest_input(make_inputs(stage, bundle.entry(stage), tokenizer, embedded))
     runner: Any
     with reference.load(stage) as runner:
-        return bisect(bundle, stage, runner, case.inputs, slice_bytes=slice_bytes, progress=progress)
+        return bisect(bundle, stage, runner, sample.inputs, slice_bytes=slice_bytes, say=say)
 
 
 def bisect(
@@ -203,89 +208,131 @@ def bisect(
     inputs: Tensors,
     *,
     slice_bytes: int = SLICE_BYTES,
-    progress: Progress = lambda what: None,
+    say: Say = lambda text: None,
 ) -> Bisection:
     """Compare the stage's graph "model" with `reference` part by part, on `inputs`.
 
-    Values of the reference are held a slice at a time, of at most `slice_bytes` unless one part alone needs more, about
-    three times: exact, in the graph's precision, and as the graph has them. The graph's weights are loaded for the
-    parts of a slice only. Runs on ONNX Runtime on the CPU; a graph in bf16 in fp32, rounded to bf16 after every
-    operation. Raises EngineError when a part cannot be run."""
+    The graph runs in slices. The reference's values of one slice take at most `slice_bytes`, unless one part needs
+    more. They are held about three times: exact, in the graph's precision, and in the graph's layout. The weights of
+    one slice are loaded at a time. Graphs run in ONNX Runtime on the CPU; a graph in bf16 runs in fp32 and is rounded
+    to bf16 after every operation. Raises EngineError when a part cannot be run."""
     entry = bundle.entry(stage)
     path = bundle.graph(stage, MAIN_GRAPH)
-    graph = CutGraph(path)
-    shapes = reference.shapes(inputs)
-    points = match(shapes, graph.dims, from_json(stage, entry.config), entry.exponents)
-    points.sort(key=lambda point: graph.order[point.name])
-    by_name = {point.name: point for point in points}
-    cuts = set(by_name) - set(graph.ports)
-    errors: list[PointError] = []
-    slices = list(_slices(graph, points, cuts, slice_bytes))
+    run = _Run(CutGraph(path), reference, inputs, path.parent, entry=entry, stage=stage)
+    slices = list(run.slices(slice_bytes))
+    parts: list[PartError] = []
     for number, part in enumerate(slices):
-        progress(f"{stage}: part {number + 1} of {len(slices)}")
-        errors += _compare(part, by_name, reference, inputs, path.parent, entry, graph)
-    depth = _depth(graph, by_name, reference, inputs, path.parent, slice_bytes)
-    errors = [_with_depth(error, depth) for error in errors]
-    note = "the graph computes in bf16: run in fp32, rounded to bf16 after every operation" if graph.rounded else ""
-    measured = tuple(error for error in errors if error.accumulated is not None)
-    return Bisection(stage, entry.precision, tuple(errors), measured, len(slices), note)
+        say(f"{stage}: part {number + 1} of {len(slices)}")
+        parts += run.compare(part)
+    depth = run.depth(slice_bytes)
+    note = "the graph computes in bf16: run in fp32, rounded to bf16 after every operation" if run.graph.rounded else ""
+    measured = tuple(replace(part, accumulated=depth.get(part.name)) for part in parts)
+    return Bisection(stage, entry.precision, measured, slices=len(slices), note=note)
 
 
-def _slices(graph: CutGraph, points: Sequence[Point], cuts: set[str], most: int) -> Iterator[Part]:
-    """The points in runs of at most `most` bytes of values, given and computed."""
-    by_name = {point.name: point for point in points}
-    run: list[str] = []
-    held: set[str] = set()
-    for point in points:
-        names = {point.name, *graph.given_for(point.name, cuts)}
-        if run and sum(by_name[name].nbytes for name in held | names) > most:
-            yield graph.part(run, cuts)
-            run, held = [], set()
-        run.append(point.name)
-        held |= names
-    if run:
-        yield graph.part(run, cuts)
+@dataclass(frozen=True)
+class _Run:
+    """One bisection: the graph, the reference it is compared with, and the inputs of both."""
 
+    graph: CutGraph
+    reference: WatchedStage
+    inputs: Tensors
+    folder: Path  # of the graph and its weights
+    entry: StageEntry
+    stage: Stage
 
-def _compare(
-    part: Part,
-    points: Mapping[str, Point],
-    reference: WatchedStage,
-    inputs: Tensors,
-    folder: Any,
-    entry: StageEntry,
-    graph: CutGraph,
-) -> Iterator[PointError]:
-    exact = reference.watch(inputs, {*part.outputs, *part.given}, compute="float64")
-    given = {name: exact[name] for name in part.given}
-    rough = reference.watch(inputs, part.outputs, given, COMPUTES[entry.precision])
-    coarse = reference.watch(inputs, part.quantized, given, str(entry.quantization)) if part.quantized else {}
-    session = open_proto(part.model, folder)
-    fed = {name: inputs[name] for name in part.inputs}
-    for name in part.given:
-        half = graph.types[name] == TensorProto.FLOAT16
-        with np.errstate(over="ignore"):
-            fed[f"{name}{GIVEN}"] = points[name].to_graph(given[name]).astype(np.float16 if half else np.float32)
-    found = dict(zip(part.outputs, session.run(list(part.outputs), fed), strict=True))
-    largest = {name: float(np.abs(value).max(initial=0)) for name, value in exact.items()}
-    for name in part.outputs:
-        point = points[name]
-        expected = point.rows(point.to_graph(exact[name]))
-        own, worst, nonfinite = _errors(point.rows(found[name]), expected)
-        _, floor, broken = _errors(point.rows(point.to_graph(rough[name])), expected)
-        limit = FACTOR * max(0.0 if broken else floor, ROUNDOFF[entry.precision])
-        limit = max(limit, SUMMED * expected.shape[1] ** 0.5 * ROUNDOFF[Precision.FP32])
-        floor = np.inf if broken else floor
-        if name in part.quantized:
-            _, quantized, _ = _errors(point.rows(point.to_graph(coarse[name])), expected)
-            limit = max(limit, QUANTIZED_FACTOR * quantized)
-        ranges = {given_name: largest[given_name] for given_name in part.reads[name]}
-        yield PointError(name, own, worst, floor, limit, largest[name], nonfinite, ranges, part.nodes[name])
+    @cached_property
+    def values(self) -> dict[str, MappedValue]:
+        """The values to compare by name, in the order the graph computes them."""
+        shapes = self.reference.shapes(self.inputs)
+        found = match(shapes, self.graph.dims, from_json(self.stage, self.entry.config), self.entry.exponents)
+        return {value.name: value for value in sorted(found, key=lambda value: self.graph.order[value.name])}
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        return sum(self.values[name].nbytes for name in names)
+
+    def slices(self, most: int) -> Iterator[GraphPart]:
+        """Parts of the graph in the order they run, each with at most `most` bytes of values, inputs included."""
+        cuts = set(self.values) - set(self.graph.ports)
+        run: list[str] = []
+        held: set[str] = set()
+        for name in self.values:
+            names = {name, *self.graph.given_for(name, cuts)}
+            if run and self.nbytes(held | names) > most:
+                yield self.graph.part(run, cuts)
+                run, held = [], set()
+            run.append(name)
+            held |= names
+        if run:
+            yield self.graph.part(run, cuts)
+
+    def compare(self, part: GraphPart) -> Iterator[PartError]:
+        """The errors of the part's outputs when its inputs are the reference's values."""
+        precision = self.entry.precision
+        exact = self.reference.watch(self.inputs, {*part.outputs, *part.given}, compute="float64")
+        given = {name: exact[name] for name in part.given}
+        rough = self.reference.watch(self.inputs, part.outputs, given, COMPUTE_DTYPES[precision])
+        quantization = str(self.entry.quantization)
+        coarse = self.reference.watch(self.inputs, part.quantized, given, quantization) if part.quantized else {}
+        found = self._run_part(part, given)
+        largest = {name: float(np.abs(value).max(initial=0)) for name, value in exact.items()}
+        for name in part.outputs:
+            value = self.values[name]
+            expected = value.rows(value.to_graph(exact[name]))
+            own, worst, nonfinite = _errors(value.rows(found[name]), expected)
+            _, floor, broken = _errors(value.rows(value.to_graph(rough[name])), expected)
+            limit = FACTOR * max(0.0 if broken else floor, ROUNDOFF[precision])
+            limit = max(limit, SUMMED * expected.shape[1] ** 0.5 * ROUNDOFF[Precision.FP32])
+            if name in part.quantized:
+                _, quantized, _ = _errors(value.rows(value.to_graph(coarse[name])), expected)
+                limit = max(limit, QUANTIZED_FACTOR * quantized)
+            yield PartError(
+                name,
+                relative_l2=own,
+                worst_channel=worst,
+                floor=np.inf if broken else floor,
+                limit=limit,
+                max_abs=largest[name],
+                nonfinite=nonfinite,
+                inputs={given_name: largest[given_name] for given_name in part.reads[name]},
+                nodes=part.nodes[name],
+            )
+
+    def _run_part(self, part: GraphPart, given: Tensors) -> dict[str, NDArray[Any]]:
+        session = open_proto(part.model, self.folder)
+        fed = {name: self.inputs[name] for name in part.inputs}
+        for name in part.given:
+            half = self.graph.types[name] == TensorProto.FLOAT16
+            with np.errstate(over="ignore"):
+                value = self.values[name].to_graph(given[name])
+                fed[f"{name}{GIVEN}"] = value.astype(np.float16 if half else np.float32)
+        return dict(zip(part.outputs, session.run(list(part.outputs), fed), strict=True))
+
+    def depth(self, most: int) -> dict[str, float]:
+        """Relative L2 after every block and at the outputs when the whole graph runs, by the name of the value.
+
+        At most `most` bytes of values are held at a time, unless one value needs more."""
+        names = [name for name in self.values if not block_of(name)[1] or name in self.graph.ports]
+        found: dict[str, float] = {}
+        while names:
+            run = [name for at, name in enumerate(names) if at == 0 or self.nbytes(names[: at + 1]) <= most]
+            names = names[len(run) :]
+            exact = self.reference.watch(self.inputs, run, compute="float64")
+            session = open_proto(self.graph.marked(run), self.folder)
+            needed = {port.name for port in session.get_inputs()}
+            outputs = session.run(run, {name: array for name, array in self.inputs.items() if name in needed})
+            for name, output in zip(run, outputs, strict=True):
+                value = self.values[name]
+                found[name], _, nonfinite = _errors(value.rows(output), value.rows(value.to_graph(exact[name])))
+                if nonfinite:
+                    found[name] = np.inf
+        return found
 
 
 def _errors(found: NDArray[np.float64], expected: NDArray[np.float64]) -> tuple[float, float, int]:
-    """Relative L2 of rows of channels; the worst channel's, relative to it or to the usual one; values that are no
-    numbers."""
+    """Errors of rows of channels: relative L2, the worst channel's, and the number of values that are not finite.
+
+    A channel's error is relative to the channel, or to the root mean square of all channels if that is larger."""
     wrong = ~np.isfinite(found)
     error = np.linalg.norm(np.where(wrong, 0, found) - expected, axis=0)
     size = np.linalg.norm(expected, axis=0)
@@ -294,32 +341,3 @@ def _errors(found: NDArray[np.float64], expected: NDArray[np.float64]) -> tuple[
     if total == 0:
         return (0.0, 0.0, 0) if not error.any() else (np.inf, np.inf, int(wrong.sum()))
     return float(np.linalg.norm(error)) / total, float((error / np.maximum(size, usual)).max()), int(wrong.sum())
-
-
-def _depth(
-    graph: CutGraph, points: Mapping[str, Point], reference: WatchedStage, inputs: Tensors, folder: Any, most: int
-) -> dict[str, float]:
-    """Relative L2 after every block and at the outputs when the whole graph runs, by point; `most` bytes at a time."""
-    names = [name for name in points if not block_of(name)[1] or name in graph.ports]
-    found: dict[str, float] = {}
-    while names:
-        run = [name for place, name in enumerate(names) if place == 0 or _bytes(points, names[: place + 1]) <= most]
-        names = names[len(run) :]
-        exact = reference.watch(inputs, run, compute="float64")
-        session = open_proto(graph.marked(run), folder)
-        needed = {port.name for port in session.get_inputs()}
-        values = session.run(run, {name: value for name, value in inputs.items() if name in needed})
-        for name, value in zip(run, values, strict=True):
-            point = points[name]
-            found[name], _, nonfinite = _errors(point.rows(value), point.rows(point.to_graph(exact[name])))
-            if nonfinite:
-                found[name] = np.inf
-    return found
-
-
-def _bytes(points: Mapping[str, Point], names: Sequence[str]) -> int:
-    return sum(points[name].nbytes for name in names)
-
-
-def _with_depth(error: PointError, depth: Mapping[str, float]) -> PointError:
-    return replace(error, accumulated=depth.get(error.name))

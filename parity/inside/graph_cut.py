@@ -27,7 +27,7 @@ Dims = tuple[int | None, ...]  # None: not known before it runs
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """A graph that computes `outputs` from `given` values and the graph's own `inputs`.
 
     `reads` are the given values that each output depends on other than by their size, `quantized` the outputs with a
@@ -78,7 +78,7 @@ class CutGraph:
         """The place of every value among those computed."""
         return {output: place for place, node in enumerate(self.model.graph.node) for output in node.output}
 
-    def part(self, outputs: Sequence[str], cuts: Collection[str]) -> Part:
+    def part(self, outputs: Sequence[str], cuts: Collection[str]) -> GraphPart:
         """What computes `outputs` when all values in `cuts` that lead to them are given."""
         needed: dict[int, onnx.NodeProto] = {}
         reads, paths = {}, {}
@@ -105,7 +105,7 @@ class CutGraph:
             [helper.make_tensor_value_info(name, self.types[name], self._open(name)) for name in outputs],
             [tensor for name, tensor in self._initializers.items() if name in read],
         )
-        return Part(
+        return GraphPart(
             _like(self.model, graph),
             tuple(outputs),
             given,

@@ -40,7 +40,7 @@ PASS = re.compile(r"@\d+$")  # a further pass over the same modules
 
 
 @dataclass(frozen=True)
-class Point:
+class MappedValue:
     """A value to compare: `name` in graph and reference, `shape` in the reference, `dims` and `exponent` in the graph,
     which has 2^-exponent of it."""
 
@@ -69,7 +69,7 @@ class Point:
 
 def match(
     shapes: Mapping[str, Shape], dims: Mapping[str, Dims], config: NetworkConfig, exponents: Mapping[str, int]
-) -> list[Point]:
+) -> list[MappedValue]:
     """The points of a graph whose values have `dims`, for a reference whose modules give `shapes`; values of one name
     that hold different things are none."""
     conditioned = isinstance(config, UNetConfig) and config.timestep_conditioning_type
@@ -80,7 +80,7 @@ def match(
         exponent = exponent_of(config, exponents, name) if isinstance(config, UNetConfig) and exponents else 0
         value = np.broadcast_to(np.float32(0), shape)
         if _laid(value, dims[name], one_row=bool(ONE_ROW.search(name))) is not None:
-            points.append(Point(name, shape, dims[name], exponent))
+            points.append(MappedValue(name, shape, dims[name], exponent))
     return points
 
 

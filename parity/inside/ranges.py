@@ -1,6 +1,6 @@
-"""How large the reference's activations grow, block by block: which precision each stage bears, and how to export it.
+"""Measures how large the reference's activations grow in each block, and chooses a precision for each stage.
 
-Predictions are checked: the reference itself computes in fp16, in bf16, and with products of fp8 numbers.
+The errors it predicts for a precision are checked: the reference also computes in fp16, in bf16 and with fp8 products.
 """
 
 import math
@@ -16,20 +16,20 @@ from ...schemas.errors import ExportError
 from ...schemas.fp16 import MARGIN_BITS, Fp16Fit, fit_fp16
 from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
 from ...schemas.quantization import Quantization
-from ...schemas.report import RangeEntry
 from ...schemas.stages import Stage, UNetConfig
-from ..reference_run import embedded_by, relative
-from ..sample_inputs import Case, cases_at
-from ..tolerances import COMPUTES, ROUNDOFF
+from ...storage.bundle import Bundle
+from ..reference_run import embed_prompts, relative
+from ..sample_inputs import StageInput, make_inputs_at
+from ..tolerances import COMPUTE_DTYPES, ROUNDOFF
 from .bisect import WatchedStage
 from .module_map import PASS, block_of
 
 TIMESTEPS = (0.99, 0.75, 0.5, 0.25, 0.01)
-LOST_BITS = 1.0  # a block whose usual values lose more is named
+LOST_BITS = 1.0  # blocks whose usual values lose more bits are named
 INFINITE = float("inf")
 
 
-# What a type's errors are predicted from, the first that is finite: all but fp32 take sums in fp32, which rounds once.
+# The precisions that a type's error is predicted from; the first with a finite error is used.
 PREDICTED_FROM: Mapping[str, tuple[Precision, ...]] = {
     "fp16": (Precision.BF16,),
     "bf16": (Precision.FP16, Precision.FP32),
@@ -39,8 +39,9 @@ PREDICTED_FROM: Mapping[str, tuple[Precision, ...]] = {
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point type: its largest number, its smallest normal one, half the relative distance of its numbers.
-    `scaled`: values are divided by their largest and multiplied by `largest` first, as fp8 is used."""
+    """A floating-point type. `roundoff` is half the relative distance between its neighbouring numbers.
+
+    With `scaled`, as for fp8, values are first multiplied by `largest` over their own largest magnitude."""
 
     largest: float
     smallest_normal: float
@@ -56,7 +57,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 class SpreadStage(WatchedStage, Protocol):
-    """A reference that tells how far values reach: `engines.torch.TorchStage`."""
+    """A reference that measures the values of its modules: `parity.reference.engine.TorchStage`."""
 
     def __call__(self, inputs: Tensors, compute: str | None = None) -> dict[str, Any]: ...
     def spreads(self, inputs: Tensors) -> dict[str, tuple[float, float]]: ...
@@ -64,8 +65,10 @@ class SpreadStage(WatchedStage, Protocol):
 
 @dataclass(frozen=True)
 class BlockRange:
-    """What a block's values reach: the largest magnitude, which of its modules gives it, and the smallest root mean
-    square of a module's values, with that value's own largest."""
+    """The magnitudes of a block's values.
+
+    `max_abs` is the largest, and `where` is the module that gives it. `usual` is the smallest root mean square of a
+    module's values, and `usual_max` the largest magnitude of that module's values."""
 
     name: str
     max_abs: float
@@ -75,14 +78,14 @@ class BlockRange:
 
     @property
     def margin(self) -> float:
-        """Bits from the largest value to the end of fp16; negative beyond it."""
+        """Bits between the block's largest value and that of fp16; negative when the block overflows fp16."""
         return math.log2(FP16_MAX / self.max_abs) if self.max_abs else INFINITE
 
     def overflows(self, kind: str) -> bool:
         return not FORMATS[kind].scaled and not self.max_abs <= FORMATS[kind].largest
 
     def lost(self, kind: str) -> float:
-        """Bits that the usual value of the block's smallest module loses as a subnormal number."""
+        """Bits that the usual value of the module with the smallest values loses as a subnormal number."""
         form = FORMATS[kind]
         usual = self.usual * (form.largest / self.usual_max if form.scaled and self.usual_max else 1.0)
         return max(0.0, math.log2(form.smallest_normal / usual)) if usual > 0 else 0.0
@@ -90,9 +93,10 @@ class BlockRange:
 
 @dataclass(frozen=True)
 class PrecisionError:
-    """Relative L2 of a stage in a precision against float64, and of the block that is worst when it is given exact
-    values. Predicted: the error of another type, larger by as much as this one is coarser, if nothing overflows. None:
-    infinite."""
+    """Relative L2 against float64 of a stage in one precision, and of its worst block given exact inputs.
+
+    A predicted error is the measured error of another type, multiplied by how much coarser this one is. It holds if
+    nothing overflows. A measured error of None is infinite."""
 
     predicted: float
     measured: float | None
@@ -102,12 +106,14 @@ class PrecisionError:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What a stage bears. `plan` is how its streams are kept in fp16, None where it is no prior or decoder or no plan
-    helps."""
+class RangeAdvice:
+    """The ranges of a stage's activations and the precision that suits them.
+
+    `plan` keeps the stage's sums in the range of fp16. It is None for stages other than prior and decoder, and where no
+    plan helps; `obstacle` then says why."""
 
     stage: Stage
-    computed: Precision  # what the bundle's graph computes in
+    computed: Precision  # the precision of the bundle's graph
     blocks: tuple[BlockRange, ...]
     errors: dict[str, PrecisionError]
     plan: Fp16Fit | None
@@ -115,13 +121,13 @@ class Advice:
 
     @property
     def precision(self) -> Precision:
-        """fp16 where all values fit with MARGIN_BITS to spare or a plan makes them, else bf16."""
+        """fp16 where all values fit with MARGIN_BITS to spare, or a plan makes them fit; else bf16."""
         fits = all(block.margin >= MARGIN_BITS for block in self.blocks)
         return Precision.FP16 if fits or self.plan is not None else Precision.BF16
 
     @property
     def exponent(self) -> int | None:
-        """What --fp16-safe has to be at least; None where nothing has to be scaled."""
+        """The smallest `fp16_safe` of `export` that suffices; None where nothing has to be scaled."""
         if self.precision is not Precision.FP16 or self.plan is None:
             return None
         return max(self.plan.exponents.values(), default=0) or (0 if self.plan.fp32_blocks else None)
@@ -141,13 +147,6 @@ class Advice:
         if self.obstacle:
             lines.append(f"{self.stage}: {self.obstacle}")
         return lines
-
-    def entries(self) -> list[RangeEntry]:
-        """For the report."""
-        return [
-            RangeEntry(stage=self.stage, name=block.name, max_abs=block.max_abs, precision=self.computed)
-            for block in self.blocks
-        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -174,32 +173,34 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def export_options(advices: Sequence[Advice]) -> list[str]:
-    """What to give `cascadekit export` so that every stage is in the precision it bears."""
+def export_options(advices: Sequence[RangeAdvice]) -> list[str]:
+    """The options of `cascadekit export` that give every stage the precision that suits it."""
     options = [f"--precision {advice.stage}={advice.precision}" for advice in advices]
     exponents = [advice.exponent for advice in advices if advice.exponent is not None]
-    if exponents:  # one number is for all stages; where several have to be scaled, export measures for each
+    if exponents:  # one number holds for all stages, so with several stages export has to measure each
         options.append(f"--fp16-safe {exponents[0] if len(exponents) == 1 else 'auto'}")
     return options
 
 
-def advise(entry: StageEntry, stage: Stage, reference: Engine, tokenizer: ClipTokenizer) -> Advice:
-    """Watch the stage over prompts and timesteps and say what it bears. `reference` is a `TorchEngine` of cascadekit's
-    modules. Raises EngineError when it cannot be loaded."""
-    cases = cases_at(stage, entry, tokenizer, TIMESTEPS, embedded_by(reference, tokenizer))
+def advise(bundle: Bundle, stage: Stage, reference: Engine) -> RangeAdvice:
+    """Measure the stage's activations over prompts and timesteps, and choose a precision for it.
+
+    `reference` is a `TorchEngine` of cascadekit's modules. Raises EngineError when the stage cannot be loaded."""
+    entry, tokenizer = bundle.entry(stage), ClipTokenizer.open(bundle.tokenizer)
+    inputs = make_inputs_at(stage, entry, tokenizer, TIMESTEPS, embed_prompts(reference, tokenizer))
     runner: Any
     with reference.load(stage) as runner:
-        spreads = watch_spreads(runner, cases)
-        errors = _errors(runner, cases[len(cases) // 2].inputs)
+        spreads = watch_spreads(runner, inputs)
+        errors = _errors(runner, inputs[len(inputs) // 2].inputs)
     plan, obstacle = _plan(entry, stage, spreads)
-    return Advice(stage, entry.precision, tuple(_blocks(spreads)), errors, plan, obstacle)
+    return RangeAdvice(stage, entry.precision, tuple(_blocks(spreads)), errors, plan=plan, obstacle=obstacle)
 
 
-def watch_spreads(runner: SpreadStage, cases: Sequence[Case]) -> dict[str, tuple[float, float]]:
-    """The largest magnitude and the smallest root mean square of every module over all cases and passes."""
+def watch_spreads(runner: SpreadStage, inputs: Sequence[StageInput]) -> dict[str, tuple[float, float]]:
+    """The largest magnitude and the smallest root mean square of every module over all inputs and passes."""
     found: dict[str, tuple[float, float]] = {}
-    for case in cases:
-        for name, (largest, usual) in runner.spreads(case.inputs).items():
+    for each in inputs:
+        for name, (largest, usual) in runner.spreads(each.inputs).items():
             plain = PASS.sub("", name)
             before = found.get(plain, (0.0, INFINITE))
             found[plain] = (max(before[0], largest), min(before[1], usual or INFINITE))
@@ -212,7 +213,7 @@ def _blocks(spreads: Mapping[str, tuple[float, float]]) -> list[BlockRange]:
         modules.setdefault(block_of(name)[0], {})[name] = spread
     blocks = []
     for block, found in modules.items():
-        if any(other.startswith(f"{block}.") for other in modules):  # what holds blocks is none
+        if any(other.startswith(f"{block}.") for other in modules):  # a module that holds blocks is no block
             continue
         where = max(found, key=lambda name: found[name][0])
         least = min(found, key=lambda name: found[name][1])
@@ -233,7 +234,7 @@ def _plan(entry: StageEntry, stage: Stage, spreads: Mapping[str, tuple[float, fl
 
 
 def _errors(runner: SpreadStage, inputs: Tensors) -> dict[str, PrecisionError]:
-    """By type: of the stage, and of the block that is worst, each block given exact values."""
+    """The errors of the stage and of its worst block in each type of FORMATS; blocks get exact inputs."""
     names = [name for name in runner.shapes(inputs) if not block_of(name)[1]]
     blocks = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
     exact_outputs = runner(inputs, "float64")
@@ -241,7 +242,7 @@ def _errors(runner: SpreadStage, inputs: Tensors) -> dict[str, PrecisionError]:
     stages: dict[str, float] = {}
     own: dict[str, dict[str, float]] = {}
     for kind in (*Precision, Quantization.FP8):
-        dtype = COMPUTES[kind]
+        dtype = COMPUTE_DTYPES[kind]
         outputs = runner(inputs, dtype)
         stages[kind] = max(relative(outputs[name], exact_outputs[name]) for name in exact_outputs)
         found = runner.watch(inputs, blocks, exact, dtype)

@@ -50,7 +50,7 @@ class MLP(nn.Module):
         return y
 
 
-class Layer(nn.Module):
+class EncoderLayer(nn.Module):
     """A transformer layer, norms first: (B, n, c) to the same."""
 
     def __init__(self, config: ClipConfig) -> None:
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.layers:

@@ -23,7 +23,7 @@ class NormedConvolutions(nn.Module):
         return y
 
 
-class ChannelNorm(nn.LayerNorm):
+class ControlChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of an image (B, c, h, w), with weights and torch's own epsilon."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,4 +81,4 @@ def _large(channels: int, out: int) -> nn.Sequential:
 
 
 def _half(channels: int) -> list[nn.Module]:
-    return [ChannelNorm(channels), nn.GELU(), nn.Conv2d(channels, channels, kernel_size=3, padding=1)]
+    return [ControlChannelNorm(channels), nn.GELU(), nn.Conv2d(channels, channels, kernel_size=3, padding=1)]

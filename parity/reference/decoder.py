@@ -5,7 +5,7 @@ from torch import Tensor
 from ...schemas.errors import LayoutError
 from ...schemas.stages import UNetConfig
 from .blocks import image_mapper, resize
-from .unet import Conditions, UNet
+from .unet import UNet, UNetConditions
 
 PIXELS_SIZE = 8  # side of the empty image diffusers gives the pixels branch
 
@@ -33,7 +33,7 @@ class Decoder(UNet):
         x = self.embedding(sample)  # (B, width, h / patch, w / patch)
         x = x + self.effnet_mapper(resize(effnet, x))
         x = x + self.empty_pixels(x)
-        conditions = Conditions(
+        conditions = UNetConditions(
             self.time_embedding(timestep_ratio), self.clip_norm(self.pooled_tokens(clip_text_pooled))
         )
         return {"noise_pred": self.pyramid(x, conditions)}

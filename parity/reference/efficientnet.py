@@ -50,7 +50,7 @@ class SqueezeExcitation(nn.Module):
         return y
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     """One inverted residual: (B, into, h, w) to (B, out, h/stride, w/stride), rounded up."""
 
     def __init__(self, spec: InvertedResidual) -> None:
@@ -87,6 +87,6 @@ def efficientnet_v2_s(channels: int) -> nn.Sequential:
     stages = [list(blocks) for _, blocks in groupby(inverted_residuals(), lambda block: block.path.split(".")[0])]
     return nn.Sequential(
         ConvNorm(channels, EFFICIENTNET_STEM, 3, stride=2, padded=channels == 3),
-        *(nn.Sequential(*map(Block, blocks)) for blocks in stages),
+        *(nn.Sequential(*map(ConvBlock, blocks)) for blocks in stages),
         ConvNorm(stages[-1][-1].out, EFFICIENTNET_WIDTH, 1),
     )

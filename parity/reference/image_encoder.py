@@ -7,7 +7,7 @@ from ...schemas.stages import ImageEncoderConfig
 from .clip import Encoder, check_activation
 
 
-class Embeddings(nn.Module):
+class ImageEmbeddings(nn.Module):
     """A learned token and one for each patch, plus positions: pixels (B, 3, s, s) to (B, 1 + patches, c)."""
 
     def __init__(self, config: ImageEncoderConfig) -> None:
@@ -29,7 +29,7 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
+        self.embeddings = ImageEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the key's spelling
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -106,8 +106,8 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | 
     strange = [stage for stage in stages if stage not in INDEPENDENT]
     if strange:
         raise UsageError(
-            f"diffusers and transformers have no {strange[0]}; compare it with --reference cascadekit, "
-            f"or choose others with --stage: {', '.join(INDEPENDENT)}"
+            f'diffusers and transformers have no {strange[0]}; compare it with reference="cascadekit", '
+            f"or choose other stages with stages={[str(stage) for stage in INDEPENDENT]}"
         )
     try:
         for library in ("diffusers", "transformers"):

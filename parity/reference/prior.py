@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ...schemas.errors import LayoutError
 from ...schemas.stages import UNetConfig
-from .unet import Conditions, UNet
+from .unet import UNet, UNetConditions
 
 
 class Prior(UNet):
@@ -33,5 +33,5 @@ class Prior(UNet):
             self.split_tokens(self.clip_img_mapper(clip_img)),  # (B, images * clip_seq, cond)
         ]
         clip = self.clip_norm(torch.cat(tokens, dim=1))
-        conditions = Conditions(self.time_embedding(timestep_ratio), clip)
+        conditions = UNetConditions(self.time_embedding(timestep_ratio), clip)
         return {"noise_pred": self.pyramid(self.embedding(sample), conditions)}

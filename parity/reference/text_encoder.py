@@ -10,7 +10,7 @@ from .clip import Encoder, check_activation
 LEGACY_EOS = 2
 
 
-class Embeddings(nn.Module):
+class TextEmbeddings(nn.Module):
     """Token plus position: ids (B, n) to (B, n, c)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -28,7 +28,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
+        self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 

@@ -12,7 +12,7 @@ from .blocks import NORM_EPSILON, AttentionBlock, ChannelNorm, ResBlock, SizeKee
 MAX_PERIOD = 10000  # of the sinusoidal embedding; the timestep ratio is multiplied by it, too
 
 
-class Conditions(NamedTuple):
+class UNetConditions(NamedTuple):
     """What the blocks of every level get besides the image."""
 
     time: Tensor  # (B, (1 + conditions) * embedding dim)
@@ -66,7 +66,7 @@ class UNet(nn.Module):
         """Every token cut into clip_seq of them: (B, n, clip_seq * conditioning dim) to (B, n * clip_seq, ...)."""
         return mapped.reshape(mapped.shape[0], -1, self.config.conditioning_dim)
 
-    def pyramid(self, x: Tensor, conditions: Conditions) -> Tensor:
+    def pyramid(self, x: Tensor, conditions: UNetConditions) -> Tensor:
         """The embedded sample (B, width, h, w) through all levels and the head: (B, out, h*patch, w*patch)."""
         levels = []
         for blocks, downscaler, mappers in zip(
@@ -97,7 +97,7 @@ def sinusoids(value: Tensor, dim: int) -> Tensor:
 
 
 def _passes(
-    blocks: nn.Module, mappers: nn.Module, x: Tensor, conditions: Conditions, skip: Tensor | None = None
+    blocks: nn.Module, mappers: nn.Module, x: Tensor, conditions: UNetConditions, skip: Tensor | None = None
 ) -> Tensor:
     """A level run once more than it has repeat mappers; a mapper stands between two passes."""
     x = _run(blocks, x, conditions, skip)
@@ -106,7 +106,7 @@ def _passes(
     return x
 
 
-def _run(blocks: nn.Module, x: Tensor, conditions: Conditions, skip: Tensor | None) -> Tensor:
+def _run(blocks: nn.Module, x: Tensor, conditions: UNetConditions, skip: Tensor | None) -> Tensor:
     for index, block in enumerate(blocks.children()):
         match block:
             case ResBlock() if index == 0 and skip is not None:

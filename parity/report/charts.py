@@ -4,7 +4,7 @@ from ...schemas.precision import E4M3_MAX, FP16_MAX
 from ...schemas.report import ComparisonEntry, DepthEntry, ParityReport
 from ...schemas.stages import Stage
 from .markup import Markup
-from .svg import Chart, Level, Point, Series, bar_chart, figure, line_chart, spaced
+from .svg import Chart, ChartPoint, Level, Series, bar_chart, figure, line_chart, spaced
 
 LIMITS = (("fp8 e4m3", E4M3_MAX), ("fp16", FP16_MAX), ("bf16 and fp32", 3.39e38))
 LIMIT_SHOWN = 100.0  # a limit this many times above all values is left out of a chart
@@ -34,9 +34,9 @@ def step_charts(report: ParityReport) -> list[Markup]:
     return charts
 
 
-def _step(entry: ComparisonEntry) -> Point:
+def _step(entry: ComparisonEntry) -> ChartPoint:
     assert entry.step is not None
-    return Point(entry.step, entry.relative_l2, f"step {entry.step}", odd=not entry.passed)
+    return ChartPoint(entry.step, entry.relative_l2, f"step {entry.step}", odd=not entry.passed)
 
 
 def _ends(tolerances: list[float]) -> list[float]:
@@ -62,8 +62,8 @@ def depth_charts(report: ParityReport) -> list[Markup]:
     return charts
 
 
-def _parts(points: list[tuple[int, DepthEntry, float]], name: str) -> tuple[Point, ...]:
-    return tuple(Point(n, value, e.name, odd=e.faulty and name == "own error") for n, e, value in points)
+def _parts(points: list[tuple[int, DepthEntry, float]], name: str) -> tuple[ChartPoint, ...]:
+    return tuple(ChartPoint(n, value, e.name, odd=e.faulty and name == "own error") for n, e, value in points)
 
 
 def histograms(report: ParityReport) -> list[Markup]:
@@ -87,7 +87,7 @@ def _histogram(title: str, entries: list[ComparisonEntry]) -> Chart | None:
     if not any(counts):
         return None
     points = tuple(
-        Point(low, count / total, f"{figure(10**low)} to {figure(10**high)}")
+        ChartPoint(low, count / total, f"{figure(10**low)} to {figure(10**high)}")
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
     )
     most = max(points, key=lambda p: p.y)
@@ -117,7 +117,7 @@ def range_charts(report: ParityReport) -> list[Markup]:
         odd = [entry.max_abs > FP16_MAX for entry in blocks]
         summary = f"The largest is {figure(largest.max_abs)}, in {largest.name}"
         summary += f"; {sum(odd)} of {len(blocks)} blocks exceed fp16." if any(odd) else "; none exceeds fp16."
-        points = tuple(Point(n, e.max_abs, e.name, odd=odd[n]) for n, e in enumerate(blocks))
+        points = tuple(ChartPoint(n, e.max_abs, e.name, odd=odd[n]) for n, e in enumerate(blocks))
         levels = tuple(Level(limit, f"{name}: {figure(limit)}") for name, limit in shown)
         charts.append(line_chart(Chart(str(stage), summary, "block", "max |x|", (Series("max |x|", points),), levels)))
     return charts

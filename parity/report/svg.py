@@ -27,7 +27,7 @@ MARKED = 60  # series of more points are drawn without markers
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     x: float
     y: float
     label: str  # said on hovering, and in the table
@@ -37,7 +37,7 @@ class Point:
 @dataclass(frozen=True)
 class Series:
     name: str
-    points: tuple[Point, ...]
+    points: tuple[ChartPoint, ...]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildOptions, Built
 from cascadekit.converters.tensorrt.plans_to_build import graphs_to_build
 from cascadekit.parity import gpu_check
-from cascadekit.parity.gpu_check import Case, GpuReport
+from cascadekit.parity.gpu_check import GpuReport, ImageSpec
 from cascadekit.runtime import doctor
 from cascadekit.runtime.engines import installs
 from cascadekit.runtime.engines import onnxruntime as ort_engine
@@ -152,7 +152,7 @@ def trt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRT:
         monkeypatch.setattr(module, "import_tensorrt", find)
     for engine in (tensorrt, ort_engine):  # it walks through all objects there are, and torch has many
         monkeypatch.setattr(engine, "give_back_memory", lambda: None)
-    monkeypatch.setattr(gpu_check, "CASES", (Case(64, 72, 2),))
+    monkeypatch.setattr(gpu_check, "IMAGES", (ImageSpec(64, 72, 2),))
     monkeypatch.setattr(
         gpu_check, "TIMED", {"width": 64, "height": 64, "prior_steps": 2, "decoder_steps": 2, "seed": 0}
     )

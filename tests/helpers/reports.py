@@ -1,56 +1,67 @@
 """Parity reports made up of random arrays, for tests of what is written about them."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadekit.parity.compare import Comparison, compare
+from cascadekit.parity.compare import Comparison, Kind, Subject, compare
 from cascadekit.parity.report.build import Circumstances, build_report
+from cascadekit.parity.results import Report
 from cascadekit.schemas.bundle import Manifest
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.report import DepthEntry, FileEntry, ParityReport, RangeEntry
+from cascadekit.schemas.report import ComparedFile, DepthEntry, ParityReport, RangeEntry
 from cascadekit.schemas.stages import Stage
 
 Images = tuple[NDArray[np.float32], NDArray[np.float32]]
+IMAGE = Subject("trajectory: image", Kind.TRAJECTORY)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a verification found."""
-
-    comparisons: tuple[Comparison, ...]
-    engine: str = "onnxruntime"
-    reference: str = "torch"
-    image_psnr: float | None = 60.0
-    image_psnr_needed: float = 50.0
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def image_failed(self) -> bool:
-        return self.image_psnr is not None and self.image_psnr < self.image_psnr_needed
-
-    def __bool__(self) -> bool:
-        return all(self.comparisons) and not self.image_failed
+def made_report(
+    comparisons: tuple[Comparison, ...],
+    engine: str = "onnxruntime",
+    image_psnr: float | None = 60.0,
+    left_out: tuple[str, ...] = (),
+) -> Report:
+    """A verification that found these comparisons."""
+    return Report(engine, "torch", comparisons, image_psnr, image_psnr_needed=50.0, left_out=left_out)
 
 
-def comparison(name: str, error: float = 1e-6, tolerance: float = 1e-4, ulp: Precision | None = None) -> Comparison:
+def alone(stage: str, rest: str = "x") -> Subject:
+    """An output of a stage's pass by itself."""
+    return Subject(f"{stage}: {rest}", Kind.STAGE, Stage(stage))
+
+
+def along(stage: str, step: int, rest: str = "") -> Subject:
+    """The latents after a step of a trajectory."""
+    return Subject(f"trajectory: {stage} step {step}{rest}", Kind.TRAJECTORY, Stage(stage), step)
+
+
+def forced(stage: str, step: int) -> Subject:
+    """An output of a teacher-forced pass."""
+    return Subject(f"teacher-forced: {stage} pass {step}, noise_pred", Kind.TEACHER_FORCED, Stage(stage), step)
+
+
+def comparison(
+    subject: Subject | str, error: float = 1e-6, tolerance: float = 1e-4, ulp: Precision | None = None
+) -> Comparison:
     """Of 300 values whose relative L2 is about `error`; infinite values for an infinite one."""
+    name = subject if isinstance(subject, str) else subject.name
     rng = np.random.default_rng(sum(map(ord, name)))
     reference = rng.standard_normal((3, 100))
     noise = rng.standard_normal((3, 100)) * error if np.isfinite(error) else np.where(reference > 2, np.inf, 0)
-    return compare(name, reference + noise, reference, tolerance, ulp)
+    return compare(subject, reference + noise, reference, tolerance, ulp)
 
 
 def healthy() -> tuple[Comparison, ...]:
     return (
-        comparison("text_encoder: pooled (batch 3)"),
-        comparison("prior: noise_pred (batch 1, height 6, width 6)", 2e-6, ulp=Precision.FP16),
-        *(comparison(f"teacher-forced: prior pass {n}, noise_pred", 1e-6 * n) for n in (1, 2, 3, 4)),
-        *(comparison(f"trajectory: prior step {n}", 3e-6 * n, 1e-3) for n in (1, 2, 3, 4)),
-        *(comparison(f"trajectory: decoder step {n}", 3e-6 * n, 1e-3) for n in (1, 2, 3)),
-        comparison("vqgan: images (batch 1)", 0.0),
-        comparison("trajectory: image", 1e-5, 1e-3),
+        comparison(alone("text_encoder", "pooled (batch 3)")),
+        comparison(alone("prior", "noise_pred (batch 1, height 6, width 6)"), 2e-6, ulp=Precision.FP16),
+        *(comparison(forced("prior", n), 1e-6 * n) for n in (1, 2, 3, 4)),
+        *(comparison(along("prior", n), 3e-6 * n, 1e-3) for n in (1, 2, 3, 4)),
+        *(comparison(along("decoder", n), 3e-6 * n, 1e-3) for n in (1, 2, 3)),
+        comparison(alone("vqgan", "images (batch 1)"), 0.0),
+        comparison(IMAGE, 1e-5, 1e-3),
     )
 
 
@@ -80,9 +91,9 @@ def ranges() -> list[RangeEntry]:
     ]
 
 
-def report(run: Run, images: Images | None = None, bundle: str = "bundle", **more: str) -> ParityReport:
+def report(run: Report, images: Images | None = None, bundle: str = "bundle", **more: str) -> ParityReport:
     """With every section there is."""
-    file = FileEntry(role="bundle", path=f"{bundle}/model.onnx", bytes=12345, fingerprint="0" * 64, sha256=None)
+    file = ComparedFile(role="bundle", path=f"{bundle}/model.onnx", bytes=12345, fingerprint="0" * 64, sha256=None)
     about = Circumstances(
         bundle=bundle,
         command=more.get("command", "cascadekit verify bundle --against model --report report.html"),
@@ -90,7 +101,8 @@ def report(run: Run, images: Images | None = None, bundle: str = "bundle", **mor
         files=(file,),
         date="2026-01-31T12:00:00+00:00",
     )
-    return build_report(run, empty_manifest(), about, images=images, depth=depth(), ranges=ranges())
+    whole = build_report(replace(run, images=images), empty_manifest(), about)
+    return whole.model_copy(update={"depth": tuple(depth()), "ranges": tuple(ranges())})
 
 
 def noise_images() -> Images:

@@ -16,7 +16,7 @@ from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.inside.bisect import bisect
 from cascadekit.parity.inside.module_map import block_of
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.parity.sample_inputs import cases_of, odd_case
+from cascadekit.parity.sample_inputs import hardest_input, make_inputs
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.quantization import Quantization
@@ -104,7 +104,7 @@ def references(tiny: Path) -> dict[Stage, Remembering]:
 
 
 def inputs_of(bundle: Path, stage: Stage) -> Any:
-    return odd_case(cases_of(stage, open_bundle(bundle).entry(stage), ClipTokenizer.open(None))).inputs
+    return hardest_input(make_inputs(stage, open_bundle(bundle).entry(stage), ClipTokenizer.open(None))).inputs
 
 
 @pytest.mark.parametrize(("stage", "fault", "place", "block"), FAULTS)
@@ -161,9 +161,9 @@ def test_healthy_bundles_have_no_fault(tiny: Path, references: dict[Stage, Remem
         found = bisect(bundle, stage, references[stage], inputs_of(tiny / "bundle", stage))
         assert found, found.described()
         assert found.note.startswith("the graph computes in bf16") == (variant == "bf16")
-        assert len(found.points) > 20
-        assert {point.name for point in found.depth} >= {p.name for p in bundle.entry(stage).outputs} - {"pooled"}
-        final = found.points[-1].accumulated
+        assert len(found.parts) > 20
+        assert {part.name for part in found.depth} >= {p.name for p in bundle.entry(stage).outputs} - {"pooled"}
+        final = found.parts[-1].accumulated
         assert final is not None
         assert final < {"fp32": 1e-6, "fp16-safe": 3e-3, "bf16": 3e-2}.get(variant, 0.2)
         if variant == "bf16":
@@ -187,8 +187,8 @@ def test_slices_bound_memory_and_change_nothing(tiny: Path, references: dict[Sta
     assert whole.slices == 1
     assert sliced.slices > 5
     assert max(held) <= most
-    assert [point.name for point in sliced.points] == [point.name for point in whole.points]
-    for one, other in zip(sliced.points, whole.points, strict=True):
+    assert [point.name for point in sliced.parts] == [point.name for point in whole.parts]
+    for one, other in zip(sliced.parts, whole.parts, strict=True):
         assert one.worst_channel == pytest.approx(other.worst_channel, abs=2e-7)
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from cascadekit import export
-from cascadekit.cli.verify import run_verify
+from cascadekit import export, verify
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare import compare, psnr
+from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.parity.verify import Report, verify
+from cascadekit.parity.results import Report
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import ParityError
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage
@@ -78,7 +77,7 @@ def test_psnr() -> None:
 def run(bundle: Path, model: Path, *stages: Stage) -> Report:
     opened = open_bundle(bundle)
     reference = reference_engine(open_model([model]), stages or tuple(opened.manifest.stages))
-    return verify(OnnxRuntimeEngine(opened), reference, opened.manifest, ClipTokenizer.open(opened.tokenizer), stages)
+    return compare_engine(OnnxRuntimeEngine(opened), reference, opened, stages)
 
 
 def test_a_healthy_bundle_passes(tiny: Path) -> None:
@@ -141,7 +140,7 @@ def test_half_precision_weights_are_compared_with_what_they_say(tiny: Path, tmp_
 @pytest.mark.parametrize("kind", [Quantization.INT8_DYNAMIC, Quantization.INT4])
 def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
     export(tiny / "model", tmp_path / "bundle", quantize=kind)
-    report = run_verify(tmp_path / "bundle", tiny / "model")
+    report = verify(tmp_path / "bundle", tiny / "model")
     assert report, report.to_json()
     worst = max(c.relative_l2 for c in report.comparisons if c.name.startswith("prior"))
     assert worst > 1e-3  # more than a float bundle may lose
@@ -150,10 +149,10 @@ def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path:
     for stage in content["stages"].values():
         stage["quantization"] = "none"
     path.write_text(json.dumps(content))
-    assert not run_verify(tmp_path / "bundle", tiny / "model")
+    assert not verify(tmp_path / "bundle", tiny / "model")
 
 
 def test_engines_in_bf16_are_held_to_bf16(tiny: Path) -> None:
-    report = run_verify(tiny / "bundle", tiny / "model", engine="openvino-bf16")
+    report = verify(tiny / "bundle", tiny / "model", engine="openvino-bf16")
     assert report, report.to_json()
     assert max(c.relative_l2 for c in report.comparisons) > 1e-3

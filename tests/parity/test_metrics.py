@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cascadekit.parity import compare as metrics
-from cascadekit.parity import value_counts as tallies
-from cascadekit.parity.compare import HISTOGRAM_EDGES, Tally, compare, psnr, relative_l2, ssim
+from cascadekit.parity import value_counts
+from cascadekit.parity.compare import HISTOGRAM_EDGES, ValueCount, compare, psnr, relative_l2, ssim
 from cascadekit.parity.value_counts import ulp_distance
 from cascadekit.schemas.errors import ParityError
 from cascadekit.schemas.precision import Precision
@@ -30,7 +30,7 @@ def pair(shape: tuple[int, ...], scale: float, error: float, dtype: type = np.fl
 def small_slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few values at a time, so that tensors of a test span many slices; and the real size."""
     monkeypatch.setattr(metrics, "SLICE", request.param)
-    monkeypatch.setattr(tallies, "SPARE", request.param)
+    monkeypatch.setattr(value_counts, "SPARE", request.param)
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -102,11 +102,11 @@ def test_special_values_are_counted_and_placed() -> None:
     reference[2, 0, 1:3] = found[2, 0, 1:3]
     reference[3, 4, 5] = np.nan
     c = compare("x", found, reference, 1.0)
-    assert c.nan == Tally(2, (1, 2, 3))
-    assert c.positive_infinity == Tally(1, (2, 4, 5))
-    assert c.negative_infinity == Tally(3, (0, 1, 2))
-    assert c.beyond_fp16 == Tally(1, (2, 0, 1))
-    assert c.reference_nonfinite == Tally(1, (3, 4, 5))
+    assert c.nan == ValueCount(2, (1, 2, 3))
+    assert c.positive_infinity == ValueCount(1, (2, 4, 5))
+    assert c.negative_infinity == ValueCount(3, (0, 1, 2))
+    assert c.beyond_fp16 == ValueCount(1, (2, 0, 1))
+    assert c.reference_nonfinite == ValueCount(1, (3, 4, 5))
     assert c.nonfinite == 6
     assert c.failures == ("6 values are NaN or infinite", "1 values of the reference are NaN or infinite")
     finite = np.isfinite(found) & np.isfinite(reference)

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.inside.ranges import FORMATS, Advice, BlockRange, advise, export_options
+from cascadekit.parity.inside.ranges import FORMATS, BlockRange, RangeAdvice, advise, export_options
 from cascadekit.parity.reference.loading import load_component, reference_engine
-from cascadekit.parity.sample_inputs import cases_of
+from cascadekit.parity.report.entries import range_entries
+from cascadekit.parity.sample_inputs import make_inputs
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
@@ -26,8 +27,8 @@ TOKENIZER = ClipTokenizer.open(None)
 ALL = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 
 
-def advice_for(model: Path, bundle: Path, stage: Stage) -> Advice:
-    return advise(open_bundle(bundle).entry(stage), stage, reference_engine(open_model([model]), ALL), TOKENIZER)
+def advice_for(model: Path, bundle: Path, stage: Stage) -> RangeAdvice:
+    return advise(open_bundle(bundle), stage, reference_engine(open_model([model]), ALL))
 
 
 def rescaled(tiny: Path, target: Path, stage: str, factors: dict[str, float]) -> Path:
@@ -51,7 +52,7 @@ def loud(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_spreads_are_those_of_the_modules(tiny: Path) -> None:
     model = open_model([tiny / "model"])
     entry = open_bundle(tiny / "bundle").entry(Stage.PRIOR)
-    inputs = cases_of(Stage.PRIOR, entry, TOKENIZER)[1].inputs
+    inputs = make_inputs(Stage.PRIOR, entry, TOKENIZER)[1].inputs
     found = reference_engine(model, ALL).load(Stage.PRIOR).spreads(inputs)
     network = load_component(model.component(Stage.PRIOR))
     seen: dict[str, Any] = {}
@@ -99,7 +100,7 @@ def test_predictions_come_true(tiny: Path, stage: Stage) -> None:
     advice = advice_for(tiny / "model", tiny / "bundle", stage)
     assert advice.precision is Precision.FP16
     assert export_options([advice]) == [f"--precision {stage}=fp16"]
-    assert {entry.name for entry in advice.entries()} == {block.name for block in advice.blocks}
+    assert {entry.name for entry in range_entries(advice)} == {block.name for block in advice.blocks}
     for kind in ("fp16", "bf16"):
         error = advice.errors[kind]
         assert error.measured is not None

@@ -23,13 +23,13 @@ from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.storage.bundle import open_bundle
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.parity.inside.bisect import bisect_stage
-from cascadekit.parity.sample_inputs import Point, cases_of
-from cascadekit.parity.image_sizes import Sizes
-from cascadekit.parity.verify import verify
+from cascadekit.parity.sample_inputs import SampleSize, make_inputs
+from cascadekit.parity.image_sizes import SizeChoice
+from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.stages import Stage
 what, folder = sys.argv[1], Path(sys.argv[2])
-bundle, tokenizer, point = open_bundle(folder / "bundle"), ClipTokenizer.open(None), Point((1024, 1024))
+bundle, tokenizer, size = open_bundle(folder / "bundle"), ClipTokenizer.open(None), SampleSize((1024, 1024))
 reference = reference_engine(open_model([folder / "model"]), [Stage.PRIOR])
 engine = OnnxRuntimeEngine(bundle)
 begin = time.perf_counter()
@@ -37,16 +37,16 @@ passes = 0.0
 passed = True
 if what in ("reference", "engine"):
     runner = {"reference": reference, "engine": engine}[what].load(Stage.PRIOR)
-    cases = cases_of(Stage.PRIOR, bundle.entry(Stage.PRIOR), tokenizer, points=[point])
+    samples = make_inputs(Stage.PRIOR, bundle.entry(Stage.PRIOR), tokenizer, sizes=[size])
     start = time.perf_counter()
-    for case in cases:
-        runner(case.inputs)
+    for each in samples:
+        runner(each.inputs)
     passes = time.perf_counter() - start
 elif what == "verify":
-    report = verify(engine, reference, bundle.manifest, tokenizer, [Stage.PRIOR], sizes=Sizes({Stage.PRIOR: [point]}))
+    report = compare_engine(engine, reference, bundle, [Stage.PRIOR], sizes=SizeChoice({Stage.PRIOR: [size]}))
     passed = bool(report)
 else:
-    found = bisect_stage(bundle, Stage.PRIOR, reference, tokenizer, slice_bytes=1 << 28)
+    found = bisect_stage(bundle, Stage.PRIOR, reference, slice_bytes=1 << 28)
     passed = bool(found)
     print("; ".join(found.described()), file=sys.stderr)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

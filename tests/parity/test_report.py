@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -15,14 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.parity.compare import compare
-from cascadekit.parity.report.build import describe, place, write_report
+from cascadekit.parity.compare import Kind, Subject, compare
+from cascadekit.parity.compare_engine import _Pass as Pass
+from cascadekit.parity.report.build import write_report
+from cascadekit.parity.report.entries import comparison_entry
 from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.svg import decade, figure
+from cascadekit.parity.results import Report
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.report import ParityReport, report_schema
 from cascadekit.schemas.stages import Stage
-from helpers.reports import Images, Run, comparison, healthy, noise_images, report
+from helpers.reports import IMAGE, Images, alone, along, comparison, healthy, made_report, noise_images, report
 
 HOSTILE = '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> & \' $style ]]> \x00\x1b\ud800'
 CLEANED = HOSTILE.translate({0x00: 0xFFFD, 0x1B: 0xFFFD, 0xD800: "?"})
@@ -54,23 +58,26 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
-def page(tmp_path: Path, run: Run, images: Images | None = None, **more: str) -> Page:
+def page(tmp_path: Path, run: Report, images: Images | None = None, **more: str) -> Page:
     write_report(tmp_path / "r.html", report(run, images, **more), images)
     return Page((tmp_path / "r.html").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("made", "name", "kind", "step"),
     [
-        ("prior: noise_pred (batch 1)", ("stage", Stage.PRIOR, None)),
-        ("controlnet/canny: control.0 (batch 1)", ("stage", Stage.CONTROLNET_CANNY, None)),
-        ("trajectory: decoder step 3", ("trajectory", Stage.DECODER, 3)),
-        ("teacher-forced: prior pass 12, noise_pred", ("teacher-forced", Stage.PRIOR, 12)),
-        ("trajectory: image", ("trajectory", None, None)),
+        (Pass(Stage.PRIOR, {}, {}, "batch 1"), "prior: noise_pred (batch 1)", "stage", None),
+        (Pass(Stage.CONTROLNET_CANNY, {}, {}, "t 1"), "controlnet/canny: noise_pred (t 1)", "stage", None),
+        (Pass(Stage.DECODER, {}, {}, step=12), "teacher-forced: decoder pass 12, noise_pred", "teacher-forced", 12),
     ],
 )
-def test_names_say_where_a_comparison_belongs(name: str, found: tuple[str, Stage | None, int | None]) -> None:
-    assert place(name) == found
+def test_entries_say_where_a_comparison_belongs(made: Pass, name: str, kind: str, step: int | None) -> None:
+    """What a comparison is about is data from the pass to the report; names are for people alone."""
+    entry = comparison_entry(comparison(made.subject("noise_pred", "")))
+    assert (entry.name, entry.kind, entry.stage, entry.step) == (name, kind, made.stage, step)
+    anything = comparison_entry(comparison(Subject("vqgan step 7", Kind.TRAJECTORY, made.stage, 3)))
+    assert (anything.kind, anything.stage, anything.step) == ("trajectory", made.stage, 3)
+    assert comparison_entry(comparison(IMAGE)).stage is None
 
 
 def test_the_published_schema_is_that_of_the_models() -> None:
@@ -86,7 +93,7 @@ def test_json_follows_its_schema(tmp_path: Path, error: float) -> None:
     def no_constants(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    whole = report(Run((*healthy(), comparison("prior: x", error)), image_psnr=math.inf))
+    whole = report(made_report((*healthy(), comparison(alone("prior", "x"), error)), image_psnr=math.inf))
     write_report(tmp_path / "r.json", whole)
     text = (tmp_path / "r.json").read_text(encoding="utf-8")
     content = json.loads(text, parse_constant=no_constants)
@@ -104,7 +111,7 @@ def test_a_comparison_keeps_all_its_figures() -> None:
     reference = rng.standard_normal(50)
     found = reference + 1e-3
     found[7] = np.nan
-    entry = describe(compare("prior: y", found, reference, 1.0))
+    entry = comparison_entry(compare(alone("prior", "y"), found, reference, 1.0))
     assert entry.nan.count == 1
     assert entry.nan.first == (7,)
     assert entry.max_abs == pytest.approx(1e-3)
@@ -113,8 +120,12 @@ def test_a_comparison_keeps_all_its_figures() -> None:
 
 
 def test_junit_counts_what_failed(tmp_path: Path) -> None:
-    odd = (comparison("prior: z", 0.5), comparison("vqgan: z", math.inf), comparison(f"vqgan: {HOSTILE}"))
-    run = Run((*healthy(), *odd), image_psnr=30.0)
+    odd = (
+        comparison(alone("prior", "z"), 0.5),
+        comparison(alone("vqgan", "z"), math.inf),
+        comparison(alone("vqgan", f"{HOSTILE}")),
+    )
+    run = made_report((*healthy(), *odd), image_psnr=30.0)
     write_report(tmp_path / "r.xml", report(run, bundle=HOSTILE))
     root = ElementTree.parse(tmp_path / "r.xml").getroot()
     assert root.tag == "testsuites"
@@ -134,7 +145,7 @@ def test_junit_counts_what_failed(tmp_path: Path) -> None:
 
 
 def test_html_refers_to_nothing_elsewhere(tmp_path: Path) -> None:
-    found = page(tmp_path, Run(healthy()), noise_images())
+    found = page(tmp_path, made_report(healthy()), noise_images())
     assert not found.open
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "http" not in text.replace("http-equiv", "")
@@ -148,7 +159,7 @@ def test_html_refers_to_nothing_elsewhere(tmp_path: Path) -> None:
 
 
 def test_html_says_the_verdict_first_and_gives_every_chart_in_words(tmp_path: Path) -> None:
-    found = page(tmp_path, Run((*healthy(), comparison("prior: z", 0.5))), noise_images())
+    found = page(tmp_path, made_report((*healthy(), comparison(alone("prior", "z"), 0.5))), noise_images())
     text = [part.strip() for part in found.text if part.strip()]
     assert text[text.index("Parity of bundle") - 1] == "✗ Failed"
     assert any("first part of the graph at fault: prior, down_blocks.0.25" in part for part in text)
@@ -161,14 +172,14 @@ def test_html_says_the_verdict_first_and_gives_every_chart_in_words(tmp_path: Pa
     assert all(a.get("alt") for a in found.all("img"))
     assert "cascadekit verify bundle --against model --report report.html" in text
     assert "not finite" not in text
-    assert "not finite" in page(tmp_path, Run((*healthy(), comparison("vqgan: z", math.inf)))).text
-    assert "✓ Passed" in page(tmp_path, Run(healthy())).text
+    assert "not finite" in page(tmp_path, made_report((*healthy(), comparison(alone("vqgan", "z"), math.inf)))).text
+    assert "✓ Passed" in page(tmp_path, made_report(healthy())).text
 
 
 def test_what_was_left_out_is_told_in_every_report(tmp_path: Path) -> None:
     """Names come from an engine's own words: hostile ones stay text."""
     what = ("prior in two parts (t 0.95, batch 1)", f"the image: {HOSTILE}")
-    run = Run(healthy(), left_out=what)
+    run = made_report(healthy(), left_out=what)
     for suffix in (".json", ".xml"):
         write_report(tmp_path / f"r{suffix}", report(run))
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
@@ -183,12 +194,13 @@ def test_what_was_left_out_is_told_in_every_report(tmp_path: Path) -> None:
     assert not found.open
     assert {what[0], f"the image: {CLEANED}"} <= set(found.text)
     assert any("2 more were left out" in text for text in found.text)
-    assert not any("left out, listed" in text for text in page(tmp_path, Run(healthy())).text)
+    assert not any("left out, listed" in text for text in page(tmp_path, made_report(healthy())).text)
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
-    names = (f"prior: {HOSTILE}", f"trajectory: decoder step 1{HOSTILE}", f"{HOSTILE}: x")
-    run = Run((*healthy(), *(comparison(name, 0.5) for name in names)), engine=HOSTILE, reference=HOSTILE)
+    subjects = (alone("prior", HOSTILE), along("decoder", 1, HOSTILE), f"{HOSTILE}: x")
+    found_wrong = (comparison(subject, 0.5) for subject in subjects)
+    run = replace(made_report((*healthy(), *found_wrong), engine=HOSTILE), reference=HOSTILE)
     images = noise_images()
     whole = report(run, images, bundle=HOSTILE, command=HOSTILE, cpu=HOSTILE)
     entry = whole.depth[25].model_copy(update={"name": HOSTILE})
@@ -199,13 +211,13 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert len(found.all("script")) == 1
     assert len(found.all("img")) == 3
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in found.all("img"))
-    assert [image["alt"] for image in found.all("img")[:2]] == [f"The image drawn by {CLEANED}"] * 2
+    assert [image["alt"] for image in found.all("img")[:2]] == [f"The image generated by {CLEANED}"] * 2
     assert any(f"Parity of {CLEANED}" in text for text in found.text)
 
 
 def test_values_no_axis_holds(tmp_path: Path) -> None:
-    odd = [comparison(f"trajectory: vqgan step {n}", e) for n, e in enumerate((0.0, math.inf, 1e-300, 1e9), 1)]
-    whole = report(Run((*healthy(), *odd)))
+    odd = [comparison(along("vqgan", n), e) for n, e in enumerate((0.0, math.inf, 1e-300, 1e9), 1)]
+    whole = report(made_report((*healthy(), *odd)))
     spoilt = whole.depth[3].model_copy(update={"own": math.nan, "accumulated": -math.inf})
     spread = whole.ranges[3].model_copy(update={"max_abs": math.inf})
     update = {"depth": (*whole.depth, spoilt), "ranges": (*whole.ranges, spread)}
@@ -215,13 +227,13 @@ def test_values_no_axis_holds(tmp_path: Path) -> None:
     for attributes in (a for _, a in found.tags):
         for name in ("x", "y", "cx", "cy", "x1", "y1", "width", "height", "points"):
             assert not re.search("nan|inf", attributes.get(name) or "")
-    page(tmp_path, Run((comparison("prior: x", 0.0),), image_psnr=None))
-    page(tmp_path, Run(()))
+    page(tmp_path, made_report((comparison(alone("prior", "x"), 0.0),), image_psnr=None))
+    page(tmp_path, made_report(()))
 
 
 def test_the_images_in_the_page_are_the_images(tmp_path: Path) -> None:
     images = noise_images()
-    sources = [image["src"] or "" for image in page(tmp_path, Run(healthy()), images).all("img")]
+    sources = [image["src"] or "" for image in page(tmp_path, made_report(healthy()), images).all("img")]
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2])))) for s in sources]
     for picture, planes in zip(shown, images, strict=False):
         assert np.array_equal(picture, np.round(planes[0].transpose(1, 2, 0).astype(float) * 255).astype(np.uint8))
@@ -251,7 +263,7 @@ def test_figures(value: float, text: str) -> None:
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
-    whole = report(Run(healthy()))
+    whole = report(made_report(healthy()))
     with pytest.raises(UsageError, match=r"one of .html, .json, .xml"):
         write_report(tmp_path / "report.pdf", whole)
     with pytest.raises(UsageError, match="cannot be written"):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cascadekit.parity.report.build import write_report
-from helpers.reports import Run, comparison, healthy, noise_images, report
+from helpers.reports import alone, comparison, healthy, made_report, noise_images, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here (apt-get install chromium)")
@@ -55,7 +55,10 @@ def browser() -> Iterator["api.Browser"]:
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every section, some of it hostile, that failed."""
     hostile = '"><script>document.title="taken"</script><img src="https://example.org/x.png">'
-    run = Run((*healthy(), comparison(f"prior: {hostile}", 0.5), comparison("vqgan: z", float("inf"))), image_psnr=30.0)
+    run = made_report(
+        (*healthy(), comparison(alone("prior", f"{hostile}"), 0.5), comparison(alone("vqgan", "z"), float("inf"))),
+        image_psnr=30.0,
+    )
     images = noise_images()
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, report(run, images, bundle="bundle" * 30 + hostile, command=f"verify {hostile}"), images)
@@ -129,7 +132,7 @@ def test_series_differ_without_colour(browser: "api.Browser", failed: Path) -> N
 def test_the_slider_moves_between_the_images(browser: "api.Browser", tmp_path: Path) -> None:
     red, blue = (np.zeros((1, 3, 32, 64), np.float32) for _ in range(2))
     red[:, 0], blue[:, 2] = 1, 1
-    write_report(tmp_path / "r.html", report(Run(healthy()), (red, blue)), (red, blue))
+    write_report(tmp_path / "r.html", report(made_report(healthy()), (red, blue)), (red, blue))
     page = opened(browser, tmp_path / "r.html")
     stack, slider = page.locator(".stack"), page.locator(".compare input")
 
@@ -155,7 +158,7 @@ def test_a_screenshot_shows_the_verdict(
     browser: "api.Browser", tmp_path: Path, error: float, word: str, strongest: int
 ) -> None:
     """Its paper is tinted green or red, and numbers unfold."""
-    write_report(tmp_path / "r.html", report(Run((*healthy(), comparison("prior: z", error)))))
+    write_report(tmp_path / "r.html", report(made_report((*healthy(), comparison(alone("prior", "z"), error)))))
     page = opened(browser, tmp_path / "r.html", "phone")
     assert page.locator("h1").inner_text() == word
     picture = Image.open(io.BytesIO(page.locator(".verdict").screenshot())).convert("RGB")

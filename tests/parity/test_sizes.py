@@ -63,8 +63,8 @@ def names(report: dict[str, Any]) -> list[str]:
 
 def shown(bundle: Bundle, engine: str, **wishes: Any) -> list[str]:
     """Of the prior, in short."""
-    points = choose_sizes(bundle.manifest, engine, **wishes).points[Stage.PRIOR]
-    return [str(point).removesuffix(" of its profile").removesuffix(" its profile").strip() for point in points]
+    sizes = choose_sizes(bundle.manifest, engine, **wishes).by_stage[Stage.PRIOR]
+    return [str(size).removesuffix(" of its profile").removesuffix(" its profile").strip() for size in sizes]
 
 
 def test_points_of_profiles(bundle: Bundle) -> None:

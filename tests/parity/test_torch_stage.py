@@ -11,7 +11,7 @@ import torch
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference.engine import TorchStage
 from cascadekit.parity.reference.loading import load_component, reference_engine
-from cascadekit.parity.sample_inputs import cases_of, odd_case
+from cascadekit.parity.sample_inputs import hardest_input, make_inputs
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -24,7 +24,9 @@ def loaded(tiny: Path, stage: Stage) -> tuple[TorchStage, Any, dict[str, Any]]:
     """The stage, its network once more, and inputs."""
     model = open_model([tiny / "model"])
     runner = reference_engine(model, ALL).load(stage)
-    inputs = odd_case(cases_of(stage, open_bundle(tiny / "bundle").entry(stage), ClipTokenizer.open(None))).inputs
+    inputs = hardest_input(
+        make_inputs(stage, open_bundle(tiny / "bundle").entry(stage), ClipTokenizer.open(None))
+    ).inputs
     return runner, load_component(model.component(stage)), dict(inputs)
 
 

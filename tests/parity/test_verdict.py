@@ -10,12 +10,13 @@ from click.testing import CliRunner
 
 from cascadekit.cli import main
 from cascadekit.parity.compare import Comparison
+from cascadekit.parity.results import Report
 from cascadekit.parity.verdict import KEPT, Verdict, make_verdict, record_verdict, verdict_of, warning
 from cascadekit.schemas.bundle import MANIFEST_NAME, parse_manifest
 from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
-from helpers.reports import Run, comparison
+from helpers.reports import IMAGE, alone, along, comparison, made_report
 from helpers.standins import accept_changes
 
 STAGES = ("text_encoder", "prior", "decoder", "vqgan")
@@ -30,10 +31,10 @@ def bundle(tiny: Path, tmp_path: Path) -> Bundle:
 
 
 def all_stages(error: float = 1e-6) -> tuple[Comparison, ...]:
-    return tuple(comparison(f"{stage}: x (batch 1)", error) for stage in STAGES)
+    return tuple(comparison(alone(stage, "x (batch 1)"), error) for stage in STAGES)
 
 
-def recorded(bundle: Bundle, run: Run, date: str = "2026-01-31") -> Bundle:
+def recorded(bundle: Bundle, run: Report, date: str = "2026-01-31") -> Bundle:
     record_verdict(bundle, make_verdict(run, bundle.manifest, "cascadekit 9", date))
     return open_bundle(bundle.root)
 
@@ -48,14 +49,14 @@ def test_a_manifest_without_verdicts_is_of_a_bundle_never_verified(bundle: Bundl
 
 
 def test_what_is_recorded(bundle: Bundle) -> None:
-    run = Run((*all_stages(), comparison("trajectory: prior step 2", 5e-5)), image_psnr=math.inf)
+    run = made_report((*all_stages(), comparison(along("prior", 2), 5e-5)), image_psnr=math.inf)
     manifest = recorded(bundle, run).manifest
     (entry,) = manifest.parity
     assert (entry.engine, entry.reference, entry.date) == ("onnxruntime", "torch", "2026-01-31")
     assert entry.passed
     assert entry.image_psnr_db == math.inf  # through JSON
     assert list(entry.stages) == list(STAGES)
-    worst = max(c.relative_l2 for c in run.comparisons if "prior" in c.name)
+    worst = max(c.relative_l2 for c in run.comparisons if c.stage is Stage.PRIOR)
     assert entry.stages[Stage.PRIOR].worst_relative_l2 == worst
     files = json.loads((bundle.root / MANIFEST_NAME).read_text())["stages"]["prior"]["files"]
     assert entry.stages[Stage.PRIOR].files == {file["path"]: file["fingerprint"] for file in files}
@@ -67,21 +68,21 @@ def test_what_is_recorded(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     "run",
     [
-        Run((*all_stages()[:3], comparison("vqgan: x", 0.5))),
-        Run((*all_stages(), comparison("trajectory: image", 0.5))),
-        Run(all_stages(), image_psnr=20.0),
+        made_report((*all_stages()[:3], comparison(alone("vqgan", "x"), 0.5))),
+        made_report((*all_stages(), comparison(IMAGE, 0.5))),
+        made_report(all_stages(), image_psnr=20.0),
     ],
     ids=["a stage", "the image's error", "the image's PSNR"],
 )
-def test_failures_are_told(bundle: Bundle, run: Run) -> None:
+def test_failures_are_told(bundle: Bundle, run: Report) -> None:
     manifest = recorded(bundle, run).manifest
     assert verdict_of(manifest) is Verdict.FAILED
     assert "failed its parity check on onnxruntime" in (warning(manifest, "onnxruntime") or "")
-    assert verdict_of(recorded(open_bundle(bundle.root), Run(all_stages())).manifest) is Verdict.PASSED
+    assert verdict_of(recorded(open_bundle(bundle.root), made_report(all_stages())).manifest) is Verdict.PASSED
 
 
 def test_changed_files_make_a_verdict_stale(bundle: Bundle) -> None:
-    recorded(bundle, Run(all_stages()))
+    recorded(bundle, made_report(all_stages()))
     path = bundle.root / MANIFEST_NAME
     text = path.read_text()
     content = json.loads(text)
@@ -96,23 +97,23 @@ def test_changed_files_make_a_verdict_stale(bundle: Bundle) -> None:
 
 
 def test_every_stage_and_every_engine_counts(bundle: Bundle) -> None:
-    one = recorded(bundle, Run(all_stages()[1:2], image_psnr=None))
+    one = recorded(bundle, made_report(all_stages()[1:2], image_psnr=None))
     assert verdict_of(one.manifest) is Verdict.NEVER  # of three stages
-    rest = recorded(one, Run((*all_stages()[:1], *all_stages()[2:]), image_psnr=None))
+    rest = recorded(one, made_report((*all_stages()[:1], *all_stages()[2:]), image_psnr=None))
     assert verdict_of(rest.manifest) is Verdict.PASSED
     assert len(rest.manifest.parity) == 2
     assert verdict_of(rest.manifest, "openvino-bf16") is Verdict.NEVER
-    other = recorded(rest, Run(all_stages(0.5), engine="openvino-bf16"))
+    other = recorded(rest, made_report(all_stages(0.5), engine="openvino-bf16"))
     assert verdict_of(other.manifest, "openvino-bf16") is Verdict.FAILED
     assert verdict_of(other.manifest, "onnxruntime") is Verdict.PASSED
-    again = recorded(other, Run(all_stages()))
+    again = recorded(other, made_report(all_stages()))
     assert [entry.engine for entry in again.manifest.parity] == ["openvino-bf16", "onnxruntime"]
 
 
 def test_a_manifest_does_not_grow_for_ever(bundle: Bundle) -> None:
     manifest = bundle.manifest
     for number in range(KEPT + 3):
-        verdict = make_verdict(Run(all_stages(), f"e{number}"), manifest, "x")
+        verdict = make_verdict(made_report(all_stages(), f"e{number}"), manifest, "x")
         manifest = record_verdict(Bundle(bundle.root, manifest), verdict)
     assert len(manifest.parity) == KEPT
     assert manifest.parity[-1].engine == f"e{KEPT + 2}"
@@ -125,8 +126,8 @@ def test_a_manifest_that_cannot_be_replaced(bundle: Bundle, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device; see --no-verdict"):
-        recorded(bundle, Run(all_stages()))
+    with pytest.raises(CheckpointError, match="No space left on device; give verdict=False"):
+        recorded(bundle, made_report(all_stages()))
     assert (bundle.root / MANIFEST_NAME).read_bytes() == before
     assert not list(bundle.root.glob(".cascade*"))
 
@@ -141,7 +142,7 @@ def test_the_command_line(bundle: Bundle, tiny: Path, tmp_path: Path) -> None:
         return result.output
 
     before = (bundle.root / MANIFEST_NAME).read_bytes()
-    assert "end its name so" in call("--report", tmp_path / "r.pdf", code=2)
+    assert "choose a name that ends so" in call("--report", tmp_path / "r.pdf", code=2)
     assert "there is no folder" in call("--report", tmp_path / "absent/r.html", code=2)
     reports = [tmp_path / f"r{suffix}" for suffix in (".html", ".json", ".xml")]
     asked = [argument for path in reports for argument in ("--report", path)]

@@ -1,4 +1,4 @@
-"""References, recordings, presets: what verify compares and what it holds engines to."""
+"""References, recordings and tolerances of verify."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ from transformers import CLIPTextModelWithProjection
 import cascadekit
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.recording import load_recording
+from cascadekit.parity.compare_engine import compare_engine
+from cascadekit.parity.recording import read_recording
 from cascadekit.parity.reference.loading import independent_engine, reference_engine
-from cascadekit.parity.reference_run import NUDGE, expect, noise_tape
-from cascadekit.parity.sample_inputs import NEGATIVE, PROMPT, PROMPTS, RATIOS, cases_of, embed
-from cascadekit.parity.tolerances import MOST, QUANTIZED_FACTOR, ROUNDOFF, preset
-from cascadekit.parity.verify import verify
+from cascadekit.parity.reference_run import NUDGE, reproduce_noise, run_reference
+from cascadekit.parity.sample_inputs import NEGATIVE, PROMPT, PROMPTS, RATIOS, embed, make_inputs
+from cascadekit.parity.tolerances import MAX_QUANTIZED_TOLERANCE, QUANTIZED_FACTOR, ROUNDOFF, stage_tolerance
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import CheckpointError, UsageError
 from cascadekit.schemas.precision import Precision
@@ -54,7 +54,7 @@ def recording(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_latents_are_noised_as_torch_would(tiny: Path) -> None:
     """x_t = √ᾱ x0 + √(1-ᾱ) ε, of the same draws, with ᾱ by the cosine schedule's formula."""
     entry = open_bundle(tiny / "bundle").entry(Stage.PRIOR)
-    first = cases_of(Stage.PRIOR, entry, TOKENIZER)[0]
+    first = make_inputs(Stage.PRIOR, entry, TOKENIZER)[0]
     rng = np.random.default_rng(0)
     drawn = {}
     for port in entry.inputs:  # in the order of the ports, the noise last
@@ -82,7 +82,7 @@ def test_cases_have_real_prompts_guidance_and_every_timestep(tiny: Path) -> None
     embedded = embed(encode, TOKENIZER)  # type: ignore[arg-type]
     assert len(embedded.pooled) == len((*PROMPTS, NEGATIVE))
     for stage, zeroed in ((Stage.PRIOR, "clip_img"), (Stage.DECODER, "effnet")):
-        cases = cases_of(stage, bundle.entry(stage), TOKENIZER, embedded)
+        cases = make_inputs(stage, bundle.entry(stage), TOKENIZER, embedded)
         assert sorted(case.t or 0 for case in cases) == sorted(RATIOS)
         (guided,) = (case for case in cases if "guided" in case.label)
         pooled = guided.inputs["clip_text_pooled"]
@@ -105,15 +105,15 @@ def test_a_size_adds_its_latents(tiny: Path) -> None:
     assert "vqgan: images (batch 1, height 50, width 80)" in names
 
 
-# Presets
+# Tolerances
 
 
 def test_floors_are_the_errors_of_the_reference_itself(tiny: Path) -> None:
     """Against networks loaded in each dtype; these round the timestep ratio too, so the vqgan, which has none."""
     model = open_model([tiny / "model"])
     bundle = open_bundle(tiny / "bundle")
-    expected = expect(reference_engine(model, ALL), bundle.manifest, TOKENIZER, [Stage.VQGAN])
-    inputs = expected.cases[0].inputs
+    expected = run_reference(reference_engine(model, ALL), bundle, [Stage.VQGAN])
+    inputs = expected.inputs[0].inputs
     exact, *rough = (
         reference_engine(model, ALL, dtype=dtype).load(Stage.VQGAN)(inputs)["images"].astype(np.float64)
         for dtype in ("F64", "F32", "F16", "BF16")
@@ -124,39 +124,40 @@ def test_floors_are_the_errors_of_the_reference_itself(tiny: Path) -> None:
         assert measured[precision] == pytest.approx(floor, rel=1e-2)
 
 
-def test_presets_are_floors_times_factors(tiny: Path) -> None:
+def test_tolerances_are_floors_times_factors(tiny: Path) -> None:
     entry = open_bundle(tiny / "bundle").entry(Stage.PRIOR)
-    fine = preset(entry, "onnxruntime", None, {Precision.FP32: 1e-6})
+    fine = stage_tolerance(entry, "onnxruntime", None, {Precision.FP32: 1e-6})
     assert fine.tolerance == pytest.approx(fine.factor * 1e-6)
-    coarse = preset(entry, "openvino-bf16", Precision.BF16, {Precision.FP32: 1e-6, Precision.BF16: 1e-2})
+    coarse = stage_tolerance(entry, "openvino-bf16", Precision.BF16, {Precision.FP32: 1e-6, Precision.BF16: 1e-2})
     assert coarse.tolerance == pytest.approx(coarse.factor * 1e-2)
-    none = preset(entry, "onnxruntime", None, {Precision.FP32: 0.0})
+    none = stage_tolerance(entry, "onnxruntime", None, {Precision.FP32: 0.0})
     assert none.tolerance == pytest.approx(none.factor * ROUNDOFF[Precision.FP32])
     fp16 = entry.model_copy(update={"precision": Precision.FP16})
-    overflowed = preset(fp16, "onnxruntime", None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
+    overflowed = stage_tolerance(fp16, "onnxruntime", None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
     assert overflowed.tolerance == pytest.approx(overflowed.factor * 1e-2)
     int4 = entry.model_copy(update={"quantization": Quantization.INT4})
     floors = {Precision.FP32: 1e-6, Quantization.INT4: 0.06, Quantization.INT8: 0.01}
-    assert preset(int4, "onnxruntime", None, floors).tolerance == QUANTIZED_FACTOR * 0.06
+    assert stage_tolerance(int4, "onnxruntime", None, floors).tolerance == QUANTIZED_FACTOR * 0.06
     hopeless = {**floors, Quantization.INT4: float("inf")}
-    assert preset(int4, "onnxruntime", None, hopeless).tolerance == MOST
+    assert stage_tolerance(int4, "onnxruntime", None, hopeless).tolerance == MAX_QUANTIZED_TOLERANCE
     fp8 = entry.model_copy(update={"quantization": Quantization.FP8})
-    assert preset(fp8, "x", None, floors).tolerance == pytest.approx(0.1)
-    assert preset(int4, "x", None, {}).tolerance == pytest.approx(0.5)
+    assert stage_tolerance(fp8, "x", None, floors).tolerance == pytest.approx(0.1)
+    assert stage_tolerance(int4, "x", None, {}).tolerance == pytest.approx(0.5)
 
 
 def test_gains_foresee_how_errors_grow(tiny: Path) -> None:
     """An engine whose every pass is off by as much as one in bf16 drifts no more than gains say it may."""
     model = open_model([tiny / "model"])
     bundle = open_bundle(tiny / "bundle")
-    expected = expect(reference_engine(model, ALL), bundle.manifest, TOKENIZER)
+    expected = run_reference(reference_engine(model, ALL), bundle)
     assert expected.trajectory is not None
-    assert all(gain * NUDGE > 1e-4 for gain in expected.trajectory.gains.values())
+    gains = (*expected.trajectory.gains.values(), expected.trajectory.image_gain)
+    assert all(gain * NUDGE > 1e-4 for gain in gains)
     rough = reference_engine(model, ALL, compute="bfloat16")
     rough.precision = Precision.BF16
-    report = verify(rough, expected, bundle.manifest, TOKENIZER)
+    report = compare_engine(rough, expected, bundle)
     assert report, [str(c) for c in report.comparisons if not c]
-    assert not verify(reference_engine(model, ALL, compute="bfloat16"), expected, bundle.manifest, TOKENIZER)
+    assert not compare_engine(reference_engine(model, ALL, compute="bfloat16"), expected, bundle)
 
 
 # References
@@ -171,7 +172,7 @@ def test_diffusers_agrees(tiny: Path) -> None:
 
 
 def test_diffusers_has_not_all_stages(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="have no previewer; compare it with --reference cascadekit"):
+    with pytest.raises(UsageError, match='have no previewer; compare it with reference="cascadekit"'):
         independent_engine(open_model([tiny / "model"]), [Stage.PREVIEWER])
 
 
@@ -190,9 +191,9 @@ def test_the_reference_computes_in_what_is_asked_for(tiny: Path, precision: str)
 
 def test_a_recording_is_what_was_expected(tiny: Path, recording: Path) -> None:
     model = open_model([tiny / "model"])
-    expected = expect(reference_engine(model, ALL), open_bundle(tiny / "bundle").manifest, TOKENIZER)
-    loaded = load_recording(recording).expected
-    assert [(c.stage, c.label, c.t) for c in loaded.cases] == [(c.stage, c.label, c.t) for c in expected.cases]
+    expected = run_reference(reference_engine(model, ALL), open_bundle(tiny / "bundle"))
+    loaded = read_recording(recording).outputs
+    assert [(c.stage, c.label, c.t) for c in loaded.inputs] == [(c.stage, c.label, c.t) for c in expected.inputs]
     for one, other in zip(loaded.outputs, expected.outputs, strict=True):
         assert {name: value.tobytes() for name, value in one.items()} == {
             name: value.tobytes() for name, value in other.items()
@@ -201,22 +202,23 @@ def test_a_recording_is_what_was_expected(tiny: Path, recording: Path) -> None:
     assert expected.trajectory is not None
     assert loaded.floors == expected.floors
     assert loaded.trajectory.gains == expected.trajectory.gains
+    assert loaded.trajectory.image_gain == expected.trajectory.image_gain
     assert len(loaded.trajectory.calls) == len(expected.trajectory.calls)
-    tape = noise_tape(expected.trajectory)
+    tape = reproduce_noise(expected.trajectory)
     assert tape.keys() == loaded.trajectory.noise.keys()
     with safe_open(recording, "np") as file:  # as another library reads it
-        assert (file.get_tensor("noise/prior draw 1") == tape["prior draw 1"]).all()
+        assert (file.get_tensor("noise/prior draw 1") == tape[Stage.PRIOR, 1]).all()
         assert (file.get_tensor("image/image") == expected.trajectory.image).all()
 
 
 def test_the_tape_is_the_noise_of_torch(recording: Path) -> None:
-    trajectory = load_recording(recording).expected.trajectory
+    trajectory = read_recording(recording).outputs.trajectory
     assert trajectory is not None
     generator = torch.Generator().manual_seed(0)
-    for name, drawn in trajectory.noise.items():
-        assert (torch.randn(drawn.shape, generator=generator).numpy() == drawn).all(), name
+    for key, drawn in trajectory.noise.items():
+        assert (torch.randn(drawn.shape, generator=generator).numpy() == drawn).all(), key
     first = next(call for call in trajectory.calls if call.stage is Stage.PRIOR)
-    assert (first.inputs["sample"][:1] == trajectory.noise["prior draw 1"]).all()
+    assert (first.inputs["sample"][:1] == trajectory.noise[Stage.PRIOR, 1]).all()
 
 
 WITHOUT_TORCH = """
@@ -258,17 +260,17 @@ def test_what_is_no_recording_is_said_so(tiny: Path, recording: Path, tmp_path: 
     with (tmp_path / "cut").open("r+b") as file:
         file.truncate(100_000)
     with pytest.raises(CheckpointError):
-        load_recording(tmp_path / "cut")
+        read_recording(tmp_path / "cut")
     damaged = recording.read_bytes().replace(b'\\"calls\\": [', b'\\"calms\\": [', 1)
     (tmp_path / "damaged").write_bytes(damaged)
     with pytest.raises(CheckpointError, match="a damaged recording"):
-        load_recording(tmp_path / "damaged")
+        read_recording(tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "give --against MODEL, or --recorded FILE"),
+        ((), "give --against as the model, or --recorded as a file"),
         (("--recorded", "x", "--bisect"), "--bisect needs the model"),
         (("--against", "x", "--bisect", "--record", "y"), "one at a time"),
         (("--against", "x", "--bisect", "--reference", "diffusers"), "looks into cascadekit's own modules"),

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, export
 from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.parity.verify import verify
 from cascadekit.runtime.engines import openvino
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
 from cascadekit.runtime.engines.table import ENGINES, make_engine
-from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -33,7 +32,7 @@ def errors(engine: object, source: Path, stages: list[Stage]) -> dict[str, float
     """Relative L2 against the fp32 reference for everything that verify compares."""
     bundle = engine.bundle  # type: ignore[attr-defined]
     reference = reference_engine(open_model([source]), stages or list(bundle.manifest.stages))
-    report = verify(engine, reference, bundle.manifest, ClipTokenizer.open(bundle.tokenizer), stages)  # type: ignore[arg-type]
+    report = compare_engine(engine, reference, bundle, stages)  # type: ignore[arg-type]
     return {comparison.name: comparison.relative_l2 for comparison in report.comparisons}
 
 

@@ -1,0 +1,78 @@
+"""Prints the report of a verification as tables and lines."""
+
+from typing import TYPE_CHECKING
+
+from .console import note, say, show_table
+
+if TYPE_CHECKING:
+    from ..parity.inside.ranges import RangeAdvice
+    from ..parity.results import Report
+
+PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
+RANGE_COLUMNS = ("block", "largest", "in", "smallest usual", "bits below fp16's end", "lost in fp16", "bf16", "fp8")
+ERROR_COLUMNS = ("precision", "predicted", "measured", "worst block", "predicted there", "measured there")
+SHOWN = 12  # blocks, those nearest to the end of fp16; --json lists all
+
+
+def print_report(report: "Report") -> None:
+    """Print whatever the report holds: comparisons, bisections and ranges."""
+    if report.comparisons:
+        _print_comparisons(report)
+    for bisection in report.bisections:
+        for line in (*([f"{bisection.stage}: {bisection.note}"] if bisection.note else ()), *bisection.described()):
+            say(line)
+    if report.bisections:
+        say("no part differs" if all(report.bisections) else "DIFFERENT")
+    for advice in report.ranges:
+        _print_ranges(advice)
+    if report.ranges:
+        from ..parity.inside.ranges import export_options
+
+        say(f"export with: {' '.join(export_options(report.ranges))}")
+
+
+def _print_comparisons(report: "Report") -> None:
+    rows = (
+        (
+            c.name,
+            *(f"{figure:.2e}" for figure in (c.max_abs, c.mean_abs, c.relative_l2)),
+            f"{c.cosine:.8f}",
+            "; ".join(c.failures) or "ok",
+        )
+        for c in report.comparisons
+    )
+    if report.left_out:
+        note(f"left out, since {report.engine} was built for other sizes: {'; '.join(report.left_out)}")
+    show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows)
+    if report.image_psnr is not None:
+        say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))
+    say("passed" if report.comparisons_passed else "FAILED")
+
+
+def _print_ranges(advice: "RangeAdvice") -> None:
+    rows = [
+        (
+            block.name,
+            f"{block.max_abs:.3g}",
+            block.where,
+            f"{block.usual:.1e}",
+            f"{block.margin:.1f}",
+            *(f"{block.lost(kind):.1f}" for kind in ("fp16", "bf16", "fp8")),
+        )
+        for block in advice.tightest(SHOWN)
+    ]
+    show_table(f"{advice.stage}: {len(advice.blocks)} blocks, those nearest to the end of fp16", RANGE_COLUMNS, rows)
+    errors = [
+        (
+            kind,
+            f"{error.predicted:.1e}",
+            "-" if error.measured is None else f"{error.measured:.1e}",
+            error.worst,
+            f"{error.worst_predicted:.1e}",
+            "-" if error.worst_measured is None else f"{error.worst_measured:.1e}",
+        )
+        for kind, error in advice.errors.items()
+    ]
+    show_table(f"{advice.stage}: relative L2 error by precision", ERROR_COLUMNS, errors)
+    for line in advice.described():
+        say(line)

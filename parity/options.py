@@ -1,0 +1,43 @@
+"""The options of a comparison, and which of them go together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..schemas.errors import UsageError
+from ..schemas.stages import Stage
+
+# The dtype a reference computes in, by the name people choose it by; None is that of its weights, float32.
+REFERENCE_DTYPES = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+REFERENCES = ("cascadekit", "diffusers")
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """What a bundle is compared with, and on which inputs; see `verify` for each of them."""
+
+    against: Path | None = None
+    recorded: Path | None = None
+    text_encoder: Path | None = None
+    stages: tuple[Stage, ...] = ()
+    device: str = "cpu"
+    engine: str = "onnxruntime"
+    reference: str = REFERENCES[0]
+    reference_precision: str = "fp32"
+    size: tuple[int, int] | None = None
+    sizes: str = "small"
+
+
+def check_options(
+    options: ComparisonOptions, *, record: bool = False, bisect: bool = False, ranges: bool = False
+) -> None:
+    """Raise UsageError for options that do not go together. `record` says that the reference is to be recorded."""
+    if (options.against is None) == (options.recorded is None):
+        raise UsageError("give against=... as the model, or recorded=... as a file that was recorded from it")
+    given = {"record=...": record, "bisect=True": bisect, "ranges=True": ranges}
+    chosen = [name for name, wanted in given.items() if wanted]
+    if chosen and options.against is None:
+        raise UsageError(f"{chosen[0]} needs the model: give against=...")
+    if record and len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)}: one at a time")
+    if options.reference != REFERENCES[0] and (bisect or ranges):
+        raise UsageError(f"{chosen[0]} looks into cascadekit's own modules: leave reference=... away")

@@ -1,0 +1,72 @@
+"""Collects what it takes to repeat a parity run: the command, the software and machine, and the files."""
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ...converters.checkpoints.open_model import open_model
+from ...schemas.bundle import Manifest
+from ...schemas.errors import CascadeError
+from ...schemas.json_text import well_formed
+from ...schemas.report import ComparedFile
+from ...schemas.stages import Stage
+from ...storage.file_hashes import fingerprint
+from ...storage.machine import cpu_model
+
+LIBRARIES = (
+    "cascadekit", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch",
+    "diffusers", "transformers", "onnx",
+)  # fmt: skip
+
+
+def running_command() -> str:
+    """The command line of this process, quoted for a shell."""
+    return well_formed(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def software() -> dict[str, str]:
+    """System, processor, Python, and the version of each of LIBRARIES that is installed."""
+    found = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": f"{cpu_model()}, {len(os.sched_getaffinity(0))} threads",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+    }
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def used_files(manifest: Manifest, stages: Sequence[Stage], against: Path) -> tuple[ComparedFile, ...]:
+    """The bundle's files of `stages`, as its manifest lists them, and the files that were compared against."""
+    own = [
+        ComparedFile(role="bundle", path=file.path, bytes=file.bytes, fingerprint=file.fingerprint, sha256=file.sha256)
+        for stage in stages
+        for file in manifest.stages[stage].files
+    ]
+    return (*own, *_reference_files(against))
+
+
+def _reference_files(against: Path) -> list[ComparedFile]:
+    """The weights of a model, or the file of a recording."""
+    try:
+        model = open_model([against])
+        paths = {tensor.path for component in model.components.values() for tensor in component.tensors.values()}
+    except CascadeError:  # a recording is no model
+        paths = {against} if against.is_file() else set()
+    return [
+        ComparedFile(
+            role="reference",
+            path=well_formed(path.name if against.is_file() else path.relative_to(against).as_posix()),
+            bytes=path.stat().st_size,
+            fingerprint=fingerprint(path),
+            sha256=None,
+        )
+        for path in sorted(paths)
+    ]
