@@ -1,11 +1,10 @@
 """What was measured: cases, their runs, ratios within a round."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-Say = Callable[[str], object]
 Pairs = Sequence[tuple[str, str]]
 
 
