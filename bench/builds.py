@@ -14,13 +14,13 @@ from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
+from ..schemas.callbacks import Say
 from ..schemas.errors import UsageError
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
 from ..schemas.tensors import expected_tensors
 from ..storage.machine import describe_machine
-from .report import Say
 from .standins import NETWORKS, source_file
 
 LITE_CASCADE = ("text-encoder", "prior-lite", "decoder-lite", "vqgan")

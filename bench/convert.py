@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..converters.checkpoints.component import Component
+from ..schemas.callbacks import Say
 from ..schemas.config_json import to_json
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
@@ -15,7 +16,7 @@ from ..schemas.stages import UNetConfig
 from ..storage.machine import describe_machine
 from ..storage.safetensors_reader import DTYPE_SIZES
 from .process import PACKAGE, floor_rss, measure_all
-from .report import Case, Report, Say
+from .report import Case, Report
 from .standins import describe, main_dtype, source_file
 
 CAST_TO = {"F32": "BF16", "BF16": "F32"}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..converters.checkpoints.component import Component
 from ..converters.export.export import export
 from ..parity.compare import compare
+from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.operations import multiply_adds
 from ..schemas.ports import ports_of
@@ -23,7 +24,7 @@ from ..schemas.sizes import latent_sizes
 from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ..storage.machine import describe_machine
 from .process import launch
-from .report import Say, spread
+from .report import spread
 from .standins import describe, source_file
 from .worker import GEMM, LOADERS, Job, save_arrays
 

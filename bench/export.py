@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..schemas.callbacks import Say
 from ..schemas.errors import UsageError
 from ..storage.machine import describe_machine
 from .convert import COPY
 from .process import PACKAGE, floor_rss, measure_all
-from .report import Case, Report, Say
+from .report import Case, Report
 from .standins import describe, source_file
 
 PAIRS = (("link", "cp"), ("copy", "cp"), ("link", "copy"))

@@ -16,6 +16,7 @@ from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
 from ..runtime.memory.prediction import predict_peak
 from ..runtime.memory.residency import MemoryPolicy
+from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import PRESETS, Stage, Variant
@@ -23,7 +24,6 @@ from ..schemas.tensors import expected_tensors
 from ..storage.machine import describe_machine
 from .generate_worker import PROGRAMS, GenerateJob
 from .process import launch
-from .report import Say
 from .standins import NETWORKS, require_space, write_stand_in
 
 DEFAULT_PROGRAMS = ("onnxruntime", "openvino-bf16", "diffusers", "diffusers-bf16")

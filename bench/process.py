@@ -7,8 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError
-from .report import Case, Run, Say
+from .report import Case, Run
 
 PACKAGE = (sys.executable, "-c", "from cascadekit.cli import main; main()")
 
