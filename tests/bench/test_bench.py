@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
 from cascadekit.bench import arithmetic, bench_convert, engines, process, standins
-from cascadekit.bench import cli as bench
 from cascadekit.bench.cli import ENGINES
+from cascadekit.bench.commands import bench
 from cascadekit.bench.worker import LOADERS
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference import build_reference

@@ -19,7 +19,6 @@ from cascadekit.converters.checkpoints import open_model as model
 from cascadekit.converters.export import validate
 from cascadekit.converters.hub.errors import explaining
 from cascadekit.converters.hub.source import HubSource
-from cascadekit.converters.tensorrt import plans_to_build as tasks
 from cascadekit.converters.tensorrt.backend import find_backend
 from cascadekit.runtime.doctor import examine
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime
@@ -49,21 +48,25 @@ def raising(number: int, times: int = 1) -> Callable[..., None]:
 
 
 COMMANDS = {
-    "inspect": (["{tiny}/original"], model, "read_header"),
+    "inspect": (["{tiny}/original"], "converters.checkpoints.find_weights", "read_weights"),
     "convert": (["{tiny}/original", "-o", "{out}", "--to", "diffusers"], checkpoint, "_write"),
-    "export": (["{tiny}/model", "-o", "{out}", "--weights", "copy"], "converters.export", "place_weights"),
+    "export": (["{tiny}/model", "-o", "{out}", "--weights", "copy"], "converters.export.export_stage", "add_weights"),
     "validate": (["{tiny}/bundle"], validate, "check_graph"),
-    "build": (["{tiny}/bundle", "-o", "{out}", "--arch", "sm89"], tasks, "require_targets"),
+    "build": (
+        ["{tiny}/bundle", "-o", "{out}", "--arch", "sm89"],
+        "converters.tensorrt.export_for_build",
+        "require_targets",
+    ),
     "generate": (
         ["{tiny}/bundle", "x", "-o", "{out}.png", "--engine", "onnxruntime"],
         "runtime.cascade",
         "Noise",
     ),
-    "verify": (["{tiny}/model", "--against", "{tiny}/original"], "converters.compare_checkpoints", "_differences"),
-    "demo": (["-o", "{out}"], "converters.checkpoint", "_write_rest"),
+    "verify": (["{tiny}/model", "--against", "{tiny}/original"], "parity.checkpoints.compare_tensors", "_differences"),
+    "demo": (["-o", "{out}"], "converters.checkpoints.convert", "_write_other_files"),
     "lora": (
         ["merge", "{tiny}/original/stage_c.safetensors", "l", "-o", "{out}"],
-        "converters.lora.merge",
+        "converters.lora.merge_checkpoint",
         "open_model",
     ),
 }
@@ -207,7 +210,7 @@ def test_of_the_command_line_itself() -> None:
         "import sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'cascadekit.cli.verify':\n"
+        "        if name == 'cascadekit.cli.boundary':\n"
         "            raise ImportError('initialization failed') from KeyboardInterrupt()\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from cascadekit.__main__ import main; main()"
