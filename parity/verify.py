@@ -178,11 +178,10 @@ def _sources(bundle: Path, options: ComparisonOptions) -> list[Path]:
 
 def _fetched(options: ComparisonOptions, say: Say) -> ComparisonOptions:
     """The options with every hf:// source downloaded, and its local path in place of its name."""
-
-    from ..converters.hub import fetch, is_hub
+    from ..converters.hub import local_path
 
     def local(source: Path | None) -> Path | None:
-        return fetch(source, say) if source is not None and is_hub(source) else source
+        return None if source is None else local_path(source, say)
 
     return replace(options, against=local(options.against), text_encoder=local(options.text_encoder))
 

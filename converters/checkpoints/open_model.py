@@ -12,7 +12,6 @@ from ...schemas.errors import CheckpointError, LayoutError, UsageError
 from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
-from ..hub import is_hub, remote_headers
 from .component import Component
 from .find_weights import open_component_folder, open_single_files, weights_sets
 from .identify import FileContents, identify_all
@@ -70,11 +69,15 @@ def inspect(path: str | Path) -> Model:
         >>> model.components[Stage.PRIOR].describe()
         'prior (lite, original layout)'
     """
-    return _inspect_remote(path) if is_hub(path) else open_model([Path(path)])
+    if str(path).startswith("hf:"):  # as `hub.is_hub`, which is not imported for files on disk
+        return _inspect_remote(path)
+    return open_model([Path(path)])
 
 
 def _inspect_remote(source: str | Path) -> Model:
     """List the components of a Hub source by its headers. Files that are not components get a note."""
+    from ..hub import remote_headers
+
     found: list[Component] = []
     refused: list[LayoutError] = []
     for header in remote_headers(source):
