@@ -81,7 +81,7 @@ class FileEntry(_Frozen):
     """A file of the bundle, its path relative to the root, "/" between folders.
 
     A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
-    its safetensors header and samples of its content (see `runtime.integrity`), `sha256` of all of it; an export with
+    its safetensors header and samples of its content (see `storage.file_hashes`), `sha256` of all of it; an export with
     --no-hash, and bundles from before it was recorded always, lack the latter of weights."""
 
     path: RelativePath
@@ -323,7 +323,7 @@ class Manifest(_Frozen):
     files: tuple[FileEntry, ...] = ()  # those of no stage: the tokenizer; none are listed by earlier versions
     lora: LoraState | None = None
     engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
-    parity: tuple[VerdictEntry, ...] = ()  # the latest last, see `runtime.parity.verdict`
+    parity: tuple[VerdictEntry, ...] = ()  # the latest last, see `parity.verdict`
 
     @model_validator(mode="after")
     def _lists_the_tokenizer(self) -> Self:

@@ -1,7 +1,7 @@
 """Products as quantised graphs take them, in PyTorch: weights and inputs rounded to what integers or E4M3 hold.
 
 As ONNX Runtime's CPU kernels compute them (docs/ContribOperators.md of ONNX Runtime: MatMulNBits; ONNX:
-DynamicQuantizeLinear), fp8 as TensorRT does. Written apart from `converters.quantize`, to be compared with what that
+DynamicQuantizeLinear), fp8 as TensorRT does. Written apart from `converters.export`, to be compared with what that
 makes.
 """
 

@@ -1,6 +1,6 @@
 """Arrays to images, and PNG files with the settings that generated them.
 
-A file appears whole or not at all, see `storage.whole_file`.
+A file appears whole or not at all, see `storage.atomic_file`.
 """
 
 import os
