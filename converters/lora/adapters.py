@@ -103,6 +103,9 @@ def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shap
     algorithm = _algorithm(names)
     own = {name: factors[name] for name in FACTOR_NAMES[algorithm] if name in names}
     _check_complete(algorithm, names)
+    scalars = [name for name, factor in own.items() if not factor.shape]
+    if scalars:
+        raise LayoutError(f"expected a tensor with axes, found a single number: {', '.join(scalars)}")
     adapter = Adapter(algorithm, own, alpha or None, shape, _magnitude(factors, shape))
     if adapter.rank == 0:
         raise LayoutError("its rank is 0")
