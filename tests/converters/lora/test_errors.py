@@ -111,7 +111,7 @@ def test_a_list_tells_its_network_by_length_and_shapes(bench: Any, width: int, c
     ("content", "message"),
     [
         (b"", "not a safetensors file"),
-        (b"PK\x03\x04" + b"x" * 100, "torch"),
+        (b"PK\x03\x04" + b"x" * 100, "a damaged zip archive"),
         (b"\x80\x02}q\x00." + b"x" * 100, "torch"),
         (b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 80, "Git LFS"),
         (struct.pack("<Q", 10**6) + b"{}", "truncated"),
