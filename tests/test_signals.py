@@ -47,7 +47,7 @@ def raising(number: int, times: int = 1) -> Callable[..., None]:
 
 
 COMMANDS = {
-    "inspect": (["{tiny}/original"], model, "read_header"),
+    "inspect": (["{tiny}/original"], "converters.folder_files", "read_weights"),
     "convert": (["{tiny}/original", "-o", "{out}", "--to", "diffusers"], checkpoint, "_write"),
     "export": (["{tiny}/model", "-o", "{out}", "--weights", "copy"], "converters.export", "place_weights"),
     "validate": (["{tiny}/bundle"], validate, "check_graph"),

@@ -121,7 +121,7 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"num_images": 0}, "0 images"),
         ({"negative": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"steps": 3}, "unknown setting"),
-        ({"prior_steps": 0}, "0 steps"),
+        ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
