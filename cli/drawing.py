@@ -32,6 +32,7 @@ def open_cascade(
 ) -> "Cascade":
     """The cascade that the options of MACHINERY describe; `OPENING` are their names."""
     from ..runtime.bundle import open_bundle
+    from ..runtime.engines.int8 import int8_warning
     from ..runtime.parity.verdict import warning
     from ..runtime.pipeline import Cascade
 
@@ -51,7 +52,8 @@ def open_cascade(
         refit=_refit,
         stages=stages,
     )
-    for line in (warning(cascade.manifest, cascade.engine.name), open_bundle(bundle).tokenizer_change()):
+    manifest, name = cascade.manifest, cascade.engine.name
+    for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
             note(line)
     return cascade

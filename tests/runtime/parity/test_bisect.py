@@ -18,6 +18,7 @@ from cascadekit.converters.quantize_export import Quantize
 from cascadekit.converters.reference import reference_engine
 from cascadekit.converters.stage_graphs import GraphWishes
 from cascadekit.runtime.bundle import open_bundle
+from cascadekit.runtime.engines.int8 import int8_saturates
 from cascadekit.runtime.parity.bisect import bisect
 from cascadekit.runtime.parity.cases import cases_of, odd_case
 from cascadekit.runtime.parity.points import block_of
@@ -158,6 +159,8 @@ def _exported(root: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_healthy_bundles_have_no_fault(tiny: Path, references: dict[Stage, Remembering], variant: str) -> None:
+    if variant == "int8-dynamic" and int8_saturates():
+        pytest.skip("no VNNI: ONNX Runtime's 8-bit products saturate on this CPU")
     bundle = open_bundle(VARIANTS[variant](tiny))
     for stage in bundle.manifest.stages:
         found = bisect(bundle, stage, references[stage], inputs_of(tiny / "bundle", stage))
