@@ -33,6 +33,7 @@ def open_cascade(
     """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
     from ..parity.verdict import warning
     from ..runtime.cascade import Cascade
+    from ..runtime.engines.int8 import int8_warning
     from ..storage.bundle import open_bundle
 
     if loras:
@@ -51,7 +52,8 @@ def open_cascade(
         refit=_refit,
         stages=stages,
     )
-    for line in (warning(cascade.manifest, cascade.engine.name), open_bundle(bundle).tokenizer_change()):
+    manifest, name = cascade.manifest, cascade.engine.name
+    for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
             note(line)
     return cascade

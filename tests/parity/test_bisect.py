@@ -17,6 +17,7 @@ from cascadekit.parity.inside.bisect import bisect
 from cascadekit.parity.inside.module_map import block_of
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.sample_inputs import hardest_input, make_inputs
+from cascadekit.runtime.engines.int8 import int8_saturates
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.quantization import Quantization
@@ -156,6 +157,8 @@ def _exported(root: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_healthy_bundles_have_no_fault(tiny: Path, references: dict[Stage, Remembering], variant: str) -> None:
+    if variant == "int8-dynamic" and int8_saturates():
+        pytest.skip("no VNNI: ONNX Runtime's 8-bit products saturate on this CPU")
     bundle = open_bundle(VARIANTS[variant](tiny))
     for stage in bundle.manifest.stages:
         found = bisect(bundle, stage, references[stage], inputs_of(tiny / "bundle", stage))

@@ -24,12 +24,12 @@ from cascadekit.schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_FILE_BYT
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--size", "8200x64"], "width of 8200: expected at most 8192 pixels"),
-        (["--size", "1" + "0" * 400 + "x64"], "expected at most 8192 pixels"),
-        (["--prior-steps", "1001"], "at most 1000"),
-        (["--decoder-steps", "1" + "0" * 400], "at most 1000"),
-        (["--prior-steps", "0"], "0 steps: expected at least 1"),
-        (["--prior-timesteps", ",".join(str(1 - n / 2000) for n in range(1500))], "at most 1000"),
+        (["--size", "8200x64"], "width 8200: expected 1 to 8192"),
+        (["--size", "1" + "0" * 400 + "x64"], "width a number of hundreds of digits: expected 1 to 8192"),
+        (["--prior-steps", "1001"], "prior_steps 1001: expected 1 to 1000"),
+        (["--decoder-steps", "1" + "0" * 400], "decoder_steps a number of hundreds of digits: expected 1 to 1000"),
+        (["--prior-steps", "0"], "prior_steps 0: expected 1 to 1000"),
+        (["--prior-timesteps", ",".join(str(1 - n / 2000) for n in range(1500))], "expected at most 1001, found 1500"),
         (["--images", "100001"], "100000"),
         (["--seed", str(2**64)], "18446744073709551615"),
         (["--sampler", "gdf", "--prior-shift", "0"], "shift 0"),
@@ -50,7 +50,7 @@ def test_refused_before_anything_is_loaded(
 
 def test_the_library_refuses_too(tiny: Path) -> None:
     with Cascade.open(tiny / "bundle") as cascade:
-        with pytest.raises(UsageError, match="at most 1000"):
+        with pytest.raises(UsageError, match="decoder_steps 1000000000: expected 1 to 1000"):
             cascade.generate("x", decoder_steps=10**9)
         with pytest.raises(UsageError, match="1000000 images of 256x256 at once: expected at most 8192"):
             cascade.generate("x", num_images=10**6)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,9 @@ def test_metadata_of_a_png(cascade: Cascade, tmp_path: Path) -> None:
     save_png(path, result.images[3], result.settings[3])
     settings = read_settings(path)
     assert settings is not None
+    assert set(settings.pop("precision")) == {"text_encoder", "prior", "decoder", "vqgan"}
+    assert len(settings.pop("bundle")) == 64  # a SHA-256
+    assert settings.pop("version") == version("cascadekit")
     assert settings | {"created_by": ""} == {
         **{"prompt": "b", "negative": "n", "seed": 5, "index": 3, "batch": 4, "width": 128, "height": 64},
         **{"prior_steps": 2, "prior_guidance": 4.0, "decoder_steps": 2, "decoder_guidance": 0.0},

@@ -59,7 +59,7 @@ STRAYS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cascade.gguf": (touch, "weights in a format that is not read here"),
     "pipe.safetensors": (os.mkfifo, "not a regular file"),
     "something.safetensors": (touch, "not a safetensors file"),
-    "truncated.ckpt": (lambda path: path.write_bytes(b"PK\3\4" + bytes(50)), "torch 1.6"),
+    "truncated.ckpt": (lambda path: path.write_bytes(b"PK\3\4" + bytes(50)), "a damaged zip archive"),
 }
 
 

@@ -86,10 +86,11 @@ def test_convolutions(
     config: ControlNetConfig,
     backbone: Callable[..., Any],
 ) -> None:
-    tensors = random_weights(expected_tensors(config))
-    network = load_reference(config, tensors)
-    for image in images(config.c_in, (1, 1, 1), (2, 5, 7)):
+    # In float64, where kernels that sum in another order agree to 1e-12 on every CPU.
+    tensors = {name: tensor.double() for name, tensor in random_weights(expected_tensors(config)).items()}
+    network = load_reference(config, tensors).double()
+    for image in (image.double() for image in images(config.c_in, (1, 1, 1), (2, 5, 7))):
         found = network(control_image=image)
         expected = projected(tensors, BLOCKS, backbone(tensors, image))
         assert list(found) == list(expected)
-        assert max(difference(found[port], expected[port]) for port in expected) <= 1e-6
+        assert max(difference(found[port], expected[port]) for port in expected) <= 1e-12

@@ -1,0 +1,35 @@
+"""Whether this CPU multiplies 8-bit integers exactly in ONNX Runtime."""
+
+import platform
+from pathlib import Path
+
+from ...schemas.bundle import Manifest
+from ...schemas.quantization import Quantization
+
+EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # flags of x86 CPUs that add the products in 32 bits
+
+
+def int8_saturates(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether ONNX Runtime's products of unsigned and signed 8-bit integers saturate here.
+
+    Its kernels for x86 CPUs without VNNI add two products in 16 bits, which large values overflow (ONNX Runtime's
+    page on quantisation, "When and why do I need to try U8U8?"). False where the CPU does not tell."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        lines = cpu_info.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return bool(flags) and not EXACT & set(flags)
+
+
+def int8_warning(manifest: Manifest, engine: str) -> str | None:
+    """A line for the user of a bundle whose int8-dynamic stages lose more than they should on this CPU; else None."""
+    stages = [stage for stage, entry in manifest.stages.items() if entry.quantization is Quantization.INT8_DYNAMIC]
+    if not stages or not engine.startswith("onnxruntime") or not int8_saturates():
+        return None
+    return (
+        f"this CPU has no VNNI, so ONNX Runtime's 8-bit products of {', '.join(stages)} saturate and images differ; "
+        "export with --quantize int8, or use --engine openvino"
+    )
