@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cascadekit.runtime.bundle import open_bundle
+from cascadekit.storage.bundle import open_bundle
 from cascadekit.runtime.engines import int8
 from cascadekit.runtime.engines.int8 import int8_saturates, int8_warning
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime
