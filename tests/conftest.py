@@ -1,5 +1,6 @@
 """The tiny cascade, made once for all tests: original files, model folder, bundle."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from cascadekit.converters.tiny import write_tiny_cascade
 from whole import Whole, make_whole
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure() -> None:
+    """Let signals have their usual effect, here and in children, where whoever started the tests had them ignored."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,9 @@ from cascadekit.converters.model import open_model
 from cascadekit.converters.quantize_export import Quantize
 from cascadekit.converters.reference import reference_engine
 from cascadekit.runtime.bundle import open_bundle
+from cascadekit.runtime.engines.int8 import int8_saturates
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.openvino import multiplies_bf16
 from cascadekit.runtime.parity.metrics import compare, psnr
 from cascadekit.runtime.parity.verify import Report, verify
 from cascadekit.runtime.tokenizer import ClipTokenizer
@@ -141,6 +143,8 @@ def test_half_precision_weights_are_compared_with_what_they_say(tiny: Path, tmp_
 
 @pytest.mark.parametrize("kind", [Quantization.INT8_DYNAMIC, Quantization.INT4])
 def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
+    if kind is Quantization.INT8_DYNAMIC and int8_saturates():
+        pytest.skip("no VNNI: ONNX Runtime's 8-bit products saturate on this CPU")
     export(tiny / "model", tmp_path / "bundle", quantize=Quantize(kind))
     report = run_verify(tmp_path / "bundle", tiny / "model")
     assert report, report.to_json()
@@ -157,4 +161,5 @@ def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path:
 def test_engines_in_bf16_are_held_to_bf16(tiny: Path) -> None:
     report = run_verify(tiny / "bundle", tiny / "model", engine="openvino-bf16")
     assert report, report.to_json()
-    assert max(c.relative_l2 for c in report.comparisons) > 1e-3
+    if multiplies_bf16():  # elsewhere OpenVINO computes in fp32
+        assert max(c.relative_l2 for c in report.comparisons) > 1e-3
