@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_configure() -> None:
+    """Let signals have their usual effect, here and in children, where whoever started the tests had them ignored."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """The networks are tiny: a second thread costs more than it does."""

@@ -202,7 +202,7 @@ def test_engines(tmp_path: Path) -> None:
         assert 0 < engine["min"] <= engine["median"] <= engine["max"]
         assert engine["fraction_of_gemm"] > 0
         assert 1e6 < engine["rss_after_load"]["anonymous"] < engine["peak_rss"]
-        if "bf16" in name:
+        if "bf16" in name and (name.startswith("torch") or multiplies_bf16()):  # else OpenVINO computes in fp32
             assert 1e-4 < engine["relative_l2"] < 1
         else:
             assert engine["relative_l2"] < 1e-5

@@ -155,4 +155,5 @@ def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path:
 def test_engines_in_bf16_are_held_to_bf16(tiny: Path) -> None:
     report = verify(tiny / "bundle", tiny / "model", engine="openvino-bf16")
     assert report, report.to_json()
-    assert max(c.relative_l2 for c in report.comparisons) > 1e-3
+    if multiplies_bf16():  # elsewhere OpenVINO computes in fp32
+        assert max(c.relative_l2 for c in report.comparisons) > 1e-3
