@@ -4,6 +4,7 @@ Each fixture imports what it needs: tests of schemas/ and storage/ run without t
 """
 
 import importlib.util
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 

@@ -18,6 +18,7 @@ from cascadekit.bench.commands import bench
 from cascadekit.bench.worker import LOADERS
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference import build_reference
+from cascadekit.runtime.engines.openvino import multiplies_bf16
 from cascadekit.schemas.errors import ConversionError, UsageError
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 

@@ -16,7 +16,9 @@ from cascadekit.parity.compare import compare, psnr
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.results import Report
+from cascadekit.runtime.engines.int8 import int8_saturates
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.openvino import multiplies_bf16
 from cascadekit.schemas.errors import ParityError
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage
@@ -139,6 +141,8 @@ def test_half_precision_weights_are_compared_with_what_they_say(tiny: Path, tmp_
 
 @pytest.mark.parametrize("kind", [Quantization.INT8_DYNAMIC, Quantization.INT4])
 def test_quantised_bundles_are_held_to_what_they_can_reach(tiny: Path, tmp_path: Path, kind: Quantization) -> None:
+    if kind is Quantization.INT8_DYNAMIC and int8_saturates():
+        pytest.skip("no VNNI: ONNX Runtime's 8-bit products saturate on this CPU")
     export(tiny / "model", tmp_path / "bundle", quantize=kind)
     report = verify(tmp_path / "bundle", tiny / "model")
     assert report, report.to_json()

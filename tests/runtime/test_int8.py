@@ -7,12 +7,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cascadekit.storage.bundle import open_bundle
 from cascadekit.runtime.engines import int8
 from cascadekit.runtime.engines.int8 import int8_saturates, int8_warning
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bundle import open_bundle
 
 DEPTH = 64
 

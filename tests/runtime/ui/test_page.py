@@ -549,6 +549,7 @@ def test_settings_come_back_from_the_gallery(
     for number, image in enumerate(result.images):
         save_png(folder / f"{number:04d}.png", image, result.settings[number])
     page = visit(served)
+    page.wait_for_selector("#grid button >> nth=2")  # the gallery is asked for after the page has loaded
     assert page.locator("#grid button").count() == 3
     page.click("#grid button >> nth=0")
     assert page.inner_text("#viewer-name") == "0002.png"
