@@ -3,6 +3,7 @@
 Each fixture imports what it needs: tests of schemas/ and storage/ run without torch and onnx.
 """
 
+import gc
 import importlib.util
 import signal
 from pathlib import Path
@@ -21,6 +22,14 @@ def pytest_configure() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_the_collectors_way() -> None:
+    """Engines call gc.collect() when they load and close. Beside torch, diffusers and transformers one such call takes
+    half a second, unless the collector may skip what those modules made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
