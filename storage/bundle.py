@@ -1,12 +1,26 @@
-"""Opens a bundle: reads its manifest and checks that its files are there, whole and unchanged."""
+"""Opens a bundle: reads its manifest, checks that its files are there, whole and unchanged, and updates the manifest."""
 
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schemas.bundle import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, Placement, StageEntry, parse_manifest
-from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.bundle import (
+    MAIN_GRAPH,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Placement,
+    StageEntry,
+    parse_manifest,
+    to_text,
+)
+from ..schemas.errors import CheckpointError, ConversionError, UsageError
 from ..schemas.limits import MAX_MANIFEST_BYTES
 from ..schemas.stages import Stage
+from .atomic_file import whole_file
 from .file_hashes import find_change
 
 WHAT_TO_DO = "the bundle is damaged, export it again"
@@ -89,9 +103,8 @@ def require_utf8(path: Path) -> None:
 def open_bundle(root: Path) -> Bundle:
     """The bundle at `root`. Raises UsageError when there is none, CheckpointError when its manifest is wrong."""
     require_utf8(root)
+    _require_manifest(root)
     path = root / MANIFEST_NAME
-    if not is_bundle(root):
-        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, it has {path.stat().st_size}")
@@ -99,3 +112,46 @@ def open_bundle(root: Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Bundle(root, parse_manifest(text, str(path)))
+
+
+def _require_manifest(root: Path) -> None:
+    if not is_bundle(root):
+        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
+
+
+def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
+    """Replace the manifest of the bundle at `root` by what `change` makes of it, and return the new one.
+
+    The bundle stays locked from reading to writing, so that no other process's update is lost. Raises ConversionError
+    when the manifest cannot be written, else what `open_bundle` raises."""
+    path = root / MANIFEST_NAME
+    with locked_bundle(root):
+        old = open_bundle(root).manifest
+        new = change(old)
+        if new == old:
+            return old
+        try:
+            with whole_file(path, path.stat().st_mode & 0o777) as file:
+                file.write(to_text(new).encode())
+        except OSError as error:
+            raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+    return new
+
+
+@contextmanager
+def locked_bundle(root: Path) -> Iterator[None]:
+    """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
+
+    Nothing is locked on a file system without locks for folders, such as some network drives. Raises UsageError when
+    there is no bundle."""
+    while True:
+        _require_manifest(root)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(descriptor), root.stat()):  # else another folder took its place meanwhile
+                yield
+                return
+        finally:
+            os.close(descriptor)

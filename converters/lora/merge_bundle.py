@@ -21,7 +21,7 @@ from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
 from ...storage.atomic_output import staged_output
-from ...storage.bundle import Bundle, open_bundle
+from ...storage.bundle import Bundle, locked_bundle, open_bundle
 from ...storage.file_hashes import describe_file, find_change, sha256_of
 from ...storage.file_ranges import CopiedRange, copy_range
 from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
@@ -73,22 +73,24 @@ def apply_loras(
         >>> undo_loras("bundle")
         ('style.safetensors',)
     """
-    merge = _planned(
-        Path(root),
-        loras,
-        strengths=strengths,
-        text_encoder_strengths=text_encoder_strengths,
-        module_filters=module_filters,
-        alpha=alpha,
-    )
-    bundle = merge.bundle
-    _require_real_files(bundle.root)
-    for stage in merge.changes:
-        bundle.check(stage)
-    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
-        _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
-        kept = [_keep(bundle, staged, name) for name in (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))]
-        return _write_merged(merge, staged, {}, kept, start_file)
+    with locked_bundle(Path(root)):
+        merge = _planned(
+            Path(root),
+            loras,
+            strengths=strengths,
+            text_encoder_strengths=text_encoder_strengths,
+            module_filters=module_filters,
+            alpha=alpha,
+        )
+        bundle = merge.bundle
+        _require_real_files(bundle.root)
+        for stage in merge.changes:
+            bundle.check(stage)
+        with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
+            _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
+            names = (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))
+            kept = [_keep(bundle, staged, name) for name in names]
+            return _write_merged(merge, staged, {}, kept, start_file)
 
 
 def derive_bundle(
@@ -185,22 +187,23 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
 
     Raises UsageError when there are none or they cannot be taken out, CheckpointError when a file that was kept is
     missing or changed."""
-    bundle = open_bundle(Path(root))
-    state = bundle.manifest.lora
-    if state is None:
-        raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
-    if not state.kept:
-        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
-    for file in state.kept:
-        problem = find_change(bundle.root / file.path, file)
-        if problem:
-            raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
-    originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
-    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
-        _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
-        for path, name in originals.items():
-            _link(path, staged / name)
-    return tuple(lora.name for lora in state.loras)
+    with locked_bundle(Path(root)):
+        bundle = open_bundle(Path(root))
+        state = bundle.manifest.lora
+        if state is None:
+            raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
+        if not state.kept:
+            raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
+        for file in state.kept:
+            problem = find_change(bundle.root / file.path, file)
+            if problem:
+                raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
+        originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
+        with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
+            _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
+            for path, name in originals.items():
+                _link(path, staged / name)
+        return tuple(lora.name for lora in state.loras)
 
 
 def _require_none_applied(bundle: Bundle) -> None:
