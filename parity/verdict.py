@@ -49,9 +49,7 @@ def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
     try:
         return update_manifest(bundle.root, added)
     except ConversionError as error:
-        raise CheckpointError(
-            f"{error}, so the verdict is not recorded; give verdict=False to leave it out"
-        ) from error
+        raise CheckpointError(f"{error}, so the verdict is not recorded; give verdict=False to leave it out") from error
 
 
 def verdict_of(manifest: Manifest, engine: str | None = None) -> Verdict:

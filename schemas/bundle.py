@@ -18,9 +18,10 @@ from pydantic import (
 
 from .errors import CheckpointError
 from .fp16 import MAX_EXPONENT
-from .json_text import load_json, well_formed
+from .json_text import load_object, well_formed
 from .layouts import Layout
 from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE, VQGAN_SCALES
+from .messages import wrong_fields
 from .numbers import Number
 from .paths import PlainName, RelativePath
 from .precision import Precision, Target
@@ -376,15 +377,14 @@ def parse_manifest(text: str, where: str) -> Manifest:
             raise CheckpointError(
                 f"{where}: a bundle of version {other}, expected version {VERSION}; {todo}"
             ) from error
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
-        raise CheckpointError(f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong}") from error
+        raise CheckpointError(f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong_fields(error)}") from error
 
 
 def _other_version(text: str) -> int | None:
     """The version of a well-formed manifest that is not of this one."""
     try:
-        content = load_json(text)
+        content = load_object(text)
     except ValueError:
         return None
-    version = content.get("version") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    version = content.get("version") if content.get("format") == FORMAT else None
     return version if type(version) is int and version != VERSION else None

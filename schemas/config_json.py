@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from .errors import LayoutError
+from .messages import wrong_fields
 from .stages import (
     CONTROLNETS,
     ControlNetConfig,
@@ -104,8 +105,7 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
     try:
         config: NetworkConfig = TypeAdapter(cls).validate_python({n: values[n] for n in known if n in values})
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise LayoutError(f"config of the {stage}: {wrong}") from error
+        raise LayoutError(f"config of the {stage}: {wrong_fields(error)}") from error
     _check_numbers(config)
     match config:
         case UNetConfig():

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .errors import UsageError
 from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
-from .settings import LONG, SETTINGS, Settings, parse_settings, wrong_fields
+from .messages import LONG, wrong_fields
+from .settings import SETTINGS, Settings, parse_settings
 
 CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
 

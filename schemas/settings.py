@@ -4,9 +4,8 @@ People and PNG metadata write settings flat: `prior_steps`, `decoder_guidance`. 
 `Settings.prior` and `Settings.decoder` each give the `Sampling` of one stage.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from enum import StrEnum
 from numbers import Integral, Real
 from typing import Annotated, Any, Self, TypedDict, Unpack
@@ -15,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
+from .messages import require_known, shown, wrong_fields
 from .sizes import SizePolicy
 
 
@@ -112,7 +112,6 @@ RANGES: Mapping[str, Range] = {
     "rescale": _SHARE,
     "strength": _SHARE,
 }
-LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
 TIMESTEPS = ("prior_timesteps", "decoder_timesteps")
 
 
@@ -199,16 +198,6 @@ def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
     return is_number and bool(least <= value <= most)
 
 
-def shown(value: object) -> str:
-    """A wrong value as a message shows it: of any type, and shortened to LONG characters."""
-    if isinstance(value, list | tuple | dict):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if isinstance(value, int) and value.bit_length() > LONG_BITS:
-        return "a number of hundreds of digits"
-    text = repr(value[:LONG] if isinstance(value, str) else value)
-    return text if len(text) <= LONG else f"{text[:LONG]}..."
-
-
 # The settings whose defaults depend on the sampler; those of gdf are those of Stability's notebooks.
 SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
     Sampler.DDPM_WUERSTCHEN: {},
@@ -217,46 +206,6 @@ SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
 
 SETTINGS = frozenset(field.name for field in fields(Settings))
 _ADAPTER = TypeAdapter(Settings)
-
-# Names from diffusers and ComfyUI, with the names that stand for them here.
-NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
-    "num_inference_steps": ("steps", "prior_steps", "decoder_steps"),
-    "prior_num_inference_steps": ("prior_steps",),
-    "guidance_scale": ("guidance", "prior_guidance", "decoder_guidance"),
-    "prior_guidance_scale": ("prior_guidance",),
-    "decoder_guidance_scale": ("decoder_guidance",),
-    "cfg": ("guidance", "prior_guidance", "decoder_guidance"),
-    "scheduler": ("sampler",),
-    "denoise": ("strength",),
-    "negative_prompt": ("negative",),
-    "num_images_per_prompt": ("num_images",),
-    "generator": ("seed",),
-    "output_type": ("output",),
-    "image": ("init_image", "image_prompts"),
-    "mask_image": ("mask",),
-    "size": ("width", "height"),
-}
-STAGE_PREFIXES = ("prior_", "decoder_")
-
-
-def nearest_names(name: str, known: Collection[str]) -> list[str]:
-    """The names of `known` that somebody who wrote `name` most likely meant, at most two."""
-    stem = next((name.removeprefix(prefix) for prefix in STAGE_PREFIXES if name.startswith(prefix)), name)
-    candidates = (*NAMES_ELSEWHERE.get(name, ()), *(prefix + name for prefix in STAGE_PREFIXES), stem)
-    return [each for each in candidates if each in known][:2] or get_close_matches(name[:LONG], sorted(known), 2)
-
-
-def unknown(name: str, known: Collection[str]) -> str:
-    """The message for a name that is not one of `known`."""
-    meant = nearest_names(name, known)
-    return f"{name[:LONG]}: unknown" + (f", did you mean {' or '.join(meant)}?" if meant else "")
-
-
-def require_known(what: str, given: Collection[str], known: Collection[str]) -> None:
-    """Raise UsageError for names in `given` that are not in `known`; the message suggests a name for each."""
-    wrong = [name for name in given if name not in known]
-    if wrong:
-        raise UsageError(f"{what}: {'; '.join(unknown(name, known) for name in wrong[:5])}")
 
 
 def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> Settings:
@@ -273,18 +222,3 @@ def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> S
         return _ADAPTER.validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
     except ValidationError as error:
         raise UsageError(f"settings: {wrong_fields(error, SETTINGS)}") from error
-
-
-def wrong_fields(error: ValidationError, known: Collection[str] = ()) -> str:
-    """A short message for each of the first five fields that pydantic refused; `known` are the names there are."""
-    return "; ".join(
-        unknown(_dotted(e["loc"]), known)
-        if e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-        else f"{_dotted(e['loc'])}: {e['msg']}"
-        for e in error.errors()[:5]
-    )
-
-
-def _dotted(place: Sequence[int | str]) -> str:
-    """Where in the values pydantic found something, such as controls.0.strength."""
-    return ".".join(str(part)[:LONG] for part in place)

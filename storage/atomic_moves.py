@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..schemas.errors import ConversionError
+from ..schemas.json_text import load_object
 
 AT_FDCWD = -100  # the constants of Linux's renameat2(2)
 RENAME_NOREPLACE = 1
@@ -121,10 +121,10 @@ def _read_journal(scratch: Path) -> _Moves | None:
     try:
         if path.is_symlink():
             return None
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = load_object(path.read_text(encoding="utf-8"))
         files = {str(name): (int(size), int(time)) for name, (size, time) in content["files"].items()}
         moves = _Moves(files, tuple(map(str, content["gone"])), tuple(map(str, content["folders"])))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return moves if all(map(_stays_inside, (*moves.files, *moves.gone, *moves.folders))) else None
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
+from ..schemas.messages import listed
 from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
-from .output_rules import listed, locate, require_apart, require_free
+from .output_rules import locate, require_apart, require_free
 from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
 
 NOTE = "fingerprint"  # in the scratch folder: says which work its content belongs to

@@ -1,4 +1,4 @@
-"""Opens a bundle: reads its manifest, checks that its files are there, whole and unchanged, and updates the manifest."""
+"""Opens bundles: reads and updates the manifest, and checks that the files are there, whole and unchanged."""
 
 import fcntl
 import os

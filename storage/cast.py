@@ -16,14 +16,11 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
-from ..schemas.dtypes import FLOATS, FP8
+from ..schemas.dtypes import DTYPES, FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
 
 Array = NDArray[Any]
 
-# Arrays of BF16 and fp8 hold the bits as integers, so that callers need no ml_dtypes.
-_STORAGE = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "F8_E4M3": "u1", "F8_E5M2": "u1"}
-_BITS = {"F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000, "F8_E5M2": 0x7C}
 _NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that are not finite; E4M3 has no infinity
 
@@ -71,12 +68,12 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
     """`cast_block`, each value multiplied by `scale` in float32 before it is rounded; with both counts."""
     if not castable(source, target):
         raise ConversionError(f"{source} cannot become {target}; choose one of {', '.join(FLOATS)}")
-    values = np.frombuffer(data, _STORAGE[source])
+    values = np.frombuffer(data, DTYPES[source].numpy)
     if source == target and scale is None:
         return Cast(values, 0, 0)
     if source in FP8:
         return _cast_fp8(values, source, target, scale)
-    out = np.empty(values.size, _STORAGE[target])
+    out = np.empty(values.size, DTYPES[target].numpy)
     scratch = np.empty(min(values.size, _CHUNK), "<f4")
     overflow = not_finite = 0
     with np.errstate(all="ignore"):  # overflow is counted, and quieting a NaN is no event
@@ -93,8 +90,8 @@ def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None)
     with np.errstate(all="ignore"):
         floats = codes if scale is None else codes * scale
     table = cast_counted(floats.tobytes(), "F32", target).values
-    overflows = np.isfinite(codes) & (_unsigned(table, target) == _INFINITY[target])
-    out = np.empty(values.size, _STORAGE[target])
+    overflows = np.isfinite(codes) & (_unsigned(table) == _INFINITY[target])
+    out = np.empty(values.size, DTYPES[target].numpy)
     overflow = not_finite = 0
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK]
@@ -149,16 +146,16 @@ def _put_nans(floats: Array, out: Array, target: str) -> None:
 
 
 def _infinities(values: Array, dtype: str) -> int:
-    return int(np.count_nonzero(_unsigned(values, dtype) == _INFINITY[dtype])) if dtype in _INFINITY else 0
+    return int(np.count_nonzero(_unsigned(values) == _INFINITY[dtype])) if dtype in _INFINITY else 0
 
 
 def _count_not_finite(values: Array, dtype: str) -> int:
-    return int(np.count_nonzero(_unsigned(values, dtype) >= _NOT_FINITE[dtype]))
+    return int(np.count_nonzero(_unsigned(values) >= _NOT_FINITE[dtype]))
 
 
-def _unsigned(values: Array, dtype: str) -> Array:
+def _unsigned(values: Array) -> Array:
     """The bits of the values without their sign."""
-    bits = values.view(_BITS[dtype])
+    bits = values.view(f"<u{values.itemsize}")
     return np.asarray(bits & (1 << 8 * bits.itemsize - 1) - 1)
 
 

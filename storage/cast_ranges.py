@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..schemas.callbacks import Progress
+from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
 from .cast import Cast, cast_block, cast_counted
 from .file_ranges import read_exactly, read_lines, write_all, write_lines
 from .safetensors_plan import PlacedRange
-from .safetensors_reader import DTYPE_SIZES, TensorRange
+from .safetensors_reader import TensorRange
 
 CAST_BLOCK = 1 << 22  # bytes of input a thread casts at a time; memory of larger blocks is paged in anew each time
 CAST_THREADS = 2

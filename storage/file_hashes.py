@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from threading import Event
 from typing import Self
@@ -14,6 +14,7 @@ from typing import Self
 from ..schemas.bundle import FileEntry
 from ..schemas.errors import CheckpointError
 from ..schemas.limits import MAX_HEADER_BYTES
+from .open_file import opened
 
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 16
@@ -30,15 +31,11 @@ def fingerprint(path: Path) -> str:
     It tells weights from other weights, as those differ nearly everywhere; a few bytes changed between two samples
     it does not see. Raises CheckpointError when the file cannot be read."""
     digest = hashlib.sha256()
-    require_regular(path)
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(struct.pack("<Q", size))
-            for start, stop in _sampled(size, _header_end(os.pread(file.fileno(), 9, 0), size)):
-                digest.update(os.pread(file.fileno(), stop - start, start))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(struct.pack("<Q", size))
+        for start, stop in _sampled(size, _header_end(os.pread(file.fileno(), 9, 0), size)):
+            digest.update(os.pread(file.fileno(), stop - start, start))
     return digest.hexdigest()
 
 
@@ -61,25 +58,10 @@ def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
         yield at, at + SAMPLE_BYTES
 
 
-def require_regular(path: Path) -> os.stat_result:
-    """The status of the file at `path`, or of the one a link there leads to. Raises CheckpointError for anything that
-    is no ordinary file: opening a pipe waits for ever, and a device may have no end."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: cannot be read: not a regular file")
-    return status
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
-    require_regular(path)
-    try:
-        return _sha256(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with opened(path) as file:
+        return _sha256(file)
 
 
 def sha256_unless_changed(path: Path) -> str:
@@ -90,12 +72,12 @@ def sha256_unless_changed(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _sha256_then(path: Path, size: int, mtime_ns: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(file)
+
+
+def _sha256(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
@@ -164,12 +146,8 @@ class Hashing:
         return self._found[path].result() if path in self._found else None
 
     def _hash(self, path: Path) -> str:
-        require_regular(path)
         digest, block = hashlib.sha256(), bytearray(HASH_BLOCK)
-        try:
-            with path.open("rb", buffering=0) as file:
-                while (size := file.readinto(block)) and not self._stopped.is_set():
-                    digest.update(memoryview(block)[:size])
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        with opened(path) as file:
+            while (size := file.readinto(block)) and not self._stopped.is_set():
+                digest.update(memoryview(block)[:size])
         return digest.hexdigest()

@@ -7,12 +7,10 @@
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..schemas.errors import UsageError
-
-SHOWN = 3  # names in a message, of what may be thousands
 
 Identity = tuple[int, int]
 
@@ -63,12 +61,6 @@ def require_free(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path}: is a folder; give the name of a file to write")
     if os.path.lexists(path) and not force:
         raise UsageError(f"{path}: exists already; give another output, or force=True to replace it")
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _is_source(target: Path, source: str | Path) -> UsageError:

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from ..schemas.errors import CheckpointError
 from ..schemas.limits import MAX_ZIP_DIRECTORY
+from .open_file import opened
 
 LOCAL_HEADER = 30  # bytes of an entry's header before its name
 END, END_BYTES = b"PK\x05\x06", 22  # the record at the end of an archive, without its comment
@@ -32,7 +33,7 @@ def read_directory(path: Path) -> dict[str, Entry]:
     Raises CheckpointError when it is damaged, too large to be looked at, or has two entries of one name, of which
     programs take one or the other."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             size = _directory_bytes(file)
             if size > MAX_ZIP_DIRECTORY:
                 raise CheckpointError(
@@ -43,8 +44,6 @@ def read_directory(path: Path) -> dict[str, Entry]:
             entries = {info.filename: _entry(file, info) for info in found}
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
         raise CheckpointError(f"{path}: a damaged zip archive: {error}; download it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(entries) != len(found):
         raise CheckpointError(f"{path}: refused, as two entries of its zip archive have one name; save it again")
     return entries

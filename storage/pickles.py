@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, reraise_interrupt
 from ..schemas.limits import MAX_PICKLE_BYTES, MAX_PICKLE_DEPTH, MAX_PICKLE_ENTRIES, MAX_PICKLE_NAME
 from .pickle_zip import Entry, read_directory
@@ -25,19 +26,7 @@ PICKLE_NAME = "data.pkl"
 SAMPLE = 256  # bytes of each tensor compared with the file, at both ends
 ADVICE = "load it where you trust it, and save its tensors as safetensors"
 
-_DTYPES = {
-    "bool": "BOOL",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "complex64": "C64",
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
+_NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.torch}
 
 
 def read_pickle(path: Path) -> Header:
@@ -168,7 +157,7 @@ def _ranges(path: Path, tensors: Mapping[str, "torch.Tensor"], storages: list[En
             dtype = str(tensor.dtype).removeprefix("torch.")
             nbytes = tensor.numel() * tensor.element_size()
             offset = tensor.data_ptr() - origin if nbytes else 0
-            ranges[name] = TensorRange(path, _DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
+            ranges[name] = TensorRange(path, _NAMES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
             _check_sample(path, file, name, tensor, ranges[name])
     return ranges
 

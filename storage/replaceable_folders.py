@@ -1,6 +1,5 @@
 """Which folders are ours to replace whole: they carry a marker and hold nothing but what belongs to it."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection
@@ -11,6 +10,7 @@ from typing import Any
 from ..schemas.bundle import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.errors import CascadeError
 from ..schemas.folders import PLACES, STEMS
+from ..schemas.json_text import load_object
 from ..schemas.stages import Stage
 
 MODEL_INDEX = "model_index.json"
@@ -145,7 +145,6 @@ _RULES: dict[str, Callable[[Path, Collection[str]], Owns | None]] = {
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one when there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return load_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -7,8 +7,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.tensors import Shape
-from .safetensors_reader import DTYPE_SIZES, TensorRange
+from .safetensors_reader import TensorRange
 
 
 @dataclass(frozen=True)

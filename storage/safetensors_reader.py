@@ -7,48 +7,19 @@ Format: 8 bytes little-endian header length, the header as JSON, then the tensor
 import json
 import math
 import os
-import stat
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, ConversionError
+from ..schemas.json_text import load_object
 from ..schemas.limits import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
 from ..schemas.tensors import Shape
+from .open_file import opened
 
-# Bytes per value; in the ascending order of the library's own enumeration, which decides where its writer puts
-# a tensor (see canonical_order).
-DTYPE_SIZES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
-# Bits per value of dtypes that the library knows and nothing here computes with.
-UNSUPPORTED_BITS: Mapping[str, int] = {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "C64": 64,
-}
-DTYPE_BITS = {**{dtype: 8 * size for dtype, size in DTYPE_SIZES.items()}, **UNSUPPORTED_BITS}
 FIELDS = ("dtype", "shape", "data_offsets")
 LARGEST = (1 << 64) - 1  # of a size; the library counts values and bits in 64 bits
 LFS_POINTER = b"version https://git-lfs"
@@ -115,16 +86,10 @@ def read_header(path: Path) -> Header:
 
     It takes what the safetensors library takes, and dtypes that the library does not know yet; but no name twice, which
     the format forbids. Raises CheckpointError for all else, naming what the file is instead or where it is damaged."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path}: cannot be read: not a file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            length = _header_length(path, head, size, file)
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = _header_length(path, file.read(8), size, file)
+        text = file.read(length)
     try:
         entries = _parse(text)
         metadata = _metadata(entries.pop("__metadata__", None))
@@ -164,30 +129,11 @@ def _parse(text: bytes) -> dict[str, Any]:
     items = sum(map(text.count, (b",", b"[", b"{")))
     if items > MAX_HEADER_ITEMS:
         raise ValueError(f"it has {items} items (at most {MAX_HEADER_ITEMS} are read)")
-    entries = json.loads(
-        text.decode("utf-8"),  # json itself would guess another encoding, and take a byte order mark
-        object_pairs_hook=_no_duplicates,
-        parse_constant=_no_constant,
-        parse_float=_float,
-        parse_int=_integer,
-    )
-    if not isinstance(entries, dict):
-        raise ValueError("the header is not an object")
+    # json itself would guess another encoding, and take a byte order mark.
+    entries = load_object(text.decode("utf-8"), strict=True, parse_float=_float, parse_int=_integer)
     if b"\\u" in text:
         json.dumps(entries, ensure_ascii=False).encode("utf-8")  # raises for half a surrogate pair
     return entries
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {next(name for name, count in counts.items() if count > 1)!r} stands twice")
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _float(text: str) -> float:
@@ -222,8 +168,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: data_offsets {offsets!r} are not two positions")
     start, stop = offsets
-    bits = DTYPE_BITS.get(dtype)
-    if bits is not None and 8 * (stop - start) != (takes := _bits(name, shape, bits)):
+    known = DTYPES.get(dtype)
+    if known and 8 * (stop - start) != (takes := _bits(name, shape, known.bits)):
         raise ValueError(f"{name}: {dtype} {shape} takes {takes / 8:.16g} bytes, data_offsets give it {stop - start}")
     if stop < start:
         raise ValueError(f"{name}: data_offsets {offsets} run backwards")

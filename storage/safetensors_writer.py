@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from ..schemas.callbacks import Progress
 from ..schemas.dtypes import FLOATS
 from ..schemas.errors import ConversionError
+from ..schemas.messages import listed
 from ..schemas.tensors import Shape
 from .cast import Array, castable
 from .cast_ranges import Counts, cast_placed
@@ -188,12 +189,11 @@ def what_failed(path: Path, total: int, error: OSError) -> str:
 
 
 def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str], advice: str) -> str:
-    worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common(5)]
-    more = f" and {len(overflows) - len(worst)} more tensors" if len(overflows) > len(worst) else ""
+    worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common()]
     dtypes = {tensors[name].dtype for name in overflows}
     wider = 'dtype="bf16", whose range is that of float32' if dtypes == {"F16"} else "a wider dtype"
     advice = advice or f"try {wider}, or keep the infinities with allow_overflow=True"
-    return f"{path.name}: {overflows.total()} finite values become infinite: {', '.join(worst)}{more}; {advice}"
+    return f"{path.name}: {overflows.total()} finite values become infinite: {listed(worst)}; {advice}"
 
 
 def reserve(target: int, total: int) -> None:

@@ -1,9 +1,8 @@
 """Reads the header of any weights file; the first bytes, not the name, decide between safetensors and a pickle."""
 
-import stat
 from pathlib import Path
 
-from ..schemas.errors import CheckpointError
+from .open_file import opened
 from .pickles import ZIP, read_pickle
 from .safetensors_reader import Header, read_header
 
@@ -19,12 +18,7 @@ def read_weights(path: Path) -> Header:
 
 def is_pickle(path: Path) -> bool:
     """Whether the file begins as what torch.save writes. Raises CheckpointError when it cannot be read."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path}: cannot be read: not a file")
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with opened(path) as file:
+        start = file.read(9)
     # A safetensors file begins with the length of its header, which may have these bytes too; its ninth is a brace.
     return start.startswith((ZIP, PICKLE)) and start[8:] not in (b"{", b" ", b"\n", b"\r", b"\t")

@@ -18,10 +18,11 @@ import onnx
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.callbacks import Say
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle, open_bundle
-from ...storage.file_hashes import WHOLE_BELOW, find_change, require_regular, sha256_of
-from ...storage.safetensors_reader import DTYPE_SIZES
+from ...storage.file_hashes import WHOLE_BELOW, find_change, sha256_of
+from ...storage.open_file import require_regular
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 
 POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__

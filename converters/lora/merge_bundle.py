@@ -15,8 +15,10 @@ from pathlib import Path
 from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.callbacks import Progress, StartFile
 from ...schemas.config_json import from_json
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
+from ...schemas.messages import indented
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
@@ -24,14 +26,13 @@ from ...storage.atomic_output import staged_output
 from ...storage.bundle import Bundle, locked_bundle, open_bundle
 from ...storage.file_hashes import describe_file, find_change, sha256_of
 from ...storage.file_ranges import CopiedRange, copy_range
-from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.component import Component, Problems
 from ..export.bundle_weights import clone
 from ..export.graph_files import ExternalTensor, external_data, load_graph
 from .changed_tensors import Changes, Effect, overwrite
 from .encoding import FLOATS
-from .lora_file import listed
 from .merge_plan import MERGED_STAGES, LoraPlan, plan_loras
 from .stability_format import DEFAULT_FILTERS
 
@@ -157,7 +158,7 @@ def _planned(
     )
     changes = {stage: _in_graphs(plan, stage, bundle) for stage in plan.stages}
     if not any(changes.values()):
-        raise ConversionError(f"{root}: nothing in its graphs changes:\n  {listed(plan.unapplied)}")
+        raise ConversionError(f"{root}: nothing in its graphs changes:{indented(plan.unapplied)}")
     return _Merge(bundle, plan, changes)
 
 

@@ -133,7 +133,9 @@ def test_a_manifest_that_cannot_be_replaced(bundle: Bundle, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device, so the verdict is not recorded; give verdict=False"):
+    with pytest.raises(
+        CheckpointError, match="No space left on device, so the verdict is not recorded; give verdict=False"
+    ):
         recorded(bundle, made_report(all_stages()))
     assert (bundle.root / MANIFEST_NAME).read_bytes() == before
     assert not list(bundle.root.glob(".cascade*"))

@@ -11,8 +11,8 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cascadekit.schemas.dtypes import DTYPES
 from cascadekit.schemas.errors import CheckpointError
-from cascadekit.storage import safetensors_reader
 from cascadekit.storage.safetensors_reader import read_header
 from helpers.safetensors_bytes import entry, raw
 
@@ -89,7 +89,7 @@ def test_whatever_is_accepted_the_library_accepts_too(tmp_path: Path, data: st.D
         ours = read_header(path)
     except CheckpointError:
         return
-    if any(tensor.dtype not in safetensors_reader.DTYPE_BITS for tensor in ours.tensors.values()):
+    if any(tensor.dtype not in DTYPES for tensor in ours.tensors.values()):
         return  # a dtype that the library does not know yet, which is accepted on purpose
     with safetensors.safe_open(path, "np") as theirs:
         assert set(theirs.keys()) == set(ours.tensors)

@@ -206,7 +206,7 @@ def test_overflow_is_an_error_that_names_the_worst(
         write_safetensors(tmp_path / "out", large_values, {})
     assert str(caught.value) == (
         "out: 21 finite values become infinite: 6 (6 in F16), 5 (5 in F16), 4 (4 in F16), 3 (3 in F16), 2 (2 in F16) "
-        'and 1 more tensors; try dtype="bf16", whose range is that of float32, or keep the infinities with '
+        'and 1 more; try dtype="bf16", whose range is that of float32, or keep the infinities with '
         "allow_overflow=True"
     )
 
