@@ -14,7 +14,7 @@ from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import UNetConfig
-from ..storage.machine import describe_machine
+from .machine import describe_machine
 from .process import PACKAGE, floor_rss, measure_all
 from .report import Case, Report
 from .standins import describe, main_dtype, source_file

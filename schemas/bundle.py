@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -18,11 +16,11 @@ from pydantic import (
 
 from .errors import CheckpointError
 from .fp16 import MAX_EXPONENT
+from .json_models import FrozenModel, Number
 from .json_text import load_object, well_formed
 from .layouts import Layout
 from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE, VQGAN_SCALES
 from .messages import wrong_fields
-from .numbers import Number
 from .paths import PlainName, RelativePath
 from .precision import Precision, Target
 from .quantization import Quantization
@@ -74,11 +72,7 @@ def _well_formed(value: object) -> object:
 FileName = Annotated[str, BeforeValidator(_well_formed)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Frozen):
+class FileEntry(FrozenModel):
     """A file of the bundle, its path relative to the root, "/" between folders.
 
     A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
@@ -92,7 +86,7 @@ class FileEntry(_Frozen):
     sha256: Sha256 | None
 
 
-class SourceEntry(_Frozen):
+class SourceEntry(FrozenModel):
     """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing. Its
     `sha256` is known where the bundle holds the very file and had it hashed."""
 
@@ -103,7 +97,7 @@ class SourceEntry(_Frozen):
     layout: Layout
 
 
-class PortEntry(_Frozen):
+class PortEntry(FrozenModel):
     """A port as in `schemas.ports`."""
 
     name: str
@@ -111,7 +105,7 @@ class PortEntry(_Frozen):
     dims: tuple[Dimension | str, ...]
 
 
-class GraphEntry(_Frozen):
+class GraphEntry(FrozenModel):
     """One graph of a stage: its ONNX file, and what goes in and out."""
 
     path: RelativePath
@@ -120,7 +114,7 @@ class GraphEntry(_Frozen):
     outputs: tuple[PortEntry, ...]
 
 
-class ImageSize(_Frozen):
+class ImageSize(FrozenModel):
     """The images that a profile is for: their size in pixels, and how many are made at a time."""
 
     width: Side
@@ -128,7 +122,7 @@ class ImageSize(_Frozen):
     images: int = Field(ge=1, le=MAX_SIDE)
 
 
-class PortShapes(_Frozen):
+class PortShapes(FrozenModel):
     """Least, likeliest and largest shape of an input port."""
 
     min: tuple[Dimension, ...]
@@ -136,7 +130,7 @@ class PortShapes(_Frozen):
     max: tuple[Dimension, ...]
 
 
-class ProfileEntry(_Frozen):
+class ProfileEntry(FrozenModel):
     """The shapes that one optimisation profile of a plan accepts. `ports` are its inputs in the order of the
     graph's; with guidance a port's batch is twice the images."""
 
@@ -146,7 +140,7 @@ class ProfileEntry(_Frozen):
     ports: dict[str, PortShapes]
 
 
-class PlanSource(_Frozen):
+class PlanSource(FrozenModel):
     """A file a plan was built from, as the stage's `files` had it then."""
 
     path: RelativePath
@@ -154,14 +148,14 @@ class PlanSource(_Frozen):
     sha256: Sha256 | None
 
 
-class DeviceEntry(_Frozen):
+class DeviceEntry(FrozenModel):
     """The GPU that TensorRT built for: its name, and its compute capability as in "sm89"."""
 
     name: str
     capability: Capability
 
 
-class PlanEntry(_Frozen):
+class PlanEntry(FrozenModel):
     """A GPU engine that was built from one graph of the stage.
 
     `targets` are the compute capabilities TensorRT-RTX built for; TensorRT builds for the one `device` it runs on.
@@ -199,7 +193,7 @@ class PlanEntry(_Frozen):
         return self
 
 
-class StageEntry(_Frozen):
+class StageEntry(FrozenModel):
     """One exported stage. `config` is the network's config.json; the graphs share the weights, and "model" is the
     one that is the whole network. `weights` says how they came into the bundle: as its own copy, as a hard link to
     the model's file, or as a clone that shares its blocks on disk until either changes."""
@@ -209,8 +203,12 @@ class StageEntry(_Frozen):
     precision: Precision
     target: Target = Target.PORTABLE
     quantization: Quantization = Quantization.NONE  # of the weights of Linears
-    exponents: dict[str, Exponent] = {}  # of streams kept smaller than meant, see `schemas.fp16`
-    fp16_margins: dict[str, Finite] = {}  # by block: bits from its largest value measured to the end of fp16
+    exponents: dict[str, Exponent] = Field(
+        default_factory=dict
+    )  # of streams kept smaller than meant, see `schemas.fp16`
+    fp16_margins: dict[str, Finite] = Field(
+        default_factory=dict
+    )  # by block: bits from its largest value measured to the end of fp16
     fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 all the same
     control: tuple[Dimension, ...] = ()  # residual blocks that take a ControlNet's residual
     weights: Placement
@@ -272,7 +270,7 @@ def _same(source: PlanSource, file: FileEntry) -> bool:
     return source.fingerprint == file.fingerprint
 
 
-class LoraEntry(_Frozen):
+class LoraEntry(FrozenModel):
     """A LoRA that is merged into the weights, and how strongly: into the UNets, into the text encoder."""
 
     name: FileName
@@ -281,7 +279,7 @@ class LoraEntry(_Frozen):
     text_encoder_strength: Finite
 
 
-class LoraState(_Frozen):
+class LoraState(FrozenModel):
     """The LoRAs in the weights, in the order they were merged. `kept` are the files they replaced, manifest
     included, which undoing puts back; none when the bundle was exported with its LoRAs."""
 
@@ -289,7 +287,7 @@ class LoraState(_Frozen):
     kept: tuple[FileEntry, ...]
 
 
-class StageVerdict(_Frozen):
+class StageVerdict(FrozenModel):
     """How one stage did: the worst relative L2 error of its comparisons, and what its files were, by path and
     fingerprint."""
 
@@ -298,7 +296,7 @@ class StageVerdict(_Frozen):
     files: dict[RelativePath, Sha256]
 
 
-class VerdictEntry(_Frozen):
+class VerdictEntry(FrozenModel):
     """The result of a parity run; `date` is the day in UTC, as in 2026-01-31. `passed` is about all of the run, the
     image included."""
 
@@ -311,7 +309,7 @@ class VerdictEntry(_Frozen):
     stages: dict[Stage, StageVerdict]
 
 
-class Manifest(_Frozen):
+class Manifest(FrozenModel):
     """Everything a runtime needs to know of a bundle without opening a graph."""
 
     format: Literal["cascadekit-bundle"] = "cascadekit-bundle"

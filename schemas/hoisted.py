@@ -5,7 +5,7 @@ and values of every attention block and to the factors and summands of every tim
 once for a step and takes them as inputs.
 """
 
-from .ports import Port, Range, StagePorts, ports_of
+from .ports import Port, StagePorts, ports_of, stage_ports
 from .stages import Block, Stage, UNetConfig
 from .unet_blocks import UNetBlock, blocks_of
 
@@ -51,24 +51,23 @@ def conditioning_ports(config: UNetConfig) -> StagePorts:
     }[config.stage]
     inputs = tuple(port for port in plain.inputs if port.name in kept)
     modulation = Port(MODULATION, "float32", ("steps", modulation_width(config)))
-    return StagePorts(
-        inputs=(*inputs, Port(RATIOS, "float32", ("steps",))),
-        outputs=(modulation, *_effnet_map(config), *attention_ports(config)),
-        ranges={**_ranges(plain, inputs), "steps": Range()},
+    return stage_ports(
+        (*inputs, Port(RATIOS, "float32", ("steps",))),
+        (modulation, *_effnet_map(config), *attention_ports(config)),
+        plain.ranges,
     )
 
 
 def step_ports(config: UNetConfig) -> StagePorts:
     """The step graph; `modulation` is a row of the conditioning's, one for each sample."""
     plain = ports_of(config)
-    sample = plain.inputs[0]
     inputs = (
-        sample,
+        plain.inputs[0],
         Port(MODULATION, "float32", ("batch", modulation_width(config))),
         *_effnet_map(config),
         *attention_ports(config),
     )
-    return StagePorts(inputs, plain.outputs, {**_ranges(plain, (sample,)), CONTEXT: Range()})
+    return stage_ports(inputs, plain.outputs, plain.ranges)
 
 
 def _effnet_map(config: UNetConfig) -> tuple[Port, ...]:
@@ -77,8 +76,3 @@ def _effnet_map(config: UNetConfig) -> tuple[Port, ...]:
     patch = config.patch_size
     dims = ("batch", f"height/{patch}", f"width/{patch}", config.block_out_channels[0])
     return (Port(EFFNET_MAP, "float32", dims),)  # channels last: the sums of the first level are
-
-
-def _ranges(plain: StagePorts, ports: tuple[Port, ...]) -> dict[str, Range]:
-    dims = {dim for port in ports for dim in port.dims}
-    return {dim: found for dim, found in plain.ranges.items() if dim in dims}

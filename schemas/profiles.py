@@ -43,7 +43,7 @@ class Bounds:
             if not least <= likeliest <= largest:
                 raise UsageError(
                     f"{name}: least {least}, likeliest {likeliest}, largest {largest}: expected these in ascending "
-                    "order; see --min, --opt and --max"
+                    "order; see min=..., opt=... and max=..."
                 )
 
     @property

@@ -3,18 +3,14 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from .numbers import Number
+from .json_models import FrozenModel, Number
 from .precision import Precision
 from .quantization import Quantization
 from .stages import Stage, Variant
 
 FORMAT = "cascadekit-parity-report"
-
-
-class _ReportModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _encodable(value: Any) -> Any:
@@ -25,14 +21,14 @@ def _encodable(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_encodable)]
 
 
-class ValueCountEntry(_ReportModel):
+class ValueCountEntry(FrozenModel):
     """How many values, and the index of the first."""
 
     count: int = Field(ge=0)
     first: tuple[int, ...] | None
 
 
-class HistogramEntry(_ReportModel):
+class HistogramEntry(FrozenModel):
     """Errors as a part of the reference's root mean square: `exact` are zero, `counts` lie between 10 to the power of
     neighbouring `edges`."""
 
@@ -43,7 +39,7 @@ class HistogramEntry(_ReportModel):
     above: int
 
 
-class ComparisonEntry(_ReportModel):
+class ComparisonEntry(FrozenModel):
     """One array compared with its reference; the figures are those of `parity.compare.Comparison`.
 
     `kind` is "stage" for a forward pass by itself, "teacher-forced" for a pass on the latents of the reference's
@@ -84,7 +80,7 @@ class ComparisonEntry(_ReportModel):
     histogram: HistogramEntry
 
 
-class StageFacts(_ReportModel):
+class StageFacts(FrozenModel):
     """Facts from the bundle's manifest about a stage that was compared."""
 
     variant: Variant
@@ -92,7 +88,7 @@ class StageFacts(_ReportModel):
     quantization: Quantization
 
 
-class ImageEntry(_ReportModel):
+class ImageEntry(FrozenModel):
     """The final image of the engine compared with that of the reference."""
 
     passed: bool
@@ -101,7 +97,7 @@ class ImageEntry(_ReportModel):
     ssim: Number | None  # None where the images are smaller than its window
 
 
-class DepthEntry(_ReportModel):
+class DepthEntry(FrozenModel):
     """The errors of one part of a stage's graph, as relative L2.
 
     `own` is its error when its inputs are the reference's values. `floor` is the error of the reference's module in the
@@ -115,7 +111,7 @@ class DepthEntry(_ReportModel):
     faulty: bool
 
 
-class RangeEntry(_ReportModel):
+class RangeEntry(FrozenModel):
     """The largest magnitude that a block's activations reach."""
 
     stage: Stage
@@ -124,7 +120,7 @@ class RangeEntry(_ReportModel):
     precision: Precision
 
 
-class ComparedFile(_ReportModel):
+class ComparedFile(FrozenModel):
     """A file that was part of the comparison; its digests are those of `schemas.bundle.FileEntry`."""
 
     role: Literal["bundle", "reference"]
@@ -134,7 +130,7 @@ class ComparedFile(_ReportModel):
     sha256: str | None
 
 
-class ParityReport(_ReportModel):
+class ParityReport(FrozenModel):
     """A parity run. `date` is UTC in ISO 8601. `left_out` names the inputs whose sizes the engine was not built for."""
 
     format: Literal["cascadekit-parity-report"] = "cascadekit-parity-report"

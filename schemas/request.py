@@ -5,24 +5,20 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from .errors import UsageError
+from .json_models import FrozenModel
 from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
 from .messages import LONG, wrong_fields
 from .settings import SETTINGS, Settings, parse_settings
 
 CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
 
-
-Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
-class PictureRef(_Frozen):
+class PictureRef(FrozenModel):
     """The path of a picture, and the SHA-256 that the file had when it was used."""
 
     path: str
@@ -36,7 +32,7 @@ class ControlRef(PictureRef):
     strength: Strength = 1.0
 
 
-class LoraRef(_Frozen):
+class LoraRef(FrozenModel):
     """A LoRA by name or path, merged into the weights with this strength."""
 
     name: str
@@ -79,7 +75,7 @@ Picture = Annotated[PictureRef, BeforeValidator(_picture)]
 ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 
 
-class Request(_Frozen):
+class Request(FrozenModel):
     """All that decides one image. It is image `index` of a `batch` whose noise comes from one generator with `seed`."""
 
     prompt: Text

@@ -67,12 +67,12 @@ def require_rtx_targets(targets: Iterable[str]) -> None:
     """Raises UsageError for targets that TensorRT-RTX does not build for, and for none."""
     targets = tuple(targets)
     if not targets:
-        raise UsageError("say which GPUs to build for, such as --arch sm89 or --arch 'rtx 4090'")
+        raise UsageError('say which GPUs to build for, such as targets=["sm89"] or targets=["rtx 4090"]')
     wrong = [target for target in targets if target not in RTX_TARGETS]
     if wrong:
         raise UsageError(
             f"{', '.join(wrong)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} alone; "
-            "on the GPU itself use --backend tensorrt"
+            'on the GPU itself use backend="tensorrt"'
         )
 
 
@@ -83,6 +83,9 @@ def group_targets(targets: Iterable[str]) -> list[tuple[str, ...]]:
     return [group for group in groups if group]
 
 
+ANY = 1 << 20  # above every compute capability
+
+
 @dataclass(frozen=True)
 class _Lack:
     """A precision or quantization without kernels on GPUs below a compute capability. `backend` None: in both."""
@@ -90,37 +93,49 @@ class _Lack:
     what: Precision | Quantization
     below: int
     reason: str
-    instead: str
+    instead: Precision | Quantization
     backend: str | None = None
 
 
 # Each was met at a build of the backend named (TensorRT-RTX 1.7), which says so only after minutes, or of a part of
 # the network only when run.
 _LACKS = (
-    _Lack(Precision.BF16, 80, "has no bf16", "--precision fp16"),
-    _Lack(Precision.FP32, 80, "has no matrix products in fp32", "--precision fp16", RTX),
-    _Lack(Quantization.INT4, 80, "has no int4", "--quantize int8"),
-    _Lack(Quantization.FP8, 89, "has no fp8", "--quantize int8"),
-    _Lack(Quantization.INT8_DYNAMIC, 1 << 20, "has none of its integer products", "--quantize int8"),
+    _Lack(Precision.BF16, 80, "has no bf16", Precision.FP16),
+    _Lack(Precision.FP32, 80, "has no matrix products in fp32", Precision.FP16, RTX),
+    _Lack(Quantization.INT4, 80, "has no int4", Quantization.INT8),
+    _Lack(Quantization.FP8, 89, "has no fp8", Quantization.INT8),
+    _Lack(Quantization.INT8_DYNAMIC, ANY, "has none of its integer products", Quantization.INT8),
 )
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why graphs cannot become an engine for a GPU, and the options of `export` that make others."""
+    """Why graphs cannot become an engine for a GPU, and the precision or quantization of graphs that can."""
 
     reason: str
-    instead: str
+    instead: Precision | Quantization
+
+    @property
+    def argument(self) -> str:
+        """The argument of `export` that makes such graphs."""
+        return f'{self._name}="{self.instead}"'
+
+    @property
+    def option(self) -> str:
+        """The same as an option of the command `cascadekit export`."""
+        return f"--{self._name} {self.instead}"
+
+    @property
+    def _name(self) -> str:
+        return "precision" if isinstance(self.instead, Precision) else "quantize"
 
 
 def refusal(backend: str, target: str, precision: Precision, quantization: Quantization) -> Refusal | None:
     """Why graphs of `precision` and `quantization` are not for `target`; None when they are."""
     for lack in _LACKS:
-        if (
-            lack.what in (precision, quantization)
-            and number_of(target) < lack.below
-            and lack.backend in (None, backend)
-        ):
-            known = f"{backend}" if lack.below > number_of(RTX_TARGETS[-1]) else f"{target} in {backend}"
-            return Refusal(f"{known} {lack.reason}", lack.instead)
+        if lack.what not in (precision, quantization) or lack.backend not in (None, backend):
+            continue
+        if number_of(target) < lack.below:
+            where = backend if lack.below == ANY else f"{target} in {backend}"
+            return Refusal(f"{where} {lack.reason}", lack.instead)
     return None

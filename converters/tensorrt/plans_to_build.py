@@ -87,7 +87,7 @@ def require_targets(options: BuildOptions, precision: Precision) -> None:
     for target in options.targets:
         refused = refusal(options.backend, target, precision, Quantization.NONE)
         if refused:
-            raise UsageError(f"{refused.reason}; take {refused.instead}, or make another bundle for that GPU")
+            raise UsageError(f"{refused.reason}; take {refused.argument}, or make another bundle for that GPU")
 
 
 def plans_to_build(
@@ -162,7 +162,7 @@ def _reasons(entry: StageEntry, backend: str, targets: Sequence[str]) -> Iterato
         )
     found = [refused for t in targets if (refused := refusal(backend, t, entry.precision, entry.quantization))]
     for refused in dict.fromkeys(found):
-        command = f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.instead}"
+        command = f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.option}"
         yield f"{refused.reason}; export it again: {command}"
 
 

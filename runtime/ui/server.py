@@ -371,7 +371,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(name)

@@ -1,9 +1,15 @@
-"""Numbers in JSON, which itself has neither infinity nor NaN."""
+"""The base of the pydantic models that are written as JSON, and their numbers: JSON has neither infinity nor NaN."""
 
 import math
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, PlainSerializer, WithJsonSchema
+
+
+class FrozenModel(BaseModel):
+    """Values that cannot be changed, and that have no other fields than those declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _plain(value: float) -> float | str:
