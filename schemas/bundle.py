@@ -36,7 +36,7 @@ VERSION = 2
 Placement = Literal["copy", "link", "reflink"]
 Backend = Literal["tensorrt-rtx", "tensorrt"]
 
-# The operator sets that what a bundle is for can run; "" is ai.onnx.
+# The operator domains that each target can run; "" is ai.onnx.
 DOMAINS: Mapping[Target, tuple[str, ...]] = {
     Target.PORTABLE: ("",),
     Target.ORT: ("", "com.microsoft"),
@@ -45,9 +45,9 @@ DOMAINS: Mapping[Target, tuple[str, ...]] = {
 
 
 def _finite(value: Any) -> Any:
-    """A value of JSON, unless a number in it is none."""
+    """Return a value of JSON. Raises ValueError when it contains NaN or an infinity."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"expected a number, found {value}")
+        raise ValueError(f"expected a finite number, found {value}")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _finite(part)
     return value
@@ -67,17 +67,17 @@ def _well_formed(value: object) -> object:
     return well_formed(value) if isinstance(value, str) else value
 
 
-# The name of a file outside the bundle, to be read by people. Bytes that are not UTF-8 become escapes, because the
+# The name of a file outside the bundle, for people to read. Bytes that are not UTF-8 become escapes, because the
 # manifest is UTF-8.
 FileName = Annotated[str, BeforeValidator(_well_formed)]
 
 
 class FileEntry(FrozenModel):
-    """A file of the bundle, its path relative to the root, "/" between folders.
+    """A file of the bundle; `path` is relative to the root, with "/" between folders.
 
-    A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
-    its safetensors header and samples of its content (see `storage.file_hashes`), `sha256` of all of it; an export with
-    --no-hash, and bundles from before it was recorded always, lack the latter of weights."""
+    A file of this size and `mtime_ns` is taken for the one that was exported. The `fingerprint` covers the size, the
+    safetensors header and samples of the content (see `storage.file_hashes`). The `sha256` covers every byte. Weights
+    have none when they were exported with ``hash=False`` or by an early version."""
 
     path: RelativePath
     bytes: Bytes
@@ -87,8 +87,9 @@ class FileEntry(FrozenModel):
 
 
 class SourceEntry(FrozenModel):
-    """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing. Its
-    `sha256` is known where the bundle holds the very file and had it hashed."""
+    """A file that the bundle was made from. `name` has no folders, because paths of another machine mean nothing.
+
+    `sha256` is known when the bundle contains the same file and its hash was computed."""
 
     name: FileName
     bytes: Bytes
@@ -98,7 +99,7 @@ class SourceEntry(FrozenModel):
 
 
 class PortEntry(FrozenModel):
-    """A port as in `schemas.ports`."""
+    """A port of a graph, see `schemas.ports.Port`."""
 
     name: str
     dtype: str
@@ -106,7 +107,7 @@ class PortEntry(FrozenModel):
 
 
 class GraphEntry(FrozenModel):
-    """One graph of a stage: its ONNX file, and what goes in and out."""
+    """One graph of a stage: its ONNX file, its inputs and its outputs."""
 
     path: RelativePath
     opset: int = Field(ge=0, le=1000)
@@ -115,7 +116,7 @@ class GraphEntry(FrozenModel):
 
 
 class ImageSize(FrozenModel):
-    """The images that a profile is for: their size in pixels, and how many are made at a time."""
+    """The images that a profile is for: their size in pixels, and how many are generated at a time."""
 
     width: Side
     height: Side
@@ -123,7 +124,7 @@ class ImageSize(FrozenModel):
 
 
 class PortShapes(FrozenModel):
-    """Least, likeliest and largest shape of an input port."""
+    """The smallest, the likeliest and the largest shape of an input port."""
 
     min: tuple[Dimension, ...]
     opt: tuple[Dimension, ...]
@@ -131,8 +132,9 @@ class PortShapes(FrozenModel):
 
 
 class ProfileEntry(FrozenModel):
-    """The shapes that one optimisation profile of a plan accepts. `ports` are its inputs in the order of the
-    graph's; with guidance a port's batch is twice the images."""
+    """The shapes that one optimisation profile of a plan accepts.
+
+    `ports` has the inputs in the graph's order. With guidance the batch of a port is twice the number of images."""
 
     min: ImageSize
     opt: ImageSize
@@ -141,7 +143,7 @@ class ProfileEntry(FrozenModel):
 
 
 class PlanSource(FrozenModel):
-    """A file a plan was built from, as the stage's `files` had it then."""
+    """A file that a plan was built from, as the stage's `files` listed it at that time."""
 
     path: RelativePath
     fingerprint: Sha256
@@ -158,9 +160,9 @@ class DeviceEntry(FrozenModel):
 class PlanEntry(FrozenModel):
     """A GPU engine that was built from one graph of the stage.
 
-    `targets` are the compute capabilities TensorRT-RTX built for; TensorRT builds for the one `device` it runs on.
-    Profiles are in the order the plan has them. A plan stands for the graphs and weights of `sources`, and is no good
-    once `files` have others. `seconds` and `peak_rss` (bytes) are what building it took."""
+    TensorRT-RTX builds for compute capabilities, the `targets`. TensorRT builds for the one `device` it runs on. The
+    profiles have the plan's order. A plan is useless once the stage's `files` are not its `sources` any more. The
+    build took `seconds` and at most `peak_rss` bytes of memory."""
 
     graph: str
     path: RelativePath
@@ -173,54 +175,54 @@ class PlanEntry(FrozenModel):
     precision: Precision
     profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
     sources: tuple[PlanSource, ...] = Field(min_length=1)
-    refittable: bool = False  # whether a runtime can give it other weights of the same graph
-    weight_streaming: bool = False  # whether weights may stay on the host while it runs
+    refittable: bool = False  # whether the weights can be exchanged for others of the same graph
+    weight_streaming: bool = False  # whether weights may stay in the host's memory while the plan runs
     seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_rss: Bytes
 
     @model_validator(mode="before")
     @classmethod
     def _without_parked(cls, given: Any) -> Any:
-        """Drop the fields of plans with weights as inputs, which cascadekit wrote once, where they are empty."""
+        """Drop the empty fields that earlier versions wrote for plans with weights as inputs."""
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value or name not in PARKED}
 
     @model_validator(mode="after")
-    def _is_for_something(self) -> Self:
+    def _has_targets_or_device(self) -> Self:
         if bool(self.targets) == bool(self.device):
             raise ValueError("expected either targets or a device")
         return self
 
 
 class StageEntry(FrozenModel):
-    """One exported stage. `config` is the network's config.json; the graphs share the weights, and "model" is the
-    one that is the whole network. `weights` says how they came into the bundle: as its own copy, as a hard link to
-    the model's file, or as a clone that shares its blocks on disk until either changes."""
+    """One exported stage.
+
+    `config` is the network's config.json. The graphs share the weights; the graph "model" is the whole network.
+    `weights` is "copy" for files of the bundle's own, "link" for hard links to the model's files, and "reflink" for
+    clones, which share their blocks on disk until one file changes."""
 
     variant: Variant
     config: Annotated[dict[str, Any], AfterValidator(_finite)]
     precision: Precision
     target: Target = Target.PORTABLE
     quantization: Quantization = Quantization.NONE  # of the weights of Linears
-    exponents: dict[str, Exponent] = Field(
-        default_factory=dict
-    )  # of streams kept smaller than meant, see `schemas.fp16`
-    fp16_margins: dict[str, Finite] = Field(
-        default_factory=dict
-    )  # by block: bits from its largest value measured to the end of fp16
-    fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 all the same
+    # Stream -> k where the graph carries 2^-k of the values, and block -> bits between its largest measured value and
+    # fp16's largest number; see `schemas.fp16`.
+    exponents: dict[str, Exponent] = Field(default_factory=dict)
+    fp16_margins: dict[str, Finite] = Field(default_factory=dict)
+    fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 in a graph of another precision
     control: tuple[Dimension, ...] = ()  # residual blocks that take a ControlNet's residual
     weights: Placement
     sources: tuple[SourceEntry, ...]
     graphs: dict[PlainName, GraphEntry]
     files: tuple[FileEntry, ...] = Field(min_length=1)
-    plans: tuple[PlanEntry, ...] = ()  # GPU engines, the one asked for last at the end; none of them is among `files`
+    plans: tuple[PlanEntry, ...] = ()  # GPU engines, the newest last; they are not among `files`
 
     @field_validator("plans", mode="before")
     @classmethod
     def _without_parked(cls, given: Any) -> Any:
-        """Leave out plans that take weights as inputs: earlier versions built them, this one does not run them."""
+        """Leave out plans that take weights as inputs. Earlier versions built them; this version cannot run them."""
         if not isinstance(given, list | tuple):
             return given
         return [plan for plan in given if not (isinstance(plan, dict) and any(plan.get(name) for name in PARKED))]
@@ -231,16 +233,17 @@ class StageEntry(FrozenModel):
             raise ValueError(f"no graph {MAIN_GRAPH!r}")
         unlisted = self.graph_paths - {file.path for file in self.files}
         if unlisted:
-            raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is none of the files")
+            raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is not listed among the files")
         _require_once(file.path for file in self.files)
         unknown = {plan.graph for plan in self.plans} - self.graphs.keys()
         if unknown:
-            raise ValueError(f"plans of {', '.join(sorted(unknown))}, which is no graph of the stage")
+            raise ValueError(f"plans of {', '.join(sorted(unknown))}, which is not a graph of the stage")
         return self
 
     def is_current(self, plan: PlanEntry) -> bool:
-        """Whether `plan` was built from the very files the stage has now: by their SHA-256 where that is known of
-        both, else by fingerprint."""
+        """Whether `plan` was built from the files that the stage has now.
+
+        The SHA-256 decides where both files have one, else the fingerprint."""
         files = {file.path: file for file in self.files}
         return all(source.path in files and _same(source, files[source.path]) for source in plan.sources)
 
@@ -271,7 +274,7 @@ def _same(source: PlanSource, file: FileEntry) -> bool:
 
 
 class LoraEntry(FrozenModel):
-    """A LoRA that is merged into the weights, and how strongly: into the UNets, into the text encoder."""
+    """A LoRA that is merged into the weights, with its strengths in the UNets and in the text encoder."""
 
     name: FileName
     fingerprint: Sha256
@@ -280,16 +283,17 @@ class LoraEntry(FrozenModel):
 
 
 class LoraState(FrozenModel):
-    """The LoRAs in the weights, in the order they were merged. `kept` are the files they replaced, manifest
-    included, which undoing puts back; none when the bundle was exported with its LoRAs."""
+    """The LoRAs in the weights, in the order they were merged.
+
+    `kept` are the files that the merge replaced, the manifest included; undoing the merge restores them. There are none
+    when the bundle was exported with its LoRAs."""
 
     loras: tuple[LoraEntry, ...] = Field(min_length=1)
     kept: tuple[FileEntry, ...]
 
 
 class StageVerdict(FrozenModel):
-    """How one stage did: the worst relative L2 error of its comparisons, and what its files were, by path and
-    fingerprint."""
+    """The result of one stage: the worst relative L2 error of its comparisons, and the fingerprint of each file."""
 
     passed: bool
     worst_relative_l2: Number
@@ -297,8 +301,9 @@ class StageVerdict(FrozenModel):
 
 
 class VerdictEntry(FrozenModel):
-    """The result of a parity run; `date` is the day in UTC, as in 2026-01-31. `passed` is about all of the run, the
-    image included."""
+    """The result of a parity run; `date` is the day in UTC, such as 2026-01-31.
+
+    `passed` covers the whole run, the image included."""
 
     engine: str
     reference: str
@@ -310,26 +315,26 @@ class VerdictEntry(FrozenModel):
 
 
 class Manifest(FrozenModel):
-    """Everything a runtime needs to know of a bundle without opening a graph."""
+    """Everything that a runtime needs to know about a bundle without opening a graph."""
 
     format: Literal["cascadekit-bundle"] = "cascadekit-bundle"
     version: Literal[2] = 2
     created_by: str
     default_size: tuple[Side, Side]  # (width, height)
     vqgan_scale: Scale | None  # the factor inside the vqgan graph; None without a vqgan
-    tokenizer: RelativePath | None  # a tokenizer.json; None: the one the package ships
+    tokenizer: RelativePath | None  # a tokenizer.json; None for the one that the package ships
     stages: dict[Stage, StageEntry]
-    files: tuple[FileEntry, ...] = ()  # those of no stage: the tokenizer; none are listed by earlier versions
+    files: tuple[FileEntry, ...] = ()  # files that belong to no stage: the tokenizer; earlier versions list none
     lora: LoraState | None = None
-    engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
-    parity: tuple[VerdictEntry, ...] = ()  # the latest last, see `parity.verdict`
+    engines: tuple[str, ...] = ("onnxruntime",)  # engines that can run the bundle, the preferred one first
+    parity: tuple[VerdictEntry, ...] = ()  # the newest last, see `parity.verdict`
 
     @model_validator(mode="after")
     def _lists_the_tokenizer(self) -> Self:
         paths = [file.path for file in self.files]
         _require_once(paths)
         if self.tokenizer and paths and self.tokenizer not in paths:
-            raise ValueError(f"{self.tokenizer}: a tokenizer that is none of the files")
+            raise ValueError(f"{self.tokenizer}: a tokenizer that is not listed among the files")
         return self
 
     @model_validator(mode="after")
@@ -337,18 +342,20 @@ class Manifest(FrozenModel):
         entry = self.stages.get(Stage.VQGAN)
         scale = entry.config.get("scale_factor") if entry else None
         if isinstance(scale, int | float) and not VQGAN_SCALES[0] <= scale <= VQGAN_SCALES[1]:
-            raise ValueError(f"scale_factor {scale} of the vqgan, expected {VQGAN_SCALES[0]} to {VQGAN_SCALES[1]}")
+            raise ValueError(
+                f"scale_factor of the vqgan: expected {VQGAN_SCALES[0]} to {VQGAN_SCALES[1]}, found {scale}"
+            )
         return self
 
     @property
     def text_rows(self) -> int | None:
-        """How many tokens the text encoder has a row for; None without one."""
+        """The number of tokens in the text encoder's table; None without a text encoder."""
         entry = self.stages.get(Stage.TEXT_ENCODER)
         rows = entry.config.get("vocab_size") if entry else None
         return rows if isinstance(rows, int) else None
 
     def file(self, path: str) -> FileEntry | None:
-        """The entry of a file that belongs to no stage; None for a file that is not listed."""
+        """The entry of a file that belongs to no stage; None when it is not listed."""
         return next((file for file in self.files if file.path == path), None)
 
 
@@ -364,8 +371,9 @@ def to_text(manifest: Manifest) -> str:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """The manifest in `text`. Raises CheckpointError that names `where` and each field that is wrong, or what to do
-    about a manifest of another version."""
+    """Return the manifest in `text`. Raises CheckpointError that names `where` and each wrong field.
+
+    For a manifest of another version the message names the version and what to do."""
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -379,7 +387,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
 
 
 def _other_version(text: str) -> int | None:
-    """The version of a well-formed manifest that is not of this one."""
+    """Return the version of a sound manifest of another version; None for anything else."""
     try:
         content = load_object(text)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Ports of the two graphs a prior or decoder falls into when its conditioning is taken out of the step.
+"""Ports of the two graphs of a prior or decoder whose conditioning is computed once instead of in every step.
 
-The *conditioning* graph runs once for an image: from text, images and the whole schedule of timesteps to the keys
-and values of every attention block and to the factors and summands of every timestep block. The *step* graph runs
-once for a step and takes them as inputs.
+The *conditioning* graph runs once for an image. It computes the keys and values of every attention block from text and
+images, and the factors and summands of every timestep block from the whole schedule. The *step* graph takes these as
+inputs and runs once for a step.
 """
 
 from .ports import Port, StagePorts, ports_of, stage_ports
@@ -15,15 +15,14 @@ CONDITIONING, STEP = "conditioning", "step"  # the names of the two graphs
 # (see docs/graph.md).
 FASTER_IN_PARTS = (Stage.PRIOR,)
 
-MODULATION = "modulation"  # the step's input: for each timestep block 1 + scale, then shift
-EFFNET_MAP = "effnet_map"  # the decoder's: what is added to the embedded sample
-RATIOS = "timestep_ratios"  # the conditioning's input: the schedule
-# Dims: how many tokens the conditions make, the sample's size after the patch embedding
-CONTEXT = "context"
+MODULATION = "modulation"  # an input of the step: for each timestep block 1 + scale, then shift
+EFFNET_MAP = "effnet_map"  # an input of the decoder's step, added to the embedded sample
+RATIOS = "timestep_ratios"  # an input of the conditioning: the schedule
+CONTEXT = "context"  # a dim: the number of conditioning tokens
 
 
 def attention_ports(config: UNetConfig) -> tuple[Port, ...]:
-    """Keys and values of the conditioning tokens, of every attention block in turn: (B, tokens, c) float32."""
+    """Keys and values of the conditioning tokens for each attention block in turn: (B, tokens, c) float32."""
     return tuple(
         Port(f"{block.name}.{part}", "float32", ("batch", CONTEXT, config.block_out_channels[block.level]))
         for block in blocks_of(config)
@@ -33,17 +32,17 @@ def attention_ports(config: UNetConfig) -> tuple[Port, ...]:
 
 
 def timestep_blocks(config: UNetConfig) -> tuple[UNetBlock, ...]:
-    """The blocks that `modulation` is for, in its order; each has 2c of its columns."""
+    """The blocks that `modulation` serves, in its order; each takes 2c of its columns."""
     return tuple(block for block in blocks_of(config) if block.kind is Block.TIMESTEP)
 
 
 def modulation_width(config: UNetConfig) -> int:
-    """Columns of `modulation`."""
+    """The number of columns of `modulation`."""
     return sum(2 * config.block_out_channels[block.level] for block in timestep_blocks(config))
 
 
 def conditioning_ports(config: UNetConfig) -> StagePorts:
-    """The conditioning graph. The decoder's takes `sample` for its size alone."""
+    """The ports of the conditioning graph. The decoder's graph takes `sample` for its size alone."""
     plain = ports_of(config)
     kept = {
         Stage.PRIOR: ("clip_text_pooled", "clip_text", "clip_img"),
@@ -59,7 +58,7 @@ def conditioning_ports(config: UNetConfig) -> StagePorts:
 
 
 def step_ports(config: UNetConfig) -> StagePorts:
-    """The step graph; `modulation` is a row of the conditioning's, one for each sample."""
+    """The ports of the step graph. Its `modulation` has a row for each sample, taken from the conditioning's rows."""
     plain = ports_of(config)
     inputs = (
         plain.inputs[0],
@@ -75,4 +74,4 @@ def _effnet_map(config: UNetConfig) -> tuple[Port, ...]:
         return ()
     patch = config.patch_size
     dims = ("batch", f"height/{patch}", f"width/{patch}", config.block_out_channels[0])
-    return (Port(EFFNET_MAP, "float32", dims),)  # channels last: the sums of the first level are
+    return (Port(EFFNET_MAP, "float32", dims),)  # channels last, like the sums of the first level

@@ -103,7 +103,7 @@ class TensorGroup:
 
     @property
     def in_comfyui(self) -> bool:
-        """Whether this is a prefix of ComfyUI's all-in-one files."""
+        """True for a prefix of ComfyUI's all-in-one files."""
         return self.prefix.endswith(tuple(COMFYUI_PREFIXES.values()))
 
 

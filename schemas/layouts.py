@@ -112,7 +112,7 @@ STAGE_MARKS: Mapping[str, Stage] = {
     "blocks.11.running_mean": Stage.PREVIEWER,
 }
 
-# Every ControlNet has this tensor. The first convolution of its backbone tells its kind.
+# Every ControlNet has this tensor. The first convolution of its backbone shows its kind.
 CONTROLNET_MARK = "projections.0.0.weight"
 CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.0.weight", (24, 1, 3, 3)): Stage.CONTROLNET_CANNY,
@@ -121,7 +121,7 @@ CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.weight", (2048, 512, 3, 3)): Stage.CONTROLNET_IDENTITY,
 }
 
-# Parts of tensor names that tell the layout, for stages that have more than one spelling.
+# Parts of tensor names that show the layout, for stages that have more than one spelling.
 LAYOUT_MARKS: Mapping[str, Layout] = {
     ".attention.attn.to_q.": Layout.SPLIT,
     ".attention.attn.": Layout.ORIGINAL,
@@ -154,7 +154,7 @@ FOREIGN_KINDS: Mapping[str, str] = {
     ),
     re.escape(CONTROLNET_MARK): "a ControlNet of no kind released for Stable Cascade",
 }
-NAMES_LOOKED_AT = 20_000  # of an unknown file; a name that tells its kind is among the first
+NAMES_LOOKED_AT = 20_000  # of an unknown file; a name that shows its kind is among the first
 
 
 def stage_of(shapes: Mapping[str, Shape]) -> Stage | None:

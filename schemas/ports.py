@@ -1,4 +1,4 @@
-"""Inputs and outputs of every exported stage: name, dtype, dims and what the symbolic dims may be."""
+"""Inputs and outputs of every exported stage: names, dtypes, dims, and the ranges of the symbolic dims."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from .stages import (
 
 @dataclass(frozen=True)
 class Port:
-    """A named tensor going in or out; dtype is numpy's name. `dims` are sizes or the names of symbolic dims; those of
-    outputs may be terms in the inputs' names, such as "4*height" or, rounding down, "(height+31)//32"."""
+    """A named input or output; `dtype` is numpy's name.
+
+    `dims` are sizes or names of symbolic dims. Dims of outputs may be terms in the inputs' names, such as "4*height"
+    or, rounded down, "(height+31)//32"."""
 
     name: str
     dtype: str
@@ -28,7 +30,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Range:
-    """A symbolic dim is at least `minimum` and a multiple of `step`; the graphs themselves set no upper bound."""
+    """The sizes of a symbolic dim: multiples of `step` from `minimum` on. The graphs set no upper bound."""
 
     minimum: int = 1
     step: int = 1
@@ -52,9 +54,9 @@ def stage_ports(
 
 
 def ports_of(config: NetworkConfig) -> StagePorts:
-    """Ports of the stage that `config` describes; they carry the names diffusers gives its arguments.
+    """Ports of the stage that `config` describes, with the names of diffusers' arguments.
 
-    The vqgan's are those of its decoder half; the other half has ``vqgan_encoder_ports``."""
+    The vqgan's ports belong to its decoder half; ``vqgan_encoder_ports`` has those of the other half."""
     match config:
         case UNetConfig():
             return _prior(config) if config.stage is Stage.PRIOR else _decoder(config)

@@ -1,4 +1,4 @@
-"""The schema of `report.json`: every figure of a parity run, and what it takes to repeat the run."""
+"""The schema of `report.json`: every figure of a parity run, and the circumstances needed to repeat it."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -17,20 +17,21 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-# Text that may come from file names, which on some systems hold bytes that are no characters.
+# Text that may come from file names, which on some systems contain bytes that are not text.
 Text = Annotated[str, BeforeValidator(_encodable)]
 
 
 class ValueCountEntry(FrozenModel):
-    """How many values, and the index of the first."""
+    """The number of such values, and the index of the first."""
 
     count: int = Field(ge=0)
     first: tuple[int, ...] | None
 
 
 class HistogramEntry(FrozenModel):
-    """Errors as a part of the reference's root mean square: `exact` are zero, `counts` lie between 10 to the power of
-    neighbouring `edges`."""
+    """Counts of errors, relative to the reference's root mean square. `exact` errors are zero.
+
+    An error in `counts` is between 10 to the power of an edge and of the next edge."""
 
     edges: tuple[float, ...]
     exact: int
@@ -42,8 +43,14 @@ class HistogramEntry(FrozenModel):
 class ComparisonEntry(FrozenModel):
     """One array compared with its reference; the figures are those of `parity.compare.Comparison`.
 
-    `kind` is "stage" for a forward pass by itself, "teacher-forced" for a pass on the latents of the reference's
-    trajectory, "trajectory" for a step of the engine's own trajectory, and "noise". `step` counts from 1."""
+    | kind | compared |
+    |---|---|
+    | stage | a forward pass by itself |
+    | teacher-forced | a pass on the latents of the reference's trajectory |
+    | trajectory | a step of the engine's own trajectory |
+    | noise | the generated noise |
+
+    `step` counts from 1."""
 
     name: Text
     kind: Text
@@ -81,7 +88,7 @@ class ComparisonEntry(FrozenModel):
 
 
 class StageFacts(FrozenModel):
-    """Facts from the bundle's manifest about a stage that was compared."""
+    """Facts from the bundle's manifest about a compared stage."""
 
     variant: Variant
     precision: Precision

@@ -1,4 +1,4 @@
-"""A request for one image, as the command line, a line of a batch, the page and a PNG's metadata hold it."""
+"""A request for one image, in the form that the command line, batches, the page and PNG metadata share."""
 
 import re
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def _text(value: str) -> str:
 
 
 def _several(value: object) -> object:
-    """A list from a single entry, or from a table's cell such as "a;b"."""
+    """Make a list of a single entry or of a table's cell such as "a;b"."""
     if isinstance(value, str):
         return [part for part in value.split(";") if part]
     return [value] if isinstance(value, Mapping) else value
@@ -76,7 +76,7 @@ ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 
 
 class Request(FrozenModel):
-    """All that decides one image. It is image `index` of a `batch` whose noise comes from one generator with `seed`."""
+    """Everything that decides one image: number `index` of a `batch` whose noise comes from one generator."""
 
     prompt: Text
     negative: Text = ""
@@ -91,7 +91,7 @@ class Request(FrozenModel):
     loras: Annotated[tuple[LoraRef, ...], Several] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Flat plain values, as `parse_request` reads them; values equal to their default are left out."""
+        """Flat plain values that `parse_request` reads; values equal to their default are left out."""
         own = self.model_dump(exclude={"settings"}, exclude_defaults=True)
         return {"prompt": self.prompt, "negative": self.negative, **_placed(self), **own, **self.settings.to_json()}
 
@@ -108,7 +108,7 @@ _INFORMATION: Mapping[str, TypeAdapter[Any]] = {
     "precision": TypeAdapter(dict[Text, Text]),
     **dict.fromkeys(("engine", "bundle", "version", "created_by", "key"), _SAID),
 }
-INFORMATION = frozenset(_INFORMATION)  # fields that tell how an image was made, and that `generate` does not read
+INFORMATION = frozenset(_INFORMATION)  # fields about how an image was generated; `generate` ignores them
 
 
 def _placed(request: Request) -> dict[str, int]:
@@ -116,7 +116,7 @@ def _placed(request: Request) -> dict[str, int]:
 
 
 def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Request:
-    """A request from flat values; text is accepted for numbers, and None or "" for a value that is not given.
+    """Make a request of flat values. Text is accepted for numbers; None and "" count as not given.
 
     Raises UsageError naming each field that is wrong, unknown or missing."""
     said = {name: value for name, value in given.items() if value not in (None, "") or name in ("prompt", "negative")}
@@ -134,10 +134,10 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
 
 
 def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split flat values into those that a request may have, as plain JSON values, and the names of the others.
+    """Split flat values into the sound ones, as plain JSON values, and the names of the others.
 
-    Each value is checked by itself. The page so shows the sound values of an image from a newer version, or of one that
-    was tampered with."""
+    Each value is checked by itself, so that the page can show the sound values of an image from a newer version or of
+    a manipulated one."""
     found: dict[str, Any] = {}
     others: list[str] = []
     for name, value in given.items():
@@ -162,7 +162,7 @@ def _one(name: str, value: Any) -> Any:
 
 
 def loras_of(given: Mapping[str, Any]) -> tuple[LoraRef, ...]:
-    """The LoRAs among flat values. Raises UsageError when `loras` is no list of LoRAs."""
+    """The LoRAs among flat values. Raises UsageError when `loras` is not a list of LoRAs."""
     try:
         return TypeAdapter(Annotated[tuple[LoraRef, ...], Several]).validate_python(given.get("loras", ()))
     except ValidationError as error:

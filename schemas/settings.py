@@ -1,4 +1,4 @@
-"""Settings: everything besides prompts, pictures and the seed that decides what an image looks like.
+"""Settings: everything that decides an image besides prompts, pictures and the seed.
 
 People and PNG metadata write settings flat: `prior_steps`, `decoder_guidance`. Code passes them on as one value:
 `Settings.prior` and `Settings.decoder` each give the `Sampling` of one stage.
@@ -74,7 +74,7 @@ class Sampling:
 
     @property
     def guides(self) -> bool:
-        """Whether the stage computes an unconditional prediction too."""
+        """True when the stage computes an unconditional prediction too."""
         return self.guidance > 1
 
     def changed(self, **changes: Unpack[SamplingOptions]) -> Self:
@@ -89,7 +89,7 @@ PRIOR_SAMPLING, DECODER_SAMPLING = Sampling(steps=20, guidance=4.0), Sampling(st
 
 
 def _ratios(value: object) -> object:
-    """Split a table's cell such as "1,0.5,0"; leave every other value to pydantic."""
+    """Split a table's cell such as "1,0.5,0"; pydantic checks every other value."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
@@ -99,7 +99,7 @@ Range = tuple[type[Real], float, float]  # the kind of number, its least and its
 _SIDE, _STEPS = (Integral, 1, MAX_IMAGE_SIDE), (Integral, 1, MAX_STEPS)
 _WEIGHT, _SHIFT, _SHARE = (Real, -MAX_WEIGHT, MAX_WEIGHT), (Real, 0, MAX_WEIGHT), (Real, 0, 1)
 
-# The range of every number of the settings. NaN lies in none of them.
+# The range of every number of the settings. NaN is in none of them.
 RANGES: Mapping[str, Range] = {
     "width": _SIDE,
     "height": _SIDE,
@@ -119,10 +119,10 @@ TIMESTEPS = ("prior_timesteps", "decoder_timesteps")
 class Settings:
     """The size of an image in pixels, and how both stages are sampled.
 
-    `prior_timesteps` and `decoder_timesteps` replace a number of steps, see `Sampling`. Shift and rescale belong to the
-    gdf sampler. `strength` is the timestep ratio where sampling starts on an initial picture: at 1 nothing of the
-    picture is left, and the nearer to 0, the less changes. `weighted` reads (words:1.2) in prompts as emphasis;
-    `long_prompts` encodes prompts beyond 77 tokens in chunks.
+    `prior_timesteps` and `decoder_timesteps` replace the number of steps, see `Sampling`. Shift and rescale belong to
+    the gdf sampler. `strength` is the timestep ratio where sampling starts on an initial picture. At 1 nothing of the
+    picture remains; near 0 little changes. `weighted` reads (words:1.2) in prompts as emphasis. `long_prompts` encodes
+    prompts beyond 77 tokens in chunks.
 
     Raises UsageError for a number outside its range, NaN included.
 
@@ -174,7 +174,7 @@ class Settings:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Flat plain values by name, as `parse_settings` reads them; empty lists are left out."""
+        """Flat plain values that `parse_settings` reads; empty lists are left out."""
         found = {name: value for name, value in asdict(self).items() if value != ()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -198,7 +198,7 @@ def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
     return is_number and bool(least <= value <= most)
 
 
-# The settings whose defaults depend on the sampler; those of gdf are those of Stability's notebooks.
+# Defaults that depend on the sampler; the values for gdf are from Stability's notebooks.
 SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
     Sampler.DDPM_WUERSTCHEN: {},
     Sampler.GDF: {"prior_shift": 2.0, "decoder_guidance": 1.1, "rescale": 0.7},
@@ -209,10 +209,10 @@ _ADAPTER = TypeAdapter(Settings)
 
 
 def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> Settings:
-    """Settings from flat values, such as those of a PNG's metadata; text is accepted for numbers.
+    """Make settings of flat values, such as a PNG's metadata; text is accepted for numbers.
 
-    A size that is not given is `default_size` (width, height). The sampler decides other defaults, see
-    SAMPLER_DEFAULTS. Raises UsageError that names each wrong field."""
+    `default_size` is (width, height). Other defaults depend on the sampler, see SAMPLER_DEFAULTS. Raises UsageError
+    that names each wrong field."""
     width, height = default_size
     try:
         sampler = Sampler(given.get("sampler", Sampler.DDPM_WUERSTCHEN))

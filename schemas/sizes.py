@@ -1,11 +1,11 @@
-"""From the size of an image to the sizes of the latents.
+"""Computes the sizes of the latents from the size of an image.
 
 | rule        | stage C side        | stage B side              | image                                     |
 |-------------|---------------------|---------------------------|-------------------------------------------|
-| Stability's | ceil(side / 42.67)  | ceil(side / 4)            | the size asked for, at every multiple of 8 |
-| diffusers'  | ceil(side / 42.67)  | int(10.67 * stage C side) | often another size than was asked for     |
+| Stability's | ceil(side / 42.67)  | ceil(side / 4)            | the requested size, any multiple of 8     |
+| diffusers'  | ceil(side / 42.67)  | int(10.67 * stage C side) | often not the requested size              |
 
-An odd stage B side, which diffusers' rule gives for some sizes, cannot be decoded at all.
+diffusers' rule gives an odd stage B side for some sizes, which cannot be decoded.
 """
 
 import math
@@ -39,7 +39,7 @@ class LatentSizes:
 
 
 def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT) -> LatentSizes:
-    """Latent sizes for an image of `height` x `width` pixels.
+    """Return the latent sizes for an image of `height` x `width` pixels.
 
     Raises UsageError for a side that is no multiple of 8, too small or too large, and for a size that diffusers' rule
     cannot decode."""
@@ -57,12 +57,12 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
 
 
 def _shown(side: int) -> str:
-    """A number as a message shows it; a number of more than 12 digits is not written out."""
+    """Write a number for a message; one of more than 12 digits is shortened."""
     return str(side) if side < 10**12 else f"more than {10**12}"
 
 
 def _decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the stage B latent."""
+    """Return (height, width) of the stage B latent."""
     if policy is SizePolicy.EXACT:
         return math.ceil(image[0] / VQGAN_COMPRESSION), math.ceil(image[1] / VQGAN_COMPRESSION)
     height, width = (int(side * DIFFUSERS_LATENT_SCALE) for side in prior)

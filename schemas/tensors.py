@@ -1,4 +1,4 @@
-"""Names and shapes of every tensor a network has, in the diffusers layout, computed from its config."""
+"""Computes the names and shapes of a network's tensors, in the diffusers layout, from its config."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,7 +20,7 @@ __all__ = ["LARGE_BLOCKS", "LARGE_ENTRANCE", "LARGE_WIDTH", "Shape", "expected_t
 
 
 def expected_tensors(config: NetworkConfig) -> dict[str, Shape]:
-    """Every tensor of the network, buffers included: name -> shape."""
+    """Return the shape of every tensor of the network by name, buffers included."""
     match config:
         case UNetConfig():
             return dict(_unet(config))
@@ -39,7 +39,7 @@ def expected_tensors(config: NetworkConfig) -> dict[str, Shape]:
 
 
 def is_counter(name: str) -> bool:
-    """BatchNorm's step counter: the one integer tensor of the format, never cast."""
+    """True for BatchNorm's step counter: the one integer tensor of the format, never cast."""
     return name.endswith("num_batches_tracked")
 
 

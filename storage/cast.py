@@ -1,9 +1,10 @@
 """Casts between float formats on raw bytes, in numpy: what torch's `.to(dtype)` gives, without torch.
 
 ml_dtypes rounds to BF16. Every value but NaN equals torch's bit for bit: values are rounded to nearest, ties to even,
-and a float64 goes through float32 as in torch. A NaN stays a NaN and keeps its sign and the leading bits of its
-payload. It becomes a quiet NaN, except from BF16 to F32, where its bits are kept. torch gives the same NaNs unless the
-target is BF16: its BF16 NaN is 0x7FC0 or 0xFFFF, depending on the kernel that it chooses for the memory layout.
+and a float64 goes through float32 as in torch.
+
+A NaN keeps its sign and the leading bits of its payload, and becomes quiet. Only BF16 to F32 keeps all its bits. torch
+gives the same NaNs unless the target is BF16, where its kernels give 0x7FC0 or 0xFFFF depending on the memory layout.
 
 fp8 is read but not written. Each fp8 value is a float32 value, so it is multiplied by its scale in float32 and rounded
 once. The 256 values are looked up in a table, which is 5 times as fast as the cast of ml_dtypes.
@@ -38,12 +39,12 @@ def target_dtype(source: str, wanted: str | None) -> str:
     if wanted is None:
         return source
     if wanted not in FLOATS:
-        raise UsageError(f"cannot cast to {wanted}; choose one of {', '.join(FLOATS)}")
+        raise UsageError(f"dtype={wanted!r}: expected one of {', '.join(FLOATS)}")
     return wanted if source.startswith(("F", "BF")) else source
 
 
 def castable(source: str, target: str) -> bool:
-    """Whether `cast_block` can cast from `source` to `target`."""
+    """True when `cast_block` can cast from `source` to `target`."""
     return source in (*FLOATS, *FP8) and target in FLOATS
 
 
@@ -59,13 +60,14 @@ class Cast(NamedTuple):
 
 
 def cast_block(data: bytes | memoryview, source: str, target: str) -> tuple[Array, int]:
-    """Values of dtype `source` (little endian, any alignment) as a 1-D array of `target`, BF16 as uint16 patterns;
-    and how many finite values became infinite. Raises ConversionError for dtypes that `castable` refuses."""
+    """Cast bytes of dtype `source` (little endian, any alignment) to a 1-D array of `target`, BF16 as uint16 patterns.
+
+    Also returns how many finite values became infinite. Raises ConversionError for dtypes that `castable` refuses."""
     return cast_counted(data, source, target)[:2]
 
 
 def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.float32 | None = None) -> Cast:
-    """`cast_block`, each value multiplied by `scale` in float32 before it is rounded; with both counts."""
+    """Cast like `cast_block`; each value is multiplied by `scale` in float32 before it is rounded."""
     if not castable(source, target):
         raise ConversionError(f"{source} cannot become {target}; choose one of {', '.join(FLOATS)}")
     values = np.frombuffer(data, DTYPES[source].numpy)
@@ -85,7 +87,7 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
 
 
 def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:
-    """Look every value up in a table of what the 256 codes become."""
+    """Look every value up in a table of the results for the 256 codes."""
     codes = _FP8_VALUES[source]
     with np.errstate(all="ignore"):
         floats = codes if scale is None else codes * scale
@@ -104,7 +106,7 @@ def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None)
 def _cast(
     values: Array, source: str, out: Array, target: str, scratch: Array, scale: np.float32 | None
 ) -> tuple[int, int]:
-    """Fill `out`; returns the number of values that became infinite, and of those that were not finite before."""
+    """Fill `out`. Return how many values became infinite, and how many were not finite before."""
     floats = _as_f32(values, source, scratch)
     if scale is not None:
         floats = np.multiply(floats, scale, out=scratch)

@@ -12,7 +12,7 @@ from ..schemas.errors import CheckpointError
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """The file at `path`, open to read. Raises CheckpointError as `require_regular` does, and for every OSError in the
+    """Open the file at `path` to read. Raises CheckpointError as `require_regular` does, and for every OSError in the
     block."""
     require_regular(path)
     try:
@@ -23,8 +23,9 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """The status of the file at `path`, or of the one a link there leads to. Raises CheckpointError for anything that
-    is no ordinary file: opening a pipe waits for ever, and a device may have no end."""
+    """Return the status of the file at `path`, or of the file that a link there leads to.
+
+    Raises CheckpointError for anything but a regular file: opening a pipe waits for ever, a device may have no end."""
     try:
         status = path.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Safetensors files by header and byte ranges; no tensor is ever read here.
+"""Reads headers of safetensors files: names, dtypes, shapes and byte ranges, but no tensor.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format).
@@ -21,7 +21,7 @@ from ..schemas.tensors import Shape
 from .open_file import opened
 
 FIELDS = ("dtype", "shape", "data_offsets")
-LARGEST = (1 << 64) - 1  # of a size; the library counts values and bits in 64 bits
+LARGEST = (1 << 64) - 1  # size; the library counts values and bits in 64 bits
 LFS_POINTER = b"version https://git-lfs"
 STARTS: Mapping[bytes, str] = {
     LFS_POINTER: "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
@@ -40,9 +40,9 @@ STARTS: Mapping[bytes, str] = {
 class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
-    When `transposed`, the tensor is a matrix of `shape` whose transpose lies there, as [shape[1], shape[0]].
-    With a `scale`, the tensor is what lies there times the one number that lies at that range.
-    Raises ConversionError when it is transposed and no matrix."""
+    When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
+    stored values are to be multiplied by the one number at that range. Raises ConversionError when a tensor is
+    transposed that is not a matrix."""
 
     path: Path
     dtype: str
@@ -54,15 +54,17 @@ class TensorRange:
 
     def __post_init__(self) -> None:
         if self.transposed and len(self.shape) != 2:
-            raise ConversionError(f"{self.path}: only a matrix can lie transposed, not a tensor of {list(self.shape)}")
+            raise ConversionError(
+                f"{self.path}: only a matrix can be stored transposed, not a tensor of {list(self.shape)}"
+            )
 
     def rows(self, start: int, stop: int, shape: Shape) -> "TensorRange":
-        """The bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
+        """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
 
-        Raises ConversionError for a transposed range: its rows are not ranges."""
+        Raises ConversionError for a transposed matrix, whose rows are not contiguous."""
         if self.transposed:
             raise ConversionError(
-                f"{self.path}: the matrix at byte {self.offset} lies transposed; it has no row ranges"
+                f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
             )
         row = self.nbytes // self.shape[0]
         return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
@@ -70,7 +72,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself; tensors in file order of their bytes."""
+    """The header of a safetensors file; its tensors are in the order of their bytes."""
 
     path: Path
     tensors: dict[str, TensorRange]
@@ -82,10 +84,11 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size; no tensor is read.
+    """Read the header of a safetensors file and check it against the file's size.
 
-    It takes what the safetensors library takes, and dtypes that the library does not know yet; but no name twice, which
-    the format forbids. Raises CheckpointError for all else, naming what the file is instead or where it is damaged."""
+    Headers that the safetensors library accepts are accepted, except for a name that stands twice, which the format
+    forbids. Unknown dtypes are accepted too. Raises CheckpointError for all else; the message says what the file is
+    instead, or where it is damaged."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = _header_length(path, file.read(8), size, file)
@@ -125,7 +128,7 @@ def _what_instead(start: bytes, length: int, size: int) -> str:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """The header's object, in JSON as strict as the library's."""
+    """Parse the header as strictly as the library does."""
     items = sum(map(text.count, (b",", b"[", b"{")))
     if items > MAX_HEADER_ITEMS:
         raise ValueError(f"it has {items} items (at most {MAX_HEADER_ITEMS} are read)")
@@ -144,7 +147,7 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    """What no 64 bits hold is a float to the library, and so no size; -0 too."""
+    """Read a number beyond 64 bits, or -0, as a float, as the library does; a float is not a size."""
     value = int(text)
     return value if text != "-0" and -(1 << 63) <= value <= LARGEST else _float(text)
 
@@ -162,7 +165,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
         raise ValueError(f"{name}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = (entry[field] for field in FIELDS)
     if not isinstance(dtype, str):
-        raise ValueError(f"{name}: the dtype {dtype!r} is no name")
+        raise ValueError(f"{name}: the dtype {dtype!r} is not a name")
     if not _naturals(shape):
         raise ValueError(f"{name}: shape {shape!r} is not a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2:
@@ -177,7 +180,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
 
 
 def _bits(name: str, shape: list[int], each: int) -> int:
-    """Bits that a tensor takes, counted in 64 bits as the library does; a size of 0 behind the overflow is too late."""
+    """Count the bits of a tensor in 64 bits as the library does. A size of 0 after an overflow does not help."""
     values = 1
     for size in (*shape, each):
         values *= size

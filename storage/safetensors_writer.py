@@ -52,9 +52,9 @@ def write_safetensors(
 ) -> Counts:
     """Write a safetensors file from plans, in the order of `tensors`; the caller renames it into its place.
 
-    Returns the number of values of each tensor that became infinite by a cast, and of those that were cast although
-    they were NaN or infinite. The file is on disk (fsync) when this function returns. `progress` is called with bytes
-    of tensors. Memory is some 100 MB in all, and the largest block of what is calculated.
+    Returns by tensor how many values became infinite by a cast, and how many were NaN or infinite before. The file is
+    on disk (fsync) when this function returns. `progress` is called with bytes of tensors. The function takes about
+    100 MB of memory, and the largest calculated block.
 
     Raises ConversionError if the disk is full, a source cannot be read, a dtype cannot be cast, or, without
     `allow_overflow`, if finite values became infinite; the caller then removes the file. `overflow_advice` replaces the
@@ -96,11 +96,10 @@ class NewSafetensors:
 def new_safetensors(
     path: Path, tensors: Mapping[str, Described], metadata: Mapping[str, str]
 ) -> Iterator[NewSafetensors]:
-    """A new file with its header; the caller writes the values of the `tensors`, and what stays unwritten is zero.
+    """A new file with its header. The caller writes the values of the `tensors`; unwritten values are zero.
 
-    Disk space is reserved at once. A thread flushes what has been written meanwhile. The file is on disk (fsync) when
-    the block ends. Raises ConversionError for every OSError in the block: the disk is full, or a source cannot be
-    read."""
+    Disk space is reserved at once, and a thread flushes written data meanwhile. The file is on disk (fsync) when the
+    block ends. Raises ConversionError for every OSError in the block: the disk is full, or a source cannot be read."""
     header = encode_header(tensors, metadata)
     places, end = {}, len(header)
     for name, tensor in tensors.items():
@@ -119,7 +118,7 @@ def new_safetensors(
 
 
 def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file that holds `tensors` one after another, padded with spaces to a multiple of 8."""
+    """Return the header of a file that has `tensors` one after another, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, tensor in tensors.items():
@@ -147,10 +146,10 @@ def _write_calculated(values: PlacedValues, out: NewSafetensors, progress: Progr
 
 @contextmanager
 def _flushing(target: int) -> Iterator[None]:
-    """Flush to disk, in a thread and again and again, what has been written so far.
+    """Flush written data to disk repeatedly, in a thread.
 
-    Without this thread the kernel begins when gigabytes have gathered, and the disk idles until then. Raises the
-    OSError of a flush when the block ends: the kernel reports an error once, so a later fsync would not see it."""
+    Without this thread the kernel begins only when it has gigabytes, and the disk idles until then. Raises the OSError
+    of a flush when the block ends: the kernel reports an error once, so a later fsync would miss it."""
     done = Event()
     with ThreadPoolExecutor(1) as pool:
         flushes = pool.submit(_flush_until, done, target)
@@ -182,7 +181,7 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
 
 
 def what_failed(path: Path, total: int, error: OSError) -> str:
-    """The message for an error while `total` bytes were to be written to `path`."""
+    """Return the message for an error while `total` bytes were to be written to `path`."""
     if error.filename not in (None, str(path)):
         return f"{error.filename}: cannot be read: {error.strerror}"
     return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"

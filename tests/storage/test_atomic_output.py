@@ -182,7 +182,7 @@ def test_whatever_has_the_name_of_the_scratch_folder(tmp_path: Path, what: str) 
         case "folder of others":
             fill(scratch, {"thesis.txt": "precious"})
     before = read(tmp_path)
-    with pytest.raises(UsageError, match="in the way of unfinished work"):
+    with pytest.raises(UsageError, match="is needed for unfinished work"):
         write(tmp_path / "out", force=True)
     assert read(tmp_path) == before
     assert not (tmp_path / "nowhere").exists()

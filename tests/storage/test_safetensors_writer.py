@@ -171,9 +171,9 @@ def test_tiles_cover_a_matrix_once(rows: int, columns: int, limit: int) -> None:
 def test_what_cannot_lie_transposed(two: Path) -> None:
     tensors = read_header(two).tensors
     turned = replace(tensors["x"], transposed=True)
-    with pytest.raises(ConversionError, match="lies transposed; it has no row ranges"):
+    with pytest.raises(ConversionError, match="is stored transposed, so its rows are not contiguous"):
         turned.rows(0, 1, (1, 2))
-    with pytest.raises(ConversionError, match=r"only a matrix can lie transposed, not a tensor of \[\]"):
+    with pytest.raises(ConversionError, match=r"a transposed tensor must be a matrix, found shape \[\]"):
         replace(tensors["counter"], transposed=True)
 
 
