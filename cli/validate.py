@@ -18,7 +18,7 @@ WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--hash", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
+@click.option("--hash", is_flag=True, help="Compare every byte by SHA-256; files without a recorded one by samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(bundle: Path, hash: bool, as_json: bool) -> None:
     """Check a bundle's graphs, weights and files.

@@ -199,8 +199,8 @@ class StageEntry(FrozenModel):
     """One exported stage.
 
     `config` is the network's config.json. The graphs share the weights; the graph "model" is the whole network.
-    `weights` is "copy" for files of the bundle's own, "link" for hard links to the model's files, and "reflink" for
-    clones, which share their blocks on disk until one file changes."""
+    `weights` is "copy" for files of the bundle's own, and "link" for hard links to the model's files. It is "reflink"
+    for clones, which share their blocks on disk until one file changes."""
 
     variant: Variant
     config: Annotated[dict[str, Any], AfterValidator(_finite)]
@@ -241,7 +241,7 @@ class StageEntry(FrozenModel):
         return self
 
     def is_current(self, plan: PlanEntry) -> bool:
-        """Whether `plan` was built from the files that the stage has now.
+        """True when `plan` was built from the files that the stage has now.
 
         The SHA-256 decides where both files have one, else the fingerprint."""
         files = {file.path: file for file in self.files}

@@ -144,14 +144,11 @@ def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
     embedding, axis = _EMBEDDINGS[stage]
     width = shapes.size(embedding, axis)
     layers = shapes.count(f"{embedding.partition('.')[0]}.encoder.layers.#.")
-    presets = (preset for (preset_stage, _), preset in PRESETS.items() if preset_stage is stage)
-    for preset in presets:
-        if (
-            isinstance(preset, TextEncoderConfig | ImageEncoderConfig)
-            and preset.hidden_size == width
-            and preset.num_hidden_layers == layers
-        ):
-            return preset
+    for preset in PRESETS.values():
+        if preset.stage is stage and isinstance(preset, TextEncoderConfig | ImageEncoderConfig):
+            sizes = (preset.hidden_size, preset.num_hidden_layers)
+            if sizes == (width, layers):
+                return preset
     raise LayoutError(
         f"the {stage} is {tower_name(stage, width)}, not a released one, and its tensors do not show its number of "
         f"heads and its activation; give the folder that holds its config.json, or {SOURCE_MODELS[stage]}, "

@@ -124,11 +124,11 @@ def _groups_below(group: TensorGroup, depth: int) -> Iterator[TensorGroup]:
     for prefix, names in groups.items():
         here = TensorGroup(
             names,
-            group.prefix + prefix.text,
-            prefix.stage,
-            prefix.layout,
-            group.rank + prefix.rank,
-            group.wrapped or prefix.wrapper,
+            prefix=group.prefix + prefix.text,
+            stage=prefix.stage,
+            layout=prefix.layout,
+            rank=group.rank + prefix.rank,
+            wrapped=group.wrapped or prefix.wrapper,
         )
         if prefix is NO_PREFIX:
             yield from _without_training_state(here)

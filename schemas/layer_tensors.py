@@ -77,8 +77,8 @@ def inverted_residuals() -> Iterator[InvertedResidual]:
     width = EFFICIENTNET_STEM
     for number, (fused, expansion, stride, out, count) in enumerate(_ROWS, start=1):
         for index in range(count):
-            first = index == 0
-            yield InvertedResidual(f"{number}.{index}", fused, expansion, stride if first else 1, width, out)
+            path, step = f"{number}.{index}", 1 if index else stride
+            yield InvertedResidual(path, fused, expansion, stride=step, into=width, out=out)
             width = out
 
 

@@ -81,12 +81,12 @@ class Scheme:
         return self.blockwise and self.target is Target.ORT
 
     def fits(self, columns: int) -> bool:
-        """True when matrices with this many columns can be stored; only MatMulNBits takes half a block."""
+        """True when matrices with this many columns can be stored; MatMulNBits alone takes half a block."""
         return self.packed or not self.blockwise or columns % self.block_size == 0
 
 
-# The schemes of bundles. ONNX Runtime's CPU kernels are faster than fp32 only with integer activations. Long blocks cost
-# 8-bit weights almost no accuracy and are faster. fp8 uses standard operators that ONNX Runtime runs and TensorRT
+# The schemes of bundles. ONNX Runtime's CPU kernels are faster than fp32 only with integer activations. Long blocks
+# cost 8-bit weights almost no accuracy and are faster. fp8 uses standard operators that ONNX Runtime runs and TensorRT
 # compiles.
 BUNDLE_SCHEMES: Mapping[Quantization, Scheme] = {
     Quantization.INT8: Scheme(Quantization.INT8, Target.ORT, block_size=128, int8_products=True),

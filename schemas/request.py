@@ -93,7 +93,8 @@ class Request(FrozenModel):
     def to_json(self) -> dict[str, Any]:
         """Flat plain values that `parse_request` reads; values equal to their default are left out."""
         own = self.model_dump(exclude={"settings"}, exclude_defaults=True)
-        return {"prompt": self.prompt, "negative": self.negative, **_placed(self), **own, **self.settings.to_json()}
+        always = {name: getattr(self, name) for name in ("prompt", "negative", "seed", "index", "batch")}
+        return always | own | self.settings.to_json()
 
     @property
     def group(self) -> tuple[object, ...]:
@@ -109,10 +110,6 @@ _INFORMATION: Mapping[str, TypeAdapter[Any]] = {
     **dict.fromkeys(("engine", "bundle", "version", "created_by", "key"), _SAID),
 }
 INFORMATION = frozenset(_INFORMATION)  # fields about how an image was generated; `generate` ignores them
-
-
-def _placed(request: Request) -> dict[str, int]:
-    return {"seed": request.seed, "index": request.index, "batch": request.batch}
 
 
 def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Request:

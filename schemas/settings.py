@@ -157,21 +157,16 @@ class Settings:
     @property
     def prior(self) -> Sampling:
         """How stage C is sampled."""
-        return Sampling(
-            self.prior_steps, self.prior_guidance, self.sampler, self.prior_shift, self.rescale, self.prior_timesteps
-        )
+        return self._sampling("prior")
 
     @property
     def decoder(self) -> Sampling:
         """How stage B is sampled."""
-        return Sampling(
-            self.decoder_steps,
-            self.decoder_guidance,
-            self.sampler,
-            self.decoder_shift,
-            self.rescale,
-            self.decoder_timesteps,
-        )
+        return self._sampling("decoder")
+
+    def _sampling(self, stage: str) -> Sampling:
+        own = {name: getattr(self, f"{stage}_{name}") for name in ("steps", "guidance", "shift", "timesteps")}
+        return Sampling(**own, sampler=self.sampler, rescale=self.rescale)
 
     def to_json(self) -> dict[str, Any]:
         """Flat plain values that `parse_settings` reads; empty lists are left out."""

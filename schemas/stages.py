@@ -8,7 +8,7 @@ arguments of Stability's classes.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .errors import LayoutError
 from .layer_tensors import EFFICIENTNET_WIDTH
@@ -110,6 +110,7 @@ class UNetConfig:
 class VQGANConfig:
     """Stage A."""
 
+    stage: ClassVar[Stage] = Stage.VQGAN
     bottleneck_blocks: int
     embed_dim: int
     levels: int = 2
@@ -119,10 +120,6 @@ class VQGANConfig:
     num_vq_embeddings: int = 8192
     up_down_scale_factor: int = 2
     scale_factor: float = 0.3764  # diffusers' value; Stability's code multiplies by ORIGINAL_VQGAN_SCALE
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.VQGAN
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -142,6 +139,7 @@ ORIGINAL_VQGAN_SCALE = 0.43
 class TextEncoderConfig:
     """CLIP text model with projection (ViT-bigG/14 in the releases)."""
 
+    stage: ClassVar[Stage] = Stage.TEXT_ENCODER
     hidden_size: int
     intermediate_size: int
     num_attention_heads: int
@@ -155,15 +153,12 @@ class TextEncoderConfig:
     eos_token_id: int = 49407
     pad_token_id: int = 1
 
-    @property
-    def stage(self) -> Stage:
-        return Stage.TEXT_ENCODER
-
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
     """CLIP vision model with projection (ViT-L/14 in the releases)."""
 
+    stage: ClassVar[Stage] = Stage.IMAGE_ENCODER
     hidden_size: int
     intermediate_size: int
     num_attention_heads: int
@@ -175,33 +170,23 @@ class ImageEncoderConfig:
     patch_size: int = 14
     num_channels: int = 3
 
-    @property
-    def stage(self) -> Stage:
-        return Stage.IMAGE_ENCODER
-
 
 @dataclass(frozen=True)
 class EffnetEncoderConfig:
     """Encodes an image into latents of the prior, 32 times smaller: EfficientNetV2-S and a 1x1 convolution."""
 
+    stage: ClassVar[Stage] = Stage.EFFNET_ENCODER
     c_latent: int = 16
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.EFFNET_ENCODER
 
 
 @dataclass(frozen=True)
 class PreviewerConfig:
     """Decodes the prior's latents into a small image, 8 times their size."""
 
+    stage: ClassVar[Stage] = Stage.PREVIEWER
     c_in: int = 16
     c_hidden: int = 512
     c_out: int = 3
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.PREVIEWER
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -187,14 +187,9 @@ def _rename(path: Path, to: Path, how: int) -> bool:
 
 def flush_all(path: Path) -> None:
     """fsync a file, or every file and folder below a folder, but no hard link to a file that existed before."""
-    for found in _with_all_below(path):
+    for found in (path, *path.rglob("*")):  # nothing is below a file
         if found.is_dir() or found.stat().st_nlink == 1:
             flush(found)
-
-
-def _with_all_below(path: Path) -> Iterator[Path]:
-    below: Iterable[Path] = path.rglob("*") if path.is_dir() else ()
-    yield from (path, *below)
 
 
 def flush(path: Path) -> None:

@@ -3,8 +3,8 @@
 ml_dtypes rounds to BF16. Every value but NaN equals torch's bit for bit: values are rounded to nearest, ties to even,
 and a float64 goes through float32 as in torch.
 
-A NaN keeps its sign and the leading bits of its payload, and becomes quiet. Only BF16 to F32 keeps all its bits. torch
-gives the same NaNs unless the target is BF16, where its kernels give 0x7FC0 or 0xFFFF depending on the memory layout.
+A NaN keeps its sign and the leading bits of its payload, and becomes quiet. Only BF16 to F32 keeps all its bits. The
+NaNs of torch are the same except in BF16: there its kernels give 0x7FC0 or 0xFFFF, depending on the memory layout.
 
 fp8 is read but not written. Each fp8 value is a float32 value, so it is multiplied by its scale in float32 and rounded
 once. The 256 values are looked up in a table, which is 5 times as fast as the cast of ml_dtypes.
@@ -81,7 +81,8 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
     with np.errstate(all="ignore"):  # overflow is counted, and quieting a NaN is no event
         for start in range(0, values.size, _CHUNK):
             part = slice(start, start + _CHUNK)
-            counts = _cast(values[part], source, out[part], target, scratch[: values.size - start], scale)
+            room = scratch[: values.size - start]
+            counts = _cast(values[part], out[part], room, source=source, target=target, scale=scale)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
     return Cast(out, overflow, not_finite)
 
@@ -104,7 +105,7 @@ def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None)
 
 
 def _cast(
-    values: Array, source: str, out: Array, target: str, scratch: Array, scale: np.float32 | None
+    values: Array, out: Array, scratch: Array, *, source: str, target: str, scale: np.float32 | None
 ) -> tuple[int, int]:
     """Fill `out`. Return how many values became infinite, and how many were not finite before."""
     floats = _as_f32(values, source, scratch)

@@ -81,7 +81,7 @@ def _sha256(file: BufferedReader) -> str:
 
 
 def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
-    """Return the manifest's entry of the file at `path` in the bundle at `root`. Raises CheckpointError if it is gone."""
+    """Return the manifest's entry of a file at `path` in the bundle at `root`. Raises CheckpointError if it is gone."""
     status = _status(path)
     if status is None:
         raise CheckpointError(f"{path}: no such file")

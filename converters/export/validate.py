@@ -66,10 +66,10 @@ def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lamb
         if not result:
             print([problem for check in result.checks for problem in check.problems])
 
-    With `hash` every byte of every file is read and its SHA-256 compared with the manifest. Without it, a file whose
-    size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by the
-    samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is that of
-    one graph without weights.
+    With `hash` every byte of each file that has a SHA-256 in the manifest is read and compared. Without `hash` a file
+    whose size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by
+    the samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is that
+    of one graph without weights.
 
     Raises CheckpointError when the manifest cannot be read."""
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
