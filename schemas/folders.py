@@ -99,7 +99,7 @@ def weights_names(stem: str, variant: str) -> tuple[str, str]:
 
 
 def shard_name(stem: str, variant: str, number: int, count: int) -> str:
-    """Return the name of shard `number` (from 1) of `count`. The variant stands before the number."""
+    """Return the name of shard `number` (from 1) of `count`. The variant comes before the number."""
     infix = f".{variant}" if variant else ""
     return f"{stem}{infix}-{number:05d}-of-{count:05d}.safetensors"
 

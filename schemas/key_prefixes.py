@@ -14,7 +14,7 @@ from .stages import Stage
 
 @dataclass(frozen=True)
 class KeyPrefix:
-    """A prefix of tensor names, with the stage that stands behind it and the layout of that stage's names.
+    """A prefix of tensor names, with the stage behind it and the layout of that stage's names.
 
     Without a stage the prefix says nothing about its tensors, which are identified by their names."""
 

@@ -132,7 +132,7 @@ LAYOUT_MARKS: Mapping[str, Layout] = {
 _LORA = r".*[._](lora_(A|B|down|up|mid)|hada_w[12]|lokr_w[12]|oft_(blocks|diag)|dora_scale|diff(_b)?)(\.|_[ab]$|$)"
 
 # Descriptions of files that this package does not read, by a pattern that a tensor name begins with. Kinds of tensors
-# that may stand beside a network of another family come first.
+# that may be beside a network of another family come first.
 FOREIGN_KINDS: Mapping[str, str] = {
     r"lora_|lycoris_|" + _LORA: "a LoRA (see `cascadekit lora`)",
     r"weights\.0\.": "a LoRA in Stability's format (see `cascadekit lora`)",
@@ -176,7 +176,7 @@ def layout_of(stage: Stage, shapes: Mapping[str, Shape]) -> Layout:
 
 
 def foreign_name(names: Iterable[str]) -> str | None:
-    """Return what a file of another model family most likely is, by its tensor names; None when nothing fits."""
+    """Describe a file of another model family by its tensor names; None when nothing fits."""
     looked_at = list(islice(names, NAMES_LOOKED_AT))
     return next(
         (what for pattern, what in FOREIGN_KINDS.items() if any(re.match(pattern, name) for name in looked_at)),

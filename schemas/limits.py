@@ -1,4 +1,4 @@
-"""Upper bounds on what is accepted; each is checked before the work that it bounds."""
+"""Upper bounds of accepted input; each is checked before the work that it bounds."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ MAX_ZIP_DIRECTORY = 16 << 20  # bytes; an entry of 50 bytes becomes an object of
 
 # Bundles
 MAX_MANIFEST_BYTES = 1 << 26  # a bundle of every stage with hundreds of plans has less than a megabyte
-MAX_NAME_BYTES = 255  # of a file's name: what Linux and its file systems take
+MAX_NAME_BYTES = 255  # of a file's name, on Linux and its file systems
 MAX_PATH_PARTS = 16  # folders on the way to a file of a bundle; there are three at most
 MAX_FILE_BYTES = (1 << 63) - 1  # file positions are signed 64-bit integers
 MAX_DIMENSION = 1 << 40  # of a port: no tensor with such an axis fits into memory

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
 
-# Names from diffusers and ComfyUI, with the names that stand for them here.
+# Names from diffusers and ComfyUI -> the names for the same here.
 NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "num_inference_steps": ("steps", "prior_steps", "decoder_steps"),
     "prior_num_inference_steps": ("prior_steps",),

@@ -13,7 +13,7 @@ UNDERSTOOD = frozenset({"peft_type", "r", "rank_pattern", "alpha_pattern", "use_
 
 # Settings without effect on the change of a weight: factors and alpha decide it alone.
 _HARMLESS = (
-    # where the adapter comes from and what it is for
+    # the origin and the purpose of the adapter
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config",
     # the modules with factors and biases; the file's keys show them
     "target_modules exclude_modules layers_to_transform layers_pattern lora_bias ensure_weight_tying",

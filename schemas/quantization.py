@@ -158,7 +158,7 @@ _UNET = (
     (r"embedding\.1|clf\.1", "reads or writes the latents: small, and its error reaches all of them"),
     (r".*\.mapper(_\w+)?", "timestep mapper: small, and its error scales whole blocks"),
     (r"clip_\w+_mapper", "makes the conditioning of every block: its error is in all of them"),
-    (r"(effnet|pixels)_mapper\.[02]", "makes what is added to the embedding: its error is in every block"),
+    (r"(effnet|pixels)_mapper\.[02]", "its output is added to the embedding: its error is in every block"),
     (r"\w+_repeat_mappers\..*|\w+scalers\..*", "the stream itself goes through it, not a part that is added"),
 )
 _CLIP = (

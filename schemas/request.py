@@ -116,9 +116,10 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
     """Make a request of flat values. Text is accepted for numbers; None and "" count as not given.
 
     Raises UsageError naming each field that is wrong, unknown or missing."""
-    said = {name: value for name, value in given.items() if value not in (None, "") or name in ("prompt", "negative")}
-    settings = parse_settings({name: said[name] for name in said.keys() & SETTINGS}, default_size)
-    rest = {name: said[name] for name in said if name not in SETTINGS | INFORMATION}
+    texts = ("prompt", "negative")
+    present = {name: value for name, value in given.items() if value not in (None, "") or name in texts}
+    settings = parse_settings({name: present[name] for name in present.keys() & SETTINGS}, default_size)
+    rest = {name: present[name] for name in present if name not in SETTINGS | INFORMATION}
     try:
         request = Request(settings=settings, **rest)
     except ValidationError as error:

@@ -8,6 +8,7 @@
 | `cast`, `cast_ranges`, `file_ranges` | casts of arrays; casts of ranges of files, in threads; copies in the kernel |
 | `weights_file`, `pickles`, `pickle_zip` | weights files of any kind; checkpoints of torch.save |
 | `atomic_file`, `atomic_output`, `atomic_moves` | no half-written files: one file; any output; a journal of moves |
+| `locks` | locks of files and folders between processes |
 | `output_rules`, `replaceable_folders` | the places that an output may take; the folders that it may replace |
 | `bundle`, `file_hashes`, `hub_cache_links` | bundles opened, checked, updated; hashes; links of the Hub's cache |
 """

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from .locks import is_at
+
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # on a file system without hard links
 LONGEST = 255  # bytes of a file's name, on all common file systems
 TAIL = ".partial"
@@ -103,7 +105,7 @@ def _locked_file(path: Path) -> IO[bytes]:
         )
         with suppress(OSError):  # on a file system without locks no cleaner gets one either
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        if _is_at(file.fileno(), Path(file.name)):
+        if is_at(file.fileno(), Path(file.name)):
             return file
         file.close()
 
@@ -113,18 +115,10 @@ def _remove_unless_locked(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
+            if is_at(descriptor, path):
                 path.unlink()
         finally:
             os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """True when `path` names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _usual() -> int:

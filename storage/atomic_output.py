@@ -1,13 +1,12 @@
 """Outputs appear whole or not at all: written beside their place, flushed to disk, then renamed into it.
 
-``output_rules`` and ``replaceable_folders`` decide where an output may lie and what it may replace.
+``output_rules`` and ``replaceable_folders`` decide the places of outputs and the files they may replace.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ..schemas.errors import ConversionError, UsageError
 from ..schemas.messages import listed
 from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
+from .locks import locked
 from .output_rules import locate, require_apart, require_free
 from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
 
@@ -181,45 +181,25 @@ def _is_mount(place: Path) -> bool:
 
 @contextmanager
 def _locked(scratch: Path, target: Path) -> Iterator[None]:
-    """Hold the lock of the scratch folder, which also ends with the process."""
-    try:
-        descriptor = _hold(scratch)
-        while descriptor is None:
-            descriptor = _hold(scratch)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{target}: another process is writing it; wait for that one or choose another output"
-        ) from error
-    except OSError as error:
-        raise ConversionError(
-            f"{target}: cannot be written: {error.strerror} ({error.filename}); choose another output"
-        ) from error
-    try:
+    """Make the scratch folder and hold its lock."""
+
+    def prepare() -> None:
+        if scratch.is_symlink() or (scratch.exists() and not scratch.is_dir()):
+            raise UsageError(f"{scratch}: is not a folder, but is needed for unfinished work; remove it")
+        scratch.mkdir(parents=True, exist_ok=True)
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(scratch, prepare))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{target}: another process is writing it; wait for that one or choose another output"
+            ) from error
+        except OSError as error:
+            raise ConversionError(
+                f"{target}: cannot be written: {error.strerror} ({error.filename}); choose another output"
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _hold(scratch: Path) -> int | None:
-    """Make, open and lock the scratch folder. None when its last owner removed it meanwhile."""
-    if scratch.is_symlink() or (scratch.exists() and not scratch.is_dir()):
-        raise UsageError(f"{scratch}: is not a folder, but is needed for unfinished work; remove it")
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.lstat(scratch)):
-            return descriptor
-    except FileNotFoundError:
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
 
 
 def _require_own(scratch: Path, staged: Path) -> None:

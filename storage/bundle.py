@@ -1,9 +1,8 @@
 """Opens bundles: reads and updates the manifest, and checks that the files are there, whole and unchanged."""
 
-import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ..schemas.limits import MAX_MANIFEST_BYTES
 from ..schemas.stages import Stage
 from .atomic_file import whole_file
 from .file_hashes import find_change
+from .locks import locked
 
 DAMAGED = "the bundle is damaged, export it again"
 PUT_BACK = "put it back, or export the model again"
@@ -138,20 +138,9 @@ def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manif
     return new
 
 
-@contextmanager
-def locked_bundle(root: Path) -> Iterator[None]:
+def locked_bundle(root: Path) -> AbstractContextManager[None]:
     """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
 
     Nothing is locked on a file system without locks for folders, such as some network drives. Raises UsageError when
     there is no bundle."""
-    while True:
-        _require_manifest(root)
-        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(descriptor), root.stat()):  # else another folder took its place meanwhile
-                yield
-                return
-        finally:
-            os.close(descriptor)
+    return locked(Path(os.path.realpath(root)), lambda: _require_manifest(root), wait=True)

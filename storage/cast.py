@@ -1,4 +1,4 @@
-"""Casts between float formats on raw bytes, in numpy: what torch's `.to(dtype)` gives, without torch.
+"""Casts between float formats on raw bytes, in numpy: the results of torch's `.to(dtype)`, without torch.
 
 ml_dtypes rounds to BF16. Every value but NaN equals torch's bit for bit: values are rounded to nearest, ties to even,
 and a float64 goes through float32 as in torch.

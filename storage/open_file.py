@@ -1,4 +1,4 @@
-"""Opens files to read; whatever goes wrong becomes a CheckpointError that names the file."""
+"""Opens files to read; every fault becomes a CheckpointError that names the file."""
 
 import os
 import stat

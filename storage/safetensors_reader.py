@@ -86,7 +86,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the header of a safetensors file and check it against the file's size.
 
-    Headers that the safetensors library accepts are accepted, except for a name that stands twice, which the format
+    Headers that the safetensors library accepts are accepted, except for a name that occurs twice, which the format
     forbids. Unknown dtypes are accepted too. Raises CheckpointError for all else; the message says what the file is
     instead, or where it is damaged."""
     with opened(path) as file:

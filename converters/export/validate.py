@@ -68,8 +68,8 @@ def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lamb
 
     With `hash` every byte of each file that has a SHA-256 in the manifest is read and compared. Without `hash` a file
     whose size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by
-    the samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is that
-    of one graph without weights.
+    the samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is
+    that of one graph without weights.
 
     Raises CheckpointError when the manifest cannot be read."""
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))

@@ -23,7 +23,7 @@ def test_an_object_is_asked_for(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1, "a": 2}', "the key 'a' stands twice"), ('{"a": NaN}', "NaN is not JSON"), ("[-Infinity]", "-Infinity")],
+    [('{"a": 1, "a": 2}', "the key 'a' occurs twice"), ('{"a": NaN}', "NaN is not JSON"), ("[-Infinity]", "-Infinity")],
 )
 def test_strict_reading(text: str, message: str) -> None:
     load_json(text)

@@ -41,7 +41,7 @@ DAMAGED = {
     "not utf-8": (raw(b'{"\xff": 1}'), "damaged safetensors header"),
     "not an object": (raw([]), "not an object"),
     "deep nesting": (raw(b"[" * 100_000), "damaged safetensors header"),
-    "duplicate key": (raw(b'{"x":' + json.dumps(entry([], 0, 0)).encode() + b',"x":1}'), "'x' stands twice"),
+    "duplicate key": (raw(b'{"x":' + json.dumps(entry([], 0, 0)).encode() + b',"x":1}'), "'x' occurs twice"),
     "list as dtype": (raw({"x": entry([1], 0, 4) | {"dtype": ["F32"]}}, b"\0" * 4), "is not a name"),
     "negative size": (raw({"x": entry([-1, -1], 0, 4)}, b"\0" * 4), r"shape \[-1, -1\]"),
     "bool as size": (raw({"x": entry([True], 0, 4)}, b"\0" * 4), "shape"),
