@@ -1,40 +1,31 @@
 """The manifest of an exported bundle: `cascade.json` at its root."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from .errors import CheckpointError
 from .fp16 import MAX_EXPONENT
-from .json_models import FrozenModel, Number
-from .json_text import load_object, well_formed
+from .json_models import Bytes, Dimension, FileName, Finite, FrozenModel, Number, Sha256, Side, finite
+from .json_text import load_object
 from .layouts import Layout
-from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE, VQGAN_SCALES
+from .limits import MAX_FILE_BYTES, VQGAN_SCALES
 from .messages import wrong_fields
 from .paths import PlainName, RelativePath
+from .plan_entries import PARKED, PlanEntry, PlanSource
 from .precision import Precision, Target
 from .quantization import Quantization
 from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
-PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 MAIN_GRAPH = "model"  # the graph every stage has
 ENCODER_GRAPH = "encoder"  # the second graph of a vqgan: from images to latents
 FORMAT = "cascadekit-bundle"
 VERSION = 2
 
 Placement = Literal["copy", "link", "reflink"]
-Backend = Literal["tensorrt-rtx", "tensorrt"]
 
 # The operator domains that each target can run; "" is ai.onnx.
 DOMAINS: Mapping[Target, tuple[str, ...]] = {
@@ -43,33 +34,8 @@ DOMAINS: Mapping[Target, tuple[str, ...]] = {
     Target.TENSORRT: ("",),
 }
 
-
-def _finite(value: Any) -> Any:
-    """Return a value of JSON. Raises ValueError when it contains NaN or an infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"expected a finite number, found {value}")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _finite(part)
-    return value
-
-
-Bytes = Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
-Dimension = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=VQGAN_SCALES[0], le=VQGAN_SCALES[1])]
 Exponent = Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Capability = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
-
-
-def _well_formed(value: object) -> object:
-    return well_formed(value) if isinstance(value, str) else value
-
-
-# The name of a file outside the bundle, for people to read. Bytes that are not UTF-8 become escapes, because the
-# manifest is UTF-8.
-FileName = Annotated[str, BeforeValidator(_well_formed)]
 
 
 class FileEntry(FrozenModel):
@@ -115,86 +81,6 @@ class GraphEntry(FrozenModel):
     outputs: tuple[PortEntry, ...]
 
 
-class ImageSize(FrozenModel):
-    """The images that a profile is for: their size in pixels, and how many are generated at a time."""
-
-    width: Side
-    height: Side
-    images: int = Field(ge=1, le=MAX_SIDE)
-
-
-class PortShapes(FrozenModel):
-    """The smallest, the likeliest and the largest shape of an input port."""
-
-    min: tuple[Dimension, ...]
-    opt: tuple[Dimension, ...]
-    max: tuple[Dimension, ...]
-
-
-class ProfileEntry(FrozenModel):
-    """The shapes that one optimisation profile of a plan accepts.
-
-    `ports` has the inputs in the graph's order. With guidance the batch of a port is twice the number of images."""
-
-    min: ImageSize
-    opt: ImageSize
-    max: ImageSize
-    ports: dict[str, PortShapes]
-
-
-class PlanSource(FrozenModel):
-    """A file that a plan was built from, as the stage's `files` listed it at that time."""
-
-    path: RelativePath
-    fingerprint: Sha256
-    sha256: Sha256 | None
-
-
-class DeviceEntry(FrozenModel):
-    """The GPU that TensorRT built for: its name, and its compute capability as in "sm89"."""
-
-    name: str
-    capability: Capability
-
-
-class PlanEntry(FrozenModel):
-    """A GPU engine that was built from one graph of the stage.
-
-    TensorRT-RTX builds for compute capabilities, the `targets`. TensorRT builds for the one `device` it runs on. The
-    profiles have the plan's order. A plan is useless once the stage's `files` are not its `sources` any more. The
-    build took `seconds` and at most `peak_rss` bytes of memory."""
-
-    graph: str
-    path: RelativePath
-    bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
-    sha256: Sha256
-    backend: Backend
-    backend_version: str
-    targets: tuple[Capability, ...] = ()
-    device: DeviceEntry | None = None
-    precision: Precision
-    profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
-    sources: tuple[PlanSource, ...] = Field(min_length=1)
-    refittable: bool = False  # whether the weights can be exchanged for others of the same graph
-    weight_streaming: bool = False  # whether weights may stay in the host's memory while the plan runs
-    seconds: float = Field(ge=0, allow_inf_nan=False)
-    peak_rss: Bytes
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_parked(cls, given: Any) -> Any:
-        """Drop the empty fields that earlier versions wrote for plans with weights as inputs."""
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if value or name not in PARKED}
-
-    @model_validator(mode="after")
-    def _has_targets_or_device(self) -> Self:
-        if bool(self.targets) == bool(self.device):
-            raise ValueError("expected either targets or a device")
-        return self
-
-
 class StageEntry(FrozenModel):
     """One exported stage.
 
@@ -203,7 +89,7 @@ class StageEntry(FrozenModel):
     for clones, which share their blocks on disk until one file changes."""
 
     variant: Variant
-    config: Annotated[dict[str, Any], AfterValidator(_finite)]
+    config: Annotated[dict[str, Any], AfterValidator(finite)]
     precision: Precision
     target: Target = Target.PORTABLE
     quantization: Quantization = Quantization.NONE  # of the weights of Linears
