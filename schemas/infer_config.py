@@ -1,7 +1,7 @@
 """Infers a network's config from the names and shapes of its tensors (diffusers layout).
 
-Shapes do not show every setting. These are taken from the releases: 64 channels per attention head, a patch size of 2
-in stage B and 1 in stage C, and dropout at levels with attention. A network that equals a release gets that release's
+Shapes do not show every setting. The releases give the rest: 64 channels per attention head, a patch size of 2 in stage
+B and 1 in stage C, dropout at levels with attention. A network that equals a release gets that release's
 config, placeholders included. A ControlNet must have as many projections as a released one, because its shapes do not
 show which blocks of the prior the projections feed.
 """

@@ -31,8 +31,8 @@ _NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.torch}
 def read_pickle(path: Path) -> Header:
     """Return the tensors of a pickled checkpoint as byte ranges. Dots join the keys of nested dictionaries and lists.
 
-    Needs torch. Raises CheckpointError for a file that has anything but tensors and plain values, that torch saved
-    before version 1.6, that exceeds a limit, or whose tensors are not stored as plain bytes."""
+    Needs torch. Raises CheckpointError for anything but tensors and plain values, for files by torch before 1.6, beyond
+    the limits, and for tensors that are not stored as plain bytes."""
     try:
         import torch
     except ImportError as error:

@@ -56,9 +56,9 @@ def write_safetensors(
     on disk (fsync) when this function returns. `progress` is called with bytes of tensors. The function takes about
     100 MB of memory, and the largest calculated block.
 
-    Raises ConversionError if the disk is full, a source cannot be read, a dtype cannot be cast, or, without
-    `allow_overflow`, if finite values became infinite; the caller then removes the file. `overflow_advice` replaces the
-    advice of that message where the caller has no `allow_overflow` to offer."""
+    Raises ConversionError if the disk is full, a source cannot be read, or a dtype cannot be cast; the caller then
+    removes the file. Finite values that became infinite are such an error too unless `allow_overflow` is set.
+    `overflow_advice` replaces the advice of that message where the caller has no such argument."""
     _check_castable(tensors)
     with new_safetensors(path, tensors, metadata) as out:
         parts = list(placed(tensors, out.start))
