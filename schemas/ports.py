@@ -75,6 +75,7 @@ def ports_of(config: NetworkConfig) -> StagePorts:
 
 
 def _floats(name: str, *dims: int | str) -> Port:
+    """A float32 port whose first dim is the batch."""
     return Port(name, "float32", ("batch", *dims))
 
 

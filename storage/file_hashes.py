@@ -97,6 +97,8 @@ def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
 def find_change(path: Path, entry: FileEntry, *, always_hash: bool = False) -> str | None:
     """Return how the file at `path` differs from `entry`: the expected and the found value. None when it does not.
 
+    A missing file and another size are differences. Otherwise:
+
     | size and time | `always_hash` | compared |
     |---|---|---|
     | as in the entry | no | nothing more: the file is trusted |
