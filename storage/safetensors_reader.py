@@ -54,9 +54,7 @@ class TensorRange:
 
     def __post_init__(self) -> None:
         if self.transposed and len(self.shape) != 2:
-            raise ConversionError(
-                f"{self.path}: only a matrix can be stored transposed, not a tensor of {list(self.shape)}"
-            )
+            raise ConversionError(f"{self.path}: a transposed tensor must be a matrix, found shape {list(self.shape)}")
 
     def rows(self, start: int, stop: int, shape: Shape) -> "TensorRange":
         """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
