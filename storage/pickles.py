@@ -139,7 +139,7 @@ def _plain(path: Path, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
     if kind is None and type(tensor).__name__ not in ("Tensor", "Parameter", "Buffer"):
         kind = f"a {type(tensor).__name__}"
     if kind is None and (tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous()):
-        kind = f"a view whose values are not contiguous (strides {list(tensor.stride())})"
+        kind = f"a view that is conjugated, negated or not contiguous (strides {list(tensor.stride())})"
     if kind is not None:
         raise CheckpointError(f"{path}: {name} is {kind}, which is not supported; {ADVICE}")
     return tensor.detach()

@@ -128,7 +128,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "transposed": (lambda: torch.arange(6.0).reshape(2, 3).T, r"strides \[1, 3\]"),
     "every other": (lambda: torch.arange(8.0)[::2], r"strides \[2\]"),
     "expanded": (lambda: torch.ones(1).expand(5), r"strides \[0\]"),
-    "conjugate": (lambda: torch.ones(2, dtype=torch.complex64).conj(), "are not contiguous"),
+    "conjugate": (lambda: torch.ones(2, dtype=torch.complex64).conj(), "conjugated, negated or not contiguous"),
     "numpy scalar": (lambda: np.float64(1.5), "numpy"),
     "subclass": (lambda: torch.ones(2).as_subclass(Tagged), "Tagged"),
 }
