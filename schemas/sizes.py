@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE
+from .messages import shown
 
 PRIOR_COMPRESSION = 42.67
 DIFFUSERS_LATENT_SCALE = 10.67
@@ -45,7 +46,7 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
     cannot decode."""
     for name, side in (("height", height), ("width", width)):
         if side > MAX_IMAGE_SIDE:
-            raise UsageError(f"{name} of {_shown(side)}: expected at most {MAX_IMAGE_SIDE} pixels")
+            raise UsageError(f"{name} of {shown(side)}: expected at most {MAX_IMAGE_SIDE} pixels")
         if side < SMALLEST_SIDE or side % SIZE_STEP:
             nearest = max(SMALLEST_SIDE, round(side / SIZE_STEP) * SIZE_STEP)
             raise UsageError(
@@ -54,11 +55,6 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
     prior = (_prior_side(height), _prior_side(width))
     decoder = _decoder_size(prior, policy, (height, width))
     return LatentSizes(prior, decoder, (decoder[0] * VQGAN_COMPRESSION, decoder[1] * VQGAN_COMPRESSION))
-
-
-def _shown(side: int) -> str:
-    """Write a number for a message; one of more than 12 digits is shortened."""
-    return str(side) if side < 10**12 else f"more than {10**12}"
 
 
 def _decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:
