@@ -20,7 +20,7 @@ from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
 from ..schemas.tensors import expected_tensors
-from ..storage.machine import describe_machine
+from .machine import describe_machine
 from .standins import NETWORKS, source_file
 
 LITE_CASCADE = ("text-encoder", "prior-lite", "decoder-lite", "vqgan")

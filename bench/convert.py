@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from ..converters.checkpoints.component import Component
 from ..schemas.callbacks import Say
 from ..schemas.config_json import to_json
+from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import UNetConfig
-from ..storage.machine import describe_machine
-from ..storage.safetensors_reader import DTYPE_SIZES
+from .machine import describe_machine
 from .process import PACKAGE, floor_rss, measure_all
 from .report import Case, Report
 from .standins import describe, main_dtype, source_file

@@ -18,11 +18,11 @@ from ..converters.export.export import export
 from ..parity.compare import compare
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
-from ..schemas.operations import multiply_adds
 from ..schemas.ports import ports_of
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
-from ..storage.machine import describe_machine
+from .machine import describe_machine
+from .operations import multiply_adds
 from .process import launch
 from .report import spread
 from .standins import describe, source_file

@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 from ..schemas.callbacks import Say
 from ..schemas.errors import UsageError
-from ..storage.machine import describe_machine
 from .convert import COPY
+from .machine import describe_machine
 from .process import PACKAGE, floor_rss, measure_all
 from .report import Case, Report
 from .standins import describe, source_file

@@ -21,8 +21,8 @@ from ..schemas.errors import ConversionError, UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import PRESETS, Stage, Variant
 from ..schemas.tensors import expected_tensors
-from ..storage.machine import describe_machine
 from .generate_worker import PROGRAMS, GenerateJob
+from .machine import describe_machine
 from .process import launch
 from .standins import NETWORKS, require_space, write_stand_in
 

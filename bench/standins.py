@@ -16,11 +16,11 @@ from ..converters.checkpoints.component import Component
 from ..converters.checkpoints.model_folder import write_folder_files
 from ..converters.checkpoints.open_model import open_model
 from ..schemas.callbacks import Say
+from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout, to_diffusers
 from ..schemas.stages import PRESETS, NetworkConfig, Stage, Variant
 from ..schemas.tensors import Shape, expected_tensors, is_counter
-from ..storage.safetensors_reader import DTYPE_SIZES
 
 NETWORKS: Mapping[str, tuple[Stage, Variant]] = {
     "prior": (Stage.PRIOR, Variant.FULL),

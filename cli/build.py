@@ -18,7 +18,7 @@ from .options import PATH, STAGES, local, maybe_local
 
 if TYPE_CHECKING:
     from ..converters.tensorrt import Built
-    from ..schemas.bundle import ImageSize
+    from ..schemas.plan_entries import ImageSize
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
 HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
-from ..schemas.weight_dtypes import DTYPES
 from .console import byte_progress, note, say
 from .options import PATH, all_local, maybe_local
 
@@ -24,7 +24,9 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder: a Hugging Face folder or file.")
 @click.option("--image-encoder", type=PATH, help="CLIP L image encoder: a Hugging Face folder or file.")
-@click.option("--dtype", type=click.Choice([*DTYPES]), default="keep", show_default=True, help="Cast the weights.")
+@click.option(
+    "--dtype", type=click.Choice([*DTYPE_OPTIONS]), default="keep", show_default=True, help="Cast the weights."
+)
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
 @click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")
 @click.option("--lite", is_flag=True, help="Take prior_lite/ and decoder_lite/ where a folder has both sizes.")

@@ -12,7 +12,8 @@ from .options import PATH
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
     from ..converters.contents import BundleContents, CheckpointContents
-    from ..schemas.bundle import PlanEntry, StageEntry
+    from ..schemas.bundle import StageEntry
+    from ..schemas.plan_entries import PlanEntry
 
 COMPONENT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")
 STAGE_COLUMNS = ("stage", "variant", "precision", "target", "quantization", "graphs", "weights", "MB")

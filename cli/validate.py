@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..schemas.messages import listed
 from .console import FAILED, note, say, show_table
 from .options import PATH
 
@@ -17,7 +18,7 @@ WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--hash", is_flag=True, help="Read every byte of every file and compare the SHA-256.")
+@click.option("--hash", is_flag=True, help="Compare every byte by SHA-256; files without a recorded one by samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(bundle: Path, hash: bool, as_json: bool) -> None:
     """Check a bundle's graphs, weights and files.
@@ -43,9 +44,7 @@ def print_validation(result: "Validation") -> None:
         facts = check.facts
         if check.stage is None:
             rest = f"{facts['files']} files"
-            more = len(facts["unlisted"]) - 5
-            rest += f"; in no list: {', '.join(facts['unlisted'][:5])}" if facts["unlisted"] else ""
-            rest += f" and {more} more" if more > 0 else ""
+            rest += f"; in no list: {listed(facts['unlisted'])}" if facts["unlisted"] else ""
         elif check.subject:
             count = sum(facts.get("operators", {}).values())
             kinds = ", ".join(f"{name} {n}" for name, n in facts.get("operators", {}).items())

@@ -10,7 +10,8 @@ from ..schemas.errors import LayoutError, UsageError
 from ..schemas.layouts import can_become
 
 if TYPE_CHECKING:
-    from ..schemas.bundle import Manifest, PlanEntry, StageEntry
+    from ..schemas.bundle import Manifest, StageEntry
+    from ..schemas.plan_entries import PlanEntry
     from ..storage.bundle import Bundle
     from .checkpoints.component import Component
 

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from ..schemas.bundle import MANIFEST_NAME, Manifest, StageEntry, StageVerdict, VerdictEntry, to_text
-from ..schemas.errors import CheckpointError
+from ..schemas.bundle import Manifest, StageEntry, StageVerdict, VerdictEntry
+from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.stages import Stage
-from ..storage.atomic_file import whole_file
-from ..storage.bundle import Bundle
+from ..storage.bundle import Bundle, update_manifest
 from .compare import Comparison
 from .results import Report
 
@@ -40,18 +39,17 @@ def make_verdict(report: Report, manifest: Manifest, created_by: str, date: str 
 def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
     """Add `verdict` to the bundle's manifest, remove the verdicts it makes obsolete, and return the new manifest.
 
-    The manifest is replaced whole. Raises CheckpointError when it cannot be written."""
-    path = bundle.root / MANIFEST_NAME
-    others = [old for old in bundle.manifest.parity if not _obsolete(old, verdict)]
-    manifest = bundle.manifest.model_copy(update={"parity": (*others, verdict)[-KEPT:]})
+    Verdicts that other processes recorded since `bundle` was opened are kept. Raises CheckpointError when the manifest
+    cannot be written."""
+
+    def added(manifest: Manifest) -> Manifest:
+        others = [old for old in manifest.parity if not _obsolete(old, verdict)]
+        return manifest.model_copy(update={"parity": (*others, verdict)[-KEPT:]})
+
     try:
-        with whole_file(path, path.stat().st_mode & 0o777) as file:
-            file.write(to_text(manifest).encode())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: the verdict cannot be recorded: {error.strerror}; give verdict=False to leave it out"
-        ) from error
-    return manifest
+        return update_manifest(bundle.root, added)
+    except ConversionError as error:
+        raise CheckpointError(f"{error}, so the verdict is not recorded; give verdict=False to leave it out") from error
 
 
 def verdict_of(manifest: Manifest, engine: str | None = None) -> Verdict:

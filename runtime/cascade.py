@@ -19,6 +19,7 @@ from PIL import Image
 from ..schemas.bundle import ENCODER_GRAPH, Manifest
 from ..schemas.errors import UsageError
 from ..schemas.limits import MAX_PIXELS_TOGETHER
+from ..schemas.messages import require_known
 from ..schemas.settings import (
     DECODER_SAMPLING,
     PRIOR_SAMPLING,
@@ -28,7 +29,6 @@ from ..schemas.settings import (
     Settings,
     SettingsOptions,
     parse_settings,
-    require_known,
 )
 from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..schemas.bundle import Backend
 from ..schemas.errors import EngineError
+from ..schemas.plan_entries import Backend
 from .engines.installs import installed, onnxruntime_conflict, onnxruntimes, provider_problem
 from .engines.onnxruntime import PROVIDERS, import_onnxruntime, quiet_options
 from .engines.openvino import import_openvino, multiplies_bf16

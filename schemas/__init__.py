@@ -1,1 +1,1 @@
-"""What things are: stages, configs, layouts, key maps, ports, manifests, errors. No I/O, no torch, no onnx."""
+"""Data and pure functions: stages, configs, layouts, key maps, ports, manifests, settings, errors. No I/O, no torch."""

@@ -1,88 +1,49 @@
 """The manifest of an exported bundle: `cascade.json` at its root."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from .errors import CheckpointError
 from .fp16 import MAX_EXPONENT
-from .json_text import load_json, well_formed
+from .json_models import Bytes, Dimension, FileName, Finite, FrozenModel, Number, Sha256, Side, finite
+from .json_text import load_object
 from .layouts import Layout
-from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE, VQGAN_SCALES
-from .numbers import Number
+from .limits import MAX_FILE_BYTES, VQGAN_SCALES
+from .messages import wrong_fields
 from .paths import PlainName, RelativePath
+from .plan_entries import PARKED, PlanEntry, PlanSource
 from .precision import Precision, Target
 from .quantization import Quantization
 from .stages import Stage, Variant
 
 MANIFEST_NAME = "cascade.json"
-PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 MAIN_GRAPH = "model"  # the graph every stage has
 ENCODER_GRAPH = "encoder"  # the second graph of a vqgan: from images to latents
 FORMAT = "cascadekit-bundle"
 VERSION = 2
 
 Placement = Literal["copy", "link", "reflink"]
-Backend = Literal["tensorrt-rtx", "tensorrt"]
 
-# The operator sets that what a bundle is for can run; "" is ai.onnx.
+# The operator domains that each target can run; "" is ai.onnx.
 DOMAINS: Mapping[Target, tuple[str, ...]] = {
     Target.PORTABLE: ("",),
     Target.ORT: ("", "com.microsoft"),
     Target.TENSORRT: ("",),
 }
 
-
-def _finite(value: Any) -> Any:
-    """A value of JSON, unless a number in it is none."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"expected a number, found {value}")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _finite(part)
-    return value
-
-
-Bytes = Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
-Dimension = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=VQGAN_SCALES[0], le=VQGAN_SCALES[1])]
 Exponent = Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Capability = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
 
 
-def _well_formed(value: object) -> object:
-    return well_formed(value) if isinstance(value, str) else value
+class FileEntry(FrozenModel):
+    """A file of the bundle; `path` is relative to the root, with "/" between folders.
 
-
-# The name of a file outside the bundle, to be read by people. Bytes that are not UTF-8 become escapes, because the
-# manifest is UTF-8.
-FileName = Annotated[str, BeforeValidator(_well_formed)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Frozen):
-    """A file of the bundle, its path relative to the root, "/" between folders.
-
-    A file whose size and `mtime_ns` are these is taken for the one that was exported. `fingerprint` is of its size,
-    its safetensors header and samples of its content (see `storage.file_hashes`), `sha256` of all of it; an export with
-    --no-hash, and bundles from before it was recorded always, lack the latter of weights."""
+    A file of this size and `mtime_ns` is taken for the one that was exported. The `fingerprint` covers the size, the
+    safetensors header and samples of the content (see `storage.file_hashes`). The `sha256` covers every byte. Weights
+    have none when they were exported with ``hash=False`` or by an early version."""
 
     path: RelativePath
     bytes: Bytes
@@ -91,9 +52,10 @@ class FileEntry(_Frozen):
     sha256: Sha256 | None
 
 
-class SourceEntry(_Frozen):
-    """A file the bundle was made from; `name` is its name alone, as paths of another machine tell nothing. Its
-    `sha256` is known where the bundle holds the very file and had it hashed."""
+class SourceEntry(FrozenModel):
+    """A file that the bundle was made from. `name` has no folders, because paths of another machine mean nothing.
+
+    `sha256` is known when the bundle contains the same file and its hash was computed."""
 
     name: FileName
     bytes: Bytes
@@ -102,16 +64,16 @@ class SourceEntry(_Frozen):
     layout: Layout
 
 
-class PortEntry(_Frozen):
-    """A port as in `schemas.ports`."""
+class PortEntry(FrozenModel):
+    """A port of a graph, see `schemas.ports.Port`."""
 
     name: str
     dtype: str
     dims: tuple[Dimension | str, ...]
 
 
-class GraphEntry(_Frozen):
-    """One graph of a stage: its ONNX file, and what goes in and out."""
+class GraphEntry(FrozenModel):
+    """One graph of a stage: its ONNX file, its inputs and its outputs."""
 
     path: RelativePath
     opset: int = Field(ge=0, le=1000)
@@ -119,109 +81,34 @@ class GraphEntry(_Frozen):
     outputs: tuple[PortEntry, ...]
 
 
-class ImageSize(_Frozen):
-    """The images that a profile is for: their size in pixels, and how many are made at a time."""
+class StageEntry(FrozenModel):
+    """One exported stage.
 
-    width: Side
-    height: Side
-    images: int = Field(ge=1, le=MAX_SIDE)
-
-
-class PortShapes(_Frozen):
-    """Least, likeliest and largest shape of an input port."""
-
-    min: tuple[Dimension, ...]
-    opt: tuple[Dimension, ...]
-    max: tuple[Dimension, ...]
-
-
-class ProfileEntry(_Frozen):
-    """The shapes that one optimisation profile of a plan accepts. `ports` are its inputs in the order of the
-    graph's; with guidance a port's batch is twice the images."""
-
-    min: ImageSize
-    opt: ImageSize
-    max: ImageSize
-    ports: dict[str, PortShapes]
-
-
-class PlanSource(_Frozen):
-    """A file a plan was built from, as the stage's `files` had it then."""
-
-    path: RelativePath
-    fingerprint: Sha256
-    sha256: Sha256 | None
-
-
-class DeviceEntry(_Frozen):
-    """The GPU that TensorRT built for: its name, and its compute capability as in "sm89"."""
-
-    name: str
-    capability: Capability
-
-
-class PlanEntry(_Frozen):
-    """A GPU engine that was built from one graph of the stage.
-
-    `targets` are the compute capabilities TensorRT-RTX built for; TensorRT builds for the one `device` it runs on.
-    Profiles are in the order the plan has them. A plan stands for the graphs and weights of `sources`, and is no good
-    once `files` have others. `seconds` and `peak_rss` (bytes) are what building it took."""
-
-    graph: str
-    path: RelativePath
-    bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
-    sha256: Sha256
-    backend: Backend
-    backend_version: str
-    targets: tuple[Capability, ...] = ()
-    device: DeviceEntry | None = None
-    precision: Precision
-    profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
-    sources: tuple[PlanSource, ...] = Field(min_length=1)
-    refittable: bool = False  # whether a runtime can give it other weights of the same graph
-    weight_streaming: bool = False  # whether weights may stay on the host while it runs
-    seconds: float = Field(ge=0, allow_inf_nan=False)
-    peak_rss: Bytes
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_parked(cls, given: Any) -> Any:
-        """Drop the fields of plans with weights as inputs, which cascadekit wrote once, where they are empty."""
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if value or name not in PARKED}
-
-    @model_validator(mode="after")
-    def _is_for_something(self) -> Self:
-        if bool(self.targets) == bool(self.device):
-            raise ValueError("expected either targets or a device")
-        return self
-
-
-class StageEntry(_Frozen):
-    """One exported stage. `config` is the network's config.json; the graphs share the weights, and "model" is the
-    one that is the whole network. `weights` says how they came into the bundle: as its own copy, as a hard link to
-    the model's file, or as a clone that shares its blocks on disk until either changes."""
+    `config` is the network's config.json. The graphs share the weights; the graph "model" is the whole network.
+    `weights` is "copy" for files of the bundle's own, and "link" for hard links to the model's files. It is "reflink"
+    for clones, which share their blocks on disk until one file changes."""
 
     variant: Variant
-    config: Annotated[dict[str, Any], AfterValidator(_finite)]
+    config: Annotated[dict[str, Any], AfterValidator(finite)]
     precision: Precision
     target: Target = Target.PORTABLE
     quantization: Quantization = Quantization.NONE  # of the weights of Linears
-    exponents: dict[str, Exponent] = {}  # of streams kept smaller than meant, see `schemas.fp16`
-    fp16_margins: dict[str, Finite] = {}  # by block: bits from its largest value measured to the end of fp16
-    fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 all the same
+    # Stream -> k where the graph carries 2^-k of the values, and block -> bits between its largest measured value and
+    # fp16's largest number; see `schemas.fp16`.
+    exponents: dict[str, Exponent] = Field(default_factory=dict)
+    fp16_margins: dict[str, Finite] = Field(default_factory=dict)
+    fp32_blocks: tuple[str, ...] = ()  # residual blocks that compute in fp32 in a graph of another precision
     control: tuple[Dimension, ...] = ()  # residual blocks that take a ControlNet's residual
     weights: Placement
     sources: tuple[SourceEntry, ...]
     graphs: dict[PlainName, GraphEntry]
     files: tuple[FileEntry, ...] = Field(min_length=1)
-    plans: tuple[PlanEntry, ...] = ()  # GPU engines, the one asked for last at the end; none of them is among `files`
+    plans: tuple[PlanEntry, ...] = ()  # GPU engines, the newest last; they are not among `files`
 
     @field_validator("plans", mode="before")
     @classmethod
     def _without_parked(cls, given: Any) -> Any:
-        """Leave out plans that take weights as inputs: earlier versions built them, this one does not run them."""
+        """Leave out plans that take weights as inputs. Earlier versions built them; this version cannot run them."""
         if not isinstance(given, list | tuple):
             return given
         return [plan for plan in given if not (isinstance(plan, dict) and any(plan.get(name) for name in PARKED))]
@@ -232,16 +119,17 @@ class StageEntry(_Frozen):
             raise ValueError(f"no graph {MAIN_GRAPH!r}")
         unlisted = self.graph_paths - {file.path for file in self.files}
         if unlisted:
-            raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is none of the files")
+            raise ValueError(f"{', '.join(sorted(unlisted))}: a graph that is not listed among the files")
         _require_once(file.path for file in self.files)
         unknown = {plan.graph for plan in self.plans} - self.graphs.keys()
         if unknown:
-            raise ValueError(f"plans of {', '.join(sorted(unknown))}, which is no graph of the stage")
+            raise ValueError(f"plans of {', '.join(sorted(unknown))}, which is not a graph of the stage")
         return self
 
     def is_current(self, plan: PlanEntry) -> bool:
-        """Whether `plan` was built from the very files the stage has now: by their SHA-256 where that is known of
-        both, else by fingerprint."""
+        """True when `plan` was built from the files that the stage has now.
+
+        The SHA-256 decides where both files have one, else the fingerprint."""
         files = {file.path: file for file in self.files}
         return all(source.path in files and _same(source, files[source.path]) for source in plan.sources)
 
@@ -271,8 +159,8 @@ def _same(source: PlanSource, file: FileEntry) -> bool:
     return source.fingerprint == file.fingerprint
 
 
-class LoraEntry(_Frozen):
-    """A LoRA that is merged into the weights, and how strongly: into the UNets, into the text encoder."""
+class LoraEntry(FrozenModel):
+    """A LoRA that is merged into the weights, with its strengths in the UNets and in the text encoder."""
 
     name: FileName
     fingerprint: Sha256
@@ -280,26 +168,28 @@ class LoraEntry(_Frozen):
     text_encoder_strength: Finite
 
 
-class LoraState(_Frozen):
-    """The LoRAs in the weights, in the order they were merged. `kept` are the files they replaced, manifest
-    included, which undoing puts back; none when the bundle was exported with its LoRAs."""
+class LoraState(FrozenModel):
+    """The LoRAs in the weights, in the order they were merged.
+
+    `kept` are the files that the merge replaced, the manifest included; undoing the merge restores them. There are none
+    when the bundle was exported with its LoRAs."""
 
     loras: tuple[LoraEntry, ...] = Field(min_length=1)
     kept: tuple[FileEntry, ...]
 
 
-class StageVerdict(_Frozen):
-    """How one stage did: the worst relative L2 error of its comparisons, and what its files were, by path and
-    fingerprint."""
+class StageVerdict(FrozenModel):
+    """The result of one stage: the worst relative L2 error of its comparisons, and the fingerprint of each file."""
 
     passed: bool
     worst_relative_l2: Number
     files: dict[RelativePath, Sha256]
 
 
-class VerdictEntry(_Frozen):
-    """The result of a parity run; `date` is the day in UTC, as in 2026-01-31. `passed` is about all of the run, the
-    image included."""
+class VerdictEntry(FrozenModel):
+    """The result of a parity run; `date` is the day in UTC, such as 2026-01-31.
+
+    `passed` covers the whole run, the image included."""
 
     engine: str
     reference: str
@@ -310,27 +200,27 @@ class VerdictEntry(_Frozen):
     stages: dict[Stage, StageVerdict]
 
 
-class Manifest(_Frozen):
-    """Everything a runtime needs to know of a bundle without opening a graph."""
+class Manifest(FrozenModel):
+    """Everything that a runtime needs to know about a bundle without opening a graph."""
 
     format: Literal["cascadekit-bundle"] = "cascadekit-bundle"
     version: Literal[2] = 2
     created_by: str
     default_size: tuple[Side, Side]  # (width, height)
     vqgan_scale: Scale | None  # the factor inside the vqgan graph; None without a vqgan
-    tokenizer: RelativePath | None  # a tokenizer.json; None: the one the package ships
+    tokenizer: RelativePath | None  # a tokenizer.json; None for the one that the package ships
     stages: dict[Stage, StageEntry]
-    files: tuple[FileEntry, ...] = ()  # those of no stage: the tokenizer; none are listed by earlier versions
+    files: tuple[FileEntry, ...] = ()  # files that belong to no stage: the tokenizer; earlier versions list none
     lora: LoraState | None = None
-    engines: tuple[str, ...] = ("onnxruntime",)  # what can run it, the preferred one first
-    parity: tuple[VerdictEntry, ...] = ()  # the latest last, see `parity.verdict`
+    engines: tuple[str, ...] = ("onnxruntime",)  # engines that can run the bundle, the preferred one first
+    parity: tuple[VerdictEntry, ...] = ()  # the newest last, see `parity.verdict`
 
     @model_validator(mode="after")
     def _lists_the_tokenizer(self) -> Self:
         paths = [file.path for file in self.files]
         _require_once(paths)
         if self.tokenizer and paths and self.tokenizer not in paths:
-            raise ValueError(f"{self.tokenizer}: a tokenizer that is none of the files")
+            raise ValueError(f"{self.tokenizer}: a tokenizer that is not listed among the files")
         return self
 
     @model_validator(mode="after")
@@ -338,18 +228,20 @@ class Manifest(_Frozen):
         entry = self.stages.get(Stage.VQGAN)
         scale = entry.config.get("scale_factor") if entry else None
         if isinstance(scale, int | float) and not VQGAN_SCALES[0] <= scale <= VQGAN_SCALES[1]:
-            raise ValueError(f"scale_factor {scale} of the vqgan, expected {VQGAN_SCALES[0]} to {VQGAN_SCALES[1]}")
+            raise ValueError(
+                f"scale_factor of the vqgan: expected {VQGAN_SCALES[0]} to {VQGAN_SCALES[1]}, found {scale}"
+            )
         return self
 
     @property
     def text_rows(self) -> int | None:
-        """How many tokens the text encoder has a row for; None without one."""
+        """The number of tokens in the text encoder's table; None without a text encoder."""
         entry = self.stages.get(Stage.TEXT_ENCODER)
         rows = entry.config.get("vocab_size") if entry else None
         return rows if isinstance(rows, int) else None
 
     def file(self, path: str) -> FileEntry | None:
-        """The entry of a file that belongs to no stage; None for a file that is not listed."""
+        """The entry of a file that belongs to no stage; None when it is not listed."""
         return next((file for file in self.files if file.path == path), None)
 
 
@@ -365,8 +257,9 @@ def to_text(manifest: Manifest) -> str:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """The manifest in `text`. Raises CheckpointError that names `where` and each field that is wrong, or what to do
-    about a manifest of another version."""
+    """Return the manifest in `text`. Raises CheckpointError that names `where` and each wrong field.
+
+    For a manifest of another version the message names the version and what to do."""
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -376,15 +269,14 @@ def parse_manifest(text: str, where: str) -> Manifest:
             raise CheckpointError(
                 f"{where}: a bundle of version {other}, expected version {VERSION}; {todo}"
             ) from error
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
-        raise CheckpointError(f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong}") from error
+        raise CheckpointError(f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong_fields(error)}") from error
 
 
 def _other_version(text: str) -> int | None:
-    """The version of a well-formed manifest that is not of this one."""
+    """Return the version of a sound manifest of another version; None for anything else."""
     try:
-        content = load_json(text)
+        content = load_object(text)
     except ValueError:
         return None
-    version = content.get("version") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    version = content.get("version") if content.get("format") == FORMAT else None
     return version if type(version) is int and version != VERSION else None

@@ -1,4 +1,4 @@
-"""Types of the functions that a caller passes in to be told how the work goes on."""
+"""Types of the functions that a caller passes in to follow the progress of the work."""
 
 from collections.abc import Callable
 

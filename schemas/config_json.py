@@ -1,6 +1,7 @@
 """Configs from and to the ``config.json`` of diffusers (prior, decoder, vqgan) and transformers (CLIP encoders).
 
-The effnet encoder, the previewer and the ControlNets have no class in either library: theirs is our own."""
+The effnet encoder, the previewer and the ControlNets have no class in either library; their files name classes of
+cascadekit."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from .errors import LayoutError
+from .messages import wrong_fields
 from .stages import (
     CONTROLNETS,
     ControlNetConfig,
@@ -33,7 +35,7 @@ DIFFUSERS_VERSION = "0.35.2"  # the last release that supports the cascade pipel
 
 _TRANSFORMERS_COMMON = {"attention_dropout": 0.0, "initializer_factor": 1.0, "initializer_range": 0.02}
 
-# What a config.json says besides the config's own fields, per class.
+# The further keys of a config.json, by class.
 _EXTRAS: dict[type, dict[str, Any]] = {
     UNetConfig: {"_class_name": "StableCascadeUNet", "_diffusers_version": DIFFUSERS_VERSION},
     VQGANConfig: {"_class_name": "PaellaVQModel", "_diffusers_version": DIFFUSERS_VERSION},
@@ -56,7 +58,7 @@ _EXTRAS: dict[type, dict[str, Any]] = {
 _TOWERS: Mapping[Stage, str] = {Stage.TEXT_ENCODER: "text_config", Stage.IMAGE_ENCODER: "vision_config"}
 _PROJECTIONS = {Stage.TEXT_ENCODER: "text_projection.weight", Stage.IMAGE_ENCODER: "visual_projection.weight"}
 
-# What transformers takes for keys that a CLIP config does not state.
+# The values that transformers assumes for keys that a CLIP config lacks.
 _CLIP_DEFAULTS: dict[type, dict[str, Any]] = {
     TextEncoderConfig: asdict(TextEncoderConfig(512, 2048, 8, 12, 512, hidden_act="quick_gelu")),
     ImageEncoderConfig: asdict(ImageEncoderConfig(768, 3072, 12, 12, 512, patch_size=32)),
@@ -75,18 +77,17 @@ _CLASSES: dict[Stage, type[NetworkConfig]] = {
 
 
 def to_json(config: NetworkConfig) -> dict[str, Any]:
-    """The content of the component's config.json; tuples become lists when dumped."""
+    """Return the content of the component's config.json; tuples become lists when it is written."""
     return {**_EXTRAS[type(config)], **asdict(config)}
 
 
 def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> NetworkConfig:
-    """The config of `stage` from a parsed config.json. Fields that do not shape the network are ignored.
+    """Return the config of `stage` from a parsed config.json. Keys that do not describe the network are ignored.
 
-    The config may be that of a whole CLIP model, of which one tower is taken; `shapes` are then the tensors'.
+    From the config of a whole CLIP model one tower is taken; `shapes` are then the shapes of the tensors.
 
-    Raises LayoutError for another class of network, missing fields, values of a wrong type or size, and settings no
-    release uses.
-    """
+    Raises LayoutError for another class of network, missing fields, values of a wrong type or size, and settings that
+    no release uses."""
     from pydantic import TypeAdapter, ValidationError  # here, as it takes 0.1 s and most headers need no config
 
     cls = _CLASSES[stage]
@@ -104,8 +105,7 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
     try:
         config: NetworkConfig = TypeAdapter(cls).validate_python({n: values[n] for n in known if n in values})
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise LayoutError(f"config of the {stage}: {wrong}") from error
+        raise LayoutError(f"config of the {stage}: {wrong_fields(error)}") from error
     _check_numbers(config)
     match config:
         case UNetConfig():
@@ -116,10 +116,10 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
 
 
 def _tower_values(stage: Stage, whole: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """One tower's config within that of a whole CLIP model, as CLIPConfig of transformers reads it.
+    """Return one tower's config from that of a whole CLIP model, as CLIPConfig of transformers reads it.
 
-    The width of the projection is stated twice, and CLIPModel goes by the outer one: where both are stated the
-    tensor decides."""
+    The width of the projection may be stated twice. CLIPModel uses the outer value; where both exist the tensor
+    decides."""
     key, cls = _TOWERS[stage], _CLASSES[stage]
     inner, older = whole.get(key) or {}, whole.get(f"{key}_dict")
     if not isinstance(inner, Mapping) or not isinstance(older, Mapping | None):
@@ -132,7 +132,7 @@ def _tower_values(stage: Stage, whole: Mapping[str, Any], shapes: Mapping[str, S
 
 
 def _check_numbers(config: NetworkConfig) -> None:
-    """Raise LayoutError for numbers no network has; a config may be damaged or hostile like any file."""
+    """Raise LayoutError for numbers that no network has; a config may be damaged or hostile."""
     for field in fields(config):
         value = getattr(config, field.name)
         numbers = value if isinstance(value, tuple) else (value,)
@@ -152,7 +152,7 @@ def _check_numbers(config: NetworkConfig) -> None:
 
 def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
     if config.stage is not stage:
-        raise LayoutError(f"config of the {stage}: it describes a {config.stage} (effnet_in_channels tells)")
+        raise LayoutError(f"config of the {stage}: it describes a {config.stage} (by its effnet_in_channels)")
     if config.switch_level is not None and any(config.switch_level):
         raise LayoutError(f"config of the {stage}: switch_level true is used by no release and not supported")
     if not config.self_attn:
@@ -175,7 +175,7 @@ def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
 
 def _checked_controlnet(config: ControlNetConfig, stage: Stage) -> ControlNetConfig:
     if config.stage is not stage:
-        raise LayoutError(f"config of the {stage}: it describes a {config.stage} (c_in and bottleneck_mode tell)")
+        raise LayoutError(f"config of the {stage}: it describes a {config.stage} (by its c_in and bottleneck_mode)")
     blocks = config.proj_blocks
     if not blocks or len({*blocks}) < len(blocks):
         raise LayoutError(f"config of the {stage}: proj_blocks must be the numbers of different blocks, found {blocks}")

@@ -1,4 +1,4 @@
-"""Ports through which ControlNets reach the prior: one for each residual block that takes a residual."""
+"""Ports of the prior for the residuals of ControlNets: one for each residual block that takes a residual."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,15 @@ from .unet_blocks import blocks_of
 
 
 def is_control(port: str) -> bool:
-    """Whether a port takes a ControlNet's residual."""
+    """True for a port that takes a ControlNet's residual."""
     return port.startswith("control.")
 
 
 def controlled_blocks(config: UNetConfig, numbers: Sequence[int]) -> dict[str, str]:
-    """Port by block name. Raises ExportError for numbers that the network has no residual block for, and for levels
-    that are passed more than once, where it would be unclear which pass is meant."""
+    """Return the port of each controlled block, by the block's name.
+
+    Raises ExportError for numbers without a residual block, and for networks that run a level more than once: the
+    residual would have no definite place."""
     residual = [block.name for block in blocks_of(config) if block.kind is Block.RES]
     wrong = [number for number in numbers if not 0 <= number < len(residual)]
     if wrong:
@@ -24,12 +26,12 @@ def controlled_blocks(config: UNetConfig, numbers: Sequence[int]) -> dict[str, s
             f"{', '.join(map(str, wrong))}; ControlNets are made for the full prior"
         )
     if numbers and any(n > 1 for n in (*config.down_blocks_repeat_mappers, *config.up_blocks_repeat_mappers)):
-        raise ExportError(f"{config.stage}: takes no ControlNet, as its levels are passed more than once")
+        raise ExportError(f"{config.stage}: takes no ControlNet, as it runs its levels more than once")
     return {residual[number]: control_port(number) for number in numbers}
 
 
 def control_ports(config: UNetConfig, numbers: Sequence[int]) -> tuple[Port, ...]:
-    """(B, c, h, w) float32, each of a size of its own, at least 1x1; zeros leave the block as it is."""
+    """Return the ports, (B, c, h, w) float32. Each has its own size, at least 1x1; zeros have no effect."""
     levels = {block.name: block.level for block in blocks_of(config)}
     return tuple(
         Port(port, "float32", ("batch", config.block_out_channels[levels[name]], f"{port}.height", f"{port}.width"))

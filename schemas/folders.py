@@ -9,7 +9,7 @@ from .stages import Stage
 
 @dataclass(frozen=True)
 class ComponentFolder:
-    """A folder that may hold the component of `stage`. Where several exist, the first one listed is taken."""
+    """A folder that may hold the component of `stage`. When several exist, the first one in PLACES is taken."""
 
     folder: str
     stage: Stage
@@ -29,7 +29,7 @@ PLACES: tuple[ComponentFolder, ...] = (
 TOKENIZER_FOLDERS = ("tokenizer", "prior_tokenizer")
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' name for weights, transformers' name
-VARIANTS = ("", "fp32", "bf16", "fp16")  # in the order of preference when no variant is asked for
+VARIANTS = ("", "fp32", "bf16", "fp16")  # in the order of preference when none is given
 
 # Folders of the combined pipeline for components that only the prior needs.
 COMBINED_FOLDERS: Mapping[str, str] = {
@@ -77,7 +77,7 @@ class WeightsName:
 
 
 def read_weights_name(name: str) -> WeightsName | None:
-    """Read the name of a weights file. None for a name that neither diffusers nor transformers give to weights."""
+    """Read the name of a weights file. None for a name that neither diffusers nor transformers use for weights."""
     for pattern, is_index in ((_INDEX, True), (_WEIGHTS, False)):
         if match := pattern.fullmatch(name):
             fields = match.groupdict()
@@ -88,7 +88,7 @@ def read_weights_name(name: str) -> WeightsName | None:
 
 
 def stray_kind(name: str) -> str | None:
-    """Return why a file of this name is not a component; None when the name does not tell."""
+    """Return why a file of this name is not a component; None when the name shows nothing."""
     return next((what for pattern, what in STRAY_NAMES.items() if re.fullmatch(pattern, name, re.IGNORECASE)), None)
 
 
@@ -99,7 +99,7 @@ def weights_names(stem: str, variant: str) -> tuple[str, str]:
 
 
 def shard_name(stem: str, variant: str, number: int, count: int) -> str:
-    """Return the name of shard `number` (from 1) of `count`. The variant stands before the number."""
+    """Return the name of shard `number` (from 1) of `count`. The variant comes before the number."""
     infix = f".{variant}" if variant else ""
     return f"{stem}{infix}-{number:05d}-of-{count:05d}.safetensors"
 

@@ -1,4 +1,4 @@
-"""How a prior or decoder fits into fp16: exponents for its streams, and blocks that must compute in fp32."""
+"""Fits a prior or decoder into fp16: exponents for its streams, and blocks that must compute in fp32."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,14 @@ MAX_EXPONENT = 12  # 2^-12 of a value of size 1 is still a normal fp16 number
 
 @dataclass(frozen=True)
 class Fp16Fit:
-    """How a network is kept within fp16's range.
+    """The changes that keep a network within fp16's range.
 
-    `exponents`: stream -> k, for streams that carry 2^-k of their values. `fp32_blocks`: residual blocks that compute
-    in fp32. `margins`: block -> bits between its largest value and fp16's largest number; negative means overflow."""
+    | field | content |
+    |---|---|
+    | exponents | stream -> k, for streams that carry 2^-k of their values |
+    | fp32_blocks | residual blocks that compute in fp32 |
+    | margins | block -> bits between its largest value and fp16's largest number; negative means overflow |
+    """
 
     exponents: dict[str, int]
     fp32_blocks: frozenset[str]
@@ -35,9 +39,10 @@ def fit_fp16(
     """Choose exponents and fp32 blocks for measured magnitudes.
 
     `ranges` maps a value's name, such as "up_blocks.1.0", to the largest magnitude that was measured. `fixed` is one
-    exponent for every stream; None gives each stream the least exponent that fits. `margin_bits` stay free.
+    exponent for every stream; None gives each stream the least exponent that fits. The
+    largest value stays `margin_bits` below the end of the range.
 
-    Raises ExportError when no exponent helps, or something is measured as infinite or NaN."""
+    Raises ExportError when no exponent helps, or a measured value is infinite or NaN."""
     broken = [name for name, value in ranges.items() if not math.isfinite(value)]
     if broken:
         raise ExportError(f"{config.stage}: calibration met infinite values at {broken[0]}; are the weights sound?")
@@ -78,8 +83,9 @@ def _exponent(peak: float, limit: float) -> int:
 
 
 def _inside(block: str, ranges: Mapping[str, float], scale: float) -> float:
-    """The largest value inside a block: a perceptron's hidden values, those after the response norm as small as the
-    stream; attention's scores."""
+    """The largest value inside a block: hidden values of the perceptron, or attention scores.
+
+    Only the values after the response norm shrink with the stream's `scale`."""
     plain = (f"{block}.channelwise.0", f"{block}.channelwise.1", f"{block}.attention/scores")
     return max(*(ranges.get(name, 0.0) for name in plain), ranges.get(f"{block}.channelwise.2", 0.0) * scale)
 

@@ -1,11 +1,11 @@
-"""Ports of the two graphs a prior or decoder falls into when its conditioning is taken out of the step.
+"""Ports of the two graphs of a prior or decoder whose conditioning is computed once instead of in every step.
 
-The *conditioning* graph runs once for an image: from text, images and the whole schedule of timesteps to the keys
-and values of every attention block and to the factors and summands of every timestep block. The *step* graph runs
-once for a step and takes them as inputs.
+The *conditioning* graph runs once for an image. It computes the keys and values of every attention block from text and
+images, and the factors and summands of every timestep block from the whole schedule. The *step* graph takes these as
+inputs and runs once for a step.
 """
 
-from .ports import Port, Range, StagePorts, ports_of
+from .ports import Port, StagePorts, ports_of, stage_ports
 from .stages import Block, Stage, UNetConfig
 from .unet_blocks import UNetBlock, blocks_of
 
@@ -15,15 +15,14 @@ CONDITIONING, STEP = "conditioning", "step"  # the names of the two graphs
 # (see docs/graph.md).
 FASTER_IN_PARTS = (Stage.PRIOR,)
 
-MODULATION = "modulation"  # the step's input: for each timestep block 1 + scale, then shift
-EFFNET_MAP = "effnet_map"  # the decoder's: what is added to the embedded sample
-RATIOS = "timestep_ratios"  # the conditioning's input: the schedule
-# Dims: how many tokens the conditions make, the sample's size after the patch embedding
-CONTEXT = "context"
+MODULATION = "modulation"  # an input of the step: for each timestep block 1 + scale, then shift
+EFFNET_MAP = "effnet_map"  # an input of the decoder's step, added to the embedded sample
+RATIOS = "timestep_ratios"  # an input of the conditioning: the schedule
+CONTEXT = "context"  # a dim: the number of conditioning tokens
 
 
 def attention_ports(config: UNetConfig) -> tuple[Port, ...]:
-    """Keys and values of the conditioning tokens, of every attention block in turn: (B, tokens, c) float32."""
+    """Keys and values of the conditioning tokens for each attention block in turn: (B, tokens, c) float32."""
     return tuple(
         Port(f"{block.name}.{part}", "float32", ("batch", CONTEXT, config.block_out_channels[block.level]))
         for block in blocks_of(config)
@@ -33,17 +32,17 @@ def attention_ports(config: UNetConfig) -> tuple[Port, ...]:
 
 
 def timestep_blocks(config: UNetConfig) -> tuple[UNetBlock, ...]:
-    """The blocks that `modulation` is for, in its order; each has 2c of its columns."""
+    """The blocks that `modulation` serves, in its order; each takes 2c of its columns."""
     return tuple(block for block in blocks_of(config) if block.kind is Block.TIMESTEP)
 
 
 def modulation_width(config: UNetConfig) -> int:
-    """Columns of `modulation`."""
+    """The number of columns of `modulation`."""
     return sum(2 * config.block_out_channels[block.level] for block in timestep_blocks(config))
 
 
 def conditioning_ports(config: UNetConfig) -> StagePorts:
-    """The conditioning graph. The decoder's takes `sample` for its size alone."""
+    """The ports of the conditioning graph. The decoder's graph takes `sample` for its size alone."""
     plain = ports_of(config)
     kept = {
         Stage.PRIOR: ("clip_text_pooled", "clip_text", "clip_img"),
@@ -51,24 +50,23 @@ def conditioning_ports(config: UNetConfig) -> StagePorts:
     }[config.stage]
     inputs = tuple(port for port in plain.inputs if port.name in kept)
     modulation = Port(MODULATION, "float32", ("steps", modulation_width(config)))
-    return StagePorts(
-        inputs=(*inputs, Port(RATIOS, "float32", ("steps",))),
-        outputs=(modulation, *_effnet_map(config), *attention_ports(config)),
-        ranges={**_ranges(plain, inputs), "steps": Range()},
+    return stage_ports(
+        (*inputs, Port(RATIOS, "float32", ("steps",))),
+        (modulation, *_effnet_map(config), *attention_ports(config)),
+        plain.ranges,
     )
 
 
 def step_ports(config: UNetConfig) -> StagePorts:
-    """The step graph; `modulation` is a row of the conditioning's, one for each sample."""
+    """The ports of the step graph. Its `modulation` has a row for each sample, taken from the conditioning's rows."""
     plain = ports_of(config)
-    sample = plain.inputs[0]
     inputs = (
-        sample,
+        plain.inputs[0],
         Port(MODULATION, "float32", ("batch", modulation_width(config))),
         *_effnet_map(config),
         *attention_ports(config),
     )
-    return StagePorts(inputs, plain.outputs, {**_ranges(plain, (sample,)), CONTEXT: Range()})
+    return stage_ports(inputs, plain.outputs, plain.ranges)
 
 
 def _effnet_map(config: UNetConfig) -> tuple[Port, ...]:
@@ -76,9 +74,4 @@ def _effnet_map(config: UNetConfig) -> tuple[Port, ...]:
         return ()
     patch = config.patch_size
     dims = ("batch", f"height/{patch}", f"width/{patch}", config.block_out_channels[0])
-    return (Port(EFFNET_MAP, "float32", dims),)  # channels last: the sums of the first level are
-
-
-def _ranges(plain: StagePorts, ports: tuple[Port, ...]) -> dict[str, Range]:
-    dims = {dim for port in ports for dim in port.dims}
-    return {dim: found for dim, found in plain.ranges.items() if dim in dims}
+    return (Port(EFFNET_MAP, "float32", dims),)  # channels last, like the sums of the first level

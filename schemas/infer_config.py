@@ -1,9 +1,9 @@
 """Infers a network's config from the names and shapes of its tensors (diffusers layout).
 
-Some settings leave no trace in shapes and are taken from the releases: 64 channels per attention head, a patch size of
-2 in stage B and 1 in stage C, dropout at levels with attention. A network that equals a release gets that release's
-config, placeholders included. A ControlNet must have as many projections as a released one, since its shapes do not
-tell which blocks of the prior the projections feed.
+Shapes do not show every setting. The releases give the rest: 64 channels per attention head, a patch size of 2 in stage
+B and 1 in stage C, dropout at levels with attention. A network that equals a release gets that release's
+config, placeholders included. A ControlNet must have as many projections as a released one, because its shapes do not
+show which blocks of the prior the projections feed.
 """
 
 import re
@@ -140,26 +140,23 @@ def _vqgan(stage: Stage, shapes: _Shapes) -> VQGANConfig:
 
 
 def _encoder(stage: Stage, shapes: _Shapes) -> NetworkConfig:
-    """Return the config of a released encoder. The heads and the activation of others do not show in shapes."""
+    """Return the config of a released encoder. Shapes do not show the heads and the activation of other encoders."""
     embedding, axis = _EMBEDDINGS[stage]
     width = shapes.size(embedding, axis)
     layers = shapes.count(f"{embedding.partition('.')[0]}.encoder.layers.#.")
-    presets = (preset for (preset_stage, _), preset in PRESETS.items() if preset_stage is stage)
-    for preset in presets:
-        if (
-            isinstance(preset, TextEncoderConfig | ImageEncoderConfig)
-            and preset.hidden_size == width
-            and preset.num_hidden_layers == layers
-        ):
-            return preset
+    for preset in PRESETS.values():
+        if preset.stage is stage and isinstance(preset, TextEncoderConfig | ImageEncoderConfig):
+            sizes = (preset.hidden_size, preset.num_hidden_layers)
+            if sizes == (width, layers):
+                return preset
     raise LayoutError(
-        f"the {stage} is {tower_name(stage, width)}, not a released one, and its tensors do not tell its number of "
-        f"heads and its activation: give the folder that holds its config.json, or {SOURCE_MODELS[stage]}, "
+        f"the {stage} is {tower_name(stage, width)}, not a released one, and its tensors do not show its number of "
+        f"heads and its activation; give the folder that holds its config.json, or {SOURCE_MODELS[stage]}, "
         f'with {stage}="PATH"'
     )
 
 
-# The tensor that tells the width of a tower, and the axis of the width.
+# The tensor whose shape has the width of a tower, and the axis of the width.
 _EMBEDDINGS: Mapping[Stage, tuple[str, int]] = {
     Stage.TEXT_ENCODER: ("text_model.embeddings.token_embedding.weight", 1),
     Stage.IMAGE_ENCODER: ("vision_model.embeddings.class_embedding", 0),
@@ -186,7 +183,7 @@ def _controlnet(stage: Stage, shapes: _Shapes) -> ControlNetConfig:
     if projections not in _RELEASED_PROJ_BLOCKS:
         raise LayoutError(
             f"the {stage} has {projections} projections, the released ones have 8 or 64; which blocks of the prior "
-            "its projections feed (proj_blocks) is not in the file: give the folder that holds its config.json"
+            "its projections feed (proj_blocks) is not in the file; give the folder that holds its config.json"
         )
     _, mode = CONTROLNET_KINDS[stage]
     return ControlNetConfig(

@@ -14,7 +14,7 @@ from .stages import Stage
 
 @dataclass(frozen=True)
 class KeyPrefix:
-    """A prefix of tensor names, with the stage that stands behind it and the layout of that stage's names.
+    """A prefix of tensor names, with the stage behind it and the layout of that stage's names.
 
     Without a stage the prefix says nothing about its tensors, which are identified by their names."""
 
@@ -103,7 +103,7 @@ class TensorGroup:
 
     @property
     def in_comfyui(self) -> bool:
-        """Whether this is a prefix of ComfyUI's all-in-one files."""
+        """True for a prefix of ComfyUI's all-in-one files."""
         return self.prefix.endswith(tuple(COMFYUI_PREFIXES.values()))
 
 
@@ -124,11 +124,11 @@ def _groups_below(group: TensorGroup, depth: int) -> Iterator[TensorGroup]:
     for prefix, names in groups.items():
         here = TensorGroup(
             names,
-            group.prefix + prefix.text,
-            prefix.stage,
-            prefix.layout,
-            group.rank + prefix.rank,
-            group.wrapped or prefix.wrapper,
+            prefix=group.prefix + prefix.text,
+            stage=prefix.stage,
+            layout=prefix.layout,
+            rank=group.rank + prefix.rank,
+            wrapped=group.wrapped or prefix.wrapper,
         )
         if prefix is NO_PREFIX:
             yield from _without_training_state(here)

@@ -1,8 +1,7 @@
 """Rules that turn one layout's tensor names into another's, each with its inverse.
 
-Every rule is a rename, a cut between rows, or (for one matrix) a transposition. Applying a map therefore moves bytes
-and computes nothing: the result names, for each tensor of the target layout, the rows of the source tensors that hold
-its values.
+Every rule is a rename, a cut between rows, or (for one matrix) a transposition. Applying a map computes nothing: its
+result names the source rows that hold the values of each tensor of the target layout.
 """
 
 import re

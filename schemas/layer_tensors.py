@@ -1,4 +1,4 @@
-"""Names and shapes of the layers that several networks are built of, and the make-up of their one backbone."""
+"""Names and shapes of the layers that several networks share, and the blocks of their one backbone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ Entry = tuple[str, Shape]
 
 
 def affine(name: str, *weight: int, out: int | None = None) -> Iterator[Entry]:
-    """Weight and bias of a Linear, Conv (out channels first) or, with `out`, a ConvTranspose."""
+    """Weight and bias of a Linear or Conv (out channels first). A ConvTranspose gives its out channels as `out`."""
     yield f"{name}.weight", weight
     yield f"{name}.bias", (weight[0] if out is None else out,)
 
@@ -20,7 +20,7 @@ def norm(name: str, width: int) -> Iterator[Entry]:
 
 
 def batch_norm(name: str, width: int, *, learned: bool = True) -> Iterator[Entry]:
-    """A BatchNorm2d: weight and bias if it has `learned` ones, the statistics, and the counter of its steps."""
+    """A BatchNorm2d: weight and bias if they are `learned`, the statistics, and the counter of steps."""
     if learned:
         yield from norm(name, width)
     yield f"{name}.running_mean", (width,)
@@ -30,8 +30,9 @@ def batch_norm(name: str, width: int, *, learned: bool = True) -> Iterator[Entry
 
 @dataclass(frozen=True)
 class InvertedResidual:
-    """A block of EfficientNetV2, `expansion` times wider inside than at its entrance. Fused ones have one 3x3
-    convolution where the others have a 1x1, a depthwise 3x3 and squeeze-excitation. `stride` is the 3x3's."""
+    """A block of EfficientNetV2, `expansion` times wider inside than its input; `stride` is of the 3x3 convolution.
+
+    A fused block has one 3x3 convolution in place of a 1x1, a depthwise 3x3 and squeeze-excitation."""
 
     path: str  # below the backbone
     fused: bool
@@ -51,7 +52,7 @@ class InvertedResidual:
 
     @property
     def has_skip(self) -> bool:
-        """Whether the block's input is added to what it gives."""
+        """True when the block's input is added to its output."""
         return self.stride == 1 and self.into == self.out
 
 
@@ -76,13 +77,13 @@ def inverted_residuals() -> Iterator[InvertedResidual]:
     width = EFFICIENTNET_STEM
     for number, (fused, expansion, stride, out, count) in enumerate(_ROWS, start=1):
         for index in range(count):
-            first = index == 0
-            yield InvertedResidual(f"{number}.{index}", fused, expansion, stride if first else 1, width, out)
+            path, step = f"{number}.{index}", 1 if index else stride
+            yield InvertedResidual(path, fused, expansion, stride=step, into=width, out=out)
             width = out
 
 
 def efficientnet_v2_s(name: str, channels: int) -> Iterator[Entry]:
-    """The backbone for images of `channels` channels; it gives EFFICIENTNET_WIDTH of them."""
+    """The backbone for images of `channels` channels; its output has EFFICIENTNET_WIDTH channels."""
     yield from _conv_norm(f"{name}.0", EFFICIENTNET_STEM, channels, 3)
     out = EFFICIENTNET_STEM
     for block in inverted_residuals():

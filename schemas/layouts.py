@@ -112,7 +112,7 @@ STAGE_MARKS: Mapping[str, Stage] = {
     "blocks.11.running_mean": Stage.PREVIEWER,
 }
 
-# Every ControlNet has this tensor. The first convolution of its backbone tells its kind.
+# Every ControlNet has this tensor. The first convolution of its backbone shows its kind.
 CONTROLNET_MARK = "projections.0.0.weight"
 CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.0.weight", (24, 1, 3, 3)): Stage.CONTROLNET_CANNY,
@@ -121,7 +121,7 @@ CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.weight", (2048, 512, 3, 3)): Stage.CONTROLNET_IDENTITY,
 }
 
-# Parts of tensor names that tell the layout, for stages that have more than one spelling.
+# Parts of tensor names that show the layout, for stages that have more than one spelling.
 LAYOUT_MARKS: Mapping[str, Layout] = {
     ".attention.attn.to_q.": Layout.SPLIT,
     ".attention.attn.": Layout.ORIGINAL,
@@ -132,7 +132,7 @@ LAYOUT_MARKS: Mapping[str, Layout] = {
 _LORA = r".*[._](lora_(A|B|down|up|mid)|hada_w[12]|lokr_w[12]|oft_(blocks|diag)|dora_scale|diff(_b)?)(\.|_[ab]$|$)"
 
 # Descriptions of files that this package does not read, by a pattern that a tensor name begins with. Kinds of tensors
-# that may stand beside a network of another family come first.
+# that may be beside a network of another family come first.
 FOREIGN_KINDS: Mapping[str, str] = {
     r"lora_|lycoris_|" + _LORA: "a LoRA (see `cascadekit lora`)",
     r"weights\.0\.": "a LoRA in Stability's format (see `cascadekit lora`)",
@@ -154,7 +154,7 @@ FOREIGN_KINDS: Mapping[str, str] = {
     ),
     re.escape(CONTROLNET_MARK): "a ControlNet of no kind released for Stable Cascade",
 }
-NAMES_LOOKED_AT = 20_000  # of an unknown file; a name that tells its kind is among the first
+NAMES_LOOKED_AT = 20_000  # of an unknown file; a name that shows its kind is among the first
 
 
 def stage_of(shapes: Mapping[str, Shape]) -> Stage | None:
@@ -176,7 +176,7 @@ def layout_of(stage: Stage, shapes: Mapping[str, Shape]) -> Layout:
 
 
 def foreign_name(names: Iterable[str]) -> str | None:
-    """Return what a file of another model family most likely is, by its tensor names; None when nothing fits."""
+    """Describe a file of another model family by its tensor names; None when nothing fits."""
     looked_at = list(islice(names, NAMES_LOOKED_AT))
     return next(
         (what for pattern, what in FOREIGN_KINDS.items() if any(re.match(pattern, name) for name in looked_at)),

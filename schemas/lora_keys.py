@@ -1,7 +1,7 @@
 """The keys of LoRA files for Stable Cascade: prefixes, spellings of modules, suffixes of factors.
 
-Names are flattened in some formats ("." became "_"), which cannot be undone by rule: `down_blocks_0_2` has one
-reading only because the network has such a block. So names are looked up in tables made from the network's config.
+Some formats flatten names: "." becomes "_". No rule can undo that, since `down_blocks_0_2` has one reading only because
+the network has such a block. So names are looked up in tables that are made from the network's config.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class Algorithm(StrEnum):
 
 
 class LoraTarget(NamedTuple):
-    """A parameter that a LoRA changes: the module by its diffusers name, and the weight or the bias of it."""
+    """A parameter that a LoRA changes: the diffusers name of the module, and "weight" or "bias"."""
 
     stage: Stage
     module: str
@@ -48,13 +48,13 @@ class LoraTarget(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The module's name, and behind it what else than its weight is changed."""
+        """The module's name; for a parameter other than its weight, the parameter's full name."""
         return self.module if self.parameter == "weight" else self.tensor
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The text before the module in a key, and whether the module after it is flattened."""
+    """The text before the module in a key; `flat` when the module after it is flattened."""
 
     text: str
     flat: bool
@@ -62,7 +62,7 @@ class Prefix:
     format: LoraFormat
 
 
-# The longer one first where one begins with another; those without a prefix last.
+# A prefix that begins with another one comes before it; empty prefixes come last.
 PREFIXES: tuple[Prefix, ...] = (
     Prefix("lora_prior_unet_", True, False, LoraFormat.ONETRAINER),
     Prefix("lora_prior_te_", True, True, LoraFormat.ONETRAINER),
@@ -84,7 +84,7 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("", False, True, LoraFormat.PEFT),
 )
 
-# Key endings -> our name of the factor (LyCORIS' names). The longer one first where one ends with another.
+# Key endings -> the name of the factor here, as LyCORIS names it.
 SUFFIXES: Mapping[str, str] = {
     "lora_down.weight": "lora_down",
     "lora_up.weight": "lora_up",
@@ -112,10 +112,10 @@ SUFFIXES: Mapping[str, str] = {
     **{name: name for name in "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2".split()},
 }
 
-# The endings by length, so that of two that fit the longer one is found.
+# The numbers of dots in endings, the largest first, so that the longest ending that fits is found.
 _LENGTHS = sorted({ending.count(".") for ending in SUFFIXES}, reverse=True)
 
-# Pieces of keys -> what they are a sign of, none of which is a product of factors that is added to a weight.
+# Pieces of keys -> the method they belong to. None of these methods adds a product of factors to a weight.
 REFUSED: Mapping[str, str] = {
     ".oft_": "OFT or BOFT",
     ".boft_": "BOFT",
@@ -134,8 +134,8 @@ REFUSED: Mapping[str, str] = {
     ".base_layer.": "whole tensors of PEFT's base layers (bias or modules_to_save)",
 }
 
-# Attention below "X.attention.": the diffusers spelling -> the original ones with q, k, v apart. The first is what
-# kohya, OneTrainer and ComfyUI write today; `to_out` was kohya's before 25 February 2024, the numbers are OneTrainer's.
+# Attention below "X.attention.": the diffusers spelling -> the original spellings with q, k and v apart. kohya,
+# OneTrainer and ComfyUI write the first today. kohya wrote `to_out` before 25 February 2024, OneTrainer the numbers.
 ATTENTION_SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "to_q": ("attn.to_q", "attn.in_proj.0"),
     "to_k": ("attn.to_k", "attn.in_proj.1"),
@@ -145,7 +145,7 @@ ATTENTION_SPELLINGS: Mapping[str, tuple[str, ...]] = {
 JOINED = ("to_q", "to_k", "to_v")  # the rows of in_proj_weight, in this order
 _ATTENTION = ".attention."
 
-# The order in which Stability's classes register their parts, which is the order of a list of modules.
+# The order in which Stability's classes register their parts, and so the order of a list of their modules.
 _ROOTS = (
     "effnet_mapper pixels_mapper clip_mapper clip_txt_mapper clip_txt_pooled_mapper clip_img_mapper embedding "
     "down_blocks down_downscalers down_repeat_mappers up_blocks up_upscalers up_repeat_mappers clf"
@@ -153,8 +153,9 @@ _ROOTS = (
 
 
 def lora_modules(config: NetworkConfig) -> dict[str, Shape]:
-    """Every module a LoRA can change, by its diffusers name, with its weight's shape: Linear [out, in] and
-    convolutions [out, in, height, width]."""
+    """The weight's shape of every module that a LoRA can change, by the diffusers name.
+
+    Linears have [out, in], convolutions [out, in, height, width]."""
     return {
         name.removesuffix(".weight"): shape
         for name, shape in expected_tensors(config).items()
@@ -163,12 +164,12 @@ def lora_modules(config: NetworkConfig) -> dict[str, Shape]:
 
 
 def changeable(config: NetworkConfig) -> dict[str, Shape]:
-    """The shape of every tensor that a LoRA can change, by its diffusers name: weights and biases."""
+    """The shape of every weight and bias that a LoRA can change, by the diffusers name."""
     return {name: shape for name, shape in expected_tensors(config).items() if name.endswith((".weight", ".bias"))}
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """A key as its module and the ending, one of SUFFIXES; None where it has no such ending."""
+    """Split a key into its module and its ending, one of SUFFIXES; the ending is None when there is none."""
     parts = key.split(".")
     for dots in _LENGTHS:
         ending = ".".join(parts[-dots - 1 :])
@@ -178,8 +179,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 
 def is_depthwise(shape: Shape) -> bool:
-    """Whether a weight of this shape is that of a depthwise convolution, which these networks have no other kind of
-    grouped ones than."""
+    """True for the weight of a depthwise convolution. These networks have no other grouped convolutions."""
     return len(shape) == 4 and shape[1] == 1 < shape[0]
 
 
@@ -189,7 +189,7 @@ def original_spelling(stage: Stage, module: str) -> str:
 
 
 def _spellings(stage: Stage, module: str) -> tuple[str, ...]:
-    """Every name of a module, the diffusers one first, today's original one last."""
+    """Every name of a module: the diffusers name first, the original name of today last."""
     block, found, projection = module.partition(_ATTENTION)
     if found:
         others = reversed(ATTENTION_SPELLINGS[projection])
@@ -203,7 +203,7 @@ def _renamed(stage: Stage, module: str) -> str:
 
 
 def spelling_table(config: NetworkConfig) -> dict[str, tuple[str, ...]]:
-    """Every spelling of every module -> the modules it means: one, or three for attention's joined matrix."""
+    """Map every spelling of every module to the modules it means: one, or three for attention's joined matrix."""
     table: dict[str, tuple[str, ...]] = {}
     for module in (name.removesuffix(".weight") for name in changeable(config) if name.endswith(".weight")):
         for name in _spellings(config.stage, module):
@@ -217,14 +217,14 @@ def spelling_table(config: NetworkConfig) -> dict[str, tuple[str, ...]]:
 
 
 def flattened(table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The same table by flattened names (all of them differ, in every network of the releases)."""
+    """Return the same table by flattened names. In the released networks no two names flatten to the same."""
     return {name.replace(".", "_"): modules for name, modules in table.items()}
 
 
 @dataclass(frozen=True)
 class ListEntry:
-    """A weight in Stability's model: its module's original name, the diffusers modules that its rows belong to, and
-    its shape."""
+    """A weight in Stability's model: the original name of its module, its shape, and the diffusers modules that have
+    its rows."""
 
     name: str
     modules: tuple[str, ...]
@@ -234,8 +234,8 @@ class ListEntry:
 def listed_weights(config: UNetConfig, filters: Sequence[str]) -> list[ListEntry]:
     """The weights that Stability's trainer gives a LoRA, in the order of its list.
 
-    `filters` are pieces of module names, one of which must occur; the order is that of `model.modules()` after the
-    LoRAs were registered, where an attention's out_proj comes before its in_proj_weight
+    A module is chosen when its name has one of the `filters` in it. The order is that of `model.modules()` once the
+    LoRAs are registered, with an attention's out_proj before its in_proj_weight
     (https://github.com/Stability-AI/StableCascade, modules/lora.py)."""
     return [entry for entry in _weights_in_order(config) if any(piece in entry.name for piece in filters)]
 
@@ -254,6 +254,6 @@ def _weights_in_order(config: UNetConfig) -> Iterator[ListEntry]:
 
 
 def _registration(module: str) -> tuple[int, int]:
-    """Sorts modules by the order of registration; those of one level are in that order already."""
+    """A sort key for the order of registration; the modules of one level have that order already."""
     root, *rest = module.split(".")
     return _ROOTS.index(root), int(rest[0]) if rest and root.startswith(("down_", "up_")) else 0

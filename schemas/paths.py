@@ -1,4 +1,4 @@
-"""Names of files that other files mention: what may stand where a name becomes a path."""
+"""Checks names of files that other files mention, before such a name becomes a path."""
 
 import re
 from typing import Annotated
@@ -7,13 +7,13 @@ from pydantic import AfterValidator
 
 from .limits import MAX_NAME_BYTES, MAX_PATH_PARTS
 
-# What Windows takes for a device whatever the folder and the suffix.
+# Names that Windows takes for a device, whatever the folder and the suffix.
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 ODD = re.compile(r"[\x00-\x1f\x7f/\\:]")  # a colon names a drive or a hidden stream on Windows
 
 
 def problem_of_name(name: str) -> str | None:
-    """Why `name` cannot be the name of a file in one folder, on any system; None when it can."""
+    """Return why `name` cannot be a file's name on every system; None when it can."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -30,7 +30,7 @@ def problem_of_name(name: str) -> str | None:
 
 
 def problem_of_path(path: str) -> str | None:
-    """Why `path` is no way from a folder to a file inside it, with "/" between plain names; None when it is."""
+    """Return why `path` does not lead from a folder to a file inside it; None when it does. Names have "/" between."""
     parts = path.split("/")
     if len(parts) > MAX_PATH_PARTS:
         return f"has {len(parts)} parts, expected at most {MAX_PATH_PARTS}"

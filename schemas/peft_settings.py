@@ -1,5 +1,6 @@
-"""The settings of PEFT's adapters, by the fields of its LoraConfig, LoHaConfig and LoKrConfig: what each one does to
-the change of a weight (https://github.com/huggingface/peft, src/peft/tuners/lora/config.py)."""
+"""The settings of PEFT's adapters, fields of its LoraConfig, LoHaConfig and LoKrConfig, and their effect on weights.
+
+Source: https://github.com/huggingface/peft, src/peft/tuners/lora/config.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,17 +11,17 @@ ALPHA_FIELDS: Mapping[str, str] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR"
 
 UNDERSTOOD = frozenset({"peft_type", "r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"})
 
-# Settings that leave the change of a weight as the factors and alpha say it, whatever their value.
+# Settings without effect on the change of a weight: factors and alpha decide it alone.
 _HARMLESS = (
-    # where the adapter comes from and what it is for
+    # the origin and the purpose of the adapter
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config",
-    # which modules have factors and biases, which the file's keys say
+    # the modules with factors and biases; the file's keys show them
     "target_modules exclude_modules layers_to_transform layers_pattern lora_bias ensure_weight_tying",
     # training alone
     "lora_dropout rank_dropout module_dropout rank_dropout_scale velora_config init_weights",
-    # how the factors are shaped, which their shapes say
+    # the shapes of the factors; the file has them
     "use_effective_conv2d decompose_both decompose_factor",
-    # details of what another setting switches on: init_lora_weights, use_qalora, megatron_config
+    # details of a method that another setting switches on: init_lora_weights, use_qalora, megatron_config
     "loftq_config eva_config corda_config lora_ga_config qalora_group_size megatron_core",
 )
 HARMLESS = frozenset(" ".join(_HARMLESS).split())
@@ -28,8 +29,7 @@ HARMLESS = frozenset(" ".join(_HARMLESS).split())
 
 @dataclass(frozen=True)
 class Limit:
-    """The values of a setting, besides those of OFF, under which an adapter is a change of the weights; and why it is
-    not under others."""
+    """The values of a setting that are supported besides those of OFF, and why other values are not."""
 
     values: tuple[object, ...]
     why: str

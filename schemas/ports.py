@@ -1,5 +1,6 @@
-"""Inputs and outputs of every exported stage: name, dtype, dims and what the symbolic dims may be."""
+"""Inputs and outputs of every exported stage: names, dtypes, dims, and the ranges of the symbolic dims."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .stages import (
@@ -17,8 +18,10 @@ from .stages import (
 
 @dataclass(frozen=True)
 class Port:
-    """A named tensor going in or out; dtype is numpy's name. `dims` are sizes or the names of symbolic dims; those of
-    outputs may be terms in the inputs' names, such as "4*height" or, rounding down, "(height+31)//32"."""
+    """A named input or output; `dtype` is numpy's name.
+
+    `dims` are sizes or names of symbolic dims. Dims of outputs may be terms in the inputs' names, such as "4*height"
+    or, rounded down, "(height+31)//32"."""
 
     name: str
     dtype: str
@@ -27,7 +30,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Range:
-    """A symbolic dim is at least `minimum` and a multiple of `step`; the graphs themselves set no upper bound."""
+    """The sizes of a symbolic dim: multiples of `step` from `minimum` on. The graphs set no upper bound."""
 
     minimum: int = 1
     step: int = 1
@@ -42,15 +45,21 @@ class StagePorts:
     ranges: dict[str, Range]
 
 
-def ports_of(config: NetworkConfig) -> StagePorts:
-    """Ports of the stage that `config` describes; they carry the names diffusers gives its arguments.
+def stage_ports(
+    inputs: tuple[Port, ...], outputs: tuple[Port, ...], ranges: Mapping[str, Range] | None = None
+) -> StagePorts:
+    """The ports of a graph whose symbolic input dims may have any size, but for those in `ranges`."""
+    names = dict.fromkeys(dim for port in inputs for dim in port.dims if isinstance(dim, str) and dim.isidentifier())
+    return StagePorts(inputs, outputs, {name: (ranges or {}).get(name, Range()) for name in names})
 
-    The vqgan's are those of its decoder half; the other half has ``vqgan_encoder_ports``."""
+
+def ports_of(config: NetworkConfig) -> StagePorts:
+    """Ports of the stage that `config` describes, with the names of diffusers' arguments.
+
+    The vqgan's ports belong to its decoder half; ``vqgan_encoder_ports`` has those of the other half."""
     match config:
-        case UNetConfig() if config.stage is Stage.PRIOR:
-            return _prior(config)
         case UNetConfig():
-            return _decoder(config)
+            return _prior(config) if config.stage is Stage.PRIOR else _decoder(config)
         case VQGANConfig():
             return _vqgan(config)
         case TextEncoderConfig():
@@ -65,49 +74,44 @@ def ports_of(config: NetworkConfig) -> StagePorts:
             return _controlnet(config)
 
 
+def _floats(name: str, *dims: int | str) -> Port:
+    """A float32 port whose first dim is the batch."""
+    return Port(name, "float32", ("batch", *dims))
+
+
 def _prior(config: UNetConfig) -> StagePorts:
-    latent = ("batch", config.in_channels, "height", "width")
-    return StagePorts(
-        inputs=(
-            Port("sample", "float32", latent),
-            Port("timestep_ratio", "float32", ("batch",)),
-            Port("clip_text_pooled", "float32", ("batch", 1, config.clip_text_pooled_in_channels)),
-            Port("clip_text", "float32", ("batch", "tokens", config.clip_text_in_channels or 0)),
-            Port("clip_img", "float32", ("batch", "images", config.clip_image_in_channels or 0)),
+    return stage_ports(
+        (
+            _floats("sample", config.in_channels, "height", "width"),
+            _floats("timestep_ratio"),
+            _floats("clip_text_pooled", 1, config.clip_text_pooled_in_channels),
+            _floats("clip_text", "tokens", config.clip_text_in_channels or 0),
+            _floats("clip_img", "images", config.clip_image_in_channels or 0),
         ),
-        outputs=(Port("noise_pred", "float32", ("batch", config.out_channels, "height", "width")),),
-        ranges={dim: Range() for dim in ("batch", "height", "width", "tokens", "images")},
+        (_floats("noise_pred", config.out_channels, "height", "width"),),
     )
 
 
 def _decoder(config: UNetConfig) -> StagePorts:
     # Every level but the first halves the embedded size, rounding down, and must leave at least one pixel.
-    smallest = config.patch_size * 2 ** (config.levels - 1)
-    side = Range(minimum=smallest, step=config.patch_size)
-    return StagePorts(
-        inputs=(
-            Port("sample", "float32", ("batch", config.in_channels, "height", "width")),
-            Port("timestep_ratio", "float32", ("batch",)),
-            Port("clip_text_pooled", "float32", ("batch", 1, config.clip_text_pooled_in_channels)),
-            Port("effnet", "float32", ("batch", config.effnet_in_channels or 0, "effnet_height", "effnet_width")),
+    side = Range(minimum=config.patch_size * 2 ** (config.levels - 1), step=config.patch_size)
+    return stage_ports(
+        (
+            _floats("sample", config.in_channels, "height", "width"),
+            _floats("timestep_ratio"),
+            _floats("clip_text_pooled", 1, config.clip_text_pooled_in_channels),
+            _floats("effnet", config.effnet_in_channels or 0, "effnet_height", "effnet_width"),
         ),
-        outputs=(Port("noise_pred", "float32", ("batch", config.out_channels, "height", "width")),),
-        ranges={
-            "batch": Range(),
-            "height": side,
-            "width": side,
-            "effnet_height": Range(),
-            "effnet_width": Range(),
-        },
+        (_floats("noise_pred", config.out_channels, "height", "width"),),
+        {"height": side, "width": side},
     )
 
 
 def _vqgan(config: VQGANConfig) -> StagePorts:
     factor = config.compression
-    return StagePorts(
-        inputs=(Port("latents", "float32", ("batch", config.latent_channels, "height", "width")),),
-        outputs=(Port("images", "float32", ("batch", config.out_channels, f"{factor}*height", f"{factor}*width")),),
-        ranges={dim: Range() for dim in ("batch", "height", "width")},
+    return stage_ports(
+        (_floats("latents", config.latent_channels, "height", "width"),),
+        (_floats("images", config.out_channels, f"{factor}*height", f"{factor}*width"),),
     )
 
 
@@ -115,51 +119,38 @@ def vqgan_encoder_ports(config: VQGANConfig) -> StagePorts:
     """Ports of the vqgan's encoder half: images in 0..1 to unscaled latents. Both halves share their weights' file."""
     factor = config.compression
     side = Range(minimum=factor, step=factor)
-    latent = ("batch", config.latent_channels, f"height//{factor}", f"width//{factor}")
-    return StagePorts(
-        inputs=(Port("images", "float32", ("batch", config.in_channels, "height", "width")),),
-        outputs=(Port("latents", "float32", latent),),
-        ranges={"batch": Range(), "height": side, "width": side},
+    return stage_ports(
+        (_floats("images", config.in_channels, "height", "width"),),
+        (_floats("latents", config.latent_channels, f"height//{factor}", f"width//{factor}"),),
+        {"height": side, "width": side},
     )
 
 
 def _text_encoder(config: TextEncoderConfig) -> StagePorts:
     length = config.max_position_embeddings
-    return StagePorts(
-        inputs=(
-            Port("input_ids", "int64", ("batch", length)),
-            Port("attention_mask", "int64", ("batch", length)),
-        ),
-        outputs=(
-            Port("prompt_embeds", "float32", ("batch", length, config.hidden_size)),
-            Port("pooled", "float32", ("batch", 1, config.projection_dim)),
-        ),
-        ranges={"batch": Range()},
+    return stage_ports(
+        (Port("input_ids", "int64", ("batch", length)), Port("attention_mask", "int64", ("batch", length))),
+        (_floats("prompt_embeds", length, config.hidden_size), _floats("pooled", 1, config.projection_dim)),
     )
 
 
 def _image_encoder(config: ImageEncoderConfig) -> StagePorts:
     side = config.image_size
-    return StagePorts(
-        inputs=(Port("pixel_values", "float32", ("batch", config.num_channels, side, side)),),
-        outputs=(Port("image_embeds", "float32", ("batch", config.projection_dim)),),
-        ranges={"batch": Range()},
+    return stage_ports(
+        (_floats("pixel_values", config.num_channels, side, side),), (_floats("image_embeds", config.projection_dim),)
     )
 
 
 def _effnet_encoder(config: EffnetEncoderConfig) -> StagePorts:
-    return StagePorts(
-        inputs=(Port("pixels", "float32", ("batch", 3, "height", "width")),),
-        outputs=(Port("effnet", "float32", ("batch", config.c_latent, "(height+31)//32", "(width+31)//32")),),
-        ranges={dim: Range() for dim in ("batch", "height", "width")},
+    return stage_ports(
+        (_floats("pixels", 3, "height", "width"),),
+        (_floats("effnet", config.c_latent, "(height+31)//32", "(width+31)//32"),),
     )
 
 
 def _previewer(config: PreviewerConfig) -> StagePorts:
-    return StagePorts(
-        inputs=(Port("latents", "float32", ("batch", config.c_in, "height", "width")),),
-        outputs=(Port("images", "float32", ("batch", config.c_out, "8*height", "8*width")),),
-        ranges={dim: Range() for dim in ("batch", "height", "width")},
+    return stage_ports(
+        (_floats("latents", config.c_in, "height", "width"),), (_floats("images", config.c_out, "8*height", "8*width"),)
     )
 
 
@@ -168,12 +159,10 @@ def _controlnet(config: ControlNetConfig) -> StagePorts:
     is_effnet = config.bottleneck_mode is None
     side = Range(minimum=3 if is_effnet else 1)
     size = ("(height+29)//32", "(width+29)//32") if is_effnet else ("height", "width")
-    return StagePorts(
-        inputs=(Port("control_image", "float32", ("batch", config.c_in, "height", "width")),),
-        outputs=tuple(
-            Port(control_port(block), "float32", ("batch", config.c_proj, *size)) for block in config.proj_blocks
-        ),
-        ranges={"batch": Range(), "height": side, "width": side},
+    return stage_ports(
+        (_floats("control_image", config.c_in, "height", "width"),),
+        tuple(_floats(control_port(block), config.c_proj, *size) for block in config.proj_blocks),
+        {"height": side, "width": side},
     )
 
 

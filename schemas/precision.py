@@ -1,10 +1,10 @@
-"""How a graph computes, and for whom it is written."""
+"""The precision that a graph computes in, and the runtime that it is written for."""
 
 from enum import StrEnum
 
 
 class Precision(StrEnum):
-    """The type a graph computes in. Its ports stay float32, and some sums are float32 in every precision."""
+    """The type that a graph computes in. Its ports are float32 always, and so are some sums."""
 
     FP32 = "fp32"
     FP16 = "fp16"

@@ -1,26 +1,27 @@
-"""Computes the shapes that an engine is built for from sizes of images.
+"""Computes the shapes that an engine is built for from the sizes of images.
 
 An engine accepts every shape between a minimum and a maximum, and is fastest at the optimum between them. Users give
-all three as images: height, width, and how many at a time. Each graph has its own dims for that.
+all three as image sizes: height, width, and the number of images at a time.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .bundle import ImageSize, PortEntry, PortShapes, ProfileEntry
+from .bundle import PortEntry
 from .control import is_control
 from .errors import UsageError
+from .plan_entries import ImageSize, PortShapes, ProfileEntry
 from .sizes import latent_sizes
 from .stages import ControlNetConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 
 Triple = tuple[int, int, int]  # least, likeliest, largest
 
-TOKENS: Triple = (77, 77, 231)  # of text: CLIP's length, up to three texts one after the other
+TOKENS: Triple = (77, 77, 231)  # of text: CLIP's length, up to three texts in a row
 IMAGE_PROMPTS: Triple = (1, 1, 4)
-TEXTS = 16  # and chunks of texts that are encoded at once
+TEXTS = 16  # texts and chunks of texts that are encoded at once
 STEPS: Triple = (1, 20, 100)  # of a schedule, all embedded at once
-EFFNET_STRIDE = 32  # pixels for each value of the map that stage C's latents are like
+EFFNET_STRIDE = 32  # pixels of a side for each value of stage C's latents
 CONTROL_STRIDE = 32
 
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?")
@@ -35,7 +36,7 @@ class Bounds:
     max: ImageSize
 
     def __post_init__(self) -> None:
-        """Raises UsageError for sizes that cannot be made and for bounds that are not in order."""
+        """Raises UsageError for sizes that cannot be generated and for bounds that are not in order."""
         for each in (self.min, self.opt, self.max):
             latent_sizes(each.height, each.width)
         for name in ("height", "width", "images"):
@@ -43,12 +44,12 @@ class Bounds:
             if not least <= likeliest <= largest:
                 raise UsageError(
                     f"{name}: least {least}, likeliest {likeliest}, largest {largest}: expected these in ascending "
-                    "order; see --min, --opt and --max"
+                    "order; see min=..., opt=... and max=..."
                 )
 
     @property
     def static(self) -> bool:
-        """Whether minimum, optimum and maximum are the same size."""
+        """True when minimum, optimum and maximum are the same size."""
         return self.min == self.opt == self.max
 
     def __str__(self) -> str:
@@ -56,7 +57,7 @@ class Bounds:
 
 
 def parse_image_size(text: str) -> ImageSize:
-    """HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
+    """Read HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
     found = _SIZE.fullmatch(text.strip().lower())
     if not found or not all(int(number) for number in found.groups() if number):
         raise UsageError(f"{text!r}: expected HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2")
@@ -64,7 +65,7 @@ def parse_image_size(text: str) -> ImageSize:
 
 
 def shown(size: ImageSize) -> str:
-    """As `parse_image_size` reads it."""
+    """Write a size as `parse_image_size` reads it."""
     return f"{size.height}x{size.width}x{size.images}"
 
 
@@ -74,10 +75,10 @@ DEFAULT = Bounds(*map(parse_image_size, ("512x512x1", "1024x1024x1", "1536x1536x
 def profile_for(config: NetworkConfig, graph: str, inputs: Iterable[PortEntry], bounds: Bounds) -> ProfileEntry:
     """The shapes that the graph `graph` of the network must accept for images within `bounds`.
 
-    Guidance makes two samples of every image in prior and decoder, so their batches reach to twice the images; the
-    vqgan decodes one at a time. Counts that no size tells (text tokens, image prompts, steps) have their usual ranges,
-    and with static bounds their usual value. Dims of a ControlNet's residuals begin at 1 all the same, since that is
-    what stands for none."""
+    With guidance, prior and decoder have two samples for each image, so their batches reach twice the number of images.
+    The vqgan decodes one image at a time. Counts of text tokens, image prompts and steps have their usual ranges, and
+    with static bounds their usual values. Dims of a ControlNet's residuals always begin at 1, which means no residual.
+    """
     sizes = _sizes(config, graph, bounds)
     ports = {}
     for port in inputs:
@@ -103,13 +104,13 @@ def _triple(dim: int | str, port: str, sizes: dict[str, Triple], config: Network
 
 
 def _control(side: str, bounds: Bounds) -> Triple:
-    """Sizes of a ControlNet's residuals: none at all, those of stage C's latents, those of an image in full."""
+    """Sizes of a ControlNet's residuals: 1 for none, the size of stage C's latents, the size for a whole image."""
     likeliest = _latents(bounds.opt, "prior")[side]
     return 1, likeliest, max(likeliest, -(-getattr(bounds.max, side) // CONTROL_STRIDE))
 
 
 def _sizes(config: NetworkConfig, graph: str, bounds: Bounds) -> dict[str, Triple]:
-    """Range of each symbolic dim but those of ControlNets' residuals."""
+    """The range of each symbolic dim, except those of ControlNets' residuals."""
     batch = _batch(config.stage, graph, bounds)
     counts = {"batch": batch, "tokens": TOKENS, "images": IMAGE_PROMPTS, "steps": STEPS}
     if isinstance(config, UNetConfig):
@@ -124,7 +125,7 @@ def _batch(stage: Stage, graph: str, bounds: Bounds) -> Triple:
         return least, 2 * likeliest, 2 * largest
     if stage is Stage.DECODER:  # guidance is off by default
         return least, likeliest, 2 * largest
-    if stage is Stage.TEXT_ENCODER:  # a prompt and a negative one; what was met before is not encoded again
+    if stage is Stage.TEXT_ENCODER:  # a prompt and a negative prompt; known texts are not encoded again
         return 1, 2, max(TEXTS, 2 * largest)
     if stage is Stage.IMAGE_ENCODER:
         return IMAGE_PROMPTS
@@ -134,7 +135,7 @@ def _batch(stage: Stage, graph: str, bounds: Bounds) -> Triple:
 
 
 def _context(config: UNetConfig) -> Triple:
-    """Tokens that condition the blocks: those of the text, and as many of the pooled text and of each image prompt."""
+    """The number of conditioning tokens: the text's, and `clip_seq` for the pooled text and for each image prompt."""
     if config.stage is Stage.DECODER:
         return config.clip_seq, config.clip_seq, config.clip_seq
     least, likeliest, largest = (
@@ -144,7 +145,7 @@ def _context(config: UNetConfig) -> Triple:
 
 
 def _sides(config: NetworkConfig, graph: str, bounds: Bounds, size: ImageSize) -> dict[str, int]:
-    """Heights and widths of what goes into the graph for images of `size`."""
+    """Heights and widths of the graph's inputs for images of `size`."""
     match config.stage:
         case Stage.PRIOR | Stage.PREVIEWER:
             return _latents(size, "prior")
@@ -166,7 +167,7 @@ def _sides(config: NetworkConfig, graph: str, bounds: Bounds, size: ImageSize) -
 
 
 def _effnet_pixels(bounds: Bounds, size: ImageSize) -> dict[str, int]:
-    """Pixels that make a map of the size of stage C's latents; up to the largest image as it is."""
+    """Sides in pixels that give latents of stage C's size; the maximum also covers the largest image as it is."""
     wanted = {side: length * EFFNET_STRIDE for side, length in _latents(size, "prior").items()}
     if bounds.static or size != bounds.max:
         return wanted

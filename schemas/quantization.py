@@ -1,4 +1,4 @@
-"""Weights of Linears in 8 and 4 bits: which Linears may have them, and the tensors they are stored as."""
+"""Weights of Linears in 8 and 4 bits: the Linears that may have them, and the tensors that hold them."""
 
 import math
 import re
@@ -33,7 +33,7 @@ class Quantization(StrEnum):
 BLOCK_SIZES = (32, 64, 128)
 BLOCKWISE = frozenset({Quantization.INT8, Quantization.INT4})
 
-# MatMulInteger is nothing TensorRT has; ONNX Runtime's CPU kernels gain nothing from fp8, but standard operators run.
+# TensorRT has no MatMulInteger. ONNX Runtime's CPU kernels gain nothing from fp8, but its standard operators run.
 TARGETS: Mapping[Quantization, tuple[Target, ...]] = {
     Quantization.NONE: tuple(Target),
     Quantization.INT8: tuple(Target),
@@ -45,12 +45,12 @@ TARGETS: Mapping[Quantization, tuple[Target, ...]] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are stored for a graph that `target` runs, and how it multiplies them.
+    """How weights are stored and multiplied in a graph for `target`.
 
-    Blocks of `block_size` columns count where `kind` has blocks. With `int8_products` ONNX Runtime's MatMulNBits also
-    makes 8-bit integers of the activations, a scale for each block of each row: faster, and no longer weight-only.
+    `block_size` counts columns and matters where `kind` has blocks. With `int8_products` ONNX Runtime's MatMulNBits
+    rounds the activations to 8-bit integers too, with a scale for each block of each row, which is faster.
 
-    Raises UsageError for what does not go together."""
+    Raises UsageError for values that do not go together."""
 
     kind: Quantization = Quantization.NONE
     target: Target = Target.PORTABLE
@@ -60,12 +60,12 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.target not in TARGETS[self.kind]:
             able = ", ".join(TARGETS[self.kind])
-            raise UsageError(f"quantization {self.kind} is not for target {self.target}; it is for {able}")
+            raise UsageError(f"quantization {self.kind}: target {self.target} cannot run it; expected target {able}")
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
-            raise UsageError(f"block size {self.block_size}: expected one of {sizes}")
+            raise UsageError(f"block_size={self.block_size}: expected one of {sizes}")
         if self.int8_products and not self.packed:
-            raise UsageError("int8_products is for int8 and int4 with target ort")
+            raise UsageError('int8_products=True needs kind="int8" or kind="int4" with target="ort"')
 
     @property
     def bits(self) -> int:
@@ -77,17 +77,17 @@ class Scheme:
 
     @property
     def packed(self) -> bool:
-        """Whether weights are stored as MatMulNBits has them, and may have negative scales."""
+        """True when weights are stored in the format of MatMulNBits, where scales may be negative."""
         return self.blockwise and self.target is Target.ORT
 
     def fits(self, columns: int) -> bool:
-        """Whether matrices of so many columns can be stored: TensorRT and others want whole blocks."""
+        """True when matrices with this many columns can be stored; MatMulNBits alone takes half a block."""
         return self.packed or not self.blockwise or columns % self.block_size == 0
 
 
-# How bundles are quantised. ONNX Runtime's CPU kernels beat fp32 with integer activations only. Long blocks cost 8-bit
-# weights next to nothing, and make their products faster. fp8 uses standard operators that ONNX Runtime runs and
-# TensorRT compiles.
+# The schemes of bundles. ONNX Runtime's CPU kernels are faster than fp32 only with integer activations. Long blocks
+# cost 8-bit weights almost no accuracy and are faster. fp8 uses standard operators that ONNX Runtime runs and TensorRT
+# compiles.
 BUNDLE_SCHEMES: Mapping[Quantization, Scheme] = {
     Quantization.INT8: Scheme(Quantization.INT8, Target.ORT, block_size=128, int8_products=True),
     Quantization.INT4: Scheme(Quantization.INT4, Target.ORT, block_size=32, int8_products=True),
@@ -97,8 +97,10 @@ BUNDLE_SCHEMES: Mapping[Quantization, Scheme] = {
 
 
 def bundle_scheme(kind: Quantization, target: Target) -> Scheme:
-    """How a bundle for `target` is quantised in `kind`. The portable target, which is the default, leaves the choice of
-    operators to BUNDLE_SCHEMES. Raises UsageError for a target that has no operators for `kind`."""
+    """Return the scheme of a bundle for `target` that is quantised in `kind`.
+
+    For the portable target, which is the default, BUNDLE_SCHEMES decides the operators. Raises UsageError for a target
+    that has no operators for `kind`."""
     scheme = BUNDLE_SCHEMES[kind]
     if target is Target.PORTABLE:
         return scheme
@@ -107,7 +109,7 @@ def bundle_scheme(kind: Quantization, target: Target) -> Scheme:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file: dtype in safetensors' spelling, shape."""
+    """The dtype, in safetensors' spelling, and shape of a tensor."""
 
     dtype: str
     shape: Shape
@@ -128,11 +130,16 @@ def scale_name(module: str) -> str:
 def stored_tensors(scheme: Scheme, module: str, rows: int, columns: int) -> dict[str, StoredTensor]:
     """The stored tensors that replace the weight (rows, columns) of `module`: values first, then scales.
 
-    int8, int4 for MatMulNBits: U8 (rows, blocks, bytes of a block), values 0 to 2^bits - 1 that mean themselves less
-    2^(bits-1), the last block padded with zeros (what means them). For DequantizeLinear: int8 I8 (rows, columns), int4
-    U8 (rows, columns / 2) of two's complements. Of two 4-bit values in a byte the first has the lower bits.
-    int8-dynamic: I8 (columns, rows), which is how MatMulInteger wants it. fp8: F8_E4M3 (rows, columns).
-    Scales are F32, (rows, blocks) or (rows,)."""
+    | kind | operator | values |
+    |---|---|---|
+    | int8, int4 | MatMulNBits | U8 (rows, blocks, bytes of a block), unsigned: the value plus 2^(bits-1) |
+    | int8 | DequantizeLinear | I8 (rows, columns) |
+    | int4 | DequantizeLinear | U8 (rows, columns / 2), two's complements |
+    | int8-dynamic | MatMulInteger | I8 (columns, rows) |
+    | fp8 | DequantizeLinear | F8_E4M3 (rows, columns) |
+
+    The first of two 4-bit values in a byte has the lower bits. The last block of MatMulNBits is padded with the code of
+    zero. Scales are F32, (rows, blocks) for kinds with blocks, else (rows,)."""
     blocks = -(-columns // scheme.block_size)
     values = {
         Quantization.INT8: StoredTensor("I8", (rows, columns)),
@@ -148,10 +155,10 @@ def stored_tensors(scheme: Scheme, module: str, rows: int, columns: int) -> dict
 
 _UNET = (
     (r".*\.channelwise\.[04]|.*\.attention\.(to_[qkv]|to_out\.0)|.*\.kv_mapper\.1", None),
-    (r"embedding\.1|clf\.1", "reads or writes the latents: small, and its error is in all of them"),
+    (r"embedding\.1|clf\.1", "reads or writes the latents: small, and its error reaches all of them"),
     (r".*\.mapper(_\w+)?", "timestep mapper: small, and its error scales whole blocks"),
     (r"clip_\w+_mapper", "makes the conditioning of every block: its error is in all of them"),
-    (r"(effnet|pixels)_mapper\.[02]", "makes what is added to the embedding: its error is in every block"),
+    (r"(effnet|pixels)_mapper\.[02]", "its output is added to the embedding: its error is in every block"),
     (r"\w+_repeat_mappers\..*|\w+scalers\..*", "the stream itself goes through it, not a part that is added"),
 )
 _CLIP = (
@@ -159,7 +166,7 @@ _CLIP = (
     (r"\w+_projection", "makes the pooled embedding from one row: small, and there is nothing after it"),
 )
 
-# Modules by pattern: why their weight stays float, or None for those that may be quantised. The first that fits counts.
+# Patterns of modules -> why the weight stays float, or None when it may be quantised. The first that fits counts.
 RULES: Mapping[Stage, tuple[tuple[str, str | None], ...]] = {
     Stage.PRIOR: _UNET,
     Stage.DECODER: _UNET,
@@ -169,8 +176,9 @@ RULES: Mapping[Stage, tuple[tuple[str, str | None], ...]] = {
 
 
 def linears(stage: Stage, expected: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, str | None]]:
-    """The modules among the tensors `expected` that are matrix products: name, (rows, columns), and why it stays
-    float, None where it may be quantised. Networks without rules have none."""
+    """The Linears among the tensors `expected`: name, (rows, columns), and why the weight stays float.
+
+    The reason is None where the weight may be quantised. Networks without rules have no such Linears."""
     for name, shape in expected.items():
         module, _, part = name.rpartition(".")
         if part != "weight" or len(shape) < 2 or math.prod(shape[2:]) != 1:

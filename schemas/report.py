@@ -1,11 +1,11 @@
-"""The schema of `report.json`: every figure of a parity run, and what it takes to repeat the run."""
+"""The schema of `report.json`: every figure of a parity run, and the circumstances needed to repeat it."""
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from .numbers import Number
+from .json_models import FrozenModel, Number
 from .precision import Precision
 from .quantization import Quantization
 from .stages import Stage, Variant
@@ -13,28 +13,25 @@ from .stages import Stage, Variant
 FORMAT = "cascadekit-parity-report"
 
 
-class _ReportModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-# Text that may come from file names, which on some systems hold bytes that are no characters.
+# Text that may come from file names, which on some systems contain bytes that are not text.
 Text = Annotated[str, BeforeValidator(_encodable)]
 
 
-class ValueCountEntry(_ReportModel):
-    """How many values, and the index of the first."""
+class ValueCountEntry(FrozenModel):
+    """The number of such values, and the index of the first."""
 
     count: int = Field(ge=0)
     first: tuple[int, ...] | None
 
 
-class HistogramEntry(_ReportModel):
-    """Errors as a part of the reference's root mean square: `exact` are zero, `counts` lie between 10 to the power of
-    neighbouring `edges`."""
+class HistogramEntry(FrozenModel):
+    """Counts of errors, relative to the reference's root mean square. `exact` errors are zero.
+
+    An error in `counts` is between 10 to the power of an edge and of the next edge."""
 
     edges: tuple[float, ...]
     exact: int
@@ -43,11 +40,17 @@ class HistogramEntry(_ReportModel):
     above: int
 
 
-class ComparisonEntry(_ReportModel):
+class ComparisonEntry(FrozenModel):
     """One array compared with its reference; the figures are those of `parity.compare.Comparison`.
 
-    `kind` is "stage" for a forward pass by itself, "teacher-forced" for a pass on the latents of the reference's
-    trajectory, "trajectory" for a step of the engine's own trajectory, and "noise". `step` counts from 1."""
+    | kind | compared |
+    |---|---|
+    | stage | a forward pass by itself |
+    | teacher-forced | a pass on the latents of the reference's trajectory |
+    | trajectory | a step of the engine's own trajectory |
+    | noise | the generated noise |
+
+    `step` counts from 1."""
 
     name: Text
     kind: Text
@@ -84,15 +87,15 @@ class ComparisonEntry(_ReportModel):
     histogram: HistogramEntry
 
 
-class StageFacts(_ReportModel):
-    """Facts from the bundle's manifest about a stage that was compared."""
+class StageFacts(FrozenModel):
+    """Facts from the bundle's manifest about a compared stage."""
 
     variant: Variant
     precision: Precision
     quantization: Quantization
 
 
-class ImageEntry(_ReportModel):
+class ImageEntry(FrozenModel):
     """The final image of the engine compared with that of the reference."""
 
     passed: bool
@@ -101,7 +104,7 @@ class ImageEntry(_ReportModel):
     ssim: Number | None  # None where the images are smaller than its window
 
 
-class DepthEntry(_ReportModel):
+class DepthEntry(FrozenModel):
     """The errors of one part of a stage's graph, as relative L2.
 
     `own` is its error when its inputs are the reference's values. `floor` is the error of the reference's module in the
@@ -115,7 +118,7 @@ class DepthEntry(_ReportModel):
     faulty: bool
 
 
-class RangeEntry(_ReportModel):
+class RangeEntry(FrozenModel):
     """The largest magnitude that a block's activations reach."""
 
     stage: Stage
@@ -124,7 +127,7 @@ class RangeEntry(_ReportModel):
     precision: Precision
 
 
-class ComparedFile(_ReportModel):
+class ComparedFile(FrozenModel):
     """A file that was part of the comparison; its digests are those of `schemas.bundle.FileEntry`."""
 
     role: Literal["bundle", "reference"]
@@ -134,7 +137,7 @@ class ComparedFile(_ReportModel):
     sha256: str | None
 
 
-class ParityReport(_ReportModel):
+class ParityReport(FrozenModel):
     """A parity run. `date` is UTC in ISO 8601. `left_out` names the inputs whose sizes the engine was not built for."""
 
     format: Literal["cascadekit-parity-report"] = "cascadekit-parity-report"

@@ -1,27 +1,24 @@
-"""A request for one image, as the command line, a line of a batch, the page and a PNG's metadata hold it."""
+"""A request for one image, in the form that the command line, batches, the page and PNG metadata share."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from .errors import UsageError
+from .json_models import FrozenModel
 from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
-from .settings import LONG, SETTINGS, Settings, parse_settings, wrong_fields
+from .messages import LONG, wrong_fields
+from .settings import SETTINGS, Settings, parse_settings
 
 CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
 
-
-Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
-class PictureRef(_Frozen):
+class PictureRef(FrozenModel):
     """The path of a picture, and the SHA-256 that the file had when it was used."""
 
     path: str
@@ -35,7 +32,7 @@ class ControlRef(PictureRef):
     strength: Strength = 1.0
 
 
-class LoraRef(_Frozen):
+class LoraRef(FrozenModel):
     """A LoRA by name or path, merged into the weights with this strength."""
 
     name: str
@@ -55,7 +52,7 @@ def _text(value: str) -> str:
 
 
 def _several(value: object) -> object:
-    """A list from a single entry, or from a table's cell such as "a;b"."""
+    """Make a list of a single entry or of a table's cell such as "a;b"."""
     if isinstance(value, str):
         return [part for part in value.split(";") if part]
     return [value] if isinstance(value, Mapping) else value
@@ -78,8 +75,8 @@ Picture = Annotated[PictureRef, BeforeValidator(_picture)]
 ControlEntry = Annotated[ControlRef, BeforeValidator(_control)]
 
 
-class Request(_Frozen):
-    """All that decides one image. It is image `index` of a `batch` whose noise comes from one generator with `seed`."""
+class Request(FrozenModel):
+    """Everything that decides one image: number `index` of a `batch` whose noise comes from one generator."""
 
     prompt: Text
     negative: Text = ""
@@ -94,9 +91,10 @@ class Request(_Frozen):
     loras: Annotated[tuple[LoraRef, ...], Several] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Flat plain values, as `parse_request` reads them; values equal to their default are left out."""
+        """Flat plain values that `parse_request` reads; values equal to their default are left out."""
         own = self.model_dump(exclude={"settings"}, exclude_defaults=True)
-        return {"prompt": self.prompt, "negative": self.negative, **_placed(self), **own, **self.settings.to_json()}
+        always = {name: getattr(self, name) for name in ("prompt", "negative", "seed", "index", "batch")}
+        return always | own | self.settings.to_json()
 
     @property
     def group(self) -> tuple[object, ...]:
@@ -111,20 +109,17 @@ _INFORMATION: Mapping[str, TypeAdapter[Any]] = {
     "precision": TypeAdapter(dict[Text, Text]),
     **dict.fromkeys(("engine", "bundle", "version", "created_by", "key"), _SAID),
 }
-INFORMATION = frozenset(_INFORMATION)  # fields that tell how an image was made, and that `generate` does not read
-
-
-def _placed(request: Request) -> dict[str, int]:
-    return {"seed": request.seed, "index": request.index, "batch": request.batch}
+INFORMATION = frozenset(_INFORMATION)  # fields about how an image was generated; `generate` ignores them
 
 
 def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Request:
-    """A request from flat values; text is accepted for numbers, and None or "" for a value that is not given.
+    """Make a request of flat values. Text is accepted for numbers; None and "" count as not given.
 
     Raises UsageError naming each field that is wrong, unknown or missing."""
-    said = {name: value for name, value in given.items() if value not in (None, "") or name in ("prompt", "negative")}
-    settings = parse_settings({name: said[name] for name in said.keys() & SETTINGS}, default_size)
-    rest = {name: said[name] for name in said if name not in SETTINGS | INFORMATION}
+    texts = ("prompt", "negative")
+    present = {name: value for name, value in given.items() if value not in (None, "") or name in texts}
+    settings = parse_settings({name: present[name] for name in present.keys() & SETTINGS}, default_size)
+    rest = {name: present[name] for name in present if name not in SETTINGS | INFORMATION}
     try:
         request = Request(settings=settings, **rest)
     except ValidationError as error:
@@ -137,10 +132,10 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
 
 
 def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split flat values into those that a request may have, as plain JSON values, and the names of the others.
+    """Split flat values into the sound ones, as plain JSON values, and the names of the others.
 
-    Each value is checked by itself. The page so shows the sound values of an image from a newer version, or of one that
-    was tampered with."""
+    Each value is checked by itself, so that the page can show the sound values of an image from a newer version or of
+    a manipulated one."""
     found: dict[str, Any] = {}
     others: list[str] = []
     for name, value in given.items():
@@ -165,7 +160,7 @@ def _one(name: str, value: Any) -> Any:
 
 
 def loras_of(given: Mapping[str, Any]) -> tuple[LoraRef, ...]:
-    """The LoRAs among flat values. Raises UsageError when `loras` is no list of LoRAs."""
+    """The LoRAs among flat values. Raises UsageError when `loras` is not a list of LoRAs."""
     try:
         return TypeAdapter(Annotated[tuple[LoraRef, ...], Several]).validate_python(given.get("loras", ()))
     except ValidationError as error:

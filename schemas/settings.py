@@ -1,12 +1,11 @@
-"""Settings: everything besides prompts, pictures and the seed that decides what an image looks like.
+"""Settings: everything that decides an image besides prompts, pictures and the seed.
 
 People and PNG metadata write settings flat: `prior_steps`, `decoder_guidance`. Code passes them on as one value:
 `Settings.prior` and `Settings.decoder` each give the `Sampling` of one stage.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from enum import StrEnum
 from numbers import Integral, Real
 from typing import Annotated, Any, Self, TypedDict, Unpack
@@ -15,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
+from .messages import require_known, shown, wrong_fields
 from .sizes import SizePolicy
 
 
@@ -74,7 +74,7 @@ class Sampling:
 
     @property
     def guides(self) -> bool:
-        """Whether the stage computes an unconditional prediction too."""
+        """True when the stage computes an unconditional prediction too."""
         return self.guidance > 1
 
     def changed(self, **changes: Unpack[SamplingOptions]) -> Self:
@@ -89,7 +89,7 @@ PRIOR_SAMPLING, DECODER_SAMPLING = Sampling(steps=20, guidance=4.0), Sampling(st
 
 
 def _ratios(value: object) -> object:
-    """Split a table's cell such as "1,0.5,0"; leave every other value to pydantic."""
+    """Split a table's cell such as "1,0.5,0"; pydantic checks every other value."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
@@ -99,7 +99,7 @@ Range = tuple[type[Real], float, float]  # the kind of number, its least and its
 _SIDE, _STEPS = (Integral, 1, MAX_IMAGE_SIDE), (Integral, 1, MAX_STEPS)
 _WEIGHT, _SHIFT, _SHARE = (Real, -MAX_WEIGHT, MAX_WEIGHT), (Real, 0, MAX_WEIGHT), (Real, 0, 1)
 
-# The range of every number of the settings. NaN lies in none of them.
+# The range of every number of the settings. NaN is in none of them.
 RANGES: Mapping[str, Range] = {
     "width": _SIDE,
     "height": _SIDE,
@@ -112,7 +112,6 @@ RANGES: Mapping[str, Range] = {
     "rescale": _SHARE,
     "strength": _SHARE,
 }
-LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
 TIMESTEPS = ("prior_timesteps", "decoder_timesteps")
 
 
@@ -120,10 +119,10 @@ TIMESTEPS = ("prior_timesteps", "decoder_timesteps")
 class Settings:
     """The size of an image in pixels, and how both stages are sampled.
 
-    `prior_timesteps` and `decoder_timesteps` replace a number of steps, see `Sampling`. Shift and rescale belong to the
-    gdf sampler. `strength` is the timestep ratio where sampling starts on an initial picture: at 1 nothing of the
-    picture is left, and the nearer to 0, the less changes. `weighted` reads (words:1.2) in prompts as emphasis;
-    `long_prompts` encodes prompts beyond 77 tokens in chunks.
+    `prior_timesteps` and `decoder_timesteps` replace the number of steps, see `Sampling`. Shift and rescale belong to
+    the gdf sampler. `strength` is the timestep ratio where sampling starts on an initial picture. At 1 nothing of the
+    picture remains; near 0 little changes. `weighted` reads (words:1.2) in prompts as emphasis. `long_prompts` encodes
+    prompts beyond 77 tokens in chunks.
 
     Raises UsageError for a number outside its range, NaN included.
 
@@ -158,24 +157,19 @@ class Settings:
     @property
     def prior(self) -> Sampling:
         """How stage C is sampled."""
-        return Sampling(
-            self.prior_steps, self.prior_guidance, self.sampler, self.prior_shift, self.rescale, self.prior_timesteps
-        )
+        return self._sampling("prior")
 
     @property
     def decoder(self) -> Sampling:
         """How stage B is sampled."""
-        return Sampling(
-            self.decoder_steps,
-            self.decoder_guidance,
-            self.sampler,
-            self.decoder_shift,
-            self.rescale,
-            self.decoder_timesteps,
-        )
+        return self._sampling("decoder")
+
+    def _sampling(self, stage: str) -> Sampling:
+        own = {name: getattr(self, f"{stage}_{name}") for name in ("steps", "guidance", "shift", "timesteps")}
+        return Sampling(**own, sampler=self.sampler, rescale=self.rescale)
 
     def to_json(self) -> dict[str, Any]:
-        """Flat plain values by name, as `parse_settings` reads them; empty lists are left out."""
+        """Flat plain values that `parse_settings` reads; empty lists are left out."""
         found = {name: value for name, value in asdict(self).items() if value != ()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -199,17 +193,7 @@ def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
     return is_number and bool(least <= value <= most)
 
 
-def shown(value: object) -> str:
-    """A wrong value as a message shows it: of any type, and shortened to LONG characters."""
-    if isinstance(value, list | tuple | dict):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if isinstance(value, int) and value.bit_length() > LONG_BITS:
-        return "a number of hundreds of digits"
-    text = repr(value[:LONG] if isinstance(value, str) else value)
-    return text if len(text) <= LONG else f"{text[:LONG]}..."
-
-
-# The settings whose defaults depend on the sampler; those of gdf are those of Stability's notebooks.
+# Defaults that depend on the sampler; the values for gdf are from Stability's notebooks.
 SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
     Sampler.DDPM_WUERSTCHEN: {},
     Sampler.GDF: {"prior_shift": 2.0, "decoder_guidance": 1.1, "rescale": 0.7},
@@ -218,52 +202,12 @@ SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
 SETTINGS = frozenset(field.name for field in fields(Settings))
 _ADAPTER = TypeAdapter(Settings)
 
-# Names from diffusers and ComfyUI, with the names that stand for them here.
-NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
-    "num_inference_steps": ("steps", "prior_steps", "decoder_steps"),
-    "prior_num_inference_steps": ("prior_steps",),
-    "guidance_scale": ("guidance", "prior_guidance", "decoder_guidance"),
-    "prior_guidance_scale": ("prior_guidance",),
-    "decoder_guidance_scale": ("decoder_guidance",),
-    "cfg": ("guidance", "prior_guidance", "decoder_guidance"),
-    "scheduler": ("sampler",),
-    "denoise": ("strength",),
-    "negative_prompt": ("negative",),
-    "num_images_per_prompt": ("num_images",),
-    "generator": ("seed",),
-    "output_type": ("output",),
-    "image": ("init_image", "image_prompts"),
-    "mask_image": ("mask",),
-    "size": ("width", "height"),
-}
-STAGE_PREFIXES = ("prior_", "decoder_")
-
-
-def nearest_names(name: str, known: Collection[str]) -> list[str]:
-    """The names of `known` that somebody who wrote `name` most likely meant, at most two."""
-    stem = next((name.removeprefix(prefix) for prefix in STAGE_PREFIXES if name.startswith(prefix)), name)
-    candidates = (*NAMES_ELSEWHERE.get(name, ()), *(prefix + name for prefix in STAGE_PREFIXES), stem)
-    return [each for each in candidates if each in known][:2] or get_close_matches(name[:LONG], sorted(known), 2)
-
-
-def unknown(name: str, known: Collection[str]) -> str:
-    """The message for a name that is not one of `known`."""
-    meant = nearest_names(name, known)
-    return f"{name[:LONG]}: unknown" + (f", did you mean {' or '.join(meant)}?" if meant else "")
-
-
-def require_known(what: str, given: Collection[str], known: Collection[str]) -> None:
-    """Raise UsageError for names in `given` that are not in `known`; the message suggests a name for each."""
-    wrong = [name for name in given if name not in known]
-    if wrong:
-        raise UsageError(f"{what}: {'; '.join(unknown(name, known) for name in wrong[:5])}")
-
 
 def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> Settings:
-    """Settings from flat values, such as those of a PNG's metadata; text is accepted for numbers.
+    """Make settings of flat values, such as a PNG's metadata; text is accepted for numbers.
 
-    A size that is not given is `default_size` (width, height). The sampler decides other defaults, see
-    SAMPLER_DEFAULTS. Raises UsageError that names each wrong field."""
+    `default_size` is (width, height). Other defaults depend on the sampler, see SAMPLER_DEFAULTS. Raises UsageError
+    that names each wrong field."""
     width, height = default_size
     try:
         sampler = Sampler(given.get("sampler", Sampler.DDPM_WUERSTCHEN))
@@ -273,18 +217,3 @@ def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> S
         return _ADAPTER.validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
     except ValidationError as error:
         raise UsageError(f"settings: {wrong_fields(error, SETTINGS)}") from error
-
-
-def wrong_fields(error: ValidationError, known: Collection[str] = ()) -> str:
-    """A short message for each of the first five fields that pydantic refused; `known` are the names there are."""
-    return "; ".join(
-        unknown(_dotted(e["loc"]), known)
-        if e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-        else f"{_dotted(e['loc'])}: {e['msg']}"
-        for e in error.errors()[:5]
-    )
-
-
-def _dotted(place: Sequence[int | str]) -> str:
-    """Where in the values pydantic found something, such as controls.0.strength."""
-    return ".".join(str(part)[:LONG] for part in place)

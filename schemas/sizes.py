@@ -1,11 +1,11 @@
-"""From the size of an image to the sizes of the latents.
+"""Computes the sizes of the latents from the size of an image.
 
 | rule        | stage C side        | stage B side              | image                                     |
 |-------------|---------------------|---------------------------|-------------------------------------------|
-| Stability's | ceil(side / 42.67)  | ceil(side / 4)            | the size asked for, at every multiple of 8 |
-| diffusers'  | ceil(side / 42.67)  | int(10.67 * stage C side) | often another size than was asked for     |
+| Stability's | ceil(side / 42.67)  | ceil(side / 4)            | the requested size, any multiple of 8     |
+| diffusers'  | ceil(side / 42.67)  | int(10.67 * stage C side) | often not the requested size              |
 
-An odd stage B side, which diffusers' rule gives for some sizes, cannot be decoded at all.
+diffusers' rule gives an odd stage B side for some sizes, which cannot be decoded.
 """
 
 import math
@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE
+from .messages import shown
 
 PRIOR_COMPRESSION = 42.67
 DIFFUSERS_LATENT_SCALE = 10.67
@@ -39,13 +40,13 @@ class LatentSizes:
 
 
 def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT) -> LatentSizes:
-    """Latent sizes for an image of `height` x `width` pixels.
+    """Return the latent sizes for an image of `height` x `width` pixels.
 
     Raises UsageError for a side that is no multiple of 8, too small or too large, and for a size that diffusers' rule
     cannot decode."""
     for name, side in (("height", height), ("width", width)):
         if side > MAX_IMAGE_SIDE:
-            raise UsageError(f"{name} of {_shown(side)}: expected at most {MAX_IMAGE_SIDE} pixels")
+            raise UsageError(f"{name} of {shown(side)}: expected at most {MAX_IMAGE_SIDE} pixels")
         if side < SMALLEST_SIDE or side % SIZE_STEP:
             nearest = max(SMALLEST_SIDE, round(side / SIZE_STEP) * SIZE_STEP)
             raise UsageError(
@@ -56,13 +57,8 @@ def latent_sizes(height: int, width: int, policy: SizePolicy = SizePolicy.EXACT)
     return LatentSizes(prior, decoder, (decoder[0] * VQGAN_COMPRESSION, decoder[1] * VQGAN_COMPRESSION))
 
 
-def _shown(side: int) -> str:
-    """A number as a message shows it; a number of more than 12 digits is not written out."""
-    return str(side) if side < 10**12 else f"more than {10**12}"
-
-
 def _decoder_size(prior: tuple[int, int], policy: SizePolicy, image: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the stage B latent."""
+    """Return (height, width) of the stage B latent."""
     if policy is SizePolicy.EXACT:
         return math.ceil(image[0] / VQGAN_COMPRESSION), math.ceil(image[1] / VQGAN_COMPRESSION)
     height, width = (int(side * DIFFUSERS_LATENT_SCALE) for side in prior)

@@ -1,14 +1,14 @@
 """The stages of the cascade, one frozen config per network, and the presets of the releases.
 
-Field names are those of the published ``config.json`` files (diffusers for prior, decoder and vqgan,
-transformers for the CLIP encoders), so a config and its JSON differ in punctuation only. The effnet encoder,
-the previewer and the ControlNets have no such file; their fields are the arguments of Stability's classes.
+Fields have the names of the published ``config.json`` files: of diffusers for prior, decoder and vqgan, of transformers
+for the CLIP encoders. The effnet encoder, the previewer and the ControlNets have no such file; their fields are the
+arguments of Stability's classes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .errors import LayoutError
 from .layer_tensors import EFFICIENTNET_WIDTH
@@ -31,7 +31,7 @@ class Stage(StrEnum):
 
 
 class Variant(StrEnum):
-    """Which release a config equals: Stability's two sizes, our tiny one, or none of them."""
+    """The release that a config equals: Stability's full or lite, cascadekit's tiny, or custom for none of them."""
 
     FULL = "full"
     LITE = "lite"
@@ -55,18 +55,20 @@ HEAD_CHANNELS = 64  # channels of one attention head, in every release of stage 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Prior (stage C) or decoder (stage B). Per-level tuples run from the outermost level inwards,
-    the ``up_*`` ones from the deepest level outwards, which is the order of ``up_blocks.N``."""
+    """Prior (stage C) or decoder (stage B).
+
+    Tuples have an entry for each level, the outermost first. The ``up_*`` tuples have the deepest level first, like
+    ``up_blocks.N``."""
 
     in_channels: int
     out_channels: int
     patch_size: int
     conditioning_dim: int
     block_out_channels: tuple[int, ...]
-    num_attention_heads: tuple[int, ...]  # on levels without attention a placeholder without meaning
+    num_attention_heads: tuple[int, ...]  # placeholders without meaning on levels without attention
     down_num_layers_per_block: tuple[int, ...]
     up_num_layers_per_block: tuple[int, ...]
-    down_blocks_repeat_mappers: tuple[int, ...]  # passes through the level, one mapper between two passes
+    down_blocks_repeat_mappers: tuple[int, ...]  # runs of the level, with a mapper between two runs
     up_blocks_repeat_mappers: tuple[int, ...]
     block_types_per_layer: tuple[tuple[Block, ...], ...]
     clip_text_in_channels: int | None
@@ -94,12 +96,12 @@ class UNetConfig:
         return Block.ATTENTION in self.block_types_per_layer[level]
 
     def heads_fit(self, level: int) -> bool:
-        """Whether the level's heads divide its channels."""
+        """True when the level's heads divide its channels."""
         heads = self.num_attention_heads[level]
         return heads > 0 and self.block_out_channels[level] % heads == 0
 
     def without_placeholders(self) -> "UNetConfig":
-        """Heads of attention-free levels set to 0: equal results mean equal networks."""
+        """The same config with 0 heads on levels without attention: equal results mean equal networks."""
         heads = (n if self.has_attention(level) else 0 for level, n in enumerate(self.num_attention_heads))
         return replace(self, num_attention_heads=tuple(heads))
 
@@ -108,6 +110,7 @@ class UNetConfig:
 class VQGANConfig:
     """Stage A."""
 
+    stage: ClassVar[Stage] = Stage.VQGAN
     bottleneck_blocks: int
     embed_dim: int
     levels: int = 2
@@ -117,10 +120,6 @@ class VQGANConfig:
     num_vq_embeddings: int = 8192
     up_down_scale_factor: int = 2
     scale_factor: float = 0.3764  # diffusers' value; Stability's code multiplies by ORIGINAL_VQGAN_SCALE
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.VQGAN
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -140,6 +139,7 @@ ORIGINAL_VQGAN_SCALE = 0.43
 class TextEncoderConfig:
     """CLIP text model with projection (ViT-bigG/14 in the releases)."""
 
+    stage: ClassVar[Stage] = Stage.TEXT_ENCODER
     hidden_size: int
     intermediate_size: int
     num_attention_heads: int
@@ -153,15 +153,12 @@ class TextEncoderConfig:
     eos_token_id: int = 49407
     pad_token_id: int = 1
 
-    @property
-    def stage(self) -> Stage:
-        return Stage.TEXT_ENCODER
-
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
     """CLIP vision model with projection (ViT-L/14 in the releases)."""
 
+    stage: ClassVar[Stage] = Stage.IMAGE_ENCODER
     hidden_size: int
     intermediate_size: int
     num_attention_heads: int
@@ -173,43 +170,33 @@ class ImageEncoderConfig:
     patch_size: int = 14
     num_channels: int = 3
 
-    @property
-    def stage(self) -> Stage:
-        return Stage.IMAGE_ENCODER
-
 
 @dataclass(frozen=True)
 class EffnetEncoderConfig:
     """Encodes an image into latents of the prior, 32 times smaller: EfficientNetV2-S and a 1x1 convolution."""
 
+    stage: ClassVar[Stage] = Stage.EFFNET_ENCODER
     c_latent: int = 16
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.EFFNET_ENCODER
 
 
 @dataclass(frozen=True)
 class PreviewerConfig:
-    """Draws the prior's latents as a small image, 8 times their size."""
+    """Decodes the prior's latents into a small image, 8 times their size."""
 
+    stage: ClassVar[Stage] = Stage.PREVIEWER
     c_in: int = 16
     c_hidden: int = 512
     c_out: int = 3
 
     @property
-    def stage(self) -> Stage:
-        return Stage.PREVIEWER
-
-    @property
     def widths(self) -> tuple[int, ...]:
-        """Channels at the size of the latents, and each time the size has been doubled."""
+        """Channels at the size of the latents, and after each doubling of the size."""
         return tuple(self.c_hidden // share for share in (1, 2, 4, 4))
 
 
 Bottleneck = Literal["large", "simple"]
 
-# A control image's channels and the backbone it goes through (None: EfficientNetV2-S) tell the released kinds apart.
+# The released kinds differ in the channels of the control image and in the backbone (None: EfficientNetV2-S).
 CONTROLNET_KINDS: Mapping[Stage, tuple[int, Bottleneck | None]] = {
     Stage.CONTROLNET_CANNY: (1, None),
     Stage.CONTROLNET_INPAINTING: (4, None),
@@ -221,9 +208,9 @@ CONTROLNETS = tuple(CONTROLNET_KINDS)
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """Adds what it sees in a control image to the input of some residual blocks of the full prior.
+    """A ControlNet computes residuals from a control image, for the inputs of some residual blocks of the full prior.
 
-    Raises LayoutError for channels and backbones that make none of the released kinds."""
+    Raises LayoutError for channels and a backbone that no released kind has."""
 
     c_in: int
     proj_blocks: tuple[int, ...]  # the residual blocks, counted in the order they run; one projection for each
@@ -262,7 +249,7 @@ NetworkConfig = (
 def prior_config(
     widths: tuple[int, ...], heads: tuple[int, ...], layers: tuple[int, ...], *, text: int = 1280, pooled: int = 1280
 ) -> UNetConfig:
-    """A stage C as released: two levels of equal size, attention on both, `layers` counted downwards."""
+    """A stage C like the released ones: two levels of equal size with attention; `layers` on the way down."""
     return UNetConfig(
         in_channels=16,
         out_channels=16,
@@ -295,7 +282,7 @@ def decoder_config(
     conditioning: int = 1280,
     pooled: int = 1280,
 ) -> UNetConfig:
-    """A stage B as released: four levels, attention on the inner two."""
+    """A stage B like the released ones: four levels, attention on the inner two."""
     return UNetConfig(
         in_channels=4,
         out_channels=4,
@@ -347,7 +334,7 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
 
 
 def variant_of(config: NetworkConfig) -> Variant:
-    """The release whose network `config` describes, or CUSTOM."""
+    """Return the release whose network `config` describes, or CUSTOM."""
     for (_, variant), preset in PRESETS.items():
         if same_network(config, preset):
             return variant
@@ -355,7 +342,7 @@ def variant_of(config: NetworkConfig) -> Variant:
 
 
 def same_network(a: NetworkConfig, b: NetworkConfig) -> bool:
-    """Equal but for what does not change the network: head placeholders and the VQGAN's scale."""
+    """True for configs of equal networks. Head placeholders and the VQGAN's scale do not matter."""
     if isinstance(a, UNetConfig) and isinstance(b, UNetConfig):
         return a.without_placeholders() == b.without_placeholders()
     if isinstance(a, VQGANConfig) and isinstance(b, VQGANConfig):

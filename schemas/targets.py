@@ -1,4 +1,4 @@
-"""GPUs that engines are built for: names of cards, what a GPU has no kernels for, and what to do instead."""
+"""GPUs that engines are built for: names of cards, the kernels that a GPU lacks, and what to use instead."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,12 @@ RTX, PLAIN = "tensorrt-rtx", "tensorrt"
 
 # The compute capabilities TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-# NVIDIA's guide to TensorRT-RTX: no plan for Turing and later GPUs at once.
+# NVIDIA's guide to TensorRT-RTX: no plan serves both Turing and later GPUs.
 ALONE = "sm75"
 
 _KIND = r"(ti|super|d|laptop|gpu|maxq)*"  # of a GeForce
 
-# Names of GPUs as people write them, lower case, without "nvidia", "geforce", "tesla", spaces and dashes.
+# Names of GPUs in lower case, without "nvidia", "geforce", "tesla", spaces and dashes.
 CARDS: Mapping[str, str] = {
     rf"((gtx)?16[356]0|(rtx)?20[5678]0){_KIND}|titanrtx|quadrortx[34568]000|t4g?|t(400|600|1000|1200)": "sm75",
     r"a100(sxm.*|pcie.*|x|\d+gb.*)?|a30x?|a800": "sm80",
@@ -36,16 +36,16 @@ _CAPABILITY = re.compile(r"(?:sm_?|compute_?)?(\d{1,2})\.?(\d)")
 
 
 def parse_targets(values: Iterable[str]) -> tuple[str, ...]:
-    """The compute capabilities meant by `values`, ascending, each once: "sm89", "8.9", "rtx 4090", or several of them
-    with commas between.
+    """Return the compute capabilities named in `values`, ascending, each once.
 
-    Raises UsageError for what is no name of a GPU that is known here."""
+    A value is "sm89", "8.9", "rtx 4090", or several such names with commas between. Raises UsageError for a name that
+    is not known."""
     found = {parse_target(name) for value in values for name in value.split(",") if name.strip()}
     return tuple(sorted(found, key=number_of))
 
 
 def parse_target(name: str) -> str:
-    """One compute capability, as in "sm89"."""
+    """Return one compute capability, such as "sm89". Raises UsageError for a name that is not known."""
     plain = re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
     for pattern, capability in CARDS.items():
         if re.fullmatch(pattern, plain):
@@ -54,25 +54,25 @@ def parse_target(name: str) -> str:
     if given:
         return f"sm{given[1]}{given[2]}"
     raise UsageError(
-        f"{name!r}: no GPU that is known here; expected one of {', '.join(RTX_TARGETS)}, or a card such as 'rtx 4090'"
+        f"{name!r}: not a known GPU; expected one of {', '.join(RTX_TARGETS)}, or a card such as 'rtx 4090'"
     )
 
 
 def number_of(capability: str) -> int:
-    """120 of "sm120", which is compute capability 12.0."""
+    """Return 120 for "sm120", which is compute capability 12.0."""
     return int(capability.removeprefix("sm"))
 
 
 def require_rtx_targets(targets: Iterable[str]) -> None:
-    """Raises UsageError for targets that TensorRT-RTX does not build for, and for none."""
+    """Raise UsageError for targets that TensorRT-RTX does not build for, and when there are none."""
     targets = tuple(targets)
     if not targets:
-        raise UsageError("say which GPUs to build for, such as --arch sm89 or --arch 'rtx 4090'")
+        raise UsageError('say which GPUs to build for, such as targets=["sm89"] or targets=["rtx 4090"]')
     wrong = [target for target in targets if target not in RTX_TARGETS]
     if wrong:
         raise UsageError(
             f"{', '.join(wrong)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} alone; "
-            "on the GPU itself use --backend tensorrt"
+            'on the GPU itself use backend="tensorrt"'
         )
 
 
@@ -83,44 +83,59 @@ def group_targets(targets: Iterable[str]) -> list[tuple[str, ...]]:
     return [group for group in groups if group]
 
 
+ANY = 1 << 20  # above every compute capability
+
+
 @dataclass(frozen=True)
 class _Lack:
-    """A precision or quantization without kernels on GPUs below a compute capability. `backend` None: in both."""
+    """A precision or quantization without kernels on GPUs below a compute capability; in both backends for None."""
 
     what: Precision | Quantization
     below: int
     reason: str
-    instead: str
+    instead: Precision | Quantization
     backend: str | None = None
 
 
-# Each was met at a build of the backend named (TensorRT-RTX 1.7), which says so only after minutes, or of a part of
-# the network only when run.
+# Each was found in a build with the backend named (TensorRT-RTX 1.7). Such a build fails only after minutes, or the
+# finished engine fails when it runs.
 _LACKS = (
-    _Lack(Precision.BF16, 80, "has no bf16", "--precision fp16"),
-    _Lack(Precision.FP32, 80, "has no matrix products in fp32", "--precision fp16", RTX),
-    _Lack(Quantization.INT4, 80, "has no int4", "--quantize int8"),
-    _Lack(Quantization.FP8, 89, "has no fp8", "--quantize int8"),
-    _Lack(Quantization.INT8_DYNAMIC, 1 << 20, "has none of its integer products", "--quantize int8"),
+    _Lack(Precision.BF16, 80, "has no bf16", Precision.FP16),
+    _Lack(Precision.FP32, 80, "has no matrix products in fp32", Precision.FP16, RTX),
+    _Lack(Quantization.INT4, 80, "has no int4", Quantization.INT8),
+    _Lack(Quantization.FP8, 89, "has no fp8", Quantization.INT8),
+    _Lack(Quantization.INT8_DYNAMIC, ANY, "has none of its integer products", Quantization.INT8),
 )
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why graphs cannot become an engine for a GPU, and the options of `export` that make others."""
+    """Why graphs cannot become an engine for a GPU, and the precision or quantization of graphs that can."""
 
     reason: str
-    instead: str
+    instead: Precision | Quantization
+
+    @property
+    def argument(self) -> str:
+        """The argument of `export` that makes such graphs."""
+        return f'{self._name}="{self.instead}"'
+
+    @property
+    def option(self) -> str:
+        """The same as an option of the command `cascadekit export`."""
+        return f"--{self._name} {self.instead}"
+
+    @property
+    def _name(self) -> str:
+        return "precision" if isinstance(self.instead, Precision) else "quantize"
 
 
 def refusal(backend: str, target: str, precision: Precision, quantization: Quantization) -> Refusal | None:
-    """Why graphs of `precision` and `quantization` are not for `target`; None when they are."""
+    """Return why graphs of `precision` and `quantization` cannot be built for `target`; None when they can."""
     for lack in _LACKS:
-        if (
-            lack.what in (precision, quantization)
-            and number_of(target) < lack.below
-            and lack.backend in (None, backend)
-        ):
-            known = f"{backend}" if lack.below > number_of(RTX_TARGETS[-1]) else f"{target} in {backend}"
-            return Refusal(f"{known} {lack.reason}", lack.instead)
+        if lack.what not in (precision, quantization) or lack.backend not in (None, backend):
+            continue
+        if number_of(target) < lack.below:
+            where = backend if lack.below == ANY else f"{target} in {backend}"
+            return Refusal(f"{where} {lack.reason}", lack.instead)
     return None

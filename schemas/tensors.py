@@ -1,7 +1,8 @@
-"""Names and shapes of every tensor a network has, in the diffusers layout, computed from its config."""
+"""Computes the names and shapes of a network's tensors, in the diffusers layout, from its config."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 from .layer_tensors import EFFICIENTNET_WIDTH, Entry, Shape, affine, batch_norm, efficientnet_v2_s, norm
 from .stages import (
@@ -20,26 +21,12 @@ __all__ = ["LARGE_BLOCKS", "LARGE_ENTRANCE", "LARGE_WIDTH", "Shape", "expected_t
 
 
 def expected_tensors(config: NetworkConfig) -> dict[str, Shape]:
-    """Every tensor of the network, buffers included: name -> shape."""
-    match config:
-        case UNetConfig():
-            return dict(_unet(config))
-        case VQGANConfig():
-            return dict(_vqgan(config))
-        case TextEncoderConfig():
-            return dict(_text_encoder(config))
-        case ImageEncoderConfig():
-            return dict(_image_encoder(config))
-        case EffnetEncoderConfig():
-            return dict(_effnet_encoder(config))
-        case PreviewerConfig():
-            return dict(_previewer(config))
-        case ControlNetConfig():
-            return dict(_controlnet(config))
+    """Return the shape of every tensor of the network by name, buffers included."""
+    return dict(_TENSORS[type(config)](config))
 
 
 def is_counter(name: str) -> bool:
-    """BatchNorm's step counter: the one integer tensor of the format, never cast."""
+    """True for BatchNorm's step counter: the one integer tensor of the format, never cast."""
     return name.endswith("num_batches_tracked")
 
 
@@ -224,3 +211,14 @@ def _controlnet_large(channels: int, out: int) -> Iterator[Entry]:
             yield from norm(f"backbone.{index}.blocks.{half}", LARGE_WIDTH)
             yield from affine(f"backbone.{index}.blocks.{half + 2}", LARGE_WIDTH, LARGE_WIDTH, 3, 3)
     yield from affine(f"backbone.{3 + LARGE_BLOCKS}", out, LARGE_WIDTH, 1, 1)
+
+
+_TENSORS: Mapping[type[NetworkConfig], Callable[[Any], Iterator[Entry]]] = {
+    UNetConfig: _unet,
+    VQGANConfig: _vqgan,
+    TextEncoderConfig: _text_encoder,
+    ImageEncoderConfig: _image_encoder,
+    EffnetEncoderConfig: _effnet_encoder,
+    PreviewerConfig: _previewer,
+    ControlNetConfig: _controlnet,
+}

@@ -1,7 +1,7 @@
 """The blocks of prior and decoder in the order they run, and the streams they write to.
 
-A *stream* is the sum that residual blocks add to: it begins at an embedding or a resampling and ends at the next
-one. The deepest level's way up goes on with the stream of its way down.
+A *stream* is the sum that residual blocks add to, from an embedding or a resampling to the next one. The deepest level
+has one stream for its way down and its way up.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class UNetBlock:
 
 
 def blocks_of(config: UNetConfig) -> Iterator[UNetBlock]:
-    """Every block once, down and up again, whatever number of passes is made over its level."""
+    """Yield every block once, down and up again, however often its level runs."""
     for level in range(config.levels):
         yield from _level(config, "down_blocks", level, level, config.down_num_layers_per_block[level])
     for position in range(config.levels):
@@ -34,11 +34,11 @@ def _level(config: UNetConfig, way: str, position: int, level: int, layers: int)
 
 
 def stream_of(config: UNetConfig, blocks: str) -> str:
-    """The stream that the blocks called `blocks`, such as "up_blocks.1", write to: itself or the deepest level's."""
+    """Return the stream that `blocks`, such as "up_blocks.1", write to: their own or the deepest level's."""
     return f"down_blocks.{config.levels - 1}" if blocks == "up_blocks.0" else blocks
 
 
 def streams_of(config: UNetConfig) -> tuple[str, ...]:
-    """Every stream, in the order they run."""
+    """Return every stream in the order they run."""
     down = (f"down_blocks.{level}" for level in range(config.levels))
     return (*down, *(f"up_blocks.{position}" for position in range(1, config.levels)))

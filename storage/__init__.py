@@ -1,13 +1,14 @@
-"""The files on disk: weights in and out, outputs that appear whole or not at all, bundles opened and checked.
+"""Files on disk: weights are read and written, outputs appear whole or not at all, bundles are opened and checked.
 
 | module | subject |
 |---|---|
-| `safetensors_reader` | headers of safetensors files, checked; no tensor is read |
-| `safetensors_plan`, `safetensors_writer` | what a new safetensors file holds; the one writer of such files |
-| `cast`, `cast_ranges`, `file_ranges` | dtypes of arrays; dtypes of ranges of files, in threads; copies in the kernel |
+| `open_file` | opens any file to read; every fault becomes a CheckpointError |
+| `safetensors_reader` | reads and checks headers of safetensors files, without the tensors |
+| `safetensors_plan`, `safetensors_writer` | the content of a new safetensors file; the one writer of such files |
+| `cast`, `cast_ranges`, `file_ranges` | casts of arrays; casts of ranges of files, in threads; copies in the kernel |
 | `weights_file`, `pickles`, `pickle_zip` | weights files of any kind; checkpoints of torch.save |
 | `atomic_file`, `atomic_output`, `atomic_moves` | no half-written files: one file; any output; a journal of moves |
-| `output_rules`, `replaceable_folders` | where an output may lie; which folders it may replace |
-| `bundle`, `file_hashes`, `hub_cache_links` | opening and checking bundles; SHA-256, fingerprints; Hub cache links |
-| `machine` | the machine that a measurement depends on |
+| `locks` | locks of files and folders between processes |
+| `output_rules`, `replaceable_folders` | the places that an output may take; the folders that it may replace |
+| `bundle`, `file_hashes`, `hub_cache_links` | bundles opened, checked, updated; hashes; links of the Hub's cache |
 """

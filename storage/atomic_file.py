@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, and the hidden names they have until then.
 
-A file in the making is called `.NAME.RANDOM.partial` and is locked by the process that writes it. The lock ends with
-the process, so what a killed one left can be told from what another one is writing.
+A file in the making is called `.NAME.RANDOM.partial`, and the process that writes it holds its lock. The lock ends
+with the process, so an unlocked file is a leftover of a killed one.
 """
 
 import errno
@@ -14,7 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of a file system without hard links
+from .locks import is_at
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # on a file system without hard links
 LONGEST = 255  # bytes of a file's name, on all common file systems
 TAIL = ".partial"
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}" + re.escape(TAIL), re.DOTALL)
@@ -22,11 +24,10 @@ LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}" + re.escape(TAIL), re.DOTA
 
 @contextmanager
 def whole_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """A file to write, which is put at `path`, on disk, when the context ends, and is gone when it ends in an
-    exception; what was there before is replaced. `mode` are its permissions, None those of any new file. What killed
-    processes left of the same file is removed first.
+    """A file to write. It replaces `path` when the context ends, and is on disk then; after an exception it is gone.
 
-    Raises OSError when it cannot be written."""
+    `mode` is its permissions, None for those of any new file. Leftovers of killed processes are removed first. Raises
+    OSError when the file cannot be written."""
     remove_leftovers(path.parent, {_shortened(path.name, _RANDOM)}.__contains__)
     with unplaced_file(path, mode) as (file, scratch):
         yield file
@@ -36,8 +37,8 @@ def whole_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def unplaced_file(path: Path, mode: int | None = None) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file to write and its hidden name beside `path`, which is gone when the context ends: until then the caller
-    gives the file another one."""
+    """A file to write, and its hidden name beside `path`. The hidden name is gone when the context ends; the caller
+    gives the file its name before that."""
     file = _locked_file(path)
     scratch = Path(file.name)
     try:
@@ -50,7 +51,7 @@ def unplaced_file(path: Path, mode: int | None = None) -> Iterator[tuple[IO[byte
 
 
 def claim(scratch: Path, path: Path) -> bool:
-    """Give a finished file the name `path` unless something has it; one of several processes gets it."""
+    """Give a finished file the name `path` unless that exists; of several processes one succeeds."""
     try:
         os.link(scratch, path)
     except FileExistsError:
@@ -67,13 +68,15 @@ def claim(scratch: Path, path: Path) -> bool:
 
 
 def finish(file: IO[bytes]) -> None:
-    """Bring all that was written to disk."""
+    """Bring everything that was written to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def remove_leftovers(folder: Path, chosen: Callable[[str], bool]) -> None:
-    """Remove what killed processes left in `folder` of files whose names are `chosen`; never what a live one writes."""
+    """Remove leftovers of killed processes in `folder`, for files whose names are `chosen`.
+
+    A file that a live process writes stays."""
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
             match = LEFTOVER.fullmatch(entry.name)
@@ -82,7 +85,7 @@ def remove_leftovers(folder: Path, chosen: Callable[[str], bool]) -> None:
 
 
 def hidden_name(name: str, tail: str = TAIL) -> str:
-    """The name of what becomes `name`: hidden, and no longer than names may be."""
+    """The hidden name that something has until it becomes `name`, cut to the longest name allowed."""
     return f".{_shortened(name, len(os.fsencode(tail)))}{tail}"
 
 
@@ -90,19 +93,19 @@ _RANDOM = len(".12345678" + TAIL)
 
 
 def _shortened(name: str, more: int) -> str:
-    """`name`, cut so that a dot before it and `more` bytes behind it have room."""
+    """Return `name`, cut to leave room for a dot before it and `more` bytes behind it."""
     return os.fsdecode(os.fsencode(name)[: LONGEST - 1 - more])
 
 
 def _locked_file(path: Path) -> IO[bytes]:
-    """A new hidden file beside `path`. It is made again if a cleaner took it before it was locked."""
+    """Make a hidden file beside `path` and lock it. It is made again if a cleaner removed it before it was locked."""
     while True:
         file = tempfile.NamedTemporaryFile(  # noqa: SIM115
             "wb", dir=path.parent, prefix=f".{_shortened(path.name, _RANDOM)}.", suffix=TAIL, delete=False
         )
-        with suppress(OSError):  # a file system without locks: then no cleaner gets one either
+        with suppress(OSError):  # on a file system without locks no cleaner gets one either
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        if _is_at(file.fileno(), Path(file.name)):
+        if is_at(file.fileno(), Path(file.name)):
             return file
         file.close()
 
@@ -112,18 +115,10 @@ def _remove_unless_locked(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
+            if is_at(descriptor, path):
                 path.unlink()
         finally:
             os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that `path` names now."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _usual() -> int:

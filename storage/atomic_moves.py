@@ -1,19 +1,19 @@
-"""Brings finished files into a folder beside what is there, all of them or none.
+"""Moves finished files into a folder that has other files, all of them or none.
 
-A journal on disk says what is about to move. A process that fails undoes its moves. What a killed one moved is undone
-by the next run, which finds the journal. Whatever is replaced waits in the scratch folder until the journal is gone.
+A journal on disk lists the moves beforehand. A process that fails undoes its moves. If a process is killed, the next
+run finds the journal and undoes them. Replaced files stay in the scratch folder until the journal is gone.
 """
 
 import ctypes
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..schemas.errors import ConversionError
+from ..schemas.json_text import load_object
 
 AT_FDCWD = -100  # the constants of Linux's renameat2(2)
 RENAME_NOREPLACE = 1
@@ -26,8 +26,10 @@ REPLACED = "replaced"  # the old files, or the old folder, until the new ones ar
 
 @dataclass(frozen=True)
 class _Moves:
-    """What a journal says, in paths below the output: the files to bring, with size and time of change by which they
-    are known again, old files that make room, and folders that are made."""
+    """The content of a journal, in paths below the output.
+
+    `files` to move have the size and time of change by which they are recognised. `gone` are old files that make room,
+    `folders` are new folders."""
 
     files: dict[str, tuple[int, int]]
     gone: tuple[str, ...]
@@ -35,7 +37,7 @@ class _Moves:
 
 
 def merge(staged: Path, place: Path, gone: Sequence[str]) -> None:
-    """Move all files below `staged` to their places below the folder `place`, once the files `gone` have left it.
+    """Move the files `gone` out of the folder `place`, then all files below `staged` to the same paths below `place`.
 
     Raises OSError when that fails; nothing has changed then. A file that appears meanwhile is never replaced."""
     scratch = staged.parent
@@ -63,15 +65,15 @@ def merge(staged: Path, place: Path, gone: Sequence[str]) -> None:
 
 
 def finish(scratch: Path) -> None:
-    """What was moved stays: from here on there is nothing to undo."""
+    """Remove the journal: the moves are final."""
     (scratch / JOURNAL).unlink(missing_ok=True)
     flush(scratch)
 
 
 def undo(scratch: Path, staged: Path, place: Path) -> None:
-    """Move back what a journal in `scratch` says was moved. A journal that we did not write is left alone.
+    """Move back every file that the journal in `scratch` lists. A journal that cascadekit did not write has no effect.
 
-    Raises ConversionError when something else lies there by now."""
+    Raises ConversionError when another file is there by now."""
     moves = _read_journal(scratch)
     if moves is None or staged.is_symlink() or (scratch / REPLACED).is_symlink():
         return
@@ -100,8 +102,8 @@ def _take_back(moved: Path, home: Path, known_by: tuple[int, int], scratch: Path
 
 def _changed(path: Path, scratch: Path) -> ConversionError:
     return ConversionError(
-        f"{path}: was changed after a run was killed while it replaced files here; what was there before is in "
-        f"{scratch / REPLACED}; put it where you want it, then remove {scratch}"
+        f"{path}: was changed after a run was killed while it replaced files here; the old files are in "
+        f"{scratch / REPLACED}; put them where you want them, then remove {scratch}"
     )
 
 
@@ -116,15 +118,15 @@ def _write_journal(scratch: Path, moves: _Moves) -> None:
 
 
 def _read_journal(scratch: Path) -> _Moves | None:
-    """The journal; None when there is none, or one with paths that lead out of the folder."""
+    """Return the journal; None when there is none, or one with paths that lead out of the folder."""
     path = scratch / JOURNAL
     try:
         if path.is_symlink():
             return None
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = load_object(path.read_text(encoding="utf-8"))
         files = {str(name): (int(size), int(time)) for name, (size, time) in content["files"].items()}
         moves = _Moves(files, tuple(map(str, content["gone"])), tuple(map(str, content["folders"])))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return moves if all(map(_stays_inside, (*moves.files, *moves.gone, *moves.folders))) else None
 
@@ -149,7 +151,7 @@ def _move(path: Path, to: Path) -> None:
 
 
 def rename_new(path: Path, to: Path) -> None:
-    """Rename, but raise FileExistsError rather than replace anything."""
+    """Rename, but raise FileExistsError instead of replacing anything."""
     if _rename(path, to, RENAME_NOREPLACE):
         return
     if os.path.lexists(to):  # a file system that cannot check and rename in one
@@ -158,7 +160,7 @@ def rename_new(path: Path, to: Path) -> None:
 
 
 def exchange(path: Path, other: Path) -> None:
-    """Let two folders change places, at one moment where the file system can."""
+    """Let two folders change places, in one step where the file system can."""
     if _rename(path, other, RENAME_EXCHANGE):
         return
     aside = path.with_name(REPLACED)
@@ -171,7 +173,7 @@ def exchange(path: Path, other: Path) -> None:
 
 
 def _rename(path: Path, to: Path, how: int) -> bool:
-    """Whether the file system knows this way to rename, and did. Raises OSError when it knows and failed."""
+    """Return True when it is done, False when the system cannot rename so. Raises OSError when it failed."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -184,15 +186,10 @@ def _rename(path: Path, to: Path, how: int) -> bool:
 
 
 def flush_all(path: Path) -> None:
-    """fsync a file, or every file and folder below a folder; not what is a link to a file that was there before."""
-    for found in _with_all_below(path):
+    """fsync a file, or every file and folder below a folder, but no hard link to a file that existed before."""
+    for found in (path, *path.rglob("*")):  # nothing is below a file
         if found.is_dir() or found.stat().st_nlink == 1:
             flush(found)
-
-
-def _with_all_below(path: Path) -> Iterator[Path]:
-    below: Iterable[Path] = path.rglob("*") if path.is_dir() else ()
-    yield from (path, *below)
 
 
 def flush(path: Path) -> None:

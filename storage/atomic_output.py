@@ -1,27 +1,28 @@
 """Outputs appear whole or not at all: written beside their place, flushed to disk, then renamed into it.
 
-``output_rules`` and ``replaceable_folders`` decide where an output may lie and what it may replace.
+``output_rules`` and ``replaceable_folders`` decide the places of outputs and the files they may replace.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
+from ..schemas.messages import listed
 from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
-from .output_rules import listed, locate, require_apart, require_free
+from .locks import locked
+from .output_rules import locate, require_apart, require_free
 from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
 
-NOTE = "fingerprint"  # in the scratch folder: says which work its content belongs to
+NOTE = "fingerprint"  # a file in the scratch folder that identifies the work in it
 RESERVED = (NOTE, REPLACED, JOURNAL, f"{JOURNAL}.new")
-INSIDE = ".cascadekit.partial"  # the scratch folder where it must lie in the output itself
+INSIDE = ".cascadekit.partial"  # the scratch folder where it must be inside the output itself
 
 
 @contextmanager
@@ -35,17 +36,23 @@ def staged_output(
     complete: bool = False,
     say: Say = lambda text: None,
 ) -> Iterator[Path]:
-    """A path to write a file or folder at; it becomes `target` when the block ends well, its files beside those that a
-    folder there has. `say` hears what it replaced.
+    """A path to write a file or folder at. It becomes `target` when the block ends; files of a folder there stay.
 
     When the block raises, nothing is left behind and an old `target` is as it was. A killed process leaves a folder
-    `.NAME.partial` beside the target, which the next run throws away, or finds again at the yielded path if both
-    had the same `fingerprint`: files in it are then what an earlier run of the same work completed.
+    `.NAME.partial` beside the target. The next run finds its files at the yielded path if it has the same
+    `fingerprint`, which stands for the same work; otherwise it removes them.
 
-    `files` are paths that will surely be written below a folder, none for a single file: what speaks against them is
-    said before the block runs. With `complete` the new folder has all of the old one that is to stay.
-    Raises UsageError when `target` is none of its `sources`' business, would replace something without `force` or
-    something that is not ours, or another process is writing it; ConversionError when its folder cannot be written."""
+    | argument | meaning |
+    |---|---|
+    | force | replace files of the same names, or a whole output of cascadekit |
+    | sources | files and folders that the output must not touch |
+    | files | paths below the folder that will be written, checked before the block runs; None for one file |
+    | complete | the new folder has every file of the old one that is to stay |
+    | say | called with a line about replaced files |
+
+    Raises UsageError when `target` overlaps `sources`, when it would replace something without `force` or something
+    that cascadekit did not make, and when another process is writing it. Raises ConversionError when its folder cannot
+    be written."""
     place = locate(target)
     require_apart(place, sources)
     scratch = _scratch_for(place)
@@ -57,7 +64,7 @@ def staged_output(
             if files is not None or place.is_file():
                 _replacement(place, files or (), scratch, force=force, complete=complete)
         except BaseException:
-            with suppress(OSError):  # work that a killed run left stays, for a run that is allowed to go on with it
+            with suppress(OSError):  # a folder with a killed run's work stays, for a run that may continue it
                 scratch.rmdir()
             raise
         try:
@@ -73,13 +80,13 @@ def staged_output(
             where = error.filename2 or error.filename or target
             raise ConversionError(f"{where}: cannot be written: {error.strerror or error}") from error
         finally:
-            if not (scratch / JOURNAL).exists():  # which is there while something is left to undo
+            if not (scratch / JOURNAL).exists():  # it exists while there is something to undo
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class _Replacement:
-    """Files of the old output that go, and whether that is all of it, so that the folders can change places."""
+    """Files of the old output that go; `whole` when these are all, so that the folders can change places."""
 
     gone: tuple[str, ...] = ()
     whole: bool = False
@@ -88,9 +95,9 @@ class _Replacement:
 def _replacement(
     place: Path, names: Collection[str], scratch: Path, *, force: bool, complete: bool = False
 ) -> _Replacement:
-    """What the files `names` replace below the folder `place`, or one file there without any.
+    """Return the replacement of files `names` below the folder `place`, or without `names` of the file `place`.
 
-    Raises UsageError where that is not allowed."""
+    Raises UsageError when it is not allowed."""
     if not names:
         require_free(place, force=force)
         return _Replacement((place.name,) if os.path.lexists(place) else ())
@@ -117,7 +124,7 @@ def _replacement(
 
 
 def _is_of_kind(marker: str, names: Collection[str]) -> bool:
-    """Whether new files `names` take the place of a folder with this marker; a model's need no index of their own."""
+    """True when new files `names` can replace a whole folder with this marker. A model's need no index of their own."""
     return marker in names or (marker == MODEL_INDEX and MANIFEST_NAME not in names)
 
 
@@ -125,13 +132,13 @@ def _refuse_in_bundle(place: Path, foreign: Collection[str], names: Collection[s
     if MANIFEST_NAME not in names:
         raise UsageError(f"{place}: is a bundle, which takes no other files; give another output")
     raise UsageError(
-        f"{place}: exists already, a bundle with files of others: {listed(sorted(foreign))}; move these away or give "
+        f"{place}: exists already, a bundle with other files in it: {listed(sorted(foreign))}; move these away or give "
         "another output"
     )
 
 
 def _require_no_crossing(place: Path, names: Collection[str]) -> None:
-    """Raise UsageError for a file where a folder is to be, the reverse, or a link that leads to another folder."""
+    """Raise UsageError for a file where a folder is to be, a folder where a file is to be, or a link as a folder."""
     for folder in sorted({parent for name in names for parent in Path(name).parents if parent.name}):
         path = place / folder
         if path.is_symlink():
@@ -156,14 +163,14 @@ def _require_no_mixture(place: Path, names: Collection[str]) -> None:
 
 
 def _scratch_for(place: Path) -> Path:
-    """Beside the output; inside it where nothing can be renamed from there, as with a mounted volume."""
+    """The scratch folder: beside the output, or inside it where it is a mounted volume or its parent is read-only."""
     if place.is_dir() and (_is_mount(place) or not os.access(place.parent, os.W_OK | os.X_OK)):
         return place / INSIDE
     return place.parent / hidden_name(place.name)
 
 
 def _is_mount(place: Path) -> bool:
-    """Whether something is mounted there; the kernel's list knows of folders that are bound from the same disk too."""
+    """True for a mount point. The kernel's list also has folders that are bound from the same disk."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -174,57 +181,37 @@ def _is_mount(place: Path) -> bool:
 
 @contextmanager
 def _locked(scratch: Path, target: Path) -> Iterator[None]:
-    """The scratch folder, held by this process alone. The lock goes with the process, however that ends."""
-    try:
-        descriptor = _hold(scratch)
-        while descriptor is None:
-            descriptor = _hold(scratch)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{target}: another process is writing it; wait for that one or choose another output"
-        ) from error
-    except OSError as error:
-        raise ConversionError(
-            f"{target}: cannot be written: {error.strerror} ({error.filename}); choose another output"
-        ) from error
-    try:
+    """Make the scratch folder and hold its lock."""
+
+    def prepare() -> None:
+        if scratch.is_symlink() or (scratch.exists() and not scratch.is_dir()):
+            raise UsageError(f"{scratch}: is not a folder, but is needed for unfinished work; remove it")
+        scratch.mkdir(parents=True, exist_ok=True)
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(scratch, prepare))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{target}: another process is writing it; wait for that one or choose another output"
+            ) from error
+        except OSError as error:
+            raise ConversionError(
+                f"{target}: cannot be written: {error.strerror} ({error.filename}); choose another output"
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _hold(scratch: Path) -> int | None:
-    """Make, open and lock the scratch folder; None when its last owner removed it meanwhile."""
-    if scratch.is_symlink() or (scratch.exists() and not scratch.is_dir()):
-        raise UsageError(f"{scratch}: is in the way of unfinished work, and no folder; remove it")
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.lstat(scratch)):
-            return descriptor
-    except FileNotFoundError:
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
 
 
 def _require_own(scratch: Path, staged: Path) -> None:
-    """Raise UsageError when the folder holds what no run of ours left there."""
+    """Raise UsageError when the folder has files that cascadekit did not leave there."""
     names = (path.name for path in scratch.iterdir())
     foreign = sorted(name for name in names if name not in RESERVED and not name.startswith(staged.name))
     if foreign:
-        raise UsageError(f"{scratch}: is in the way of unfinished work; move {listed(foreign)} out of it")
+        raise UsageError(f"{scratch}: is needed for unfinished work; move {listed(foreign)} out of it")
 
 
 def _restore(scratch: Path, staged: Path, place: Path) -> None:
-    """Put everything back as it was if a run was killed while it moved the old output away and the new one there."""
+    """Restore the old output if a run was killed while it replaced it."""
     undo(scratch, staged, place)
     replaced = scratch / REPLACED
     if replaced.exists() and not replaced.is_symlink() and not os.path.lexists(place):
@@ -232,7 +219,7 @@ def _restore(scratch: Path, staged: Path, place: Path) -> None:
 
 
 def _keep_only(scratch: Path, staged: Path, fingerprint: str) -> None:
-    """Empty the scratch folder, but for the work that a run with the same fingerprint left."""
+    """Empty the scratch folder, except for the work of a run with the same fingerprint."""
     note = scratch / NOTE
     known = note.is_file() and not note.is_symlink() and note.read_bytes() == fingerprint.encode()
     kept = {note, staged} if fingerprint and known and not staged.is_symlink() else set()
@@ -259,7 +246,7 @@ def _put_in_place(staged: Path, place: Path, replacement: _Replacement, *, force
     if place.is_dir():
         staged.chmod(place.stat().st_mode & 0o7777)
         exchange(staged, place)
-    elif force or staged.is_dir():  # a folder never replaces a file, nor a folder with something in it
+    elif force or staged.is_dir():  # a folder never replaces a file or a folder that is not empty
         staged.replace(place)
     else:
         rename_new(staged, place)
@@ -268,8 +255,9 @@ def _put_in_place(staged: Path, place: Path, replacement: _Replacement, *, force
 
 @contextmanager
 def scratch_folder(scratch: Path, target: Path) -> Iterator[Path]:
-    """An empty folder at `scratch`, held by this process alone and removed at the end, for what is to go to `target`
-    piece by piece. What a killed process left in it is thrown away. Raises as `staged_output` does."""
+    """An empty, locked folder at `scratch` for files that go to `target` one by one; it is removed at the end.
+
+    Leftovers of a killed process in it are removed first. Raises as `staged_output` does."""
     with _locked(scratch, target):
         try:
             _keep_only(scratch, scratch / target.name, "")

@@ -1,25 +1,39 @@
-"""Opens a bundle: reads its manifest and checks that its files are there, whole and unchanged."""
+"""Opens bundles: reads and updates the manifest, and checks that the files are there, whole and unchanged."""
 
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schemas.bundle import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, Placement, StageEntry, parse_manifest
-from ..schemas.errors import CheckpointError, UsageError
+from ..schemas.bundle import (
+    MAIN_GRAPH,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Placement,
+    StageEntry,
+    parse_manifest,
+    to_text,
+)
+from ..schemas.errors import CheckpointError, ConversionError, UsageError
 from ..schemas.limits import MAX_MANIFEST_BYTES
 from ..schemas.stages import Stage
+from .atomic_file import whole_file
 from .file_hashes import find_change
+from .locks import locked
 
-WHAT_TO_DO = "the bundle is damaged, export it again"
+DAMAGED = "the bundle is damaged, export it again"
 PUT_BACK = "put it back, or export the model again"
-# A change to what these are made of reaches into the bundle.
-WHAT_TO_DO_ABOUT: dict[Placement, str] = {
+# By placement of the weights: a change to the model's files reaches into a bundle that shares them.
+SHARED: dict[Placement, str] = {
     "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
     'with weights="copy" if the model is to go on changing',
 }
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether the folder at `path` has a bundle's manifest; the manifest is not read."""
+    """True when the folder at `path` has a bundle's manifest; the manifest is not read."""
     return (path / MANIFEST_NAME).is_file()
 
 
@@ -31,15 +45,14 @@ class Bundle:
     manifest: Manifest
 
     def entry(self, stage: Stage) -> StageEntry:
-        """What the manifest says of `stage`. Raises UsageError when it was not exported."""
+        """The manifest's entry of `stage`. Raises UsageError when the stage was not exported."""
         if stage not in self.manifest.stages:
             have = ", ".join(self.manifest.stages)
             raise UsageError(f"{self.root}: has no {stage} (it has {have}); export the model again with that stage")
         return self.manifest.stages[stage]
 
     def graph(self, stage: Stage, name: str = MAIN_GRAPH) -> Path:
-        """One of the stage's ONNX files, its weights beside it; see `check`. Raises UsageError when it has none of
-        that name."""
+        """The path of one of the stage's graphs, after `check`. Raises UsageError when there is no such graph."""
         graphs = self.entry(stage).graphs
         if name not in graphs:
             raise UsageError(f"{self.root}: its {stage} has no graph {name!r}; it has {', '.join(graphs)}")
@@ -47,9 +60,9 @@ class Bundle:
         return self.root / graphs[name].path
 
     def check(self, stage: Stage) -> None:
-        """Compare the stage's files with the manifest, graphs by all their bytes, weights as `find_change` does.
+        """Compare the stage's files with the manifest: graphs by all their bytes, weights as `find_change` does.
 
-        Takes milliseconds. Raises CheckpointError for the first that is missing, cut short or changed."""
+        This takes milliseconds. Raises CheckpointError for the first file that is missing, cut short or changed."""
         entry = self.entry(stage)
         for file in entry.files:
             problem = find_change(self.root / file.path, file, always_hash=file.path in entry.graph_paths)
@@ -57,10 +70,10 @@ class Bundle:
                 raise CheckpointError(f"{self.root / file.path}: {problem}; {self.advice(entry, file)}")
 
     def advice(self, entry: StageEntry, file: FileEntry) -> str:
-        """What a user can do about a file of a stage that is not what the manifest says."""
+        """The advice for a user whose file of a stage differs from the manifest."""
         if not (self.root / file.path).exists():
             return PUT_BACK
-        return WHAT_TO_DO if file.path in entry.graph_paths else WHAT_TO_DO_ABOUT.get(entry.weights, WHAT_TO_DO)
+        return DAMAGED if file.path in entry.graph_paths else SHARED.get(entry.weights, DAMAGED)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -68,16 +81,17 @@ class Bundle:
         return self.root / self.manifest.tokenizer if self.manifest.tokenizer else None
 
     def tokenizer_change(self) -> str | None:
-        """A line for who is about to use a bundle whose tokenizer is not what was exported, by all its bytes; None when
-        it is, or when the bundle comes from an earlier version, which listed none."""
+        """A warning when the tokenizer is not the exported one, by all its bytes.
+
+        None when it is, and for bundles of earlier versions, whose manifests do not list it."""
         path = self.tokenizer
         file = self.manifest.file(self.manifest.tokenizer) if self.manifest.tokenizer else None
         problem = find_change(path, file, always_hash=True) if path and file else None
-        return f"{path}: {problem}; it may read prompts differently; {WHAT_TO_DO}" if problem else None
+        return f"{path}: {problem}; it may read prompts differently; {DAMAGED}" if problem else None
 
 
 def require_utf8(path: Path) -> None:
-    """Raise UsageError for a path that the libraries which open a bundle's files cannot be given."""
+    """Raise UsageError for a path that is not UTF-8: the libraries that open a bundle's files take no other."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -89,9 +103,8 @@ def require_utf8(path: Path) -> None:
 def open_bundle(root: Path) -> Bundle:
     """The bundle at `root`. Raises UsageError when there is none, CheckpointError when its manifest is wrong."""
     require_utf8(root)
+    _require_manifest(root)
     path = root / MANIFEST_NAME
-    if not is_bundle(root):
-        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, it has {path.stat().st_size}")
@@ -99,3 +112,35 @@ def open_bundle(root: Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Bundle(root, parse_manifest(text, str(path)))
+
+
+def _require_manifest(root: Path) -> None:
+    if not is_bundle(root):
+        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
+
+
+def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
+    """Replace the manifest of the bundle at `root` by what `change` makes of it, and return the new one.
+
+    The bundle stays locked from reading to writing, so that no other process's update is lost. Raises ConversionError
+    when the manifest cannot be written, else what `open_bundle` raises."""
+    path = root / MANIFEST_NAME
+    with locked_bundle(root):
+        old = open_bundle(root).manifest
+        new = change(old)
+        if new == old:
+            return old
+        try:
+            with whole_file(path, path.stat().st_mode & 0o777) as file:
+                file.write(to_text(new).encode())
+        except OSError as error:
+            raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+    return new
+
+
+def locked_bundle(root: Path) -> AbstractContextManager[None]:
+    """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
+
+    Nothing is locked on a file system without locks for folders, such as some network drives. Raises UsageError when
+    there is no bundle."""
+    return locked(Path(os.path.realpath(root)), lambda: _require_manifest(root), wait=True)

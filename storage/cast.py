@@ -1,9 +1,10 @@
-"""Casts between float formats on raw bytes, in numpy: what torch's `.to(dtype)` gives, without torch.
+"""Casts between float formats on raw bytes, in numpy: the results of torch's `.to(dtype)`, without torch.
 
 ml_dtypes rounds to BF16. Every value but NaN equals torch's bit for bit: values are rounded to nearest, ties to even,
-and a float64 goes through float32 as in torch. A NaN stays a NaN and keeps its sign and the leading bits of its
-payload. It becomes a quiet NaN, except from BF16 to F32, where its bits are kept. torch gives the same NaNs unless the
-target is BF16: its BF16 NaN is 0x7FC0 or 0xFFFF, depending on the kernel that it chooses for the memory layout.
+and a float64 goes through float32 as in torch.
+
+A NaN keeps its sign and the leading bits of its payload, and becomes quiet. Only BF16 to F32 keeps all its bits. The
+NaNs of torch are the same except in BF16: there its kernels give 0x7FC0 or 0xFFFF, depending on the memory layout.
 
 fp8 is read but not written. Each fp8 value is a float32 value, so it is multiplied by its scale in float32 and rounded
 once. The 256 values are looked up in a table, which is 5 times as fast as the cast of ml_dtypes.
@@ -16,14 +17,11 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
-from ..schemas.dtypes import FLOATS, FP8
+from ..schemas.dtypes import DTYPES, FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
 
 Array = NDArray[Any]
 
-# Arrays of BF16 and fp8 hold the bits as integers, so that callers need no ml_dtypes.
-_STORAGE = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "F8_E4M3": "u1", "F8_E5M2": "u1"}
-_BITS = {"F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000, "F8_E5M2": 0x7C}
 _NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that are not finite; E4M3 has no infinity
 
@@ -41,12 +39,12 @@ def target_dtype(source: str, wanted: str | None) -> str:
     if wanted is None:
         return source
     if wanted not in FLOATS:
-        raise UsageError(f"cannot cast to {wanted}; choose one of {', '.join(FLOATS)}")
+        raise UsageError(f"dtype={wanted!r}: expected one of {', '.join(FLOATS)}")
     return wanted if source.startswith(("F", "BF")) else source
 
 
 def castable(source: str, target: str) -> bool:
-    """Whether `cast_block` can cast from `source` to `target`."""
+    """True when `cast_block` can cast from `source` to `target`."""
     return source in (*FLOATS, *FP8) and target in FLOATS
 
 
@@ -62,39 +60,41 @@ class Cast(NamedTuple):
 
 
 def cast_block(data: bytes | memoryview, source: str, target: str) -> tuple[Array, int]:
-    """Values of dtype `source` (little endian, any alignment) as a 1-D array of `target`, BF16 as uint16 patterns;
-    and how many finite values became infinite. Raises ConversionError for dtypes that `castable` refuses."""
+    """Cast bytes of dtype `source` (little endian, any alignment) to a 1-D array of `target`, BF16 as uint16 patterns.
+
+    Also returns how many finite values became infinite. Raises ConversionError for dtypes that `castable` refuses."""
     return cast_counted(data, source, target)[:2]
 
 
 def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.float32 | None = None) -> Cast:
-    """`cast_block`, each value multiplied by `scale` in float32 before it is rounded; with both counts."""
+    """Cast like `cast_block`; each value is multiplied by `scale` in float32 before it is rounded."""
     if not castable(source, target):
         raise ConversionError(f"{source} cannot become {target}; choose one of {', '.join(FLOATS)}")
-    values = np.frombuffer(data, _STORAGE[source])
+    values = np.frombuffer(data, DTYPES[source].numpy)
     if source == target and scale is None:
         return Cast(values, 0, 0)
     if source in FP8:
         return _cast_fp8(values, source, target, scale)
-    out = np.empty(values.size, _STORAGE[target])
+    out = np.empty(values.size, DTYPES[target].numpy)
     scratch = np.empty(min(values.size, _CHUNK), "<f4")
     overflow = not_finite = 0
     with np.errstate(all="ignore"):  # overflow is counted, and quieting a NaN is no event
         for start in range(0, values.size, _CHUNK):
             part = slice(start, start + _CHUNK)
-            counts = _cast(values[part], source, out[part], target, scratch[: values.size - start], scale)
+            room = scratch[: values.size - start]
+            counts = _cast(values[part], out[part], room, source=source, target=target, scale=scale)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
     return Cast(out, overflow, not_finite)
 
 
 def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:
-    """Look every value up in a table of what the 256 codes become."""
+    """Look every value up in a table of the results for the 256 codes."""
     codes = _FP8_VALUES[source]
     with np.errstate(all="ignore"):
         floats = codes if scale is None else codes * scale
     table = cast_counted(floats.tobytes(), "F32", target).values
-    overflows = np.isfinite(codes) & (_unsigned(table, target) == _INFINITY[target])
-    out = np.empty(values.size, _STORAGE[target])
+    overflows = np.isfinite(codes) & (_unsigned(table) == _INFINITY[target])
+    out = np.empty(values.size, DTYPES[target].numpy)
     overflow = not_finite = 0
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK]
@@ -105,9 +105,9 @@ def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None)
 
 
 def _cast(
-    values: Array, source: str, out: Array, target: str, scratch: Array, scale: np.float32 | None
+    values: Array, out: Array, scratch: Array, *, source: str, target: str, scale: np.float32 | None
 ) -> tuple[int, int]:
-    """Fill `out`; returns the number of values that became infinite, and of those that were not finite before."""
+    """Fill `out`. Return how many values became infinite, and how many were not finite before."""
     floats = _as_f32(values, source, scratch)
     if scale is not None:
         floats = np.multiply(floats, scale, out=scratch)
@@ -149,16 +149,16 @@ def _put_nans(floats: Array, out: Array, target: str) -> None:
 
 
 def _infinities(values: Array, dtype: str) -> int:
-    return int(np.count_nonzero(_unsigned(values, dtype) == _INFINITY[dtype])) if dtype in _INFINITY else 0
+    return int(np.count_nonzero(_unsigned(values) == _INFINITY[dtype])) if dtype in _INFINITY else 0
 
 
 def _count_not_finite(values: Array, dtype: str) -> int:
-    return int(np.count_nonzero(_unsigned(values, dtype) >= _NOT_FINITE[dtype]))
+    return int(np.count_nonzero(_unsigned(values) >= _NOT_FINITE[dtype]))
 
 
-def _unsigned(values: Array, dtype: str) -> Array:
+def _unsigned(values: Array) -> Array:
     """The bits of the values without their sign."""
-    bits = values.view(_BITS[dtype])
+    bits = values.view(f"<u{values.itemsize}")
     return np.asarray(bits & (1 << 8 * bits.itemsize - 1) - 1)
 
 

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..schemas.callbacks import Progress
+from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
 from .cast import Cast, cast_block, cast_counted
 from .file_ranges import read_exactly, read_lines, write_all, write_lines
 from .safetensors_plan import PlacedRange
-from .safetensors_reader import DTYPE_SIZES, TensorRange
+from .safetensors_reader import TensorRange
 
-CAST_BLOCK = 1 << 22  # bytes of input a thread casts at a time; memory of larger blocks is paged in anew each time
+CAST_BLOCK = 1 << 22  # bytes that a thread casts at a time; memory of larger blocks is paged in anew each time
 CAST_THREADS = 2
 
 
@@ -35,7 +36,7 @@ Task = Callable[[], Done]
 
 @dataclass(frozen=True)
 class Counts:
-    """By tensor, how many finite values became infinite, and how many were NaN or infinite before they were cast."""
+    """Counts by tensor: finite values that became infinite, and values that were NaN or infinite before the cast."""
 
     overflows: Counter[str] = field(default_factory=Counter)
     not_finite: Counter[str] = field(default_factory=Counter)
@@ -73,10 +74,10 @@ def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress |
 
 
 def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterator[tuple[str, Done]]:
-    """The results of the tasks, in order.
+    """Run the tasks in worker threads and yield their results in order.
 
-    Each task reads, computes and writes at its own place in a worker thread, so no block waits for another. Only as
-    many tasks are submitted as keep the workers busy."""
+    Each task reads, computes and writes at its own place, so no block waits for another. Only as many tasks are
+    submitted as keep the workers busy."""
     waiting: deque[tuple[str, Future[Done]]] = deque()
     for name, task in tasks:
         waiting.append((name, pool.submit(task)))
@@ -88,7 +89,7 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterato
 
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
-    """A range as blocks of at most CAST_BLOCK bytes of input, and at least one value."""
+    """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input, at least one value."""
     part = placed.part
     limit = max(1, CAST_BLOCK // DTYPE_SIZES[part.dtype])
     work = _Work(placed, read_scale(part), target)
@@ -101,7 +102,7 @@ def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
 
 
 def read_scale(part: TensorRange) -> np.float32 | None:
-    """The number by which all values of a tensor are multiplied. Raises ConversionError when it is not finite."""
+    """Read the factor of all values of a tensor, if it has one. Raises ConversionError when it is not finite."""
     if part.scale is None:
         return None
     with part.scale.path.open("rb", buffering=0) as file:
@@ -120,10 +121,10 @@ def _cuts(size: int, step: int) -> Iterator[range]:
 
 
 def _tiles(shape: Shape, limit: int) -> Iterator[tuple[range, range]]:
-    """Rows and columns of tiles of at most `limit` values.
+    """Yield rows and columns of tiles of at most `limit` values.
 
-    Tiles are whole rows of the output or of the source where the other side stays long, else squares. So neither file
-    is read or written in very short lines."""
+    Tiles are whole rows of the output or of the source where the other side stays long, else squares. Thus neither
+    file is read or written in very short lines."""
     rows, columns = shape
     height = max(1, min(rows, max(math.isqrt(limit), limit // max(1, columns))))
     width = max(1, limit // height)
@@ -132,7 +133,7 @@ def _tiles(shape: Shape, limit: int) -> Iterator[tuple[range, range]]:
 
 @dataclass(frozen=True)
 class _Work:
-    """A range to compute, the scale of its values, and the descriptor of the file to write to."""
+    """A range to compute, the scale of its values, and the descriptor of the target file."""
 
     placed: PlacedRange
     scale: np.float32 | None
@@ -140,7 +141,7 @@ class _Work:
 
     @property
     def keeps_bits(self) -> bool:
-        """Whether the values are moved without a change."""
+        """True when the values are moved without a change."""
         return self.placed.part.dtype == self.placed.dtype and self.scale is None
 
 

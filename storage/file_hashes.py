@@ -1,12 +1,12 @@
-"""Whether a file is the one that was written down: by size and time, by samples of its content, or by all of it."""
+"""Compares files with their entries in a manifest: by size and time, by samples of the content, or by every byte."""
 
 import hashlib
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from threading import Event
 from typing import Self
@@ -14,36 +14,33 @@ from typing import Self
 from ..schemas.bundle import FileEntry
 from ..schemas.errors import CheckpointError
 from ..schemas.limits import MAX_HEADER_BYTES
+from .open_file import opened
 
 SAMPLES = 64
 SAMPLE_BYTES = 1 << 16
-WHOLE_BELOW = 1 << 26  # bytes; what is smaller is hashed whole in no time
+WHOLE_BELOW = 1 << 26  # bytes; a smaller file is hashed whole in 50 ms
 SHOWN_DIGITS = 12  # of a digest, in messages
 HASH_THREADS = 2  # one stream has 1 to 2 GB/s, a disk seldom more than two of them
 HASH_BLOCK = 1 << 22
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256, in hexadecimal, over the size, a safetensors file's header, and 64 evenly spaced samples of 64 KiB;
-    over all of a file that is no larger than those. Takes milliseconds at any size.
+    """Return a SHA-256, in hexadecimal, of the size, the header of a safetensors file, and samples of the content.
 
-    It tells weights from other weights, as those differ nearly everywhere; a few bytes changed between two samples
-    it does not see. Raises CheckpointError when the file cannot be read."""
+    There are 64 evenly spaced samples of 64 KiB; a file that is no larger is read whole. This takes milliseconds at any
+    size. Other weights differ nearly everywhere, so their fingerprint differs. A few bytes that changed between two
+    samples do not show. Raises CheckpointError when the file cannot be read."""
     digest = hashlib.sha256()
-    require_regular(path)
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(struct.pack("<Q", size))
-            for start, stop in _sampled(size, _header_end(os.pread(file.fileno(), 9, 0), size)):
-                digest.update(os.pread(file.fileno(), stop - start, start))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(struct.pack("<Q", size))
+        for start, stop in _sampled(size, _header_end(os.pread(file.fileno(), 9, 0), size)):
+            digest.update(os.pread(file.fileno(), stop - start, start))
     return digest.hexdigest()
 
 
 def _header_end(first: bytes, size: int) -> int:
-    """Where the tensors of a safetensors file begin; 0 in any other. It begins with a length, then JSON."""
+    """Return where the tensors of a safetensors file begin; 0 for any other file."""
     if len(first) < 9 or first[8:] not in b"{ \t\r\n":
         return 0
     length = int(struct.unpack("<Q", first[:8])[0])
@@ -51,7 +48,7 @@ def _header_end(first: bytes, size: int) -> int:
 
 
 def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
-    """The ranges that the fingerprint reads: the header, then samples from the first byte after it to the last."""
+    """Yield the ranges that the fingerprint covers: the header, then samples from the next byte to the last."""
     yield 0, start
     if size - start <= SAMPLES * SAMPLE_BYTES:
         yield start, size
@@ -61,45 +58,30 @@ def _sampled(size: int, start: int) -> Iterator[tuple[int, int]]:
         yield at, at + SAMPLE_BYTES
 
 
-def require_regular(path: Path) -> os.stat_result:
-    """The status of the file at `path`, or of the one a link there leads to. Raises CheckpointError for anything that
-    is no ordinary file: opening a pipe waits for ever, and a device may have no end."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: cannot be read: not a regular file")
-    return status
-
-
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
-    require_regular(path)
-    try:
-        return _sha256(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    """Return the SHA-256 of the whole file, in hexadecimal. Raises CheckpointError when it cannot be read."""
+    with opened(path) as file:
+        return _sha256(file)
 
 
 def sha256_unless_changed(path: Path) -> str:
-    """The same, read once as long as size and time of the file stay what they are. Raises OSError."""
+    """Return the same, but read the file again only when its size or time has changed. Raises OSError."""
     status = path.stat()
     return _sha256_then(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
 def _sha256_then(path: Path, size: int, mtime_ns: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(file)
+
+
+def _sha256(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
-    """What a manifest says of the file at `path` in the bundle at `root`. Raises CheckpointError when it is gone."""
+    """Return the manifest's entry of a file at `path` in the bundle at `root`. Raises CheckpointError if it is gone."""
     status = _status(path)
     if status is None:
         raise CheckpointError(f"{path}: no such file")
@@ -113,11 +95,17 @@ def describe_file(root: Path, path: Path, sha256: str | None) -> FileEntry:
 
 
 def find_change(path: Path, entry: FileEntry, *, always_hash: bool = False) -> str | None:
-    """How the file at `path` differs from `entry`: what was expected and what was found. None when it does not.
+    """Return how the file at `path` differs from `entry`: the expected and the found value. None when it does not.
 
-    A file of the same size and time of change is trusted, whatever its bytes. Of another time, it must have the same
-    content: all of it below 64 MiB where the manifest has its SHA-256, else the same fingerprint. `always_hash` reads
-    the file whatever its time: all of it where the manifest has its SHA-256, else the samples of its fingerprint."""
+    A missing file and another size are differences. Otherwise:
+
+    | size and time | `always_hash` | compared |
+    |---|---|---|
+    | as in the entry | no | nothing more: the file is trusted |
+    | another time | no | the SHA-256 below 64 MiB where the entry has one, else the fingerprint |
+    | any time | yes | the SHA-256 where the entry has one, else the fingerprint |
+
+    The fingerprint reads samples only, so a change between two samples of a file without SHA-256 is not found."""
     status = _status(path)
     if status is None or status.st_size != entry.bytes:
         found = f"it has {status.st_size}" if status else "it is missing"
@@ -140,8 +128,9 @@ def _differs(what: str, expected: str, found: str) -> str | None:
 
 
 class Hashing:
-    """Hashes files in the background: `start` each, and ask for it with `of` at the end. Leaving the block stops what
-    has not ended."""
+    """Hashes files in the background: `start` begins with a file, `of` waits for its hash.
+
+    Leaving the block stops unfinished work."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(HASH_THREADS)
@@ -160,16 +149,12 @@ class Hashing:
         self._found[path] = self._pool.submit(self._hash, path)
 
     def of(self, path: Path) -> str | None:
-        """Its SHA-256, waited for; None for one that was not started. Raises CheckpointError when it cannot be read."""
+        """Wait for the file's SHA-256; None if it was not started. Raises CheckpointError when it cannot be read."""
         return self._found[path].result() if path in self._found else None
 
     def _hash(self, path: Path) -> str:
-        require_regular(path)
         digest, block = hashlib.sha256(), bytearray(HASH_BLOCK)
-        try:
-            with path.open("rb", buffering=0) as file:
-                while (size := file.readinto(block)) and not self._stopped.is_set():
-                    digest.update(memoryview(block)[:size])
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        with opened(path) as file:
+            while (size := file.readinto(block)) and not self._stopped.is_set():
+                digest.update(memoryview(block)[:size])
         return digest.hexdigest()

@@ -27,13 +27,13 @@ class CopiedRange:
     at: int
 
     def goes_on_with(self, other: "CopiedRange") -> bool:
-        """Whether `other` begins where this range ends, in both files."""
+        """True when `other` begins where this range ends, in both files."""
         distance = other.offset - self.offset, other.at - self.at
         return self.source == other.source and distance == (self.nbytes, self.nbytes)
 
 
 def merged(ranges: Iterable[PlacedRange]) -> Iterator[CopiedRange]:
-    """The ranges that are copied as they are; neighbours in both files become one range."""
+    """Yield the ranges that are copied unchanged. Neighbours in both files become one range."""
     current: CopiedRange | None = None
     for placed in ranges:
         if placed.computed:
@@ -71,7 +71,7 @@ def copy_range(copied: CopiedRange, target: int, progress: Progress | None) -> N
 
 
 def _copiers() -> list[Callable[[int, int, int, int], int]]:
-    """The ways to copy that this system has, fastest first; each moves the position in the target."""
+    """Return the system's functions that copy, fastest first; each moves the position in the target."""
     copiers = {"copy_file_range": _range_copy, "sendfile": _send_copy, "pread": _buffered_copy}
     return [copy for call, copy in copiers.items() if hasattr(os, call)]
 
@@ -127,5 +127,5 @@ def write_lines(target: int, lines: NDArray[Any], at: int, stride: int) -> None:
 
 
 def ended_early(source: Path, missing: int) -> OSError:
-    """The error for a source that has fewer bytes than its header said."""
+    """Return the error for a source that has fewer bytes than its header describes."""
     return OSError(errno.EIO, f"the file ended {missing} bytes too early; was it changed meanwhile?", str(source))

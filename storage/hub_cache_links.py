@@ -1,7 +1,7 @@
-"""Graphs behind links, as the Hub's cache keeps them: brought side by side for engines that follow no links.
+"""Gathers a graph and its weights in one folder when they are links, as in the Hub's cache.
 
-A snapshot of the cache holds links into a store of blobs. ONNX Runtime and OpenVINO refuse weights that turn out to lie
-outside the graph's folder, each in some of its versions.
+A snapshot of the cache consists of links into a store of blobs. Some versions of ONNX Runtime and OpenVINO refuse
+weights outside the graph's folder.
 """
 
 import os
@@ -14,16 +14,17 @@ from tempfile import TemporaryDirectory, gettempdir
 
 @contextmanager
 def without_links(graph: Path) -> Iterator[Path]:
-    """A path of the same graph where neither it nor a file beside it is a link: for the time of loading, a folder of
-    hard links to what the links lead to. `graph` itself where there are no links, and where no such folder can be made,
-    because all folders that may be written are on other file systems."""
+    """A path of the same graph where neither the graph nor a file beside it is a link.
+
+    The path is in a temporary folder of hard links to the linked files. It is `graph` itself where there are no links,
+    and where no such folder can be made because every writable folder is on another file system."""
     beside = [path for path in graph.parent.iterdir() if path.is_file()]
     with ExitStack() as stack:
         yield next((path for home in _homes(beside) if (path := _gathered(beside, graph, home, stack))), graph)
 
 
 def can_do_without(graph: Path) -> bool:
-    """Whether `without_links` gives a path without links; whoever loads a graph that is missing says so."""
+    """True when `without_links` gives a path without links, and for a missing graph, which fails on loading."""
     if not graph.is_file():
         return True
     with without_links(graph) as path:
@@ -31,13 +32,14 @@ def can_do_without(graph: Path) -> bool:
 
 
 def _homes(files: list[Path]) -> dict[Path, None]:
-    """Where the folder may be, if one is needed: where nobody looks, else beside the store."""
+    """The places for the folder, if one is needed: the folder of temporary files, else beside the store."""
     stores = {path.resolve().parent.parent: None for path in files if path.is_symlink()}
     return {Path(gettempdir()): None, **stores} if stores else {}
 
 
 def _gathered(files: list[Path], graph: Path, home: Path, stack: ExitStack) -> Path | None:
-    """The graph in a new folder in `home`, of hard links and a copy of the graph, which is small; it goes with `stack`.
+    """Return the graph in a new folder in `home`, which `stack` removes: a copy of the graph, hard links of the rest.
+
     None where `home` is on another file system or cannot be written."""
     with ExitStack() as made:
         try:

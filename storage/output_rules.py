@@ -1,25 +1,22 @@
-"""Decides where an output may lie and what it may replace; every command that writes follows these rules.
+"""Decides the places of outputs and the files they may replace; every command that writes follows these rules.
 
 - Files go into an existing folder beside the files that are there.
 - ``force=True`` replaces files of the same names, or a whole folder that cascadekit made and that holds nothing else
   (see ``replaceable_folders``).
-- No output is a source, contains one or lies inside one.
+- No output is a source, contains one or is inside one.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..schemas.errors import UsageError
-
-SHOWN = 3  # names in a message, of what may be thousands
 
 Identity = tuple[int, int]
 
 
 def locate(target: Path) -> Path:
-    """The place that `target` names, without `..`. A link to a folder stands for the folder; a link to a file stays
-    the link, which is what an output replaces.
+    """Return the path of `target` without `..` and links to folders. A link to a file stays: an output replaces it.
 
     Raises UsageError for a link that leads nowhere."""
     if target.is_dir() or target.name == "..":
@@ -30,8 +27,9 @@ def locate(target: Path) -> Path:
 
 
 def require_apart(target: Path, sources: Iterable[str | Path]) -> None:
-    """Raise UsageError when `target` is one of the `sources`, contains one or lies inside one; by the files
-    themselves, whatever their names and links."""
+    """Raise UsageError when `target` is one of the `sources`, contains one or is inside one.
+
+    The files themselves are compared, whatever their names and links."""
     place = locate(target)
     here = _identity(place)
     above = {_identity(parent) for parent in place.parents}
@@ -43,7 +41,7 @@ def require_apart(target: Path, sources: Iterable[str | Path]) -> None:
             if found == here:
                 raise _is_source(target, source)
             if found in above:
-                raise UsageError(f"{target}: lies inside the source {source}; give an output outside of it")
+                raise UsageError(f"{target}: is inside the source {source}; give an output outside of it")
             if here is not None and here in map(_identity, path.parents):
                 raise UsageError(f"{target}: contains the source {source}; give another output, a folder of its own")
 
@@ -58,17 +56,11 @@ def require_none_is(targets: Iterable[Path], sources: Iterable[str | Path]) -> N
 
 
 def require_free(path: Path, *, force: bool) -> None:
-    """Raise UsageError when there is a folder where one file is to go, or a file and no `force`."""
+    """Raise UsageError when `path` is a folder, or an existing file without `force`."""
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; give the name of a file to write")
     if os.path.lexists(path) and not force:
         raise UsageError(f"{path}: exists already; give another output, or force=True to replace it")
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _is_source(target: Path, source: str | Path) -> UsageError:

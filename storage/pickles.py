@@ -1,8 +1,7 @@
 """Checkpoints that torch pickled (.pt, .ckpt, .bin): read by torch's restricted unpickler, never by pickle itself.
 
-A zip written by torch.save holds each tensor's bytes uncompressed, so that what comes out is what a safetensors
-header gives: byte ranges of the file. torch maps the file into memory; nothing is read but the small pickle, whose
-size the zip's directory tells beforehand.
+A zip written by torch.save holds each tensor's bytes uncompressed. So the result is the same as for a safetensors file:
+byte ranges. torch maps the file into memory and reads only the small pickle, whose size the zip's directory gives.
 """
 
 import mmap
@@ -12,39 +11,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, reraise_interrupt
 from ..schemas.limits import MAX_PICKLE_BYTES, MAX_PICKLE_DEPTH, MAX_PICKLE_ENTRIES, MAX_PICKLE_NAME
-from .pickle_zip import Entry, read_directory
+from .pickle_zip import ZipEntry, read_directory
 from .safetensors_reader import Header, TensorRange
 
 if TYPE_CHECKING:
     import torch
 
-ZIP = b"PK\x03\x04"  # how a file begins that torch 1.6 or later saved
+ZIP = b"PK\x03\x04"  # the first bytes of a file that torch 1.6 or later saved
 PICKLE_NAME = "data.pkl"
 SAMPLE = 256  # bytes of each tensor compared with the file, at both ends
 ADVICE = "load it where you trust it, and save its tensors as safetensors"
 
-_DTYPES = {
-    "bool": "BOOL",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "complex64": "C64",
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
+_NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.torch}
 
 
 def read_pickle(path: Path) -> Header:
-    """The tensors of a pickled checkpoint as byte ranges, nested dictionaries and lists flattened with dots.
+    """Return the tensors of a pickled checkpoint as byte ranges. Dots join the keys of nested dictionaries and lists.
 
-    Needs torch. Raises CheckpointError for files that hold anything but tensors and plain values, that torch.save
-    wrote before version 1.6, that pass a limit, or whose tensors do not lie as they are in the file."""
+    Needs torch. Raises CheckpointError for anything but tensors and plain values, for files by torch before 1.6, beyond
+    the limits, and for tensors that are not stored as plain bytes."""
     try:
         import torch
     except ImportError as error:
@@ -55,7 +43,7 @@ def read_pickle(path: Path) -> Header:
     storages = _storages(path)
     try:
         content = _load(path)
-    except Exception as error:  # the unpickler, the zip reader and the mapping each have their own
+    except Exception as error:  # the unpickler, the zip reader and the mapping have different ones
         raise CheckpointError(f"{path}: refused: {_why_refused(error)}; {ADVICE}") from error
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in _flatten(path, content):
@@ -68,32 +56,30 @@ def read_pickle(path: Path) -> Header:
 
 
 def _load(path: Path) -> Any:
-    """What torch's restricted unpickler makes of the file, its tensors mapped into memory."""
+    """Load the file with torch's restricted unpickler, its tensors mapped into memory."""
     import torch
 
     if not path.name.endswith(".safetensors"):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    with TemporaryDirectory(prefix="cascadekit-pickle-") as scratch:  # torch 2.13 goes by that suffix, so by a link
+    with TemporaryDirectory(prefix="cascadekit-pickle-") as scratch:  # torch 2.13 decides by the suffix, so load a link
         named = Path(scratch, "checkpoint.pt")
         named.symlink_to(path.absolute())
         return torch.load(named, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _storages(path: Path) -> list[Entry]:
-    """The entries that hold tensors, once the archive is known to be one that can be loaded in little memory."""
+def _storages(path: Path) -> list[ZipEntry]:
+    """Return the entries with tensors. Raises CheckpointError unless the archive can be loaded in little memory."""
     with path.open("rb") as file:
         begins_as_zip = file.read(len(ZIP)) == ZIP
     if not begins_as_zip:
-        raise CheckpointError(f"{path}: not a checkpoint that torch 1.6 or later saved, but an older pickle; {ADVICE}")
+        raise CheckpointError(f"{path}: not saved by torch 1.6 or later, but an older pickle; {ADVICE}")
     entries = read_directory(path)
     pickles = [entry for name, entry in entries.items() if name.rpartition("/")[2] == PICKLE_NAME]
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: a zip archive, but not a checkpoint of torch: it has {len(pickles)} data.pkl")
     packed = [entry for entry in entries.values() if entry.compressed]
     if packed:
-        raise CheckpointError(
-            f"{path}: {packed[0].name} in it is compressed, so that it does not lie as it is; {ADVICE}"
-        )
+        raise CheckpointError(f"{path}: {packed[0].name} in it is compressed, which torch.save never does; {ADVICE}")
     if pickles[0].nbytes > MAX_PICKLE_BYTES:
         raise CheckpointError(
             f"{path}: its {PICKLE_NAME} has {pickles[0].nbytes} bytes; at most {MAX_PICKLE_BYTES} are read; {ADVICE}"
@@ -103,18 +89,18 @@ def _storages(path: Path) -> list[Entry]:
 
 
 def _why_refused(error: Exception) -> str:
-    """What torch did not take, without its advice to load the file in an unsafe way."""
+    """Say why torch refused the file, without its advice to load the file in an unsafe way."""
     text = str(error)
     found = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", text)
     if found:
-        return f"it holds {found[1]}, more than tensors and plain values, and loading that may run code"
+        return f"it has {found[1]} besides tensors and plain values, and loading that may run code"
     lines = [line for line in text.splitlines() if "nsupported" in line] or text.splitlines() or [type(error).__name__]
-    return f"torch's restricted unpickler does not take it ({lines[0].strip()[:200]})"
+    return f"torch's restricted unpickler refuses it ({lines[0].strip()[:200]})"
 
 
 def _flatten(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor with the keys that lead to it. A dictionary may stand at several places, so what is bounded is how
-    many entries are looked at."""
+    """Yield every tensor with the keys that lead to it. One dictionary may be in several places, so the number of
+    visited entries is bounded."""
     waiting = [("", content, 0)]
     looked_at = 0
     while waiting:
@@ -142,7 +128,7 @@ def _flatten(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(path: Path, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
-    """The tensor, if its values lie one after another. Raises CheckpointError naming what it is instead."""
+    """Return the tensor if its values are plain and contiguous. Raises CheckpointError that names its kind if not."""
     kinds = {
         "nested": tensor.is_nested,
         "quantised": tensor.is_quantized,
@@ -153,14 +139,14 @@ def _plain(path: Path, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
     if kind is None and type(tensor).__name__ not in ("Tensor", "Parameter", "Buffer"):
         kind = f"a {type(tensor).__name__}"
     if kind is None and (tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous()):
-        kind = f"a view whose values do not lie one after another (strides {list(tensor.stride())})"
+        kind = f"a view that is conjugated, negated or not contiguous (strides {list(tensor.stride())})"
     if kind is not None:
         raise CheckpointError(f"{path}: {name} is {kind}, which is not supported; {ADVICE}")
     return tensor.detach()
 
 
-def _ranges(path: Path, tensors: Mapping[str, "torch.Tensor"], storages: list[Entry]) -> dict[str, TensorRange]:
-    """Where each tensor lies."""
+def _ranges(path: Path, tensors: Mapping[str, "torch.Tensor"], storages: list[ZipEntry]) -> dict[str, TensorRange]:
+    """Return the byte range of each tensor."""
     origin = _origin(path, tensors.values(), storages)
     ranges = {}
     with path.open("rb") as file:
@@ -168,14 +154,15 @@ def _ranges(path: Path, tensors: Mapping[str, "torch.Tensor"], storages: list[En
             dtype = str(tensor.dtype).removeprefix("torch.")
             nbytes = tensor.numel() * tensor.element_size()
             offset = tensor.data_ptr() - origin if nbytes else 0
-            ranges[name] = TensorRange(path, _DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
+            ranges[name] = TensorRange(path, _NAMES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
             _check_sample(path, file, name, tensor, ranges[name])
     return ranges
 
 
-def _origin(path: Path, tensors: Collection["torch.Tensor"], storages: list[Entry]) -> int:
-    """Where in memory the file's first byte is mapped: a page begins there, and each storage lies where one of the same
-    size does in the file."""
+def _origin(path: Path, tensors: Collection["torch.Tensor"], storages: list[ZipEntry]) -> int:
+    """Return the address where the file's first byte is mapped.
+
+    It is the start of a page from which each storage is as far away as an entry of the same size in the file."""
     mapped = {
         (storage.data_ptr(), storage.nbytes()) for storage in (t.untyped_storage() for t in tensors) if storage.nbytes()
     }
@@ -187,11 +174,11 @@ def _origin(path: Path, tensors: Collection["torch.Tensor"], storages: list[Entr
         origin = first - offset
         if size == nbytes and origin % mmap.PAGESIZE == 0 and {(at - origin, n) for at, n in mapped} <= places:
             return origin
-    raise CheckpointError(f"{path}: its tensors do not lie in the file as its zip directory says; {ADVICE}")
+    raise CheckpointError(f"{path}: its tensors are not where its zip directory says; {ADVICE}")
 
 
 def _check_sample(path: Path, file: BinaryIO, name: str, tensor: "torch.Tensor", found: TensorRange) -> None:
-    """The bytes at both ends must be what torch reads there; a file laid out otherwise is refused, not misread."""
+    """Raise CheckpointError unless both ends of the tensor have the bytes that torch reads there."""
     import torch
 
     flat = tensor.reshape(-1).view(torch.uint8)
@@ -199,4 +186,4 @@ def _check_sample(path: Path, file: BinaryIO, name: str, tensor: "torch.Tensor",
         file.seek(found.offset + start)
         wanted = bytes(flat[start : start + SAMPLE].numpy())
         if file.read(len(wanted)) != wanted:
-            raise CheckpointError(f"{path}: {name} does not lie in the file as torch maps it; {ADVICE}")
+            raise CheckpointError(f"{path}: {name} is not where torch maps it in the file; {ADVICE}")

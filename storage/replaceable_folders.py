@@ -1,6 +1,5 @@
-"""Which folders are ours to replace whole: they carry a marker and hold nothing but what belongs to it."""
+"""Finds the folders that may be replaced whole: they have a marker of cascadekit and only files that belong to it."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection
@@ -11,13 +10,14 @@ from typing import Any
 from ..schemas.bundle import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.errors import CascadeError
 from ..schemas.folders import PLACES, STEMS
+from ..schemas.json_text import load_object
 from ..schemas.stages import Stage
 
 MODEL_INDEX = "model_index.json"
-DEMO_REPORT = "parity.json"  # of a demo: says which files it made
-DEMO = "demo"  # the key under which it says so
+DEMO_REPORT = "parity.json"  # the report of a demo
+DEMO = "demo"  # the key of the report that lists the files of the demo
 
-Owns = Callable[[str], bool]  # told a path below the folder
+Owns = Callable[[str], bool]  # called with a path below the folder
 
 _COMPONENT = rf"(?:{'|'.join(re.escape(place.folder) for place in PLACES)})"
 _STEM = rf"(?:{'|'.join(STEMS)})"
@@ -32,7 +32,7 @@ _MODEL_FILE = re.compile(
     r"|(?:prior_)?tokenizer/merges\.txt"
 )
 _STAGE = rf"(?:{'|'.join(map(re.escape, Stage))})"
-_PLAN = re.compile(  # and what a killed build or verify left
+_PLAN = re.compile(  # plans, and leftovers of a killed build or verify
     rf"{_STAGE}/plans/[^/]+\.(?:plan|json)|\.building/.*|\.{re.escape(MANIFEST_NAME)}\.(?:\w{{8}}\.)?partial(?:/.*)?"
 )
 _BUNDLE_FILE = re.compile(  # of a bundle whose manifest is of another version
@@ -42,7 +42,7 @@ _BUNDLE_FILE = re.compile(  # of a bundle whose manifest is of another version
 
 @dataclass(frozen=True)
 class Owned:
-    """What was found out of a folder: its marker, all files in it, and those that do not belong to the marker."""
+    """A folder with a marker: all files in it, and the foreign ones, which do not belong to the marker."""
 
     marker: str
     files: tuple[str, ...]
@@ -50,8 +50,9 @@ class Owned:
 
 
 def owned(folder: Path, names: Collection[str], without: Path | None = None) -> Owned | None:
-    """What the `folder` is that `names` are to be written into, but for what is below `without`; None when it carries
-    no marker of ours."""
+    """Examine the `folder` that `names` are to be written into, except for files below `without`.
+
+    None when it has no marker of cascadekit."""
     for marker, rule in _RULES.items():
         owns = rule(folder, names)
         if owns is not None:
@@ -61,7 +62,7 @@ def owned(folder: Path, names: Collection[str], without: Path | None = None) -> 
 
 
 def files_in(folder: Path, without: Path | None = None) -> tuple[str, ...]:
-    """The paths of all files and links below a folder, "/" between folders. No link is followed."""
+    """Return the paths of all files and links below a folder, with "/" between. No link is followed."""
     found = []
     for root, folders, names in os.walk(folder):
         here = Path(root)
@@ -72,8 +73,10 @@ def files_in(folder: Path, without: Path | None = None) -> tuple[str, ...]:
 
 
 def stale_weights(folder: Path, names: Collection[str]) -> tuple[str, ...]:
-    """Weights in a component's folder that would be taken together with those in `names`: an older conversion's shards
-    beside a new single file, or a component that is not written again. Those of another variant are no danger."""
+    """Return old weights in components' folders that would be loaded together with those in `names`.
+
+    Examples are an older conversion's shards beside a new single file, and a component that is not written again.
+    Weights of another variant are not loaded together."""
     variants = _variants(names)
     if not variants:
         return ()
@@ -88,7 +91,7 @@ def has_component(names: Collection[str]) -> bool:
 
 
 def _variant(path: str) -> str | None:
-    """The variant that a component's weights are of, "" for none; None for anything but such weights."""
+    """Return the variant of a component's weights, "" for none; None for other files."""
     match = _WEIGHTS.fullmatch(path)
     return (match["variant"] or match["indexed"] or "") if match else None
 
@@ -98,8 +101,7 @@ def _variants(names: Collection[str]) -> set[str]:
 
 
 def _model(folder: Path, names: Collection[str]) -> Owns | None:
-    """A model folder: what a conversion writes, by name. Weights of a variant that is not written anew are no part of
-    it, nor is a licence or model card."""
+    """Owns the files that a conversion writes. Weights of other variants, licences and model cards are foreign."""
     if not isinstance(_json(folder / MODEL_INDEX).get("_class_name"), str):
         return None
     variants = _variants(names)
@@ -107,7 +109,7 @@ def _model(folder: Path, names: Collection[str]) -> Owns | None:
 
 
 def _bundle(folder: Path, names: Collection[str]) -> Owns | None:
-    """A bundle: the files its manifest lists, and plans, which a killed build may have left unlisted."""
+    """Owns the files that the manifest lists, and plans, which a killed build may have left unlisted."""
     path = folder / MANIFEST_NAME
     if _json(path).get("format") != FORMAT:
         return None
@@ -126,7 +128,7 @@ def _listed(manifest: Manifest) -> set[str]:
 
 
 def _demo(folder: Path, names: Collection[str]) -> Owns | None:
-    """A demo: the files its report lists; its bundle may have grown plans."""
+    """Owns the files that the demo's report lists, and later plans of its bundle."""
     made = _json(folder / DEMO_REPORT).get(DEMO)
     if not isinstance(made, list):
         return None
@@ -143,9 +145,8 @@ _RULES: dict[str, Callable[[Path, Collection[str]], Owns | None]] = {
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one when there is none."""
+    """Return the object in a JSON file; an empty one when there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return load_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

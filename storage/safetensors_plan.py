@@ -1,4 +1,4 @@
-"""Describes a safetensors file before it is written: each tensor's dtype and shape, and where its values come from."""
+"""Describes a safetensors file before it is written: dtypes, shapes, and the sources of the values."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,16 +7,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.tensors import Shape
-from .safetensors_reader import DTYPE_SIZES, TensorRange
+from .safetensors_reader import TensorRange
 
 
 @dataclass(frozen=True)
 class Calculated:
     """Values that are calculated while the file is written.
 
-    `blocks` is called once, when it is the turn of these values. It yields contiguous arrays of `nbytes` bytes in
-    all, in the dtype of the file, little endian."""
+    `blocks` is called once, when these values are due. It yields contiguous arrays of `nbytes` bytes in all, in the
+    dtype of the file, little endian."""
 
     nbytes: int
     blocks: Callable[[], Iterable[NDArray[Any]]]
@@ -27,7 +28,7 @@ Part = TensorRange | Calculated
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to write: dtype (in safetensors' spelling), shape, and the parts that follow one another in it.
+    """A tensor to write: dtype (in safetensors' spelling), shape, and its parts in order.
 
     A range of another dtype is cast if `cast.castable` allows the pair. A transposed range is transposed back. A plan
     without parts is a tensor of zeros."""
@@ -38,26 +39,26 @@ class TensorPlan:
 
     @property
     def ranges(self) -> tuple[TensorRange, ...]:
-        """The parts that lie in other files."""
+        """The parts that are copied from other files."""
         return tuple(part for part in self.parts if isinstance(part, TensorRange))
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor in the file to be written."""
+        """The size of the tensor in the new file."""
         if not self.parts:
             return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
         return sum(_nbytes_as(part, self.dtype) for part in self.parts)
 
 
 def _nbytes_as(part: Part, dtype: str) -> int:
-    """Size of a part's values in `dtype`; a dtype that cannot be cast has no entry in DTYPE_SIZES."""
+    """Return the size of a part's values in `dtype`."""
     if isinstance(part, Calculated) or part.dtype == dtype:
         return part.nbytes
     return part.nbytes // DTYPE_SIZES[part.dtype] * DTYPE_SIZES[dtype]
 
 
 def canonical_order(plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
-    """The same plans in the order in which the safetensors library writes them: wide dtypes first, then by name."""
+    """Return the plans in the order in which the safetensors library writes them: wide dtypes first, then by name."""
     rank = {dtype: -index for index, dtype in enumerate(DTYPE_SIZES)}
     # str compares by code point, which is the byte order of UTF-8 that the library sorts by.
     return dict(sorted(plans.items(), key=lambda item: (rank[item[1].dtype], item[0])))
@@ -74,7 +75,7 @@ class PlacedRange:
 
     @property
     def computed(self) -> bool:
-        """Whether the values must be cast, scaled or transposed, not only copied."""
+        """True when the values must be cast, scaled or transposed, not only copied."""
         part = self.part
         return part.transposed or part.scale is not None or part.dtype != self.dtype
 
@@ -89,7 +90,7 @@ class PlacedValues:
 
 
 def placed(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[PlacedRange | PlacedValues]:
-    """Every part of the tensors with its place in the output, whose first tensor begins at byte `at`."""
+    """Yield every part of the tensors with its place in the output; the first tensor begins at byte `at`."""
     for name, plan in tensors.items():
         for part in plan.parts:
             if isinstance(part, TensorRange):

@@ -1,4 +1,4 @@
-"""Safetensors files by header and byte ranges; no tensor is ever read here.
+"""Reads headers of safetensors files: names, dtypes, shapes and byte ranges, but no tensor.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format).
@@ -7,50 +7,21 @@ Format: 8 bytes little-endian header length, the header as JSON, then the tensor
 import json
 import math
 import os
-import stat
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, ConversionError
+from ..schemas.json_text import load_object
 from ..schemas.limits import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
 from ..schemas.tensors import Shape
+from .open_file import opened
 
-# Bytes per value; in the ascending order of the library's own enumeration, which decides where its writer puts
-# a tensor (see canonical_order).
-DTYPE_SIZES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
-# Bits per value of dtypes that the library knows and nothing here computes with.
-UNSUPPORTED_BITS: Mapping[str, int] = {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "C64": 64,
-}
-DTYPE_BITS = {**{dtype: 8 * size for dtype, size in DTYPE_SIZES.items()}, **UNSUPPORTED_BITS}
 FIELDS = ("dtype", "shape", "data_offsets")
-LARGEST = (1 << 64) - 1  # of a size; the library counts values and bits in 64 bits
+LARGEST = (1 << 64) - 1  # size; the library counts values and bits in 64 bits
 LFS_POINTER = b"version https://git-lfs"
 STARTS: Mapping[bytes, str] = {
     LFS_POINTER: "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
@@ -69,9 +40,9 @@ STARTS: Mapping[bytes, str] = {
 class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
-    When `transposed`, the tensor is a matrix of `shape` whose transpose lies there, as [shape[1], shape[0]].
-    With a `scale`, the tensor is what lies there times the one number that lies at that range.
-    Raises ConversionError when it is transposed and no matrix."""
+    When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
+    stored values are to be multiplied by the one number at that range. Raises ConversionError when a tensor is
+    transposed that is not a matrix."""
 
     path: Path
     dtype: str
@@ -83,15 +54,15 @@ class TensorRange:
 
     def __post_init__(self) -> None:
         if self.transposed and len(self.shape) != 2:
-            raise ConversionError(f"{self.path}: only a matrix can lie transposed, not a tensor of {list(self.shape)}")
+            raise ConversionError(f"{self.path}: a transposed tensor must be a matrix, found shape {list(self.shape)}")
 
     def rows(self, start: int, stop: int, shape: Shape) -> "TensorRange":
-        """The bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
+        """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
 
-        Raises ConversionError for a transposed range: its rows are not ranges."""
+        Raises ConversionError for a transposed matrix, whose rows are not contiguous."""
         if self.transposed:
             raise ConversionError(
-                f"{self.path}: the matrix at byte {self.offset} lies transposed; it has no row ranges"
+                f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
             )
         row = self.nbytes // self.shape[0]
         return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
@@ -99,7 +70,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself; tensors in file order of their bytes."""
+    """The header of a safetensors file; its tensors are in the order of their bytes."""
 
     path: Path
     tensors: dict[str, TensorRange]
@@ -111,20 +82,15 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size; no tensor is read.
+    """Read the header of a safetensors file and check it against the file's size.
 
-    It takes what the safetensors library takes, and dtypes that the library does not know yet; but no name twice, which
-    the format forbids. Raises CheckpointError for all else, naming what the file is instead or where it is damaged."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path}: cannot be read: not a file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            length = _header_length(path, head, size, file)
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    Headers that the safetensors library accepts are accepted, except for a name that occurs twice, which the format
+    forbids. Unknown dtypes are accepted too. Raises CheckpointError for all else; the message says what the file is
+    instead, or where it is damaged."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = _header_length(path, file.read(8), size, file)
+        text = file.read(length)
     try:
         entries = _parse(text)
         metadata = _metadata(entries.pop("__metadata__", None))
@@ -160,34 +126,15 @@ def _what_instead(start: bytes, length: int, size: int) -> str:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """The header's object, in JSON as strict as the library's."""
+    """Parse the header as strictly as the library does."""
     items = sum(map(text.count, (b",", b"[", b"{")))
     if items > MAX_HEADER_ITEMS:
         raise ValueError(f"it has {items} items (at most {MAX_HEADER_ITEMS} are read)")
-    entries = json.loads(
-        text.decode("utf-8"),  # json itself would guess another encoding, and take a byte order mark
-        object_pairs_hook=_no_duplicates,
-        parse_constant=_no_constant,
-        parse_float=_float,
-        parse_int=_integer,
-    )
-    if not isinstance(entries, dict):
-        raise ValueError("the header is not an object")
+    # json itself would guess another encoding, and take a byte order mark.
+    entries = load_object(text.decode("utf-8"), strict=True, parse_float=_float, parse_int=_integer)
     if b"\\u" in text:
         json.dumps(entries, ensure_ascii=False).encode("utf-8")  # raises for half a surrogate pair
     return entries
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {next(name for name, count in counts.items() if count > 1)!r} stands twice")
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _float(text: str) -> float:
@@ -198,7 +145,7 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    """What no 64 bits hold is a float to the library, and so no size; -0 too."""
+    """Read a number beyond 64 bits, or -0, as a float, as the library does; a float is not a size."""
     value = int(text)
     return value if text != "-0" and -(1 << 63) <= value <= LARGEST else _float(text)
 
@@ -216,14 +163,14 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
         raise ValueError(f"{name}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = (entry[field] for field in FIELDS)
     if not isinstance(dtype, str):
-        raise ValueError(f"{name}: the dtype {dtype!r} is no name")
+        raise ValueError(f"{name}: the dtype {dtype!r} is not a name")
     if not _naturals(shape):
         raise ValueError(f"{name}: shape {shape!r} is not a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: data_offsets {offsets!r} are not two positions")
     start, stop = offsets
-    bits = DTYPE_BITS.get(dtype)
-    if bits is not None and 8 * (stop - start) != (takes := _bits(name, shape, bits)):
+    known = DTYPES.get(dtype)
+    if known and 8 * (stop - start) != (takes := _bits(name, shape, known.bits)):
         raise ValueError(f"{name}: {dtype} {shape} takes {takes / 8:.16g} bytes, data_offsets give it {stop - start}")
     if stop < start:
         raise ValueError(f"{name}: data_offsets {offsets} run backwards")
@@ -231,7 +178,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
 
 
 def _bits(name: str, shape: list[int], each: int) -> int:
-    """Bits that a tensor takes, counted in 64 bits as the library does; a size of 0 behind the overflow is too late."""
+    """Count the bits of a tensor in 64 bits as the library does. A size of 0 after an overflow does not help."""
     values = 1
     for size in (*shape, each):
         values *= size

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from ..schemas.callbacks import Progress
 from ..schemas.dtypes import FLOATS
 from ..schemas.errors import ConversionError
+from ..schemas.messages import listed
 from ..schemas.tensors import Shape
 from .cast import Array, castable
 from .cast_ranges import Counts, cast_placed
@@ -51,13 +52,13 @@ def write_safetensors(
 ) -> Counts:
     """Write a safetensors file from plans, in the order of `tensors`; the caller renames it into its place.
 
-    Returns the number of values of each tensor that became infinite by a cast, and of those that were cast although
-    they were NaN or infinite. The file is on disk (fsync) when this function returns. `progress` is called with bytes
-    of tensors. Memory is some 100 MB in all, and the largest block of what is calculated.
+    Returns by tensor how many values became infinite by a cast, and how many were NaN or infinite before. The file is
+    on disk (fsync) when this function returns. `progress` is called with bytes of tensors. The function takes about
+    100 MB of memory, and the largest calculated block.
 
-    Raises ConversionError if the disk is full, a source cannot be read, a dtype cannot be cast, or, without
-    `allow_overflow`, if finite values became infinite; the caller then removes the file. `overflow_advice` replaces the
-    advice of that message where the caller has no `allow_overflow` to offer."""
+    Raises ConversionError if the disk is full, a source cannot be read, or a dtype cannot be cast; the caller then
+    removes the file. Finite values that became infinite are such an error too unless `allow_overflow` is set.
+    `overflow_advice` replaces the advice of that message where the caller has no such argument."""
     _check_castable(tensors)
     with new_safetensors(path, tensors, metadata) as out:
         parts = list(placed(tensors, out.start))
@@ -95,11 +96,10 @@ class NewSafetensors:
 def new_safetensors(
     path: Path, tensors: Mapping[str, Described], metadata: Mapping[str, str]
 ) -> Iterator[NewSafetensors]:
-    """A new file with its header; the caller writes the values of the `tensors`, and what stays unwritten is zero.
+    """A new file with its header. The caller writes the values of the `tensors`; unwritten values are zero.
 
-    Disk space is reserved at once. A thread flushes what has been written meanwhile. The file is on disk (fsync) when
-    the block ends. Raises ConversionError for every OSError in the block: the disk is full, or a source cannot be
-    read."""
+    Disk space is reserved at once, and a thread flushes written data meanwhile. The file is on disk (fsync) when the
+    block ends. Raises ConversionError for every OSError in the block: the disk is full, or a source cannot be read."""
     header = encode_header(tensors, metadata)
     places, end = {}, len(header)
     for name, tensor in tensors.items():
@@ -118,7 +118,7 @@ def new_safetensors(
 
 
 def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file that holds `tensors` one after another, padded with spaces to a multiple of 8."""
+    """Return the header of a file that has `tensors` one after another, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, tensor in tensors.items():
@@ -146,10 +146,10 @@ def _write_calculated(values: PlacedValues, out: NewSafetensors, progress: Progr
 
 @contextmanager
 def _flushing(target: int) -> Iterator[None]:
-    """Flush to disk, in a thread and again and again, what has been written so far.
+    """Flush written data to disk repeatedly, in a thread.
 
-    Without this thread the kernel begins when gigabytes have gathered, and the disk idles until then. Raises the
-    OSError of a flush when the block ends: the kernel reports an error once, so a later fsync would not see it."""
+    Without this thread the kernel begins only when it has gigabytes, and the disk idles until then. Raises the OSError
+    of a flush when the block ends: the kernel reports an error once, so a later fsync would miss it."""
     done = Event()
     with ThreadPoolExecutor(1) as pool:
         flushes = pool.submit(_flush_until, done, target)
@@ -181,19 +181,18 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
 
 
 def what_failed(path: Path, total: int, error: OSError) -> str:
-    """The message for an error while `total` bytes were to be written to `path`."""
+    """Return the message for an error while `total` bytes were to be written to `path`."""
     if error.filename not in (None, str(path)):
         return f"{error.filename}: cannot be read: {error.strerror}"
     return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
 
 
 def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str], advice: str) -> str:
-    worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common(5)]
-    more = f" and {len(overflows) - len(worst)} more tensors" if len(overflows) > len(worst) else ""
+    worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common()]
     dtypes = {tensors[name].dtype for name in overflows}
     wider = 'dtype="bf16", whose range is that of float32' if dtypes == {"F16"} else "a wider dtype"
     advice = advice or f"try {wider}, or keep the infinities with allow_overflow=True"
-    return f"{path.name}: {overflows.total()} finite values become infinite: {', '.join(worst)}{more}; {advice}"
+    return f"{path.name}: {overflows.total()} finite values become infinite: {listed(worst)}; {advice}"
 
 
 def reserve(target: int, total: int) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...schemas.callbacks import Progress, Say, StartFile
+from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.layouts import Layout
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
-from ...schemas.weight_dtypes import parse_dtype
 from ...storage.atomic_output import staged_output
 from ...storage.cast_ranges import Counts
 from ...storage.replaceable_folders import MODEL_INDEX

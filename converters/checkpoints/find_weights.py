@@ -24,13 +24,13 @@ from ...schemas.folders import (
     read_weights_name,
     stray_kind,
 )
-from ...schemas.json_text import load_json
+from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_FOLDER_ENTRIES
+from ...schemas.messages import listed
 from ...schemas.stages import NetworkConfig, Stage
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
-from .component import listed
 from .identify import FileContents, ReadConfig, identify_all
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # a file name without a folder
@@ -187,12 +187,9 @@ def _config_reader(folder: Path) -> ReadConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = load_json(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is not an object")
+        return load_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    return values
 
 
 @dataclass(frozen=True)

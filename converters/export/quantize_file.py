@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from ...schemas.callbacks import Progress
-from ...schemas.dtypes import FLOATS
+from ...schemas.dtypes import DTYPE_SIZES, FLOATS
 from ...schemas.errors import ConversionError, ExportError
 from ...schemas.quantization import Quantization, Scheme, StoredTensor, quantized_name, scale_name, stored_tensors
 from ...storage.cast import cast_block
 from ...storage.file_ranges import read_exactly, read_lines
-from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange, read_header
+from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import NewSafetensors, new_safetensors
 from .quantize_values import Floats, Quantized, pack, quantize
 

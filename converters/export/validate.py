@@ -18,10 +18,11 @@ import onnx
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.callbacks import Say
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle, open_bundle
-from ...storage.file_hashes import WHOLE_BELOW, find_change, require_regular, sha256_of
-from ...storage.safetensors_reader import DTYPE_SIZES
+from ...storage.file_hashes import WHOLE_BELOW, find_change, sha256_of
+from ...storage.open_file import require_regular
 from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
 
 POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__
@@ -65,10 +66,10 @@ def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lamb
         if not result:
             print([problem for check in result.checks for problem in check.problems])
 
-    With `hash` every byte of every file is read and its SHA-256 compared with the manifest. Without it, a file whose
-    size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by the
-    samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is that of
-    one graph without weights.
+    With `hash` every byte of each file that has a SHA-256 in the manifest is read and compared. Without `hash` a file
+    whose size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by
+    the samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is
+    that of one graph without weights.
 
     Raises CheckpointError when the manifest cannot be read."""
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))

@@ -4,14 +4,13 @@ What is kept shares every file that the LoRAs leave alone with the bundle it was
 disk as the weights that change; on another file system, though, as much as the whole bundle.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
+from ...storage.locks import locked
 from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
@@ -149,15 +149,17 @@ def _alone(target: Path) -> Iterator[None]:
     """Wait until no other process makes `target`. The lock goes with the process, its empty file stays: whoever removed
     it could take it from under one who waits."""
     lock = target.with_name(f".{target.name}.lock")
-    try:
+
+    def prepare() -> None:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ConversionError(
-            f"{lock.parent}: the cache of LoRAs cannot be written: {error.strerror}; set ${CACHE} to a folder that can"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock.touch()
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, prepare, wait=True))
+        except OSError as error:
+            folder = lock.parent
+            raise ConversionError(
+                f"{folder}: the cache of LoRAs cannot be written: {error.strerror}; set ${CACHE} to a folder that can"
+            ) from error
         yield
-    finally:
-        os.close(descriptor)

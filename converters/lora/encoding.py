@@ -3,26 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.dtypes import FLOATS
+from ...schemas.dtypes import FLOATS, INTEGERS
 from ...storage.cast import cast_block
 
 Array = NDArray[np.floating]
 Bytes = NDArray[np.uint8]
 
 __all__ = ["FLOATS", "INTEGERS", "Array", "Bytes", "compute_type", "decode", "encode", "spacing"]
-
-# Settings that are stored as tensors (alpha, shapes) may be whole numbers.
-INTEGERS = {
-    "BOOL": "<u1",
-    "U8": "<u1",
-    "I8": "<i1",
-    "I16": "<i2",
-    "U16": "<u2",
-    "I32": "<i4",
-    "U32": "<u4",
-    "I64": "<i8",
-    "U64": "<u8",
-}
 
 
 def compute_type(dtype: str) -> type[np.float32] | type[np.float64]:

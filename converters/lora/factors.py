@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.tensors import Shape
 from ...storage.safetensors_plan import Calculated, TensorPlan
-from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import TensorRange
 from .encoding import FLOATS, INTEGERS, Array, compute_type, decode, encode
 
 MOST_VALUES = 8  # of a setting that is stored as a tensor: no more than a weight has axes

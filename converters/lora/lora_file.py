@@ -10,8 +10,6 @@ from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, 
 from .adapters import Adapter
 from .factors import Factor
 
-SHOWN = 6  # of a list of problems; the rest are counted
-
 
 @dataclass(frozen=True)
 class Embedding:
@@ -69,9 +67,3 @@ def candidate_unets(networks: Sequence[NetworkConfig]) -> list[UNetConfig]:
 def candidate_text_encoders(networks: Sequence[NetworkConfig]) -> list[TextEncoderConfig]:
     given = [config for config in networks if isinstance(config, TextEncoderConfig)]
     return given or [config for config in PRESETS.values() if isinstance(config, TextEncoderConfig)]
-
-
-def listed(items: Sequence[str], separator: str = "\n  ") -> str:
-    """Return the first few items, and how many more there are."""
-    rest = len(items) - SHOWN
-    return separator.join(items[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")

@@ -15,23 +15,24 @@ from pathlib import Path
 from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.callbacks import Progress, StartFile
 from ...schemas.config_json import from_json
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.layouts import Layout
+from ...schemas.messages import indented
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
 from ...storage.atomic_output import staged_output
-from ...storage.bundle import Bundle, open_bundle
+from ...storage.bundle import Bundle, locked_bundle, open_bundle
 from ...storage.file_hashes import describe_file, find_change, sha256_of
 from ...storage.file_ranges import CopiedRange, copy_range
-from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import TensorRange
 from ...storage.safetensors_writer import reserve, what_failed
 from ..checkpoints.component import Component, Problems
 from ..export.bundle_weights import clone
 from ..export.graph_files import ExternalTensor, external_data, load_graph
 from .changed_tensors import Changes, Effect, overwrite
 from .encoding import FLOATS
-from .lora_file import listed
 from .merge_plan import MERGED_STAGES, LoraPlan, plan_loras
 from .stability_format import DEFAULT_FILTERS
 
@@ -73,22 +74,24 @@ def apply_loras(
         >>> undo_loras("bundle")
         ('style.safetensors',)
     """
-    merge = _planned(
-        Path(root),
-        loras,
-        strengths=strengths,
-        text_encoder_strengths=text_encoder_strengths,
-        module_filters=module_filters,
-        alpha=alpha,
-    )
-    bundle = merge.bundle
-    _require_real_files(bundle.root)
-    for stage in merge.changes:
-        bundle.check(stage)
-    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
-        _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
-        kept = [_keep(bundle, staged, name) for name in (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))]
-        return _write_merged(merge, staged, {}, kept, start_file)
+    with locked_bundle(Path(root)):
+        merge = _planned(
+            Path(root),
+            loras,
+            strengths=strengths,
+            text_encoder_strengths=text_encoder_strengths,
+            module_filters=module_filters,
+            alpha=alpha,
+        )
+        bundle = merge.bundle
+        _require_real_files(bundle.root)
+        for stage in merge.changes:
+            bundle.check(stage)
+        with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
+            _link_others(bundle.root, staged, {*merge.replaced, bundle.root / MANIFEST_NAME})
+            names = (MANIFEST_NAME, *sorted(map(merge.relative, merge.replaced)))
+            kept = [_keep(bundle, staged, name) for name in names]
+            return _write_merged(merge, staged, {}, kept, start_file)
 
 
 def derive_bundle(
@@ -155,7 +158,7 @@ def _planned(
     )
     changes = {stage: _in_graphs(plan, stage, bundle) for stage in plan.stages}
     if not any(changes.values()):
-        raise ConversionError(f"{root}: nothing in its graphs changes:\n  {listed(plan.unapplied)}")
+        raise ConversionError(f"{root}: nothing in its graphs changes:{indented(plan.unapplied)}")
     return _Merge(bundle, plan, changes)
 
 
@@ -185,22 +188,23 @@ def undo_loras(root: str | Path) -> tuple[str, ...]:
 
     Raises UsageError when there are none or they cannot be taken out, CheckpointError when a file that was kept is
     missing or changed."""
-    bundle = open_bundle(Path(root))
-    state = bundle.manifest.lora
-    if state is None:
-        raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
-    if not state.kept:
-        raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
-    for file in state.kept:
-        problem = find_change(bundle.root / file.path, file)
-        if problem:
-            raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
-    originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
-    with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
-        _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
-        for path, name in originals.items():
-            _link(path, staged / name)
-    return tuple(lora.name for lora in state.loras)
+    with locked_bundle(Path(root)):
+        bundle = open_bundle(Path(root))
+        state = bundle.manifest.lora
+        if state is None:
+            raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
+        if not state.kept:
+            raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
+        for file in state.kept:
+            problem = find_change(bundle.root / file.path, file)
+            if problem:
+                raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
+        originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
+        with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
+            _link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
+            for path, name in originals.items():
+                _link(path, staged / name)
+        return tuple(lora.name for lora in state.loras)
 
 
 def _require_none_applied(bundle: Bundle) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraTarget
+from ...schemas.messages import indented
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint
 from ..checkpoints.component import Component
 from .changed_tensors import Change, adapter_change, embedding_change
-from .lora_file import Lora, listed
+from .lora_file import Lora
 from .read_formats import open_lora
 from .stability_format import DEFAULT_FILTERS
 
@@ -81,7 +82,7 @@ def plan_loras(
         )
     if not plan.changes:
         raise ConversionError(
-            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:\n  {listed(plan.unapplied)}\n{advice}"
+            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:{indented(plan.unapplied)}\n{advice}"
         )
     return plan
 

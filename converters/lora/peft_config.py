@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CheckpointError, LayoutError
+from ...schemas.json_text import load_object
 from ...schemas.peft_settings import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
 from ...schemas.stages import Stage
 from .peft_patterns import Patterns
@@ -65,11 +66,8 @@ def find_configs(weights: Path, metadata: Mapping[str, str]) -> Configs:
 
 def _parse(where: str, text: str) -> Configs:
     try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError("it is not an object")
-        return {stage: _config(where, own) for stage, own in _by_stage(values).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+        return {stage: _config(where, own) for stage, own in _by_stage(load_object(text)).items()}
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{where}: not the settings of a LoRA: {error}") from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
 from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, Prefix, changeable
+from ...schemas.messages import indented, listed
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
@@ -13,7 +14,7 @@ from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, make_adapter, split_rows
 from .factors import Factor, scaled
-from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe, listed
+from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe
 from .peft_config import Configs, find_configs
 from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
@@ -250,7 +251,7 @@ def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]
     """Why a file cannot be read as a LoRA for these networks, and what it seems to be for."""
     header, keys = source.header, source.keys
     if attempt.unnamed == len(keys.groups):
-        names = listed(list(keys.groups), ", ")
+        names = listed(list(keys.groups))
         return (
             f"{header.path}: not a LoRA for Stable Cascade; none of its {len(keys.groups)} modules is one of "
             f"{describe(attempt.unet)} or of the text encoder ({names}). Is it for another model?"
@@ -262,4 +263,4 @@ def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]
         fits = describe(elsewhere.unet)
         advice = f"It fits {fits}: give a checkpoint of that, or get the LoRA made for {describe(attempt.unet)}."
     count = f"{len(attempt.problems)} of {len(keys.groups)} modules"
-    return f"{header.path}: not for {describe(attempt.unet)}: {count}:\n  {listed(attempt.problems)}\n{advice}"
+    return f"{header.path}: not for {describe(attempt.unet)}: {count}:{indented(attempt.problems)}\n{advice}"

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...schemas.errors import LayoutError
 from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights, lora_modules
+from ...schemas.messages import indented
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
@@ -18,7 +19,7 @@ from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
 from .encoding import Array
 from .factors import Factor
-from .lora_file import Embedding, Lora, candidate_unets, describe, listed
+from .lora_file import Embedding, Lora, candidate_unets, describe
 
 DEFAULT_FILTERS = (".attn",)
 FACTOR_KEY = re.compile(r"weights\.(\d{1,6})\.(lora_down|lora_up)")
@@ -49,7 +50,7 @@ def read_stability(header: Header, networks: Sequence[NetworkConfig], filters: S
         problems.append(f"{describe(unet)}: {problem}")
     raise LayoutError(
         f"{header.path}: a list of {len(pairs)} weights without names, which fits no network with the module filter "
-        f"{' '.join(filters)}:\n  {listed(problems)}\nGive the checkpoint it is for, and the module_filters of its "
+        f"{' '.join(filters)}:{indented(problems)}\nGive the checkpoint it is for, and the module_filters of its "
         "training config"
     )
 
@@ -64,7 +65,7 @@ def _pairs(header: Header) -> Pairs:
         elif key not in EMBEDDING_KEYS:
             unknown.append(key)
     if unknown:
-        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:\n  {listed(unknown)}")
+        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:{indented(unknown)}")
     for index in range(len(pairs)):
         missing = {"lora_down", "lora_up"} - pairs.get(index, {}).keys()
         if missing:

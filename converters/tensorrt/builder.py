@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.bundle import MANIFEST_NAME, PlanEntry, to_text
+from ...schemas.bundle import Manifest
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
+from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
-from ...storage.atomic_output import scratch_folder, staged_output
-from ...storage.bundle import Bundle, open_bundle
+from ...storage.atomic_output import scratch_folder
+from ...storage.bundle import Bundle, open_bundle, update_manifest
 from . import plan_cache as cache
 from .backend import Backend, find_backend
 from .device import present_device
@@ -155,15 +156,14 @@ def _build(
 
 def _record(root: Path, built: Built) -> None:
     """Put the plan's entry into the manifest, replacing one of the same path; entries of missing plans are removed."""
-    manifest = open_bundle(root).manifest
-    entry = manifest.stages[built.stage]
-    others = [plan for plan in entry.plans if plan.path != built.plan.path and (root / plan.path).is_file()]
-    plans = (*others, built.plan)
-    if plans == entry.plans:
-        return
-    stages = {**manifest.stages, built.stage: entry.model_copy(update={"plans": plans})}
-    with staged_output(root / MANIFEST_NAME, force=True) as staged:
-        staged.write_text(to_text(manifest.model_copy(update={"stages": stages})), encoding="utf-8")
+
+    def added(manifest: Manifest) -> Manifest:
+        entry = manifest.stages[built.stage]
+        others = [plan for plan in entry.plans if plan.path != built.plan.path and (root / plan.path).is_file()]
+        stages = {**manifest.stages, built.stage: entry.model_copy(update={"plans": (*others, built.plan)})}
+        return manifest.model_copy(update={"stages": stages})
+
+    update_manifest(root, added)
 
 
 def stale_plans(bundle: Bundle) -> Iterator[Path]:
@@ -187,15 +187,17 @@ def prune(root: str | Path) -> int:
     bundle = open_bundle(Path(root))
     freed = 0
     with scratch_folder(bundle.root / SCRATCH, bundle.root):
-        stages = {
-            stage: entry.model_copy(update={"plans": tuple(p for p in entry.plans if entry.is_current(p))})
-            for stage, entry in bundle.manifest.stages.items()
-        }
-        if stages != bundle.manifest.stages:
-            with staged_output(bundle.root / MANIFEST_NAME, force=True) as staged:
-                staged.write_text(to_text(bundle.manifest.model_copy(update={"stages": stages})), encoding="utf-8")
+        bundle = replace(bundle, manifest=update_manifest(bundle.root, _without_stale_plans))
         for path in stale_plans(bundle):
             freed += path.stat().st_size
             path.with_suffix(".json").unlink(missing_ok=True)
             os.unlink(path)
     return freed
+
+
+def _without_stale_plans(manifest: Manifest) -> Manifest:
+    stages = {
+        stage: entry.model_copy(update={"plans": tuple(plan for plan in entry.plans if entry.is_current(plan))})
+        for stage, entry in manifest.stages.items()
+    }
+    return manifest.model_copy(update={"stages": stages})

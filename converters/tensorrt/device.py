@@ -3,8 +3,8 @@
 import ctypes
 from typing import Any
 
-from ...schemas.bundle import DeviceEntry
 from ...schemas.errors import EngineError
+from ...schemas.plan_entries import DeviceEntry
 
 # Attribute numbers of cuda.h, which do not change.
 MAJOR, MINOR = 75, 76

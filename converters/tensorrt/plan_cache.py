@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.bundle import PlanEntry
 from ...schemas.errors import CheckpointError
 from ...schemas.json_text import load_json
+from ...schemas.plan_entries import PlanEntry
 from ...storage.file_hashes import sha256_of
 from .worker_request import WorkerRequest
 

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import onnx
 
-from ...schemas.bundle import (
-    MAIN_GRAPH,
-    DeviceEntry,
-    FileEntry,
-    PlanSource,
-    ProfileEntry,
-    StageEntry,
-)
+from ...schemas.bundle import MAIN_GRAPH, FileEntry, StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
+from ...schemas.plan_entries import DeviceEntry, PlanSource, ProfileEntry
 from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for
 from ...schemas.quantization import Quantization
@@ -87,7 +81,7 @@ def require_targets(options: BuildOptions, precision: Precision) -> None:
     for target in options.targets:
         refused = refusal(options.backend, target, precision, Quantization.NONE)
         if refused:
-            raise UsageError(f"{refused.reason}; take {refused.instead}, or make another bundle for that GPU")
+            raise UsageError(f"{refused.reason}; take {refused.argument}, or make another bundle for that GPU")
 
 
 def plans_to_build(
@@ -162,7 +156,7 @@ def _reasons(entry: StageEntry, backend: str, targets: Sequence[str]) -> Iterato
         )
     found = [refused for t in targets if (refused := refusal(backend, t, entry.precision, entry.quantization))]
     for refused in dict.fromkeys(found):
-        command = f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.instead}"
+        command = f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.option}"
         yield f"{refused.reason}; export it again: {command}"
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import onnx
 
 from ...schemas.errors import EngineError
+from ...schemas.messages import listed
 from ..export.graph_files import load_graph
 from .backend import MESSAGES, Backend, logger_of
-
-SHOWN = 5  # names in a message
 
 
 def refit(backend: Backend, engine: Any, graph: Path) -> int:
@@ -30,13 +29,13 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
         raise EngineError(f"{graph}: its engine cannot be given weights; build it with refittable=True")
     foreign = sorted(held - set(_weights(load_graph(graph))))
     if foreign:
-        raise EngineError(f"{graph}: its engine is of another graph, with weights {_listed(foreign)}; build it again")
+        raise EngineError(f"{graph}: its engine is of another graph, with weights {listed(foreign)}; build it again")
     source = trt.OnnxParserRefitter(refitter, logger)
     if not source.refit_from_file(str(graph)):
         raise EngineError(f"{graph}: its weights were not taken: {MESSAGES.reason}")
     missing = sorted(refitter.get_missing_weights())
     if missing:
-        raise EngineError(f"{graph}: its engine misses weights: {_listed(missing)}; build it again")
+        raise EngineError(f"{graph}: its engine misses weights: {listed(missing)}; build it again")
     if not refitter.refit_cuda_engine():
         raise EngineError(f"{graph}: its weights were not taken: {MESSAGES.reason}")
     return len(held)
@@ -49,7 +48,3 @@ def _weights(model: onnx.ModelProto) -> Iterator[str]:
     for node in model.graph.node:
         if node.op_type == "Constant":
             yield from node.output
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

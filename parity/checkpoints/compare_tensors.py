@@ -14,10 +14,11 @@ import numpy as np
 from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model, open_model
 from ...schemas.callbacks import Progress, StartFile
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import UsageError
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape
-from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import TensorRange
 from ...storage.weights_file import read_weights
 from .compare_values import Difference, MappedFiles, Pair, blocks_of, comparable, differences, read_as
 

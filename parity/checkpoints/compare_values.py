@@ -12,21 +12,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.dtypes import FLOATS, FP8
+from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8, INTEGERS
 from ...schemas.errors import CheckpointError
 from ...storage.cast import cast_block, cast_counted, castable
 from ...storage.cast_ranges import read_scale
-from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
+from ...storage.safetensors_reader import TensorRange
 
 BLOCK = 1 << 22  # values that one task of a thread compares
 SLICE = 1 << 18  # bytes at a time: larger scratch space is paged in anew each time
 
 Array = NDArray[Any]
 
-_INTEGERS = {"I8": "<i1", "U8": "<u1", "BOOL": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4"} | {
-    "I64": "<i8",
-    "U64": "<u8",
-}
 _LARGEST = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}  # patterns of infinity
 
 
@@ -183,6 +179,6 @@ def _numbers(values: Array, dtype: str, places: Array) -> Array | None:
     chosen = values.reshape(-1, size)[places].tobytes()
     if dtype in (*FLOATS, *FP8):
         return np.asarray(cast_block(chosen, dtype, "F64")[0])
-    if dtype in _INTEGERS:
-        return np.frombuffer(chosen, _INTEGERS[dtype]).astype(np.float64)
+    if dtype in INTEGERS:
+        return np.frombuffer(chosen, INTEGERS[dtype]).astype(np.float64)
     return None

@@ -21,6 +21,7 @@ from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import MAIN_GRAPH, StageEntry
 from ...schemas.callbacks import Say
 from ...schemas.config_json import from_json
+from ...schemas.messages import listed
 from ...schemas.precision import FP16_MAX, Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
@@ -126,9 +127,7 @@ class Bisection:
         lines = [f"{self.stage}: {self._line(part)}" for part in self.faulty[:SHOWN]]
         if len(self.faulty) > SHOWN:
             lines.append(f"{self.stage}: and {len(self.faulty) - SHOWN} more parts")
-        suspects = self.suspects
-        more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
-        return [*lines, f"{self.stage}: look at the nodes {', '.join(suspects[:3])}{more}"]
+        return [*lines, f"{self.stage}: look at the nodes {listed(self.suspects, 3)}"]
 
     def _line(self, part: PartError) -> str:
         line = f"{part.label}: relative L2 {part.relative_l2:.1e} by itself, worst channel {part.worst_channel:.1e}"

@@ -14,6 +14,7 @@ from ...schemas.bundle import StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.errors import ExportError
 from ...schemas.fp16 import MARGIN_BITS, Fp16Fit, fit_fp16
+from ...schemas.messages import listed
 from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage, UNetConfig
@@ -141,9 +142,9 @@ class RangeAdvice:
             over = [block.name for block in self.blocks if block.overflows(kind)]
             losing = [block.name for block in self.blocks if block.lost(kind) > LOST_BITS]
             if over:
-                lines.append(f"{self.stage} in {kind}: {_listed(over)} overflow")
+                lines.append(f"{self.stage} in {kind}: {listed(over)} overflow")
             if losing:
-                lines.append(f"{self.stage} in {kind}: {_listed(losing)} lose more than {LOST_BITS:g} bit")
+                lines.append(f"{self.stage} in {kind}: {listed(losing)} lose more than {LOST_BITS:g} bit")
         if self.obstacle:
             lines.append(f"{self.stage}: {self.obstacle}")
         return lines
@@ -166,11 +167,6 @@ class RangeAdvice:
             ],
             "errors": {kind: asdict(error) for kind, error in self.errors.items()},
         }
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def export_options(advices: Sequence[RangeAdvice]) -> list[str]:

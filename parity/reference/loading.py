@@ -10,7 +10,7 @@ from torch import nn
 from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model
 from ...schemas.config_json import to_json
-from ...schemas.dtypes import FP8
+from ...schemas.dtypes import DTYPES, FLOATS, FP8
 from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
 from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
@@ -20,13 +20,7 @@ from ...storage.safetensors_reader import TensorRange
 from . import load_reference
 from .engine import Loader, TorchEngine
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
+TORCH_DTYPES = {name: getattr(torch, DTYPES[name].torch) for name in (*FLOATS, "I64")}
 
 
 def reference_engine(
@@ -41,7 +35,7 @@ def reference_engine(
     when a stage is loaded.
 
     Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
-    loaders = {stage: _loader(model.component(stage), DTYPES[dtype]) for stage in stages}
+    loaders = {stage: _loader(model.component(stage), TORCH_DTYPES[dtype]) for stage in stages}
     return TorchEngine(loaders, compiled=compiled, compute=compute)
 
 
@@ -52,11 +46,11 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
     if tensor.dtype in FP8 or tensor.scale is not None:
         values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
         return _shaped(torch.from_numpy(values), tensor)
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in TORCH_DTYPES:
         raise ExportError(f"{tensor.path}: the reference cannot read dtype {tensor.dtype}")
     if not tensor.nbytes:
-        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-    return _shaped(torch.frombuffer(_bytes(tensor), dtype=DTYPES[tensor.dtype]), tensor)
+        return torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
+    return _shaped(torch.frombuffer(_bytes(tensor), dtype=TORCH_DTYPES[tensor.dtype]), tensor)
 
 
 def _bytes(tensor: TensorRange) -> bytearray:
@@ -122,7 +116,7 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | 
 
 def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
     """diffusers' own network for the prior or the decoder, to measure beside ours. Needs diffusers."""
-    return TorchEngine({component.stage: _independent_loader(component, DTYPES[dtype])})
+    return TorchEngine({component.stage: _independent_loader(component, TORCH_DTYPES[dtype])})
 
 
 def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:

@@ -15,7 +15,6 @@ from ...schemas.json_text import well_formed
 from ...schemas.report import ComparedFile
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint
-from ...storage.machine import cpu_model
 
 LIBRARIES = (
     "cascadekit", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch",
@@ -41,6 +40,16 @@ def software() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or "unknown")
 
 
 def used_files(manifest: Manifest, stages: Sequence[Stage], against: Path) -> tuple[ComparedFile, ...]:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ...schemas.errors import CascadeError, UsageError
-from ...schemas.json_text import dump_json, load_json
+from ...schemas.json_text import dump_json, load_object
 
 
 class BatchLog:
@@ -59,8 +59,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another --log") from error
     for line in lines:
         try:
-            event = load_json(line)
+            event = load_object(line)
         except ValueError:
             continue
-        if isinstance(event, dict):
-            yield event
+        yield event

@@ -4,12 +4,11 @@ The images themselves show which jobs are finished: a finished image has its job
 people and programs. It is read for one thing: the seed of an earlier run, where a batch is given none.
 """
 
-import fcntl
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +21,7 @@ from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ...storage.atomic_file import remove_leftovers as remove_files
+from ...storage.locks import locked
 from ..cascade import Cascade
 from ..images.png import read_settings, save_png
 from ..sampling.loop import Step
@@ -273,21 +273,19 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and lock it, so that no other batch writes into it. The lock ends with the process.
 
     Raises UsageError when another batch has the lock, or the folder cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UsageError(f"{folder}: expected a folder to write to: {error.strerror}; choose another output") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: another batch writes into it; wait for that batch, or choose another output"
-        ) from error
-    else:
+    real = Path(os.path.realpath(folder))
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(real, lambda: real.mkdir(parents=True, exist_ok=True)))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder}: another batch writes into it; wait for that batch, or choose another output"
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: expected a folder to write to: {error.strerror}; choose another output"
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _opened(job: ImageJob) -> tuple[Image.Image, Mapping[str, Any]] | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CheckpointError
+from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_ADDED_TOKENS, MAX_TOKENIZER_BYTES
-from ...storage.file_hashes import require_regular
+from ...storage.open_file import require_regular
 
 VOCAB_SIZE = 49408  # tokens of CLIP's own
 START, END = 49406, 49407
@@ -53,7 +54,7 @@ def read_tokenizer(path: Path) -> TokenizerFile:
     Raises ValueError or CheckpointError that say what was found in place of CLIP's."""
     folder = path if path.is_dir() else None
     own = "" if folder and has_only_lists(folder) else _read(path / WHOLE_NAME if folder else path)
-    content = _parse(own) if own else _from_lists(path)
+    content = load_object(own, strict=True) if own else _from_lists(path)
     further = _added_in(folder) if folder else []
     merged = _merged(content, further)
     for what, problem in _CHECKS.items():
@@ -86,40 +87,18 @@ def _read(file: Path) -> str:
         raise ValueError(f"{file.name}: {error}") from error
 
 
-def _parse(text: str) -> Json:
-    try:
-        content = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("JSON that is not an object")
-    return content
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> Json:
-    """Refuse a key that stands twice: this reader and the library's might take different values."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key that stands twice")
-    return content
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text}, which is no number of JSON")
-
-
 def _from_lists(folder: Path) -> Json:
     """A tokenizer.json with these two lists; all else is taken from the shipped one, as it never differs."""
     vocab, merges = (_read(folder / name) for name in LIST_NAMES)
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     content: Json = json.loads(shipped())
-    content["model"] |= {"vocab": _parse(vocab), "merges": lines[: len(content["model"]["merges"])]}
+    content["model"] |= {"vocab": load_object(vocab, strict=True), "merges": lines[: len(content["model"]["merges"])]}
     return content
 
 
 def _added_in(folder: Path) -> list[Json]:
     """The tokens that the files beside a vocabulary add, as a tokenizer.json would list them."""
-    settings = _parse(_read(folder / SETTINGS_NAME)) if (folder / SETTINGS_NAME).exists() else {}
+    settings = load_object(_read(folder / SETTINGS_NAME), strict=True) if (folder / SETTINGS_NAME).exists() else {}
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         if not all(number.isascii() and number.isdecimal() and isinstance(t, dict) for number, t in decoder.items()):
@@ -127,7 +106,7 @@ def _added_in(folder: Path) -> list[Json]:
         return [_token(int(number[:12]), token.get("content"), token) for number, token in decoder.items()]
     if not (folder / ADDED_NAME).exists():
         return []
-    return [_token(number, text, {}) for text, number in _parse(_read(folder / ADDED_NAME)).items()]
+    return [_token(number, text, {}) for text, number in load_object(_read(folder / ADDED_NAME), strict=True).items()]
 
 
 def _token(number: Any, content: Any, flags: Mapping[str, Any]) -> Json:

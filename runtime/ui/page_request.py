@@ -8,9 +8,9 @@ from typing import Any
 from ...schemas.bundle import ENCODER_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGE_SIDE, MAX_STEPS
+from ...schemas.messages import shown as shown_value
 from ...schemas.request import parse_request
 from ...schemas.settings import Sampler, parse_settings
-from ...schemas.settings import shown as shown_value
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...schemas.errors import CascadeError, UsageError
+from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_BACKLOG, MAX_BODIES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEAD
 
 PATIENCE = 60  # seconds until a request has arrived as a whole, and between two of one connection
@@ -82,12 +83,9 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The body, an object. Raises RefusedError for anything else, numbers that JSON does not have included."""
         try:
-            value = json.loads(self.body, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not JSON") from None
-        if not isinstance(value, dict):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
-        return value
+            return load_object(self.body, strict=True)
+        except ValueError:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object") from None
 
 
 @dataclass(frozen=True)
@@ -373,7 +371,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(name)

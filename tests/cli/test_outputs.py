@@ -52,12 +52,12 @@ def test_convert_leaves_what_is_there(tiny: Path, folder: Path, to: str) -> None
 def test_a_bundle_goes_beside_what_is_there_and_is_replaced_alone(tiny: Path, folder: Path, tmp_path: Path) -> None:
     command = ("export", tiny / "model", "--stage", "vqgan", "-o", folder)
     done(*command)
-    refused("a bundle with files of others: docs/thesis.txt, sdxl.safetensors", *command, "--force")
+    refused("a bundle with other files in it: docs/thesis.txt, sdxl.safetensors", *command, "--force")
     assert_foreign(folder)
     whole = ("export", tiny / "model", "--stage", "vqgan", "-o", tmp_path / "bundle")
     done(*whole)
     (tmp_path / "bundle" / "vqgan" / "notes.txt").write_text("precious")
-    refused("a bundle with files of others: vqgan/notes.txt", *whole, "--force")
+    refused("a bundle with other files in it: vqgan/notes.txt", *whole, "--force")
     (tmp_path / "bundle" / "vqgan" / "notes.txt").unlink()
     (tmp_path / "bundle" / "vqgan" / "plans").mkdir()
     (tmp_path / "bundle" / "vqgan" / "plans" / "model.plan").touch()  # left by a killed build
@@ -97,8 +97,8 @@ def test_reports_and_recordings_replace_nothing_unasked(tiny: Path, tmp_path: Pa
     report.write_text("mine")
     refused("report.json: exists already", *command, "--report", report)
     refused("exists already", *command, "--record", report)
-    refused("lies inside the source", *command, "--report", tiny / "bundle" / "r.json")
-    refused("lies inside the source", *command, "--record", tiny / "model" / "r.safetensors", "--force")
+    refused("is inside the source", *command, "--report", tiny / "bundle" / "r.json")
+    refused("is inside the source", *command, "--record", tiny / "model" / "r.safetensors", "--force")
     assert report.read_text() == "mine"
 
 
@@ -110,7 +110,7 @@ def test_images_lie_outside_of_the_bundle_and_replace_no_picture(tiny: Path, tmp
     assert (tmp_path / "photo.preview.png").read_text() == "mine"
     before = photo.read_bytes()
     refused("is the source", "generate", tiny / "bundle", "--like", photo, "-o", photo, "--force")
-    refused("lies inside the source", "generate", tiny / "bundle", "x", "-o", tiny / "bundle" / "images")
+    refused("is inside the source", "generate", tiny / "bundle", "x", "-o", tiny / "bundle" / "images")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     batch = ("generate", tiny / "bundle", "--prompts", prompts, *quick, "-o", tmp_path / "images", "--force")

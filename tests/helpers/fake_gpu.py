@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as real
 
-from cascadekit.schemas.bundle import (
+from cascadekit.schemas.bundle import to_text
+from cascadekit.schemas.plan_entries import (
     Backend,
     DeviceEntry,
     ImageSize,
@@ -27,7 +28,6 @@ from cascadekit.schemas.bundle import (
     PlanSource,
     PortShapes,
     ProfileEntry,
-    to_text,
 )
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle

@@ -119,6 +119,13 @@ def test_a_manifest_does_not_grow_for_ever(bundle: Bundle) -> None:
     assert manifest.parity[-1].engine == f"e{KEPT + 2}"
 
 
+def test_a_verdict_recorded_meanwhile_is_kept(bundle: Bundle) -> None:
+    """`bundle` was opened before another process recorded its verdict."""
+    recorded(bundle, made_report(all_stages(), engine="openvino-bf16"))
+    both = recorded(bundle, made_report(all_stages())).manifest
+    assert [verdict.engine for verdict in both.parity] == ["openvino-bf16", "onnxruntime"]
+
+
 def test_a_manifest_that_cannot_be_replaced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (bundle.root / MANIFEST_NAME).read_bytes()
 
@@ -126,7 +133,9 @@ def test_a_manifest_that_cannot_be_replaced(bundle: Bundle, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device; give verdict=False"):
+    with pytest.raises(
+        CheckpointError, match="No space left on device, so the verdict is not recorded; give verdict=False"
+    ):
         recorded(bundle, made_report(all_stages()))
     assert (bundle.root / MANIFEST_NAME).read_bytes() == before
     assert not list(bundle.root.glob(".cascade*"))

@@ -41,7 +41,7 @@ def test_capabilities(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rtx", "rx 7900", "sm", "gpu0", "8", "rtx 9990", "4090 and more"])
 def test_unknown_cards(name: str) -> None:
-    with pytest.raises(UsageError, match=r"no GPU that is known here; expected one of sm75, .*'rtx 4090'"):
+    with pytest.raises(UsageError, match=r"not a known GPU; expected one of sm75, .*'rtx 4090'"):
         parse_target(name)
 
 
@@ -57,9 +57,9 @@ def test_what_rtx_builds_for() -> None:
     named = {name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
     assert set(RTX_TARGETS) == named
     require_rtx_targets(RTX_TARGETS)
-    with pytest.raises(UsageError, match="--arch sm89"):
+    with pytest.raises(UsageError, match="""such as targets=\\["sm89"\\] or targets="""):
         require_rtx_targets(())
-    with pytest.raises(UsageError, match=r"sm90: .* on the GPU itself use --backend tensorrt"):
+    with pytest.raises(UsageError, match=r"sm90: .* on the GPU itself use backend=\"tensorrt\""):
         require_rtx_targets(("sm89", "sm90"))
 
 
@@ -91,4 +91,5 @@ def test_plain_tensorrt_multiplies_fp32_everywhere() -> None:
     assert refusal("tensorrt", "sm90", Precision.BF16, Quantization.FP8) is None
     refused = refusal("tensorrt", "sm75", Precision.BF16, Quantization.NONE)
     assert refused is not None
-    assert (refused.reason, refused.instead) == ("sm75 in tensorrt has no bf16", "--precision fp16")
+    assert (refused.reason, refused.instead) == ("sm75 in tensorrt has no bf16", Precision.FP16)
+    assert (refused.argument, refused.option) == ('precision="fp16"', "--precision fp16")

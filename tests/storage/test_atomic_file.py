@@ -114,7 +114,7 @@ def test_images_replace_no_source(tmp_path: Path) -> None:
             image_paths(tmp_path / name, 1, force=True, sources=[photo])
         with pytest.raises(UsageError, match="is the source"):
             require_none_is([tmp_path / "new.png", tmp_path / name], [photo])
-    with pytest.raises(UsageError, match="lies inside the source"):
+    with pytest.raises(UsageError, match="is inside the source"):
         image_paths(tmp_path / "images", 1, sources=[tmp_path])
     assert image_paths(tmp_path, 1, sources=[photo]) == [tmp_path / "0000.png"]
 

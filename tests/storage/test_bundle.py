@@ -170,7 +170,7 @@ def test_older_bundles_say_what_to_do(tiny: Path, tmp_path: Path) -> None:
 def test_manifests_whose_graphs_are_not_theirs(tiny: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"graphs": {}}, "no graph 'model'"),
-        ({"files": [{**json_of(tiny)["files"][-1]}]}, "a graph that is none of the files"),
+        ({"files": [{**json_of(tiny)["files"][-1]}]}, "a graph that is not listed among the files"),
     ):
         content = json.loads((tiny / "bundle/cascade.json").read_text())
         content["stages"]["prior"] |= change

@@ -176,5 +176,5 @@ def test_target_dtype() -> None:
     assert not castable("F4", "F16")
     assert not castable("F32", "I64")
     for wrong in ("I64", "F8_E4M3", "fp16"):
-        with pytest.raises(UsageError, match=f"cannot cast to {wrong}; choose one of F16, BF16, F32, F64"):
+        with pytest.raises(UsageError, match=f"dtype='{wrong}': expected one of F16, BF16, F32, F64"):
             target_dtype("F32", wrong)

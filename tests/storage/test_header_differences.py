@@ -230,7 +230,7 @@ def test_mutated_headers(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_in_a_large_header_is_found_at_once(tmp_path: Path) -> None:
     names = ",".join(f'"{i:x}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(60_000))
     path = write(tmp_path / "x", f'{{{names},"ea5f":1}}', 0)
-    with pytest.raises(CheckpointError, match="'ea5f' stands twice"):
+    with pytest.raises(CheckpointError, match="'ea5f' occurs twice"):
         read_header(path)
 
 

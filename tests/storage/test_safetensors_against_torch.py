@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cascadekit.schemas.dtypes import DTYPE_SIZES
 from cascadekit.storage import cast_ranges as computing
-from cascadekit.storage import safetensors_reader
 from cascadekit.storage.cast import target_dtype
 from cascadekit.storage.cast_ranges import Counts
 from cascadekit.storage.safetensors_plan import TensorPlan, canonical_order
@@ -157,7 +157,7 @@ def test_canonical_files_are_the_librarys_own(tmp_path: Path, metadata: dict[str
 
 
 def test_canonical_order_knows_every_dtype(tmp_path: Path) -> None:
-    assert LIBRARY_DTYPES.keys() == safetensors_reader.DTYPE_SIZES.keys()
+    assert LIBRARY_DTYPES.keys() == DTYPE_SIZES.keys()
     tensors = {name: torch.ones(1).to(dtype) for name, dtype in LIBRARY_DTYPES.items()}
     safetensors_torch.save_file(tensors, tmp_path / "library")
     in_file = copied(tmp_path / "library")

@@ -171,9 +171,9 @@ def test_tiles_cover_a_matrix_once(rows: int, columns: int, limit: int) -> None:
 def test_what_cannot_lie_transposed(two: Path) -> None:
     tensors = read_header(two).tensors
     turned = replace(tensors["x"], transposed=True)
-    with pytest.raises(ConversionError, match="lies transposed; it has no row ranges"):
+    with pytest.raises(ConversionError, match="is stored transposed, so its rows are not contiguous"):
         turned.rows(0, 1, (1, 2))
-    with pytest.raises(ConversionError, match=r"only a matrix can lie transposed, not a tensor of \[\]"):
+    with pytest.raises(ConversionError, match=r"a transposed tensor must be a matrix, found shape \[\]"):
         replace(tensors["counter"], transposed=True)
 
 
@@ -206,7 +206,7 @@ def test_overflow_is_an_error_that_names_the_worst(
         write_safetensors(tmp_path / "out", large_values, {})
     assert str(caught.value) == (
         "out: 21 finite values become infinite: 6 (6 in F16), 5 (5 in F16), 4 (4 in F16), 3 (3 in F16), 2 (2 in F16) "
-        'and 1 more tensors; try dtype="bf16", whose range is that of float32, or keep the infinities with '
+        'and 1 more; try dtype="bf16", whose range is that of float32, or keep the infinities with '
         "allow_overflow=True"
     )
 

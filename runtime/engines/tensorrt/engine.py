@@ -8,8 +8,9 @@ from weakref import finalize
 
 from numpy.typing import NDArray
 
-from ....schemas.bundle import MAIN_GRAPH, Backend, PlanEntry
+from ....schemas.bundle import MAIN_GRAPH
 from ....schemas.errors import EngineError
+from ....schemas.plan_entries import Backend, PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle

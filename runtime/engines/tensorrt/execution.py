@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ....schemas.bundle import GraphEntry, PlanEntry
+from ....schemas.bundle import GraphEntry
 from ....schemas.errors import EngineError
+from ....schemas.plan_entries import PlanEntry
 from ..base import Tensors
 from .cuda import Cuda, DeviceBuffer, DeviceMemoryError
 from .nvidia import Host

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ....schemas.bundle import Backend
 from ....schemas.errors import EngineError, reraise_interrupt
+from ....schemas.plan_entries import Backend
 from .cuda import Cuda, Device
 
 MODULES: Mapping[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ....schemas.bundle import MAIN_GRAPH, Backend, ImageSize, PlanEntry, ProfileEntry, StageEntry
+from ....schemas.bundle import MAIN_GRAPH, StageEntry
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
+from ....schemas.plan_entries import Backend, ImageSize, PlanEntry, ProfileEntry
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of

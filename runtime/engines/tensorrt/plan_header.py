@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....schemas.bundle import PlanEntry
+from ....schemas.plan_entries import PlanEntry
 from ....schemas.targets import RTX
 
 MAGIC = b"vtrt"

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ....schemas.bundle import GraphEntry, PlanEntry
+from ....schemas.bundle import GraphEntry
 from ....schemas.errors import EngineError
+from ....schemas.plan_entries import PlanEntry
 from .cuda import as_bf16, from_bf16
 
 # The host's dtype for each type of TensorRT. numpy has no bfloat16, so its bits are kept as integers.

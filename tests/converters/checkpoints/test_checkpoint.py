@@ -141,7 +141,7 @@ def test_a_bare_encoder_file_of_unknown_heads(original: Path, tmp_path: Path) ->
     config = CLIPTextConfig(hidden_size=8, intermediate_size=32, num_hidden_layers=1, projection_dim=12)
     CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "text")
     with pytest.raises(
-        LayoutError, match=r"its tensors do not tell its number of heads.*give the folder.*config\.json"
+        LayoutError, match=r"its tensors do not show its number of heads.*give the folder.*config\.json"
     ):
         convert([original], tmp_path / "out", "diffusers", text_encoder=tmp_path / "text" / "model.safetensors")
     convert([original], tmp_path / "out", "diffusers", text_encoder=tmp_path / "text")

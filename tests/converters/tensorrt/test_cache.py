@@ -15,7 +15,7 @@ from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildOptions, Built, build, builder
-from cascadekit.schemas.bundle import PlanEntry
+from cascadekit.schemas.plan_entries import PlanEntry
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage

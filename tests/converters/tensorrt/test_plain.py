@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildOptions, build, builder
 from cascadekit.converters.tensorrt import device as devices
-from cascadekit.schemas.bundle import DeviceEntry
 from cascadekit.schemas.errors import EngineError
+from cascadekit.schemas.plan_entries import DeviceEntry
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle

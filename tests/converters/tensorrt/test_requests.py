@@ -54,7 +54,7 @@ def test_targets(bundle: Path) -> None:
     assert "sm90: TensorRT-RTX builds for sm75, sm80, sm86, sm89, sm120, sm121 alone" in refused(
         2, bundle, "--arch", "h100"
     )
-    assert "'voodoo 2': no GPU that is known here" in refused(2, bundle, "--arch", "voodoo 2")
+    assert "'voodoo 2': not a known GPU" in refused(2, bundle, "--arch", "voodoo 2")
 
 
 def test_fp8(original: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a measurement depends on: the machine it was taken on."""
+"""The machine that a measurement is taken on."""
 
 import os
 import platform
@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..parity.report.circumstances import cpu_model
+
 
 def describe_machine(folder: Path, *, peer: bool = False) -> dict[str, Any]:
-    """What the numbers depend on: processor, memory, the disk below `folder`, versions."""
+    """The facts that measured numbers depend on: processor, memory, the disk below `folder`, versions."""
     kind, device = _file_system(folder)
     libraries = ("cascadekit", "numpy", *(("diffusers", "torch", "safetensors", "accelerate") if peer else ()))
     return {
@@ -27,16 +29,6 @@ def describe_machine(folder: Path, *, peer: bool = False) -> dict[str, Any]:
         "cp": subprocess.run(("cp", "--version"), capture_output=True, text=True, check=False).stdout.split("\n")[0],
         "load_average": {"before": os.getloadavg()[0]},
     }
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or "unknown")
 
 
 def _file_system(folder: Path) -> tuple[str, str]:

@@ -1,0 +1,87 @@
+"""Parts of messages: lists of names, values that were found, fields that are wrong, names that were meant."""
+
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
+
+# Names from diffusers and ComfyUI -> the names for the same here.
+NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
+    "num_inference_steps": ("steps", "prior_steps", "decoder_steps"),
+    "prior_num_inference_steps": ("prior_steps",),
+    "guidance_scale": ("guidance", "prior_guidance", "decoder_guidance"),
+    "prior_guidance_scale": ("prior_guidance",),
+    "decoder_guidance_scale": ("decoder_guidance",),
+    "cfg": ("guidance", "prior_guidance", "decoder_guidance"),
+    "scheduler": ("sampler",),
+    "denoise": ("strength",),
+    "negative_prompt": ("negative",),
+    "num_images_per_prompt": ("num_images",),
+    "generator": ("seed",),
+    "output_type": ("output",),
+    "image": ("init_image", "image_prompts"),
+    "mask_image": ("mask",),
+    "size": ("width", "height"),
+}
+STAGE_PREFIXES = ("prior_", "decoder_")
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """The first `most` of `items`, and how many more there are: "a, b and 7 more"."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def indented(items: Sequence[str], most: int = 6) -> str:
+    """The same with a line for each, below the message that ends in front of it."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return "".join(f"\n  {item}" for item in (*items[:most], *more))
+
+
+def shown(value: object) -> str:
+    """A wrong value of any type, shortened to LONG characters."""
+    if isinstance(value, list | tuple | dict):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > LONG_BITS:
+        return "a number of hundreds of digits"
+    text = repr(value[:LONG] if isinstance(value, str) else value)
+    return text if len(text) <= LONG else f"{text[:LONG]}..."
+
+
+def require_known(what: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raise UsageError for names in `given` that are not in `known`; the message suggests a name for each."""
+    wrong = [name for name in given if name not in known]
+    if wrong:
+        raise UsageError(f"{what}: {'; '.join(_unknown(name, known) for name in wrong[:5])}")
+
+
+def wrong_fields(error: "ValidationError", known: Collection[str] = ()) -> str:
+    """A short message for each of the first five fields that pydantic refused; `known` are the names there are."""
+    return "; ".join(
+        _unknown(_dotted(e["loc"]), known)
+        if known and e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg']}"
+        for e in error.errors()[:5]
+    )
+
+
+def _dotted(place: Sequence[int | str]) -> str:
+    """The path of a field, such as controls.0.strength."""
+    return ".".join(str(part)[:LONG] for part in place)
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    meant = _nearest_names(name, known)
+    return f"{name[:LONG]}: unknown" + (f", did you mean {' or '.join(meant)}?" if meant else "")
+
+
+def _nearest_names(name: str, known: Collection[str]) -> list[str]:
+    """At most two names of `known` that somebody who wrote `name` probably meant."""
+    stem = next((name.removeprefix(prefix) for prefix in STAGE_PREFIXES if name.startswith(prefix)), name)
+    candidates = (*NAMES_ELSEWHERE.get(name, ()), *(prefix + name for prefix in STAGE_PREFIXES), stem)
+    return [each for each in candidates if each in known][:2] or get_close_matches(name[:LONG], sorted(known), 2)
