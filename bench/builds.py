@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..converters.export.export import export
-from ..converters.onnx import GraphOptions, Weight, write_graph
+from ..converters.export.export_options import STORED_AS
+from ..converters.onnx import GraphOptions, write_graph
 from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
 from ..converters.tensorrt.plans_to_build import graphs_of
@@ -21,10 +22,10 @@ from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
 from ..schemas.tensors import expected_tensors
 from ..storage.machine import describe_machine
+from ..storage.safetensors_reader import TensorRange
 from .standins import NETWORKS, source_file
 
 LITE_CASCADE = ("text-encoder", "prior-lite", "decoder-lite", "vqgan")
-STORED = {Precision.FP32: "F32", Precision.BF16: "BF16", Precision.FP16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estim
     """What builds of a network would take, from its graphs alone."""
     config = PRESETS[NETWORKS[network]]
     options = GraphOptions(precision=precision, target=Target.TENSORRT)
-    weights: dict[str, Weight] = {}
+    weights: dict[str, TensorRange] = {}
     end = 0
     for name, shape in expected_tensors(config).items():
         nbytes = math.prod(shape) * (4 if precision is Precision.FP32 else 2)
-        weights[name] = Weight(STORED[precision], shape, "weights", end, nbytes)
+        weights[name] = TensorRange(Path("weights"), STORED_AS[precision], shape, end, nbytes)
         end += nbytes
     names = graphs_of(config.stage)
     return {

@@ -1,4 +1,4 @@
-"""Writes what the conditioning graphs give out: the inputs of the step graphs, see ``schemas.hoisted``."""
+"""Writes the outputs of the conditioning graphs: the inputs of the step graphs, see ``schemas.hoisted``."""
 
 from ...schemas.hoisted import MODULATION, timestep_blocks
 from ...schemas.stages import Block, UNetConfig
