@@ -55,14 +55,7 @@ def export(
     output = Path(output)
     require_utf8(output)
     model = _opened(model, options)
-    stages = list(options.stages) or [stage for stage in Stage if stage in model.components]
-    if not stages:
-        raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
-    options.require_stages(stages)
-    components = {stage: _with_scale(_sound_component(model, stage), options.vqgan_scale) for stage in stages}
-    for component in components.values():
-        for path in source_files(component):
-            require_utf8(path.relative_to(path.parent))  # graphs refer to the weights by the model's file names
+    components = _components(model, options)
     configs = [component.config for component in components.values()]
     vocabulary = next((config.vocab_size for config in configs if isinstance(config, TextEncoderConfig)), None)
     tokenizer = check_tokenizer(model.tokenizer, vocabulary)
@@ -109,6 +102,19 @@ def _opened(model: Model | str | Path, options: ExportOptions) -> Model:
     if options.text_encoder is not None:
         raise UsageError("text_encoder is for a model given by its path; give it to open_model() instead")
     return model
+
+
+def _components(model: Model, options: ExportOptions) -> dict[Stage, Component]:
+    """The sound components to export, by stage. Raises UsageError when there are none, or options do not fit them."""
+    stages = list(options.stages) or [stage for stage in Stage if stage in model.components]
+    if not stages:
+        raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
+    options.require_stages(stages)
+    components = {stage: _with_scale(_sound_component(model, stage), options.vqgan_scale) for stage in stages}
+    for component in components.values():
+        for path in source_files(component):
+            require_utf8(path.relative_to(path.parent))  # graphs refer to the weights by the model's file names
+    return components
 
 
 def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, say: Say) -> "LoraPlan | None":

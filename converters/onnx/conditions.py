@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from ...schemas.hoisted import MODULATION, modulation_width, timestep_blocks
-from ...schemas.stages import UNetConfig
+from ...schemas.stages import Block, UNetConfig
+from ...schemas.unet_blocks import blocks_of
 from .graph import Graph
 from .streams import NORM_EPS, Streams
 
@@ -117,6 +118,25 @@ class Fed:
             tokens = graph.node("Reshape", f"{name}/own_{part}", rows, shape)  # (B, n, c)
             both.append(graph.node("Concat", f"{name}/all_{part}", tokens, f"{name}.{part}", axis=1))
         return query, both[0], both[1]
+
+
+def write_conditions(graph: Graph, config: UNetConfig, conditions: Computed) -> None:
+    """The outputs of a conditioning graph: `modulation` (steps, columns), and keys and values (B, tokens, c) of every
+    attention block. They are the inputs of the step graph, see ``schemas.hoisted``."""
+    columns = [
+        part
+        for block in timestep_blocks(config)
+        for part in conditions.scale_and_shift(block.name, config.block_out_channels[block.level])
+    ]
+    graph.node("Concat", MODULATION, *columns, axis=1)
+    for block in blocks_of(config):
+        if block.kind is Block.ATTENTION:
+            width = config.block_out_channels[block.level]
+            rows = graph.rows(conditions.given(block.name, width), width)
+            parts = graph.linears(f"{block.name}.attention", ("to_k", "to_v"), rows)
+            shape = graph.shape(graph.batch, -1, width)
+            for output, part in zip(("keys", "values"), parts, strict=True):
+                graph.node("Reshape", f"{block.name}.{output}", part, shape)
 
 
 def clip_tokens(graph: Graph, config: UNetConfig, tokens: str) -> str:

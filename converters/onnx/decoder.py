@@ -5,9 +5,8 @@ import onnx
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
-from .conditions import Computed, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .conditions import Computed, Fed, clip_tokens, pooled_tokens, timestep_embedding, write_conditions
 from .graph import Graph
-from .hoisting import write_conditions
 from .layers import Image, normalised, pointwise, resized
 from .streams import NORM_EPS, Streams
 from .unet import OUTERMOST, Pyramid, check_supported, embed

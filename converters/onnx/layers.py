@@ -155,7 +155,7 @@ def pixel_shuffle(graph: Graph, name: str, image: Image, factor: int) -> str:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionInputs:
     """The inputs of softmax(q kᵀ / √d + mask) v, computed by `heads` heads of d = width / heads channels."""
 
     qkv: tuple[str, str, str]  # q (B*n, width) or (B, n, width); k and v the same for m tokens
@@ -179,19 +179,19 @@ def self_attention(
 ) -> str:
     """Multi-head attention of the tokens `rows` (B*n, width) to themselves, giving (B*n, width).
 
-    `projections` are the module names of q, k, v and the output; `mask` is that of `Attention`."""
+    `projections` are the module names of q, k, v and the output; `mask` is that of `AttentionInputs`."""
     query, key, value = graph.linears(name, projections[:3], rows)
     width = graph.width(f"{name}.{projections[0]}")
-    mixed = attend(graph, name, Attention((query, key, value), width, heads, mask))
+    mixed = attend(graph, name, AttentionInputs((query, key, value), width, heads, mask))
     return graph.linear(f"{name}.{projections[3]}", graph.rows(mixed, width))
 
 
-def attend(graph: Graph, name: str, inputs: Attention) -> str:
+def attend(graph: Graph, name: str, inputs: AttentionInputs) -> str:
     """The attention of `inputs` in the operators of the graph's target: (B, n, width)."""
     return ATTENTIONS[graph.options.target](graph, name, inputs)
 
 
-def _attend_in_parts(graph: Graph, name: str, inputs: Attention) -> str:
+def _attend_in_parts(graph: Graph, name: str, inputs: AttentionInputs) -> str:
     query, key, value = inputs.qkv
     split = graph.shape(graph.batch, -1, inputs.heads, inputs.width // inputs.heads)  # (B, n, heads, d)
 
@@ -212,20 +212,20 @@ def _attend_in_parts(graph: Graph, name: str, inputs: Attention) -> str:
     return graph.node("Reshape", f"{name}/tokens", mixed, graph.shape(graph.batch, -1, inputs.width))
 
 
-def _tokens(graph: Graph, inputs: Attention) -> list[str]:
+def _tokens(graph: Graph, inputs: AttentionInputs) -> list[str]:
     """q, k and v as (B, tokens, width)."""
     shape = graph.shape(graph.batch, -1, inputs.width)
     return [graph.node("Reshape", f"{part}/tokens", part, shape) for part in inputs.qkv]
 
 
-def _attend_in_ort(graph: Graph, name: str, inputs: Attention) -> str:
+def _attend_in_ort(graph: Graph, name: str, inputs: AttentionInputs) -> str:
     """ONNX Runtime's own operator, which has no half precision on CPUs."""
     operands = [*_tokens(graph, inputs), *(["", "", inputs.mask] if inputs.mask else [])]  # no bias, no padding mask
     attributes = {"num_heads": inputs.heads, "scale": inputs.scale, "domain": ORT_DOMAIN}
     return graph.node("MultiHeadAttention", f"{name}/tokens", *operands, **attributes)
 
 
-def _attend_natively(graph: Graph, name: str, inputs: Attention) -> str:
+def _attend_natively(graph: Graph, name: str, inputs: AttentionInputs) -> str:
     """The operator of opset 23 if TensorRT has kernels for it: half precision, and heads of a multiple of 16 channels.
 
     TensorRT refuses softmax_precision, and sums in fp32 by itself."""
@@ -236,7 +236,7 @@ def _attend_natively(graph: Graph, name: str, inputs: Attention) -> str:
     return graph.node("Attention", f"{name}/tokens", *operands, **attributes)
 
 
-ATTENTIONS: Mapping[Target, Callable[[Graph, str, Attention], str]] = {
+ATTENTIONS: Mapping[Target, Callable[[Graph, str, AttentionInputs], str]] = {
     Target.PORTABLE: _attend_in_parts,
     Target.ORT: _attend_in_ort,
     Target.TENSORRT: _attend_natively,

@@ -6,9 +6,16 @@ from ...schemas.control import controlled_blocks
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import RATIOS
 from ...schemas.stages import UNetConfig
-from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .conditions import (
+    Computed,
+    Conditions,
+    Fed,
+    clip_tokens,
+    pooled_tokens,
+    timestep_embedding,
+    write_conditions,
+)
 from .graph import Graph
-from .hoisting import write_conditions
 from .streams import Streams
 from .unet import Pyramid, check_supported, embed
 

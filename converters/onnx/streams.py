@@ -1,8 +1,8 @@
 """The exponents of a network's streams: a stream with exponent k holds 2^-k of its values.
 
 Every norm of prior and decoder is affine-free: norm(2^-k x) equals norm(x) when epsilon is multiplied by 4^-k. So the
-network computes exactly the same function when every layer that writes to a stream writes 2^-k of its output. fp16
-ends at 65504, and the values of the prior stay below that only with exponents.
+network stays the same function, exactly, when every layer that writes to a stream writes 2^-k of its output.
+fp16 ends at 65504, and the values of the prior stay below that only with exponents.
 """
 
 from collections.abc import Mapping

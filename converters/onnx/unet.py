@@ -14,7 +14,7 @@ from ...schemas.unet_blocks import UNetBlock, blocks_of
 from .conditions import Conditions
 from .graph import Graph
 from .layers import (
-    Attention,
+    AttentionInputs,
     Image,
     attend,
     convolution,
@@ -237,7 +237,8 @@ def _attention_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Ski
     exponent = pyramid.streams.of_block(name)
     own = normalised(graph, f"{name}.norm", image, exponent=exponent).rows
     heads = pyramid.config.num_attention_heads[block.level]
-    mixed = attend(graph, f"{name}.attention", Attention(pyramid.conditions.attended(name, width, own), width, heads))
+    inputs = AttentionInputs(pyramid.conditions.attended(name, width, own), width, heads)
+    mixed = attend(graph, f"{name}.attention", inputs)
     out = f"{name}.attention.to_out.0"
     rows = graph.linear(out, graph.rows(mixed, width), exponent=exponent, bias_exponent=exponent)
     return image.with_last(graph.node("Add", name, image.last, image.with_rows(rows).last))

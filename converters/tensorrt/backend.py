@@ -96,9 +96,6 @@ def logger_of(backend: Backend) -> Any:
         base: Any = backend.module.ILogger
 
         class Logger(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                base.__init__(self)
-
             def log(self, severity: Any, text: str) -> None:
                 if severity <= base.ERROR:
                     MESSAGES.add(text, is_error=True)

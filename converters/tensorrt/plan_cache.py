@@ -37,8 +37,8 @@ class CachedPlan:
 def key_of(request: WorkerRequest, version: str, sources: Iterable[str], device: str | None) -> str:
     """SHA-256, in hexadecimal, of everything that decides the content of a plan.
 
-    That is `sources` (the SHA-256s of the graph and its weights files, in order), the backend and its `version`, the
-    targets or the GPU `device`, the profiles and the flags."""
+    `sources` are the SHA-256s of the graph and its weights files, in order. Backend, `version`, targets or GPU
+    (`device`), profiles and flags decide it too."""
     settings = asdict(request)
     for path in ("graph", "output", "timing_cache"):
         del settings[path]

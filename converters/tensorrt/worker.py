@@ -154,9 +154,6 @@ def _stream(backend: Backend, output: _Output) -> Any:
     base: Any = backend.module.IStreamWriter
 
     class Writer(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-
         def write(self, data: Any) -> int:
             return output.write(data)
 
@@ -170,9 +167,6 @@ def _monitor(backend: Backend, answer: Answer) -> Any:
         return None
 
     class Monitor(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             answer(phase=phase_name, steps=num_steps)
 
