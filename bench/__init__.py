@@ -1,4 +1,4 @@
-"""Measures this package on the machine at hand.
+"""Measures this package on this machine.
 
 Every measurement is a process of its own, on a file of real size. Programs that are compared run alternately, so that
 other load on the machine slows all of them alike. A report has figures and the machine, and no verdict.

@@ -1,4 +1,4 @@
-"""Commands that measure this package on the machine at hand."""
+"""Commands that measure this package on this machine."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ VARIANTS = (  # variants of engines, and other programs, which only this command
 ).split()
 ENGINES = (*(name for name, engine in ENGINE_TABLE.items() if "cpu" in engine.devices), *VARIANTS)
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
-CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
+CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "description")
 
 PARITY_COLUMNS = ("engine", "kind", "stage", "floor", "relative L2", "ratio")
 

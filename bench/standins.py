@@ -66,7 +66,7 @@ def main_dtype(component: Component) -> str:
 
 
 def require_space(folder: Path, needed: float) -> None:
-    """Raise UsageError unless `needed` bytes are free where `folder` lies."""
+    """Raise UsageError unless `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UsageError(

@@ -17,7 +17,7 @@ from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions
 from .calibrate_fp16 import Inputs, measure_ranges
 from .export_options import ExportOptions
-from .fp16_bound import overflow_warning
+from .fp16_overflow import overflow_warning
 
 CALIBRATION_PROMPTS = ("an image of a shiba inu, donning a spacesuit and helmet", "blurry, low quality")
 

@@ -157,7 +157,7 @@ def _sound_component(model: Model, stage: Stage) -> Component:
 def _with_scale(component: Component, scale: float | None) -> Component:
     """The component; a vqgan gets the latent scale `scale` when one is given.
 
-    Raises ExportError for a config.json whose scale lies outside VQGAN_SCALES."""
+    Raises ExportError for a config.json whose scale is outside VQGAN_SCALES."""
     if not isinstance(component.config, VQGANConfig):
         return component
     least, most = VQGAN_SCALES

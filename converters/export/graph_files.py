@@ -1,4 +1,4 @@
-"""ONNX files and their weights: where each initialiser's bytes lie, and onnx's own checks."""
+"""ONNX files and their weights: the place of each initialiser's bytes, and onnx's own checks."""
 
 import os
 import re

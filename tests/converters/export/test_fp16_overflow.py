@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import export
 from cascadekit.converters.export.export_options import ExportOptions
-from cascadekit.converters.export.fp16_bound import largest_stream
+from cascadekit.converters.export.fp16_overflow import largest_stream
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.safetensors_reader import read_header
