@@ -37,7 +37,7 @@ class WorkerJob:
     """A job for the function `main` of a module of this package, in a process of its own. Subclasses add its fields."""
 
     threads: int
-    runs: int  # after one that does not count
+    runs: int  # measured runs, after one that is not measured
 
     @property
     def environment(self) -> dict[str, str]:
