@@ -1,7 +1,7 @@
-"""Measures this package on the machine at hand.
+"""Measures this package on this machine.
 
-Every measurement is a process of its own, on a file of real size. What belongs together runs alternately, so that
-whatever else the machine is doing meets all alike. Nothing here judges: a report says what was measured, and where.
+Every measurement is a process of its own, on a file of real size. Programs that are compared run alternately, so that
+other load on the machine slows all of them alike. A report has figures and the machine, and no verdict.
 """
 
 from .builds import LITE_CASCADE, BuildsReport, bench_builds

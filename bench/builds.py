@@ -1,35 +1,34 @@
-"""Measures builds of GPU engines from networks of real size, and says what the model makes of larger ones."""
+"""Measures builds of GPU engines from networks of real size, and estimates builds of larger ones."""
 
 import math
-import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..converters.export.export import export
-from ..converters.onnx import GraphOptions, Weight, write_graph
+from ..converters.export.export_options import STORED_AS
+from ..converters.onnx import GraphOptions, write_graph
 from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
 from ..schemas.callbacks import Say
-from ..schemas.errors import UsageError
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
 from ..schemas.tensors import expected_tensors
-from .machine import describe_machine
+from ..storage.safetensors_reader import TensorRange
+from .process import bench_folder
 from .standins import NETWORKS, source_file
 
 LITE_CASCADE = ("text-encoder", "prior-lite", "decoder-lite", "vqgan")
-STORED = {Precision.FP32: "F32", Precision.BF16: "BF16", Precision.FP16: "F16"}
 
 
 @dataclass(frozen=True)
 class BuildsReport:
-    """Every plan that was built, by the name of its network, and the estimates for networks that were not."""
+    """The plans that were built, each with the name of its network, and estimates for networks that were not built."""
 
     machine: dict[str, Any]
     backend: str
@@ -85,40 +84,38 @@ def bench_builds(
     say: Say = lambda text: None,
     on_progress: OnProgress = lambda progress: None,
 ) -> BuildsReport:
-    """Build the graphs that `generate` runs of stand-ins for `networks` with TensorRT-RTX, one at a time, in a folder
-    below `work` that is removed at the end. `expected` are networks that are estimated alone: no file is written.
+    """Build the graphs that `generate` runs of stand-ins for `networks` with TensorRT-RTX, one network at a time.
 
-    Raises UsageError when the work folder is none or too small, and what `build` raises."""
-    if not work.is_dir():
-        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
-    machine = describe_machine(work)
-    wishes = BuildOptions(targets=tuple(targets), profiles=(bounds,))
+    The files are in a folder below `work` that is removed at the end. Builds of the networks `expected` are only
+    estimated, without files. Raises UsageError for a wrong or too small work folder, and what `build` raises."""
+    options = BuildOptions(targets=tuple(targets), profiles=(bounds,))
     measured: list[tuple[str, Built]] = []
-    backend = ""
-    for network in networks:
-        with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
-            folder = Path(name).absolute()
+    with bench_folder(work) as (folder, machine):
+        for network in networks:
+            here = folder / network
+            here.mkdir()
             dtype = "F32" if precision is Precision.FP32 else "BF16"
-            _, source = source_file(folder, network, dtype, None, 2 if precision is Precision.FP16 else 1, say)
-            export(source, folder / "bundle", precision=precision, target=Target.TENSORRT)
-            for built in build(folder / "bundle", wishes, on_progress=on_progress, say=say):
+            outputs = 2 if precision is Precision.FP16 else 1
+            _, source = source_file(here, network, dtype, outputs=outputs, say=say)
+            export(source, here / "bundle", precision=precision, target=Target.TENSORRT)
+            for built in build(here / "bundle", options, on_progress=on_progress, say=say):
                 say(f"{network}/{built.plan.graph}: {built.plan.seconds:.1f} s")
-                backend = f"{built.plan.backend} {built.plan.backend_version}"
                 measured.append((network, built))
-    machine["load_average"]["after"] = os.getloadavg()[0]
+            shutil.rmtree(here)
+    backend = {f"{built.plan.backend} {built.plan.backend_version}" for _, built in measured}
     estimates = {key: each for network in expected for key, each in _expected(network, precision).items()}
-    return BuildsReport(machine, backend, tuple(measured), estimates)
+    return BuildsReport(machine, ", ".join(backend), tuple(measured), estimates)
 
 
 def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estimate]:
-    """What builds of a network would take, from its graphs alone."""
+    """The estimated cost of the builds of a network, from its graphs."""
     config = PRESETS[NETWORKS[network]]
     options = GraphOptions(precision=precision, target=Target.TENSORRT)
-    weights: dict[str, Weight] = {}
+    weights: dict[str, TensorRange] = {}
     end = 0
     for name, shape in expected_tensors(config).items():
         nbytes = math.prod(shape) * (4 if precision is Precision.FP32 else 2)
-        weights[name] = Weight(STORED[precision], shape, "weights", end, nbytes)
+        weights[name] = TensorRange(Path("weights"), STORED_AS[precision], shape, end, nbytes)
         end += nbytes
     names = graphs_of(config.stage)
     return {

@@ -1,7 +1,7 @@
-"""Commands that measure this package on the machine at hand."""
+"""Commands that measure this package on this machine."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
 NETWORKS = (*UNETS, "vqgan", "text-encoder")
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
-VARIANTS = (  # of engines, and other programs: measured here alone
+VARIANTS = (  # variants of engines, and other programs, which only this command runs
     "onnxruntime-hoisted onnxruntime-traced openvino-bf16-hoisted torch torch-bf16 torch-compile torch-compile-bf16 "
     "diffusers diffusers-bf16"
 ).split()
 ENGINES = (*(name for name, engine in ENGINE_TABLE.items() if "cpu" in engine.devices), *VARIANTS)
 DEFAULT_ENGINES = "onnxruntime,openvino,openvino-bf16,torch,torch-bf16"
-CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "what it is")
+CASE_COLUMNS = ("measured", "median s", "min s", "max s", "MB/s", "peak MB", "cached", "description")
 
 PARITY_COLUMNS = ("engine", "kind", "stage", "floor", "relative L2", "ratio")
 
@@ -54,7 +54,7 @@ def _network(*names: str) -> Decorator:
         default="prior-lite",
         show_default=True,
         metavar=f"[{'|'.join(names)}]",
-        help="Network whose file is made up.",
+        help="Network whose stand-in file is written.",
     )
 
 
@@ -62,11 +62,27 @@ def runs_option(text: str) -> Decorator:
     return click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help=text)
 
 
+def names_option(option: str, names: Sequence[str], default: str) -> Decorator:
+    """An option whose value is some of `names`, with commas between them."""
+
+    def parse(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
+        given = [name.strip() for name in value.split(",")]
+        for name in given:
+            if name not in names:
+                raise click.BadParameter(f"{name!r}: expected some of {', '.join(names)}")
+        return given
+
+    text = f"Names with commas between them: {', '.join(names)}."
+    return click.option(option, default=default, show_default=True, callback=parse, help=text)
+
+
 WORK = click.option(
-    "--work", type=PATH, default=Path(), help="Folder on the disk to measure; the current one if not given."
+    "--work", type=PATH, default=Path(), help="Folder on the disk to measure.  [default: the current folder]"
 )
-DTYPE = click.option("--dtype", type=click.Choice([*DTYPES]), default="bf16", show_default=True, help="Its dtype.")
-SOURCE = click.option("--source", type=PATH, help="Measure with this checkpoint; none is made up then.")
+DTYPE = click.option(
+    "--dtype", type=click.Choice([*DTYPES]), default="bf16", show_default=True, help="Dtype of the stand-in file."
+)
+SOURCE = click.option("--source", type=PATH, help="Measure with this checkpoint, without a stand-in.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -74,7 +90,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench() -> None:
     """Measure this package on this machine.
 
-    The figures are not judged.
+    The reports have figures, and no verdicts.
     """
 
 
@@ -84,15 +100,15 @@ def bench() -> None:
 @DTYPE
 @SOURCE
 @runs_option("Rounds.")
-@click.option("--cold", is_flag=True, help="Also with the source dropped from the page cache.")
-@click.option("--peer", is_flag=True, help="Also diffusers' from_single_file and save_pretrained.")
+@click.option("--cold", is_flag=True, help="Also measure with the source dropped from the page cache.")
+@click.option("--peer", is_flag=True, help="Also measure diffusers' from_single_file and save_pretrained.")
 @AS_JSON
 def convert(
     work: Path, network: str, dtype: str, source: Path | None, runs: int, cold: bool, peer: bool, as_json: bool
 ) -> None:
-    """Measure conversions of a file of real size, beside cp and a cast in memory.
+    """Measure conversions of a file of real size, and cp and a cast in memory.
 
-    Takes disk space for the file and one output of it; all is removed at the end.
+    It needs disk space for the file and one output; both are removed at the end.
 
     Example: cascadekit bench convert --network prior-lite --runs 5
     """
@@ -101,7 +117,7 @@ def convert(
     report = bench_convert(
         work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, cold=cold, peer=peer, say=show_progress
     )
-    _show(report, as_json)
+    show(report, as_json, _print_cases)
 
 
 @bench.command()
@@ -112,24 +128,16 @@ def convert(
 @runs_option("Rounds.")
 @AS_JSON
 def export(work: Path, network: str, dtype: str, source: Path | None, runs: int, as_json: bool) -> None:
-    """Measure exports of a file of real size, with linked and with copied weights, beside cp.
+    """Measure exports of a file of real size, with linked and with copied weights, and cp.
 
-    Takes disk space for the file and one copy of it; all is removed at the end.
+    It needs disk space for the file and one copy; both are removed at the end.
 
     Example: cascadekit bench export --network prior-lite --runs 5
     """
     from . import bench_export
 
     report = bench_export(work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, say=show_progress)
-    _show(report, as_json)
-
-
-def _engine_names(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
-    names = [name.strip() for name in value.split(",")]
-    for name in names:
-        if name not in ENGINES:
-            raise click.BadParameter(f"{name!r}: expected some of {', '.join(ENGINES)}")
-    return names
+    show(report, as_json, _print_cases)
 
 
 @bench.command()
@@ -137,20 +145,14 @@ def _engine_names(ctx: click.Context, param: click.Parameter, value: str) -> lis
 @click.option("--stage", "network", type=click.Choice([*NETWORKS, "tiny"]), default="prior-lite", show_default=True)
 @DTYPE
 @SOURCE
+@names_option("--engines", ENGINES, DEFAULT_ENGINES)
 @click.option(
-    "--engines",
-    default=DEFAULT_ENGINES,
-    show_default=True,
-    callback=_engine_names,
-    help=f"Comma between them: {', '.join(ENGINES)}.",
+    "--size", metavar="WxH", default="1024x1024", show_default=True, callback=parse_size, help="Size of the image."
 )
-@click.option(
-    "--size", metavar="WxH", default="1024x1024", show_default=True, callback=parse_size, help="Of the image."
-)
-@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="2: an image with guidance.")
+@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="2 for an image with guidance.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Processes of each engine.")
-@runs_option("Forwards in each process, after one that does not count.")
+@runs_option("Forwards in each process, after one that is not measured.")
 @AS_JSON
 def engines(
     work: Path,
@@ -167,8 +169,8 @@ def engines(
 ) -> None:
     """Measure engines on one forward of a stage of real size, with random weights.
 
-    Every engine has a process of its own, one after the other, in each round. Beside them the machine's matrix product
-    is measured. torch-compile takes minutes before its first forward, onnxruntime-traced takes torch's exporter.
+    In each round every engine has a process of its own, one after the other. The machine's matrix product is measured
+    too. torch-compile takes minutes before its first forward; onnxruntime-traced needs torch's exporter.
 
     Example: cascadekit bench engines --stage prior-lite --engines onnxruntime,openvino-bf16,torch-bf16
     """
@@ -187,10 +189,7 @@ def engines(
         runs=runs,
         say=show_progress,
     )
-    if as_json:
-        say(json.dumps(report.to_json(), indent=2))
-    else:
-        _print_engines(report)
+    show(report, as_json, _print_engines)
 
 
 def _print_engines(report: "EnginesReport") -> None:
@@ -201,12 +200,10 @@ def _print_engines(report: "EnginesReport") -> None:
     rates = ", ".join(
         f"{name} {max(each) / 1e9:.0f} (median {median(each) / 1e9:.0f})" for name, each in report.gemm.items()
     )
-    say(
-        f"multiply-adds: {report.multiply_adds / 1e9:.1f} billion; a matrix product does, in billions a second: {rates}"
-    )
+    say(f"multiply-adds: {report.multiply_adds / 1e9:.1f} billion; billions a second of a matrix product: {rates}")
     say(
         "of GEMM: the share of the best product in the engine's dtype that the median forward reached. first: the "
-        "forward before the clock, which compiles and packs. loaded, after: memory after loading and after the "
+        "forward before the measured ones, which compiles and packs. loaded, after: memory after loading and after the "
         "forwards, the process's own + pages of files. relative L2: against PyTorch in fp32."
     )
     say("")
@@ -238,14 +235,14 @@ def show_progress(text: str) -> None:
     complain(text)
 
 
-def _show(report: "Report", as_json: bool) -> None:
+def show(report: Any, as_json: bool, show_tables: Callable[[Any], None]) -> None:
     if as_json:
         say(json.dumps(report.to_json(), indent=2))
     else:
-        _print(report)
+        show_tables(report)
 
 
-def _print(report: "Report") -> None:
+def _print_cases(report: "Report") -> None:
     content = report.to_json()
     for line in _surroundings(content):
         say(line)
@@ -262,8 +259,8 @@ def _surroundings(content: dict[str, Any]) -> Iterator[str]:
     yield from machine_lines(content["machine"])
     yield _source(content["source"])
     yield (
-        "MB/s are of the source; every output is flushed to disk within the time. Peak memory counts mapped files, "
-        f"and {content['floor_rss_bytes'] / 1e6:.0f} MB are what a process that does nothing shows. "
+        "MB/s are of the source; every output is flushed to disk within the time. Peak memory counts mapped files; a "
+        f"process that does nothing has {content['floor_rss_bytes'] / 1e6:.0f} MB. "
         "cached: the share of the source in the page cache before."
     )
 
@@ -306,8 +303,9 @@ def seconds(values: list[float]) -> list[str]:
 @click.option("--networks", type=click.IntRange(1, 100), default=5, show_default=True, help="Random cascades to take.")
 @AS_JSON
 def parity(networks: int, as_json: bool) -> None:
-    """Measure how far engines are from the reference, over the reference's own error: what verify's presets are made
-    of.
+    """Measure the error of engines, divided by the reference's own error.
+
+    The tolerances of verify are made from these ratios.
 
     Example: cascadekit bench parity --networks 5
     """

@@ -1,13 +1,12 @@
 """The command that measures builds of GPU engines."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..cli.console import say, show_table
-from .cli import AS_JSON, NETWORKS, WORK, machine_lines, show_progress
+from .cli import AS_JSON, NETWORKS, WORK, machine_lines, show, show_progress
 
 if TYPE_CHECKING:
     from . import BuildsReport
@@ -48,8 +47,8 @@ def build(
 ) -> None:
     """Measure builds by TensorRT-RTX of stages of real size, with random weights; no GPU is needed.
 
-    Beside them stand estimates of the full prior and decoder. Takes disk space for one network and its engine at a
-    time, and 4 GB of memory for the lite ones.
+    The builds of the full prior and decoder are estimated. The command needs disk space for one network and its engine
+    at a time, and 4 GB of memory for the lite cascade.
 
     Example: cascadekit bench build --network prior-lite --arch sm89
     """
@@ -67,10 +66,7 @@ def build(
         bounds=Bounds(size, size, size) if size else DEFAULT,
         say=show_progress,
     )
-    if as_json:
-        say(json.dumps(report.to_json(), indent=2))
-    else:
-        _print_builds(report)
+    show(report, as_json, _print_builds)
 
 
 def _print_builds(report: "BuildsReport") -> None:
@@ -78,8 +74,8 @@ def _print_builds(report: "BuildsReport") -> None:
     for line in machine_lines(content["machine"]):
         say(line)
     say(
-        f"by {report.backend}. own: memory without pages of files, which count in RSS; by weights: their size as the "
-        "graph computes them; of estimate: of what `build` tells beforehand"
+        f"by {report.backend}. own: memory without pages of files, which count in RSS; by weights: divided by their "
+        "size in the graph's precision; of estimate: divided by the estimate that `build` prints beforehand"
     )
     say("")
     show_table("", BUILD_COLUMNS, map(_build_row, content["builds"]))

@@ -1,6 +1,5 @@
 """The command that measures whole generations."""
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ import click
 
 from ..cli.console import say, show_table
 from ..cli.options import PATH, parse_size
-from .cli import AS_JSON, WORK, machine_lines, runs_option, seconds, show_progress
+from .cli import AS_JSON, WORK, machine_lines, names_option, runs_option, seconds, show, show_progress
 
 if TYPE_CHECKING:
     from . import GenerateReport
@@ -19,32 +18,20 @@ DEFAULT_PROGRAMS = "onnxruntime,openvino-bf16,diffusers,diffusers-bf16"
 GENERATION_COLUMNS = [*"program text_encoder prior decoder vqgan image load loop ratio".split(), "peak MB", "version"]
 
 
-def _program_names(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
-    names = [name.strip() for name in value.split(",")]
-    for name in names:
-        if name not in PROGRAMS:
-            raise click.BadParameter(f"{name!r}: expected some of {', '.join(PROGRAMS)}")
-    return names
-
-
 @click.command()
 @WORK
-@click.option("--model", type=PATH, help="Measure with this model folder; none is made up then.")
-@click.option("--tiny", is_flag=True, help="Make up the tiny cascade; its times say nothing.")
-@click.option(
-    "--programs",
-    default=DEFAULT_PROGRAMS,
-    show_default=True,
-    callback=_program_names,
-    help=f"Comma between them: {', '.join(PROGRAMS)}.",
-)
+@click.option("--model", type=PATH, help="Measure with this model folder, without a stand-in.")
+@click.option("--tiny", is_flag=True, help="Measure with the tiny cascade, for tests of this command.")
+@names_option("--programs", PROGRAMS, DEFAULT_PROGRAMS)
 @click.option("--size", metavar="WxH", default="512x512", show_default=True, callback=parse_size)
 @click.option("--prior-steps", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--decoder-steps", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--memory", default="resident", show_default=True, help="As of generate; diffusers keeps all loaded.")
+@click.option(
+    "--memory", default="resident", show_default=True, help="The option of generate; diffusers keeps all stages loaded."
+)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Processes of each program.")
-@runs_option("Images in each process, after one that does not count.")
+@runs_option("Images in each process, after one that is not measured.")
 @AS_JSON
 def generate(
     work: Path,
@@ -57,7 +44,7 @@ def generate(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Measure whole generations beside diffusers' pipelines on the same weights, one after the other in each round.
+    """Measure whole generations, and diffusers' pipelines on the same weights, one after the other in each round.
 
     Example: cascadekit bench generate --programs onnxruntime,diffusers --size 1024x1024
     """
@@ -73,10 +60,7 @@ def generate(
         say=show_progress,
         **how,
     )
-    if as_json:
-        say(json.dumps(report.to_json(), indent=2))
-    else:
-        _print_generations(report)
+    show(report, as_json, _print_generations)
 
 
 def _print_generations(report: "GenerateReport") -> None:
@@ -84,7 +68,7 @@ def _print_generations(report: "GenerateReport") -> None:
     for line in machine_lines(content["machine"]):
         say(line)
     say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content["job"].items()))
-    say(f"memory that generate would predict: {report.predicted_peak / 1e6:.0f} MB")
+    say(f"memory that generate predicts: {report.predicted_peak / 1e6:.0f} MB")
     say(
         "Medians of all rounds, in seconds: each stage's network (of a step, for prior and decoder), an image in all, "
         "loading before it; loop: the share of an image that no network took; ratio: to the first program, in a round."

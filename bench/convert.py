@@ -1,11 +1,9 @@
-"""Measures conversions, beside what the system itself does with the same bytes."""
+"""Measures conversions, and commands of the system that read and write the same bytes."""
 
 import json
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..converters.checkpoints.component import Component
 from ..schemas.callbacks import Say
@@ -14,8 +12,7 @@ from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import UNetConfig
-from .machine import describe_machine
-from .process import PACKAGE, floor_rss, measure_all
+from .process import PACKAGE, bench_folder, floor_rss, measure_all
 from .report import Case, Report
 from .standins import describe, main_dtype, source_file
 
@@ -59,24 +56,24 @@ def bench_convert(
     peer: bool = False,
     say: Say = lambda text: None,
 ) -> Report:
-    """Measure conversions of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work` that is
-    removed at the end. `peer` measures diffusers too; `say` hears what is going on.
+    """Measure conversions of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work`.
 
-    Raises UsageError when the source, the work folder or the peer is none, ConversionError when a command fails."""
-    if not work.is_dir():
-        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
+    The folder is removed at the end. `peer` measures diffusers too. `say` is called with a line for each step.
+    Raises UsageError for a wrong source or work folder and without the peer, ConversionError when a command fails."""
     if peer and find_spec("diffusers") is None:
         raise UsageError("the peer is diffusers, which is not installed: pip install diffusers torch")
-    with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
-        folder = Path(name).absolute()
-        machine = describe_machine(folder, peer=peer)
+    with bench_folder(work, peer=peer) as (folder, machine):
         outputs = 1 if dtype == "F32" and source is None else 2
-        component, file = source_file(folder, network, dtype, source, outputs, say)
+        component, file = source_file(folder, network, dtype, given=source, outputs=outputs, say=say)
         cases = _cases(component, file, folder, cold=cold, peer=peer)
-        measured = measure_all(cases, file, folder / "output", runs, say)
-        machine["load_average"]["after"] = os.getloadavg()[0]
-        described = describe(component, file, generated=source is None)
-        return Report(machine, described, cases, measured, PAIRS, floor_rss())
+        return Report(
+            machine=machine,
+            source=describe(component, file, generated=source is None),
+            cases=cases,
+            runs=measure_all(cases, file, folder / "output", runs, say),
+            pairs=PAIRS,
+            floor_rss=floor_rss(),
+        )
 
 
 def _cases(component: Component, file: Path, folder: Path, *, cold: bool, peer: bool) -> tuple[Case, ...]:
@@ -88,7 +85,7 @@ def _cases(component: Component, file: Path, folder: Path, *, cold: bool, peer: 
     cast = (*convert, "--dtype", OPTIONS[CAST_TO[dtype]])
     written = size // DTYPE_SIZES[dtype] * DTYPE_SIZES[CAST_TO[dtype]]
     write = ("sh", "-c", WRITE, "sh", str(file), output, str(written))
-    in_memory = f"from cascadekit.bench.arithmetic import main; main({dtype!r}, {size})"
+    in_memory = f"from cascadekit.bench.cast_in_memory import main; main({dtype!r}, {size})"
     cases = [
         Case("convert", "cascadekit convert --to diffusers", convert, size),
         Case("cp", "cp FILE COPY && sync COPY", copy, size),
@@ -111,9 +108,9 @@ def _cases(component: Component, file: Path, folder: Path, *, cold: bool, peer: 
 
 
 def _peer(component: Component, file: Path, folder: Path, dtype: str) -> Case:
-    """diffusers doing the same, with a config at hand so that it asks no network."""
+    """The same conversion by diffusers, with a local config so that it needs no network."""
     if not isinstance(component.config, UNetConfig) or component.layout is not Layout.ORIGINAL:
-        raise UsageError(f"{file}: the peer reads the prior and the decoder in the original layout alone")
+        raise UsageError(f"{file}: the peer reads the prior and the decoder in the original layout only")
     config = folder / "config"
     config.mkdir()
     (config / "config.json").write_text(json.dumps(to_json(component.config)), encoding="utf-8")

@@ -1,13 +1,10 @@
-"""Measures engines on one stage, beside what the machine's matrix product can do."""
+"""Measures engines on one stage, and the rate of the machine's matrix product."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,16 +14,15 @@ from ..converters.checkpoints.component import Component
 from ..converters.export.export import export
 from ..parity.compare import compare
 from ..schemas.callbacks import Say
-from ..schemas.errors import ConversionError, UsageError
+from ..schemas.errors import UsageError
 from ..schemas.ports import ports_of
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
-from .machine import describe_machine
+from .engine_worker import GEMM, LOADERS, EngineJob, save_arrays
 from .operations import multiply_adds
-from .process import launch
+from .process import bench_folder
 from .report import spread
 from .standins import describe, source_file
-from .worker import GEMM, LOADERS, Job, save_arrays
 
 REFERENCE = "torch"  # in fp32
 DEFAULT_ENGINES = ("onnxruntime", "openvino", "openvino-bf16", "torch", "torch-bf16")
@@ -36,8 +32,7 @@ UNETS_ONLY = ("diffusers", "diffusers-bf16", "onnxruntime-hoisted", "openvino-bf
 
 @dataclass(frozen=True)
 class Measured:
-    """One engine: every forward of every round, and what its processes took. `relative_l2` is against the fp32
-    reference; None where that is not there."""
+    """The measurements of one engine: every forward of every round, and its processes."""
 
     version: str
     seconds: list[float]
@@ -47,12 +42,12 @@ class Measured:
     rss_after_load: dict[str, int]
     rss_after_runs: dict[str, int]
     peak_rss: int
-    relative_l2: float | None
+    relative_l2: float | None  # against the fp32 reference; None without one
 
 
 @dataclass(frozen=True)
 class EnginesReport:
-    """What was measured; `missing` names what each engine that is not installed needs."""
+    """The measurements of all engines."""
 
     machine: dict[str, Any]
     source: dict[str, Any]
@@ -61,7 +56,7 @@ class EnginesReport:
     multiply_adds: int
     gemm: dict[str, list[float]]  # multiply-adds per second, one a round, by library and dtype
     engines: dict[str, Measured]
-    missing: dict[str, str]
+    missing: dict[str, str]  # engines that were not measured, and the reasons
 
     def fraction(self, engine: str) -> float:
         """The share of the machine's best product in the engine's dtype that its median forward reached."""
@@ -93,41 +88,39 @@ def bench_engines(
     runs: int = 2,
     say: Say = lambda text: None,
 ) -> EnginesReport:
-    """Measure `engines` on one forward of `source`, or of a stand-in for `network` stored in `dtype`, for an image of
-    `size` (height, width), in a folder below `work` that is removed at the end.
+    """Measure `engines` on one forward of `source`, or of a stand-in for `network` stored in `dtype`.
 
-    In each of `rounds` rounds every engine has a process of its own, which loads the stage, runs it once and then
-    `runs` times for the clock. Raises UsageError for what cannot be measured, ConversionError when a process fails."""
-    if not work.is_dir():
-        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
-    with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
-        folder = Path(name).absolute()
-        machine = describe_machine(folder)
-        component, file = source_file(folder, network, dtype, source, 0.1, say)
+    The forward is that of an image of `size` (height, width), in a folder below `work` that is removed at the end. In
+    each of `rounds` rounds every engine has a process of its own. It loads the stage, runs it once, and then runs it
+    `runs` times for the measurement.
+
+    Raises UsageError for engines and sources that cannot be measured, ConversionError when a process fails."""
+    with bench_folder(work) as (folder, machine):
+        component, file = source_file(folder, network, dtype, given=source, outputs=0.1, say=say)
         missing = _missing(engines, component.config)
         sizes = port_sizes(component.config, size, batch)
-        job = _prepare(component, file, folder, sizes, threads, runs)
+        job = replace(_prepare(component, file, folder, sizes), threads=threads, runs=runs)
         present = [engine for engine in engines if engine not in missing]
         if TRACED in present:
             say("tracing; neither its time nor its memory is counted")
-            _work(replace(job, engine=TRACED, outputs=str(_outputs(job, TRACED)), runs=0))
+            _run(job, TRACED, runs=0)
         results, gemm = _measure_rounds(job, present, rounds, say)
-        machine["load_average"]["after"] = os.getloadavg()[0]
         reference = _reference_outputs(job, present, say)
         return EnginesReport(
-            machine,
-            describe(component, file, generated=source is None),
-            sizes,
-            threads,
-            multiply_adds(component.config, sizes),
-            gemm,
-            {engine: _measured(found, _outputs(job, engine), reference) for engine, found in results.items()},
-            missing,
+            machine=machine,
+            source=describe(component, file, generated=source is None),
+            sizes=sizes,
+            threads=threads,
+            multiply_adds=multiply_adds(component.config, sizes),
+            gemm=gemm,
+            engines={name: _measured(found, _outputs(job, name), reference) for name, found in results.items()},
+            missing=missing,
         )
 
 
 def _missing(engines: Sequence[str], config: NetworkConfig) -> dict[str, str]:
-    """The engines that cannot be measured, and why. Raises UsageError for unknown ones, and when none is left."""
+    """The engines that cannot be measured, and the reasons. Raises UsageError for unknown engines, and when none is
+    left to measure."""
     unknown = [engine for engine in engines if engine not in LOADERS]
     if unknown:
         raise UsageError(f"engine {', '.join(unknown)}: expected some of {', '.join(LOADERS)}")
@@ -155,21 +148,21 @@ def port_sizes(config: NetworkConfig, size: tuple[int, int], batch: int) -> dict
     return {"batch": batch, "height": height, "width": width, **effnet}
 
 
-def _prepare(component: Component, file: Path, folder: Path, sizes: Mapping[str, int], threads: int, runs: int) -> Job:
-    """Export the stage, its weights linked where that can be, and write the inputs of every engine."""
+def _prepare(component: Component, file: Path, folder: Path, sizes: Mapping[str, int]) -> EngineJob:
+    """Export the stage, with linked weights if possible, and write the inputs of every engine."""
     bundle = folder / "bundle"
     export(file, bundle, weights="link" if file.stat().st_dev == folder.stat().st_dev else "copy")
     save_arrays(folder / "inputs.npz", _inputs(component.config, sizes))
-    return Job(
+    return EngineJob(
         engine="",
         stage=str(component.stage),
         source=str(file),
         bundle=str(bundle),
         inputs=str(folder / "inputs.npz"),
         outputs="",
-        work=str(folder),
-        threads=threads,
-        runs=runs,
+        folder=str(folder),
+        threads=1,
+        runs=0,
     )
 
 
@@ -191,43 +184,38 @@ def _inputs(config: NetworkConfig, sizes: Mapping[str, int]) -> dict[str, NDArra
 
 
 def _measure_rounds(
-    job: Job, engines: Sequence[str], rounds: int, say: Say
+    job: EngineJob, engines: Sequence[str], rounds: int, say: Say
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]]]:
-    """What the workers said, by engine, round by round; and the rates of the bare product."""
+    """The results of the workers by engine, one a round, and the rates of the matrix product."""
     results: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     gemm: dict[str, list[float]] = {}
     for number in range(1, rounds + 1):
-        for name, rate in _work(replace(job, engine=GEMM)).items():
+        for name, rate in _run(job, GEMM)["rates"].items():
             gemm.setdefault(name, []).append(rate)
         for engine in engines:
-            result = _work(replace(job, engine=engine, outputs=str(_outputs(job, engine))))
+            result = _run(job, engine)
             results[engine].append(result)
             say(f"round {number} of {rounds}: {engine} {median(result['seconds']):.3f} s")
     return results, gemm
 
 
-def _work(job: Job) -> dict[str, Any]:
-    run, printed = launch(job.command(), environment=job.environment, label=job.engine)
-    try:
-        return {**json.loads(printed[-1]), **({} if job.engine == GEMM else {"peak_rss": run.peak_rss})}
-    except (IndexError, ValueError) as error:
-        raise ConversionError(f"{job.engine}: its process ended without a result: {error}") from error
+def _run(job: EngineJob, engine: str, **changes: Any) -> dict[str, Any]:
+    return replace(job, engine=engine, outputs=str(_outputs(job, engine)), **changes).work(engine)
 
 
-def _outputs(job: Job, engine: str) -> Path:
-    return Path(job.work) / f"{engine}.npz"
+def _outputs(job: EngineJob, engine: str) -> Path:
+    return Path(job.folder) / f"{engine}.npz"
 
 
-def _reference_outputs(job: Job, measured: Sequence[str], say: Say) -> Path | None:
-    """The fp32 reference's outputs, from a run beside the measured ones where it is not among them."""
-    path = _outputs(job, REFERENCE)
+def _reference_outputs(job: EngineJob, measured: Sequence[str], say: Say) -> Path | None:
+    """The outputs of the fp32 reference, which is run here unless it was measured; None without torch."""
     if REFERENCE in measured:
-        return path
+        return _outputs(job, REFERENCE)
     if find_spec("torch") is None:
         return None
     say("the fp32 reference, to compare with")
-    _work(replace(job, engine=REFERENCE, outputs=str(path), runs=0))
-    return path
+    _run(job, REFERENCE, runs=0)
+    return _outputs(job, REFERENCE)
 
 
 def _measured(results: Sequence[Mapping[str, Any]], outputs: Path, reference: Path | None) -> Measured:

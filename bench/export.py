@@ -1,14 +1,10 @@
-"""Measures exports, beside a copy of the same weights."""
+"""Measures exports, and a copy of the same weights."""
 
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..schemas.callbacks import Say
-from ..schemas.errors import UsageError
 from .convert import COPY
-from .machine import describe_machine
-from .process import PACKAGE, floor_rss, measure_all
+from .process import PACKAGE, bench_folder, floor_rss, measure_all
 from .report import Case, Report
 from .standins import describe, source_file
 
@@ -24,20 +20,22 @@ def bench_export(
     runs: int = 3,
     say: Say = lambda text: None,
 ) -> Report:
-    """Measure exports of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work` that is removed
-    at the end; `say` hears what is going on.
+    """Measure exports of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work`.
 
-    Raises UsageError when the source or the work folder is none, ConversionError when a command fails."""
-    if not work.is_dir():
-        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
-    with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
-        folder = Path(name).absolute()
-        machine = describe_machine(folder)
-        component, file = source_file(folder, network, dtype, source, 1, say)
+    The folder is removed at the end. `say` is called with a line for each step.
+    Raises UsageError for a wrong source or work folder, ConversionError when a command fails."""
+    with bench_folder(work) as (folder, machine):
+        component, file = source_file(folder, network, dtype, given=source, outputs=1, say=say)
         output = folder / "output"
-        measured = measure_all(cases := _cases(file, output), file, output, runs, say)
-        machine["load_average"]["after"] = os.getloadavg()[0]
-        return Report(machine, describe(component, file, generated=source is None), cases, measured, PAIRS, floor_rss())
+        cases = _cases(file, output)
+        return Report(
+            machine=machine,
+            source=describe(component, file, generated=source is None),
+            cases=cases,
+            runs=measure_all(cases, file, output, runs, say),
+            pairs=PAIRS,
+            floor_rss=floor_rss(),
+        )
 
 
 def _cases(file: Path, output: Path) -> tuple[Case, ...]:

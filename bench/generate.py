@@ -1,14 +1,11 @@
 """Measures whole generations, by this package and by diffusers' pipelines on the same weights."""
 
-import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..converters.checkpoints.convert import convert
@@ -17,13 +14,12 @@ from ..converters.export.export import export
 from ..runtime.memory.prediction import predict_peak
 from ..runtime.memory.residency import MemoryPolicy
 from ..schemas.callbacks import Say
-from ..schemas.errors import ConversionError, UsageError
+from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import PRESETS, Stage, Variant
 from ..schemas.tensors import expected_tensors
 from .generate_worker import PROGRAMS, GenerateJob
-from .machine import describe_machine
-from .process import launch
+from .process import bench_folder
 from .standins import NETWORKS, require_space, write_stand_in
 
 DEFAULT_PROGRAMS = ("onnxruntime", "openvino-bf16", "diffusers", "diffusers-bf16")
@@ -34,27 +30,25 @@ TEXT = "text-encoder"
 
 @dataclass(frozen=True)
 class Generation:
-    """One program: seconds a round for each stage's network (of a step, where it has steps), for loading, for all
-    of an image, and for what is neither (tokens, noise, the sampler, the loop); the peak of its processes."""
+    """The measurements of one program; every list has one entry a round."""
 
     version: str
-    stage_seconds: dict[str, list[float]]
+    stage_seconds: dict[str, list[float]]  # of each stage's network; of one step of prior and decoder
     load_seconds: list[float]
     image_seconds: list[float]
-    loop_seconds: list[float]
+    loop_seconds: list[float]  # of an image without networks: tokens, noise, sampler, loop
     peak_rss: int
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What was measured; `missing` names what each program that is not installed needs. `predicted_peak` is what
-    `generate` would tell before such an image, in bytes."""
+    """The measurements of all programs."""
 
     machine: dict[str, Any]
     job: dict[str, Any]
-    predicted_peak: int
+    predicted_peak: int  # bytes of memory that `generate` predicts for such an image
     programs: dict[str, Generation]
-    missing: dict[str, str]
+    missing: dict[str, str]  # programs that are not installed, and the packages they need
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json.dumps, with medians and the ratios of each round to the first program."""
@@ -82,17 +76,15 @@ def bench_generate(
     runs: int = 1,
     say: Say = lambda text: None,
 ) -> GenerateReport:
-    """Draw images of `size` (height, width) with `steps` of prior and decoder, from `model`, a model folder, or from
-    a stand-in of the lite cascade's size (`tiny`: of no size), in a folder below `work` that is removed at the end.
+    """Generate images of `size` (height, width) with `steps` of prior and decoder, in a folder below `work`.
 
-    In each of `rounds` rounds every program has a process of its own, which draws once and then `runs` times for the
-    clock. Raises UsageError for what cannot be measured, ConversionError when a process fails."""
+    `model` is a model folder; without it a stand-in of the lite cascade's size is written, or the `tiny` cascade. The
+    folder is removed at the end. In each of `rounds` rounds every program has a process of its own. It generates once,
+    and then `runs` times for the measurement.
+
+    Raises UsageError for programs that cannot be measured, ConversionError when a process fails."""
     missing = _missing(programs)
-    if not work.is_dir():
-        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
-    with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
-        folder = Path(name).absolute()
-        machine = describe_machine(folder)
+    with bench_folder(work) as (folder, machine):
         source = model.absolute() if model else _stand_in(folder, say, tiny=tiny)
         manifest = export(source, folder / "bundle", stages=STAGES)
         job = GenerateJob(
@@ -108,14 +100,12 @@ def bench_generate(
             runs=runs,
         )
         results = _rounds(job, [name for name in programs if name not in missing], rounds, say)
-        machine["load_average"]["after"] = os.getloadavg()[0]
-        described = {k: v for k, v in asdict(job).items() if k not in ("program", "model", "bundle")}
         return GenerateReport(
-            machine,
-            described,
-            predict_peak(manifest, MemoryPolicy.parse(memory), job.settings, 1).nbytes,
-            {name: _generation(job, found) for name, found in results.items()},
-            missing,
+            machine=machine,
+            job={k: v for k, v in asdict(job).items() if k not in ("program", "model", "bundle")},
+            predicted_peak=predict_peak(manifest, MemoryPolicy.parse(memory), job.settings, 1).nbytes,
+            programs={name: _generation(job, found) for name, found in results.items()},
+            missing=missing,
         )
 
 
@@ -154,12 +144,7 @@ def _rounds(job: GenerateJob, programs: Sequence[str], rounds: int, say: Say) ->
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
     for number in range(1, rounds + 1):
         for name in programs:
-            here = GenerateJob(**{**asdict(job), "program": name})
-            run, printed = launch(here.command(), environment=here.environment, label=name)
-            try:
-                result = {**json.loads(printed[-1]), "peak_rss": run.peak_rss}
-            except (IndexError, ValueError) as error:
-                raise ConversionError(f"{name}: its process ended without a result: {error}") from error
+            result = replace(job, program=name).work(name)
             results[name].append(result)
             say(f"round {number} of {rounds}: {name} {result['spent']['all'] / job.runs:.2f} s an image")
     return results

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -18,35 +18,26 @@ from ..runtime.engines.base import Engine, Run, StageRunner, Tensors
 from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.settings import Settings
 from ..schemas.stages import Stage
+from .process import WorkerJob
 
 PROMPT, NEGATIVE = "image {} of a shiba inu, donning a spacesuit and helmet", "blurry {}"
 
-Draw = Callable[[int], object]  # an image of a prompt of its number
-Prepare = Callable[["GenerateJob", "Clock"], Draw]
+Generate = Callable[[int], object]  # one image of the prompt of that number
+Prepare = Callable[["GenerateJob", "Clock"], Generate]
 
 
 @dataclass(frozen=True)
-class GenerateJob:
-    """One image, drawn `runs` times after one that does not count."""
+class GenerateJob(WorkerJob):
+    """One image, generated `runs` times."""
 
     program: str
     model: str  # the model folder, for diffusers
     bundle: str
     memory: str
-    threads: int
     width: int
     height: int
     prior_steps: int
     decoder_steps: int
-    runs: int
-
-    def command(self) -> tuple[str, ...]:
-        call = "from cascadekit.bench.generate_worker import main; main()"
-        return (sys.executable, "-c", call, json.dumps(asdict(self)))
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
 
     @property
     def settings(self) -> Settings:
@@ -54,7 +45,7 @@ class GenerateJob:
 
 
 class Clock:
-    """Seconds by what they were spent on: loading, each stage's network, and in all."""
+    """Seconds by activity: loading, each stage's network, and all."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
@@ -117,36 +108,36 @@ def main() -> None:
     job = GenerateJob(**json.loads(sys.argv[1]))
     package, prepare = PROGRAMS[job.program]
     clock = Clock()
-    draw = prepare(job, clock)
-    draw(0)  # loads, compiles, packs, grows its memory
+    generate = prepare(job, clock)
+    generate(0)  # loads, compiles, packs, grows its memory
     first, clock.spent = dict(clock.spent), defaultdict(float)
     for number in range(1, job.runs + 1):
         clock.start("all")
-        draw(number)
+        generate(number)
         clock.stop("all")
     print(json.dumps({"first": first, "spent": clock.spent, "version": version(package)}))
 
 
 def _cascadekit(engine: str) -> Prepare:
-    def prepared(job: GenerateJob, clock: Clock) -> Draw:
+    def prepared(job: GenerateJob, clock: Clock) -> Generate:
         cascade = Cascade.open(job.bundle, engine=engine, threads=job.threads, memory=job.memory)
         timed = Cascade(
             TimedEngine(cascade.engine, clock), cascade.manifest, cascade.tokenizer, memory=cascade.residency.policy
         )
 
-        def draw(number: int) -> object:
+        def generate(number: int) -> object:
             prompt, negative = PROMPT.format(number), NEGATIVE.format(number)
             return timed.generate(prompt, negative=negative, seed=0, settings=job.settings).images
 
-        return draw
+        return generate
 
     return prepared
 
 
 def _diffusers(dtype: str) -> Prepare:
-    """Both pipelines, from their components, with hooks on the networks; everything stays in memory."""
+    """Both pipelines of diffusers, with hooks on the networks; all components stay in memory."""
 
-    def prepared(job: GenerateJob, clock: Clock) -> Draw:
+    def prepared(job: GenerateJob, clock: Clock) -> Generate:
         diffusers, transformers, torch = (import_module(name) for name in ("diffusers", "transformers", "torch"))
         vq = import_module("diffusers.pipelines.deprecated.wuerstchen").PaellaVQModel
         torch.set_num_threads(job.threads)
@@ -172,13 +163,13 @@ def _diffusers(dtype: str) -> Prepare:
         )
         clock.stop("load")
         for stage, network in networks.items():
-            module = network.up_blocks if stage is Stage.VQGAN else network  # whose decode() is no forward
+            module = network.up_blocks if stage is Stage.VQGAN else network  # decode() of the vqgan is no forward
             module.register_forward_pre_hook(lambda *_, stage=stage: clock.start(stage))
             module.register_forward_hook(lambda *_, stage=stage: clock.stop(stage))
         for pipeline in (prior, decoder):
             pipeline.set_progress_bar_config(disable=True)
 
-        def draw(number: int) -> object:
+        def generate(number: int) -> object:
             generator = torch.Generator().manual_seed(0)
             with torch.inference_mode():
                 found = prior(
@@ -199,12 +190,12 @@ def _diffusers(dtype: str) -> Prepare:
                     generator=generator,
                 )
 
-        return draw
+        return generate
 
     return prepared
 
 
-# What is measured by each name, and the package whose version counts.
+# Each program, and the package whose version is reported.
 PROGRAMS: Mapping[str, tuple[str, Prepare]] = {
     "onnxruntime": ("onnxruntime", _cascadekit("onnxruntime")),
     "openvino": ("openvino", _cascadekit("openvino")),

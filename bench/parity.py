@@ -1,7 +1,7 @@
 """Measures the factors of verify's tolerances: the error of an engine divided by the reference's own error.
 
-It is measured on tiny cascades of random weights. The ratio hardly depends on the network, which is why a tolerance
-is a factor times a floor that is measured on the same model.
+The networks are tiny cascades of random weights. The ratio hardly depends on the network. So a tolerance is a factor
+times a floor that is measured on the same model.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from ..schemas.quantization import BUNDLE_SCHEMES, Quantization
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle
 
-# The bundle's precision, and the engines that run it. Graphs in bf16 have none on CPUs but what computes so by itself.
+# The bundle's precision, and the engines that run it. On CPUs no engine runs graphs in bf16.
 RUNS = (
     (Precision.FP32, ("onnxruntime", "openvino", "openvino-bf16")),
     (Precision.FP16, ("onnxruntime",)),
@@ -37,14 +37,13 @@ PARTS = "parts of a graph"
 
 @dataclass(frozen=True)
 class Ratio:
-    """The worst of a stage's passes over all networks: the reference's floor, relative L2 there, and one over the
-    other."""
+    """The pass of a stage with the largest ratio, over all networks."""
 
     engine: str
     kind: Precision | Quantization
     stage: Stage
-    floor: float
-    relative_l2: float
+    floor: float  # the reference's own error
+    relative_l2: float  # the engine's error
 
     @property
     def ratio(self) -> float:
@@ -52,9 +51,9 @@ class Ratio:
 
 
 def measure_ratios(networks: int, say: Callable[[str], object] = lambda text: None) -> list[Ratio]:
-    """For `networks` cascades, of each engine, precision or quantisation, and stage the ratio that is worst.
+    """The largest ratio over `networks` cascades, for each engine, precision or quantisation, and stage.
 
-    "parts of a graph" is about bisection: the worst channel of the part that is nearest to being called faulty."""
+    The engine "parts of a graph" is bisection: the worst channel of the part that is nearest to its limit."""
     found: list[Ratio] = []
     for seed in range(networks):
         with TemporaryDirectory(prefix="cascadekit-parity-") as folder:
@@ -91,7 +90,7 @@ def _of_network(folder: Path, seed: int) -> list[Ratio]:
 
 
 def _of_report(report: Report) -> list[Ratio]:
-    """Of quantised stages to the floor of that, of others to that of their precision."""
+    """The ratios of one report. The floor of a quantised stage is that of its quantisation, else of its precision."""
     found = []
     for stage, tolerance in report.tolerances.items():
         quantized = tolerance.quantization is not Quantization.NONE

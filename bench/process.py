@@ -1,14 +1,20 @@
-"""Starts processes, each measured on its own, with the files they read in the page cache or out of it."""
+"""Starts and measures processes, with the files that they read in the page cache or out of it."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..schemas.callbacks import Say
-from ..schemas.errors import ConversionError
+from ..schemas.errors import ConversionError, UsageError
+from .machine import describe_machine
 from .report import Case, Run
 
 PACKAGE = (sys.executable, "-c", "from cascadekit.cli import main; main()")
@@ -16,7 +22,7 @@ PACKAGE = (sys.executable, "-c", "from cascadekit.cli import main; main()")
 BLOCK = 1 << 24
 CACHE_SAMPLES = 256
 
-# A child counts as large as the process that started it was at that moment, so a small one starts each.
+# The peak memory of a child includes the memory of its parent at its start, so a small process starts each child.
 LAUNCHER = """
 import os, sys, time
 start = time.perf_counter()
@@ -26,6 +32,45 @@ print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(st
 """
 
 
+@dataclass(frozen=True)
+class WorkerJob:
+    """A job for the function `main` of a module of this package, in a process of its own. Subclasses add its fields."""
+
+    threads: int
+    runs: int  # measured runs, after one that is not measured
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Settings that libraries read when they are loaded."""
+        return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
+
+    def work(self, label: str) -> dict[str, Any]:
+        """Run the job; returns the JSON that the worker printed, and its peak memory in bytes as "peak_rss".
+
+        Raises ConversionError when the process fails or prints no JSON."""
+        call = f"from {type(self).__module__} import main; main()"
+        command = (sys.executable, "-c", call, json.dumps(asdict(self)))
+        run, printed = launch(command, environment=self.environment, label=label)
+        try:
+            return {**json.loads(printed[-1]), "peak_rss": run.peak_rss}
+        except (IndexError, ValueError) as error:
+            raise ConversionError(f"{label}: its process ended without a result: {error}") from error
+
+
+@contextmanager
+def bench_folder(work: Path, *, peer: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder below `work` that is removed at the end, and the description of the machine for the report.
+
+    Raises UsageError when `work` is no folder."""
+    if not work.is_dir():
+        raise UsageError(f"{work}: not a folder; give one on the disk to measure")
+    with TemporaryDirectory(prefix="cascadekit-bench-", dir=work) as name:
+        folder = Path(name).absolute()
+        machine = describe_machine(folder, peer=peer)
+        yield folder, machine
+        machine["load_average"]["after"] = os.getloadavg()[0]
+
+
 def launch(
     command: Sequence[str],
     *,
@@ -33,8 +78,10 @@ def launch(
     environment: Mapping[str, str] | None = None,
     label: str | None = None,
 ) -> tuple[Run, list[str]]:
-    """Run a command to its end: what it took, and the lines it printed. With `own_clock` the last of them are its
-    seconds. Raises ConversionError when it fails, which calls the command `label`."""
+    """Run a command to its end; returns its measurement and the lines that it printed.
+
+    With `own_clock` the last line is the seconds that the command measured itself. Raises ConversionError when the
+    command fails; the message calls it `label`."""
     launcher = (sys.executable, "-I", "-S", "-c", LAUNCHER, *command)
     ended = subprocess.run(
         launcher, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
@@ -42,13 +89,13 @@ def launch(
     *printed, last = ended.stdout.splitlines() or [""]
     seconds, kilobytes, code = (*last.split(), "", "", "")[:3]
     if code != "0":
-        reason = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        reason = (ended.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConversionError(f"{label or ' '.join(command)[:200]}: failed: {reason}")
     return Run(float(printed[-1] if own_clock else seconds), int(kilobytes) * 1024, None), printed
 
 
 def measure_all(cases: Sequence[Case], file: Path, output: Path, runs: int, say: Say) -> dict[str, list[Run]]:
-    """`runs` rounds of all `cases`, which read `file` and write `output`; that is removed after each."""
+    """Measure `runs` rounds of all `cases`, which read `file` and write `output`; the output is removed after each."""
     measured: dict[str, list[Run]] = {case.name: [] for case in cases}
     for case in cases:
         if case.nbytes is None:
@@ -65,7 +112,7 @@ def _measure(case: Case, file: Path, output: Path) -> Run:
     drop_from_cache(file) if case.cold else bring_into_cache(file)
     cached = cached_share(file)
     if case.cold:
-        drop_from_cache(file)  # looking made the kernel read ahead
+        drop_from_cache(file)  # cached_share made the kernel read ahead
     try:
         run, _ = launch(case.command, own_clock=case.own_clock)
     finally:
@@ -75,13 +122,12 @@ def _measure(case: Case, file: Path, output: Path) -> Run:
 
 
 def floor_rss() -> int:
-    """What a process that does nothing counts as, in bytes."""
+    """The peak memory of a process that does nothing, in bytes."""
     return launch(("true",))[0].peak_rss
 
 
 def drop_from_cache(path: Path) -> None:
-    """Have the kernel forget the file's pages. A disk's own cache, or that of a machine around this one, is out of
-    reach."""
+    """Drop the file's pages from the kernel's cache. The caches of a disk or of a host machine stay."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -97,7 +143,7 @@ def bring_into_cache(path: Path) -> None:
 
 
 def cached_share(path: Path) -> float | None:
-    """The share of the file that lies in the page cache, from samples; None where the kernel does not say."""
+    """The share of the file in the page cache, from samples; None when the kernel does not report it."""
     size = path.stat().st_size
     found = 0
     with path.open("rb") as file:

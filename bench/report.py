@@ -1,4 +1,4 @@
-"""What was measured: cases, their runs, ratios within a round."""
+"""Reports of measurements: cases, their runs, and ratios within a round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,41 +10,38 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure: a command, the source bytes it goes through (None: only some), and whether the source's
-    pages are dropped from the page cache first. With `own_clock` the command itself prints its seconds."""
+    """A command to measure."""
 
     name: str
-    what: str
+    what: str  # its description
     command: tuple[str, ...]
-    nbytes: int | None = None
-    cold: bool = False
-    own_clock: bool = False
+    nbytes: int | None = None  # bytes of the source that it reads; None: only a part
+    cold: bool = False  # whether the source's pages are dropped from the page cache first
+    own_clock: bool = False  # whether the command prints its seconds itself
 
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement; `cached` is the share of the source found in the page cache just before."""
+    """One measurement."""
 
     seconds: float
-    peak_rss: int
-    cached: float | None
+    peak_rss: int  # bytes
+    cached: float | None  # share of the source in the page cache just before; None: unknown
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured: the runs of every case in order, on which source and machine.
-
-    Ratios are of the `pairs`, first by second."""
+    """The runs of every case in order, with the source and the machine."""
 
     machine: dict[str, Any]
     source: dict[str, Any]
     cases: tuple[Case, ...]
     runs: dict[str, list[Run]]
-    pairs: Pairs
-    floor_rss: int  # what a process that does nothing counts as
+    pairs: Pairs  # of cases; `ratios` divides the seconds of the first by those of the second
+    floor_rss: int  # peak memory of a process that does nothing, in bytes
 
     def ratios(self) -> dict[str, list[float]]:
-        """Seconds of the first by those of the second, one for each round."""
+        """The ratio of seconds of each of `pairs`, one for each round."""
         return {
             f"{first} / {second}": [
                 a.seconds / b.seconds for a, b in zip(self.runs[first], self.runs[second], strict=True)

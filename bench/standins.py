@@ -33,17 +33,17 @@ NETWORKS: Mapping[str, tuple[Stage, Variant]] = {
 }
 CASTABLE = ("F32", "BF16")  # dtypes of a source that benchmarks take
 
-POOL = 1 << 22  # values of noise that tensors are cut from; no two begin at the same place
-VECTOR_DEVIATION = 0.1  # deviation of what is no matrix: biases, factors
+POOL = 1 << 22  # values of noise; each tensor begins at another place in it
+VECTOR_DEVIATION = 0.1  # standard deviation of biases and factors
 
 
 def source_file(
-    folder: Path, network: str, dtype: str, given: Path | None, outputs: float, say: Say
+    folder: Path, network: str, dtype: str, *, given: Path | None = None, outputs: float, say: Say
 ) -> tuple[Component, Path]:
-    """The component to measure with and its one file; a stand-in is written into `folder` where none is given.
+    """The component to measure with and its one file: `given`, or a stand-in that is written into `folder`.
 
-    `outputs` is how many times the source's size will be written besides. Raises UsageError for a source that is not
-    one file of one component in F32 or BF16, and where the disk has too little space."""
+    `outputs` is the size of the files that will be written besides, in sizes of the source. Raises UsageError for a
+    source that is not one file of one component in F32 or BF16, and when the disk has too little space."""
     if given is None:
         config = PRESETS[NETWORKS[network]]
         nbytes = sum(map(math.prod, expected_tensors(config).values())) * DTYPE_SIZES[dtype]
@@ -66,14 +66,17 @@ def main_dtype(component: Component) -> str:
 
 
 def require_space(folder: Path, needed: float) -> None:
-    """Raise UsageError unless `needed` bytes are free where `folder` lies."""
+    """Raise UsageError unless `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UsageError(f"{folder.parent}: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; see --work")
+        raise UsageError(
+            f"{folder.parent}: expected {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; give work=..., a "
+            "folder on a larger disk"
+        )
 
 
 def describe(component: Component, file: Path, *, generated: bool) -> dict[str, Any]:
-    """What a report says of the source."""
+    """The description of the source for a report."""
     return {
         "file": "stand-in with random values" if generated else file.name,
         "component": str(component.stage),
@@ -86,11 +89,11 @@ def describe(component: Component, file: Path, *, generated: bool) -> dict[str, 
 
 
 def write_stand_in(path: Path, config: NetworkConfig, dtype: str) -> Path:
-    """Write a file of the network's names and shapes in F32 or BF16, flushed to disk; returns where it is.
+    """Write a file with the network's names and shapes in F32 or BF16, flushed to disk; returns its path.
 
-    It has the original layout; a text encoder, which has none, goes with its config.json into a folder beside `path`.
-    The weights are random, below 2 and of a size that keeps activations near 1. Holes would be quicker to make, and
-    quicker to read than any disk is."""
+    It has the original layout. A text encoder, which has none, is written with its config.json into a folder beside
+    `path`. The weights are random, below 2, and keep activations near 1. Holes in place of values would be read faster
+    than a disk reads."""
     if config.stage is Stage.TEXT_ENCODER:
         write_folder_files(path.parent, {config.stage: config}, index=False)
         path = path.parent / config.stage / "model.safetensors"
@@ -120,7 +123,7 @@ def write_stand_in(path: Path, config: NetworkConfig, dtype: str) -> Path:
 
 
 def _write_values(file: Any, name: str, shape: Shape, dtype: str, noise: NDArray[np.float32], start: int) -> None:
-    """Values of one tensor out of `noise`, which is gone round and round from `start`."""
+    """Write the values of one tensor: `noise` from `start` on, repeated."""
     matrix = len(shape) > 1
     deviation = 1 / math.sqrt(math.prod(shape[1:])) if matrix else VECTOR_DEVIATION
     centre = name.endswith("running_var") or ("norm" in name and name.endswith("weight") and not matrix)

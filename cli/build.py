@@ -78,7 +78,12 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 @click.option("--weight-streaming", is_flag=True, help="Plans whose weights may stay in the host's memory.")
 @click.option("--cache", type=PATH, help="Folder of plans that bundles share.")
 @click.option("--prune", "pruned", is_flag=True, help="Remove plans of other weights than the bundle has now.")
-@click.option("--no-memory-check", is_flag=True, help="Start even if memory seems too little.")
+@click.option(
+    "--memory-check/--no-memory-check",
+    "check_memory",
+    default=True,
+    help="Refuse a build that needs more memory than is free, or start it.  [default: --memory-check]",
+)
 @click.option("--force", is_flag=True, help="Build again what is there already; replace the bundle of -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def build(
@@ -99,7 +104,7 @@ def build(
     weight_streaming: bool,
     cache: Path | None,
     pruned: bool,
-    no_memory_check: bool,
+    check_memory: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -126,7 +131,7 @@ def build(
         refittable=refittable,
         force=force,
         cache=cache,
-        check_memory=not no_memory_check,
+        check_memory=check_memory,
         weight_streaming=weight_streaming,
     )
     if output is not None:

@@ -1,4 +1,4 @@
-"""The contents of a path, whatever it is: checkpoints, a LoRA, or an exported bundle. Only headers are read."""
+"""Reads the headers at a path and describes its contents: checkpoints, a LoRA, or an exported bundle."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,15 +45,15 @@ class LoraContents:
 
 @dataclass(frozen=True)
 class PlanState:
-    """Whether a plan file is what the manifest says, and a text about it: "ok" or what differs."""
+    """The result of comparing a plan file with the manifest."""
 
     good: bool
-    text: str
+    text: str  # "ok", or the difference
 
 
 @dataclass(frozen=True)
 class BundleContents:
-    """A bundle's manifest, and the state of each plan by its path. True when every plan is what the manifest says."""
+    """A bundle's manifest, and the state of each plan by its path. True when every plan agrees with the manifest."""
 
     manifest: "Manifest"
     plan_states: Mapping[str, PlanState]

@@ -5,7 +5,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...schemas.bundle import Placement
@@ -32,8 +32,8 @@ PROJECTION = re.compile(rf"(.*\.)({'|'.join(PROJECTIONS)})(\.weight|\.bias)")
 class StageWeights:
     """The weights of a stage in its folder of the bundle.
 
-    `placement` says how the files came there, `tensors` maps diffusers names to byte ranges of `files`, and `notes` are
-    lines for the user about values that were changed."""
+    `placement` is the way in which the files came there. `tensors` maps diffusers names to byte ranges of `files`.
+    `notes` are lines for the user about values that were changed."""
 
     placement: Placement
     tensors: dict[str, TensorRange]
@@ -54,7 +54,7 @@ def add_weights(
     | mode | where the file system clones | elsewhere |
     |---|---|---|
     | "auto" | clones of the model's files | copies |
-    | "link" | clones | hard links, with which onnx.load refuses the graphs |
+    | "link" | clones | hard links; onnx.load refuses graphs with hard-linked weights |
     | "copy" | copies | copies |
 
     `dtype` (F32, BF16, F16) is the dtype to store the weights in; weights of another dtype are copied.
@@ -66,7 +66,8 @@ def add_weights(
         try:
             if reason is None and (how := _share(component, folder, links=mode == "link")):
                 files = tuple(folder / source.name for source in source_files(component))
-                return StageWeights(how, ranges_in(component.tensors, folder), files)
+                tensors = {name: replace(t, path=folder / t.path.name) for name, t in component.tensors.items()}
+                return StageWeights(how, tensors, files)
         except OSError as error:
             reason = f"{source_files(component)[0]}: cannot be hard-linked into {folder.parent}: {error.strerror}"
         for half_done in folder.iterdir():
@@ -124,14 +125,6 @@ def clone(source: Path, target: Path) -> bool:
                 raise
     target.unlink()
     return False
-
-
-def ranges_in(tensors: dict[str, TensorRange], folder: Path) -> dict[str, TensorRange]:
-    """The same byte ranges in the files of the same names in `folder`."""
-    return {
-        name: TensorRange(folder / t.path.name, t.dtype, t.shape, t.offset, t.nbytes, t.transposed)
-        for name, t in tensors.items()
-    }
 
 
 def copy_weights(

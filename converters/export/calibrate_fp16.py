@@ -2,8 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,42 +14,35 @@ from ...runtime.sampling.loop import sample
 from ...runtime.sampling.noise import TorchGenerator, randn
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...schemas.stages import Stage, UNetConfig
-from ..onnx import GraphOptions, Weight, write_graph
+from ...storage.safetensors_reader import TensorRange
+from ..onnx import GraphOptions, write_graph
 
 STEPS = 8
 GUIDANCE = {Stage.PRIOR: 4.0, Stage.DECODER: 1.5}
 SIDES = {Stage.PRIOR: 24, Stage.DECODER: 64}  # of the latents; the decoder's ranges hardly depend on the size
 TOKENS = 77
-PASS = re.compile(r"@\d+")  # a further pass over the same blocks
+PASS = re.compile(r"@\d+")  # the suffix of values of a further pass over the same blocks
 
 Inputs = Mapping[str, F32]
 
 
 def measure_ranges(
-    config: UNetConfig,
-    weights: Mapping[str, Weight],
-    folder: Path,
-    embeddings: Inputs | None = None,
-    *,
-    steps: int = STEPS,
-    progress: Callable[[int, int], object] = lambda step, steps: None,
+    config: UNetConfig, tensors: Mapping[str, TensorRange], embeddings: Inputs | None = None
 ) -> dict[str, float]:
-    """The largest magnitude that every probed value reaches while one image with guidance is sampled, by value.
+    """The largest magnitude that each probed value reaches while one image is sampled with guidance, by value.
 
-    `weights` lie relative to `folder`, where the graph is written for the time of the run. `embeddings` are
-    clip_text (2, tokens, c) and clip_text_pooled (2, 1, c) of a prompt and its negative; without them normal noise
-    stands in. Raises EngineError without ONNX Runtime."""
-    path = folder / "calibration.onnx"
+    `tensors` are in files of one folder. The graph is written into that folder and removed after the run.
+    `embeddings` are clip_text (2, tokens, c) and clip_text_pooled (2, 1, c) of a prompt and its negative, float32.
+    Normal noise takes their place when they are None. Raises EngineError without ONNX Runtime."""
+    path = next(iter(tensors.values())).path.with_name("calibration.onnx")
     try:
-        onnx.save(write_graph(config, weights, GraphOptions(probes=True)), path)
-        return _run(config, open_session(path), _conditions(config, embeddings), steps, progress)
+        onnx.save(write_graph(config, tensors, GraphOptions(probes=True)), path)
+        return _run(config, open_session(path), _conditions(config, embeddings))
     finally:
         path.unlink(missing_ok=True)
 
 
-def _run(
-    config: UNetConfig, session: Any, conditions: Inputs, steps: int, progress: Callable[[int, int], object]
-) -> dict[str, float]:
+def _run(config: UNetConfig, session: Any, conditions: Inputs) -> dict[str, float]:
     names = [output.name for output in session.get_outputs()]
     ranges: dict[str, float] = defaultdict(float)
     generator = TorchGenerator(0)
@@ -65,15 +57,15 @@ def _run(
                 ranges[probed] = max(ranges[probed], float(value))
         return guided(outputs["noise_pred"], GUIDANCE[config.stage])
 
-    for step in sample(predict, randn(shape, generator), Wuerstchen(timesteps(steps)), lambda: randn(shape, generator)):
-        progress(step.index + 1, steps)
+    for _ in sample(predict, randn(shape, generator), Wuerstchen(timesteps(STEPS)), lambda: randn(shape, generator)):
+        pass
     return dict(ranges)
 
 
 def _conditions(config: UNetConfig, embeddings: Inputs | None) -> dict[str, F32]:
     generator = TorchGenerator(1)
     made = {name: randn(shape, generator) for name, shape in _shapes(config)}
-    for name in ("clip_img", "effnet"):  # zeros for the half without conditions, and images are rare
+    for name in ("clip_img", "effnet"):  # zeros as without an image, and as effnet has for the unconditional half
         if name in made:
             made[name][1 if name == "effnet" else 0 :] = 0
     return {**made, **{name: value for name, value in (embeddings or {}).items() if name in made}}

@@ -13,26 +13,27 @@ from ...schemas.control import controlled_blocks
 from ...schemas.fp16 import Fp16Fit, fit_fp16
 from ...schemas.precision import Precision
 from ...schemas.stages import PROJ_BLOCKS_ENDS, NetworkConfig, Stage, UNetConfig
-from ..onnx import GraphOptions, Weight
+from ...storage.safetensors_reader import TensorRange
+from ..onnx import GraphOptions
 from .calibrate_fp16 import Inputs, measure_ranges
 from .export_options import ExportOptions
-from .fp16_bound import warning
+from .fp16_overflow import overflow_warning
 
 CALIBRATION_PROMPTS = ("an image of a shiba inu, donning a spacesuit and helmet", "blurry, low quality")
 
 
 @dataclass(frozen=True)
 class DerivedOptions:
-    """Options of a stage's graphs, and how the stage fits into fp16 where that was measured."""
+    """Options of a stage's graphs. `fp16` is the measured fit of the stage into fp16; None when it was not measured."""
 
     options: GraphOptions
     fp16: Fp16Fit | None = None
 
 
 def derive_graph_options(
-    config: NetworkConfig, weights: Mapping[str, Weight], bundle: Path, options: ExportOptions, say: Say
+    config: NetworkConfig, tensors: Mapping[str, TensorRange], bundle: Path, options: ExportOptions, say: Say
 ) -> DerivedOptions:
-    """The options for the graphs of one network, without quantisation. `weights` lie in the stage's folder of `bundle`.
+    """The options for the graphs of one network, without quantisation. `tensors` are its weights in `bundle`.
 
     Raises ExportError when the network does not fit into fp16, or takes no ControlNet."""
     stage = config.stage
@@ -45,10 +46,10 @@ def derive_graph_options(
     if derived.precision is not Precision.FP16:
         return DerivedOptions(derived)
     if options.fp16_safe is None:
-        say(warning(stage, weights, bundle / stage))
+        say(overflow_warning(stage, tensors))
         return DerivedOptions(derived)
     say(f"{stage}: measuring how large its values grow")
-    ranges = measure_ranges(config, weights, bundle / stage, _embeddings(bundle, say))
+    ranges = measure_ranges(config, tensors, _embeddings(bundle, say))
     fit = fit_fp16(config, ranges, fixed=None if options.fp16_safe == "auto" else options.fp16_safe)
     for line in describe_fit(stage, fit):
         say(line)
@@ -70,7 +71,7 @@ def _embeddings(bundle: Path, say: Say) -> Inputs | None:
     """Embeddings of CALIBRATION_PROMPTS by the text encoder of the same bundle; None where it is not exported yet."""
     graph = bundle / Stage.TEXT_ENCODER / "model.onnx"
     if not graph.is_file():
-        say("no text encoder is exported before it: normal noise stands in for prompts")
+        say("no text encoder was exported before: the ranges are measured with normal noise in place of prompts")
         return None
     own = bundle / "tokenizer" / "tokenizer.json"
     tokens = ClipTokenizer.open(own if own.is_file() else None)(CALIBRATION_PROMPTS)

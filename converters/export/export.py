@@ -11,7 +11,7 @@ from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import ExportError, LayoutError, UsageError
 from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
-from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
+from ...schemas.stages import Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
 from ...storage.atomic_output import staged_output
 from ...storage.bundle import require_utf8
 from ...storage.file_hashes import Hashing, describe_file
@@ -46,8 +46,8 @@ def export(
         export("model", "bundle", precision="fp16", fp16_safe="auto")
         export("model", "bundle", ExportOptions(target="tensorrt", precision="bf16"), stages=["prior"])
 
-    `start_file` is called before a weights file is written, `say` with each line that a user should know, and
-    `on_quantized` with what was measured and chosen for each quantised stage. Returns the bundle's manifest.
+    `start_file` is called before a weights file is written. `say` is called with each line that a user should know.
+    `on_quantized` is called with the choice of Linears for each quantised stage. Returns the bundle's manifest.
 
     Raises a CascadeError, and leaves nothing behind, when an option is wrong, a stage is missing or damaged, or the
     output cannot be written."""
@@ -55,18 +55,14 @@ def export(
     output = Path(output)
     require_utf8(output)
     model = _opened(model, options)
-    stages = list(options.stages) or [stage for stage in Stage if stage in model.components]
-    if not stages:
-        raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
-    options.require_stages(stages)
-    components = {stage: _with_scale(_sound_component(model, stage), options.vqgan_scale) for stage in stages}
-    for component in components.values():
-        for path in source_files(component):
-            require_utf8(path.relative_to(path.parent))  # graphs refer to the weights by the model's file names
-    tokenizer = check_tokenizer(model.tokenizer, _vocabulary_size(components))
+    components = _components(model, options)
+    configs = [component.config for component in components.values()]
+    vocabulary = next((config.vocab_size for config in configs if isinstance(config, TextEncoderConfig)), None)
+    tokenizer = check_tokenizer(model.tokenizer, vocabulary)
     for text in tokenizer.notes if tokenizer else ():
         say(text)
     loras = _read_loras(components, options, say)
+    side = min(DEFAULT_SIDE.get(component.variant, 1024) for component in components.values())
     sources = [*model.sources, *(path for component in components.values() for path in source_files(component))]
     sources += [Path(path) for path, _ in options.loras]
     with (
@@ -77,12 +73,20 @@ def export(
         words = write_tokenizer(tokenizer, staged)  # before the stages: calibration reads prompts with it
         if words:
             hashes.start(words)
-        exporter = StageExporter(staged, options, hashes, loras, start_file, say, on_quantized)
+        exporter = StageExporter(
+            root=staged,
+            options=options,
+            hashes=hashes,
+            loras=loras,
+            start_file=start_file,
+            say=say,
+            on_quantized=on_quantized,
+        )
         exported = {stage: exporter.export(component) for stage, component in components.items()}
         manifest = Manifest(
             created_by=f"cascadekit {version('cascadekit')}",
-            default_size=_default_size(components),
-            vqgan_scale=_vqgan_scale(components),
+            default_size=(side, side),
+            vqgan_scale=next((config.scale_factor for config in configs if isinstance(config, VQGANConfig)), None),
             tokenizer=words.relative_to(staged).as_posix() if words else None,
             stages={stage: done.entry(staged, hashes) for stage, done in exported.items()},
             files=(describe_file(staged, words, hashes.of(words)),) if words else (),
@@ -98,6 +102,19 @@ def _opened(model: Model | str | Path, options: ExportOptions) -> Model:
     if options.text_encoder is not None:
         raise UsageError("text_encoder is for a model given by its path; give it to open_model() instead")
     return model
+
+
+def _components(model: Model, options: ExportOptions) -> dict[Stage, Component]:
+    """The sound components to export, by stage. Raises UsageError when there are none, or options do not fit them."""
+    stages = list(options.stages) or [stage for stage in Stage if stage in model.components]
+    if not stages:
+        raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")
+    options.require_stages(stages)
+    components = {stage: _with_scale(_sound_component(model, stage), options.vqgan_scale) for stage in stages}
+    for component in components.values():
+        for path in source_files(component):
+            require_utf8(path.relative_to(path.parent))  # graphs refer to the weights by the model's file names
+    return components
 
 
 def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, say: Say) -> "LoraPlan | None":
@@ -121,8 +138,8 @@ def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, s
 def _sound_component(model: Model, stage: Stage) -> Component:
     """The component of `stage`, with every tensor that its config asks for.
 
-    Raises LayoutError for missing and misshapen tensors. Where the config.json beside the file describes another
-    variant, the message says so."""
+    Raises LayoutError for missing and misshapen tensors. The message names the variant of the file when the
+    config.json beside it describes another one."""
     component = model.components.get(stage)
     if component and component.problems:
         try:
@@ -138,9 +155,9 @@ def _sound_component(model: Model, stage: Stage) -> Component:
 
 
 def _with_scale(component: Component, scale: float | None) -> Component:
-    """The component; a vqgan gets the latent scale `scale` where one is given.
+    """The component; a vqgan gets the latent scale `scale` when one is given.
 
-    Raises ExportError for a config.json whose scale lies outside VQGAN_SCALES."""
+    Raises ExportError for a config.json whose scale is outside VQGAN_SCALES."""
     if not isinstance(component.config, VQGANConfig):
         return component
     least, most = VQGAN_SCALES
@@ -152,19 +169,3 @@ def _with_scale(component: Component, scale: float | None) -> Component:
             "the original"
         )
     return replace(component, config=config)
-
-
-def _vqgan_scale(components: Mapping[Stage, Component]) -> float | None:
-    config: NetworkConfig | None = components[Stage.VQGAN].config if Stage.VQGAN in components else None
-    return config.scale_factor if isinstance(config, VQGANConfig) else None
-
-
-def _default_size(components: Mapping[Stage, Component]) -> tuple[int, int]:
-    sides = [DEFAULT_SIDE.get(component.variant, 1024) for component in components.values()]
-    return min(sides), min(sides)
-
-
-def _vocabulary_size(components: Mapping[Stage, Component]) -> int | None:
-    """Rows of the text encoder's token table; None without a text encoder."""
-    config: NetworkConfig | None = components[Stage.TEXT_ENCODER].config if Stage.TEXT_ENCODER in components else None
-    return config.vocab_size if isinstance(config, TextEncoderConfig) else None

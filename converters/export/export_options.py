@@ -1,4 +1,4 @@
-"""Everything that a user can ask of an export, in one value."""
+"""The options of an export, in one value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,23 +29,23 @@ class ExportOptions:
     | field | meaning |
     |---|---|
     | stages | stages to export; empty: every stage that the model has |
-    | weights | "auto": clones of the model's files where the file system clones, else copies; "copy"; "link" |
+    | weights | "auto": clones of the model's files if the file system clones, else copies; "copy"; "link" |
     | precision | the type that graphs compute in |
-    | precisions | the same for single stages, which overrides `precision` |
+    | precisions | the precision of single stages, in place of `precision` |
     | target | the runtime whose operators the graphs may use |
     | storage | the precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes |
-    | fp16_safe | for prior and decoder in fp16: "auto" measures which exponents they need, a number is used for all |
-    | quantize | how Linears are stored in 8 or 4 bits, where their error stays small |
-    | quantize_threshold | largest relative error of a quantised Linear; None: twice that of normal numbers |
+    | fp16_safe | exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams |
+    | quantize | how Linears are stored in 8 or 4 bits, if their error stays small |
+    | quantize_threshold | largest relative error of a quantised Linear; None: twice the error of normal numbers |
     | controlnet | whether the prior has inputs for the residuals of a ControlNet |
     | hash | whether the SHA-256 of weights is recorded |
     | loras | LoRA files and their strengths, to be merged into the weights |
-    | text_encoder | a file or folder of the CLIP bigG text encoder, where the model holds none |
-    | vqgan_scale | latent scale of the vqgan; None: the one that the model's layout implies |
+    | text_encoder | a file or folder of the CLIP bigG text encoder, if the model holds none |
+    | vqgan_scale | latent scale of the vqgan; None: the scale that the model's layout implies |
     | force | whether an existing bundle is replaced |
 
-    ``weights="link"`` makes hard links where the file system does not clone. No other program opens the graphs then,
-    and the model's files must never change in place.
+    ``weights="link"`` makes hard links if the file system does not clone. No other program opens the graphs then, and
+    the model's files must never change in place.
 
     Raises UsageError for values that are unknown or exclude each other."""
 
@@ -91,7 +91,7 @@ class ExportOptions:
             if self.quantize_threshold is not None:
                 raise UsageError(
                     f"quantize_threshold={self.quantize_threshold:g} is for quantised weights, and quantize is none; "
-                    f"give both, with quantize one of {', '.join(BUNDLE_SCHEMES)}"
+                    f"set quantize too, to one of {', '.join(BUNDLE_SCHEMES)}"
                 )
             return
         if self.weights == "link":
@@ -117,7 +117,7 @@ class ExportOptions:
         return None if precision is Precision.FP32 else STORED_AS[precision]
 
     def require_stages(self, stages: Sequence[Stage]) -> None:
-        """Raises UsageError for options that concern none of `stages`, the stages that are exported."""
+        """Raises UsageError for an option that applies to none of `stages`, the stages that are exported."""
         fp16 = [stage for stage in (Stage.PRIOR, Stage.DECODER) if self.precision_of(stage) is Precision.FP16]
         if self.fp16_safe is not None and not set(fp16) & set(stages):
             raise UsageError(

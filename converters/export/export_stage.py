@@ -17,13 +17,12 @@ from ...schemas.errors import ExportError
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
 from ...storage.file_hashes import Hashing, describe_file, fingerprint
-from ...storage.safetensors_reader import TensorRange
 from ..checkpoints.component import Component
-from ..onnx import GraphOptions, Weight, write_graphs
+from ..onnx import GraphOptions, write_graphs
 from .bundle_weights import StageWeights, add_weights, copy_weights, source_files
 from .derive_graph_options import derive_graph_options
 from .export_options import ExportOptions
-from .graph_files import beside_holes, check_graph, opset_of, port_entries, stamp
+from .graph_files import beside_holes, check_graph, first_line, opset_of, port_entries, stamp
 from .quantize_choice import QuantizationChoice
 from .quantize_stage import quantize_stage
 
@@ -49,7 +48,7 @@ class ExportedStage:
         return self.described.model_copy(update={"files": files, "sources": self._sources(files)})
 
     def _sources(self, files: Sequence[FileEntry]) -> tuple[SourceEntry, ...]:
-        """The model's files. The hash of one is known where the bundle holds the same bytes under the same name."""
+        """The model's files. A file's hash is known where the bundle holds the same bytes under the same name."""
         sources = self.described.sources
         if self.described.weights == "copy":
             return sources
@@ -77,7 +76,7 @@ class StageExporter:
         weights = self._weights(component, folder)
         for text in weights.notes:
             self.say(text)
-        derived = derive_graph_options(component.config, _ranges(weights.tensors), self.root, self.options, self.say)
+        derived = derive_graph_options(component.config, weights.tensors, self.root, self.options, self.say)
         options = derived.options
         if self.options.quantize is not Quantization.NONE and component.stage in RULES:
             quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)
@@ -87,7 +86,7 @@ class StageExporter:
             for path in weights.files:
                 self.hashes.start(path)
         sources = tuple(_source(path, component) for path in source_files(component))
-        models = write_graphs(component.config, _ranges(weights.tensors), options)
+        models = write_graphs(component.config, weights.tensors, options)
         for name, model in models.items():
             stamp(model, _facts(component, options, sources, name), version("cascadekit"))
         graphs = _save_graphs(models, self.root, folder, weights)
@@ -145,11 +144,6 @@ def _require_floats(component: Component) -> None:
         )
 
 
-def _ranges(tensors: Mapping[str, TensorRange]) -> dict[str, Weight]:
-    """The byte range of each tensor, its file named relative to the folder that holds it."""
-    return {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
-
-
 def _facts(
     component: Component, options: GraphOptions, sources: Sequence[SourceEntry], graph: str
 ) -> Mapping[str, str]:
@@ -190,8 +184,7 @@ def _check(path: Path, name: str) -> None:
     try:
         check_graph(path)
     except Exception as error:  # onnx has classes of its own, and raises plain RuntimeErrors from C++
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"{name}: refused by onnx: {first}; this is a bug, report it") from error
+        raise ExportError(f"{name}: refused by onnx: {first_line(error)}; this is a bug, report it") from error
 
 
 def _source(path: Path, component: Component) -> SourceEntry:

@@ -1,4 +1,4 @@
-"""ONNX files and their weights: where each initialiser's bytes lie, and onnx's own checks."""
+"""ONNX files and their weights: the place of each initialiser's bytes, and onnx's own checks."""
 
 import os
 import re
@@ -30,10 +30,10 @@ PORT_DTYPES: Mapping[int, str] = {
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """Where an initialiser says its bytes lie: a file relative to the graph's folder, and a range of it."""
+    """The place of an initialiser's bytes: a file relative to the graph's folder, and a range of that file."""
 
     name: str
-    dtype: str  # in safetensors' spelling; "" for one it has none for
+    dtype: str  # in safetensors' spelling; "" for a type that safetensors does not have
     dims: tuple[int, ...]
     location: str
     offset: int
@@ -46,14 +46,14 @@ def external_data(model: onnx.ModelProto) -> Iterator[ExternalTensor]:
     Raises ValueError if an offset or length is not an integer."""
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            said = {entry.key: entry.value for entry in tensor.external_data}
+            place = {entry.key: entry.value for entry in tensor.external_data}
             whole = ExternalTensor(
-                tensor.name,
-                DTYPES.get(tensor.data_type, ""),
-                tuple(tensor.dims),
-                said.get("location", ""),
-                int(said.get("offset", 0)),
-                int(said.get("length", -1)),
+                name=tensor.name,
+                dtype=DTYPES.get(tensor.data_type, ""),
+                dims=tuple(tensor.dims),
+                location=place.get("location", ""),
+                offset=int(place.get("offset", 0)),
+                length=int(place.get("length", -1)),
             )
             yield from _apart(whole)
 
@@ -72,7 +72,7 @@ def _apart(whole: ExternalTensor) -> Iterator[ExternalTensor]:
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph alone, its weights left where they are."""
+    """Load the graph without its external weights."""
     return onnx.load(path, load_external_data=False)
 
 
@@ -89,13 +89,14 @@ def port_entries(values: Iterator[onnx.ValueInfoProto] | list[onnx.ValueInfoProt
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ai.onnx that the graph is written in; 0 where it names none."""
+    """The version of ai.onnx that the graph is written in; 0 when the graph names none."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def stamp(model: onnx.ModelProto, facts: Mapping[str, str], version: str) -> None:
-    """Have the graph say which cascadekit made it, and `facts` under names of its own. The time is none of them: two
-    exports of the same weights are the same bytes."""
+    """Record in the graph the version of cascadekit that wrote it, and `facts` as metadata ``cascadekit.NAME``.
+
+    No time is recorded: two exports of the same weights are the same bytes."""
     model.producer_version = version
     model.model_version = VERSION
     onnx.helper.set_model_props(model, {f"cascadekit.{key}": text for key, text in facts.items()})
@@ -103,10 +104,10 @@ def stamp(model: onnx.ModelProto, facts: Mapping[str, str], version: str) -> Non
 
 @contextmanager
 def beside_holes(folder: Path, sizes: Mapping[str, int]) -> Iterator[Path]:
-    """A folder with a hole of the size of each weights file; it is removed at the end.
+    """Make `folder` with an empty file of the size of each weights file (a hole); the folder is removed at the end.
 
-    onnx follows a graph's weights when it checks a file, and refuses those with several hard links. It reads
-    none of their bytes, so a hole will do."""
+    onnx looks at a graph's weights files when it checks the graph, and refuses files with several hard links. It
+    reads none of their bytes, so holes serve as well."""
     folder.mkdir()
     try:
         for name, size in sizes.items():
@@ -126,3 +127,8 @@ def infer_strictly(path: Path) -> None:
     """Infer the shape of every value of a graph by its path; writes the result beside it. Raises onnx's own errors."""
     output = path.with_suffix(".inferred")
     onnx.shape_inference.infer_shapes_path(path, output, check_type=True, strict_mode=True, data_prop=True)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the message of `error`; the name of its class when it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

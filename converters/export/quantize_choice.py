@@ -1,9 +1,9 @@
-"""Chooses the Linears to quantise: measures, for each that may be, what its product loses on seeded activations.
+"""Chooses the Linears to quantise, by the error of each Linear's product on seeded activations.
 
-The float graph runs once, giving out what goes into every candidate. Then each weight is read once, some rows at a
-time, and its product with those activations is taken twice, with the weight and with what its quantised form stands
-for. The figure is the relative L2 of the difference, before the bias: for the last Linear of a block the error of all
-the block adds to its stream, for the others the error of what the block goes on with.
+The float graph runs once; its outputs are the inputs of all candidates. Then each weight is read once, some rows at a
+time. Its product with the activations is computed twice: with the weight, and with the dequantised weight. The error
+is the relative L2 of the difference, before the bias. For the last Linear of a block that is the error of everything
+that the block adds to its stream.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,15 +24,15 @@ from ...schemas.quantization import Quantization, Scheme, linears, stored_tensor
 from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import expected_tensors
 from ...storage.safetensors_reader import TensorRange
-from ..onnx import Weight, write_graph
+from ..onnx import write_graph
 from .quantize_file import matrix_of, quantize_rows, row_blocks
 from .quantize_values import Floats, dequantize, quantize
 
-# A layer may lose so many times what rounding loses on normal numbers, both weights and activations. More means that
-# a few values far out have taken the scale from all others; rounding then costs more than its bits are worth.
+# A layer may have this many times the error that rounding causes on normal numbers, both weights and activations. A
+# larger error means that a few outliers decide the scale of all other values.
 TOLERATED = 2.0
 
-MAX_ROWS = 512  # of activations that a product is measured on
+MAX_ROWS = 512  # rows of activations that a product is measured on
 SEEDS = (0,)
 GRAPH_NAME = ".calibration.onnx"
 
@@ -41,20 +41,19 @@ Inputs = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class LinearChoice:
-    """A Linear: the relative error of its product when quantised (None: not measured), what is tolerated of it, why
-    it stays float (None: it does not), and the bytes of its weight as it was and as it will be."""
+    """The decision on one Linear."""
 
     module: str
-    error: float | None
-    tolerated: float | None
-    reason: str | None
-    bytes_before: int
+    error: float | None  # relative L2 of its product when quantised; None: not measured
+    tolerated: float | None  # the largest error at which it is quantised
+    reason: str | None  # why it stays float; None: it is quantised
+    bytes_before: int  # of its weight
     bytes_after: int
 
 
 @dataclass(frozen=True)
 class QuantizationChoice:
-    """Which Linears of a network are quantised, and why the others are not."""
+    """The decision on every Linear of a network."""
 
     scheme: Scheme
     layers: tuple[LinearChoice, ...]
@@ -72,14 +71,14 @@ def choose_layers(
     threshold: float | None = None,
     inputs: Sequence[Inputs] = (),
 ) -> QuantizationChoice:
-    """Measure every Linear that may be quantised, and choose those that lose no more than `threshold` (relative L2;
-    by default TOLERATED times what rounding loses on normal numbers in as many columns).
+    """Measure every Linear that may be quantised, and choose those whose error is at most `threshold` (relative L2).
 
-    `tensors` lie in files of one folder, in which a graph is written for a moment. `inputs` are what to measure on,
-    port values of the network; by default seeded noise of a small size, random words for a text encoder.
-    Needs onnxruntime, and memory for the activations; of weights stored in 16 bits up to all may be held in fp32 while
-    the graph runs, those stored in fp32 stay mapped.
-    Raises ExportError for weights that cannot be used."""
+    The default threshold is TOLERATED times the error of rounding normal numbers in as many columns. `tensors` are in
+    files of one folder; the float graph is written into that folder and removed after the run. `inputs` are port
+    values of the network; by default seeded noise of a small size, and random words for a text encoder.
+
+    Needs onnxruntime, and memory for the activations. Weights in fp32 stay mapped while the graph runs; weights in 16
+    bits may be held in fp32. Raises ExportError for weights that cannot be used, and without onnxruntime."""
     expected = expected_tensors(config)
     described = list(linears(config.stage, expected))
     measured = [m for m, shape, reason in described if reason is None and _unfit(scheme, shape[1]) is None]
@@ -93,15 +92,16 @@ def choose_layers(
             error = product_error(rows[module], _both_forms(module, matrix_of(tensors, module), scheme), scheme)
             limit = threshold if threshold is not None else TOLERATED * normal_error(scheme, shape[1])
             if not error <= limit:
-                reason = f"loses {error:.2%}, tolerated are {limit:.2%}"
+                reason = f"error {error:.2%}, tolerated {limit:.2%}"
         elif reason is None:
             reason = _unfit(scheme, shape[1])
-        layers.append(LinearChoice(module, error, limit, reason, before, before if reason else after))
+        after = before if reason else after
+        layers.append(LinearChoice(module, error, limit, reason, bytes_before=before, bytes_after=after))
     return QuantizationChoice(scheme, tuple(layers))
 
 
 def _unfit(scheme: Scheme, columns: int) -> str | None:
-    """Why matrices of so many columns cannot or need not be quantised."""
+    """Why matrices of so many columns cannot or need not be quantised; None when they can."""
     if not scheme.fits(columns):
         return f"its {columns} columns are no multiple of the block size {scheme.block_size}"
     row = sum(tensor.nbytes for tensor in stored_tensors(scheme, "", 1, columns).values())
@@ -114,8 +114,10 @@ def _both_forms(module: str, part: TensorRange, scheme: Scheme) -> Iterator[tupl
 
 
 def product_error(activations: Floats, weight: Iterable[tuple[Floats, Floats]], scheme: Scheme) -> float:
-    """‖X Wᵀ - X' W'ᵀ‖ / ‖X Wᵀ‖ for activations X (n, columns), and rows of the weight W with what the graph has in
-    their place, W'; X' is what it has in the place of X. 0 where both products are."""
+    """‖X Wᵀ - X' W'ᵀ‖ / ‖X Wᵀ‖ for activations X (n, columns) and a weight W (rows, columns).
+
+    `weight` yields blocks of rows, float and dequantised (W'). X' are the activations as the quantised product
+    rounds them. The result is 0 when both products are 0."""
     rounded = rounded_activations(activations, scheme)
     lost = whole = 0.0
     for rows, others in weight:
@@ -129,8 +131,8 @@ def product_error(activations: Floats, weight: Iterable[tuple[Floats, Floats]], 
 def rounded_activations(rows: Floats, scheme: Scheme) -> Floats:
     """The activations that a quantised product multiplies instead of `rows` (n, columns); weight-only schemes: `rows`.
 
-    int8-dynamic: as DynamicQuantizeLinear does, 0 to 255 between the least and the greatest value of all. Products
-    in int8 of MatMulNBits: by row and block, the largest magnitude becoming 127."""
+    int8-dynamic rounds like DynamicQuantizeLinear: 0 to 255 between the least and the greatest value of all.
+    MatMulNBits with int8 products rounds each block of each row: its largest magnitude becomes 127."""
     if scheme.kind is Quantization.INT8_DYNAMIC:
         low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
         step = np.float32((high - low) / 255) or np.float32(1)
@@ -147,7 +149,7 @@ def rounded_activations(rows: Floats, scheme: Scheme) -> Floats:
 
 @cache
 def normal_error(scheme: Scheme, columns: int) -> float:
-    """The `product_error` of normal numbers: what rounding costs where nothing stands out."""
+    """The `product_error` of normal numbers, which have no outliers."""
     rng = np.random.default_rng(0)
     activations = rng.standard_normal((128, columns), np.float32)
     weight = rng.standard_normal((64, columns), np.float32)
@@ -155,8 +157,9 @@ def normal_error(scheme: Scheme, columns: int) -> float:
 
 
 def seeded_inputs(config: NetworkConfig, seed: int) -> dict[str, NDArray[Any]]:
-    """Noise for the network's ports, two in a batch, at a small size; timesteps spread over 0..1. Text is random words
-    between the two marks, of two lengths."""
+    """Seeded values for the network's ports, a batch of two at a small size; timesteps are 0.9 and 0.3.
+
+    Ports get normal noise. Text is random words before the end token, in two lengths."""
     rng = np.random.default_rng(seed)
     if isinstance(config, TextEncoderConfig):
         length = config.max_position_embeddings
@@ -188,8 +191,7 @@ def _rows_into(
     """The input of each module, (n, columns): at most MAX_ROWS rows, evenly spread over all rows."""
     if not modules:
         return {}
-    weights = {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in tensors.items()}
-    model = write_graph(config, weights)
+    model = write_graph(config, tensors)
     source = {part: node.input[0] for node in model.graph.node for part in _modules_of(node)}
     values = list(dict.fromkeys(source[module] for module in modules))
     model.graph.output.extend(helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in values)
@@ -212,12 +214,12 @@ def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: In
         onnxruntime = import_onnxruntime("cpu")
     except EngineError as error:
         raise ExportError(
-            "what quantisation loses is measured with ONNX Runtime: pip install 'cascadekit[cpu]'"
+            "the error of quantisation is measured with ONNX Runtime: pip install 'cascadekit[cpu]'"
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped, not copied
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what is freed is free
+    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped and are not copied
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # freed memory goes back to the system
     path = folder / GRAPH_NAME
     try:
         onnx.save_model(model, path)

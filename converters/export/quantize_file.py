@@ -15,7 +15,7 @@ from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import NewSafetensors, new_safetensors
 from .quantize_values import Floats, Quantized, pack, quantize
 
-BLOCK_VALUES = 1 << 21  # of a block of rows; some ten arrays of that many floats or less are alive at a time
+BLOCK_VALUES = 1 << 21  # values of a block of rows; about ten arrays of that size are in memory at a time
 
 
 def quantize_weights(
@@ -27,16 +27,16 @@ def quantize_weights(
 ) -> dict[str, TensorRange]:
     """Write the weights of the modules `chosen`, out of the float `tensors`, in `scheme` to a safetensors file.
 
-    Returns where each stored tensor lies in it (see ``schemas.quantization.stored_tensors``). The file is on disk
-    (fsync) when this returns. Memory is about 100 MB, however large the matrices, unless a row has over 2 million
-    values. `progress` counts bytes of the output's tensors.
+    Returns the range of each stored tensor in the file (see ``schemas.quantization.stored_tensors``). The file is on
+    disk (fsync) when this returns. It takes about 100 MB of memory for matrices of any size, unless a row has over 2
+    million values. `progress` counts bytes of the output's tensors.
 
-    Raises ExportError for modules without a float matrix, ConversionError for NaN and infinities and when the disk is
-    full or a source cannot be read; the file is then to be thrown away."""
+    Raises ExportError for modules without a float matrix. Raises ConversionError for NaN and infinities, when the disk
+    is full and when a source cannot be read; the caller then removes the file."""
     matrices = {module: matrix_of(tensors, module) for module in sorted(chosen)}
     flat: dict[str, StoredTensor] = {}
     for module, part in matrices.items():
-        flat |= stored_tensors(scheme, module, *shape_of(part))
+        flat |= stored_tensors(scheme, module, *part.shape[:2])
     with new_safetensors(path, flat, {"format": "pt"}) as out:
         for module, matrix in matrices.items():
             _write_module(module, matrix, scheme, out, progress)
@@ -44,23 +44,19 @@ def quantize_weights(
 
 
 def matrix_of(tensors: Mapping[str, TensorRange], module: str) -> TensorRange:
-    """The range of a module's weight. Raises ExportError when there is none, or no float matrix."""
+    """The range of a module's weight, a float matrix or a 1x1 convolution. Raises ExportError for any other."""
     part = tensors.get(f"{module}.weight")
     if part is None:
         raise ExportError(f"{module}: has no weight to quantise")
     if part.dtype not in FLOATS or len(part.shape) < 2:
-        raise ExportError(f"{part.path}: {module}.weight: {part.dtype} {list(part.shape)} is no float matrix")
+        found = f"{part.dtype} {list(part.shape)}"
+        raise ExportError(f"{part.path}: {module}.weight: expected a float matrix to quantise, found {found}")
     return part
-
-
-def shape_of(part: TensorRange) -> tuple[int, int]:
-    """Rows and columns of a matrix or of a 1x1 convolution's weight."""
-    return part.shape[0], part.shape[1]
 
 
 def row_blocks(part: TensorRange) -> Iterator[tuple[int, Floats]]:
     """The first row and the values (n, columns) float32 of each block of rows."""
-    rows, columns = shape_of(part)
+    rows, columns = part.shape[:2]
     step = max(1, BLOCK_VALUES // columns)
     with part.path.open("rb", buffering=0) as file:
         size = DTYPE_SIZES[part.dtype]
@@ -75,7 +71,7 @@ def row_blocks(part: TensorRange) -> Iterator[tuple[int, Floats]]:
 
 
 def quantize_rows(module: str, part: TensorRange, rows: Floats, scheme: Scheme) -> Quantized:
-    """`quantize` rows of the weight of `module`, which lies at `part`; the error names both."""
+    """`quantize` some rows of the weight of `module`, which is stored at `part`; an error names both."""
     try:
         return quantize(rows, scheme)
     except ConversionError as error:
@@ -86,12 +82,12 @@ def _write_module(
     module: str, part: TensorRange, scheme: Scheme, out: NewSafetensors, progress: Progress | None
 ) -> None:
     """Write the values and the scales of one module, a block of rows after the other."""
-    described = stored_tensors(scheme, module, *shape_of(part))
+    described = stored_tensors(scheme, module, *part.shape[:2])
     values, scale = described[quantized_name(module)], described[scale_name(module)]
     for start, rows in row_blocks(part):
         quantized = quantize_rows(module, part, rows, scheme)
         packed = pack(quantized, scheme)
-        if scheme.kind is Quantization.INT8_DYNAMIC:  # lies transposed: a column's values follow one another
+        if scheme.kind is Quantization.INT8_DYNAMIC:  # stored transposed: the values of a column are adjacent
             out.write_lines(quantized_name(module), packed, start, values.shape[1])
         else:
             out.write(quantized_name(module), packed, start * (values.nbytes // values.shape[0]))

@@ -1,4 +1,4 @@
-"""Quantises a stage during an export: its float weights lie in the stage's folder and are replaced there."""
+"""Quantises a stage during an export: replaces float weights in the stage's folder by quantised ones."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ def quantize_stage(
 ) -> QuantizedStage:
     """Quantise the Linears among `tensors` whose error stays below the threshold of `options`.
 
-    The float weights `tensors` lie in one file that belongs to the bundle. The quantised weights go to a second file
+    The float weights `tensors` are in one file of the bundle. The quantised weights are written to a second file
     beside it, and the first file is rewritten without them. `graph_options` are those of the float graphs.
 
     Raises ExportError when the weights cannot be used, ConversionError when they cannot be read or written."""

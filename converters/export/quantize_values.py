@@ -1,16 +1,18 @@
 """Matrices in 8 and 4 bits: symmetric, rounded to nearest, ties to even.
 
-Every scheme divides by a scale and rounds, as ONNX's QuantizeLinear without a zero point does:
-q = saturate(round(x / scale)), and x is read as q * scale
-(https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html, onnx__DequantizeLinear.html). They differ in the scale:
+Every scheme computes q = saturate(round(x / scale)), like ONNX's QuantizeLinear without a zero point. q * scale is the
+value that a graph reads (https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html, onnx__DequantizeLinear.html).
 
-- int8, int4 for MatMulNBits, by block of columns: the value of largest magnitude, with its sign, becomes -2^(bits-1):
-  scale = value / -2^(bits-1), which may be negative and wastes no code; as ONNX Runtime's own quantiser has it
-  (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits).
-- int8, int4 for DequantizeLinear, by block of columns: scale = max(largest / (2^(bits-1) - 1), -smallest / 2^(bits-1)),
-  as TensorRT wants scales positive.
-- int8-dynamic by row: scale = largest magnitude / 127.
-- fp8 by row: scale = largest magnitude / 448; the quotient becomes E4M3 without infinities (https://arxiv.org/abs/2209.05433).
+| scheme | one scale for | scale |
+|---|---|---|
+| int8, int4 for MatMulNBits | a block of columns | v / -2^(bits-1), v the value of largest magnitude with its sign |
+| int8, int4 for DequantizeLinear | a block of columns | max(largest / (2^(bits-1) - 1), -smallest / 2^(bits-1)) |
+| int8-dynamic | a row | largest magnitude / 127 |
+| fp8 | a row | largest magnitude / 448 |
+
+The scale of MatMulNBits may be negative and uses every code, like that of ONNX Runtime's own quantiser
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits). TensorRT
+requires positive scales of DequantizeLinear. fp8 is E4M3 without infinities (https://arxiv.org/abs/2209.05433).
 
 A block of zeros has scale 1. The last block of a row may be short.
 """
@@ -19,28 +21,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 
 from ...schemas.errors import ConversionError
 from ...schemas.precision import E4M3_MAX
 from ...schemas.quantization import Quantization, Scheme
+from ...storage.cast import cast_block
 
 Floats = NDArray[np.float32]
-
-E4M3_SMALLEST_EXPONENT = -6  # of normal numbers; three bits of mantissa
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised matrix: `values` (rows, columns), int8, or E4M3 patterns as uint8; `scale` float32, (rows, blocks)
-    where the scheme has blocks, else (rows,)."""
+    """A quantised matrix."""
 
-    values: NDArray[Any]
-    scale: Floats
+    values: NDArray[Any]  # (rows, columns) int8, or uint8 with E4M3 patterns
+    scale: Floats  # (rows, blocks) for schemes with blocks, else (rows,)
 
 
 def quantize(matrix: Floats, scheme: Scheme) -> Quantized:
-    """`matrix` (rows, columns) in `scheme`. Raises ConversionError for NaN and infinities."""
+    """Quantise `matrix` (rows, columns) in `scheme`. Raises ConversionError for NaN and infinities."""
     if not np.isfinite(matrix).all():
         raise ConversionError("holds NaN or infinite values, which have no quantised form; leave it in float")
     if scheme.blockwise:
@@ -110,31 +111,10 @@ def _paired(nibbles: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def to_e4m3(values: Floats) -> NDArray[np.uint8]:
-    """The patterns of the E4M3 numbers nearest to `values`, ties to even, the largest for what is beyond.
-
-    A number is sign, 4 bits of exponent (bias 7) and 3 of mantissa; counted in units of its mantissa's last place it
-    is 8 to 15, below 2^-6 it is 0 to 7."""
-    magnitude = np.minimum(np.abs(values), np.float32(E4M3_MAX))
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, E4M3_SMALLEST_EXPONENT)
-    exponent[magnitude == 0] = E4M3_SMALLEST_EXPONENT
-    units = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int32)  # 16 carries into the exponent by itself
-    patterns = units + (exponent - E4M3_SMALLEST_EXPONENT) * 8
-    return np.asarray(patterns | np.signbit(values).astype(np.int32) << 7, np.uint8)
+    """The E4M3 patterns nearest to `values`, ties to even; values beyond the largest number become that number."""
+    return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(float8_e4m3fn).view(np.uint8)
 
 
 def from_e4m3(patterns: NDArray[np.uint8]) -> Floats:
-    """The numbers behind finite patterns."""
-    return np.asarray(_E4M3[patterns], np.float32)
-
-
-def _e4m3_table() -> Floats:
-    patterns = np.arange(256)
-    exponent, mantissa = patterns >> 3 & 15, patterns & 7
-    units = np.where(exponent > 0, 8 + mantissa, mantissa).astype(np.float32)
-    magnitude = np.ldexp(units, np.maximum(exponent, 1) - 7 - 3)
-    table = np.asarray(np.where(patterns & 128, -magnitude, magnitude), np.float32)
-    table[[0x7F, 0xFF]] = np.nan
-    return table
-
-
-_E4M3 = _e4m3_table()
+    """The numbers of E4M3 `patterns`, float32."""
+    return cast_block(np.ascontiguousarray(patterns).data, "F8_E4M3", "F32")[0].reshape(patterns.shape)

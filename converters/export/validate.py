@@ -1,5 +1,8 @@
-"""Checks a bundle without running it: its graphs by onnx's own rules, its weights by where the graphs say they lie,
-its files by what the manifest says of them."""
+"""Checks a bundle without running it.
+
+onnx checks each graph by its own rules. The byte range of every weight must lie inside its file. Every file must be
+the one that the manifest describes.
+"""
 
 import math
 import shutil
@@ -23,18 +26,28 @@ from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle, open_bundle
 from ...storage.file_hashes import WHOLE_BELOW, find_change, sha256_of
 from ...storage.open_file import require_regular
-from .graph_files import beside_holes, check_graph, external_data, infer_strictly, load_graph, opset_of, port_entries
+from .graph_files import (
+    beside_holes,
+    check_graph,
+    external_data,
+    first_line,
+    infer_strictly,
+    load_graph,
+    opset_of,
+    port_entries,
+)
 
-POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script; it has no __main__
+# polygraphy has a script, but no __main__.
+POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"
 POLYGRAPHY_TIMEOUT = 300  # seconds
 NOT_INSTALLED = "not installed"
 
 
 @dataclass
 class BundleCheck:
-    """Problems and facts of one graph, of the files of one stage, or of the files that belong to no stage (None)."""
+    """Problems and facts of one graph, of the files of one stage, or of the files that belong to no stage."""
 
-    stage: Stage | None
+    stage: Stage | None  # None: files that belong to no stage
     subject: str  # the graph's name; "" for the stage's files
     problems: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -67,9 +80,9 @@ def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lamb
             print([problem for check in result.checks for problem in check.problems])
 
     With `hash` every byte of each file that has a SHA-256 in the manifest is read and compared. Without `hash` a file
-    whose size and time are those of the manifest counts as unchanged. Files without a recorded SHA-256 are compared by
-    the samples of their fingerprint, and named in `facts`. Nothing is written into the bundle. The memory needed is
-    that of one graph without weights.
+    with the size and time of the manifest counts as unchanged. A file without a recorded SHA-256 is compared by the
+    samples of its fingerprint, and named in `facts`. Nothing is written into the bundle. At most one graph without
+    its weights is in memory. `say` is called with the name of each stage.
 
     Raises CheckpointError when the manifest cannot be read."""
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
@@ -86,7 +99,7 @@ def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lamb
 
 
 def _check_rest(bundle: Bundle, hash: bool) -> BundleCheck:
-    """The files of no stage: the tokenizer, what LoRAs replaced, and those that nothing is known of."""
+    """Check the files of no stage: the tokenizer, weights that LoRAs replaced, and files that the manifest lacks."""
     manifest = bundle.manifest
     check = BundleCheck(None, "")
     kept = manifest.lora.kept if manifest.lora else ()
@@ -107,19 +120,23 @@ def _known(bundle: Bundle) -> set[str]:
     """Paths of the files in the manifest, of the manifest itself, and of the notes beside plans."""
     manifest = bundle.manifest
     files = [*manifest.files, *(manifest.lora.kept if manifest.lora else ())]
-    plans = [plan.path for entry in manifest.stages.values() for plan in entry.plans]
     files += [file for entry in manifest.stages.values() for file in entry.files]
+    plans = [plan.path for entry in manifest.stages.values() for plan in entry.plans]
     notes = (PurePosixPath(path).with_suffix(".json").as_posix() for path in plans)
     return {MANIFEST_NAME, *plans, *notes, *(file.path for file in files)}
 
 
 def _check_files(bundle: Bundle, stage: Stage, entry: StageEntry, hash: bool) -> BundleCheck:
-    """The stage's files against the manifest, as loading it compares them, or by all their bytes."""
+    """Compare the stage's files with the manifest: by all their bytes with `hash`, else as loading does."""
     check = BundleCheck(stage, "")
     for file in entry.files:
         whole = hash or file.path in entry.graph_paths
         _compare(bundle, file, check, bundle.advice(entry, file), hash=whole)
-    unhashed = [_unhashed(bundle.root / file.path, file, hash) for file in entry.files if file.sha256 is None]
+    unhashed = [
+        {"path": file.path, "sha256_now": sha256_of(path) if hash and path.is_file() else None}
+        for file in entry.files
+        if file.sha256 is None and (path := bundle.root / file.path)
+    ]
     check.facts = {"weights": entry.weights, "files": len(entry.files), "without_sha256": unhashed}
     _check_plans(bundle, entry, check, hash)
     return check
@@ -133,23 +150,19 @@ def _compare(bundle: Bundle, file: FileEntry, check: BundleCheck, advice: str, *
 
 
 def _check_plans(bundle: Bundle, entry: StageEntry, check: BundleCheck, hash: bool) -> None:
-    """GPU engines: their headers, and all bytes of small ones, or if `hash`. One of other weights than the stage has
-    now is no problem: it is not run."""
+    """Check the headers of GPU engines, and all bytes of small ones; with `hash` all bytes of every engine.
+
+    An engine of other weights than the stage has now is no problem, because it is not run."""
     for plan in entry.plans:
         path = bundle.root / plan.path
         problem = find_contradiction(path, plan)
         if not problem and (hash or plan.bytes < WHOLE_BELOW) and sha256_of(path) != plan.sha256:
             problem = "its SHA-256 is not that of the manifest"
         if problem:
-            check.problems.append(f"{plan.path}: {problem}; `cascadekit build` makes it again")
+            check.problems.append(f"{plan.path}: {problem}; build it again with `cascadekit build`")
     if entry.plans:
         current = sum(entry.is_current(plan) for plan in entry.plans)
         check.facts["plans"] = {"current": current, "of_other_weights": len(entry.plans) - current}
-
-
-def _unhashed(path: Path, file: FileEntry, hash: bool) -> dict[str, str | None]:
-    """A file whose SHA-256 the manifest does not have, with the one it has now."""
-    return {"path": file.path, "sha256_now": sha256_of(path) if hash and path.is_file() else None}
 
 
 def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: BundleCheck, scratch: Path) -> None:
@@ -157,8 +170,8 @@ def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: Bundle
     try:
         require_regular(path)
         model = load_graph(path)
-    except Exception as error:  # protobuf has its own class for bytes that are no graph
-        check.problems.append(f"{graph.path}: cannot be read as ONNX: {_first_line(error)}")
+    except Exception as error:  # protobuf raises a class of its own for bytes that are no graph
+        check.problems.append(f"{graph.path}: cannot be read as ONNX: {first_line(error)}")
         return
     operators = Counter(_operators(model.graph))
     check.facts = {
@@ -181,7 +194,7 @@ def _check_graph(root: Path, entry: StageEntry, graph: GraphEntry, check: Bundle
 
 
 def _operators(graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
-    """Domain and name of every node, those of nested graphs included; ai.onnx is ""."""
+    """Domain and name of every node, nested graphs included; the domain of ai.onnx is ""."""
     for node in graph.node:
         yield ("" if node.domain == "ai.onnx" else node.domain), node.op_type
         for attribute in node.attribute:
@@ -210,11 +223,11 @@ def _foreign_operators(operators: Iterable[tuple[str, str]], entry: StageEntry) 
     foreign = sorted(f"{domain}::{name}" for domain, name in operators if domain not in allowed)
     if foreign:
         names = ", ".join(domain or "ai.onnx" for domain in allowed)
-        yield f"operators {', '.join(foreign)} are not of {names}, which is what a {entry.target} graph may use"
+        yield f"operators {', '.join(foreign)}: a graph with target {entry.target} may use those of {names} only"
 
 
 def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
-    """Initialisers whose bytes do not lie beside the graph, or not inside their file, or are not as many as needed."""
+    """Find initialisers whose bytes are not in the graph's folder, not inside their file, or not as many as needed."""
     sizes: dict[str, int | None] = {}
     try:
         for data in external_data(model):
@@ -223,17 +236,17 @@ def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
             size = sizes[data.location]
             needed = math.prod(data.dims) * DTYPE_SIZES.get(data.dtype, 0)
             if size is None:
-                yield f"{data.name}: lies in {data.location!r}, which is not a file of the bundle beside the graph"
+                yield f"{data.name}: its bytes are in {data.location!r}, which is not a file beside the graph"
             elif data.offset < 0 or data.length < 0 or data.offset + data.length > size:
                 yield f"{data.name}: bytes {data.offset} to {data.offset + data.length} of a file of {size}"
             elif data.length != needed:
                 yield f"{data.name}: {data.length} bytes, expected {needed} for {data.dtype} {list(data.dims)}"
     except ValueError as error:
-        yield f"the place of an initialiser is no number: {error}"
+        yield f"the offset or length of an initialiser is no number: {error}"
 
 
 def _size_beside(path: Path, location: str) -> int | None:
-    """The size of a file in the graph's folder, which may be a link as in the Hub's cache; None for any other place."""
+    """The size of a file in the graph's folder; None for any other place. The Hub's cache has links to files."""
     pure = PurePosixPath(location)
     found = path.parent / location
     inside = len(pure.parts) == 1 and not pure.is_absolute() and location not in (".", "..")
@@ -246,11 +259,11 @@ def _onnx_problems(path: Path) -> Iterator[str]:
         try:
             check(path)
         except Exception as error:  # onnx raises classes of its own and, from C++, plain RuntimeError and others
-            yield f"{name}: {_first_line(error)}"
+            yield f"{name}: {first_line(error)}"
 
 
 def _polygraphy(path: Path) -> tuple[str, list[str]]:
-    """The result of `polygraphy inspect model`, where polygraphy is installed: one word, and problems."""
+    """The result of `polygraphy inspect model` in one word, and problems."""
     if find_spec("polygraphy") is None:
         return NOT_INSTALLED, []
     command = (sys.executable, "-c", POLYGRAPHY, "inspect", "model", str(path), "--model-type", "onnx")
@@ -259,10 +272,6 @@ def _polygraphy(path: Path) -> tuple[str, list[str]]:
     except subprocess.TimeoutExpired:
         return "failed", [f"polygraphy inspect model: no answer in {POLYGRAPHY_TIMEOUT} seconds"]
     if ended.returncode:
-        said = (ended.stderr or ended.stdout).strip().splitlines() or ["it said nothing"]
-        return "failed", [f"polygraphy inspect model: {said[-1]}"]
+        lines = (ended.stderr or ended.stdout).strip().splitlines() or [f"exit code {ended.returncode}, no message"]
+        return "failed", [f"polygraphy inspect model: {lines[-1]}"]
     return "passed", []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ Semantics: transformers ``CLIPEncoderLayer`` (models/clip/modeling_clip.py) with
 from ...schemas.errors import ExportError
 from ...schemas.stages import ImageEncoderConfig, TextEncoderConfig
 from .graph import Graph
-from .layers import attention
+from .layers import self_attention
 
 ClipConfig = TextEncoderConfig | ImageEncoderConfig
 
@@ -15,9 +15,11 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 
 
 def check_supported(config: ClipConfig) -> None:
-    """Raises ExportError for an activation CLIP does not use and for indivisible heads."""
+    """Raises ExportError for an activation that CLIP does not use, and when the heads do not divide the width."""
     if config.hidden_act not in ACTIVATIONS:
-        raise ExportError(f"{config.stage}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        raise ExportError(
+            f"{config.stage}: hidden_act {config.hidden_act!r} is not supported; expected {' or '.join(ACTIVATIONS)}"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ExportError(f"{config.stage}: num_attention_heads does not divide hidden_size")
 
@@ -25,12 +27,11 @@ def check_supported(config: ClipConfig) -> None:
 def transformer_layer(graph: Graph, config: ClipConfig, name: str, rows: str, mask: str | None) -> str:
     """One pre-norm layer, (B*L, c) -> (B*L, c); `mask` (B or 1, 1, L, L) is added to the scores."""
     normed = norm(graph, config, f"{name}.layer_norm1", rows)
-    mixed = attention(
+    mixed = self_attention(
         graph,
         f"{name}.self_attn",
         normed,
-        config.hidden_size,
-        config.num_attention_heads,
+        heads=config.num_attention_heads,
         projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         mask=mask,
     )
@@ -48,5 +49,6 @@ def _activation(graph: Graph, config: ClipConfig, name: str, value: str) -> str:
 
 
 def norm(graph: Graph, config: ClipConfig, name: str, value: str) -> str:
+    """The LayerNorm `name` over the channels."""
     scale, shift = graph.weight(f"{name}.weight"), graph.weight(f"{name}.bias")
     return graph.layer_norm(name, value, config.hidden_size, eps=config.layer_norm_eps, scale=scale, shift=shift)

@@ -10,30 +10,34 @@ from typing import Protocol
 import numpy as np
 
 from ...schemas.hoisted import MODULATION, modulation_width, timestep_blocks
-from ...schemas.stages import UNetConfig
+from ...schemas.stages import Block, UNetConfig
+from ...schemas.unet_blocks import blocks_of
 from .graph import Graph
 from .streams import NORM_EPS, Streams
 
 MAX_POSITIONS = 10000.0
-# Where torch's float32 exp (MKL, hence x86) is not the float nearest to the true value, and by how many units;
-# by size of the embedding. The releases have 64. With AVX2 instructions entry 22 is another one.
+# Entries at which torch's float32 exp (MKL, hence x86) is not the float nearest to the true value, and the difference
+# in units in the last place; by size of the embedding. The releases have size 64. With AVX2 entry 22 differs too.
 TORCH_EXP_MISSES: Mapping[int, Mapping[int, int]] = {64: {24: -1}}
 
 
 class Conditions(Protocol):
-    """Gives each block what it looks at besides its image, by the block's name and channels."""
+    """Gives each block its conditions, by the block's name and channels."""
 
     def modulation(self, name: str, width: int) -> tuple[str, str]:
-        """Gain (1 + scale) and shift of a timestep block, the shift at its stream's exponent; (B, 1, 1, c) each."""
+        """Gain (1 + scale) and shift of a timestep block, (B, 1, 1, c) each. The shift has its stream's exponent."""
 
     def attended(self, name: str, width: int, own: str) -> tuple[str, str, str]:
-        """Queries, keys and values of an attention block with the tokens `own` (B*n, c): queries
-        (B*n, c), then keys and values of own and conditioning tokens, each (B, n + tokens, c)."""
+        """Queries, keys and values of an attention block with the tokens `own` (B*n, c).
+
+        The queries of `own` are (B*n, c). Keys and values of own and conditioning tokens are (B, n + tokens, c)."""
 
 
 class Computed:
-    """Conditions computed from the timestep's embedding (B, e) and the conditioning tokens (B*tokens, channels),
-    normalised and after SiLU, the same for every kv_mapper. Passes over the same blocks share them."""
+    """Conditions that the graph computes; passes over the same blocks share them.
+
+    `timestep` is the embedding (B, e). `tokens` are the conditioning tokens (B*tokens, channels), normalised and after
+    SiLU, the same for every kv_mapper."""
 
     def __init__(self, graph: Graph, config: UNetConfig, streams: Streams, timestep: str, tokens: str) -> None:
         self._graph, self._config, self._streams = graph, config, streams
@@ -56,7 +60,7 @@ class Computed:
         """1 + scale and the shift of a timestep block, (B, c) each."""
         graph = self._graph
         bias = graph.weight(f"{name}.mapper.bias")
-        for condition in self._config.timestep_conditioning_type:  # its part is constant
+        for condition in self._config.timestep_conditioning_type:  # always 0, so its term is constant
             constant = graph.linear(f"{name}.mapper_{condition}", zero_embedding(graph, self._config))  # (1, 2c)
             bias = graph.node("Add", f"{name}/with_{condition}", bias, constant)
         mapped = graph.gemm(f"{name}.mapper", self._timestep, graph.weight(f"{name}.mapper.weight"), bias)
@@ -77,7 +81,7 @@ class Computed:
         return query, key, value
 
     def given(self, name: str, width: int) -> str:
-        """The conditioning tokens as an attention block maps them, (B, tokens, c)."""
+        """The conditioning tokens, mapped for one attention block: (B, tokens, c)."""
         if name not in self._given:
             graph = self._graph
             with graph.repeated(0):
@@ -88,7 +92,7 @@ class Computed:
 
 
 class Fed:
-    """Conditions that come in through the ports of ``schemas.hoisted``."""
+    """Conditions that are inputs of the graph: the ports of ``schemas.hoisted``."""
 
     def __init__(self, graph: Graph, config: UNetConfig) -> None:
         self._graph = graph
@@ -116,6 +120,25 @@ class Fed:
         return query, both[0], both[1]
 
 
+def write_conditions(graph: Graph, config: UNetConfig, conditions: Computed) -> None:
+    """The outputs of a conditioning graph: `modulation` (steps, columns), and keys and values (B, tokens, c) of every
+    attention block. They are the inputs of the step graph, see ``schemas.hoisted``."""
+    columns = [
+        part
+        for block in timestep_blocks(config)
+        for part in conditions.scale_and_shift(block.name, config.block_out_channels[block.level])
+    ]
+    graph.node("Concat", MODULATION, *columns, axis=1)
+    for block in blocks_of(config):
+        if block.kind is Block.ATTENTION:
+            width = config.block_out_channels[block.level]
+            rows = graph.rows(conditions.given(block.name, width), width)
+            parts = graph.linears(f"{block.name}.attention", ("to_k", "to_v"), rows)
+            shape = graph.shape(graph.batch, -1, width)
+            for output, part in zip(("keys", "values"), parts, strict=True):
+                graph.node("Reshape", f"{block.name}.{output}", part, shape)
+
+
 def clip_tokens(graph: Graph, config: UNetConfig, tokens: str) -> str:
     """Mapped clip tokens (B, S, conditioning_dim), normalised and after SiLU: (B*S, conditioning_dim)."""
     width = config.conditioning_dim
@@ -132,9 +155,9 @@ def pooled_tokens(graph: Graph, config: UNetConfig) -> str:
 
 
 def timestep_frequencies(size: int) -> np.ndarray:
-    """float32 (1, size/2): exp(-i ln(10000) / (size/2 - 1)), in the bits that torch computes for size 64.
+    """float32 (1, size/2): exp(-i ln(10000) / (size/2 - 1)), bit for bit as torch computes it for size 64.
 
-    Bits matter, as angles reach 10000: one unit in the last place of a frequency near 1 turns its angle by 6e-4."""
+    Angles reach 10000, so one unit in the last place of a frequency near 1 changes its angle by 6e-4."""
     half = size // 2
     step = np.float32(-math.log(MAX_POSITIONS) / (half - 1))
     exponents = np.arange(half, dtype=np.float32) * step
@@ -147,8 +170,8 @@ def timestep_frequencies(size: int) -> np.ndarray:
 def timestep_embedding(graph: Graph, config: UNetConfig, ratio: str) -> str:
     """(B,) fp32 -> (B, e): sines, then cosines, of the ratio at geometrically falling frequencies.
 
-    In fp32 always. diffusers multiplies by 10000 in the model's type, where bf16 makes 9472 of 9500: an error that
-    this graph does not repeat, and that runtimes which compute wider than told would not repeat either."""
+    It is always computed in fp32. diffusers multiplies by 10000 in the model's type, and bf16 rounds 9500 to 9472.
+    This graph does not repeat that error, because a runtime that computes in a wider type would not repeat it."""
     name = "timestep_embedding"
     with graph.island():
         position = graph.node("Mul", f"{name}/position", ratio, graph.scalar(MAX_POSITIONS))
@@ -160,7 +183,7 @@ def timestep_embedding(graph: Graph, config: UNetConfig, ratio: str) -> str:
 
 
 def zero_embedding(graph: Graph, config: UNetConfig) -> str:
-    """(1, e): the embedding of the conditions sca and crp, which are 0 in every pipeline; sin 0 = 0, cos 0 = 1."""
+    """(1, e): the embedding of the conditions sca and crp, which are 0 in every pipeline: sin 0 = 0 and cos 0 = 1."""
     half = config.timestep_ratio_embedding_dim // 2
     return graph.to_compute(
         graph.constant("timestep_embedding/zero", np.repeat(np.array([[0, 1]], np.float32), half, axis=1))

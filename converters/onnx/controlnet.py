@@ -1,4 +1,4 @@
-"""The ControlNets as graphs: a control image to what is added in front of the prior's residual blocks."""
+"""The ControlNets as graphs: a control image to residuals, which are added before the prior's residual blocks."""
 
 import onnx
 
@@ -10,7 +10,7 @@ from .graph import Graph
 from .layers import Image, convolution, pixel_shuffle, pointwise
 
 NORM_EPS = 1e-5
-NEGATIVE_SLOPE = 0.2  # of every LeakyReLU; it has no weights, so a checkpoint does not tell
+NEGATIVE_SLOPE = 0.2  # of every LeakyReLU; no checkpoint has it
 
 
 def write_controlnet(graph: Graph, config: ControlNetConfig) -> onnx.ModelProto:
@@ -55,7 +55,7 @@ def _large(graph: Graph, image: Image) -> Image:
 
 
 def _normed_convolutions(graph: Graph, name: str, image: Image) -> Image:
-    """LayerNorm over the channels, GELU and a 3x3 convolution, twice, around them a skip."""
+    """LayerNorm over the channels, GELU and a 3x3 convolution, twice, with a skip connection around them."""
     branch = image
     for first in (0, 3):
         norm, gelu, conv = (f"{name}.blocks.{first + step}" for step in range(3))

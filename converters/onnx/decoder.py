@@ -5,28 +5,28 @@ import onnx
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
-from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .conditions import Computed, Fed, clip_tokens, pooled_tokens, timestep_embedding, write_conditions
 from .graph import Graph
-from .hoisting import write_conditions
 from .layers import Image, normalised, pointwise, resized
 from .streams import NORM_EPS, Streams
-from .unet import OUTERMOST, Pyramid, check_supported, classify, embed
+from .unet import OUTERMOST, Pyramid, check_supported, embed
 
 
 def write_decoder(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
-    """The decoder: any latent size its levels can halve, any size of effnet.
+    """The decoder, for any latent size that its levels can halve and any size of effnet.
 
-    Raises ExportError for settings of no release and for missing weights."""
+    Raises ExportError for settings that no release has, and for missing weights."""
     streams = _streams(graph, config)
     image = embed(graph, config, streams, "sample")
     image = _with_effnet(graph, image, _effnet_map(graph, config, streams, image.size))
-    return _finish(graph, config, streams, _computed(graph, config, streams, "timestep_ratio"), image, "decoder")
+    conditions = _computed(graph, config, streams, "timestep_ratio")
+    return _finish(Pyramid(graph, config, streams, conditions), image, "decoder")
 
 
 def write_decoder_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """The part of the decoder that depends only on prior latents, text and schedule; see ``schemas.hoisted``."""
     streams = _streams(graph, config)
-    # Only sizes matter here: onnx's shape inference follows them through pooling, not through a division.
+    # The pooled values are not used: onnx's shape inference follows sizes through pooling, not through a division.
     patch = [config.patch_size] * 2
     pooled = graph.node("AveragePool", "embedding/patches", "sample", kernel_shape=patch, strides=patch)
     size = graph.node("Shape", "embedding/size", pooled, start=2)
@@ -41,7 +41,7 @@ def write_decoder_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     streams = _streams(graph, config)
     image = embed(graph, config, streams, "sample")
     image = _with_effnet(graph, image, EFFNET_MAP)
-    return _finish(graph, config, streams, Fed(graph, config), image, "decoder_step")
+    return _finish(Pyramid(graph, config, streams, Fed(graph, config)), image, "decoder_step")
 
 
 def _streams(graph: Graph, config: UNetConfig) -> Streams:
@@ -58,11 +58,9 @@ def _computed(graph: Graph, config: UNetConfig, streams: Streams, ratios: str) -
     return Computed(graph, config, streams, timestep_embedding(graph, config, ratios), tokens)
 
 
-def _finish(
-    graph: Graph, config: UNetConfig, streams: Streams, conditions: Conditions, image: Image, name: str
-) -> onnx.ModelProto:
-    classify(graph, config, streams, Pyramid(graph, config, streams, conditions, {}).write(image), "noise_pred")
-    return graph.model(name, "Stable Cascade stage B (decoder): latents and conditioning to predicted noise")
+def _finish(pyramid: Pyramid, image: Image, name: str) -> onnx.ModelProto:
+    pyramid.write(image)
+    return pyramid.graph.model(name, "Stable Cascade stage B (decoder): latents and conditioning to predicted noise")
 
 
 def _with_effnet(graph: Graph, image: Image, effnet_map: str) -> Image:
@@ -70,8 +68,9 @@ def _with_effnet(graph: Graph, image: Image, effnet_map: str) -> Image:
 
 
 def _effnet_map(graph: Graph, config: UNetConfig, streams: Streams, size: str) -> str:
-    """What is added to the embedded sample of `size`: effnet (B, 16, eh, ew), resized and mapped, and the constant of
-    the empty pixels, (B, h, w, c)."""
+    """The term (B, h, w, c) that is added to the embedded sample of `size`.
+
+    It is effnet (B, 16, eh, ew), resized and mapped, plus the constant of the empty pixels."""
     effnet = resized(graph, "effnet/resized", Image(graph, config.effnet_in_channels or 0, first="effnet"), size)
     hidden = pointwise(graph, "effnet_mapper.0", effnet)
     hidden = hidden.with_last(graph.node("Gelu", "effnet_mapper.1", hidden.last))
@@ -81,9 +80,10 @@ def _effnet_map(graph: Graph, config: UNetConfig, streams: Streams, size: str) -
 
 
 def _pixels(graph: Graph, streams: Streams) -> str:
-    """pixels_mapper of black pixels, resized: (1, c). diffusers maps zeros (B, 3, 8, 8) where no pixels are given,
-    as all pipelines do. Zeros leave of the first convolution its bias, the same everywhere, and resizing a constant
-    changes nothing; so one pixel is mapped, and the first convolution's weight is not read."""
+    """pixels_mapper of black pixels: (1, c).
+
+    No pipeline gives pixels, and diffusers then maps zeros (B, 3, 8, 8). The first convolution of zeros is its bias at
+    every pixel, so one pixel is mapped and the convolution's weight is not read."""
     wide, width = graph.width("pixels_mapper.0"), graph.width("pixels_mapper.2")
     hidden = graph.node("Gelu", "pixels_mapper.1", graph.weight("pixels_mapper.0.bias", (1, wide)))
     mapped = graph.linear("pixels_mapper.2", hidden)

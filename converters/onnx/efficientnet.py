@@ -16,11 +16,11 @@ from ...schemas.layer_tensors import (
 from .graph import Graph
 from .layers import Image, batch_normalised, convolution
 
-PADS = (1, 1, 1, 1)  # of a 3x3 convolution: what keeps the size
+PADS = (1, 1, 1, 1)  # keep the size in a 3x3 convolution
 
 
 def efficientnet_v2_s(graph: Graph, name: str, image: Image, *, padded: bool = True) -> Image:
-    """The backbone `name`; the first convolution is `padded` unless it is one that a ControlNet has put in."""
+    """The backbone `name`. Its first convolution is `padded`, except the one of a ControlNet with other inputs."""
     pads = PADS if padded else (0, 0, 0, 0)
     image = _conv_norm(graph, f"{name}.0", image, EFFICIENTNET_STEM, strides=[2, 2], pads=pads)
     for block in inverted_residuals():
@@ -52,7 +52,7 @@ def _depthwise(graph: Graph, name: str, block: InvertedResidual, image: Image) -
 
 
 def _squeeze_excitation(graph: Graph, name: str, block: InvertedResidual, image: Image) -> Image:
-    """Each channel scaled by what a perceptron makes of all channels' means."""
+    """Scale each channel by a factor that a perceptron computes from the means of all channels."""
     means = graph.node("GlobalAveragePool", f"{name}.avgpool", image.first)  # (B, c, 1, 1)
     hidden = convolution(graph, f"{name}.fc1", means, block.squeezed)
     hidden = convolution(graph, f"{name}.fc2", graph.silu(f"{name}.activation", hidden.first), block.inner)

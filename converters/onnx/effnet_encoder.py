@@ -9,7 +9,7 @@ from .layers import Image, batch_normalised, convolution
 
 
 def write_effnet_encoder(graph: Graph, config: EffnetEncoderConfig) -> onnx.ModelProto:
-    """pixels (B, 3, H, W), normalised outside, -> effnet, 32 times smaller, rounded up.
+    """pixels (B, 3, H, W), normalised by the caller, -> effnet, 32 times smaller, rounded up.
 
     Raises ExportError for missing weights."""
     seen = efficientnet_v2_s(graph, "backbone", Image(graph, 3, first="pixels"))

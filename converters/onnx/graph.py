@@ -7,7 +7,7 @@ from .quantized import quantized_linear
 
 
 class Graph(GraphBuilder):
-    """A `GraphBuilder` with Linears, norms and activations, named after PyTorch modules as its nodes are."""
+    """A `GraphBuilder` with Linears, norms and activations; their names are those of PyTorch modules."""
 
     def linear(
         self,
@@ -19,9 +19,10 @@ class Graph(GraphBuilder):
         exponent: int = 0,
         bias_exponent: int = 0,
     ) -> str:
-        """(n, in) -> (n, out): a Linear or a 1x1 convolution, the weight used in torch's orientation as it lies.
+        """(n, in) -> (n, out): a Linear or a 1x1 convolution, its weight in torch's orientation.
 
-        The product, not the bias, times `alpha`; the weight times 2^-`exponent`, the bias times 2^-`bias_exponent`."""
+        The product without the bias is multiplied by `alpha`, the weight by 2^-`exponent`, and the bias by
+        2^-`bias_exponent`."""
         biases = [self.scaled_weight(f"{name}.bias", bias_exponent)] if bias else []
         if name in self.options.quantized:
             return quantized_linear(self, name, rows, *biases, factor=alpha * 2.0**-exponent)
@@ -29,7 +30,7 @@ class Graph(GraphBuilder):
         return self.gemm(name, rows, weight, *biases, alpha=alpha)
 
     def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
-        """The Linears ``prefix.part`` of the same rows, in one product where their weights lie side by side."""
+        """The Linears ``prefix.part`` of the same rows, in one product if their weights are adjacent in one file."""
         names = [f"{prefix}.{part}" for part in parts]
         if not self.options.quantized.isdisjoint(names):
             return [self.linear(name, rows) for name in names]
@@ -44,8 +45,9 @@ class Graph(GraphBuilder):
     def layer_norm(
         self, name: str, value: str, width: int, *, eps: float, scale: str | None = None, shift: str | None = None
     ) -> str:
-        """Normalised over the last axis, which has `width` channels; without `scale` and `shift` affine-free. Mean and
-        variance are computed in fp32 in every precision (stash_type)."""
+        """LayerNorm over the last axis, which has `width` channels; affine-free without `scale` and `shift`.
+
+        Mean and variance are computed in fp32 in every precision (stash_type)."""
         inputs = [value, scale or self.full(width), *([shift] if shift else [])]
         return self.node("LayerNormalization", name, *inputs, axis=-1, epsilon=eps)
 

@@ -1,8 +1,9 @@
-"""The graph under construction: nodes named after PyTorch modules, weights left in the files they lie in."""
+"""The graph under construction: nodes named after PyTorch modules, and weights that stay in their files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from ...schemas.ports import Port, StagePorts
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import StoredTensor
 from ...schemas.tensors import Shape
-from .external_weights import STORAGE_TYPES, Weight, difference_of, external_tensor, problem_of
+from ...storage.safetensors_reader import TensorRange
+from .external_weights import STORAGE_TYPES, difference_of, external_tensor, problem_of
 from .graph_options import GraphOptions
 
-IR_VERSION = 10  # what onnxruntime 1.19 reads, up to opset 22
+IR_VERSION = 10  # read by onnxruntime 1.19, up to opset 22
 ATTENTION_IR_VERSION = 11
 ORT_DOMAIN = "com.microsoft"
 
@@ -32,7 +34,7 @@ TYPE_NAMES: Mapping[int, str] = {
     TensorProto.FLOAT16: "half",
     TensorProto.BFLOAT16: "bfloat",
 }
-KEPT_FLOAT = ("timestep_ratio", "timestep_ratios")  # multiplied by 10000 before anything else is done with them
+KEPT_FLOAT = ("timestep_ratio", "timestep_ratios")  # multiplied by 10000 in fp32 first
 LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
     TensorProto.FLOAT: float(np.finfo(np.float32).min),
     TensorProto.FLOAT16: -65504.0,
@@ -41,26 +43,26 @@ LOWEST: Mapping[int, float] = {  # finite, so that a sum with it stays so
 
 
 class GraphBuilder:
-    """An ONNX graph that grows node by node, in one precision whatever the weights are stored in.
+    """An ONNX graph that grows node by node, in one precision for weights stored in any precision.
 
-    Ports are float32; where the graph computes in another type, they are cast at its borders. `island` switches to
-    fp32 for a while, `to_float` and `to_compute` lead a value in and out.
+    Ports are float32, and are cast at the borders of a graph that computes in another type. `island` switches to fp32
+    inside a block; `to_float` and `to_compute` cast a value on its way in and out.
 
-    A node and its value carry the path of the PyTorch module they stand for; helpers of a module are called
-    ``path/part``. Images lie channels last, so a module's value is (B, h, w, c) or flattened to rows (B*h*w, c);
-    only convolutions and resizes give (B, c, h, w). Values of a further pass over the same modules end in ``@1``,
-    ``@2``. Initialisers have exactly the tensors' names. Values are handled by name, as strings.
+    A value is handled by its name, a string. A node and its value have the path of their PyTorch module; further nodes
+    of a module are called ``path/part``. Images are channels last: a module's value is (B, h, w, c), or flattened to
+    rows (B*h*w, c). Only convolutions and resizes give (B, c, h, w). Values of a further pass over the same modules
+    end in ``@1``, ``@2``. Initialisers have exactly the tensors' names.
     """
 
     def __init__(
         self,
         ports: StagePorts,
         expected: Mapping[str, Shape],
-        weights: Mapping[str, Weight],
+        weights: Mapping[str, TensorRange],
         options: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.options = options
-        self.type = COMPUTE_TYPES[options.precision]  # of the values made now
+        self.type = COMPUTE_TYPES[options.precision]  # of the values written now
         self._ports = ports
         self._expected = expected
         self._weights = weights
@@ -83,7 +85,7 @@ class GraphBuilder:
         return self._append(op, name + self._suffix, inputs, **attributes)
 
     def once(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
-        """Like `node` for a value that passes share and several may ask for: its name stands for its content."""
+        """Like `node`, for a value that passes and callers share: a second call with the same name adds nothing."""
         if name not in self._written:
             self._written.add(name)
             self._append(op, name, inputs, **attributes)
@@ -106,7 +108,7 @@ class GraphBuilder:
         return outputs
 
     def quantized_rows(self, value: str) -> list[str]:
-        """The fp32 `value` as uint8, its scale and its zero point, written once."""
+        """The fp32 `value` as uint8, its scale and its zero point; a second call adds nothing."""
         outputs = [f"{value}/{part}" for part in ("quantized", "scale", "zero_point")]
         if outputs[0] not in self._written:
             self._written.add(outputs[0])
@@ -116,7 +118,7 @@ class GraphBuilder:
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
-        """Inside, modules are passed for the `times`-th time again; their names get a suffix to stay unique."""
+        """Inside the block, names get a suffix: the modules are run again, for the `times`-th time."""
         outside, self._suffix = self._suffix, f"@{times}" if times else ""
         yield
         self._suffix = outside
@@ -130,12 +132,12 @@ class GraphBuilder:
 
     @property
     def halved(self) -> bool:
-        """Whether values are of a 16-bit type, islands apart."""
+        """True when values outside islands have a 16-bit type."""
         return self.options.precision is not Precision.FP32
 
     @contextmanager
     def island(self) -> Iterator[None]:
-        """Inside, weights and constants are fp32; bring values in with `to_float` and out with `to_compute`."""
+        """Inside the block, weights and constants are fp32; cast values with `to_float` and `to_compute`."""
         outside, self.type = self.type, TensorProto.FLOAT
         yield
         self.type = outside
@@ -150,7 +152,7 @@ class GraphBuilder:
         return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
 
     def probe(self, value: str) -> None:
-        """Give out the largest magnitude of the fp32 `value` as ``value/max``, where probes are wanted."""
+        """Add the output ``value/max``, the largest magnitude of the fp32 `value`, if the options ask for probes."""
         if self.options.probes and f"{value}/max" not in self._probes:
             magnitude = self.once("Abs", f"{value}/magnitude", value)
             self._probes.append(self.once("ReduceMax", f"{value}/max", magnitude, keepdims=0))
@@ -158,42 +160,44 @@ class GraphBuilder:
     # Weights
 
     def weight(self, name: str, dims: Shape | None = None) -> str:
-        """The tensor `name` in the type of now, its bytes read as `dims` where they are given; runtimes fold the cast
-        when they load the graph. Problems are kept for `model`."""
+        """The tensor `name` in the current type, its bytes read as `dims` when they are given.
+
+        Runtimes fold the cast when they load the graph. Problems are collected, and raised by `model`."""
         stored, dtype = self.stored(name, dims)
         return self.typed(stored, dtype)
 
     def typed(self, stored: str, dtype: str = "F32") -> str:
-        """The initialiser `stored` of `dtype` in the type of now."""
+        """The initialiser `stored` of `dtype` in the current type."""
         if STORAGE_TYPES.get(dtype, self.type) == self.type:
             return stored
         return self.once("Cast", f"{stored}/{TYPE_NAMES[self.type]}", stored, to=self.type)
 
     def scaled_weight(self, name: str, exponent: int, dims: Shape | None = None) -> str:
-        """The tensor `name` times 2^-exponent: folded like a cast, and as exact while nothing becomes subnormal."""
+        """The tensor `name` times 2^-exponent. Runtimes fold the product; it is exact unless a value is subnormal."""
         weight = self.weight(name, dims)
         if exponent == 0:
             return weight
         return self.once("Mul", f"{weight}/2^{-exponent}", weight, self.scalar(2.0**-exponent))
 
     def packed(self, name: str, parts: Sequence[str]) -> str | None:
-        """The tensors `parts` as one called `name`, stacked along their first axis, if that is how they lie in their
-        file; None if not, or if something is wrong with one of them."""
+        """The tensors `parts` as one called `name`, stacked along their first axis.
+
+        Returns None when they are not adjacent in one file, or when one of them cannot be used."""
         weights = [self._weights.get(part) for part in parts]
         if any(problem_of(w, self._expected[part]) for w, part in zip(weights, parts, strict=True)):
             return None
         found = [w for w in weights if w is not None]
-        ends = [(w.location, w.dtype, w.offset + w.length) for w in found]
-        starts = [(w.location, w.dtype, w.offset) for w in found]
+        ends = [(w.path, w.dtype, w.offset + w.nbytes) for w in found]
+        starts = [(w.path, w.dtype, w.offset) for w in found]
         if ends[:-1] != starts[1:] or len({w.shape[1:] for w in found}) > 1:
             return None
         dims = (sum(w.shape[0] for w in found), *found[0].shape[1:])
-        whole = Weight(found[0].dtype, dims, found[0].location, found[0].offset, sum(w.length for w in found))
+        whole = replace(found[0], shape=dims, nbytes=sum(w.nbytes for w in found))
         self._initializers.setdefault(name, external_tensor(name, dims, whole))
         return self.typed(name, whole.dtype)
 
     def stored(self, name: str, dims: Shape | None = None) -> tuple[str, str]:
-        """The tensor `name` as it is stored, and its dtype in safetensors' spelling."""
+        """The tensor `name` in its stored dtype, and that dtype in safetensors' spelling."""
         shape = self._expected[name]
         dims = shape if dims is None else dims
         assert math.prod(dims) == math.prod(shape), f"{name}: {shape} cannot be read as {dims}"
@@ -207,7 +211,7 @@ class GraphBuilder:
         return name, weight.dtype if weight else "F32"
 
     def stored_as(self, name: str, described: StoredTensor, data_type: int, dims: Shape) -> str:
-        """The tensor `name`, which is `described` in its file, as ONNX's `data_type` and `dims`."""
+        """The tensor `name`, stored like `described`, read as ONNX's `data_type` and `dims`."""
         weight = self._weights.get(name)
         if name not in self._initializers:
             problem = difference_of(weight, described)
@@ -221,7 +225,7 @@ class GraphBuilder:
         return self._expected[name]
 
     def width(self, name: str) -> int:
-        """Channels that the module `name` (Linear or convolution, not a transposed one) gives."""
+        """Output channels of the module `name`, a Linear or a convolution that is not transposed."""
         return self._expected[f"{name}.weight"][0]
 
     # Products
@@ -231,22 +235,22 @@ class GraphBuilder:
         attributes = {"alpha": alpha} if alpha != 1 else {}
         return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
 
-    # Constants: small, inside the protobuf, one of each
+    # Constants: small, inside the protobuf, each written once
 
     def integers(self, *values: int) -> str:
         """int64 (n,)"""
         return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, np.int64))
 
     def scalar(self, value: float) -> str:
-        """() in the type of now"""
+        """() in the current type"""
         return self._filled(f"{TYPE_NAMES[self.type]}[{value!r}]", (), value)
 
     def full(self, width: int, value: float = 1.0) -> str:
-        """(width,) in the type of now, `value` all over"""
+        """(width,) in the current type, filled with `value`"""
         return self._filled(f"{TYPE_NAMES[self.type]}[{width} x {value!r}]", (width,), value)
 
     def lowest(self) -> str:
-        """() the lowest finite number of the type of now"""
+        """() the lowest finite number of the current type"""
         return self.scalar(LOWEST[self.type])
 
     def _filled(self, name: str, dims: Shape, value: float) -> str:
@@ -255,13 +259,13 @@ class GraphBuilder:
         return name
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """`array` as an initialiser called `name`; the name stands for the content."""
+        """`array` as an initialiser called `name`; a second call with the same name adds nothing."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
     def shape(self, *parts: int | str) -> str:
-        """int64 (n,) out of numbers and of int64 vectors; a shape for Reshape, where -1 is the open one."""
+        """int64 (n,): numbers and int64 vectors joined to a shape for Reshape, in which -1 stands for the rest."""
         runs: list[str] = []
         numbers: list[int] = []
         for part in (*parts, ""):
@@ -295,8 +299,8 @@ class GraphBuilder:
             name,
             [_value_info(port) for port in self._ports.inputs],
             outputs,
-            list(self._initializers.values()),
-            doc,
+            initializer=list(self._initializers.values()),
+            doc_string=doc,
         )
         return helper.make_model(
             graph,
@@ -312,7 +316,7 @@ class GraphBuilder:
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:
-    """Names of float ports inside a graph that computes in another type; ports in KEPT_FLOAT keep their name."""
+    """Names of float ports inside a graph that computes in another type; ports in KEPT_FLOAT keep theirs."""
     floats = (port.name for port in (*ports.inputs, *ports.outputs) if port.dtype == "float32")
     return {name: f"{name}/{TYPE_NAMES[to]}" for name in floats if name not in KEPT_FLOAT}
 

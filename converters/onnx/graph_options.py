@@ -14,17 +14,18 @@ ATTENTION_OPSET = 23  # the first opset with Attention, for TensorRT
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How the graphs of one network compute. `export` derives them from its `ExportOptions`, the weights and a
-    measurement; see ``converters.export.derive_graph_options``.
+    """How the graphs of one network compute.
+
+    `export` derives them from its `ExportOptions` and the weights, see ``converters.export.derive_graph_options``.
 
     | field | meaning |
     |---|---|
     | precision | the type that the graph computes in; ports stay float32 |
     | target | the runtime whose operators the graph may use |
-    | exponents | stream of ``schemas.unet_blocks`` -> k: the stream carries 2^-k of its values, the same function |
+    | exponents | stream of ``schemas.unet_blocks`` -> k: the stream holds 2^-k of its values, the same function |
     | fp32_blocks | residual blocks whose perceptron computes in fp32 in every precision |
-    | control | residual blocks, counted as they run, that take a ControlNet's residual as an input |
-    | probes | adds outputs ``NAME/max``, the largest magnitude of a value, for calibration |
+    | control | residual blocks, in running order, that take a ControlNet's residual as an input |
+    | probes | whether there are outputs ``NAME/max``, the largest magnitude of a value, for calibration |
     | quantization | how the weights of the modules in `quantized` are stored |
     | quantized | modules (Linears) with quantised weights |
     | block_size, int8_products | as in ``schemas.quantization.Scheme`` |

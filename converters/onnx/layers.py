@@ -1,6 +1,7 @@
 """Layers of several networks: feature maps in either memory layout, convolutions on them, and attention."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...schemas.precision import Precision, Target
@@ -10,10 +11,10 @@ from .graph_builder import ORT_DOMAIN
 
 
 class Image:
-    """A feature map in the layout it was made in; the other layout is written when first asked for.
+    """A feature map in one memory layout; the Transpose to the other layout is written at its first use.
 
-    Convolutions want channels first, everything else channels last. Asking late means that a convolution followed
-    by another has no Transpose between them, and that a map with several users is transposed once.
+    Convolutions take channels first, everything else channels last. Thus two convolutions in a row have no Transpose
+    between them, and a map with several users is transposed once.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Image:
         return self._size
 
     def has_size(self, size: str) -> bool:
-        """Whether this image is known to have `size`, whatever is fed."""
+        """True when this image has `size` for all inputs of the graph."""
         return self._size == size
 
     def with_last(self, value: str, channels: int | None = None) -> "Image":
@@ -84,10 +85,9 @@ def convolution(
     bias_exponent: int = 0,
     **attributes: Any,
 ) -> Image:
-    """The convolution `name` of `value` (B, c, h, w); its weight read as `dims` where they are given.
+    """The convolution `name` of `value` (B, c, h, w); its weight is read as `dims` when they are given.
 
-    `channels` is what comes out, `size` the size of the result where it is known. The bias is times
-    2^-`bias_exponent`."""
+    The result has `channels`, and `size` when it is known. The bias is multiplied by 2^-`bias_exponent`."""
     inputs = [value, graph.weight(f"{name}.weight", dims)]
     if bias:
         inputs.append(graph.scaled_weight(f"{name}.bias", bias_exponent))
@@ -97,8 +97,9 @@ def convolution(
 def transposed_convolution(
     graph: Graph, name: str, image: Image, channels: int, *, bias_exponent: int = 0, **attributes: Any
 ) -> Image:
-    """The ConvTranspose2d `name`, to `channels`, the bias times 2^-`bias_exponent`. In fp32 where the graph computes
-    in bf16: TensorRT has no such kernel."""
+    """The ConvTranspose2d `name`, to `channels`; the bias is multiplied by 2^-`bias_exponent`.
+
+    A graph in bf16 computes it in fp32, because TensorRT has no such kernel in bf16."""
     if graph.options.precision is Precision.BF16:
         with graph.island():
             weight, bias = graph.weight(f"{name}.weight"), graph.scaled_weight(f"{name}.bias", bias_exponent)
@@ -109,15 +110,17 @@ def transposed_convolution(
 
 
 def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6, *, exponent: int = 0, out: int = 0) -> Image:
-    """Affine-free LayerNorm over the channels of what the image stands for: the image is 2^-exponent of it, and so
-    is epsilon's root. The result is 2^-out of the norm."""
+    """Affine-free LayerNorm over the channels. The image holds 2^-`exponent` of its values, so epsilon is multiplied by
+    4^-`exponent`. The result is 2^-`out` of the norm."""
     scale = graph.full(image.channels, 2.0**-out)
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps * 4.0**-exponent, scale=scale))
 
 
 def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:
-    """The BatchNorm2d `name` with its stored statistics; without `learned` weight and bias affine-free. In fp32 always,
-    as PyTorch computes it: runtimes fold the four vectors into two, which in 16 bits would round twice."""
+    """The BatchNorm2d `name` with its stored statistics; affine-free unless its weight and bias are `learned`.
+
+    It is always computed in fp32, like in PyTorch: runtimes fold the four vectors into two, and 16 bits would round
+    them twice."""
     with graph.island():
         mean, variance = graph.weight(f"{name}.running_mean"), graph.weight(f"{name}.running_var")
         if learned:
@@ -131,104 +134,109 @@ def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *
 
 
 def resized(graph: Graph, name: str, image: Image, size: str) -> Image:
-    """Bilinear with align_corners to `size`; nothing is written where the image has that size by construction."""
+    """Resize bilinearly with align_corners to `size`; no node is written when the image has that size in any case."""
     if image.has_size(size):
         return image
-    sizes = graph.shape(graph.batch, image.channels, size)
+    target = ("", "", graph.shape(graph.batch, image.channels, size))  # no region, no factors, but sizes
     mode = {"mode": "linear", "coordinate_transformation_mode": "align_corners"}
     if not graph.halved:
-        made = graph.node("Resize", name, image.first, "", "", sizes, **mode)
+        made = graph.node("Resize", name, image.first, *target, **mode)
     else:  # fp32 as in the reference; TensorRT has no Resize in bf16
-        wide = graph.node("Resize", f"{name}/wide", graph.to_float(image.first), "", "", sizes, **mode)
+        wide = graph.node("Resize", f"{name}/wide", graph.to_float(image.first), *target, **mode)
         made = graph.node("Cast", name, wide, to=graph.type)
     return Image(graph, image.channels, first=made, size=size)
 
 
 def pixel_shuffle(graph: Graph, name: str, image: Image, factor: int) -> str:
-    """(B, c*factor^2, h, w) -> (B, c, factor*h, factor*w), channels ordered as torch's PixelShuffle has them."""
+    """(B, c*factor^2, h, w) -> (B, c, factor*h, factor*w), with the channel order of torch's PixelShuffle."""
     if factor == 1:
         return graph.node("Transpose", name, image.last, perm=[0, 3, 1, 2])
     return graph.node("DepthToSpace", name, image.first, blocksize=factor, mode="CRD")
 
 
-def attention(
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The inputs of softmax(q kᵀ / √d + mask) v, computed by `heads` heads of d = width / heads channels."""
+
+    qkv: tuple[str, str, str]  # q (B*n, width) or (B, n, width); k and v the same for m tokens
+    width: int
+    heads: int
+    mask: str | None = None  # (B or 1, 1, n, m) fp32, added to the scores
+
+    @property
+    def scale(self) -> float:
+        return float((self.width // self.heads) ** -0.5)
+
+
+def self_attention(
     graph: Graph,
     name: str,
     rows: str,
-    width: int,
-    heads: int,
     *,
+    heads: int,
     projections: tuple[str, str, str, str],
     mask: str | None = None,
 ) -> str:
     """Multi-head attention of the tokens `rows` (B*n, width) to themselves, giving (B*n, width).
 
-    `projections` are the module names of q, k, v and the output; `mask` (B or 1, 1, n, n) fp32 is added to the scores.
-    """
+    `projections` are the module names of q, k, v and the output; `mask` is that of `AttentionInputs`."""
     query, key, value = graph.linears(name, projections[:3], rows)
-    mixed = attend(graph, name, (query, key, value), width, heads, mask)
+    width = graph.width(f"{name}.{projections[0]}")
+    mixed = attend(graph, name, AttentionInputs((query, key, value), width, heads, mask))
     return graph.linear(f"{name}.{projections[3]}", graph.rows(mixed, width))
 
 
-def attend(graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None = None) -> str:
-    """softmax(q kᵀ / √d + mask) v of heads of d channels: q (B*n, width) or (B, n, width), k and v likewise of m
-    tokens, `mask` (B or 1, 1, n, m) fp32; (B, n, width)."""
-    return ATTENTIONS[graph.options.target](graph, name, qkv, width, heads, mask)
+def attend(graph: Graph, name: str, inputs: AttentionInputs) -> str:
+    """The attention of `inputs` in the operators of the graph's target: (B, n, width)."""
+    return ATTENTIONS[graph.options.target](graph, name, inputs)
 
 
-def _attend_in_parts(
-    graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None
-) -> str:
-    query, key, value = qkv
-    split = graph.shape(graph.batch, -1, heads, width // heads)  # (B, n, heads, d)
+def _attend_in_parts(graph: Graph, name: str, inputs: AttentionInputs) -> str:
+    query, key, value = inputs.qkv
+    split = graph.shape(graph.batch, -1, inputs.heads, inputs.width // inputs.heads)  # (B, n, heads, d)
 
     def per_head(rows: str, perm: list[int]) -> str:
         parts = graph.node("Reshape", f"{rows}/heads", rows, split)
         return graph.node("Transpose", f"{rows}/per_head", parts, perm=perm)
 
-    scale = graph.scalar((width // heads) ** -0.5)
-    q = per_head(graph.node("Mul", f"{name}/scaled", query, scale), [0, 2, 1, 3])  # smaller than the scores to scale
+    scale = graph.scalar(inputs.scale)
+    q = per_head(graph.node("Mul", f"{name}/scaled", query, scale), [0, 2, 1, 3])  # q is smaller than the scores
     k, v = per_head(key, [0, 2, 3, 1]), per_head(value, [0, 2, 1, 3])  # (B, heads, d, m), (B, heads, m, d)
     scores = graph.to_float(graph.node("MatMul", f"{name}/scores", q, k))  # (B, heads, n, m) fp32
     graph.probe(scores)
-    if mask is not None:
-        scores = graph.node("Add", f"{name}/masked", scores, mask)
+    if inputs.mask is not None:
+        scores = graph.node("Add", f"{name}/masked", scores, inputs.mask)
     weights = graph.to_compute(graph.node("Softmax", f"{name}/weights", scores, axis=-1))
     mixed = graph.node("MatMul", f"{name}/mixed", weights, v)  # (B, heads, n, d)
     mixed = graph.node("Transpose", f"{name}/transposed", mixed, perm=[0, 2, 1, 3])
-    return graph.node("Reshape", f"{name}/tokens", mixed, graph.shape(graph.batch, -1, width))
+    return graph.node("Reshape", f"{name}/tokens", mixed, graph.shape(graph.batch, -1, inputs.width))
 
 
-def _attend_in_ort(graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None) -> str:
-    """ONNX Runtime's own operator; it has no half precision on CPUs."""
-    shape = graph.shape(graph.batch, -1, width)
-    tokens = [graph.node("Reshape", f"{part}/tokens", part, shape) for part in qkv]
-    inputs = [*tokens, *(["", "", mask] if mask else [])]  # bias, key padding mask, attention bias
-    attributes = {"num_heads": heads, "scale": (width // heads) ** -0.5, "domain": ORT_DOMAIN}
-    return graph.node("MultiHeadAttention", f"{name}/tokens", *inputs, **attributes)
+def _tokens(graph: Graph, inputs: AttentionInputs) -> list[str]:
+    """q, k and v as (B, tokens, width)."""
+    shape = graph.shape(graph.batch, -1, inputs.width)
+    return [graph.node("Reshape", f"{part}/tokens", part, shape) for part in inputs.qkv]
 
 
-def _attend_natively(
-    graph: Graph, name: str, qkv: tuple[str, str, str], width: int, heads: int, mask: str | None
-) -> str:
-    """The operator of opset 23 where TensorRT has kernels for it: half precision, heads of a multiple of 16 channels.
-    It refuses softmax_precision, and takes sums in fp32 by itself."""
-    if not graph.halved or width // heads % 16:
-        return _attend_in_parts(graph, name, qkv, width, heads, mask)
-    shape = graph.shape(graph.batch, -1, width)
-    tokens = [graph.node("Reshape", f"{part}/tokens", part, shape) for part in qkv]
-    return graph.node(
-        "Attention",
-        f"{name}/tokens",
-        *tokens,
-        *([graph.to_compute(mask)] if mask else []),
-        q_num_heads=heads,
-        kv_num_heads=heads,
-        scale=(width // heads) ** -0.5,
-    )
+def _attend_in_ort(graph: Graph, name: str, inputs: AttentionInputs) -> str:
+    """ONNX Runtime's own operator, which has no half precision on CPUs."""
+    operands = [*_tokens(graph, inputs), *(["", "", inputs.mask] if inputs.mask else [])]  # no bias, no padding mask
+    attributes = {"num_heads": inputs.heads, "scale": inputs.scale, "domain": ORT_DOMAIN}
+    return graph.node("MultiHeadAttention", f"{name}/tokens", *operands, **attributes)
 
 
-ATTENTIONS: Mapping[Target, Callable[[Graph, str, tuple[str, str, str], int, int, str | None], str]] = {
+def _attend_natively(graph: Graph, name: str, inputs: AttentionInputs) -> str:
+    """The operator of opset 23 if TensorRT has kernels for it: half precision, and heads of a multiple of 16 channels.
+
+    TensorRT refuses softmax_precision, and sums in fp32 by itself."""
+    if not graph.halved or inputs.width // inputs.heads % 16:
+        return _attend_in_parts(graph, name, inputs)
+    operands = [*_tokens(graph, inputs), *([graph.to_compute(inputs.mask)] if inputs.mask else [])]
+    attributes = {"q_num_heads": inputs.heads, "kv_num_heads": inputs.heads, "scale": inputs.scale}
+    return graph.node("Attention", f"{name}/tokens", *operands, **attributes)
+
+
+ATTENTIONS: Mapping[Target, Callable[[Graph, str, AttentionInputs], str]] = {
     Target.PORTABLE: _attend_in_parts,
     Target.ORT: _attend_in_ort,
     Target.TENSORRT: _attend_natively,

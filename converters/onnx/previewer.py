@@ -21,8 +21,8 @@ def write_previewer(graph: Graph, config: PreviewerConfig) -> onnx.ModelProto:
         image = _activated(graph, entrance, image)
         image = convolution(graph, f"blocks.{smoothing}", image.first, width, pads=[1] * 4)
         image = _activated(graph, smoothing, image)
-    drawn = convolution(graph, f"blocks.{6 * len(config.widths)}", image.first, config.c_out)
-    graph.node("Clip", "images", drawn.first, graph.scalar(0.0), graph.scalar(1.0))
+    pixels = convolution(graph, f"blocks.{6 * len(config.widths)}", image.first, config.c_out)
+    graph.node("Clip", "images", pixels.first, graph.scalar(0.0), graph.scalar(1.0))
     return graph.model("previewer", "Stable Cascade previewer: latents of stage C to small images in 0..1")
 
 

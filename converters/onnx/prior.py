@@ -6,15 +6,22 @@ from ...schemas.control import controlled_blocks
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import RATIOS
 from ...schemas.stages import UNetConfig
-from .conditions import Computed, Conditions, Fed, clip_tokens, pooled_tokens, timestep_embedding
+from .conditions import (
+    Computed,
+    Conditions,
+    Fed,
+    clip_tokens,
+    pooled_tokens,
+    timestep_embedding,
+    write_conditions,
+)
 from .graph import Graph
-from .hoisting import write_conditions
 from .streams import Streams
-from .unet import Pyramid, check_supported, classify, embed
+from .unet import Pyramid, check_supported, embed
 
 
 def write_prior(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
-    """The prior: any latent size, number of text tokens and number of image embeddings.
+    """The prior, for any latent size, number of text tokens and number of image embeddings.
 
     Raises ExportError for a config without text or image conditioning, and for missing weights."""
     streams = _streams(graph, config)
@@ -61,6 +68,5 @@ def _tokens(graph: Graph, config: UNetConfig, mapper: str, embeddings: str, chan
 
 def _finish(graph: Graph, config: UNetConfig, streams: Streams, conditions: Conditions, name: str) -> onnx.ModelProto:
     control = controlled_blocks(config, graph.options.control)
-    image = Pyramid(graph, config, streams, conditions, control).write(embed(graph, config, streams, "sample"))
-    classify(graph, config, streams, image, "noise_pred")
+    Pyramid(graph, config, streams, conditions, control).write(embed(graph, config, streams, "sample"))
     return graph.model(name, "Stable Cascade stage C (prior): latents and conditioning to predicted noise")

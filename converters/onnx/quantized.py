@@ -1,8 +1,10 @@
-"""Products with quantised weights: what each target has an operator for.
+"""Products with quantised weights, in the operators that each target has.
 
-- ONNX Runtime: MatMulNBits of com.microsoft, which reads weights of 4 and 8 bits as they lie.
-- int8-dynamic: DynamicQuantizeLinear and MatMulInteger, standard operators that ONNX Runtime joins into one.
-- Else DequantizeLinear before the Gemm: TensorRT joins the two; runtimes that do not gain disk space alone.
+| weights | operators |
+|---|---|
+| int8, int4 for ONNX Runtime | MatMulNBits of com.microsoft, which reads weights of 4 and 8 bits as they are stored |
+| int8-dynamic | DynamicQuantizeLinear and MatMulInteger, standard operators that ONNX Runtime joins into one |
+| others | DequantizeLinear before the Gemm; TensorRT joins them, other runtimes only save disk space |
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +17,7 @@ from .graph_builder import ORT_DOMAIN, GraphBuilder
 
 INT8_LEVEL = 4  # MatMulNBits' accuracy_level for products of 8-bit integers
 
-# What DequantizeLinear reads; 4-bit values are two to a byte in the file, so dims are not the file's.
+# The types that DequantizeLinear reads. A byte of the file holds two 4-bit values, so dims are not those of the file.
 VALUE_TYPES: Mapping[Quantization, int] = {
     Quantization.INT8: TensorProto.INT8,
     Quantization.INT4: TensorProto.INT4,
@@ -26,7 +28,7 @@ VALUE_TYPES: Mapping[Quantization, int] = {
 def quantized_linear(graph: GraphBuilder, name: str, rows: str, *bias: str, factor: float = 1.0) -> str:
     """rows (n, in) times the weight (out, in) of the module `name` transposed, plus the bias (out,).
 
-    The product is times `factor`, a power of two: the scales are, which changes no bit of theirs."""
+    `factor`, a power of two, multiplies the scales. It changes no bit of their mantissas."""
     scheme = graph.options.scheme
     write = _packed if scheme.packed else PRODUCTS[scheme.kind]
     return write(graph, name, rows, bias, factor)
@@ -41,7 +43,7 @@ def _packed(graph: GraphBuilder, name: str, rows: str, bias: tuple[str, ...], fa
         rows,
         values,
         _times(graph, graph.typed(scale), factor),
-        *(["", "", *bias] if bias else []),  # zero points (none: the middle), order of columns (none)
+        *(["", "", *bias] if bias else []),  # without zero points (the middle is 0) and without an order of columns
         K=width,
         N=out,
         bits=scheme.bits,
@@ -61,7 +63,7 @@ def _dequantized(graph: GraphBuilder, name: str, rows: str, bias: tuple[str, ...
 
 
 def _integer(graph: GraphBuilder, name: str, rows: str, bias: tuple[str, ...], factor: float) -> str:
-    """In fp32 around the integers whatever the compute type: DynamicQuantizeLinear takes nothing else."""
+    """A product of integers; its inputs and its result are fp32, because DynamicQuantizeLinear takes only fp32."""
     narrow = graph.type != TensorProto.FLOAT
     values, scale = _stored(graph, name, TensorProto.INT8)
     quantized, step, zero_point = graph.quantized_rows(graph.to_float(rows) if narrow else rows)
@@ -85,7 +87,7 @@ PRODUCTS: Mapping[Quantization, Callable[[GraphBuilder, str, str, tuple[str, ...
 
 
 def _stored(graph: GraphBuilder, name: str, data_type: int, dims: Shape | None = None) -> tuple[str, str]:
-    """The initialisers of values and scales; values read as `dims` where the file packs them."""
+    """The initialisers of values and scales; the values are read as `dims` when the file packs them."""
     rows, columns = graph.shape_of(f"{name}.weight")[:2]
     described = stored_tensors(graph.options.scheme, name, rows, columns)
     values, scale = described[quantized_name(name)], described[scale_name(name)]

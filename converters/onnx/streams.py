@@ -1,8 +1,8 @@
-"""The exponents of a network's streams: how much smaller than meant a stream's values are kept.
+"""The exponents of a network's streams: a stream with exponent k holds 2^-k of its values.
 
-Every norm of prior and decoder is affine-free, so what it makes of 2^-k x is what it makes of x when its epsilon is
-times 4^-k: the same function, exactly. So a stream may carry 2^-k of its values when everything that writes to it
-writes 2^-k of what it would. In fp16, which ends at 65504, that is what saves the prior.
+Every norm of prior and decoder is affine-free: norm(2^-k x) equals norm(x) when epsilon is multiplied by 4^-k. So the
+network stays the same function, exactly, when every layer that writes to a stream writes 2^-k of its output.
+fp16 ends at 65504, and the values of the prior stay below that only with exponents.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from .external_weights import STORAGE_TYPES
 from .graph import Graph
 from .graph_builder import TYPE_NAMES
 
-LEGACY_EOS = 2  # configs written before transformers 4.31 say 2 and mean the highest id
+LEGACY_EOS = 2  # in configs written before transformers 4.31, where the end token has the highest id
 
 
 def write_text_encoder(graph: Graph, config: TextEncoderConfig) -> onnx.ModelProto:
@@ -33,7 +33,7 @@ def write_text_encoder(graph: Graph, config: TextEncoderConfig) -> onnx.ModelPro
 
 
 def _embeddings(graph: Graph) -> str:
-    """Token plus position, (B, L, c). Of a table stored in half precision only the rows picked are cast."""
+    """Token plus position embeddings, (B, L, c). Rows of a table in half precision are cast after they are picked."""
     name = "text_model.embeddings"
     table, dtype = graph.stored(f"{name}.token_embedding.weight")
     tokens = graph.node("Gather", f"{name}.token_embedding", table, "input_ids", axis=0)
@@ -43,20 +43,22 @@ def _embeddings(graph: Graph) -> str:
 
 
 def _mask(graph: Graph, length: int) -> str:
-    """What is added to the scores, (B, 1, L, L) fp32: 0 for tokens up to the own one that attention_mask keeps, else
-    the lowest number. Not -inf: a row that may see nothing then comes out as the mean of all, not as NaN."""
+    """The mask (B, 1, L, L) fp32 that is added to the scores.
+
+    It is 0 for each token that attention_mask keeps, up to the token of the row, and the lowest number for others.
+    With -inf a row whose tokens are all masked would be NaN; now it is the mean of all tokens."""
     causal = graph.constant(f"causal[{length}]", np.tri(length, dtype=np.bool_)[None, None])
     kept = graph.node("Cast", "attention_mask/kept", "attention_mask", to=TensorProto.BOOL)
     kept = graph.node("Reshape", "attention_mask/keys", kept, graph.integers(-1, 1, 1, length))
     visible = graph.node("And", "attention_mask/visible", causal, kept)
-    lowest = graph.lowest()  # of the compute type: where attention is one operator, it may add this in that type
+    lowest = graph.lowest()  # of the compute type, in which the Attention operator may add the mask
     with graph.island():
         lowest = graph.node("Cast", "attention_mask/lowest", lowest, to=graph.type) if graph.halved else lowest
         return graph.node("Where", "attention_mask/bias", visible, graph.scalar(0.0), lowest)
 
 
 def _pool(graph: Graph, config: TextEncoderConfig) -> str:
-    """The row of the first end token, normed and projected: (B, 1, p). Norming the picked row alone is enough."""
+    """The row of the first end token, normalised and projected: (B, 1, p)."""
     ids = graph.node("Cast", "pooled/ids", "input_ids", to=TensorProto.INT32)
     if config.eos_token_id != LEGACY_EOS:
         end = graph.constant(f"int32[{config.eos_token_id}]", np.array(config.eos_token_id, np.int32))

@@ -4,22 +4,33 @@ Semantics: diffusers ``StableCascadeUNet`` (models/unets/unet_stable_cascade.py)
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx import TensorProto
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import Block, UNetConfig
+from ...schemas.unet_blocks import UNetBlock, blocks_of
 from .conditions import Conditions
 from .graph import Graph
-from .layers import Image, attend, convolution, normalised, pixel_shuffle, pointwise, resized, transposed_convolution
+from .layers import (
+    AttentionInputs,
+    Image,
+    attend,
+    convolution,
+    normalised,
+    pixel_shuffle,
+    pointwise,
+    resized,
+    transposed_convolution,
+)
 from .streams import NORM_EPS, Streams
 
 OUTERMOST = "down_blocks.0"
 
 
 def check_supported(config: UNetConfig) -> None:
-    """Raises ExportError naming the settings that no release uses and no graph is written for."""
+    """Raises ExportError for settings that no release uses and that no graph can be written for."""
     embedding = config.timestep_ratio_embedding_dim
     levels = zip(config.num_attention_heads, config.block_out_channels, strict=True)
     attending = [pair for level, pair in enumerate(levels) if config.has_attention(level)]
@@ -36,46 +47,45 @@ def check_supported(config: UNetConfig) -> None:
 
 
 def embed(graph: Graph, config: UNetConfig, streams: Streams, sample: str) -> Image:
-    """(B, in, H, W) -> (B, c, H/p, W/p). PixelUnshuffle and the 1x1 convolution after it are one convolution with
-    stride p: unshuffled channels count (in, dy, dx), which is how the weight's bytes lie."""
+    """(B, in, H, W) -> (B, c, H/p, W/p).
+
+    PixelUnshuffle and the 1x1 convolution after it are written as one convolution with stride p. The unshuffled
+    channels count (in, dy, dx), which is the order of the weight's bytes."""
     patch, width = config.patch_size, config.block_out_channels[0]
     dims = (width, config.in_channels, patch, patch)
     embedded = convolution(graph, "embedding.1", sample, width, dims=dims, strides=[patch, patch])
     return normalised(graph, "embedding.2", embedded, out=streams.of(OUTERMOST))
 
 
-def classify(graph: Graph, config: UNetConfig, streams: Streams, image: Image, output: str) -> str:
-    """(B, c, H/p, W/p) -> `output` (B, out, H, W)"""
-    normed = normalised(graph, "clf.0", image, exponent=streams.of(f"up_blocks.{config.levels - 1}"))
-    return pixel_shuffle(graph, output, pointwise(graph, "clf.1", normed), config.patch_size)
-
-
 @dataclass(frozen=True)
 class Pyramid:
     """The levels on the way down and up again, with everything their blocks need.
 
-    `control` is the ControlNet residual for a residual block by its number in the order they run."""
+    `control` maps the names of residual blocks to the ports of their ControlNet residuals."""
 
     graph: Graph
     config: UNetConfig
     streams: Streams
     conditions: Conditions
-    control: Mapping[str, str]
+    control: Mapping[str, str] = field(default_factory=dict)
 
-    def write(self, image: Image) -> Image:
-        """The embedded image through all levels; size and channels stay."""
+    def write(self, image: Image) -> None:
+        """Write all levels and the output noise_pred (B, out, H, W), from the embedded image (B, c, H/p, W/p)."""
+        image = self._through_levels(image)
+        exponent = self.streams.of(f"up_blocks.{self.config.levels - 1}")
+        normed = normalised(self.graph, "clf.0", image, exponent=exponent)
+        pixel_shuffle(self.graph, "noise_pred", pointwise(self.graph, "clf.1", normed), self.config.patch_size)
+
+    def _through_levels(self, image: Image) -> Image:
         config = self.config
         skips: list[Skip] = []
         for level in range(config.levels):
             if level > 0:
                 image = self._downscaled(level, image)
-            layers, passes = config.down_num_layers_per_block[level], config.down_blocks_repeat_mappers[level]
-            image = self._level("down", level, level, layers, passes, image, None)
+            image = self._passes("down", level, image)
             skips.append(Skip(image, self.streams.of(f"down_blocks.{level}")))
         for position, level in enumerate(reversed(range(config.levels))):
-            layers, passes = config.up_num_layers_per_block[position], config.up_blocks_repeat_mappers[position]
-            skip = skips[level] if position > 0 else None
-            image = self._level("up", position, level, layers, passes, image, skip)
+            image = self._passes("up", position, image, skips[level] if position > 0 else None)
             if level > 0:
                 image = self._upscaled(position, level, image)
         return image
@@ -102,20 +112,18 @@ class Pyramid:
         """The norm before a resampling: from one stream's exponent to the next one's."""
         return normalised(self.graph, name, image, exponent=self.streams.of(stream), out=out)
 
-    def _level(
-        self, way: str, position: int, level: int, layers: int, passes: int, image: Image, skip: "Skip | None"
-    ) -> Image:
-        """All blocks of a level, `passes` times over the same weights with a mapper between two passes."""
-        kinds = self.config.block_types_per_layer[level]
-        exponent = self.streams.of(f"{way}_blocks.{position}")
+    def _passes(self, way: str, position: int, image: Image, skip: "Skip | None" = None) -> Image:
+        """All blocks of ``way_blocks.position``, in one or more passes with a mapper between two of them."""
+        stream = f"{way}_blocks.{position}"
+        blocks = [block for block in blocks_of(self.config) if block.name.startswith(f"{stream}.")]
+        passes = getattr(self.config, f"{way}_blocks_repeat_mappers")[position]
         for i in range(passes):
             with self.graph.repeated(i):
-                for index in range(layers * len(kinds)):
-                    block = BLOCKS[kinds[index % len(kinds)]]
-                    image = block(self, f"{way}_blocks.{position}.{index}", level, image, skip if index == 0 else None)
+                for block in blocks:
+                    image = BLOCKS[block.kind](self, block, image, skip if block is blocks[0] else None)
                     self.graph.probe(image.last)
             if i < passes - 1:
-                mapper = f"{way}_repeat_mappers.{position}.{i}"
+                mapper, exponent = f"{way}_repeat_mappers.{position}.{i}", self.streams.of(stream)
                 image = pointwise(self.graph, mapper, image, bias_exponent=exponent)
         return image
 
@@ -128,11 +136,11 @@ class Skip:
     exponent: int
 
 
-def _res_block(pyramid: Pyramid, name: str, level: int, image: Image, skip: Skip | None) -> Image:
-    graph, exponent = pyramid.graph, pyramid.streams.of_block(name)
+def _res_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:
+    graph, name, exponent = pyramid.graph, block.name, pyramid.streams.of_block(block.name)
     image = _controlled(pyramid, name, image, exponent)
     if skip is not None:
-        # diffusers resizes only where sizes differ; where they agree this Resize is a copy. Levels of odd size need it.
+        # diffusers resizes only when sizes differ; for equal sizes this Resize is a copy. Levels of odd size need it.
         image = resized(graph, f"{name}/resized", image, skip.image.size)
     pads = [pyramid.config.kernel_size // 2] * 4
     hidden = convolution(
@@ -145,7 +153,7 @@ def _res_block(pyramid: Pyramid, name: str, level: int, image: Image, skip: Skip
         group=image.channels,
         pads=pads,
     )
-    # What is joined to the skip is made as small as that is, and their product as much larger again.
+    # The image gets the exponent of the skip before they are joined; the first Linear multiplies it out again.
     small = skip.exponent if skip is not None else 0
     hidden = normalised(graph, f"{name}.norm", hidden, exponent=exponent, out=small)
     if skip is not None:
@@ -156,7 +164,7 @@ def _res_block(pyramid: Pyramid, name: str, level: int, image: Image, skip: Skip
 
 
 def _controlled(pyramid: Pyramid, name: str, image: Image, exponent: int) -> Image:
-    """The image plus the ControlNet's residual for this block, resized to it, where there is one."""
+    """The image plus the ControlNet's residual for this block, resized to the image, if there is one."""
     graph, port = pyramid.graph, pyramid.control.get(name)
     if port is None:
         return image
@@ -168,7 +176,9 @@ def _controlled(pyramid: Pyramid, name: str, image: Image, exponent: int) -> Ima
 
 
 def _perceptron(pyramid: Pyramid, name: str, rows: str, small: int, exponent: int) -> str:
-    """channelwise of rows at 2^-small of what is meant, to 2^-exponent: (n, in) -> (n, c); in fp32 if so chosen."""
+    """The perceptron `channelwise`, (n, in) -> (n, c); computed in fp32 for blocks in ``options.fp32_blocks``.
+
+    `rows` hold 2^-`small` of their values, the result holds 2^-`exponent`."""
     graph, layer = pyramid.graph, f"{name}.channelwise"
     if graph.halved and name in graph.options.fp32_blocks:
         wide = graph.to_float(rows)
@@ -191,8 +201,8 @@ def _layers_of_perceptron(graph: Graph, layer: str, rows: str, small: int, expon
 def _response_norm(graph: Graph, name: str, rows: str, width: int, exponent: int) -> str:
     """2^-exponent of the GlobalResponseNorm of ConvNeXt V2 (https://arxiv.org/abs/2301.00808), (B*h*w, c) to the same.
 
-    gamma * (x * n) + beta + x, written as x * (gamma * n + 1) + beta: the first factor is one number per channel.
-    The norm over h*w, in fp32 always, is spelt out because onnxruntime sums along a middle axis fast in ReduceSum
+    gamma * (x * n) + beta + x is written as x * (gamma * n + 1) + beta, with one factor per channel. The norm over h*w
+    is always computed in fp32. It is written in parts, because onnxruntime sums fast along a middle axis in ReduceSum
     only."""
     tokens = graph.node("Reshape", f"{name}/tokens", rows, graph.shape(graph.batch, -1, width))  # (B, h*w, c)
     inside = graph.type
@@ -214,25 +224,27 @@ def _response_norm(graph: Graph, name: str, rows: str, width: int, exponent: int
     return graph.rows(graph.node("Add", name, gained, shift), width)
 
 
-def _timestep_block(pyramid: Pyramid, name: str, level: int, image: Image, skip: Skip | None) -> Image:
+def _timestep_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:
     """x * (1 + a) + b, with a and b from the timestep."""
-    graph = pyramid.graph
+    graph, name = pyramid.graph, block.name
     gain, shift = pyramid.conditions.modulation(name, image.channels)
     return image.with_last(graph.node("Add", name, graph.node("Mul", f"{name}/scaled", image.last, gain), shift))
 
 
-def _attention_block(pyramid: Pyramid, name: str, level: int, image: Image, skip: Skip | None) -> Image:
+def _attention_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:
     """Image tokens attend to themselves and to the conditioning tokens, in one softmax."""
-    graph, width, exponent = pyramid.graph, image.channels, pyramid.streams.of_block(name)
+    graph, name, width = pyramid.graph, block.name, image.channels
+    exponent = pyramid.streams.of_block(name)
     own = normalised(graph, f"{name}.norm", image, exponent=exponent).rows
-    qkv = pyramid.conditions.attended(name, width, own)
-    mixed = attend(graph, f"{name}.attention", qkv, width, pyramid.config.num_attention_heads[level])
+    heads = pyramid.config.num_attention_heads[block.level]
+    inputs = AttentionInputs(pyramid.conditions.attended(name, width, own), width, heads)
+    mixed = attend(graph, f"{name}.attention", inputs)
     out = f"{name}.attention.to_out.0"
     rows = graph.linear(out, graph.rows(mixed, width), exponent=exponent, bias_exponent=exponent)
     return image.with_last(graph.node("Add", name, image.last, image.with_rows(rows).last))
 
 
-BLOCKS: Mapping[Block, Callable[[Pyramid, str, int, Image, Skip | None], Image]] = {
+BLOCKS: Mapping[Block, Callable[[Pyramid, UNetBlock, Image, Skip | None], Image]] = {
     Block.RES: _res_block,
     Block.TIMESTEP: _timestep_block,
     Block.ATTENTION: _attention_block,

@@ -1,7 +1,7 @@
-"""Stage A as two graphs: the decoder half of the VQGAN, with scaling and clamp, and the encoder half, without either.
+"""Stage A as two graphs: the VQGAN's decoder with scaling and clamp, and its encoder without them.
 
-Semantics: diffusers ``PaellaVQModel`` (pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py), ``decode``
-without quantisation, which the pipelines do not use, and ``encode``.
+Semantics: diffusers ``PaellaVQModel`` (pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py), ``encode``, and
+``decode`` without quantisation, like in the pipelines.
 """
 
 import onnx
@@ -11,12 +11,13 @@ from .graph import Graph
 from .layers import Image, batch_normalised, convolution, pixel_shuffle, pointwise, transposed_convolution
 
 NORM_EPS = 1e-6
+REPLICATED = (0, 0, 1, 1) * 2  # pads of (B, c, h, w), at the start and at the end of each axis
 
 
 def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
     """latents (B, 4, h, w) -> images in 0..1, 4 times as high and wide in the releases.
 
-    Raises ExportError for missing weights of the decoder half; the encoder's are not asked for."""
+    Raises ExportError for missing weights of the decoder; those of the encoder are not needed."""
     scaled = graph.node("Mul", "latents/scaled", "latents", graph.scalar(config.scale_factor))
     image = pointwise(graph, "up_blocks.0.0", Image(graph, config.latent_channels, first=scaled))
     index = 1
@@ -35,10 +36,10 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
 
 
 def write_vqgan_encoder(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
-    """images (B, 3, H, W) in 0..1 -> latents, 4 times smaller in the releases; stage B's are these divided by the
-    scale factor.
+    """images (B, 3, H, W) in 0..1 -> latents, 4 times smaller in the releases.
 
-    Raises ExportError for missing weights of the encoder half; the decoder's are not asked for."""
+    The latents of stage B are these, divided by the scale factor. Raises ExportError for missing weights of the
+    encoder; those of the decoder are not needed."""
     image = _unshuffled(graph, "in_block.1", config)
     index = 0
     for level, width in enumerate(config.widths):
@@ -53,8 +54,9 @@ def write_vqgan_encoder(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
 
 
 def _unshuffled(graph: Graph, name: str, config: VQGANConfig) -> Image:
-    """PixelUnshuffle and the 1x1 convolution `name` after it, as one convolution with a stride: unshuffled channels
-    count (in, dy, dx), which is how the weight's bytes lie."""
+    """PixelUnshuffle and the 1x1 convolution `name` after it, as one convolution with a stride.
+
+    The unshuffled channels count (in, dy, dx), which is the order of the weight's bytes."""
     patch, width = config.up_down_scale_factor, config.widths[0]
     dims = (width, config.in_channels, patch, patch)
     return convolution(graph, name, "images", width, dims=dims, strides=[patch, patch])
@@ -64,9 +66,7 @@ def _block(graph: Graph, name: str, image: Image) -> Image:
     """MixingResidualBlock: a depthwise and a channelwise branch, modulated by six learned numbers."""
     gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
     spatial = _modulated(graph, f"{name}.norm1", image, gammas[0], gammas[1])
-    padded = graph.node(
-        "Pad", f"{name}.depthwise.0", spatial.first, graph.integers(0, 0, 1, 1, 0, 0, 1, 1), mode="edge"
-    )
+    padded = graph.node("Pad", f"{name}.depthwise.0", spatial.first, graph.integers(*REPLICATED), mode="edge")
     spatial = convolution(graph, f"{name}.depthwise.1", padded, image.channels, size=image.size, group=image.channels)
     image = _added(graph, f"{name}/mixed", image, spatial, gammas[2])
 

@@ -1,4 +1,4 @@
-"""Which graphs a stage has, the function that writes each of them, and their ports."""
+"""The graphs of each stage: their writers, and their ports."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,10 +13,10 @@ from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
 from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
+from ...storage.safetensors_reader import TensorRange
 from .controlnet import write_controlnet
 from .decoder import write_decoder, write_decoder_conditioning, write_decoder_step
 from .effnet_encoder import write_effnet_encoder
-from .external_weights import Weight
 from .graph import Graph
 from .graph_options import GraphOptions
 from .image_encoder import write_image_encoder
@@ -29,8 +29,8 @@ MODEL, CONDITIONING, STEP, ENCODER = "model", "conditioning", "step", "encoder"
 
 Writer = Callable[[Graph, Any], onnx.ModelProto]
 
-# The graphs of a stage by name. "model" is what the stage is for; the prior's and the decoder's others are what it
-# falls into, the vqgan's is its other half.
+# The graphs of a stage by name. "model" is the whole network; "conditioning" and "step" are its two parts. The "model"
+# of the vqgan is its decoder.
 WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
     Stage.PRIOR: {MODEL: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
     Stage.DECODER: {MODEL: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
@@ -41,7 +41,6 @@ WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
     Stage.PREVIEWER: {MODEL: write_previewer},
     **{kind: {MODEL: write_controlnet} for kind in CONTROLNETS},
 }
-# Ports of the graphs that are not "model", whose ports `ports_of` tells.
 PORTS: Mapping[str, Callable[[Any], StagePorts]] = {
     MODEL: ports_of,
     CONDITIONING: conditioning_ports,
@@ -53,25 +52,25 @@ DEFAULT = GraphOptions()
 
 
 def write_graph(
-    config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT, name: str = MODEL
+    config: NetworkConfig, weights: Mapping[str, TensorRange], options: GraphOptions = DEFAULT, name: str = MODEL
 ) -> onnx.ModelProto:
-    """The graph `name` of the network that `config` describes, with the ports ``graph_ports`` tells.
+    """The graph `name` of the network that `config` describes, with the ports of ``graph_ports``.
 
-    `weights` by their diffusers names; those the graph does not need are ignored. It computes in the precision of
-    `options` whatever they are stored in, and loads with onnxruntime 1.19 and later. Save it with ``onnx.save`` into
-    the folder that the weights' locations are relative to.
+    `weights` are byte ranges by diffusers names; weights that the graph does not need are ignored. The graph computes
+    in the precision of `options`, and loads with onnxruntime 1.19 and later. Save it with ``onnx.save`` into the
+    folder of the weights.
 
-    Raises ExportError, naming all of them, when weights are missing or not what the config says, and for configs
-    no graph is written for; UsageError for options that do not go together."""
+    Raises ExportError naming all weights that are missing or differ from the config, and for configs that no graph can
+    be written for; UsageError for options that exclude each other."""
     writer = WRITERS[config.stage][name]
     _check_quantized(config, options)
     return writer(Graph(graph_ports(config, options, name), expected_tensors(config), weights, options), config)
 
 
 def write_graphs(
-    config: NetworkConfig, weights: Mapping[str, Weight], options: GraphOptions = DEFAULT
+    config: NetworkConfig, weights: Mapping[str, TensorRange], options: GraphOptions = DEFAULT
 ) -> dict[str, onnx.ModelProto]:
-    """Every graph of the network by its name, "model" first; see `write_graph`."""
+    """Every graph of the network by its name, "model" first. Raises what `write_graph` raises."""
     return {name: write_graph(config, weights, options, name) for name in WRITERS[config.stage]}
 
 
@@ -85,7 +84,7 @@ def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: st
 
 
 def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:
-    """Raises UsageError for modules that cannot be quantised, or not as the options say."""
+    """Raises UsageError for modules that cannot be quantised, or not in the scheme of the options."""
     scheme = options.scheme
     if options.quantized and scheme.kind is Quantization.NONE:
         raise UsageError(f"{config.stage}: modules are to be quantised, but quantization is {scheme.kind}")

@@ -1,7 +1,7 @@
 """GPU engines from a bundle's graphs, by TensorRT-RTX (no GPU needed, for any GPU) or TensorRT (for the one present).
 
-``build`` makes plans, ``BuildOptions`` says which, ``refit`` gives a loaded one other weights. What a plan is for and
-made of is in the bundle's manifest.
+``build`` makes plans as ``BuildOptions`` describe them; ``refit`` gives a loaded plan other weights. The bundle's
+manifest records the GPUs, shapes and source files of each plan.
 """
 
 from .builder import Built, build, prune, stale_plans

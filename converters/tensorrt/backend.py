@@ -1,7 +1,7 @@
-"""The TensorRT that is installed, of whatever generation, and what it says.
+"""The installed TensorRT of any generation, and its log messages.
 
-TensorRT 10, TensorRT 11 and TensorRT-RTX differ in what they have; everything here asks an object whether it has a
-thing, and never for a version.
+TensorRT 10, TensorRT 11 and TensorRT-RTX have different attributes. The code asks objects for an attribute, and never
+compares versions.
 """
 
 import re
@@ -16,7 +16,7 @@ from ...schemas.targets import PLAIN, RTX
 MODULES = {RTX: "tensorrt_rtx", PLAIN: "tensorrt"}
 INSTALL = {RTX: "pip install 'cascadekit[tensorrt-rtx]'", PLAIN: "pip install 'cascadekit[tensorrt]'"}
 
-# Messages of every call on a machine without a driver, even of calls that need none.
+# Parts of messages that every call logs on a machine without a driver, even a call that needs none.
 DRIVERLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
 
 
@@ -37,13 +37,13 @@ class Messages:
 
     @property
     def reason(self) -> str:
-        """The first error, in one line and without the place in TensorRT's source: those after it are consequences."""
+        """The first error in one line, without its place in TensorRT's source. Later errors are its consequences."""
         return re.sub(r"^\w+\.cpp:\d+: ", "", " ".join(self.errors[0].split())) if self.errors else "it gave no reason"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A TensorRT: its name here, and its module."""
+    """An installed TensorRT: its name in `MODULES`, and its Python module."""
 
     name: str
     module: Any
@@ -54,15 +54,15 @@ class Backend:
 
     @cached_property
     def builds_for_others(self) -> bool:
-        """Whether it compiles for GPUs by name, and needs none itself."""
+        """True for a TensorRT that compiles for GPUs by name, and needs no GPU."""
         return hasattr(self.module, "ComputeCapability")
 
     def flag(self, name: str) -> Any | None:
-        """A builder flag; None where this TensorRT has none of that name."""
+        """The builder flag `name`; None when this TensorRT has no such flag."""
         return getattr(self.module.BuilderFlag, name, None)
 
     def network_flags(self) -> int:
-        """Flags of a strongly typed network, whose types are the graph's; TensorRT 10 needs the flag for that."""
+        """Flags for a strongly typed network, which keeps the types of the graph. Only TensorRT 10 needs a flag."""
         strong = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 0 if strong is None else 1 << int(strong)
 
@@ -72,16 +72,17 @@ _loggers: dict[str, Any] = {}
 
 
 def find_backend(name: str) -> Backend:
-    """The backend called "tensorrt-rtx" or "tensorrt". Raises UsageError for another name, EngineError when it is not
-    installed or cannot be loaded."""
+    """The backend called "tensorrt-rtx" or "tensorrt".
+
+    Raises UsageError for another name, EngineError when the backend is not installed or cannot be loaded."""
     if name not in MODULES:
-        raise UsageError(f"backend {name!r}: expected {' or '.join(MODULES)}")
+        raise UsageError(f"backend={name!r}: expected {' or '.join(MODULES)}")
     try:
         module = import_module(MODULES[name])
     except ModuleNotFoundError as error:
         reraise_interrupt(error)
         raise EngineError(f"{name} is not installed: {INSTALL[name]}") from error
-    except (ImportError, OSError, RuntimeError) as error:  # a library of it is missing or of another machine
+    except (ImportError, OSError, RuntimeError) as error:  # one of its libraries is missing or for another machine
         reraise_interrupt(error)
         raise EngineError(f"{name} is installed but cannot be loaded: {error}; {INSTALL[name]}") from error
     if not hasattr(module, "OnnxParser"):
@@ -90,14 +91,11 @@ def find_backend(name: str) -> Backend:
 
 
 def logger_of(backend: Backend) -> Any:
-    """The one logger of this process, which fills MESSAGES: TensorRT ignores a second one while the first is alive."""
+    """The logger of this process, which fills MESSAGES. TensorRT ignores a second logger while one exists."""
     if backend.name not in _loggers:
         base: Any = backend.module.ILogger
 
         class Logger(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                base.__init__(self)
-
             def log(self, severity: Any, text: str) -> None:
                 if severity <= base.ERROR:
                     MESSAGES.add(text, is_error=True)

@@ -1,6 +1,5 @@
 """Builds GPU engines of a bundle's graphs: each plan appears whole, with its entry in the manifest, or not at all."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from ...schemas.stages import Stage
 from ...storage.atomic_output import scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
 from . import plan_cache as cache
-from .backend import Backend, find_backend
+from .backend import find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room
 from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
@@ -27,16 +26,13 @@ SCRATCH = ".building"  # in the bundle, while a build runs
 
 @dataclass(frozen=True)
 class Built:
-    """A plan that is in the bundle now.
-
-    `how`: "built" by this call, "kept" from the bundle, or "cached", taken from the shared cache. `estimate` and
-    `outcome`, what the build was expected to take and took, are None unless it was built by this call."""
+    """A plan that is in the bundle now: "built" by this call, "kept" from the bundle, or copied from the cache."""
 
     stage: Stage
     plan: PlanEntry
     how: Literal["built", "kept", "cached"]
-    estimate: Estimate | None = None
-    outcome: BuildOutcome | None = None
+    estimate: Estimate | None = None  # None: not built by this call
+    outcome: BuildOutcome | None = None  # None: not built by this call
 
 
 def build(
@@ -54,12 +50,12 @@ def build(
         build("bundle", targets=("sm89",))
         build("bundle", BuildOptions("tensorrt"), stages=(Stage.PRIOR,))
 
-    A plan lies in its stage's folder plans/ and enters the manifest as soon as it is complete. A plan that was made
-    from the same graph, weights, options and TensorRT is kept; a damaged one is built again. `on_progress` is called
-    several times a second during a build, `say` with each line that a user should know.
+    Plans are written to the folder plans/ of their stage. A plan enters the manifest as soon as it is complete. A plan
+    of the same graph, weights, options and TensorRT is kept; a damaged one is built again. `on_progress` is called
+    several times a second during a build. `say` is called with each line that a user should know.
 
-    Raises UsageError before anything is built for options that cannot work, EngineError for what TensorRT refuses and
-    for too little memory or disk, CheckpointError for damaged files."""
+    Raises UsageError before anything is built for options that cannot work. Raises EngineError when TensorRT refuses a
+    graph and for too little memory or disk, CheckpointError for damaged files."""
     options = replace(options, **changes)
     root = Path(bundle)
     opened = open_bundle(root)
@@ -70,24 +66,21 @@ def build(
         existing = [] if options.force else to_build
         found = {planned.key: there for planned in existing if (there := _find(planned, options, say))}
         estimates = {
-            planned.key: estimate(Path(planned.request.graph), planned.entry.precision, len(planned.profiles))
+            planned.key: estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
             for planned in to_build
             if planned.key not in found
         }
         require_room(str(root), estimates.values(), opened.root, memory=options.check_memory)
         done = []
         for planned in to_build:
-            if planned.key in found:
-                built = found[planned.key]
-            else:
-                built = _build(planned, backend, estimates[planned.key], scratch, options, on_progress)
+            built = found.get(planned.key) or _build(planned, estimates[planned.key], scratch, options, on_progress)
             _record(opened.root, built)
             done.append(built)
     return done
 
 
 def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None:
-    """The plan as it exists already, in the bundle or in the shared cache; None where it has to be built."""
+    """The plan that exists already, in the bundle or in the shared cache; None when it has to be built."""
     hows: tuple[tuple[Path | None, Literal["kept", "cached"]], ...] = (
         (planned.path.parent, "kept"),
         (options.cache, "cached"),
@@ -104,7 +97,7 @@ def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None
 
 
 def _at_home(planned: PlanToBuild, plan: PlanEntry) -> PlanEntry:
-    """The manifest entry of `plan` in this bundle, whichever bundle it was built for."""
+    """The entry in this bundle's manifest for `plan`, which may have been built for another bundle."""
     here = {"path": _relative(planned), "sources": planned.sources, "profiles": planned.profiles}
     return plan.model_copy(update=here)
 
@@ -114,12 +107,7 @@ def _relative(planned: PlanToBuild) -> str:
 
 
 def _build(
-    planned: PlanToBuild,
-    backend: Backend,
-    expected: Estimate,
-    scratch: Path,
-    options: BuildOptions,
-    on_progress: OnProgress,
+    planned: PlanToBuild, expected: Estimate, scratch: Path, options: BuildOptions, on_progress: OnProgress
 ) -> Built:
     made = scratch / planned.path.name
     planned.path.parent.mkdir(exist_ok=True)
@@ -134,7 +122,7 @@ def _build(
         backend_version=outcome.version,
         targets=request.targets,
         device=planned.device,
-        precision=planned.entry.precision,
+        precision=planned.precision,
         profiles=planned.profiles,
         sources=planned.sources,
         refittable=request.refittable,
@@ -142,9 +130,11 @@ def _build(
         seconds=round(outcome.seconds, 2),
         peak_rss=outcome.peak_rss,
     )
-    wrong = find_contradiction(made, plan)
-    if wrong:
-        raise EngineError(f"{planned.name}: {backend.name} wrote a plan that contradicts itself: {wrong}; report this")
+    problem = find_contradiction(made, plan)
+    if problem:
+        raise EngineError(
+            f"{planned.name}: {options.backend} wrote a plan that contradicts itself: {problem}; report this"
+        )
     cache.write_note(made, plan, planned.key)
     try:
         for folder in filter(None, (options.cache, planned.path.parent)):
@@ -167,7 +157,7 @@ def _record(root: Path, built: Built) -> None:
 
 
 def stale_plans(bundle: Bundle) -> Iterator[Path]:
-    """Paths of plans that were built from other graphs or weights than the bundle has now, and of unlisted plans."""
+    """Paths of plans of other graphs or weights than the bundle has now, and of plans that the manifest lacks."""
     known = {
         bundle.root / plan.path
         for entry in bundle.manifest.stages.values()
@@ -183,7 +173,7 @@ def stale_plans(bundle: Bundle) -> Iterator[Path]:
 def prune(root: str | Path) -> int:
     """Remove stale plans from the bundle at `root`; returns their size in bytes.
 
-    After that, undoing a LoRA, or merging it again, needs a new build."""
+    When a merged LoRA is undone later, or merged again, its plans have to be built again."""
     bundle = open_bundle(Path(root))
     freed = 0
     with scratch_folder(bundle.root / SCRATCH, bundle.root):
@@ -191,7 +181,7 @@ def prune(root: str | Path) -> int:
         for path in stale_plans(bundle):
             freed += path.stat().st_size
             path.with_suffix(".json").unlink(missing_ok=True)
-            os.unlink(path)
+            path.unlink()
     return freed
 
 

@@ -1,4 +1,4 @@
-"""The GPU that is present, as its driver tells; no CUDA toolkit is needed for that."""
+"""The GPU of this machine, found through its driver; no CUDA toolkit is needed."""
 
 import ctypes
 from typing import Any
@@ -10,17 +10,15 @@ from ...schemas.plan_entries import DeviceEntry
 MAJOR, MINOR = 75, 76
 NAME_BYTES = 256
 DRIVERS = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
+NO_GPU = 'TensorRT builds for the GPU of the machine it runs on, and {}; backend="tensorrt-rtx" builds without a GPU'
 
 
 def present_device() -> DeviceEntry:
-    """The first GPU that CUDA shows. Raises EngineError, saying what to do, when there is none."""
+    """The first GPU that CUDA finds. Raises EngineError when there is none, with the advice to use tensorrt-rtx."""
     driver = _driver()
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        raise EngineError(
-            "TensorRT builds for the GPU of the machine it runs on, and the driver shows none; "
-            'backend="tensorrt-rtx" builds without one'
-        )
+        raise EngineError(NO_GPU.format("the driver finds none"))
     handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(NAME_BYTES)
     driver.cuDeviceGet(ctypes.byref(handle), 0)
@@ -36,7 +34,4 @@ def _driver() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise EngineError(
-        "TensorRT builds for the GPU of the machine it runs on, and there is no NVIDIA driver here; "
-        'backend="tensorrt-rtx" builds without one'
-    )
+    raise EngineError(NO_GPU.format("there is no NVIDIA driver here"))

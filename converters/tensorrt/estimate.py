@@ -1,8 +1,8 @@
 """Estimates the time, memory and disk of a build, and checks that this machine has enough.
 
-Fitted to builds by TensorRT-RTX 1.7 of our graphs, from 0.5 million to 0.9 billion parameters and 70 to 3300 nodes, on
-two cores; `cascadekit bench build` prints how far off it is. Memory is the process's own: pages of the weights' file
-come on top, which the system takes back when it needs them.
+The constants are fitted to builds of our graphs by TensorRT-RTX 1.7 on two cores, with 0.5 million to 0.9 billion
+parameters and 70 to 3300 nodes. `cascadekit bench build` measures the error of the estimates. Memory is the process's
+own, without pages of the weights' file, which the system takes back when it needs them.
 """
 
 import math
@@ -17,13 +17,14 @@ from ...schemas.errors import EngineError
 from ...schemas.hoisted import CONDITIONING
 from ...schemas.precision import Precision
 from ..export.graph_files import DTYPES, load_graph
+from .process_memory import byte_fields
 
 MIB = 1 << 20
 MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 130 * MIB, 0.34 * MIB, 1.33
-# Its many products of the same tokens are joined into a few, which takes a second copy of their weights.
+# TensorRT joins the many products of the same tokens, which takes a second copy of their weights.
 MEMORY_PER_WEIGHT_OF = {CONDITIONING: 2.2}
 SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.009, 6e-9
-# Kernels are compiled for each profile, weights are shared.
+# Kernels are compiled for each profile; the profiles share the weights.
 PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 18_000
 SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
@@ -32,22 +33,22 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, bytes of memory of the build's own, bytes of the plan; and what that was computed from."""
+    """The expected cost of a build, and the size of the graph that it was computed from."""
 
     seconds: float
-    memory: int
-    plan: int
+    memory: int  # bytes of the process's own
+    plan: int  # bytes of the plan
     nodes: int
-    weights: int
+    weights: int  # bytes, in the type that the graph computes in
 
 
 def estimate(graph: Path, precision: Precision, profiles: int) -> Estimate:
-    """For a plan of the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
+    """The cost of building the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
     return estimate_model(load_graph(graph), graph.stem, precision, profiles)
 
 
 def estimate_model(model: onnx.ModelProto, name: str, precision: Precision, profiles: int) -> Estimate:
-    """For a plan of the graph `name` of a stage."""
+    """The cost of building the loaded graph `name` of a stage with so many profiles."""
     nodes = len(model.graph.node)
     weights = sum(_bytes(tensor, precision) for tensor in model.graph.initializer)
     memory_per_weight = MEMORY_PER_WEIGHT_OF.get(name, MEMORY_PER_WEIGHT)
@@ -70,36 +71,28 @@ def _bytes(tensor: onnx.TensorProto, precision: Precision) -> int:
 
 
 def require_room(what: str, needed: Iterable[Estimate], folder: Path, *, memory: bool = True) -> None:
-    """Raises EngineError when the largest of the builds needs more memory than is free (not asked without `memory`),
-    or all plans more room than the disk below `folder` has."""
+    """Raises EngineError when the largest build needs more memory than is free, or when the disk is too small.
+
+    The disk is that of `folder`, where all plans must fit. Memory is not checked when `memory` is false."""
     needed = tuple(needed)
     most = max((each.memory for each in needed), default=0)
     free = free_memory()
     if memory and free is not None and most > free:
         raise EngineError(
             f"{what}: building takes about {most / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free here; close "
-            "other programs, build on a larger machine (plans can be moved), or try it with --no-memory-check"
+            "other programs, build on a larger machine (plans can be moved), or try it with check_memory=False"
         )
     room, on_disk = sum(each.plan for each in needed), shutil.disk_usage(folder).free
     if room > on_disk:
         raise EngineError(
-            f"{folder}: the plans take about {room / 1e9:.1f} GB of disk, {on_disk / 1e9:.1f} GB are free"
+            f"{folder}: the plans take about {room / 1e9:.1f} GB of disk, {on_disk / 1e9:.1f} GB are free; make room"
         )
 
 
 def free_memory() -> int | None:
-    """Bytes this process may still use, of the machine's and of its control group's; None where that is not told."""
-    known = [found for found in (_machine_free(), _group_free()) if found is not None]
-    return min(known, default=None)
-
-
-def _machine_free() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return next((int(kilobytes) * 1024 for kilobytes in found), None)
+    """Bytes that the machine and the process's control group leave free; None when the system does not report them."""
+    machine = byte_fields(Path("/proc/meminfo")).get("MemAvailable")
+    return min((found for found in (machine, _group_free()) if found is not None), default=None)
 
 
 def _group_free() -> int | None:

@@ -24,10 +24,10 @@ def export_for_build(
 ) -> Manifest:
     """Export the stages of `options` from `model` to the bundle `output`, for TensorRT.
 
-    `precision` None is fp16 where sm75 is among the targets, which has no bf16, else bf16. A prior in fp16 is measured,
-    as with ``fp16_safe="auto"``.
+    Without `precision` the graphs compute in bf16, or in fp16 when sm75 is among the targets, which has no bf16. A
+    prior in fp16 is exported with ``fp16_safe="auto"``.
 
-    Raises UsageError, before anything is written, for targets that graphs of that precision cannot be built for."""
+    Raises UsageError, before anything is written, for targets that cannot run graphs of that precision."""
     computed = precision or (Precision.FP16 if ALONE in options.targets else Precision.BF16)
     require_targets(options, computed)
     measured = computed is Precision.FP16 and Stage.PRIOR in (options.stages or (Stage.PRIOR,))

@@ -1,6 +1,6 @@
-"""The cache of plans, addressed by what a plan was built from.
+"""The cache of plans, addressed by a hash of everything that a plan is built from.
 
-Beside each plan lies a JSON note with its key and manifest entry. Every folder of plans is therefore a cache: a stage's
+Each plan has a JSON note beside it, with its key and manifest entry. So every folder of plans is a cache: a stage's
 folder in a bundle, and a folder that bundles share."""
 
 import hashlib
@@ -21,27 +21,28 @@ from ...schemas.plan_entries import PlanEntry
 from ...storage.file_hashes import sha256_of
 from .worker_request import WorkerRequest
 
-FORMAT = 1  # of the key; another one makes all plans unknown
-KEY_DIGITS = 16  # of a key, in file names
+FORMAT = 1  # of the key; with another format no existing plan is found
+KEY_DIGITS = 16  # digits of the key in file names
 SUFFIX = ".plan"
 
 
 @dataclass(frozen=True)
 class CachedPlan:
-    """A complete plan on disk whose content is that of its note."""
+    """A complete plan on disk whose content agrees with its note."""
 
     path: Path
     plan: PlanEntry
 
 
 def key_of(request: WorkerRequest, version: str, sources: Iterable[str], device: str | None) -> str:
-    """SHA-256, in hexadecimal, of everything that decides what a plan is: all bytes of the graph and its weights
-    (`sources`, SHA-256s in their order), the backend and its version, targets, the GPU, profiles,
-    flags."""
+    """SHA-256, in hexadecimal, of everything that decides the content of a plan.
+
+    `sources` are the SHA-256s of the graph and its weights files, in order. Backend, `version`, targets or GPU
+    (`device`), profiles and flags decide it too."""
     settings = asdict(request)
     for path in ("graph", "output", "timing_cache"):
         del settings[path]
-    settings["weight_inputs"] = []  # a field that jobs had once: plans that were built then keep their keys
+    settings["weight_inputs"] = []  # a former field; plans that were built with it keep their keys
     content = {"format": FORMAT, "version": version, "sources": list(sources), "device": device, **settings}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -52,7 +53,7 @@ def file_name(request: WorkerRequest, graph: str, precision: str, key: str) -> s
 
 
 def find(folder: Path, name: str, key: str) -> CachedPlan | str | None:
-    """The plan called `name` in `folder`; None when there is none, a description of the fault when it is damaged."""
+    """The plan called `name` in `folder`; None when there is none, a description of the damage when it is damaged."""
     path = folder / name
     try:
         content: dict[str, Any] = load_json(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -62,12 +63,12 @@ def find(folder: Path, name: str, key: str) -> CachedPlan | str | None:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         return f"{path.with_suffix('.json')}: {type(error).__name__}"
     if content.get("key") != key:
-        return f"{path}: made of other things than its name says"
-    problem = find_contradiction(path, plan) or _other_content(path, plan)
+        return f"{path}: its note has another key than its file name"
+    problem = find_contradiction(path, plan) or _changed_content(path, plan)
     return f"{path}: {problem}" if problem else CachedPlan(path, plan)
 
 
-def _other_content(path: Path, plan: PlanEntry) -> str | None:
+def _changed_content(path: Path, plan: PlanEntry) -> str | None:
     try:
         found = sha256_of(path)
     except CheckpointError as error:
@@ -82,20 +83,15 @@ def write_note(path: Path, plan: PlanEntry, key: str) -> None:
 
 
 def put(plan: Path, folder: Path) -> None:
-    """Bring a plan and its note into `folder`, by hard links where the file system has them. The note comes last: a
-    plan without a note does not count."""
+    """Hard-link or copy a plan into `folder`, then its note: a plan without a note is ignored."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (plan, plan.with_suffix(".json")):
         staged = folder / f".{path.name}.{os.getpid()}"
         try:
-            _link_or_copy(path, staged)
+            try:
+                os.link(path, staged)
+            except OSError:
+                shutil.copyfile(path, staged)
             staged.replace(folder / path.name)
         finally:
             staged.unlink(missing_ok=True)
-
-
-def _link_or_copy(path: Path, target: Path) -> None:
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)

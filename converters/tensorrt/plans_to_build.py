@@ -1,4 +1,4 @@
-"""Decides which plans a build makes: graphs, GPUs and shapes. Refuses, with reasons, what cannot be built."""
+"""Lists the plans that a build makes: graphs, GPUs and shapes. Refuses what cannot be built, with all reasons."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
-from ...schemas.targets import RTX, group_targets, refusal, require_rtx_targets
+from ...schemas.targets import RTX, Refusal, group_targets, refusal, require_rtx_targets
 from ...storage.bundle import Bundle
 from ...storage.file_hashes import sha256_of
 from ..export.graph_files import external_data, load_graph
@@ -35,13 +35,13 @@ class BuildOptions:
     | backend | "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine |
     | targets | compute capabilities such as "sm89"; for tensorrt-rtx only |
     | stages | stages to build; empty: every stage of the bundle |
-    | graphs | graphs to build; empty: those that `generate` runs |
+    | graphs | graphs to build; empty: the graphs that `generate` runs |
     | profiles | image sizes; each becomes an optimisation profile of every plan |
-    | refittable | plans of tensorrt that can be given other weights later, see ``refit`` |
-    | force | build plans again that exist already |
+    | refittable | whether plans of tensorrt can be given other weights later, see ``refit`` |
+    | force | whether existing plans are built again |
     | cache | a folder of plans that bundles share |
-    | check_memory | refuse a build that seems to need more memory than is free |
-    | weight_streaming | plans whose weights may stay in the host's memory |
+    | check_memory | whether a build is refused that needs more memory than is free |
+    | weight_streaming | whether the weights of plans may stay in the host's memory |
     """
 
     backend: str = RTX
@@ -62,7 +62,7 @@ class PlanToBuild:
 
     stage: Stage
     graph: str
-    entry: StageEntry
+    precision: Precision
     device: DeviceEntry | None
     profiles: tuple[ProfileEntry, ...]
     sources: tuple[PlanSource, ...]
@@ -72,16 +72,17 @@ class PlanToBuild:
 
     @property
     def name(self) -> str:
+        """The plan's name in messages, such as "prior/step for sm89"."""
         return f"{self.stage}/{self.graph}" + (f" for {' '.join(self.request.targets)}" if self.request.targets else "")
 
 
 def require_targets(options: BuildOptions, precision: Precision) -> None:
-    """Raises UsageError for targets that the backend does not build for, or not from graphs of `precision`."""
+    """Raises UsageError for targets that the backend does not build for, or cannot build for in `precision`."""
     _require_targets(options)
     for target in options.targets:
         refused = refusal(options.backend, target, precision, Quantization.NONE)
         if refused:
-            raise UsageError(f"{refused.reason}; take {refused.argument}, or make another bundle for that GPU")
+            raise UsageError(f"{refused.reason}; use {refused.argument}, or make another bundle for that GPU")
 
 
 def plans_to_build(
@@ -89,19 +90,16 @@ def plans_to_build(
 ) -> list[PlanToBuild]:
     """Every plan that `options` ask for.
 
-    `version` is that of the installed TensorRT. `device` is the GPU that is built for, None where `targets` name it.
+    `version` is that of the installed TensorRT. `device` is the GPU that plans are built for; None when `targets` name
+    it. Weights without a recorded SHA-256 are hashed.
 
-    Hashes weights whose SHA-256 is not known. Raises UsageError, naming every reason there is, for what cannot be
-    built, and CheckpointError for files that are not what the manifest says."""
+    Raises UsageError with every reason why the plans cannot be built, CheckpointError for files that differ from the
+    manifest."""
     _require_targets(options)
     chosen = options.stages or tuple(bundle.manifest.stages)
     entries = {stage: bundle.entry(stage) for stage in chosen}
     _require_possible(entries, options, (device.capability,) if device else options.targets)
-    return [
-        planned
-        for stage, entry in entries.items()
-        for planned in _plans_of_stage(bundle, stage, entry, options, version, device)
-    ]
+    return [planned for stage in entries for planned in _plans_of_stage(bundle, stage, options, version, device)]
 
 
 def _require_targets(options: BuildOptions) -> None:
@@ -109,15 +107,15 @@ def _require_targets(options: BuildOptions) -> None:
         require_rtx_targets(options.targets)
         if options.refittable:  # 1.7 fails: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", even for one product
             raise UsageError(
-                "TensorRT-RTX needs a GPU to build engines that take other weights; build again when a LoRA is merged: "
-                "plans of weights that were there before are found again"
+                "TensorRT-RTX needs a GPU to build engines with refittable=True; build again after a LoRA is merged "
+                "instead: plans that were built before from the same weights are found again"
             )
     elif options.targets:
-        raise UsageError("TensorRT builds for the GPU it runs on; --arch is for --backend tensorrt-rtx")
+        raise UsageError('TensorRT builds for the GPU it runs on; targets=... is for backend="tensorrt-rtx"')
 
 
 def graphs_to_build(stage: Stage, entry: StageEntry, wanted: Sequence[str]) -> list[str]:
-    """The graphs among `wanted` that the stage has; without `wanted`, those that `generate` runs."""
+    """The graphs among `wanted` that the stage has; without `wanted`, the graphs that `generate` runs."""
     names = wanted or graphs_of(stage)
     found = [name for name in names if name in entry.graphs]
     return found if wanted or len(found) == len(names) else [MAIN_GRAPH]
@@ -129,41 +127,42 @@ def graphs_of(stage: Stage) -> list[str]:
 
 
 def _require_possible(entries: dict[Stage, StageEntry], options: BuildOptions, targets: Sequence[str]) -> None:
-    reasons: dict[str, list[Stage]] = defaultdict(list)
+    refusals: dict[Refusal, list[Stage]] = defaultdict(list)
     for stage, entry in entries.items():
-        for reason in _reasons(entry, options.backend, targets):
-            reasons[reason].append(stage)
-    problems = [f"{', '.join(stages)}: {reason}{_safe(reason, stages)}" for reason, stages in reasons.items()]
+        for refused in dict.fromkeys(_refusals(entry, options.backend, targets)):
+            refusals[refused].append(stage)
+    problems = [
+        f"{', '.join(stages)}: {refused.reason}; export it again: {_export_command(refused, stages)}"
+        for refused, stages in refusals.items()
+    ]
     unknown = [name for name in options.graphs if not any(name in entry.graphs for entry in entries.values())]
     if unknown:
         known = sorted({name for entry in entries.values() for name in entry.graphs})
-        problems.append(f"graph {', '.join(unknown)}: there are {', '.join(known)}")
+        problems.append(f"the bundle has no graph {', '.join(unknown)}; it has {', '.join(known)}")
     if problems:
         raise UsageError("\n".join(problems))
 
 
-def _safe(reason: str, stages: Sequence[Stage]) -> str:
-    """The option that an export in fp16 also needs where prior or decoder are among `stages`."""
-    return " --fp16-safe auto" if "fp16" in reason and {Stage.PRIOR, Stage.DECODER} & set(stages) else ""
-
-
-def _reasons(entry: StageEntry, backend: str, targets: Sequence[str]) -> Iterator[str]:
-    """Why the stage's graphs cannot be built for all of `targets`, each with the export that helps."""
+def _refusals(entry: StageEntry, backend: str, targets: Sequence[str]) -> Iterator[Refusal]:
+    """Why the stage's graphs cannot be built for all of `targets`, each with the options of an export that helps."""
     if entry.target is Target.ORT:
-        yield (
-            "has operators of ONNX Runtime, which TensorRT does not read; export it again: "
-            f"cascadekit export MODEL -o BUNDLE --target tensorrt --precision {entry.precision}"
-        )
-    found = [refused for t in targets if (refused := refusal(backend, t, entry.precision, entry.quantization))]
-    for refused in dict.fromkeys(found):
-        command = f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.option}"
-        yield f"{refused.reason}; export it again: {command}"
+        yield Refusal("has operators of ONNX Runtime, which TensorRT does not read", entry.precision)
+    for target in targets:
+        if refused := refusal(backend, target, entry.precision, entry.quantization):
+            yield refused
+
+
+def _export_command(refused: Refusal, stages: Sequence[Stage]) -> str:
+    """The export that helps; prior and decoder in fp16 also need exponents."""
+    safe = " --fp16-safe auto" if refused.instead == "fp16" and {Stage.PRIOR, Stage.DECODER} & set(stages) else ""
+    return f"cascadekit export MODEL -o BUNDLE --target tensorrt {refused.option}{safe}"
 
 
 def _plans_of_stage(
-    bundle: Bundle, stage: Stage, entry: StageEntry, options: BuildOptions, version: str, device: DeviceEntry | None
+    bundle: Bundle, stage: Stage, options: BuildOptions, version: str, device: DeviceEntry | None
 ) -> Iterator[PlanToBuild]:
     bundle.check(stage)
+    entry = bundle.entry(stage)
     config = from_json(stage, entry.config)
     folder = bundle.root / stage / PLANS
     for graph in graphs_to_build(stage, entry, options.graphs):
@@ -173,27 +172,45 @@ def _plans_of_stage(
         profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in options.profiles)
         shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
         for targets in group_targets(options.targets) or [()]:
-            timing = str((folder / "timing.cache").absolute()) if device else None
-            flags = (options.refittable, options.weight_streaming)
-            request = WorkerRequest(options.backend, str(path.absolute()), "", targets, shapes, *flags, timing)
+            request = WorkerRequest(
+                backend=options.backend,
+                graph=str(path.absolute()),
+                output="",
+                targets=targets,
+                profiles=shapes,
+                refittable=options.refittable,
+                weight_streaming=options.weight_streaming,
+                timing_cache=str((folder / "timing.cache").absolute()) if device else None,
+            )
             hashes = [str(source.sha256) for source in sources]
             key = key_of(request, version, hashes, device.name if device else None)
-            name = file_name(request, graph, entry.precision, key)
-            yield PlanToBuild(stage, graph, entry, device, profiles, sources, request, key, folder / name)
+            yield PlanToBuild(
+                stage=stage,
+                graph=graph,
+                precision=entry.precision,
+                device=device,
+                profiles=profiles,
+                sources=sources,
+                request=request,
+                key=key,
+                path=folder / file_name(request, graph, entry.precision, key),
+            )
 
 
 def _files(bundle: Bundle, entry: StageEntry, graph: Path, model: onnx.ModelProto) -> list[FileEntry]:
-    """The graph, and the files its weights lie in."""
+    """The graph's file, and the files of its weights."""
     files = {bundle.root / file.path: file for file in entry.files}
     paths = [graph, *sorted({graph.parent / data.location for data in external_data(model)})]
     foreign = [path.name for path in paths if path not in files]
     if foreign:
-        raise CheckpointError(f"{graph}: has weights in {', '.join(foreign)}, which is no file of the bundle")
+        raise CheckpointError(
+            f"{graph}: has weights in {', '.join(foreign)}, no file of the bundle; export the model again"
+        )
     return [files[path] for path in paths]
 
 
 def _source(bundle: Bundle, entry: StageEntry, file: FileEntry) -> PlanSource:
-    """With its SHA-256: the manifest's, that of a plan built before from the same file, or computed now."""
+    """A file with its SHA-256: from the manifest, from a plan that was built from the same file, or computed now."""
     known = (
         source.sha256
         for plan in entry.plans

@@ -1,6 +1,6 @@
-"""Gives a loaded TensorRT engine the weights its graph has now, such as those with a LoRA, without building it again.
+"""Gives a loaded TensorRT engine the current weights of its graph, such as those with a LoRA, without a new build.
 
-It needs a GPU, and plans built as refittable. It has been run against a stand-in of TensorRT alone.
+It needs a GPU, and plans built with ``refittable=True``. It has only been run against a stand-in for TensorRT.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,10 @@ from .backend import MESSAGES, Backend, logger_of
 
 
 def refit(backend: Backend, engine: Any, graph: Path) -> int:
-    """Give `engine` every weight of the ONNX file `graph`, read from where that says; returns how many the engine has.
+    """Give `engine` every weight of the ONNX file `graph`; returns the number of weights of the engine.
 
-    Weights are set whole, not added to: going back to a file that was there before gives what was there before.
-    Raises EngineError, and leaves the engine as it was, when the engine has weights that the graph does not, or
-    TensorRT does not take them."""
+    Weights are replaced, so an earlier weights file gives the earlier engine again. Raises EngineError and leaves the
+    engine unchanged when it has weights that the graph lacks, or when TensorRT refuses the weights."""
     trt, logger = backend.module, logger_of(backend)
     MESSAGES.clear()
     refitter = trt.Refitter(engine, logger)
@@ -32,17 +31,17 @@ def refit(backend: Backend, engine: Any, graph: Path) -> int:
         raise EngineError(f"{graph}: its engine is of another graph, with weights {listed(foreign)}; build it again")
     source = trt.OnnxParserRefitter(refitter, logger)
     if not source.refit_from_file(str(graph)):
-        raise EngineError(f"{graph}: its weights were not taken: {MESSAGES.reason}")
+        raise EngineError(f"{graph}: TensorRT refused its weights: {MESSAGES.reason}")
     missing = sorted(refitter.get_missing_weights())
     if missing:
-        raise EngineError(f"{graph}: its engine misses weights: {listed(missing)}; build it again")
+        raise EngineError(f"{graph}: its engine lacks weights: {listed(missing)}; build it again")
     if not refitter.refit_cuda_engine():
-        raise EngineError(f"{graph}: its weights were not taken: {MESSAGES.reason}")
+        raise EngineError(f"{graph}: TensorRT refused its weights: {MESSAGES.reason}")
     return len(held)
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[str]:
-    """Names that TensorRT counts as weights: initialisers, and the outputs of Constant nodes."""
+    """The names of TensorRT's weights: initialisers, and the outputs of Constant nodes."""
     for tensor in model.graph.initializer:
         yield tensor.name
     for node in model.graph.node:

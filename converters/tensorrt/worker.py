@@ -1,5 +1,6 @@
-"""The process that builds one plan. It can be killed at any moment; TensorRT itself cannot be stopped while it
-compiles. It says what it does as lines of JSON, the last of them {"done": ...} or {"error": ...}."""
+"""The process that builds one plan. It can be killed at any time, while TensorRT itself cannot be interrupted.
+
+It writes its progress as lines of JSON. The last line is {"done": ...} or {"error": ...}."""
 
 import contextlib
 import ctypes
@@ -14,59 +15,58 @@ from time import perf_counter
 from typing import Any
 
 from .backend import MESSAGES, Backend, find_backend, logger_of
-from .pages import forget_pages
+from .process_memory import byte_fields, release_pages
 from .worker_request import WorkerRequest
 
 PR_SET_PDEATHSIG = 1
-# Bytes of weights from which a thread gives their pages back to the system while TensorRT reads them.
-LARGE = 256 << 20
-SAY = Callable[..., None]
+LARGE = 256 << 20  # bytes of weights from which their pages are released while TensorRT reads them
+Answer = Callable[..., None]  # called with the fields of a line of JSON
 
 
-class BuildFailed(Exception):  # noqa: N818 (told to the parent, never raised to a user)
-    """Its text is the line that the parent shows."""
+class BuildFailed(Exception):  # noqa: N818 (sent to the parent, never raised to a user)
+    """A failed build; its text is the line that the parent shows."""
 
 
 def main() -> None:
     """Read a request from standard input, build its plan, and answer on standard output."""
     _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    os.dup2(2, 1)  # a line that a library prints must not be taken for an answer
 
-    def say(**content: Any) -> None:
+    def answer(**content: Any) -> None:
         answers.write(json.dumps(content) + "\n")
 
     try:
-        say(done=build(WorkerRequest.from_line(sys.stdin.readline()), say))
+        answer(done=build(WorkerRequest.from_line(sys.stdin.readline()), answer))
     except BuildFailed as error:
-        say(error=str(error))
-    except Exception as error:  # TensorRT's bindings raise whatever pybind11 does
-        say(error=f"{type(error).__name__}: {error}".splitlines()[0])
-    os._exit(0)  # without the destructors of a driver that may not be there
+        answer(error=str(error))
+    except Exception as error:  # TensorRT's bindings raise any exception of pybind11
+        answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    os._exit(0)  # skip the destructors of a driver that may be absent
 
 
-def build(request: WorkerRequest, say: SAY) -> dict[str, Any]:
-    """Build the plan of `request` at its output, which must not exist. Returns what it took, and the plan's hash.
+def build(request: WorkerRequest, answer: Answer) -> dict[str, Any]:
+    """Build the plan of `request` at its output, which must not exist. Returns the fields of a `BuildOutcome`.
 
-    Raises BuildFailed, or whatever TensorRT's bindings do."""
+    Raises BuildFailed, or any exception of TensorRT's bindings."""
     started = perf_counter()
     backend = find_backend(request.backend)
     trt, logger = backend.module, logger_of(backend)
     MESSAGES.clear()
-    say(phase="reading the graph")
+    answer(phase="reading the graph")
     builder = trt.Builder(logger)
     network = builder.create_network(backend.network_flags())
     parser = trt.OnnxParser(network, logger)
     weights = Path(request.graph).parent
     if sum(path.stat().st_size for path in weights.iterdir() if path.is_file()) > LARGE:
-        forget_pages(weights)
+        release_pages(weights)
     if not parser.parse_from_file(request.graph):
-        raise BuildFailed(f"{request.graph}: not read by {backend.name}: {_parse_errors(parser)}")
+        raise BuildFailed(f"{request.graph}: {backend.name} cannot read it: {_parse_error(parser)}")
     config = builder.create_builder_config()
     _configure(backend, config, request)
     for profile in request.profiles:
         config.add_optimization_profile(_profile(builder, network, profile))
-    monitor = _monitor(backend, say)
+    monitor = _monitor(backend, answer)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor
     timing = _timing_cache(config, request)
@@ -83,7 +83,7 @@ def build(request: WorkerRequest, say: SAY) -> dict[str, Any]:
         "seconds": perf_counter() - started,
         "cpu_seconds": sum(os.times()[:2]),
         "layers": network.num_layers,
-        **_memory(),
+        "peak_rss": byte_fields(Path("/proc/self/status")).get("VmHWM", 0),  # mapped files included
     }
 
 
@@ -92,7 +92,7 @@ def _configure(backend: Backend, config: Any, request: WorkerRequest) -> None:
         config.num_compute_capabilities = len(request.targets)
         for position, target in enumerate(request.targets):
             config.set_compute_capability(getattr(backend.module.ComputeCapability, target.upper()), position)
-    tf32 = backend.flag("TF32")  # on by default, and 13 bits less than the fp32 that a graph asks for
+    tf32 = backend.flag("TF32")  # on by default, with 13 bits less precision than fp32
     if tf32 is not None:
         config.clear_flag(tf32)
     if request.refittable:
@@ -100,12 +100,14 @@ def _configure(backend: Backend, config: Any, request: WorkerRequest) -> None:
     if request.weight_streaming:
         streaming = backend.flag("WEIGHT_STREAMING")
         if streaming is None:
-            raise BuildFailed(f"{backend.name} {backend.version} does not stream weights; build without that")
+            raise BuildFailed(
+                f"{backend.name} {backend.version} cannot stream weights; build with weight_streaming=False"
+            )
         config.set_flag(streaming)
 
 
 def _profile(builder: Any, network: Any, shapes: Any) -> Any:
-    """Build the optimisation profile, which gives every input of the network its range of shapes."""
+    """The optimisation profile with the range of shapes of every input of the network."""
     profile = builder.create_optimization_profile()
     names = [network.get_input(number).name for number in range(network.num_inputs)]
     if set(names) != set(shapes):
@@ -116,7 +118,7 @@ def _profile(builder: Any, network: Any, shapes: Any) -> Any:
 
 
 class _Output:
-    """A file that TensorRT writes to. An error in it is kept: it must not pass through TensorRT's own code."""
+    """A file that TensorRT writes to. It keeps an OSError, which must not pass through TensorRT's own code."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -136,7 +138,7 @@ class _Output:
 
 
 def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: _Output) -> None:
-    """Write the plan as it is made where TensorRT can, which saves a copy of it in memory."""
+    """Compile, and write the plan to `output`; as a stream if TensorRT can, which saves a copy in memory."""
     if hasattr(builder, "build_serialized_network_to_stream"):
         good = builder.build_serialized_network_to_stream(network, config, _stream(backend, output))
     else:
@@ -145,34 +147,28 @@ def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: 
     if output.error is not None:
         raise BuildFailed(f"{output.file.name}: cannot be written: {output.error.strerror}")
     if not good or not output.bytes:
-        raise BuildFailed(f"not built by {backend.name}: {MESSAGES.reason}")
+        raise BuildFailed(f"{backend.name} cannot build it: {MESSAGES.reason}")
 
 
 def _stream(backend: Backend, output: _Output) -> Any:
     base: Any = backend.module.IStreamWriter
 
     class Writer(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-
         def write(self, data: Any) -> int:
             return output.write(data)
 
     return Writer()
 
 
-def _monitor(backend: Backend, say: SAY) -> Any:
-    """Tells the outermost phase there is."""
+def _monitor(backend: Backend, answer: Answer) -> Any:
+    """A progress monitor that reports the current phase; None when this TensorRT has no monitors."""
     base: Any = getattr(backend.module, "IProgressMonitor", None)
     if base is None:
         return None
 
     class Monitor(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            say(phase=phase_name, steps=num_steps)
+            answer(phase=phase_name, steps=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             return True
@@ -184,7 +180,7 @@ def _monitor(backend: Backend, say: SAY) -> Any:
 
 
 def _timing_cache(config: Any, request: WorkerRequest) -> Any:
-    """The kernel timings of earlier builds on this GPU, set in the configuration; None where nothing is measured."""
+    """Give the configuration the kernel timings of earlier builds on this GPU; None when nothing is measured."""
     if request.timing_cache is None or not hasattr(config, "create_timing_cache"):
         return None
     path = Path(request.timing_cache)
@@ -197,27 +193,20 @@ def _save_timing_cache(cache: Any, request: WorkerRequest) -> None:
     if cache is None or request.timing_cache is None:
         return
     path = Path(request.timing_cache)
-    with contextlib.suppress(OSError):  # it saves time alone
+    with contextlib.suppress(OSError):  # a missing cache only costs time
         path.with_suffix(".new").write_bytes(memoryview(cache.serialize()))
         path.with_suffix(".new").replace(path)
 
 
-def _parse_errors(parser: Any) -> str:
-    """The first thing that was wrong: what was logged tells more than what the parser keeps."""
+def _parse_error(parser: Any) -> str:
+    """The first error: from the log, which says more than the parser, or from the parser."""
     if MESSAGES.errors or not parser.num_errors:
         return MESSAGES.reason
     error = parser.get_error(0)
     return f"node {error.node_name()}: " * bool(error.node_name()) + " ".join(error.desc().split())
 
 
-def _memory() -> dict[str, int]:
-    """The most this process ever had in memory, in bytes, mapped files included."""
-    status = Path("/proc/self/status")
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
-    return {"peak_rss": int(fields["VmHWM"].split()[0]) * 1024} if "VmHWM" in fields else {"peak_rss": 0}
-
-
 def _die_with_parent() -> None:
-    """Let the system kill this process when the one that started it ends, however that is."""
+    """Let the system kill this process when its parent process ends in any way."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

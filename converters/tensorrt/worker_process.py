@@ -1,4 +1,4 @@
-"""Runs a build in a process of its own, watches it, and ends it when this one is interrupted."""
+"""Runs a build in a worker process, reports its progress, and ends it when this process is interrupted."""
 
 import contextlib
 import json
@@ -13,37 +13,35 @@ from time import perf_counter
 from typing import IO, Any
 
 from ...schemas.errors import EngineError
+from .process_memory import byte_fields
 from .worker_request import WorkerRequest
 
-INTERVAL = 0.25  # seconds between two looks at the process
+INTERVAL = 0.25  # seconds between two reports of progress
 KILLED = -9
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """How a build goes: seconds so far and in all as estimated, what TensorRT is at, bytes of memory of its own.
-
-    Most of the time is spent in one phase that has no steps, so there is no better measure than the clock."""
+    """The progress of a build. TensorRT spends most of the time in one phase without steps, so time is the measure."""
 
     name: str
-    elapsed: float
-    estimate: float
-    phase: str
-    rss: int
+    elapsed: float  # seconds so far
+    estimate: float  # seconds in all
+    phase: str  # the name of TensorRT's current phase
+    rss: int  # bytes of memory of the process's own
 
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """The result and the cost of a build: bytes and SHA-256 of the plan, the version that wrote it, seconds, those of
-    all processors, the most memory with mapped files (`peak_rss`) and without (`peak_own`)."""
+    """The result and the cost of a build."""
 
-    bytes: int
-    sha256: str
-    version: str
+    bytes: int  # of the plan
+    sha256: str  # of the plan
+    version: str  # of the TensorRT that wrote it
     seconds: float
-    cpu_seconds: float
-    peak_rss: int
-    peak_own: int
+    cpu_seconds: float  # of all processors
+    peak_rss: int  # bytes of memory, mapped files included
+    peak_own: int  # bytes of memory without mapped files
     layers: int
 
 
@@ -53,9 +51,8 @@ OnProgress = Callable[[BuildProgress], object]
 def run_build(request: WorkerRequest, name: str, estimate: float, on_progress: OnProgress) -> BuildOutcome:
     """Run the build that `request` describes in a new process; messages call it `name`.
 
-    When this raises, also for an interruption, the process has ended; the caller removes what it wrote.
-
-    Raises EngineError with TensorRT's own reason, or with how the process ended."""
+    The process has ended when this function returns or raises, also for an interruption. The caller removes its output.
+    Raises EngineError with TensorRT's own reason, or with the way in which the process ended."""
     started = perf_counter()
     peak, phase, answer = 0, "starting", None
     with (
@@ -63,16 +60,16 @@ def run_build(request: WorkerRequest, name: str, estimate: float, on_progress: O
         _started(request, errors) as process,
     ):
         for content in _answers(process):
-            rss = own_memory(process.pid)
+            rss = byte_fields(Path(f"/proc/{process.pid}/status")).get("RssAnon", 0)
             peak = max(peak, rss)
             phase = content.get("phase", phase)
             answer = content if {"done", "error"} & content.keys() else answer
             on_progress(BuildProgress(name, perf_counter() - started, estimate, phase, rss))
         code = process.wait()
         errors.seek(0)
-        said = errors.read().strip().splitlines()
+        printed = errors.read().strip().splitlines()
     if answer is None:
-        raise EngineError(f"{name}: {_how_it_ended(code, peak, said)}")
+        raise EngineError(f"{name}: {_how_it_ended(code, peak, printed)}")
     if "error" in answer:
         raise EngineError(f"{name}: {answer['error']}")
     return BuildOutcome(**answer["done"], peak_own=peak)
@@ -80,7 +77,7 @@ def run_build(request: WorkerRequest, name: str, estimate: float, on_progress: O
 
 @contextlib.contextmanager
 def _started(request: WorkerRequest, errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """The process, in a session of its own: an interruption from the keyboard reaches this one alone, which ends it."""
+    """The worker, in a session of its own: Ctrl-C reaches only this process, which then ends the worker."""
     process = subprocess.Popen(
         request.command(),
         stdin=subprocess.PIPE,
@@ -92,7 +89,7 @@ def _started(request: WorkerRequest, errors: IO[str]) -> Iterator[subprocess.Pop
     )
     try:
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended already; how is seen below
+        with contextlib.suppress(BrokenPipeError):  # the worker has ended; the caller finds out how
             process.stdin.write(request.to_line() + "\n")
             process.stdin.flush()
         yield process
@@ -105,7 +102,7 @@ def _started(request: WorkerRequest, errors: IO[str]) -> Iterator[subprocess.Pop
 
 
 def _answers(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """The worker's answers until it ends; an empty one ({}) whenever INTERVAL has passed without an answer."""
+    """The worker's answers until it ends, and an empty answer after each INTERVAL without one."""
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     pending = b""
@@ -124,21 +121,11 @@ def _answers(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
 
 
-def own_memory(pid: int) -> int:
-    """Bytes of memory of a process's own, without pages of files; 0 where that is not told."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    found = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
-    return next((int(kilobytes) * 1024 for kilobytes in found), 0)
-
-
-def _how_it_ended(code: int, peak: int, said: list[str]) -> str:
+def _how_it_ended(code: int, peak: int, printed: list[str]) -> str:
     if code == KILLED:
         return (
-            f"the build was killed when it held {peak / 1e9:.1f} GB; the system does that when memory runs out: close "
-            "other programs, or build on a larger machine"
+            f"the build was killed when it had {peak / 1e9:.1f} GB of memory; the system kills processes when memory "
+            "runs out: close other programs, or build on a larger machine"
         )
-    last = f": {said[-1]}" if said else ""
-    return f"the build ended without a word (exit code {code}){last}"
+    last = f": {printed[-1]}" if printed else ""
+    return f"the build ended without a message (exit code {code}){last}"

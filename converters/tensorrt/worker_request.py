@@ -11,17 +11,16 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt a
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """A plan to build from one graph. Paths are absolute. `profiles` have shapes for every input. `timing_cache` is for
-    TensorRT, which measures kernels on the GPU and remembers how they did."""
+    """A plan to build from one graph. Its fields but the paths decide the key of the plan, see ``plan_cache``."""
 
     backend: str
-    graph: str
-    output: str
+    graph: str  # absolute path
+    output: str  # absolute path
     targets: tuple[str, ...]
-    profiles: tuple[Shapes, ...]
+    profiles: tuple[Shapes, ...]  # with shapes for every input
     refittable: bool = False
     weight_streaming: bool = False
-    timing_cache: str | None = None
+    timing_cache: str | None = None  # absolute path; for TensorRT, which measures kernels on the GPU
 
     def command(self) -> tuple[str, ...]:
         """The command line of the worker. The request itself goes to standard input, because profiles may exceed the

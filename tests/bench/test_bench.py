@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from cascadekit.bench import arithmetic, bench_convert, engines, process, standins
+from cascadekit.bench import bench_convert, cast_in_memory, engines, process, standins
 from cascadekit.bench.cli import ENGINES
 from cascadekit.bench.commands import bench
-from cascadekit.bench.worker import LOADERS
+from cascadekit.bench.engine_worker import LOADERS
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference import build_reference
 from cascadekit.runtime.engines.openvino import multiplies_bf16
@@ -146,13 +146,13 @@ def test_the_cast_in_memory_casts() -> None:
     """Its two lines of arithmetic are what they should be, or its time would be of something else."""
     values = np.array([1.0, -2.5, 1 + 2**-8, 1 + 3 * 2**-8, 3.0e38], np.float32)
     out = np.empty(5, np.uint16)
-    arithmetic._narrow(values.view(np.uint32), out)
+    cast_in_memory._narrow(values.view(np.uint32), out)
     assert [hex(bits) for bits in out] == ["0x3f80", "0xc020", "0x3f80", "0x3f82", "0x7f62"]
     wide = np.empty(5, np.uint32)
-    arithmetic._widen(out, wide)
+    cast_in_memory._widen(out, wide)
     assert wide.view(np.float32).tolist()[:3] == [1.0, -2.5, 1.0]
-    assert arithmetic.cast_in_memory("F32", 1 << 20) > 0
-    assert arithmetic.cast_in_memory("BF16", 1 << 20) > 0
+    assert cast_in_memory.cast_in_memory("F32", 1 << 20) > 0
+    assert cast_in_memory.cast_in_memory("BF16", 1 << 20) > 0
 
 
 def test_refusals(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import onnxruntime
 import torch
 from onnx.reference.op_run import OpRun
 
-from cascadekit.converters.onnx import GraphOptions, Weight, write_graph
+from cascadekit.converters.onnx import GraphOptions, write_graph
 from cascadekit.parity.reference import load_reference
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import expected_tensors, is_counter
+from cascadekit.storage.safetensors_reader import TensorRange
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,7 +29,7 @@ class Exported:
     config: NetworkConfig
     path: Path
     tensors: dict[str, Any]  # torch tensors, in the dtype they are stored in
-    weights: dict[str, Weight]
+    weights: dict[str, TensorRange]
 
     @cached_property
     def session(self) -> Any:

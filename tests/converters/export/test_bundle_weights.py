@@ -324,14 +324,14 @@ def test_a_full_disk_for_the_graph(prior: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_graph_that_onnx_refuses_is_not_written(prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs beside holes that stand in for the weights, and still notices a file that is not there."""
-    good = export_stage._ranges
+    good = export_stage.write_graphs
 
-    def beyond(tensors: Any) -> Any:
-        weights = good(tensors)
-        last = max(weights, key=lambda name: weights[name].offset)
-        return {**weights, last: replace(weights[last], location="other.safetensors")}
+    def beyond(config: Any, tensors: Any, options: Any) -> Any:
+        last = max(tensors, key=lambda name: tensors[name].offset)
+        elsewhere = replace(tensors[last], path=tensors[last].path.with_name("other.safetensors"))
+        return good(config, {**tensors, last: elsewhere}, options)
 
-    monkeypatch.setattr(export_stage, "_ranges", beyond)
+    monkeypatch.setattr(export_stage, "write_graphs", beyond)
     with pytest.raises(ExportError, match=r"prior/model\.onnx: refused by onnx.*other\.safetensors"):
         export(prior, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["prior"]

@@ -111,7 +111,7 @@ def test_command_line(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "prior in int4" in result.output
     assert "channelwise.0" in result.output
-    assert "tolerated are 9.00%" in result.output
+    assert "tolerated 9.00%" in result.output
     assert open_bundle(tmp_path / "bundle").manifest.stages[Stage.PRIOR].quantization == "int4"
 
 

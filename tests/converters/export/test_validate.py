@@ -219,7 +219,7 @@ def test_operators_that_the_target_does_not_have(bundle: Path, target: str) -> N
         (check,) = (check for check in found(bundle)["checks"] if check["graph"] == "model")
         assert check["operators"]["com.microsoft::Gelu"] == 1
     else:
-        assert said == (f"operators com.microsoft::Gelu are not of ai.onnx, which is what a {target} graph may use")
+        assert said == f"operators com.microsoft::Gelu: a graph with target {target} may use those of ai.onnx only"
 
 
 def test_operators_inside_other_operators(bundle: Path) -> None:
@@ -236,7 +236,9 @@ def test_operators_inside_other_operators(bundle: Path) -> None:
         model.graph.node.append(node)
         model.opset_import.append(helper.make_opsetid("org.example", 1))
 
-    assert "operators org.example::Odd are not of ai.onnx" in changed(bundle, nested)
+    assert "operators org.example::Odd: a graph with target portable may use those of ai.onnx only" in changed(
+        bundle, nested
+    )
 
 
 def test_ports_and_opset_are_the_manifests(bundle: Path) -> None:
@@ -252,14 +254,14 @@ def test_ports_and_opset_are_the_manifests(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("location", "../weights.safetensors", "'../weights.safetensors', which is not a file of the bundle beside"),
-        ("location", "/etc/passwd", "'/etc/passwd', which is not a file of the bundle"),
-        ("location", "", "'', which is not a file of the bundle"),
-        ("location", "none.safetensors", "'none.safetensors', which is not a file of the bundle"),
+        ("location", "../weights.safetensors", "'../weights.safetensors', which is not a file beside the graph"),
+        ("location", "/etc/passwd", "'/etc/passwd', which is not a file beside the graph"),
+        ("location", "", "'', which is not a file beside the graph"),
+        ("location", "none.safetensors", "'none.safetensors', which is not a file beside the graph"),
         ("offset", "999999999", "bytes 999999999 to"),
         ("offset", "-8", "bytes -8 to"),
         ("length", "12", "12 bytes, expected"),
-        ("offset", "x", "the place of an initialiser is no number"),
+        ("offset", "x", "the offset or length of an initialiser is no number"),
     ],
 )
 def test_weights_that_lie_elsewhere(bundle: Path, key: str, value: str, message: str) -> None:

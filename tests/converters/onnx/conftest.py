@@ -11,7 +11,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 
-from cascadekit.converters.onnx import Weight, write_graph
+from cascadekit.converters.onnx import write_graph
 from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import is_counter
 from cascadekit.storage.safetensors_reader import read_header
@@ -49,10 +49,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
         file = folder / "weights.safetensors"
         save_file(tensors, file)
         shift_data(file, remainder)
-        weights = {
-            name: Weight(tensor.dtype, tensor.shape, file.name, tensor.offset, tensor.nbytes)
-            for name, tensor in read_header(file).tensors.items()
-        }
+        weights = read_header(file).tensors
         onnx.save(write_graph(config, weights), folder / "model.onnx")
         return Exported(config, folder / "model.onnx", tensors, weights)
 

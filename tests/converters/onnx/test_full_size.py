@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, shape_inference
 
-from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graphs
+from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graphs
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import PRESETS, RES_TIMESTEP_ATTENTION, NetworkConfig, Stage, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors, is_counter
+from cascadekit.storage.safetensors_reader import TensorRange
 from helpers.graphs import open_session, run
 
 RELEASED = {f"{stage} {variant}": config for (stage, variant), config in PRESETS.items() if variant is not Variant.TINY}
@@ -31,12 +33,13 @@ SIZES = {
 }
 
 
-def anywhere(config: NetworkConfig) -> dict[str, Weight]:
+def anywhere(config: NetworkConfig) -> dict[str, TensorRange]:
     """Entries of a bf16 file that is not there."""
     offset, weights = 3, {}
     for name, shape in expected_tensors(config).items():
         length = math.prod(shape) * 2
-        weights[name] = Weight("I64" if is_counter(name) else "BF16", shape, "stage.safetensors", offset, length)
+        dtype = "I64" if is_counter(name) else "BF16"
+        weights[name] = TensorRange(Path("stage.safetensors"), dtype, shape, offset, length)
         offset += length
     return weights
 

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, shape_inference
 
-from cascadekit.converters.onnx import Weight, write_graph
+from cascadekit.converters.onnx import write_graph
 from cascadekit.schemas.errors import ExportError
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import (
@@ -29,6 +29,7 @@ from cascadekit.schemas.stages import (
     Variant,
 )
 from cascadekit.schemas.tensors import expected_tensors, is_counter
+from cascadekit.storage.safetensors_reader import TensorRange
 
 TOLERANCE = 1e-5
 TINY: dict[Stage, NetworkConfig] = {
@@ -99,12 +100,12 @@ def needed(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def weights_for(config: NetworkConfig, dtype: str = "F32") -> dict[str, Weight]:
+def weights_for(config: NetworkConfig, dtype: str = "F32") -> dict[str, TensorRange]:
     """Entries as of a file that is not there."""
     offset, weights = 0, {}
     for name, shape in expected_tensors(config).items():
         length = math.prod(shape) * (4 if dtype == "F32" else 2)
-        weights[name] = Weight(dtype, shape, "weights.safetensors", offset, length)
+        weights[name] = TensorRange(Path("weights.safetensors"), dtype, shape, offset, length)
         offset += length
     return weights
 
@@ -234,7 +235,7 @@ def test_unusable_weights_are_named_together(stage: Stage) -> None:
     del weights[missing]
     weights[reshaped] = replace(weights[reshaped], shape=(7, 7))
     weights[cast] = replace(weights[cast], dtype="F8_E4M3")
-    weights[cut] = replace(weights[cut], length=2)
+    weights[cut] = replace(weights[cut], nbytes=2)
     with pytest.raises(ExportError) as caught:
         write_graph(config, weights)
     text = str(caught.value)

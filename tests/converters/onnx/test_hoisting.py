@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graph
+from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graph
 from cascadekit.schemas.hoisted import MODULATION, RATIOS, modulation_width
 from cascadekit.schemas.precision import Target
 from cascadekit.schemas.stages import UNetConfig
+from cascadekit.storage.safetensors_reader import TensorRange
 from helpers.graphs import open_session, run
 from helpers.unets import DECODER, DECODER_SIZES, ODD_DECODER, ODD_PRIOR, ODD_PRIOR_SIZES, PRIOR, PRIOR_SIZES, inputs_of
 
@@ -67,7 +68,7 @@ def test_the_step_graph_has_no_weights_of_the_conditioning(export: Callable[...,
     assert all(".to_k." in name or ".to_v." in name for name in shared)  # both kinds of token go through them
 
 
-def joined(graph: Any) -> dict[str, Weight]:
+def joined(graph: Any) -> dict[str, TensorRange]:
     """Where the weights would lie if q, k and v of each attention followed one another, as in the original layout."""
     order = sorted(graph.weights, key=lambda name: (name.rsplit(".", 1)[1], name.replace("to_out", "zz")))
     offset, found = 16, {}
@@ -76,13 +77,13 @@ def joined(graph: Any) -> dict[str, Weight]:
     blocks = sorted(order, key=lambda n: (n.split(".to_")[0], n.endswith("bias"), [p in n for p in parts][::-1]))
     for name in blocks:
         weight = graph.weights[name]
-        found[name] = replace(weight, location="joined.bin", offset=offset)
-        offset += weight.length
+        found[name] = replace(weight, path=weight.path.with_name("joined.bin"), offset=offset)
+        offset += weight.nbytes
     data = bytearray(offset)
     source = graph.path.with_name("weights.safetensors").read_bytes()
     for name, weight in found.items():
         old = graph.weights[name]
-        data[weight.offset : weight.offset + weight.length] = source[old.offset : old.offset + old.length]
+        data[weight.offset : weight.offset + weight.nbytes] = source[old.offset : old.offset + old.nbytes]
     graph.path.with_name("joined.bin").write_bytes(data)
     return found
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, shape_inference
 from safetensors.torch import save_file
 from torch import nn
 
-from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graph, write_graphs
+from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graph, write_graphs
 from cascadekit.parity.reference import load_reference
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import FP16_MAX, Precision, Target
@@ -134,11 +134,7 @@ def with_stream_beyond_fp16(graph: Any, folder: Path, factor: float, parts: tupl
     }
     file = folder / "weights.safetensors"
     save_file(tensors, file)
-    weights = {
-        name: Weight(tensor.dtype, tensor.shape, file.name, tensor.offset, tensor.nbytes)
-        for name, tensor in read_header(file).tensors.items()
-    }
-    return replace(graph, path=folder / "model.onnx", tensors=tensors, weights=weights)
+    return replace(graph, path=folder / "model.onnx", tensors=tensors, weights=read_header(file).tensors)
 
 
 def test_a_stream_beyond_fp16_is_kept_small_enough(

@@ -13,7 +13,7 @@ from onnx import TensorProto
 from safetensors.torch import load_file
 
 from cascadekit.converters.export.quantize_file import quantize_weights
-from cascadekit.converters.onnx import GraphOptions, Weight, graph_ports, write_graph, write_graphs
+from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graph, write_graphs
 from cascadekit.parity.reference import load_reference
 from cascadekit.runtime.engines.int8 import int8_saturates
 from cascadekit.schemas.errors import ExportError, UsageError
@@ -22,7 +22,7 @@ from cascadekit.schemas.quantization import TARGETS, Quantization, candidates
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors
 from cascadekit.schemas.unet_blocks import streams_of
-from cascadekit.storage.safetensors_reader import read_header
+from cascadekit.storage.safetensors_reader import TensorRange, read_header
 from helpers.graphs import Exported, open_session, run
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32 with the dequantised weights; about 1e-6 is found
@@ -49,7 +49,7 @@ class Quantised:
 
     graph: Exported
     options: GraphOptions
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, TensorRange]
     stored: Mapping[str, Any]  # the quantised tensors, as torch loads them
 
     def write(self, options: GraphOptions, name: str = "model") -> Path:
@@ -103,9 +103,8 @@ def quantise(export: Callable[..., Exported]) -> Callable[[NetworkConfig, GraphO
         modules = fitting if modules is None else modules
         path = graph.path.with_name(f"{options.quantization}_{options.target}_{options.block_size}.safetensors")
         tensors = read_header(graph.path.with_name("weights.safetensors")).tensors
-        found = quantize_weights(tensors, modules, options.scheme, path)
+        written = quantize_weights(tensors, modules, options.scheme, path)
         floats = {name: w for name, w in graph.weights.items() if name.removesuffix(".weight") not in modules}
-        written = {name: Weight(t.dtype, t.shape, path.name, t.offset, t.nbytes) for name, t in found.items()}
         return Quantised(graph, replace(options, quantized=modules), {**floats, **written}, load_file(path))
 
     return quantised
@@ -311,7 +310,7 @@ def test_what_cannot_be_is_refused(quantise: Callable[..., Quantised]) -> None:
     made = quantise(PRIOR, GraphOptions(quantization=INT4, target=ORT))
 
     def refused(
-        error: type[Exception], match: str, weights: Mapping[str, Weight] = made.weights, **changes: Any
+        error: type[Exception], match: str, weights: Mapping[str, TensorRange] = made.weights, **changes: Any
     ) -> None:
         with pytest.raises(error, match=match):
             write_graph(PRIOR, weights, replace(made.options, **changes))

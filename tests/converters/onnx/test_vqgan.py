@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 
-from cascadekit.converters.onnx import Weight, write_graph
+from cascadekit.converters.onnx import write_graph
 from cascadekit.parity.reference import load_vqgan_encoder
 from cascadekit.schemas.errors import ExportError
 from cascadekit.schemas.ports import vqgan_encoder_ports
@@ -77,8 +77,7 @@ def encoder(export: Callable[..., Any]) -> Callable[[VQGANConfig], Any]:
 
     def opened(config: VQGANConfig) -> Any:
         path = export(config).path.with_name("encoder.onnx")
-        tensors = read_header(path.with_name("weights.safetensors")).tensors
-        weights = {n: Weight(t.dtype, t.shape, "weights.safetensors", t.offset, t.nbytes) for n, t in tensors.items()}
+        weights = read_header(path.with_name("weights.safetensors")).tensors
         onnx.save(write_graph(config, weights, name="encoder"), path)
         onnx.checker.check_model(path, full_check=True)
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -59,7 +59,7 @@ def test_a_killed_build(bundle: Path) -> None:
             (worker,) = children(os.getpid())
             os.kill(worker, signal.SIGKILL)
 
-    words = "^decoder/model for sm89: the build was killed when it held"
+    words = "^decoder/model for sm89: the build was killed when it had"
     with unchanged(bundle), pytest.raises(EngineError, match=words):
         build(bundle, DECODER, on_progress=kill)
 
@@ -143,7 +143,7 @@ def test_the_reason_is_tensorrts_own(
     monkeypatch.setattr(tasks, "refusal", lambda *arguments: None)
     with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
         build(bundle, BuildOptions(targets=("sm75",), stages=(Stage.TEXT_ENCODER,)))
-    assert str(caught.value).startswith("text_encoder/model for sm75: not built by tensorrt-rtx: ")
+    assert str(caught.value).startswith("text_encoder/model for sm75: tensorrt-rtx cannot build it: ")
     assert "cuda" not in str(caught.value).lower()
     assert "\n" not in str(caught.value)
 
@@ -155,7 +155,7 @@ def test_a_graph_whose_weights_moved(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         run_build(job, "vqgan", 1.0, lambda progress: None)
     folder = bundle / "vqgan"
-    reason = f"not read by tensorrt-rtx: Failed to open file: {folder / 'weights.safetensors'}"
+    reason = f"tensorrt-rtx cannot read it: Failed to open file: {folder / 'weights.safetensors'}"
     assert str(caught.value) == f"vqgan: {folder / 'model.onnx'}: {reason}"
     assert not (tmp_path / "plan").exists()
 
@@ -164,6 +164,6 @@ def test_a_process_that_cannot_start(bundle: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         WorkerRequest, "command", lambda job: (sys.executable, "-c", "raise SystemExit('no memory for a word')")
     )
-    words = r"ended without a word \(exit code 1\): no memory for a word"
+    words = r"ended without a message \(exit code 1\): no memory for a word"
     with unchanged(bundle), pytest.raises(EngineError, match=words):
         build(bundle, VQGAN)

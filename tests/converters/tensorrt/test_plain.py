@@ -191,7 +191,9 @@ def test_streaming_is_asked_for_by_name(bundle: Path, installed: Any, has_it: bo
         assert built.plan.weight_streaming
         assert used()["flags"] == ["WEIGHT_STREAMING"]
     else:
-        with pytest.raises(EngineError, match=r"tensorrt 10.0.1 does not stream weights; build without that"):
+        with pytest.raises(
+            EngineError, match=r"tensorrt 10.0.1 cannot stream weights; build with weight_streaming=False"
+        ):
             build(bundle, wishes)
 
 
@@ -218,7 +220,7 @@ def test_why_it_failed(bundle: Path, installed: Any) -> None:
     installed(FAILING)
     with pytest.raises(EngineError) as caught:
         build(bundle, VQGAN)
-    assert str(caught.value) == "vqgan/model: not built by tensorrt: no kernel for this"
+    assert str(caught.value) == "vqgan/model: tensorrt cannot build it: no kernel for this"
 
 
 def test_targets_are_for_rtx(bundle: Path, installed: Any) -> None:
@@ -258,12 +260,14 @@ def test_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(1))
     assert devices.present_device() == DeviceEntry(name="NVIDIA GeForce RTX 5090", capability="sm120")
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(0))
-    with pytest.raises(EngineError, match='the driver shows none; backend="tensorrt-rtx" builds without one'):
+    with pytest.raises(EngineError, match='the driver finds none; backend="tensorrt-rtx" builds without a GPU'):
         devices.present_device()
 
     def missing(name: str) -> Any:
         raise OSError(name)
 
     monkeypatch.setattr(devices.ctypes, "CDLL", missing)
-    with pytest.raises(EngineError, match='there is no NVIDIA driver here; backend="tensorrt-rtx" builds without one'):
+    with pytest.raises(
+        EngineError, match='there is no NVIDIA driver here; backend="tensorrt-rtx" builds without a GPU'
+    ):
         devices.present_device()

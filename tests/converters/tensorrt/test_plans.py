@@ -189,7 +189,9 @@ def test_inspect_and_validate(bundle: Path) -> None:
     (bundle / plan.path).write_bytes(content)
     result = call("validate", bundle)
     assert result.exit_code == 1
-    assert f"{plan.path}: its SHA-256 is not that of the manifest; `cascadekit build` makes it again" in result.stdout
+    assert (
+        f"{plan.path}: its SHA-256 is not that of the manifest; build it again with `cascadekit build`" in result.stdout
+    )
 
     (bundle / plan.path).write_bytes(content[:32] + bytes([4]) + content[33:])  # for sm86 alone
     result = call("inspect", bundle, "--json")

@@ -75,7 +75,7 @@ def test_operators_of_another_runtime(original: Path, tmp_path: Path) -> None:
 def test_stages_and_graphs(bundle: Path) -> None:
     assert "has no previewer" in refused(2, bundle, "--arch", "sm89", "--stage", "previewer")
     words = refused(2, bundle, "--arch", "sm89", "--graph", "steps")
-    assert words == "graph steps: there are conditioning, encoder, model, step"
+    assert words == "the bundle has no graph steps; it has conditioning, encoder, model, step"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_options(bundle: Path, options: tuple[str, ...], message: str) -> None:
 
 def test_nothing_is_exported_for_targets_that_cannot_be(original: Path, tmp_path: Path) -> None:
     words = refused(2, original, "-o", tmp_path / "out", "--arch", "sm75,sm89", "--precision", "bf16")
-    assert words == "sm75 in tensorrt-rtx has no bf16; take --precision fp16, or make another bundle for that GPU"
+    assert words == "sm75 in tensorrt-rtx has no bf16; use --precision fp16, or make another bundle for that GPU"
     assert not (tmp_path / "out").exists()
 
 
@@ -102,7 +102,7 @@ def test_too_little_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(estimate, "free_memory", lambda: 10_000_000)
     words = refused(1, bundle, "--arch", "sm89")
     assert "building takes about 0.4 GB of memory, 0.0 GB are free here" in words
-    assert "--no-memory-check" in words
+    assert "try it with --no-memory-check" in words
 
 
 def test_too_little_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

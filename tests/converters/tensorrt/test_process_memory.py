@@ -3,7 +3,7 @@
 import mmap
 from pathlib import Path
 
-from cascadekit.converters.tensorrt.pages import mappings
+from cascadekit.converters.tensorrt.process_memory import mappings
 
 
 def test_what_is_given_back(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""The process that measures one engine: loads a stage, runs it, prints what that took as one line of JSON."""
+"""The process that measures one engine: loads a stage, runs it, and prints its measurements as one line of JSON."""
 
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..converters.checkpoints.open_model import open_model
+from ..converters.tensorrt.process_memory import byte_fields
 from ..runtime.engines.base import StageRunner
 from ..runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
 from ..runtime.engines.openvino import import_openvino
@@ -26,6 +27,7 @@ from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.ports import ports_of
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle
+from .process import WorkerJob
 
 GEMM = "gemm"
 GEMM_SHAPE = (1152, 1536, 6144)  # of the widest products of the lite prior at 1024x1024 with guidance
@@ -33,8 +35,8 @@ GEMM_SECONDS = 0.7  # for each dtype
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker does: `runs` forwards of one stage on one engine, after one that does not count."""
+class EngineJob(WorkerJob):
+    """`runs` forwards of one stage on one engine."""
 
     engine: str
     stage: str
@@ -42,27 +44,14 @@ class Job:
     bundle: str
     inputs: str  # .npz, an array for each port
     outputs: str  # .npz to write
-    work: str  # folder for what an engine has to make
-    threads: int
-    runs: int
-
-    def command(self) -> tuple[str, ...]:
-        call = "from cascadekit.bench.worker import main; main()"
-        return (sys.executable, "-c", call, json.dumps(asdict(self)))
+    folder: str  # for files that an engine writes
 
     @property
-    def environment(self) -> Mapping[str, str]:
-        """Settings that libraries read when they are loaded."""
-        count = str(self.threads)
-        return {
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "OPENBLAS_NUM_THREADS": count,
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(self.work) / "inductor"),
-        }
+    def environment(self) -> dict[str, str]:
+        return super().environment | {"TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder) / "inductor")}
 
 
-# Those that report their use unless they are imported with care.
+# Libraries that report their use to their makers unless they are imported in this way.
 IMPORTS: Mapping[str, Callable[[], Any]] = {
     "onnxruntime": lambda: import_onnxruntime("cpu"),
     "openvino": import_openvino,
@@ -70,16 +59,16 @@ IMPORTS: Mapping[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    job = Job(**json.loads(sys.argv[1]))
-    print(json.dumps(_gemm_rates() if job.engine == GEMM else _measure(job)))
+    job = EngineJob(**json.loads(sys.argv[1]))
+    print(json.dumps({"rates": _gemm_rates()} if job.engine == GEMM else _measure(job)))
 
 
-def _measure(job: Job) -> dict[str, Any]:
+def _measure(job: EngineJob) -> dict[str, Any]:
     inputs = dict(np.load(job.inputs))
-    os.chdir(job.work)
-    _, needs = LOADERS[job.engine]
+    os.chdir(job.folder)
+    load, needs = LOADERS[job.engine]
     for name in needs:
-        IMPORTS[name]() if name in IMPORTS else import_module(name)  # importing is not loading
+        IMPORTS[name]() if name in IMPORTS else import_module(name)  # before the clock: an import is no part of loading
     start = perf_counter()
     runner = load(job)
     loaded, rss = perf_counter() - start, resident()
@@ -104,30 +93,24 @@ def _measure(job: Job) -> dict[str, Any]:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """As .npz."""
+    """Write `arrays` to `path` as .npz."""
     np.savez(path, allow_pickle=False, **arrays)
 
 
 def resident() -> dict[str, int]:
     """Bytes in memory: the process's own, and pages of files, which the system may drop."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("file", "RssFile"))}
+    fields = byte_fields(Path("/proc/self/status"))
+    return {"anonymous": fields["RssAnon"], "file": fields["RssFile"]}
 
 
-def load(job: Job) -> StageRunner:
-    """The stage on the job's engine."""
-    loader, _ = LOADERS[job.engine]
-    return loader(job)
-
-
-def _bundled(name: str) -> Callable[[Job], StageRunner]:
+def _bundled(name: str) -> Callable[[EngineJob], StageRunner]:
     return lambda job: make_engine(name, open_bundle(Path(job.bundle)), threads=job.threads).load(Stage(job.stage))
 
 
-def _hoisted(name: str) -> Callable[[Job], StageRunner]:
-    """The step graph alone; what conditions it is computed before the clock runs."""
+def _hoisted(name: str) -> Callable[[EngineJob], StageRunner]:
+    """The step graph; its conditions are computed before the measurement."""
 
-    def loaded(job: Job) -> StageRunner:
+    def loaded(job: EngineJob) -> StageRunner:
         engine, stage = make_engine(name, open_bundle(Path(job.bundle)), threads=job.threads), Stage(job.stage)
         inputs = dict(np.load(job.inputs))
         ratios = inputs["timestep_ratio"]
@@ -139,8 +122,8 @@ def _hoisted(name: str) -> Callable[[Job], StageRunner]:
     return loaded
 
 
-def _reference(dtype: str, *, compiled: bool = False) -> Callable[[Job], StageRunner]:
-    def loaded(job: Job) -> StageRunner:
+def _reference(dtype: str, *, compiled: bool = False) -> Callable[[EngineJob], StageRunner]:
+    def loaded(job: EngineJob) -> StageRunner:
         from ..parity.reference.loading import reference_engine
 
         stage = Stage(job.stage)
@@ -149,8 +132,8 @@ def _reference(dtype: str, *, compiled: bool = False) -> Callable[[Job], StageRu
     return loaded
 
 
-def _diffusers(dtype: str) -> Callable[[Job], StageRunner]:
-    def loaded(job: Job) -> StageRunner:
+def _diffusers(dtype: str) -> Callable[[EngineJob], StageRunner]:
+    def loaded(job: EngineJob) -> StageRunner:
         from ..parity.reference.loading import diffusers_engine
 
         stage = Stage(job.stage)
@@ -159,8 +142,8 @@ def _diffusers(dtype: str) -> Callable[[Job], StageRunner]:
     return loaded
 
 
-def _traced(job: Job) -> StageRunner:
-    """The reference as torch's exporter writes it."""
+def _traced(job: EngineJob) -> StageRunner:
+    """The reference network, exported by torch."""
     session = import_onnxruntime("cpu")
     options = session.SessionOptions()
     options.intra_op_num_threads = job.threads
@@ -169,9 +152,9 @@ def _traced(job: Job) -> StageRunner:
     return OnnxRuntimeStage(stage, open_bundle(Path(job.bundle)).entry(stage).graphs[MAIN_GRAPH], loaded)
 
 
-def traced_graph(job: Job) -> Path:
-    """Where the traced graph lies; the first worker that asks makes it, before the others are measured."""
-    path = Path(job.work) / "traced.onnx"
+def traced_graph(job: EngineJob) -> Path:
+    """The path of the traced graph; the first worker writes it, before any engine is measured."""
+    path = Path(job.folder) / "traced.onnx"
     if not path.exists():
         from ..parity.reference.engine import trace
         from ..parity.reference.loading import load_component
@@ -183,7 +166,7 @@ def traced_graph(job: Job) -> Path:
 
 
 def _gemm_rates() -> dict[str, float]:
-    """Multiply-adds per second of a product like the prior's, for each library and dtype at hand."""
+    """Multiply-adds per second of a product like the prior's, for each installed library and dtype."""
     rates = {"numpy fp32": _numpy_rate()}
     if find_spec("torch") is not None:
         from ..parity.reference.engine import matmul_rate
@@ -208,8 +191,8 @@ def _numpy_rate() -> float:
 
 ONNXRUNTIME, OPENVINO, TORCH, DIFFUSERS = ("onnxruntime",), ("openvino",), ("torch",), ("diffusers", "torch")
 
-# How each engine is loaded, and the packages it needs, first the one whose version counts.
-LOADERS: Mapping[str, tuple[Callable[[Job], StageRunner], tuple[str, ...]]] = {
+# The loader of each engine, and the packages it needs; the version of the first one is reported.
+LOADERS: Mapping[str, tuple[Callable[[EngineJob], StageRunner], tuple[str, ...]]] = {
     "onnxruntime": (_bundled("onnxruntime"), ONNXRUNTIME),
     "onnxruntime-hoisted": (_hoisted("onnxruntime"), ONNXRUNTIME),
     "onnxruntime-mapped": (_bundled("onnxruntime-mapped"), ONNXRUNTIME),

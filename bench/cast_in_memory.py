@@ -1,4 +1,4 @@
-"""How fast this machine casts when no file is in the way: the bound of a conversion that casts."""
+"""Measures casts in memory, without a file: the lower bound of a conversion that casts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -7,19 +7,19 @@ import numpy as np
 
 from ..storage.cast import Array
 
-MEMORY_SPAN = 1 << 27  # bytes each thread goes over again and again: more than any cache
+MEMORY_SPAN = 1 << 27  # bytes that each thread casts repeatedly: more than any cache
 CHUNK = 1 << 16
 
 
 def main(dtype: str, nbytes: int) -> None:
-    """Print the seconds that casting `nbytes` of `dtype` takes when neither a file nor a check is in the way."""
+    """Print the seconds that casting `nbytes` of `dtype` takes, without a file and without checks."""
     print(cast_in_memory(dtype, nbytes))
 
 
 def cast_in_memory(dtype: str, nbytes: int, threads: int = 2) -> float:
     """Seconds that `threads` threads of numpy take to cast `nbytes` of F32 to BF16, or of BF16 to F32.
 
-    No more than MEMORY_SPAN bytes a thread are held; larger amounts go over them several times."""
+    A thread holds at most MEMORY_SPAN bytes, and casts them several times for a larger amount."""
     size, wide = (4, 2) if dtype == "F32" else (2, 4)
     count = nbytes // size // threads
     held = max(1, min(count, MEMORY_SPAN // size))
@@ -28,11 +28,11 @@ def cast_in_memory(dtype: str, nbytes: int, threads: int = 2) -> float:
     targets = [np.ones(held, f"u{wide}") for _ in range(threads)]
     start = perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_cast_over_and_over, sources, targets, [count] * threads))
+        list(pool.map(_cast_repeatedly, sources, targets, [count] * threads))
     return perf_counter() - start
 
 
-def _cast_over_and_over(values: Array, out: Array, count: int) -> None:
+def _cast_repeatedly(values: Array, out: Array, count: int) -> None:
     cast = _narrow if values.itemsize > out.itemsize else _widen
     while count > 0:
         for start in range(0, min(count, len(values)), CHUNK):
@@ -41,7 +41,7 @@ def _cast_over_and_over(values: Array, out: Array, count: int) -> None:
 
 
 def _narrow(bits: Array, out: Array) -> None:
-    """F32 to BF16, to nearest, ties to even, as if there were no NaN."""
+    """F32 to BF16, to nearest, ties to even; without NaN."""
     rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import export
 from cascadekit.converters.export.export_options import ExportOptions
-from cascadekit.converters.export.fp16_bound import largest_stream
-from cascadekit.converters.onnx import Weight
+from cascadekit.converters.export.fp16_overflow import largest_stream
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.safetensors_reader import read_header
@@ -32,13 +31,11 @@ def test_the_sum_over_a_stream(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors |= {f"{name}.bias": torch.randn(8, generator=generator).to(dtype) for name in names}
     tensors |= {"up_blocks.0.0.channelwise.0.weight": torch.full((8, 5), 1e4).to(dtype)}  # which is no last layer
     save_file(tensors, tmp_path / "w.safetensors")
-    found = read_header(tmp_path / "w.safetensors").tensors
-    weights = {name: Weight(t.dtype, t.shape, t.path.name, t.offset, t.nbytes) for name, t in found.items()}
     expected = sum(
         float(tensors[f"{name}.weight"].float().norm(dim=1).max() + tensors[f"{name}.bias"].float().abs().max())
         for name in names[:2]
     )
-    stream, size = largest_stream(weights, tmp_path)
+    stream, size = largest_stream(read_header(tmp_path / "w.safetensors").tensors)
     assert stream == "up_blocks.0"
     assert size == pytest.approx(expected, rel=1e-5)
 
@@ -59,5 +56,5 @@ def test_export_says_what_may_overflow(tiny: Path, tmp_path: Path) -> None:
         ExportOptions(precisions={Stage.PRIOR: Precision.FP16}, storage=Precision.FP32),
     )
     assert line.startswith("prior in fp16: by its weights up_blocks.1 reaches about ")
-    assert "--fp16-safe auto" in line
+    assert 'fp16_safe="auto" measures and prevents it' in line
     assert exported(tmp_path / "model", tmp_path / "fp32", ExportOptions()) == []
