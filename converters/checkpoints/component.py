@@ -13,9 +13,9 @@ from ...schemas.errors import LayoutError
 from ...schemas.layouts import Layout, foreign_name
 from ...schemas.stages import NetworkConfig, Stage, Variant, variant_of
 from ...schemas.tensors import Shape, expected_tensors, is_counter
+from ...schemas.wording import listed
 from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 
-SHOWN_ITEMS = 6  # of each list in a message; the rest are counted
 BLOCK = re.compile(r".*?\.\d+(?:\.\d+)?\.")  # the beginning of a tensor's name up to the number of its block
 
 # Names of tensors that programs write beside quantised weights.
@@ -162,9 +162,3 @@ def _by_block(names: Sequence[str]) -> list[str]:
         members[0] if len(members) == 1 else f"{block}{{{listed([name.removeprefix(block) for name in members])}}}"
         for block, members in blocks.items()
     ]
-
-
-def listed(items: Sequence[str]) -> str:
-    """Return the first few items, and how many more there are."""
-    rest = len(items) - SHOWN_ITEMS
-    return ", ".join(items[:SHOWN_ITEMS]) + (f" and {rest} more" if rest > 0 else "")

@@ -28,9 +28,9 @@ from ...schemas.json_text import load_json
 from ...schemas.limits import MAX_FOLDER_ENTRIES
 from ...schemas.stages import NetworkConfig, Stage
 from ...schemas.tensors import Shape
+from ...schemas.wording import listed
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
-from .component import listed
 from .identify import FileContents, ReadConfig, identify_all
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # a file name without a folder

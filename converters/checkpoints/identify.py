@@ -12,8 +12,9 @@ from ...schemas.key_prefixes import TensorGroup, group_by_prefix
 from ...schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_diffusers
 from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, VQGANConfig
 from ...schemas.tensors import Shape, expected_tensors
+from ...schemas.wording import listed
 from ...storage.safetensors_reader import Header, TensorRange
-from .component import Component, find_problems, listed, missing_counters
+from .component import Component, find_problems, missing_counters
 
 # Returns the config of a stage that lies beside its tensors, which have these shapes; None where there is none.
 ReadConfig = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]

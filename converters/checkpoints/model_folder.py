@@ -13,10 +13,10 @@ from ...schemas.errors import CheckpointError, ConversionError
 from ...schemas.folders import COMBINED_FOLDERS
 from ...schemas.limits import MAX_TOKENIZER_BYTES
 from ...schemas.stages import NetworkConfig, Stage
+from ...schemas.wording import listed
 from .provenance import lies_in
 
 TOKENIZER_FOLDER = "tokenizer"  # in a bundle and in a model folder
-SHOWN_NAMES = 5  # of a list of file names in a note; the rest are counted
 
 SCHEDULER = {
     "_class_name": "DDPMWuerstchenScheduler",
@@ -167,8 +167,7 @@ def check_tokenizer(folder: Path | None, rows: int | None) -> OwnTokenizer | Non
 def _notes_on_other_files(folder: Path) -> Iterator[str]:
     others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES)
     if others:
-        more = f" and {len(others) - SHOWN_NAMES} more" if len(others) > SHOWN_NAMES else ""
-        yield f"{folder}: not a tokenizer's files, left out: {', '.join(others[:SHOWN_NAMES])}{more}"
+        yield f"{folder}: not a tokenizer's files, left out: {listed(others)}"
 
 
 def _notes_on_rows(folder: Path, content: TokenizerFile, rows: int | None) -> Iterator[str]:

@@ -24,7 +24,7 @@ from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
 if TYPE_CHECKING:
-    from .merge_bundle import Applied
+    from .merge_plan import Merge
 
 FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
 CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
@@ -100,7 +100,7 @@ def _user_caches() -> Path:
     return Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache"  # as the XDG specification has it
 
 
-def _merging() -> Callable[..., "Applied"]:
+def _merging() -> Callable[..., "Merge"]:
     """What makes the bundle; what is in the cache can be had without the onnx package that this reads graphs with."""
     try:
         from .merge_bundle import derive_bundle

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from ...schemas.errors import ConversionError
-from ...storage.safetensors_plan import Calculated, Part, TensorPlan
+from ...storage.safetensors_plan import CalculatedRange, Range, TensorPlan
 from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
 from .encoding import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
@@ -57,7 +57,7 @@ class Effect:
     rounding: float = 0.0
 
 
-def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[Calculated, Effect]:
+def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[CalculatedRange, Effect]:
     """The bytes of `tensor` with `changes` applied in their order, and a record that fills while they are made.
 
     Calculates in float32 (float64 for F64) and rounds once, to nearest, ties to even. Raises ConversionError for a
@@ -68,7 +68,7 @@ def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[
             "cast the checkpoint first"
         )
     effect = Effect(name, tensor.dtype, len(changes))
-    return Calculated(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
+    return CalculatedRange(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
 
 
 def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> Iterator[Bytes]:
@@ -128,7 +128,7 @@ def _largest(values: Array) -> float:
     return max(float(values.max()), -float(values.min()))
 
 
-def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, TensorPlan]:
+def rewritten(header: Header, calculated: Mapping[TensorRange, CalculatedRange]) -> dict[str, TensorPlan]:
     """Return a plan of every tensor of a file, in its order. Ranges in `calculated` get their new values."""
     ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
     plans = {}
@@ -140,8 +140,8 @@ def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> d
 
 
 def _parts(
-    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, Calculated]
-) -> Iterator[Part]:
+    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, CalculatedRange]
+) -> Iterator[Range]:
     position, end = tensor.offset, tensor.offset + tensor.nbytes
     for part in inside:
         if part.offset > position:

@@ -10,13 +10,14 @@ from ...schemas.callbacks import Say
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+from ...schemas.wording import listed_below
 from ...storage.atomic_output import staged_output
 from ...storage.safetensors_writer import write_safetensors
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from .adapters import Adapter, Axis
 from .factors import Factor, factor_plan
-from .lora_file import Embedding, Lora, listed
+from .lora_file import Embedding, Lora
 from .peft_config import CONFIG_NAME, METADATA_KEY, settings
 from .read_formats import FOLDER_NAMES, open_lora
 from .stability_format import DEFAULT_FILTERS, stability_tensors
@@ -74,7 +75,7 @@ def convert_lora(
     tensors, lost = _tensors(lora, to, module_filters)
     if lost and (not drop or not tensors):
         raise ConversionError(
-            f"{lora.path}: {to} cannot hold {len(lost)} parts of it:\n  {listed(lost)}\n"
+            f"{lora.path}: {to} cannot hold {len(lost)} parts of it:{listed_below(lost)}\n"
             + ("drop=True leaves them out; or choose another format" if tensors else "Nothing else is in it")
         )
     metadata = _metadata(lora, to)

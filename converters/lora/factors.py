@@ -8,7 +8,7 @@ import numpy as np
 
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.tensors import Shape
-from ...storage.safetensors_plan import Calculated, TensorPlan
+from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import DTYPE_SIZES, TensorRange
 from .encoding import FLOATS, INTEGERS, Array, compute_type, decode, encode
 
@@ -44,7 +44,7 @@ def factor_plan(factor: Factor) -> TensorPlan:
     """Return a factor as a tensor to write: the bytes it is a copy of, or its encoded numbers."""
     if factor.source is not None:
         return TensorPlan(factor.dtype, factor.shape, (factor.source,))
-    values = Calculated(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
+    values = CalculatedRange(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
     return TensorPlan(factor.dtype, factor.shape, (values,))
 
 

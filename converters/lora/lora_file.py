@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, variant_of
 from .adapters import Adapter
 from .factors import Factor
 
-SHOWN = 6  # of a list of problems; the rest are counted
+Config = TypeVar("Config", UNetConfig, TextEncoderConfig)
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapters of a LoRA by target, the networks they fit, token embeddings, metadata, and notes for the user."""
+    """A LoRA file: its adapters by target, token embeddings, metadata, and notes for the user.
+
+    `unet` is the UNet that the adapters fit; None when they change the text encoder alone."""
 
     path: Path
     format: LoraFormat
     adapters: dict[LoraTarget, Adapter]
     unet: UNetConfig | None
-    text_encoder: TextEncoderConfig | None
     embeddings: tuple[Embedding, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -60,18 +62,7 @@ def describe(config: NetworkConfig) -> str:
     return f"the {config.stage} ({variant_of(config)})"
 
 
-def candidate_unets(networks: Sequence[NetworkConfig]) -> list[UNetConfig]:
-    """Return the UNets that a LoRA may be for: those given, else the released ones, priors first."""
-    given = [config for config in networks if isinstance(config, UNetConfig)]
-    return given or [config for config in PRESETS.values() if isinstance(config, UNetConfig)]
-
-
-def candidate_text_encoders(networks: Sequence[NetworkConfig]) -> list[TextEncoderConfig]:
-    given = [config for config in networks if isinstance(config, TextEncoderConfig)]
-    return given or [config for config in PRESETS.values() if isinstance(config, TextEncoderConfig)]
-
-
-def listed(items: Sequence[str], separator: str = "\n  ") -> str:
-    """Return the first few items, and how many more there are."""
-    rest = len(items) - SHOWN
-    return separator.join(items[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
+def candidates(kind: type[Config], networks: Sequence[NetworkConfig]) -> list[Config]:
+    """Return the networks of one `kind` that a LoRA may be for: those given, else the released ones, priors first."""
+    given = [config for config in networks if isinstance(config, kind)]
+    return given or [config for config in PRESETS.values() if isinstance(config, kind)]

@@ -9,16 +9,39 @@ from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraTarget
 from ...schemas.stages import Stage
+from ...schemas.wording import listed_below
 from ...storage.file_hashes import fingerprint
 from ..checkpoints.component import Component
-from .changed_tensors import Change, adapter_change, embedding_change
-from .lora_file import Lora, listed
+from .changed_tensors import Change, Effect, adapter_change, embedding_change
+from .lora_file import Lora
 from .read_formats import open_lora
 from .stability_format import DEFAULT_FILTERS
 
 TOKEN_TABLE = "text_model.embeddings.token_embedding"
 
 MERGED_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER)  # a LoRA that fits both UNets is the prior's
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The result of a merge into a checkpoint or bundle: the output, the effect on each changed tensor, and notes.
+
+    `unapplied` are the parts of LoRAs that the checkpoint or the bundle's graphs lack."""
+
+    output: Path
+    effects: tuple[Effect, ...]
+    unapplied: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def largest_change(self) -> float:
+        """The largest change of any value."""
+        return max((effect.largest_change for effect in self.effects), default=0.0)
+
+    @property
+    def rounding(self) -> float:
+        """The largest distance, by rounding, between a value and its original after a merge and its undoing."""
+        return max((effect.rounding for effect in self.effects), default=0.0)
 
 
 @dataclass
@@ -81,7 +104,7 @@ def plan_loras(
         )
     if not plan.changes:
         raise ConversionError(
-            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:\n  {listed(plan.unapplied)}\n{advice}"
+            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:{listed_below(plan.unapplied)}\n{advice}"
         )
     return plan
 

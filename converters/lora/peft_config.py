@@ -93,12 +93,12 @@ def _config(where: str, values: dict[str, Any]) -> PeftConfig:
     if problems:
         raise LayoutError(f"{where}: the adapter cannot be used:\n  " + "\n  ".join(problems))
     return PeftConfig(
-        _number(ALPHA_FIELDS[kind], values.get(ALPHA_FIELDS[kind], 8)),
-        _number("r", values.get("r", 8)) or 8,
-        Patterns("alpha_pattern", _table("alpha_pattern", values)),
-        Patterns("rank_pattern", _table("rank_pattern", values)),
-        bool(values.get("use_rslora", False)),
-        bool(values.get("use_dora", False)),
+        default_alpha=_number(ALPHA_FIELDS[kind], values.get(ALPHA_FIELDS[kind], 8)),
+        default_rank=_number("r", values.get("r", 8)) or 8,
+        alphas=Patterns("alpha_pattern", _table("alpha_pattern", values)),
+        ranks=Patterns("rank_pattern", _table("rank_pattern", values)),
+        use_rslora=bool(values.get("use_rslora", False)),
+        use_dora=bool(values.get("use_dora", False)),
     )
 
 

@@ -1,19 +1,20 @@
 """Reads a LoRA file of any known format into adapters by diffusers names."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
 from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, Prefix, changeable
-from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
+from ...schemas.wording import listed, listed_below
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, make_adapter, split_rows
 from .factors import Factor, scaled
-from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe, listed
+from .lora_file import Lora, candidates, describe
 from .peft_config import Configs, find_configs
 from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
@@ -105,24 +106,23 @@ class Source:
     alpha: float | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
-    """A file read as being for one pair of networks."""
+    """A file read as being for one pair of networks, which is named by its UNet."""
 
     unet: UNetConfig
-    text_encoder: TextEncoderConfig
-    adapters: dict[LoraTarget, Adapter]
-    prefixes: list[Prefix]
-    problems: list[str]
-    unnamed: int  # problems that are names the networks do not have
+    adapters: dict[LoraTarget, Adapter] = field(default_factory=dict)
+    prefixes: list[Prefix] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unnamed: int = 0  # problems that are names the networks do not have
 
 
 def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
     """The reading with the fewest problems, the first of equals."""
     attempts = (
         _attempt(source, unet, text_encoder)
-        for unet in candidate_unets(networks)
-        for text_encoder in candidate_text_encoders(networks)
+        for unet in candidates(UNetConfig, networks)
+        for text_encoder in candidates(TextEncoderConfig, networks)
     )
     return min(_until_sound(attempts), key=lambda attempt: len(attempt.problems))
 
@@ -137,14 +137,13 @@ def _until_sound(attempts: Iterator[Attempt]) -> Iterator[Attempt]:
 def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) -> Attempt:
     names = NameTable(unet, text_encoder)
     shapes = _shapes(unet) | _shapes(text_encoder)
-    result = Attempt(unet, text_encoder, {}, [], [], 0)
+    result = Attempt(unet)
     claimed: dict[LoraTarget, str] = {}
-    unnamed, network = 0, describe(unet)
     for name, group in source.keys.groups.items():
         found = names.find(name)
         if found is None:
-            unnamed += 1
-            result.problems.append(f"{name}: no such module in {network}")
+            result.unnamed += 1
+            result.problems.append(f"{name}: no such module in {describe(unet)}")
             continue
         prefix, targets = found
         result.prefixes.append(prefix)
@@ -158,7 +157,7 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
                 result.problems.append(f"{name}: changes {target.name}, which {claimed[target]} changes already")
             claimed[target] = name
             result.adapters[target] = adapter
-    return replace(result, unnamed=unnamed)
+    return result
 
 
 def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
@@ -220,14 +219,13 @@ def _lora(header: Header, keys: Keys, attempt: Attempt) -> Lora:
     stages = {target.stage for target in attempt.adapters}
     kind = format_of(attempt.prefixes, keys.groups)
     return Lora(
-        header.path,
-        kind,
-        attempt.adapters,
-        attempt.unet if attempt.unet.stage in stages else None,
-        attempt.text_encoder if Stage.TEXT_ENCODER in stages else None,
-        keys.embeddings,
-        header.metadata,
-        tuple(_notes(header, kind, list(attempt.adapters.values()))),
+        path=header.path,
+        format=kind,
+        adapters=attempt.adapters,
+        unet=attempt.unet if attempt.unet.stage in stages else None,
+        embeddings=keys.embeddings,
+        metadata=header.metadata,
+        notes=tuple(_notes(header, kind, list(attempt.adapters.values()))),
     )
 
 
@@ -250,7 +248,7 @@ def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]
     """Why a file cannot be read as a LoRA for these networks, and what it seems to be for."""
     header, keys = source.header, source.keys
     if attempt.unnamed == len(keys.groups):
-        names = listed(list(keys.groups), ", ")
+        names = listed(list(keys.groups))
         return (
             f"{header.path}: not a LoRA for Stable Cascade; none of its {len(keys.groups)} modules is one of "
             f"{describe(attempt.unet)} or of the text encoder ({names}). Is it for another model?"
@@ -262,4 +260,4 @@ def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]
         fits = describe(elsewhere.unet)
         advice = f"It fits {fits}: give a checkpoint of that, or get the LoRA made for {describe(attempt.unet)}."
     count = f"{len(attempt.problems)} of {len(keys.groups)} modules"
-    return f"{header.path}: not for {describe(attempt.unet)}: {count}:\n  {listed(attempt.problems)}\n{advice}"
+    return f"{header.path}: not for {describe(attempt.unet)}: {count}:{listed_below(attempt.problems)}\n{advice}"

@@ -20,10 +20,11 @@ from ...schemas.lora_keys import (
 )
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape
+from ...schemas.wording import listed_below
 from ...storage.safetensors_reader import Header
 from ..checkpoints.identify import identify_all
 from .factors import Factor, read_values, stored
-from .lora_file import Embedding, listed
+from .lora_file import Embedding
 
 BUNDLE = re.compile(r"bundle_emb\.(.+)\.clip_g(_out)?")
 EMBEDDING_KEYS = ("clip_g", "clip_g_out")  # of a file that holds an embedding and nothing else
@@ -107,7 +108,7 @@ def _unknown_keys(header: Header, unknown: list[str]) -> str:
     if unknown[0] in EMBEDDING_KEYS:
         return f"{header.path}: an embedding of OneTrainer, not a LoRA; there is nothing to merge into weights"
     return (
-        f"{header.path}: {len(unknown)} keys are no part of a LoRA known here:\n  {listed(unknown)}\n"
+        f"{header.path}: {len(unknown)} keys are no part of a LoRA known here:{listed_below(unknown)}\n"
         "Expected endings such as lora_down.weight, lora_A.weight, hada_w1_a, lokr_w1, alpha; is this a LoRA file?"
     )
 

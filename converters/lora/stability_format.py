@@ -13,12 +13,13 @@ from ...schemas.errors import LayoutError
 from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights, lora_modules
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
+from ...schemas.wording import listed_below
 from ...storage.safetensors_reader import Header
 from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
 from .encoding import Array
 from .factors import Factor
-from .lora_file import Embedding, Lora, candidate_unets, describe, listed
+from .lora_file import Embedding, Lora, candidates, describe
 
 DEFAULT_FILTERS = (".attn",)
 FACTOR_KEY = re.compile(r"weights\.(\d{1,6})\.(lora_down|lora_up)")
@@ -37,19 +38,24 @@ def read_stability(header: Header, networks: Sequence[NetworkConfig], filters: S
     Raises LayoutError when entries are missing, or their number or shapes fit none of the networks."""
     pairs = _pairs(header)
     problems = []
-    for unet in candidate_unets(networks):
+    for unet in candidates(UNetConfig, networks):
         entries = listed_weights(unet, filters) if pairs else []
         problem = _misfit(pairs, entries)
         if problem is None:
-            adapters = dict(_adapters(pairs, entries, unet))
-            embeddings = tuple(_embeddings(header))
             note = f"{header.path}: has no names; taken for the modules matching {' '.join(filters)}"
-            found, notes = (unet, (note,)) if pairs else (None, ())
-            return Lora(header.path, LoraFormat.STABILITY, adapters, found, None, embeddings, header.metadata, notes)
+            return Lora(
+                path=header.path,
+                format=LoraFormat.STABILITY,
+                adapters=dict(_adapters(pairs, entries, unet)),
+                unet=unet if pairs else None,
+                embeddings=tuple(_embeddings(header)),
+                metadata=header.metadata,
+                notes=(note,) if pairs else (),
+            )
         problems.append(f"{describe(unet)}: {problem}")
     raise LayoutError(
         f"{header.path}: a list of {len(pairs)} weights without names, which fits no network with the module filter "
-        f"{' '.join(filters)}:\n  {listed(problems)}\nGive the checkpoint it is for, and the module_filters of its "
+        f"{' '.join(filters)}:{listed_below(problems)}\nGive the checkpoint it is for, and the module_filters of its "
         "training config"
     )
 
@@ -64,7 +70,7 @@ def _pairs(header: Header) -> Pairs:
         elif key not in EMBEDDING_KEYS:
             unknown.append(key)
     if unknown:
-        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:\n  {listed(unknown)}")
+        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:{listed_below(unknown)}")
     for index in range(len(pairs)):
         missing = {"lora_down", "lora_up"} - pairs.get(index, {}).keys()
         if missing:
