@@ -218,7 +218,7 @@ def test_exporting_with_loras(model: Path, tmp_path: Path, dtype: torch.dtype) -
         undo_loras(tmp_path / "bundle")
     with pytest.raises(UsageError, match=r"has one\.safetensors \(0\.5\), two\.safetensors \(1\.5\) merged in"):
         apply_loras(tmp_path / "bundle", [one])
-    with pytest.raises(UsageError, match=r"--weights link shares the model's weights, and a LoRA changes .* the prior"):
+    with pytest.raises(UsageError, match=r'weights="link" shares .* and a LoRA changes those of the prior'):
         export(model, tmp_path / "linked", weights="link", loras=[(one, 1.0)])
     assert not (tmp_path / "linked").exists()
 
