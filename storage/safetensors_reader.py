@@ -111,20 +111,24 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size; no tensor is read.
-
-    It takes what the safetensors library takes, and dtypes that the library does not know yet; but no name twice, which
-    the format forbids. Raises CheckpointError for all else, naming what the file is instead or where it is damaged."""
+    """The header of a safetensors file, as `header_in` reads it."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise CheckpointError(f"{path}: cannot be read: not a file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            length = _header_length(path, head, size, file)
-            text = file.read(length)
+            return header_in(file, path, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def header_in(file: BinaryIO, path: Path, size: int) -> Header:
+    """The header at the beginning of `file`, checked against the file's `size` in bytes; no tensor is read.
+
+    Accepted are the files that the safetensors library accepts, and dtypes that the library does not know yet. A name
+    that occurs twice is refused, as the format forbids it. Raises CheckpointError for every other file: the message
+    says where the file at `path` is damaged, or what kind of file it is instead."""
+    length = _header_length(path, file.read(8), size, file)
+    text = file.read(length)
     try:
         entries = _parse(text)
         metadata = _metadata(entries.pop("__metadata__", None))

@@ -1,7 +1,7 @@
 """Finds the weights files in a folder: in one component's folder, or single files that lie beside each other.
 
-A component's folder may hold several sets of the same weights (variants, safetensors and pickles), of which one is
-read; the shards of a set become one header. Every file that is not read gets a note.
+A component's folder may hold several sets of the same weights, such as variants or pickles. One set is read, and its
+shards become one header. Every file that is not read gets a note.
 """
 
 import os
@@ -85,8 +85,8 @@ def open_component_folder(
 ) -> tuple[FileContents, str]:
     """Return the component in a folder, and the variant of the weights that were read ("" for the plain ones).
 
-    `expected` chooses one tower of a whole CLIP model. Where the folder lacks the `variant`, other weights are read,
-    and the caller tells the user. Raises CheckpointError when there are no weights or shards are missing."""
+    `expected` chooses one tower of a whole CLIP model. If the folder lacks the `variant`, other weights are read, and
+    the caller adds a note. Raises CheckpointError when there are no weights or shards are missing."""
     sets = weights_sets(folder)
     chosen = _choose_set(sets, variant)
     if chosen is None:
@@ -134,7 +134,7 @@ def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
         return _read_indexed(folder, found.index)
     if len(found.shards) > 1:
         counts = " and ".join(f"of {count}" for count in sorted(found.shards))
-        raise CheckpointError(f"{folder}: has shards of several saves ({counts}); keep those of one")
+        raise CheckpointError(f"{folder}: has shards of several saves ({counts}); keep the shards of one save")
     ((count, numbered),) = found.shards.items()
     missing = next(number for number in range(1, count + 2) if number not in numbered)
     if missing <= count:
@@ -240,7 +240,7 @@ def _sorted_entries(folder: Path) -> list[Path]:
     names = os.listdir(folder)
     if len(names) > MAX_FOLDER_ENTRIES:
         raise CheckpointError(
-            f"{folder}: holds {len(names)} files, more than {MAX_FOLDER_ENTRIES}; name the files that are meant"
+            f"{folder}: holds {len(names)} files, more than {MAX_FOLDER_ENTRIES}; give the weights files themselves"
         )
     return [folder / name for name in sorted(names)]
 

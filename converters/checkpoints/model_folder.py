@@ -146,8 +146,8 @@ def check_tokenizer(folder: Path | None, rows: int | None) -> OwnTokenizer | Non
     """Read and check the tokenizer in `folder`, for a text encoder with `rows` tokens (None: no encoder).
 
     Returns None when there is no folder or no tokenizer in it; the tokenizer of this package is used then.
-    Raises CheckpointError for links out of the folder and files above MAX_TOKENIZER_BYTES, for a tokenizer that is
-    not CLIP's, and for tokens without a row in the text encoder."""
+    Raises CheckpointError for a tokenizer that is not CLIP's, and for tokens without a row in the text encoder. Links
+    out of the folder and files above MAX_TOKENIZER_BYTES are refused too."""
     if folder is None or not any((folder / name).exists() for name in (WHOLE_NAME, LIST_NAMES[0])):
         return None
     files = tuple(folder / name for name in NAMES if (folder / name).exists() or (folder / name).is_symlink())

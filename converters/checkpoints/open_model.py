@@ -24,10 +24,10 @@ PIPELINE_INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class WeightsChoice:
-    """Which weights to read where the sources offer several.
+    """The choice among several weights of one component.
 
     `variant` is a name such as "bf16" (None: the plain weights, else any). `lite` prefers the lite stages to the full
-    ones, `ema` the moving average to the trained weights."""
+    stages; `ema` prefers averaged weights to trained weights."""
 
     variant: str | None = None
     lite: bool = False
@@ -36,8 +36,7 @@ class WeightsChoice:
 
 @dataclass(frozen=True)
 class Model:
-    """The components of a model by stage, its tokenizer folder if it has one, notes for the user, and the paths it was
-    opened from.
+    """The components of a model by stage, the folder of its tokenizer, notes for the user, and the opened paths.
 
     `alternatives` are further components of the same stages. Only `inspect` of a Hub source lists them."""
 
@@ -95,7 +94,7 @@ def open_model(
 
 
 def _open_encoder(path: Path, stage: Stage, choice: WeightsChoice) -> FileContents:
-    """Open the encoder in a file or folder; of a whole CLIP model, the tower that `stage` names."""
+    """Open the encoder in a file or folder. From a whole CLIP model, the tower that `stage` names is taken."""
     _require_exists(path)
     if path.is_dir():
         return open_component_folder(path, stage, choice.variant)[0]
@@ -113,8 +112,8 @@ def _open_file(path: Path, only: Stage | None = None, without: Collection[Stage]
 def _add(components: dict[Stage, Component], component: Component, choice: WeightsChoice, notes: list[str]) -> None:
     """Add `component` unless its stage is there already.
 
-    Within one file, ranks decide which of two is kept. Of two text encoders (both files of ComfyUI and both
-    repositories of diffusers have one) the first is kept. Otherwise two files with one stage are an error."""
+    Within one file, the rank decides which of two components is kept. The first of two equal encoders is kept: both
+    files of ComfyUI and both repositories of diffusers have one. Any other stage in two files is a UsageError."""
     other = components.setdefault(component.stage, component)
     if other is component:
         return
@@ -186,7 +185,7 @@ def _require_variant(source: Path, choice: WeightsChoice, read: Collection[str])
 
 
 def _is_component_folder(source: Path) -> bool:
-    """Whether a folder belongs to one component: it has a config.json, or shards."""
+    """Return whether a folder belongs to one component: it has a config.json, or shards."""
     return (source / "config.json").is_file() or any(
         found.index is not None or found.shards for found in weights_sets(source).values()
     )
@@ -197,8 +196,8 @@ def _choose_files(
 ) -> tuple[list[FileContents], list[str]]:
     """Keep one of several single files that hold one stage in different sizes, precisions or averages.
 
-    Returns what is kept, and a note for each component that is left out. Files that do not differ in these ways all
-    stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
+    Returns the contents that are kept, and a note for each component that is left out. Files that do not differ in
+    these ways all stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
     by_stage: dict[Stage, list[Component]] = {}
     for component in (component for contents in found for component in contents.components):
         by_stage.setdefault(component.stage, []).append(component)
@@ -211,7 +210,7 @@ def _choose_files(
                 reason = f"the {stage} of the component's folder is taken"
             elif stage not in ENCODERS and _preference(component, choice) != best:
                 first = next(other for other in components if _preference(other, choice) == best)
-                reason = f"{first.path.name} is taken (see the options variant, lite and ema)"
+                reason = f"{first.path.name} is taken (variant, lite and ema choose another)"
             else:
                 continue
             dropped.add(id(component))
@@ -249,7 +248,7 @@ def _choose_folders(source: Path, choice: WeightsChoice) -> tuple[dict[Stage, Pa
             continue
         first = folders.setdefault(place.stage, path)
         if first != path:
-            advice = " (see the option lite)" if place.lite or choice.lite else ""
+            advice = f" (lite={not choice.lite} takes the other size)" if place.lite or choice.lite else ""
             notes.append(f"{path}: left out, {first.name} is taken{advice}")
     return folders, notes
 
@@ -257,8 +256,7 @@ def _choose_folders(source: Path, choice: WeightsChoice) -> tuple[dict[Stage, Pa
 def _remove_unfit_encoders(components: dict[Stage, Component], given: Collection[Stage]) -> list[str]:
     """Remove encoders that feed neither the prior nor the decoder, and return a note for each.
 
-    Raises LayoutError, naming the encoder and the sizes expected, for one that the user gave or that lies in a file of
-    its own."""
+    Raises LayoutError for an encoder that the user gave, or that has a file of its own."""
     configs = [component.config for component in components.values()]
     notes = []
     for stage in ENCODERS:
@@ -271,7 +269,7 @@ def _remove_unfit_encoders(components: dict[Stage, Component], given: Collection
 
 
 def _is_other_tower(component: Component, components: dict[Stage, Component]) -> bool:
-    """Whether the encoder's file also holds the other tower, which may be why the user gave the file."""
+    """Return whether the encoder's file also holds the other tower, which the user may have given the file for."""
     others = (components[stage] for stage in ENCODERS if stage in components and stage is not component.stage)
     return any(other.path == component.path for other in others)
 
@@ -282,10 +280,10 @@ def _require_exists(path: Path) -> None:
 
 
 def _notes_on_names(components: Iterable[Component]) -> list[str]:
-    """Return a note for each file whose name tells another stage than its content."""
+    """Return a note for each file whose name belongs to another stage than its content."""
     names = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
     return [
-        f"{component.path} is named like {name} but holds the {component.stage}; going by its content"
+        f"{component.path} is named like {name} but holds the {component.stage}; the content counts"
         for component in components
         for stage, name in names.items()
         if component.path.name.startswith(name) and component.stage is not stage

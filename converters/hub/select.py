@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
 from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
+from ...schemas.wording import listed
 from ..checkpoints.provenance import is_provenance_name
 from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
@@ -76,9 +77,8 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
     for folder in folders:
         inside = [base_name(name) for name in names if _folder(name) == folder]
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
-    if (
-        "" not in folders and "model_index.json" not in names
-    ):  # beside one, single files are the same weights in other layouts
+    # Single files beside a model_index.json are the same weights in another layout.
+    if "" not in folders and "model_index.json" not in names:
         yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
@@ -123,9 +123,8 @@ def _nothing_there(names: list[str], wanted: HubSource) -> str:
             f"{wanted}: only pickled weights, which are not downloaded; find {WEIGHTS} files, or download them yourself"
         )
     have = [name for name in names if is_weights(name)]
-    shown = ", ".join(have[:8]) + (f" and {len(have) - 8} more" if len(have) > 8 else "")
     what = "no such file" if wanted.is_file else "no model's weights here"
-    return f"{wanted}: {what}; the repository has {shown or f'no {WEIGHTS} file'}"
+    return f"{wanted}: {what}; the repository has {listed(have, 8) or f'no {WEIGHTS} file'}"
 
 
 def _folder(name: str) -> str:

@@ -1,6 +1,7 @@
-"""Downloads into huggingface_hub's cache that continue after a break.
+"""Downloads into huggingface_hub's cache that continue after an interruption.
 
-The library's own downloads start again from the first byte (huggingface_hub issue 4196).
+The library's own downloads start again from the first byte when the process is started again (huggingface_hub issue
+4196, true of 2.4).
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import CheckpointError
-from .errors import http_error
+from .hub_errors import http_error
 from .repository import HubFile
 from .source import HubSource
 
@@ -104,8 +105,8 @@ def _complete(wanted: HubSource, file: HubFile, partial: Path) -> None:
             stalls = 0 if after > before else stalls + 1
             if stalls >= MAX_STALLS:
                 raise CheckpointError(
-                    f"{wanted}: the download stopped at {after} of {file.size} bytes; "
-                    "run the same again, and it continues from there"
+                    f"{wanted}: the download stopped at {after} of {file.size} bytes; run the same command again, and "
+                    "it continues from there"
                 ) from cut
             if after < file.size:
                 time.sleep(min(2**stalls, 10))

@@ -273,7 +273,7 @@ def _clone(folder: Path) -> Saved:
     said = (
         r"stage_b\.safetensors: its decoder .*component's folder is taken",
         r"stage_c_bf16\.safetensors: its prior .*stage_c\.safetensors is taken",
-        r"decoder_lite: left out, decoder is taken \(see the option lite\)",
+        r"decoder_lite: left out, decoder is taken \(lite=True takes the other size\)",
         r"comfyui_checkpoints: left out.*stable_cascade_stage_b",
     )
     return Saved([folder], truth, said)
