@@ -1,7 +1,7 @@
 """Converts checkpoints between layouts.
 
-What a conversion moves is a range: bytes of a source file that hold a tensor (`TensorRange`). `open_model` finds the
-ranges, `plan_output` gives each its place in a new tensor, and `write_safetensors` copies or casts them.
+A conversion moves ranges: bytes of a source file that hold a tensor (`TensorRange`). `open_model` finds the ranges,
+`plan_output` gives each range its place in a new tensor, and `write_safetensors` copies or casts them.
 """
 
 import json

@@ -80,7 +80,7 @@ class FilePlan:
 
     @property
     def is_copied(self) -> bool:
-        """Whether every value is copied without a cast."""
+        """True when every value is copied without a cast."""
         return all(source.dtype == plan.dtype for plan in self.tensors.values() for source in plan.source_ranges)
 
 

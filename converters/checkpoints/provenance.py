@@ -51,8 +51,8 @@ def provenance_files(sources: Sequence[Path]) -> tuple[Path, ...]:
 def copy_provenance(files: Sequence[Path], target_folder: Path) -> tuple[Path, ...]:
     """Copy `files` into `target_folder`, which exists. Returns the path of each copy.
 
-    No file is overwritten. A file of the same name and content counts as the copy; beside any other file, the copy
-    gets the name of its source too, as in README-stable-cascade.md. Raises ConversionError when a file cannot be
+    No file is overwritten. A file of the same name and content counts as the copy. Beside any other file, the copy gets
+    the name of its source too, as in README-stable-cascade.md. Raises ConversionError when a file cannot be
     copied."""
     return tuple(_copy(file, target_folder) for file in files)
 

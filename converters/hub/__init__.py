@@ -33,9 +33,9 @@ def fetch(source: str | Path, say: Say | None = None, *, variant: str | None = N
     """Download a source on the Hub into huggingface_hub's cache and return its path there.
 
     Files in the cache are not downloaded again. From a folder, only the files of a model are downloaded: configs,
-    tokenizer, licence, model card, and one set of weights for each component, which `variant` and `lite` choose. A
-    download that was cut off continues where it ended. Without a connection, the files in the cache are used. `say` is
-    called with a line for each download; progress bars are shown on a terminal.
+    tokenizer, licence, model card, and one set of weights for each component (see `variant` and `lite`). A download
+    that was cut off continues where it ended. Without a connection, the files in the cache are used. `say` is called
+    with a line for each download; progress bars are shown on a terminal.
 
     Raises UsageError when there is no such repository, revision or file, CheckpointError when the download fails."""
     wanted, say = parse(source), say or (lambda line: None)

@@ -1,6 +1,6 @@
 """Headers of safetensors files on the Hub, read by range requests without the rest of the files.
 
-huggingface_hub's own reader (`parse_safetensors_file_metadata`) does not serve: it does not check a header against the
+huggingface_hub's own reader (`parse_safetensors_file_metadata`) is not used. It does not check a header against the
 size of its file, and it reads the whole file from a server without range requests.
 """
 

@@ -37,7 +37,7 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
         ),
         errors.RevisionNotFoundError: UsageError(f"{wanted}: no revision {wanted.revision}; see {page}/commits/main"),
         errors.LocalEntryNotFoundError: CheckpointError(
-            f"{wanted}: the connection to {constants.ENDPOINT} was lost; run the same again, and the download continues"
+            f"{wanted}: the connection to {constants.ENDPOINT} was lost; try again, and the download continues"
         ),
         errors.EntryNotFoundError: UsageError(f"{wanted}: no such file; see {page}/tree/{wanted.revision}"),
         errors.HFValidationError: UsageError(f"{wanted}: not a repository's name; expected {FORM}"),
@@ -53,7 +53,7 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
         if isinstance(error, kind):
             return explained
     if isinstance(error, OSError):
-        hint = "; make room, then run the same again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        hint = "; make room, then try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return CheckpointError(f"{wanted}: cannot be stored in the cache: {error.strerror or _line(error)}{hint}")
     return _not_a_hub(wanted, error)
 

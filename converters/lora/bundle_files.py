@@ -22,12 +22,12 @@ def link_others(root: Path, staged: Path, without: Collection[Path]) -> None:
 def share_others(root: Path, staged: Path, without: Collection[Path]) -> dict[Path, Placement]:
     """Make the folder `staged` with a clone of every file of the bundle at `root` except the files `without`.
 
-    Where the file system cannot clone, files are linked or copied. Returns how each file was placed."""
+    If the file system cannot clone, files are linked or copied. Returns how each file was placed."""
     return {target: _share(source, target) for source, target in _others(root, staged, without)}
 
 
 def link(source: Path, target: Path) -> Placement:
-    """Make a hard link. Where the file system has none, make a copy that keeps the time of the last change."""
+    """Make a hard link, or a copy that keeps the time of the last change if the file system has no links."""
     try:
         os.link(source, target, follow_symlinks=False)
         return "link"

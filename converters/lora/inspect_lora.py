@@ -1,4 +1,4 @@
-"""Describes a LoRA file in words and numbers, from its header and its alphas alone."""
+"""Describes a LoRA file from its header and its alphas alone."""
 
 import re
 from collections import Counter
@@ -27,11 +27,11 @@ def inspect_lora(
     alpha: float | None = None,
     say: Say | None = None,
 ) -> dict[str, Any]:
-    """Return what a LoRA file holds and which network it fits, as `cascadekit lora inspect --json` prints it.
+    """Return the contents of a LoRA file and the network that it fits, ready for JSON.
 
     `path` is a LoRA file, the folder of a PEFT adapter, or an hf:// source. `against` is the checkpoint that the LoRA
-    is for, where that is not a released one. `module_filters` are the trainer's, for Stability's format. `alpha` counts
-    where the file states none (None: the rank). `say` is called with a line for each download.
+    is for, unless that is a released one. `module_filters` are those of the training config, for Stability's format.
+    `alpha` is used when the file states none (None: the rank). `say` is called with a line for each download.
 
     Raises CheckpointError for a damaged file, LayoutError for a file that is not a LoRA for these networks, and
     UsageError for a checkpoint.
@@ -69,12 +69,12 @@ def _algorithm(adapter: Adapter) -> str:
 
 
 def _counted(values: Any) -> dict[str, int]:
-    """How often each value occurs; "none" where there is none."""
+    """Return how often each value occurs; "none" stands for None."""
     return dict(Counter("none" if value is None else f"{value:g}" for value in values))
 
 
 def _block(target: LoraTarget) -> str:
-    """Such as "prior: down_blocks.0 attention.to_q"."""
+    """Return the block and the module inside it, such as "prior: down_blocks.0 attention.to_q"."""
     match = BLOCK.match(target.module)
     if match is None:
         return f"{target.stage}: {target.name}"

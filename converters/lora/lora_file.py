@@ -1,4 +1,4 @@
-"""A LoRA file as read: its changes by diffusers names, whatever names the file has."""
+"""The contents of a LoRA file by diffusers names, whatever names the file has."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +16,10 @@ Config = TypeVar("Config", UNetConfig, TextEncoderConfig)
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token embeddings that came with a LoRA: `rows` [n, width]; Stability's file says which rows of the token table
-    they are added to, OneTrainer's are the vectors of a new token `name` (`output`: added after the encoder)."""
+    """Token embeddings that came with a LoRA: `rows` [n, width].
+
+    In Stability's format they are added to the rows `indices` of the token table. In OneTrainer's they are the vectors
+    of a new token `name`, which are added to the encoder's output when `output` is True."""
 
     name: str
     rows: Factor
@@ -41,7 +43,7 @@ class Lora:
     notes: tuple[str, ...] = ()
 
     def of(self, stage: Stage) -> dict[str, Adapter]:
-        """The adapters of one network's weights, by module."""
+        """Return the adapters of one network's weights, by module."""
         return {t.module: adapter for t, adapter in self.adapters.items() if t.stage is stage and t.module == t.name}
 
     @property
@@ -54,7 +56,7 @@ class Lora:
         return Counter(factor.dtype for adapter in self.adapters.values() for factor in adapter.factors.values())
 
     def describe(self) -> str:
-        """A few words, such as "kohya, for the prior (full)"."""
+        """Return a few words, such as "kohya, for the prior (full)"."""
         return f"{self.format}, for " + (describe(self.unet) if self.unet else "the text encoder alone")
 
 

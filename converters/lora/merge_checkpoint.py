@@ -41,10 +41,10 @@ def merge_loras(
 ) -> Merge:
     """Write `checkpoint` with `loras` merged into it (`unmerge`: taken out of it) to `output`.
 
-    W becomes W + strength · ΔW, in float32, rounded to the tensor's own dtype; LoRAs apply in the order given, which
-    matters for DoRA alone. `strengths` are one for each LoRA (default 1), `text_encoder_strengths` likewise (default:
-    the same). A file becomes a file; a folder, or a checkpoint with a `text_encoder` given apart, becomes a folder.
-    Memory: one LoRA's factors of one module and some 16 MiB blocks.
+    W becomes W + strength · ΔW, in float32, rounded to the tensor's own dtype. LoRAs apply in the order given, which
+    matters for DoRA alone. `strengths` has one number for each LoRA (default 1); so has `text_encoder_strengths`
+    (default: `strengths`). A file becomes a file. A folder, or a checkpoint with a separate `text_encoder`, becomes a
+    folder. Memory: one LoRA's factors of one module and some 16 MiB blocks.
 
     Any of the paths may be an hf:// source, which is downloaded first; `say` is called with a line for each download.
 
@@ -58,9 +58,7 @@ def merge_loras(
     loras = [local_path(lora, say) for lora in loras]
     apart = local_path(text_encoder, say) if text_encoder is not None else None
     if source.is_file() and holds_lora(source):
-        raise UsageError(
-            f"{source}: expected a checkpoint, found a LoRA. Were the two exchanged? The checkpoint comes first"
-        )
+        raise UsageError(f"{source}: expected a checkpoint, found a LoRA; give the checkpoint first, then its LoRAs")
     model = open_model([source], text_encoder=apart)
     plan = plan_loras(
         source,

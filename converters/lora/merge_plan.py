@@ -1,4 +1,4 @@
-"""Plans a merge: which changes of which LoRAs apply to which tensors of a checkpoint."""
+"""Plans a merge: the changes that LoRAs make to the tensors of a checkpoint."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -81,8 +81,8 @@ def plan_loras(
     Messages call the checkpoint `source`, and give `advice` when nothing applies. The other options are those of
     `merge_loras`.
 
-    Raises UsageError when there is nothing to merge into, LayoutError when a LoRA is not for these networks,
-    ConversionError when nothing of it applies or it cannot be taken out again."""
+    Raises UsageError when no component can be merged into, and LayoutError when a LoRA is not for these networks.
+    Raises ConversionError when no part of the LoRAs applies, or a LoRA cannot be taken out again."""
     plan = LoraPlan({stage: components[stage] for stage in MERGED_STAGES if stage in components})
     if not plan.components:
         raise UsageError(f"{source}: expected a prior (stage C), a decoder (stage B) or a text encoder to merge into")

@@ -19,7 +19,7 @@ from .peft_config import Configs, find_configs
 from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
 
-# What a LoRA's file is called in a folder: PEFT's names, diffusers', that of OneTrainer's backups.
+# Names of a LoRA's file in a folder: those of PEFT, of diffusers, and of OneTrainer's backups.
 FOLDER_NAMES = (
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
@@ -27,7 +27,7 @@ FOLDER_NAMES = (
     "adapter_model.bin",
     "pytorch_lora_weights.bin",
 )
-BIAS_FACTORS = {"diff_b", "bias_up"}  # a bias' difference as it is; PEFT's bias of lora_B, scaled as the product is
+BIAS_FACTORS = {"diff_b", "bias_up"}  # the difference of a bias; PEFT's bias of lora_B, scaled like the product
 
 
 def open_lora(
@@ -39,12 +39,12 @@ def open_lora(
 ) -> Lora:
     """Read the LoRA in a file, or in a PEFT adapter's folder; factors are read later, when they are needed.
 
-    `networks` are the configs of the checkpoint it is for; without them the released networks are tried, and the
-    first that every key and shape fits is taken. `module_filters` are the trainer's, for Stability's format, which
-    has no names. `alpha` counts where the file states none (else: the rank, so a scale of 1).
+    `networks` are the configs of the checkpoint that the LoRA is for. Without them, the first released network that
+    every key and shape fits is taken. `module_filters` are those of the training config, for Stability's format, which
+    has no names. `alpha` is used when the file states none (None: the rank, so that the scale is 1).
 
-    Raises CheckpointError for a damaged file, LayoutError for one that is no LoRA or not for these networks,
-    UsageError for a checkpoint."""
+    Raises CheckpointError for a damaged file, UsageError for a checkpoint, and LayoutError for a file that is no LoRA
+    or not for these networks."""
     header = read_weights(_weights(Path(path)))
     if is_stability(header):
         return read_stability(header, networks, module_filters)
@@ -64,9 +64,9 @@ def _states_no_alpha(header: Header) -> bool:
 
 
 def holds_lora(path: Path) -> bool:
-    """Whether `path` is a file of LoRA keys, or a folder with a LoRA's usual file name; from the header alone.
+    """Return whether `path` is a file with LoRA keys, or a folder with a LoRA's usual file name.
 
-    Says nothing about whether `open_lora` can read it. Raises CheckpointError for a damaged file."""
+    Only the header is read: `open_lora` may still refuse the file. Raises CheckpointError for a damaged file."""
     if path.is_dir():
         return any((path / name).is_file() for name in FOLDER_NAMES)
     header = read_weights(path)
@@ -75,7 +75,7 @@ def holds_lora(path: Path) -> bool:
 
 def _weights(path: Path) -> Path:
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
+        raise UsageError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():
         return path
     for name in FOLDER_NAMES:
@@ -91,14 +91,13 @@ def _refuse_model(path: Path) -> None:
     except CascadeError:
         return
     raise UsageError(
-        f"{path}: expected a LoRA, found a checkpoint: {', '.join(found)}. "
-        "Were the two exchanged? The checkpoint comes first, then its LoRAs"
+        f"{path}: expected a LoRA, found a checkpoint: {', '.join(found)}; give the checkpoint first, then its LoRAs"
     )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A LoRA file: its keys by module, its settings, and the alpha that counts where it states none."""
+    """A LoRA file: its keys by module, its settings, and the alpha to use when the file states none."""
 
     header: Header
     keys: Keys
@@ -118,7 +117,7 @@ class Attempt:
 
 
 def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
-    """The reading with the fewest problems, the first of equals."""
+    """Return the attempt with the fewest problems, the first of equals."""
     attempts = (
         _attempt(source, unet, text_encoder)
         for unet in candidates(UNetConfig, networks)
@@ -161,7 +160,7 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
 
 
 def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
-    """Every weight and bias of a network."""
+    """Return the shape of every weight and bias of a network."""
     parts = ((name.rpartition("."), shape) for name, shape in changeable(config).items())
     return {LoraTarget(config.stage, module, parameter): shape for (module, _, parameter), shape in parts}
 
@@ -169,7 +168,7 @@ def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
 def _adapters(
     group: Group, targets: Sequence[LoraTarget], shapes: Mapping[LoraTarget, Shape], source: Source
 ) -> Iterator[tuple[LoraTarget, Adapter]]:
-    """What a group's factors change: the weights of its modules, one or q, k and v, and their biases."""
+    """Yield the adapter of each weight and bias that a group changes. Several targets are q, k and v in one tensor."""
     weight = {name: factor for name, factor in group.factors.items() if name not in BIAS_FACTORS}
     scale = 1.0
     if weight or not group.factors:
@@ -245,7 +244,7 @@ def _notes(header: Header, kind: LoraFormat, adapters: Sequence[Adapter]) -> Ite
 
 
 def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]) -> str:
-    """Why a file cannot be read as a LoRA for these networks, and what it seems to be for."""
+    """Return why a file cannot be read as a LoRA for these networks, and the network that it seems to be for."""
     header, keys = source.header, source.keys
     if attempt.unnamed == len(keys.groups):
         names = listed(list(keys.groups))
