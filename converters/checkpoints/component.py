@@ -57,7 +57,7 @@ class Problems:
             "unexpected": self.unexpected,
             "wrong shape": shapes,
             "not a floating point type": integers,
-            "of a dtype that is not supported yet": others,
+            "dtype that is not supported yet": others,
         }
         grouped = {
             kind: _by_block(items) if kind in ("missing", "unexpected") else items for kind, items in kinds.items()

@@ -1,4 +1,4 @@
-"""Finds the weights files in a folder: in one component's folder, or single files that lie beside each other.
+"""Finds the weights files in a folder: in one component's folder, or single files beside each other.
 
 A component's folder may hold several sets of the same weights, such as variants or pickles. One set is read, and its
 shards become one header. Every file that is not read gets a note.
@@ -19,8 +19,8 @@ from ...schemas.folders import (
     PLACES,
     STEMS,
     TOKENIZER_FOLDERS,
-    VARIANTS,
     WEIGHTS_SUFFIXES,
+    preferred_variants,
     read_weights_name,
     stray_kind,
 )
@@ -103,8 +103,7 @@ def open_component_folder(
 
 def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | None:
     """Return the set to read: the variant asked for, else the plain weights, else any; safetensors before pickles."""
-    others = sorted({name for name, _ in sets} - {*VARIANTS})
-    wanted = [*([variant.lower()] if variant is not None else []), *VARIANTS, *others]
+    wanted = preferred_variants({name for name, _ in sets}, variant)
     return next(((name, kind) for name in wanted for kind in FORMATS if (name, kind) in sets), None)
 
 

@@ -16,7 +16,7 @@ from ...schemas.wording import listed
 from ...storage.safetensors_reader import Header, TensorRange
 from .component import Component, find_problems, missing_counters
 
-# Returns the config of a stage that lies beside its tensors, which have these shapes; None where there is none.
+# Returns the config in a file beside a stage's tensors, which have these shapes; None when there is no such file.
 ReadConfig = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]
 
 # ComfyUI's scaled fp8. `X.scale_weight` is the factor of `X.weight`; `X.scale_input` is for products in fp8 only. A

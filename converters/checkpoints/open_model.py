@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
-from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
+from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
@@ -228,7 +228,7 @@ def _preference(component: Component, choice: WeightsChoice) -> tuple[bool, bool
     dtypes = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     (dtype, _), *_ = component.dtypes.most_common(1) or [("", 0)]
     precision = dtypes.get(dtype, dtype)
-    order = [*([choice.variant.lower()] if choice.variant else []), *VARIANTS, precision]
+    order = preferred_variants([precision], choice.variant or None)
     return averaged != choice.ema, (component.variant is Variant.LITE) != choice.lite, order.index(precision)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
-from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
+from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.wording import listed
 from ..checkpoints.provenance import is_provenance_name
 from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
@@ -90,8 +90,7 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
 def _component_weights(names: list[str], variant: str | None) -> list[str]:
     """Return the one file, or the index and shards, that `open_model` would take from a component's folder."""
     known = {name: facts for name in names if (facts := read_weights_name(name)) and facts.format == "safetensors"}
-    others = sorted({facts.variant for facts in known.values()} - {*VARIANTS})
-    for one in (*([variant.lower()] if variant is not None else []), *VARIANTS, *others):
+    for one in preferred_variants({facts.variant for facts in known.values()}, variant):
         found = [name for name, facts in known.items() if facts.variant == one]
         single = [name for name in found if not known[name].is_index and not known[name].number]
         if found:

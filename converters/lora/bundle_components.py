@@ -30,7 +30,7 @@ def bundle_component(bundle: Bundle, stage: Stage) -> Component:
         for data in external_data(load_graph(path)):
             if path.parent / data.location not in files:
                 raise CheckpointError(
-                    f"{path}: {data.name} lies in {data.location!r}, which is no file of the bundle; export the model "
+                    f"{path}: {data.name} is in {data.location!r}, which is no file of the bundle; export the model "
                     "again"
                 )
             if data.name in expected:

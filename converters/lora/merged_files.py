@@ -28,7 +28,7 @@ class OutputTree:
         for root, place in self.places.items():
             if source == root or source.is_relative_to(root):
                 return Path(place) / source.relative_to(root)
-        raise UsageError(f"{source}: lies outside of the checkpoint; give the folder that holds all its files")
+        raise UsageError(f"{source}: is outside of the checkpoint; give the folder that holds all its files")
 
     def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:
         """Copy all files except `touched` and other weights in their folders.

@@ -317,7 +317,7 @@ def test_a_graph_that_points_out_of_the_bundle(model: Path, tmp_path: Path) -> N
     (bundle / "prior/model.onnx").write_bytes(graph.SerializeToString())
     accept_changes(bundle)
     before = snapshot(tmp_path)
-    with pytest.raises(CheckpointError, match=r"lies in '\.\./\.\./one\.safetensors', which is no file of the bundle"):
+    with pytest.raises(CheckpointError, match=r"is in '\.\./\.\./one\.safetensors', which is no file of the bundle"):
         apply_loras(bundle, [lora])
     assert snapshot(tmp_path) == before
 
