@@ -31,6 +31,7 @@ from ...schemas.tensors import Shape
 from ...schemas.wording import listed
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
+from .component import Component
 from .identify import FileContents, ReadConfig, identify_all
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # a file name without a folder
@@ -194,36 +195,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True)
-class SingleFiles:
-    """The single files of a folder that hold components, and notes on all other files."""
-
-    contents: tuple[FileContents, ...]
-    notes: tuple[str, ...]
-    refused: CascadeError | None = None  # the error of the first file that was left out
-
-
-def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> SingleFiles:
+def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[FileContents, CascadeError | None]:
     """Read the headers of all weights files in `folder` and in its controlnet/.
 
-    A file without a component is left out with a note. Raises CheckpointError for a damaged file with the name of a
-    released one, and LayoutError for a network whose config cannot be read."""
-    contents: list[FileContents] = []
+    Returns the components, with notes on all other files, and the error of the first file without a component. Raises
+    CheckpointError for a damaged file with the name of a released one, and LayoutError for a network whose config
+    cannot be read."""
+    components: list[Component] = []
     notes: list[str] = []
-    refused: list[CascadeError] = []
+    refused: CascadeError | None = None
     for path in _entries(folder):
         if kind := _stray_kind(path):
             notes.append(f"{path}: left out, {kind}")
         elif path.suffix.lower() in WEIGHTS_SUFFIXES:
             try:
-                contents.append(identify_all(read_weights(path), without=tuple(without)))
+                found = identify_all(read_weights(path), without=tuple(without))
+                components += found.components
+                notes += found.notes
             except (ForeignError, CheckpointError) as error:
                 if isinstance(error, CheckpointError) and path.name.lower().startswith(RELEASED):
                     raise
-                refused.append(error)
+                refused = refused or error
                 notes.append(f"left out: {error}")
-    notes += _notes_on_other_folders(folder)
-    return SingleFiles(tuple(contents), tuple(notes), refused[0] if refused else None)
+    return FileContents(tuple(components), (*notes, *_notes_on_other_folders(folder))), refused
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -141,18 +141,15 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
         return [contents]
     folders, notes = _choose_folders(source, choice)
     opened = _open_folders(source, folders, choice, without)
-    single = open_single_files(source, without)
-    if not folders and not any(contents.components for contents in single.contents):
-        if single.refused is not None:
-            raise single.refused
-        raise UsageError(
+    single, refused = open_single_files(source, without)
+    if not folders and not single.components:
+        raise refused or UsageError(
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
             "or stage_a, stage_b and stage_c .safetensors files"
         )
     # A download of a whole repository has the folders of a pipeline and the same weights as single files beside them.
     taken = {component.stage for contents in opened for component in contents.components} if is_pipeline else set()
-    files, notes_on_files = _choose_files(single.contents, choice, taken)
-    return [*files, *opened, FileContents((), (*notes, *notes_on_files, *single.notes))]
+    return [_choose_files(single, choice, taken), *opened, FileContents((), tuple(notes))]
 
 
 def _open_folders(
@@ -171,7 +168,7 @@ def _open_folders(
             note = f"{path}: has no weights of variant {choice.variant}; {names} is taken"
             contents = replace(contents, notes=(*contents.notes, note))
         opened.append(contents)
-    if folders and variants:
+    if variants:
         _require_variant(source, choice, variants)
     return opened
 
@@ -179,9 +176,8 @@ def _open_folders(
 def _require_variant(source: Path, choice: WeightsChoice, read: Collection[str]) -> None:
     """Raise CheckpointError when the variant asked for is not among those that were `read`."""
     if choice.variant is not None and choice.variant.lower() not in read:
-        raise CheckpointError(
-            f'{source}: no weights of variant {choice.variant}; try without variant="{choice.variant}"'
-        )
+        name = choice.variant
+        raise CheckpointError(f'{source}: no weights of variant {name}; try without variant="{name}"')
 
 
 def _is_component_folder(source: Path) -> bool:
@@ -191,35 +187,25 @@ def _is_component_folder(source: Path) -> bool:
     )
 
 
-def _choose_files(
-    found: Sequence[FileContents], choice: WeightsChoice, taken: Collection[Stage]
-) -> tuple[list[FileContents], list[str]]:
+def _choose_files(found: FileContents, choice: WeightsChoice, taken: Collection[Stage]) -> FileContents:
     """Keep one of several single files that hold one stage in different sizes, precisions or averages.
 
-    Returns the contents that are kept, and a note for each component that is left out. Files that do not differ in
-    these ways all stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
-    by_stage: dict[Stage, list[Component]] = {}
-    for component in (component for contents in found for component in contents.components):
-        by_stage.setdefault(component.stage, []).append(component)
-    dropped: set[int] = set()
-    notes = []
-    for stage, components in by_stage.items():
-        best = min(_preference(component, choice) for component in components)
-        for component in components:
-            if stage in taken:
-                reason = f"the {stage} of the component's folder is taken"
-            elif stage not in ENCODERS and _preference(component, choice) != best:
-                first = next(other for other in components if _preference(other, choice) == best)
-                reason = f"{first.path.name} is taken (variant, lite and ema choose another)"
-            else:
-                continue
-            dropped.add(id(component))
-            notes.append(f"{component.path}: its {component.describe()} is left out, {reason}")
-    kept = [
-        replace(contents, components=tuple(one for one in contents.components if id(one) not in dropped))
-        for contents in found
-    ]
-    return kept, notes
+    Stages in `taken` are left out. Every component that is left out gets a note. Files that do not differ in these
+    ways all stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
+    kept, notes = [], list(found.notes)
+    for component in found.components:
+        stage, preference = component.stage, _preference(component, choice)
+        rivals = (other for other in found.components if other.stage is stage)
+        best = min(rivals, key=lambda other: _preference(other, choice))
+        if stage in taken:
+            reason = f"the {stage} of the component's folder is taken"
+        elif stage not in ENCODERS and preference != _preference(best, choice):
+            reason = f"{best.path.name} is taken (variant, lite and ema choose another)"
+        else:
+            kept.append(component)
+            continue
+        notes.append(f"{component.path}: its {component.describe()} is left out, {reason}")
+    return FileContents(tuple(kept), tuple(notes))
 
 
 def _preference(component: Component, choice: WeightsChoice) -> tuple[bool, bool, int]:

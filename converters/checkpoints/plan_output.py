@@ -17,7 +17,7 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import Layout, to_diffusers
-from ...schemas.stages import Stage, Variant
+from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
 from ...storage.replaceable_folders import MODEL_INDEX
@@ -30,12 +30,7 @@ ORIGINAL_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stage_c",
     Stage.DECODER: "stage_b",
     Stage.VQGAN: "stage_a",
-    Stage.EFFNET_ENCODER: "effnet_encoder",
-    Stage.PREVIEWER: "previewer",
-    Stage.CONTROLNET_CANNY: "controlnet/canny",
-    Stage.CONTROLNET_INPAINTING: "controlnet/inpainting",
-    Stage.CONTROLNET_SUPER_RESOLUTION: "controlnet/super_resolution",
-    Stage.CONTROLNET_IDENTITY: "controlnet/identity",
+    **{stage: str(stage) for stage in (Stage.EFFNET_ENCODER, Stage.PREVIEWER, *CONTROLNETS)},
 }
 COMFYUI_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stable_cascade_stage_c",

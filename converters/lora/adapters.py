@@ -4,39 +4,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain, product
 
 from ...schemas.errors import LayoutError
 from ...schemas.lora_keys import Algorithm, is_depthwise
 from ...schemas.tensors import Shape
 from .factors import Factor, reshaped, rows
 
-# The names that the factors of each algorithm may have.
-FACTOR_NAMES: Mapping[Algorithm, tuple[str, ...]] = {
-    Algorithm.LORA: ("lora_up", "lora_down", "lora_mid"),
-    Algorithm.LOHA: ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    Algorithm.LOKR: ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    Algorithm.FULL: ("diff",),
-}
-
-# The complete sets of factors: one choice out of each tuple.
-WHOLE: Mapping[Algorithm, tuple[tuple[frozenset[str], ...], ...]] = {
-    Algorithm.LORA: (
-        (frozenset({"lora_up", "lora_down"}),),
-        (frozenset(), frozenset({"lora_mid"})),
-    ),
-    Algorithm.LOHA: (
-        (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
-        (frozenset(), frozenset({"hada_t1", "hada_t2"})),
-    ),
+# The complete sets of factors of each algorithm: one choice out of each tuple.
+_CHOICES: Mapping[Algorithm, tuple[tuple[str, ...], ...]] = {
+    Algorithm.LORA: (("lora_up lora_down",), ("", "lora_mid")),
+    Algorithm.LOHA: (("hada_w1_a hada_w1_b hada_w2_a hada_w2_b",), ("", "hada_t1 hada_t2")),
     Algorithm.LOKR: (
-        (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"})),
-        (
-            frozenset({"lokr_w2"}),
-            frozenset({"lokr_w2_a", "lokr_w2_b"}),
-            frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
-        ),
+        ("lokr_w1", "lokr_w1_a lokr_w1_b"),
+        ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2"),
     ),
-    Algorithm.FULL: ((frozenset({"diff"}),),),
+    Algorithm.FULL: (("diff",),),
+}
+COMPLETE = {
+    algorithm: [frozenset(" ".join(chosen).split()) for chosen in product(*choices)]
+    for algorithm, choices in _CHOICES.items()
+}
+FACTOR_NAMES = {
+    algorithm: tuple(dict.fromkeys(" ".join(chain(*choices)).split())) for algorithm, choices in _CHOICES.items()
 }
 
 # The factors whose rows are the rows of the weight, in products without a core.
@@ -141,11 +131,8 @@ def _check_depthwise(adapter: Adapter) -> None:
 
 
 def _check_complete(algorithm: Algorithm, names: set[str]) -> None:
-    wholes: list[frozenset[str]] = [frozenset()]
-    for choices in WHOLE[algorithm]:
-        wholes = [whole | choice for whole in wholes for choice in choices]
-    if frozenset(names) not in wholes:
-        nearest = min(wholes, key=lambda whole: len(whole ^ names))
+    if names not in COMPLETE[algorithm]:
+        nearest = min(COMPLETE[algorithm], key=lambda complete: len(complete ^ names))
         raise LayoutError(f"expected {' + '.join(sorted(nearest))}, found {' + '.join(sorted(names))}")
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ...schemas.stages import Stage, variant_of
 from ..hub import local_path
 from .adapters import Adapter
 from .convert_lora import networks_of
-from .lora_file import Lora
+from .lora_file import Embedding, Lora
 from .read_formats import open_lora
 from .stability_format import DEFAULT_FILTERS
 
@@ -68,7 +68,7 @@ def _algorithm(adapter: Adapter) -> str:
     return f"{adapter.algorithm} with DoRA" if adapter.magnitude else str(adapter.algorithm)
 
 
-def _counted(values: Any) -> dict[str, int]:
+def _counted(values: Iterable[float | None]) -> dict[str, int]:
     """Return how often each value occurs; "none" stands for None."""
     return dict(Counter("none" if value is None else f"{value:g}" for value in values))
 
@@ -82,7 +82,7 @@ def _block(target: LoraTarget) -> str:
     return f"{target.stage}: {match[0]} {inside}"
 
 
-def _embedding(embedding: Any) -> dict[str, Any]:
+def _embedding(embedding: Embedding) -> dict[str, Any]:
     return {
         "name": embedding.name,
         "shape": list(embedding.rows.shape),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
@@ -48,7 +49,8 @@ def open_lora(
     header = read_weights(_weights(Path(path)))
     if is_stability(header):
         return read_stability(header, networks, module_filters)
-    settings = find_configs(header.path, header.metadata) if _states_no_alpha(header) else {}
+    states_alpha = any(key.endswith(".alpha") for key in header.tensors)
+    settings = {} if states_alpha else find_configs(header.path, header.metadata)
     keys = group_keys(header)
     if not keys.groups and not keys.embeddings:
         raise LayoutError(f"{header.path}: holds no tensors; expected a LoRA")
@@ -57,10 +59,6 @@ def open_lora(
     if attempt.problems:
         raise LayoutError(_refusal(source, attempt, networks))
     return _lora(header, keys, attempt)
-
-
-def _states_no_alpha(header: Header) -> bool:
-    return not any(key.endswith(".alpha") for key in header.tensors)
 
 
 def holds_lora(path: Path) -> bool:
@@ -117,20 +115,13 @@ class Attempt:
 
 
 def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
-    """Return the attempt with the fewest problems, the first of equals."""
-    attempts = (
-        _attempt(source, unet, text_encoder)
-        for unet in candidates(UNetConfig, networks)
-        for text_encoder in candidates(TextEncoderConfig, networks)
-    )
-    return min(_until_sound(attempts), key=lambda attempt: len(attempt.problems))
-
-
-def _until_sound(attempts: Iterator[Attempt]) -> Iterator[Attempt]:
-    for attempt in attempts:
-        yield attempt
-        if not attempt.problems:
-            return
+    """Return the first attempt without problems, else the one with the fewest."""
+    attempts = []
+    for unet, text_encoder in product(candidates(UNetConfig, networks), candidates(TextEncoderConfig, networks)):
+        attempts.append(_attempt(source, unet, text_encoder))
+        if not attempts[-1].problems:
+            break
+    return min(attempts, key=lambda attempt: len(attempt.problems))
 
 
 def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) -> Attempt:
