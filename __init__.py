@@ -11,7 +11,7 @@ from .runtime.engines.telemetry import switch_off_telemetry
 
 if TYPE_CHECKING:
     from .converters.checkpoints.convert import convert as convert
-    from .converters.checkpoints.open_model import inspect as inspect
+    from .converters.checkpoints.inspect_checkpoint import inspect as inspect
     from .converters.export.export import export as export
     from .converters.export.export_options import ExportOptions as ExportOptions
     from .converters.export.validate import validate as validate
@@ -57,7 +57,7 @@ _PUBLIC = {
     "inspect_lora": (".converters.lora.inspect_lora", "inspect_lora"),
     "merge_loras": (".converters.lora.merge_checkpoint", "merge_loras"),
     "undo_loras": (".converters.lora.merge_bundle", "undo_loras"),
-    "inspect": (".converters.checkpoints.open_model", "inspect"),
+    "inspect": (".converters.checkpoints.inspect_checkpoint", "inspect"),
     "record_reference": (".parity.verify", "record_reference"),
     "verify": (".parity.verify", "verify"),
 }

@@ -124,7 +124,7 @@ def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> Pla
 
 
 def _model_contents(path: Path, say: Say) -> CheckpointContents | LoraContents:
-    from .checkpoints.open_model import inspect
+    from .checkpoints.inspect_checkpoint import inspect
 
     try:
         model = inspect(path)

@@ -1,7 +1,7 @@
 """Folders of components: the trees that diffusers writes, and the names of the weights files in them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .stages import Stage
@@ -90,6 +90,12 @@ def read_weights_name(name: str) -> WeightsName | None:
 def stray_kind(name: str) -> str | None:
     """Return why a file of this name is not a component; None when the name shows nothing."""
     return next((what for pattern, what in STRAY_NAMES.items() if re.fullmatch(pattern, name, re.IGNORECASE)), None)
+
+
+def preferred_variants(found: Iterable[str], asked: str | None) -> list[str]:
+    """Return variants in the order of preference: the variant asked for, then VARIANTS, then others that were found."""
+    first = [] if asked is None else [asked.lower()]
+    return list(dict.fromkeys([*first, *VARIANTS, *sorted(found)]))
 
 
 def weights_names(stem: str, variant: str) -> tuple[str, str]:

@@ -32,13 +32,18 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
 STAGE_PREFIXES = ("prior_", "decoder_")
 
 
-def listed(items: Sequence[str], most: int = 5) -> str:
-    """The first `most` of `items`, and how many more there are: "a, b and 7 more"."""
+def listed(items: Sequence[str], most: int = 6) -> str:
+    """Return the first `most` of `items` in one line, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def indented(items: Sequence[str], most: int = 6) -> str:
-    """The same with a line for each, below the message that ends in front of it."""
+def listed_below(items: Sequence[str], most: int = 6) -> str:
+    """Return the first `most` of `items`, each on an indented line, and how many more there are."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return "".join(f"\n  {item}" for item in (*items[:most], *more))
 

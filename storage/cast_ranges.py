@@ -90,27 +90,27 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterato
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
     """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input, at least one value."""
-    part = placed.part
-    limit = max(1, CAST_BLOCK // DTYPE_SIZES[part.dtype])
-    work = _Work(placed, read_scale(part), target)
-    if part.transposed:
-        for rows, columns in _tiles(part.shape, limit):
+    source = placed.range
+    limit = max(1, CAST_BLOCK // DTYPE_SIZES[source.dtype])
+    work = _Work(placed, read_scale(source), target)
+    if source.transposed:
+        for rows, columns in _tiles(source.shape, limit):
             yield partial(_transpose_tile, work, rows, columns)
     else:
-        for span in _cuts(part.nbytes // DTYPE_SIZES[part.dtype], limit):
+        for span in _cuts(source.nbytes // DTYPE_SIZES[source.dtype], limit):
             yield partial(_cast_span, work, span)
 
 
-def read_scale(part: TensorRange) -> np.float32 | None:
+def read_scale(source: TensorRange) -> np.float32 | None:
     """Read the factor of all values of a tensor, if it has one. Raises ConversionError when it is not finite."""
-    if part.scale is None:
+    if source.scale is None:
         return None
-    with part.scale.path.open("rb", buffering=0) as file:
-        data = read_exactly(file, part.scale.offset, part.scale.nbytes)
-    scale = np.float32(cast_block(data, part.scale.dtype, "F32")[0][0])
+    with source.scale.path.open("rb", buffering=0) as file:
+        data = read_exactly(file, source.scale.offset, source.scale.nbytes)
+    scale = np.float32(cast_block(data, source.scale.dtype, "F32")[0][0])
     if not np.isfinite(scale):
         raise ConversionError(
-            f"{part.scale.path}: the fp8 scale at byte {part.scale.offset} is {scale}, not a finite number; "
+            f"{source.scale.path}: the fp8 scale at byte {source.scale.offset} is {scale}, not a finite number; "
             "get the checkpoint in another dtype"
         )
     return scale
@@ -142,29 +142,29 @@ class _Work:
     @property
     def keeps_bits(self) -> bool:
         """True when the values are moved without a change."""
-        return self.placed.part.dtype == self.placed.dtype and self.scale is None
+        return self.placed.range.dtype == self.placed.dtype and self.scale is None
 
 
 def _cast_span(work: _Work, span: range) -> Done:
     """Cast the values whose numbers are in `span`."""
-    part, size = work.placed.part, DTYPE_SIZES[work.placed.part.dtype]
-    with part.path.open("rb", buffering=0) as file:
-        data = read_exactly(file, part.offset + span.start * size, len(span) * size)
-    values, overflow, not_finite = cast_counted(data, part.dtype, work.placed.dtype, work.scale)
+    source, size = work.placed.range, DTYPE_SIZES[work.placed.range.dtype]
+    with source.path.open("rb", buffering=0) as file:
+        data = read_exactly(file, source.offset + span.start * size, len(span) * size)
+    values, overflow, not_finite = cast_counted(data, source.dtype, work.placed.dtype, work.scale)
     write_all(work.target, values, work.placed.at + span.start * values.itemsize)
     return Done(values.nbytes, overflow, not_finite)
 
 
 def _transpose_tile(work: _Work, rows: range, columns: range) -> Done:
     """Write the given rows and columns of the tensor; in the source they are columns and rows."""
-    part, dtype = work.placed.part, work.placed.dtype
-    size, width = DTYPE_SIZES[part.dtype], part.shape[1] * DTYPE_SIZES[dtype]
-    line = part.shape[0] * size
-    with part.path.open("rb", buffering=0) as file:
-        start = part.offset + columns.start * line + rows.start * size
+    source, dtype = work.placed.range, work.placed.dtype
+    size, width = DTYPE_SIZES[source.dtype], source.shape[1] * DTYPE_SIZES[dtype]
+    line = source.shape[0] * size
+    with source.path.open("rb", buffering=0) as file:
+        start = source.offset + columns.start * line + rows.start * size
         data = read_lines(file, start, line, len(columns), len(rows) * size)
     moved = Cast(np.frombuffer(data, np.uint8), 0, 0)
-    cast = moved if work.keeps_bits else cast_counted(data, part.dtype, dtype, work.scale)
+    cast = moved if work.keeps_bits else cast_counted(data, source.dtype, dtype, work.scale)
     bits = np.frombuffer(cast.values, f"<u{DTYPE_SIZES[dtype]}").reshape(len(columns), len(rows))
     at = work.placed.at + rows.start * width + columns.start * bits.itemsize
     write_lines(work.target, np.ascontiguousarray(bits.T), at, width)

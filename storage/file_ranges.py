@@ -38,7 +38,7 @@ def merged(ranges: Iterable[PlacedRange]) -> Iterator[CopiedRange]:
     for placed in ranges:
         if placed.computed:
             continue
-        found = CopiedRange(placed.part.path, placed.part.offset, placed.part.nbytes, placed.at)
+        found = CopiedRange(placed.range.path, placed.range.offset, placed.range.nbytes, placed.at)
         if current and current.goes_on_with(found):
             current = replace(current, nbytes=current.nbytes + found.nbytes)
             continue

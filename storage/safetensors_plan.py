@@ -13,8 +13,8 @@ from .safetensors_reader import TensorRange
 
 
 @dataclass(frozen=True)
-class Calculated:
-    """Values that are calculated while the file is written.
+class CalculatedRange:
+    """Values that are calculated while the file is written, instead of being read from another file.
 
     `blocks` is called once, when these values are due. It yields contiguous arrays of `nbytes` bytes in all, in the
     dtype of the file, little endian."""
@@ -23,38 +23,38 @@ class Calculated:
     blocks: Callable[[], Iterable[NDArray[Any]]]
 
 
-Part = TensorRange | Calculated
+Range = TensorRange | CalculatedRange
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to write: dtype (in safetensors' spelling), shape, and its parts in order.
+    """A tensor to write: dtype (in safetensors' spelling), shape, and the ranges of its values, in their order.
 
     A range of another dtype is cast if `cast.castable` allows the pair. A transposed range is transposed back. A plan
-    without parts is a tensor of zeros."""
+    without ranges is a tensor of zeros."""
 
     dtype: str
     shape: Shape
-    parts: tuple[Part, ...]
+    ranges: tuple[Range, ...]
 
     @property
-    def ranges(self) -> tuple[TensorRange, ...]:
-        """The parts that are copied from other files."""
-        return tuple(part for part in self.parts if isinstance(part, TensorRange))
+    def source_ranges(self) -> tuple[TensorRange, ...]:
+        """The ranges that lie in other files."""
+        return tuple(each for each in self.ranges if isinstance(each, TensorRange))
 
     @property
     def nbytes(self) -> int:
-        """The size of the tensor in the new file."""
-        if not self.parts:
+        """Size of the tensor in the file to be written."""
+        if not self.ranges:
             return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
-        return sum(_nbytes_as(part, self.dtype) for part in self.parts)
+        return sum(_nbytes_as(each, self.dtype) for each in self.ranges)
 
 
-def _nbytes_as(part: Part, dtype: str) -> int:
-    """Return the size of a part's values in `dtype`."""
-    if isinstance(part, Calculated) or part.dtype == dtype:
-        return part.nbytes
-    return part.nbytes // DTYPE_SIZES[part.dtype] * DTYPE_SIZES[dtype]
+def _nbytes_as(values: Range, dtype: str) -> int:
+    """Size of a range's values in `dtype`; a dtype that cannot be cast has no entry in DTYPE_SIZES."""
+    if isinstance(values, CalculatedRange) or values.dtype == dtype:
+        return values.nbytes
+    return values.nbytes // DTYPE_SIZES[values.dtype] * DTYPE_SIZES[dtype]
 
 
 def canonical_order(plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
@@ -69,33 +69,32 @@ class PlacedRange:
     """A range of another file, and the byte of the output at which its values, in `dtype`, begin."""
 
     name: str
-    part: TensorRange
+    range: TensorRange
     dtype: str
     at: int
 
     @property
     def computed(self) -> bool:
-        """True when the values must be cast, scaled or transposed, not only copied."""
-        part = self.part
-        return part.transposed or part.scale is not None or part.dtype != self.dtype
+        """Whether the values must be cast, scaled or transposed, not only copied."""
+        return self.range.transposed or self.range.scale is not None or self.range.dtype != self.dtype
 
 
 @dataclass(frozen=True)
-class PlacedValues:
-    """Values to calculate, and the byte of the output at which they begin."""
+class PlacedCalculatedRange:
+    """A range to calculate, and the byte of the output at which its values begin."""
 
     name: str
-    part: Calculated
+    range: CalculatedRange
     at: int
 
 
-def placed(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[PlacedRange | PlacedValues]:
-    """Yield every part of the tensors with its place in the output; the first tensor begins at byte `at`."""
+def placed(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[PlacedRange | PlacedCalculatedRange]:
+    """Every range of the tensors with its place in the output, whose first tensor begins at byte `at`."""
     for name, plan in tensors.items():
-        for part in plan.parts:
-            if isinstance(part, TensorRange):
-                yield PlacedRange(name, part, plan.dtype, at)
+        for each in plan.ranges:
+            if isinstance(each, TensorRange):
+                yield PlacedRange(name, each, plan.dtype, at)
             else:
-                yield PlacedValues(name, part, at)
-            at += _nbytes_as(part, plan.dtype)
-        at += 0 if plan.parts else plan.nbytes  # zeros, which the empty file has already
+                yield PlacedCalculatedRange(name, each, at)
+            at += _nbytes_as(each, plan.dtype)
+        at += 0 if plan.ranges else plan.nbytes  # zeros, which the empty file has already

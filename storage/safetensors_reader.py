@@ -82,15 +82,19 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a safetensors file and check it against the file's size.
+    """Read the header of a safetensors file, as `header_in` does."""
+    with opened(path) as file:
+        return header_in(file, path, os.fstat(file.fileno()).st_size)
+
+
+def header_in(file: BinaryIO, path: Path, size: int) -> Header:
+    """Read the header at the beginning of `file` and check it against the file's `size` in bytes; no tensor is read.
 
     Headers that the safetensors library accepts are accepted, except for a name that occurs twice, which the format
     forbids. Unknown dtypes are accepted too. Raises CheckpointError for all else; the message says what the file is
     instead, or where it is damaged."""
-    with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = _header_length(path, file.read(8), size, file)
-        text = file.read(length)
+    length = _header_length(path, file.read(8), size, file)
+    text = file.read(length)
     try:
         entries = _parse(text)
         metadata = _metadata(entries.pop("__metadata__", None))

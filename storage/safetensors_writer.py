@@ -25,7 +25,7 @@ from ..schemas.tensors import Shape
 from .cast import Array, castable
 from .cast_ranges import Counts, cast_placed
 from .file_ranges import copy_range, merged, write_all, write_lines
-from .safetensors_plan import PlacedRange, PlacedValues, TensorPlan, placed
+from .safetensors_plan import PlacedCalculatedRange, PlacedRange, TensorPlan, placed
 
 FLUSH_PAUSE = 0.05  # seconds between two flushes
 
@@ -61,14 +61,14 @@ def write_safetensors(
     `overflow_advice` replaces the advice of that message where the caller has no such argument."""
     _check_castable(tensors)
     with new_safetensors(path, tensors, metadata) as out:
-        parts = list(placed(tensors, out.start))
-        ranges = [part for part in parts if isinstance(part, PlacedRange)]
-        for copied in merged(ranges):
+        ranges = list(placed(tensors, out.start))
+        from_files = [each for each in ranges if isinstance(each, PlacedRange)]
+        for copied in merged(from_files):
             copy_range(copied, out.file, progress)
-        counts = cast_placed(ranges, out.file, progress)
-        for part in parts:
-            if isinstance(part, PlacedValues):
-                _write_calculated(part, out, progress)
+        counts = cast_placed(from_files, out.file, progress)
+        for each in ranges:
+            if isinstance(each, PlacedCalculatedRange):
+                _write_calculated(each, out, progress)
     if counts.overflows and not allow_overflow:
         raise ConversionError(_overflow_message(path, tensors, counts.overflows, overflow_advice))
     return counts
@@ -130,16 +130,16 @@ def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str])
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_calculated(values: PlacedValues, out: NewSafetensors, progress: Progress | None) -> None:
-    at = values.at
-    for block in values.part.blocks():
+def _write_calculated(placed_range: PlacedCalculatedRange, out: NewSafetensors, progress: Progress | None) -> None:
+    at = placed_range.at
+    for block in placed_range.range.blocks():
         write_all(out.file, block.reshape(-1), at)
         at += block.nbytes
         if progress:
             progress(block.nbytes)
-    if (found := at - values.at) != values.part.nbytes:
+    if (found := at - placed_range.at) != placed_range.range.nbytes:
         raise ConversionError(
-            f"{out.path}: {values.name}: {found} bytes were calculated instead of {values.part.nbytes}; "
+            f"{out.path}: {placed_range.name}: {found} bytes were calculated instead of {placed_range.range.nbytes}; "
             "this is a bug, report it"
         )
 
@@ -168,15 +168,16 @@ def _flush_until(done: Event, target: int) -> None:
 def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
     """Raise ConversionError for the first range that cannot become the dtype of its tensor."""
     for name, plan in tensors.items():
-        for part in plan.ranges:
-            if part.scale is not None and plan.dtype not in FLOATS:
+        for source in plan.source_ranges:
+            if source.scale is not None and plan.dtype not in FLOATS:
                 raise ConversionError(
-                    f"{part.path}: {name}: scaled fp8 (a weight and the scale to multiply it by) is read but never "
+                    f"{source.path}: {name}: scaled fp8 (a weight and the scale to multiply it by) is read but never "
                     'written; choose a float dtype, such as dtype="bf16"'
                 )
-            if part.dtype != plan.dtype and not castable(part.dtype, plan.dtype):
+            if source.dtype != plan.dtype and not castable(source.dtype, plan.dtype):
                 raise ConversionError(
-                    f"{part.path}: {name}: {part.dtype} cannot become {plan.dtype}; only {', '.join(FLOATS)} are cast"
+                    f"{source.path}: {name}: {source.dtype} cannot become {plan.dtype}; "
+                    f"only {', '.join(FLOATS)} are cast"
                 )
 
 

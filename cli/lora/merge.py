@@ -10,8 +10,7 @@ from ..options import PATH, all_local, local, maybe_local
 from .options import alpha_option, filter_option, force_option, strength_option, text_strength_option
 
 if TYPE_CHECKING:
-    from ...converters.lora.merge_bundle import Applied
-    from ...converters.lora.merge_checkpoint import Merge
+    from ...converters.lora.merge_plan import Merge
 
 
 @click.command()
@@ -66,7 +65,7 @@ def merge(
         say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
 
 
-def show_merge(output: Path, done: "Merge | Applied") -> None:
+def show_merge(output: Path, done: "Merge") -> None:
     """Print what a merge changed, and the parts of LoRAs that were not applied."""
     for text in done.notes:
         note(text)

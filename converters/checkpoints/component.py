@@ -57,7 +57,7 @@ class Problems:
             "unexpected": self.unexpected,
             "wrong shape": shapes,
             "not a floating point type": integers,
-            "of a dtype that is not supported yet": others,
+            "dtype that is not supported yet": others,
         }
         grouped = {
             kind: _by_block(items) if kind in ("missing", "unexpected") else items for kind, items in kinds.items()
@@ -83,10 +83,10 @@ class Problems:
 
 @dataclass(frozen=True)
 class Component:
-    """One network as found on disk: its config, and where the bytes of each tensor lie.
+    """One network as found on disk: its config, and the range of each tensor.
 
-    `tensors` has the diffusers names whatever the layout of the file, as the rules from every layout to that one only
-    rename and cut tensors. `path` is the file, or the index of the shards."""
+    `tensors` has diffusers names whatever the layout of the file: the rules from every layout to that one only rename
+    and cut tensors. `path` is the file, or the index of the shards."""
 
     path: Path
     stage: Stage

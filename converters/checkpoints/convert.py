@@ -1,21 +1,23 @@
-"""Converts checkpoints between layouts. Every tensor of the output is one or more byte ranges of the source files."""
+"""Converts checkpoints between layouts.
 
-import hashlib
+A conversion moves ranges: bytes of a source file that hold a tensor (`TensorRange`). `open_model` finds the ranges,
+`plan_output` gives each range its place in a new tensor, and `write_safetensors` copies or casts them.
+"""
+
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...schemas.callbacks import Progress, Say, StartFile
+from ...schemas.callbacks import Say, StartFile
 from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.layouts import Layout
+from ...schemas.messages import listed
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import staged_output
-from ...storage.cast_ranges import Counts
-from ...storage.replaceable_folders import MODEL_INDEX
 from ...storage.safetensors_writer import write_safetensors
 from ..hub import local_path
 from .component import Component
@@ -25,7 +27,6 @@ from .plan_output import FilePlan, OutputOptions, OutputPlan, plan_output
 from .provenance import copy_provenance, provenance_files
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
-SHOWN_TOKENS = 5  # of a list of tokens in a note
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,25 @@ def convert(
     """Write every component found in `sources` to `output`, in the layout `to`. No weight changes a bit unless `dtype`
     asks for a cast.
 
-    sources        weights files, folders or hf:// sources; one, or a sequence
-    output         a folder, or one file when the name ends in .safetensors and one file can hold everything
-    to             "diffusers", "original", "split" or "comfyui"
-    text_encoder   the text encoder to use instead of that in the sources: a Hugging Face folder or file
-    image_encoder  the image encoder to use, likewise
-    dtype          "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too
-    allow_overflow let values that are too large for the dtype become infinite
-    variant        the weights to read from a folder with several variants, such as "bf16"
-    lite           read prior_lite/ and decoder_lite/ where a folder has both sizes
-    ema            read averaged weights where a file has trained ones too
-    as_variant     the variant to put into the names of diffusers files, such as "bf16"
-    shard_size     cut diffusers components above this size into shards: bytes, or text such as "10GB"
-    combined       use the folder names of StableCascadeCombinedPipeline (diffusers)
-    canonical      order tensors as the safetensors library does, instead of as the source does
-    force          replace files of the same names, or an earlier output
-    say            called with a line of text for each download
-    start_file     called with the name and size of each file before it is written
+    | argument | meaning |
+    |---|---|
+    | sources | one weights file, folder or hf:// source, or a sequence of them |
+    | output | a folder, or one file when the name ends in .safetensors and one file can hold everything |
+    | to | "diffusers", "original", "split" or "comfyui" |
+    | text_encoder | the text encoder to use instead of that in the sources: a Hugging Face folder or file |
+    | image_encoder | the image encoder to use, likewise |
+    | dtype | "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too |
+    | allow_overflow | let values that are too large for the dtype become infinite |
+    | variant | the weights to read from a folder with several variants, such as "bf16" |
+    | lite | read prior_lite/ and decoder_lite/ where a folder has both sizes |
+    | ema | read averaged weights where a file has trained ones too |
+    | as_variant | the variant to put into the names of diffusers files, such as "bf16" |
+    | shard_size | cut diffusers components above this size into shards: bytes, or text such as "10GB" |
+    | combined | use the folder names of StableCascadeCombinedPipeline (diffusers) |
+    | canonical | order tensors as the safetensors library does, instead of as the source does |
+    | force | replace files of the same names, or an earlier output |
+    | say | called with a line of text for each download |
+    | start_file | called with the name and size of each file before it is written |
 
     The output appears whole or not at all. Raises UsageError for sources without components, for an output that exists
     without `force=True` and for options that do not fit; CheckpointError and LayoutError for damaged sources; and
@@ -90,7 +93,6 @@ def convert(
         ['vqgan/diffusion_pytorch_model.safetensors', 'decoder/diffusion_pytorch_model.safetensors']
     """
     output = Path(output)
-    single = output.suffix.lower() == ".safetensors"
     options = OutputOptions(
         layout=_parse_layout(to),
         dtype=parse_dtype(dtype),
@@ -99,49 +101,34 @@ def convert(
         combined=combined,
         canonical=canonical,
     )
-    paths = [
-        local_path(source, say, variant=variant, lite=lite)
-        for source in ([sources] if isinstance(sources, str | Path) else sources)
-    ]
+    given = [sources] if isinstance(sources, str | Path) else sources
     model = open_model(
-        paths,
+        [local_path(source, say, variant=variant, lite=lite) for source in given],
         text_encoder=None if text_encoder is None else local_path(text_encoder, say),
         image_encoder=None if image_encoder is None else local_path(image_encoder, say),
         variant=variant,
         lite=lite,
         ema=ema,
     )
-    if not model.components:
-        raise UsageError("nothing to convert: no component found in " + ", ".join(map(str, paths)))
-    for component in model.components.values():
-        component.require_sound()
-    plan = plan_output(model.components, options)
-    if single and (len(plan.files) > 1 or options.layout is Layout.DIFFUSERS):
-        raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
+    plan = _plan(model, output, options)
     tokenizer = _tokenizer(model)
     _require_space(output, plan)
     provenance = provenance_files(model.sources)
-    notes = [
-        *model.notes,
-        *plan.notes,
-        *_notes_on_tokens(tokenizer, options.layout),
-        *_notes_on_scale(model, options.layout),
-    ]
+    notes = [*model.notes, *plan.notes, *_notes_on_tokens(tokenizer, options), *_notes_on_scale(model, options)]
+    single = _is_single(output)
     with staged_output(
         output,
         force=force,
-        fingerprint=_fingerprint(plan),
-        sources=[*model.sources, *_source_files(plan)],
-        files=() if single else [*_paths(plan, options), *(file.name for file in provenance)],
+        fingerprint=plan.fingerprint(),
+        sources=[*model.sources, *plan.sources],
+        files=() if single else [*plan.names, *(file.name for file in provenance)],
         say=notes.append,
     ) as staged:
         for file in plan.files:
             path = staged if single else staged / file.path
-            progress = start_file(path.name if single else str(file.path), file.nbytes) if start_file else None
-            counts = _write(file, path, progress, allow_overflow)
-            notes += counts.notes(file.path.name)
+            notes += _write_weights(file, path, start_file, allow_overflow=allow_overflow)
         if not single:
-            _write_other_files(model, plan, tokenizer, staged, options)
+            _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
     return Conversion(output, () if single else tuple(file.path for file in plan.files), tuple(notes))
 
@@ -160,85 +147,68 @@ def _parse_shard_size(size: int | str | None) -> int | None:
         raise UsageError(f"shard_size={error}") from error
 
 
-def _write(file: FilePlan, path: Path, progress: Progress | None, allow_overflow: bool) -> Counts:
-    """Write one file under a temporary name, then give it its own name.
-
-    A file that has its own name was completed by a run that was killed later. Such a file is kept, unless it has
-    computed values, which are written again so that values that are not finite are counted."""
-    copied = all(part.dtype == tensor.dtype for tensor in file.tensors.values() for part in tensor.ranges)
-    if path.exists() and copied:
-        if progress:
-            progress(file.nbytes)
-        return Counts()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
-    partial.rename(path)
-    return counts
+def _is_single(output: Path) -> bool:
+    """Return whether the output is one file instead of a folder."""
+    return output.suffix.lower() == ".safetensors"
 
 
-def _source_files(plan: OutputPlan) -> set[Path]:
-    """Return the files that hold the values of the output."""
-    return {part.path for file in plan.files for tensor in file.tensors.values() for part in tensor.ranges}
-
-
-def _paths(plan: OutputPlan, options: OutputOptions) -> list[str]:
-    """Return the paths, below the output folder, of files that every run with this plan writes."""
-    index = [MODEL_INDEX] if options.layout is Layout.DIFFUSERS else []
-    return [*(file.path.as_posix() for file in plan.files), *(path.as_posix() for path in plan.indexes), *index]
-
-
-def _fingerprint(plan: OutputPlan) -> str:
-    """Return a digest of everything that decides the output's bytes. Sources count by path, size and time."""
-    digest = hashlib.sha256()
-    for path in sorted(_source_files(plan)):
-        status = path.stat()
-        digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
-    for file in plan.files:
-        digest.update(repr((file.path, file.metadata, list(file.tensors.items()))).encode())
-    return digest.hexdigest()
+def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
+    """Plan the output, which has every component of the model. Raises UsageError when the plan does not fit."""
+    if not model.components:
+        where = ", ".join(map(str, model.sources))
+        raise UsageError(f"nothing to convert: no component found in {where}; give other sources")
+    for component in model.components.values():
+        component.require_sound()
+    plan = plan_output(model.components, options)
+    if _is_single(output) and (len(plan.files) > 1 or options.layout is Layout.DIFFUSERS):
+        raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
+    if _is_single(output):
+        plan = replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
+    return plan
 
 
 def _require_space(output: Path, plan: OutputPlan) -> None:
     """Raise ConversionError when the disk is too small, before the first byte is written."""
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    needed, free = sum(file.nbytes for file in plan.files), shutil.disk_usage(existing).free
-    if needed > free:
+    free = shutil.disk_usage(existing).free
+    if plan.nbytes > free:
         raise ConversionError(
-            f"{output}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; choose another disk"
+            f"{output}: needs {plan.nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; choose another disk"
         )
 
 
-def _write_other_files(
-    model: Model, plan: OutputPlan, tokenizer: OwnTokenizer | None, folder: Path, options: OutputOptions
-) -> None:
+def _write_weights(file: FilePlan, path: Path, start_file: StartFile | None, *, allow_overflow: bool) -> Iterator[str]:
+    """Write one file under a temporary name, then give it its own name. Yields notes for the user.
+
+    A file that has its own name was completed by a run that was killed later. Such a file is kept, unless it has
+    computed values, which are written again so that values that are not finite are counted."""
+    progress = start_file(str(file.path), file.nbytes) if start_file else None
+    if path.exists() and file.is_copied:
+        if progress:
+            progress(file.nbytes)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    partial.rename(path)
+    yield from counts.notes(file.path.name)
+
+
+def _write_other_files(model: Model, plan: OutputPlan, tokenizer: OwnTokenizer | None, folder: Path) -> None:
     """Write everything in the output folder that is not weights."""
     for path, index in plan.indexes.items():
         (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    is_diffusers = options.layout is Layout.DIFFUSERS
+    layout, combined = plan.options.layout, plan.options.combined
+    is_diffusers = layout is Layout.DIFFUSERS
     configs = {
-        stage: _config_for(component, options.layout)
+        stage: _config_for(component, layout)
         for stage, component in model.components.items()
-        if is_diffusers or (stage in ENCODERS and options.layout is not Layout.COMFYUI)
+        if is_diffusers or (stage in ENCODERS and layout is not Layout.COMFYUI)
     }
-    write_folder_files(folder, configs, index=is_diffusers, combined=options.combined)
-    if tokenizer is not None and options.layout is not Layout.COMFYUI:
-        for prefix in ("", "prior_") if is_diffusers and options.combined else ("",):
+    write_folder_files(folder, configs, index=is_diffusers, combined=combined)
+    if tokenizer is not None and layout is not Layout.COMFYUI:
+        for prefix in ("", "prior_") if is_diffusers and combined else ("",):
             copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
-
-
-def _tokenizer(model: Model) -> OwnTokenizer | None:
-    """Return the model's own tokenizer, checked against its text encoder; None when the model has none."""
-    encoder = model.components.get(Stage.TEXT_ENCODER)
-    rows = encoder.config.vocab_size if encoder and isinstance(encoder.config, TextEncoderConfig) else None
-    return check_tokenizer(model.tokenizer, rows)
-
-
-def _notes_on_tokens(tokenizer: OwnTokenizer | None, to: Layout) -> tuple[str, ...]:
-    if tokenizer is None or to is not Layout.COMFYUI:
-        return tokenizer.notes if tokenizer else ()
-    added = ", ".join(list(tokenizer.content.added)[:SHOWN_TOKENS])
-    return (f"ComfyUI uses its own tokenizer, which does not have {added}",) if added else ()
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:
@@ -248,11 +218,25 @@ def _config_for(component: Component, to: Layout) -> NetworkConfig:
     return component.config
 
 
-def _notes_on_scale(model: Model, to: Layout) -> list[str]:
+def _tokenizer(model: Model) -> OwnTokenizer | None:
+    """Return the model's own tokenizer, checked against its text encoder; None when the model has none."""
+    encoder = model.components.get(Stage.TEXT_ENCODER)
+    rows = encoder.config.vocab_size if encoder and isinstance(encoder.config, TextEncoderConfig) else None
+    return check_tokenizer(model.tokenizer, rows)
+
+
+def _notes_on_tokens(tokenizer: OwnTokenizer | None, options: OutputOptions) -> Iterator[str]:
+    if tokenizer is not None and options.layout is not Layout.COMFYUI:
+        yield from tokenizer.notes
+    elif tokenizer is not None and tokenizer.content.added:
+        yield f"ComfyUI uses its own tokenizer, which does not have {listed(list(tokenizer.content.added))}"
+
+
+def _notes_on_scale(model: Model, options: OutputOptions) -> Iterator[str]:
     vqgan = model.components.get(Stage.VQGAN)
-    if vqgan is None or (vqgan.layout is Layout.DIFFUSERS) == (to is Layout.DIFFUSERS):
-        return []
-    return [
-        "the vqgan's scale depends on the layout: the original code multiplies latents by 0.43, diffusers by 0.3764. "
-        "The weights are the same; images have a little less or more contrast (see `cascadekit export --vqgan-scale`)"
-    ]
+    if vqgan and (vqgan.layout is Layout.DIFFUSERS) != (options.layout is Layout.DIFFUSERS):
+        yield (
+            "the vqgan's scale depends on the layout: the original code multiplies latents by 0.43, diffusers by "
+            "0.3764. The weights are the same; images have a little less or more contrast. To choose the scale, use "
+            "`cascadekit export MODEL -o BUNDLE --vqgan-scale 0.43`"
+        )

@@ -1,7 +1,7 @@
-"""Finds the weights files in a folder: in one component's folder, or single files that lie beside each other.
+"""Finds the weights files in a folder: in one component's folder, or single files beside each other.
 
-A component's folder may hold several sets of the same weights (variants, safetensors and pickles), of which one is
-read; the shards of a set become one header. Every file that is not read gets a note.
+A component's folder may hold several sets of the same weights, such as variants or pickles. One set is read, and its
+shards become one header. Every file that is not read gets a note.
 """
 
 import os
@@ -19,8 +19,8 @@ from ...schemas.folders import (
     PLACES,
     STEMS,
     TOKENIZER_FOLDERS,
-    VARIANTS,
     WEIGHTS_SUFFIXES,
+    preferred_variants,
     read_weights_name,
     stray_kind,
 )
@@ -31,6 +31,7 @@ from ...schemas.stages import NetworkConfig, Stage
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
+from .component import Component
 from .identify import FileContents, ReadConfig, identify_all
 
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.() -]+")  # a file name without a folder
@@ -85,8 +86,8 @@ def open_component_folder(
 ) -> tuple[FileContents, str]:
     """Return the component in a folder, and the variant of the weights that were read ("" for the plain ones).
 
-    `expected` chooses one tower of a whole CLIP model. Where the folder lacks the `variant`, other weights are read,
-    and the caller tells the user. Raises CheckpointError when there are no weights or shards are missing."""
+    `expected` chooses one tower of a whole CLIP model. If the folder lacks the `variant`, other weights are read, and
+    the caller adds a note. Raises CheckpointError when there are no weights or shards are missing."""
     sets = weights_sets(folder)
     chosen = _choose_set(sets, variant)
     if chosen is None:
@@ -103,8 +104,7 @@ def open_component_folder(
 
 def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | None:
     """Return the set to read: the variant asked for, else the plain weights, else any; safetensors before pickles."""
-    others = sorted({name for name, _ in sets} - {*VARIANTS})
-    wanted = [*([variant.lower()] if variant is not None else []), *VARIANTS, *others]
+    wanted = preferred_variants({name for name, _ in sets}, variant)
     return next(((name, kind) for name in wanted for kind in FORMATS if (name, kind) in sets), None)
 
 
@@ -134,7 +134,7 @@ def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
         return _read_indexed(folder, found.index)
     if len(found.shards) > 1:
         counts = " and ".join(f"of {count}" for count in sorted(found.shards))
-        raise CheckpointError(f"{folder}: has shards of several saves ({counts}); keep those of one")
+        raise CheckpointError(f"{folder}: has shards of several saves ({counts}); keep the shards of one save")
     ((count, numbered),) = found.shards.items()
     missing = next(number for number in range(1, count + 2) if number not in numbered)
     if missing <= count:
@@ -192,36 +192,29 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
 
 
-@dataclass(frozen=True)
-class SingleFiles:
-    """The single files of a folder that hold components, and notes on all other files."""
-
-    contents: tuple[FileContents, ...]
-    notes: tuple[str, ...]
-    refused: CascadeError | None = None  # the error of the first file that was left out
-
-
-def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> SingleFiles:
+def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[FileContents, CascadeError | None]:
     """Read the headers of all weights files in `folder` and in its controlnet/.
 
-    A file without a component is left out with a note. Raises CheckpointError for a damaged file with the name of a
-    released one, and LayoutError for a network whose config cannot be read."""
-    contents: list[FileContents] = []
+    Returns the components, with notes on all other files, and the error of the first file without a component. Raises
+    CheckpointError for a damaged file with the name of a released one, and LayoutError for a network whose config
+    cannot be read."""
+    components: list[Component] = []
     notes: list[str] = []
-    refused: list[CascadeError] = []
+    refused: CascadeError | None = None
     for path in _entries(folder):
         if kind := _stray_kind(path):
             notes.append(f"{path}: left out, {kind}")
         elif path.suffix.lower() in WEIGHTS_SUFFIXES:
             try:
-                contents.append(identify_all(read_weights(path), without=tuple(without)))
+                found = identify_all(read_weights(path), without=tuple(without))
+                components += found.components
+                notes += found.notes
             except (ForeignError, CheckpointError) as error:
                 if isinstance(error, CheckpointError) and path.name.lower().startswith(RELEASED):
                     raise
-                refused.append(error)
+                refused = refused or error
                 notes.append(f"left out: {error}")
-    notes += _notes_on_other_folders(folder)
-    return SingleFiles(tuple(contents), tuple(notes), refused[0] if refused else None)
+    return FileContents(tuple(components), (*notes, *_notes_on_other_folders(folder))), refused
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -237,7 +230,7 @@ def _sorted_entries(folder: Path) -> list[Path]:
     names = os.listdir(folder)
     if len(names) > MAX_FOLDER_ENTRIES:
         raise CheckpointError(
-            f"{folder}: holds {len(names)} files, more than {MAX_FOLDER_ENTRIES}; name the files that are meant"
+            f"{folder}: holds {len(names)} files, more than {MAX_FOLDER_ENTRIES}; give the weights files themselves"
         )
     return [folder / name for name in sorted(names)]
 

@@ -16,7 +16,7 @@ from ...schemas.tensors import Shape, expected_tensors
 from ...storage.safetensors_reader import Header, TensorRange
 from .component import Component, find_problems, missing_counters
 
-# Returns the config of a stage that lies beside its tensors, which have these shapes; None where there is none.
+# Returns the config in a file beside a stage's tensors, which have these shapes; None when there is no such file.
 ReadConfig = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]
 
 # ComfyUI's scaled fp8. `X.scale_weight` is the factor of `X.weight`; `X.scale_input` is for products in fp8 only. A
@@ -89,16 +89,13 @@ def identify_all(
             f"{header.path}: expected the {only} here, found the {', '.join(others)}; give the right file"
         )
     elif not others:
-        raise ForeignError(
-            f"{header.path}: not a Stable Cascade component: it holds {_guess(header)}. Expected a stage, encoder, "
-            "previewer or ControlNet in the original, split, diffusers or comfyui layout"
-        )
+        raise _foreign(header)
     notes += [note for component in components for note in _tensor_notes(component)]
     return FileContents(tuple(components), tuple(notes))
 
 
 def _foreign_kind(group: TensorGroup, stage: Stage, shapes: Mapping[str, Shape]) -> str | None:
-    """Return what stands under the VQGAN's prefix when it is known to be another model's VAE; None otherwise."""
+    """Return the name of another model's VAE that has the VQGAN's prefix; None for a VQGAN and other stages."""
     return foreign_name(group.names) if group.stage and stage is Stage.VQGAN and stage_of(shapes) is None else None
 
 
@@ -174,11 +171,14 @@ def _with_scale(config: NetworkConfig, layout: Layout) -> NetworkConfig:
     return config
 
 
-def _guess(header: Header) -> str:
-    """Return what a file without any component most likely is."""
-    first = next(iter(header.tensors), "missing")
-    unknown = f"nothing known; its first tensor is {first}"
-    return foreign_name(header.tensors) or nearest_known(header.shapes) or unknown
+def _foreign(header: Header) -> ForeignError:
+    """Return the error for a file without any component, which says what the file most likely is."""
+    unknown = f"nothing known; its first tensor is {next(iter(header.tensors), 'missing')}"
+    found = foreign_name(header.tensors) or nearest_known(header.shapes) or unknown
+    return ForeignError(
+        f"{header.path}: not a Stable Cascade component: it holds {found}. Expected a stage, encoder, previewer or "
+        "ControlNet in the original, split, diffusers or comfyui layout"
+    )
 
 
 def nearest_known(shapes: Mapping[str, Shape], min_share: float = 0.05) -> str | None:

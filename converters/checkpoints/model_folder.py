@@ -54,9 +54,13 @@ INDEX_ENTRIES: Mapping[str, tuple[str, str]] = {
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
 }
 
-
 # Components that the prior pipeline works without. Their entries are null when the folder lacks them.
 OPTIONAL = ("image_encoder", "feature_extractor")
+# The keys of the combined pipeline's index, and the component that each stands for.
+COMBINED: Mapping[str, str] = {
+    **{name: name for name in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")},
+    **{f"prior_{name}": name for name in ("prior", "text_encoder", "tokenizer", "scheduler", *OPTIONAL)},
+}
 
 
 def write_folder_files(
@@ -75,7 +79,7 @@ def write_folder_files(
         for prefix in ("", "prior_") if combined else ("",):
             save_tokenizer_folder(folder / f"{prefix}tokenizer")
             _write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", SCHEDULER)
-        _write_json(folder / "model_index.json", combined_index(configs) if combined else model_index(configs))
+        _write_json(folder / "model_index.json", model_index(configs, combined=combined))
 
 
 def component_folders(stage: Stage, *, combined: bool = False) -> tuple[str, ...]:
@@ -87,45 +91,24 @@ def component_folders(stage: Stage, *, combined: bool = False) -> tuple[str, ...
     return (COMBINED_FOLDERS.get(stage, str(stage)),)
 
 
-def model_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
+def model_index(configs: Mapping[Stage, NetworkConfig], *, combined: bool) -> dict[str, Any]:
     """Return the pipeline index of a folder with these stages.
 
-    A folder with prior and decoder has the entries of both pipelines. StableCascadePriorPipeline and
-    StableCascadeDecoderPipeline both load it, each with its own entries."""
-    prior_only = Stage.DECODER not in configs
-    name = "StableCascadePriorPipeline" if prior_only else "StableCascadeDecoderPipeline"
-    present = {*map(str, configs), "tokenizer", "scheduler"}
-    if Stage.PRIOR in configs:
-        present |= set(OPTIONAL)
-    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
-    for component in INDEX_ENTRIES:
-        if component in present:
-            index[component] = _entry(component, configs)
-    if Stage.PRIOR in configs:
-        index["resolution_multiple"] = 42.67
-    if Stage.DECODER in configs:
-        index["latent_dim_scale"] = 10.67
-    return index
-
-
-def combined_index(configs: Mapping[Stage, NetworkConfig]) -> dict[str, Any]:
-    """Return the index of StableCascadeCombinedPipeline, which names the prior's components with a prefix."""
-    index: dict[str, Any] = {
-        "_class_name": "StableCascadeCombinedPipeline",
+    A folder with prior and decoder has the entries of both pipelines: StableCascadePriorPipeline and
+    StableCascadeDecoderPipeline both load it, each with its own entries. The index of a `combined` folder is for
+    StableCascadeCombinedPipeline, which names the prior's components with a prefix."""
+    optional = OPTIONAL if Stage.PRIOR in configs else ()
+    present = {*map(str, configs), "tokenizer", "scheduler", *optional}
+    components = COMBINED if combined else {name: name for name in INDEX_ENTRIES if name in present}
+    numbers = {Stage.PRIOR: ("resolution_multiple", 42.67), Stage.DECODER: ("latent_dim_scale", 10.67)}
+    pipeline = "Combined" if combined else "Decoder" if Stage.DECODER in configs else "Prior"
+    absent = OPTIONAL if Stage.IMAGE_ENCODER not in configs else ()
+    return {
+        "_class_name": f"StableCascade{pipeline}Pipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
+        **{key: [None, None] if name in absent else [*INDEX_ENTRIES[name]] for key, name in components.items()},
+        **dict(number for stage, number in numbers.items() if stage in configs and not combined),
     }
-    for component in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan"):
-        index[component] = _entry(component, configs)
-    for component in ("prior", "text_encoder", "tokenizer", "scheduler", *OPTIONAL):
-        index[f"prior_{component}"] = _entry(component, configs)
-    return index
-
-
-def _entry(component: str, configs: Mapping[Stage, NetworkConfig]) -> list[str | None]:
-    """Return library and class of a component; nulls for an optional component that is missing."""
-    if component in OPTIONAL and Stage.IMAGE_ENCODER not in configs:
-        return [None, None]
-    return list(INDEX_ENTRIES[component])
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -146,8 +129,8 @@ def check_tokenizer(folder: Path | None, rows: int | None) -> OwnTokenizer | Non
     """Read and check the tokenizer in `folder`, for a text encoder with `rows` tokens (None: no encoder).
 
     Returns None when there is no folder or no tokenizer in it; the tokenizer of this package is used then.
-    Raises CheckpointError for links out of the folder and files above MAX_TOKENIZER_BYTES, for a tokenizer that is
-    not CLIP's, and for tokens without a row in the text encoder."""
+    Raises CheckpointError for a tokenizer that is not CLIP's, and for tokens without a row in the text encoder. Links
+    out of the folder and files above MAX_TOKENIZER_BYTES are refused too."""
     if folder is None or not any((folder / name).exists() for name in (WHOLE_NAME, LIST_NAMES[0])):
         return None
     files = tuple(folder / name for name in NAMES if (folder / name).exists() or (folder / name).is_symlink())

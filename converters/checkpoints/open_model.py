@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
-from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
+from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
@@ -24,10 +24,10 @@ PIPELINE_INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class WeightsChoice:
-    """Which weights to read where the sources offer several.
+    """The choice among several weights of one component.
 
     `variant` is a name such as "bf16" (None: the plain weights, else any). `lite` prefers the lite stages to the full
-    ones, `ema` the moving average to the trained weights."""
+    stages; `ema` prefers averaged weights to trained weights."""
 
     variant: str | None = None
     lite: bool = False
@@ -36,8 +36,7 @@ class WeightsChoice:
 
 @dataclass(frozen=True)
 class Model:
-    """The components of a model by stage, its tokenizer folder if it has one, notes for the user, and the paths it was
-    opened from.
+    """The components of a model by stage, the folder of its tokenizer, notes for the user, and the opened paths.
 
     `alternatives` are further components of the same stages. Only `inspect` of a Hub source lists them."""
 
@@ -53,43 +52,6 @@ class Model:
             have = ", ".join(self.components) or "nothing"
             raise UsageError(f"the model has no {stage}; it has {have}")
         return self.components[stage].require_sound()
-
-
-def inspect(path: str | Path) -> Model:
-    """Return what a checkpoint holds, from its headers alone: stages, layouts, configs, dtypes, and problems.
-
-    `path` is a weights file, a model folder, a folder of single files, or a source on the Hub (hf://owner/repo[/path]),
-    of which only headers are transferred. Problems are listed in each component and raise no error.
-
-    Raises UsageError when there is nothing at `path`, ForeignError (a LayoutError) for a file without a component, and
-    CheckpointError for a damaged file.
-
-    Example:
-        >>> model = inspect("stage_c_lite_bf16.safetensors")
-        >>> model.components[Stage.PRIOR].describe()
-        'prior (lite, original layout)'
-    """
-    if str(path).startswith("hf:"):  # as `hub.is_hub`, which is not imported for files on disk
-        return _inspect_remote(path)
-    return open_model([Path(path)])
-
-
-def _inspect_remote(source: str | Path) -> Model:
-    """List the components of a Hub source by its headers. Files that are not components get a note."""
-    from ..hub import remote_headers
-
-    found: list[Component] = []
-    refused: list[LayoutError] = []
-    for header in remote_headers(source):
-        try:
-            found += identify_all(header).components
-        except LayoutError as error:
-            refused.append(error)
-    if not found and refused:
-        raise refused[0]
-    components: dict[Stage, Component] = {}
-    alternatives = [one for one in found if components.setdefault(one.stage, one) is not one]
-    return Model(components, notes=tuple(map(str, refused)), alternatives=tuple(alternatives))
 
 
 def open_model(
@@ -132,7 +94,7 @@ def open_model(
 
 
 def _open_encoder(path: Path, stage: Stage, choice: WeightsChoice) -> FileContents:
-    """Open the encoder in a file or folder; of a whole CLIP model, the tower that `stage` names."""
+    """Open the encoder in a file or folder. From a whole CLIP model, the tower that `stage` names is taken."""
     _require_exists(path)
     if path.is_dir():
         return open_component_folder(path, stage, choice.variant)[0]
@@ -150,8 +112,8 @@ def _open_file(path: Path, only: Stage | None = None, without: Collection[Stage]
 def _add(components: dict[Stage, Component], component: Component, choice: WeightsChoice, notes: list[str]) -> None:
     """Add `component` unless its stage is there already.
 
-    Within one file, ranks decide which of two is kept. Of two text encoders (both files of ComfyUI and both
-    repositories of diffusers have one) the first is kept. Otherwise two files with one stage are an error."""
+    Within one file, the rank decides which of two components is kept. The first of two equal encoders is kept: both
+    files of ComfyUI and both repositories of diffusers have one. Any other stage in two files is a UsageError."""
     other = components.setdefault(component.stage, component)
     if other is component:
         return
@@ -179,18 +141,15 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
         return [contents]
     folders, notes = _choose_folders(source, choice)
     opened = _open_folders(source, folders, choice, without)
-    single = open_single_files(source, without)
-    if not folders and not any(contents.components for contents in single.contents):
-        if single.refused is not None:
-            raise single.refused
-        raise UsageError(
+    single, refused = open_single_files(source, without)
+    if not folders and not single.components:
+        raise refused or UsageError(
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
             "or stage_a, stage_b and stage_c .safetensors files"
         )
     # A download of a whole repository has the folders of a pipeline and the same weights as single files beside them.
     taken = {component.stage for contents in opened for component in contents.components} if is_pipeline else set()
-    files, notes_on_files = _choose_files(single.contents, choice, taken)
-    return [*files, *opened, FileContents((), (*notes, *notes_on_files, *single.notes))]
+    return [_choose_files(single, choice, taken), *opened, FileContents((), tuple(notes))]
 
 
 def _open_folders(
@@ -209,7 +168,7 @@ def _open_folders(
             note = f"{path}: has no weights of variant {choice.variant}; {names} is taken"
             contents = replace(contents, notes=(*contents.notes, note))
         opened.append(contents)
-    if folders and variants:
+    if variants:
         _require_variant(source, choice, variants)
     return opened
 
@@ -217,47 +176,36 @@ def _open_folders(
 def _require_variant(source: Path, choice: WeightsChoice, read: Collection[str]) -> None:
     """Raise CheckpointError when the variant asked for is not among those that were `read`."""
     if choice.variant is not None and choice.variant.lower() not in read:
-        raise CheckpointError(
-            f'{source}: no weights of variant {choice.variant}; try without variant="{choice.variant}"'
-        )
+        name = choice.variant
+        raise CheckpointError(f'{source}: no weights of variant {name}; try without variant="{name}"')
 
 
 def _is_component_folder(source: Path) -> bool:
-    """Whether a folder belongs to one component: it has a config.json, or shards."""
+    """Return whether a folder belongs to one component: it has a config.json, or shards."""
     return (source / "config.json").is_file() or any(
         found.index is not None or found.shards for found in weights_sets(source).values()
     )
 
 
-def _choose_files(
-    found: Sequence[FileContents], choice: WeightsChoice, taken: Collection[Stage]
-) -> tuple[list[FileContents], list[str]]:
+def _choose_files(found: FileContents, choice: WeightsChoice, taken: Collection[Stage]) -> FileContents:
     """Keep one of several single files that hold one stage in different sizes, precisions or averages.
 
-    Returns what is kept, and a note for each component that is left out. Files that do not differ in these ways all
-    stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
-    by_stage: dict[Stage, list[Component]] = {}
-    for component in (component for contents in found for component in contents.components):
-        by_stage.setdefault(component.stage, []).append(component)
-    dropped: set[int] = set()
-    notes = []
-    for stage, components in by_stage.items():
-        best = min(_preference(component, choice) for component in components)
-        for component in components:
-            if stage in taken:
-                reason = f"the {stage} of the component's folder is taken"
-            elif stage not in ENCODERS and _preference(component, choice) != best:
-                first = next(other for other in components if _preference(other, choice) == best)
-                reason = f"{first.path.name} is taken (see the options variant, lite and ema)"
-            else:
-                continue
-            dropped.add(id(component))
-            notes.append(f"{component.path}: its {component.describe()} is left out, {reason}")
-    kept = [
-        replace(contents, components=tuple(one for one in contents.components if id(one) not in dropped))
-        for contents in found
-    ]
-    return kept, notes
+    Stages in `taken` are left out. Every component that is left out gets a note. Files that do not differ in these
+    ways all stay: `_add` raises an error for them later. Encoders stay too, as `_add` chooses between them."""
+    kept, notes = [], list(found.notes)
+    for component in found.components:
+        stage, preference = component.stage, _preference(component, choice)
+        rivals = (other for other in found.components if other.stage is stage)
+        best = min(rivals, key=lambda other: _preference(other, choice))
+        if stage in taken:
+            reason = f"the {stage} of the component's folder is taken"
+        elif stage not in ENCODERS and preference != _preference(best, choice):
+            reason = f"{best.path.name} is taken (variant, lite and ema choose another)"
+        else:
+            kept.append(component)
+            continue
+        notes.append(f"{component.path}: its {component.describe()} is left out, {reason}")
+    return FileContents(tuple(kept), tuple(notes))
 
 
 def _preference(component: Component, choice: WeightsChoice) -> tuple[bool, bool, int]:
@@ -266,7 +214,7 @@ def _preference(component: Component, choice: WeightsChoice) -> tuple[bool, bool
     dtypes = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     (dtype, _), *_ = component.dtypes.most_common(1) or [("", 0)]
     precision = dtypes.get(dtype, dtype)
-    order = [*([choice.variant.lower()] if choice.variant else []), *VARIANTS, precision]
+    order = preferred_variants([precision], choice.variant or None)
     return averaged != choice.ema, (component.variant is Variant.LITE) != choice.lite, order.index(precision)
 
 
@@ -286,7 +234,7 @@ def _choose_folders(source: Path, choice: WeightsChoice) -> tuple[dict[Stage, Pa
             continue
         first = folders.setdefault(place.stage, path)
         if first != path:
-            advice = " (see the option lite)" if place.lite or choice.lite else ""
+            advice = f" (lite={not choice.lite} takes the other size)" if place.lite or choice.lite else ""
             notes.append(f"{path}: left out, {first.name} is taken{advice}")
     return folders, notes
 
@@ -294,8 +242,7 @@ def _choose_folders(source: Path, choice: WeightsChoice) -> tuple[dict[Stage, Pa
 def _remove_unfit_encoders(components: dict[Stage, Component], given: Collection[Stage]) -> list[str]:
     """Remove encoders that feed neither the prior nor the decoder, and return a note for each.
 
-    Raises LayoutError, naming the encoder and the sizes expected, for one that the user gave or that lies in a file of
-    its own."""
+    Raises LayoutError for an encoder that the user gave, or that has a file of its own."""
     configs = [component.config for component in components.values()]
     notes = []
     for stage in ENCODERS:
@@ -308,7 +255,7 @@ def _remove_unfit_encoders(components: dict[Stage, Component], given: Collection
 
 
 def _is_other_tower(component: Component, components: dict[Stage, Component]) -> bool:
-    """Whether the encoder's file also holds the other tower, which may be why the user gave the file."""
+    """Return whether the encoder's file also holds the other tower, which the user may have given the file for."""
     others = (components[stage] for stage in ENCODERS if stage in components and stage is not component.stage)
     return any(other.path == component.path for other in others)
 
@@ -319,10 +266,10 @@ def _require_exists(path: Path) -> None:
 
 
 def _notes_on_names(components: Iterable[Component]) -> list[str]:
-    """Return a note for each file whose name tells another stage than its content."""
+    """Return a note for each file whose name belongs to another stage than its content."""
     names = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
     return [
-        f"{component.path} is named like {name} but holds the {component.stage}; going by its content"
+        f"{component.path} is named like {name} but holds the {component.stage}; the content counts"
         for component in components
         for stage, name in names.items()
         if component.path.name.startswith(name) and component.stage is not stage

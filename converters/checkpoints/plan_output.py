@@ -1,9 +1,13 @@
-"""Plans the files that a conversion writes: which tensors go into each, and which source bytes make each tensor.
+"""Plans the files that a conversion writes: which tensors go into each, and which source ranges make each tensor.
 
-The plan has three levels. An OutputPlan has one FilePlan for each weights file; a FilePlan has one TensorPlan for each
-tensor; a TensorPlan has the ranges of source files (TensorRange) that hold the tensor's values.
+| value | contents |
+|---|---|
+| OutputPlan | one FilePlan for each weights file |
+| FilePlan | one TensorPlan for each tensor |
+| TensorPlan | the ranges of source files (TensorRange) that hold the tensor's values |
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +17,10 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import Layout, to_diffusers
-from ...schemas.stages import Stage, Variant
+from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
+from ...storage.replaceable_folders import MODEL_INDEX
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from .component import Component
 from .model_folder import component_folders
@@ -25,12 +30,7 @@ ORIGINAL_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stage_c",
     Stage.DECODER: "stage_b",
     Stage.VQGAN: "stage_a",
-    Stage.EFFNET_ENCODER: "effnet_encoder",
-    Stage.PREVIEWER: "previewer",
-    Stage.CONTROLNET_CANNY: "controlnet/canny",
-    Stage.CONTROLNET_INPAINTING: "controlnet/inpainting",
-    Stage.CONTROLNET_SUPER_RESOLUTION: "controlnet/super_resolution",
-    Stage.CONTROLNET_IDENTITY: "controlnet/identity",
+    **{stage: str(stage) for stage in (Stage.EFFNET_ENCODER, Stage.PREVIEWER, *CONTROLNETS)},
 }
 COMFYUI_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stable_cascade_stage_c",
@@ -42,12 +42,14 @@ COMFYUI_NAMES: Mapping[Stage, str] = {
 class OutputOptions:
     """How a conversion writes its output. `convert` has an option for each field.
 
-    layout      the layout to write
-    dtype       the dtype of the weights in safetensors' spelling; None keeps that of the source
-    variant     the variant in the names of diffusers files; "" for none
-    shard_size  bytes above which a diffusers component is cut into shards; None for no limit
-    combined    whether to use the folder names of the combined pipeline
-    canonical   whether to order tensors as the safetensors library does; otherwise as in the source
+    | field | meaning |
+    |---|---|
+    | layout | the layout to write |
+    | dtype | the dtype of the weights in safetensors' spelling; None keeps that of the source |
+    | variant | the variant in the names of diffusers files; "" for none |
+    | shard_size | bytes above which a diffusers component is cut into shards; None for no limit |
+    | combined | True for the folder names of the combined pipeline |
+    | canonical | True to order tensors as the safetensors library does, False to keep the source's order |
     """
 
     layout: Layout
@@ -71,14 +73,47 @@ class FilePlan:
         """Bytes of all tensors, without the header."""
         return sum(plan.nbytes for plan in self.tensors.values())
 
+    @property
+    def is_copied(self) -> bool:
+        """True when every value is copied without a cast."""
+        return all(source.dtype == plan.dtype for plan in self.tensors.values() for source in plan.source_ranges)
+
 
 @dataclass(frozen=True)
 class OutputPlan:
     """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user."""
 
+    options: OutputOptions
     files: tuple[FilePlan, ...]
     indexes: dict[Path, dict[str, Any]]
     notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that hold the values of the output, sorted."""
+        tensors = (tensor for file in self.files for tensor in file.tensors.values())
+        return sorted({source.path for tensor in tensors for source in tensor.source_ranges})
+
+    @property
+    def names(self) -> list[str]:
+        """The paths, below the output folder, of files that every run with this plan writes."""
+        index = [MODEL_INDEX] if self.options.layout is Layout.DIFFUSERS else []
+        return [*(file.path.as_posix() for file in self.files), *(path.as_posix() for path in self.indexes), *index]
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides the output's bytes. Sources count by path, size and time."""
+        digest = hashlib.sha256()
+        for path in self.sources:
+            status = path.stat()
+            digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
+        for file in self.files:
+            digest.update(repr((file.path, file.metadata, list(file.tensors.items()))).encode())
+        return digest.hexdigest()
 
 
 def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
@@ -98,7 +133,7 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
             if len(shards) > 1:
                 name = weights_names(_stem(component.stage), options.variant)[1]
                 indexes[path.with_name(name)] = _index(shards)
-    return OutputPlan(tuple(files), indexes)
+    return OutputPlan(options, tuple(files), indexes)
 
 
 def plan_tensors(component: Component, options: OutputOptions, prefix: str = "") -> dict[str, TensorPlan]:
@@ -197,4 +232,4 @@ def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions)
         )
     if others:
         notes.append(f"no place in these ComfyUI files for {', '.join(others)}; left out")
-    return OutputPlan(tuple(files), {}, tuple(notes))
+    return OutputPlan(options, tuple(files), {}, tuple(notes))

@@ -1,13 +1,11 @@
-"""The tiny cascade: every stage with about a million weights in all, the same on every machine, in the original
-layout. It draws no picture anybody would want; it is the whole road at a size that runs anywhere.
+"""The tiny cascade: every stage in the original layout, about a million weights in all, the same on every machine.
 
-Its weights are random, so its prior and decoder denoise nothing and latents grow to some hundreds along a
-trajectory; the vqgan is scaled to them and keeps its images off black and white, where errors would not show.
+Its weights are random, so that its images show nothing. The prior and the decoder denoise nothing, and latents grow to
+some hundreds along a trajectory. The vqgan is scaled to such latents: its images stay clear of black and white, where
+errors would not show.
 """
 
-import json
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,13 @@ from numpy.typing import NDArray
 from ...schemas.layouts import Layout, to_diffusers
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, Variant
 from ...schemas.tensors import Shape, expected_tensors, is_counter
+from ...storage.safetensors_plan import CalculatedRange, TensorPlan
+from ...storage.safetensors_writer import write_safetensors
 from .model_folder import write_folder_files
 
 TINY_FILES = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
 
-LATENTS_NEAR = np.float32(100)  # what random networks make of unit noise in 20 + 10 steps
+LATENTS_NEAR = np.float32(100)  # the size of latents after 20 + 10 steps of random networks
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -32,7 +32,7 @@ def write_tiny_cascade(folder: Path, seed: int = 0) -> None:
         config = PRESETS[stage, Variant.TINY]
         tensors = _random_tensors(_original_shapes(config), np.random.default_rng([seed, number]))
         if stage is Stage.VQGAN:
-            _draw_around_grey(tensors)
+            _center_on_grey(tensors)
         _write(folder / f"{name}.safetensors", tensors)
     text_encoder = PRESETS[Stage.TEXT_ENCODER, Variant.TINY]
     write_folder_files(folder, {Stage.TEXT_ENCODER: text_encoder}, index=False)
@@ -66,7 +66,7 @@ def _deviation(name: str, shape: Shape) -> float:
     return 1 / math.sqrt(math.prod(shape[1:]))
 
 
-def _draw_around_grey(tensors: Tensors) -> None:
+def _center_on_grey(tensors: Tensors) -> None:
     """Let the vqgan's images vary around 0.5 without reaching 0 or 1 everywhere."""
     tensors["up_blocks.0.0.weight"] /= LATENTS_NEAR
     tensors["out_block.0.weight"] *= np.float32(0.15)
@@ -74,15 +74,10 @@ def _draw_around_grey(tensors: Tensors) -> None:
 
 
 def _write(path: Path, tensors: Tensors) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    data: list[bytes] = []
-    position = 0
-    for name, tensor in tensors.items():
-        dtype, values = ("I64", np.full(tensor.shape, 1000, "<i8")) if is_counter(name) else ("F32", tensor)
-        block = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, position + len(block)]}
-        position += len(block)
-        data.append(block)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *data]))
+    """Write the tensors, each counter of a BatchNorm as I64."""
+    write_safetensors(path, {name: _plan(name, tensor) for name, tensor in tensors.items()}, {"format": "pt"})
+
+
+def _plan(name: str, tensor: NDArray[np.float32]) -> TensorPlan:
+    dtype, values = ("I64", np.full(tensor.shape, 1000, "<i8")) if is_counter(name) else ("F32", tensor.astype("<f4"))
+    return TensorPlan(dtype, tensor.shape, (CalculatedRange(values.nbytes, lambda: [values]),))

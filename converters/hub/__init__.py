@@ -4,8 +4,8 @@ import glob
 from pathlib import Path
 
 from ...schemas.callbacks import Say
-from .errors import explaining, reason, unreachable
 from .headers import remote_header, remote_headers
+from .hub_errors import explaining, reason, unreachable
 from .repository import from_cache, list_files
 from .select import select
 from .source import HubPath, HubSource, is_hub, is_weights, parse
@@ -32,8 +32,8 @@ def local_path(source: str | Path, say: Say | None = None, *, variant: str | Non
 def fetch(source: str | Path, say: Say | None = None, *, variant: str | None = None, lite: bool = False) -> Path:
     """Download a source on the Hub into huggingface_hub's cache and return its path there.
 
-    Files in the cache are not downloaded again. Of a folder, only the files of a model are downloaded: one set of
-    weights for each component (`variant` and `lite` choose it), configs, tokenizer, licence and model card. A download
+    Files in the cache are not downloaded again. From a folder, only the files of a model are downloaded: configs,
+    tokenizer, licence, model card, and one set of weights for each component (see `variant` and `lite`). A download
     that was cut off continues where it ended. Without a connection, the files in the cache are used. `say` is called
     with a line for each download; progress bars are shown on a terminal.
 

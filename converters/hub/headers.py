@@ -1,21 +1,25 @@
-"""Headers of safetensors files on the Hub, read by range requests without the rest of the files."""
+"""Headers of safetensors files on the Hub, read by range requests without the rest of the files.
 
-import os
-import tempfile
+huggingface_hub's own reader (`parse_safetensors_file_metadata`) is not used. It does not check a header against the
+size of its file, and it reads the whole file from a server without range requests.
+"""
+
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
-from ...schemas.errors import CascadeError, CheckpointError, UsageError
+from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.limits import MAX_HEADER_BYTES
-from ...storage.safetensors_reader import Header, read_header
-from .errors import explaining, unreachable
+from ...storage.safetensors_reader import Header, header_in, read_header
+from .hub_errors import explaining, unreachable
 from .repository import from_cache, list_files
 from .select import weights_below
 from .source import WEIGHTS, HubPath, HubSource, is_weights, parse
 from .transfer import ask, blocks
 
 FIRST_BYTES = 64  # the header's length, and enough bytes to recognise a file of another format
+MAX_SIZE = 1 << 63  # bytes; a larger file does not exist
 
 
 def remote_header(source: str | Path) -> Header:
@@ -46,29 +50,17 @@ def remote_headers(source: str | Path) -> tuple[Header, ...]:
 
 
 def _read_remote(wanted: HubSource) -> Header:
-    """Return the header of the file at `wanted`.
-
-    The header is written to a sparse file of the same size, so that `read_header` does all the checks."""
+    """Return the header of the file at `wanted`."""
     head, size = _read_range(wanted, 0, FIRST_BYTES)
+    if size >= MAX_SIZE:
+        raise CheckpointError(f"{wanted}: the server states a size of {size} bytes; check HF_ENDPOINT")
     length = int.from_bytes(head[:8], "little")
     if FIRST_BYTES < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
         rest, size_then = _read_range(wanted, FIRST_BYTES, 8 + length)
         if size_then != size or len(head + rest) < 8 + length:
             raise CheckpointError(f"{wanted}: changed or was cut off while it was read; try again")
         head += rest
-    shown = HubPath(str(wanted))
-    with tempfile.TemporaryDirectory() as folder:
-        stand_in = Path(folder, "header")
-        stand_in.write_bytes(head)
-        try:
-            os.truncate(stand_in, size)
-            header = read_header(stand_in)
-        except (OSError, OverflowError) as error:
-            raise CheckpointError(f"{wanted}: the server states a size of {size} bytes; check HF_ENDPOINT") from error
-        except CascadeError as error:
-            raise type(error)(str(error).replace(str(stand_in), str(shown))) from error
-    tensors = {name: replace(tensor, path=shown) for name, tensor in header.tensors.items()}
-    return replace(header, path=shown, tensors=tensors)
+    return header_in(BytesIO(head), HubPath(str(wanted)), size)
 
 
 def _read_range(wanted: HubSource, start: int, stop: int) -> tuple[bytes, int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
-from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, VARIANTS, read_weights_name
+from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.messages import listed
 from ..checkpoints.provenance import is_provenance_name
 from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
@@ -77,9 +77,8 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
     for folder in folders:
         inside = [base_name(name) for name in names if _folder(name) == folder]
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
-    if (
-        "" not in folders and "model_index.json" not in names
-    ):  # beside one, single files are the same weights in other layouts
+    # Single files beside a model_index.json are the same weights in another layout.
+    if "" not in folders and "model_index.json" not in names:
         yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
@@ -91,8 +90,7 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
 def _component_weights(names: list[str], variant: str | None) -> list[str]:
     """Return the one file, or the index and shards, that `open_model` would take from a component's folder."""
     known = {name: facts for name in names if (facts := read_weights_name(name)) and facts.format == "safetensors"}
-    others = sorted({facts.variant for facts in known.values()} - {*VARIANTS})
-    for one in (*([variant.lower()] if variant is not None else []), *VARIANTS, *others):
+    for one in preferred_variants({facts.variant for facts in known.values()}, variant):
         found = [name for name, facts in known.items() if facts.variant == one]
         single = [name for name in found if not known[name].is_index and not known[name].number]
         if found:

@@ -37,7 +37,7 @@ class HubPath(type(Path())):  # type: ignore[misc]  # the base is PosixPath or W
 
 
 def is_hub(source: str | Path) -> bool:
-    """Whether `source` is on the Hub. A Path, in which hf:// became hf:/, counts too."""
+    """Return whether `source` is on the Hub. A Path, in which hf:// became hf:/, counts too."""
     return _spelling(source).startswith("hf:")
 
 
@@ -64,12 +64,12 @@ def parse(source: str | Path) -> HubSource:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a repository has a safetensors name, which is all that is known before the download."""
+    """Return whether a file has a safetensors name. Before a download, only the name is known."""
     return name.lower().endswith(WEIGHTS)
 
 
 def is_plain(path: str) -> bool:
-    """Whether a path stays inside its repository. Paths come from the user or from a server."""
+    """Return whether a path stays inside its repository. Paths come from the user or from a server."""
     return "\\" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 

@@ -1,6 +1,7 @@
-"""Downloads into huggingface_hub's cache that continue after a break.
+"""Downloads into huggingface_hub's cache that continue after an interruption.
 
-The library's own downloads start again from the first byte (huggingface_hub issue 4196).
+The library's own downloads start again from the first byte when the process is started again (huggingface_hub issue
+4196, true of 2.4).
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import CheckpointError
-from .errors import http_error
+from .hub_errors import http_error
 from .repository import HubFile
 from .source import HubSource
 
@@ -79,7 +80,7 @@ def _download(wanted: HubSource, file: HubFile, repository: Path, say: Say) -> N
             arrived = hashlib.file_digest(content, "sha256").hexdigest()
         if arrived != file.sha256:
             partial.unlink()
-            raise CheckpointError(f"{wanted}: the bytes differ from those the Hub lists (SHA-256); run the same again")
+            raise CheckpointError(f"{wanted}: the bytes differ from those the Hub lists (SHA-256); try again")
         partial.replace(blob)
 
 
@@ -104,8 +105,8 @@ def _complete(wanted: HubSource, file: HubFile, partial: Path) -> None:
             stalls = 0 if after > before else stalls + 1
             if stalls >= MAX_STALLS:
                 raise CheckpointError(
-                    f"{wanted}: the download stopped at {after} of {file.size} bytes; "
-                    "run the same again, and it continues from there"
+                    f"{wanted}: the download stopped at {after} of {file.size} bytes; try again, and it continues "
+                    "from there"
                 ) from cut
             if after < file.size:
                 time.sleep(min(2**stalls, 10))

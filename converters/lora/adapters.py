@@ -1,45 +1,35 @@
-"""What one module of a LoRA is: an algorithm, its factors, alpha, and for DoRA the magnitudes."""
+"""The adapter of one module of a LoRA: an algorithm, its factors, alpha, and for DoRA the magnitudes."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain, product
 
 from ...schemas.errors import LayoutError
 from ...schemas.lora_keys import Algorithm, is_depthwise
 from ...schemas.tensors import Shape
 from .factors import Factor, reshaped, rows
 
-# What each algorithm is known by, and the names its factors may have.
-FACTOR_NAMES: Mapping[Algorithm, tuple[str, ...]] = {
-    Algorithm.LORA: ("lora_up", "lora_down", "lora_mid"),
-    Algorithm.LOHA: ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    Algorithm.LOKR: ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    Algorithm.FULL: ("diff",),
-}
-
-# The sets of factors that are whole; each tuple's pieces may be chosen freely, one of each.
-WHOLE: Mapping[Algorithm, tuple[tuple[frozenset[str], ...], ...]] = {
-    Algorithm.LORA: (
-        (frozenset({"lora_up", "lora_down"}),),
-        (frozenset(), frozenset({"lora_mid"})),
-    ),
-    Algorithm.LOHA: (
-        (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
-        (frozenset(), frozenset({"hada_t1", "hada_t2"})),
-    ),
+# The complete sets of factors of each algorithm: one choice out of each tuple.
+_CHOICES: Mapping[Algorithm, tuple[tuple[str, ...], ...]] = {
+    Algorithm.LORA: (("lora_up lora_down",), ("", "lora_mid")),
+    Algorithm.LOHA: (("hada_w1_a hada_w1_b hada_w2_a hada_w2_b",), ("", "hada_t1 hada_t2")),
     Algorithm.LOKR: (
-        (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"})),
-        (
-            frozenset({"lokr_w2"}),
-            frozenset({"lokr_w2_a", "lokr_w2_b"}),
-            frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
-        ),
+        ("lokr_w1", "lokr_w1_a lokr_w1_b"),
+        ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2"),
     ),
-    Algorithm.FULL: ((frozenset({"diff"}),),),
+    Algorithm.FULL: (("diff",),),
+}
+COMPLETE = {
+    algorithm: [frozenset(" ".join(chosen).split()) for chosen in product(*choices)]
+    for algorithm, choices in _CHOICES.items()
+}
+FACTOR_NAMES = {
+    algorithm: tuple(dict.fromkeys(" ".join(chain(*choices)).split())) for algorithm, choices in _CHOICES.items()
 }
 
-# Of a product without a core: the factor whose rows are the weight's.
+# The factors whose rows are the rows of the weight, in products without a core.
 ROW_FACTORS: Mapping[Algorithm, tuple[str, ...]] = {
     Algorithm.LORA: ("lora_up",),
     Algorithm.LOHA: ("hada_w1_a", "hada_w2_a"),
@@ -49,7 +39,7 @@ CORES = frozenset({"lora_mid", "hada_t1"})
 
 
 class Axis(StrEnum):
-    """Along which a DoRA has one magnitude each: output rows (PEFT), or input columns (kohya's default)."""
+    """The axis along which a DoRA has its magnitudes: output rows (PEFT), or input columns (kohya's default)."""
 
     OUTPUT = "output"
     INPUT = "input"
@@ -65,7 +55,7 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The change of one weight of `shape`. `factors` go by LyCORIS' names; without alpha, the rank stands for it."""
+    """The change of one weight of `shape`. `factors` have LyCORIS' names; alpha None means that alpha is the rank."""
 
     algorithm: Algorithm
     factors: Mapping[str, Factor]
@@ -83,22 +73,24 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by: alpha / rank."""
+        """The number that the product of the factors is multiplied by: alpha / rank."""
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
     @property
     def folded(self) -> bool:
-        """Whether the product is one long row to be folded into the weight's shape: so OneTrainer makes the change of
-        a depthwise convolution, lora_up [1, r, 1, 1] and lora_down [r, C, 3, 3] for a weight [C, 1, 3, 3]."""
+        """True when the product is one long row, to be folded into the weight's shape.
+
+        OneTrainer trains depthwise convolutions so: lora_up [1, r, 1, 1] and lora_down [r, C, 3, 3] for a weight
+        [C, 1, 3, 3]."""
         names = ROW_FACTORS.get(self.algorithm, ())
         rows = {self.factors[name].shape[:1] for name in names if not CORES & self.factors.keys()}
         return is_depthwise(self.shape) and rows == {(1,)}
 
 
 def make_adapter(factors: Mapping[str, Factor], alpha: float | None, shape: Shape) -> Adapter:
-    """An adapter for a weight of `shape` from the factors found for it; alpha 0 counts as missing.
+    """Return the adapter of a weight of `shape` from the factors found for it; alpha 0 counts as missing.
 
-    Raises LayoutError, saying what is missing or which shape does not fit."""
+    Raises LayoutError when a factor is missing or a shape does not fit."""
     names = {name for name in factors if name not in ("dora_scale", "magnitude")}
     algorithm = _algorithm(names)
     own = {name: factors[name] for name in FACTOR_NAMES[algorithm] if name in names}
@@ -125,8 +117,9 @@ def _algorithm(names: set[str]) -> Algorithm:
 
 
 def _check_depthwise(adapter: Adapter) -> None:
-    """Refuse by name what PEFT trains on a depthwise convolution: a convolution over all channels before one of groups,
-    whose effect no change of the depthwise weight has."""
+    """Raise LayoutError for PEFT's LoRA of a depthwise convolution.
+
+    Its lora_down is a convolution over all channels, whose effect no change of the depthwise weight has."""
     down = adapter.factors.get("lora_down")
     if down is None or not is_depthwise(adapter.shape) or adapter.folded:
         return
@@ -138,16 +131,13 @@ def _check_depthwise(adapter: Adapter) -> None:
 
 
 def _check_complete(algorithm: Algorithm, names: set[str]) -> None:
-    wholes: list[frozenset[str]] = [frozenset()]
-    for choices in WHOLE[algorithm]:
-        wholes = [whole | choice for whole in wholes for choice in choices]
-    if frozenset(names) not in wholes:
-        nearest = min(wholes, key=lambda whole: len(whole ^ names))
+    if names not in COMPLETE[algorithm]:
+        nearest = min(COMPLETE[algorithm], key=lambda complete: len(complete ^ names))
         raise LayoutError(f"expected {' + '.join(sorted(nearest))}, found {' + '.join(sorted(names))}")
 
 
 def _made_shape(adapter: Adapter) -> Shape:
-    """Shape of the weight that the factors make, flattened to rows and the rest, checked for fitting each other."""
+    """Return the shape of the factors' product, as rows and columns. Raises LayoutError for factors that do not fit."""
     shapes = {name: factor.shape for name, factor in adapter.factors.items()}
     match adapter.algorithm:
         case Algorithm.LORA:
@@ -177,8 +167,9 @@ def _matrix(shapes: Mapping[str, Shape], whole: str, a: str, b: str, core: str) 
 
 
 def _product(shapes: Mapping[str, Shape], a: str, b: str, core: str, *, transposed: bool = True) -> Shape:
-    """Rows and columns of a @ b, or with Tucker's core [r, s, kh, kw] of core ×₁ a ×₂ b, where `a` lies transposed
-    in all algorithms but LoRA."""
+    """Return the rows and columns of a @ b, or of core ×₁ a ×₂ b with Tucker's core [r, s, kh, kw].
+
+    Beside a core, `a` is `transposed` in all algorithms except LoRA."""
     left, right = shapes[a], shapes[b]
     if len(left) < 2 or len(right) < 2 or math.prod(left[2:]) != 1:
         raise LayoutError(f"expected {a} and {b} to be matrices, found {list(left)} and {list(right)}")
@@ -196,13 +187,10 @@ def _product(shapes: Mapping[str, Shape], a: str, b: str, core: str, *, transpos
 
 
 def _with_weight_axes(adapter: Adapter) -> Adapter:
-    """A plain LoRA's factors with as many axes as the weight: [r, in(, h, w)] and [out, r(, 1, 1)]; a difference in the
-    weight's shape."""
+    """Give a plain LoRA's factors the weight's axes: [r, in(, h, w)] and [out, r(, 1, 1)]; a difference its shape."""
     if adapter.algorithm is Algorithm.FULL:
         return replace(adapter, factors={"diff": reshaped(adapter.factors["diff"], adapter.shape)})
-    if adapter.folded:
-        return adapter
-    if adapter.algorithm is not Algorithm.LORA or "lora_mid" in adapter.factors:
+    if adapter.algorithm is not Algorithm.LORA or adapter.folded or "lora_mid" in adapter.factors:
         return adapter
     down, up = adapter.factors["lora_down"], adapter.factors["lora_up"]
     rank, rest = down.shape[0], adapter.shape[1:]
@@ -222,22 +210,20 @@ def _magnitude(factors: Mapping[str, Factor], shape: Shape) -> Magnitude | None:
 
 
 def split_rows(adapter: Adapter, parts: int) -> list[Adapter]:
-    """The adapters of `parts` equal cuts through the weight's rows; their factors are cuts of this one's.
+    """Cut an adapter into the adapters of `parts` equal blocks of the weight's rows.
 
-    Raises LayoutError where the algorithm does not allow it: LoKr, Tucker cores, DoRA along the inputs."""
+    Raises LayoutError for changes that cannot be cut: LoKr, Tucker cores, and DoRA along the inputs."""
     height = adapter.shape[0] // parts
-    by_row = ROW_FACTORS.get(adapter.algorithm)
-    tucker = CORES & adapter.factors.keys()
-    magnitude = adapter.magnitude
-    if by_row is None or tucker or (magnitude and magnitude.axis is Axis.INPUT):
+    by_row, magnitude = ROW_FACTORS.get(adapter.algorithm), adapter.magnitude
+    if by_row is None or CORES & adapter.factors.keys() or (magnitude and magnitude.axis is Axis.INPUT):
         raise LayoutError(
             f"expected a change that can be cut into {parts} blocks of rows (LoRA, LoHa), found {adapter.algorithm}"
             + (" with DoRA magnitudes of the inputs" if magnitude else "")
         )
     cuts = []
-    for part in range(parts):
-        start, stop = part * height, (part + 1) * height
+    for start in range(0, parts * height, height):
+        stop = start + height
         factors = {n: rows(f, start, stop) if n in by_row else f for n, f in adapter.factors.items()}
         cut = replace(magnitude, factor=rows(magnitude.factor, start, stop)) if magnitude else None
-        cuts.append(Adapter(adapter.algorithm, factors, adapter.alpha, (height, *adapter.shape[1:]), cut))
+        cuts.append(replace(adapter, factors=factors, shape=(height, *adapter.shape[1:]), magnitude=cut))
     return cuts

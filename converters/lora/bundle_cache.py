@@ -1,7 +1,7 @@
-"""LoRAs by name when a bundle is opened: a bundle with them merged in, made once and kept in a cache.
+"""Keeps bundles with merged LoRAs in a cache, so that a bundle can be opened with LoRAs by their names.
 
-What is kept shares every file that the LoRAs leave alone with the bundle it was made from, so the cache costs as much
-disk as the weights that change; on another file system, though, as much as the whole bundle.
+A cached bundle shares all files that the LoRAs do not change with its original. It takes as much disk as the changed
+weights, or as the whole bundle when the cache is on another file system.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
 if TYPE_CHECKING:
-    from .merge_bundle import Applied
+    from .merge_plan import Merge
 
-FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
-CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
+FOLDERS = "CASCADEKIT_LORAS"  # environment variable: the folders in which LoRAs are searched by name
+CACHE = "CASCADEKIT_CACHE"  # environment variable: the folder for files that can be made again
 SUFFIX = ".safetensors"
-KEY_DIGITS = 20  # of the SHA-256 that names a folder in the cache
+KEY_DIGITS = 20  # digits of the SHA-256 that names a folder in the cache
 
 
 def with_loras(
@@ -40,13 +40,14 @@ def with_loras(
     start_file: StartFile | None = None,
     say: Say = lambda text: None,
 ) -> Path:
-    """The path of a bundle that is `bundle` with `loras` merged in, each a path or a name for `find_lora` and its
-    strength; `bundle` itself without any.
+    """Return the path of a copy of `bundle` with `loras` merged in; `bundle` itself when there are no LoRAs.
 
-    It is made in the folder `cache` (None: see `cache_folder`) if it is not there yet, whole and unchanged; of several
-    processes that want the same one, one makes it. `say` then hears what of the LoRAs did not apply.
-    Raises UsageError for LoRAs that cannot be found, for strengths that are not finite and for a bundle that has LoRAs
-    merged in already, ConversionError when the cache cannot be written, and what `apply_loras` raises."""
+    Each LoRA is a path, or a name for `find_lora`, and its strength. The copy is made in the folder `cache` (None:
+    `cache_folder()`) unless it is there, whole and unchanged. If several processes ask for it, one of them makes it.
+    `say` is called with each part of a LoRA that did not apply.
+
+    Raises UsageError for a LoRA that is not found, for a strength that is not finite, and for a bundle that has LoRAs
+    merged in already; ConversionError when the cache cannot be written; and the errors of `apply_loras`."""
     if not loras:
         return Path(bundle)
     opened = open_bundle(Path(bundle))
@@ -64,10 +65,10 @@ def with_loras(
 
 
 def find_lora(lora: str | Path) -> Path:
-    """Where a LoRA lies: a file or a PEFT adapter's folder, or a name without folders, which stands for NAME or
-    NAME.safetensors in one of the folders that $CASCADEKIT_LORAS lists, the first that has it.
+    """Return the path of a LoRA, which is given by its path or by its name.
 
-    Raises UsageError when there is none, listing those there are."""
+    A path leads to a file or to the folder of a PEFT adapter. A name stands for NAME or NAME.safetensors in the first
+    folder of $CASCADEKIT_LORAS that has it. Raises UsageError when nothing is found; the message lists the names."""
     path = Path(lora)
     if path.is_file() or (path.is_dir() and holds_lora(path)):
         return path
@@ -87,34 +88,34 @@ def find_lora(lora: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where bundles with LoRAs are kept: the folder loras of $CASCADEKIT_CACHE, else of cascadekit in the user's folder
-    of caches."""
-    chosen = os.environ.get(CACHE)
-    return (Path(chosen) if chosen else _user_caches() / "cascadekit") / "loras"
-
-
-def _user_caches() -> Path:
+    """Return the folder for bundles with LoRAs: "loras" in $CASCADEKIT_CACHE, else in cascadekit's folder of caches."""
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen, "loras")
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache"  # as the XDG specification has it
+        caches = Path.home() / "Library" / "Caches"
+    elif not caches.is_absolute():  # the XDG specification ignores relative paths
+        caches = Path.home() / ".cache"
+    return caches / "cascadekit" / "loras"
 
 
-def _merging() -> Callable[..., "Applied"]:
-    """What makes the bundle; what is in the cache can be had without the onnx package that this reads graphs with."""
+def _merging() -> Callable[..., "Merge"]:
+    """Return `derive_bundle`. It needs the onnx package, which reading the cache does not."""
     try:
         from .merge_bundle import derive_bundle
     except ImportError as error:
         reraise_interrupt(error)
         raise UsageError(
-            "merging LoRAs takes the onnx package, which is not installed: pip install 'cascadekit[export]'"
+            "merging LoRAs needs the onnx package, which is not installed: pip install 'cascadekit[export]'"
         ) from error
     return derive_bundle
 
 
 def _key(bundle: Bundle, loras: Sequence[Path], strengths: Sequence[float]) -> str:
-    """Names what the merge is made of: the bundle's manifest but for the times of its files, the LoRAs' names,
-    contents and strengths in their order, and the program that merges."""
+    """Return a name for a merge.
+
+    It depends on the version of this package, the bundle's manifest without times of files, and the LoRAs' names,
+    contents and strengths in their order."""
     merged = [[path.name, _fingerprints(path), strength] for path, strength in zip(loras, strengths, strict=True)]
     parts = [version("cascadekit"), _without_times(bundle.manifest.model_dump(mode="json")), merged]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -122,7 +123,7 @@ def _key(bundle: Bundle, loras: Sequence[Path], strengths: Sequence[float]) -> s
 
 
 def _fingerprints(lora: Path) -> list[tuple[str, str]]:
-    """Of the LoRA's file and of the settings of an adapter, which scale it."""
+    """Return names and digests of the LoRA's file and of the settings of an adapter, which scale it."""
     folder, names = (lora, FOLDER_NAMES) if lora.is_dir() else (lora.parent, (lora.name,))
     return [(name, fingerprint(folder / name)) for name in (*names, CONFIG_NAME) if (folder / name).is_file()]
 
@@ -134,7 +135,7 @@ def _without_times(value: Any) -> Any:
 
 
 def _is_whole(target: Path) -> bool:
-    """Whether a bundle is there of which nothing is missing or changed."""
+    """Return whether `target` is a bundle without a missing or changed file."""
     try:
         found = open_bundle(target)
         for stage in found.manifest.stages:
@@ -146,8 +147,9 @@ def _is_whole(target: Path) -> bool:
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Wait until no other process makes `target`. The lock goes with the process, its empty file stays: whoever removed
-    it could take it from under one who waits."""
+    """Hold the lock on `target`, and wait for it while another process holds it.
+
+    The lock ends with the process. Its empty file stays: another process may be waiting for the lock on it."""
     lock = target.with_name(f".{target.name}.lock")
 
     def prepare() -> None:
@@ -158,8 +160,7 @@ def _alone(target: Path) -> Iterator[None]:
         try:
             held.enter_context(locked(lock, prepare, wait=True))
         except OSError as error:
-            folder = lock.parent
             raise ConversionError(
-                f"{folder}: the cache of LoRAs cannot be written: {error.strerror}; set ${CACHE} to a folder that can"
+                f"{lock.parent}: the cache of LoRAs cannot be written: {error.strerror}; set ${CACHE} to another folder"
             ) from error
         yield

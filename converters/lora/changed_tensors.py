@@ -8,11 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from ...schemas.dtypes import FLOATS
 from ...schemas.errors import ConversionError
-from ...storage.safetensors_plan import Calculated, Part, TensorPlan
+from ...storage.safetensors_plan import CalculatedRange, Range, TensorPlan
 from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
-from .encoding import FLOATS, Array, Bytes, compute_type, decode, encode, spacing
+from .encoding import Array, Bytes, compute_type, decode, encode, spacing
 from .factors import read_bytes, read_numbers
 from .formulas import RowReader, applied, blocks
 from .lora_file import Embedding
@@ -57,18 +58,19 @@ class Effect:
     rounding: float = 0.0
 
 
-def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[Calculated, Effect]:
-    """The bytes of `tensor` with `changes` applied in their order, and a record that fills while they are made.
+def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[CalculatedRange, Effect]:
+    """Return a range of the bytes of `tensor` with `changes` applied in their order, and a record of their effect.
 
-    Calculates in float32 (float64 for F64) and rounds once, to nearest, ties to even. Raises ConversionError for a
-    dtype that cannot be calculated with, and on the way when a finite value stops being finite."""
+    The record is complete when the range has been calculated: in float32 (float64 for F64), rounded once to nearest,
+    ties to even. Raises ConversionError for a dtype that is no float, and during the calculation when a finite value
+    becomes infinite or NaN."""
     if tensor.dtype not in FLOATS:
         raise ConversionError(
             f"{tensor.path}: {name}: expected a dtype of {', '.join(FLOATS)}, found {tensor.dtype}; "
             "cast the checkpoint first"
         )
     effect = Effect(name, tensor.dtype, len(changes))
-    return Calculated(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
+    return CalculatedRange(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect
 
 
 def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> Iterator[Bytes]:
@@ -90,12 +92,11 @@ def _encoded(tensor: TensorRange, changes: Sequence[Change], effect: Effect) -> 
 
 def _rows(tensor: TensorRange) -> RowReader:
     """Return a reader of rows in the file. It keeps the last rows read, as each block is read twice."""
-    row = tensor.nbytes // tensor.shape[0]
 
     @lru_cache(maxsize=1)
     def read(start: int, stop: int) -> Array:
-        part = replace(tensor, shape=(), offset=tensor.offset + start * row, nbytes=(stop - start) * row)
-        return decode(read_bytes(part), tensor.dtype).reshape(stop - start, -1)
+        rows = tensor.rows(start, stop, ())
+        return decode(read_bytes(rows), tensor.dtype).reshape(stop - start, -1)
 
     return read
 
@@ -128,40 +129,41 @@ def _largest(values: Array) -> float:
     return max(float(values.max()), -float(values.min()))
 
 
-def rewritten(header: Header, calculated: Mapping[TensorRange, Calculated]) -> dict[str, TensorPlan]:
+def rewritten(header: Header, calculated: Mapping[TensorRange, CalculatedRange]) -> dict[str, TensorPlan]:
     """Return a plan of every tensor of a file, in its order. Ranges in `calculated` get their new values."""
-    ranges = sorted((part for part in calculated if part.path == header.path), key=lambda part: part.offset)
+    changed_here = sorted((old for old in calculated if old.path == header.path), key=lambda old: old.offset)
     plans = {}
     for name, tensor in header.tensors.items():
         end = tensor.offset + tensor.nbytes
-        inside = [part for part in ranges if tensor.offset <= part.offset and part.offset + part.nbytes <= end]
-        plans[name] = TensorPlan(tensor.dtype, tensor.shape, tuple(_parts(tensor, inside, calculated)))
+        inside = [old for old in changed_here if tensor.offset <= old.offset and old.offset + old.nbytes <= end]
+        plans[name] = TensorPlan(tensor.dtype, tensor.shape, tuple(_ranges(tensor, inside, calculated)))
     return plans
 
 
-def _parts(
-    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, Calculated]
-) -> Iterator[Part]:
+def _ranges(
+    tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, CalculatedRange]
+) -> Iterator[Range]:
+    """Yield the ranges of a tensor, with those `inside` it calculated and the others copied."""
     position, end = tensor.offset, tensor.offset + tensor.nbytes
-    for part in inside:
-        if part.offset > position:
-            yield replace(tensor, offset=position, nbytes=part.offset - position)
-        yield calculated[part]
-        position = part.offset + part.nbytes
+    for old in inside:
+        if old.offset > position:
+            yield replace(tensor, offset=position, nbytes=old.offset - position)
+        yield calculated[old]
+        position = old.offset + old.nbytes
     if position < end:
         yield replace(tensor, offset=position, nbytes=end - position)
 
 
 def overwrite(tensors: Mapping[str, TensorRange], changes: Changes) -> list[Effect]:
-    """Write the changed bytes of each tensor over its old ones, a block of rows at a time, as `merge_loras` makes
-    them: each block is read before it is written, and DoRA's norms are taken before the first.
+    """Apply `changes` to the tensors in their files, a block of rows at a time.
 
-    The files must be the caller's alone: what is killed on the way is half merged. They are on disk (fsync) when this
-    returns. Raises ConversionError when a result is not finite or a file cannot be written."""
+    Each block is read before it is written, and DoRA's norms are taken before the first block is written. No other
+    program may use the files, because a killed process leaves them half merged. The files are on disk (fsync) at the
+    end. Raises ConversionError when a result is not finite or a file cannot be written."""
     effects = []
-    for name, parts in changes.items():
+    for name, of_tensor in changes.items():
         tensor = tensors[name]
-        calculated, effect = changed(name, tensor, parts)
+        calculated, effect = changed(name, tensor, of_tensor)
         try:
             with tensor.path.open("r+b") as file:
                 file.seek(tensor.offset)

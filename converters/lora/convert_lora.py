@@ -9,7 +9,7 @@ from typing import Any
 from ...schemas.callbacks import Say
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraFormat, LoraTarget
-from ...schemas.messages import indented
+from ...schemas.messages import listed_below
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...storage.atomic_output import staged_output
 from ...storage.safetensors_writer import write_safetensors
@@ -56,13 +56,14 @@ def convert_lora(
 ) -> LoraConversion:
     """Write the LoRA at `source` in the format `to`; every weight's change stays the same.
 
-    Factors are copied byte for byte where the target keeps alpha; where it does not (diffusers, Stability), alpha is
-    multiplied into lora_up in F32. For peft, `output` may be a folder (adapter_config.json and weights) or a file
-    (the settings go into its metadata). `against` is the checkpoint it is for, where it is none of the released ones.
+    Factors are copied byte for byte into formats that keep alpha. For the others (diffusers, Stability), alpha is
+    multiplied into lora_up in F32. In the format peft, `output` may be a folder (adapter_config.json and weights) or a
+    file whose metadata holds the settings. `against` is the checkpoint that the LoRA is for, unless that is a released
+    one.
 
     Any of the paths may be an hf:// source, which is downloaded first; `say` is called with a line for each download.
 
-    Raises ConversionError, which lists the parts that the format cannot hold, unless `drop` leaves them out.
+    Raises ConversionError with a list of the parts that the format cannot hold, unless `drop` leaves them out.
 
     Example:
         >>> done = convert_lora("style.safetensors", "comfyui.safetensors", "comfyui")
@@ -75,8 +76,8 @@ def convert_lora(
     tensors, lost = _tensors(lora, to, module_filters)
     if lost and (not drop or not tensors):
         raise ConversionError(
-            f"{lora.path}: {to} cannot hold {len(lost)} parts of it:{indented(lost)}\n"
-            + ("drop=True leaves them out; or choose another format" if tensors else "Nothing else is in it")
+            f"{lora.path}: {to} cannot hold {len(lost)} parts of it:{listed_below(lost)}\n"
+            + ("drop=True leaves them out; or choose another format" if tensors else "Choose another format")
         )
     metadata = _metadata(lora, to)
     folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
@@ -95,8 +96,10 @@ def convert_lora(
 
 
 def _norm_notes(lora: Lora, to: LoraFormat) -> Iterator[str]:
-    """ComfyUI (comfy/weight_adapter/base.py, weight_decompose) divides a DoRA with a magnitude for each output by the
-    norms of W alone; PEFT, LyCORIS and OneTrainer, and this package, by those of W + ΔW."""
+    """Yield a note on DoRA with a magnitude for each output, which ComfyUI divides by other norms.
+
+    ComfyUI (comfy/weight_adapter/base.py, weight_decompose) takes the norms of W. PEFT, LyCORIS, OneTrainer and this
+    package take the norms of W + ΔW."""
     adapters = lora.adapters.values()
     count = sum(a.magnitude is not None and a.magnitude.axis is Axis.OUTPUT for a in adapters)
     if to is LoraFormat.COMFYUI and count:

@@ -1,4 +1,4 @@
-"""The small matrices a LoRA is made of: read when needed, copied byte for byte where nothing about them changes."""
+"""The factors of LoRAs: small matrices that are read when needed, and copied byte for byte if they do not change."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,20 +6,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...schemas.dtypes import DTYPE_SIZES
+from ...schemas.dtypes import DTYPE_SIZES, FLOATS, INTEGERS
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.tensors import Shape
-from ...storage.safetensors_plan import Calculated, TensorPlan
+from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
-from .encoding import FLOATS, INTEGERS, Array, compute_type, decode, encode
+from .encoding import Array, compute_type, decode, encode
 
-MOST_VALUES = 8  # of a setting that is stored as a tensor: no more than a weight has axes
+MOST_VALUES = 8  # values of a setting that is stored as a tensor; a shape is the longest
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A matrix: dtype in safetensors' spelling, shape, how to get its numbers (float32; float64 for F64), and the
-    bytes it is a copy of, if it is one."""
+    """A matrix, with its dtype in safetensors' spelling.
+
+    `load` returns its numbers: float64 for F64, float32 for all other dtypes. `source` is the range of a file that
+    holds the same bytes; None for a calculated matrix."""
 
     dtype: str
     shape: Shape
@@ -32,7 +34,7 @@ class Factor:
 
 
 def stored(name: str, tensor: TensorRange) -> Factor:
-    """The tensor `name` of a file. Raises LayoutError for a dtype that is no 16, 32 or 64 bit float."""
+    """Return the tensor `name` of a file. Raises LayoutError for a dtype that is no 16, 32 or 64 bit float."""
     if tensor.dtype not in FLOATS:
         raise LayoutError(
             f"{tensor.path}: {name}: expected a dtype of {', '.join(FLOATS)}, found {tensor.dtype}; "
@@ -42,20 +44,20 @@ def stored(name: str, tensor: TensorRange) -> Factor:
 
 
 def factor_plan(factor: Factor) -> TensorPlan:
-    """Return a factor as a tensor to write: the bytes it is a copy of, or its encoded numbers."""
+    """Return a factor as a tensor to write: the range of its source, or its encoded numbers."""
     if factor.source is not None:
         return TensorPlan(factor.dtype, factor.shape, (factor.source,))
-    values = Calculated(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
+    values = CalculatedRange(factor.nbytes, lambda: [encode(factor.load(), factor.dtype)[0]])
     return TensorPlan(factor.dtype, factor.shape, (values,))
 
 
 def read_numbers(tensor: TensorRange) -> Array:
-    """The numbers of a tensor, in its shape."""
+    """Return the numbers of a tensor, in its shape."""
     return decode(read_bytes(tensor), tensor.dtype).reshape(tensor.shape)
 
 
 def read_values(name: str, tensor: TensorRange) -> list[float]:
-    """The values of a small tensor that is a setting, such as alpha: of any numeric dtype and shape.
+    """Return the values of a small tensor that is a setting, such as alpha, of any numeric dtype and shape.
 
     Raises LayoutError for another dtype, for a long list, and for values that are not finite."""
     if tensor.dtype not in (*FLOATS, *INTEGERS):
@@ -72,7 +74,7 @@ def read_values(name: str, tensor: TensorRange) -> list[float]:
 
 
 def read_bytes(tensor: TensorRange) -> bytes:
-    """The bytes of a tensor. Raises CheckpointError when the file ended earlier than its header said."""
+    """Return the bytes of a tensor. Raises CheckpointError when the file ends earlier than its header says."""
     try:
         with tensor.path.open("rb") as file:
             file.seek(tensor.offset)
@@ -86,7 +88,7 @@ def read_bytes(tensor: TensorRange) -> bytes:
 
 
 def reshaped(factor: Factor, shape: Shape) -> Factor:
-    """The same numbers in another shape."""
+    """Return the same numbers in another shape."""
     if shape == factor.shape:
         return factor
     source = replace(factor.source, shape=shape) if factor.source else None
@@ -94,20 +96,20 @@ def reshaped(factor: Factor, shape: Shape) -> Factor:
 
 
 def rows(factor: Factor, start: int, stop: int) -> Factor:
-    """Rows `start:stop` along the first axis."""
+    """Return rows `start:stop` along the first axis."""
     shape = (stop - start, *factor.shape[1:])
     source = factor.source.rows(start, stop, shape) if factor.source else None
     return Factor(factor.dtype, shape, lambda: factor.load()[start:stop], source)
 
 
 def stacked(factors: Sequence[Factor]) -> Factor:
-    """The factors one below the other, in the widest of their dtypes, so exactly."""
+    """Return the factors one below the other, without rounding."""
     shape = (sum(factor.shape[0] for factor in factors), *factors[0].shape[1:])
     return Factor(common_dtype(factors), shape, lambda: np.concatenate([factor.load() for factor in factors]))
 
 
 def block_diagonal(factors: Sequence[Factor]) -> Factor:
-    """Matrices along the diagonal, zeros elsewhere."""
+    """Return a matrix with the factors along its diagonal and zeros elsewhere."""
     shape = (sum(factor.shape[0] for factor in factors), sum(factor.shape[1] for factor in factors))
 
     def load() -> Array:
@@ -123,7 +125,7 @@ def block_diagonal(factors: Sequence[Factor]) -> Factor:
 
 
 def scaled(factor: Factor, scale: float) -> Factor:
-    """The factor times a number, in float32 at least: a product seldom fits 16 bits."""
+    """Return the factor times a number, in float32 at least: 16 bits seldom hold a product."""
     if scale == 1:
         return factor
     dtype = "F64" if factor.dtype == "F64" else "F32"
@@ -131,7 +133,7 @@ def scaled(factor: Factor, scale: float) -> Factor:
 
 
 def padded(factor: Factor, shape: Shape) -> Factor:
-    """The factor with zeros behind its rows and columns."""
+    """Return the factor with zeros behind its rows and columns."""
     if shape == factor.shape:
         return factor
     widths = [(0, new - old) for old, new in zip(factor.shape, shape, strict=True)]
@@ -143,12 +145,12 @@ def zeros(shape: Shape, dtype: str) -> Factor:
 
 
 def scalar(value: float) -> Factor:
-    """A single number as F32, as alpha is stored."""
+    """Return a single number as F32, the dtype in which alpha is stored."""
     return Factor("F32", (), lambda: np.asarray(value, np.float32))
 
 
 def common_dtype(factors: Sequence[Factor]) -> str:
-    """The dtype that holds the numbers of all factors exactly."""
+    """Return the dtype that holds the numbers of all factors exactly."""
     dtypes = {factor.dtype for factor in factors}
     if len(dtypes) == 1:
         return dtypes.pop()

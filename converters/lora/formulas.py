@@ -1,13 +1,18 @@
-"""What an adapter does to a weight, calculated a block of rows at a time.
+"""Calculates the effect of an adapter on a weight, a block of rows at a time.
 
-Definitions: LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS, lycoris/functional) and, for DoRA, PEFT:
-    LoRA   ΔW = alpha/r · up @ down
-    LoHa   ΔW = alpha/r · (w1_a @ w1_b) * (w2_a @ w2_b)
-    LoKr   ΔW = alpha/r · w1 ⊗ w2, each whole or a product of two; not scaled when both are whole
-    full   ΔW as it is, not scaled
-    DoRA   W' = magnitude · (W + ΔW) / ‖W + ΔW‖, norms over inputs or over outputs
-Of depthwise convolutions OneTrainer makes the product as one row, which is folded into the weight's shape.
-Tucker's cores, which LyCORIS uses for kernels larger than 1x1, are multiplied into the right factor first.
+The definitions are those of LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS, lycoris/functional) and, for DoRA, of
+PEFT.
+
+| algorithm | formula |
+|---|---|
+| LoRA | ΔW = alpha/r · up @ down |
+| LoHa | ΔW = alpha/r · (w1_a @ w1_b) * (w2_a @ w2_b) |
+| LoKr | ΔW = alpha/r · w1 ⊗ w2, each whole or a product of two; not scaled when both are whole |
+| full | ΔW is in the file, not scaled |
+| DoRA | W' = magnitude · (W + ΔW) / ‖W + ΔW‖, norms over inputs or over outputs |
+
+OneTrainer's product for a depthwise convolution is one row, which is folded into the weight's shape. LyCORIS uses
+Tucker's cores for kernels larger than 1x1; they are multiplied into the right factor first.
 """
 
 import math
@@ -21,18 +26,18 @@ from .encoding import Array
 
 RowReader = Callable[[int, int], Array]  # rows start:stop of a weight flattened to [out, everything else]
 
-BLOCK_VALUES = 1 << 22  # numbers of a weight in work at a time: 16 MiB in float32
+BLOCK_VALUES = 1 << 22  # numbers of a weight that are calculated at a time: 16 MiB in float32
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Cuts of a weight's rows small enough to work on at once."""
+    """Yield the first and last row (exclusive) of blocks of at most BLOCK_VALUES numbers."""
     step = max(1, BLOCK_VALUES // max(1, columns))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
 def change_rows(adapter: Adapter, dtype: type[np.floating]) -> RowReader:
-    """ΔW by rows, strength 1; reads the factors now and keeps them."""
+    """Return a reader of rows of ΔW at strength 1. The factors are read now and kept."""
     values = {name: factor.load().astype(dtype) for name, factor in adapter.factors.items()}
     scale = dtype(adapter.scale)
     match adapter.algorithm:
@@ -53,13 +58,13 @@ def change_rows(adapter: Adapter, dtype: type[np.floating]) -> RowReader:
 
 
 def _rows_of(change: Array, adapter: Adapter) -> RowReader:
-    """Rows of a change that is there as a whole."""
+    """Return a reader of rows of a change that was calculated as a whole."""
     whole = change.reshape(adapter.shape[0], -1)
     return lambda start, stop: whole[start:stop]
 
 
 def _pair(values: dict[str, Array], a: str, b: str, core: str, *, transposed: bool = True) -> tuple[Array, Array]:
-    """Two matrices whose product is the weight, flattened."""
+    """Return two matrices whose product is the flattened change of the weight."""
     left, right = values[a], values[b]
     left = left.reshape(left.shape[:2])
     if core not in values:
@@ -78,7 +83,7 @@ def _whole(values: dict[str, Array], name: str) -> Array:
 
 
 def _kronecker(w1: Array, w2: Array, shape: tuple[int, ...], scale: np.floating) -> RowReader:
-    """Rows of w1 ⊗ w2: row i is row i // h of w1 times row i % h of w2; kernels stay innermost."""
+    """Return a reader of rows of w1 ⊗ w2, whose row i is row i // h of w1 times row i % h of w2."""
     height = w2.shape[0]
     kernel = math.prod(shape[2:])
     w2 = w2.reshape(height, -1, kernel)
@@ -93,7 +98,7 @@ def _kronecker(w1: Array, w2: Array, shape: tuple[int, ...], scale: np.floating)
 
 
 def applied(weight: RowReader, adapter: Adapter, strength: float, dtype: type[np.floating]) -> RowReader:
-    """The weight with the adapter on it: W + strength · (W' - W), where W' is the full effect."""
+    """Return a reader of rows of the changed weight: W + strength · (W' - W), where W' has the full effect."""
     change, factor = change_rows(adapter, dtype), dtype(strength)
     if adapter.magnitude is None:
         return lambda start, stop: weight(start, stop) + factor * change(start, stop)
@@ -116,7 +121,7 @@ def applied(weight: RowReader, adapter: Adapter, strength: float, dtype: type[np
 
 
 def _column_factors(weight: RowReader, change: RowReader, shape: tuple[int, ...], magnitudes: Array) -> Array:
-    """magnitude / ‖W + ΔW‖ for every column; an input's norm goes over outputs and kernel."""
+    """Return magnitude / ‖W + ΔW‖ for every column; the norm of an input is taken over outputs and kernel."""
     squares = np.zeros(math.prod(shape[1:]), np.float64)
     for start, stop in blocks(shape[0], len(squares)):
         moved = weight(start, stop) + change(start, stop)

@@ -1,8 +1,8 @@
-"""Describes a LoRA file in words and numbers, from its header and its alphas alone."""
+"""Describes a LoRA file from its header and its alphas alone."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ...schemas.stages import Stage, variant_of
 from ..hub import local_path
 from .adapters import Adapter
 from .convert_lora import networks_of
-from .lora_file import Lora
+from .lora_file import Embedding, Lora
 from .read_formats import open_lora
 from .stability_format import DEFAULT_FILTERS
 
@@ -27,11 +27,11 @@ def inspect_lora(
     alpha: float | None = None,
     say: Say | None = None,
 ) -> dict[str, Any]:
-    """Return what a LoRA file holds and which network it fits, as `cascadekit lora inspect --json` prints it.
+    """Return the contents of a LoRA file and the network that it fits, ready for JSON.
 
     `path` is a LoRA file, the folder of a PEFT adapter, or an hf:// source. `against` is the checkpoint that the LoRA
-    is for, where that is not a released one. `module_filters` are the trainer's, for Stability's format. `alpha` counts
-    where the file states none (None: the rank). `say` is called with a line for each download.
+    is for, unless that is a released one. `module_filters` are those of the training config, for Stability's format.
+    `alpha` is used when the file states none (None: the rank). `say` is called with a line for each download.
 
     Raises CheckpointError for a damaged file, LayoutError for a file that is not a LoRA for these networks, and
     UsageError for a checkpoint.
@@ -68,13 +68,13 @@ def _algorithm(adapter: Adapter) -> str:
     return f"{adapter.algorithm} with DoRA" if adapter.magnitude else str(adapter.algorithm)
 
 
-def _counted(values: Any) -> dict[str, int]:
-    """How often each value occurs; "none" where there is none."""
+def _counted(values: Iterable[float | None]) -> dict[str, int]:
+    """Return how often each value occurs; "none" stands for None."""
     return dict(Counter("none" if value is None else f"{value:g}" for value in values))
 
 
 def _block(target: LoraTarget) -> str:
-    """Such as "prior: down_blocks.0 attention.to_q"."""
+    """Return the block and the module inside it, such as "prior: down_blocks.0 attention.to_q"."""
     match = BLOCK.match(target.module)
     if match is None:
         return f"{target.stage}: {target.name}"
@@ -82,7 +82,7 @@ def _block(target: LoraTarget) -> str:
     return f"{target.stage}: {match[0]} {inside}"
 
 
-def _embedding(embedding: Any) -> dict[str, Any]:
+def _embedding(embedding: Embedding) -> dict[str, Any]:
     return {
         "name": embedding.name,
         "shape": list(embedding.rows.shape),

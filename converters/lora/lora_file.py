@@ -1,20 +1,25 @@
-"""A LoRA file as read: its changes by diffusers names, whatever names the file has."""
+"""The contents of a LoRA file by diffusers names, whatever names the file has."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, variant_of
 from .adapters import Adapter
 from .factors import Factor
 
+Config = TypeVar("Config", UNetConfig, TextEncoderConfig)
+
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token embeddings that came with a LoRA: `rows` [n, width]; Stability's file says which rows of the token table
-    they are added to, OneTrainer's are the vectors of a new token `name` (`output`: added after the encoder)."""
+    """Token embeddings that came with a LoRA: `rows` [n, width].
+
+    In Stability's format they are added to the rows `indices` of the token table. In OneTrainer's they are the vectors
+    of a new token `name`, which are added to the encoder's output when `output` is True."""
 
     name: str
     rows: Factor
@@ -25,19 +30,20 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapters of a LoRA by target, the networks they fit, token embeddings, metadata, and notes for the user."""
+    """A LoRA file: its adapters by target, token embeddings, metadata, and notes for the user.
+
+    `unet` is the UNet that the adapters fit; None when they change the text encoder alone."""
 
     path: Path
     format: LoraFormat
     adapters: dict[LoraTarget, Adapter]
     unet: UNetConfig | None
-    text_encoder: TextEncoderConfig | None
     embeddings: tuple[Embedding, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def of(self, stage: Stage) -> dict[str, Adapter]:
-        """The adapters of one network's weights, by module."""
+        """Return the adapters of one network's weights, by module."""
         return {t.module: adapter for t, adapter in self.adapters.items() if t.stage is stage and t.module == t.name}
 
     @property
@@ -50,7 +56,7 @@ class Lora:
         return Counter(factor.dtype for adapter in self.adapters.values() for factor in adapter.factors.values())
 
     def describe(self) -> str:
-        """A few words, such as "kohya, for the prior (full)"."""
+        """Return a few words, such as "kohya, for the prior (full)"."""
         return f"{self.format}, for " + (describe(self.unet) if self.unet else "the text encoder alone")
 
 
@@ -58,12 +64,7 @@ def describe(config: NetworkConfig) -> str:
     return f"the {config.stage} ({variant_of(config)})"
 
 
-def candidate_unets(networks: Sequence[NetworkConfig]) -> list[UNetConfig]:
-    """Return the UNets that a LoRA may be for: those given, else the released ones, priors first."""
-    given = [config for config in networks if isinstance(config, UNetConfig)]
-    return given or [config for config in PRESETS.values() if isinstance(config, UNetConfig)]
-
-
-def candidate_text_encoders(networks: Sequence[NetworkConfig]) -> list[TextEncoderConfig]:
-    given = [config for config in networks if isinstance(config, TextEncoderConfig)]
-    return given or [config for config in PRESETS.values() if isinstance(config, TextEncoderConfig)]
+def candidates(kind: type[Config], networks: Sequence[NetworkConfig]) -> list[Config]:
+    """Return the networks of one `kind` that a LoRA may be for: those given, else the released ones, priors first."""
+    given = [config for config in networks if isinstance(config, kind)]
+    return given or [config for config in PRESETS.values() if isinstance(config, kind)]

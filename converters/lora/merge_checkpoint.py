@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import UsageError
 from ...storage.atomic_output import staged_output
-from ...storage.safetensors_plan import Calculated
+from ...storage.safetensors_plan import CalculatedRange
 from ...storage.safetensors_reader import TensorRange
 from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from .changed_tensors import Effect, changed, rewritten
-from .merge_plan import LoraPlan, plan_loras
+from .merge_plan import LoraPlan, Merge, plan_loras
 from .merged_files import OutputTree, output_tree
 from .read_formats import holds_lora
 from .stability_format import DEFAULT_FILTERS
@@ -23,25 +22,6 @@ from .stability_format import DEFAULT_FILTERS
 STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 MERGED_KEY = "cascadekit.merged_loras"
 PICKLED_PREFIX = "state_dict."  # the dictionary in which trainers pickle a checkpoint's tensors
-
-
-@dataclass(frozen=True)
-class Merge:
-    """The result of a merge: the effect on each changed tensor, the modules that the checkpoint lacks, and notes."""
-
-    output: Path
-    effects: tuple[Effect, ...]
-    unapplied: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def largest_change(self) -> float:
-        return max((effect.largest_change for effect in self.effects), default=0.0)
-
-    @property
-    def rounding(self) -> float:
-        """The largest distance, by rounding, between a value and its original after a merge and its undoing."""
-        return max((effect.rounding for effect in self.effects), default=0.0)
 
 
 def merge_loras(
@@ -61,10 +41,10 @@ def merge_loras(
 ) -> Merge:
     """Write `checkpoint` with `loras` merged into it (`unmerge`: taken out of it) to `output`.
 
-    W becomes W + strength · ΔW, in float32, rounded to the tensor's own dtype; LoRAs apply in the order given, which
-    matters for DoRA alone. `strengths` are one for each LoRA (default 1), `text_encoder_strengths` likewise (default:
-    the same). A file becomes a file; a folder, or a checkpoint with a `text_encoder` given apart, becomes a folder.
-    Memory: one LoRA's factors of one module and some 16 MiB blocks.
+    W becomes W + strength · ΔW, in float32, rounded to the tensor's own dtype. LoRAs apply in the order given, which
+    matters for DoRA alone. `strengths` has one number for each LoRA (default 1); so has `text_encoder_strengths`
+    (default: `strengths`). A file becomes a file. A folder, or a checkpoint with a separate `text_encoder`, becomes a
+    folder. Memory: one LoRA's factors of one module and some 16 MiB blocks.
 
     Any of the paths may be an hf:// source, which is downloaded first; `say` is called with a line for each download.
 
@@ -78,9 +58,7 @@ def merge_loras(
     loras = [local_path(lora, say) for lora in loras]
     apart = local_path(text_encoder, say) if text_encoder is not None else None
     if source.is_file() and holds_lora(source):
-        raise UsageError(
-            f"{source}: expected a checkpoint, found a LoRA. Were the two exchanged? The checkpoint comes first"
-        )
+        raise UsageError(f"{source}: expected a checkpoint, found a LoRA; give the checkpoint first, then its LoRAs")
     model = open_model([source], text_encoder=apart)
     plan = plan_loras(
         source,
@@ -109,7 +87,7 @@ def _write(
     force: bool,
     start_file: StartFile | None,
 ) -> tuple[list[Effect], list[str]]:
-    calculated: dict[TensorRange, Calculated] = {}
+    calculated: dict[TensorRange, CalculatedRange] = {}
     effects = []
     for target, changes in plan.changes.items():
         component = plan.components[target.stage].require_sound()
@@ -132,7 +110,7 @@ def _write(
 def _rewrite(
     source: Path,
     place: Path,
-    calculated: dict[TensorRange, Calculated],
+    calculated: dict[TensorRange, CalculatedRange],
     record: list[list[object]] | None,
     start_file: StartFile | None,
 ) -> None:

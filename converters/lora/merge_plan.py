@@ -1,4 +1,4 @@
-"""Plans a merge: which changes of which LoRAs apply to which tensors of a checkpoint."""
+"""Plans a merge: the changes that LoRAs make to the tensors of a checkpoint."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from pathlib import Path
 from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraTarget
-from ...schemas.messages import indented
+from ...schemas.messages import listed_below
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint
 from ..checkpoints.component import Component
-from .changed_tensors import Change, adapter_change, embedding_change
+from .changed_tensors import Change, Effect, adapter_change, embedding_change
 from .lora_file import Lora
 from .read_formats import open_lora
 from .stability_format import DEFAULT_FILTERS
@@ -20,6 +20,28 @@ from .stability_format import DEFAULT_FILTERS
 TOKEN_TABLE = "text_model.embeddings.token_embedding"
 
 MERGED_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER)  # a LoRA that fits both UNets is the prior's
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The result of a merge into a checkpoint or bundle: the output, the effect on each changed tensor, and notes.
+
+    `unapplied` are the parts of LoRAs that the checkpoint or the bundle's graphs lack."""
+
+    output: Path
+    effects: tuple[Effect, ...]
+    unapplied: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def largest_change(self) -> float:
+        """The largest change of any value."""
+        return max((effect.largest_change for effect in self.effects), default=0.0)
+
+    @property
+    def rounding(self) -> float:
+        """The largest distance, by rounding, between a value and its original after a merge and its undoing."""
+        return max((effect.rounding for effect in self.effects), default=0.0)
 
 
 @dataclass
@@ -59,8 +81,8 @@ def plan_loras(
     Messages call the checkpoint `source`, and give `advice` when nothing applies. The other options are those of
     `merge_loras`.
 
-    Raises UsageError when there is nothing to merge into, LayoutError when a LoRA is not for these networks,
-    ConversionError when nothing of it applies or it cannot be taken out again."""
+    Raises UsageError when no component can be merged into, and LayoutError when a LoRA is not for these networks.
+    Raises ConversionError when no part of the LoRAs applies, or a LoRA cannot be taken out again."""
     plan = LoraPlan({stage: components[stage] for stage in MERGED_STAGES if stage in components})
     if not plan.components:
         raise UsageError(f"{source}: expected a prior (stage C), a decoder (stage B) or a text encoder to merge into")
@@ -82,7 +104,7 @@ def plan_loras(
         )
     if not plan.changes:
         raise ConversionError(
-            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:{indented(plan.unapplied)}\n{advice}"
+            f"{source}: nothing in {', '.join(map(str, loras))} applies to it:{listed_below(plan.unapplied)}\n{advice}"
         )
     return plan
 

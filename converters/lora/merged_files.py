@@ -28,7 +28,7 @@ class OutputTree:
         for root, place in self.places.items():
             if source == root or source.is_relative_to(root):
                 return Path(place) / source.relative_to(root)
-        raise UsageError(f"{source}: lies outside of what is merged")
+        raise UsageError(f"{source}: is outside of the checkpoint; give the folder that holds all its files")
 
     def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:
         """Copy all files except `touched` and other weights in their folders.
@@ -51,14 +51,14 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _stale(path: Path, touched: Collection[Path]) -> bool:
-    """Whether a file holds old weights of a component's folder in which other weights were merged."""
+    """Return whether a file holds old weights of a component's folder in which other weights were merged."""
     folder = path.parent
     is_weights = path.suffix in WEIGHT_SUFFIXES or (INDEX_MARK in path.name and not _lists(path, touched))
     return is_weights and (folder / "config.json").is_file() and any(file.parent == folder for file in touched)
 
 
 def _lists(index: Path, touched: Collection[Path]) -> bool:
-    """Whether a shard index names the files that were merged."""
+    """Return whether a shard index names the files that were merged."""
     text = index.read_text(encoding="utf-8", errors="replace")
     return any(f'"{file.name}"' in text for file in touched if file.parent == index.parent)
 

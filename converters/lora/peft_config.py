@@ -14,7 +14,7 @@ from ...schemas.stages import Stage
 from .peft_patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the same settings inside the weights file
+METADATA_KEY = "lora_adapter_metadata"  # metadata in which diffusers keeps the same settings in the weights file
 PREFIXES: Mapping[str, Stage | None] = {
     "prior.": Stage.PRIOR,
     "decoder.": Stage.DECODER,
@@ -25,7 +25,7 @@ PREFIXES: Mapping[str, Stage | None] = {
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """Rank and alpha, and the modules that have others. `use_rslora`: the scale is alpha / √rank."""
+    """Rank and alpha, and the modules that have other values. With `use_rslora`, the scale is alpha / √rank."""
 
     default_alpha: float
     default_rank: float
@@ -35,23 +35,23 @@ class PeftConfig:
     use_dora: bool
 
     def alpha(self, module: str, rank: int) -> float:
-        """The alpha that makes alpha / rank the module's scale."""
+        """Return the alpha for which alpha / rank is the module's scale."""
         value = self.alphas.value(module, self.default_alpha)
         return value * math.sqrt(rank) if self.use_rslora else value
 
     def scale(self, module: str) -> float:
-        """The scale of a module whose factors do not tell the rank."""
+        """Return the scale of a module whose factors do not show the rank."""
         return self.alphas.value(module, self.default_alpha) / self.ranks.value(module, self.default_rank)
 
 
-Configs = Mapping[Stage | None, PeftConfig]  # None: of every network that has none of its own
+Configs = Mapping[Stage | None, PeftConfig]  # None: the settings of every network without settings of its own
 
 
 def find_configs(weights: Path, metadata: Mapping[str, str]) -> Configs:
-    """The settings in the file's own metadata, else in adapter_config.json beside it; none without either.
+    """Return the settings in the file's own metadata, else those in adapter_config.json beside it, else none.
 
-    Raises CheckpointError for what are no settings, LayoutError for settings under which an adapter is no change of
-    the weights that alpha and the factors make, or that are not known."""
+    Raises CheckpointError for settings that cannot be read. Raises LayoutError for unknown settings, and for settings
+    under which alpha and the factors do not give the change of the weights."""
     if METADATA_KEY in metadata:
         return _parse(f"{weights}: metadata {METADATA_KEY}", metadata[METADATA_KEY])
     path = weights.parent / CONFIG_NAME
@@ -72,7 +72,7 @@ def _parse(where: str, text: str) -> Configs:
 
 
 def _by_stage(values: dict[str, Any]) -> dict[Stage | None, dict[str, Any]]:
-    """Pipelines keep the settings of several networks in one table, each behind its name."""
+    """Sort settings by network. Pipelines keep those of several networks in one table, with a prefix for each."""
     tables: dict[Stage | None, dict[str, Any]] = {}
     for key, value in values.items():
         prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
@@ -91,23 +91,23 @@ def _config(where: str, values: dict[str, Any]) -> PeftConfig:
     if problems:
         raise LayoutError(f"{where}: the adapter cannot be used:\n  " + "\n  ".join(problems))
     return PeftConfig(
-        _number(ALPHA_FIELDS[kind], values.get(ALPHA_FIELDS[kind], 8)),
-        _number("r", values.get("r", 8)) or 8,
-        Patterns("alpha_pattern", _table("alpha_pattern", values)),
-        Patterns("rank_pattern", _table("rank_pattern", values)),
-        bool(values.get("use_rslora", False)),
-        bool(values.get("use_dora", False)),
+        default_alpha=_number(ALPHA_FIELDS[kind], values.get(ALPHA_FIELDS[kind], 8)),
+        default_rank=_number("r", values.get("r", 8)) or 8,
+        alphas=Patterns("alpha_pattern", _table("alpha_pattern", values)),
+        ranks=Patterns("rank_pattern", _table("rank_pattern", values)),
+        use_rslora=bool(values.get("use_rslora", False)),
+        use_dora=bool(values.get("use_dora", False)),
     )
 
 
 def _refused(values: Mapping[str, Any], alpha: str) -> Iterator[str]:
-    """The settings that are none of those understood, harmless, or limited to the value they have."""
+    """Yield a line for each setting that is unknown, or has a value that is not supported."""
     for name, value in values.items():
         if name in UNDERSTOOD or name in HARMLESS or name == alpha or value in OFF:
             continue
         limit = LIMITED.get(name)
         if limit is None:
-            yield f"{name}: {_shown(value)}: a setting that is not known here; merge the adapter with PEFT"
+            yield f"{name}: {_shown(value)}: an unknown setting; merge the adapter with PEFT"
         elif _plain(value) not in limit.values:
             expected = " or ".join(json.dumps(allowed) for allowed in limit.values) or "none"
             yield f"{name}: expected {expected}, found {_shown(value)}: {limit.why}"
@@ -133,7 +133,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def settings(ranks: Mapping[str, int], alphas: Mapping[str, float], *, dora: bool) -> dict[str, Any]:
-    """The settings of an adapter with these ranks and alphas by module, ready for JSON."""
+    """Return the settings of an adapter with these ranks and alphas by module, ready for JSON."""
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "peft_type": "LORA",
@@ -149,7 +149,7 @@ def settings(ranks: Mapping[str, int], alphas: Mapping[str, float], *, dora: boo
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:
-    """The most frequent value, whole numbers as such."""
+    """Return the most frequent value; whole numbers as integers."""
     found = list(values.values())
     value = max(dict.fromkeys(found), key=found.count)
     return int(value) if float(value).is_integer() else value

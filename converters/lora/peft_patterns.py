@@ -1,16 +1,15 @@
-"""PEFT's patterns for modules: regular expressions for the end of a module's name, the first that matches counts.
+"""PEFT's patterns for modules: regular expressions for the end of a module's name, of which the first match counts.
 
-The rule is PEFT's own (src/peft/utils/other.py, get_pattern_key): `re.match(rf"(.*\\.)?({key})$", name)`. Files come
-from anywhere, so patterns whose matching might take for ever are refused before one is tried.
+The rule is that of PEFT (src/peft/utils/other.py, get_pattern_key): `re.match(rf"(.*\\.)?({key})$", name)`. Adapters
+come from anywhere, so a pattern that might take for ever to match is refused before it is used.
 """
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 
 from ...schemas.limits import MAX_PATTERN_LENGTH, MAX_PATTERN_PATHS, MAX_PATTERNS
 
-NAME_LENGTH = 64  # of the modules' names, roughly
+NAME_LENGTH = 64  # characters of the modules' names, roughly
 NEVER = float("inf")
 
 TOKEN = re.compile(
@@ -25,39 +24,35 @@ class Patterns:
     """Values of modules by pattern, in the order of the file."""
 
     def __init__(self, name: str, values: Mapping[str, float]) -> None:
-        """`name` is the setting's. Raises ValueError for what is no pattern or would take too long to match."""
-        self._name, self._values = name, values
-        self._known: dict[str, float | None] = {}
+        """`name` is the name of the setting. Raises ValueError for patterns that are invalid or too slow to match."""
         if len(values) > MAX_PATTERNS:
             raise ValueError(f"{name}: expected at most {MAX_PATTERNS} patterns, found {len(values)}")
-        _ = self._compiled
+        self._known: dict[str, float | None] = {}
+        self._compiled: list[tuple[re.Pattern[str], float]] = []
+        paths = 0.0
+        for key, value in values.items():
+            paths += paths_of(key)
+            if paths > MAX_PATTERN_PATHS or len(key) > MAX_PATTERN_LENGTH:
+                raise ValueError(f"{name}: {key[:80]}: takes too long to match; give fewer repetitions")
+            try:
+                self._compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{name}: {key}: not a regular expression: {error}") from error
 
     def value(self, module: str, default: float) -> float:
-        """The value of a module; `default` where no pattern matches its name."""
+        """Return the value of a module; `default` when no pattern matches its name."""
         if module not in self._known:
             self._known[module] = next((value for key, value in self._compiled if key.match(module)), None)
         found = self._known[module]
         return default if found is None else found
 
-    @cached_property
-    def _compiled(self) -> list[tuple[re.Pattern[str], float]]:
-        paths, compiled = 0.0, []
-        for key, value in self._values.items():
-            paths += paths_of(key)
-            if paths > MAX_PATTERN_PATHS or len(key) > MAX_PATTERN_LENGTH:
-                raise ValueError(f"{self._name}: {key[:80]}: takes too long to match; give fewer repetitions")
-            try:
-                compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{self._name}: {key}: not a regular expression: {error}") from error
-        return compiled
-
 
 def paths_of(pattern: str) -> float:
-    """An upper bound on the ways in which a matcher that tries one after another may try to match `pattern`: the sum
-    over alternatives of the product over repetitions. Repeating what itself can match in several ways is without
-    bound."""
-    groups: list[tuple[float, float]] = []  # alternatives before, product so far; of each open group
+    """Return an upper bound on the number of ways in which a backtracking matcher may try to match `pattern`.
+
+    The bound is the sum over alternatives of the product over repetitions. It is infinite for a repetition of a part
+    that can match in several ways itself."""
+    groups: list[tuple[float, float]] = []  # for each open group: the sum of alternatives before it, its product so far
     before, product, last = 0.0, 1.0, 1.0
     quantified = False  # whether a quantifier has just been read, so that "?" means another order and no choice
     for token in TOKEN.finditer(pattern):

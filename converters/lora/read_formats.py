@@ -1,25 +1,26 @@
 """Reads a LoRA file of any known format into adapters by diffusers names."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from ...schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
 from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, Prefix, changeable
-from ...schemas.messages import indented, listed
-from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+from ...schemas.messages import listed, listed_below
+from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
 from .adapters import Adapter, make_adapter, split_rows
 from .factors import Factor, scaled
-from .lora_file import Lora, candidate_text_encoders, candidate_unets, describe
+from .lora_file import Lora, candidates, describe
 from .peft_config import Configs, find_configs
 from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
 from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
 
-# What a LoRA's file is called in a folder: PEFT's names, diffusers', that of OneTrainer's backups.
+# Names of a LoRA's file in a folder: those of PEFT, of diffusers, and of OneTrainer's backups.
 FOLDER_NAMES = (
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
@@ -27,7 +28,7 @@ FOLDER_NAMES = (
     "adapter_model.bin",
     "pytorch_lora_weights.bin",
 )
-BIAS_FACTORS = {"diff_b", "bias_up"}  # a bias' difference as it is; PEFT's bias of lora_B, scaled as the product is
+BIAS_FACTORS = {"diff_b", "bias_up"}  # the difference of a bias; PEFT's bias of lora_B, scaled like the product
 
 
 def open_lora(
@@ -39,16 +40,17 @@ def open_lora(
 ) -> Lora:
     """Read the LoRA in a file, or in a PEFT adapter's folder; factors are read later, when they are needed.
 
-    `networks` are the configs of the checkpoint it is for; without them the released networks are tried, and the
-    first that every key and shape fits is taken. `module_filters` are the trainer's, for Stability's format, which
-    has no names. `alpha` counts where the file states none (else: the rank, so a scale of 1).
+    `networks` are the configs of the checkpoint that the LoRA is for. Without them, the first released network that
+    every key and shape fits is taken. `module_filters` are those of the training config, for Stability's format, which
+    has no names. `alpha` is used when the file states none (None: the rank, so that the scale is 1).
 
-    Raises CheckpointError for a damaged file, LayoutError for one that is no LoRA or not for these networks,
-    UsageError for a checkpoint."""
+    Raises CheckpointError for a damaged file, UsageError for a checkpoint, and LayoutError for a file that is no LoRA
+    or not for these networks."""
     header = read_weights(_weights(Path(path)))
     if is_stability(header):
         return read_stability(header, networks, module_filters)
-    settings = find_configs(header.path, header.metadata) if _states_no_alpha(header) else {}
+    states_alpha = any(key.endswith(".alpha") for key in header.tensors)
+    settings = {} if states_alpha else find_configs(header.path, header.metadata)
     keys = group_keys(header)
     if not keys.groups and not keys.embeddings:
         raise LayoutError(f"{header.path}: holds no tensors; expected a LoRA")
@@ -59,14 +61,10 @@ def open_lora(
     return _lora(header, keys, attempt)
 
 
-def _states_no_alpha(header: Header) -> bool:
-    return not any(key.endswith(".alpha") for key in header.tensors)
-
-
 def holds_lora(path: Path) -> bool:
-    """Whether `path` is a file of LoRA keys, or a folder with a LoRA's usual file name; from the header alone.
+    """Return whether `path` is a file with LoRA keys, or a folder with a LoRA's usual file name.
 
-    Says nothing about whether `open_lora` can read it. Raises CheckpointError for a damaged file."""
+    Only the header is read: `open_lora` may still refuse the file. Raises CheckpointError for a damaged file."""
     if path.is_dir():
         return any((path / name).is_file() for name in FOLDER_NAMES)
     header = read_weights(path)
@@ -75,7 +73,7 @@ def holds_lora(path: Path) -> bool:
 
 def _weights(path: Path) -> Path:
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
+        raise UsageError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():
         return path
     for name in FOLDER_NAMES:
@@ -91,14 +89,13 @@ def _refuse_model(path: Path) -> None:
     except CascadeError:
         return
     raise UsageError(
-        f"{path}: expected a LoRA, found a checkpoint: {', '.join(found)}. "
-        "Were the two exchanged? The checkpoint comes first, then its LoRAs"
+        f"{path}: expected a LoRA, found a checkpoint: {', '.join(found)}; give the checkpoint first, then its LoRAs"
     )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A LoRA file: its keys by module, its settings, and the alpha that counts where it states none."""
+    """A LoRA file: its keys by module, its settings, and the alpha to use when the file states none."""
 
     header: Header
     keys: Keys
@@ -106,46 +103,37 @@ class Source:
     alpha: float | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
-    """A file read as being for one pair of networks."""
+    """A file read as being for one pair of networks, which is named by its UNet."""
 
     unet: UNetConfig
-    text_encoder: TextEncoderConfig
-    adapters: dict[LoraTarget, Adapter]
-    prefixes: list[Prefix]
-    problems: list[str]
-    unnamed: int  # problems that are names the networks do not have
+    adapters: dict[LoraTarget, Adapter] = field(default_factory=dict)
+    prefixes: list[Prefix] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unnamed: int = 0  # problems that are names the networks do not have
 
 
 def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
-    """The reading with the fewest problems, the first of equals."""
-    attempts = (
-        _attempt(source, unet, text_encoder)
-        for unet in candidate_unets(networks)
-        for text_encoder in candidate_text_encoders(networks)
-    )
-    return min(_until_sound(attempts), key=lambda attempt: len(attempt.problems))
-
-
-def _until_sound(attempts: Iterator[Attempt]) -> Iterator[Attempt]:
-    for attempt in attempts:
-        yield attempt
-        if not attempt.problems:
-            return
+    """Return the first attempt without problems, else the one with the fewest."""
+    attempts = []
+    for unet, text_encoder in product(candidates(UNetConfig, networks), candidates(TextEncoderConfig, networks)):
+        attempts.append(_attempt(source, unet, text_encoder))
+        if not attempts[-1].problems:
+            break
+    return min(attempts, key=lambda attempt: len(attempt.problems))
 
 
 def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) -> Attempt:
     names = NameTable(unet, text_encoder)
     shapes = _shapes(unet) | _shapes(text_encoder)
-    result = Attempt(unet, text_encoder, {}, [], [], 0)
+    result = Attempt(unet)
     claimed: dict[LoraTarget, str] = {}
-    unnamed, network = 0, describe(unet)
     for name, group in source.keys.groups.items():
         found = names.find(name)
         if found is None:
-            unnamed += 1
-            result.problems.append(f"{name}: no such module in {network}")
+            result.unnamed += 1
+            result.problems.append(f"{name}: no such module in {describe(unet)}")
             continue
         prefix, targets = found
         result.prefixes.append(prefix)
@@ -159,11 +147,11 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
                 result.problems.append(f"{name}: changes {target.name}, which {claimed[target]} changes already")
             claimed[target] = name
             result.adapters[target] = adapter
-    return replace(result, unnamed=unnamed)
+    return result
 
 
 def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
-    """Every weight and bias of a network."""
+    """Return the shape of every weight and bias of a network."""
     parts = ((name.rpartition("."), shape) for name, shape in changeable(config).items())
     return {LoraTarget(config.stage, module, parameter): shape for (module, _, parameter), shape in parts}
 
@@ -171,7 +159,7 @@ def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
 def _adapters(
     group: Group, targets: Sequence[LoraTarget], shapes: Mapping[LoraTarget, Shape], source: Source
 ) -> Iterator[tuple[LoraTarget, Adapter]]:
-    """What a group's factors change: the weights of its modules, one or q, k and v, and their biases."""
+    """Yield the adapter of each weight and bias that a group changes. Several targets are q, k and v in one tensor."""
     weight = {name: factor for name, factor in group.factors.items() if name not in BIAS_FACTORS}
     scale = 1.0
     if weight or not group.factors:
@@ -221,14 +209,13 @@ def _lora(header: Header, keys: Keys, attempt: Attempt) -> Lora:
     stages = {target.stage for target in attempt.adapters}
     kind = format_of(attempt.prefixes, keys.groups)
     return Lora(
-        header.path,
-        kind,
-        attempt.adapters,
-        attempt.unet if attempt.unet.stage in stages else None,
-        attempt.text_encoder if Stage.TEXT_ENCODER in stages else None,
-        keys.embeddings,
-        header.metadata,
-        tuple(_notes(header, kind, list(attempt.adapters.values()))),
+        path=header.path,
+        format=kind,
+        adapters=attempt.adapters,
+        unet=attempt.unet if attempt.unet.stage in stages else None,
+        embeddings=keys.embeddings,
+        metadata=header.metadata,
+        notes=tuple(_notes(header, kind, list(attempt.adapters.values()))),
     )
 
 
@@ -248,7 +235,7 @@ def _notes(header: Header, kind: LoraFormat, adapters: Sequence[Adapter]) -> Ite
 
 
 def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]) -> str:
-    """Why a file cannot be read as a LoRA for these networks, and what it seems to be for."""
+    """Return why a file cannot be read as a LoRA for these networks, and the network that it seems to be for."""
     header, keys = source.header, source.keys
     if attempt.unnamed == len(keys.groups):
         names = listed(list(keys.groups))
@@ -263,4 +250,4 @@ def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]
         fits = describe(elsewhere.unet)
         advice = f"It fits {fits}: give a checkpoint of that, or get the LoRA made for {describe(attempt.unet)}."
     count = f"{len(attempt.problems)} of {len(keys.groups)} modules"
-    return f"{header.path}: not for {describe(attempt.unet)}: {count}:{indented(attempt.problems)}\n{advice}"
+    return f"{header.path}: not for {describe(attempt.unet)}: {count}:{listed_below(attempt.problems)}\n{advice}"

@@ -18,7 +18,7 @@ from ...schemas.lora_keys import (
     spelling_table,
     split_key,
 )
-from ...schemas.messages import indented
+from ...schemas.messages import listed_below
 from ...schemas.stages import NetworkConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
@@ -27,13 +27,14 @@ from .factors import Factor, read_values, stored
 from .lora_file import Embedding
 
 BUNDLE = re.compile(r"bundle_emb\.(.+)\.clip_g(_out)?")
-EMBEDDING_KEYS = ("clip_g", "clip_g_out")  # of a file that holds an embedding and nothing else
+EMBEDDING_KEYS = ("clip_g", "clip_g_out")  # keys of a file that holds an embedding and nothing else
 
 
 @dataclass
 class Group:
-    """The factors of one module, by our names; `keys` are the file's. `reshape` is the shape that ComfyUI gives the
-    weight before it adds the product."""
+    """The factors of one module by our names, and their keys in the file.
+
+    `reshape` is the shape that ComfyUI gives the weight before it adds the product."""
 
     factors: dict[str, Factor] = field(default_factory=dict)
     alpha: float | None = None
@@ -75,7 +76,7 @@ def group_keys(header: Header) -> Keys:
 
 
 def is_factor_key(key: str) -> bool:
-    """Whether `key` ends as the factors and settings of LoRA files do."""
+    """Return whether `key` has the ending of a LoRA's factor or setting."""
     return split_key(key)[1] is not None
 
 
@@ -96,7 +97,7 @@ def _add(group: Group, suffix: str, key: str, header: Header) -> None:
 
 
 def _unknown_keys(header: Header, unknown: list[str]) -> str:
-    """What is wrong with a file of such keys. Raises UsageError when it is a checkpoint."""
+    """Return the message for a file with unknown keys. Raises UsageError when the file is a checkpoint."""
     _refuse_checkpoint(header)
     for piece, algorithm in REFUSED.items():
         if any(piece in key for key in unknown):
@@ -108,7 +109,7 @@ def _unknown_keys(header: Header, unknown: list[str]) -> str:
     if unknown[0] in EMBEDDING_KEYS:
         return f"{header.path}: an embedding of OneTrainer, not a LoRA; there is nothing to merge into weights"
     return (
-        f"{header.path}: {len(unknown)} keys are no part of a LoRA known here:{indented(unknown)}\n"
+        f"{header.path}: {len(unknown)} keys are no part of a LoRA known here:{listed_below(unknown)}\n"
         "Expected endings such as lora_down.weight, lora_A.weight, hada_w1_a, lokr_w1, alpha; is this a LoRA file?"
     )
 
@@ -122,13 +123,12 @@ def _refuse_checkpoint(header: Header) -> None:
         return
     what = ", ".join(component.describe() for component in found)
     raise UsageError(
-        f"{header.path}: expected a LoRA, found a checkpoint: {what}. "
-        "Were the two exchanged? The checkpoint comes first, then its LoRAs"
+        f"{header.path}: expected a LoRA, found a checkpoint: {what}; give the checkpoint first, then its LoRAs"
     )
 
 
 class NameTable:
-    """Finds the modules that a key's name means, in one pair of networks."""
+    """Finds the modules that a key names, in one pair of networks."""
 
     def __init__(self, unet: NetworkConfig, text_encoder: NetworkConfig) -> None:
         self._networks = (unet, text_encoder)
@@ -140,7 +140,7 @@ class NameTable:
         }
 
     def find(self, name: str) -> tuple[Prefix, tuple[LoraTarget, ...]] | None:
-        """The prefix of `name` and the modules after it: one, or q, k and v; None when there is no such module."""
+        """Return the prefix of `name` and the modules after it: one, or q, k and v. Returns None for unknown names."""
         for prefix in PREFIXES:
             if name.startswith(prefix.text):
                 table = self._tables[prefix.flat, prefix.text_encoder]

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...schemas.errors import LayoutError
 from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights, lora_modules
-from ...schemas.messages import indented
+from ...schemas.messages import listed_below
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
@@ -19,7 +19,7 @@ from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
 from .encoding import Array
 from .factors import Factor
-from .lora_file import Embedding, Lora, candidate_unets, describe
+from .lora_file import Embedding, Lora, candidates, describe
 
 DEFAULT_FILTERS = (".attn",)
 FACTOR_KEY = re.compile(r"weights\.(\d{1,6})\.(lora_down|lora_up)")
@@ -33,24 +33,29 @@ def is_stability(header: Header) -> bool:
 
 
 def read_stability(header: Header, networks: Sequence[NetworkConfig], filters: Sequence[str]) -> Lora:
-    """The adapters of a file whose entries are the weights that `filters` select, in a network they fit in shape.
+    """Return the adapters of a file whose entries are the weights that `filters` select in the first fitting network.
 
-    Raises LayoutError when entries are missing, or their number or shapes fit none of the networks."""
+    Raises LayoutError when entries are missing, or when their number or shapes fit none of the networks."""
     pairs = _pairs(header)
     problems = []
-    for unet in candidate_unets(networks):
+    for unet in candidates(UNetConfig, networks):
         entries = listed_weights(unet, filters) if pairs else []
         problem = _misfit(pairs, entries)
         if problem is None:
-            adapters = dict(_adapters(pairs, entries, unet))
-            embeddings = tuple(_embeddings(header))
             note = f"{header.path}: has no names; taken for the modules matching {' '.join(filters)}"
-            found, notes = (unet, (note,)) if pairs else (None, ())
-            return Lora(header.path, LoraFormat.STABILITY, adapters, found, None, embeddings, header.metadata, notes)
+            return Lora(
+                path=header.path,
+                format=LoraFormat.STABILITY,
+                adapters=dict(_adapters(pairs, entries, unet)),
+                unet=unet if pairs else None,
+                embeddings=tuple(_embeddings(header)),
+                metadata=header.metadata,
+                notes=(note,) if pairs else (),
+            )
         problems.append(f"{describe(unet)}: {problem}")
     raise LayoutError(
         f"{header.path}: a list of {len(pairs)} weights without names, which fits no network with the module filter "
-        f"{' '.join(filters)}:{indented(problems)}\nGive the checkpoint it is for, and the module_filters of its "
+        f"{' '.join(filters)}:{listed_below(problems)}\nGive the checkpoint it is for, and the module_filters of its "
         "training config"
     )
 
@@ -65,7 +70,7 @@ def _pairs(header: Header) -> Pairs:
         elif key not in EMBEDDING_KEYS:
             unknown.append(key)
     if unknown:
-        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:{indented(unknown)}")
+        raise LayoutError(f"{header.path}: keys beside weights.N.lora_down and lora_up:{listed_below(unknown)}")
     for index in range(len(pairs)):
         missing = {"lora_down", "lora_up"} - pairs.get(index, {}).keys()
         if missing:
@@ -76,7 +81,7 @@ def _pairs(header: Header) -> Pairs:
 
 
 def _misfit(pairs: Pairs, entries: Sequence[ListEntry]) -> str | None:
-    """What is wrong with taking the pairs for the entries, one after another."""
+    """Return why the pairs cannot be the entries, one after another; None when they can."""
     if len(pairs) != len(entries):
         return f"expected {len(entries)} entries, found {len(pairs)}"
     for (index, pair), entry in zip(pairs.items(), entries, strict=True):
@@ -100,7 +105,7 @@ def _adapters(pairs: Pairs, entries: Sequence[ListEntry], unet: UNetConfig) -> I
 
 
 def _over_kernel(down: Factor, shape: Shape) -> Factor:
-    """The trainer adds one number to a whole kernel: lora_down repeated over it."""
+    """Return lora_down repeated over the kernel: the trainer adds one number to a whole kernel."""
     kernel = shape[2:]
     if all(size == 1 for size in kernel):
         return down
@@ -135,11 +140,11 @@ def _embeddings(header: Header) -> Iterator[Embedding]:
 def stability_tensors(
     adapters: Mapping[str, Adapter], unet: UNetConfig, filters: Sequence[str]
 ) -> tuple[dict[str, Factor], list[str]]:
-    """The list's tensors, and why modules have no place in it, one line for each.
+    """Return the tensors of the list, and a line for each module that has no place in it.
 
-    q, k and v become one pair: side by side in the rank, or of the one rank they share when lora_down is the same.
-    All entries get the largest rank, filled up with zeros, since the trainer's loader knows only one; modules that
-    the filters select but the LoRA does not change get zeros."""
+    q, k and v become one pair: side by side in the rank, or of one rank if their lora_down is the same. The trainer's
+    loader has one rank for all entries, so smaller factors are filled up with zeros. Modules that the filters select
+    but the LoRA does not change get zeros."""
     shapes = lora_modules(unet)
     reasons = {module: _unfit(adapter) for module, adapter in adapters.items()}
     entries = listed_weights(unet, filters)
@@ -169,7 +174,7 @@ def _unfit(adapter: Adapter) -> str | None:
 
 @dataclass(frozen=True)
 class Joint:
-    """Blocks of rows that become one entry: each block's up, None where nothing changes, its scale and its down."""
+    """Blocks of rows that become one entry: each block's up (None: no change), its scale and its down."""
 
     ups: tuple[Factor | None, ...]
     scales: tuple[float, ...]
@@ -187,7 +192,7 @@ class Joint:
         return F.stacked(self.downs) if self.downs else F.zeros((0, columns), "F32")
 
     def up(self, divisor: float) -> Factor:
-        """lora_up for a reader that divides by `divisor`."""
+        """Return lora_up for a reader that divides by `divisor`."""
         empty = F.zeros((self.height, 0), "F32")
         blocks = zip(self.ups, self.scales, strict=True)
         scaled = [empty if up is None else F.scaled(up, scale * divisor) for up, scale in blocks]
@@ -197,7 +202,7 @@ class Joint:
 
 
 def _joint(parts: Sequence[Adapter | None], shape: Shape) -> Joint:
-    """The blocks of one entry; `shape` is that of each block's weight."""
+    """Join the blocks of one entry; `shape` is the shape of each block's weight."""
     downs = [_matrix(part, "lora_down") for part in parts if part is not None]
     shared = len(downs) == len(parts) and all(_equal(downs[0], down) for down in downs[1:])
     ups = tuple(None if part is None else _matrix(part, "lora_up") for part in parts)

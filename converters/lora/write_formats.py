@@ -1,7 +1,7 @@
 """How each format with names writes a LoRA: prefixes, spelling, suffixes, alpha, and what it cannot hold."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, is_depthwise, original_spelling
@@ -12,7 +12,7 @@ from .factors import Factor
 
 
 class Alpha(StrEnum):
-    """Where a format keeps alpha."""
+    """The place where a format keeps alpha."""
 
     TENSOR = "a tensor for each module"
     FOLDED = "multiplied into lora_B, so that the scale is 1"
@@ -36,17 +36,19 @@ COMFYUI_PREFIX = "diffusion_model."
 class NamedFormat:
     """How a LoRA format with keys names its tensors, and what it can hold.
 
-    prefix        the text before the modules of the prior
-    text_encoder  the text before the modules of the text encoder; None when the format cannot hold them
-    flat          whether "." in module names becomes "_"
-    original      whether modules have Stability's names; otherwise those of diffusers
-    names         our name of a factor -> the ending of its key
-    algorithms    the algorithms that the format can hold
-    magnitudes    the axes of DoRA magnitudes that the format can hold
-    alpha         where the format keeps alpha
-    architecture  modelspec.architecture, by which user interfaces sort their lists; None to write none
-    folded        whether a product of one row is folded into the weight of a depthwise convolution
-    dotted        whether differences have ComfyUI's dotted names
+    | field | meaning |
+    |---|---|
+    | prefix | the text before the modules of the prior |
+    | text_encoder | the text before the modules of the text encoder; None when the format cannot hold them |
+    | flat | True when "." in module names becomes "_" |
+    | original | True when modules have Stability's names, False when they have those of diffusers |
+    | names | our name of a factor -> the ending of its key |
+    | algorithms | the algorithms that the format can hold |
+    | magnitudes | the axes of DoRA magnitudes that the format can hold |
+    | alpha | the place where the format keeps alpha |
+    | architecture | modelspec.architecture, by which user interfaces sort their lists; None to write none |
+    | folded | True when a product of one row is folded into the weight of a depthwise convolution |
+    | dotted | True when differences have ComfyUI's dotted names |
     """
 
     prefix: str
@@ -62,70 +64,45 @@ class NamedFormat:
     dotted: bool = False
 
 
-_ALL = frozenset(Algorithm)
-_BOTH = frozenset(Axis)
-_ONETRAINER = frozenset({Algorithm.LORA, Algorithm.LOHA, Algorithm.LOKR})
-_LORA = frozenset({Algorithm.LORA})
-_V1 = "stable-cascade-v1-prior/lora"
+_KOHYA = NamedFormat(
+    prefix="lora_unet_",
+    text_encoder="lora_te_",
+    flat=True,
+    original=True,
+    names=KOHYA_NAMES,
+    algorithms=frozenset(Algorithm),
+    magnitudes=frozenset(Axis),
+    alpha=Alpha.TENSOR,
+    architecture="stable-cascade/lora",
+)
+# ComfyUI has read these names since its first support of Stable Cascade. It read dotted names only later.
+_COMFYUI = replace(
+    _KOHYA,
+    prefix="lora_prior_unet_",
+    text_encoder="lora_prior_te_",
+    architecture="stable-cascade-v1-prior/lora",
+    folded=True,
+    dotted=True,
+)
+_ONETRAINER = replace(_COMFYUI, algorithms=frozenset({Algorithm.LORA, Algorithm.LOHA, Algorithm.LOKR}), dotted=False)
+_PEFT = NamedFormat(
+    prefix="base_model.model.",
+    text_encoder=None,
+    flat=False,
+    original=False,
+    names=PEFT_NAMES,
+    algorithms=frozenset({Algorithm.LORA}),
+    magnitudes=frozenset({Axis.OUTPUT}),
+    alpha=Alpha.SETTINGS,
+)
+_DIFFUSERS = replace(_PEFT, prefix="prior.", text_encoder="text_encoder.", magnitudes=frozenset(), alpha=Alpha.FOLDED)
 
 NAMED_FORMATS: Mapping[LoraFormat, NamedFormat] = {
-    LoraFormat.KOHYA: NamedFormat(
-        prefix="lora_unet_",
-        text_encoder="lora_te_",
-        flat=True,
-        original=True,
-        names=KOHYA_NAMES,
-        algorithms=_ALL,
-        magnitudes=_BOTH,
-        alpha=Alpha.TENSOR,
-        architecture="stable-cascade/lora",
-    ),
-    LoraFormat.ONETRAINER: NamedFormat(
-        prefix="lora_prior_unet_",
-        text_encoder="lora_prior_te_",
-        flat=True,
-        original=True,
-        names=KOHYA_NAMES,
-        algorithms=_ONETRAINER,
-        magnitudes=_BOTH,
-        alpha=Alpha.TENSOR,
-        architecture=_V1,
-        folded=True,
-    ),
-    # ComfyUI has read these names since its first support of Stable Cascade. It read dotted names only later.
-    LoraFormat.COMFYUI: NamedFormat(
-        prefix="lora_prior_unet_",
-        text_encoder="lora_prior_te_",
-        flat=True,
-        original=True,
-        names=KOHYA_NAMES,
-        algorithms=_ALL,
-        magnitudes=_BOTH,
-        alpha=Alpha.TENSOR,
-        architecture=_V1,
-        folded=True,
-        dotted=True,
-    ),
-    LoraFormat.PEFT: NamedFormat(
-        prefix="base_model.model.",
-        text_encoder=None,
-        flat=False,
-        original=False,
-        names=PEFT_NAMES,
-        algorithms=_LORA,
-        magnitudes=frozenset({Axis.OUTPUT}),
-        alpha=Alpha.SETTINGS,
-    ),
-    LoraFormat.DIFFUSERS: NamedFormat(
-        prefix="prior.",
-        text_encoder="text_encoder.",
-        flat=False,
-        original=False,
-        names=PEFT_NAMES,
-        algorithms=_LORA,
-        magnitudes=frozenset(),
-        alpha=Alpha.FOLDED,
-    ),
+    LoraFormat.KOHYA: _KOHYA,
+    LoraFormat.ONETRAINER: _ONETRAINER,
+    LoraFormat.COMFYUI: _COMFYUI,
+    LoraFormat.PEFT: _PEFT,
+    LoraFormat.DIFFUSERS: _DIFFUSERS,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CascadeError, UsageError
-from ...schemas.messages import indented
+from ...schemas.messages import listed_below
 from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is
 from ..cascade import Cascade
@@ -103,13 +103,13 @@ def generate_batch(
     if plan.problems and not settings.keep_going:
         todo = "nothing was generated; correct the lines, or generate the others with keep_going=True"
         raise UsageError(
-            f"{len(plan.problems)} wrong lines in the file of prompts; {todo}:{indented(plan.problems, SHOWN)}"
+            f"{len(plan.problems)} wrong lines in the file of prompts; {todo}:{listed_below(plan.problems, SHOWN)}"
         )
     _require_outputs_apart(plan.jobs, settings)
     with locked_folder(settings.output), BatchLog(settings.log_path) as log:
         if not settings.force and (others := foreign_files(plan.jobs)):
             todo = "move them away, choose another output or name, or replace what is there with force=True"
-            raise UsageError(f"{len(others)} files are in the way; {todo}:{indented(others, SHOWN)}")
+            raise UsageError(f"{len(others)} files are in the way; {todo}:{listed_below(others, SHOWN)}")
         started = {"prompts": str(settings.prompt_file), "bundle": str(settings.bundle), "images": len(plan.jobs)}
         log.write("started", {**started, "base_seed": seed, **_used(cascade, given)})
         log.write("failed", *({"error": problem} for problem in plan.problems))

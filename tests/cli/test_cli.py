@@ -214,7 +214,7 @@ class TestWrongInputs:
         text = json.dumps(header).encode()
         path = tmp_path / "stage_c.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-        words = "of a dtype that is not supported yet (1): clf.1.bias is F12"
+        words = "dtype that is not supported yet (1): clf.1.bias is F12"
         refused(1, words, "convert", path, "-o", tmp_path / "o", "--to", "original")
 
     def test_missing_keys(self, original: Path, tmp_path: Path) -> None:

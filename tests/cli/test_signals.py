@@ -17,7 +17,7 @@ from cascadekit.cli import main
 from cascadekit.converters.checkpoints import convert as checkpoint
 from cascadekit.converters.checkpoints import open_model as model
 from cascadekit.converters.export import validate
-from cascadekit.converters.hub.errors import explaining
+from cascadekit.converters.hub.hub_errors import explaining
 from cascadekit.converters.hub.source import HubSource
 from cascadekit.converters.tensorrt.backend import find_backend
 from cascadekit.runtime.doctor import examine

@@ -273,7 +273,7 @@ def _clone(folder: Path) -> Saved:
     said = (
         r"stage_b\.safetensors: its decoder .*component's folder is taken",
         r"stage_c_bf16\.safetensors: its prior .*stage_c\.safetensors is taken",
-        r"decoder_lite: left out, decoder is taken \(see the option lite\)",
+        r"decoder_lite: left out, decoder is taken \(lite=True takes the other size\)",
         r"comfyui_checkpoints: left out.*stable_cascade_stage_b",
     )
     return Saved([folder], truth, said)
@@ -455,7 +455,7 @@ def _vae_c(folder: Path) -> Saved:
     vae, effnet, previewer = stage_c_vae()
     path = write(folder / "vae.safetensors", vae, METADATA)
     truth = {Stage.EFFNET_ENCODER: effnet, Stage.PREVIEWER: previewer}
-    return Saved([path], truth, (r"encoder\.mean.*carry nothing",))
+    return Saved([path], truth, (r"encoder\.mean.*which no layout needs",))
 
 
 # Trainers
@@ -467,7 +467,7 @@ def _stability(folder: Path) -> Saved:
     write(folder / "generator.safetensors", joined(prior()))
     write(folder / "generator_ema.safetensors", joined(averaged))
     pickled(folder / "generator_optim.pt", {"state": {0: {"exp_avg": torch.zeros(3)}}})
-    said = (r"generator_ema\.safetensors: its prior .*--ema", r"generator_optim\.pt: left out, training state")
+    said = (r"generator_ema\.safetensors: its prior .*ema choose", r"generator_optim\.pt: left out, training state")
     return Saved([folder], {Stage.PRIOR: prior()}, said)
 
 

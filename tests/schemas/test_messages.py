@@ -3,7 +3,7 @@
 import pytest
 
 from cascadekit.schemas.errors import UsageError
-from cascadekit.schemas.messages import LONG, indented, listed, require_known, shown
+from cascadekit.schemas.messages import LONG, listed, listed_below, require_known, shown
 
 
 @pytest.mark.parametrize(
@@ -14,9 +14,9 @@ def test_lists_of_names(count: int, text: str) -> None:
 
 
 def test_lists_of_lines() -> None:
-    assert indented([]) == ""
-    assert indented(["a", "b"], 2) == "\n  a\n  b"
-    assert indented(["a", "b", "c"], 2) == "\n  a\n  b\n  and 1 more"
+    assert listed_below([]) == ""
+    assert listed_below(["a", "b"], 2) == "\n  a\n  b"
+    assert listed_below(["a", "b", "c"], 2) == "\n  a\n  b\n  and 1 more"
 
 
 @pytest.mark.parametrize("value", ["x" * 1000, 10**1000, [1] * 1000, {1: 2}, b"x" * 1000, object()])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from cascadekit.schemas.errors import ConversionError
 from cascadekit.storage import cast_ranges as computing
 from cascadekit.storage import file_ranges as copying
-from cascadekit.storage.safetensors_plan import Calculated, TensorPlan
+from cascadekit.storage.safetensors_plan import CalculatedRange, TensorPlan
 from cascadekit.storage.safetensors_reader import read_header
 from cascadekit.storage.safetensors_writer import new_safetensors, write_safetensors
 from helpers.safetensors_bytes import copied
@@ -293,8 +293,8 @@ def test_memory_does_not_grow_with_the_tensor(
 def test_parts_may_be_calculated(two: Path, tmp_path: Path) -> None:
     """A tensor of a calculated part between two copied ones, and one that is calculated in two blocks."""
     x = read_header(two).tensors["x"]
-    middle = Calculated(8, lambda: [np.array([8, 9], "<f4")])
-    blocks = Calculated(6, lambda: iter([np.array([1, 2], "<u2"), np.array([[3]], "<u2")]))
+    middle = CalculatedRange(8, lambda: [np.array([8, 9], "<f4")])
+    blocks = CalculatedRange(6, lambda: iter([np.array([1, 2], "<u2"), np.array([[3]], "<u2")]))
     plans = {
         "mixed": TensorPlan("F32", (3, 2), (x.rows(0, 1, (1, 2)), middle, x.rows(2, 3, (1, 2)))),
         "made": TensorPlan("U16", (3,), (blocks,)),
@@ -308,7 +308,7 @@ def test_parts_may_be_calculated(two: Path, tmp_path: Path) -> None:
 
 
 def test_too_few_calculated_bytes_are_noticed(tmp_path: Path) -> None:
-    plan = TensorPlan("U8", (4,), (Calculated(4, lambda: [np.zeros(3, "u1")]),))
+    plan = TensorPlan("U8", (4,), (CalculatedRange(4, lambda: [np.zeros(3, "u1")]),))
     with pytest.raises(ConversionError, match="x: 3 bytes were calculated instead of 4"):
         write_safetensors(tmp_path / "out", {"x": plan}, {})
 

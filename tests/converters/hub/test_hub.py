@@ -511,7 +511,7 @@ def test_a_cut_download_goes_on(repo: Hub, reset: bool) -> None:
 
 def test_a_download_that_stops_goes_on_in_the_next_run(repo: Hub) -> None:
     repo.cut_after = [100_000] + [0] * 10
-    with pytest.raises(CheckpointError, match=r"stopped at 100000 of 300\d+ bytes; run the same again"):
+    with pytest.raises(CheckpointError, match=r"stopped at 100000 of 300\d+ bytes; try again"):
         fetch(WEIGHTS)
     repo.cut_after, repo.sent, told = [], 0, list[str]()
     assert fetch(WEIGHTS, told.append).read_bytes() == safetensors(300_000)

@@ -218,7 +218,7 @@ def test_exporting_with_loras(model: Path, tmp_path: Path, dtype: torch.dtype) -
         undo_loras(tmp_path / "bundle")
     with pytest.raises(UsageError, match=r"has one\.safetensors \(0\.5\), two\.safetensors \(1\.5\) merged in"):
         apply_loras(tmp_path / "bundle", [one])
-    with pytest.raises(UsageError, match=r"--weights link shares the model's weights, and a LoRA changes .* the prior"):
+    with pytest.raises(UsageError, match=r'weights="link" shares .* and a LoRA changes those of the prior'):
         export(model, tmp_path / "linked", weights="link", loras=[(one, 1.0)])
     assert not (tmp_path / "linked").exists()
 
@@ -269,7 +269,7 @@ def test_through_the_command_line(model: Path, tmp_path: Path) -> None:
     assert f"not applied: {lora}: text_encoder: {FC1}" in result.stderr
     assert call("validate", bundle, "--hash").exit_code == 0
     for message, *arguments in (
-        ("has one.safetensors (0.5) merged in already; --undo them, then apply all at once", bundle, lora),
+        ("has one.safetensors (0.5) merged in already; take them out with --undo, then apply all", bundle, lora),
         ("give LoRAs to apply, or --undo without LoRAs", bundle, lora, "--undo"),
         ("give LoRAs to apply, or --undo without LoRAs", bundle),
         ("not a bundle", model, lora),
@@ -317,7 +317,7 @@ def test_a_graph_that_points_out_of_the_bundle(model: Path, tmp_path: Path) -> N
     (bundle / "prior/model.onnx").write_bytes(graph.SerializeToString())
     accept_changes(bundle)
     before = snapshot(tmp_path)
-    with pytest.raises(CheckpointError, match=r"lies in '\.\./\.\./one\.safetensors', which is no file of the bundle"):
+    with pytest.raises(CheckpointError, match=r"is in '\.\./\.\./one\.safetensors', which is no file of the bundle"):
         apply_loras(bundle, [lora])
     assert snapshot(tmp_path) == before
 

@@ -88,7 +88,7 @@ def test_formats_without_differences_name_them(bench: Any, numbers: Any, tmp_pat
     [
         ({f"{flat(WIDE)}.diff_b": torch.ones(128)}, r"weight \[256\], found those of \[128\]"),
         ({f"{flat(WIDE)}.diff": torch.ones(128, 256)}, r"\[256, 128\], found those of \[128, 256\]"),
-        ({f"{flat(WIDE)}.diff_b": torch.ones(())}, r"\[256\], found"),
+        ({f"{flat(WIDE)}.diff_b": torch.ones(())}, "a tensor with axes, found a single number: diff"),
         ({f"{flat(WIDE)}.diff": torch.ones(256, 128), f"{flat(WIDE)}.w_norm": torch.ones(256)}, "second"),
         ({f"lora_te_{NORM.replace('.', '_')}.lora_up.weight": torch.ones(8, 2)}, r"lora_down \+ lora_up"),
     ],

@@ -40,7 +40,7 @@ def test_exchanged(bench: Any, numbers: Any, tmp_path: Path) -> None:
     save_file(bench.weights, tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "folder" / "config.json").write_text("{}")
     for base, given, text in [
-        (lora, checkpoint, "expected a checkpoint, found a LoRA. Were the two exchanged"),
+        (lora, checkpoint, "expected a checkpoint, found a LoRA; give the checkpoint first"),
         (checkpoint, checkpoint, r"expected a LoRA, found a checkpoint: prior \(tiny, original layout\)"),
         (checkpoint, tmp_path / "clip.safetensors", "expected a LoRA, found a checkpoint: text_encoder"),
     ]:

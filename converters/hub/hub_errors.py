@@ -1,4 +1,4 @@
-"""Errors of huggingface_hub, each as one line with what to do next."""
+"""Turns errors of huggingface_hub into errors of this package, each in one line with advice on what to do next."""
 
 import errno
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from .source import FORM, HubSource
 
 @contextmanager
 def explaining(wanted: HubSource) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises into a CascadeError whose message says what to do next."""
+    """Turn every error of huggingface_hub into a CascadeError whose message says what to do next."""
     try:
         import huggingface_hub.errors  # noqa: F401
     except ImportError as error:
@@ -26,7 +26,7 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
     from huggingface_hub import constants, errors
 
     if isinstance(error.__cause__, errors.FileMetadataError):
-        return _no_hub(wanted, error.__cause__)
+        return _not_a_hub(wanted, error.__cause__)
     page = f"{constants.ENDPOINT}/{wanted.repo}"
     table: Mapping[type[Exception], CascadeError] = {  # subclasses before their bases
         errors.GatedRepoError: CheckpointError(
@@ -37,7 +37,7 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
         ),
         errors.RevisionNotFoundError: UsageError(f"{wanted}: no revision {wanted.revision}; see {page}/commits/main"),
         errors.LocalEntryNotFoundError: CheckpointError(
-            f"{wanted}: the connection to {constants.ENDPOINT} was lost; run the same again, and the download continues"
+            f"{wanted}: the connection to {constants.ENDPOINT} was lost; try again, and the download continues"
         ),
         errors.EntryNotFoundError: UsageError(f"{wanted}: no such file; see {page}/tree/{wanted.revision}"),
         errors.HFValidationError: UsageError(f"{wanted}: not a repository's name; expected {FORM}"),
@@ -53,13 +53,13 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
         if isinstance(error, kind):
             return explained
     if isinstance(error, OSError):
-        hint = "; make room, then run the same again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        hint = "; make room, then try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return CheckpointError(f"{wanted}: cannot be stored in the cache: {error.strerror or _line(error)}{hint}")
-    return _no_hub(wanted, error)
+    return _not_a_hub(wanted, error)
 
 
-def _no_hub(wanted: HubSource, error: object) -> CheckpointError:
-    """Return the error for an answer that is not the Hub's: from a proxy, a firewall, or a wrong HF_ENDPOINT."""
+def _not_a_hub(wanted: HubSource, error: object) -> CheckpointError:
+    """Return the error for an answer that comes from a proxy, a firewall, or a wrong HF_ENDPOINT."""
     from huggingface_hub import constants
 
     return CheckpointError(
