@@ -66,11 +66,11 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
+    from ..runtime.batch.batch_runner import images_together
     from ..runtime.batch.generate_batch import BatchSettings
+    from ..runtime.batch.generate_requests import generate_requests, request_groups, text_length
     from ..runtime.batch.image_jobs import pictures_of
     from ..runtime.batch.prompt_requests import prompt_requests
-    from ..runtime.batch.requests import generate_requests, request_groups, text_length
-    from ..runtime.batch.run import images_together
     from ..runtime.images.metadata import changes
     from ..runtime.images.png import (
         image_paths,

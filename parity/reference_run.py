@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.cascade import Cascade, Settings
-from ..runtime.engines.base import Engine, HostRunner, StageRunner, Tensors
+from ..runtime.engines.protocol import Engine, HostRunner, StageRunner, Tensors
 from ..runtime.memory.residency import STAGED
 from ..runtime.sampling.loop import Step
 from ..runtime.sampling.noise import TorchGenerator, randn

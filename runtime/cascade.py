@@ -33,9 +33,9 @@ from ..schemas.settings import (
 from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle
-from .engines.base import F32, Engine, Tensors
-from .engines.mixed import with_stages_of
-from .engines.table import make_engine
+from .engines.engine_table import make_engine
+from .engines.mixed_bundles import with_stages_of
+from .engines.protocol import F32, Engine, Tensors
 from .engines.tensorrt.engine import Refit
 from .images.masks import as_mask, composite, fit_mask, latent_mask
 from .images.metadata import image_settings
@@ -150,7 +150,7 @@ class Cascade:
     ) -> Self:
         """Open an exported bundle on `device`, "cpu" or "cuda".
 
-        `engine` is a name from `engines.table`. "auto" takes the fastest engine that is installed; it may compute in
+        `engine` is a name from `engine_table`. "auto" takes the fastest engine that is installed; it may compute in
         bf16, and then images differ slightly. `threads=None` leaves the number to the engine.
 
         `memory` is "resident", "staged" or a size such as "8GB". `vram` bounds the bytes of GPU memory that TensorRT's

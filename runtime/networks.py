@@ -15,7 +15,7 @@ from ..schemas.bundle import MAIN_GRAPH, Manifest, StageEntry
 from ..schemas.errors import EngineError, UnsoundError, UsageError
 from ..schemas.precision import Precision
 from ..schemas.stages import Stage
-from .engines.base import Engine, Run, StageRunner, Tensors
+from .engines.protocol import Engine, Run, StageRunner, Tensors
 from .memory.prediction import loaded_bytes
 from .memory.residency import RESIDENT, MemoryPolicy, Residency
 

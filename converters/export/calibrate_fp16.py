@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ...runtime.engines.base import F32
 from ...runtime.engines.onnxruntime import open_session
+from ...runtime.engines.protocol import F32
 from ...runtime.sampling.loop import sample
 from ...runtime.sampling.noise import TorchGenerator, randn
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps

@@ -12,11 +12,11 @@ from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is
 from ..cascade import Cascade
 from ..images.png import require_free_previews
+from .batch_log import BatchLog
+from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
 from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity, pictures_of
-from .log import BatchLog
 from .prompt_files import read_prompt_file
-from .run import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
 
 LOG_NAME = "log.jsonl"
 SHOWN = 20  # problems that a message lists, of what may be thousands

@@ -17,10 +17,10 @@ from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
 from ..memory.give_back import give_back_memory
-from .base import HostRunner, Run, Tensors, complete_inputs
-from .installs import onnxruntime_conflict, provider_problem
+from .installed_packages import onnxruntime_conflict, provider_problem
+from .protocol import HostRunner, Run, Tensors, complete_inputs
 from .telemetry import silence, switch_off_telemetry
-from .tensorrt.nvidia import cache_folder
+from .tensorrt.host import cache_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto

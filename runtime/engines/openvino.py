@@ -14,7 +14,7 @@ from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
 from ..memory.give_back import give_back_memory
-from .base import HostRunner, Tensors, complete_inputs
+from .protocol import HostRunner, Tensors, complete_inputs
 
 # The value of INFERENCE_PRECISION_HINT. Without one, OpenVINO takes bf16 where the CPU multiplies it.
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...schemas.errors import UsageError
-from ..engines.base import F32
+from ..engines.protocol import F32
 from .pictures import Picture, cover_box, decode, has_alpha, strips
 
 HALF = 128  # the darkest grey that is masked

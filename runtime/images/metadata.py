@@ -11,7 +11,7 @@ from typing import Any
 from ...schemas.bundle import Manifest
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
-from ..engines.base import Engine
+from ..engines.protocol import Engine
 
 EVERY_IMAGE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 SHOWN = 60  # characters of a value in a message

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import JPEG_PIXELS, MAX_PICTURE_BYTES, MAX_PICTURE_SIDE, PICTURE_BYTES
-from ..engines.base import F32
+from ..engines.protocol import F32
 
 # Mean and deviation of ImageNet's red, green and blue, with which the EfficientNet was trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -16,7 +16,7 @@ from ...schemas.errors import UsageError
 from ...schemas.json_text import dump_json, load_json
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 from ...storage.output_rules import locate, require_apart, require_free
-from ..engines.base import F32
+from ..engines.protocol import F32
 from .png_text import read_png_text
 
 METADATA_KEY = "cascadekit"

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.base import F32
+from ..engines.protocol import F32
 
 
 def bilinear(images: F32, size: tuple[int, int], *, align_corners: bool = False) -> F32:

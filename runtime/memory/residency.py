@@ -9,7 +9,7 @@ from typing import Self
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import UsageError
 from ...schemas.stages import Stage
-from ..engines.base import Engine, StageRunner
+from ..engines.protocol import Engine, StageRunner
 from .give_back import large_blocks_given_back
 
 Key = tuple[Stage, str]  # a stage and one of its graphs

@@ -16,7 +16,7 @@ from ...schemas.bundle import Manifest
 from ...schemas.control import is_control
 from ...schemas.errors import UsageError, reraise_interrupt
 from ...schemas.stages import Stage
-from ..engines.base import F32, Tensors
+from ..engines.protocol import F32, Tensors
 from ..images.masks import fit_mask, mask_pixels
 from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fit, to_pixels
 from ..images.resample import bilinear

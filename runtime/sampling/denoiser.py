@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...schemas.control import is_control
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, MODULATION, RATIOS, STEP
 from ...schemas.stages import Stage
-from ..engines.base import F32, Engine, HostRunner, Run, StageRunner, Tensors
+from ..engines.protocol import F32, Engine, HostRunner, Run, StageRunner, Tensors
 from ..networks import Networks
 from .samplers import Schedule
 

@@ -9,7 +9,7 @@ from PIL import Image
 from ...schemas.errors import UsageError
 from ...schemas.settings import Sampling
 from ...schemas.stages import Stage
-from ..engines.base import F32, Tensors
+from ..engines.protocol import F32, Tensors
 from ..networks import Networks, require_finite
 from .denoiser import Predict, denoiser
 from .noise import Noise

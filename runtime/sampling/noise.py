@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
-from ..engines.base import F32
+from ..engines.protocol import F32
 
 F64 = NDArray[np.float64]
 

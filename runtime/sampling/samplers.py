@@ -14,7 +14,7 @@ import numpy as np
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_STEPS
 from ...schemas.settings import Sampler, Sampling, Settings
-from ..engines.base import F32
+from ..engines.protocol import F32
 
 COSINE_OFFSET = 0.008  # s of the cosine schedule (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672)
 VARIANCE_LIMITS = (np.float32(0.0001), np.float32(0.9999))  # of ᾱ, in both samplers

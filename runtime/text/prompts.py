@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
-from ..engines.base import F32, Run, Tensors
+from ..engines.protocol import F32, Run, Tensors
 from .prompt_weights import WeightedText, check_length, parse_weights
 from .tokenizer import END, LENGTH, START, ClipTokenizer, Token
 

@@ -13,7 +13,7 @@ from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
 from ..images.png import METADATA_KEY, parse_text
 from ..images.png_text import read_png_text
-from .pictures import REFERENCES, Pictures
+from .uploads import REFERENCES, Pictures
 
 Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds

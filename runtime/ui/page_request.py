@@ -14,8 +14,8 @@ from ...schemas.settings import shown as shown_value
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
-from .pictures import Pictures
 from .queued_job import PageRequest
+from .uploads import Pictures
 
 MOST_IMAGES = 64  # in one submission, against typing errors
 

@@ -16,14 +16,14 @@ from PIL import Image
 from ...schemas.callbacks import Say
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
-from ..batch.requests import GeneratedImage, generate_requests, request_groups
-from ..batch.run import images_together
+from ..batch.batch_runner import images_together
+from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups
 from ..cascade import Cascade
 from ..images.png import image_paths, save_numbered
 from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
-from .pictures import Pictures
 from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, PageRequest, QueuedJob
+from .uploads import Pictures
 
 MOST_WAITING = 32
 REMEMBERED = 64  # jobs that can be asked for, finished ones included

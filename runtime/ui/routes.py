@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
 from .gallery import Gallery
+from .http_server import CHUNK, Call, RefusedError, Reply, Route, json_reply
 from .page_request import describe, parse_page_request
-from .pictures import Pictures
 from .queue import JobQueue
 from .queued_job import QueuedJob
-from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
+from .uploads import Pictures
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
 SHOWN = 48  # images of the gallery unless more are asked for

@@ -16,8 +16,8 @@ from cascadekit.runtime.batch.image_jobs import BatchPlanner
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.ui.gallery import Gallery
-from cascadekit.runtime.ui.pictures import Pictures
-from cascadekit.runtime.ui.server import json_reply
+from cascadekit.runtime.ui.http_server import json_reply
+from cascadekit.runtime.ui.uploads import Pictures
 from cascadekit.schemas.errors import CascadeError, UsageError
 from cascadekit.schemas.request import loras_of, parse_request
 from cascadekit.storage.bundle import open_bundle
@@ -156,9 +156,11 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     call = command(*path, *arguments)
 
     def without_work() -> None:
-        drawing = patch("cascadekit.runtime.batch.requests.generate_requests", side_effect=CascadeError("not drawn"))
-        serving = patch("cascadekit.runtime.ui.server.PageServer.serve_forever")
-        batch = patch("cascadekit.runtime.batch.run.BatchRunner.run", side_effect=CascadeError("not drawn"))
+        drawing = patch(
+            "cascadekit.runtime.batch.generate_requests.generate_requests", side_effect=CascadeError("not drawn")
+        )
+        serving = patch("cascadekit.runtime.ui.http_server.PageServer.serve_forever")
+        batch = patch("cascadekit.runtime.batch.batch_runner.BatchRunner.run", side_effect=CascadeError("not drawn"))
         with drawing, serving, batch, patch("signal.signal"):
             call()
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
+from cascadekit.runtime.batch.batch_log import BatchLog, read_log
+from cascadekit.runtime.batch.batch_runner import BatchRunner, last_seed, windows
 from cascadekit.runtime.batch.file_names import NameTemplate, slug
 from cascadekit.runtime.batch.image_jobs import (
     BatchPlan,
@@ -25,9 +27,7 @@ from cascadekit.runtime.batch.image_jobs import (
     content_key,
     output_state,
 )
-from cascadekit.runtime.batch.log import BatchLog, read_log
 from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
-from cascadekit.runtime.batch.run import BatchRunner, last_seed, windows
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage

@@ -15,9 +15,9 @@ from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.runtime.engines import openvino
+from cascadekit.runtime.engines.engine_table import ENGINES, make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
-from cascadekit.runtime.engines.table import ENGINES, make_engine
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle

@@ -13,7 +13,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cascadekit.runtime.engines import installs
+from cascadekit.runtime.engines import installed_packages as installs
+from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import (
     RECORD_ASSIGNMENT,
     OnnxRuntimeEngine,
@@ -21,7 +22,6 @@ from cascadekit.runtime.engines.onnxruntime import (
     operators_on_cpu,
     provider_problem,
 )
-from cascadekit.runtime.engines.table import make_engine
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle

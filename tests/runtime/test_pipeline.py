@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from cascadekit import Cascade, Settings, export
-from cascadekit.runtime.engines.base import check_inputs
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStage
+from cascadekit.runtime.engines.protocol import check_inputs
 from cascadekit.runtime.images.png import image_paths, read_settings, save_png
 from cascadekit.runtime.sampling.loop import ROW_AREA
 from cascadekit.schemas.errors import CheckpointError, EngineError, UsageError

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cascadekit import Cascade
 from cascadekit.cli import main
-from cascadekit.runtime.batch.requests import generate_requests, request_groups
+from cascadekit.runtime.batch.generate_requests import generate_requests, request_groups
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.sampling.noise import PlacedSeed
 from cascadekit.schemas.errors import UsageError

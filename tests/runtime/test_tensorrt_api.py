@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascadekit.runtime.engines.tensorrt import cuda, execution, nvidia, plan_ports
+from cascadekit.runtime.engines.tensorrt import cuda, execution, plan_ports
+from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.schemas.errors import EngineError
 from helpers.tensorrt_bindings_of import BINDINGS, look, missing

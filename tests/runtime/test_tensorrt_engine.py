@@ -15,13 +15,14 @@ from cuda.bindings import runtime as real_cuda
 from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.engines import openvino
+from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.engines.table import make_engine
-from cascadekit.runtime.engines.tensorrt import cuda, nvidia
+from cascadekit.runtime.engines.tensorrt import cuda
+from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda, as_bf16, from_bf16
 from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine
 from cascadekit.runtime.engines.tensorrt.execution import Execution
-from cascadekit.runtime.engines.tensorrt.nvidia import Host, open_host
+from cascadekit.runtime.engines.tensorrt.host import Host, open_host
 from cascadekit.runtime.engines.tensorrt.plan_choice import choose
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError

@@ -15,10 +15,10 @@ from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
-from ..base import StageRunner, Tensors, complete_inputs
+from ..protocol import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution, inputs_apart
-from .nvidia import Host, cache_folder, make_runtime, open_host
+from .host import Host, cache_folder, make_runtime, open_host
 from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
 
 Outputs = dict[str, NDArray[Any]]
@@ -32,7 +32,7 @@ _keys = count(NOTHING_HELD + 1)
 
 
 class TensorRTEngine:
-    """An engine for the stages of `bundle` that have plans for this machine; `host` is what `nvidia.open_host` gives.
+    """An engine for the stages of `bundle` that have plans for this machine; `host` is what `host.open_host` gives.
 
     Stages stay on the device as long as they fit into `memory_budget` bytes (None: into the memory that is free). The
     stage that was used longest ago leaves first, and comes back when it is called. Of a plan built for weight

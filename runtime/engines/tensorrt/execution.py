@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ....schemas.bundle import GraphEntry, PlanEntry
 from ....schemas.errors import EngineError
-from ..base import Tensors
+from ..protocol import Tensors
 from .cuda import Cuda, DeviceBuffer, DeviceMemoryError
-from .nvidia import Host
+from .host import Host
 from .plan_ports import PlanPorts
 
 

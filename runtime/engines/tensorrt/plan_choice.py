@@ -11,7 +11,7 @@ from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
-from .nvidia import Host
+from .host import Host
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

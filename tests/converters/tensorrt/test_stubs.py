@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cascadekit.converters.tensorrt import backend, worker
-from cascadekit.runtime.engines.tensorrt import execution, nvidia
+from cascadekit.runtime.engines.tensorrt import execution
+from cascadekit.runtime.engines.tensorrt import host as nvidia
 
 STUBS = Path(sys.prefix) / "stubs"  # apart from the environment, where they would look like a TensorRT
 SOURCES = [Path(str(module.__file__)) for module in (worker, backend, execution, nvidia)]

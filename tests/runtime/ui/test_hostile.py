@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from cascadekit.runtime.images.png import read_settings, save_png
-from cascadekit.runtime.ui import server as server_module
+from cascadekit.runtime.ui import http_server as server_module
 from cascadekit.runtime.ui.gallery import Gallery
-from cascadekit.runtime.ui.pictures import Pictures
+from cascadekit.runtime.ui.http_server import Call, PageServer, Reply, Route, json_reply
 from cascadekit.runtime.ui.routes import ROUTES
-from cascadekit.runtime.ui.server import Call, PageServer, Reply, Route, json_reply
+from cascadekit.runtime.ui.uploads import Pictures
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.limits import MAX_BODIES, MAX_HEAD, MAX_SETTINGS
 from helpers.pngs import BEGINS, chunk, itxt, packed_itxt, plain, png, ztxt
@@ -402,7 +402,7 @@ def test_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.
         at_once[0] -= 1
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr("cascadekit.runtime.ui.pictures.open_picture", slow)
+    monkeypatch.setattr("cascadekit.runtime.ui.uploads.open_picture", slow)
     threads = [threading.Thread(target=pictures.shown, args=(found,)) for _ in range(8)]
     for thread in threads:
         thread.start()

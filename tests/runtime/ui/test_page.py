@@ -23,12 +23,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cascadekit.cli import main
-from cascadekit.runtime.batch.requests import generate_requests
+from cascadekit.runtime.batch.generate_requests import generate_requests
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.sampling.controlnets import ControlPicture
-from cascadekit.runtime.ui.serve import page_server
-from cascadekit.runtime.ui.server import PageServer
+from cascadekit.runtime.ui.http_server import PageServer
+from cascadekit.runtime.ui.page_server import page_server
 from cascadekit.schemas.request import parse_request
 from cascadekit.schemas.stages import Stage
 from helpers.whole import Whole, picture

@@ -11,7 +11,7 @@ from ...schemas.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from ...storage.bundle import Bundle
-    from .base import Engine
+    from .protocol import Engine
     from .tensorrt.engine import Refit
 
 GRAPHS_FOR = "onnxruntime"  # the manifest's name for plain ONNX graphs, which every engine of the table reads

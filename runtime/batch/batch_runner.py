@@ -26,9 +26,9 @@ from ..cascade import Cascade
 from ..images.png import read_settings, save_png
 from ..sampling.loop import Step
 from ..text.prompts import CACHED_ROWS
+from .batch_log import BatchLog, read_log
+from .generate_requests import GeneratedImage, generate_requests, request_groups, text_length
 from .image_jobs import KEY, ImageJob, OutputState, output_state
-from .log import BatchLog, read_log
-from .requests import GeneratedImage, generate_requests, request_groups, text_length
 
 MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
 PROMPTS_AT_ONCE = 8  # encoded with their negatives between two calls of `check`

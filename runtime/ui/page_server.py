@@ -8,10 +8,10 @@ from pathlib import Path
 from ...schemas.callbacks import Say
 from ..cascade import Cascade
 from .gallery import Gallery
-from .pictures import Pictures
+from .http_server import PageServer
 from .queue import JobQueue
 from .routes import ROUTES, App
-from .server import PageServer
+from .uploads import Pictures
 
 KEPT = "pictures"  # folder beside the images, for the pictures that images were made from
 

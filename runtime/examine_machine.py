@@ -8,12 +8,12 @@ from typing import Any
 
 from ..schemas.bundle import Backend
 from ..schemas.errors import EngineError
-from .engines.installs import installed, onnxruntime_conflict, onnxruntimes, provider_problem
+from .engines.engine_table import ENGINES
+from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes, provider_problem
 from .engines.onnxruntime import PROVIDERS, import_onnxruntime, quiet_options
 from .engines.openvino import import_openvino, multiplies_bf16
-from .engines.table import ENGINES
 from .engines.tensorrt.cuda import Cuda
-from .engines.tensorrt.nvidia import import_tensorrt
+from .engines.tensorrt.host import import_tensorrt
 
 # An ONNX model in opset 20: y = Identity(x), float32 [1]. A session of it shows which providers can start.
 PROBE = bytes.fromhex(
