@@ -54,14 +54,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one engine on one device. `builds` says whether plans can be built here, and is None for an
-    engine without plans. `lacking` says why the engine does not run."""
+    """One engine on one device. `builds` says whether plans can be built here, and is None for an engine without plans.
+    `lacking` says why the engine does not run."""
 
     engine: str
     device: str
-    version: str | None
-    builds: bool | None
-    runs: bool
+    version: str | None = None
+    builds: bool | None = None
+    runs: bool = False
     lacking: str = ""
 
 
@@ -140,7 +140,7 @@ def _onnxruntime(name: str, device: str) -> Finding:
     try:  # the version of the module: of two installs only one is there, whatever their metadata say
         version = str(import_onnxruntime("cpu").__version__)
     except EngineError as error:
-        return Finding(name, device, None, None, False, str(error))
+        return Finding(name, device, lacking=str(error))
 
     def find_problem() -> str:
         ort = import_onnxruntime(provider)
@@ -171,20 +171,20 @@ def _tried(name: str, device: str, version: str | None, find_problem: Callable[[
         problem = find_problem()
     except EngineError as error:
         problem = str(error)
-    return Finding(name, device, version, None, not problem, problem)
+    return Finding(name, device, version, runs=not problem, lacking=problem)
 
 
 def _tensorrt(backend: Backend, gpu: Gpu | None, gpu_problem: str) -> Finding:
     try:
         trt = import_tensorrt(backend)
     except EngineError as error:
-        return Finding(backend, "cuda", None, False, False, str(error))
+        return Finding(backend, "cuda", builds=False, lacking=str(error))
     version = str(trt.__version__)
-    if backend == "tensorrt":
-        return Finding(backend, "cuda", version, not gpu_problem, not gpu_problem, gpu_problem)
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_RTX:
-        return Finding(backend, "cuda", version, False, False, "too old: pip install --upgrade 'tensorrt-rtx>=1.6'")
-    targets = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
-    if gpu and not gpu_problem and gpu.capability not in targets:
-        gpu_problem = f"it is for {', '.join(targets)}, this GPU is {gpu.capability}; take tensorrt"
-    return Finding(backend, "cuda", version, True, not gpu_problem, gpu_problem)
+    problem, builds = gpu_problem, backend != "tensorrt" or not gpu_problem  # TensorRT builds on its own GPU alone
+    if backend != "tensorrt":
+        if tuple(map(int, version.split(".")[:2])) < OLDEST_RTX:
+            builds, problem = False, "too old: pip install --upgrade 'tensorrt-rtx>=1.6'"
+        targets = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        if gpu and not problem and gpu.capability not in targets:
+            problem = f"it is for {', '.join(targets)}, this GPU is {gpu.capability}; take tensorrt"
+    return Finding(backend, "cuda", version, builds=builds, runs=not problem, lacking=problem)

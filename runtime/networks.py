@@ -20,7 +20,11 @@ from .memory.prediction import loaded_bytes
 from .memory.residency import RESIDENT, MemoryPolicy, Residency
 
 SAFE_STAGES = (Stage.PRIOR, Stage.DECODER)  # the stages for which export has --fp16-safe
-DAMAGED = "compare its files with cascadekit validate --hash, its numbers with cascadekit verify BUNDLE --against MODEL"
+EXPORT = "export it again: cascadekit export MODEL -o BUNDLE --precision"
+DAMAGED = (
+    "compare its files with the manifest (cascadekit validate --hash BUNDLE), "
+    "and its numbers with the model (cascadekit verify BUNDLE --against MODEL)"
+)
 
 
 class Networks:
@@ -108,6 +112,6 @@ def advice(stage: Stage, entry: StageEntry | None) -> str:
         return DAMAGED
     wider = f"{stage}=bf16 or {stage}=fp32"
     if stage not in SAFE_STAGES:
-        return f"fp16 ends at 65504: export it again with --precision {wider}"
+        return f"fp16 ends at 65504: {EXPORT} {wider}"
     safe = f"--fp16-safe {max(entry.exponents.values()) + 2}" if entry.exponents else "--fp16-safe auto"
-    return f"fp16 ends at 65504: export it again with --precision {stage}=fp16 {safe}, or --precision {wider}"
+    return f"fp16 ends at 65504: {EXPORT} {stage}=fp16 {safe}, or --precision {wider}"

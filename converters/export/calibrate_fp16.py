@@ -12,8 +12,8 @@ import onnx
 from ...runtime.engines.onnxruntime import open_session
 from ...runtime.engines.protocol import F32
 from ...runtime.sampling.loop import sample
-from ...runtime.sampling.noise import TorchGenerator, randn
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
+from ...runtime.sampling.torch_generator import TorchGenerator
 from ...schemas.stages import Stage, UNetConfig
 from ..onnx import GraphOptions, Weight, write_graph
 
@@ -65,14 +65,15 @@ def _run(
                 ranges[probed] = max(ranges[probed], float(value))
         return guided(outputs["noise_pred"], GUIDANCE[config.stage])
 
-    for step in sample(predict, randn(shape, generator), Wuerstchen(timesteps(steps)), lambda: randn(shape, generator)):
+    schedule = Wuerstchen(timesteps(steps))
+    for step in sample(predict, generator.randn(shape), schedule, lambda: generator.randn(shape)):
         progress(step.index + 1, steps)
     return dict(ranges)
 
 
 def _conditions(config: UNetConfig, embeddings: Inputs | None) -> dict[str, F32]:
     generator = TorchGenerator(1)
-    made = {name: randn(shape, generator) for name, shape in _shapes(config)}
+    made = {name: generator.randn(shape) for name, shape in _shapes(config)}
     for name in ("clip_img", "effnet"):  # zeros for the half without conditions, and images are rare
         if name in made:
             made[name][1 if name == "effnet" else 0 :] = 0

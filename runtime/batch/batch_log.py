@@ -24,7 +24,9 @@ class BatchLog:
             # A killed run left half a line, which what follows must not continue.
             self._cut = end > 0 and os.pread(self._descriptor, 1, end - 1) != b"\n"
         except OSError as error:
-            raise UsageError(f"{path}: the log cannot be written: {error.strerror}; choose another --log") from error
+            raise UsageError(
+                f"{path}: the log cannot be written: {error.strerror}; choose another file as log=..."
+            ) from error
 
     def write(self, event: str, *fields: Mapping[str, Any]) -> None:
         """Append an event for each of `fields` and bring it to disk. Raises CascadeError when that fails."""
@@ -56,7 +58,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:
-        raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another --log") from error
+        raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another file as log=...") from error
     for line in lines:
         try:
             event = load_json(line)

@@ -159,7 +159,7 @@ class BatchRunner:
             self.on_step(group, stage, step)
 
         try:
-            drawn = generate_requests(self.cascade, [job.request for job in group], Path(), on_step)
+            drawn = generate_requests(self.cascade, [job.request for job in group], on_step)
         except CheckpointError:
             raise
         except (CascadeError, OSError, MemoryError) as error:

@@ -15,7 +15,8 @@ from ..images.png import require_free_previews
 from .batch_log import BatchLog
 from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
-from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity, pictures_of
+from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity
+from .picture_hashes import pictures_of
 from .prompt_files import read_prompt_file
 
 LOG_NAME = "log.jsonl"

@@ -31,5 +31,5 @@ def int8_warning(manifest: Manifest, engine: str) -> str | None:
         return None
     return (
         f"this CPU has no VNNI, so ONNX Runtime's 8-bit products of {', '.join(stages)} saturate and images differ; "
-        "export with --quantize int8, or use --engine openvino"
+        'export it again with `cascadekit export MODEL -o BUNDLE --quantize int8`, or set engine="openvino"'
     )

@@ -90,7 +90,7 @@ class OnnxRuntimeEngine:
         if entry.precision is Precision.BF16 and self.device == "cpu":
             raise EngineError(
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
-                f'run it with device="cuda", or export it again with --precision {stage}=fp32'
+                f'set device="cuda", or export it again: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32'
             )
         with without_links(self.bundle.graph(stage, graph)) as path:
             session = self._start(stage, path)

@@ -110,9 +110,7 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
 
     `check` is called with the stored width and height before any pixel is read, and may raise. Raises UsageError as
     `open_picture` does."""
-    if not path.is_file():
-        found = "a folder; give a file in it" if path.is_dir() else "no such file; check the path"
-        raise UsageError(f"{path}: expected a picture, found {found}")
+    require_picture_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of pictures larger than half of Pillow's limit
@@ -133,6 +131,13 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: the picture cannot be decoded: {reason}; save it again, or give another") from error
     return _eight_bits(picture, str(path))
+
+
+def require_picture_file(path: Path) -> None:
+    """Raise UsageError unless there is a regular file at `path`."""
+    if not path.is_file():
+        found = "a folder; give a file in it" if path.is_dir() else "no such file; check the path"
+        raise UsageError(f"{path}: expected a picture, found {found}")
 
 
 def strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:

@@ -64,7 +64,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class StageConditions:
     """The conditions of one stage by input port, each (B, ...): those to follow, and the negative ones.
 
     Guidance leads away from the negative ones; without guidance they are not used."""
@@ -86,7 +86,7 @@ class StageSampling:
 
 
 def sample_stage(
-    networks: Networks, stage: Stage, conditions: Conditions, batch: StageSampling, show: Show
+    networks: Networks, stage: Stage, conditions: StageConditions, batch: StageSampling, show: Show
 ) -> Iterator[Step]:
     """Sample one stage, a Step at a time; the stage stays in memory until the last one.
 
@@ -124,7 +124,7 @@ def sample(
         eps = predict(latents, schedule.ratios[index])
         predicted = schedule.predicted(latents, eps, index)
         after = schedule.step(latents, eps, draw(), index)
-        step = Step(index, steps, float(schedule.ratios[index + 1]), after, predicted, show)
+        step = Step(index, steps, float(schedule.ratios[index + 1]), after, predicted, _show=show)
         yield step
         if step.latents.shape != after.shape:
             raise UsageError(

@@ -11,9 +11,10 @@ from urllib.parse import quote
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
+from ..batch.picture_hashes import PICTURE_FIELDS
 from ..images.png import METADATA_KEY, parse_text
 from ..images.png_text import read_png_text
-from .uploads import REFERENCES, Pictures
+from .uploads import Pictures
 
 Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
@@ -92,7 +93,7 @@ class Gallery:
 
     def _by_ids(self, settings: Described) -> Described:
         """Settings with ids in place of paths."""
-        return {name: self._by_id(value) if name in REFERENCES else value for name, value in settings.items()}
+        return {name: self._by_id(value) if name in PICTURE_FIELDS else value for name, value in settings.items()}
 
     def _by_id(self, value: Any) -> Any:
         if not isinstance(value, dict):

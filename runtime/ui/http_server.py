@@ -121,7 +121,7 @@ class PageServer(ThreadingHTTPServer):
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{host}, port {port}: cannot listen there: {reason}; give another --port") from error
+            raise UsageError(f"{host}, port {port}: cannot listen there: {reason}; give another port=...") from error
 
     @property
     def url(self) -> str:

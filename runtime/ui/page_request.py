@@ -66,7 +66,7 @@ def parse_page_request(
     said = dict(given)
     count, shown = _count(said.pop("images", 1)), _stages(said.pop("previews", []))
     if "loras" in said:
-        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui --lora")
+        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui BUNDLE --lora FILE")
     able = features(manifest)
     said = {name: value for name, value in said.items() if value or name not in PICTURED}
     for name in sorted(PICTURED & said.keys()):

@@ -6,7 +6,6 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Any, Self
@@ -149,7 +148,7 @@ class JobQueue:
         for group in request_groups(requests, most):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
-            for drawn in generate_requests(self._cascade, group, Path(), on_step):
+            for drawn in generate_requests(self._cascade, group, on_step):
                 _leave_if_cancelled(job)
                 self._save(job, drawn)
             done += len(group)

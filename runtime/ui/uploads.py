@@ -12,12 +12,12 @@ from PIL import Image
 
 from ...schemas.errors import UsageError
 from ...storage.atomic_file import whole_file
+from ..batch.picture_hashes import PICTURE_FIELDS
 from ..images.pictures import open_picture
 
 ID = re.compile(r"[0-9a-f]{64}")
 MOST_BYTES = 512 << 20  # of all pictures that one server takes
 SHOWN = 768  # pixels, the longer side of a picture in the page
-REFERENCES = ("image_prompts", "controls", "init_image", "mask")  # fields of an image's metadata that name pictures
 
 
 class Pictures:
@@ -75,7 +75,9 @@ class Pictures:
     def keep(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """`metadata` with the paths of lasting copies of its pictures, which are made in the folder `kept` under their
         ids. Raises OSError when a copy cannot be written."""
-        return {name: self._keep(value) if name in REFERENCES and value else value for name, value in metadata.items()}
+        return {
+            name: self._keep(value) if name in PICTURE_FIELDS and value else value for name, value in metadata.items()
+        }
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, Mapping):

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cascadekit import Cascade, PlacedSeed
 from cascadekit.cli import main
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
-from cascadekit.runtime.sampling.noise import TorchGenerator
+from cascadekit.runtime.sampling.torch_generator import TorchGenerator
 from cascadekit.runtime.text.prompt_weights import parse_weights
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import UsageError

@@ -59,13 +59,13 @@ class Cuda:
 
     def upload(self, address: int, array: NDArray[Any], stream: Any) -> None:
         """Copy a C-contiguous array to the device; it has to live until the stream is synchronised."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+        copied = (address, array.ctypes.data, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        self._call("cudaMemcpyAsync", *copied, stream)
 
     def download(self, array: NDArray[Any], address: int, stream: Any) -> None:
         """Fill a C-contiguous array from the device; its content is there once the stream is synchronised."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+        copied = (array.ctypes.data, address, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        self._call("cudaMemcpyAsync", *copied, stream)
 
     def create_stream(self) -> Any:
         """A stream that does not wait for the default one, on which TensorRT would synchronise with everything."""

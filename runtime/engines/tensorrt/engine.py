@@ -171,7 +171,7 @@ class TensorRTStage(StageRunner):
         path = check_plan(engine.bundle, self.stage, plan)
         engine.room.make_room(plan.bytes, self)
         cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
-        execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
+        execution = Execution(engine.host, engine.runtime, path, plan=plan, graph=self._entry, cache=cache)
         try:
             if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
                 execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))

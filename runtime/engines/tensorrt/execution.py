@@ -33,7 +33,7 @@ class Execution:
     `cache` is the file that keeps them for the next process."""
 
     def __init__(
-        self, host: Host, runtime: Any, path: Path, plan: PlanEntry, graph: GraphEntry, cache: Path | None = None
+        self, host: Host, runtime: Any, path: Path, *, plan: PlanEntry, graph: GraphEntry, cache: Path | None = None
     ) -> None:
         """Raises EngineError when TensorRT refuses the plan, or the plan does not belong to `graph`."""
         self.plan = plan

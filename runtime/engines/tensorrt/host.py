@@ -81,7 +81,7 @@ def _messages(backend: Backend) -> deque[str]:
 def _logger(trt: Any, backend: Backend) -> Any:
     """The logger of this process: TensorRT ignores a second one while the first is alive."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class ErrorLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -89,4 +89,4 @@ def _logger(trt: Any, backend: Backend) -> Any:
             if severity <= trt.ILogger.ERROR:
                 _messages(backend).append(text)
 
-    return Logger()
+    return ErrorLogger()

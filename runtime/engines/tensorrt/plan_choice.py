@@ -121,7 +121,7 @@ def choose(
     command = build_command(bundle, stage, newest.backend, newest.targets, newest.graph)
     raise OutsideProfileError(
         f"{stage}: no profile of its plans takes {misfit}; they are for {taken}. Choose such a size, or build for "
-        f"this one: {command} with --min, --opt and --max that hold it"
+        f"this one: {command} --min HxW --opt HxW --max HxW"
     )
 
 

@@ -616,7 +616,7 @@ def test_pictures(served: PageServer, visit: Visit, cascade: Cascade, tmp_path: 
         assert settings[name] == {"path": str(tmp_path / "images" / "pictures" / found), "sha256": found}
     assert settings["strength"] == 0.6
     (again,) = generate_requests(
-        cascade, [parse_request(settings, (64, 64))], Path(), lambda stage, step: None
+        cascade, [parse_request(settings, (64, 64))], lambda stage, step: None
     )  # as --like does
     assert Image.open(path).tobytes() == again.image.tobytes()
     page.get_by_label("Remove photo.jpg").click()
