@@ -77,8 +77,8 @@ def request_groups(
 
 
 def text_length(cascade: Cascade, request: Request) -> int:
-    """The number of rows of the prompt's embeddings. A longer prompt in the same batch would pad them with empty chunks,
-    and the image would differ."""
+    """The number of rows of the prompt's embeddings. A longer prompt in the same batch would pad them with empty
+    chunks, and the image would differ."""
     if not request.settings.long_prompts:
         return LENGTH
     weighted = request.settings.weighted

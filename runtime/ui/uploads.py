@@ -75,9 +75,8 @@ class Pictures:
     def keep(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """`metadata` with the paths of lasting copies of its pictures, which are made in the folder `kept` under their
         ids. Raises OSError when a copy cannot be written."""
-        return {
-            name: self._keep(value) if name in PICTURE_FIELDS and value else value for name, value in metadata.items()
-        }
+        kept = {name: self._keep(metadata[name]) for name in PICTURE_FIELDS if metadata.get(name)}
+        return {**metadata, **kept}
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, Mapping):

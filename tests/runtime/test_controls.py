@@ -199,7 +199,7 @@ def test_bundles_that_cannot_be_controlled() -> None:
         ("canny: the bundle has no controlnet/canny; export", manifest(stages=()), "canny"),
         ("super_resolution: the bundle has no effnet_encoder; export", manifest(), "super_resolution"),
         (
-            "takes no residuals; export it again: cascadekit export MODEL -o BUNDLE --controlnet",
+            "takes no residuals; export it again: cascadekit export",
             manifest(blocks=()),
             "canny",
         ),

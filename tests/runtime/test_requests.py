@@ -39,13 +39,14 @@ def cascade(whole: Whole) -> Cascade:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With pictures a.png, b.png and a mask.png for the former."""
     for number, name in enumerate("ab"):
         picture(160, 80, number).save(tmp_path / f"{name}.png")
     mask = Image.new("L", (160, 80))
     mask.paste(255, (20, 20, 60, 50))
     mask.save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
