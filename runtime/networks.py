@@ -1,6 +1,6 @@
 """The networks of a bundle on one engine: loaded when they are needed, run, and their outputs checked.
 
-A prior that overflows in fp16 gives NaN, of which the VQGAN makes a black image. The check stops that here.
+A prior that overflows in fp16 outputs NaN, which the VQGAN turns into a black image. The check here raises instead.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,7 +61,7 @@ class Networks:
     def require_sound(
         self, stage: Stage, rows: NDArray[Any], where: str, *, images: int = 0, varied: bool = True
     ) -> None:
-        """The check of `require_sound` below, with the bundle's entry of the stage; nothing where checks are off."""
+        """Call `require_sound` below with the bundle's entry of the stage, unless checks are off."""
         if self.checked:
             require_sound(stage, self.manifest.stages.get(stage), rows, where, images=images, varied=varied)
 
@@ -81,8 +81,8 @@ def require_sound(
 ) -> None:
     """Raise UnsoundError when a row of the batch (B, ...) holds NaN or infinity, or, with `varied`, one value only.
 
-    The message names the stage, what was computed (`where`), the images concerned, and what to do, which depends on the
-    stage's `entry`. Row `n` belongs to image `n` modulo `images`. The check reads the values twice."""
+    The message names the stage, what was computed (`where`), the images concerned, and the remedy for the precision of
+    the stage's `entry`. Row `n` belongs to image `n` modulo `images`."""
     if not rows.size:
         return
     flat = rows.reshape(len(rows), -1)
@@ -100,14 +100,14 @@ def require_sound(
 
 
 def require_finite(what: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raise UsageError that names the first of the user's arrays that holds NaN or infinity."""
+    """Raise UsageError, which names the array, when one of the user's arrays holds NaN or infinity."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise UsageError(f"{what} {name}: expected finite numbers, found NaN or infinity; see where they came from")
+            raise UsageError(f"{what} {name}: expected finite numbers, found NaN or infinity; check its source")
 
 
 def advice(stage: Stage, entry: StageEntry | None) -> str:
-    """What to do about a stage that gives no finite numbers; the precision it computes in decides."""
+    """The remedy for a stage whose output is not finite; it depends on the precision of the stage."""
     if entry is None or entry.precision is not Precision.FP16:
         return DAMAGED
     wider = f"{stage}=bf16 or {stage}=fp32"

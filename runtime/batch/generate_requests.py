@@ -55,7 +55,12 @@ def _generate(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) ->
         controls=[ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
         on_step=on_step,
     )
-    used = {name: value for name, value in shared.to_json().items() if name in (*PICTURE_FIELDS, "loras")}
+    fields = shared.to_json()
+    used = {
+        name: list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
+        for name in (*PICTURE_FIELDS, "loras")
+        if name in fields
+    }
     return [
         GeneratedImage(request, image, {**described, **used})
         for request, image, described in zip(requests, result.images, result.settings, strict=True)

@@ -1,8 +1,8 @@
-"""ControlNets: the control images they are given, and the residuals they add to the prior.
+"""ControlNets: the control images they take, and the residuals they add to the prior.
 
-A control picture is resized to 32 times the size of the prior's latents, as Stability trained and ran them: 768x768 for
-the 24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals may
-have any size, as the prior resizes them to its latents.
+A control picture is resized to 32 times the size of the prior's latents, as in Stability's training. That is 768x768
+for the 24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals
+may have any size, as the prior resizes them to its latents.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -27,7 +27,7 @@ def _no_show(latents: F32) -> list[Image.Image]:
 
 @dataclass
 class Step:
-    """The state of the sampling after one step. Other `latents` may be put in place: sampling goes on with these."""
+    """The state of the sampling after one step. A caller may replace `latents`; sampling goes on with the new ones."""
 
     index: int  # from 0
     steps: int
@@ -65,9 +65,9 @@ class Start:
 
 @dataclass(frozen=True)
 class StageConditions:
-    """The conditions of one stage by input port, each (B, ...): those to follow, and the negative ones.
+    """The conditions of one stage by input port, each (B, ...), and the negative ones, which guidance leads away from.
 
-    Guidance leads away from the negative ones; without guidance they are not used."""
+    Without guidance the negative conditions are not used."""
 
     positive: Tensors
     negative: Tensors
@@ -90,8 +90,8 @@ def sample_stage(
 ) -> Iterator[Step]:
     """Sample one stage, a Step at a time; the stage stays in memory until the last one.
 
-    Raises UsageError for latents of the wrong shape and for NaN or infinity in what was given, UnsoundError when the
-    network predicts such."""
+    Raises UsageError for latents of the wrong shape and for NaN or infinity in the arguments. Raises UnsoundError when
+    the network predicts NaN or infinity."""
     shape, sampling = batch.shape, batch.sampling
     start = batch.start and batch.start.for_shape(shape)
     schedule = make_schedule(sampling, start.strength if start else 1.0)
@@ -116,8 +116,9 @@ def sample(
 ) -> Iterator[Step]:
     """Denoise `latents` (B, c, h, w) along `schedule`, one Step at a time; stop iterating to cancel.
 
-    `draw` gives standard normal noise of the latents' shape. It is called at every step, also at the last, where
-    diffusers' sampler does not use the noise: the generator then goes on to the next stage as diffusers' does.
+    `draw` returns standard normal noise of the latents' shape. It is called at the last step too, where diffusers draws
+    noise and does not use it, so that the next stage finds the generator in the same state.
+
     Raises UsageError when a step comes back with latents of another shape."""
     steps = len(schedule.ratios) - 1
     for index in range(steps):

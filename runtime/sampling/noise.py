@@ -38,7 +38,7 @@ def plain_seeds(seeds: Seeds) -> Seeds:
 class Noise:
     """Standard normal noise for a batch of images, from one generator or from one for each image.
 
-    The decoder goes on with the generators where the prior left them, as in diffusers."""
+    The decoder goes on with the generators in the state the prior left them in, as in diffusers."""
 
     def __init__(self, seeds: Seeds, count: int) -> None:
         """Raises UsageError unless there is one seed, or one for each of `count` images."""

@@ -6,18 +6,18 @@ diffusers' ``randn_tensor`` with CPU generators: ``torch.randn`` in float32.
 The code follows ``normal_`` of torch's x86-64 Linux builds on CPUs with AVX2 or AVX-512, which share one kernel. It was
 compared with torch 2.13.
 
-* 16 values or more are 24-bit uniforms that Box-Muller turns into normals in blocks of 16. Logarithm, sine and cosine
-  are the Cephes polynomials of ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to fused multiply-adds. Each
-  polynomial takes one of 2**24 uniforms, and the tests compare all of them. The arithmetic here is IEEE only, so the
-  result is the same on every machine.
-* Fewer than 16 values are computed one at a time in double precision by the C library's ``log1p``, ``sin`` and ``cos``,
-  which :mod:`math` calls too. They are equal where Python and torch share that library. Another library may round the
-  double differently, which rarely survives the rounding to float32.
+* 16 values or more are 24-bit uniforms that Box-Muller turns into normals in blocks of 16.
+  Logarithm, sine and cosine are the Cephes polynomials of ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to
+  fused multiply-adds. Each polynomial takes one of 2**24 uniforms, and the tests compare all of them.
+  The arithmetic here is IEEE only, so the result is the same on every machine.
+* Fewer than 16 values are computed one at a time in double precision.
+  torch calls the C library's ``log1p``, ``sin`` and ``cos``, and so does :mod:`math`. The values are equal where Python
+  and torch share that library. Another library may round the double differently, which rarely survives the rounding to
+  float32.
 
-With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Of 2**25 such
-values, two in five differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have not
-been compared. Noise in bfloat16 or float16 is left out: what it consumes from the generator differs between releases of
-torch.
+With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Two in five
+of 2**25 such values differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have not
+been compared. Noise in bfloat16 or float16 is left out, as releases of torch consume the generator differently for it.
 """
 
 import math
@@ -67,15 +67,15 @@ TWO_PI = np.float32(2 * math.pi)
 class TorchGenerator:
     """Replaces ``torch.Generator("cpu").manual_seed(seed)``: the same values, and the same state after every draw.
 
-    ``seed`` is an integer from -2**63 to 2**64 - 1. torch's CPU engine uses its lower 32 bits (two's complement), so
-    seeds that are equal modulo 2**32 give the same noise. Raises UsageError for anything else.
+    ``seed`` is an integer from -2**63 to 2**64 - 1; anything else raises UsageError. torch's CPU engine uses the lower
+    32 bits (two's complement), so seeds that are equal modulo 2**32 give the same noise.
     """
 
     def __init__(self, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-            raise UsageError(f"a seed is an integer, not {seed!r}")
+            raise UsageError(f"seed {seed!r}: expected an integer")
         if not -(2**63) <= int(seed) < 2**64:
-            raise UsageError(f"a seed lies between -2**63 and 2**64 - 1, {seed} does not")
+            raise UsageError(f"seed {seed}: expected -2**63 to 2**64 - 1")
         # torch's mt19937_engine and numpy's legacy seeding are both the init_genrand of Matsumoto and Nishimura.
         self._engine = np.random.RandomState(int(seed) & 0xFFFFFFFF)
         self._pending: float | None = None  # the sine half of the last scalar pair, not yet handed out
@@ -86,7 +86,7 @@ class TorchGenerator:
         Raises UsageError if a dimension is negative.
         """
         if any(size < 0 for size in shape):
-            raise UsageError(f"a shape has no negative dimensions, {tuple(shape)} does")
+            raise UsageError(f"shape {tuple(shape)}: expected no negative dimensions")
         count = math.prod(shape)
         values = self._vector(count) if count >= BLOCK else self._scalar(count)
         return values.reshape(shape)
@@ -97,7 +97,7 @@ class TorchGenerator:
         The generator's state is then that after the whole. Raises UsageError for a row that ``shape`` does not have.
         """
         if not all(0 <= row < shape[0] for row in rows):
-            raise UsageError(f"rows {list(rows)} of noise of shape {tuple(shape)}")
+            raise UsageError(f"rows {list(rows)}: expected rows of noise of shape {tuple(shape)}")
         count = math.prod(shape)
         if count < BLOCK:
             return self._scalar(count).reshape(shape)[list(rows)]
@@ -189,8 +189,8 @@ def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:
 def _box_muller(values: F32) -> None:
     """Turn uniforms into normals in place: NormalFill16<float, true> of DistributionTemplates.h.
 
-    ``values`` is contiguous, its size a multiple of 16. Value i < 8 of a block sets the radius and value i + 8
-    the angle of a pair; its cosine half goes to i, its sine half to i + 8.
+    ``values`` is contiguous, and its size is a multiple of 16. In a block, value i < 8 sets the radius of a pair and
+    value i + 8 its angle. The cosine half of the pair goes to i, the sine half to i + 8.
     """
     blocks = values.reshape(-1, 2, LANES)
     for start in range(0, len(blocks), CHUNK):

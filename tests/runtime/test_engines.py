@@ -64,7 +64,6 @@ def test_linked_weights_at_any_byte(
     bundle = open_bundle(tmp_path / "bundle")
     for engine in (
         OpenVinoEngine(bundle),
-        OpenVinoEngine(bundle, mmap=False),
         OnnxRuntimeEngine(bundle, memory="mapped"),
     ):
         found = errors(engine, source, [stage])

@@ -33,7 +33,7 @@ class Cuda:
     raises EngineError with CUDA's own words when it fails, DeviceMemoryError when memory is short."""
 
     def __init__(self) -> None:
-        """Raises EngineError without cuda-bindings, a driver or a GPU, saying which."""
+        """Raises EngineError, which names what is missing: cuda-bindings, a driver or a GPU."""
         self._runtime = import_cuda_runtime()
         self._call("cudaGetDeviceCount")
 
@@ -158,7 +158,7 @@ def cuda_version(number: int) -> str:
 
 
 def import_cuda_runtime() -> Any:
-    """cuda.bindings.runtime. Raises EngineError saying what to install."""
+    """cuda.bindings.runtime. Raises EngineError, which says what to install, without it."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:

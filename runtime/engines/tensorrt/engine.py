@@ -35,12 +35,12 @@ class TensorRTEngine:
     """An engine for the stages of `bundle` that have plans for this machine; `host` is what `host.open_host` gives.
 
     Stages stay on the device as long as they fit into `memory_budget` bytes (None: into the memory that is free). The
-    stage that was used longest ago leaves first, and comes back when it is called. Of a plan built for weight
-    streaming, `weight_budget` bytes of weights stay on the device (None: as many as fit). TensorRT-RTX compiles
-    kernels, which are kept in the folder `cache` between runs (None: the user's cache folder).
+    stage that was used longest ago is evicted first, and is loaded again when it is called. A plan built for weight
+    streaming keeps as many weights on the device as fit. TensorRT-RTX compiles kernels, which are kept in the folder
+    `cache` between runs (None: the user's cache folder).
 
-    `refit` gives an engine the weights of an ONNX file. With it, plans built to be refitted run with the weights that
-    the bundle has now, whatever they were built from (``converters.tensorrt.refit`` does it)."""
+    `refit` writes the weights of an ONNX file into an engine (see ``converters.tensorrt.refit``). With it, refittable
+    plans run with the bundle's present weights, whatever weights they were built from."""
 
     precision: Precision | None = None  # a plan computes as its graph says
 
@@ -50,14 +50,12 @@ class TensorRTEngine:
         host: Host,
         *,
         memory_budget: int | None = None,
-        weight_budget: int | None = None,
         cache: Path | None = None,
         refit: Refit | None = None,
     ) -> None:
         self.bundle = bundle
         self.host = host
         self.name: str = host.backend
-        self.weight_budget = weight_budget
         self.refit = refit
         self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
         self.cache = cache or cache_folder("tensorrt-rtx")
@@ -122,7 +120,7 @@ class TensorRTStage(StageRunner):
         return self._execution.device_bytes if self._execution else 0
 
     def facts(self) -> dict[str, Any]:
-        """For reports: the plan in use, its bytes and its weights' bytes on the device, if a CUDA graph is used."""
+        """For reports: the plan in use, its bytes on the device, and whether it replays a CUDA graph."""
         execution = self._execution
         if execution is None:
             return {}
@@ -149,8 +147,8 @@ class TensorRTStage(StageRunner):
                     free = gib(self._engine.host.cuda.free_memory())
                     self.evict()
                     raise EngineError(
-                        f"{self.stage}: the GPU's memory does not hold it ({error}; {free} free); take a smaller size "
-                        f"or fewer images"
+                        f"{self.stage}: the GPU's memory does not hold it ({error}; {free} free); choose a "
+                        "smaller size or fewer images"
                     ) from error
 
     def _ready(self, plan: PlanEntry, profile: int | None = None) -> Execution:
@@ -184,8 +182,8 @@ class TensorRTStage(StageRunner):
         return execution
 
     def _stream_weights(self, execution: Execution) -> None:
-        """Keep as many weights on the device as `weight_budget` asks for and as fit."""
-        kept = min(execution.streamable, self._engine.weight_budget or execution.streamable)
+        """Keep as many weights on the device as fit."""
+        kept = execution.streamable
         for _ in range(3):  # the scratch memory depends on how much is streamed
             execution.keep_weights(kept)
             needed = execution.weights_on_device + execution.most_scratch
@@ -200,7 +198,8 @@ class TensorRTStage(StageRunner):
         needed = execution.weights_on_device + execution.scratch(0)
         if budget is not None and needed > budget:
             raise EngineError(
-                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; raise it"
+                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; "
+                "raise the budget"
             )
 
 
@@ -226,7 +225,7 @@ def make_tensorrt(
 
 
 def has_plans(bundle: Bundle, backend: Backend) -> bool:
-    """Whether every stage that `generate` needs has plans of `backend` that can run here."""
+    """True if every stage that `generate` needs has plans of `backend` that can run here."""
     entries = [bundle.manifest.stages.get(stage) for stage in NEEDED]
     if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
         return False

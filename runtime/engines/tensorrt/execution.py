@@ -28,9 +28,9 @@ class Placed:
 class Execution:
     """One deserialised plan. `run` computes, `close` frees all of its device memory.
 
-    TensorRT-RTX captures CUDA graphs itself. For TensorRT, a run that repeats the shapes and addresses of the run
-    before is captured here, unless weights are streamed. TensorRT-RTX compiles kernels when they are first needed, and
-    `cache` is the file that keeps them for the next process."""
+    TensorRT-RTX captures CUDA graphs itself. For TensorRT, a run with the shapes and addresses of the previous run is
+    captured here, unless weights are streamed. TensorRT-RTX compiles kernels when they are first needed; the file
+    `cache` keeps them for the next process."""
 
     def __init__(
         self, host: Host, runtime: Any, path: Path, *, plan: PlanEntry, graph: GraphEntry, cache: Path | None = None
@@ -66,12 +66,12 @@ class Execution:
 
     @property
     def replays(self) -> bool | None:
-        """Whether runs replay a CUDA graph that was captured here; None where TensorRT-RTX captures graphs."""
+        """True if runs replay a CUDA graph that was captured here; None where TensorRT-RTX captures graphs."""
         return None if hasattr(self.host.trt, "CudaGraphStrategy") else self._captured is not None
 
     @property
     def weights_on_device(self) -> int:
-        """Bytes of weights on the device, at most: the plan has little besides weights."""
+        """An upper bound: the size of the plan, which holds little else, less the streamed weights."""
         streamable = self.streamable
         away = streamable - int(self._engine.weight_streaming_budget_v2) if streamable else 0
         return self.plan.bytes - away
@@ -96,7 +96,7 @@ class Execution:
         refit(self._engine, graph)
 
     def has_selected(self, profile: int) -> bool:
-        """Whether the scratch memory of `profile` is allocated."""
+        """True if the scratch memory of `profile` is allocated."""
         return self._profile == profile
 
     def hold(self, key: int, constants: Tensors) -> None:
@@ -150,9 +150,8 @@ class Execution:
             return
         self._drop_capture()
         self._save_cache()
-        self._context = self._config = self._runtime_cache = self._engine = (
-            None  # in this order: each depends on the next
-        )
+        # In this order: each depends on the next.
+        self._context = self._config = self._runtime_cache = self._engine = None
         for key in list(self._held):
             self.release(key)
         for buffer in self._buffers.values():

@@ -1,4 +1,4 @@
-"""The parts that TensorRT engines run on: a TensorRT module, CUDA, and the GPU."""
+"""The host of TensorRT engines: a TensorRT module, CUDA, and the GPU."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ KEPT_MESSAGES = 20
 
 @dataclass(frozen=True)
 class Host:
-    """One machine's GPU with the TensorRT that is to run on it. `trt` is the module, `messages` its latest errors."""
+    """A GPU and the TensorRT that runs on it. `trt` is the module, `messages` are its latest errors."""
 
     backend: Backend
     trt: Any
@@ -39,14 +39,14 @@ class Host:
 
 
 def open_host(backend: Backend) -> Host:
-    """Raises EngineError when TensorRT, CUDA's bindings, a driver or a GPU are missing, saying which."""
+    """The first GPU. Raises EngineError, which names what is missing: TensorRT, CUDA's bindings, a driver or a GPU."""
     trt = import_tensorrt(backend)
     cuda = Cuda()
     return Host(backend, trt, cuda, cuda.device(), _messages(backend))
 
 
 def import_tensorrt(backend: Backend) -> Any:
-    """The module. Raises EngineError when it is not installed or cannot be loaded, saying what to install."""
+    """The module. Raises EngineError, which says what to install, when it is missing or cannot be loaded."""
     install = f"pip install 'cascadekit[{backend}]'"
     try:
         return import_module(MODULES[backend])

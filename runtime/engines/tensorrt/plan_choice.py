@@ -42,7 +42,7 @@ def refusal(entry: StageEntry, plan: PlanEntry, host: Host, *, refits: bool = Fa
 
 
 def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
-    """Whether the plan was built from the present graph, with any weights."""
+    """True if the plan was built from the present graph, with any weights."""
     graph = tuple(source for source in plan.sources if source.path == entry.graphs[plan.graph].path)
     return bool(graph) and entry.is_current(plan.model_copy(update={"sources": graph}))
 
@@ -108,8 +108,8 @@ def choose(
 ) -> tuple[PlanEntry, int]:
     """A plan and the number of its profile that takes inputs of `shapes`.
 
-    The loaded plan is preferred, then the first of `plans`. Among the profiles of one plan, the one is taken whose
-    likeliest shapes are nearest. Raises OutsideProfileError, with the sizes of the plans, when no profile does."""
+    The loaded plan is preferred, then the first of `plans`. Of its profiles, the one with the nearest optimal shapes is
+    chosen. Raises OutsideProfileError, with the sizes of the plans, when no profile does."""
     order = sorted(plans, key=lambda plan: plan is not loaded)
     for plan in order:
         fitting = [number for number, profile in enumerate(plan.profiles) if _misfit(profile, shapes) is None]
@@ -126,7 +126,7 @@ def choose(
 
 
 def sizes_of(profile: ProfileEntry) -> str:
-    """A profile in a user's words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
+    """A profile in words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
     least, most = profile.min, profile.max
     sides = _span(f"{least.height}x{least.width}", f"{most.height}x{most.width}")
     return f"{sides} (height x width), {_span(str(least.images), str(most.images))} {_noun(most)}"
@@ -154,9 +154,9 @@ def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
 
 
 def _distance(profile: ProfileEntry, shapes: Shapes) -> float:
-    """How far shapes are from the likeliest ones of a profile: the sum over all sides of |log(side / likeliest)|."""
+    """The distance of shapes from the optimal ones of a profile: the sum over all sides of |log(side / optimal)|."""
     return sum(
-        abs(math.log(side / likely))
+        abs(math.log(side / best))
         for name, shape in shapes.items()
-        for side, likely in zip(shape, profile.ports[name].opt, strict=True)
+        for side, best in zip(shape, profile.ports[name].opt, strict=True)
     )

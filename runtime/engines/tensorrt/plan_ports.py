@@ -27,13 +27,13 @@ class PlanPorts:
     has for each output."""
 
     def __init__(self, engine: Any, path: Path, plan: PlanEntry, graph: GraphEntry) -> None:
-        """Raises EngineError when `engine`, which was read from `path`, has other ports or profiles than `plan` and
+        """`engine` was read from `path`. Raises EngineError when it has other ports or profiles than `plan` and
         `graph`, or a port of a type that has no counterpart on the host."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         expected = {port.name for port in (*graph.inputs, *graph.outputs)}
         if set(names) != expected or engine.num_optimization_profiles != len(plan.profiles):
             raise EngineError(
-                f"{path}: not the plan that the manifest tells of: expected ports {', '.join(sorted(expected))} "
+                f"{path}: not the plan that the manifest describes: expected ports {', '.join(sorted(expected))} "
                 f"and {len(plan.profiles)} profiles, found {', '.join(sorted(names))} and "
                 f"{engine.num_optimization_profiles}; build it again"
             )
