@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ...schemas.bundle import Backend
 from ...schemas.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from ...schemas.bundle import Backend
     from ...storage.bundle import Bundle
     from .protocol import Engine
     from .tensorrt.engine import Refit
@@ -68,7 +68,7 @@ def _openvino(precision: str) -> MakeEngine:
     return make
 
 
-def _tensorrt(backend: Backend) -> MakeEngine:
+def _tensorrt(backend: "Backend") -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
         from .tensorrt.engine import make_tensorrt
 
@@ -89,7 +89,7 @@ ENGINES: Mapping[str, EngineInfo] = {
 }
 
 
-def _has_plans(bundle: "Bundle", backend: Backend) -> bool:
+def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
     from .tensorrt.engine import has_plans
 
     return has_plans(bundle, backend)

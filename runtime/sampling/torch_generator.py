@@ -16,8 +16,8 @@ compared with torch 2.13.
   float32.
 
 With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Two in five
-of 2**25 such values differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have not
-been compared. Noise in bfloat16 or float16 is left out, as releases of torch consume the generator differently for it.
+of 2**25 such values differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have
+not been compared. Noise in bfloat16 or float16 is left out, as releases of torch consume the generator differently for it.
 """
 
 import math

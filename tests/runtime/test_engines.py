@@ -114,7 +114,7 @@ def test_refusals(tiny: Path) -> None:
         make_engine("abacus", bundle)
     with pytest.raises(UsageError, match="0 threads"):
         make_engine("onnxruntime", bundle, threads=0)
-    with pytest.raises(EngineError, match="openvino has cpu only"):
+    with pytest.raises(EngineError, match="openvino runs on cpu only"):
         make_engine("openvino", bundle, "cuda")
     with pytest.raises(EngineError, match="precision 'fp8': expected one of f32, bf16, auto"):
         OpenVinoEngine(bundle, precision="fp8")
