@@ -1,4 +1,4 @@
-"""The metadata of generated images: the settings that generate an image again, and what it was made with.
+"""The metadata of generated images: the settings that generate an image again, and the engine and bundle that made it.
 
 The same settings give other pixels with another engine, precision, bundle or version, so an image names these too.
 """
@@ -65,9 +65,9 @@ def made_with(engine: Engine, manifest: Manifest) -> dict[str, Any]:
 
 
 def changes(settings: Mapping[str, Any], engine: Engine, manifest: Manifest) -> list[str]:
-    """What differs here from what an image with these settings was made with, a few words for each difference.
+    """The differences between this engine and bundle and those that made an image with these settings, in words.
 
-    An image of an older version may lack some of the metadata; what it lacks counts as equal."""
+    An image of an older version may lack some of the metadata; missing values count as equal."""
     here = made_with(engine, manifest)
     return [
         f"another bundle ({_shown(settings[name])[:12]}..., here {value[:12]}...)"

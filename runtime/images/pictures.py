@@ -1,4 +1,4 @@
-"""Pictures, which users give, to the arrays that the encoders take.
+"""Reads the pictures that users give, and turns them into the arrays that the encoders take.
 
 A picture is a path or a PIL image. Colours are taken as they are stored, as Stability's code and diffusers do; an ICC
 profile is not applied.
@@ -45,7 +45,7 @@ def open_picture(path: Path) -> Image.Image:
     """The first picture in a file as 8-bit RGB, turned as its EXIF data say.
 
     White shows through transparent pixels, as in transformers. 16 bits are rounded to 8. Decoding takes `PICTURE_BYTES`
-    a pixel. Of a JPEG beyond `JPEG_PIXELS` only every second, fourth or eighth pixel across and down is decoded.
+    a pixel. A JPEG beyond `JPEG_PIXELS` is decoded at a half, a quarter or an eighth of its size.
 
     Raises UsageError for a file that is no picture, is damaged, or is larger than `schemas.limits` allows."""
     return _rgb(decode(path))
@@ -148,7 +148,7 @@ def strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def has_alpha(picture: Image.Image) -> bool:
-    """Whether some of the picture may be transparent."""
+    """True if some of the picture may be transparent."""
     return picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
 
 
@@ -177,7 +177,7 @@ def _require_meaning(path: Path, picture: Image.Image) -> None:
     """Raise UsageError for pixels without a fixed colour: floats and L*a*b*."""
     if picture.mode in ("F", "LAB"):
         kind = "floats" if picture.mode == "F" else "L*a*b* colours"
-        raise UsageError(f"{path}: a picture of {kind}, which have no one meaning on a screen; save it as a PNG")
+        raise UsageError(f"{path}: a picture of {kind}, which screens show in different ways; save it as a PNG")
 
 
 def _enough(size: tuple[int, int]) -> tuple[int, int]:

@@ -53,7 +53,7 @@ def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -
 
 
 def preview_path(path: Path) -> Path:
-    """Where previews of the image at `path` go while it is generated."""
+    """The path of the previews of the image at `path` while it is generated."""
     return path.with_name(f"{path.stem}.preview.png")
 
 
@@ -132,8 +132,10 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
     """The paths for `count` images: `output` itself when it ends in .png, else the next free numbers in that folder.
 
     `save_numbered` takes these numbers unless another process is first. Half-written images of killed processes are
-    removed from the folder. Raises UsageError when one file is named for several images, when it exists without
-    `force`, and when an image would lie inside one of the `sources` or replace it."""
+    removed from the folder.
+
+    Raises UsageError when one file is named for several images, or exists without `force`, and when an image would be
+    written into one of the `sources` or replace it."""
     locate(output)
     if output.suffix.lower() == ".png" and not output.is_dir():
         if count > 1:
@@ -156,5 +158,5 @@ def _is_image(name: str) -> bool:
 
 
 def _is_number(stem: str) -> bool:
-    """Whether a file's name is an image's number."""
+    """True if the stem of a file's name is an image's number."""
     return stem.isdecimal() and len(stem) <= MOST_DIGITS

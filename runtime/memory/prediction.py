@@ -27,8 +27,8 @@ PROCESS = 115 << 20  # the interpreter, numpy and an engine's library
 CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
-# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are there twice, cast and
-# not yet rearranged. Policies other than "resident" load with the lower factors.
+# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are in memory twice, cast
+# and not yet rearranged. Policies other than "resident" load with the lower factors.
 LOADING: Mapping[Stage, float] = {Stage.DECODER: 1.45}
 LOADING_ELSE = 1.17
 SPARING: Mapping[Stage, float] = {Stage.DECODER: 1.35}
@@ -56,7 +56,7 @@ def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> i
 
 
 def predict_peak(manifest: Manifest, policy: MemoryPolicy, settings: Settings, images: int) -> Peak:
-    """The peak for `images` images generated together. A budget is exceeded when the largest stage does not fit."""
+    """The peak for `images` images generated together. It exceeds the budget when the largest stage does not fit."""
     stages = [stage for stage in ALWAYS if stage in manifest.stages]
     runs = [(stage, graph) for stage in stages for graph in _graphs(manifest, stage)]
     alone = {run: loaded_bytes(manifest, *run) for run in runs}

@@ -1,4 +1,4 @@
-"""Keeps stages in memory by a policy: all that were used, one at a time, or as many as fit a budget."""
+"""Keeps stages in memory by a policy: all stages, one at a time, or as many as fit a budget."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ BUDGET = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """Which stages stay in memory.
+    """The rule that decides which stages stay in memory.
 
     | name     | a stage that is not in use                                              |
     |----------|-------------------------------------------------------------------------|

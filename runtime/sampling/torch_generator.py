@@ -17,7 +17,7 @@ compared with torch 2.13.
 
 With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Two in five
 of 2**25 such values differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have
-not been compared. Noise in bfloat16 or float16 is left out, as releases of torch consume the generator differently for it.
+not been compared. Noise in bfloat16 or float16 is left out: releases of torch consume the generator differently for it.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Prompts to embeddings: weights, chunks of 77 tokens, and the text encoder with its cache.
 
-By default a text is read as it stands and cut off after 77 tokens, as in diffusers. Weights and long texts are opt-in.
+By default a text is read without syntax and cut off after 77 tokens, as in diffusers. Weights and long texts are
+opt-in.
 
 Weights have the syntax of `prompt_weights`. They are applied as ComfyUI does (`encode_token_weights` in its
 comfy/sd1_clip.py): at a token of weight w the hidden state z becomes
@@ -11,9 +12,9 @@ with z_empty the hidden state of the empty prompt at the same position. Opening,
 weight 1. The pooled vector has no weights.
 
 A long text is cut into chunks of at most 75 tokens; each chunk is encoded by itself between an opening and a closing
-token. The hidden states of all chunks are joined on the token axis: (77 * k, channels). The pooled vector is that of
-the first chunk, as in ComfyUI and the web UI: it belongs to how the text begins, and the decoder was not trained on a
-mean of several vectors. Texts of fewer chunks are filled up with the empty prompt, so that all have the same length.
+token. The hidden states of all chunks are joined on the token axis: (77 * k, channels). The pooled vector comes from
+the first chunk, as in ComfyUI and the web UI, because the decoder was not trained on a mean of several vectors. Texts
+of fewer chunks are filled up with the empty prompt, so that all have the same length.
 """
 
 from collections import OrderedDict
@@ -91,7 +92,7 @@ def encode_texts(
     long: bool = False,
     batch: int = 16,
 ) -> EncodedTexts:
-    """Embed B `texts`; `weighted` reads the syntax of weights, `long` cuts into chunks what is cut off otherwise.
+    """Embed B `texts`. `weighted` reads the syntax of weights; `long` encodes the text beyond 77 tokens in chunks.
 
     `encode` is the text encoder, from input_ids and attention_mask (n, 77) int64 to prompt_embeds (n, 77, channels) and
     pooled (n, 1, channels) float32. It is called with at most `batch` rows at a time, and once for equal rows.
@@ -99,7 +100,7 @@ def encode_texts(
     Raises UsageError when there are no texts, when one of them is no text, and as `parse_weights` does.
     """
     if isinstance(texts, str) or not texts or batch < 1:
-        raise UsageError(f"expected a list of prompts and a batch of at least 1, got {texts!r:.60}, {batch}")
+        raise UsageError(f"expected a list of prompts and a batch of at least 1, found {texts!r:.60}, {batch}")
     chunked, truncated = [], []
     for index, text in enumerate(texts):
         chunks, rest = _chunks(text, f"prompt {index}", tokenizer, weighted, long)
@@ -160,12 +161,10 @@ class CachedTextEncoder:
 
 
 def split(tokens: Sequence[Token]) -> Iterator[slice]:
-    """Where to cut a text of many tokens into chunks of at most 75.
+    """Cut a text of many tokens into chunks of at most 75.
 
     A full chunk is cut after the last comma among its last 20 tokens, as in the web UI. Without a comma the web UI cuts
-    anywhere. Here, as in ComfyUI, the cut is moved before the word it would go through, if that word began no more than
-    20 tokens ago.
-    """
+    anywhere. Here, as in ComfyUI, the cut never goes through a word that began at most 20 tokens before it."""
     start = 0
     while len(tokens) - start > ROOM:
         stop = _cut(tokens, start + ROOM)
@@ -186,7 +185,7 @@ def _cut(tokens: Sequence[Token], full: int) -> int:
 def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long: bool) -> tuple[list[_Chunk], str]:
     """The chunks of `text`, at least one, and the part of it that did not fit.
 
-    Pieces of different weight are tokenized apart, as every user interface does: a weight that starts within a word
+    Pieces of different weight are tokenized separately, as in every user interface: a weight that starts within a word
     makes two words of it."""
     if isinstance(text, str):
         check_length(text)

@@ -1,18 +1,20 @@
 """CLIP's byte-pair tokenizer for the text encoder, on the `tokenizers` library alone.
 
-The authority is transformers' CLIPTokenizer (version 5), which diffusers feeds the text encoder with: ids, padding,
-truncation and masks are its own for every string. The vocabulary is OpenAI's, as shipped in open_clip_torch (MIT; see
-data/clip_tokenizer/LICENSE.txt). open_clip's SimpleTokenizer, the one of CLIP's training, cuts text into the same ids
-(but pads with 0) except where the two disagree by construction:
+Ids, padding, truncation and masks equal those of transformers' CLIPTokenizer (version 5), which diffusers uses, for
+every string. The vocabulary is OpenAI's, as shipped in open_clip_torch (MIT; see data/clip_tokenizer/LICENSE.txt).
 
-* open_clip first mends the text with ftfy and html.unescape ("&amp;", curly quotes, "Ã©", full-width letters, control
-  characters); transformers takes it as it is;
-* "<|startoftext|>" and "<|endoftext|>" in a prompt are special tokens to transformers alone (open_clip knows them as
-  "<start_of_text>" and "<end_of_text>"); in upper case they are plain text to both, but split differently;
-* a capital sigma that ends a word becomes a final sigma in open_clip, an ordinary one in transformers;
-* open_clip matches its pattern without regard to case, so U+0345 passes for a letter and an apostrophe with a long s
-  (U+017F) for the contraction 's;
-* characters newer than the Unicode tables of Python or of either library may be letters to one of them only.
+CLIP was trained with open_clip's SimpleTokenizer. It cuts text into the same ids, but pads with 0 and differs here:
+
+| text                                              | open_clip              | transformers, and here |
+|---------------------------------------------------|------------------------|------------------------|
+| "&amp;", curly quotes, "Ã©", full-width letters   | mended by ftfy and html.unescape | unchanged    |
+| "<|startoftext|>", "<|endoftext|>"                | plain text ("<start_of_text>" is special) | special tokens |
+| the same in upper case                            | plain text, split otherwise | plain text        |
+| a capital sigma that ends a word                  | final sigma            | ordinary sigma         |
+| U+0345                                            | a letter               | no letter              |
+| an apostrophe with a long s (U+017F)              | the contraction 's     | no contraction         |
+
+Characters newer than the Unicode tables of Python or of either library may be letters to one of them only.
 """
 
 import json
@@ -48,7 +50,7 @@ class Tokens:
 
 
 class Token(NamedTuple):
-    """One token of a text, and what tells whether the text may be cut before or after it."""
+    """One token of a text. `opens_word` and `is_comma` show where the text may be cut."""
 
     id: int
     start: int  # the character of the text it starts at
@@ -57,24 +59,25 @@ class Token(NamedTuple):
 
 
 class ClipTokenizer:
-    """Turns prompts into token ids. `ClipTokenizer.open` makes one."""
+    """Turns prompts into token ids; see `ClipTokenizer.open`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     @classmethod
     def open(cls, path: Path | None = None, rows: int | None = None) -> "ClipTokenizer":
-        """The shipped tokenizer, or the one at `path`, see `tokenizer_file.read_tokenizer`. The settings in a
-        tokenizer.json are kept, except for truncation and padding. Tokens that were added to CLIP's are used, if the
-        text encoder has a row for each: `rows` is how many it has.
+        """The shipped tokenizer, or the one at `path`, see `tokenizer_file.read_tokenizer`.
 
-        Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more than rows.
-        """
+        The settings in a tokenizer.json are kept, except for truncation and padding. Tokens added to CLIP's are used;
+        `rows` is the number of rows of the text encoder, which needs one for each token.
+
+        Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more tokens than
+        `rows`."""
         if path is None:
             return cls(Tokenizer.from_str(shipped()))
         try:
             read = read_tokenizer(path)
-            tokenizer = _guarded(lambda: _made_of(read.text))
+            tokenizer = _guarded(lambda: _parsed(read.text))
             found = _described(tokenizer, read.added)
         except Exception as error:  # the library raises plain Exception
             found = str(error)
@@ -89,12 +92,11 @@ class ClipTokenizer:
     def __call__(self, prompts: Sequence[str], length: int = LENGTH) -> Tokens:
         """`prompts` as int64 ids of shape (len(prompts), length), padded with the closing token 49407.
 
-        What does not fit is cut and the last place given to the closing token, as transformers does with
-        padding="max_length", truncation=True, max_length=length. Raises UsageError when `prompts` is a bare string,
-        when one of them is not text (half a surrogate pair included), and for a length below 2.
-        """
+        Longer prompts are cut and end with the closing token, as in transformers with padding="max_length",
+        truncation=True, max_length=length. Raises UsageError when `prompts` is a bare string, when one of them is not
+        text (half a surrogate pair included), and for a length below 2."""
         if isinstance(prompts, str) or length < 2:
-            raise UsageError(f"expected a list of prompts and a length of at least 2, got {prompts!r:.60}, {length}")
+            raise UsageError(f"expected a list of prompts and a length of at least 2, found {prompts!r:.60}, {length}")
         input_ids = np.full((len(prompts), length), END, np.int64)
         attention_mask = np.zeros_like(input_ids)
         truncated = []
@@ -128,7 +130,7 @@ class ClipTokenizer:
         try:
             return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:
-            raise UsageError(f"{name}: expected text, got {ascii(text)[:60]}") from error
+            raise UsageError(f"{name}: expected text, found {ascii(text)[:60]}") from error
 
 
 def save_tokenizer_folder(folder: Path) -> None:
@@ -154,7 +156,7 @@ def save_tokenizer_folder(folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
-def _made_of(text: str) -> Tokenizer:
+def _parsed(text: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()  # a saved file may ask for either; both are done here
     tokenizer.no_padding()
