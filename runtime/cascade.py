@@ -31,7 +31,7 @@ from .memory.residency import MemoryPolicy
 from .result import Output, Result
 from .sampling.controlnets import ControlPicture
 from .sampling.loop import OnStep, Start, Step
-from .sampling.noise import Noise, Seeds, plain_seeds, seed_settings
+from .sampling.noise import Noise, Seeds
 from .text.prompts import PromptEmbeds, as_texts
 from .text.tokenizer import ClipTokenizer
 
@@ -152,8 +152,7 @@ class Cascade(CascadeStages):
         if embeds is None:
             embeds = self.encode_prompt(prompts, negative, weighted=chosen.weighted, long_prompts=chosen.long_prompts)
         embeds = embeds.repeated(num_images)
-        seed = secrets.randbelow(1 << 32) if seed is None else plain_seeds(seed)
-        noise = Noise(seed, len(embeds))
+        noise = Noise(secrets.randbelow(1 << 32) if seed is None else seed, len(embeds))
         start, decoder_start = self._starts(pictures, chosen, decoder=output != "prior")
         prior = self.prior(
             embeds,
@@ -167,9 +166,8 @@ class Cascade(CascadeStages):
             sampling=chosen.prior,
         )
         prior_latents = _run(Stage.PRIOR, prior, on_step)
-        seeds = [seed_settings(seed, index, len(embeds)) for index in range(len(embeds))]
         described = image_settings(
-            self.engine, self.manifest, chosen, prompts=prompts, negatives=as_texts(negative), seeds=seeds
+            self.engine, self.manifest, chosen, prompts=prompts, negatives=as_texts(negative), seeds=noise.places
         )
         if output == "prior":
             return Result(prior_latents, None, None, described, embeds)

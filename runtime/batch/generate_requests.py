@@ -50,8 +50,8 @@ def _generate(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) ->
         seed=[PlacedSeed(request.seed, request.index, request.batch) for request in requests],
         settings=shared.settings,
         image_prompts=[picture.path for picture in shared.image_prompts],
-        init_image=shared.init_image and shared.init_image.path,
-        mask=shared.mask and shared.mask.path,
+        init_image=shared.init_image.path if shared.init_image else None,
+        mask=shared.mask.path if shared.mask else None,
         controls=[ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
         on_step=on_step,
     )

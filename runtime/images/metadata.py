@@ -1,10 +1,11 @@
-"""The metadata of generated images: the settings that generate an image again, and the engine and bundle that made it.
+"""The metadata of generated images: the settings that generate an image again, and what made it.
 
 The same settings give other pixels with another engine, precision, bundle or version, so an image names these too.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +13,7 @@ from ...schemas.bundle import Manifest
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ..engines.protocol import Engine
+from ..sampling.noise import PlacedSeed
 
 EVERY_IMAGE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 SHOWN = 60  # characters of a value in a message
@@ -24,7 +26,7 @@ def image_settings(
     *,
     prompts: Sequence[str],
     negatives: Sequence[str],
-    seeds: Sequence[Mapping[str, int]],
+    seeds: Sequence[PlacedSeed],
 ) -> list[dict[str, Any]]:
     """For each image the flat settings with which `generate` makes it again; `seeds` has an entry for each image.
 
@@ -39,7 +41,7 @@ def image_settings(
     return [
         {
             **words[index * len(words) // count],
-            **seed,
+            **asdict(seed),
             **settings.to_json(),
             "vqgan_scale": manifest.vqgan_scale,
             **made,

@@ -1,7 +1,7 @@
 """The noise of a batch of images from their seeds, as diffusers draws it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,17 +22,8 @@ class PlacedSeed:
     batch: int = 1
 
 
-Seed = int | PlacedSeed | TorchGenerator
+Seed = int | PlacedSeed
 Seeds = Seed | Sequence[Seed]
-
-
-def plain_seeds(seeds: Seeds) -> Seeds:
-    """Seeds with numpy's integers turned into Python's, and any other sequence into a list."""
-    if isinstance(seeds, PlacedSeed | TorchGenerator):
-        return seeds
-    if isinstance(seeds, int | np.integer):
-        return int(seeds)
-    return [int(seed) if isinstance(seed, np.integer) else seed for seed in seeds]
 
 
 class Noise:
@@ -41,58 +32,36 @@ class Noise:
     The decoder goes on with the generators in the state the prior left them in, as in diffusers."""
 
     def __init__(self, seeds: Seeds, count: int) -> None:
-        """Raises UsageError unless there is one seed, or one for each of `count` images."""
-        seeds = plain_seeds(seeds)
-        if isinstance(seeds, int):
-            given: list[Seed] = [PlacedSeed(seeds, index, count) for index in range(count)]
-        elif isinstance(seeds, TorchGenerator):
-            given = [seeds] * count
-        else:
-            given = [seeds] if isinstance(seeds, PlacedSeed) else list(seeds)
-        if len(given) != count:
-            raise UsageError(f"{len(given)} seeds for {count} images; give one, or one for each")
-        self._shared = isinstance(seeds, TorchGenerator)
-        self._sources = [PlacedSeed(seed) if isinstance(seed, int) else seed for seed in given]
-        self._generators = {_key(source): _generator(source) for source in self._sources}
+        """A number is the seed of the whole batch; in a sequence each image has its own seed.
+
+        Raises UsageError unless there is one seed, or one for each of `count` images, and for a seed out of range."""
+        self.places = _placed(seeds, count)  # of the images, in their order
+        self._generators = {(place.seed, place.batch): TorchGenerator(place.seed) for place in self.places}
 
     def draw(self, shape: tuple[int, ...]) -> F32:
         """Draw float32 noise of `shape` (B, ...); a generator draws once for all of its images."""
-        if self._shared:
-            return self._generators[_key(self._sources[0])].randn(shape)
-        noise = np.empty((len(self._sources), *shape[1:]), np.float32)
-        for key, generator in self._generators.items():
-            places = [place for place, source in enumerate(self._sources) if _key(source) == key]
-            rows, batch = zip(*(_place(self._sources[place]) for place in places), strict=True)
-            noise[places] = generator.randn_rows((batch[0], *shape[1:]), rows)
+        noise = np.empty((len(self.places), *shape[1:]), np.float32)
+        for (seed, batch), generator in self._generators.items():
+            rows = [row for row, place in enumerate(self.places) if (place.seed, place.batch) == (seed, batch)]
+            noise[rows] = generator.randn_rows((batch, *shape[1:]), [self.places[row].index for row in rows])
         return noise
 
 
-def _place(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
-    """Index and batch size of the image in the noise of its generator."""
-    return (source.index, source.batch) if isinstance(source, PlacedSeed) else (0, 1)
+def _placed(seeds: Seeds, count: int) -> list[PlacedSeed]:
+    if isinstance(seeds, int | np.integer):
+        places = [PlacedSeed(int(seeds), index, count) for index in range(count)]
+    else:
+        given = [seeds] if isinstance(seeds, PlacedSeed) else seeds
+        places = [each if isinstance(each, PlacedSeed) else PlacedSeed(_plain(each)) for each in given]
+    if len(places) != count:
+        raise UsageError(f"{len(places)} seeds for {count} images; give one, or one for each")
+    for place in places:
+        if place.batch > MAX_IMAGES:
+            raise UsageError(f"a batch of {place.batch:.4g} images: expected at most {MAX_IMAGES}")
+        if not 0 <= place.index < place.batch:
+            raise UsageError(f"image {place.index} of a batch of {place.batch}: expected 0 to {place.batch - 1}")
+    return places
 
 
-def seed_settings(seed: Seeds, index: int, count: int) -> dict[str, int]:
-    """The settings `seed`, `index` and `batch` that generate image `index` of `count` again.
-
-    The dictionary is empty for a generator, whose state cannot be written down."""
-    if isinstance(seed, int):
-        return {"seed": seed, "index": index, "batch": count}
-    own = seed if isinstance(seed, PlacedSeed | TorchGenerator) else seed[index]
-    if isinstance(own, int):
-        return {"seed": own, "index": 0, "batch": 1}
-    return asdict(own) if isinstance(own, PlacedSeed) else {}
-
-
-def _key(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
-    return (id(source), 0) if isinstance(source, TorchGenerator) else (source.seed, source.batch)
-
-
-def _generator(source: PlacedSeed | TorchGenerator) -> TorchGenerator:
-    if isinstance(source, TorchGenerator):
-        return source
-    if not 0 <= source.index < source.batch:
-        raise UsageError(f"image {source.index} of a batch of {source.batch}: expected 0 to {source.batch - 1}")
-    if source.batch > MAX_IMAGES:
-        raise UsageError(f"a batch of {source.batch:.4g} images: expected at most {MAX_IMAGES}")
-    return TorchGenerator(source.seed)
+def _plain(seed: int) -> int:
+    return int(seed) if isinstance(seed, np.integer) else seed
