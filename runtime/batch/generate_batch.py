@@ -1,4 +1,4 @@
-"""Generates all images of a file of prompts; run again, it goes on with the images that are not finished."""
+"""Generates all images of a file of prompts; a second run generates only the images that are not finished."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from .picture_hashes import pictures_of
 from .prompt_files import read_prompt_file
 
 LOG_NAME = "log.jsonl"
-SHOWN = 20  # problems that a message lists, of what may be thousands
-UNSHARED = ("seed", "index", "batch")  # fields of a request that each image of a batch has for itself
+SHOWN = 20  # problems that a message lists
+UNSHARED = ("seed", "index", "batch")  # fields of a request that differ between the images of a batch
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """How many images of a batch ended in which way. `left_out` are the bad entries that `keep_going` passes over."""
+    """The number of images that ended in each way, and of bad entries that `keep_going` left out."""
 
-    drawn: int
+    generated: int
     copied: int
     skipped: int
     failed: int
@@ -63,7 +63,7 @@ class BatchCounts:
 
 
 class BatchObserver:
-    """Follows a batch: each method is called at one point of it and does nothing. Override the methods of interest.
+    """Follows a batch: its methods are called as the batch proceeds. They do nothing; override those of interest.
 
     `step` and `check` may raise an exception to stop the batch, other than CascadeError, OSError and MemoryError."""
 
@@ -89,12 +89,12 @@ def generate_batch(
     """Generate the images of a file of prompts that are not there yet, and count how each of them ended.
 
     `defaults` are fields of a request, such as "prior_steps" or "seed", for the entries that leave them out. Without a
-    seed the one of the last batch in the same log is used, else a random one. A job that fails is counted and does not
-    stop the others.
+    seed, the seed of the last batch in the same log is used, else a random one. A job that fails is counted and does
+    not stop the others.
 
-    Raises UsageError, before anything is generated, for entries that are wrong (unless `keep_going`), for files in the
-    way (unless `force`), and for outputs that would replace an input. Raises CascadeError when an image or the log
-    cannot be written.
+    Raises UsageError before anything is generated: for wrong entries (unless `keep_going`), for files in the way
+    (unless `force`), and for outputs that would replace an input. Raises CascadeError when an image or the log cannot
+    be written.
 
     Example: `generate_batch(cascade, BatchSettings(Path("prompts.txt"), Path("images")), {"prior_steps": 10})`"""
     given = dict(defaults or {})
@@ -121,7 +121,7 @@ def generate_batch(
 
 def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver) -> dict[str, int]:
     """Generate the images of `jobs`; return the number of outcomes of each kind. The log says how the batch ended."""
-    counts = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
+    counts = {"generated": 0, "copied": 0, "skipped": 0, "failed": 0}
     try:
         for outcome in runner.run(jobs):
             counts[outcome.kind] += 1
@@ -165,7 +165,7 @@ def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) ->
 
 
 def _used(cascade: Cascade, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What the log says about the cascade and the settings of the batch."""
+    """The fields of the log that describe the cascade and the settings of the batch."""
     return {
         "settings": dict(defaults),
         "stages": bundle_identity(cascade.manifest),

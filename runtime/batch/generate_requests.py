@@ -1,4 +1,4 @@
-"""Generates the images of requests: opens their pictures and writes what was used into the metadata."""
+"""Generates the images of requests, and describes their pictures and LoRAs in the metadata."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

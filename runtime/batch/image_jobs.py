@@ -1,7 +1,7 @@
 """Turns a file of prompts into jobs, one for each image. A job's key tells its finished image from all others.
 
-The number, the seed and the name of a job depend on its place among all entries of the file, bad ones included. So the
-same file leads to the same jobs after a bad entry was corrected.
+The number, the seed and the name of a job depend on its place among all entries of the file, bad ones included. After a
+bad entry is corrected, all other jobs are the same as before.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ class BatchPlanner:
                 total += self._count(entry)
         if total > MAX_IMAGES:
             raise UsageError(
-                f"{file.name}: {total} images, where {MAX_IMAGES} are the most; divide it into several files"
+                f"{file.name}: {total} images: expected at most {MAX_IMAGES}; divide it into several files"
             )
 
     def _count(self, entry: PromptEntry) -> int:
@@ -110,13 +110,13 @@ class BatchPlanner:
         return int(text)
 
     def _jobs(self, entry: PromptEntry, folder: Path, place: int, number: int, count: int) -> list[ImageJob]:
-        said = {name: value for name, value in entry.given.items() if name not in ("images", "name")}
-        if "loras" in said:
+        fields = {name: value for name, value in entry.given.items() if name not in ("images", "name")}
+        if "loras" in fields:
             raise UsageError("loras: all images of a batch share them; give them once for all lines, as loras=...")
-        if count > 1 and said.keys() & {"index", "batch"}:
-            raise UsageError("index, batch: of one image; leave out images")
-        given = {"seed": self.base_seed + place, **self.common, **said}
-        first = with_hashes(parse_request(given, self.manifest.default_size), folder, said.keys())
+        if count > 1 and fields.keys() & {"index", "batch"}:
+            raise UsageError("index and batch describe one image; leave out images, or leave out both")
+        given = {"seed": self.base_seed + place, **self.common, **fields}
+        first = with_hashes(parse_request(given, self.manifest.default_size), folder, fields.keys())
         check_request(first, self.manifest)
         places = [{}] if count == 1 else [{"index": index, "batch": count} for index in range(count)]
         requests = [first.model_copy(update=changes) for changes in places]
@@ -159,7 +159,7 @@ def check_request(request: Request, manifest: Manifest) -> None:
 
 
 def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
-    """The stages that decide how the image looks. Raises UsageError for a control the bundle cannot run."""
+    """The stages that the image goes through. Raises UsageError for a control that the bundle cannot run."""
     used = [Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN]
     used += [Stage.IMAGE_ENCODER] if request.image_prompts else []
     used += [Stage.EFFNET_ENCODER] if request.init_image else []
@@ -168,18 +168,20 @@ def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
 
 
 def content_key(request: Request, manifest: Manifest) -> str:
-    """The key of an image: SHA-256, in hexadecimal, over the request, the SHA-256 of its pictures, and the fingerprints
-    of the stages it goes through, with LoRAs merged in. File names and the engine are not part of the key.
+    """The key of an image: a SHA-256, in hexadecimal, of the request, its pictures and the stages it goes through.
+
+    Pictures count by their SHA-256, stages by their fingerprints with LoRAs merged in. File names and the engine are
+    not part of the key.
 
     Raises UsageError for numbers that are not finite."""
-    said = {name: value for name, value in request.to_json().items() if name != "loras"}
+    fields = {name: value for name, value in request.to_json().items() if name != "loras"}
     for name in PICTURE_FIELDS:
-        if name in said:
-            refs = [said[name]] if isinstance(said[name], Mapping) else said[name]
-            said[name] = [{field: value for field, value in ref.items() if field != "path"} for ref in refs]
+        if name in fields:
+            refs = [fields[name]] if isinstance(fields[name], Mapping) else fields[name]
+            fields[name] = [{key: value for key, value in ref.items() if key != "path"} for ref in refs]
     stages = {str(stage): _fingerprints(manifest, stage) for stage in used_stages(request, manifest)}
     try:
-        text = json.dumps([said, stages], sort_keys=True, allow_nan=False)
+        text = json.dumps([fields, stages], sort_keys=True, allow_nan=False)
     except ValueError as error:
         raise UsageError("settings: expected finite numbers, found NaN or infinity") from error
     return hashlib.sha256(text.encode()).hexdigest()
@@ -218,8 +220,9 @@ def _fingerprints(manifest: Manifest, stage: Stage) -> list[str]:
 
 
 def _without_clashes(jobs: Sequence[ImageJob], file: str) -> tuple[list[ImageJob], list[str]]:
-    """The first job of each file name, and a message for each other job. Names that differ in capitals alone count as
-    one, as they do on some file systems."""
+    """The first job of each file name, and a message for each other job.
+
+    Names that differ in capitals alone count as one, as on some file systems."""
     firsts: dict[str, ImageJob] = {}
     problems = []
     for job in jobs:

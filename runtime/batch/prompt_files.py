@@ -1,7 +1,6 @@
 """Reads files of prompts: .txt (a prompt a line), .jsonl (a request a line), .csv (a request's fields in its header).
 
-Only the form is checked here. An entry that cannot be read carries a message, so that all messages can be shown
-together.
+Only the form is checked here. An entry that cannot be read has a message, so that all messages can be shown together.
 """
 
 import csv
@@ -25,7 +24,7 @@ FIRST_LINE = 1
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """One entry: the fields of a request that it gives, and "images" and "name"; or its problem."""
+    """One entry: fields of a request, "images" and "name"; or its problem."""
 
     line: int  # the line on which the entry begins, from 1
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -42,9 +41,9 @@ class PromptFile:
 
 
 def read_prompt_file(path: str | Path) -> PromptFile:
-    """The file at `path`; "-" is standard input, as .txt. UTF-8, with a byte order mark or without.
+    """Read the file at `path`, in UTF-8 with a byte order mark or without; "-" is standard input, as .txt.
 
-    Raises UsageError for a file that cannot be read, is too large, is none of the three kinds, or holds no prompts."""
+    Raises UsageError for a file that cannot be read, is too large, is of another kind, or holds no prompts."""
     name = str(path)
     if name == STDIN:
         if sys.stdin is None:
@@ -82,8 +81,9 @@ def _checked(entry: PromptEntry) -> PromptEntry:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. Lines end as in an editor, not at the further characters that
-    Python's splitlines() knows."""
+    """The lines that are not blank, with their numbers.
+
+    Lines end as in an editor; Python's splitlines() would also end them at other characters."""
     for number, line in enumerate(io.StringIO(text, newline=None), FIRST_LINE):
         if line.strip():
             yield number, line.strip()
@@ -108,7 +108,7 @@ def _jsonl(text: str) -> Iterator[PromptEntry]:
         if isinstance(value, str):
             value = {"prompt": value}
         if isinstance(value, dict):
-            yield PromptEntry(number, {name: said for name, said in value.items() if said is not None})
+            yield PromptEntry(number, {name: each for name, each in value.items() if each is not None})
         else:
             yield PromptEntry(number, problem=f"expected an object or a prompt in quotes, found {line[:40]}")
 
@@ -141,8 +141,8 @@ def _row(line: int, header: list[str], cells: list[str]) -> PromptEntry:
         return PromptEntry(
             line, problem=f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas"
         )
-    said = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
-    return PromptEntry(line, {name: _numbers(cell) if name in LISTS else cell for name, cell in said.items()})
+    given = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    return PromptEntry(line, {name: _numbers(cell) if name in LISTS else cell for name, cell in given.items()})
 
 
 def _numbers(cell: str) -> list[str]:

@@ -20,7 +20,7 @@ def prompt_requests(
     `prompts` is empty. One seed, or none, makes all images one batch: the images draw their noise from one generator.
     Several seeds, one for each image, give each image its own generator. Without a seed, a random one is chosen.
 
-    Raises UsageError for too many images, another number of seeds, or a request that the bundle cannot answer."""
+    Raises UsageError for too many images, another number of seeds, or a request that the bundle cannot generate."""
     count = (len(prompts) or 1) * images
     if count > MAX_IMAGES:
         raise UsageError(f"{count} images: expected at most {MAX_IMAGES}")

@@ -20,7 +20,7 @@ Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
 
 SUFFIX = ".png"
-NAMED = 20  # settings that are not understood, of what may be thousands
+NAMED = 20  # settings that are not understood and are listed by name
 LONGEST_NAME = 60  # characters of such a setting's name
 
 
@@ -28,13 +28,13 @@ class Gallery:
     """Shows the images of one folder that carry settings of cascadekit."""
 
     def __init__(self, folder: Path, pictures: Pictures) -> None:
-        """Raises UsageError when `folder` is something else."""
+        """Raises UsageError when `folder` exists and is not a folder."""
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder}: expected a folder for the images")
         self.folder = folder
         self._pictures = pictures
         self._known: dict[Known, Described | None] = {}
-        self._lock = Lock()  # of what is known; every request has a thread of its own
+        self._lock = Lock()  # held while `_known` changes; every request has its own thread
 
     def newest(self, count: int) -> tuple[list[Described], bool]:
         """The `count` newest images, and whether there are more. Raises UsageError for a folder that cannot be read."""
@@ -53,20 +53,17 @@ class Gallery:
         return self._described(path.name, path.stat().st_mtime_ns)
 
     def file(self, name: str) -> Path | None:
-        """The image of that name, when it is one of the folder's own."""
+        """The path of an image of the folder; None when it has no image of that name."""
         return next((self.folder / found for found, _ in self._files() if found == name), None)
 
     def _files(self) -> Iterator[Known]:
-        """Never hidden files, nor links, which may lead out of the folder, nor what vanishes meanwhile."""
+        """The images, without hidden files, and without links, which may lead out of the folder."""
         try:
             with os.scandir(self.folder) as entries:
                 for entry in entries:
                     with suppress(FileNotFoundError):
-                        if (
-                            entry.name.endswith(SUFFIX)
-                            and entry.name[0] != "."
-                            and entry.is_file(follow_symlinks=False)
-                        ):
+                        named = entry.name.endswith(SUFFIX) and not entry.name.startswith(".")
+                        if named and entry.is_file(follow_symlinks=False):
                             yield entry.name, entry.stat(follow_symlinks=False).st_mtime_ns
         except FileNotFoundError:
             return  # before the first image
@@ -129,5 +126,5 @@ def _names(odd: list[str]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """With a mark in place of what is no text: bytes of a file's name, halves of surrogate pairs."""
+    """The text with a mark in place of bytes that are no text, and of halves of surrogate pairs."""
     return text.encode("utf-8", "replace").decode()

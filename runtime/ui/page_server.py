@@ -1,4 +1,4 @@
-"""Puts the page of one cascade together: queue, gallery, pictures and server."""
+"""Assembles the page of one cascade: queue, gallery, uploads and server."""
 
 import tempfile
 from collections.abc import Iterator, Sequence

@@ -45,8 +45,8 @@ class JobQueue:
         batch: int | None = None,
         say: Say = lambda text: None,
     ) -> None:
-        """`batch` images are computed together (None: as many as `images_together` gives). `say` is called with a line
-        for each image that is saved."""
+        """`batch` images are computed together (None: as many as `images_together` returns). `say` is called with a
+        line for each saved image."""
         self._cascade = cascade
         self._gallery = gallery
         self._pictures = pictures
@@ -129,10 +129,10 @@ class JobQueue:
         except CascadeError as error:
             job.publish(ERROR, message=str(error), images=job.images)
         except MemoryError:
-            job.publish(ERROR, message="there is not enough memory; draw a smaller image, or fewer", images=job.images)
+            job.publish(ERROR, message="not enough memory; generate fewer or smaller images", images=job.images)
         except Exception as error:
             traceback.print_exc()
-            message = f"something went wrong that should not ({type(error).__name__}); the terminal says more"
+            message = f"an unexpected error ({type(error).__name__}); see the terminal"
             job.publish(ERROR, message=message, images=job.images)
         else:
             job.publish(DONE, images=job.images)
@@ -148,18 +148,18 @@ class JobQueue:
         for group in request_groups(requests, most):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
-            for drawn in generate_requests(self._cascade, group, on_step):
+            for generated in generate_requests(self._cascade, group, on_step):
                 _leave_if_cancelled(job)
-                self._save(job, drawn)
+                self._save(job, generated)
             done += len(group)
 
-    def _save(self, job: QueuedJob, drawn: GeneratedImage) -> None:
+    def _save(self, job: QueuedJob, generated: GeneratedImage) -> None:
         (path,) = image_paths(self._gallery.folder, 1)
-        path = save_numbered(path, drawn.image, self._pictures.keep(drawn.metadata))
+        path = save_numbered(path, generated.image, self._pictures.keep(generated.metadata))
         described = self._gallery.describe(path)
         assert described is not None
         job.images.append(described)
-        self._say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
+        self._say(f"wrote {path} ({generated.image.width}x{generated.image.height}, seed {generated.request.seed})")
 
     def _cut(self, *texts: str) -> Sequence[str]:
         return [cut.strip() for cut in self._cascade.tokenizer(list(texts)).truncated if cut]

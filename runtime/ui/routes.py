@@ -1,4 +1,4 @@
-"""The routes of the page: for each address, the function that answers."""
+"""The routes of the page: a function for each address."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ POLICY = (
 
 @dataclass(frozen=True)
 class App:
-    """What the routes work with. `about` describes the engine, the LoRAs and the output folder to the page."""
+    """The parts that the routes use. `about` describes the engine, the LoRAs and the output folder to the page."""
 
     manifest: Manifest
     queue: JobQueue
@@ -95,7 +95,7 @@ def _events(app: App, call: Call) -> Reply:
 
 
 def _stream(job: QueuedJob, seen: int) -> Iterator[bytes]:
-    """Server-sent events of a job, and now and then a comment, whose sending fails once the client is gone."""
+    """Server-sent events of a job. A comment between them fails to be sent once the client is gone."""
     for event in job.events(seen):
         if event is None:
             yield b": waiting\n\n"
@@ -129,7 +129,7 @@ def _image(app: App, call: Call) -> Reply:
 
 
 def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
-    """The first `length` bytes of a file in pieces: many clients may ask for large images. Closes the file."""
+    """The first `length` bytes of a file in pieces, as many clients may ask for large images. Closes the file."""
     with file:
         while length > 0 and (piece := file.read(min(length, CHUNK))):
             length -= len(piece)
@@ -151,6 +151,6 @@ ROUTES: Sequence[Route] = (
 
 
 def _hash_of(page: bytes, element: bytes) -> str:
-    """The page's one element of that name, as a Content-Security-Policy names it."""
+    """The hash of the page's one element of that name, as a Content-Security-Policy names it."""
     (content,) = re.findall(b"<%s>(.*?)</%s>" % (element, element), page, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"

@@ -349,7 +349,7 @@ def test_options_are_what_lines_leave_unsaid(tiny: Path, tmp_path: Path) -> None
 def test_the_same_line_twice_is_drawn_once(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "seed": 1}\n' * 3)
     result = drawn(tiny / "bundle", tmp_path / "p.jsonl", "-o", tmp_path / "out")
-    assert "1 drawn, 2 copied" in result.stdout
+    assert "1 generated, 2 copied" in result.stdout
     images = [(tmp_path / "out" / f"000{n}.png") for n in range(3)]
     assert images[0].read_bytes() == images[1].read_bytes() == images[2].read_bytes()
     images[0].unlink()

@@ -331,7 +331,7 @@ class TestRun:
             jobs = plan(staged, tmp_path, [{"prompt": f"p{n}", "negative": f"n{n}"} for n in range(6)]).jobs
             outcomes = list(BatchRunner(staged, log_file, together=3).run(jobs))
         assert loaded == {Stage.TEXT_ENCODER: 1, Stage.PRIOR: 2, Stage.DECODER: 2, Stage.VQGAN: 2}
-        assert [outcome.kind for outcome in outcomes] == ["drawn"] * 6
+        assert [outcome.kind for outcome in outcomes] == ["generated"] * 6
         assert all(outcome.seconds.keys() >= {"prior", "decoder", "vqgan"} for outcome in outcomes)
 
     def test_windows(self, cascade: Cascade, tmp_path: Path) -> None:
@@ -361,9 +361,9 @@ class TestRun:
             )
         assert calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
         assert [(outcome.kind, outcome.error) for outcome in outcomes] == [
-            ("drawn", None),
+            ("generated", None),
             ("failed", "out of memory"),
-            ("drawn", None),
+            ("generated", None),
         ]
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0002.png"]
 

@@ -194,14 +194,14 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"previews": ["vqgan"]}, "expected prior and decoder"),
         ({"previews": "prior"}, "expected a list"),
         ({"loras": [{"name": "x"}]}, "--lora"),
-        ({"init_image": "/etc/passwd"}, "was not given"),
-        ({"init_image": {"path": "/etc/passwd"}}, "was not given"),
-        ({"init_image": ID}, "was not given"),
-        ({"image_prompts": [ID]}, "was not given"),
-        ({"controls": [{"name": "canny", "picture": ID}]}, "was not given"),
+        ({"init_image": "/etc/passwd"}, "is not on this server"),
+        ({"init_image": {"path": "/etc/passwd"}}, "is not on this server"),
+        ({"init_image": ID}, "is not on this server"),
+        ({"image_prompts": [ID]}, "is not on this server"),
+        ({"controls": [{"name": "canny", "picture": ID}]}, "is not on this server"),
         ({"controls": [{"name": "identity", "picture": ID}]}, "control 'identity': expected one of canny"),
-        ({"controls": [{"name": "canny", "picture": [ID]}]}, "was not given"),
-        ({"init_image": [[ID]]}, "was not given"),
+        ({"controls": [{"name": "canny", "picture": [ID]}]}, "is not on this server"),
+        ({"init_image": [[ID]]}, "is not on this server"),
         ({"prior_timesteps": [1 - number / 2000 for number in range(1002)]}, "timesteps: expected at most 1001"),
         ({"controls": ["canny=/etc/passwd"]}, "expected each as"),
     ],
@@ -302,7 +302,7 @@ def test_what_should_not_happen_is_told_without_its_traceback(
         name, data = events(served, job)[-1]
         assert (name, data["message"]) == (
             "error",
-            "something went wrong that should not (KeyError); the terminal says more",
+            "an unexpected error (KeyError); see the terminal",
         )
         patch.setattr("cascadekit.runtime.ui.routes.describe", broken)
         answer = call(served, "GET", "/api/info")
