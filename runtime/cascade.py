@@ -122,17 +122,17 @@ class Cascade(CascadeStages):
 
             cascade.generate("a lighthouse", seed=0, width=1024, height=768, prior_steps=30).images[0].save("a.png")
 
-        A number as `seed` is the seed of the whole batch, as in diffusers. A sequence of seeds gives each image its
-        own; a PlacedSeed is an image's place in a batch; None chooses a number at random. `overrides` are fields of
+        A number as `seed` is the seed of the whole batch, as in diffusers. In a sequence each image has its own seed. A
+        PlacedSeed is an image's place in a batch; None chooses a number at random. `overrides` are fields of
         `settings`; the size defaults to the bundle's.
 
-        `image_prompts` are followed together; `image_embeds` (1, n, 768) float32 stand for n of them. `init_image` is
-        varied: the higher `strength`, the more. With `mask`, white where the image is generated anew, the rest of
-        `init_image` stays as it is. `controls` are pictures for ControlNets; the inpainting ControlNet takes the mask
-        too. `latents` (B, 16, h, w) float32 replace the prior's first noise.
+        `image_prompts` guide the image together; `image_embeds` (1, n, 768) float32 replace n of them. The image starts
+        from `init_image` and differs more from it with a higher `strength`. `mask` is white where the image is
+        generated anew; `init_image` is kept elsewhere. `controls` are pictures for ControlNets; the inpainting
+        ControlNet takes the mask too. `latents` (B, 16, h, w) float32 replace the prior's first noise.
 
         `output` ends early: "latents" makes no images, "prior" runs no decoder. `on_step` is called after every step;
-        it may put other latents into the step, and raise to cancel.
+        it may replace the latents of the step, and raise an exception to cancel.
 
         Raises UsageError for an argument out of range, a picture that cannot be read, an unknown setting, or a stage
         that the bundle lacks; UnsoundError when a stage's output is no image or no latents."""

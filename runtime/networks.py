@@ -114,4 +114,4 @@ def advice(stage: Stage, entry: StageEntry | None) -> str:
     if stage not in SAFE_STAGES:
         return f"fp16 ends at 65504: {EXPORT} {wider}"
     safe = f"--fp16-safe {max(entry.exponents.values()) + 2}" if entry.exponents else "--fp16-safe auto"
-    return f"fp16 ends at 65504: {EXPORT} {stage}=fp16 {safe}, or --precision {wider}"
+    return f"fp16 ends at 65504: {EXPORT} {stage}=fp16 {safe}, or in place of fp16 {wider}"

@@ -52,10 +52,20 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         job = self.job
-        said = {"number": job.number, "line": job.line, "key": job.key, "path": str(job.path), "seed": job.request.seed}
+        fields = {
+            "number": job.number,
+            "line": job.line,
+            "key": job.key,
+            "path": str(job.path),
+            "seed": job.request.seed,
+        }
         more = {"of": self.of and self.of.number, "error": self.error}
         timed = {"seconds": self.seconds, "together": self.together} if self.seconds else {}
-        return said | {name: value for name, value in more.items() if value is not None} | timed
+        return (
+            {**which, "seed": job.request.seed}
+            | {name: value for name, value in more.items() if value is not None}
+            | timed
+        )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Turns a file of prompts into jobs, one for each image. A job's key tells its finished image from all others.
+"""Turns a file of prompts into jobs, one for each image. A job's key identifies its finished image.
 
 The number, the seed and the name of a job depend on its place among all entries of the file, bad ones included. After a
 bad entry is corrected, all other jobs are the same as before.
@@ -33,7 +33,7 @@ MAX_DIGITS = 20  # of a count of images; Python refuses to read numbers of thous
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image of a batch: its number, from 0, and the line of the file that asks for it."""
+    """One image of a batch: its number, from 0, and its line in the file."""
 
     number: int
     line: int

@@ -74,7 +74,7 @@ def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
     masked = _touched(_masked(mask), rows, columns)
     if not masked.any():
         raise UsageError(
-            f"the mask lies outside the middle that {width}x{height} takes from {mask.width}x{mask.height}; "
+            f"the mask is outside the middle that {width}x{height} takes from {mask.width}x{mask.height}; "
             "choose a size nearer to the picture's proportions"
         )
     return _to_mask(masked)

@@ -42,7 +42,7 @@ def as_picture(picture: Picture) -> Image.Image:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The first picture in a file as 8-bit RGB, turned as its EXIF data say.
+    """The first picture in a file as 8-bit RGB, turned according to its EXIF data.
 
     White shows through transparent pixels, as in transformers. 16 bits are rounded to 8. Decoding takes `PICTURE_BYTES`
     a pixel. A JPEG beyond `JPEG_PIXELS` is decoded at a half, a quarter or an eighth of its size.
@@ -106,7 +106,7 @@ def vqgan_input(picture: Image.Image, height: int, width: int) -> F32:
 
 
 def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:
-    """The picture in a file in its own mode, turned as its EXIF data say; 16-bit greys become 8-bit.
+    """The picture in a file in its own mode, turned according to its EXIF data; 16-bit greys become 8-bit.
 
     `check` is called with the stored width and height before any pixel is read, and may raise. Raises UsageError as
     `open_picture` does."""

@@ -134,8 +134,8 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
     `save_numbered` takes these numbers unless another process is first. Half-written images of killed processes are
     removed from the folder.
 
-    Raises UsageError when one file is named for several images, or exists without `force`, and when an image would be
-    written into one of the `sources` or replace it."""
+    Raises UsageError when one file is named for several images, or exists without `force`. Raises it too when an image
+    would be written into one of the `sources` or replace it."""
     locate(output)
     if output.suffix.lower() == ".png" and not output.is_dir():
         if count > 1:

@@ -1,7 +1,7 @@
 """ControlNets: the control images they take, and the residuals they add to the prior.
 
-A control picture is resized to 32 times the size of the prior's latents, as in Stability's training. That is 768x768
-for the 24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals
+A control picture is resized to 32 times the size of the prior's latents, as in Stability's training: 768x768 for the
+24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals
 may have any size, as the prior resizes them to its latents.
 """
 
@@ -41,7 +41,7 @@ class ControlPicture:
 
 @dataclass(frozen=True)
 class FilterInputs:
-    """The inputs of a filter: an RGB picture, its mask if there is one, and the effnet encoder if it is loaded.
+    """The inputs of a filter: an RGB picture, its mask or None, and the effnet encoder or None.
 
     `encode` takes `pixels` (B, 3, 32h, 32w) to (B, 16, h, w) float32."""
 
@@ -83,7 +83,7 @@ def edges(given: FilterInputs) -> F32:
 def inpainting(given: FilterInputs) -> F32:
     """The picture, white where it is masked, and the mask: (1, 4, H, W) float32 in 0..1."""
     if given.mask is None:
-        raise UsageError("the inpainting ControlNet needs a mask of what is to be generated anew; give mask=PICTURE")
+        raise UsageError("the inpainting ControlNet needs a mask of the part to be generated anew; give mask=...")
     height, width = given.size
     mask = mask_pixels(fit_mask(given.mask, width, height))
     return np.concatenate([np.where(mask > 0, np.float32(1), _pixels(given)), mask], axis=1)
@@ -128,7 +128,7 @@ def require_control(manifest: Manifest, name: str) -> tuple[Stage, ...]:
     if wrong:
         raise UsageError(
             f"control {name}: the {control.stage} makes {', '.join(wrong)} channels, which the prior does not take; "
-            f"ControlNets are for the full prior: {EXPORT_COMMAND}"
+            f"ControlNets need the full prior, exported with `{EXPORT_COMMAND}`"
         )
     return needed
 
@@ -175,6 +175,6 @@ def _opencv() -> Any:
         reraise_interrupt(error)
         raise UsageError(
             "control canny: OpenCV finds the edges, and is not installed: pip install 'cascadekit[control]', "
-            "or give a picture of edges with edges=PICTURE"
+            "or give a picture of edges as the control edges=PICTURE"
         ) from error
     return cv2

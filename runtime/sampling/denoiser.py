@@ -1,7 +1,7 @@
 """A sampled stage with its conditions bound: a function of latents and timestep ratio alone.
 
-The engine has the stage as one graph or as two. Of two graphs, the conditioning graph runs once for the whole schedule
-and the step graph once for each step, see `schemas.hoisted`.
+The engine has the stage as one graph or as two. With two graphs, the conditioning graph runs once for the whole
+schedule and the step graph once for each step, see `schemas.hoisted`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

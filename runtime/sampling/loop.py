@@ -50,7 +50,7 @@ OnStep = Callable[[Stage, Step], object]
 class Start:
     """Noiseless latents to start from, and the timestep ratio `strength` where sampling starts.
 
-    `mask` is 1 where latents are sampled anew and 0 where they stay."""
+    `mask` is 1 where latents are sampled anew and 0 where they are kept."""
 
     latents: F32  # (1 or B, c, h, w)
     strength: float = 1.0
@@ -117,7 +117,7 @@ def sample(
     """Denoise `latents` (B, c, h, w) along `schedule`, one Step at a time; stop iterating to cancel.
 
     `draw` returns standard normal noise of the latents' shape. It is called at the last step too, where diffusers draws
-    noise and does not use it, so that the next stage finds the generator in the same state.
+    noise without using it. The next stage then finds the generator in the same state as in diffusers.
 
     Raises UsageError when a step comes back with latents of another shape."""
     steps = len(schedule.ratios) - 1

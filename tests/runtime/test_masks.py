@@ -68,7 +68,7 @@ def test_a_mask_is_cut_as_its_picture(width: int, height: int) -> None:
 def test_a_mask_outside_what_is_taken() -> None:
     mask = np.zeros((30, 90), np.uint8)
     mask[:, :5] = 255
-    with pytest.raises(UsageError, match="lies outside the middle that 64x64 takes from 90x30"):
+    with pytest.raises(UsageError, match="is outside the middle that 64x64 takes from 90x30"):
         fit_mask(Image.fromarray(mask), 64, 64)
 
 

@@ -108,8 +108,8 @@ def choose(
 ) -> tuple[PlanEntry, int]:
     """A plan and the number of its profile that takes inputs of `shapes`.
 
-    The loaded plan is preferred, then the first of `plans`. Of its profiles, the one with the nearest optimal shapes is
-    chosen. Raises OutsideProfileError, with the sizes of the plans, when no profile does."""
+    The loaded plan is preferred, then the first of `plans`. Its profile with the nearest optimal shapes is chosen.
+    Raises OutsideProfileError, which lists the sizes of the plans, when no profile takes the shapes."""
     order = sorted(plans, key=lambda plan: plan is not loaded)
     for plan in order:
         fitting = [number for number, profile in enumerate(plan.profiles) if _misfit(profile, shapes) is None]
