@@ -58,14 +58,11 @@ class Outcome:
             "key": job.key,
             "path": str(job.path),
             "seed": job.request.seed,
+            "of": self.of and self.of.number,
+            "error": self.error,
         }
-        more = {"of": self.of and self.of.number, "error": self.error}
         timed = {"seconds": self.seconds, "together": self.together} if self.seconds else {}
-        return (
-            {**which, "seed": job.request.seed}
-            | {name: value for name, value in more.items() if value is not None}
-            | timed
-        )
+        return {name: value for name, value in fields.items() if value is not None} | timed
 
 
 @dataclass
@@ -193,7 +190,7 @@ class BatchRunner:
     ) -> Iterator[Outcome]:
         """Save the images and their copies for jobs of the same key, all before `check` may stop the run."""
         if isinstance(images, Exception):
-            text = one_line(images)
+            text = " ".join(str(images).split()) or type(images).__name__
             yield from self._logged("failed", [Outcome(job, "failed", error=text) for job in left[group[0].key]])
             return
         outcomes: list[Outcome] = []
@@ -309,8 +306,3 @@ def _opened(job: ImageJob) -> tuple[Image.Image, Mapping[str, Any]] | None:
         return picture, read_settings(job.path) or {}
     except (OSError, ValueError, SyntaxError):
         return None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -146,7 +146,8 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
         return [output]
     if os.path.lexists(output) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder or a name ending in .png")
-    first = max(map(int, filter(_is_number, (path.stem for path in output.glob("*.png")))), default=-1) + 1
+    stems = (path.stem for path in output.glob("*.png"))
+    first = max((int(stem) for stem in stems if stem.isdecimal() and len(stem) <= MOST_DIGITS), default=-1) + 1
     paths = [output / f"{number:04d}.png" for number in range(first, first + count)]
     require_apart(paths[0], sources)
     remove_leftovers(output, _is_image)
@@ -155,8 +156,3 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(".png")
-
-
-def _is_number(stem: str) -> bool:
-    """True if the stem of a file's name is an image's number."""
-    return stem.isdecimal() and len(stem) <= MOST_DIGITS

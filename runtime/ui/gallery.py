@@ -39,7 +39,9 @@ class Gallery:
     def newest(self, count: int) -> tuple[list[Described], bool]:
         """The `count` newest images, and whether there are more. Raises UsageError for a folder that cannot be read."""
         files = sorted(self._files(), key=lambda known: (known[1], known[0]), reverse=True)
-        self._forget_all_but(set(files))
+        present = set(files)
+        with self._lock:  # forget the images that are gone
+            self._known = {known: value for known, value in self._known.items() if known in present}
         found: list[Described] = []
         for name, time in files:
             described = self._described(name, time)
@@ -69,10 +71,6 @@ class Gallery:
             return  # before the first image
         except OSError as error:
             raise UsageError(f"{self.folder}: the images cannot be listed: {error.strerror}") from error
-
-    def _forget_all_but(self, present: set[Known]) -> None:
-        with self._lock:
-            self._known = {known: value for known, value in self._known.items() if known in present}
 
     def _described(self, name: str, time: int) -> Described | None:
         with self._lock:

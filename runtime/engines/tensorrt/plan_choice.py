@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ....schemas.bundle import MAIN_GRAPH, Backend, ImageSize, PlanEntry, ProfileEntry, StageEntry
+from ....schemas.bundle import MAIN_GRAPH, Backend, PlanEntry, ProfileEntry, StageEntry
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ....schemas.stages import Stage
@@ -129,15 +129,11 @@ def sizes_of(profile: ProfileEntry) -> str:
     """A profile in words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
     least, most = profile.min, profile.max
     sides = _span(f"{least.height}x{least.width}", f"{most.height}x{most.width}")
-    return f"{sides} (height x width), {_span(str(least.images), str(most.images))} {_noun(most)}"
+    return f"{sides} (height x width), {_span(str(least.images), str(most.images))} {'image' if most.images == 1 else 'images'}"
 
 
 def _span(least: str, most: str) -> str:
     return least if least == most else f"{least} to {most}"
-
-
-def _noun(size: ImageSize) -> str:
-    return "image" if size.images == 1 else "images"
 
 
 def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
