@@ -66,7 +66,7 @@ class QueuedJob:
         """Yield the events since version `after` until the job is over, and None after `beat` seconds without any."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda seen=after: self._version > seen or self.finished, beat)
+                self._changed.wait_for(lambda: self._version > after or self.finished, beat)
                 new = sorted((e for e in self._latest.values() if e.version > after), key=lambda e: e.version)
                 over = self.finished
             yield from new

@@ -137,7 +137,7 @@ def test_a_mask_of_no_picture(cascade: Cascade, folder: Path) -> None:
     request = parse_request({**QUICK, "prompt": "x", "seed": 0, "mask": "mask.png"}, SIZE)
     with pytest.raises(UsageError, match="the mask needs a picture; give init_image"):
         generate_requests(cascade, [request], silent)
-    with pytest.raises(UsageError, match="give one"):
+    with pytest.raises(UsageError, match="the mask needs a picture"):
         cascade.generate("x", seed=0, mask=Image.new("L", (8, 8), 255), **QUICK)
 
 

@@ -129,7 +129,8 @@ def sizes_of(profile: ProfileEntry) -> str:
     """A profile in words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
     least, most = profile.min, profile.max
     sides = _span(f"{least.height}x{least.width}", f"{most.height}x{most.width}")
-    return f"{sides} (height x width), {_span(str(least.images), str(most.images))} {'image' if most.images == 1 else 'images'}"
+    images = f"{_span(str(least.images), str(most.images))} image{'' if most.images == 1 else 's'}"
+    return f"{sides} (height x width), {images}"
 
 
 def _span(least: str, most: str) -> str:
