@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition
 from typing import Any
 
@@ -66,7 +67,7 @@ class QueuedJob:
         """Yield the events since version `after` until the job is over, and None after `beat` seconds without any."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._version > after or self.finished, beat)
+                self._changed.wait_for(partial(self._has_news, after), beat)
                 new = sorted((e for e in self._latest.values() if e.version > after), key=lambda e: e.version)
                 over = self.finished
             yield from new
@@ -76,6 +77,9 @@ class QueuedJob:
                 after = new[-1].version
             else:
                 yield None
+
+    def _has_news(self, after: int) -> bool:
+        return self._version > after or self.finished
 
     def to_json(self) -> dict[str, Any]:
         """The job as the page lists it. "steps" are the steps of each stage; an initial picture may shorten them."""
