@@ -139,9 +139,9 @@ class Cascade(CascadeStages):
         chosen = self._settings(settings, overrides)
         check_settings(chosen, varies=init_image is not None)
         if num_images < 1:
-            raise UsageError(f"num_images={num_images}: 0 images are none; expected at least 1")
+            raise UsageError(f"num_images={num_images}: expected at least 1")
         if (prompt is None) == (embeds is None):
-            raise UsageError("expected a prompt, or the embeddings of one: give one of them")
+            raise UsageError("prompt and embeds: give one of them")
         prompts = [] if prompt is None else as_texts(prompt)
         require_room(num_images * len(prompts if embeds is None else embeds), chosen)
         if image_prompts and image_embeds is not None:

@@ -133,7 +133,7 @@ class CascadeStages:
         `image_embeds` (1 or B, n, 768) float32 are image prompts. `latents` (B, 16, h, w) float32 replace the first
         noise. `start` is a picture to begin with. `control` are residuals by port, (1 or B, c, h, w) float32 each.
 
-        Raises UsageError for a size, shape, seed or field of `sampling` that cannot be."""
+        Raises UsageError for an invalid size, shape, seed or field of `sampling`."""
         shape = (len(embeds), self.networks.size_of(Stage.PRIOR, "sample"), *latent_sizes(height, width).prior)
         if image_embeds is None:
             image_embeds = np.zeros((1, 1, self.networks.size_of(Stage.PRIOR, "clip_img", axis=2)), np.float32)

@@ -222,7 +222,7 @@ class BatchRunner:
             failed = Outcome(job, "failed", error=str(error))
             with suppress(CascadeError):  # the log is perhaps on the same disk
                 self.log.write("failed", failed.to_json())
-            raise CascadeError(f"stopped: {error}, or make room and run the same again to go on") from error
+            raise CascadeError(f"stopped: {error}, or make room, and run the same command again to continue") from error
 
     def _logged(self, event: str, outcomes: list[Outcome]) -> list[Outcome]:
         if outcomes:

@@ -137,7 +137,9 @@ def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver)
 def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]) -> tuple[int, BatchPlan]:
     """The seed of the first entry, and the jobs."""
     if settings.output.suffix.lower() == ".png":
-        raise UsageError(f"{settings.output}: expected a folder for the images of {settings.prompt_file}")
+        raise UsageError(
+            f"{settings.output}: expected a folder for the images; choose another output"
+        )
     template = NameTemplate.parse(settings.name or DEFAULT_NAME)
     file = read_prompt_file(settings.prompt_file)
     seed = defaults.get("seed", last_seed(settings.log_path))

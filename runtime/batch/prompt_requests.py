@@ -23,7 +23,7 @@ def prompt_requests(
     Raises UsageError for too many images, another number of seeds, or a request that the bundle cannot generate."""
     count = (len(prompts) or 1) * images
     if count > MAX_IMAGES:
-        raise UsageError(f"{count} images: expected at most {MAX_IMAGES}")
+        raise UsageError(f"{count} images: expected at most {MAX_IMAGES}; use several calls")
     if len(seeds) > 1 and len(seeds) != count:
         raise UsageError(f"{len(seeds)} seeds for {count} images; give one, or one for each")
     places = _places(seeds, count, fields)

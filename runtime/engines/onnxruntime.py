@@ -154,7 +154,7 @@ class OnnxRuntimeEngine:
             reason = provider_problem(self._ort, wanted) or "check the driver with nvidia-smi"
             raise EngineError(
                 f"{stage}: onnxruntime did not start its {wanted} and would compute on the CPU: {reason}; "
-                f"pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's libraries, allow_cpu=True does without"
+                f"install CUDA's libraries with pip install 'onnxruntime-gpu[cuda,cudnn]', or set allow_cpu=True"
             )
         left = operators_on_cpu(session)
         if left and not self.allow_cpu:

@@ -39,7 +39,7 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, for
         if force:
             scratch.replace(path)
         elif not claim(scratch, path):
-            raise UsageError(f"{path}: exists already, another process has just made it; choose another output")
+            raise UsageError(f"{path}: exists, another process has just written it; choose another output")
 
 
 def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
@@ -76,7 +76,7 @@ def require_free_previews(paths: Iterable[Path]) -> None:
     """Raise UsageError when a file that is no preview has the name of a preview of one of the images at `paths`."""
     for place in map(preview_path, paths):
         if os.path.lexists(place) and not _is_preview(place):
-            raise UsageError(f"{place}: exists already, where a preview goes; choose another output, or no previews")
+            raise UsageError(f"{place}: exists and is no preview; choose another output, or set preview_every=None")
 
 
 def _is_preview(path: Path) -> bool:
@@ -120,7 +120,7 @@ def require_settings(path: Path) -> dict[str, Any]:
     try:
         settings = read_settings(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as an image made by cascadekit: {error}") from error
+        raise UsageError(f"{path}: cannot be read as a PNG of cascadekit: {error}; give another file") from error
     if not isinstance(settings, dict):
         raise UsageError(
             f"{path}: has no settings of cascadekit; image editors drop them, give the file as it was written"

@@ -299,7 +299,7 @@ def test_a_full_disk(tiny: Path, tmp_path: Path) -> None:
         result = call(tiny / "bundle", tmp_path / "p.txt", "-o", output, "--seed", 1)
         assert result.exit_code == 1
         assert result.stderr.count("No space left on device") == 1
-        assert "run the same again to go on" in result.stderr
+        assert "run the same command again to continue" in result.stderr
         first = identities(output)
         assert 0 < len(first) < 12
         assert {path.name for path in output.iterdir()} == {*first, "log.jsonl"}
