@@ -1,4 +1,4 @@
-"""Reports what is installed here, which engines can be built and run with it, and what to install for the rest."""
+"""Reports the installed packages, the engines that run and build with them, and the packages that are missing."""
 
 import platform
 import subprocess
@@ -67,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """The whole report. `gpu_problem` is why no GPU can be used, `warnings` are installs that should be repaired."""
+    """The whole report. `gpu_problem` is the reason why no GPU can be used; `warnings` are installs to repair."""
 
     system: str
     python: str
@@ -83,7 +83,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Examine this machine. Starts every engine for a moment and loads no network. Raises nothing for what is missing.
+    """Examine this machine: start every engine for a moment, without a network. Missing parts raise no error.
 
     Example: `[found.engine for found in examine().engines if found.runs]`"""
     gpu, problem = find_gpu()
@@ -115,7 +115,7 @@ def _examine_engines(gpu: Gpu | None, gpu_problem: str) -> Iterator[Finding]:
 
 
 def find_gpu() -> tuple[Gpu | None, str]:
-    """The first GPU and the reason why it cannot be used, "" if it can. Without a GPU there is a reason, too."""
+    """The first GPU, and the reason why it cannot be used: "" if it can be."""
     try:
         cuda = Cuda()
         device = cuda.device()

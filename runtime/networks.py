@@ -1,6 +1,6 @@
-"""The networks of a bundle on one engine: loaded when they are needed, run, and their outputs checked.
+"""The networks of a bundle on one engine: loads them when needed, runs them, and checks their outputs.
 
-A prior that overflows in fp16 outputs NaN, which the VQGAN turns into a black image. The check here raises instead.
+A prior that overflows in fp16 outputs NaN, which the VQGAN turns into a black image. The check here raises UnsoundError instead.
 """
 
 from collections.abc import Iterator, Mapping

@@ -26,11 +26,11 @@ UNSHARED = ("seed", "index", "batch")  # fields of a request that differ between
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How the images of a file of prompts are generated. Its fields are the options of `cascadekit generate`.
+    """The settings of a batch. Its fields are the options of `cascadekit generate`.
 
     `prompt_file` ends in .txt, .jsonl or .csv; "-" is standard input. `output` is a folder. `name` is the template of
     the images' names (see `NameTemplate`). `log` is a file of JSON lines (None: log.jsonl in `output`). `images` is the
-    number of images of each prompt that states none. `batch` images are computed together (None: as many as 4 of
+    number of images of each prompt that gives no number. `batch` images are computed together (None: as many as 4 of
     1024x1024). `preview_every` is the number of steps between previews, which the observer writes. `force` replaces
     finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `bundle` is
     the folder of the cascade's bundle: the log names it, and nothing is written into it."""
@@ -137,9 +137,7 @@ def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver)
 def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]) -> tuple[int, BatchPlan]:
     """The seed of the first entry, and the jobs."""
     if settings.output.suffix.lower() == ".png":
-        raise UsageError(
-            f"{settings.output}: expected a folder for the images; choose another output"
-        )
+        raise UsageError(f"{settings.output}: expected a folder for the images; choose another output")
     template = NameTemplate.parse(settings.name or DEFAULT_NAME)
     file = read_prompt_file(settings.prompt_file)
     seed = defaults.get("seed", last_seed(settings.log_path))
@@ -156,7 +154,7 @@ def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]
 
 
 def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
-    """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
+    """Raise UsageError when an image, a preview or the log would replace an input of the batch."""
     sources: list[str | Path] = [settings.prompt_file, *pictures_of(job.request for job in jobs)]
     require_none_is([settings.log_path, *(job.path for job in jobs)], sources)
     if settings.bundle is not None:

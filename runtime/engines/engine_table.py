@@ -40,8 +40,8 @@ MakeEngine = Callable[["Bundle", EngineOptions], "Engine"]
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """One engine of the table. `library` is what executes the graphs, `devices` are where it runs, and `make` opens a
-    bundle with it. `probed` is False where another entry tells `cascadekit doctor` the same."""
+    """One engine of the table. `library` executes the graphs, `devices` are those it runs on, and `make` opens a bundle
+    with it. `probed` is False where another entry tells `cascadekit doctor` the same."""
 
     library: str
     devices: tuple[str, ...]
@@ -113,7 +113,7 @@ CHOICES: tuple[tuple[str, str, Callable[["Bundle"], bool]], ...] = (
     ("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx")),
     ("openvino-bf16", "cpu", _openvino_computes_bf16),
 )
-DEFAULT = "onnxruntime"  # what "auto" takes where none of CHOICES can run
+DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 
 
 def make_engine(

@@ -106,9 +106,7 @@ def _below(points: F32, strength: float) -> F32:
         return points
     rest = points[points < np.float32(strength)]
     if not len(rest):
-        raise UsageError(
-            f"strength {strength:g}: all timesteps are above it, down to {points[-1]:g}; raise it"
-        )
+        raise UsageError(f"strength {strength:g}: all timesteps are above it, down to {points[-1]:g}; raise it")
     return np.append(np.float32(strength), rest)
 
 

@@ -94,7 +94,7 @@ class TorchGenerator:
     def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
         """``randn(shape)[rows]``, in the memory of these rows alone; the values of other rows are skipped.
 
-        The generator's state is then that after the whole. Raises UsageError for a row that ``shape`` does not have.
+        The generator is then in the same state as after `randn`. Raises UsageError for a row that ``shape`` does not have.
         """
         if not all(0 <= row < shape[0] for row in rows):
             raise UsageError(f"rows {list(rows)}: expected rows of noise of shape {tuple(shape)}")
@@ -178,7 +178,7 @@ def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
 
 
 def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:
-    """Copy from `values`, the first of which is number `at` of all, what belongs to each of `rows` into `kept`."""
+    """Copy the values of each of `rows` into `kept`; the first of `values` is number `at` of the whole noise."""
     width = kept.shape[1]
     for place, row in enumerate(rows):
         start, stop = max(row * width, at), min((row + 1) * width, at + len(values))

@@ -30,7 +30,7 @@ def page_server(
 ) -> Iterator[PageServer]:
     """A server that listens on `host` and `port` (0: a free one) until the context ends; `serve_forever` answers.
 
-    Images go to the folder `output`. `name` is what the page calls the bundle. `loras` are already merged into the
+    Images go to the folder `output`. `name` is the name of the bundle on the page. `loras` are already merged into the
     weights of `cascade`, and the page shows them. `batch` images are computed together. `say` is called with a line
     for each image. Raises UsageError when the server cannot listen there or `output` is no folder.
 

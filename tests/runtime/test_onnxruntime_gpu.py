@@ -118,9 +118,7 @@ def test_falling_back_in_silence_is_an_error(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ort = use(monkeypatch, starts=(CPU,))
-    with pytest.raises(
-        EngineError, match=r"vqgan: onnxruntime did not start its .*nvidia-smi; .* allow_cpu=True"
-    ):
+    with pytest.raises(EngineError, match=r"vqgan: onnxruntime did not start its .*nvidia-smi; .* allow_cpu=True"):
         OnnxRuntimeEngine(bundle, device).load(Stage.VQGAN)
     runner = OnnxRuntimeEngine(bundle, device, allow_cpu=True).load(Stage.VQGAN)
     assert ort.asked[-1]["providers"][-1] == CPU

@@ -29,8 +29,8 @@ class Device:
 class Cuda:
     """CUDA's runtime on the first device there is (CUDA_VISIBLE_DEVICES chooses), through cuda-bindings.
 
-    Addresses are of device memory; streams and graphs are opaque, and int(stream) is what TensorRT takes. Every call
-    raises EngineError with CUDA's own words when it fails, DeviceMemoryError when memory is short."""
+    Addresses are of device memory; streams and graphs are opaque; TensorRT takes int(stream). A call that fails raises
+    EngineError with CUDA's message, or DeviceMemoryError when memory is short."""
 
     def __init__(self) -> None:
         """Raises EngineError, which names what is missing: cuda-bindings, a driver or a GPU."""
@@ -113,7 +113,7 @@ class Cuda:
         return kind(f"{call} failed: {reason}")
 
     def _driver_problem(self) -> str | None:
-        """Why the driver does not work; None if the reason is unknown."""
+        """The reason why the driver does not work; None if unknown."""
         driver = int(self._runtime.cudaDriverGetVersion()[1])
         needed = int(self._runtime.cudaRuntimeGetVersion()[1]) // 1000
         if driver == 0:

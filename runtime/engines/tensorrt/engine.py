@@ -159,7 +159,7 @@ class TensorRTStage(StageRunner):
             self.evict()
         if self._execution is None:
             self._execution = self._open(plan)
-        if profile is not None and not self._execution.has_selected(profile):
+        if profile is not None and profile != self._execution.profile:
             room.make_room(self._execution.scratch(profile), self)
         room.use(self)
         return self._execution
@@ -172,7 +172,7 @@ class TensorRTStage(StageRunner):
         execution = Execution(engine.host, engine.runtime, path, plan=plan, graph=self._entry, cache=cache)
         try:
             if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
-                execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))
+                engine.refit(execution.engine, engine.bundle.graph(self.stage, plan.graph))
             if execution.streamable:
                 self._stream_weights(execution)
             self._require_budget(execution)
@@ -184,9 +184,10 @@ class TensorRTStage(StageRunner):
     def _stream_weights(self, execution: Execution) -> None:
         """Keep as many weights on the device as fit."""
         kept = execution.streamable
-        for _ in range(3):  # the scratch memory depends on how much is streamed
+        for _ in range(3):  # the scratch memory of a profile depends on how much is streamed
             execution.keep_weights(kept)
-            needed = execution.weights_on_device + execution.most_scratch
+            scratch = max(map(execution.scratch, range(len(execution.plan.profiles))))
+            needed = execution.weights_on_device + scratch
             lacking = needed - self._engine.room.make_room(needed, self)
             if lacking <= 0 or kept == 0:
                 return
