@@ -1,6 +1,7 @@
 """The networks of a bundle on one engine: loads them when needed, runs them, and checks their outputs.
 
-A prior that overflows in fp16 outputs NaN, which the VQGAN turns into a black image. The check here raises UnsoundError instead.
+A prior that overflows in fp16 outputs NaN, which the VQGAN turns into a black image. The check here raises
+UnsoundError instead.
 """
 
 from collections.abc import Iterator, Mapping

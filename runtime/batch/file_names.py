@@ -1,4 +1,4 @@
-"""Names of output files from a template such as "{number:04d}-{seed}". No prompt can write a file outside its folder."""
+"""Names of output files from a template such as "{number:04d}-{seed}"; no prompt can name a file in another folder."""
 
 import os
 import re

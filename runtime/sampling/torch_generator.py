@@ -94,7 +94,7 @@ class TorchGenerator:
     def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
         """``randn(shape)[rows]``, in the memory of these rows alone; the values of other rows are skipped.
 
-        The generator is then in the same state as after `randn`. Raises UsageError for a row that ``shape`` does not have.
+        The generator is then in the same state as after ``randn``. Raises UsageError for a row that ``shape`` lacks.
         """
         if not all(0 <= row < shape[0] for row in rows):
             raise UsageError(f"rows {list(rows)}: expected rows of noise of shape {tuple(shape)}")

@@ -95,7 +95,7 @@ def _events(app: App, call: Call) -> Reply:
 
 
 def _stream(job: QueuedJob, seen: int) -> Iterator[bytes]:
-    """Server-sent events of a job. Comments between them show whether the client is still there: sending fails once it is gone."""
+    """Server-sent events of a job, with comments between them, whose sending fails once the client is gone."""
     for event in job.events(seen):
         if event is None:
             yield b": waiting\n\n"
