@@ -13,15 +13,13 @@ memory, and the time until a request has arrived are bounded.
 
 import http.client
 import ipaddress
-import json
 import re
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import BoundedSemaphore, Lock
@@ -30,6 +28,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.limits import MAX_BACKLOG, MAX_BODIES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEAD
+from .http_messages import Call, RefusedError, Reply, Route, json_reply
 
 PATIENCE = 60  # seconds until a request has arrived as a whole, and between two of one connection
 DRAINED = 64 << 20  # bytes of a refused body that are read all the same, so that the client gets the reply
@@ -46,63 +45,7 @@ HEADERS: Mapping[str, str] = {
 CLOSED = "default-src 'none'; frame-ancestors 'none'; sandbox"  # for every reply but the page
 
 
-class RefusedError(Exception):
-    """A request that is refused with a status and a message."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply. `body` is whole, or in pieces that are sent as they come; `length` is their size in bytes if known."""
-
-    body: bytes | Iterable[bytes]
-    type: str
-    status: HTTPStatus = HTTPStatus.OK
-    headers: Mapping[str, str] = field(default_factory=dict)
-    length: int | None = None
-
-
-def json_reply(value: Any, status: HTTPStatus = HTTPStatus.OK) -> Reply:
-    """A reply in JSON. Raises ValueError for NaN and infinity, which no browser would read."""
-    return Reply(json.dumps(value, allow_nan=False).encode(), "application/json", status)
-
-
 BUSY = json_reply({"error": "too many connections; try again in a moment"}, HTTPStatus.SERVICE_UNAVAILABLE)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A request that its route accepts: the groups of the route's pattern, the query, the headers and the body."""
-
-    groups: Mapping[str, str]
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes = b""
-
-    def json(self) -> dict[str, Any]:
-        """The body as a JSON object. Raises RefusedError for any other body, and for NaN and infinity."""
-        try:
-            value = json.loads(self.body, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not JSON") from None
-        if not isinstance(value, dict):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
-        return value
-
-
-@dataclass(frozen=True)
-class Route:
-    """`pattern` matches a whole path; a POST takes bodies of at most `limit` bytes whose type starts with one of
-    `types`."""
-
-    method: str
-    pattern: str
-    answer: Callable[[Any, Call], Reply]
-    limit: int = 0
-    types: tuple[str, ...] = ()
 
 
 class PageServer(ThreadingHTTPServer):
@@ -377,7 +320,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(name)

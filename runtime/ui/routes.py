@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
 from .gallery import Gallery
-from .http_server import CHUNK, Call, RefusedError, Reply, Route, json_reply
+from .http_messages import Call, RefusedError, Reply, Route, json_reply
+from .http_server import CHUNK
 from .page_request import describe, parse_page_request
 from .queue import JobQueue
 from .queued_job import QueuedJob

@@ -16,7 +16,7 @@ from cascadekit.runtime.batch.image_jobs import BatchPlanner
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.ui.gallery import Gallery
-from cascadekit.runtime.ui.http_server import json_reply
+from cascadekit.runtime.ui.http_messages import json_reply
 from cascadekit.runtime.ui.uploads import Pictures
 from cascadekit.schemas.errors import CascadeError, UsageError
 from cascadekit.schemas.request import loras_of, parse_request

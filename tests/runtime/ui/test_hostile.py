@@ -20,7 +20,8 @@ from PIL import Image
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.ui import http_server as server_module
 from cascadekit.runtime.ui.gallery import Gallery
-from cascadekit.runtime.ui.http_server import Call, PageServer, Reply, Route, json_reply
+from cascadekit.runtime.ui.http_messages import Call, Reply, Route, json_reply
+from cascadekit.runtime.ui.http_server import PageServer
 from cascadekit.runtime.ui.routes import ROUTES
 from cascadekit.runtime.ui.uploads import Pictures
 from cascadekit.schemas.errors import UsageError
