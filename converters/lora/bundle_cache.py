@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
+from ...storage.user_cache import CACHE, user_cache
 from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .merge_bundle import Applied
 
 FOLDERS = "CASCADEKIT_LORAS"  # environment: where LoRAs are looked for by name
-CACHE = "CASCADEKIT_CACHE"  # environment: where to keep what can be made again
 SUFFIX = ".safetensors"
 KEY_DIGITS = 20  # of the SHA-256 that names a folder in the cache
 
@@ -43,7 +42,7 @@ def with_loras(
     """The path of a bundle that is `bundle` with `loras` merged in, each a path or a name for `find_lora` and its
     strength; `bundle` itself without any.
 
-    It is made in the folder `cache` (None: see `cache_folder`) if it is not there yet, whole and unchanged; of several
+    It is made in the folder `cache` (None: see `user_cache`) if it is not there yet, whole and unchanged; of several
     processes that want the same one, one makes it. `say` then hears what of the LoRAs did not apply.
     Raises UsageError for LoRAs that cannot be found, for strengths that are not finite and for a bundle that has LoRAs
     merged in already, ConversionError when the cache cannot be written, and what `apply_loras` raises."""
@@ -54,7 +53,7 @@ def with_loras(
     if not all(map(math.isfinite, strengths)):
         raise UsageError(f"LoRA strengths {', '.join(map(str, strengths))}: expected finite numbers, such as 0.8")
     paths = [find_lora(lora) for lora, _ in loras]
-    target = (cache or cache_folder()) / _key(opened, paths, strengths)
+    target = (cache or user_cache("loras")) / _key(opened, paths, strengths)
     with _alone(target):
         if not _is_whole(target):
             done = _merging()(opened.root, target, paths, strengths=strengths, start_file=start_file)
@@ -84,20 +83,6 @@ def find_lora(lora: str | Path) -> Path:
     have = sorted({found.stem for folder in folders for found in folder.glob("*" + SUFFIX)})
     where = ", ".join(map(str, folders))
     raise UsageError(f"{lora}: no {name} in {where} (${FOLDERS}); there are: {', '.join(have) or 'none'}")
-
-
-def cache_folder() -> Path:
-    """Where bundles with LoRAs are kept: the folder loras of $CASCADEKIT_CACHE, else of cascadekit in the user's folder
-    of caches."""
-    chosen = os.environ.get(CACHE)
-    return (Path(chosen) if chosen else _user_caches() / "cascadekit") / "loras"
-
-
-def _user_caches() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache"  # as the XDG specification has it
 
 
 def _merging() -> Callable[..., "Applied"]:

@@ -16,11 +16,11 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
+from ...storage.user_cache import user_cache
 from ..memory.give_back import give_back_memory
 from .installed_packages import onnxruntime_conflict, provider_problem
 from .protocol import HostRunner, Run, Tensors, complete_inputs
 from .telemetry import silence, switch_off_telemetry
-from .tensorrt.host import cache_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -129,7 +129,7 @@ class OnnxRuntimeEngine:
 
     def _providers(self) -> list[str | tuple[str, dict[str, Any]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
-        cache = str(cache_folder("onnxruntime"))
+        cache = str(user_cache("onnxruntime"))
         tensorrt: dict[str, Any] = {
             "trt_engine_cache_enable": True,
             "trt_engine_cache_path": cache,

@@ -31,7 +31,7 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
 from ..engines.protocol import F32, Run, Tensors
 from .prompt_weights import WeightedText, check_length, parse_weights
-from .tokenizer import END, LENGTH, START, ClipTokenizer, Token
+from .tokenizer import LENGTH, ClipTokenizer, Token, token_rows
 
 Encode = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
@@ -205,12 +205,7 @@ def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long
 
 def _encode_rows(rows: Sequence[tuple[int, ...]], encode: Encode, batch: int) -> tuple[F32, F32]:
     """Hidden states (n, 77, channels) and pooled vectors (n, 1, channels) of n chunks' ids."""
-    input_ids = np.full((len(rows), LENGTH), END, np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    input_ids[:, 0] = START
-    for row, ids in enumerate(rows):
-        input_ids[row, 1 : 1 + len(ids)] = ids
-        attention_mask[row, : len(ids) + 2] = 1
+    input_ids, attention_mask = token_rows(rows)
     outputs = [
         encode({"input_ids": input_ids[at : at + batch], "attention_mask": attention_mask[at : at + batch]})
         for at in range(0, len(rows), batch)

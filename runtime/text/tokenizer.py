@@ -31,7 +31,7 @@ from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.limits import MAX_PROMPT_CHARACTERS
 from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
 
-__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
+__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder", "token_rows"]
 
 LENGTH = 77  # positions of the text encoder
 PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
@@ -53,7 +53,7 @@ class Token(NamedTuple):
     """One token of a text. `opens_word` and `is_comma` show where the text may be cut."""
 
     id: int
-    start: int  # the character of the text it starts at
+    start: int  # its first character in the text as typed
     opens_word: bool
     is_comma: bool  # or punctuation that ends with one, such as ")," which is a token of its own
 
@@ -97,18 +97,13 @@ class ClipTokenizer:
         text (half a surrogate pair included), and for a length below 2."""
         if isinstance(prompts, str) or length < 2:
             raise UsageError(f"expected a list of prompts and a length of at least 2, found {prompts!r:.60}, {length}")
-        input_ids = np.full((len(prompts), length), END, np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        truncated = []
-        for row, prompt in enumerate(prompts):
-            encoding = self._encode(prompt, f"prompt {row}")
-            # The closing token is the fill value, so only what comes before it is copied.
-            kept = min(len(encoding.ids), length) - 1
-            input_ids[row, :kept] = encoding.ids[:kept]
-            attention_mask[row, : kept + 1] = 1
-            fits = len(encoding.ids) <= length
-            # Offsets count characters of the prompt as typed, before lowering and normalization.
-            truncated.append("" if fits else prompt[encoding.offsets[kept][0] :].strip())
+        room = length - 2  # for the opening and the closing token
+        split = [self.split(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+        input_ids, attention_mask = token_rows([[token.id for token in tokens[:room]] for tokens in split], length)
+        truncated = [
+            prompt[tokens[room].start :].strip() if len(tokens) > room else ""
+            for prompt, tokens in zip(prompts, split, strict=True)
+        ]
         return Tokens(input_ids, attention_mask, tuple(truncated))
 
     def split(self, text: str, name: str = "prompt") -> list[Token]:
@@ -131,6 +126,19 @@ class ClipTokenizer:
             return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:
             raise UsageError(f"{name}: expected text, found {ascii(text)[:60]}") from error
+
+
+def token_rows(rows: Sequence[Sequence[int]], length: int = LENGTH) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ids of each row between an opening and a closing token, padded with closing tokens, and the attention mask.
+
+    Both are (len(rows), length) int64. The mask is 1 up to and with the first closing token."""
+    input_ids = np.full((len(rows), length), END, np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    input_ids[:, 0] = START
+    for row, ids in enumerate(rows):
+        input_ids[row, 1 : 1 + len(ids)] = ids
+        attention_mask[row, : len(ids) + 2] = 1
+    return input_ids, attention_mask
 
 
 def save_tokenizer_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorrt_rtx
@@ -19,7 +18,7 @@ from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.tensorrt import cuda
 from cascadekit.runtime.engines.tensorrt import host as nvidia
-from cascadekit.runtime.engines.tensorrt.cuda import Cuda, as_bf16, from_bf16
+from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine
 from cascadekit.runtime.engines.tensorrt.execution import Execution
 from cascadekit.runtime.engines.tensorrt.host import Host, open_host
@@ -503,23 +502,6 @@ def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: py
         make_engine("auto", bundle, "cuda")
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     assert make_engine("auto", bundle).name == "onnxruntime"
-
-
-def test_bf16_is_rounded_to_nearest_even() -> None:
-    rng = np.random.default_rng(0)
-    bits = np.concatenate(
-        [
-            rng.integers(0, 1 << 32, 100_000, dtype=np.uint64).astype(np.uint32),
-            np.array([0x3F808000, 0x3F818000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 1, 0x8000, 0x80000000], np.uint32),
-        ]
-    )
-    floats = bits.view(np.float32)
-    with np.errstate(all="ignore"):
-        wanted = floats.astype(ml_dtypes.bfloat16)
-        found = from_bf16(as_bf16(floats))
-    np.testing.assert_array_equal(found, wanted.astype(np.float32))
-    nans = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
-    assert np.isnan(from_bf16(as_bf16(nans))).all()
 
 
 def test_a_host_knows_its_gpu(trt: FakeTensorRT) -> None:

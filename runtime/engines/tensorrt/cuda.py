@@ -4,7 +4,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError, reraise_interrupt
@@ -165,15 +164,3 @@ def import_cuda_runtime() -> Any:
         reraise_interrupt(error)
         raise EngineError("cuda-bindings is not installed: pip install 'cuda-bindings>=12.8'") from error
     return runtime
-
-
-def as_bf16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of bfloat16, rounded to nearest even; numpy has no such type."""
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    quiet = bits | np.uint32(0x00400000)  # rounding could make infinity of a NaN
-    return (np.where(np.isnan(array), quiet, rounded) >> np.uint32(16)).astype(np.uint16)
-
-
-def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -13,12 +13,13 @@ from ....schemas.errors import EngineError
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
+from ....storage.user_cache import user_cache
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
 from ..protocol import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution, inputs_apart
-from .host import Host, cache_folder, make_runtime, open_host
+from .host import Host, make_runtime, open_host
 from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
 
 Outputs = dict[str, NDArray[Any]]
@@ -58,7 +59,7 @@ class TensorRTEngine:
         self.name: str = host.backend
         self.refit = refit
         self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
-        self.cache = cache or cache_folder("tensorrt-rtx")
+        self.cache = cache or user_cache("tensorrt-rtx")
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:

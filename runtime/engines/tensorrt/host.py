@@ -1,13 +1,10 @@
 """The host of TensorRT engines: a TensorRT module, CUDA, and the GPU."""
 
-import os
-import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from ....schemas.bundle import Backend
@@ -61,15 +58,6 @@ def import_tensorrt(backend: Backend) -> Any:
 def make_runtime(host: Host) -> Any:
     """TensorRT's runtime, which turns plans into engines. Its logger fills `host.messages`."""
     return host.trt.Runtime(_logger(host.trt, host.backend))
-
-
-def cache_folder(name: str) -> Path:
-    """The user's folder for engines and kernels that were compiled on this machine."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "cascadekit" / name
 
 
 @cache

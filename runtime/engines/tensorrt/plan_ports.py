@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from ....schemas.bundle import GraphEntry, PlanEntry
 from ....schemas.errors import EngineError
-from .cuda import as_bf16, from_bf16
 
-# The host's dtype for each type of TensorRT. numpy has no bfloat16, so its bits are kept as integers.
+# The host's dtype for each type of TensorRT.
 HOST_TYPES: Mapping[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(np.uint16),
+    "BF16": np.dtype(bfloat16),
     "INT64": np.dtype(np.int64),
     "INT32": np.dtype(np.int32),
     "BOOL": np.dtype(np.bool_),
@@ -49,8 +49,8 @@ class PlanPorts:
 
     def to_plan(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """An input in the type of the plan, C-contiguous."""
-        return as_bf16(array) if self.types[name] == "BF16" else np.ascontiguousarray(array, self.host_type(name))
+        return np.ascontiguousarray(array, self.host_type(name))
 
     def from_plan(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """An output in the dtype of the graph."""
-        return (from_bf16(array) if self.types[name] == "BF16" else array).astype(self.outputs[name], copy=False)
+        return array.astype(self.outputs[name], copy=False)
