@@ -42,7 +42,7 @@ def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     masked = _masked_in(stored)
     if not masked.any():
         raise UsageError(f"{path}: masks nothing; paint the part to be generated anew white, and the rest black")
-    edges = [_even(side, cells) for side, cells in zip(stored.size, size, strict=True)]
+    edges = [_edges(side, cells) for side, cells in zip(stored.size, size, strict=True)]
     return _to_mask(_touched(masked, edges[1], edges[0]))
 
 
@@ -70,7 +70,7 @@ def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
 def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
     """Cut and resize a mask as `pictures.fit` does its picture. Raises UsageError when nothing of the mask is left."""
     left, top, right, bottom = cover_box(mask.size, width, height)
-    columns, rows = _edges(left, right, width), _edges(top, bottom, height)
+    columns, rows = _edges(right, width, left), _edges(bottom, height, top)
     masked = _touched(_masked(mask), rows, columns)
     if not masked.any():
         raise UsageError(
@@ -82,7 +82,7 @@ def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
 
 def latent_mask(mask: Image.Image, size: tuple[int, int]) -> F32:
     """The mask for latents of `size` (h, w): (1, 1, h, w) float32, 1 where a latent covers any masked pixel, else 0."""
-    rows, columns = _even(mask.height, size[0]), _even(mask.width, size[1])
+    rows, columns = _edges(mask.height, size[0]), _edges(mask.width, size[1])
     return _touched(_masked(mask), rows, columns).astype(np.float32)[None, None]
 
 
@@ -133,11 +133,7 @@ def _to_mask(masked: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(masked.astype(np.uint8) * 255)
 
 
-def _even(length: int, cells: int) -> Edges:
-    return _edges(Fraction(0), Fraction(length), cells)
-
-
-def _edges(start: Fraction, stop: Fraction, cells: int) -> Edges:
+def _edges(stop: Fraction | int, cells: int, start: Fraction = Fraction(0)) -> Edges:
     """The `cells` + 1 borders of as many equal cells between `start` and `stop`."""
     return [start + (stop - start) * number / cells for number in range(cells + 1)]
 

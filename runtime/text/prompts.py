@@ -18,7 +18,7 @@ of fewer chunks are filled up with the empty prompt, so that all have the same l
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -57,13 +57,8 @@ class PromptEmbeds:
 
     def repeated(self, count: int) -> "PromptEmbeds":
         """Every prompt `count` times in a row: embeddings of B * count prompts."""
-        return PromptEmbeds(
-            np.repeat(self.clip_text, count, axis=0),
-            np.repeat(self.pooled, count, axis=0),
-            np.repeat(self.negative_clip_text, count, axis=0),
-            np.repeat(self.negative_pooled, count, axis=0),
-            self.truncated,
-        )
+        arrays = (self.clip_text, self.pooled, self.negative_clip_text, self.negative_pooled)
+        return PromptEmbeds(*(np.repeat(array, count, axis=0) for array in arrays), truncated=self.truncated)
 
 
 @dataclass(frozen=True)
@@ -210,11 +205,8 @@ def _encode_rows(rows: Sequence[tuple[int, ...]], encode: Encode, batch: int) ->
         encode({"input_ids": input_ids[at : at + batch], "attention_mask": attention_mask[at : at + batch]})
         for at in range(0, len(rows), batch)
     ]
-    return _joined(outputs, "prompt_embeds"), _joined(outputs, "pooled")
-
-
-def _joined(outputs: Iterable[Mapping[str, NDArray[Any]]], name: str) -> F32:
-    return np.concatenate([output[name] for output in outputs])
+    hidden, pooled = (np.concatenate([each[name] for each in outputs]) for name in ("prompt_embeds", "pooled"))
+    return hidden, pooled
 
 
 def _weighted(hidden: F32, empty: F32, weights: Sequence[float]) -> F32:
