@@ -57,8 +57,9 @@ class PromptEmbeds:
 
     def repeated(self, count: int) -> "PromptEmbeds":
         """Every prompt `count` times in a row: embeddings of B * count prompts."""
-        arrays = (self.clip_text, self.pooled, self.negative_clip_text, self.negative_pooled)
-        return PromptEmbeds(*(np.repeat(array, count, axis=0) for array in arrays), truncated=self.truncated)
+        rows = np.repeat(np.arange(len(self)), count)
+        text, negative_text = self.clip_text[rows], self.negative_clip_text[rows]
+        return PromptEmbeds(text, self.pooled[rows], negative_text, self.negative_pooled[rows], self.truncated)
 
 
 @dataclass(frozen=True)
