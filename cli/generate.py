@@ -66,9 +66,8 @@ def generate(
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
-    from ..runtime.batch.batch_runner import images_together
     from ..runtime.batch.generate_batch import BatchSettings
-    from ..runtime.batch.generate_requests import generate_requests, request_groups, text_length
+    from ..runtime.batch.generate_requests import generate_requests, images_together, request_groups, text_length
     from ..runtime.batch.picture_hashes import pictures_of
     from ..runtime.batch.prompt_requests import prompt_requests
     from ..runtime.images.metadata import changes

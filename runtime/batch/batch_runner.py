@@ -19,7 +19,6 @@ from PIL import Image
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.request import Request
-from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ...storage.atomic_file import remove_leftovers as remove_files
 from ..cascade import Cascade
@@ -30,7 +29,6 @@ from .batch_log import BatchLog, read_log
 from .generate_requests import GeneratedImage, generate_requests, request_groups, text_length
 from .image_jobs import KEY, ImageJob, OutputState, output_state
 
-MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
 PROMPTS_AT_ONCE = 8  # encoded with their negatives between two calls of `check`
 TOKENS = 75  # of a chunk, without its start and end tokens
 
@@ -86,7 +84,7 @@ class Stopwatch:
 class BatchRunner:
     """Generates the images of jobs.
 
-    `together` images are computed at once (None: as many as MOST_PIXELS allow). `force` generates finished images
+    `together` images are computed at once (None: see `images_together`). `force` generates finished images
     again. `on_step` is called after every step, with the jobs whose images are being generated. `check` is called
     wherever the run can stop without loss. Both may raise an exception to stop the run, other than CascadeError,
     OSError and MemoryError, which mean that an image failed."""
@@ -144,12 +142,9 @@ class BatchRunner:
                     self.cascade.encode_prompt(prompts, negatives, weighted=weighted, long_prompts=long)
 
     def _groups(self, jobs: Sequence[ImageJob]) -> Iterator[list[ImageJob]]:
-        for _, alike in groupby(jobs, key=lambda job: (job.request.group, self._tokens(job.request))):
-            members = list(alike)
-            left = iter(members)
-            most = self.together or images_together(members[0].request.settings)
-            for group in request_groups([job.request for job in members], most):
-                yield [next(left) for _ in group]
+        left = iter(jobs)
+        for group in request_groups([job.request for job in jobs], self.together, self._tokens):
+            yield [next(left) for _ in group]
 
     def _tokens(self, request: Request) -> int:
         with suppress(UsageError):  # reported when the image is generated
@@ -228,11 +223,6 @@ class BatchRunner:
         if outcomes:
             self.log.write(event, *(outcome.to_json() for outcome in outcomes))
         return outcomes
-
-
-def images_together(settings: Settings) -> int:
-    """The number of images of one size that are computed at once if no number is given."""
-    return max(1, MOST_PIXELS // (settings.width * settings.height))
 
 
 def windows(jobs: Iterable[ImageJob], rows: int = CACHED_ROWS - 1) -> Iterator[list[ImageJob]]:

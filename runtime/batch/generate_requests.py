@@ -9,12 +9,15 @@ from PIL import Image
 
 from ...schemas.errors import UnsoundError
 from ...schemas.request import Request
+from ...schemas.settings import Settings
 from ..cascade import Cascade
 from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep
 from ..sampling.noise import PlacedSeed
 from ..text.tokenizer import LENGTH
 from .picture_hashes import PICTURE_FIELDS, with_hashes
+
+MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,25 @@ def _generate(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) ->
 
 
 def request_groups(
-    requests: Sequence[Request], most: int, length: Callable[[Request], int] = lambda request: 0
+    requests: Sequence[Request],
+    together: int | None = None,
+    length: Callable[[Request], int] = lambda request: 0,
 ) -> Iterator[list[Request]]:
-    """Yield neighbours among `requests` that can be generated together, at most `most` at a time. `length` gives the
-    length of a request's embeddings if lengths may differ: see `text_length`.
+    """Yield neighbours among `requests` that can be generated together, at most `together` (None: `images_together`).
 
-    Requests with rescaled guidance are generated one at a time. As in Stability's code, all images generated together
-    share one factor, so no image of several could be generated again alone."""
+    `length` returns the length of a request's embeddings if lengths may differ: see `text_length`. Requests with
+    rescaled guidance are generated one at a time. As in Stability's code, all images generated together share one
+    factor, so no image of several could be generated again alone."""
     for _, group in groupby(requests, key=lambda request: (request.group, length(request))):
         members = list(group)
-        size = 1 if members[0].settings.rescale else most
+        settings = members[0].settings
+        size = 1 if settings.rescale else together or images_together(settings)
         yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+def images_together(settings: Settings) -> int:
+    """The number of images of one size that are computed at once if no number is given."""
+    return max(1, MOST_PIXELS // (settings.width * settings.height))
 
 
 def text_length(cascade: Cascade, request: Request) -> int:

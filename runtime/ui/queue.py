@@ -15,7 +15,6 @@ from PIL import Image
 from ...schemas.callbacks import Say
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
-from ..batch.batch_runner import images_together
 from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups
 from ..cascade import Cascade
 from ..images.png import image_paths, save_numbered
@@ -143,9 +142,8 @@ class JobQueue:
         cut = self._cut(requests[0].prompt, requests[0].negative) if not requests[0].settings.long_prompts else []
         if cut:
             job.publish(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
-        most = self._batch or images_together(requests[0].settings)
         began, done = time.monotonic(), 0
-        for group in request_groups(requests, most):
+        for group in request_groups(requests, self._batch):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
             for generated in generate_requests(self._cascade, group, on_step):
