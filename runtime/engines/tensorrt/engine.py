@@ -18,7 +18,7 @@ from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
 from ..protocol import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
-from .execution import Execution, inputs_apart
+from .execution import Execution
 from .host import Host, make_runtime, open_host
 from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
 
@@ -102,7 +102,8 @@ class TensorRTStage(StageRunner):
         def attempt() -> Outputs:
             execution = self._ready(plan, profile)
             execution.hold(key, constants)
-            return execution.run(profile, inputs_apart(everything, constants), constants, key)
+            rest = {name: array for name, array in everything.items() if name not in constants}
+            return execution.run(profile, rest, constants, key)
 
         return self._with_room(attempt)
 

@@ -1,7 +1,7 @@
 """A plan on the device: TensorRT's engine and context, a buffer for every port, and a captured CUDA graph."""
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,9 +263,3 @@ def _error(host: Host, what: str) -> EngineError:
     host.messages.clear()
     lack = any(words in reason.lower() for words in ("out of memory", "cudaerror 2 ", "outofmemory"))
     return (DeviceMemoryError if lack else EngineError)(f"{what}: {reason}")
-
-
-def inputs_apart(inputs: Tensors, held: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """`inputs` without those that are on the device already."""
-    there = set(held)
-    return {name: array for name, array in inputs.items() if name not in there}
