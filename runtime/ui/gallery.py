@@ -14,7 +14,7 @@ from ...schemas.request import understood
 from ..batch.picture_hashes import PICTURE_FIELDS
 from ..images.png import METADATA_KEY, parse_text
 from ..images.png_text import read_png_text
-from .uploads import Pictures
+from .uploads import Uploads
 
 Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
@@ -27,7 +27,7 @@ LONGEST_NAME = 60  # characters of such a setting's name
 class Gallery:
     """Shows the images of one folder that carry settings of cascadekit."""
 
-    def __init__(self, folder: Path, pictures: Pictures) -> None:
+    def __init__(self, folder: Path, pictures: Uploads) -> None:
         """Raises UsageError when `folder` exists and is not a folder."""
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder}: expected a folder for the images")

@@ -15,7 +15,7 @@ from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
 from .queued_job import PageRequest
-from .uploads import Pictures
+from .uploads import Uploads
 
 MOST_IMAGES = 64  # in one submission, against typing errors
 
@@ -55,7 +55,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_page_request(
-    given: Mapping[str, Any], manifest: Manifest, pictures: Pictures, loras: Sequence[tuple[str, float]] = ()
+    given: Mapping[str, Any], manifest: Manifest, pictures: Uploads, loras: Sequence[tuple[str, float]] = ()
 ) -> PageRequest:
     """Parse the JSON that the page submits.
 
@@ -115,12 +115,12 @@ def _list(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _picture(value: Any, pictures: Pictures) -> dict[str, str]:
+def _picture(value: Any, pictures: Uploads) -> dict[str, str]:
     """The picture of an id as a request names it."""
     return {"path": str(pictures.path(value)), "sha256": value}
 
 
-def _control(value: Any, manifest: Manifest, pictures: Pictures) -> dict[str, Any]:
+def _control(value: Any, manifest: Manifest, pictures: Uploads) -> dict[str, Any]:
     if not isinstance(value, dict) or not value.keys() <= {"name", "picture", "strength"}:
         raise UsageError("controls: expected each as {name, picture, strength}")
     require_control(manifest, str(value.get("name")))

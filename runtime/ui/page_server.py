@@ -11,7 +11,7 @@ from .gallery import Gallery
 from .http_server import PageServer
 from .queue import JobQueue
 from .routes import ROUTES, App
-from .uploads import Pictures
+from .uploads import Uploads
 
 KEPT = "pictures"  # folder beside the images, for the pictures that images were made from
 
@@ -36,7 +36,7 @@ def page_server(
 
     Example: `with page_server(cascade, Path("images"), name="bundle") as server: server.serve_forever()`"""
     with tempfile.TemporaryDirectory(prefix="cascadekit-") as scratch:
-        pictures = Pictures(Path(scratch), output / KEPT)
+        pictures = Uploads(Path(scratch), output / KEPT)
         gallery = Gallery(output, pictures)
         about = {
             "name": name,

@@ -21,7 +21,7 @@ from ..images.png import image_paths, save_numbered
 from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
 from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, PageRequest, QueuedJob
-from .uploads import Pictures
+from .uploads import Uploads
 
 MOST_WAITING = 32
 REMEMBERED = 64  # jobs that can be asked for, finished ones included
@@ -39,7 +39,7 @@ class JobQueue:
         self,
         cascade: Cascade,
         gallery: Gallery,
-        pictures: Pictures,
+        pictures: Uploads,
         *,
         batch: int | None = None,
         say: Say = lambda text: None,

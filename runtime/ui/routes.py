@@ -20,7 +20,7 @@ from .http_server import CHUNK
 from .page_request import describe, parse_page_request
 from .queue import JobQueue
 from .queued_job import QueuedJob
-from .uploads import Pictures
+from .uploads import Uploads
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
 SHOWN = 48  # images of the gallery unless more are asked for
@@ -39,7 +39,7 @@ class App:
     manifest: Manifest
     queue: JobQueue
     gallery: Gallery
-    pictures: Pictures
+    pictures: Uploads
     loras: Sequence[tuple[str, float]]
     about: dict[str, Any]
 

@@ -20,7 +20,7 @@ MOST_BYTES = 512 << 20  # of all pictures that one server takes
 SHOWN = 768  # pixels, the longer side of a picture in the page
 
 
-class Pictures:
+class Uploads:
     """Uploaded pictures in the temporary folder `folder`. Pictures that an image was made from are copied to `kept`."""
 
     def __init__(self, folder: Path, kept: Path) -> None:
