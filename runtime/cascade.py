@@ -146,9 +146,7 @@ class Cascade(CascadeStages):
         require_room(num_images * len(prompts if embeds is None else embeds), chosen)
         if image_prompts and image_embeds is not None:
             raise UsageError("image_prompts and image_embeds: give one of them")
-        pictures = open_pictures(
-            chosen, image_prompts=image_prompts, init_image=init_image, mask=mask, controls=controls
-        )
+        pictures = open_pictures(chosen, init_image=init_image, mask=mask, controls=controls)
         if embeds is None:
             embeds = self.encode_prompt(prompts, negative, weighted=chosen.weighted, long_prompts=chosen.long_prompts)
         embeds = embeds.repeated(num_images)
@@ -159,7 +157,7 @@ class Cascade(CascadeStages):
             height=chosen.height,
             width=chosen.width,
             seed=noise,
-            image_embeds=self.encode_images(pictures.image_prompts) if pictures.image_prompts else image_embeds,
+            image_embeds=self.encode_images(image_prompts) if image_prompts else image_embeds,
             latents=latents,
             start=start,
             control=self.residuals(pictures.controls, height=chosen.height, width=chosen.width, mask=pictures.mask),

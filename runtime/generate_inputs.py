@@ -19,7 +19,6 @@ from .sampling.samplers import check_schedules
 class OpenedPictures:
     """The pictures of one call as PIL images: RGB, masks in mode L."""
 
-    image_prompts: list[Image.Image]
     init: Image.Image | None
     mask: Image.Image | None  # of the size of the picture that it belongs to
     controls: list[ControlPicture]
@@ -43,22 +42,20 @@ def require_room(images: int, settings: Settings) -> None:
 def open_pictures(
     settings: Settings,
     *,
-    image_prompts: Sequence[Picture],
     init_image: Picture | None,
     mask: Picture | None,
     controls: Sequence[ControlPicture],
 ) -> OpenedPictures:
     """Open the pictures that `generate` is given. Raises UsageError for one that cannot be read."""
-    prompts = [as_picture(picture) for picture in image_prompts]
     init = None if init_image is None else as_picture(init_image)
     opened = [replace(control, picture=as_picture(control.picture)) for control in controls]
     if mask is None:
-        return OpenedPictures(prompts, init, None, opened, None)
+        return OpenedPictures(init, None, opened, None)
     masked = [*([] if init is None else [init]), *(each.picture for each in opened if each.name == INPAINTING)]
     if not masked:
         raise UsageError("the mask needs a picture; give init_image=..., or the control inpainting with its picture")
     found = as_mask(mask, as_picture(masked[0]).size)
     if init is None:
-        return OpenedPictures(prompts, None, found, opened, None)
+        return OpenedPictures(None, found, opened, None)
     height, width = latent_sizes(settings.height, settings.width, settings.size_policy).image
-    return OpenedPictures(prompts, init, found, opened, (fit(init, width, height), fit_mask(found, width, height)))
+    return OpenedPictures(init, found, opened, (fit(init, width, height), fit_mask(found, width, height)))
