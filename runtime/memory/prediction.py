@@ -28,11 +28,9 @@ CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
 # The memory that a stage takes while it is loaded, as a factor of its weights: some weights are in memory twice, cast
-# and not yet rearranged. Policies other than "resident" load with the lower factors.
-LOADING: Mapping[Stage, float] = {Stage.DECODER: 1.45}
-LOADING_ELSE = 1.17
-SPARING: Mapping[Stage, float] = {Stage.DECODER: 1.35}
-SPARING_ELSE = 1.05
+# and not yet rearranged. The first factor is for the policy "resident", the second for the others.
+LOADING: Mapping[Stage, tuple[float, float]] = {Stage.DECODER: (1.45, 1.35)}
+LOADING_ELSE = (1.17, 1.05)  # of the other stages
 
 # Activations in bytes for each pixel of one image; guidance counts an image twice. For prior and decoder the factor is
 # multiplied by the channels of the first level, which has the widest map.
@@ -83,8 +81,8 @@ def _is_in(graph: str, name: str) -> bool:
 
 def _loading(stage: Stage, policy: MemoryPolicy) -> float:
     """The memory that loading takes beyond a stage's weights, as a share of them."""
-    factors, usual = (LOADING, LOADING_ELSE) if policy == RESIDENT else (SPARING, SPARING_ELSE)
-    return factors.get(stage, usual) - 1
+    resident, sparing = LOADING.get(stage, LOADING_ELSE)
+    return (resident if policy == RESIDENT else sparing) - 1
 
 
 def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:
