@@ -446,7 +446,9 @@ def test_a_full_gpu_makes_room_too(bundle: Bundle, gpu: FakeGpu, make: Make) -> 
     vqgan = engine.load(Stage.VQGAN)
     assert (text.device_bytes, bool(vqgan.device_bytes)) == (0, True)
     gpu.total = 1_001_000
-    with pytest.raises(EngineError, match=r"vqgan: the GPU's memory does not hold it \(.*free\); take a smaller size"):
+    with pytest.raises(
+        EngineError, match=r"vqgan: the GPU's memory does not hold it \(.*free\); choose a smaller size"
+    ):
         vqgan(latents(2, 64))
     assert gpu.taken == 0
     gpu.total = 900_000

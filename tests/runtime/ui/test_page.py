@@ -686,4 +686,4 @@ def test_a_bundle_without_a_previewer_says_so(tiny: Path, visit: Visit, tmp_path
         page.wait_for_selector("#shown button")
         assert "CLIP reads 77 tokens" in page.inner_text("#notes")
         answer = call(server, "POST", "/api/jobs", {"prompt": "x", "image_prompts": [ID]})
-        assert answer.json["error"].startswith("image_prompts: the bundle lacks the stages for that")
+        assert answer.json["error"].startswith("image_prompts: the bundle lacks the stages for it")
