@@ -26,7 +26,7 @@ from ..runtime.cascade import Cascade, PromptEmbeds
 from ..runtime.engines.engine_table import make_engine
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from ..runtime.engines.protocol import F32, Engine
-from ..runtime.engines.tensorrt.engine import TensorRTEngine
+from ..runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
 from ..runtime.examine_machine import Finding, Findings, examine
 from ..runtime.sampling.loop import Step
 from ..runtime.text.tokenizer import ClipTokenizer

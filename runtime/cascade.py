@@ -22,7 +22,7 @@ from .cascade_stages import CascadeStages
 from .engines.engine_table import make_engine
 from .engines.mixed_bundles import with_stages_of
 from .engines.protocol import F32, Engine
-from .engines.tensorrt.engine import Refit
+from .engines.tensorrt.tensorrt_engine import Refit
 from .generate_inputs import OpenedPictures, check_settings, open_pictures, require_room
 from .images.masks import latent_mask
 from .images.metadata import image_settings

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ...schemas.bundle import Backend
     from ...storage.bundle import Bundle
     from .protocol import Engine
-    from .tensorrt.engine import Refit
+    from .tensorrt.tensorrt_engine import Refit
 
 GRAPHS_FOR = "onnxruntime"  # the manifest's name for plain ONNX graphs, which every engine of the table reads
 AUTO = "auto"  # the name that stands for the first engine of CHOICES that can run
@@ -70,7 +70,7 @@ def _openvino(precision: str) -> MakeEngine:
 
 def _tensorrt(backend: "Backend") -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
-        from .tensorrt.engine import make_tensorrt
+        from .tensorrt.tensorrt_engine import make_tensorrt
 
         return make_tensorrt(bundle, backend, given.memory_budget, given.refit)
 
@@ -90,7 +90,7 @@ ENGINES: Mapping[str, EngineInfo] = {
 
 
 def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
-    from .tensorrt.engine import has_plans
+    from .tensorrt.tensorrt_engine import has_plans
 
     return has_plans(bundle, backend)
 

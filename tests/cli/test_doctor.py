@@ -23,8 +23,8 @@ from cascadekit.runtime import examine_machine as doctor
 from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines import onnxruntime as ort_engine
 from cascadekit.runtime.engines.tensorrt import cuda
-from cascadekit.runtime.engines.tensorrt import engine as tensorrt
 from cascadekit.runtime.engines.tensorrt import host as nvidia
+from cascadekit.runtime.engines.tensorrt import tensorrt_engine as tensorrt
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.precision import Precision

@@ -19,10 +19,10 @@ from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.tensorrt import cuda
 from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
-from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine
 from cascadekit.runtime.engines.tensorrt.execution import Execution
 from cascadekit.runtime.engines.tensorrt.host import Host, open_host
 from cascadekit.runtime.engines.tensorrt.plan_choice import choose
+from cascadekit.runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.profiles import Bounds, parse_image_size
