@@ -15,8 +15,8 @@ USUALLY = 32 << 20  # where glibc itself ends up once blocks of that size were f
 def large_blocks_given_back() -> Iterator[None]:
     """Have glibc return every freed block of 1 MiB or more at once, for as long as the context lasts.
 
-    Loading a stage casts and rearranges its weights one by one. glibc would keep freed blocks below 32 MiB: up to a
-    fifth of all weights at the peak. Loading takes half as long again, as every block comes from the system."""
+    Loading a stage casts and rearranges its weights one by one. glibc would keep freed blocks below 32 MiB. They are
+    up to a fifth of all weights at the peak. Loading takes half as long again, as every block comes from the system."""
     _set_threshold(WHILE_LOADING)
     try:
         yield

@@ -67,8 +67,8 @@ TWO_PI = np.float32(2 * math.pi)
 class TorchGenerator:
     """Replaces ``torch.Generator("cpu").manual_seed(seed)``: the same values, and the same state after every draw.
 
-    ``seed`` is an integer from -2**63 to 2**64 - 1; anything else raises UsageError. torch's CPU engine uses the lower
-    32 bits (two's complement), so seeds that are equal modulo 2**32 give the same noise.
+    ``seed`` is an integer from -2**63 to 2**64 - 1; anything else raises UsageError. Seeds that are equal modulo 2**32
+    give the same noise, as torch's CPU engine uses the lower 32 bits (two's complement).
     """
 
     def __init__(self, seed: int) -> None:
