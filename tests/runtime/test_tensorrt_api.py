@@ -21,7 +21,6 @@ CLASSES = {
     "trt": "",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
-    "_engine": "ICudaEngine",
     "context": "IExecutionContext",
     "_context": "IExecutionContext",
     "config": "IRuntimeConfig",
@@ -43,7 +42,7 @@ MEMBERS = ("CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "ExecutionContextAllocationS
 def used() -> set[str]:
     """Dotted names of what the engines use of TensorRT, read from their source."""
     names = set(MEMBERS)
-    for module in (execution, nvidia):
+    for module in (execution, nvidia, plan_ports):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute):

@@ -26,7 +26,6 @@ CLASSES = {
     "config": "IBuilderConfig",
     "engine": "ICudaEngine",
     "runtime": "Runtime",
-    "_engine": "ICudaEngine",
     "_context": "IExecutionContext",
     "_config": "IRuntimeConfig",
 }
@@ -78,8 +77,8 @@ class Typed(ast.NodeTransformer):
         (target, *others) = node.targets
         if ast.unparse(node) == "trt = trt":
             return None
-        if ast.unparse(target) == "self._engine" and not others:
-            return ast.AnnAssign(target, _class_of("_engine"), node.value, 0)
+        if ast.unparse(target) == "self.engine" and not others:
+            return ast.AnnAssign(target, _class_of("engine"), node.value, 0)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
