@@ -11,7 +11,7 @@ import click
 from ..cli.console import complain, note, say, show_table
 from ..cli.lazy import LazyGroup
 from ..cli.options import PATH, parse_size
-from ..runtime.engines.table import ENGINES as ENGINE_TABLE
+from ..runtime.engines.engine_table import ENGINES as ENGINE_TABLE
 
 if TYPE_CHECKING:
     from . import EnginesReport, Report

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from ..converters.checkpoints.open_model import open_model
 from ..converters.tensorrt.process_memory import byte_fields
-from ..runtime.engines.base import StageRunner
+from ..runtime.engines.engine_table import make_engine
 from ..runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
 from ..runtime.engines.openvino import import_openvino
-from ..runtime.engines.table import make_engine
+from ..runtime.engines.protocol import StageRunner
 from ..runtime.sampling.denoiser import HoistedStage, prepare
 from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.hoisted import CONDITIONING, STEP

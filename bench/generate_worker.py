@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..runtime.cascade import Cascade
-from ..runtime.engines.base import Engine, Run, StageRunner, Tensors
+from ..runtime.engines.protocol import Engine, Run, StageRunner, Tensors
 from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.settings import Settings
 from ..schemas.stages import Stage

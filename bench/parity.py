@@ -19,7 +19,7 @@ from ..parity.inside.bisect import Bisection, bisect_stage
 from ..parity.reference.loading import reference_engine
 from ..parity.reference_run import TRAJECTORY_STAGES, run_reference
 from ..parity.results import Report
-from ..runtime.engines.table import make_engine
+from ..runtime.engines.engine_table import make_engine
 from ..schemas.layouts import Layout
 from ..schemas.precision import Precision
 from ..schemas.quantization import BUNDLE_SCHEMES, Quantization

@@ -11,7 +11,7 @@ from .options import PATH
 
 if TYPE_CHECKING:
     from ..parity.gpu_check import GpuCheck, GpuReport
-    from ..runtime.doctor import Findings
+    from ..runtime.examine_machine import Findings
 
 ENGINE_COLUMNS = ("engine", "device", "version", "builds here", "runs here", "what is lacking")
 ANSWERS = {True: "yes", False: "no", None: "-"}
@@ -32,7 +32,7 @@ def doctor(gpu: bool, output: Path, force: bool, as_json: bool) -> None:
     Example: cascadekit doctor
     With a GPU, everything that needs one, and a report to send back: cascadekit doctor --gpu -o report.json
     """
-    from ..runtime.doctor import examine
+    from ..runtime.examine_machine import examine
 
     if gpu:
         _check(output, force=force, as_json=as_json)

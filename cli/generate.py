@@ -67,10 +67,9 @@ def generate(
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
     """
     from ..runtime.batch.generate_batch import BatchSettings
-    from ..runtime.batch.image_jobs import pictures_of
+    from ..runtime.batch.generate_requests import generate_requests, images_together, request_groups, text_length
+    from ..runtime.batch.picture_hashes import pictures_of
     from ..runtime.batch.prompt_requests import prompt_requests
-    from ..runtime.batch.requests import generate_requests, request_groups, text_length
-    from ..runtime.batch.run import images_together
     from ..runtime.images.metadata import changes
     from ..runtime.images.png import (
         image_paths,
@@ -128,7 +127,7 @@ def generate(
                 here = [next(left) for _ in group]
                 on_step = steps_shown(progress, here, preview_every)
                 try:
-                    for path, drawn in zip(here, generate_requests(cascade, group, Path(), on_step), strict=True):
+                    for path, drawn in zip(here, generate_requests(cascade, group, on_step), strict=True):
                         if is_file:
                             save_png(path, drawn.image, drawn.metadata, force=force)
                         else:

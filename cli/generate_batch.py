@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..runtime.batch.batch_runner import Outcome
 from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, generate_batch
+from ..runtime.batch.generate_requests import images_together
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
-from ..runtime.batch.run import Outcome, images_together
 from ..runtime.images.png import remove_preview
 from ..schemas.stages import Stage
 from .console import FAILED, batch_progress, note, say

@@ -33,7 +33,7 @@ def open_cascade(
     """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
     from ..parity.verdict import warning
     from ..runtime.cascade import Cascade
-    from ..runtime.engines.int8 import int8_warning
+    from ..runtime.engines.int8_saturation import int8_warning
     from ..storage.bundle import open_bundle
 
     if loras:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..runtime.engines.table import AUTO
+from ..runtime.engines.engine_table import AUTO
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage

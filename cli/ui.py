@@ -25,7 +25,7 @@ def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **en
 
     Example: cascadekit ui bundle
     """
-    from ..runtime.ui.serve import page_server
+    from ..runtime.ui.page_server import page_server
     from ..storage.output_rules import require_apart
 
     require_apart(output / "0000.png", [bundle])

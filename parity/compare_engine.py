@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..runtime.engines.base import Engine, StageRunner, Tensors
+from ..runtime.engines.protocol import Engine, StageRunner, Tensors
 from ..schemas.bundle import Manifest
 from ..schemas.callbacks import Say
 from ..schemas.errors import OutsideProfileError, UsageError

@@ -23,11 +23,11 @@ from ..converters.export.export import export
 from ..converters.export.export_options import Fp16Safe
 from ..converters.tensorrt import BuildOptions, build
 from ..runtime.cascade import Cascade, PromptEmbeds
-from ..runtime.doctor import Finding, Findings, examine
-from ..runtime.engines.base import F32, Engine
+from ..runtime.engines.engine_table import make_engine
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
-from ..runtime.engines.table import make_engine
-from ..runtime.engines.tensorrt.engine import TensorRTEngine
+from ..runtime.engines.protocol import F32, Engine
+from ..runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
+from ..runtime.examine_machine import Finding, Findings, examine
 from ..runtime.sampling.loop import Step
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.errors import CascadeError

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.cascade import Cascade, Settings
-from ..runtime.engines.base import Engine, HostRunner, StageRunner, Tensors
+from ..runtime.engines.protocol import Engine, HostRunner, StageRunner, Tensors
 from ..runtime.memory.residency import STAGED
 from ..runtime.sampling.loop import Step
-from ..runtime.sampling.noise import TorchGenerator, randn
+from ..runtime.sampling.torch_generator import TorchGenerator
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.callbacks import Say
@@ -190,7 +190,7 @@ def reproduce_noise(trajectory: Trajectory) -> dict[StepKey, NDArray[np.float32]
     for stage in (Stage.PRIOR, Stage.DECODER):
         shapes = [value.shape for (of, _), value in trajectory.latents.items() if of is stage]
         for number in range(len(shapes) + 1):
-            noise[stage, number + 1] = randn(shapes[0], generator)
+            noise[stage, number + 1] = generator.randn(shapes[0])
     return noise
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.engines.base import Tensors
+from ..runtime.engines.protocol import Tensors
 from ..runtime.sampling.samplers import alpha_bar
 from ..runtime.text.tokenizer import ClipTokenizer
 from ..schemas.bundle import StageEntry

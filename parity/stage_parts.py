@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.engines.base import F32, Engine, HostRunner, StageRunner, Tensors
+from ..runtime.engines.protocol import F32, Engine, HostRunner, StageRunner, Tensors
 from ..runtime.sampling.denoiser import HoistedStage, is_hoisted, prepare
 from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.hoisted import CONDITIONING, STEP

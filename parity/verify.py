@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..converters.checkpoints.open_model import Model, open_model
-from ..runtime.engines.table import make_engine
+from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
 from ..schemas.json_text import well_formed
@@ -65,7 +65,7 @@ def verify(
         text_encoder: The CLIP bigG text encoder, when the model has none.
         stages: The stages to compare. With none named, all stages and the trajectory of one image are compared.
         device: Where the engine runs.
-        engine: The engine to compare, by a name in `runtime.engines.table.ENGINES`.
+        engine: The engine to compare, by a name in `runtime.engines.engine_table.ENGINES`.
         reference: The networks of cascadekit, or those of diffusers and transformers.
         reference_precision: What the reference computes in.
         size: (width, height) in pixels of an image; stages are compared at its latents as well.

@@ -1,6 +1,7 @@
-"""The networks of a bundle on one engine: loaded when they are needed, run, and their outputs checked.
+"""The networks of a bundle on one engine: loads them when needed, runs them, and checks their outputs.
 
-A prior that overflows in fp16 gives NaN, of which the VQGAN makes a black image. The check stops that here.
+A prior that overflows in fp16 outputs NaN, which the VQGAN turns into a black image. The check here raises
+UnsoundError instead.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,16 @@ from ..schemas.bundle import MAIN_GRAPH, Manifest, StageEntry
 from ..schemas.errors import EngineError, UnsoundError, UsageError
 from ..schemas.precision import Precision
 from ..schemas.stages import Stage
-from .engines.base import Engine, Run, StageRunner, Tensors
+from .engines.protocol import Engine, Run, StageRunner, Tensors
 from .memory.prediction import loaded_bytes
 from .memory.residency import RESIDENT, MemoryPolicy, Residency
 
 SAFE_STAGES = (Stage.PRIOR, Stage.DECODER)  # the stages for which export has --fp16-safe
-DAMAGED = "compare its files with cascadekit validate --hash, its numbers with cascadekit verify BUNDLE --against MODEL"
+EXPORT = "export it again: cascadekit export MODEL -o BUNDLE --precision"
+DAMAGED = (
+    "compare its files with the manifest (cascadekit validate --hash BUNDLE), "
+    "and its numbers with the model (cascadekit verify BUNDLE --against MODEL)"
+)
 
 
 class Networks:
@@ -57,7 +62,7 @@ class Networks:
     def require_sound(
         self, stage: Stage, rows: NDArray[Any], where: str, *, images: int = 0, varied: bool = True
     ) -> None:
-        """The check of `require_sound` below, with the bundle's entry of the stage; nothing where checks are off."""
+        """Call `require_sound` below with the bundle's entry of the stage, unless checks are off."""
         if self.checked:
             require_sound(stage, self.manifest.stages.get(stage), rows, where, images=images, varied=varied)
 
@@ -77,8 +82,8 @@ def require_sound(
 ) -> None:
     """Raise UnsoundError when a row of the batch (B, ...) holds NaN or infinity, or, with `varied`, one value only.
 
-    The message names the stage, what was computed (`where`), the images concerned, and what to do, which depends on the
-    stage's `entry`. Row `n` belongs to image `n` modulo `images`. The check reads the values twice."""
+    The message names the stage, what was computed (`where`), the images concerned, and the remedy for the precision of
+    the stage's `entry`. Row `n` belongs to image `n` modulo `images`."""
     if not rows.size:
         return
     flat = rows.reshape(len(rows), -1)
@@ -96,18 +101,18 @@ def require_sound(
 
 
 def require_finite(what: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raise UsageError that names the first of the user's arrays that holds NaN or infinity."""
+    """Raise UsageError, which names the array, when one of the user's arrays holds NaN or infinity."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise UsageError(f"{what} {name}: expected finite numbers, found NaN or infinity; see where they came from")
+            raise UsageError(f"{what} {name}: expected finite numbers, found NaN or infinity; check its source")
 
 
 def advice(stage: Stage, entry: StageEntry | None) -> str:
-    """What to do about a stage that gives no finite numbers; the precision it computes in decides."""
+    """The remedy for a stage whose output is not finite; it depends on the precision of the stage."""
     if entry is None or entry.precision is not Precision.FP16:
         return DAMAGED
     wider = f"{stage}=bf16 or {stage}=fp32"
     if stage not in SAFE_STAGES:
-        return f"fp16 ends at 65504: export it again with --precision {wider}"
+        return f"fp16 ends at 65504: {EXPORT} {wider}"
     safe = f"--fp16-safe {max(entry.exponents.values()) + 2}" if entry.exponents else "--fp16-safe auto"
-    return f"fp16 ends at 65504: export it again with --precision {stage}=fp16 {safe}, or --precision {wider}"
+    return f"fp16 ends at 65504: {EXPORT} {stage}=fp16 {safe}, or in place of fp16 {wider}"

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ...runtime.engines.base import F32
 from ...runtime.engines.onnxruntime import open_session
+from ...runtime.engines.protocol import F32
 from ...runtime.sampling.loop import sample
-from ...runtime.sampling.noise import TorchGenerator, randn
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
+from ...runtime.sampling.torch_generator import TorchGenerator
 from ...schemas.stages import Stage, UNetConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions, write_graph
@@ -57,14 +57,15 @@ def _run(config: UNetConfig, session: Any, conditions: Inputs) -> dict[str, floa
                 ranges[probed] = max(ranges[probed], float(value))
         return guided(outputs["noise_pred"], GUIDANCE[config.stage])
 
-    for _ in sample(predict, randn(shape, generator), Wuerstchen(timesteps(STEPS)), lambda: randn(shape, generator)):
+    schedule = Wuerstchen(timesteps(STEPS))
+    for _ in sample(predict, generator.randn(shape), schedule, lambda: generator.randn(shape)):
         pass
     return dict(ranges)
 
 
 def _conditions(config: UNetConfig, embeddings: Inputs | None) -> dict[str, F32]:
     generator = TorchGenerator(1)
-    made = {name: randn(shape, generator) for name, shape in _shapes(config)}
+    made = {name: generator.randn(shape) for name, shape in _shapes(config)}
     for name in ("clip_img", "effnet"):  # zeros as without an image, and as effnet has for the unconditional half
         if name in made:
             made[name][1 if name == "effnet" else 0 :] = 0

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
 from ...storage.locks import locked
+from ...storage.user_cache import CACHE, user_cache
 from .peft_config import CONFIG_NAME
 from .read_formats import FOLDER_NAMES, holds_lora
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .merge_plan import Merge
 
 FOLDERS = "CASCADEKIT_LORAS"  # environment variable: the folders in which LoRAs are searched by name
-CACHE = "CASCADEKIT_CACHE"  # environment variable: the folder for files that can be made again
 SUFFIX = ".safetensors"
 KEY_DIGITS = 20  # digits of the SHA-256 that names a folder in the cache
 
@@ -42,8 +41,8 @@ def with_loras(
 ) -> Path:
     """Return the path of a copy of `bundle` with `loras` merged in; `bundle` itself when there are no LoRAs.
 
-    Each LoRA is a path, or a name for `find_lora`, and its strength. The copy is made in the folder `cache` (None:
-    `cache_folder()`) unless it is there, whole and unchanged. If several processes ask for it, one of them makes it.
+    Each LoRA is a path, or a name for `find_lora`, and its strength. The copy is made in the folder `cache` (None: see
+    `user_cache`) unless it is there, whole and unchanged. If several processes ask for it, one of them makes it.
     `say` is called with each part of a LoRA that did not apply.
 
     Raises UsageError for a LoRA that is not found, for a strength that is not finite, and for a bundle that has LoRAs
@@ -55,7 +54,7 @@ def with_loras(
     if not all(map(math.isfinite, strengths)):
         raise UsageError(f"LoRA strengths {', '.join(map(str, strengths))}: expected finite numbers, such as 0.8")
     paths = [find_lora(lora) for lora, _ in loras]
-    target = (cache or cache_folder()) / _key(opened, paths, strengths)
+    target = (cache or user_cache("loras")) / _key(opened, paths, strengths)
     with _alone(target):
         if not _is_whole(target):
             done = _merging()(opened.root, target, paths, strengths=strengths, start_file=start_file)
@@ -85,18 +84,6 @@ def find_lora(lora: str | Path) -> Path:
     have = sorted({found.stem for folder in folders for found in folder.glob("*" + SUFFIX)})
     where = ", ".join(map(str, folders))
     raise UsageError(f"{lora}: no {name} in {where} (${FOLDERS}); there are: {', '.join(have) or 'none'}")
-
-
-def cache_folder() -> Path:
-    """Return the folder for bundles with LoRAs: "loras" in $CASCADEKIT_CACHE, else in cascadekit's folder of caches."""
-    if chosen := os.environ.get(CACHE):
-        return Path(chosen, "loras")
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if sys.platform == "darwin":
-        caches = Path.home() / "Library" / "Caches"
-    elif not caches.is_absolute():  # the XDG specification ignores relative paths
-        caches = Path.home() / ".cache"
-    return caches / "cascadekit" / "loras"
 
 
 def _merging() -> Callable[..., "Merge"]:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from ...runtime.engines.base import Engine, Tensors
 from ...runtime.engines.onnxruntime import open_proto
+from ...runtime.engines.protocol import Engine, Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import MAIN_GRAPH, StageEntry
 from ...schemas.callbacks import Say

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from ...runtime.engines.base import Engine, Tensors
+from ...runtime.engines.protocol import Engine, Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import StageEntry
 from ...schemas.config_json import from_json

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ...runtime.engines.base import HostRunner, Tensors, check_inputs
+from ...runtime.engines.protocol import HostRunner, Tensors, check_inputs
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError
 from ...schemas.ports import StagePorts

@@ -1,4 +1,4 @@
-"""Names of output files from a template such as "{number:04d}-{seed}". No prompt can lead a file out of its folder."""
+"""Names of output files from a template such as "{number:04d}-{seed}"; no prompt can name a file in another folder."""
 
 import os
 import re
@@ -31,14 +31,13 @@ def slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class NameTemplate:
-    """Text with fields in braces, "/" between folders; the fields are those of NUMBERS and TEXTS."""
+    """Text with fields in braces, "/" between folders; the fields are those of `NUMBERS` and `TEXTS`."""
 
     text: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a template. Raises UsageError for an unknown field, an invalid format, and characters that file names
-        must not have."""
+        """Parse a template. Raises UsageError for an unknown field, an invalid format, or a forbidden character."""
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -51,18 +50,18 @@ class NameTemplate:
                     "{prompt:.30}"
                 )
             if FORBIDDEN.search(literal):
-                raise UsageError(f"name {text!r}: {literal!r} holds characters that names of files must not have")
+                raise UsageError(f"name {text!r}: {literal!r} has characters that file names must not have")
         return cls(text)
 
     def path(self, values: Mapping[str, Any]) -> Path:
         """A relative path that ends in .png. Texts among `values` are reduced to letters, digits and "-".
 
-        Raises UsageError when the result is no file name, or too long a one."""
+        Raises UsageError when the result is no file name or too long."""
         safe = {name: slug(value) if name in TEXTS else value for name, value in values.items()}
         filled = self.text.format_map(safe).removesuffix(EXTENSION)
         parts = filled.split("/")
         if any(not part.strip(". ") or part.startswith(".") for part in parts):
-            raise UsageError(f"name {self.text!r} gives {filled!r}: expected a file's name, folders before it")
+            raise UsageError(f"name {self.text!r} gives {filled!r}: expected a file name, perhaps with folders")
         if any(len(os.fsencode(part + EXTENSION)) > MOST_BYTES for part in parts):
-            raise UsageError(f"name {self.text!r} gives one of more than {MOST_BYTES} bytes; cut it: {{prompt:.30}}")
+            raise UsageError(f"name {self.text!r} gives more than {MOST_BYTES} bytes; shorten it, as in {{prompt:.30}}")
         return Path(*parts[:-1], parts[-1] + EXTENSION)

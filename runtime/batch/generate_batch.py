@@ -1,4 +1,4 @@
-"""Generates all images of a file of prompts; run again, it goes on with the images that are not finished."""
+"""Generates all images of a file of prompts; a second run generates only the images that are not finished."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,25 @@ from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is
 from ..cascade import Cascade
 from ..images.png import require_free_previews
+from .batch_log import BatchLog
+from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
-from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity, pictures_of
-from .log import BatchLog
+from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity
+from .picture_hashes import pictures_of
 from .prompt_files import read_prompt_file
-from .run import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
 
 LOG_NAME = "log.jsonl"
-SHOWN = 20  # problems that a message lists, of what may be thousands
-UNSHARED = ("seed", "index", "batch")  # fields of a request that each image of a batch has for itself
+SHOWN = 20  # problems that a message lists
+UNSHARED = ("seed", "index", "batch")  # fields of a request that differ between the images of a batch
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How the images of a file of prompts are generated. Its fields are the options of `cascadekit generate`.
+    """The settings of a batch. Its fields are the options of `cascadekit generate`.
 
     `prompt_file` ends in .txt, .jsonl or .csv; "-" is standard input. `output` is a folder. `name` is the template of
     the images' names (see `NameTemplate`). `log` is a file of JSON lines (None: log.jsonl in `output`). `images` is the
-    number of images of each prompt that states none. `batch` images are computed together (None: as many as 4 of
+    number of images of each prompt that gives no number. `batch` images are computed together (None: as many as 4 of
     1024x1024). `preview_every` is the number of steps between previews, which the observer writes. `force` replaces
     finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `bundle` is
     the folder of the cascade's bundle: the log names it, and nothing is written into it."""
@@ -53,9 +54,9 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """How many images of a batch ended in which way. `left_out` are the bad entries that `keep_going` passes over."""
+    """The number of images that ended in each way, and of bad entries that `keep_going` left out."""
 
-    drawn: int
+    generated: int
     copied: int
     skipped: int
     failed: int
@@ -63,7 +64,7 @@ class BatchCounts:
 
 
 class BatchObserver:
-    """Follows a batch: each method is called at one point of it and does nothing. Override the methods of interest.
+    """Follows a batch: its methods are called as the batch proceeds. They do nothing; override those of interest.
 
     `step` and `check` may raise an exception to stop the batch, other than CascadeError, OSError and MemoryError."""
 
@@ -89,12 +90,12 @@ def generate_batch(
     """Generate the images of a file of prompts that are not there yet, and count how each of them ended.
 
     `defaults` are fields of a request, such as "prior_steps" or "seed", for the entries that leave them out. Without a
-    seed the one of the last batch in the same log is used, else a random one. A job that fails is counted and does not
-    stop the others.
+    seed, the seed of the last batch in the same log is used, else a random one. A job that fails is counted and does
+    not stop the others.
 
-    Raises UsageError, before anything is generated, for entries that are wrong (unless `keep_going`), for files in the
-    way (unless `force`), and for outputs that would replace an input. Raises CascadeError when an image or the log
-    cannot be written.
+    Raises UsageError before anything is generated: for wrong entries (unless `keep_going`), for files in the way
+    (unless `force`), and for outputs that would replace an input. Raises CascadeError when an image or the log cannot
+    be written.
 
     Example: `generate_batch(cascade, BatchSettings(Path("prompts.txt"), Path("images")), {"prior_steps": 10})`"""
     given = dict(defaults or {})
@@ -123,7 +124,7 @@ def generate_batch(
 
 def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver) -> dict[str, int]:
     """Generate the images of `jobs`; return the number of outcomes of each kind. The log says how the batch ended."""
-    counts = {"drawn": 0, "copied": 0, "skipped": 0, "failed": 0}
+    counts = {"generated": 0, "copied": 0, "skipped": 0, "failed": 0}
     try:
         for outcome in runner.run(jobs):
             counts[outcome.kind] += 1
@@ -139,7 +140,7 @@ def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver)
 def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]) -> tuple[int, BatchPlan]:
     """The seed of the first entry, and the jobs."""
     if settings.output.suffix.lower() == ".png":
-        raise UsageError(f"{settings.output}: expected a folder for the images of {settings.prompt_file}")
+        raise UsageError(f"{settings.output}: expected a folder for the images; choose another output")
     template = NameTemplate.parse(settings.name or DEFAULT_NAME)
     file = read_prompt_file(settings.prompt_file)
     seed = defaults.get("seed", last_seed(settings.log_path))
@@ -156,7 +157,7 @@ def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]
 
 
 def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
-    """Raise UsageError when an image, a preview or the log would replace what the images are made from."""
+    """Raise UsageError when an image, a preview or the log would replace an input of the batch."""
     sources: list[str | Path] = [settings.prompt_file, *pictures_of(job.request for job in jobs)]
     require_none_is([settings.log_path, *(job.path for job in jobs)], sources)
     if settings.bundle is not None:
@@ -167,7 +168,7 @@ def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) ->
 
 
 def _used(cascade: Cascade, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What the log says about the cascade and the settings of the batch."""
+    """The fields of the log that describe the cascade and the settings of the batch."""
     return {
         "settings": dict(defaults),
         "stages": bundle_identity(cascade.manifest),

@@ -1,43 +1,39 @@
-"""Turns a file of prompts into jobs, one for each image. A job's key tells its finished image from all others.
+"""Turns a file of prompts into jobs, one for each image. A job's key identifies its finished image.
 
-The number, the seed and the name of a job depend on its place among all entries of the file, bad ones included. So the
-same file leads to the same jobs after a bad entry was corrected.
+The number, the seed and the name of a job depend on its place among all entries of the file, bad ones included. After a
+bad entry is corrected, all other jobs are the same as before.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ...schemas.bundle import Manifest
+from ...schemas.bundle import ENCODER_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
 from ...schemas.request import Request, parse_request
-from ...schemas.sizes import latent_sizes
 from ...schemas.stages import Stage
-from ...storage.file_hashes import sha256_unless_changed
-from ..images.png import read_settings
+from ..generate_inputs import check_settings
+from ..images.png import METADATA_KEY, parse_text
+from ..images.png_text import BEGINS, read_png_text
 from ..sampling.controlnets import INPAINTING, require_control
-from ..sampling.samplers import check_schedules
 from ..text.prompt_weights import check_length, parse_weights
 from .file_names import NameTemplate
-from .prompt_files import Entry, PromptFile
+from .picture_hashes import PICTURE_FIELDS, with_hashes
+from .prompt_files import PromptEntry, PromptFile
 
 KEY = "key"  # in an image's metadata
-PICTURES = ("image_prompts", "init_image", "mask", "controls")
-
 MAX_DIGITS = 20  # of a count of images; Python refuses to read numbers of thousands
-
-PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image of a batch: its number, from 0, and the line of the file that asks for it."""
+    """One image of a batch: its number, from 0, and its line in the file."""
 
     number: int
     line: int
@@ -55,7 +51,7 @@ class BatchPlan:
 
 
 class OutputState(StrEnum):
-    """What lies at the path of a job's image."""
+    """The state of the file at the path of a job's image."""
 
     NOTHING = "nothing"
     DONE = "the image"
@@ -65,8 +61,8 @@ class OutputState(StrEnum):
 
 @dataclass(frozen=True)
 class BatchPlanner:
-    """What all entries of a batch share. `common` are fields of a request that an entry may override. `images` is the
-    number of images of an entry. `base_seed` is the seed of entry 0; the seeds of later entries count on from it."""
+    """Turns entries into jobs. `common` are fields of a request that an entry may override. `images` is the number of
+    images of an entry. `base_seed` is the seed of entry 0; the seeds of later entries count on from it."""
 
     manifest: Manifest
     output: Path
@@ -102,10 +98,10 @@ class BatchPlanner:
                 total += self._count(entry)
         if total > MAX_IMAGES:
             raise UsageError(
-                f"{file.name}: {total} images, where {MAX_IMAGES} are the most; divide it into several files"
+                f"{file.name}: {total} images: expected at most {MAX_IMAGES}; divide it into several files"
             )
 
-    def _count(self, entry: Entry) -> int:
+    def _count(self, entry: PromptEntry) -> int:
         if entry.problem:
             raise UsageError(entry.problem)
         text = str(entry.given.get("images", self.images))
@@ -113,14 +109,14 @@ class BatchPlanner:
             raise UsageError(f"images: {text!r}: expected a number from 1 to {MAX_IMAGES}")
         return int(text)
 
-    def _jobs(self, entry: Entry, folder: Path, place: int, number: int, count: int) -> list[ImageJob]:
-        said = {name: value for name, value in entry.given.items() if name not in ("images", "name")}
-        if "loras" in said:
-            raise UsageError("loras: all images of a batch share them; give them with --lora")
-        if count > 1 and said.keys() & {"index", "batch"}:
-            raise UsageError("index, batch: of one image; leave out images")
-        given = {"seed": self.base_seed + place, **self.common, **said}
-        first = _with_hashes(parse_request(given, self.manifest.default_size), said, folder)
+    def _jobs(self, entry: PromptEntry, folder: Path, place: int, number: int, count: int) -> list[ImageJob]:
+        fields = {name: value for name, value in entry.given.items() if name not in ("images", "name")}
+        if "loras" in fields:
+            raise UsageError("loras: all images of a batch share them; give them once for all lines, as loras=...")
+        if count > 1 and fields.keys() & {"index", "batch"}:
+            raise UsageError("index and batch describe one image; leave out images, or leave out both")
+        given = {"seed": self.base_seed + place, **self.common, **fields}
+        first = with_hashes(parse_request(given, self.manifest.default_size), folder, fields.keys())
         check_request(first, self.manifest)
         places = [{}] if count == 1 else [{"index": index, "batch": count} for index in range(count)]
         requests = [first.model_copy(update=changes) for changes in places]
@@ -129,7 +125,7 @@ class BatchPlanner:
             for index, request in enumerate(requests)
         ]
 
-    def _job(self, entry: Entry, request: Request, number: int, suffix: str) -> ImageJob:
+    def _job(self, entry: PromptEntry, request: Request, number: int, suffix: str) -> ImageJob:
         key = content_key(request, self.manifest)
         name = entry.given.get("name")
         values = {
@@ -147,27 +143,23 @@ class BatchPlanner:
 def check_request(request: Request, manifest: Manifest) -> None:
     """Raise UsageError for a size, schedule, prompt or stage that `generate` would refuse."""
     chosen = request.settings
-    latent_sizes(chosen.height, chosen.width, chosen.size_policy)
-    check_schedules(chosen, varies=request.init_image is not None)
+    check_settings(chosen, varies=request.init_image is not None)
     if request.batch > MAX_IMAGES:
         raise UsageError(f"batch {request.batch:.4g}: expected at most {MAX_IMAGES}")
     for text in (request.prompt, request.negative):
-        check_length(text)
-    if chosen.weighted:
-        for text in (request.prompt, request.negative):
-            parse_weights(text)
+        (parse_weights if chosen.weighted else check_length)(text)
     inpaints = any(control.name == INPAINTING for control in request.controls)
     if request.mask and not request.init_image and not inpaints:
-        raise UsageError("mask: selects what to redraw of an initial image; give init_image, too")
+        raise UsageError("the mask needs a picture; give init_image=..., or the control inpainting with its picture")
     missing = [stage for stage in used_stages(request, manifest) if stage not in manifest.stages]
     if missing:
         raise UsageError(f"the bundle has no {', '.join(missing)}; export the model with it")
-    if request.mask and request.init_image and "encoder" not in manifest.stages[Stage.VQGAN].graphs:
+    if request.mask and request.init_image and ENCODER_GRAPH not in manifest.stages[Stage.VQGAN].graphs:
         raise UsageError("mask: the bundle's vqgan has no encoder; export the vqgan again from weights that have one")
 
 
 def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
-    """The stages that decide how the image looks. Raises UsageError for a control the bundle cannot run."""
+    """The stages that the image goes through. Raises UsageError for a control that the bundle cannot run."""
     used = [Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN]
     used += [Stage.IMAGE_ENCODER] if request.image_prompts else []
     used += [Stage.EFFNET_ENCODER] if request.init_image else []
@@ -176,18 +168,20 @@ def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
 
 
 def content_key(request: Request, manifest: Manifest) -> str:
-    """The key of an image: SHA-256, in hexadecimal, over the request, the SHA-256 of its pictures, and the fingerprints
-    of the stages it goes through, with LoRAs merged in. File names and the engine are not part of the key.
+    """The key of an image: a SHA-256, in hexadecimal, of the request, its pictures and the stages it goes through.
+
+    Pictures count by their SHA-256, stages by their fingerprints with LoRAs merged in. File names and the engine are
+    not part of the key.
 
     Raises UsageError for numbers that are not finite."""
-    said = {name: value for name, value in request.to_json().items() if name != "loras"}
-    for name in PICTURES:
-        if name in said:
-            refs = [said[name]] if isinstance(said[name], Mapping) else said[name]
-            said[name] = [{field: value for field, value in ref.items() if field != "path"} for ref in refs]
+    fields = {name: value for name, value in request.to_json().items() if name != "loras"}
+    for name in PICTURE_FIELDS:
+        if name in fields:
+            refs = [fields[name]] if isinstance(fields[name], Mapping) else fields[name]
+            fields[name] = [{key: value for key, value in ref.items() if key != "path"} for ref in refs]
     stages = {str(stage): _fingerprints(manifest, stage) for stage in used_stages(request, manifest)}
     try:
-        text = json.dumps([said, stages], sort_keys=True, allow_nan=False)
+        text = json.dumps([fields, stages], sort_keys=True, allow_nan=False)
     except ValueError as error:
         raise UsageError("settings: expected finite numbers, found NaN or infinity") from error
     return hashlib.sha256(text.encode()).hexdigest()
@@ -199,34 +193,25 @@ def bundle_identity(manifest: Manifest) -> dict[str, str]:
     return {str(stage): digest.hexdigest() for stage, digest in digests.items()}
 
 
-def pictures_of(requests: Iterable[Request]) -> list[str]:
-    """The paths of all pictures that images are made from, each once."""
-    values = [getattr(request, name) for request in requests for name in PICTURES]
-    refs = [ref for value in values for ref in (value if isinstance(value, tuple) else (value,)) if ref is not None]
-    return list(dict.fromkeys(ref.path for ref in refs))
-
-
 def output_state(job: ImageJob) -> OutputState:
-    """What lies at the job's path. Only the metadata and the end of an image are read, not its pixels."""
+    """The state of the file at the job's path. Only its metadata and its end are read, not its pixels."""
     try:
         with job.path.open("rb") as file:
-            begins = file.read(len(PNG_BEGINS))
-            length = file.seek(0, 2)
-            file.seek(max(0, length - len(PNG_ENDS)))
-            ends = file.read()
+            begins = file.read(len(BEGINS))
     except FileNotFoundError:
         return OutputState.NOTHING
     except OSError:
         return OutputState.OTHER
-    if begins and not PNG_BEGINS.startswith(begins) and any(begins):
+    if any(begins) and not BEGINS.startswith(begins):
         return OutputState.OTHER
     try:
-        settings = read_settings(job.path) if ends == PNG_ENDS else None
-    except (OSError, ValueError, SyntaxError):
+        png = read_png_text(job.path, METADATA_KEY)
+        settings = parse_text(png.text)
+    except (OSError, ValueError):
         return OutputState.DAMAGED
-    if ends != PNG_ENDS:
+    if not png.whole:
         return OutputState.DAMAGED
-    return OutputState.DONE if isinstance(settings, dict) and settings.get(KEY) == job.key else OutputState.OTHER
+    return OutputState.DONE if settings and settings.get(KEY) == job.key else OutputState.OTHER
 
 
 def _fingerprints(manifest: Manifest, stage: Stage) -> list[str]:
@@ -235,38 +220,15 @@ def _fingerprints(manifest: Manifest, stage: Stage) -> list[str]:
 
 
 def _without_clashes(jobs: Sequence[ImageJob], file: str) -> tuple[list[ImageJob], list[str]]:
-    """The first job of each file name, and a message for each other job. Names that differ in capitals alone count as
-    one, as they do on some file systems."""
+    """The first job of each file name, and a message for each other job.
+
+    Names that differ in capitals alone count as one, as on some file systems."""
     firsts: dict[str, ImageJob] = {}
     problems = []
     for job in jobs:
         first = firsts.setdefault(str(job.path).casefold(), job)
         if first is not job:
             problems.append(
-                f"{file}:{job.line}: {job.path.name}: also the name for line {first.line}; put {{number}} into --name"
+                f"{file}:{job.line}: {job.path.name}: also the name for line {first.line}; put {{number}} into name=..."
             )
     return list(firsts.values()), problems
-
-
-def _with_hashes(request: Request, said: Mapping[str, Any], folder: Path) -> Request:
-    """The request with the present SHA-256 of its pictures. Paths that the entry gives are relative to `folder`."""
-    changes: dict[str, Any] = {}
-    for name in PICTURES:
-        value = getattr(request, name)
-        base = folder if name in said else Path()
-        if isinstance(value, tuple):
-            changes[name] = tuple(_hashed(name, ref, base) for ref in value)
-        elif value is not None:
-            changes[name] = _hashed(name, value, base)
-    return request.model_copy(update=changes)
-
-
-def _hashed(name: str, ref: Any, base: Path) -> Any:
-    path = base / ref.path
-    try:
-        found = sha256_unless_changed(path)
-    except OSError as error:
-        raise UsageError(f"{name}: {path}: {error.strerror}; check the path") from error
-    if ref.sha256 not in (None, found):
-        raise UsageError(f"{name}: {path}: another picture: SHA-256 {found[:12]}..., not {ref.sha256[:12]}...")
-    return ref.model_copy(update={"path": str(path), "sha256": found})

@@ -1,7 +1,6 @@
 """Reads files of prompts: .txt (a prompt a line), .jsonl (a request a line), .csv (a request's fields in its header).
 
-Only the form is checked here. An entry that cannot be read carries a message, so that all messages can be shown
-together.
+Only the form is checked here. An entry that cannot be read has a message, so that all messages can be shown together.
 """
 
 import csv
@@ -24,8 +23,8 @@ FIRST_LINE = 1
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One entry: the fields of a request that it gives, and "images" and "name"; or its problem."""
+class PromptEntry:
+    """One entry: fields of a request, "images" and "name"; or its problem."""
 
     line: int  # the line on which the entry begins, from 1
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -38,13 +37,13 @@ class PromptFile:
 
     name: str
     folder: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[PromptEntry, ...]
 
 
 def read_prompt_file(path: str | Path) -> PromptFile:
-    """The file at `path`; "-" is standard input, as .txt. UTF-8, with a byte order mark or without.
+    """Read the file at `path`, in UTF-8 with a byte order mark or without; "-" is standard input, as .txt.
 
-    Raises UsageError for a file that cannot be read, is too large, is none of the three kinds, or holds no prompts."""
+    Raises UsageError for a file that cannot be read, is too large, is of another kind, or holds no prompts."""
     name = str(path)
     if name == STDIN:
         if sys.stdin is None:
@@ -72,48 +71,49 @@ def _content(path: Path) -> bytes:
         raise UsageError(f"{path}: the prompts cannot be read: {error.strerror}; check the path") from error
 
 
-def _checked(entry: Entry) -> Entry:
+def _checked(entry: PromptEntry) -> PromptEntry:
     """The entry unless its text cannot be written as UTF-8."""
     try:
         json.dumps(entry.given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Entry(entry.line, problem="its text is not UTF-8; save the file in that encoding")
+        return PromptEntry(entry.line, problem="its text is not UTF-8; save the file in that encoding")
     return entry
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. Lines end as in an editor, not at the further characters that
-    Python's splitlines() knows."""
+    """The lines that are not blank, with their numbers.
+
+    Lines end as in an editor; Python's splitlines() would also end them at other characters."""
     for number, line in enumerate(io.StringIO(text, newline=None), FIRST_LINE):
         if line.strip():
             yield number, line.strip()
 
 
-def _txt(text: str) -> Iterator[Entry]:
+def _txt(text: str) -> Iterator[PromptEntry]:
     for number, line in _lines(text):
         if not line.startswith(COMMENT):
-            yield Entry(number, {"prompt": line})
+            yield PromptEntry(number, {"prompt": line})
 
 
-def _jsonl(text: str) -> Iterator[Entry]:
+def _jsonl(text: str) -> Iterator[PromptEntry]:
     for number, line in _lines(text):
         if len(line) > MAX_PROMPT_LINE:
-            yield Entry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
+            yield PromptEntry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
             continue
         try:
             value = load_json(line)
         except ValueError as error:
-            yield Entry(number, problem=f"not JSON: {error}")
+            yield PromptEntry(number, problem=f"not JSON: {error}")
             continue
         if isinstance(value, str):
             value = {"prompt": value}
         if isinstance(value, dict):
-            yield Entry(number, {name: said for name, said in value.items() if said is not None})
+            yield PromptEntry(number, {name: each for name, each in value.items() if each is not None})
         else:
-            yield Entry(number, problem=f"expected an object or a prompt in quotes, found {line[:40]}")
+            yield PromptEntry(number, problem=f"expected an object or a prompt in quotes, found {line[:40]}")
 
 
-def _csv(text: str) -> Iterator[Entry]:
+def _csv(text: str) -> Iterator[PromptEntry]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     begins = FIRST_LINE
@@ -121,30 +121,32 @@ def _csv(text: str) -> Iterator[Entry]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield Entry(begins, problem=f"not CSV from here on: {error}")
+            yield PromptEntry(begins, problem=f"not CSV from here on: {error}")
             return
         if cells is None:
             return
         if header is None and any(cells):
             header = [cell.strip() for cell in cells]
             if "" in header or len(set(header)) < len(header):
-                yield Entry(begins, problem=f"expected a header of different names, found {', '.join(header)}")
+                yield PromptEntry(begins, problem=f"expected a header of different names, found {', '.join(header)}")
                 return
         elif header is not None and cells:
             yield _row(begins, header, cells)
         begins = reader.line_num + 1
 
 
-def _row(line: int, header: list[str], cells: list[str]) -> Entry:
+def _row(line: int, header: list[str], cells: list[str]) -> PromptEntry:
     """The entry of a row. Empty cells, and cells missing at the end, leave their fields out."""
     if len(cells) > len(header):
-        return Entry(line, problem=f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas")
-    said = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
-    return Entry(line, {name: _numbers(cell) if name in LISTS else cell for name, cell in said.items()})
+        return PromptEntry(
+            line, problem=f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas"
+        )
+    given = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    return PromptEntry(line, {name: _numbers(cell) if name in LISTS else cell for name, cell in given.items()})
 
 
 def _numbers(cell: str) -> list[str]:
     return [part.strip() for part in cell.replace(",", ";").split(";")]
 
 
-READERS: Mapping[str, Callable[[str], Iterator[Entry]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}
+READERS: Mapping[str, Callable[[str], Iterator[PromptEntry]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}

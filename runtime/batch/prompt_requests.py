@@ -17,13 +17,13 @@ def prompt_requests(
     """Return `images` requests for each prompt, in the order of `prompts`.
 
     `fields` are those that all requests share, such as "width" or "negative"; a "prompt" among them is used when
-    `prompts` is empty. One seed, or none, makes all images one batch: the images draw their noise from one generator.
+    `prompts` is empty. One seed, or none, makes all images one batch, with noise from one generator.
     Several seeds, one for each image, give each image its own generator. Without a seed, a random one is chosen.
 
-    Raises UsageError for too many images, another number of seeds, or a request that the bundle cannot answer."""
+    Raises UsageError for too many images, another number of seeds, or a request that the bundle cannot generate."""
     count = (len(prompts) or 1) * images
     if count > MAX_IMAGES:
-        raise UsageError(f"{count} images: expected at most {MAX_IMAGES}")
+        raise UsageError(f"{count} images: expected at most {MAX_IMAGES}; use several calls")
     if len(seeds) > 1 and len(seeds) != count:
         raise UsageError(f"{len(seeds)} seeds for {count} images; give one, or one for each")
     places = _places(seeds, count, fields)

@@ -1,1 +1,1 @@
-"""The engines that execute a stage: one file for each, behind the protocol in base.py."""
+"""The engines that execute a stage: one file for each, behind the protocol in protocol.py."""

@@ -16,11 +16,11 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
+from ...storage.user_cache import user_cache
 from ..memory.give_back import give_back_memory
-from .base import HostRunner, Run, Tensors, complete_inputs
-from .installs import onnxruntime_conflict, provider_problem
+from .installed_packages import onnxruntime_conflict, provider_problem
+from .protocol import HostRunner, Run, Tensors, complete_inputs
 from .telemetry import silence, switch_off_telemetry
-from .tensorrt.nvidia import cache_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Outputs = dict[str, NDArray[Any]]
 
 CPU = "CPUExecutionProvider"
-# The execution providers of a device: the first runs the graph, the second what the first does not know. "tensorrt" is
-# the GPU, too.
+# The execution providers of a device: the first runs the graph, the second the operators that the first does not know.
+# "tensorrt" is the GPU, too.
 PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": (CPU,),
     "cuda": ("CUDAExecutionProvider",),
@@ -39,7 +39,7 @@ EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
 IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory with its weights in files
 
-# The operators that a network spends its time in. Others may run on the CPU: it computes shapes there on purpose.
+# The operators that take the time of a network. Others may run on the CPU, where ONNX Runtime computes shapes.
 HEAVY = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MultiHeadAttention")
 ERROR, FATAL = 3, 4  # severities of ONNX Runtime's log
 REASON_LENGTH = 400
@@ -52,12 +52,12 @@ class OnnxRuntimeEngine:
     `device` is "cpu", "cuda" or "tensorrt". The last is the GPU through ONNX Runtime's TensorRT provider, which builds
     engines of its own, minutes each, and keeps them in the user's cache folder.
 
-    `memory` says where the weights are. "fast" keeps them in memory once, cast and arranged as the kernels like them.
-    "mapped" leaves them in their files, which the system reads and drops as it likes: weights stored in 16 bits are
-    cast in every pass, and memory goes back to the system after each operation.
+    `memory` says where the weights are. "fast" keeps one copy in memory, cast and rearranged for the kernels. "mapped"
+    leaves them in their files, which the system reads and drops as it likes. Weights stored in 16 bits are then cast in
+    every pass, and memory is returned to the system after each operation.
 
-    `threads` None leaves their number to ONNX Runtime. With `allow_cpu` the CPU computes what the GPU cannot, which is
-    an error otherwise."""
+    `threads=None` leaves their number to ONNX Runtime. With `allow_cpu` the CPU runs operators that the GPU cannot run;
+    without it they are an error."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class OnnxRuntimeEngine:
         if entry.precision is Precision.BF16 and self.device == "cpu":
             raise EngineError(
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
-                f'run it with device="cuda", or export it again with --precision {stage}=fp32'
+                f'set device="cuda", or export it again: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32'
             )
         with without_links(self.bundle.graph(stage, graph)) as path:
             session = self._start(stage, path)
@@ -129,7 +129,7 @@ class OnnxRuntimeEngine:
 
     def _providers(self) -> list[str | tuple[str, dict[str, Any]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
-        cache = str(cache_folder("onnxruntime"))
+        cache = str(user_cache("onnxruntime"))
         tensorrt: dict[str, Any] = {
             "trt_engine_cache_enable": True,
             "trt_engine_cache_path": cache,
@@ -143,7 +143,7 @@ class OnnxRuntimeEngine:
         ]
 
     def _check_placement(self, stage: Stage, session: Any) -> bool:
-        """Whether the session is on the GPU. Raises EngineError if some or all of it is on the CPU and must not be."""
+        """True if the session is on the GPU. Raises EngineError if a part of it is on the CPU and must not be."""
         wanted = PROVIDERS[self.device][0]
         if wanted == CPU:
             return False
@@ -154,7 +154,7 @@ class OnnxRuntimeEngine:
             reason = provider_problem(self._ort, wanted) or "check the driver with nvidia-smi"
             raise EngineError(
                 f"{stage}: onnxruntime did not start its {wanted} and would compute on the CPU: {reason}; "
-                f"pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's libraries, allow_cpu=True does without"
+                f"install CUDA's libraries with pip install 'onnxruntime-gpu[cuda,cudnn]', or set allow_cpu=True"
             )
         left = operators_on_cpu(session)
         if left and not self.allow_cpu:
@@ -217,8 +217,9 @@ class OnnxRuntimeStage(HostRunner):
 
 
 def operators_on_cpu(session: Any) -> Counter[str]:
-    """How many HEAVY operators of each kind the session left to the CPU. The count is empty for an ONNX Runtime before
-    1.24, which does not say where operators run."""
+    """The number of HEAVY operators of each kind that the session left to the CPU.
+
+    The count is empty for an ONNX Runtime before 1.24, which does not say where operators run."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return Counter()
     parts = session.get_provider_graph_assignment_info()
@@ -243,7 +244,7 @@ def open_session(path: Path) -> Any:
 
 
 def open_proto(model: "ModelProto", folder: Path) -> Any:
-    """A session of `model`, which is in memory alone, on the CPU; its weights lie in `folder`.
+    """A session on the CPU of `model`, which is in memory; its weights are files in `folder`.
 
     Raises EngineError when the graph cannot be loaded, or ONNX Runtime is older than 1.21."""
     ort = import_onnxruntime("cpu")

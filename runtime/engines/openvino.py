@@ -14,7 +14,7 @@ from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
 from ..memory.give_back import give_back_memory
-from .base import HostRunner, Tensors, complete_inputs
+from .protocol import HostRunner, Tensors, complete_inputs
 
 # The value of INFERENCE_PRECISION_HINT. Without one, OpenVINO takes bf16 where the CPU multiplies it.
 PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
@@ -26,9 +26,8 @@ REASON_LENGTH = 400
 class OpenVinoEngine:
     """An engine for every stage of `bundle`, on the CPU.
 
-    `precision` is "f32" (the graphs' own), "bf16" or "auto" (OpenVINO's choice). `threads` None leaves their number
-    to OpenVINO. With `mmap` the files of the weights are mapped into memory, otherwise they are read.
-    """
+    `precision` is "f32" (the graphs' own), "bf16" or "auto" (OpenVINO's choice). `threads=None` leaves their number to
+    OpenVINO. The files of the weights are mapped into memory."""
 
     def __init__(
         self,
@@ -37,18 +36,16 @@ class OpenVinoEngine:
         *,
         precision: str = "f32",
         threads: int | None = None,
-        mmap: bool = True,
     ) -> None:
-        """Raises EngineError when device or precision are unknown, or OpenVINO is not installed."""
+        """Raises EngineError for an unknown device or precision, or when OpenVINO is not installed."""
         if device != "cpu":
-            raise EngineError(f"device {device!r}: engine openvino has cpu only; take engine onnxruntime for cuda")
+            raise EngineError(f'device {device!r}: engine openvino runs on cpu only; for cuda set engine="onnxruntime"')
         if precision not in PRECISIONS:
             raise EngineError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self.bundle = bundle
         self.name = "openvino" if precision == "f32" else f"openvino-{precision}"
         self._ov = import_openvino()
         self._core = self._ov.Core()
-        self._core.set_property({"ENABLE_MMAP": mmap})
         self._precise = precision == "f32"
         self.precision: Precision | None = None if self._precise else Precision.BF16
         self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -71,7 +68,7 @@ class OpenVinoEngine:
                     head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"}
                 )
                 body = self._core.compile_model(model, "CPU", self._options)
-        except Exception as error:  # all that its layers raise are RuntimeErrors
+        except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise EngineError(f"{path}: openvino cannot load the {stage}: {_reason(error)}") from error
         give_back_memory()
         return OpenVinoStage(stage, entry.graphs[graph], head, body)
@@ -104,11 +101,12 @@ class OpenVinoStage(HostRunner):
 
 
 def _cut_at_sines(ov: Any, model: Any) -> Any:
-    """Move the sines and cosines of `model`, and what leads to them, into a model of their own and return it. Its
-    outputs have the names of the inputs that `model` gets instead. Returns None for a model without them.
+    """Move the sines and cosines of `model`, and all operations before them, into a new model, and return that model.
 
-    Angles of the timestep embedding reach 10000, where neighbours in bf16 are 64 apart: in 16 bits their sines
-    are noise, and so is the output of the network."""
+    Its outputs have the names of the inputs that `model` gets in their place. Returns None for a model without sines.
+
+    Angles of the timestep embedding reach 10000, where neighbours in bf16 are 64 apart. In 16 bits their sines would be
+    noise, and so would the output of the network."""
     outputs = [op.output(0) for op in model.get_ordered_ops() if op.get_type_name() in PERIODIC]
     if not outputs:
         return None
@@ -151,7 +149,7 @@ def _reason(error: Exception) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether OpenVINO is installed and finds a CPU with bf16 units."""
+    """True if OpenVINO is installed and finds a CPU with bf16 units."""
     try:
         core = import_openvino().Core()
     except EngineError:

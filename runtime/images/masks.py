@@ -1,8 +1,8 @@
 """Masks: from a file to pixels, to latents, and to the seam in the finished image.
 
 A mask is a greyscale picture of 0 and 255 only, 255 where the image is generated anew. A reduced mask covers every
-pixel that the mask touches even in part: nothing that was to go shines through the edges. The composite puts back
-every pixel that was to stay.
+pixel that the mask touches even in part, so that no old content shows at the edges. The composite puts back every pixel
+outside the mask.
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...schemas.errors import UsageError
-from ..engines.base import F32
+from ..engines.protocol import F32
 from .pictures import Picture, cover_box, decode, has_alpha, strips
 
 HALF = 128  # the darkest grey that is masked
@@ -32,8 +32,8 @@ def as_mask(mask: Picture, size: tuple[int, int]) -> Image.Image:
 def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     """The mask in a file, for a picture of `size` (width, height): mode L, 255 where the image is generated anew.
 
-    A file with transparent pixels masks where it is at least half opaque, whatever the colour. Any other file masks
-    where it is at least half white. The mask is scaled to `size`.
+    In a file with transparent pixels, pixels that are at least half opaque are masked, whatever their colour. In any
+    other file, pixels that are at least half white are masked. The mask is scaled to `size`.
 
     Raises UsageError for a file that `open_picture` refuses, for other proportions than the picture's, and for an empty
     mask."""
@@ -41,8 +41,8 @@ def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     _require_shape(path, size, stored.size)
     masked = _masked_in(stored)
     if not masked.any():
-        raise UsageError(f"{path}: masks nothing; paint white what is to be generated anew, and the rest black")
-    edges = [_even(side, cells) for side, cells in zip(stored.size, size, strict=True)]
+        raise UsageError(f"{path}: masks nothing; paint the part to be generated anew white, and the rest black")
+    edges = [_edges(side, cells) for side, cells in zip(stored.size, size, strict=True)]
     return _to_mask(_touched(masked, edges[1], edges[0]))
 
 
@@ -56,7 +56,7 @@ def _require_shape(path: Path, size: tuple[int, int], *found: tuple[int, int]) -
 
 
 def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
-    """Where a picture with transparent pixels is at least half opaque, and any other at least half white."""
+    """True for masked pixels: those half opaque in a picture with transparent pixels, those half white in any other."""
     white = np.empty((stored.height, stored.width), np.bool_)
     opaque = np.empty_like(white) if has_alpha(stored) else None
     for top, strip in strips(stored):
@@ -70,11 +70,11 @@ def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
 def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
     """Cut and resize a mask as `pictures.fit` does its picture. Raises UsageError when nothing of the mask is left."""
     left, top, right, bottom = cover_box(mask.size, width, height)
-    columns, rows = _edges(left, right, width), _edges(top, bottom, height)
+    columns, rows = _edges(right, width, left), _edges(bottom, height, top)
     masked = _touched(_masked(mask), rows, columns)
     if not masked.any():
         raise UsageError(
-            f"the mask lies outside the middle that {width}x{height} takes from {mask.width}x{mask.height}; "
+            f"the mask is outside the middle that {width}x{height} takes from {mask.width}x{mask.height}; "
             "choose a size nearer to the picture's proportions"
         )
     return _to_mask(masked)
@@ -82,7 +82,7 @@ def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
 
 def latent_mask(mask: Image.Image, size: tuple[int, int]) -> F32:
     """The mask for latents of `size` (h, w): (1, 1, h, w) float32, 1 where a latent covers any masked pixel, else 0."""
-    rows, columns = _even(mask.height, size[0]), _even(mask.width, size[1])
+    rows, columns = _edges(mask.height, size[0]), _edges(mask.width, size[1])
     return _touched(_masked(mask), rows, columns).astype(np.float32)[None, None]
 
 
@@ -94,28 +94,28 @@ def mask_pixels(mask: Image.Image) -> F32:
 def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, feather: int = 8) -> Image.Image:
     """Put `generated` into `original` where the mask is; all three have one size, the first two are RGB.
 
-    From 2 * `feather` pixels off the mask on, the result equals `original` to the last bit; in between the two are
+    At 2 * `feather` pixels from the mask and beyond, the result equals `original` bit for bit; nearer, the two are
     blended. Raises UsageError for different sizes."""
     if not original.size == generated.size == mask.size:
         sizes = ", ".join(f"{each.width}x{each.height}" for each in (original, generated, mask))
-        raise UsageError(f"to composite original, generated image and mask of {sizes}: expected one size")
+        raise UsageError(f"original, generated image and mask of {sizes}: expected one size")
     share = feathered(mask, feather)[..., None]
     old, new = (np.asarray(picture, np.float32) for picture in (original, generated))
     return Image.fromarray((old + (new - old) * share).round().astype(np.uint8))
 
 
 def feathered(mask: Image.Image, feather: int) -> F32:
-    """The mask with soft edges: (height, width) float32, 1 where the mask is, 0 from 2 * `feather` pixels off it on.
+    """The mask with soft edges: (height, width) float32, 1 on the mask, 0 at 2 * `feather` pixels from it and beyond.
 
-    The mask is grown by `feather` pixels across and down, then averaged over squares that reach `feather` pixels to
-    each side and are cut off at the borders."""
+    The mask is grown by `feather` pixels across and down. It is then averaged over squares that reach `feather` pixels
+    to each side and are cut off at the borders."""
     grown = _square_sum(_masked(mask), feather) > 0
     share: F32 = (_square_sum(grown, feather) / _square_sum(np.ones_like(grown), feather)).astype(np.float32)
     return share
 
 
 def _square_sum(masked: NDArray[np.bool_], reach: int) -> NDArray[np.int32]:
-    """How many pixels are masked in the square around each pixel, which reaches `reach` pixels to each side."""
+    """The number of masked pixels in the square around each pixel that reaches `reach` pixels to each side."""
     counts = masked.astype(np.int32)
     for _ in counts.shape:  # along the rows, then along the columns; turned over in between
         total = np.zeros((counts.shape[1] + 1, counts.shape[0]), np.int32)
@@ -133,17 +133,13 @@ def _to_mask(masked: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(masked.astype(np.uint8) * 255)
 
 
-def _even(length: int, cells: int) -> Edges:
-    return _edges(Fraction(0), Fraction(length), cells)
-
-
-def _edges(start: Fraction, stop: Fraction, cells: int) -> Edges:
+def _edges(stop: Fraction | int, cells: int, start: Fraction = Fraction(0)) -> Edges:
     """The `cells` + 1 borders of as many equal cells between `start` and `stop`."""
     return [start + (stop - start) * number / cells for number in range(cells + 1)]
 
 
 def _touched(masked: NDArray[np.bool_], rows: Edges, columns: Edges) -> NDArray[np.bool_]:
-    """Which cells, given by their borders in pixels of `masked`, any masked pixel reaches into."""
+    """True for each cell that any masked pixel reaches into; `rows` and `columns` are borders in pixels of `masked`."""
     return _any_in_rows(_any_in_rows(masked, rows).T, columns).T
 
 

@@ -1,17 +1,19 @@
-"""The metadata of generated images: the settings that generate an image again, and what it was made with.
+"""The metadata of generated images: the settings that generate an image again, and what made it.
 
 The same settings give other pixels with another engine, precision, bundle or version, so an image names these too.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from ...schemas.bundle import Manifest
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
-from ..engines.base import Engine
+from ..engines.protocol import Engine
+from ..sampling.noise import PlacedSeed
 
 EVERY_IMAGE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 SHOWN = 60  # characters of a value in a message
@@ -24,7 +26,7 @@ def image_settings(
     *,
     prompts: Sequence[str],
     negatives: Sequence[str],
-    seeds: Sequence[Mapping[str, int]],
+    seeds: Sequence[PlacedSeed],
 ) -> list[dict[str, Any]]:
     """For each image the flat settings with which `generate` makes it again; `seeds` has an entry for each image.
 
@@ -39,7 +41,7 @@ def image_settings(
     return [
         {
             **words[index * len(words) // count],
-            **seed,
+            **asdict(seed),
             **settings.to_json(),
             "vqgan_scale": manifest.vqgan_scale,
             **made,
@@ -65,9 +67,9 @@ def made_with(engine: Engine, manifest: Manifest) -> dict[str, Any]:
 
 
 def changes(settings: Mapping[str, Any], engine: Engine, manifest: Manifest) -> list[str]:
-    """What differs here from what an image with these settings was made with, a few words for each difference.
+    """The differences between this engine and bundle and those that made an image with these settings, in words.
 
-    An image of an older version may lack some of the metadata; what it lacks counts as equal."""
+    An image of an older version may lack some of the metadata; missing values count as equal."""
     here = made_with(engine, manifest)
     return [
         f"another bundle ({_shown(settings[name])[:12]}..., here {value[:12]}...)"

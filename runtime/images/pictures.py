@@ -1,4 +1,4 @@
-"""Pictures, which users give, to the arrays that the encoders take.
+"""Reads the pictures that users give, and turns them into the arrays that the encoders take.
 
 A picture is a path or a PIL image. Colours are taken as they are stored, as Stability's code and diffusers do; an ICC
 profile is not applied.
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import JPEG_PIXELS, MAX_PICTURE_BYTES, MAX_PICTURE_SIDE, PICTURE_BYTES
-from ..engines.base import F32
+from ..engines.protocol import F32
 
 # Mean and deviation of ImageNet's red, green and blue, with which the EfficientNet was trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -42,10 +42,10 @@ def as_picture(picture: Picture) -> Image.Image:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The first picture in a file as 8-bit RGB, turned as its EXIF data say.
+    """The first picture in a file as 8-bit RGB, turned according to its EXIF data.
 
     White shows through transparent pixels, as in transformers. 16 bits are rounded to 8. Decoding takes `PICTURE_BYTES`
-    a pixel. Of a JPEG beyond `JPEG_PIXELS` only every second, fourth or eighth pixel across and down is decoded.
+    a pixel. A JPEG beyond `JPEG_PIXELS` is decoded at a half, a quarter or an eighth of its size.
 
     Raises UsageError for a file that is no picture, is damaged, or is larger than `schemas.limits` allows."""
     return _rgb(decode(path))
@@ -106,13 +106,11 @@ def vqgan_input(picture: Image.Image, height: int, width: int) -> F32:
 
 
 def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:
-    """The picture in a file in its own mode, turned as its EXIF data say; 16-bit greys become 8-bit.
+    """The picture in a file in its own mode, turned according to its EXIF data; 16-bit greys become 8-bit.
 
     `check` is called with the stored width and height before any pixel is read, and may raise. Raises UsageError as
     `open_picture` does."""
-    if not path.is_file():
-        found = "a folder; give a file in it" if path.is_dir() else "no such file; check the path"
-        raise UsageError(f"{path}: expected a picture, found {found}")
+    require_picture_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of pictures larger than half of Pillow's limit
@@ -135,6 +133,13 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
     return _eight_bits(picture, str(path))
 
 
+def require_picture_file(path: Path) -> None:
+    """Raise UsageError unless there is a regular file at `path`."""
+    if not path.is_file():
+        found = "a folder; give a file in it" if path.is_dir() else "no such file; check the path"
+        raise UsageError(f"{path}: expected a picture, found {found}")
+
+
 def strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """The picture in pieces of its whole width, each with the row it begins at."""
     rows = max(1, STRIP_PIXELS // picture.width)
@@ -143,7 +148,7 @@ def strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def has_alpha(picture: Image.Image) -> bool:
-    """Whether some of the picture may be transparent."""
+    """True if some of the picture may be transparent."""
     return picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
 
 
@@ -172,7 +177,7 @@ def _require_meaning(path: Path, picture: Image.Image) -> None:
     """Raise UsageError for pixels without a fixed colour: floats and L*a*b*."""
     if picture.mode in ("F", "LAB"):
         kind = "floats" if picture.mode == "F" else "L*a*b* colours"
-        raise UsageError(f"{path}: a picture of {kind}, which have no one meaning on a screen; save it as a PNG")
+        raise UsageError(f"{path}: a picture of {kind}, which screens show in different ways; save it as a PNG")
 
 
 def _enough(size: tuple[int, int]) -> tuple[int, int]:

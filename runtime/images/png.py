@@ -16,7 +16,7 @@ from ...schemas.errors import UsageError
 from ...schemas.json_text import dump_json, load_json
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 from ...storage.output_rules import locate, require_apart, require_free
-from ..engines.base import F32
+from ..engines.protocol import F32
 from .png_text import read_png_text
 
 METADATA_KEY = "cascadekit"
@@ -39,7 +39,7 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, for
         if force:
             scratch.replace(path)
         elif not claim(scratch, path):
-            raise UsageError(f"{path}: exists already, another process has just made it; choose another output")
+            raise UsageError(f"{path}: exists, another process has just written it; choose another output")
 
 
 def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
@@ -53,7 +53,7 @@ def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -
 
 
 def preview_path(path: Path) -> Path:
-    """Where previews of the image at `path` go while it is generated."""
+    """The path of the previews of the image at `path` while it is generated."""
     return path.with_name(f"{path.stem}.preview.png")
 
 
@@ -76,7 +76,7 @@ def require_free_previews(paths: Iterable[Path]) -> None:
     """Raise UsageError when a file that is no preview has the name of a preview of one of the images at `paths`."""
     for place in map(preview_path, paths):
         if os.path.lexists(place) and not _is_preview(place):
-            raise UsageError(f"{place}: exists already, where a preview goes; choose another output, or no previews")
+            raise UsageError(f"{place}: exists and is no preview; choose another output, or set preview_every=None")
 
 
 def _is_preview(path: Path) -> bool:
@@ -120,7 +120,7 @@ def require_settings(path: Path) -> dict[str, Any]:
     try:
         settings = read_settings(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as an image made by cascadekit: {error}") from error
+        raise UsageError(f"{path}: cannot be read as a PNG of cascadekit: {error}; give another file") from error
     if not isinstance(settings, dict):
         raise UsageError(
             f"{path}: has no settings of cascadekit; image editors drop them, give the file as it was written"
@@ -132,8 +132,10 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
     """The paths for `count` images: `output` itself when it ends in .png, else the next free numbers in that folder.
 
     `save_numbered` takes these numbers unless another process is first. Half-written images of killed processes are
-    removed from the folder. Raises UsageError when one file is named for several images, when it exists without
-    `force`, and when an image would lie inside one of the `sources` or replace it."""
+    removed from the folder.
+
+    Raises UsageError when one file is named for several images, or exists without `force`. Raises it too when an image
+    would be written into one of the `sources` or replace it."""
     locate(output)
     if output.suffix.lower() == ".png" and not output.is_dir():
         if count > 1:
@@ -144,7 +146,8 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
         return [output]
     if os.path.lexists(output) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder or a name ending in .png")
-    first = max(map(int, filter(_is_number, (path.stem for path in output.glob("*.png")))), default=-1) + 1
+    stems = (path.stem for path in output.glob("*.png"))
+    first = max((int(stem) for stem in stems if stem.isdecimal() and len(stem) <= MOST_DIGITS), default=-1) + 1
     paths = [output / f"{number:04d}.png" for number in range(first, first + count)]
     require_apart(paths[0], sources)
     remove_leftovers(output, _is_image)
@@ -153,8 +156,3 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(".png")
-
-
-def _is_number(stem: str) -> bool:
-    """Whether a file's name is an image's number."""
-    return stem.isdecimal() and len(stem) <= MOST_DIGITS

@@ -1,6 +1,6 @@
-"""The size of a PNG and one of its texts, read from the chunks before its pixels; nothing is decoded.
+"""The size of a PNG and one of its texts, read from the chunks before its pixels without decoding them.
 
-Pillow reads texts of any length into memory. Here the length of a text is limited, compressed and unpacked.
+Pillow reads texts of any length into memory. Here the length of a text is limited, both compressed and unpacked.
 """
 
 import struct

@@ -3,14 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.base import F32
+from ..engines.protocol import F32
 
 
 def bilinear(images: F32, size: tuple[int, int], *, align_corners: bool = False) -> F32:
     """Resize (B, c, height, width) float32 to (B, c, *size), bilinear and without antialiasing.
 
     The middle of the image stays the middle; with `align_corners` the centres of its corner pixels stay in place.
-    Rounding follows torch on CPUs with more than one thread: the callers cut values off to bytes, where the last bit
+    Rounding follows torch on CPUs with more than one thread. Callers truncate the values to bytes, where the last bit
     may decide."""
     for axis, length in ((-1, size[1]), (-2, size[0])):
         images = _along(images, axis, length, align_corners)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt(3): the size from which freed blocks go back to the system
+M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt(3): the size from which freed blocks are returned to the system
 WHILE_LOADING = 1 << 20
 USUALLY = 32 << 20  # where glibc itself ends up once blocks of that size were freed
 
@@ -15,8 +15,8 @@ USUALLY = 32 << 20  # where glibc itself ends up once blocks of that size were f
 def large_blocks_given_back() -> Iterator[None]:
     """Have glibc return every freed block of 1 MiB or more at once, for as long as the context lasts.
 
-    Loading a stage casts and rearranges its weights one by one. glibc would keep freed blocks below 32 MiB, up to a
-    fifth of all weights at the peak. Loading takes half as long again, as all memory comes fresh from the system."""
+    Loading a stage casts and rearranges its weights one by one. glibc would keep freed blocks below 32 MiB. They are
+    up to a fifth of all weights at the peak. Loading takes half as long again, as every block comes from the system."""
     _set_threshold(WHILE_LOADING)
     try:
         yield

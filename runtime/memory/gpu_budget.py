@@ -1,4 +1,4 @@
-"""Keeps the stages that were used last in GPU memory, as many as fit."""
+"""Keeps as many stages in GPU memory as fit; the one used longest ago is evicted first."""
 
 from collections.abc import Callable
 from typing import Protocol

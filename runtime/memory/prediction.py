@@ -27,12 +27,10 @@ PROCESS = 115 << 20  # the interpreter, numpy and an engine's library
 CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
-# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are there twice, cast and
-# not yet rearranged. Policies other than "resident" load with the lower factors.
-LOADING: Mapping[Stage, float] = {Stage.DECODER: 1.45}
-LOADING_ELSE = 1.17
-SPARING: Mapping[Stage, float] = {Stage.DECODER: 1.35}
-SPARING_ELSE = 1.05
+# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are in memory twice, cast
+# and not yet rearranged. The first factor is for the policy "resident", the second for the others.
+LOADING: Mapping[Stage, tuple[float, float]] = {Stage.DECODER: (1.45, 1.35)}
+LOADING_ELSE = (1.17, 1.05)  # of the other stages
 
 # Activations in bytes for each pixel of one image; guidance counts an image twice. For prior and decoder the factor is
 # multiplied by the channels of the first level, which has the widest map.
@@ -56,7 +54,7 @@ def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> i
 
 
 def predict_peak(manifest: Manifest, policy: MemoryPolicy, settings: Settings, images: int) -> Peak:
-    """The peak for `images` images generated together. A budget is exceeded when the largest stage does not fit."""
+    """The peak for `images` images generated together. It exceeds the budget when the largest stage does not fit."""
     stages = [stage for stage in ALWAYS if stage in manifest.stages]
     runs = [(stage, graph) for stage in stages for graph in _graphs(manifest, stage)]
     alone = {run: loaded_bytes(manifest, *run) for run in runs}
@@ -83,8 +81,8 @@ def _is_in(graph: str, name: str) -> bool:
 
 def _loading(stage: Stage, policy: MemoryPolicy) -> float:
     """The memory that loading takes beyond a stage's weights, as a share of them."""
-    factors, usual = (LOADING, LOADING_ELSE) if policy == RESIDENT else (SPARING, SPARING_ELSE)
-    return factors.get(stage, usual) - 1
+    resident, sparing = LOADING.get(stage, LOADING_ELSE)
+    return (resident if policy == RESIDENT else sparing) - 1
 
 
 def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:

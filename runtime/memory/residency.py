@@ -1,4 +1,4 @@
-"""Keeps stages in memory by a policy: all that were used, one at a time, or as many as fit a budget."""
+"""Keeps stages in memory by a policy: all stages, one at a time, or as many as fit a budget."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Self
 from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import UsageError
 from ...schemas.stages import Stage
-from ..engines.base import Engine, StageRunner
+from ..engines.protocol import Engine, StageRunner
 from .give_back import large_blocks_given_back
 
 Key = tuple[Stage, str]  # a stage and one of its graphs
@@ -20,7 +20,7 @@ BUDGET = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """Which stages stay in memory.
+    """The rule that decides which stages stay in memory.
 
     | name     | a stage that is not in use                                              |
     |----------|-------------------------------------------------------------------------|

@@ -1,11 +1,11 @@
-"""ControlNets: the control images they are given, and the residuals they add to the prior.
+"""ControlNets: the control images they take, and the residuals they add to the prior.
 
-A control picture is resized to 32 times the size of the prior's latents, as Stability trained and ran them: 768x768 for
-the 24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals may
-have any size, as the prior resizes them to its latents.
+A control picture is resized to 32 times the size of the prior's latents, as in Stability's training: 768x768 for the
+24x24 latents of a 1024x1024 image. An EfficientNet then has one pixel of its map for each latent. The residuals
+may have any size, as the prior resizes them to its latents.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,17 @@ from ...schemas.bundle import Manifest
 from ...schemas.control import is_control
 from ...schemas.errors import UsageError, reraise_interrupt
 from ...schemas.stages import Stage
-from ..engines.base import F32, Tensors
+from ..engines.protocol import F32
 from ..images.masks import fit_mask, mask_pixels
 from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fit, to_pixels
 from ..images.resample import bilinear
 
-RunControl = Callable[[Tensors], Mapping[str, Any]]
 Size = tuple[int, int]  # (height, width)
 
 CANNY_SIDE = 224  # Canny's filter runs on the picture squeezed to this square
 CANNY_THRESHOLDS = (100, 200)
 INPAINTING = "inpainting"  # the control that takes a mask as well
+EXPORT_COMMAND = "cascadekit export MODEL -o BUNDLE --controlnet"
 HALVES = 2  # super-resolution takes the latents of the picture at half its size
 
 
@@ -41,7 +41,7 @@ class ControlPicture:
 
 @dataclass(frozen=True)
 class FilterInputs:
-    """The inputs of a filter: an RGB picture, its mask if there is one, and the effnet encoder if it is loaded.
+    """The inputs of a filter: an RGB picture, its mask or None, and the effnet encoder or None.
 
     `encode` takes `pixels` (B, 3, 32h, 32w) to (B, 16, h, w) float32."""
 
@@ -83,7 +83,7 @@ def edges(given: FilterInputs) -> F32:
 def inpainting(given: FilterInputs) -> F32:
     """The picture, white where it is masked, and the mask: (1, 4, H, W) float32 in 0..1."""
     if given.mask is None:
-        raise UsageError("the inpainting ControlNet needs a mask of what is to be generated anew; give mask=PICTURE")
+        raise UsageError("the inpainting ControlNet needs a mask of the part to be generated anew; give mask=...")
     height, width = given.size
     mask = mask_pixels(fit_mask(given.mask, width, height))
     return np.concatenate([np.where(mask > 0, np.float32(1), _pixels(given)), mask], axis=1)
@@ -122,13 +122,13 @@ def require_control(manifest: Manifest, name: str) -> tuple[Stage, ...]:
     prior = manifest.stages.get(Stage.PRIOR)
     taken = {port.name: port.dims[1] for port in prior.inputs if is_control(port.name)} if prior else {}
     if not taken:
-        raise UsageError(f"control {name}: the bundle's prior takes no residuals; export the prior with --controlnet")
+        raise UsageError(f"control {name}: the bundle's prior takes no residuals; export it again: {EXPORT_COMMAND}")
     given = {port.name: port.dims[1] for port in manifest.stages[control.stage].outputs}
     wrong = [f"{port} of {channels}" for port, channels in given.items() if taken.get(port) != channels]
     if wrong:
         raise UsageError(
             f"control {name}: the {control.stage} makes {', '.join(wrong)} channels, which the prior does not take; "
-            "ControlNets are for the full prior exported with --controlnet"
+            f"ControlNets need the full prior, exported with `{EXPORT_COMMAND}`"
         )
     return needed
 
@@ -150,25 +150,7 @@ def control_image(
     return CONTROLS[name].filter(FilterInputs(picture, (height, width), mask, encode))
 
 
-def control_residuals(
-    manifest: Manifest,
-    name: str,
-    image: F32,
-    run: Callable[[Tensors], Mapping[str, Any]],
-    *,
-    strength: float = 1.0,
-    batch: int = 1,
-) -> dict[str, F32]:
-    """The residuals (batch, c, h, w) float32 for one control image, by the prior's port `control.N`.
-
-    `run` is the ControlNet's stage. Both halves of guidance take the same residuals. Raises UsageError as
-    `require_control` does."""
-    require_control(manifest, name)
-    outputs = run({"control_image": image})
-    return {port: np.repeat(residual * np.float32(strength), batch, axis=0) for port, residual in outputs.items()}
-
-
-def summed(residuals: Sequence[Mapping[str, F32]], prior_size: Size) -> dict[str, F32]:
+def summed(residuals: Iterable[Mapping[str, F32]], prior_size: Size) -> dict[str, F32]:
     """The sum of several ControlNets' residuals, by port.
 
     Residuals of another size than the prior's latents are resized as the prior itself resizes them, bilinear with
@@ -193,6 +175,6 @@ def _opencv() -> Any:
         reraise_interrupt(error)
         raise UsageError(
             "control canny: OpenCV finds the edges, and is not installed: pip install 'cascadekit[control]', "
-            "or give a picture of edges with edges=PICTURE"
+            "or give a picture of edges as the control edges=PICTURE"
         ) from error
     return cv2

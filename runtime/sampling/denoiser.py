@@ -1,7 +1,7 @@
 """A sampled stage with its conditions bound: a function of latents and timestep ratio alone.
 
-The engine may have the stage as one graph or as two. The conditioning graph then runs once for the whole schedule, and
-the step graph once for each step, see `schemas.hoisted`.
+The engine has the stage as one graph or as two. With two graphs, the conditioning graph runs once for the whole
+schedule and the step graph once for each step, see `schemas.hoisted`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...schemas.control import is_control
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, MODULATION, RATIOS, STEP
 from ...schemas.stages import Stage
-from ..engines.base import F32, Engine, HostRunner, Run, StageRunner, Tensors
+from ..engines.protocol import F32, Engine, HostRunner, Run, StageRunner, Tensors
 from ..networks import Networks
 from .samplers import Schedule
 
@@ -59,7 +59,7 @@ def denoiser(
 
 @contextmanager
 def _bound(networks: Networks, stage: Stage, inputs: Sequence[Tensors], ratios: F32) -> Iterator[list[Run]]:
-    """The stage once for each part of the batch, whose `inputs` are the sample and the conditions."""
+    """The stage with the conditions of each part of the batch bound; `inputs` are the inputs of each part."""
     conditions = [{name: value for name, value in part.items() if name != "sample"} for part in inputs]
     if not is_hoisted(networks.engine, stage):
         with networks.load(stage) as whole:
@@ -110,5 +110,5 @@ def prepare(conditioning: StageRunner, stage: Stage, sample: F32, conditions: Te
 
 
 def is_hoisted(engine: Engine, stage: Stage) -> bool:
-    """Whether the stage runs as two graphs: the engine has them, and two graphs are faster."""
+    """True if the stage runs as two graphs: the engine has both, and they are faster than one."""
     return stage in FASTER_IN_PARTS and {CONDITIONING, STEP} <= set(engine.graphs(stage))

@@ -9,7 +9,7 @@ from PIL import Image
 from ...schemas.errors import UsageError
 from ...schemas.settings import Sampling
 from ...schemas.stages import Stage
-from ..engines.base import F32, Tensors
+from ..engines.protocol import F32, Tensors
 from ..networks import Networks, require_finite
 from .denoiser import Predict, denoiser
 from .noise import Noise
@@ -27,7 +27,7 @@ def _no_show(latents: F32) -> list[Image.Image]:
 
 @dataclass
 class Step:
-    """The state of the sampling after one step. Other `latents` may be put in place: sampling goes on with these."""
+    """The state of the sampling after one step. A caller may replace `latents`; sampling goes on with the new ones."""
 
     index: int  # from 0
     steps: int
@@ -50,7 +50,7 @@ OnStep = Callable[[Stage, Step], object]
 class Start:
     """Noiseless latents to start from, and the timestep ratio `strength` where sampling starts.
 
-    `mask` is 1 where latents are sampled anew and 0 where they stay."""
+    `mask` is 1 where latents are sampled anew and 0 where they are kept."""
 
     latents: F32  # (1 or B, c, h, w)
     strength: float = 1.0
@@ -64,10 +64,10 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """The conditions of one stage by input port, each (B, ...): those to follow, and the negative ones.
+class StageConditions:
+    """The conditions of one stage by input port, each (B, ...), and the negative ones, which guidance leads away from.
 
-    Guidance leads away from the negative ones; without guidance they are not used."""
+    Without guidance the negative conditions are not used."""
 
     positive: Tensors
     negative: Tensors
@@ -86,12 +86,12 @@ class StageSampling:
 
 
 def sample_stage(
-    networks: Networks, stage: Stage, conditions: Conditions, batch: StageSampling, show: Show
+    networks: Networks, stage: Stage, conditions: StageConditions, batch: StageSampling, show: Show
 ) -> Iterator[Step]:
     """Sample one stage, a Step at a time; the stage stays in memory until the last one.
 
-    Raises UsageError for latents of the wrong shape and for NaN or infinity in what was given, UnsoundError when the
-    network predicts such."""
+    Raises UsageError for latents of the wrong shape and for NaN or infinity in the arguments. Raises UnsoundError when
+    the network predicts NaN or infinity."""
     shape, sampling = batch.shape, batch.sampling
     start = batch.start and batch.start.for_shape(shape)
     schedule = make_schedule(sampling, start.strength if start else 1.0)
@@ -116,15 +116,16 @@ def sample(
 ) -> Iterator[Step]:
     """Denoise `latents` (B, c, h, w) along `schedule`, one Step at a time; stop iterating to cancel.
 
-    `draw` gives standard normal noise of the latents' shape. It is called at every step, also at the last, where
-    diffusers' sampler does not use the noise: the generator then goes on to the next stage as diffusers' does.
+    `draw` returns standard normal noise of the latents' shape. It is called at the last step too, where diffusers draws
+    noise without using it. The next stage then finds the generator in the same state as in diffusers.
+
     Raises UsageError when a step comes back with latents of another shape."""
     steps = len(schedule.ratios) - 1
     for index in range(steps):
         eps = predict(latents, schedule.ratios[index])
         predicted = schedule.predicted(latents, eps, index)
         after = schedule.step(latents, eps, draw(), index)
-        step = Step(index, steps, float(schedule.ratios[index + 1]), after, predicted, show)
+        step = Step(index, steps, float(schedule.ratios[index + 1]), after, predicted, _show=show)
         yield step
         if step.latents.shape != after.shape:
             raise UsageError(

@@ -1,276 +1,14 @@
-"""Gaussian noise that equals torch's CPU generator bit for bit, without torch.
+"""The noise of a batch of images from their seeds, as diffusers draws it."""
 
-A seed stands for an image only if every program draws the same noise from it. The noise here is therefore that of
-diffusers' ``randn_tensor`` with CPU generators: ``torch.randn`` in float32.
-
-The code follows ``normal_`` of torch's x86-64 Linux builds on CPUs with AVX2 or AVX-512, which share one kernel. It was
-compared with torch 2.13.
-
-* 16 values or more are 24-bit uniforms that Box-Muller turns into normals in blocks of 16. Logarithm, sine and cosine
-  are the Cephes polynomials of ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to fused multiply-adds. Each
-  polynomial takes one of 2**24 uniforms, and the tests compare all of them. The arithmetic here is IEEE only, so the
-  result is the same on every machine.
-* Fewer than 16 values are computed one at a time in double precision by the C library's ``log1p``, ``sin`` and ``cos``,
-  which :mod:`math` calls too. They are equal where Python and torch share that library. Another library may round the
-  double differently, which rarely survives the rounding to float32.
-
-With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Of 2**25 such
-values, two in five differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have not
-been compared. Noise in bfloat16 or float16 is left out: what it consumes from the generator differs between releases of
-torch.
-"""
-
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
-from ..engines.base import F32
-
-F64 = NDArray[np.float64]
-
-BLOCK = 16  # values of one vector step of normal_: 8 that give the radius, 8 that give the angle
-LANES = BLOCK // 2
-PASSED = 1 << 20  # words thrown away at once
-CHUNK = 1024  # blocks per pass of the numpy code: its temporaries then stay in the cache
-
-
-def _single(*values: float) -> tuple[float, ...]:
-    """Constants rounded to float32 as in the C code, and held as doubles."""
-    return tuple(float(np.float32(value)) for value in values)
-
-
-# All from torch's aten/src/ATen/native/cpu/avx_mathfun.h, there from Cephes logf.c and sinf.c.
-LOG_P = _single(
-    7.0376836292e-2,
-    -1.1514610310e-1,
-    1.1676998740e-1,
-    -1.2420140846e-1,
-    1.4249322787e-1,
-    -1.6668057665e-1,
-    2.0000714765e-1,
-    -2.4999993993e-1,
-    3.3333331174e-1,
-)
-(SQRT_HALF,) = _single(0.707106781186547524)
-LN2_LOW, LN2_HIGH = _single(-2.12194440e-4, 0.693359375)  # their sum is ln 2
-SIN_P = _single(-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-COS_P = _single(2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
-(FOUR_OVER_PI,) = _single(1.27323954473516)
-MINUS_QUARTER_PI = _single(-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)  # as a sum of three
-TWO_PI = np.float32(2 * math.pi)
-
-
-class TorchGenerator:
-    """Replaces ``torch.Generator("cpu").manual_seed(seed)``: the same values, and the same state after every draw.
-
-    ``seed`` is an integer from -2**63 to 2**64 - 1. torch's CPU engine uses its lower 32 bits (two's complement), so
-    seeds that are equal modulo 2**32 give the same noise. Raises UsageError for anything else.
-    """
-
-    def __init__(self, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-            raise UsageError(f"a seed is an integer, not {seed!r}")
-        if not -(2**63) <= int(seed) < 2**64:
-            raise UsageError(f"a seed lies between -2**63 and 2**64 - 1, {seed} does not")
-        # torch's mt19937_engine and numpy's legacy seeding are both the init_genrand of Matsumoto and Nishimura.
-        self._engine = np.random.RandomState(int(seed) & 0xFFFFFFFF)
-        self._pending: float | None = None  # the sine half of the last scalar pair, not yet handed out
-
-    def randn(self, shape: tuple[int, ...]) -> F32:
-        """``torch.randn(shape, generator=self)``: a new float32 array of ``shape``; () draws one value.
-
-        Raises UsageError if a dimension is negative.
-        """
-        if any(size < 0 for size in shape):
-            raise UsageError(f"a shape has no negative dimensions, {tuple(shape)} does")
-        count = math.prod(shape)
-        values = self._vector(count) if count >= BLOCK else self._scalar(count)
-        return values.reshape(shape)
-
-    def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
-        """``randn(shape)[rows]``, in the memory of these rows alone; the values of other rows are skipped.
-
-        The generator's state is then that after the whole. Raises UsageError for a row that ``shape`` does not have.
-        """
-        if not all(0 <= row < shape[0] for row in rows):
-            raise UsageError(f"rows {list(rows)} of noise of shape {tuple(shape)}")
-        count = math.prod(shape)
-        if count < BLOCK:
-            return self._scalar(count).reshape(shape)[list(rows)]
-        width = count // shape[0]
-        kept = np.empty((len(rows), width), np.float32)
-        blocks = count // BLOCK
-        done = 0  # values that the generator has passed
-        for start, stop in _ranges(rows, width):  # in blocks; the last one may go beyond what is whole
-            whole = min(stop, blocks) * BLOCK
-            self._pass_over(start * BLOCK - done)
-            values = self._uniforms(whole - start * BLOCK)
-            _box_muller(values)
-            _keep(kept, rows, values, start * BLOCK)
-            done = whole
-        self._pass_over(count - done)
-        if count % BLOCK:  # as in _vector
-            values = self._uniforms(BLOCK)
-            _box_muller(values)
-            _keep(kept, rows, values, count - BLOCK)
-        return kept.reshape(len(rows), *shape[1:])
-
-    def _pass_over(self, words: int) -> None:
-        for start in range(0, words, PASSED):
-            self._words(min(PASSED, words - start))
-
-    def _vector(self, count: int) -> F32:
-        """normal_fill of ATen/native/cpu/DistributionTemplates.h."""
-        values = self._uniforms(count)
-        _box_muller(values[: count - count % BLOCK])
-        if count % BLOCK:  # torch overwrites the last 16 values with new ones
-            values[-BLOCK:] = self._uniforms(BLOCK)
-            _box_muller(values[-BLOCK:])
-        return values
-
-    def _scalar(self, count: int) -> F32:
-        """normal_distribution<double> of ATen/core/DistributionsHelper.h, ``count`` times.
-
-        Values come in pairs. A value left over stays pending for the next short draw; long draws do not use it.
-        """
-        values = np.empty(count, np.float32)
-        for i in range(count):
-            if self._pending is None:
-                angle, tail = self._double(), self._double()
-                radius = math.sqrt(-2.0 * math.log1p(-tail))
-                angle *= 2.0 * math.pi
-                values[i], self._pending = radius * math.cos(angle), radius * math.sin(angle)
-            else:
-                values[i], self._pending = self._pending, None
-        return values + np.float32(0)  # torch adds the mean, which makes -0 a +0
-
-    def _words(self, count: int) -> NDArray[np.uint32]:
-        """Raw outputs of the engine; over the full range randint returns them unchanged."""
-        return self._engine.randint(0, 2**32, count, np.uint32)
-
-    def _uniforms(self, count: int) -> F32:
-        """uniform_real_distribution<float>: the lower 24 bits of a word each, in [0, 1)."""
-        return (self._words(count) & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
-
-    def _double(self) -> float:
-        """uniform_real_distribution<double>: the lower 53 bits of two words, the first being the upper half."""
-        high, low = (int(word) for word in self._words(2))
-        return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
-
-
-def randn(shape: tuple[int, ...], generators: TorchGenerator | Sequence[TorchGenerator]) -> F32:
-    """diffusers' ``randn_tensor`` on the CPU: float32 noise of ``shape`` (B, ...).
-
-    One generator gives the noise of the whole batch. In a sequence each generator gives that of its own sample, of
-    shape ``(1, *shape[1:])``, so a sample does not depend on the others. Raises UsageError unless the sequence has B
-    generators. diffusers is laxer: one generator in a list serves any batch, and surplus generators are ignored.
-    """
-    if isinstance(generators, TorchGenerator):
-        return generators.randn(shape)
-    if not shape or len(generators) != shape[0]:
-        raise UsageError(f"{len(generators)} generators given for noise of shape {tuple(shape)}: one per sample needed")
-    noise = np.empty(shape, np.float32)
-    for i, generator in enumerate(generators):
-        noise[i] = generator.randn((1, *shape[1:]))[0]
-    return noise
-
-
-def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
-    """The blocks that `rows` of `width` values reach into: (first, one after the last), touching ranges joined."""
-    begun: tuple[int, int] | None = None
-    for row in sorted(set(rows)):
-        start, stop = row * width // BLOCK, -(-(row + 1) * width // BLOCK)
-        if begun is not None and start <= begun[1]:
-            begun = begun[0], max(stop, begun[1])
-            continue
-        if begun is not None:
-            yield begun
-        begun = start, stop
-    if begun is not None:
-        yield begun
-
-
-def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:
-    """Copy from `values`, the first of which is number `at` of all, what belongs to each of `rows` into `kept`."""
-    width = kept.shape[1]
-    for place, row in enumerate(rows):
-        start, stop = max(row * width, at), min((row + 1) * width, at + len(values))
-        if start < stop:
-            kept[place, start - row * width : stop - row * width] = values[start - at : stop - at]
-
-
-def _box_muller(values: F32) -> None:
-    """Turn uniforms into normals in place: NormalFill16<float, true> of DistributionTemplates.h.
-
-    ``values`` is contiguous, its size a multiple of 16. Value i < 8 of a block sets the radius and value i + 8
-    the angle of a pair; its cosine half goes to i, its sine half to i + 8.
-    """
-    blocks = values.reshape(-1, 2, LANES)
-    for start in range(0, len(blocks), CHUNK):
-        block = blocks[start : start + CHUNK]
-        radius = np.sqrt(np.float32(-2) * _log(np.float32(1) - block[:, 0]))
-        sine, cosine = _sincos(TWO_PI * block[:, 1])
-        # Adding the mean 0 turns -0 into +0, as torch's code does.
-        block[:, 0] = radius * cosine + np.float32(0)
-        block[:, 1] = radius * sine + np.float32(0)
-
-
-def _round(values: F64) -> F64:
-    """Round to float32, in a double array: products of two such values are exact there."""
-    return values.astype(np.float32).astype(np.float64)
-
-
-def _fma(a: F64 | float, b: F64, c: F64 | float) -> F64:
-    """float32 ``a * b + c`` with one rounding.
-
-    The sum is rounded to double first, which would matter if it fell on the middle between two float32 values. For
-    the 2**24 arguments that occur, it changes no result.
-    """
-    return _round(a * b + c)
-
-
-def _log(x: F32) -> F32:
-    """log256_ps for ``x`` in [2**-24, 1], multiply-adds fused as GCC does it."""
-    mantissa, exponent = np.frexp(x)
-    m, e = mantissa.astype(np.float64), exponent.astype(np.float64)
-    small = m < SQRT_HALF
-    e -= small
-    m = np.where(small, m + m, m) - 1
-    square = _round(m * m)
-    y = _fma(LOG_P[0], m, LOG_P[1])
-    for coefficient in LOG_P[2:]:
-        y = _fma(y, m, coefficient)
-    y = _fma(_round(y * m), square, _round(e * LN2_LOW))
-    y = _fma(-0.5, square, y)
-    return _fma(LN2_HIGH, e, _round(m + y)).astype(np.float32)
-
-
-def _sincos(angle: F32) -> tuple[F32, F32]:
-    """sincos256_ps for ``angle`` in [0, 2 pi], multiply-adds fused as GCC does it: sines, cosines."""
-    x = angle.astype(np.float64)
-    octant = (_round(x * FOUR_OVER_PI).astype(np.int32) + 1) & ~1
-    octants = octant.astype(np.float64)
-    for part in MINUS_QUARTER_PI:
-        x = _fma(part, octants, x)
-    square = _round(x * x)
-    y = _fma(_fma(COS_P[0], square, COS_P[1]), square, COS_P[2])
-    cosine = _round(_fma(_round(y * square), square, -0.5 * square) + 1)
-    y = _fma(_fma(SIN_P[0], square, SIN_P[1]), square, SIN_P[2])
-    sine = _fma(_round(y * square), x, x)
-    swapped = octant & 2 != 0
-    sines = np.where(swapped, cosine, sine)
-    cosines = np.where(swapped, sine, cosine)
-    np.negative(sines, out=sines, where=octant & 4 != 0)
-    np.negative(cosines, out=cosines, where=(octant - 2) & 4 == 0)
-    return sines.astype(np.float32), cosines.astype(np.float32)
-
-
-# From seeds to the noise of a batch
+from ..engines.protocol import F32
+from .torch_generator import TorchGenerator
 
 
 @dataclass(frozen=True)
@@ -284,78 +22,46 @@ class PlacedSeed:
     batch: int = 1
 
 
-Seed = int | PlacedSeed | TorchGenerator
+Seed = int | PlacedSeed
 Seeds = Seed | Sequence[Seed]
-
-
-def plain_seeds(seeds: Seeds) -> Seeds:
-    """Seeds with numpy's integers turned into Python's, and any other sequence into a list."""
-    if isinstance(seeds, PlacedSeed | TorchGenerator):
-        return seeds
-    if isinstance(seeds, int | np.integer):
-        return int(seeds)
-    return [int(seed) if isinstance(seed, np.integer) else seed for seed in seeds]
 
 
 class Noise:
     """Standard normal noise for a batch of images, from one generator or from one for each image.
 
-    The decoder goes on with the generators where the prior left them, as in diffusers."""
+    The decoder goes on with the generators in the state the prior left them in, as in diffusers."""
 
     def __init__(self, seeds: Seeds, count: int) -> None:
-        """Raises UsageError unless there is one seed, or one for each of `count` images."""
-        seeds = plain_seeds(seeds)
-        if isinstance(seeds, int):
-            given: list[Seed] = [PlacedSeed(seeds, index, count) for index in range(count)]
-        elif isinstance(seeds, TorchGenerator):
-            given = [seeds] * count
-        else:
-            given = [seeds] if isinstance(seeds, PlacedSeed) else list(seeds)
-        if len(given) != count:
-            raise UsageError(f"{len(given)} seeds for {count} images; give one, or one for each")
-        places = {seed: PlacedSeed(seed) for seed in given if isinstance(seed, int)}
-        self._shared = isinstance(seeds, TorchGenerator)
-        self._sources = [places[seed] if isinstance(seed, int) else seed for seed in given]
-        self._generators = {_key(source): _generator(source) for source in self._sources}
+        """A number is the seed of the whole batch; in a sequence each image has its own seed.
+
+        Raises UsageError unless there is one seed, or one for each of `count` images, and for a seed out of range."""
+        self.places = _placed(seeds, count)  # of the images, in their order
+        self._generators = {(place.seed, place.batch): TorchGenerator(place.seed) for place in self.places}
 
     def draw(self, shape: tuple[int, ...]) -> F32:
         """Draw float32 noise of `shape` (B, ...); a generator draws once for all of its images."""
-        if self._shared:
-            return self._generators[_key(self._sources[0])].randn(shape)
-        noise = np.empty((len(self._sources), *shape[1:]), np.float32)
-        for key, generator in self._generators.items():
-            places = [place for place, source in enumerate(self._sources) if _key(source) == key]
-            rows, batch = zip(*(_place(self._sources[place]) for place in places), strict=True)
-            noise[places] = generator.randn_rows((batch[0], *shape[1:]), rows)
+        noise = np.empty((len(self.places), *shape[1:]), np.float32)
+        for (seed, batch), generator in self._generators.items():
+            rows = [row for row, place in enumerate(self.places) if (place.seed, place.batch) == (seed, batch)]
+            noise[rows] = generator.randn_rows((batch, *shape[1:]), [self.places[row].index for row in rows])
         return noise
 
 
-def _place(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
-    """Index and batch size of the image in the noise of its generator."""
-    return (source.index, source.batch) if isinstance(source, PlacedSeed) else (0, 1)
+def _placed(seeds: Seeds, count: int) -> list[PlacedSeed]:
+    if isinstance(seeds, int | np.integer):
+        places = [PlacedSeed(int(seeds), index, count) for index in range(count)]
+    else:
+        given = [seeds] if isinstance(seeds, PlacedSeed) else seeds
+        places = [each if isinstance(each, PlacedSeed) else PlacedSeed(_plain(each)) for each in given]
+    if len(places) != count:
+        raise UsageError(f"{len(places)} seeds for {count} images; give one, or one for each")
+    for place in places:
+        if place.batch > MAX_IMAGES:
+            raise UsageError(f"a batch of {place.batch:.4g} images: expected at most {MAX_IMAGES}")
+        if not 0 <= place.index < place.batch:
+            raise UsageError(f"image {place.index} of a batch of {place.batch}: expected 0 to {place.batch - 1}")
+    return places
 
 
-def seed_settings(seed: Seeds, index: int, count: int) -> dict[str, int]:
-    """The settings `seed`, `index` and `batch` that generate image `index` of `count` again.
-
-    The dictionary is empty for a generator, whose state cannot be written down."""
-    if isinstance(seed, int):
-        return {"seed": seed, "index": index, "batch": count}
-    own = seed if isinstance(seed, PlacedSeed | TorchGenerator) else seed[index]
-    if isinstance(own, int):
-        return {"seed": own, "index": 0, "batch": 1}
-    return asdict(own) if isinstance(own, PlacedSeed) else {}
-
-
-def _key(source: PlacedSeed | TorchGenerator) -> tuple[int, int]:
-    return (id(source), 0) if isinstance(source, TorchGenerator) else (source.seed, source.batch)
-
-
-def _generator(source: PlacedSeed | TorchGenerator) -> TorchGenerator:
-    if isinstance(source, TorchGenerator):
-        return source
-    if not 0 <= source.index < source.batch:
-        raise UsageError(f"image {source.index} of a batch of {source.batch}: expected 0 to {source.batch - 1}")
-    if source.batch > MAX_IMAGES:
-        raise UsageError(f"a batch of {source.batch:.4g} images: expected at most {MAX_IMAGES}")
-    return TorchGenerator(source.seed)
+def _plain(seed: int) -> int:
+    return int(seed) if isinstance(seed, np.integer) else seed

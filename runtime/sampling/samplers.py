@@ -5,7 +5,7 @@ multiplies a last-bit difference in a timestep by 10,000, so the order of roundi
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,12 +14,11 @@ import numpy as np
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_STEPS
 from ...schemas.settings import Sampler, Sampling, Settings
-from ..engines.base import F32
+from ..engines.protocol import F32
 
-COSINE_OFFSET = 0.008  # s of the cosine schedule (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672)
 VARIANCE_LIMITS = (np.float32(0.0001), np.float32(0.9999))  # of ᾱ, in both samplers
 ONE, HALF_PI = np.float32(1), np.float32(math.pi) * np.float32(0.5)
-OFFSET = np.float32(COSINE_OFFSET)
+OFFSET = np.float32(0.008)  # s of the cosine schedule (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672)
 MIN_VARIANCE = np.cos(OFFSET / (ONE + OFFSET) * HALF_PI) ** 2
 
 
@@ -31,7 +30,7 @@ class Schedule(Protocol):
         """The timestep ratio at each point, as the network is given it: (steps + 1,)."""
 
     def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
-        """Add `noise` to noiseless latents, as much as there is at point `index`."""
+        """Add `noise` to noiseless latents, at the noise level of point `index`."""
 
     def begin(self, x_0: F32, noise: F32) -> F32:
         """Add `noise` to noiseless latents from which sampling starts, at point 0."""
@@ -49,25 +48,29 @@ class Schedule(Protocol):
 def make_schedule(sampling: Sampling, strength: float = 1.0) -> Schedule:
     """The schedule of one stage, from timestep ratio `strength` down.
 
-    A strength below 1 makes that share of the steps, at least one, as Stability does. Raises UsageError for an unknown
-    sampler, and for a number or a list of timesteps out of range."""
+    A strength below 1 takes that share of the steps, at least one, as Stability does. Raises UsageError for an unknown
+    sampler, and for a number of steps or a list of timesteps out of range."""
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength:g}: expected more than 0, at most 1")
-    if sampling.sampler not in SCHEDULES:
-        raise UsageError(f"sampler {sampling.sampler!r}: expected {' or '.join(SCHEDULES)}")
+    if sampling.sampler not in list(Sampler):
+        raise UsageError(f"sampler {sampling.sampler!r}: expected {' or '.join(Sampler)}")
     if sampling.steps > MAX_STEPS or len(sampling.timesteps) > MAX_STEPS + 1:
         raise UsageError(f"more than {MAX_STEPS} steps: expected at most {MAX_STEPS}")
     if sampling.timesteps:
         points = _below(custom_timesteps(sampling.timesteps), strength)
     else:
         points = timesteps(max(1, int(sampling.steps * strength)) if sampling.steps > 0 else sampling.steps, strength)
-    return SCHEDULES[Sampler(sampling.sampler)](points, sampling)
+    if sampling.sampler == Sampler.GDF:
+        return gdf_schedule(points, sampling.shift, sampling.rescale)
+    if sampling.shift != 1 or sampling.rescale:
+        raise UsageError(f"shift and rescale: {Sampler.DDPM_WUERSTCHEN} has neither; take sampler {Sampler.GDF}")
+    return Wuerstchen(points)
 
 
 def check_schedules(settings: Settings, *, varies: bool) -> None:
     """Raise UsageError for a sampler, number of steps, shift or list of timesteps that either stage would refuse.
 
-    `varies` says that there is an initial picture: then the strength is checked too."""
+    `varies` says that there is an initial picture; the strength is then checked too."""
     make_schedule(settings.prior, settings.strength if varies else 1.0)
     make_schedule(settings.decoder)
 
@@ -103,7 +106,7 @@ def _below(points: F32, strength: float) -> F32:
         return points
     rest = points[points < np.float32(strength)]
     if not len(rest):
-        raise UsageError(f"strength {strength:g}: all timesteps lie above it, down to {points[-1]:g}; raise it")
+        raise UsageError(f"strength {strength:g}: all timesteps are above it, down to {points[-1]:g}; raise it")
     return np.append(np.float32(strength), rest)
 
 
@@ -123,7 +126,7 @@ class Wuerstchen:
 
     def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
         bar = alpha_bar(self.ratios[index])
-        x_t: F32 = np.sqrt(bar) * x_0 + np.sqrt(np.float32(1) - bar) * noise
+        x_t: F32 = np.sqrt(bar) * x_0 + np.sqrt(ONE - bar) * noise
         return x_t
 
     def begin(self, x_0: F32, noise: F32) -> F32:
@@ -131,7 +134,7 @@ class Wuerstchen:
 
     def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
         bar = alpha_bar(self.ratios[index])
-        x_0: F32 = (x_t - np.sqrt(np.float32(1) - bar) * eps) / np.sqrt(bar)
+        x_0: F32 = (x_t - np.sqrt(ONE - bar) * eps) / np.sqrt(bar)
         return x_0
 
     def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
@@ -143,9 +146,7 @@ class Wuerstchen:
 
 def alpha_bar(t: F32 | np.float32) -> F32:
     """ᾱ, the share of the signal's variance left at ratio `t`: cos²((t+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2), clamped."""
-    s, one, half, pi = (np.float32(value) for value in (COSINE_OFFSET, 1, 0.5, math.pi))
-    start = np.cos(s / (one + s) * pi * half) ** 2
-    bar: F32 = np.clip(np.cos((t + s) / (one + s) * pi * half) ** 2 / start, *VARIANCE_LIMITS)
+    bar: F32 = np.clip(np.cos((t + OFFSET) / (ONE + OFFSET) * HALF_PI) ** 2 / MIN_VARIANCE, *VARIANCE_LIMITS)
     return bar
 
 
@@ -154,13 +155,12 @@ def ddpm_step(x_t: F32, eps: F32, z: F32, t: np.float32, t_prev: np.float32) -> 
 
     The DDPM posterior has the mean (x - (1-α)·ε/√(1-ᾱ)) / √α and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ). The last step
     adds no noise."""
-    one = np.float32(1)
     bar, bar_prev = alpha_bar(t), alpha_bar(t_prev)
     alpha = bar / bar_prev
-    mean: F32 = np.sqrt(one / alpha) * (x_t - (one - alpha) * eps / np.sqrt(one - bar))
+    mean: F32 = np.sqrt(ONE / alpha) * (x_t - (ONE - alpha) * eps / np.sqrt(ONE - bar))
     if t_prev == 0:
         return mean
-    deviation: F32 = np.sqrt((one - alpha) * (one - bar_prev) / (one - bar))
+    deviation: F32 = np.sqrt((ONE - alpha) * (ONE - bar_prev) / (ONE - bar))
     return mean + deviation * z
 
 
@@ -170,7 +170,7 @@ def guided(prediction: F32, guidance: float) -> F32:
     weight = np.float32(guidance)
     if abs(weight) < 0.5:  # the two forms of torch.lerp
         return uncond + weight * (cond - uncond)
-    return cond - (cond - uncond) * (np.float32(1) - weight)
+    return cond - (cond - uncond) * (ONE - weight)
 
 
 # Stability's sampler
@@ -194,8 +194,8 @@ class Gdf:
         return _diffused(x_0, noise, self.log_snr[index])
 
     def begin(self, x_0: F32, noise: F32) -> F32:
-        """Stability's notebooks shift the sampling but not the noise added to a picture before it: they call
-        GDF.diffuse without a shift."""
+        """Stability's notebooks shift the sampling, but not the noise that a picture begins with: they call GDF.diffuse
+        without a shift."""
         return _diffused(x_0, noise, self.first)
 
     def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
@@ -222,7 +222,10 @@ class Gdf:
 def gdf_schedule(points: F32, shift: float = 1.0, rescale: float = 0.0) -> Schedule:
     """Stability's sampler on `points` (steps + 1,), ratios that fall from at most 1 to at least 0.
 
-    A `shift` of s adds 2·ln(1/s) to the log signal-to-noise ratio and clips the sum to the unshifted limits."""
+    A `shift` of s adds 2·ln(1/s) to the log signal-to-noise ratio and clips the sum to the unshifted limits. Raises
+    UsageError for a shift that is not above 0."""
+    if not shift > 0:
+        raise UsageError(f"shift {shift:g}: expected more than 0")
     plain = log_snr = _log_snr(points)
     if shift != 1:
         limits = _log_snr(np.array([1, 0], np.float32))
@@ -231,8 +234,7 @@ def gdf_schedule(points: F32, shift: float = 1.0, rescale: float = 0.0) -> Sched
 
 
 def _log_snr(t: F32) -> F32:
-    angle = np.clip(np.cos((OFFSET + t) / (ONE + OFFSET) * HALF_PI), 0, 1)
-    variance = np.clip(angle**2 / MIN_VARIANCE, *VARIANCE_LIMITS)
+    variance = alpha_bar(t)
     found: F32 = np.log(variance / (ONE - variance))
     return found
 
@@ -258,24 +260,3 @@ def _scales(log_snr: np.float32) -> tuple[np.float32, np.float32]:
 def _sigmoid(value: F32 | np.float32) -> F32:
     found: F32 = ONE / (ONE + np.exp(-value))
     return found
-
-
-# The samplers by name
-
-
-def _ddpm(points: F32, sampling: Sampling) -> Schedule:
-    if sampling.shift != 1 or sampling.rescale:
-        raise UsageError(f"shift and rescale: {Sampler.DDPM_WUERSTCHEN} has neither; take sampler {Sampler.GDF}")
-    return Wuerstchen(points)
-
-
-def _gdf(points: F32, sampling: Sampling) -> Schedule:
-    if not sampling.shift > 0:
-        raise UsageError(f"shift {sampling.shift:g}: expected more than 0")
-    return gdf_schedule(points, sampling.shift, sampling.rescale)
-
-
-SCHEDULES: Mapping[Sampler, Callable[[F32, Sampling], Schedule]] = {
-    Sampler.DDPM_WUERSTCHEN: _ddpm,
-    Sampler.GDF: _gdf,
-}

@@ -46,8 +46,8 @@ def parse_weights(text: str) -> tuple[WeightedText, ...]:
     | \( \) \[ \] and \\ | the characters themselves, as text   |
 
     A bracket that is never closed reaches to the end of the text. A bracket that was never opened is text, and so is a
-    number outside (). Three things differ from the web UI: a backslash before any other character stays (there it
-    vanishes), brackets that cancel leave exactly 1, and BREAK is a word like any other.
+    number outside (). Three things differ from the web UI. A backslash before any other character stays; there it
+    vanishes. Brackets that cancel leave exactly 1. BREAK is a word like any other.
 
     Raises UsageError for a weight below 0 or above 10, and for a text that `check_length` refuses.
     """

@@ -1,6 +1,7 @@
 """Prompts to embeddings: weights, chunks of 77 tokens, and the text encoder with its cache.
 
-By default a text is read as it stands and cut off after 77 tokens, as in diffusers. Weights and long texts are opt-in.
+By default a text is read without syntax and cut off after 77 tokens, as in diffusers. Weights and long texts are
+opt-in.
 
 Weights have the syntax of `prompt_weights`. They are applied as ComfyUI does (`encode_token_weights` in its
 comfy/sd1_clip.py): at a token of weight w the hidden state z becomes
@@ -11,13 +12,13 @@ with z_empty the hidden state of the empty prompt at the same position. Opening,
 weight 1. The pooled vector has no weights.
 
 A long text is cut into chunks of at most 75 tokens; each chunk is encoded by itself between an opening and a closing
-token. The hidden states of all chunks are joined on the token axis: (77 * k, channels). The pooled vector is that of
-the first chunk, as in ComfyUI and the web UI: it belongs to how the text begins, and the decoder was not trained on a
-mean of several vectors. Texts of fewer chunks are filled up with the empty prompt, so that all have the same length.
+token. The hidden states of all chunks are joined on the token axis: (77 * k, channels). The pooled vector comes from
+the first chunk, as in ComfyUI and the web UI, because the decoder was not trained on a mean of several vectors. Texts
+of fewer chunks are filled up with the empty prompt, so that all have the same length.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -28,9 +29,9 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
-from ..engines.base import F32, Run, Tensors
+from ..engines.protocol import F32, Run, Tensors
 from .prompt_weights import WeightedText, check_length, parse_weights
-from .tokenizer import END, LENGTH, START, ClipTokenizer, Token
+from .tokenizer import LENGTH, ClipTokenizer, Token, token_rows
 
 Encode = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
@@ -56,13 +57,9 @@ class PromptEmbeds:
 
     def repeated(self, count: int) -> "PromptEmbeds":
         """Every prompt `count` times in a row: embeddings of B * count prompts."""
-        return PromptEmbeds(
-            np.repeat(self.clip_text, count, axis=0),
-            np.repeat(self.pooled, count, axis=0),
-            np.repeat(self.negative_clip_text, count, axis=0),
-            np.repeat(self.negative_pooled, count, axis=0),
-            self.truncated,
-        )
+        rows = np.repeat(np.arange(len(self)), count)
+        text, negative_text = self.clip_text[rows], self.negative_clip_text[rows]
+        return PromptEmbeds(text, self.pooled[rows], negative_text, self.negative_pooled[rows], self.truncated)
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def encode_texts(
     long: bool = False,
     batch: int = 16,
 ) -> EncodedTexts:
-    """Embed B `texts`; `weighted` reads the syntax of weights, `long` cuts into chunks what is cut off otherwise.
+    """Embed B `texts`. `weighted` reads the syntax of weights; `long` encodes the text beyond 77 tokens in chunks.
 
     `encode` is the text encoder, from input_ids and attention_mask (n, 77) int64 to prompt_embeds (n, 77, channels) and
     pooled (n, 1, channels) float32. It is called with at most `batch` rows at a time, and once for equal rows.
@@ -99,7 +96,7 @@ def encode_texts(
     Raises UsageError when there are no texts, when one of them is no text, and as `parse_weights` does.
     """
     if isinstance(texts, str) or not texts or batch < 1:
-        raise UsageError(f"expected a list of prompts and a batch of at least 1, got {texts!r:.60}, {batch}")
+        raise UsageError(f"expected a list of prompts and a batch of at least 1, found {texts!r:.60}, {batch}")
     chunked, truncated = [], []
     for index, text in enumerate(texts):
         chunks, rest = _chunks(text, f"prompt {index}", tokenizer, weighted, long)
@@ -160,12 +157,10 @@ class CachedTextEncoder:
 
 
 def split(tokens: Sequence[Token]) -> Iterator[slice]:
-    """Where to cut a text of many tokens into chunks of at most 75.
+    """Cut a text of many tokens into chunks of at most 75.
 
     A full chunk is cut after the last comma among its last 20 tokens, as in the web UI. Without a comma the web UI cuts
-    anywhere. Here, as in ComfyUI, the cut is moved before the word it would go through, if that word began no more than
-    20 tokens ago.
-    """
+    anywhere. Here, as in ComfyUI, the cut never goes through a word that began at most 20 tokens before it."""
     start = 0
     while len(tokens) - start > ROOM:
         stop = _cut(tokens, start + ROOM)
@@ -186,7 +181,7 @@ def _cut(tokens: Sequence[Token], full: int) -> int:
 def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long: bool) -> tuple[list[_Chunk], str]:
     """The chunks of `text`, at least one, and the part of it that did not fit.
 
-    Pieces of different weight are tokenized apart, as every user interface does: a weight that starts within a word
+    Pieces of different weight are tokenized separately, as in every user interface: a weight that starts within a word
     makes two words of it."""
     if isinstance(text, str):
         check_length(text)
@@ -206,21 +201,13 @@ def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long
 
 def _encode_rows(rows: Sequence[tuple[int, ...]], encode: Encode, batch: int) -> tuple[F32, F32]:
     """Hidden states (n, 77, channels) and pooled vectors (n, 1, channels) of n chunks' ids."""
-    input_ids = np.full((len(rows), LENGTH), END, np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    input_ids[:, 0] = START
-    for row, ids in enumerate(rows):
-        input_ids[row, 1 : 1 + len(ids)] = ids
-        attention_mask[row, : len(ids) + 2] = 1
+    input_ids, attention_mask = token_rows(rows)
     outputs = [
         encode({"input_ids": input_ids[at : at + batch], "attention_mask": attention_mask[at : at + batch]})
         for at in range(0, len(rows), batch)
     ]
-    return _joined(outputs, "prompt_embeds"), _joined(outputs, "pooled")
-
-
-def _joined(outputs: Iterable[Mapping[str, NDArray[Any]]], name: str) -> F32:
-    return np.concatenate([output[name] for output in outputs])
+    hidden, pooled = (np.concatenate([each[name] for each in outputs]) for name in ("prompt_embeds", "pooled"))
+    return hidden, pooled
 
 
 def _weighted(hidden: F32, empty: F32, weights: Sequence[float]) -> F32:

@@ -1,18 +1,20 @@
 """CLIP's byte-pair tokenizer for the text encoder, on the `tokenizers` library alone.
 
-The authority is transformers' CLIPTokenizer (version 5), which diffusers feeds the text encoder with: ids, padding,
-truncation and masks are its own for every string. The vocabulary is OpenAI's, as shipped in open_clip_torch (MIT; see
-data/clip_tokenizer/LICENSE.txt). open_clip's SimpleTokenizer, the one of CLIP's training, cuts text into the same ids
-(but pads with 0) except where the two disagree by construction:
+Ids, padding, truncation and masks equal those of transformers' CLIPTokenizer (version 5), which diffusers uses, for
+every string. The vocabulary is OpenAI's, as shipped in open_clip_torch (MIT; see data/clip_tokenizer/LICENSE.txt).
 
-* open_clip first mends the text with ftfy and html.unescape ("&amp;", curly quotes, "Ã©", full-width letters, control
-  characters); transformers takes it as it is;
-* "<|startoftext|>" and "<|endoftext|>" in a prompt are special tokens to transformers alone (open_clip knows them as
-  "<start_of_text>" and "<end_of_text>"); in upper case they are plain text to both, but split differently;
-* a capital sigma that ends a word becomes a final sigma in open_clip, an ordinary one in transformers;
-* open_clip matches its pattern without regard to case, so U+0345 passes for a letter and an apostrophe with a long s
-  (U+017F) for the contraction 's;
-* characters newer than the Unicode tables of Python or of either library may be letters to one of them only.
+CLIP was trained with open_clip's SimpleTokenizer. It cuts text into the same ids, but pads with 0 and differs here:
+
+| text                                              | open_clip              | transformers, and here |
+|---------------------------------------------------|------------------------|------------------------|
+| "&amp;", curly quotes, "Ã©", full-width letters   | mended by ftfy and html.unescape | unchanged    |
+| "<|startoftext|>", "<|endoftext|>"                | plain text ("<start_of_text>" is special) | special tokens |
+| the same in upper case                            | plain text, split otherwise | plain text        |
+| a capital sigma that ends a word                  | final sigma            | ordinary sigma         |
+| U+0345                                            | a letter               | no letter              |
+| an apostrophe with a long s (U+017F)              | the contraction 's     | no contraction         |
+
+Characters newer than the Unicode tables of Python or of either library may be letters to one of them only.
 """
 
 import json
@@ -29,7 +31,7 @@ from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.limits import MAX_PROMPT_CHARACTERS
 from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
 
-__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder"]
+__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder", "token_rows"]
 
 LENGTH = 77  # positions of the text encoder
 PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
@@ -48,33 +50,34 @@ class Tokens:
 
 
 class Token(NamedTuple):
-    """One token of a text, and what tells whether the text may be cut before or after it."""
+    """One token of a text. `opens_word` and `is_comma` show where the text may be cut."""
 
     id: int
-    start: int  # the character of the text it starts at
+    start: int  # its first character in the text as typed
     opens_word: bool
     is_comma: bool  # or punctuation that ends with one, such as ")," which is a token of its own
 
 
 class ClipTokenizer:
-    """Turns prompts into token ids. `ClipTokenizer.open` makes one."""
+    """Turns prompts into token ids; see `ClipTokenizer.open`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     @classmethod
     def open(cls, path: Path | None = None, rows: int | None = None) -> "ClipTokenizer":
-        """The shipped tokenizer, or the one at `path`, see `tokenizer_file.read_tokenizer`. The settings in a
-        tokenizer.json are kept, except for truncation and padding. Tokens that were added to CLIP's are used, if the
-        text encoder has a row for each: `rows` is how many it has.
+        """The shipped tokenizer, or the one at `path`, see `tokenizer_file.read_tokenizer`.
 
-        Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more than rows.
-        """
+        The settings in a tokenizer.json are kept, except for truncation and padding. Tokens added to CLIP's are used;
+        `rows` is the number of rows of the text encoder, which needs one for each token.
+
+        Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more tokens than
+        `rows`."""
         if path is None:
             return cls(Tokenizer.from_str(shipped()))
         try:
             read = read_tokenizer(path)
-            tokenizer = _guarded(lambda: _made_of(read.text))
+            tokenizer = _guarded(lambda: _parsed(read.text))
             found = _described(tokenizer, read.added)
         except Exception as error:  # the library raises plain Exception
             found = str(error)
@@ -89,24 +92,18 @@ class ClipTokenizer:
     def __call__(self, prompts: Sequence[str], length: int = LENGTH) -> Tokens:
         """`prompts` as int64 ids of shape (len(prompts), length), padded with the closing token 49407.
 
-        What does not fit is cut and the last place given to the closing token, as transformers does with
-        padding="max_length", truncation=True, max_length=length. Raises UsageError when `prompts` is a bare string,
-        when one of them is not text (half a surrogate pair included), and for a length below 2.
-        """
+        Longer prompts are cut and end with the closing token, as in transformers with padding="max_length",
+        truncation=True, max_length=length. Raises UsageError when `prompts` is a bare string, when one of them is not
+        text (half a surrogate pair included), and for a length below 2."""
         if isinstance(prompts, str) or length < 2:
-            raise UsageError(f"expected a list of prompts and a length of at least 2, got {prompts!r:.60}, {length}")
-        input_ids = np.full((len(prompts), length), END, np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        truncated = []
-        for row, prompt in enumerate(prompts):
-            encoding = self._encode(prompt, f"prompt {row}")
-            # The closing token is the fill value, so only what comes before it is copied.
-            kept = min(len(encoding.ids), length) - 1
-            input_ids[row, :kept] = encoding.ids[:kept]
-            attention_mask[row, : kept + 1] = 1
-            fits = len(encoding.ids) <= length
-            # Offsets count characters of the prompt as typed, before lowering and normalization.
-            truncated.append("" if fits else prompt[encoding.offsets[kept][0] :].strip())
+            raise UsageError(f"expected a list of prompts and a length of at least 2, found {prompts!r:.60}, {length}")
+        room = length - 2  # for the opening and the closing token
+        split = [self.split(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+        input_ids, attention_mask = token_rows([[token.id for token in tokens[:room]] for tokens in split], length)
+        truncated = [
+            prompt[tokens[room].start :].strip() if len(tokens) > room else ""
+            for prompt, tokens in zip(prompts, split, strict=True)
+        ]
         return Tokens(input_ids, attention_mask, tuple(truncated))
 
     def split(self, text: str, name: str = "prompt") -> list[Token]:
@@ -128,7 +125,20 @@ class ClipTokenizer:
         try:
             return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:
-            raise UsageError(f"{name}: expected text, got {ascii(text)[:60]}") from error
+            raise UsageError(f"{name}: expected text, found {ascii(text)[:60]}") from error
+
+
+def token_rows(rows: Sequence[Sequence[int]], length: int = LENGTH) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ids of each row between an opening and a closing token, padded with closing tokens, and the attention mask.
+
+    Both are (len(rows), length) int64. The mask is 1 up to and with the first closing token."""
+    input_ids = np.full((len(rows), length), END, np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    input_ids[:, 0] = START
+    for row, ids in enumerate(rows):
+        input_ids[row, 1 : 1 + len(ids)] = ids
+        attention_mask[row, : len(ids) + 2] = 1
+    return input_ids, attention_mask
 
 
 def save_tokenizer_folder(folder: Path) -> None:
@@ -154,7 +164,7 @@ def save_tokenizer_folder(folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
-def _made_of(text: str) -> Tokenizer:
+def _parsed(text: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()  # a saved file may ask for either; both are done here
     tokenizer.no_padding()

@@ -1,7 +1,7 @@
 """The files of a CLIP tokenizer, read and checked before the `tokenizers` library sees them.
 
-The library runs whatever pipeline a tokenizer.json describes: some abort the process, some never end, some take all
-memory. CLIP's is always the same but for its vocabulary and the tokens added to it, so nothing else is let through.
+The library runs any pipeline that a tokenizer.json describes; some abort the process, never end, or take all memory.
+CLIP's pipeline is always the same but for its vocabulary and the tokens added to it, so every other one is refused.
 """
 
 import json
@@ -34,8 +34,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer: the file that errors name, all of it as the text of one tokenizer.json, and the ids of the tokens
-    beyond CLIP's."""
+    """A tokenizer: the file that errors name, the text of one complete tokenizer.json, and the ids of added tokens."""
 
     name: str
     text: str
@@ -48,10 +47,10 @@ def shipped() -> str:
 
 
 def read_tokenizer(path: Path) -> TokenizerFile:
-    """The tokenizer at `path`: a tokenizer.json, or a folder with one or with vocab.json and merges.txt, and with the
-    tokens that tokenizer_config.json or added_tokens.json add to either.
+    """The tokenizer at `path`: a tokenizer.json, or a folder with tokenizer.json or with vocab.json and merges.txt.
 
-    Raises ValueError or CheckpointError that say what was found in place of CLIP's."""
+    tokenizer_config.json or added_tokens.json in the folder add their tokens. Raises ValueError or CheckpointError,
+    which describe what was found in place of CLIP's tokenizer."""
     folder = path if path.is_dir() else None
     own = "" if folder and has_only_lists(folder) else _read(path / WHOLE_NAME if folder else path)
     content = load_object(own, strict=True) if own else _from_lists(path)
@@ -73,7 +72,7 @@ def name_of(path: Path) -> str:
 
 
 def has_only_lists(folder: Path) -> bool:
-    """Whether the folder has vocab.json and merges.txt but no tokenizer.json."""
+    """True if the folder has vocab.json and merges.txt but no tokenizer.json."""
     return (folder / LIST_NAMES[0]).exists() and not (folder / WHOLE_NAME).exists()
 
 
@@ -88,7 +87,7 @@ def _read(file: Path) -> str:
 
 
 def _from_lists(folder: Path) -> Json:
-    """A tokenizer.json with these two lists; all else is taken from the shipped one, as it never differs."""
+    """A tokenizer.json with these two lists. The rest is that of the shipped one, which never differs."""
     vocab, merges = (_read(folder / name) for name in LIST_NAMES)
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     content: Json = json.loads(shipped())
@@ -170,7 +169,7 @@ def _is_pre_tokenizer(value: Any) -> bool:
 
 
 def _is_post_processor(value: Any) -> bool:
-    """Whether this may be the post-processor; a trial prompt shows whether it adds the right two tokens."""
+    """True if this may be the post-processor; a trial prompt shows later whether it adds the right two tokens."""
     kinds = (None, "RobertaProcessing", "TemplateProcessing")
     return value is None or (isinstance(value, dict) and value.get("type") in kinds)
 

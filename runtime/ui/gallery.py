@@ -11,34 +11,37 @@ from urllib.parse import quote
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
+from ..batch.picture_hashes import PICTURE_FIELDS
 from ..images.png import METADATA_KEY, parse_text
 from ..images.png_text import read_png_text
-from .pictures import REFERENCES, Pictures
+from .uploads import Uploads
 
 Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
 
 SUFFIX = ".png"
-NAMED = 20  # settings that are not understood, of what may be thousands
+NAMED = 20  # settings that are not understood and are listed by name
 LONGEST_NAME = 60  # characters of such a setting's name
 
 
 class Gallery:
     """Shows the images of one folder that carry settings of cascadekit."""
 
-    def __init__(self, folder: Path, pictures: Pictures) -> None:
-        """Raises UsageError when `folder` is something else."""
+    def __init__(self, folder: Path, pictures: Uploads) -> None:
+        """Raises UsageError when `folder` exists and is not a folder."""
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder}: expected a folder for the images")
         self.folder = folder
         self._pictures = pictures
         self._known: dict[Known, Described | None] = {}
-        self._lock = Lock()  # of what is known; every request has a thread of its own
+        self._lock = Lock()  # held while `_known` changes; every request has its own thread
 
     def newest(self, count: int) -> tuple[list[Described], bool]:
         """The `count` newest images, and whether there are more. Raises UsageError for a folder that cannot be read."""
         files = sorted(self._files(), key=lambda known: (known[1], known[0]), reverse=True)
-        self._forget_all_but(set(files))
+        present = set(files)
+        with self._lock:  # forget the images that are gone
+            self._known = {known: value for known, value in self._known.items() if known in present}
         found: list[Described] = []
         for name, time in files:
             described = self._described(name, time)
@@ -52,29 +55,22 @@ class Gallery:
         return self._described(path.name, path.stat().st_mtime_ns)
 
     def file(self, name: str) -> Path | None:
-        """The image of that name, when it is one of the folder's own."""
+        """The path of an image of the folder; None when it has no image of that name."""
         return next((self.folder / found for found, _ in self._files() if found == name), None)
 
     def _files(self) -> Iterator[Known]:
-        """Never hidden files, nor links, which may lead out of the folder, nor what vanishes meanwhile."""
+        """The images, without hidden files, and without links, which may lead out of the folder."""
         try:
             with os.scandir(self.folder) as entries:
                 for entry in entries:
                     with suppress(FileNotFoundError):
-                        if (
-                            entry.name.endswith(SUFFIX)
-                            and entry.name[0] != "."
-                            and entry.is_file(follow_symlinks=False)
-                        ):
+                        named = entry.name.endswith(SUFFIX) and not entry.name.startswith(".")
+                        if named and entry.is_file(follow_symlinks=False):
                             yield entry.name, entry.stat(follow_symlinks=False).st_mtime_ns
         except FileNotFoundError:
             return  # before the first image
         except OSError as error:
             raise UsageError(f"{self.folder}: the images cannot be listed: {error.strerror}") from error
-
-    def _forget_all_but(self, present: set[Known]) -> None:
-        with self._lock:
-            self._known = {known: value for known, value in self._known.items() if known in present}
 
     def _described(self, name: str, time: int) -> Described | None:
         with self._lock:
@@ -92,7 +88,7 @@ class Gallery:
 
     def _by_ids(self, settings: Described) -> Described:
         """Settings with ids in place of paths."""
-        return {name: self._by_id(value) if name in REFERENCES else value for name, value in settings.items()}
+        return {name: self._by_id(value) if name in PICTURE_FIELDS else value for name, value in settings.items()}
 
     def _by_id(self, value: Any) -> Any:
         if not isinstance(value, dict):
@@ -128,5 +124,5 @@ def _names(odd: list[str]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """With a mark in place of what is no text: bytes of a file's name, halves of surrogate pairs."""
+    """The text with a mark in place of bytes that are no text, and of halves of surrogate pairs."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""What the page may ask for, and how its flat JSON becomes requests."""
+"""Parses the flat JSON that the page submits into requests, and describes to the page the requests it may make."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from ...schemas.settings import Sampler, parse_settings
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
-from .pictures import Pictures
 from .queued_job import PageRequest
+from .uploads import Uploads
 
 MOST_IMAGES = 64  # in one submission, against typing errors
 
@@ -24,7 +24,7 @@ PREVIEWED = (Stage.PRIOR, Stage.DECODER)
 
 
 def features(manifest: Manifest) -> dict[str, Any]:
-    """What the bundle can do besides following a prompt."""
+    """The features of the bundle besides following a prompt."""
     has = manifest.stages
     varies = Stage.EFFNET_ENCODER in has and Stage.VQGAN in has
     controls = [name for name in CONTROLS if _can(manifest, name)]
@@ -55,39 +55,39 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_page_request(
-    given: Mapping[str, Any], manifest: Manifest, pictures: Pictures, loras: Sequence[tuple[str, float]] = ()
+    given: Mapping[str, Any], manifest: Manifest, pictures: Uploads, loras: Sequence[tuple[str, float]] = ()
 ) -> PageRequest:
-    """Parse what the page submits.
+    """Parse the JSON that the page submits.
 
-    `given` has the fields of a request, with ids in place of pictures. Besides, `images` is the number of images, whose
-    seeds count on from `seed`, and `previews` are stages. `loras` are already merged into the weights.
+    `given` has the fields of a request, with ids in place of pictures. It also has `images`, the number of images
+    (their seeds count on from `seed`), and `previews`, a list of stages. `loras` are already merged into the weights.
 
     Raises UsageError for a request that cannot be generated."""
-    said = dict(given)
-    count, shown = _count(said.pop("images", 1)), _stages(said.pop("previews", []))
-    if "loras" in said:
-        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui --lora")
+    fields = dict(given)
+    count, shown = _count(fields.pop("images", 1)), _stages(fields.pop("previews", []))
+    if "loras" in fields:
+        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui BUNDLE --lora FILE")
     able = features(manifest)
-    said = {name: value for name, value in said.items() if value or name not in PICTURED}
-    for name in sorted(PICTURED & said.keys()):
+    fields = {name: value for name, value in fields.items() if value or name not in PICTURED}
+    for name in sorted(PICTURED & fields.keys()):
         if not able[name]:
-            raise UsageError(f"{name}: the bundle lacks the stages for that; export the model with its encoders")
-    for name in PICTURED & said.keys():
-        value = said[name]
-        said[name] = (
+            raise UsageError(f"{name}: the bundle lacks the stages for it; export the model with its encoders")
+    for name in PICTURED & fields.keys():
+        value = fields[name]
+        fields[name] = (
             [_picture(each, pictures) for each in value] if isinstance(value, list) else _picture(value, pictures)
         )
-    if said.get("controls"):
-        said["controls"] = [_control(each, manifest, pictures) for each in _list("controls", said["controls"])]
-    said["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
-    if said.get("seed") in (None, ""):
-        said["seed"] = secrets.randbelow(1 << 32)
-    first = parse_request(said, manifest.default_size)
+    if fields.get("controls"):
+        fields["controls"] = [_control(each, manifest, pictures) for each in _list("controls", fields["controls"])]
+    fields["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
+    if fields.get("seed") in (None, ""):
+        fields["seed"] = secrets.randbelow(1 << 32)
+    first = parse_request(fields, manifest.default_size)
     if count > 1 and first.batch > 1:
-        raise UsageError("index and batch are of one image; leave them out to draw several")
+        raise UsageError("index and batch describe one image; leave them out to generate several")
     latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)  # refuse before it waits
     if first.seed + count > 2**64:
-        raise UsageError(f"seed {first.seed}: too large for {count} images, which count on from it")
+        raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
     requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
     return PageRequest(requests, shown & frozenset(able["previews"]))
 
@@ -115,12 +115,12 @@ def _list(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _picture(value: Any, pictures: Pictures) -> dict[str, str]:
-    """A reference for an id."""
+def _picture(value: Any, pictures: Uploads) -> dict[str, str]:
+    """The picture of an id as a request names it."""
     return {"path": str(pictures.path(value)), "sha256": value}
 
 
-def _control(value: Any, manifest: Manifest, pictures: Pictures) -> dict[str, Any]:
+def _control(value: Any, manifest: Manifest, pictures: Uploads) -> dict[str, Any]:
     if not isinstance(value, dict) or not value.keys() <= {"name", "picture", "strength"}:
         raise UsageError("controls: expected each as {name, picture, strength}")
     require_control(manifest, str(value.get("name")))

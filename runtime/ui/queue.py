@@ -6,7 +6,6 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Any, Self
@@ -16,14 +15,13 @@ from PIL import Image
 from ...schemas.callbacks import Say
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
-from ..batch.requests import GeneratedImage, generate_requests, request_groups
-from ..batch.run import images_together
+from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups
 from ..cascade import Cascade
 from ..images.png import image_paths, save_numbered
 from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
-from .pictures import Pictures
 from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, PageRequest, QueuedJob
+from .uploads import Uploads
 
 MOST_WAITING = 32
 REMEMBERED = 64  # jobs that can be asked for, finished ones included
@@ -41,13 +39,13 @@ class JobQueue:
         self,
         cascade: Cascade,
         gallery: Gallery,
-        pictures: Pictures,
+        pictures: Uploads,
         *,
         batch: int | None = None,
         say: Say = lambda text: None,
     ) -> None:
-        """`batch` images are computed together (None: as many as `images_together` gives). `say` is called with a line
-        for each image that is saved."""
+        """`batch` images are computed together (None: as many as `images_together` returns). `say` is called with a
+        line for each saved image."""
         self._cascade = cascade
         self._gallery = gallery
         self._pictures = pictures
@@ -130,10 +128,10 @@ class JobQueue:
         except CascadeError as error:
             job.publish(ERROR, message=str(error), images=job.images)
         except MemoryError:
-            job.publish(ERROR, message="there is not enough memory; draw a smaller image, or fewer", images=job.images)
+            job.publish(ERROR, message="not enough memory; generate fewer or smaller images", images=job.images)
         except Exception as error:
             traceback.print_exc()
-            message = f"something went wrong that should not ({type(error).__name__}); the terminal says more"
+            message = f"an unexpected error ({type(error).__name__}); see the terminal"
             job.publish(ERROR, message=message, images=job.images)
         else:
             job.publish(DONE, images=job.images)
@@ -144,23 +142,22 @@ class JobQueue:
         cut = self._cut(requests[0].prompt, requests[0].negative) if not requests[0].settings.long_prompts else []
         if cut:
             job.publish(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
-        most = self._batch or images_together(requests[0].settings)
         began, done = time.monotonic(), 0
-        for group in request_groups(requests, most):
+        for group in request_groups(requests, self._batch):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
-            for drawn in generate_requests(self._cascade, group, Path(), on_step):
+            for generated in generate_requests(self._cascade, group, on_step):
                 _leave_if_cancelled(job)
-                self._save(job, drawn)
+                self._save(job, generated)
             done += len(group)
 
-    def _save(self, job: QueuedJob, drawn: GeneratedImage) -> None:
+    def _save(self, job: QueuedJob, generated: GeneratedImage) -> None:
         (path,) = image_paths(self._gallery.folder, 1)
-        path = save_numbered(path, drawn.image, self._pictures.keep(drawn.metadata))
+        path = save_numbered(path, generated.image, self._pictures.keep(generated.metadata))
         described = self._gallery.describe(path)
         assert described is not None
         job.images.append(described)
-        self._say(f"wrote {path} ({drawn.image.width}x{drawn.image.height}, seed {drawn.request.seed})")
+        self._say(f"wrote {path} ({generated.image.width}x{generated.image.height}, seed {generated.request.seed})")
 
     def _cut(self, *texts: str) -> Sequence[str]:
         return [cut.strip() for cut in self._cascade.tokenizer(list(texts)).truncated if cut]

@@ -1,4 +1,4 @@
-"""A job of the page: the images to generate, and the events that show how far it is."""
+"""A job of the page: the images to generate, and the events that show its progress."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,9 @@ FINAL = (DONE, ERROR, CANCELLED)
 
 @dataclass(frozen=True)
 class PageRequest:
-    """What one submission of the page asks for: requests of one group, which can be computed together, and the stages
-    whose steps are shown as pictures."""
+    """One submission of the page: requests of one group, which can be computed together.
+
+    The steps of the stages in `previews` are shown as pictures."""
 
     requests: tuple[Request, ...]
     previews: frozenset[Stage] = frozenset()
@@ -34,8 +35,9 @@ class Event:
 
 
 class QueuedJob:
-    """A job in the queue, with the latest event of each name: a browser that connects late or reads slowly gets the
-    present state and skips the history. Safe to use from several threads."""
+    """A job in the queue, with the latest event of each name. Safe to use from several threads.
+
+    A browser that connects late or reads slowly gets the present state and skips the history."""
 
     def __init__(self, request: PageRequest) -> None:
         self.id = secrets.token_hex(8)
@@ -80,7 +82,7 @@ class QueuedJob:
         return self._version > after or self.finished
 
     def to_json(self) -> dict[str, Any]:
-        """The job as the page lists it. "steps" are those of each stage; an initial picture may save some."""
+        """The job as the page lists it. "steps" are the steps of each stage; an initial picture may shorten them."""
         first = self.request.requests[0]
         settings = first.settings
         given = {Stage.PRIOR: settings.prior_timesteps, Stage.DECODER: settings.decoder_timesteps}

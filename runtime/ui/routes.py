@@ -1,4 +1,4 @@
-"""The routes of the page: for each address, the function that answers."""
+"""The routes of the page: a function for each address."""
 
 import base64
 import hashlib
@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 
 from ...schemas.bundle import Manifest
 from .gallery import Gallery
+from .http_messages import Call, RefusedError, Reply, Route, json_reply
+from .http_server import CHUNK
 from .page_request import describe, parse_page_request
-from .pictures import Pictures
 from .queue import JobQueue
 from .queued_job import QueuedJob
-from .server import CHUNK, Call, RefusedError, Reply, Route, json_reply
+from .uploads import Uploads
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
 SHOWN = 48  # images of the gallery unless more are asked for
@@ -33,12 +34,12 @@ POLICY = (
 
 @dataclass(frozen=True)
 class App:
-    """What the routes work with. `about` describes the engine, the LoRAs and the output folder to the page."""
+    """The parts that the routes use. `about` describes the engine, the LoRAs and the output folder to the page."""
 
     manifest: Manifest
     queue: JobQueue
     gallery: Gallery
-    pictures: Pictures
+    pictures: Uploads
     loras: Sequence[tuple[str, float]]
     about: dict[str, Any]
 
@@ -95,7 +96,7 @@ def _events(app: App, call: Call) -> Reply:
 
 
 def _stream(job: QueuedJob, seen: int) -> Iterator[bytes]:
-    """Server-sent events of a job, and now and then a comment, whose sending fails once the client is gone."""
+    """Server-sent events of a job, with comments between them, whose sending fails once the client is gone."""
     for event in job.events(seen):
         if event is None:
             yield b": waiting\n\n"
@@ -129,7 +130,7 @@ def _image(app: App, call: Call) -> Reply:
 
 
 def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
-    """The first `length` bytes of a file in pieces: many clients may ask for large images. Closes the file."""
+    """The first `length` bytes of a file in pieces, as many clients may ask for large images. Closes the file."""
     with file:
         while length > 0 and (piece := file.read(min(length, CHUNK))):
             length -= len(piece)
@@ -151,6 +152,6 @@ ROUTES: Sequence[Route] = (
 
 
 def _hash_of(page: bytes, element: bytes) -> str:
-    """The page's one element of that name, as a Content-Security-Policy names it."""
+    """The hash of the page's one element of that name, as a Content-Security-Policy names it."""
     (content,) = re.findall(b"<%s>(.*?)</%s>" % (element, element), page, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"

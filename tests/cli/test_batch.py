@@ -71,7 +71,9 @@ def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cascadekit.cli.generate_batch", "cascadekit.runtime.batch.run", "onnxruntime"])
+    context.set_forkserver_preload(
+        ["cascadekit.cli.generate_batch", "cascadekit.runtime.batch.batch_runner", "onnxruntime"]
+    )
     return context
 
 
@@ -297,7 +299,7 @@ def test_a_full_disk(tiny: Path, tmp_path: Path) -> None:
         result = call(tiny / "bundle", tmp_path / "p.txt", "-o", output, "--seed", 1)
         assert result.exit_code == 1
         assert result.stderr.count("No space left on device") == 1
-        assert "run the same again to go on" in result.stderr
+        assert "run the same command again to continue" in result.stderr
         first = identities(output)
         assert 0 < len(first) < 12
         assert {path.name for path in output.iterdir()} == {*first, "log.jsonl"}
@@ -347,7 +349,7 @@ def test_options_are_what_lines_leave_unsaid(tiny: Path, tmp_path: Path) -> None
 def test_the_same_line_twice_is_drawn_once(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "seed": 1}\n' * 3)
     result = drawn(tiny / "bundle", tmp_path / "p.jsonl", "-o", tmp_path / "out")
-    assert "1 drawn, 2 copied" in result.stdout
+    assert "1 generated, 2 copied" in result.stdout
     images = [(tmp_path / "out" / f"000{n}.png") for n in range(3)]
     assert images[0].read_bytes() == images[1].read_bytes() == images[2].read_bytes()
     images[0].unlink()

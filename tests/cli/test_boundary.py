@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from cascadekit.cli import main
 from cascadekit.cli.escape import visible, visible_line
 from cascadekit.converters.checkpoints import open_model as model
-from cascadekit.runtime.batch.log import read_log
+from cascadekit.runtime.batch.batch_log import read_log
 from cascadekit.runtime.images.png import read_settings
 from cascadekit.schemas.bundle import LoraEntry
 

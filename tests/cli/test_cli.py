@@ -142,7 +142,7 @@ def test_engines_by_name(tiny: Path, tmp_path: Path) -> None:
         "openvino",
         "openvino-bf16",
     ]
-    refused(1, "openvino has cpu only", "generate", bundle, "x", "--engine", "openvino", "--device", "cuda")
+    refused(1, "openvino runs on cpu only", "generate", bundle, "x", "--engine", "openvino", "--device", "cuda")
     assert call("generate", bundle, "x", "--engine", "abacus").exit_code == 2
 
 

@@ -19,11 +19,12 @@ from cascadekit.converters.tensorrt import BuildOptions, Built
 from cascadekit.converters.tensorrt.plans_to_build import graphs_to_build
 from cascadekit.parity import gpu_check
 from cascadekit.parity.gpu_check import GpuReport, ImageSpec
-from cascadekit.runtime import doctor
-from cascadekit.runtime.engines import installs
+from cascadekit.runtime import examine_machine as doctor
+from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines import onnxruntime as ort_engine
-from cascadekit.runtime.engines.tensorrt import cuda, nvidia
-from cascadekit.runtime.engines.tensorrt import engine as tensorrt
+from cascadekit.runtime.engines.tensorrt import cuda
+from cascadekit.runtime.engines.tensorrt import host as nvidia
+from cascadekit.runtime.engines.tensorrt import tensorrt_engine as tensorrt
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.precision import Precision

@@ -20,11 +20,11 @@ from cascadekit.converters.export import validate
 from cascadekit.converters.hub.hub_errors import explaining
 from cascadekit.converters.hub.source import HubSource
 from cascadekit.converters.tensorrt.backend import find_backend
-from cascadekit.runtime.doctor import examine
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime
 from cascadekit.runtime.engines.openvino import import_openvino
 from cascadekit.runtime.engines.tensorrt.cuda import import_cuda_runtime
-from cascadekit.runtime.engines.tensorrt.nvidia import import_tensorrt
+from cascadekit.runtime.engines.tensorrt.host import import_tensorrt
+from cascadekit.runtime.examine_machine import examine
 from cascadekit.schemas.errors import reraise_interrupt
 from cascadekit.storage.pickles import read_pickle
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 
-from cascadekit.runtime.engines.table import make_engine
+from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.bundle import MANIFEST_NAME
 from cascadekit.schemas.stages import Stage

@@ -16,8 +16,8 @@ from cascadekit.runtime.batch.image_jobs import BatchPlanner
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.ui.gallery import Gallery
-from cascadekit.runtime.ui.pictures import Pictures
-from cascadekit.runtime.ui.server import json_reply
+from cascadekit.runtime.ui.http_messages import json_reply
+from cascadekit.runtime.ui.uploads import Uploads
 from cascadekit.schemas.errors import CascadeError, UsageError
 from cascadekit.schemas.request import loras_of, parse_request
 from cascadekit.storage.bundle import open_bundle
@@ -46,7 +46,7 @@ def png(rng: Random, corpus: Corpus, folder: Path) -> Call:
     text = odd_json(SETTINGS, rng)
     content = odd_bytes(whole, rng) if rng.random() < 0.2 else _with_text(whole, text)
     (folder / "odd.png").write_bytes(content)
-    gallery = Gallery(folder, Pictures(folder, folder / "kept"))
+    gallery = Gallery(folder, Uploads(folder, folder / "kept"))
 
     def call() -> None:
         images, _ = gallery.newest(48)
@@ -156,9 +156,11 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
     call = command(*path, *arguments)
 
     def without_work() -> None:
-        drawing = patch("cascadekit.runtime.batch.requests.generate_requests", side_effect=CascadeError("not drawn"))
-        serving = patch("cascadekit.runtime.ui.server.PageServer.serve_forever")
-        batch = patch("cascadekit.runtime.batch.run.BatchRunner.run", side_effect=CascadeError("not drawn"))
+        drawing = patch(
+            "cascadekit.runtime.batch.generate_requests.generate_requests", side_effect=CascadeError("not drawn")
+        )
+        serving = patch("cascadekit.runtime.ui.http_server.PageServer.serve_forever")
+        batch = patch("cascadekit.runtime.batch.batch_runner.BatchRunner.run", side_effect=CascadeError("not drawn"))
         with drawing, serving, batch, patch("signal.signal"):
             call()
 

@@ -17,7 +17,7 @@ from cascadekit.parity.inside.bisect import bisect
 from cascadekit.parity.inside.module_map import block_of
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.sample_inputs import hardest_input, make_inputs
-from cascadekit.runtime.engines.int8 import int8_saturates
+from cascadekit.runtime.engines.int8_saturation import int8_saturates
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.quantization import Quantization

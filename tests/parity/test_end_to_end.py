@@ -16,7 +16,7 @@ from cascadekit.parity.compare import compare, psnr
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.results import Report
-from cascadekit.runtime.engines.int8 import int8_saturates
+from cascadekit.runtime.engines.int8_saturation import int8_saturates
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import multiplies_bf16
 from cascadekit.schemas.errors import ParityError

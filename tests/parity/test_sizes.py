@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from cascadekit.cli import main
 from cascadekit.parity.image_sizes import choose_sizes
-from cascadekit.runtime.engines.tensorrt import cuda, nvidia
+from cascadekit.runtime.engines.tensorrt import cuda
+from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.profiles import Bounds, parse_image_size, profile_for
 from cascadekit.schemas.stages import Stage

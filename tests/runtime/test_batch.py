@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
+from cascadekit.runtime.batch.batch_log import BatchLog, read_log
+from cascadekit.runtime.batch.batch_runner import BatchRunner, last_seed, windows
 from cascadekit.runtime.batch.file_names import NameTemplate, slug
 from cascadekit.runtime.batch.image_jobs import (
     BatchPlan,
@@ -25,9 +27,7 @@ from cascadekit.runtime.batch.image_jobs import (
     content_key,
     output_state,
 )
-from cascadekit.runtime.batch.log import BatchLog, read_log
 from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
-from cascadekit.runtime.batch.run import BatchRunner, last_seed, windows
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
@@ -205,8 +205,8 @@ class TestPlan:
             ({"prompt": "x", "images": True}, "images"),
             ({"prompt": "x", "images": 2, "index": 1}, "index"),
             ({"prompt": "(x:99)", "weighted": True}, "weights"),
-            ({"prompt": "x", "loras": [{"name": "l"}]}, "--lora"),
-            ({"prompt": "x", "image_prompts": ["none.png"]}, "none.png: No such file"),
+            ({"prompt": "x", "loras": [{"name": "l"}]}, "as loras=..."),
+            ({"prompt": "x", "image_prompts": ["none.png"]}, "none.png: expected a picture, found no such file"),
             ({"prompt": "x", "image_prompts": ["p.jsonl"]}, "no image_encoder"),
             ({"prompt": "x", "mask": "p.jsonl"}, "mask"),
             ({"prompt": "x", "controls": ["canny=p.jsonl"]}, "controlnet/canny"),
@@ -331,7 +331,7 @@ class TestRun:
             jobs = plan(staged, tmp_path, [{"prompt": f"p{n}", "negative": f"n{n}"} for n in range(6)]).jobs
             outcomes = list(BatchRunner(staged, log_file, together=3).run(jobs))
         assert loaded == {Stage.TEXT_ENCODER: 1, Stage.PRIOR: 2, Stage.DECODER: 2, Stage.VQGAN: 2}
-        assert [outcome.kind for outcome in outcomes] == ["drawn"] * 6
+        assert [outcome.kind for outcome in outcomes] == ["generated"] * 6
         assert all(outcome.seconds.keys() >= {"prior", "decoder", "vqgan"} for outcome in outcomes)
 
     def test_windows(self, cascade: Cascade, tmp_path: Path) -> None:
@@ -361,9 +361,9 @@ class TestRun:
             )
         assert calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
         assert [(outcome.kind, outcome.error) for outcome in outcomes] == [
-            ("drawn", None),
+            ("generated", None),
             ("failed", "out of memory"),
-            ("drawn", None),
+            ("generated", None),
         ]
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0002.png"]
 

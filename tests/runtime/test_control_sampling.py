@@ -221,5 +221,5 @@ def test_controls_that_cannot_be(whole: Whole, call: dict[str, Any], message: st
 
 def test_a_prior_that_takes_none(whole: Whole) -> None:
     cascade = Cascade.open(whole.bundle, stages={Stage.PRIOR: whole.lite})
-    with cascade, pytest.raises(UsageError, match="export the prior with --controlnet"):
+    with cascade, pytest.raises(UsageError, match="export it again: cascadekit export MODEL -o BUNDLE --controlnet"):
         our_latents(cascade, [ControlPicture("canny", IMAGE)])

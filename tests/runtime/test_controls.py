@@ -14,13 +14,12 @@ from torch.nn import functional as F
 
 from cascadekit.parity.reference import load_reference
 from cascadekit.parity.reference.engine import TorchEngine
-from cascadekit.runtime.engines.base import check_inputs
+from cascadekit.runtime.engines.protocol import check_inputs
 from cascadekit.runtime.images.pictures import fit
 from cascadekit.runtime.images.resample import bilinear
 from cascadekit.runtime.sampling.controlnets import (
     CONTROLS,
     control_image,
-    control_residuals,
     require_control,
     summed,
 )
@@ -163,15 +162,14 @@ def test_residuals_of_a_controlnet_of_real_size() -> None:
     network = load_reference(config, random_tensors(config, 0))
     runner = TorchEngine({Stage.CONTROLNET_CANNY: lambda: (network, ports_of(config))}).load(Stage.CONTROLNET_CANNY)
     image = control_image("canny", photo(400, 300), SIZE)
-    found = control_residuals(manifest(), "canny", image, runner, strength=0.5, batch=2)
+    found = runner({"control_image": image})
     with torch.no_grad():
-        expected = {name: 0.5 * value for name, value in network(control_image=torch.from_numpy(image)).items()}
+        expected = network(control_image=torch.from_numpy(image))
     assert list(found) == [f"control.{block}" for block in BLOCKS]
     for name, value in expected.items():
         assert found[name].dtype == np.float32
-        assert found[name].shape == (2, 64, *SIZE)  # one pixel for each latent
-        for each in found[name]:
-            assert np.abs(each - value[0].numpy()).max() <= 1e-5 * float(value.abs().max())
+        assert found[name].shape == (1, 64, *SIZE)  # one pixel for each latent
+        assert np.abs(found[name] - value.numpy()).max() <= 1e-5 * float(value.abs().max())
     check_inputs(Stage.PRIOR, control_ports(PRIOR, BLOCKS), found)
 
 
@@ -200,13 +198,15 @@ def test_bundles_that_cannot_be_controlled() -> None:
     for words, other, name in (
         ("canny: the bundle has no controlnet/canny; export", manifest(stages=()), "canny"),
         ("super_resolution: the bundle has no effnet_encoder; export", manifest(), "super_resolution"),
-        ("the prior with --controlnet", manifest(blocks=()), "canny"),
+        (
+            "takes no residuals; export it again: cascadekit export",
+            manifest(blocks=()),
+            "canny",
+        ),
         (r"makes control\.3 of 64 channels, which the prior does not take", manifest(blocks=(0, 2)), "canny"),
     ):
         with pytest.raises(UsageError, match=words):
             require_control(other, name)
-        with pytest.raises(UsageError, match=words):
-            control_residuals(other, name, np.zeros((1, 1, 128, 192), np.float32), lambda inputs: {})
 
 
 def test_what_a_user_writes() -> None:

@@ -15,9 +15,9 @@ from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.runtime.engines import openvino
+from cascadekit.runtime.engines.engine_table import ENGINES, make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
-from cascadekit.runtime.engines.table import ENGINES, make_engine
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -64,7 +64,6 @@ def test_linked_weights_at_any_byte(
     bundle = open_bundle(tmp_path / "bundle")
     for engine in (
         OpenVinoEngine(bundle),
-        OpenVinoEngine(bundle, mmap=False),
         OnnxRuntimeEngine(bundle, memory="mapped"),
     ):
         found = errors(engine, source, [stage])
@@ -115,7 +114,7 @@ def test_refusals(tiny: Path) -> None:
         make_engine("abacus", bundle)
     with pytest.raises(UsageError, match="0 threads"):
         make_engine("onnxruntime", bundle, threads=0)
-    with pytest.raises(EngineError, match="openvino has cpu only"):
+    with pytest.raises(EngineError, match="openvino runs on cpu only"):
         make_engine("openvino", bundle, "cuda")
     with pytest.raises(EngineError, match="precision 'fp8': expected one of f32, bf16, auto"):
         OpenVinoEngine(bundle, precision="fp8")

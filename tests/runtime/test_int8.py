@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cascadekit.runtime.engines import int8
-from cascadekit.runtime.engines.int8 import int8_saturates, int8_warning
+from cascadekit.runtime.engines import int8_saturation as int8
+from cascadekit.runtime.engines.int8_saturation import int8_saturates, int8_warning
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime
 from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.stages import Stage

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cascadekit import Cascade, PlacedSeed
 from cascadekit.cli import main
 from cascadekit.runtime.batch.prompt_files import read_prompt_file
-from cascadekit.runtime.sampling.noise import TorchGenerator
+from cascadekit.runtime.sampling.torch_generator import TorchGenerator
 from cascadekit.runtime.text.prompt_weights import parse_weights
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import UsageError
@@ -94,7 +94,7 @@ def test_more_images_than_a_batch_may_have(tiny: Path, tmp_path: Path) -> None:
     called = ["generate", str(tiny / "bundle"), "--prompts", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "o")]
     done = CliRunner().invoke(main, [*called, "--engine", "onnxruntime"])
     assert done.exit_code == 2
-    assert "120000 images, where 100000 are the most" in " ".join(done.output.split())
+    assert "120000 images: expected at most 100000" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((50, 3, 5), (7, 3, 7)), ((40, 16), (0, 39)), ((30, 7, 3), (29, 0, 1))])

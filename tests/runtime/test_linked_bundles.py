@@ -13,7 +13,7 @@ from cascadekit import Cascade, Settings
 from cascadekit.converters.export.validate import validate
 from cascadekit.converters.lora.merge_bundle import apply_loras, derive_bundle
 from cascadekit.parity.verdict import record_verdict
-from cascadekit.runtime.engines.table import make_engine
+from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.schemas.bundle import VerdictEntry
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage

@@ -68,7 +68,7 @@ def test_a_mask_is_cut_as_its_picture(width: int, height: int) -> None:
 def test_a_mask_outside_what_is_taken() -> None:
     mask = np.zeros((30, 90), np.uint8)
     mask[:, :5] = 255
-    with pytest.raises(UsageError, match="lies outside the middle that 64x64 takes from 90x30"):
+    with pytest.raises(UsageError, match="is outside the middle that 64x64 takes from 90x30"):
         fit_mask(Image.fromarray(mask), 64, 64)
 
 
@@ -93,7 +93,7 @@ def test_opening_masks(tmp_path: Path) -> None:
     assert np.array_equal(opened(Image.fromarray(grey), (16, 12)), expected.repeat(2, 0).repeat(2, 1))
     with pytest.raises(UsageError, match="a mask of 8x6 for a picture of 8x8; make it of the picture's size"):
         opened(Image.fromarray(grey), (8, 8))
-    with pytest.raises(UsageError, match="masks nothing; paint white what is to be generated anew"):
+    with pytest.raises(UsageError, match="masks nothing; paint the part to be generated anew white"):
         opened(Image.new("L", (8, 6), 100))
     with pytest.raises(UsageError, match="no such file"):
         open_mask(tmp_path / "absent.png", (8, 6))

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cascadekit.runtime.sampling.noise import TorchGenerator, _box_muller, randn
+from cascadekit.runtime.sampling.noise import Noise
+from cascadekit.runtime.sampling.torch_generator import TorchGenerator, _box_muller
 from cascadekit.schemas.errors import UsageError
 
 SEEDS = [0, 1, 42, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**53 + 1, 2**63, 2**64 - 1, -1, -(2**63)]
@@ -180,27 +181,22 @@ def test_recorded(shape: tuple[int, ...], digest: str) -> None:
 
 def test_batch_from_one_generator(torch: ModuleType) -> None:
     theirs = torch.Generator("cpu").manual_seed(9)
-    assert same_bits(randn((3, 4, 5, 5), TorchGenerator(9)), torch_randn(torch, (3, 4, 5, 5), theirs))
+    assert same_bits(Noise(9, 3).draw((3, 4, 5, 5)), torch_randn(torch, (3, 4, 5, 5), theirs))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 6, 6), (3, 2, 2), (1, 5), (3,)])
 def test_batch_from_a_list(torch: ModuleType, shape: tuple[int, ...]) -> None:
-    ours = [TorchGenerator(seed) for seed in range(shape[0])]
+    ours = Noise(list(range(shape[0])), shape[0])
     theirs = [torch.Generator("cpu").manual_seed(seed) for seed in range(shape[0])]
     for _ in range(2):
         expected = np.concatenate([torch_randn(torch, (1, *shape[1:]), one) for one in theirs])
-        assert same_bits(randn(shape, ours), expected)
+        assert same_bits(ours.draw(shape), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_wrong_number_of_generators(count: int) -> None:
-    with pytest.raises(UsageError, match="one per sample"):
-        randn((2, 4), [TorchGenerator(0)] * count)
-
-
-def test_list_for_a_shape_without_batch() -> None:
-    with pytest.raises(UsageError, match="one per sample"):
-        randn((), [TorchGenerator(0)])
+    with pytest.raises(UsageError, match=f"{count} seeds for 2 images; give one, or one for each"):
+        Noise([0] * count, 2)
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.0, True, "0", None])

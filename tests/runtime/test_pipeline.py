@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from cascadekit import Cascade, Settings, export
-from cascadekit.runtime.engines.base import check_inputs
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeStage
+from cascadekit.runtime.engines.protocol import check_inputs
 from cascadekit.runtime.images.png import image_paths, read_settings, save_png
 from cascadekit.runtime.sampling.loop import ROW_AREA
 from cascadekit.schemas.errors import CheckpointError, EngineError, UsageError
@@ -249,7 +249,7 @@ def test_bundles_that_are_none_or_damaged(tiny: Path, tmp_path: Path) -> None:
 def test_a_bundle_for_another_engine(tiny: Path, tmp_path: Path) -> None:
     content = json.loads((tiny / "bundle" / "cascade.json").read_text()) | {"engines": ["abacus"]}
     (tmp_path / "cascade.json").write_text(json.dumps(content))
-    with pytest.raises(EngineError, match="made for abacus; known are onnxruntime"):
+    with pytest.raises(EngineError, match="made for abacus; expected onnxruntime"):
         Cascade.open(tmp_path)
 
 

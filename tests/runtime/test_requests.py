@@ -12,7 +12,7 @@ from PIL import Image
 
 from cascadekit import Cascade
 from cascadekit.cli import main
-from cascadekit.runtime.batch.requests import generate_requests, request_groups
+from cascadekit.runtime.batch.generate_requests import generate_requests, request_groups
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.sampling.noise import PlacedSeed
 from cascadekit.schemas.errors import UsageError
@@ -39,22 +39,23 @@ def cascade(whole: Whole) -> Cascade:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With pictures a.png, b.png and a mask.png for the former."""
     for number, name in enumerate("ab"):
         picture(160, 80, number).save(tmp_path / f"{name}.png")
     mask = Image.new("L", (160, 80))
     mask.paste(255, (20, 20, 60, 50))
     mask.save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def drawn_again(cascade: Cascade, request: Request, folder: Path) -> tuple[Image.Image, Image.Image, dict[str, Any]]:
     """The image, what is drawn from the metadata in its PNG, and these."""
-    (first,) = generate_requests(cascade, [request], folder, silent)
+    (first,) = generate_requests(cascade, [request], silent)
     save_png(folder / "drawn.png", first.image, first.metadata)
     metadata = require_settings(folder / "drawn.png")
-    (second,) = generate_requests(cascade, [parse_request(metadata, SIZE)], folder, silent)
+    (second,) = generate_requests(cascade, [parse_request(metadata, SIZE)], silent)
     assert {**second.metadata} == metadata == {**first.metadata}
     return first.image, second.image, metadata
 
@@ -89,7 +90,7 @@ def test_metadata_draw_the_image_again(cascade: Cascade, folder: Path, given: di
         rest = {key: value for key, value in given.items() if key not in (name, "mask")}
         if name == "mask" or (name == "controls" and "mask" in given):
             continue
-        (other,) = generate_requests(cascade, [parse_request({**QUICK, **rest}, SIZE)], folder, silent)
+        (other,) = generate_requests(cascade, [parse_request({**QUICK, **rest}, SIZE)], silent)
         assert other.image.tobytes() != first.tobytes()
 
 
@@ -104,17 +105,17 @@ def test_metadata_draw_the_image_again(cascade: Cascade, folder: Path, given: di
 )
 def test_a_picture_that_has_changed(cascade: Cascade, folder: Path, given: dict[str, Any], name: str) -> None:
     request = parse_request({**QUICK, "prompt": "x", "seed": 0, **given}, SIZE)
-    (drawn,) = generate_requests(cascade, [request], folder, silent)
+    (drawn,) = generate_requests(cascade, [request], silent)
     again = parse_request(drawn.metadata, SIZE)
     picture(160, 80, 9).save(folder / name)
     with pytest.raises(UsageError) as error:
-        generate_requests(cascade, [again], folder, silent)
+        generate_requests(cascade, [again], silent)
     assert "\n" not in str(error.value)
     assert name in str(error.value)
     assert "SHA-256" in str(error.value)
     (folder / name).unlink()
     with pytest.raises(UsageError, match=f"{name}: expected a picture, found no such file"):
-        generate_requests(cascade, [again], folder, silent)
+        generate_requests(cascade, [again], silent)
 
 
 def test_one_image_of_a_batch_alone_and_in_other_company(cascade: Cascade, folder: Path) -> None:
@@ -122,8 +123,8 @@ def test_one_image_of_a_batch_alone_and_in_other_company(cascade: Cascade, folde
     batch = cascade.generate(["a", "b", "c"], negative=["1", "2", "3"], seed=8, **QUICK)
     requests = [parse_request(settings, SIZE) for settings in batch.settings]
     assert [each.prompt + each.negative + str(each.index) for each in requests] == ["a10", "b21", "c32"]
-    alone = generate_requests(cascade, [requests[2]], folder, silent)
-    company = generate_requests(cascade, [requests[2], requests[0]], folder, silent)
+    alone = generate_requests(cascade, [requests[2]], silent)
+    company = generate_requests(cascade, [requests[2], requests[0]], silent)
     for drawn, index in ((alone[0], 2), (company[0], 2), (company[1], 0)):
         difference = np.abs(np.asarray(drawn.image).astype(int) - np.asarray(batch.images[index]).astype(int))
         assert difference.max() <= 1
@@ -135,8 +136,8 @@ def test_one_image_of_a_batch_alone_and_in_other_company(cascade: Cascade, folde
 def test_a_mask_of_no_picture(cascade: Cascade, folder: Path) -> None:
     request = parse_request({**QUICK, "prompt": "x", "seed": 0, "mask": "mask.png"}, SIZE)
     with pytest.raises(UsageError, match="the mask needs a picture; give init_image"):
-        generate_requests(cascade, [request], folder, silent)
-    with pytest.raises(UsageError, match="give one"):
+        generate_requests(cascade, [request], silent)
+    with pytest.raises(UsageError, match="the mask needs a picture"):
         cascade.generate("x", seed=0, mask=Image.new("L", (8, 8), 255), **QUICK)
 
 
@@ -168,7 +169,7 @@ def test_rescaled_guidance_does_not_tie_images_together(cascade: Cascade, folder
     requests = [parse_request(settings, SIZE) for settings in together.settings]
     parts = list(request_groups(requests, 8))
     assert [len(part) for part in parts] == [1, 1, 1]
-    (drawn,) = generate_requests(cascade, parts[2], folder, silent)
+    (drawn,) = generate_requests(cascade, parts[2], silent)
     assert drawn.image.tobytes() == drawn_again(cascade, requests[2], folder)[1].tobytes()
     assert drawn.metadata == together.settings[2]
 
@@ -248,6 +249,6 @@ def test_what_is_asked_for_in_a_stage_that_is_not_there(whole: Whole, tiny: Path
         for given in ({"image_prompts": ["a.png"]}, {"init_image": "a.png"}, {"controls": ["canny=a.png"]}):
             request = parse_request({**QUICK, "prompt": "x", "seed": 0, **given}, SIZE)
             with pytest.raises(Exception, match=r"has no (image_encoder|effnet_encoder|controlnet)") as error:
-                generate_requests(bare, [request], folder, silent)
+                generate_requests(bare, [request], silent)
             assert type(error.value).__name__ in ("UsageError", "EngineError")
         assert Stage.PRIOR not in {stage for stage, _ in bare.residency._loaded}

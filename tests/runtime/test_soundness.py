@@ -43,7 +43,7 @@ def test_an_overflow_of_the_prior_is_an_error_not_a_black_image(fp16: Path, tmp_
     done = CliRunner().invoke(main, called)
     assert done.exit_code == 1
     assert "prior, step 1 of 2: gave NaN or infinity" in done.output
-    assert "--precision prior=fp16 --fp16-safe auto, or --precision prior=bf16 or prior=fp32" in done.output
+    assert "--precision prior=fp16 --fp16-safe auto, or in place of fp16 prior=bf16 or prior=fp32" in done.output
     assert not (tmp_path / "x.png").exists()
 
 

@@ -218,7 +218,7 @@ def test_strengths_that_cannot_be(strength: float) -> None:
 
 
 def test_a_strength_below_the_last_timestep_of_ones_own() -> None:
-    with pytest.raises(UsageError, match="all timesteps lie above it"):
+    with pytest.raises(UsageError, match="all timesteps are above it"):
         make_schedule(Sampling(20, 1.0, timesteps=(1.0, 0.8, 0.5)), 0.4)
 
 

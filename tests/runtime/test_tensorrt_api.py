@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascadekit.runtime.engines.tensorrt import cuda, execution, nvidia, plan_ports
+from cascadekit.runtime.engines.tensorrt import cuda, execution, plan_ports
+from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.schemas.errors import EngineError
 from helpers.tensorrt_bindings_of import BINDINGS, look, missing
@@ -20,7 +21,6 @@ CLASSES = {
     "trt": "",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
-    "_engine": "ICudaEngine",
     "context": "IExecutionContext",
     "_context": "IExecutionContext",
     "config": "IRuntimeConfig",
@@ -42,7 +42,7 @@ MEMBERS = ("CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "ExecutionContextAllocationS
 def used() -> set[str]:
     """Dotted names of what the engines use of TensorRT, read from their source."""
     names = set(MEMBERS)
-    for module in (execution, nvidia):
+    for module in (execution, nvidia, plan_ports):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute):

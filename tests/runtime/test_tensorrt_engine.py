@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorrt_rtx
@@ -15,14 +14,15 @@ from cuda.bindings import runtime as real_cuda
 from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.engines import openvino
+from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.engines.table import make_engine
-from cascadekit.runtime.engines.tensorrt import cuda, nvidia
-from cascadekit.runtime.engines.tensorrt.cuda import Cuda, as_bf16, from_bf16
-from cascadekit.runtime.engines.tensorrt.engine import TensorRTEngine
+from cascadekit.runtime.engines.tensorrt import cuda
+from cascadekit.runtime.engines.tensorrt import host as nvidia
+from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.runtime.engines.tensorrt.execution import Execution
-from cascadekit.runtime.engines.tensorrt.nvidia import Host, open_host
+from cascadekit.runtime.engines.tensorrt.host import Host, open_host
 from cascadekit.runtime.engines.tensorrt.plan_choice import choose
+from cascadekit.runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.profiles import Bounds, parse_image_size
@@ -446,7 +446,9 @@ def test_a_full_gpu_makes_room_too(bundle: Bundle, gpu: FakeGpu, make: Make) -> 
     vqgan = engine.load(Stage.VQGAN)
     assert (text.device_bytes, bool(vqgan.device_bytes)) == (0, True)
     gpu.total = 1_001_000
-    with pytest.raises(EngineError, match=r"vqgan: the GPU's memory does not hold it \(.*free\); take a smaller size"):
+    with pytest.raises(
+        EngineError, match=r"vqgan: the GPU's memory does not hold it \(.*free\); choose a smaller size"
+    ):
         vqgan(latents(2, 64))
     assert gpu.taken == 0
     gpu.total = 900_000
@@ -466,9 +468,7 @@ def test_a_budget_below_one_stage(bundle: Bundle, gpu: FakeGpu, make: Make) -> N
     ("wishes", "kept"),
     [
         ({}, 800_000),
-        ({"weight_budget": 300_000}, 300_000),
         ({"memory_budget": 700_000}, 700_000 - 200_000 - 100_000),
-        ({"memory_budget": 700_000, "weight_budget": 10**12}, 400_000),
         ({"memory_budget": 310_000}, 10_000),
     ],
 )
@@ -504,23 +504,6 @@ def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: py
         make_engine("auto", bundle, "cuda")
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     assert make_engine("auto", bundle).name == "onnxruntime"
-
-
-def test_bf16_is_rounded_to_nearest_even() -> None:
-    rng = np.random.default_rng(0)
-    bits = np.concatenate(
-        [
-            rng.integers(0, 1 << 32, 100_000, dtype=np.uint64).astype(np.uint32),
-            np.array([0x3F808000, 0x3F818000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 1, 0x8000, 0x80000000], np.uint32),
-        ]
-    )
-    floats = bits.view(np.float32)
-    with np.errstate(all="ignore"):
-        wanted = floats.astype(ml_dtypes.bfloat16)
-        found = from_bf16(as_bf16(floats))
-    np.testing.assert_array_equal(found, wanted.astype(np.float32))
-    nans = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
-    assert np.isnan(from_bf16(as_bf16(nans))).all()
 
 
 def test_a_host_knows_its_gpu(trt: FakeTensorRT) -> None:

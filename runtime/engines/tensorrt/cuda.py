@@ -4,7 +4,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError, reraise_interrupt
@@ -29,11 +28,11 @@ class Device:
 class Cuda:
     """CUDA's runtime on the first device there is (CUDA_VISIBLE_DEVICES chooses), through cuda-bindings.
 
-    Addresses are of device memory; streams and graphs are opaque, and int(stream) is what TensorRT takes. Every call
-    raises EngineError with CUDA's own words when it fails, DeviceMemoryError when memory is short."""
+    Addresses are of device memory; streams and graphs are opaque; TensorRT takes int(stream). A call that fails raises
+    EngineError with CUDA's message, or DeviceMemoryError when memory is short."""
 
     def __init__(self) -> None:
-        """Raises EngineError without cuda-bindings, a driver or a GPU, saying which."""
+        """Raises EngineError, which names what is missing: cuda-bindings, a driver or a GPU."""
         self._runtime = import_cuda_runtime()
         self._call("cudaGetDeviceCount")
 
@@ -59,13 +58,13 @@ class Cuda:
 
     def upload(self, address: int, array: NDArray[Any], stream: Any) -> None:
         """Copy a C-contiguous array to the device; it has to live until the stream is synchronised."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+        copied = (address, array.ctypes.data, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        self._call("cudaMemcpyAsync", *copied, stream)
 
     def download(self, array: NDArray[Any], address: int, stream: Any) -> None:
         """Fill a C-contiguous array from the device; its content is there once the stream is synchronised."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+        copied = (array.ctypes.data, address, array.nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        self._call("cudaMemcpyAsync", *copied, stream)
 
     def create_stream(self) -> Any:
         """A stream that does not wait for the default one, on which TensorRT would synchronise with everything."""
@@ -113,7 +112,7 @@ class Cuda:
         return kind(f"{call} failed: {reason}")
 
     def _driver_problem(self) -> str | None:
-        """Why the driver does not work; None if the reason is unknown."""
+        """The reason why the driver does not work; None if unknown."""
         driver = int(self._runtime.cudaDriverGetVersion()[1])
         needed = int(self._runtime.cudaRuntimeGetVersion()[1]) // 1000
         if driver == 0:
@@ -158,22 +157,10 @@ def cuda_version(number: int) -> str:
 
 
 def import_cuda_runtime() -> Any:
-    """cuda.bindings.runtime. Raises EngineError saying what to install."""
+    """cuda.bindings.runtime. Raises EngineError, which says what to install, without it."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
         reraise_interrupt(error)
         raise EngineError("cuda-bindings is not installed: pip install 'cuda-bindings>=12.8'") from error
     return runtime
-
-
-def as_bf16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of bfloat16, rounded to nearest even; numpy has no such type."""
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    quiet = bits | np.uint32(0x00400000)  # rounding could make infinity of a NaN
-    return (np.where(np.isnan(array), quiet, rounded) >> np.uint32(16)).astype(np.uint16)
-
-
-def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

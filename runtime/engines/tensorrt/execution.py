@@ -1,7 +1,7 @@
 """A plan on the device: TensorRT's engine and context, a buffer for every port, and a captured CUDA graph."""
 
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from ....schemas.bundle import GraphEntry
 from ....schemas.errors import EngineError
 from ....schemas.plan_entries import PlanEntry
-from ..base import Tensors
+from ..protocol import Tensors
 from .cuda import Cuda, DeviceBuffer, DeviceMemoryError
-from .nvidia import Host
+from .host import Host
 from .plan_ports import PlanPorts
 
 
@@ -29,12 +29,12 @@ class Placed:
 class Execution:
     """One deserialised plan. `run` computes, `close` frees all of its device memory.
 
-    TensorRT-RTX captures CUDA graphs itself. For TensorRT, a run that repeats the shapes and addresses of the run
-    before is captured here, unless weights are streamed. TensorRT-RTX compiles kernels when they are first needed, and
-    `cache` is the file that keeps them for the next process."""
+    TensorRT-RTX captures CUDA graphs itself. For TensorRT, a run with the shapes and addresses of the previous run is
+    captured here, unless weights are streamed. TensorRT-RTX compiles kernels when they are first needed; the file
+    `cache` keeps them for the next process."""
 
     def __init__(
-        self, host: Host, runtime: Any, path: Path, plan: PlanEntry, graph: GraphEntry, cache: Path | None = None
+        self, host: Host, runtime: Any, path: Path, *, plan: PlanEntry, graph: GraphEntry, cache: Path | None = None
     ) -> None:
         """Raises EngineError when TensorRT refuses the plan, or the plan does not belong to `graph`."""
         self.plan = plan
@@ -42,13 +42,13 @@ class Execution:
         self._cuda: Cuda = host.cuda
         self._path = path
         self._cache = cache
-        self._engine = _deserialize(host, runtime, path)
+        self.engine = _deserialize(host, runtime, path)
         self._context: Any = None
         self._config: Any = None
         self._runtime_cache: Any = None
-        self._profile: int | None = None
+        self.profile: int | None = None  # the profile whose scratch memory is allocated
         self._stream = self._cuda.create_stream()
-        self._ports = PlanPorts(self._engine, path, plan, graph)
+        self._ports = PlanPorts(self.engine, path, plan, graph)
         self._buffers = {name: DeviceBuffer(self._cuda) for name in self._ports.types}
         self._held: dict[int, dict[str, DeviceBuffer]] = {}
         self._last: Mapping[str, Placed] | None = None
@@ -58,47 +58,34 @@ class Execution:
     @property
     def streamable(self) -> int:
         """Bytes of weights that may stay on the host until needed; 0 unless the plan was built for streaming."""
-        return int(self._engine.streamable_weights_size)
+        return int(self.engine.streamable_weights_size)
 
     def keep_weights(self, nbytes: int) -> None:
         """Keep `nbytes` of the streamable weights on the device. To be called before the first run."""
-        self._engine.weight_streaming_budget_v2 = nbytes
+        self.engine.weight_streaming_budget_v2 = nbytes
         self._captures = self._captures and nbytes >= self.streamable
 
     @property
     def replays(self) -> bool | None:
-        """Whether runs replay a CUDA graph that was captured here; None where TensorRT-RTX captures graphs."""
+        """True if runs replay a CUDA graph that was captured here; None where TensorRT-RTX captures graphs."""
         return None if hasattr(self.host.trt, "CudaGraphStrategy") else self._captured is not None
 
     @property
     def weights_on_device(self) -> int:
-        """Bytes of weights on the device, at most: the plan has little besides weights."""
+        """An upper bound: the size of the plan, which holds little else, less the streamed weights."""
         streamable = self.streamable
-        away = streamable - int(self._engine.weight_streaming_budget_v2) if streamable else 0
+        away = streamable - int(self.engine.weight_streaming_budget_v2) if streamable else 0
         return self.plan.bytes - away
 
     def scratch(self, profile: int) -> int:
         """Bytes of device memory that a run with `profile` takes for values between layers."""
-        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
-
-    @property
-    def most_scratch(self) -> int:
-        """The largest `scratch` of all profiles."""
-        return max(self.scratch(profile) for profile in range(len(self.plan.profiles)))
+        return int(self.engine.get_device_memory_size_for_profile_v2(profile))
 
     @property
     def device_bytes(self) -> int:
         held = (buffer for buffers in self._held.values() for buffer in buffers.values())
         ports = sum(buffer.nbytes for buffer in (*self._buffers.values(), *held))
-        return self.weights_on_device + ports + (0 if self._profile is None else self.scratch(self._profile))
-
-    def give_weights(self, refit: Callable[[Any, Path], object], graph: Path) -> None:
-        """Let `refit` give the engine the weights of the ONNX file `graph`. To be called before the first run."""
-        refit(self._engine, graph)
-
-    def has_selected(self, profile: int) -> bool:
-        """Whether the scratch memory of `profile` is allocated."""
-        return self._profile == profile
+        return self.weights_on_device + ports + (0 if self.profile is None else self.scratch(self.profile))
 
     def hold(self, key: int, constants: Tensors) -> None:
         """Copy `constants` to the device and keep them under `key` until `release`, unless `key` has them already."""
@@ -147,13 +134,12 @@ class Execution:
         return {name: self._ports.from_plan(name, result) for name, result in results.items()}
 
     def close(self) -> None:
-        if self._engine is None:
+        if self.engine is None:
             return
         self._drop_capture()
         self._save_cache()
-        self._context = self._config = self._runtime_cache = self._engine = (
-            None  # in this order: each depends on the next
-        )
+        # In this order: each depends on the next.
+        self._context = self._config = self._runtime_cache = self.engine = None
         for key in list(self._held):
             self.release(key)
         for buffer in self._buffers.values():
@@ -163,19 +149,19 @@ class Execution:
     def _select(self, profile: int) -> None:
         if self._context is None:
             self._context = self._create_context()
-        if profile == self._profile:
+        if profile == self.profile:
             return
         self._drop_capture()
         self._last = None
         if not self._context.set_optimization_profile_async(profile, int(self._stream)):
             raise self._failed("cannot take its profile")
         self._cuda.synchronize(self._stream)
-        self._profile = profile
+        self.profile = profile
 
     def _create_context(self) -> Any:
         """A context whose scratch memory is that of the profile in use, not of the largest profile."""
         trt = self.host.trt
-        config = self._engine.create_runtime_config()
+        config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
         if hasattr(trt, "CudaGraphStrategy"):
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -184,7 +170,7 @@ class Execution:
             if self._cache.is_file():
                 self._runtime_cache.deserialize(self._cache.read_bytes())  # False for another GPU or version
             config.set_runtime_cache(self._runtime_cache)
-        context = self._engine.create_execution_context(config)
+        context = self.engine.create_execution_context(config)
         self._config = config
         if context is None:
             raise self._failed("cannot prepare to run")
@@ -248,7 +234,7 @@ class Execution:
 
     def _save_cache(self) -> None:
         """Save the compiled kernels. Without the cache, the next start compiles them again and nothing fails."""
-        if self._cache is None or self._runtime_cache is None or self._profile is None:
+        if self._cache is None or self._runtime_cache is None or self.profile is None:
             return
         try:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
@@ -278,9 +264,3 @@ def _error(host: Host, what: str) -> EngineError:
     host.messages.clear()
     lack = any(words in reason.lower() for words in ("out of memory", "cudaerror 2 ", "outofmemory"))
     return (DeviceMemoryError if lack else EngineError)(f"{what}: {reason}")
-
-
-def inputs_apart(inputs: Tensors, held: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """`inputs` without those that are on the device already."""
-    there = set(held)
-    return {name: array for name, array in inputs.items() if name not in there}

@@ -8,11 +8,11 @@ from pathlib import Path
 from ....schemas.bundle import MAIN_GRAPH, StageEntry
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
-from ....schemas.plan_entries import Backend, ImageSize, PlanEntry, ProfileEntry
+from ....schemas.plan_entries import Backend, PlanEntry, ProfileEntry
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
-from .nvidia import Host
+from .host import Host
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -43,7 +43,7 @@ def refusal(entry: StageEntry, plan: PlanEntry, host: Host, *, refits: bool = Fa
 
 
 def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
-    """Whether the plan was built from the present graph, with any weights."""
+    """True if the plan was built from the present graph, with any weights."""
     graph = tuple(source for source in plan.sources if source.path == entry.graphs[plan.graph].path)
     return bool(graph) and entry.is_current(plan.model_copy(update={"sources": graph}))
 
@@ -109,8 +109,8 @@ def choose(
 ) -> tuple[PlanEntry, int]:
     """A plan and the number of its profile that takes inputs of `shapes`.
 
-    The loaded plan is preferred, then the first of `plans`. Among the profiles of one plan, the one is taken whose
-    likeliest shapes are nearest. Raises OutsideProfileError, with the sizes of the plans, when no profile does."""
+    The loaded plan is preferred, then the first of `plans`. Its profile with the nearest optimal shapes is chosen.
+    Raises OutsideProfileError, which lists the sizes of the plans, when no profile takes the shapes."""
     order = sorted(plans, key=lambda plan: plan is not loaded)
     for plan in order:
         fitting = [number for number, profile in enumerate(plan.profiles) if _misfit(profile, shapes) is None]
@@ -122,23 +122,20 @@ def choose(
     command = build_command(bundle, stage, newest.backend, newest.targets, newest.graph)
     raise OutsideProfileError(
         f"{stage}: no profile of its plans takes {misfit}; they are for {taken}. Choose such a size, or build for "
-        f"this one: {command} with --min, --opt and --max that hold it"
+        f"this one: {command} --min HxW --opt HxW --max HxW"
     )
 
 
 def sizes_of(profile: ProfileEntry) -> str:
-    """A profile in a user's words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
+    """A profile in words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
     least, most = profile.min, profile.max
     sides = _span(f"{least.height}x{least.width}", f"{most.height}x{most.width}")
-    return f"{sides} (height x width), {_span(str(least.images), str(most.images))} {_noun(most)}"
+    images = f"{_span(str(least.images), str(most.images))} image{'' if most.images == 1 else 's'}"
+    return f"{sides} (height x width), {images}"
 
 
 def _span(least: str, most: str) -> str:
     return least if least == most else f"{least} to {most}"
-
-
-def _noun(size: ImageSize) -> str:
-    return "image" if size.images == 1 else "images"
 
 
 def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
@@ -155,9 +152,9 @@ def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
 
 
 def _distance(profile: ProfileEntry, shapes: Shapes) -> float:
-    """How far shapes are from the likeliest ones of a profile: the sum over all sides of |log(side / likeliest)|."""
+    """The distance of shapes from the optimal ones of a profile: the sum over all sides of |log(side / optimal)|."""
     return sum(
-        abs(math.log(side / likely))
+        abs(math.log(side / best))
         for name, shape in shapes.items()
-        for side, likely in zip(shape, profile.ports[name].opt, strict=True)
+        for side, best in zip(shape, profile.ports[name].opt, strict=True)
     )

@@ -1,7 +1,7 @@
-"""The first 64 bytes of a TensorRT-RTX plan, which is all that can be read of one without a GPU.
+"""The first 64 bytes of a TensorRT-RTX plan, the only part that can be read without a GPU.
 
-NVIDIA does not document them; these fields were the same in every plan that TensorRT-RTX 1.7.1 wrote here. So a header
-is evidence against a plan that is cut short, foreign or for other GPUs, never proof of a good one.
+NVIDIA does not document them; these fields were the same in every plan that TensorRT-RTX 1.7.1 wrote here. A header can
+show that a plan is cut short, foreign or for other GPUs. It never proves that a plan is good.
 """
 
 import struct
@@ -19,7 +19,7 @@ BITS = {1: "sm75", 2: "sm80", 4: "sm86", 8: "sm89", 16: "sm120", 32: "sm121"}
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What a plan says of itself: its size in bytes, who wrote it, for which GPUs."""
+    """The header of a plan: size in bytes, version of TensorRT-RTX, GPUs, and bytes of weights on the GPU."""
 
     bytes: int
     version: str
@@ -28,8 +28,7 @@ class PlanHeader:
 
 
 def read_header(path: Path) -> PlanHeader | None:
-    """The header of the plan at `path`; None for a file that does not begin like one of TensorRT-RTX. Raises
-    OSError."""
+    """The header of the plan at `path`; None if it is no plan of TensorRT-RTX. Raises OSError."""
     with path.open("rb") as file:
         start = file.read(HEADER.size)
     if len(start) < HEADER.size:
@@ -42,9 +41,9 @@ def read_header(path: Path) -> PlanHeader | None:
 
 
 def find_contradiction(path: Path, plan: PlanEntry) -> str | None:
-    """How the file at `path` differs from `plan`, by its size and its header; None when it does not.
+    """The difference between the file at `path` and `plan` in size or header; None when there is none.
 
-    Takes no time; content is for `sha256_of`. Of plain TensorRT's plans nothing but the size is known."""
+    Only the size of a plain TensorRT plan is compared. `sha256_of` compares the whole content."""
     if not path.is_file():
         return "it is missing"
     found = path.stat().st_size

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from ....schemas.bundle import GraphEntry
 from ....schemas.errors import EngineError
 from ....schemas.plan_entries import PlanEntry
-from .cuda import as_bf16, from_bf16
 
-# The host's dtype for each type of TensorRT. numpy has no bfloat16, so its bits are kept as integers.
+# The host's dtype for each type of TensorRT.
 HOST_TYPES: Mapping[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(np.uint16),
+    "BF16": np.dtype(bfloat16),
     "INT64": np.dtype(np.int64),
     "INT32": np.dtype(np.int32),
     "BOOL": np.dtype(np.bool_),
@@ -28,13 +28,13 @@ class PlanPorts:
     has for each output."""
 
     def __init__(self, engine: Any, path: Path, plan: PlanEntry, graph: GraphEntry) -> None:
-        """Raises EngineError when `engine`, which was read from `path`, has other ports or profiles than `plan` and
+        """`engine` was read from `path`. Raises EngineError when it has other ports or profiles than `plan` and
         `graph`, or a port of a type that has no counterpart on the host."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         expected = {port.name for port in (*graph.inputs, *graph.outputs)}
         if set(names) != expected or engine.num_optimization_profiles != len(plan.profiles):
             raise EngineError(
-                f"{path}: not the plan that the manifest tells of: expected ports {', '.join(sorted(expected))} "
+                f"{path}: not the plan that the manifest describes: expected ports {', '.join(sorted(expected))} "
                 f"and {len(plan.profiles)} profiles, found {', '.join(sorted(names))} and "
                 f"{engine.num_optimization_profiles}; build it again"
             )
@@ -50,8 +50,8 @@ class PlanPorts:
 
     def to_plan(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """An input in the type of the plan, C-contiguous."""
-        return as_bf16(array) if self.types[name] == "BF16" else np.ascontiguousarray(array, self.host_type(name))
+        return np.ascontiguousarray(array, self.host_type(name))
 
     def from_plan(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """An output in the dtype of the graph."""
-        return (from_bf16(array) if self.types[name] == "BF16" else array).astype(self.outputs[name], copy=False)
+        return array.astype(self.outputs[name], copy=False)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import export
 from cascadekit.converters.lora import merge_bundle as bundle
-from cascadekit.converters.lora.bundle_cache import cache_folder, find_lora, with_loras
+from cascadekit.converters.lora.bundle_cache import find_lora, with_loras
 from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
+from cascadekit.storage.user_cache import user_cache
 
 Q = "down_blocks.0.2.attention.to_q"
 FC1 = "text_model.encoder.layers.0.mlp.fc1"
@@ -303,13 +304,13 @@ def test_finding_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache_folder() == tmp_path / "cache/loras"
+    assert user_cache("loras") == tmp_path / "cache/loras"
     monkeypatch.delenv("CASCADEKIT_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg/cascadekit/loras"
+    assert user_cache("loras") == tmp_path / "xdg/cascadekit/loras"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_folder() == tmp_path / ".cache/cascadekit/loras"
+    assert user_cache("loras") == tmp_path / ".cache/cascadekit/loras"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache_folder() == tmp_path / "Library/Caches/cascadekit/loras"
+    assert user_cache("loras") == tmp_path / "Library/Caches/cascadekit/loras"

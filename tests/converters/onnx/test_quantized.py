@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cascadekit.converters.export.quantize_file import quantize_weights
 from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graph, write_graphs
 from cascadekit.parity.reference import load_reference
-from cascadekit.runtime.engines.int8 import int8_saturates
+from cascadekit.runtime.engines.int8_saturation import int8_saturates
 from cascadekit.schemas.errors import ExportError, UsageError
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.quantization import TARGETS, Quantization, candidates

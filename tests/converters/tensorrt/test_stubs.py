@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cascadekit.converters.tensorrt import backend, worker
-from cascadekit.runtime.engines.tensorrt import execution, nvidia
+from cascadekit.runtime.engines.tensorrt import execution
+from cascadekit.runtime.engines.tensorrt import host as nvidia
 
 STUBS = Path(sys.prefix) / "stubs"  # apart from the environment, where they would look like a TensorRT
 SOURCES = [Path(str(module.__file__)) for module in (worker, backend, execution, nvidia)]
@@ -25,7 +26,6 @@ CLASSES = {
     "config": "IBuilderConfig",
     "engine": "ICudaEngine",
     "runtime": "Runtime",
-    "_engine": "ICudaEngine",
     "_context": "IExecutionContext",
     "_config": "IRuntimeConfig",
 }
@@ -77,8 +77,8 @@ class Typed(ast.NodeTransformer):
         (target, *others) = node.targets
         if ast.unparse(node) == "trt = trt":
             return None
-        if ast.unparse(target) == "self._engine" and not others:
-            return ast.AnnAssign(target, _class_of("_engine"), node.value, 0)
+        if ast.unparse(target) == "self.engine" and not others:
+            return ast.AnnAssign(target, _class_of("engine"), node.value, 0)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:

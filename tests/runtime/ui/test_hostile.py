@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from cascadekit.runtime.images.png import read_settings, save_png
-from cascadekit.runtime.ui import server as server_module
+from cascadekit.runtime.ui import http_server as server_module
 from cascadekit.runtime.ui.gallery import Gallery
-from cascadekit.runtime.ui.pictures import Pictures
+from cascadekit.runtime.ui.http_messages import Call, Reply, Route, json_reply
+from cascadekit.runtime.ui.http_server import PageServer
 from cascadekit.runtime.ui.routes import ROUTES
-from cascadekit.runtime.ui.server import Call, PageServer, Reply, Route, json_reply
+from cascadekit.runtime.ui.uploads import Uploads
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.limits import MAX_BODIES, MAX_HEAD, MAX_SETTINGS
 from helpers.pngs import BEGINS, chunk, itxt, packed_itxt, plain, png, ztxt
@@ -45,7 +46,7 @@ def listed(folder: Path) -> dict[str, Any]:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    images, more = Gallery(folder, Pictures(folder, folder / "kept")).newest(48)
+    images, more = Gallery(folder, Uploads(folder, folder / "kept")).newest(48)
     read = json.loads(json_reply({"images": images}).body, parse_constant=refuse)
     assert not more
     json.dumps(read, ensure_ascii=False).encode()  # no halves of surrogate pairs either
@@ -161,7 +162,7 @@ def test_names_are_quoted_and_lead_to_their_image(folder: Path, name: bytes) -> 
 
 def image_routes(folder: Path) -> tuple[list[Route], Any]:
     class Only:
-        gallery = Gallery(folder, Pictures(folder, folder / "kept"))
+        gallery = Gallery(folder, Uploads(folder, folder / "kept"))
 
     return [route for route in ROUTES if "images" in route.pattern], Only()
 
@@ -171,12 +172,12 @@ def test_what_vanishes_or_cannot_be_listed(folder: Path, monkeypatch: pytest.Mon
     (folder / "dangling.png").symlink_to("nothing")
     os.mkfifo(folder / "pipe.png")
     assert listed(folder).keys() == {"0000.png", "0001.png"}
-    gallery = Gallery(folder, Pictures(folder, folder / "kept"))
+    gallery = Gallery(folder, Uploads(folder, folder / "kept"))
     known = list(gallery._files())
     monkeypatch.setattr(gallery, "_files", lambda: iter([*known, ("gone.png", 7)]))
     assert len(gallery.newest(48)[0]) == 2
     (folder / "file").write_text("")
-    broken = Gallery(folder / "later", Pictures(folder, folder))
+    broken = Gallery(folder / "later", Uploads(folder, folder))
     (folder / "later").write_text("no folder")
     with pytest.raises(UsageError, match="cannot be listed"):
         broken.newest(48)
@@ -390,7 +391,7 @@ def test_an_image_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
 
 def test_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
-    pictures = Pictures(tmp_path / "scratch", tmp_path / "kept")
+    pictures = Uploads(tmp_path / "scratch", tmp_path / "kept")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     found = pictures.add((tmp_path / "x.png").read_bytes())
     at_once, most = [0], [0]
@@ -402,7 +403,7 @@ def test_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.
         at_once[0] -= 1
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr("cascadekit.runtime.ui.pictures.open_picture", slow)
+    monkeypatch.setattr("cascadekit.runtime.ui.uploads.open_picture", slow)
     threads = [threading.Thread(target=pictures.shown, args=(found,)) for _ in range(8)]
     for thread in threads:
         thread.start()

@@ -23,12 +23,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cascadekit.cli import main
-from cascadekit.runtime.batch.requests import generate_requests
+from cascadekit.runtime.batch.generate_requests import generate_requests
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.sampling.controlnets import ControlPicture
-from cascadekit.runtime.ui.serve import page_server
-from cascadekit.runtime.ui.server import PageServer
+from cascadekit.runtime.ui.http_server import PageServer
+from cascadekit.runtime.ui.page_server import page_server
 from cascadekit.schemas.request import parse_request
 from cascadekit.schemas.stages import Stage
 from helpers.whole import Whole, picture
@@ -194,14 +194,14 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"previews": ["vqgan"]}, "expected prior and decoder"),
         ({"previews": "prior"}, "expected a list"),
         ({"loras": [{"name": "x"}]}, "--lora"),
-        ({"init_image": "/etc/passwd"}, "was not given"),
-        ({"init_image": {"path": "/etc/passwd"}}, "was not given"),
-        ({"init_image": ID}, "was not given"),
-        ({"image_prompts": [ID]}, "was not given"),
-        ({"controls": [{"name": "canny", "picture": ID}]}, "was not given"),
+        ({"init_image": "/etc/passwd"}, "is not on this server"),
+        ({"init_image": {"path": "/etc/passwd"}}, "is not on this server"),
+        ({"init_image": ID}, "is not on this server"),
+        ({"image_prompts": [ID]}, "is not on this server"),
+        ({"controls": [{"name": "canny", "picture": ID}]}, "is not on this server"),
         ({"controls": [{"name": "identity", "picture": ID}]}, "control 'identity': expected one of canny"),
-        ({"controls": [{"name": "canny", "picture": [ID]}]}, "was not given"),
-        ({"init_image": [[ID]]}, "was not given"),
+        ({"controls": [{"name": "canny", "picture": [ID]}]}, "is not on this server"),
+        ({"init_image": [[ID]]}, "is not on this server"),
         ({"prior_timesteps": [1 - number / 2000 for number in range(1002)]}, "timesteps: expected at most 1001"),
         ({"controls": ["canny=/etc/passwd"]}, "expected each as"),
     ],
@@ -302,7 +302,7 @@ def test_what_should_not_happen_is_told_without_its_traceback(
         name, data = events(served, job)[-1]
         assert (name, data["message"]) == (
             "error",
-            "something went wrong that should not (KeyError); the terminal says more",
+            "an unexpected error (KeyError); see the terminal",
         )
         patch.setattr("cascadekit.runtime.ui.routes.describe", broken)
         answer = call(served, "GET", "/api/info")
@@ -616,7 +616,7 @@ def test_pictures(served: PageServer, visit: Visit, cascade: Cascade, tmp_path: 
         assert settings[name] == {"path": str(tmp_path / "images" / "pictures" / found), "sha256": found}
     assert settings["strength"] == 0.6
     (again,) = generate_requests(
-        cascade, [parse_request(settings, (64, 64))], Path(), lambda stage, step: None
+        cascade, [parse_request(settings, (64, 64))], lambda stage, step: None
     )  # as --like does
     assert Image.open(path).tobytes() == again.image.tobytes()
     page.get_by_label("Remove photo.jpg").click()
@@ -686,4 +686,4 @@ def test_a_bundle_without_a_previewer_says_so(tiny: Path, visit: Visit, tmp_path
         page.wait_for_selector("#shown button")
         assert "CLIP reads 77 tokens" in page.inner_text("#notes")
         answer = call(server, "POST", "/api/jobs", {"prompt": "x", "image_prompts": [ID]})
-        assert answer.json["error"].startswith("image_prompts: the bundle lacks the stages for that")
+        assert answer.json["error"].startswith("image_prompts: the bundle lacks the stages for it")

@@ -7,7 +7,7 @@ from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
-from .base import Engine, StageRunner
+from .protocol import Engine, StageRunner
 
 
 class MixedEngine:

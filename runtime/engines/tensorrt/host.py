@@ -1,13 +1,10 @@
-"""The parts that TensorRT engines run on: a TensorRT module, CUDA, and the GPU."""
+"""The host of TensorRT engines: a TensorRT module, CUDA, and the GPU."""
 
-import os
-import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from ....schemas.errors import EngineError, reraise_interrupt
@@ -20,7 +17,7 @@ KEPT_MESSAGES = 20
 
 @dataclass(frozen=True)
 class Host:
-    """One machine's GPU with the TensorRT that is to run on it. `trt` is the module, `messages` its latest errors."""
+    """A GPU and the TensorRT that runs on it. `trt` is the module, `messages` are its latest errors."""
 
     backend: Backend
     trt: Any
@@ -39,14 +36,14 @@ class Host:
 
 
 def open_host(backend: Backend) -> Host:
-    """Raises EngineError when TensorRT, CUDA's bindings, a driver or a GPU are missing, saying which."""
+    """The first GPU. Raises EngineError, which names what is missing: TensorRT, CUDA's bindings, a driver or a GPU."""
     trt = import_tensorrt(backend)
     cuda = Cuda()
     return Host(backend, trt, cuda, cuda.device(), _messages(backend))
 
 
 def import_tensorrt(backend: Backend) -> Any:
-    """The module. Raises EngineError when it is not installed or cannot be loaded, saying what to install."""
+    """The module. Raises EngineError, which says what to install, when it is missing or cannot be loaded."""
     install = f"pip install 'cascadekit[{backend}]'"
     try:
         return import_module(MODULES[backend])
@@ -63,15 +60,6 @@ def make_runtime(host: Host) -> Any:
     return host.trt.Runtime(_logger(host.trt, host.backend))
 
 
-def cache_folder(name: str) -> Path:
-    """The user's folder for engines and kernels that were compiled on this machine."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "cascadekit" / name
-
-
 @cache
 def _messages(backend: Backend) -> deque[str]:
     return deque(maxlen=KEPT_MESSAGES)
@@ -81,7 +69,7 @@ def _messages(backend: Backend) -> deque[str]:
 def _logger(trt: Any, backend: Backend) -> Any:
     """The logger of this process: TensorRT ignores a second one while the first is alive."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class ErrorLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -89,4 +77,4 @@ def _logger(trt: Any, backend: Backend) -> Any:
             if severity <= trt.ILogger.ERROR:
                 _messages(backend).append(text)
 
-    return Logger()
+    return ErrorLogger()

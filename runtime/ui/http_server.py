@@ -1,24 +1,25 @@
-"""A small HTTP server for one page: routes as a table, and what every request and reply must satisfy.
+"""A small HTTP server for one page: a table of routes, and the checks of every request.
 
-Only for a browser on a machine its user trusts: nobody logs in. Other web sites that this browser shows are kept out:
-the Host of a request must be an address or a name the server knows (a rebound DNS name is neither), the Origin of a
-POST must be the page itself, and its type one that a form of another site cannot send.
+The server is for a browser on a machine that its user trusts: nobody logs in. Three checks keep out other web sites
+that the browser shows.
 
-Every connection has a thread, so that a slow client keeps no other waiting. What they take together is bounded: the
-number of connections, the bytes of all bodies that are held, and the time until a request has arrived.
+* The Host of a request must be an address or a name of the server; a rebound DNS name is neither.
+* The Origin of a POST must be the page itself.
+* The type of a POST must be one that a form of another site cannot send.
+
+Every connection has a thread, so a slow client delays no other. The number of connections, the bytes of all bodies in
+memory, and the time until a request has arrived are bounded.
 """
 
 import http.client
 import ipaddress
-import json
 import re
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import BoundedSemaphore, Lock
@@ -26,12 +27,12 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...schemas.errors import CascadeError, UsageError
-from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_BACKLOG, MAX_BODIES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEAD
+from .http_messages import Call, RefusedError, Reply, Route, json_reply
 
 PATIENCE = 60  # seconds until a request has arrived as a whole, and between two of one connection
-DRAINED = 64 << 20  # bytes of a refused body that are read all the same, so that the client hears of the refusal
-LINGER = 2  # seconds for all of them, after which nobody listens
+DRAINED = 64 << 20  # bytes of a refused body that are read all the same, so that the client gets the reply
+LINGER = 2  # seconds for reading all of them
 CHUNK = 1 << 16
 
 HEADERS: Mapping[str, str] = {
@@ -41,63 +42,10 @@ HEADERS: Mapping[str, str] = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "X-Frame-Options": "DENY",
 }
-CLOSED = "default-src 'none'; frame-ancestors 'none'; sandbox"  # for whatever is not the page
-
-
-class RefusedError(Exception):
-    """A request that is answered with an error and a sentence."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply. `body` is whole, or in pieces that are sent as they come; `length` is their size in bytes if known."""
-
-    body: bytes | Iterable[bytes]
-    type: str
-    status: HTTPStatus = HTTPStatus.OK
-    headers: Mapping[str, str] = field(default_factory=dict)
-    length: int | None = None
-
-
-def json_reply(value: Any, status: HTTPStatus = HTTPStatus.OK) -> Reply:
-    """Raises ValueError for numbers that JSON does not have: no browser would read the reply."""
-    return Reply(json.dumps(value, allow_nan=False).encode(), "application/json", status)
+CLOSED = "default-src 'none'; frame-ancestors 'none'; sandbox"  # for every reply but the page
 
 
 BUSY = json_reply({"error": "too many connections; try again in a moment"}, HTTPStatus.SERVICE_UNAVAILABLE)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A request that its route accepts: the groups of the route's pattern, the query, the headers and the body."""
-
-    groups: Mapping[str, str]
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes = b""
-
-    def json(self) -> dict[str, Any]:
-        """The body, an object. Raises RefusedError for anything else, numbers that JSON does not have included."""
-        try:
-            return load_object(self.body, strict=True)
-        except ValueError:
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object") from None
-
-
-@dataclass(frozen=True)
-class Route:
-    """`pattern` matches a whole path; a POST takes bodies of at most `limit` bytes whose type starts with one of
-    `types`."""
-
-    method: str
-    pattern: str
-    answer: Callable[[Any, Call], Reply]
-    limit: int = 0
-    types: tuple[str, ...] = ()
 
 
 class PageServer(ThreadingHTTPServer):
@@ -114,12 +62,12 @@ class PageServer(ThreadingHTTPServer):
         self._places = BoundedSemaphore(MAX_CONNECTIONS)
         self._lock = Lock()  # held while one of the next two attributes changes
         self._held = 0  # bytes of all bodies in memory
-        self._expected: dict[socket.socket, float] = {}  # when the request of a connection must be here
+        self._expected: dict[socket.socket, float] = {}  # the time by which the request of a connection must arrive
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{host}, port {port}: cannot listen there: {reason}; give another --port") from error
+            raise UsageError(f"{host}, port {port}: cannot listen there: {reason}; give another port=...") from error
 
     @property
     def url(self) -> str:
@@ -127,7 +75,7 @@ class PageServer(ThreadingHTTPServer):
         return f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header names this server: by an address, or by a name that is its own."""
+        """True if a Host header names this server by an address or by one of its own names."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -153,8 +101,9 @@ class PageServer(ThreadingHTTPServer):
             self._places.release()
 
     def _refuse(self, request: socket.socket) -> None:
-        """Reply that there are too many connections, unless sending would block. What the client sent is read, too:
-        closing a connection with unread bytes would lose the reply."""
+        """Reply that there are too many connections, unless sending would block.
+
+        The request is read first, as closing a connection with unread bytes would lose the reply."""
         assert isinstance(BUSY.body, bytes)
         head = f"HTTP/1.1 {BUSY.status.value} {BUSY.status.phrase}\r\nContent-Type: {BUSY.type}\r\n"
         head += f"Content-Length: {len(BUSY.body)}\r\nConnection: close\r\n\r\n"
@@ -202,7 +151,7 @@ class PageServer(ThreadingHTTPServer):
 
 
 class _Head:
-    """A stream that gives the request line and the headers, and at most MAX_HEAD bytes of them."""
+    """A stream of the request line and the headers, which ends after MAX_HEAD bytes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._left = stream, MAX_HEAD
@@ -227,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """As the base class does, but with a bound on all headers together, and no HTTP/0.9, which has none."""
+        """Parse as the base class does, but bound all headers together, and refuse HTTP/0.9, which has no headers."""
         if len(self.raw_requestline.split()) == 2:
             self.send_error(HTTPStatus.BAD_REQUEST)
             return False
@@ -248,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise  # the client is gone
         except Exception as error:
             traceback.print_exc()
-            message = f"something went wrong that should not ({type(error).__name__}); the terminal says more"
+            message = f"an unexpected error ({type(error).__name__}); see the terminal"
             reply = json_reply({"error": message}, HTTPStatus.INTERNAL_SERVER_ERROR)
         self._send(reply)
 
@@ -281,10 +230,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _require_ours(self) -> None:
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            raise RefusedError(HTTPStatus.FORBIDDEN, "this server goes by its address or localhost, by no other name")
+            raise RefusedError(HTTPStatus.FORBIDDEN, "unknown host; open the page by its address or as localhost")
         origin = self.headers.get("Origin")
         if self.command != "GET" and origin is not None and origin.partition("://")[2].lower() != hosts[0].lower():
-            raise RefusedError(HTTPStatus.FORBIDDEN, "requests of other web sites are refused")
+            raise RefusedError(HTTPStatus.FORBIDDEN, "requests from other web sites are refused")
 
     def _find(self) -> tuple[Route, dict[str, str], dict[str, str]]:
         try:
@@ -302,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"expected {' or '.join(route.method for route, _ in found)}")
 
     def _require_type(self, route: Route) -> None:
-        """Refuse bodies of other types: other sites can send forms without permission, and forms have none of these."""
+        """Refuse other types of bodies: a form of another site needs no permission, and cannot send these types."""
         if route.types and not self.headers.get("Content-Type", "").lower().startswith(route.types):
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected a body of type {' or '.join(route.types)}")
 

@@ -1,7 +1,7 @@
 """Generates the images of a batch's jobs, each once, however often the run is interrupted, and keeps a log.
 
-The images themselves show which jobs are finished: a finished image has its job's key in its metadata. The log is for
-people and programs. It is read for one thing: the seed of an earlier run, where a batch is given none.
+A finished image has its job's key in its metadata, which shows that the job is done. The log is for people and
+programs. A batch without a seed reads the seed of an earlier run from the log, and nothing else.
 """
 
 import os
@@ -18,7 +18,6 @@ from PIL import Image
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.request import Request
-from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ...storage.atomic_file import remove_leftovers as remove_files
 from ...storage.locks import locked
@@ -26,22 +25,21 @@ from ..cascade import Cascade
 from ..images.png import read_settings, save_png
 from ..sampling.loop import Step
 from ..text.prompts import CACHED_ROWS
+from .batch_log import BatchLog, read_log
+from .generate_requests import GeneratedImage, generate_requests, request_groups, text_length
 from .image_jobs import KEY, ImageJob, OutputState, output_state
-from .log import BatchLog, read_log
-from .requests import GeneratedImage, generate_requests, request_groups, text_length
 
-MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
 PROMPTS_AT_ONCE = 8  # encoded with their negatives between two calls of `check`
 TOKENS = 75  # of a chunk, without its start and end tokens
 
 OnStep = Callable[[Sequence[ImageJob], Stage, Step], object]
-Kind = Literal["drawn", "copied", "skipped", "failed"]
+Kind = Literal["generated", "copied", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. `seconds` by stage are those of all `together` images that were computed at once. `of` is the
-    job whose image was copied."""
+    """How a job ended. `seconds` by stage cover all `together` images that were computed at once. `of` is the job whose
+    image was copied."""
 
     job: ImageJob
     kind: Kind
@@ -52,10 +50,17 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         job = self.job
-        said = {"number": job.number, "line": job.line, "key": job.key, "path": str(job.path), "seed": job.request.seed}
-        more = {"of": self.of and self.of.number, "error": self.error}
+        fields = {
+            "number": job.number,
+            "line": job.line,
+            "key": job.key,
+            "path": str(job.path),
+            "seed": job.request.seed,
+            "of": self.of and self.of.number,
+            "error": self.error,
+        }
         timed = {"seconds": self.seconds, "together": self.together} if self.seconds else {}
-        return said | {name: value for name, value in more.items() if value is not None} | timed
+        return {name: value for name, value in fields.items() if value is not None} | timed
 
 
 @dataclass
@@ -71,16 +76,18 @@ class Stopwatch:
         self.seconds[name] += now - self._last
         self._last = now
 
-    def told(self) -> dict[str, float]:
+    def rounded(self) -> dict[str, float]:
         return {name: round(value, 3) for name, value in self.seconds.items()}
 
 
 @dataclass(frozen=True)
 class BatchRunner:
-    """Generates the images of jobs. `on_step` is called after every step, with the jobs whose images are in work.
-    `check` is called wherever the run can stop without loss. Both may raise an exception to stop the run, other than
-    CascadeError, OSError and MemoryError, which mean that an image failed. `together` images are computed at once
-    (None: as many as MOST_PIXELS allow). `force` generates finished images again."""
+    """Generates the images of jobs.
+
+    `together` images are computed at once (None: see `images_together`). `force` generates finished images
+    again. `on_step` is called after every step, with the jobs whose images are being generated. `check` is called
+    wherever the run can stop without loss. Both may raise an exception to stop the run, other than CascadeError,
+    OSError and MemoryError, which mean that an image failed."""
 
     cascade: Cascade
     log: BatchLog
@@ -93,14 +100,12 @@ class BatchRunner:
         """Yield the outcome of each job once it is on disk and in the log.
 
         A job that fails does not stop the others. Raises CascadeError when an image or the log cannot be written, or
-        the bundle is damaged. A later run with the same jobs goes on from there."""
+        the bundle is damaged. A later run of the same jobs continues with the unfinished ones."""
         remove_leftovers(jobs)
         done = [] if self.force else [job for job in jobs if output_state(job) is OutputState.DONE]
         yield from self._logged("skipped", [Outcome(job, "skipped") for job in done])
         finished = {job.number for job in done}
-        left: dict[str, list[ImageJob]] = defaultdict(
-            list
-        )  # by key: the first is generated, the others are copies of it
+        left: dict[str, list[ImageJob]] = defaultdict(list)  # by key; the first is generated, the others copy it
         for job in jobs:
             if job.number not in finished:
                 left[job.key].append(job)
@@ -111,7 +116,7 @@ class BatchRunner:
             yield from self._window(window, left)
 
     def _window(self, jobs: Sequence[ImageJob], left: Mapping[str, Sequence[ImageJob]]) -> Iterator[Outcome]:
-        """Generate jobs whose prompts fit the text cache. All are encoded first, so the text encoder is loaded once."""
+        """Generate jobs whose prompts fit the text cache. All are encoded first: the text encoder is loaded once."""
         order = {group: place for place, group in reversed(list(enumerate(job.request.group for job in jobs)))}
         clock = Stopwatch()
         self._encode(jobs)
@@ -119,8 +124,8 @@ class BatchRunner:
         clock.lap(Stage.TEXT_ENCODER)
         for group in self._groups(ordered):
             self.check()
-            for members, drawn in self._drawn(group, clock):
-                yield from self._finished(members, drawn, left, clock)
+            for members, images in self._generated(group, clock):
+                yield from self._finished(members, images, left, clock)
             clock = Stopwatch()
 
     def _encode(self, jobs: Sequence[ImageJob]) -> None:
@@ -137,19 +142,16 @@ class BatchRunner:
                     self.cascade.encode_prompt(prompts, negatives, weighted=weighted, long_prompts=long)
 
     def _groups(self, jobs: Sequence[ImageJob]) -> Iterator[list[ImageJob]]:
-        for _, alike in groupby(jobs, key=lambda job: (job.request.group, self._tokens(job.request))):
-            members = list(alike)
-            left = iter(members)
-            most = self.together or images_together(members[0].request.settings)
-            for group in request_groups([job.request for job in members], most):
-                yield [next(left) for _ in group]
+        left = iter(jobs)
+        for group in request_groups([job.request for job in jobs], self.together, self._tokens):
+            yield [next(left) for _ in group]
 
     def _tokens(self, request: Request) -> int:
         with suppress(UsageError):  # reported when the image is generated
             return text_length(self.cascade, request)
         return 0
 
-    def _drawn(
+    def _generated(
         self, group: Sequence[ImageJob], clock: Stopwatch
     ) -> Iterator[tuple[Sequence[ImageJob], Sequence[GeneratedImage] | Exception]]:
         """Yield the images of a group. If the group fails, yield the images or the error of each of its jobs alone."""
@@ -159,7 +161,7 @@ class BatchRunner:
             self.on_step(group, stage, step)
 
         try:
-            drawn = generate_requests(self.cascade, [job.request for job in group], Path(), on_step)
+            images = generate_requests(self.cascade, [job.request for job in group], on_step)
         except CheckpointError:
             raise
         except (CascadeError, OSError, MemoryError) as error:
@@ -168,30 +170,30 @@ class BatchRunner:
                 return
         else:
             clock.lap(Stage.VQGAN)
-            yield group, drawn
+            yield group, images
             return
         for job in group:
             self.check()
-            yield from self._drawn([job], clock)
+            yield from self._generated([job], clock)
 
     def _finished(
         self,
         group: Sequence[ImageJob],
-        drawn: Sequence[GeneratedImage] | Exception,
+        images: Sequence[GeneratedImage] | Exception,
         left: Mapping[str, Sequence[ImageJob]],
         clock: Stopwatch,
     ) -> Iterator[Outcome]:
         """Save the images and their copies for jobs of the same key, all before `check` may stop the run."""
-        if isinstance(drawn, Exception):
-            text = one_line(drawn)
+        if isinstance(images, Exception):
+            text = " ".join(str(images).split()) or type(images).__name__
             yield from self._logged("failed", [Outcome(job, "failed", error=text) for job in left[group[0].key]])
             return
         outcomes: list[Outcome] = []
         try:
-            for job, one in zip(group, drawn, strict=True):
+            for job, one in zip(group, images, strict=True):
                 metadata = {**one.metadata, KEY: job.key}
                 self._save(job, one.image, metadata)
-                outcomes += self._logged("done", [Outcome(job, "drawn", clock.told(), len(group))])
+                outcomes += self._logged("done", [Outcome(job, "generated", clock.rounded(), len(group))])
                 outcomes += self._copies(job, left[job.key][1:], one.image, metadata)
         except CascadeError:
             yield from outcomes
@@ -209,13 +211,13 @@ class BatchRunner:
         try:
             found = output_state(job)
             if found is OutputState.OTHER and not self.force:
-                raise UsageError(f"{job.path}: another image was put there meanwhile; move it away")
+                raise UsageError(f"{job.path}: another process has written an image there; move it away")
             save_png(job.path, picture, metadata, force=self.force or found is not OutputState.NOTHING)
         except UsageError as error:
             failed = Outcome(job, "failed", error=str(error))
             with suppress(CascadeError):  # the log is perhaps on the same disk
                 self.log.write("failed", failed.to_json())
-            raise CascadeError(f"stopped: {error}, or make room and run the same again to go on") from error
+            raise CascadeError(f"stopped: {error}, or make room, and run the same command again to continue") from error
 
     def _logged(self, event: str, outcomes: list[Outcome]) -> list[Outcome]:
         if outcomes:
@@ -223,14 +225,10 @@ class BatchRunner:
         return outcomes
 
 
-def images_together(settings: Settings) -> int:
-    """The number of images of one size that are computed at once if no number is given."""
-    return max(1, MOST_PIXELS // (settings.width * settings.height))
-
-
 def windows(jobs: Iterable[ImageJob], rows: int = CACHED_ROWS - 1) -> Iterator[list[ImageJob]]:
-    """Yield successive jobs whose prompts have at most `rows` rows of tokens together, and at least one job. The text
-    cache has one row more, for the empty prompt."""
+    """Yield successive jobs whose prompts have at most `rows` rows of tokens together, at least one job at a time.
+
+    The text cache has one row more, for the empty prompt."""
     window: list[ImageJob] = []
     texts: dict[tuple[str, bool], int] = {}
     for job in jobs:
@@ -296,8 +294,3 @@ def _opened(job: ImageJob) -> tuple[Image.Image, Mapping[str, Any]] | None:
         return picture, read_settings(job.path) or {}
     except (OSError, ValueError, SyntaxError):
         return None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -5,14 +5,16 @@ The module imports no engine and no numpy until an engine is made, so the comman
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...schemas.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from ...schemas.plan_entries import Backend
     from ...storage.bundle import Bundle
-    from .base import Engine
-    from .tensorrt.engine import Refit
+    from .protocol import Engine
+    from .tensorrt.tensorrt_engine import Refit
 
 GRAPHS_FOR = "onnxruntime"  # the manifest's name for plain ONNX graphs, which every engine of the table reads
 AUTO = "auto"  # the name that stands for the first engine of CHOICES that can run
@@ -20,9 +22,9 @@ AUTO = "auto"  # the name that stands for the first engine of CHOICES that can r
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of every engine; an engine ignores the options that do not concern it.
+    """The options of all engines; an engine ignores those that it does not have.
 
-    `device` is "cpu" or "cuda". `threads` None leaves the number to the engine. `allow_cpu` lets ONNX Runtime compute
+    `device` is "cpu" or "cuda". `threads=None` leaves the number to the engine. `allow_cpu` lets ONNX Runtime compute
     on the CPU what it cannot compute on the GPU. `memory_budget` is the GPU memory in bytes that all stages in TensorRT
     may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights."""
 
@@ -33,18 +35,21 @@ class EngineOptions:
     refit: "Refit | None" = None
 
 
+MakeEngine = Callable[["Bundle", EngineOptions], "Engine"]
+
+
 @dataclass(frozen=True)
 class EngineInfo:
-    """One engine of the table. `library` is what executes the graphs, `devices` are where it runs, and `make` opens a
-    bundle with it. `probed` is False where `cascadekit doctor` learns nothing that another entry does not say."""
+    """One engine of the table. `library` executes the graphs, `devices` are those it runs on, and `make` opens a bundle
+    with it. `probed` is False where another entry tells `cascadekit doctor` the same."""
 
     library: str
     devices: tuple[str, ...]
-    make: Callable[["Bundle", EngineOptions], "Engine"]
+    make: MakeEngine
     probed: bool = True
 
 
-def _onnxruntime(memory: str = "fast", device: str | None = None) -> Callable[["Bundle", EngineOptions], "Engine"]:
+def _onnxruntime(memory: str = "fast", device: str | None = None) -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
         from .onnxruntime import OnnxRuntimeEngine
 
@@ -54,7 +59,7 @@ def _onnxruntime(memory: str = "fast", device: str | None = None) -> Callable[["
     return make
 
 
-def _openvino(precision: str) -> Callable[["Bundle", EngineOptions], "Engine"]:
+def _openvino(precision: str) -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
         from .openvino import OpenVinoEngine
 
@@ -63,16 +68,13 @@ def _openvino(precision: str) -> Callable[["Bundle", EngineOptions], "Engine"]:
     return make
 
 
-def _tensorrt(bundle: "Bundle", given: EngineOptions) -> "Engine":
-    from .tensorrt.engine import make_tensorrt
+def _tensorrt(backend: "Backend") -> MakeEngine:
+    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
+        from .tensorrt.tensorrt_engine import make_tensorrt
 
-    return make_tensorrt(bundle, "tensorrt", given.memory_budget, given.refit)
+        return make_tensorrt(bundle, backend, given.memory_budget, given.refit)
 
-
-def _tensorrt_rtx(bundle: "Bundle", given: EngineOptions) -> "Engine":
-    from .tensorrt.engine import make_tensorrt
-
-    return make_tensorrt(bundle, "tensorrt-rtx", given.memory_budget, given.refit)
+    return make
 
 
 # TensorRT runs on the GPU whatever `EngineOptions.device` is.
@@ -82,19 +84,19 @@ ENGINES: Mapping[str, EngineInfo] = {
     "onnxruntime-tensorrt": EngineInfo("onnxruntime", ("cuda",), _onnxruntime(device="tensorrt")),
     "openvino": EngineInfo("openvino", ("cpu",), _openvino("f32")),
     "openvino-bf16": EngineInfo("openvino", ("cpu",), _openvino("bf16")),
-    "tensorrt-rtx": EngineInfo("tensorrt-rtx", ("cuda",), _tensorrt_rtx),
-    "tensorrt": EngineInfo("tensorrt", ("cuda",), _tensorrt),
+    "tensorrt-rtx": EngineInfo("tensorrt-rtx", ("cuda",), _tensorrt("tensorrt-rtx")),
+    "tensorrt": EngineInfo("tensorrt", ("cuda",), _tensorrt("tensorrt")),
 }
 
 
-def _has_plans(bundle: "Bundle", name: str) -> bool:
-    from .tensorrt.engine import has_plans
+def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
+    from .tensorrt.tensorrt_engine import has_plans
 
-    return has_plans(bundle, "tensorrt" if name == "tensorrt" else "tensorrt-rtx")
+    return has_plans(bundle, backend)
 
 
-def _openvino_computes_bf16(bundle: "Bundle", name: str) -> bool:
-    """Whether the CPU multiplies bf16 and OpenVINO finds the weights, which it reads only beside their graphs."""
+def _openvino_computes_bf16(bundle: "Bundle") -> bool:
+    """True if the CPU multiplies bf16 and OpenVINO can read the weights, which must be files beside their graphs."""
     from ...schemas.bundle import MAIN_GRAPH
     from ...storage.hub_cache_links import can_do_without
     from . import openvino
@@ -105,13 +107,13 @@ def _openvino_computes_bf16(bundle: "Bundle", name: str) -> bool:
     )
 
 
-# The engines that "auto" considers, in this order: name, device, and whether the engine can run the bundle here.
-CHOICES: tuple[tuple[str, str, Callable[["Bundle", str], bool]], ...] = (
-    ("tensorrt", "cuda", _has_plans),
-    ("tensorrt-rtx", "cuda", _has_plans),
+# The engines that "auto" considers, in this order: name, device, and a test whether the engine can run the bundle here.
+CHOICES: tuple[tuple[str, str, Callable[["Bundle"], bool]], ...] = (
+    ("tensorrt", "cuda", partial(_has_plans, backend="tensorrt")),
+    ("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx")),
     ("openvino-bf16", "cpu", _openvino_computes_bf16),
 )
-DEFAULT = "onnxruntime"  # what "auto" takes where none of CHOICES can run
+DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 
 
 def make_engine(
@@ -133,8 +135,8 @@ def make_engine(
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads: expected at least 1")
     if GRAPHS_FOR not in bundle.manifest.engines:
-        raise EngineError(f"{bundle.root}: made for {', '.join(bundle.manifest.engines)}; known are {GRAPHS_FOR}")
+        raise EngineError(f"{bundle.root}: made for {', '.join(bundle.manifest.engines)}; expected {GRAPHS_FOR}")
     if name == AUTO:
-        able = (engine for engine, where, can_run in CHOICES if where == device and can_run(bundle, engine))
+        able = (engine for engine, where, can_run in CHOICES if where == device and can_run(bundle))
         name = next(able, DEFAULT)
     return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))

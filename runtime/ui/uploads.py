@@ -1,4 +1,4 @@
-"""Pictures that the page uploaded, named by their SHA-256: no request ever names a file of the server."""
+"""Pictures that the page uploaded, named by their SHA-256, so that no request ever names a file of the server."""
 
 import hashlib
 import re
@@ -12,16 +12,16 @@ from PIL import Image
 
 from ...schemas.errors import UsageError
 from ...storage.atomic_file import whole_file
+from ..batch.picture_hashes import PICTURE_FIELDS
 from ..images.pictures import open_picture
 
 ID = re.compile(r"[0-9a-f]{64}")
 MOST_BYTES = 512 << 20  # of all pictures that one server takes
 SHOWN = 768  # pixels, the longer side of a picture in the page
-REFERENCES = ("image_prompts", "controls", "init_image", "mask")  # fields of an image's metadata that name pictures
 
 
-class Pictures:
-    """Uploaded pictures in the temporary folder `folder`. Those that images were made from are in `kept`, too."""
+class Uploads:
+    """Uploaded pictures in the temporary folder `folder`. Pictures that an image was made from are copied to `kept`."""
 
     def __init__(self, folder: Path, kept: Path) -> None:
         self._folder = folder
@@ -30,8 +30,9 @@ class Pictures:
         self._decoding = Lock()  # one picture at a time: a small file may decode to hundreds of megabytes
 
     def add(self, content: bytes) -> str:
-        """Store the content of a picture's file and return its id. Raises UsageError for a file that is no picture, and
-        for pictures of more than MOST_BYTES together."""
+        """Store the content of a picture's file and return its id.
+
+        Raises UsageError for a file that is no picture, and for pictures of more than MOST_BYTES together."""
         found = hashlib.sha256(content).hexdigest()
         with self._lock:
             self._add(self._folder / found, content)
@@ -41,7 +42,7 @@ class Pictures:
         if path.exists():
             return
         if sum(file.stat().st_size for file in self._folder.iterdir()) + len(content) > MOST_BYTES:
-            raise UsageError(f"more than {MOST_BYTES >> 20} MB of pictures; start cascadekit ui again to drop them")
+            raise UsageError(f"more than {MOST_BYTES >> 20} MB of pictures; restart `cascadekit ui` to remove them")
         with whole_file(path) as file:
             file.write(content)
             file.flush()
@@ -52,16 +53,16 @@ class Pictures:
                 raise UsageError(str(error).replace(file.name, "the picture")) from error
 
     def find(self, picture: object) -> Path | None:
-        """The file of an id; None when there is none."""
+        """The file of an id; None without one."""
         if not isinstance(picture, str) or not ID.fullmatch(picture):
             return None
         return next((path for path in (self._folder / picture, self._kept / picture) if path.is_file()), None)
 
     def path(self, picture: object) -> Path:
-        """The file of an id. Raises UsageError when there is none."""
+        """The file of an id. Raises UsageError without one."""
         path = self.find(picture)
         if path is None:
-            raise UsageError("a picture that this page was not given; add it again")
+            raise UsageError("the picture is not on this server (any more); add it again")
         return path
 
     def shown(self, picture: str) -> Image.Image:
@@ -73,9 +74,11 @@ class Pictures:
         return small
 
     def keep(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """`metadata` with the paths of lasting copies of its pictures, which are made in the folder `kept` under their
-        ids. Raises OSError when a copy cannot be written."""
-        return {name: self._keep(value) if name in REFERENCES and value else value for name, value in metadata.items()}
+        """Copy the pictures of `metadata` to the folder `kept`, and return the metadata with the paths of the copies.
+
+        Raises OSError when a copy cannot be written."""
+        kept = {name: self._keep(metadata[name]) for name in PICTURE_FIELDS if metadata.get(name)}
+        return {**metadata, **kept}
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, Mapping):

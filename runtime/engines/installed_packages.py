@@ -1,4 +1,4 @@
-"""Which packages of the engines are installed, and what to do where the installs do not work together."""
+"""The installed packages of the engines, and how to repair installs that do not work together."""
 
 import ctypes
 import sys
@@ -46,7 +46,7 @@ def onnxruntime_conflict() -> str | None:
 
 
 def provider_problem(ort: Any, provider: str) -> str | None:
-    """The system's reason why the library of a GPU provider cannot be loaded; None if it can be, or is not there."""
+    """The system's reason why the library of a GPU provider cannot be loaded; None if it loads or does not exist."""
     folder = Path(ort.__file__).parent / "capi"
     pattern = "onnxruntime_providers_{}.dll" if sys.platform == "win32" else "libonnxruntime_providers_{}.so"
     library = folder / pattern.format(provider.removesuffix("ExecutionProvider").lower())

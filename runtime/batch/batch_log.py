@@ -1,4 +1,4 @@
-"""A log of JSON lines. Its complete lines survive whatever ends the program that writes it."""
+"""A log of JSON lines; the lines written before a crash stay readable."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,12 @@ class BatchLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             end = os.fstat(self._descriptor).st_size
-            # A killed run left half a line, which what follows must not continue.
+            # A killed run may have left half a line; the next line must not continue it.
             self._cut = end > 0 and os.pread(self._descriptor, 1, end - 1) != b"\n"
         except OSError as error:
-            raise UsageError(f"{path}: the log cannot be written: {error.strerror}; choose another --log") from error
+            raise UsageError(
+                f"{path}: the log cannot be written: {error.strerror}; choose another file as log=..."
+            ) from error
 
     def write(self, event: str, *fields: Mapping[str, Any]) -> None:
         """Append an event for each of `fields` and bring it to disk. Raises CascadeError when that fails."""
@@ -38,7 +40,7 @@ class BatchLog:
             os.fsync(self._descriptor)
         except OSError as error:
             raise CascadeError(
-                f"{self.path}: the log cannot be written: {error.strerror}; make room, then run the same again"
+                f"{self.path}: the log cannot be written: {error.strerror}; make room, then run the same command again"
             ) from error
         self._cut = False
 
@@ -56,7 +58,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:
-        raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another --log") from error
+        raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another file as log=...") from error
     for line in lines:
         try:
             event = load_object(line)

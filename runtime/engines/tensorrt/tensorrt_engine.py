@@ -14,12 +14,13 @@ from ....schemas.plan_entries import Backend, PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
+from ....storage.user_cache import user_cache
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
-from ..base import StageRunner, Tensors, complete_inputs
+from ..protocol import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
-from .execution import Execution, inputs_apart
-from .nvidia import Host, cache_folder, make_runtime, open_host
+from .execution import Execution
+from .host import Host, make_runtime, open_host
 from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
 
 Outputs = dict[str, NDArray[Any]]
@@ -33,15 +34,15 @@ _keys = count(NOTHING_HELD + 1)
 
 
 class TensorRTEngine:
-    """An engine for the stages of `bundle` that have plans for this machine; `host` is what `nvidia.open_host` gives.
+    """An engine for the stages of `bundle` that have plans for this machine; `host` is what `host.open_host` gives.
 
     Stages stay on the device as long as they fit into `memory_budget` bytes (None: into the memory that is free). The
-    stage that was used longest ago leaves first, and comes back when it is called. Of a plan built for weight
-    streaming, `weight_budget` bytes of weights stay on the device (None: as many as fit). TensorRT-RTX compiles
-    kernels, which are kept in the folder `cache` between runs (None: the user's cache folder).
+    stage that was used longest ago is evicted first, and is loaded again when it is called. A plan built for weight
+    streaming keeps as many weights on the device as fit. TensorRT-RTX compiles kernels, which are kept in the folder
+    `cache` between runs (None: the user's cache folder).
 
-    `refit` gives an engine the weights of an ONNX file. With it, plans built to be refitted run with the weights that
-    the bundle has now, whatever they were built from (``converters.tensorrt.refit`` does it)."""
+    `refit` writes the weights of an ONNX file into an engine (see ``converters.tensorrt.refit``). With it, refittable
+    plans run with the bundle's present weights, whatever weights they were built from."""
 
     precision: Precision | None = None  # a plan computes as its graph says
 
@@ -51,17 +52,15 @@ class TensorRTEngine:
         host: Host,
         *,
         memory_budget: int | None = None,
-        weight_budget: int | None = None,
         cache: Path | None = None,
         refit: Refit | None = None,
     ) -> None:
         self.bundle = bundle
         self.host = host
         self.name: str = host.backend
-        self.weight_budget = weight_budget
         self.refit = refit
         self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
-        self.cache = cache or cache_folder("tensorrt-rtx")
+        self.cache = cache or user_cache("tensorrt-rtx")
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
@@ -104,7 +103,8 @@ class TensorRTStage(StageRunner):
         def attempt() -> Outputs:
             execution = self._ready(plan, profile)
             execution.hold(key, constants)
-            return execution.run(profile, inputs_apart(everything, constants), constants, key)
+            rest = {name: array for name, array in everything.items() if name not in constants}
+            return execution.run(profile, rest, constants, key)
 
         return self._with_room(attempt)
 
@@ -123,7 +123,7 @@ class TensorRTStage(StageRunner):
         return self._execution.device_bytes if self._execution else 0
 
     def facts(self) -> dict[str, Any]:
-        """For reports: the plan in use, its bytes and its weights' bytes on the device, if a CUDA graph is used."""
+        """For reports: the plan in use, its bytes on the device, and whether it replays a CUDA graph."""
         execution = self._execution
         if execution is None:
             return {}
@@ -150,8 +150,8 @@ class TensorRTStage(StageRunner):
                     free = gib(self._engine.host.cuda.free_memory())
                     self.evict()
                     raise EngineError(
-                        f"{self.stage}: the GPU's memory does not hold it ({error}; {free} free); take a smaller size "
-                        f"or fewer images"
+                        f"{self.stage}: the GPU's memory does not hold it ({error}; {free} free); choose a "
+                        "smaller size or fewer images"
                     ) from error
 
     def _ready(self, plan: PlanEntry, profile: int | None = None) -> Execution:
@@ -162,7 +162,7 @@ class TensorRTStage(StageRunner):
             self.evict()
         if self._execution is None:
             self._execution = self._open(plan)
-        if profile is not None and not self._execution.has_selected(profile):
+        if profile is not None and profile != self._execution.profile:
             room.make_room(self._execution.scratch(profile), self)
         room.use(self)
         return self._execution
@@ -172,10 +172,10 @@ class TensorRTStage(StageRunner):
         path = check_plan(engine.bundle, self.stage, plan)
         engine.room.make_room(plan.bytes, self)
         cache = engine.cache / f"{plan.sha256}-{engine.host.device.capability}-{engine.host.version}.kernels"
-        execution = Execution(engine.host, engine.runtime, path, plan, self._entry, cache)
+        execution = Execution(engine.host, engine.runtime, path, plan=plan, graph=self._entry, cache=cache)
         try:
             if engine.refit and not engine.bundle.entry(self.stage).is_current(plan):
-                execution.give_weights(engine.refit, engine.bundle.graph(self.stage, plan.graph))
+                engine.refit(execution.engine, engine.bundle.graph(self.stage, plan.graph))
             if execution.streamable:
                 self._stream_weights(execution)
             self._require_budget(execution)
@@ -185,11 +185,12 @@ class TensorRTStage(StageRunner):
         return execution
 
     def _stream_weights(self, execution: Execution) -> None:
-        """Keep as many weights on the device as `weight_budget` asks for and as fit."""
-        kept = min(execution.streamable, self._engine.weight_budget or execution.streamable)
-        for _ in range(3):  # the scratch memory depends on how much is streamed
+        """Keep as many weights on the device as fit."""
+        kept = execution.streamable
+        for _ in range(3):  # the scratch memory of a profile depends on how much is streamed
             execution.keep_weights(kept)
-            needed = execution.weights_on_device + execution.most_scratch
+            scratch = max(map(execution.scratch, range(len(execution.plan.profiles))))
+            needed = execution.weights_on_device + scratch
             lacking = needed - self._engine.room.make_room(needed, self)
             if lacking <= 0 or kept == 0:
                 return
@@ -201,7 +202,8 @@ class TensorRTStage(StageRunner):
         needed = execution.weights_on_device + execution.scratch(0)
         if budget is not None and needed > budget:
             raise EngineError(
-                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; raise it"
+                f"{self.stage}: its plan needs {gib(needed)} of the GPU's memory, the budget is {gib(budget)}; "
+                "raise the budget"
             )
 
 
@@ -227,7 +229,7 @@ def make_tensorrt(
 
 
 def has_plans(bundle: Bundle, backend: Backend) -> bool:
-    """Whether every stage that `generate` needs has plans of `backend` that can run here."""
+    """True if every stage that `generate` needs has plans of `backend` that can run here."""
     entries = [bundle.manifest.stages.get(stage) for stage in NEEDED]
     if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
         return False

@@ -1,4 +1,4 @@
-"""Reports what is installed here, which engines can be built and run with it, and what to install for the rest."""
+"""Reports the installed packages, the engines that run and build with them, and the packages that are missing."""
 
 import platform
 import subprocess
@@ -8,12 +8,12 @@ from typing import Any
 
 from ..schemas.errors import EngineError
 from ..schemas.plan_entries import Backend
-from .engines.installs import installed, onnxruntime_conflict, onnxruntimes, provider_problem
+from .engines.engine_table import ENGINES
+from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes, provider_problem
 from .engines.onnxruntime import PROVIDERS, import_onnxruntime, quiet_options
 from .engines.openvino import import_openvino, multiplies_bf16
-from .engines.table import ENGINES
 from .engines.tensorrt.cuda import Cuda
-from .engines.tensorrt.nvidia import import_tensorrt
+from .engines.tensorrt.host import import_tensorrt
 
 # An ONNX model in opset 20: y = Identity(x), float32 [1]. A session of it shows which providers can start.
 PROBE = bytes.fromhex(
@@ -54,20 +54,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one engine on one device. `builds` says whether plans can be built here, and is None for an
-    engine without plans. `lacking` says why the engine does not run."""
+    """One engine on one device. `builds` says whether plans can be built here, and is None for an engine without plans.
+    `lacking` says why the engine does not run."""
 
     engine: str
     device: str
-    version: str | None
-    builds: bool | None
-    runs: bool
+    version: str | None = None
+    builds: bool | None = None
+    runs: bool = False
     lacking: str = ""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The whole report. `gpu_problem` is why no GPU can be used, `warnings` are installs that should be repaired."""
+    """The whole report. `gpu_problem` is the reason why no GPU can be used; `warnings` are installs to repair."""
 
     system: str
     python: str
@@ -83,7 +83,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Examine this machine. Starts every engine for a moment and loads no network. Raises nothing for what is missing.
+    """Examine this machine: start every engine for a moment, without a network. Missing parts raise no error.
 
     Example: `[found.engine for found in examine().engines if found.runs]`"""
     gpu, problem = find_gpu()
@@ -115,7 +115,7 @@ def _examine_engines(gpu: Gpu | None, gpu_problem: str) -> Iterator[Finding]:
 
 
 def find_gpu() -> tuple[Gpu | None, str]:
-    """The first GPU and the reason why it cannot be used, "" if it can. Without a GPU there is a reason, too."""
+    """The first GPU, and the reason why it cannot be used: "" if it can be."""
     try:
         cuda = Cuda()
         device = cuda.device()
@@ -140,7 +140,7 @@ def _onnxruntime(name: str, device: str) -> Finding:
     try:  # the version of the module: of two installs only one is there, whatever their metadata say
         version = str(import_onnxruntime("cpu").__version__)
     except EngineError as error:
-        return Finding(name, device, None, None, False, str(error))
+        return Finding(name, device, lacking=str(error))
 
     def find_problem() -> str:
         ort = import_onnxruntime(provider)
@@ -171,20 +171,20 @@ def _tried(name: str, device: str, version: str | None, find_problem: Callable[[
         problem = find_problem()
     except EngineError as error:
         problem = str(error)
-    return Finding(name, device, version, None, not problem, problem)
+    return Finding(name, device, version, runs=not problem, lacking=problem)
 
 
 def _tensorrt(backend: Backend, gpu: Gpu | None, gpu_problem: str) -> Finding:
     try:
         trt = import_tensorrt(backend)
     except EngineError as error:
-        return Finding(backend, "cuda", None, False, False, str(error))
+        return Finding(backend, "cuda", builds=False, lacking=str(error))
     version = str(trt.__version__)
-    if backend == "tensorrt":
-        return Finding(backend, "cuda", version, not gpu_problem, not gpu_problem, gpu_problem)
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_RTX:
-        return Finding(backend, "cuda", version, False, False, "too old: pip install --upgrade 'tensorrt-rtx>=1.6'")
-    targets = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
-    if gpu and not gpu_problem and gpu.capability not in targets:
-        gpu_problem = f"it is for {', '.join(targets)}, this GPU is {gpu.capability}; take tensorrt"
-    return Finding(backend, "cuda", version, True, not gpu_problem, gpu_problem)
+    problem, builds = gpu_problem, backend != "tensorrt" or not gpu_problem  # TensorRT builds on its own GPU alone
+    if backend != "tensorrt":
+        if tuple(map(int, version.split(".")[:2])) < OLDEST_RTX:
+            builds, problem = False, "too old: pip install --upgrade 'tensorrt-rtx>=1.6'"
+        targets = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        if gpu and not problem and gpu.capability not in targets:
+            problem = f"it is for {', '.join(targets)}, this GPU is {gpu.capability}; take tensorrt"
+    return Finding(backend, "cuda", version, builds=builds, runs=not problem, lacking=problem)

@@ -19,7 +19,7 @@ Run = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 
 class PortSpec(Protocol):
-    """A port as the check needs it; `schemas.ports.Port` and `schemas.bundle.PortEntry` are such ports."""
+    """The fields of a port that are checked; `schemas.ports.Port` and `schemas.bundle.PortEntry` have them."""
 
     @property
     def name(self) -> str: ...
@@ -30,14 +30,16 @@ class PortSpec(Protocol):
 
 
 class StageRunner(Protocol):
-    """One loaded stage. Called with an array for each input port, it returns an array for each output port. It is a
-    context manager, which closes it at the end."""
+    """One loaded stage, a context manager that closes it at the end.
+
+    It is called with an array for each input port and returns an array for each output port."""
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
 
     def bind(self, constants: Tensors) -> Run:
-        """The stage with the inputs `constants` fixed: a function of the other inputs. An engine with memory of its
-        own copies the constants there once."""
+        """The stage with the inputs `constants` fixed: a function of the other inputs.
+
+        An engine with its own memory copies the constants there once."""
 
     def close(self) -> None:
         """Free the memory of the weights."""
@@ -60,7 +62,7 @@ class Engine(Protocol):
     """Loads stages for execution."""
 
     name: str
-    precision: Precision | None  # in which it computes; None: as each graph says
+    precision: Precision | None  # of the computation; None: that of each graph
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         """The names of the stage's graphs that `load` takes; "model" is the whole network."""

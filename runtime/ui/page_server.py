@@ -1,4 +1,4 @@
-"""Puts the page of one cascade together: queue, gallery, pictures and server."""
+"""Assembles the page of one cascade: queue, gallery, uploads and server."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,10 @@ from pathlib import Path
 from ...schemas.callbacks import Say
 from ..cascade import Cascade
 from .gallery import Gallery
-from .pictures import Pictures
+from .http_server import PageServer
 from .queue import JobQueue
 from .routes import ROUTES, App
-from .server import PageServer
+from .uploads import Uploads
 
 KEPT = "pictures"  # folder beside the images, for the pictures that images were made from
 
@@ -30,13 +30,13 @@ def page_server(
 ) -> Iterator[PageServer]:
     """A server that listens on `host` and `port` (0: a free one) until the context ends; `serve_forever` answers.
 
-    Images go to the folder `output`. `name` is what the page calls the bundle. `loras` are already merged into the
+    Images go to the folder `output`. `name` is the name of the bundle on the page. `loras` are already merged into the
     weights of `cascade`, and the page shows them. `batch` images are computed together. `say` is called with a line
     for each image. Raises UsageError when the server cannot listen there or `output` is no folder.
 
     Example: `with page_server(cascade, Path("images"), name="bundle") as server: server.serve_forever()`"""
     with tempfile.TemporaryDirectory(prefix="cascadekit-") as scratch:
-        pictures = Pictures(Path(scratch), output / KEPT)
+        pictures = Uploads(Path(scratch), output / KEPT)
         gallery = Gallery(output, pictures)
         about = {
             "name": name,

@@ -1,4 +1,4 @@
-"""Whether this CPU multiplies 8-bit integers exactly in ONNX Runtime."""
+"""CPUs on which ONNX Runtime multiplies 8-bit integers inexactly."""
 
 import platform
 from pathlib import Path
@@ -10,10 +10,10 @@ EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # flags of x86 CPUs 
 
 
 def int8_saturates(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether ONNX Runtime's products of unsigned and signed 8-bit integers saturate here.
+    """True if ONNX Runtime's products of unsigned and signed 8-bit integers saturate on this CPU.
 
-    Its kernels for x86 CPUs without VNNI add two products in 16 bits, which large values overflow (ONNX Runtime's
-    page on quantisation, "When and why do I need to try U8U8?"). False where the CPU does not tell."""
+    Its kernels for x86 CPUs without VNNI add two products in 16 bits, and large values overflow there. See "When and
+    why do I need to try U8U8?" in ONNX Runtime's documentation. False where the CPU's features are unknown."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:
@@ -25,11 +25,11 @@ def int8_saturates(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def int8_warning(manifest: Manifest, engine: str) -> str | None:
-    """A line for the user of a bundle whose int8-dynamic stages lose more than they should on this CPU; else None."""
+    """A warning for a bundle whose int8-dynamic stages lose precision on this CPU; None for any other."""
     stages = [stage for stage, entry in manifest.stages.items() if entry.quantization is Quantization.INT8_DYNAMIC]
     if not stages or not engine.startswith("onnxruntime") or not int8_saturates():
         return None
     return (
         f"this CPU has no VNNI, so ONNX Runtime's 8-bit products of {', '.join(stages)} saturate and images differ; "
-        "export with --quantize int8, or use --engine openvino"
+        'export it again with `cascadekit export MODEL -o BUNDLE --quantize int8`, or set engine="openvino"'
     )

@@ -1,0 +1,102 @@
+"""Generates the images of requests, and describes their pictures and LoRAs in the metadata."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from PIL import Image
+
+from ...schemas.errors import UnsoundError
+from ...schemas.request import Request
+from ...schemas.settings import Settings
+from ..cascade import Cascade
+from ..sampling.controlnets import ControlPicture
+from ..sampling.loop import OnStep
+from ..sampling.noise import PlacedSeed
+from ..text.tokenizer import LENGTH
+from .picture_hashes import PICTURE_FIELDS, with_hashes
+
+MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A finished image, the request it answers, and the metadata to store in it."""
+
+    request: Request
+    image: Image.Image
+    metadata: dict[str, Any]
+
+
+def generate_requests(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) -> list[GeneratedImage]:
+    """Generate the images of requests of one group together.
+
+    Raises UsageError for a picture that cannot be opened or has another SHA-256 than the request says. Raises
+    UnsoundError, which names the requests concerned, when values of images are not finite."""
+    try:
+        return _generate(cascade, requests, on_step)
+    except UnsoundError as error:
+        if len(requests) == 1 or not error.images:
+            raise
+        which = "; ".join(
+            f"image {n + 1} is seed {requests[n].seed}, {requests[n].prompt[:40]!r}" for n in error.images
+        )
+        raise UnsoundError(f"{error} ({which})", error.images) from error
+
+
+def _generate(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) -> list[GeneratedImage]:
+    shared = with_hashes(requests[0])
+    result = cascade.generate(
+        [request.prompt for request in requests],
+        negative=[request.negative for request in requests],
+        seed=[PlacedSeed(request.seed, request.index, request.batch) for request in requests],
+        settings=shared.settings,
+        image_prompts=[picture.path for picture in shared.image_prompts],
+        init_image=shared.init_image.path if shared.init_image else None,
+        mask=shared.mask.path if shared.mask else None,
+        controls=[ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
+        on_step=on_step,
+    )
+    fields = shared.to_json()
+    used = {
+        name: list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
+        for name in (*PICTURE_FIELDS, "loras")
+        if name in fields
+    }
+    return [
+        GeneratedImage(request, image, {**described, **used})
+        for request, image, described in zip(requests, result.images, result.settings, strict=True)
+    ]
+
+
+def request_groups(
+    requests: Sequence[Request],
+    together: int | None = None,
+    length: Callable[[Request], int] = lambda request: 0,
+) -> Iterator[list[Request]]:
+    """Yield neighbours among `requests` that can be generated together, at most `together` (None: `images_together`).
+
+    `length` returns the length of a request's embeddings if lengths may differ: see `text_length`. Requests with
+    rescaled guidance are generated one at a time. As in Stability's code, all images generated together share one
+    factor, so no image of several could be generated again alone."""
+    for _, group in groupby(requests, key=lambda request: (request.group, length(request))):
+        members = list(group)
+        settings = members[0].settings
+        size = 1 if settings.rescale else together or images_together(settings)
+        yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+def images_together(settings: Settings) -> int:
+    """The number of images of one size that are computed at once if no number is given."""
+    return max(1, MOST_PIXELS // (settings.width * settings.height))
+
+
+def text_length(cascade: Cascade, request: Request) -> int:
+    """The number of rows of the prompt's embeddings. A longer prompt in the same batch would pad them with empty
+    chunks, and the image would differ."""
+    if not request.settings.long_prompts:
+        return LENGTH
+    weighted = request.settings.weighted
+    found = cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
+    return int(found.clip_text.shape[1])
