@@ -173,7 +173,7 @@ def traced_graph(job: Job) -> Path:
     """Where the traced graph lies; the first worker that asks makes it, before the others are measured."""
     path = Path(job.work) / "traced.onnx"
     if not path.exists():
-        from ..parity.reference.engine import trace
+        from ..parity.reference.torch_engine import trace
         from ..parity.reference.loading import load_component
 
         component = open_model([Path(job.source)]).component(Stage(job.stage))
@@ -186,7 +186,7 @@ def _gemm_rates() -> dict[str, float]:
     """Multiply-adds per second of a product like the prior's, for each library and dtype at hand."""
     rates = {"numpy fp32": _numpy_rate()}
     if find_spec("torch") is not None:
-        from ..parity.reference.engine import matmul_rate
+        from ..parity.reference.torch_engine import matmul_rate
 
         rates["torch fp32"] = matmul_rate("float32", *GEMM_SHAPE, GEMM_SECONDS)
         rates["torch bf16"] = matmul_rate("bfloat16", *GEMM_SHAPE, GEMM_SECONDS)

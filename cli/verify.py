@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..parity.options import REFERENCE_DTYPES, REFERENCES
+from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..storage.bundle import is_bundle
 from .console import FAILED, note, say
 from .engines import ENGINES
@@ -110,8 +110,8 @@ def verify(
 
 def _check_options(bundle: Path, against: Path | None, record: Path | None, options: dict[str, Any]) -> None:
     """Raise UsageError before anything is read."""
-    from ..parity.options import ComparisonOptions, check_options
-    from ..parity.report.build import check_report_names
+    from ..parity.comparison_options import ComparisonOptions, check_options
+    from ..parity.report.write_report import check_report_names
 
     recorded = options["recorded"]
     sources = [path for path in (bundle, against, recorded) if path is not None]

@@ -16,10 +16,10 @@ from ..storage.bundle import Bundle, open_bundle
 from ..storage.output_rules import require_apart, require_free
 from .compare_engine import compare_engine
 from .image_sizes import SizeChoice, choose_sizes
-from .options import REFERENCE_DTYPES, REFERENCES, ComparisonOptions, check_options
+from .comparison_options import REFERENCE_DTYPES, REFERENCES, ComparisonOptions, check_options
 from .recording import Recording, read_recording, write_recording
 from .reference_run import run_reference
-from .report.build import Circumstances, build_report, check_report_names, write_report
+from .report.write_report import Circumstances, build_report, check_report_names, write_report
 from .report.circumstances import running_command, software, used_files
 from .results import Report
 from .same_model import differences, recording_differences
@@ -28,7 +28,7 @@ from .verdict import make_verdict, record_verdict
 if TYPE_CHECKING:
     from .inside.bisect import Bisection
     from .inside.ranges import RangeAdvice
-    from .reference.engine import TorchEngine
+    from .reference.torch_engine import TorchEngine
 
 
 def verify(

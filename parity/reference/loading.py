@@ -18,7 +18,7 @@ from ...storage.cast import cast_counted
 from ...storage.cast_ranges import read_scale
 from ...storage.safetensors_reader import TensorRange
 from . import load_reference
-from .engine import Loader, TorchEngine
+from .torch_engine import Loader, TorchEngine
 
 DTYPES = {
     "F64": torch.float64,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadekit.parity.compare import Comparison, Kind, Subject, compare
-from cascadekit.parity.report.build import Circumstances, build_report
+from cascadekit.parity.report.write_report import Circumstances, build_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.bundle import Manifest
 from cascadekit.schemas.precision import Precision

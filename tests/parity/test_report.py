@@ -18,7 +18,7 @@ from PIL import Image
 
 from cascadekit.parity.compare import Kind, Subject, compare
 from cascadekit.parity.compare_engine import _Pass as Pass
-from cascadekit.parity.report.build import write_report
+from cascadekit.parity.report.write_report import write_report
 from cascadekit.parity.report.entries import comparison_entry
 from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.svg import decade, figure
