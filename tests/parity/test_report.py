@@ -21,7 +21,8 @@ from cascadekit.parity.compare_engine import _Pass as Pass
 from cascadekit.parity.report.write_report import write_report
 from cascadekit.parity.report.entries import comparison_entry
 from cascadekit.parity.report.image_slider import amplification
-from cascadekit.parity.report.svg import decade, figure
+from cascadekit.parity.report.figures import figure
+from cascadekit.parity.report.svg import decade
 from cascadekit.parity.results import Report
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.report import ParityReport, report_schema
