@@ -12,7 +12,7 @@ from .console import FAILED, note, say
 from .engines import ENGINES
 from .options import PATH, STAGES, parse_size
 from .verify_checkpoints import verify_checkpoints
-from .verify_print import print_report
+from .verify_print import print_report, report_json
 
 # The options of a bundle that do not concern `record_reference`.
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
@@ -133,7 +133,7 @@ def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_j
 
     report = run(bundle, against, **options, say=note)
     if as_json:
-        say(json.dumps(report.to_json(), indent=2))
+        say(json.dumps(report_json(report), indent=2))
     else:
         print_report(report)
     return bool(report)

@@ -14,7 +14,9 @@ from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle
-from .compare import Comparison, Kind, Subject, compare, psnr
+from .compare import compare
+from .comparison import Comparison, Kind, Subject
+from .image_metrics import psnr
 from .image_sizes import SizeChoice
 from .reference_run import ReferenceOutputs, Trajectory, generate_image, reproduce_noise, run_reference
 from .results import Report

@@ -40,6 +40,7 @@ from .image_sizes import SizeChoice
 from .recording import write_recording
 from .reference_run import run_reference
 from .sample_inputs import SampleSize
+from .tolerances import Floors
 from .verify import verify
 
 BACKENDS = (RTX, PLAIN)
@@ -55,9 +56,9 @@ TIMED = {"width": 512, "height": 512, "prior_steps": 20, "decoder_steps": 10, "s
 REPEATS = 4
 # Error floors of each precision against fp32 on the CPU. The tolerances made of them are 1e-4, 5e-3 and 4.5e-2. On CPU
 # engines the tiny cascade needs a fifth of that in fp16 and a quarter in bf16.
-FLOORS = {Precision.FP32: 2.5e-5, Precision.FP16: 5e-3 / 3, Precision.BF16: 1.5e-2}
+FLOORS: Floors = {Precision.FP32: 2.5e-5, Precision.FP16: 5e-3 / 3, Precision.BF16: 1.5e-2}
 # ONNX Runtime multiplies fp32 in ten bits on a GPU (TF32), so the floor of fp16 holds.
-TF32_FLOORS = {**FLOORS, Precision.FP32: FLOORS[Precision.FP16]}
+TF32_FLOORS: Floors = {**FLOORS, Precision.FP32: FLOORS[Precision.FP16]}
 SAME_IMAGE = {Precision.FP32: 1e-4, Precision.FP16: 5e-3, Precision.BF16: 4.5e-2}  # relative L2 of two runs
 SPARE = 1.25  # times the largest stage: a memory budget that holds this stage but not all stages
 
@@ -205,7 +206,9 @@ def _repeats(engine: TensorRTEngine) -> dict[str, Any]:
     unchanged = np.array_equal(other, outputs[0])
     if worst > 0 or unchanged:
         kept = "the same output" if unchanged else "another output"
-        raise WrongOutputsError(f"the vqgan gave outputs {worst:.1e} apart for one input, and {kept} for another; {facts}")
+        raise WrongOutputsError(
+            f"the vqgan gave outputs {worst:.1e} apart for one input, and {kept} for another; {facts}"
+        )
     return facts
 
 

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.stages import Stage
-from .compare import Comparison
+from .comparison import Comparison
 from .report.entries import comparison_entry
 from .tolerances import StageTolerance
 
 if TYPE_CHECKING:
-    from .inside.bisect import Bisection
+    from .inside.bisection import Bisection
     from .inside.ranges import RangeAdvice
 
 
@@ -58,10 +58,7 @@ class Report:
         if self.bisections:
             content["bisection"] = [bisection.to_json() for bisection in self.bisections]
         if self.ranges:
-            from .inside.ranges import export_options
-
             content["ranges"] = [advice.to_json() for advice in self.ranges]
-            content["export_options"] = export_options(self.ranges)
         return content
 
     def _compared(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from ..schemas.errors import CheckpointError
 from ..schemas.stages import Stage
 from ..storage.atomic_file import whole_file
 from ..storage.bundle import Bundle
-from .compare import Comparison
+from .comparison import Comparison
 from .results import Report
 
 KEPT = 16  # verdicts in a manifest; the oldest go first

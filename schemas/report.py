@@ -44,7 +44,7 @@ class HistogramEntry(_ReportModel):
 
 
 class ComparisonEntry(_ReportModel):
-    """One array compared with its reference; the figures are those of `parity.compare.Comparison`.
+    """One array compared with its reference; the figures are those of `parity.comparison.Comparison`.
 
     `kind` is "stage" for a forward pass by itself, "teacher-forced" for a pass on the latents of the reference's
     trajectory, "trajectory" for a step of the engine's own trajectory, and "noise". `step` counts from 1."""

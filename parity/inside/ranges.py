@@ -57,7 +57,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 class SpreadStage(WatchedStage, Protocol):
-    """A reference that measures the values of its modules: `parity.reference.engine.TorchStage`."""
+    """A reference that measures the values of its modules: `parity.reference.torch_engine.TorchStage`."""
 
     def __call__(self, inputs: Tensors, compute: str | None = None) -> dict[str, Any]: ...
     def spreads(self, inputs: Tensors) -> dict[str, tuple[float, float]]: ...
@@ -173,13 +173,12 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def export_options(advices: Sequence[RangeAdvice]) -> list[str]:
-    """The options of `cascadekit export` that give every stage the precision that suits it."""
-    options = [f"--precision {advice.stage}={advice.precision}" for advice in advices]
+def export_arguments(advices: Sequence[RangeAdvice]) -> dict[str, Any]:
+    """The arguments of `export` that give every stage the precision that suits it: `precisions` and `fp16_safe`."""
     exponents = [advice.exponent for advice in advices if advice.exponent is not None]
-    if exponents:  # one number holds for all stages, so with several stages export has to measure each
-        options.append(f"--fp16-safe {exponents[0] if len(exponents) == 1 else 'auto'}")
-    return options
+    # One number holds for all stages, so with several stages export has to measure each.
+    safe = {"fp16_safe": exponents[0] if len(exponents) == 1 else "auto"} if exponents else {}
+    return {"precisions": {advice.stage: advice.precision for advice in advices}, **safe}
 
 
 def advise(bundle: Bundle, stage: Stage, reference: Engine) -> RangeAdvice:

@@ -99,10 +99,12 @@ def _loader(component: Component, dtype: torch.dtype) -> Loader:
     return lambda: (load_component(component, dtype), ports_of(component.config))
 
 
-def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | None = None) -> TorchEngine:
+def independent_engine(
+    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compute: str | None = None
+) -> TorchEngine:
     """The networks of diffusers and transformers with the model's weights: code that is not ours.
 
-    Raises UsageError when the model lacks a stage, or there is no such network for one, or they are not installed."""
+    Raises UsageError when the model lacks a stage, diffusers has no network for one, or a library is not installed."""
     strange = [stage for stage in stages if stage not in INDEPENDENT]
     if strange:
         raise UsageError(
@@ -116,13 +118,8 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | 
         reraise_interrupt(error)
         raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
-    loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}
+    loaders = {stage: _independent_loader(component, DTYPES[dtype]) for stage, component in components.items()}
     return TorchEngine(loaders, compute=compute, name="diffusers")
-
-
-def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
-    """diffusers' own network for the prior or the decoder, to measure beside ours. Needs diffusers."""
-    return TorchEngine({component.stage: _independent_loader(component, DTYPES[dtype])})
 
 
 def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:

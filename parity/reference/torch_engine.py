@@ -1,17 +1,14 @@
-"""Runs the PyTorch reference behind the engine protocol; what every other engine is compared with."""
+"""Runs the PyTorch reference behind the engine protocol; every other engine is compared with it."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ...runtime.engines.base import HostRunner, Tensors, check_inputs
 from ...schemas.bundle import MAIN_GRAPH
@@ -20,18 +17,20 @@ from ...schemas.ports import StagePorts
 from ...schemas.precision import Precision
 from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import Stage
-from .rounding import ROUNDINGS, Rounding
+from .recast import computing_in, rounded
+from .rounding import ROUNDINGS
 
 KEPT_FLOAT = ("timestep_ratio",)
-QUERIES, KEYS = ("to_q", "q_proj"), ("to_k", "k_proj")  # an attention's; the queries come first
+QUERIES, KEYS = ("to_q", "q_proj"), ("to_k", "k_proj")  # the Linears of an attention; queries are computed first
 
 Loader = Callable[[], tuple[nn.Module, StagePorts]]
 
 
 class TorchEngine:
-    """An engine on reference modules, each computing in the dtype of its weights; a stage's loader is called when the
-    stage is loaded. With `compiled` torch.compile makes kernels of them, anew for every size, in minutes. With
-    `compute` they compute in that whatever their weights are in, see `TorchStage`."""
+    """An engine on reference modules, each computing in the dtype of its weights.
+
+    A stage's loader is called when the stage is loaded. With `compiled`, torch.compile makes kernels of the modules,
+    which takes minutes for every new size. With `compute`, modules compute in that precision; see `TorchStage`."""
 
     precision: Precision | None = None
 
@@ -61,14 +60,14 @@ class TorchEngine:
 
 
 class TorchStage(HostRunner):
-    """One reference module taking and giving numpy arrays, whatever it computes in.
+    """One reference module that takes and gives numpy arrays, whatever it computes in.
 
-    `compute` is "float64", "float32", "bfloat16" or "float16": what a pass computes in whatever the weights are,
-    which are then cast module by module, so that there is never a second copy of all of them. The timestep ratio stays
-    float32 then, as in graphs of every precision: its product with 10000 is what the networks were trained with.
+    `compute` is "float64", "float32", "bfloat16" or "float16", whatever dtype the weights have. Weights are then cast
+    module by module. The timestep ratio stays float32, as in graphs of every precision: the networks were trained
+    with its product with 10000.
 
-    It may also be a `Quantization`: then the module computes in the dtype of its weights, and all the Linears that
-    `export` may quantise multiply rounded numbers, as graphs do."""
+    `compute` may also be a `Quantization`. The module then computes in the dtype of its weights, and every Linear that
+    `export` may quantise multiplies rounded numbers, as graphs do."""
 
     def __init__(self, stage: Stage, module: nn.Module, ports: StagePorts, compute: str | None = None) -> None:
         self.stage = stage
@@ -87,8 +86,9 @@ class TorchStage(HostRunner):
         fed = {name: _fed(a, dtype if same or name not in KEPT_FLOAT else torch.float32) for name, a in inputs.items()}
         with torch.inference_mode(), ExitStack() as around:
             if quantized:
-                around.enter_context(_rounded(self._quantizable(), ROUNDINGS[Quantization(kind)]))
-            around.enter_context(_computing_in(self._module, dtype, same=same))
+                around.enter_context(rounded(self._quantizable(), ROUNDINGS[Quantization(kind)]))
+            if not same:
+                around.enter_context(computing_in(self._module, dtype))
             outputs = self._module(**fed)
         return {name: _taken(tensor) for name, tensor in outputs.items()}
 
@@ -104,10 +104,10 @@ class TorchStage(HostRunner):
         given: Tensors = MappingProxyType({}),
         compute: str | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """What the modules `wanted` give in one pass, and the output ports of that name, float32. A module called
-        several times has ``@1``, ``@2`` after its path for every time but the first.
+        """The outputs of the modules `wanted` in one pass, and the output ports of that name, float32.
 
-        The modules in `given` are computed too, but what comes after them sees the given values instead."""
+        A module called several times has ``@1``, ``@2`` after its path for every time but the first. The modules in
+        `given` are computed too, but later modules see the given values instead."""
         seen: dict[str, NDArray[Any]] = {}
 
         def watch(name: str, output: torch.Tensor) -> torch.Tensor | None:
@@ -120,8 +120,9 @@ class TorchStage(HostRunner):
         return seen | {name: value for name, value in outputs.items() if name in wanted}
 
     def shapes(self, inputs: Tensors) -> dict[str, tuple[int, ...]]:
-        """The shape of what every module gives, by the names `watch` takes, in the order they finish; then those of the
-        output ports."""
+        """The shape of every module's output by the names of `watch`, in the order the modules finish.
+
+        The shapes of the output ports follow."""
         assert self._module is not None
         found: dict[str, tuple[int, ...]] = {}
         with self._hooked({name for name, _ in self._module.named_modules() if name}, _shape_into(found)):
@@ -129,8 +130,9 @@ class TorchStage(HostRunner):
         return found | {name: value.shape for name, value in outputs.items()}
 
     def spreads(self, inputs: Tensors) -> dict[str, tuple[float, float]]:
-        """The largest magnitude and the root mean square of what every module gives in one pass, by name, and of the
-        scores of every attention, called ``PATH/scores``."""
+        """The largest magnitude and the root mean square of every module's output in one pass, by name.
+
+        The scores of every attention are among them, named ``PATH/scores``."""
         assert self._module is not None
         found: dict[str, tuple[float, float]] = {}
         queries: dict[str, torch.Tensor] = {}
@@ -152,7 +154,9 @@ class TorchStage(HostRunner):
     def _hooked(
         self, names: Collection[str], hook: Callable[[str, torch.Tensor], torch.Tensor | None]
     ) -> Iterator[None]:
-        """Calls `hook` with the name and output of each of the modules `names`; what it returns replaces the output."""
+        """Inside, `hook` is called with the name and output of each of the modules `names`.
+
+        A tensor that it returns replaces the output."""
         assert self._module is not None
         calls: Counter[str] = Counter()
 
@@ -203,98 +207,3 @@ def _fed(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
 
 def _taken(tensor: torch.Tensor) -> NDArray[Any]:
     return tensor.to(torch.float32).numpy()
-
-
-@contextmanager
-def _computing_in(module: nn.Module, dtype: torch.dtype, *, same: bool) -> Iterator[None]:
-    """Inside, every module that has weights casts them and its inputs to `dtype` for as long as it runs."""
-    if same:
-        yield
-        return
-
-    def cast(arg: Any) -> Any:
-        return arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
-
-    own = [part for part in module.modules() if any(True for _ in _weights(part))]
-    tables = [part for part in own if isinstance(part, nn.Embedding)]  # others read their weights past their forward
-    with _replaced(own, lambda part: {name: cast(weight) for name, weight in _weights(part)}, cast, tables):
-        yield
-
-
-@contextmanager
-def _rounded(linears: Sequence[nn.Module], rounding: Rounding) -> Iterator[None]:
-    """Inside, these have rounded weights and inputs for as long as they run."""
-    with _replaced(linears, lambda part: {"weight": rounding.weight(part.get_parameter("weight"))}, rounding.inputs):
-        yield
-
-
-@contextmanager
-def _replaced(
-    parts: Sequence[nn.Module],
-    weights: Callable[[nn.Module], Mapping[str, torch.Tensor]],
-    inputs: Callable[[Any], Any],
-    throughout: Collection[nn.Module] = (),
-) -> Iterator[None]:
-    """Inside, each of `parts` has the weights that `weights` gives, and what `inputs` makes of its arguments, for as
-    long as it runs; those `throughout` have the weights all the time, and their arguments as they are."""
-    kept: dict[nn.Module, dict[str, torch.Tensor]] = {}
-
-    def enter(part: nn.Module, args: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-        kept[part] = dict(_weights(part))
-        _replace(part, weights(part))
-        return tuple(map(inputs, args))
-
-    def leave(part: nn.Module, *passed: Any) -> None:
-        _replace(part, kept.pop(part))
-
-    handles: list[RemovableHandle] = []
-    for part in parts:
-        if part not in throughout:
-            handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave, prepend=True)]
-    try:
-        for part in throughout:
-            enter(part)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for part in list(kept):
-            leave(part)
-
-
-def _weights(part: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers of the module itself, floats only."""
-    for name, weight in (*part._parameters.items(), *part._buffers.items()):
-        if weight is not None and weight.is_floating_point():
-            yield name, weight
-
-
-def _replace(part: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    for name, weight in weights.items():
-        if name in part._parameters:
-            part._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        else:
-            part._buffers[name] = weight
-
-
-def trace(module: nn.Module, inputs: Tensors, outputs: Sequence[str], path: Path) -> None:
-    """Have torch's own exporter trace `module` with `inputs`, at their sizes alone, into an ONNX file at `path`;
-    `outputs` are the names of what it gives."""
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    torch.onnx.export(
-        module, (), path, kwargs=tensors, output_names=outputs, dynamo=True, external_data=True, verbose=False
-    )
-
-
-def matmul_rate(dtype: str, rows: int, inner: int, columns: int, seconds: float) -> float:
-    """Multiply-adds per second of torch.mm in `dtype`, the best of as many products as fit into `seconds`."""
-    kind = getattr(torch, dtype)
-    a, b = torch.rand(rows, inner).to(kind), torch.rand(columns, inner).to(kind).T  # as a Linear has them
-    begin = perf_counter()
-    torch.mm(a, b)
-    best = perf_counter() - begin  # counts where no second product fits, as in bf16 on CPUs that emulate it
-    while perf_counter() < begin + seconds:
-        start = perf_counter()
-        torch.mm(a, b)
-        best = min(best, perf_counter() - start)
-    return rows * inner * columns / best

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadekit.parity.compare import Comparison, Kind, Subject, compare
+from cascadekit.parity.compare import compare
+from cascadekit.parity.comparison import Comparison, Kind, Subject
 from cascadekit.parity.report.write_report import Circumstances, build_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.bundle import Manifest

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.parity.compare import Kind, Subject, compare
+from cascadekit.parity.compare import compare
 from cascadekit.parity.compare_engine import _Pass as Pass
-from cascadekit.parity.report.write_report import write_report
+from cascadekit.parity.comparison import Kind, Subject
 from cascadekit.parity.report.entries import comparison_entry
-from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.figures import figure
+from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.svg import decade
+from cascadekit.parity.report.write_report import write_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.report import ParityReport, report_schema
