@@ -8,16 +8,17 @@ import click
 
 from ..schemas.errors import UsageError
 from ..schemas.precision import Precision
-from ..schemas.profiles import DEFAULT, Bounds
+from ..schemas.profiles import Bounds
 from ..schemas.stages import Stage
 from ..schemas.targets import PLAIN, RTX
-from .build_options import parse_arch, parse_profiles, parse_sizes, size_option
+from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
 from .build_progress import build_progress
-from .console import byte_progress, note, say, show_table
+from .console import note, say, show_table
 from .options import PATH, STAGES, local, maybe_local
+from .progress import byte_progress
 
 if TYPE_CHECKING:
-    from ..converters.tensorrt import Built
+    from ..converters.tensorrt import BuildOptions, Built
     from ..schemas.bundle import ImageSize
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
@@ -83,25 +84,19 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def build(
     bundle: Path,
-    backend: str,
-    targets: tuple[str, ...],
-    stages: tuple[str, ...],
-    graphs: tuple[str, ...],
     min_size: "ImageSize | None",
     opt_size: "ImageSize | None",
     max_size: "ImageSize | None",
     statics: "tuple[ImageSize, ...]",
     profiles: tuple[Bounds, ...],
+    stages: tuple[str, ...],
     output: Path | None,
     precision: str | None,
     text_encoder: Path | None,
-    refittable: bool,
-    weight_streaming: bool,
-    cache: Path | None,
     pruned: bool,
     no_memory_check: bool,
-    force: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Build GPU engines of a bundle's graphs.
 
@@ -112,34 +107,15 @@ def build(
     """
     from ..converters.tensorrt import BuildOptions, prune
     from ..converters.tensorrt import build as run
-    from ..converters.tensorrt.export_for_build import export_for_build
 
-    bounds = tuple(Bounds(size, size, size) for size in statics) + profiles
-    if min_size or opt_size or max_size or not bounds:
-        bounds = (Bounds(min_size or DEFAULT.min, opt_size or DEFAULT.opt, max_size or DEFAULT.max), *bounds)
     options = BuildOptions(
-        backend=backend,
-        targets=targets,
         stages=tuple(Stage(stage) for stage in stages),
-        graphs=graphs,
-        profiles=bounds,
-        refittable=refittable,
-        force=force,
-        cache=cache,
+        profiles=chosen_profiles(min_size, opt_size, max_size, statics=statics, profiles=profiles),
         check_memory=not no_memory_check,
-        weight_streaming=weight_streaming,
+        **chosen,
     )
     if output is not None:
-        with byte_progress() as start_file:
-            export_for_build(
-                local(bundle),
-                output,
-                options,
-                precision=Precision(precision) if precision else None,
-                text_encoder=maybe_local(text_encoder),
-                start_file=start_file,
-                say=note,
-            )
+        _export(bundle, output, options, precision, text_encoder)
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
@@ -151,6 +127,23 @@ def build(
         say(json.dumps([_described(built) for built in done], indent=2))
     else:
         show_table("", COLUMNS, map(_row, done))
+
+
+def _export(
+    model: Path, output: Path, options: "BuildOptions", precision: str | None, text_encoder: Path | None
+) -> None:
+    from ..converters.tensorrt.export_for_build import export_for_build
+
+    with byte_progress() as start_file:
+        export_for_build(
+            local(model),
+            output,
+            options,
+            precision=Precision(precision) if precision else None,
+            text_encoder=maybe_local(text_encoder),
+            start_file=start_file,
+            say=note,
+        )
 
 
 def _described(built: "Built") -> dict[str, Any]:

@@ -7,8 +7,9 @@ import click
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
 from ..schemas.weight_dtypes import DTYPES
-from .console import byte_progress, note, say
+from .console import note, say
 from .options import PATH, all_local, maybe_local
+from .progress import byte_progress
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

@@ -1,7 +1,7 @@
 """The command `export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -9,19 +9,18 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import byte_progress, note, say, show_table
-from .options import PATH, STAGES, local, maybe_local, parse_loras
+from .console import note, say, show_table
+from .options import PATH, STAGES, WEIGHTS, local, maybe_local, parse_loras
+from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
-
-WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 
 def _parse_precisions(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> dict[Stage | None, Precision]:
-    """[STAGE=]PRECISION, each; the one without a stage is for all others."""
+    """Each value is [STAGE=]PRECISION; the one without a stage is for all other stages."""
     found: dict[Stage | None, Precision] = {}
     for value in values:
         stage, _, precision = value.rpartition("=")
@@ -116,19 +115,13 @@ def export(
     model: Path,
     output: Path,
     stages: tuple[str, ...],
-    weights: Literal["auto", "link", "copy"],
     precisions: dict[Stage | None, Precision],
     target: str,
     storage: str | None,
-    fp16_safe: Literal["auto"] | int | None,
     quantize: str,
-    quantize_threshold: float | None,
-    controlnet: bool,
-    hash: bool,
     loras: list[tuple[str, float]],
     text_encoder: Path | None,
-    vqgan_scale: float | None,
-    force: bool,
+    **chosen: Any,
 ) -> None:
     """Write a model as ONNX graphs and safetensors weights.
 
@@ -141,27 +134,21 @@ def export(
 
     options = ExportOptions(
         stages=[Stage(stage) for stage in stages],
-        weights=weights,
         precision=precisions.get(None, Precision.FP32),
         precisions={stage: precision for stage, precision in precisions.items() if stage is not None},
         target=Target(target),
         storage=Precision(storage) if storage else None,
-        fp16_safe=fp16_safe,
         quantize=Quantization(quantize),
-        quantize_threshold=quantize_threshold,
-        controlnet=controlnet,
-        hash=hash,
         loras=[(local(Path(name)), strength) for name, strength in loras],
         text_encoder=maybe_local(text_encoder),
-        vqgan_scale=vqgan_scale,
-        force=force,
+        **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
     with byte_progress() as start_file:
         manifest = run(local(model), output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__)
     if choices:
         _show_choices(choices)
-    say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
+    say(f"wrote {output} ({', '.join(f'{stage}: {WEIGHTS[e.weights]}' for stage, e in manifest.stages.items())})")
     if any(entry.weights == "link" for entry in manifest.stages.values()):
         note(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "

@@ -1,17 +1,16 @@
-"""Functions that `generate` and `ui` share: opening the cascade, previews, notes."""
+"""Functions that `generate` and `ui` share: opening the cascade, and notes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
-from .console import byte_progress, note
+from .console import note
+from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
-    from ..runtime.sampling.loop import Step
     from ..schemas.request import Request
 
 
@@ -67,29 +66,14 @@ def _refit(engine: Any, graph: Path) -> None:
     refit(find_backend("tensorrt"), engine, graph)
 
 
-def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a request, from those options of LOOKS that were given."""
+def request_fields(options: Mapping[str, Any], loras: Sequence[tuple[str, float]] = ()) -> dict[str, Any]:
+    """The fields of a request, from those options of LOOKS that were given, and from the LoRAs."""
     found = {name: value for name, value in options.items() if value not in (None, ()) and name != "size"}
     if options.get("size"):
         found["width"], found["height"] = options["size"]
+    if loras:
+        found["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
     return found
-
-
-def steps_shown(
-    progress: Callable[[str, int, int], object], paths: Sequence[Path], every: int | None
-) -> "Callable[[Stage, Step], None]":
-    """Return a function for each step: it moves the bars, and every `every` steps saves a preview of each image."""
-
-    from ..runtime.images.png import save_preview
-
-    def on_step(stage: Stage, step: "Step") -> None:
-        progress(stage, step.index + 1, step.steps)
-        if every and stage is Stage.PRIOR and (step.index + 1) % every == 0:
-            for path, picture in zip(paths, step.preview(), strict=True):
-                with suppress(OSError):  # saving the image itself reports the error
-                    save_preview(path, picture)
-
-    return on_step
 
 
 def require_previewer(cascade: "Cascade", every: int | None) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 
-from ..runtime.engines.table import AUTO
+from ..runtime.engines.table import AUTO, ENGINES
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .engines import ENGINES
 from .options import parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import FAILED, note, say, show_table
-from .options import PATH
+from .options import PATH, WEIGHTS
 
 if TYPE_CHECKING:
     from ..converters.export.validate import Validation
-
-WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 
 @click.command()

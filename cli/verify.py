@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
+from ..runtime.engines.table import ENGINES
 from ..storage.bundle import is_bundle
 from .console import FAILED, note, say
-from .engines import ENGINES
 from .options import PATH, STAGES, parse_size
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import print_report, report_json
@@ -29,7 +29,7 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
     "--stage", "stages", multiple=True, type=STAGES, help="Compare this stage only (repeatable), and no trajectory."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True)
+@click.option("--engine", type=click.Choice([*ENGINES]), default="onnxruntime", show_default=True)
 @click.option(
     "--reference",
     type=click.Choice(REFERENCES),

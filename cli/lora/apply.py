@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from ...schemas.errors import UsageError
-from ..console import byte_progress, say
+from ..console import say
 from ..options import PATH, all_local
+from ..progress import byte_progress
 from .merge import show_merge
-from .options import alpha_option, filter_option, strength_option, text_strength_option
+from .lora_options import alpha_option, filter_option, strength_option, text_strength_option
 
 
 @click.command()

@@ -7,7 +7,7 @@ import click
 from ...schemas.lora_keys import LoraFormat
 from ..console import note, say
 from ..options import PATH, local, maybe_local
-from .options import against_option, alpha_option, filter_option, force_option
+from .lora_options import against_option, alpha_option, filter_option, force_option
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..console import byte_progress, note, say
+from ..console import note, say
 from ..options import PATH, all_local, local, maybe_local
-from .options import alpha_option, filter_option, force_option, strength_option, text_strength_option
+from ..progress import byte_progress
+from .lora_options import alpha_option, filter_option, force_option, strength_option, text_strength_option
 
 if TYPE_CHECKING:
     from ...converters.lora.merge_bundle import Applied

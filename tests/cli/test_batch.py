@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from cascadekit import export
-from cascadekit.cli import console, main
+from cascadekit.cli import main, progress
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
@@ -437,8 +437,8 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One over all images, and one for each stage, which begins anew with the next images."""
     shown = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=100))
-    with console.batch_progress(30) as bars:
+    monkeypatch.setattr(progress, "err", Console(file=shown, force_terminal=True, width=100))
+    with progress.batch_progress(30) as bars:
         for images in range(3):
             for step in range(1, 6):
                 bars.step("prior", step, 5)
