@@ -20,7 +20,7 @@ FAILED, WRONG_USAGE = 1, 2
 class OutputError(CascadeError):
     """Standard output cannot be written."""
 
-    unread = False  # its reader went away: nobody is there to be told
+    unread = False  # the reader of the pipe is gone, so no message can reach it
 
     @classmethod
     def of(cls, error: OSError) -> Self:
@@ -37,7 +37,7 @@ class Stream:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether bars and frames are shown. The variables FORCE_COLOR and TTY_COMPATIBLE of rich decide, if set."""
+        """True when bars and frames are shown. The variables FORCE_COLOR and TTY_COMPATIBLE of rich decide, if set."""
         forced = [os.environ.get(name, "") for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")]
         return self.console.is_terminal if any(forced) else _is_tty(self._file)
 

@@ -13,7 +13,7 @@ REFERENCES = ("cascadekit", "diffusers")
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """What a bundle is compared with, and on which inputs; see `verify` for each of them."""
+    """The model that a bundle is compared with, and the inputs; `verify` documents each field."""
 
     against: Path | None = None
     recorded: Path | None = None

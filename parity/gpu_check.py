@@ -69,7 +69,7 @@ class WrongOutputsError(ParityError):
 
 @dataclass(frozen=True)
 class TinyFiles:
-    """Where the files of the checks are: bundles and recordings of the tiny cascade below `folder`."""
+    """The files of the checks: bundles and recordings of the tiny cascade below `folder`."""
 
     folder: Path
 

@@ -96,7 +96,7 @@ def _files(entry: StageEntry) -> dict[str, str]:
 
 
 def _obsolete(old: VerdictEntry, new: VerdictEntry) -> bool:
-    """Whether `new` is about the same engine and reference, and about every stage of `old`."""
+    """True when `new` is about the same engine and reference, and about every stage of `old`."""
     return (old.engine, old.reference) == (new.engine, new.reference) and old.stages.keys() <= new.stages.keys()
 
 
@@ -110,5 +110,6 @@ def _of_stage(stage: Stage, entry: StageEntry, verdicts: Iterable[VerdictEntry],
     found = latest.stages[stage]
     if found.files != _files(entry):
         return Verdict.STALE
-    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())  # as the final image
+    # A verdict whose stages all passed has failed elsewhere, such as in the final image.
+    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())
     return Verdict.PASSED if found.passed and not elsewhere else Verdict.FAILED

@@ -8,8 +8,8 @@ from ...schemas.errors import UsageError
 from ..console import say
 from ..options import PATH, all_local
 from ..progress import byte_progress
-from .merge import show_merge
 from .lora_options import alpha_option, filter_option, strength_option, text_strength_option
+from .merge import show_merge
 
 
 @click.command()

@@ -25,7 +25,7 @@ THREADS = 2
 
 
 class Status(StrEnum):
-    """The result for one tensor. CAST: dtypes differ, and values are equal once the wider is rounded as in torch."""
+    """The result for one tensor. CAST: dtypes differ, and values are equal once the wider are rounded as in torch."""
 
     EQUAL = "equal"
     CAST = "cast"
@@ -41,7 +41,7 @@ GOOD = (Status.EQUAL, Status.CAST)
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor is stored: file, name, dtype, and the rows of the stored tensor that it is (None for all)."""
+    """The place of a tensor: file, name, dtype, and its rows of the stored tensor (None for all rows)."""
 
     file: str
     name: str
@@ -120,7 +120,8 @@ def compare_checkpoints(
     """Compare every tensor of the stages that both checkpoints have, or of `stages` alone.
 
     The checkpoints may be files, folders or opened models, in any layouts. Two values are equal when their bits are.
-    Of two dtypes, the wider is rounded to the narrower first. `start_file` is told the bytes read from both together.
+    If dtypes differ, the wider values are rounded to the narrower dtype first. `start_file` is called with the number
+    of bytes that are read from both checkpoints together.
 
     ```python
     result = cascadekit.compare_checkpoints("model", "original")
@@ -179,7 +180,7 @@ def _matched(stage: Stage, found: Component, expected: Component) -> Iterator[tu
 
 
 def _locations(component: Component) -> dict[str, TensorLocation]:
-    """The location of each tensor by its diffusers name; the byte ranges in the headers tell the stored names."""
+    """The location of each tensor by its diffusers name; byte ranges in the headers identify the stored names."""
     headers: dict[Path, list[tuple[int, str, TensorRange]]] = {}
     places = {}
     for name, tensor in component.tensors.items():

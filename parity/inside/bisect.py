@@ -1,8 +1,8 @@
-"""Finds the parts of a graph that do not compute what the reference computes.
+"""Finds the parts of a graph whose outputs differ from those of the reference.
 
-The graph is cut at every value that stands for a module of the reference. Every part gets the reference's values as
-inputs, so its error is its own. The error that a part may have is measured at the same place: the reference's module
-computes on the same values in the graph's precision, and with quantised products where the graph has them.
+The graph is cut at every value that corresponds to a module of the reference. Every part gets the reference's values
+as inputs, so its error is its own. The error that a part may have is measured at the same place: the reference's module
+computes on the same values in the graph's precision. Its products are quantised where those of the graph are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -77,10 +77,10 @@ def bisect(
 ) -> Bisection:
     """Compare the stage's graph "model" with `reference` part by part, on `inputs`.
 
-    The graph runs in slices. The reference's values of one slice take at most `slice_bytes`, unless one part needs
-    more. They are held about three times: exact, in the graph's precision, and in the graph's layout. The weights of
-    one slice are loaded at a time. Graphs run in ONNX Runtime on the CPU; a graph in bf16 runs in fp32 and is rounded
-    to bf16 after every operation. Raises EngineError when a part cannot be run."""
+    The graph runs in slices, and the weights of one slice are loaded at a time. The reference's values of one slice
+    take at most `slice_bytes`, unless one part needs more. About three copies are in memory: exact, in the graph's
+    precision, and in the graph's layout. Graphs run in ONNX Runtime on the CPU. A graph in bf16 runs in fp32 and is
+    rounded to bf16 after every operation. Raises EngineError when a part cannot be run."""
     entry = bundle.entry(stage)
     path = bundle.graph(stage, MAIN_GRAPH)
     run = _Run(CutGraph(path), reference, inputs, path.parent, entry=entry, stage=stage)

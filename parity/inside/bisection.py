@@ -11,7 +11,7 @@ from .module_map import block_of
 
 FACTOR = 8.0  # a part's error may be so many times that of the reference's module in the same precision
 MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
-SHOWN = 5  # faulty parts that are shown; parts after an overflow are usually wrong as well
+SHOWN = 5  # the number of faulty parts that are shown; parts after an overflow are usually wrong as well
 
 
 @dataclass(frozen=True)

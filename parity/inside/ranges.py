@@ -25,7 +25,7 @@ from .bisect import WatchedStage
 from .module_map import PASS, block_of
 
 TIMESTEPS = (0.99, 0.75, 0.5, 0.25, 0.01)
-LOST_BITS = 1.0  # blocks whose usual values lose more bits are named
+LOST_BITS = 1.0  # a block is named when its usual values lose more bits
 INFINITE = float("inf")
 
 
@@ -212,7 +212,7 @@ def _blocks(spreads: Mapping[str, tuple[float, float]]) -> list[BlockRange]:
         modules.setdefault(block_of(name)[0], {})[name] = spread
     blocks = []
     for block, found in modules.items():
-        if any(other.startswith(f"{block}.") for other in modules):  # a module that holds blocks is no block
+        if any(other.startswith(f"{block}.") for other in modules):  # a module that contains blocks is not a block
             continue
         where = max(found, key=lambda name: found[name][0])
         least = min(found, key=lambda name: found[name][1])

@@ -1,4 +1,4 @@
-"""The networks in PyTorch, one file each, keys named as in the diffusers layout. Imports torch."""
+"""The networks in PyTorch, one file each, with keys named as in the diffusers layout. Importing it imports torch."""
 
 from collections.abc import Callable, Mapping
 
@@ -46,9 +46,9 @@ __all__ = [
 def build_reference(config: NetworkConfig) -> nn.Module:
     """The network of `config` with torch's default initialisation, on torch's default device and dtype.
 
-    Every network takes its input ports as keyword arguments, in the dtype of its weights (ids and masks stay
-    int64), and returns its output ports as a dict; names and shapes are those of ``ports_of(config)``. Of the vqgan
-    it is the decoder half. BatchNorms are meant to run in eval mode.
+    Every network takes its input ports as keyword arguments and returns its output ports as a dict. Names and shapes
+    are those of ``ports_of(config)``. Inputs have the dtype of the weights, but ids and masks stay int64. The network
+    of a vqgan is its decoder half. BatchNorms are meant to run in eval mode.
 
     Raises LayoutError for a config that describes no network.
     """
@@ -74,9 +74,9 @@ def load_reference(
 ) -> nn.Module:
     """The network of `config` holding `tensors` (named as in the diffusers layout), ready for inference.
 
-    The network is built without storage, and tensors that have `dtype` already become its weights as they are:
-    nothing is copied, so the network and the caller share them. Only tensors the network has are asked of the
-    mapping, which therefore may read them lazily; the encoder and the codebook of the VQGAN stay untouched.
+    The network is built without storage. Tensors that have `dtype` already become its weights without a copy, so the
+    network and the caller share them. Only tensors of the network are read from the mapping, which may be lazy; the
+    encoder and the codebook of a VQGAN are never read.
 
     Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape.
     """

@@ -37,18 +37,18 @@ def reference_engine(
     compiled: bool = False,
     compute: str | None = None,
 ) -> TorchEngine:
-    """The reference of each of `stages` with weights in `dtype`, computing in that or in `compute`; weights are read
-    when a stage is loaded.
+    """The reference of each of `stages` with weights in `dtype`, computing in that dtype or in `compute`.
 
-    Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
+    Weights are read when a stage is loaded. Raises UsageError when the model lacks a stage, LayoutError when one is
+    damaged."""
     loaders = {stage: _loader(model.component(stage), DTYPES[dtype]) for stage in stages}
     return TorchEngine(loaders, compiled=compiled, compute=compute)
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
-    """The tensor's values, copied out of the file in the file's dtype, those of fp8 and scaled ones in float32.
+    """The tensor's values, copied out of the file in its dtype; fp8 and scaled values become float32.
 
-    Raises ExportError for a dtype torch lacks, ConversionError for a scale that is no number."""
+    Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
     if tensor.dtype in FP8 or tensor.scale is not None:
         values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
         return _shaped(torch.from_numpy(values), tensor)
@@ -72,7 +72,7 @@ def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
-    """A component's tensors, each read from its file when asked for, so that no second copy of the weights waits."""
+    """A component's tensors, each read from its file when it is needed, so there is no second copy of the weights."""
 
     def __init__(self, component: Component) -> None:
         self._ranges = component.tensors
@@ -91,7 +91,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 
 def load_component(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The component's network in PyTorch, holding its weights."""
+    """The component's network in PyTorch with its weights."""
     return load_reference(component.config, _Tensors(component), dtype)
 
 
@@ -132,9 +132,9 @@ def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
 
 
 def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype) -> None:
-    """Load what the component has into a network without storage; of the vqgan what `decode` needs has to be there.
+    """Load the component's tensors into a network without storage.
 
-    Raises LayoutError for weights that are missing."""
+    A vqgan needs only the tensors that its `decode` uses. Raises LayoutError for weights that are missing."""
     known = network.state_dict().keys() & component.tensors.keys()
     weights = {name: read_tensor(component.tensors[name]) for name in sorted(known)}
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
@@ -148,7 +148,7 @@ UNUSED_OF_VQGAN = ("in_block.", "down_blocks.", "vquantizer.")
 
 
 class _Theirs(nn.Module):
-    """A network of another library, built without storage, behind our ports."""
+    """A network of another library, built without storage, that has our ports."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class _Diffusers(_Theirs):
 
 
 class _Paella(_Theirs):
-    """diffusers' PaellaVQModel, with what the pipelines do around it."""
+    """diffusers' PaellaVQModel with the scaling and clamping of the pipelines."""
 
     def build(self, config: VQGANConfig) -> nn.Module:
         self.scale = config.scale_factor
@@ -185,12 +185,12 @@ class _Paella(_Theirs):
 
 
 class _Clip(_Theirs):
-    """A CLIP model of transformers; `part` is where its embeddings are."""
+    """A CLIP model of transformers; `part` is the module that holds its embeddings."""
 
     part, positions = "", 0
 
     def place_positions(self) -> None:
-        """The one buffer that is in no checkpoint."""
+        """Fill the one buffer that no checkpoint holds."""
         embeddings = self.inner.get_submodule(f"{self.part}.embeddings")
         embeddings.position_ids = torch.arange(self.positions)[None]
 

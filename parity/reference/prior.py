@@ -21,11 +21,16 @@ class Prior(UNet):
     def forward(
         self, *, sample: Tensor, timestep_ratio: Tensor, clip_text_pooled: Tensor, clip_text: Tensor, clip_img: Tensor
     ) -> dict[str, Tensor]:
-        """The noise in the latents.
+        """The noise in the latents; all arrays are in the dtype of the weights.
 
-        ``sample`` (B, in, h, w), ``timestep_ratio`` (B,) from 1 (noise) to 0, ``clip_text_pooled`` (B, 1, pooled),
-        ``clip_text`` (B, tokens, text) and ``clip_img`` (B, images, image), all in the dtype of the weights, to
-        ``noise_pred`` (B, out, h, w). Without an image prompt ``clip_img`` is zeros of one image.
+        | port | shape | meaning |
+        |---|---|---|
+        | ``sample`` | (B, in, h, w) | noisy latents |
+        | ``timestep_ratio`` | (B,) | from 1 (noise) to 0 |
+        | ``clip_text_pooled`` | (B, 1, pooled) | the prompt |
+        | ``clip_text`` | (B, tokens, text) | the prompt's tokens |
+        | ``clip_img`` | (B, images, image) | image prompts; zeros of one image without any |
+        | ``noise_pred``, returned | (B, out, h, w) | the predicted noise |
         """
         tokens = [
             self.clip_txt_mapper(clip_text),  # (B, tokens, cond)

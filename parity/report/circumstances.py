@@ -1,4 +1,4 @@
-"""Collects what it takes to repeat a parity run: the command, the software and machine, and the files."""
+"""Collects the facts that a reader needs to repeat a parity run: the command, the software, the machine, the files."""
 
 import os
 import platform
@@ -58,7 +58,7 @@ def _reference_files(against: Path) -> list[ComparedFile]:
     try:
         model = open_model([against])
         paths = {tensor.path for component in model.components.values() for tensor in component.tensors.values()}
-    except CascadeError:  # a recording is no model
+    except CascadeError:  # a recording is not a model
         paths = {against} if against.is_file() else set()
     return [
         ComparedFile(

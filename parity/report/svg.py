@@ -105,8 +105,8 @@ class Drawing:
 class Chart:
     """Values on a logarithmic axis over numbered places, or with `bars` shares of values (y, 0 to 1) over decades.
 
-    `summary` says in words what the chart shows; `x_label` and `y_label` name the axes. In a bar chart, x is log10 of
-    a bin's lower edge, all bins are as wide as the first, and levels are vertical, at log10 of their values."""
+    `summary` describes the chart in words; `x_label` and `y_label` name the axes. In a bar chart, x is log10 of a
+    bin's lower edge. All bins are as wide as the first. Levels are vertical, at log10 of their values."""
 
     title: str
     summary: str

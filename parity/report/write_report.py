@@ -22,7 +22,7 @@ from .junit import to_junit
 Images = tuple[NDArray[Any], NDArray[Any]]  # found and expected, (B, 3, height, width) in 0..1
 Writer = Callable[[ParityReport, Images | None], str]
 
-# What writes a report as text, by the suffix of its file.
+# The functions that turn a report into text, by the suffix of its file.
 WRITERS: Mapping[str, Writer] = {
     ".html": to_html,
     ".json": lambda report, images: report.model_dump_json(indent=2) + "\n",
@@ -32,7 +32,7 @@ WRITERS: Mapping[str, Writer] = {
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What it takes to repeat a run: the bundle's name, the exact command, versions and machine, and the files."""
+    """The facts that a reader needs to repeat a run: bundle, command, versions and machine, and the files."""
 
     bundle: str
     command: str
