@@ -1,6 +1,7 @@
 """The command `convert`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,16 +42,7 @@ def convert(
     to: str,
     text_encoder: Path | None,
     image_encoder: Path | None,
-    dtype: str,
-    allow_overflow: bool,
-    variant: str | None,
-    lite: bool,
-    ema: bool,
-    as_variant: str,
-    shard_size: int | None,
-    combined: bool,
-    canonical: bool,
-    force: bool,
+    **options: Any,
 ) -> None:
     """Rewrite checkpoints in another layout.
 
@@ -61,26 +53,10 @@ def convert(
     """
     from ..converters.checkpoints.convert import convert as run
 
-    paths = all_local(sources, variant, lite=lite)
+    paths = all_local(sources, options["variant"], lite=options["lite"])
+    options["text_encoder"], options["image_encoder"] = maybe_local(text_encoder), maybe_local(image_encoder)
     with byte_progress() as start_file:
-        done = run(
-            paths,
-            output,
-            to,
-            text_encoder=maybe_local(text_encoder),
-            image_encoder=maybe_local(image_encoder),
-            dtype=dtype,
-            allow_overflow=allow_overflow,
-            variant=variant,
-            lite=lite,
-            ema=ema,
-            as_variant=as_variant,
-            shard_size=shard_size,
-            combined=combined,
-            canonical=canonical,
-            force=force,
-            start_file=start_file,
-        )
+        done = run(paths, output, to, **options, start_file=start_file)
     for text in done.notes:
         note(text)
     say(f"wrote {output} ({', '.join(map(str, done.files)) or to})")

@@ -64,7 +64,7 @@ def generate(
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         fields |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
-        batch = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}
+        batch: dict[str, Any] = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}
         generate_prompt_file(engine, BatchSettings(prompt_file, **files, **batch), fields)
         return
     if name or log or keep_going:

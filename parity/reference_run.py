@@ -6,6 +6,7 @@ also compared with itself, which gives the error floors that tolerances are made
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -155,12 +156,12 @@ def embed_prompts(reference: Engine, tokenizer: ClipTokenizer) -> EmbeddedPrompt
 
 def _trajectory(reference: Engine, bundle: Bundle, size: Size, say: Say) -> Trajectory:
     say(f"trajectory on {reference.name}")
-    watched = _RecordingEngine(reference)
-    latents, image = generate_image(watched, bundle, size)
+    calls: list[StageCall] = []
+    latents, image = generate_image(_WrappedEngine(reference, _recorder(calls)), bundle, size)
     say("trajectory with a small error in every pass")
-    nudged, nudged_image = generate_image(_NudgedEngine(reference), bundle, size)
+    nudged, nudged_image = generate_image(_WrappedEngine(reference, _nudge), bundle, size)
     gains = {key: relative(nudged[key], value) / NUDGE for key, value in latents.items()}
-    return Trajectory(tuple(watched.calls), latents, image, gains, image_gain=relative(nudged_image, image) / NUDGE)
+    return Trajectory(tuple(calls), latents, image, gains, image_gain=relative(nudged_image, image) / NUDGE)
 
 
 def generate_image(
@@ -194,22 +195,21 @@ def reproduce_noise(trajectory: Trajectory) -> dict[StepKey, NDArray[np.float32]
     return noise
 
 
-class _WrappedEngine:
-    """An engine whose stages' outputs pass through `_after`."""
+After = Callable[[Stage, Tensors, Outputs], Outputs]
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.name = engine.name
-        self.precision = engine.precision
+
+class _WrappedEngine:
+    """An engine whose stages' outputs pass through `after`."""
+
+    def __init__(self, engine: Engine, after: After) -> None:
+        self._engine, self._after = engine, after
+        self.name, self.precision = engine.name, engine.precision
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         return (MAIN_GRAPH,)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> StageRunner:
-        return _WrappedStage(self._engine.load(stage, graph), lambda fed, given: self._after(stage, fed, given))
-
-    def _after(self, stage: Stage, inputs: Tensors, outputs: Outputs) -> Outputs:
-        raise NotImplementedError
+        return _WrappedStage(self._engine.load(stage, graph), partial(self._after, stage))
 
 
 @dataclass(frozen=True)
@@ -224,27 +224,23 @@ class _WrappedStage(HostRunner):
         self.runner.close()
 
 
-class _RecordingEngine(_WrappedEngine):
-    """Keeps the inputs and outputs of every forward pass."""
+def _recorder(calls: list[StageCall]) -> After:
+    """Append the inputs and outputs of every forward pass to `calls`."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
-        self.calls: list[StageCall] = []
-
-    def _after(self, stage: Stage, inputs: Tensors, outputs: Outputs) -> Outputs:
-        number = sum(call.stage is stage for call in self.calls)
-        self.calls.append(StageCall(stage, number, dict(inputs), dict(outputs)))
+    def after(stage: Stage, inputs: Tensors, outputs: Outputs) -> Outputs:
+        number = sum(call.stage is stage for call in calls)
+        calls.append(StageCall(stage, number, dict(inputs), dict(outputs)))
         return outputs
 
+    return after
 
-class _NudgedEngine(_WrappedEngine):
-    """Adds an error of NUDGE times the size of each output.
 
-    Its direction is the same in all steps of a stage, as that of the error of rounded weights is."""
+def _nudge(stage: Stage, inputs: Tensors, outputs: Outputs) -> Outputs:
+    """Add an error of NUDGE times the size of each output.
 
-    def _after(self, stage: Stage, inputs: Tensors, outputs: Outputs) -> Outputs:
-        rng = np.random.default_rng([SEED, *str(stage).encode()])
-        return {name: _nudged(value, rng) for name, value in outputs.items()}
+    The error has the same direction in all steps of a stage, like the error of rounded weights."""
+    rng = np.random.default_rng([SEED, *str(stage).encode()])
+    return {name: _nudged(value, rng) for name, value in outputs.items()}
 
 
 def _nudged(value: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:

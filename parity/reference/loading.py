@@ -1,6 +1,6 @@
 """Loads a model's weights, whatever their layout, into the PyTorch reference."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -124,7 +124,8 @@ def independent_engine(
 
 def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
     def load() -> tuple[nn.Module, StagePorts]:
-        network = INDEPENDENT[component.stage](component.config)
+        with torch.device("meta"):
+            network = INDEPENDENT[component.stage](component.config)
         _take_weights(network.inner, component, dtype)
         return network.requires_grad_(False).eval(), ports_of(component.config)
 
@@ -148,90 +149,69 @@ UNUSED_OF_VQGAN = ("in_block.", "down_blocks.", "vquantizer.")
 
 
 class _Theirs(nn.Module):
-    """A network of another library, built without storage, that has our ports."""
+    """A network of another library with our ports: `run` calls it with our inputs and returns our outputs."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, inner: nn.Module, run: Callable[..., dict[str, torch.Tensor]]) -> None:
         super().__init__()
-        with torch.device("meta"):
-            self.inner: nn.Module = self.build(config)
-
-    def build(self, config: Any) -> nn.Module:
-        raise NotImplementedError
-
-
-class _Diffusers(_Theirs):
-    """diffusers' StableCascadeUNet."""
-
-    def build(self, config: UNetConfig) -> nn.Module:
-        network: nn.Module = import_module("diffusers").StableCascadeUNet.from_config(to_json(config))
-        return network
+        self.inner = inner
+        self._run = run
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"noise_pred": self.inner(**inputs).sample}
+        return self._run(self.inner, **inputs)
 
 
-class _Paella(_Theirs):
+def _diffusers_unet(config: UNetConfig) -> _Theirs:
+    """diffusers' StableCascadeUNet."""
+
+    def run(network: Any, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"noise_pred": network(**inputs).sample}
+
+    return _Theirs(import_module("diffusers").StableCascadeUNet.from_config(to_json(config)), run)
+
+
+def _paella(config: VQGANConfig) -> _Theirs:
     """diffusers' PaellaVQModel with the scaling and clamping of the pipelines."""
 
-    def build(self, config: VQGANConfig) -> nn.Module:
-        self.scale = config.scale_factor
-        deprecated = import_module("diffusers.pipelines.deprecated.wuerstchen")
-        network: nn.Module = deprecated.PaellaVQModel.from_config(to_json(config))
-        return network
+    def run(network: Any, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"images": network.decode(config.scale_factor * latents).sample.clamp(0, 1)}
 
-    def forward(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        images: torch.Tensor = self.inner.decode(self.scale * latents).sample  # type: ignore[operator]
-        return {"images": images.clamp(0, 1)}
+    deprecated = import_module("diffusers.pipelines.deprecated.wuerstchen")
+    return _Theirs(deprecated.PaellaVQModel.from_config(to_json(config)), run)
 
 
-class _Clip(_Theirs):
-    """A CLIP model of transformers; `part` is the module that holds its embeddings."""
-
-    part, positions = "", 0
-
-    def place_positions(self) -> None:
-        """Fill the one buffer that no checkpoint holds."""
-        embeddings = self.inner.get_submodule(f"{self.part}.embeddings")
-        embeddings.position_ids = torch.arange(self.positions)[None]
-
-
-class _ClipText(_Clip):
+def _clip_text(config: TextEncoderConfig) -> _Theirs:
     """transformers' CLIPTextModelWithProjection, whose last hidden state is before the final norm."""
 
-    part = "text_model"
-
-    def build(self, config: TextEncoderConfig) -> nn.Module:
-        self.positions = config.max_position_embeddings
-        library = import_module("transformers")
-        network: nn.Module = library.CLIPTextModelWithProjection(library.CLIPTextConfig.from_dict(to_json(config)))
-        return network
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.place_positions()
-        found = self.inner(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    def run(network: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        _set_positions(network.text_model, config.max_position_embeddings)
+        found = network(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return {"prompt_embeds": found.hidden_states[-1], "pooled": found.text_embeds[:, None]}
 
+    library = import_module("transformers")
+    return _Theirs(library.CLIPTextModelWithProjection(library.CLIPTextConfig.from_dict(to_json(config))), run)
 
-class _ClipVision(_Clip):
+
+def _clip_vision(config: ImageEncoderConfig) -> _Theirs:
     """transformers' CLIPVisionModelWithProjection."""
 
-    part = "vision_model"
+    def run(network: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        _set_positions(network.vision_model, (config.image_size // config.patch_size) ** 2 + 1)
+        return {"image_embeds": network(pixel_values=pixel_values).image_embeds}
 
-    def build(self, config: ImageEncoderConfig) -> nn.Module:
-        self.positions = (config.image_size // config.patch_size) ** 2 + 1
-        library = import_module("transformers")
-        network: nn.Module = library.CLIPVisionModelWithProjection(library.CLIPVisionConfig.from_dict(to_json(config)))
-        return network
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.place_positions()
-        return {"image_embeds": self.inner(pixel_values=pixel_values).image_embeds}
+    library = import_module("transformers")
+    return _Theirs(library.CLIPVisionModelWithProjection(library.CLIPVisionConfig.from_dict(to_json(config))), run)
 
 
-INDEPENDENT: Mapping[Stage, type[_Theirs]] = {
-    Stage.TEXT_ENCODER: _ClipText,
-    Stage.PRIOR: _Diffusers,
-    Stage.DECODER: _Diffusers,
-    Stage.VQGAN: _Paella,
-    Stage.IMAGE_ENCODER: _ClipVision,
+def _set_positions(model: Any, count: int) -> None:
+    """Fill the one buffer of a CLIP model that no checkpoint holds."""
+    model.embeddings.position_ids = torch.arange(count)[None]
+
+
+# The networks of other libraries, built by their config.
+INDEPENDENT: Mapping[Stage, Callable[[Any], _Theirs]] = {
+    Stage.TEXT_ENCODER: _clip_text,
+    Stage.PRIOR: _diffusers_unet,
+    Stage.DECODER: _diffusers_unet,
+    Stage.VQGAN: _paella,
+    Stage.IMAGE_ENCODER: _clip_vision,
 }
