@@ -34,7 +34,8 @@ def compare(
         subject = Subject(subject)
     if found.shape != reference.shape:
         raise ParityError(
-            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}"
+            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}; "
+            "export the bundle again"
         )
     scales = _scales(found, reference)
     sums = _Sums(found.size, scales, ulp_of)

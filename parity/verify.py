@@ -10,7 +10,6 @@ from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.table import make_engine
 from ..schemas.callbacks import Say
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
-from ..schemas.json_text import well_formed
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
 from ..storage.output_rules import require_apart, require_free
@@ -19,8 +18,8 @@ from .comparison_options import REFERENCE_DTYPES, ComparisonOptions, check_optio
 from .image_sizes import SizeChoice, choose_sizes
 from .recording import Recording, read_recording, write_recording
 from .reference_run import run_reference
-from .report.circumstances import running_command, software, used_files
-from .report.write_report import Circumstances, build_report, check_report_names, write_report
+from .report.circumstances import circumstances_of
+from .report.write_report import build_report, check_report_names, write_report
 from .results import Report
 from .same_model import differences, recording_differences
 from .verdict import make_verdict, record_verdict
@@ -233,13 +232,10 @@ class _Verification:
         """Write the report to each of `paths`."""
         if not paths:
             return
-        manifest = self.bundle.manifest
         against = self.options.against or self.options.recorded
         assert against is not None
         compared = {comparison.stage for comparison in report.comparisons}
-        files = used_files(manifest, [stage for stage in manifest.stages if stage in compared], against)
-        name = well_formed(self.bundle.root.absolute().name)
-        whole = build_report(report, manifest, Circumstances(name, running_command(), software(), files))
+        whole = build_report(report, self.bundle.manifest, circumstances_of(self.bundle, compared, against))
         for path in paths:
             write_report(path, whole, report.images)
             self.say(f"wrote {path}")

@@ -132,12 +132,13 @@ def compare_checkpoints(
     read."""
     models = [model if isinstance(model, Model) else open_model([model]) for model in (found, expected)]
     chosen = [Stage(stage) for stage in stages] or [s for s in models[0].components if s in models[1].components]
-    for model in models:
-        absent = [stage for stage in chosen if stage not in model.components]
-        if absent or not chosen:
-            have = ", ".join(model.components) or "nothing"
-            wanted = absent[0] if absent else "stage in common"
-            raise UsageError(f"one of the two checkpoints has no {wanted}; it has {have}")
+    if not chosen:
+        has = " and ".join(", ".join(model.components) or "nothing" for model in models)
+        raise UsageError(f"the two checkpoints have no stage in common; they have {has}")
+    for model, which in zip(models, ("first", "second"), strict=True):
+        if absent := [stage for stage in chosen if stage not in model.components]:
+            has = ", ".join(model.components)
+            raise UsageError(f"the {which} checkpoint has no {absent[0]}, only {has}; choose other stages=...")
     matches: list[TensorMatch] = []
     pairs: dict[int, Pair] = {}  # by position in `matches`
     ours, theirs = (model.components for model in models)

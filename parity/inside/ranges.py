@@ -110,7 +110,7 @@ class RangeAdvice:
     """The ranges of a stage's activations and the precision that suits them.
 
     `plan` keeps the stage's sums in the range of fp16. It is None for stages other than prior and decoder, and where no
-    plan helps; `obstacle` then says why."""
+    plan helps; `obstacle` is then the reason."""
 
     stage: Stage
     computed: Precision  # the precision of the bundle's graph

@@ -16,7 +16,9 @@ class Decoder(UNet):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         if config.effnet_in_channels is None or config.pixel_mapper_in_channels is None:
-            raise LayoutError(f"config of the {config.stage}: effnet_in_channels or pixel_mapper_in_channels is null")
+            raise LayoutError(
+                f"config of the {config.stage}: effnet_in_channels or pixel_mapper_in_channels is null; set both"
+            )
         self.effnet_mapper = image_mapper(config.effnet_in_channels, config.block_out_channels[0])
         self.pixel_channels = config.pixel_mapper_in_channels
         self.pixels_mapper = image_mapper(self.pixel_channels, config.block_out_channels[0])

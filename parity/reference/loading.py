@@ -53,7 +53,9 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
         values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in DTYPES:
-        raise ExportError(f"{tensor.path}: the reference cannot read dtype {tensor.dtype}")
+        raise ExportError(
+            f'{tensor.path}: torch has no dtype {tensor.dtype}; convert the model with dtype="fp32" first'
+        )
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     return _shaped(torch.frombuffer(_bytes(tensor), dtype=DTYPES[tensor.dtype]), tensor)
@@ -142,7 +144,8 @@ def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype) 
     missing = network.load_state_dict(cast, strict=False, assign=True).missing_keys
     needed = [name for name in missing if not name.startswith(UNUSED_OF_VQGAN)]
     if needed:
-        raise LayoutError(f"{component.path}: the {component.stage} lacks {', '.join(needed[:5])}")
+        lacking = ", ".join(needed[:5])
+        raise LayoutError(f"{component.path}: the {component.stage} lacks {lacking}; get the file again")
 
 
 UNUSED_OF_VQGAN = ("in_block.", "down_blocks.", "vquantizer.")

@@ -14,7 +14,9 @@ class Prior(UNet):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         if config.clip_text_in_channels is None or config.clip_image_in_channels is None:
-            raise LayoutError(f"config of the {config.stage}: clip_text_in_channels or clip_image_in_channels is null")
+            raise LayoutError(
+                f"config of the {config.stage}: clip_text_in_channels or clip_image_in_channels is null; set both"
+            )
         self.clip_txt_mapper = nn.Linear(config.clip_text_in_channels, config.conditioning_dim)
         self.clip_img_mapper = nn.Linear(config.clip_image_in_channels, config.conditioning_dim * config.clip_seq)
 

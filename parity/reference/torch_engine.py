@@ -52,7 +52,9 @@ class TorchEngine:
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TorchStage":
         if stage not in self._loaders:
-            raise EngineError(f"the reference has no {stage}; it has {', '.join(self._loaders)}")
+            raise EngineError(
+                f"the reference has no {stage}, only {', '.join(self._loaders)}; give a model that has it"
+            )
         module, ports = self._loaders[stage]()
         if self._compiled:
             module.compile(dynamic=False)

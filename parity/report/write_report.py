@@ -1,7 +1,6 @@
 """Builds the report of a parity run, and writes it as JSON, HTML or JUnit XML."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from numpy.typing import NDArray
 
 from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
-from ...schemas.report import ComparedFile, ImageEntry, ParityReport, StageFacts
+from ...schemas.report import ImageEntry, ParityReport, StageFacts
 from ...storage.atomic_file import whole_file
 from ...storage.output_rules import require_apart, require_free
 from ..image_metrics import ssim, window
 from ..results import Report
+from .circumstances import Circumstances
 from .entries import comparison_entry, depth_entries, range_entries
 from .html import to_html
 from .junit import to_junit
@@ -28,17 +28,6 @@ WRITERS: Mapping[str, Writer] = {
     ".json": lambda report, images: report.model_dump_json(indent=2) + "\n",
     ".xml": lambda report, images: to_junit(report),
 }
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """The facts that a reader needs to repeat a run: bundle, command, versions and machine, and the files."""
-
-    bundle: str
-    command: str
-    environment: Mapping[str, str]
-    files: tuple[ComparedFile, ...] = ()
-    date: str = ""  # UTC, ISO 8601; now when empty
 
 
 def build_report(report: Report, manifest: Manifest, circumstances: Circumstances) -> ParityReport:

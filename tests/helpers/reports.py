@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from cascadekit.parity.compare import compare
 from cascadekit.parity.comparison import Comparison, Kind, Subject
-from cascadekit.parity.report.write_report import Circumstances, build_report
+from cascadekit.parity.report.circumstances import Circumstances
+from cascadekit.parity.report.write_report import build_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.bundle import Manifest
 from cascadekit.schemas.precision import Precision
