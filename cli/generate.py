@@ -59,7 +59,7 @@ def generate(
     fields = {**base, **request_fields(options, engine["loras"])}
     if prompt_file is not None:
         from ..runtime.batch.generate_batch import BatchSettings
-        from .generate_batch import generate_prompt_file
+        from .generate_prompt_file import generate_prompt_file
 
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")

@@ -1,4 +1,4 @@
-"""The report of `doctor --gpu`: the result of every check, kept as the checks go on."""
+"""The report of `cascadekit doctor --gpu`: the result of every check, kept as the checks go on."""
 
 import platform
 import traceback

@@ -82,12 +82,8 @@ def write_recording(
             file.write(tensor.values.tobytes())
 
 
-def _step_name(key: StepKey) -> str:
-    return f"{key[0]} step {key[1]}"
-
-
-def _noise_name(key: StepKey) -> str:
-    return f"{key[0]} draw {key[1]}"
+# The names that the file has for the latents after a step, and for an array of noise.
+_STEP_NAME, _NOISE_NAME = "{0[0]} step {0[1]}".format, "{0[0]} draw {0[1]}".format
 
 
 def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
@@ -99,8 +95,8 @@ def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
     for number, call in enumerate(trajectory.calls):
         yield from _named(f"call/{number}/in", call.inputs)
         yield from _named(f"call/{number}/out", call.outputs)
-    yield from _named("latents", {_step_name(key): values for key, values in trajectory.latents.items()})
-    yield from _named("noise", {_noise_name(key): values for key, values in trajectory.noise.items()})
+    yield from _named("latents", {_STEP_NAME(key): values for key, values in trajectory.latents.items()})
+    yield from _named("noise", {_NOISE_NAME(key): values for key, values in trajectory.noise.items()})
     yield "image/image", trajectory.image
 
 
@@ -120,7 +116,7 @@ def _described(outputs: ReferenceOutputs) -> dict[str, Any]:
         "gains": None,
     }
     if (trajectory := outputs.trajectory) is not None:
-        gains = {_step_name(key): _number(gain) for key, gain in trajectory.gains.items()}
+        gains = {_STEP_NAME(key): _number(gain) for key, gain in trajectory.gains.items()}
         about["calls"] = [[str(call.stage), call.number] for call in trajectory.calls]
         about["gains"] = {**gains, IMAGE_GAIN: _number(trajectory.image_gain)}
     return about
@@ -137,7 +133,9 @@ def read_recording(path: Path) -> Recording:
     Raises CheckpointError for a damaged file, UsageError for a file that is not a recording."""
     header = read_header(path)
     if KEY not in header.metadata:
-        raise UsageError(f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record`")
+        raise UsageError(
+            f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record FILE`"
+        )
     try:
         about = load_json(header.metadata[KEY])
         if about["version"] != VERSION:
@@ -168,11 +166,11 @@ def _trajectory(about: Mapping[str, Any], groups: Mapping[str, dict[str, Array]]
     gains = {name: np.inf if gain is None else gain for name, gain in about["gains"].items()}
     return Trajectory(
         calls,
-        {key: latents[name] for key, name in _keys(latents, _step_name)},
+        {key: latents[name] for key, name in _keys(latents, _STEP_NAME)},
         groups["image"]["image"],
-        {key: gains[name] for key, name in _keys(latents, _step_name)},
+        {key: gains[name] for key, name in _keys(latents, _STEP_NAME)},
         image_gain=gains[IMAGE_GAIN],
-        noise={key: noise[name] for key, name in _keys(noise, _noise_name)},
+        noise={key: noise[name] for key, name in _keys(noise, _NOISE_NAME)},
     )
 
 

@@ -273,5 +273,5 @@ class _Verification:
         chosen = choose_sizes(self.bundle.manifest, engine, options.size, every=every, stages=options.stages)
         if chosen.left_out:
             sides = ", ".join(f"{width}x{height}" for width, height in chosen.left_out)
-            self.say(f'left out: {sides}, which plans are for as well; sizes="all" compares these too')
+            self.say(f'left out: {sides}, for which there are plans as well; sizes="all" compares these too')
         return chosen

@@ -17,7 +17,7 @@ from ...schemas.stages import Stage
 from . import svg
 from .charts import depth_charts, histograms, range_charts, step_charts
 from .figures import figure, percent, spaced
-from .image_slider import pictures
+from .image_slider import compared_images
 
 DATA = files(f"{__package__}.data")
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the characters that HTML forbids
@@ -50,7 +50,7 @@ def to_html(report: ParityReport, images: tuple[NDArray[Any], NDArray[Any]] | No
         facts=_facts(report),
         stage_columns=STAGE_COLUMNS,
         stage_rows=_stage_rows(report),
-        pictures=pictures(*images) if images is not None else None,
+        images=compared_images(*images) if images is not None else None,
         step_charts=step_charts(report),
         depth_charts=depth_charts(report),
         histograms=histograms(report),

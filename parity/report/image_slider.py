@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class InlineImage:
     """An image inside the page: `source` is a lossless PNG as a data URL."""
 
     source: str
@@ -30,17 +30,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ComparedImages:
     """The images and their amplified difference. `text` describes the difference, `changed` counts its pixels."""
 
-    found: Picture
-    expected: Picture
-    difference: Picture
+    found: InlineImage
+    expected: InlineImage
+    difference: InlineImage
     text: str
     changed: str
 
 
-def pictures(found: Array, expected: Array) -> Pictures:
+def compared_images(found: Array, expected: Array) -> ComparedImages:
     """The first image of both batches, (B, 3, height, width) in 0..1."""
     ours, theirs = (np.nan_to_num(batch[0].astype(np.float64)) for batch in (found, expected))  # (3, height, width)
     error = np.abs(ours - theirs)
@@ -51,7 +51,7 @@ def pictures(found: Array, expected: Array) -> Pictures:
         text = "Difference: none, the images are equal to the bit"
     changed = int(np.count_nonzero((error * 255).round().max(axis=0)))
     words = f"{spaced(changed)} of {spaced(error[0].size)} pixels differ by more than half a step of 8 bits."
-    return Pictures(_picture(ours), _picture(theirs), _picture(error * factor), text, changed=words)
+    return ComparedImages(_inline(ours), _inline(theirs), _inline(error * factor), text, changed=words)
 
 
 def amplification(largest: float) -> int:
@@ -59,10 +59,10 @@ def amplification(largest: float) -> int:
     return 1 << max(0, int(np.floor(-np.log2(largest)))) if 0 < largest <= 1 else 1
 
 
-def _picture(planes: Array) -> Picture:
+def _inline(planes: Array) -> InlineImage:
     """(3, height, width) in 0..1 as a lossless PNG."""
     pixels = (np.clip(planes, 0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-    return Picture(source, width=pixels.shape[1], height=pixels.shape[0])
+    return InlineImage(source, width=pixels.shape[1], height=pixels.shape[0])

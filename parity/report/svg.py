@@ -69,7 +69,7 @@ class Marker(NamedTuple):
     odd: bool = False
 
 
-class Bar(NamedTuple):
+class ChartBar(NamedTuple):
     x: float
     y: float
     width: float
@@ -97,7 +97,7 @@ class Drawing:
     levels: list[Tick]
     lines: list[Line]
     markers: list[list[Marker]]  # of each line
-    bars: list[Bar]
+    bars: list[ChartBar]
     uprights: list[Upright]
 
 
@@ -180,9 +180,9 @@ def _bar_drawing(chart: Chart, size: str, width: int) -> Drawing:
     def at_y(y: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - y / top)
 
-    def bar(p: ChartPoint) -> Bar:
+    def bar(p: ChartPoint) -> ChartBar:
         left, right = at_x(p.x), at_x(p.x + step)
-        return Bar(left + 0.5, at_y(p.y), max(right - left - 1, 1), at_y(0) - at_y(p.y), f"{p.label}: {p.y:.2%}")
+        return ChartBar(left + 0.5, at_y(p.y), max(right - left - 1, 1), at_y(0) - at_y(p.y), f"{p.label}: {p.y:.2%}")
 
     return Drawing(
         size,

@@ -71,7 +71,9 @@ def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cascadekit.cli.generate_batch", "cascadekit.runtime.batch.run", "onnxruntime"])
+    context.set_forkserver_preload(
+        ["cascadekit.cli.generate_prompt_file", "cascadekit.runtime.batch.run", "onnxruntime"]
+    )
     return context
 
 

@@ -30,7 +30,9 @@ from cascadekit.schemas.report import ParityReport, report_schema
 from cascadekit.schemas.stages import Stage
 from helpers.reports import IMAGE, Images, alone, along, comparison, healthy, made_report, noise_images, report
 
-HOSTILE = '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> & \' {{ 7 * 7 }} {% endif %} ]]> \x00\x1b\ud800'
+HOSTILE = (
+    '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> & \' {{ 7 }} {% if %} ]]> \x00\x1b\ud800'
+)
 CLEANED = HOSTILE.translate({0x00: 0xFFFD, 0x1B: 0xFFFD, 0xD800: "?"})
 SCHEMA = json.loads((files("cascadekit.parity.report.data") / "report.schema.json").read_text(encoding="utf-8"))
 
