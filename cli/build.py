@@ -12,10 +12,9 @@ from ..schemas.profiles import Bounds
 from ..schemas.stages import Stage
 from ..schemas.targets import PLAIN, RTX
 from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
-from .build_progress import build_progress
 from .console import note, say, show_table
 from .options import PATH, STAGES, local, maybe_local
-from .progress import byte_progress
+from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
     from ..converters.tensorrt import BuildOptions, Built

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .console import complain, err, out, say
@@ -11,9 +12,11 @@ from .escape import visible_line
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
+    from ..converters.tensorrt import BuildProgress
     from ..runtime.sampling.loop import OnStep
 
 HOUR = 3600.0  # seconds; images may take minutes each, and an estimate needs several
+QUIET = 10.0  # seconds between two lines about one build in a pipe
 
 Steps = Callable[[str, int, int], object]  # called with a name, the steps done and their total
 
@@ -105,3 +108,29 @@ def batch_progress(total: int) -> Iterator[BatchBars]:
 def step_bars(steps: Steps) -> "OnStep":
     """A function that is called after each step of sampling, and moves the bars of `steps`."""
     return lambda stage, step: steps(stage, step.index + 1, step.steps)
+
+
+@contextmanager
+def build_progress() -> "Iterator[Callable[[BuildProgress], object]]":
+    """Yield a function that shows progress: one changing line on a terminal, a line every 10 seconds in a pipe."""
+    if err.is_terminal:
+        from rich.text import Text
+
+        with err.console.status("") as status:
+            yield lambda progress: status.update(Text(visible_line(_build_line(progress))))
+        return
+    last: dict[str, float] = {}
+
+    def print_some(progress: "BuildProgress") -> None:
+        if progress.name not in last or monotonic() - last[progress.name] >= QUIET:
+            last[progress.name] = monotonic()
+            complain(_build_line(progress))
+
+    yield print_some
+
+
+def _build_line(progress: "BuildProgress") -> str:
+    return (
+        f"{progress.name}: {progress.elapsed:.0f} s of about {max(progress.estimate, 1):.0f}, {progress.phase}, "
+        f"{progress.rss / 1e6:.0f} MB"
+    )

@@ -83,7 +83,7 @@ def write_recording(
 
 
 # The names that the file has for the latents after a step, and for an array of noise.
-_STEP_NAME, _NOISE_NAME = "{0[0]} step {0[1]}".format, "{0[0]} draw {0[1]}".format
+_step_name, _noise_name = "{0[0]} step {0[1]}".format, "{0[0]} draw {0[1]}".format
 
 
 def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
@@ -95,8 +95,8 @@ def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
     for number, call in enumerate(trajectory.calls):
         yield from _named(f"call/{number}/in", call.inputs)
         yield from _named(f"call/{number}/out", call.outputs)
-    yield from _named("latents", {_STEP_NAME(key): values for key, values in trajectory.latents.items()})
-    yield from _named("noise", {_NOISE_NAME(key): values for key, values in trajectory.noise.items()})
+    yield from _named("latents", {_step_name(key): values for key, values in trajectory.latents.items()})
+    yield from _named("noise", {_noise_name(key): values for key, values in trajectory.noise.items()})
     yield "image/image", trajectory.image
 
 
@@ -116,7 +116,7 @@ def _described(outputs: ReferenceOutputs) -> dict[str, Any]:
         "gains": None,
     }
     if (trajectory := outputs.trajectory) is not None:
-        gains = {_STEP_NAME(key): _number(gain) for key, gain in trajectory.gains.items()}
+        gains = {_step_name(key): _number(gain) for key, gain in trajectory.gains.items()}
         about["calls"] = [[str(call.stage), call.number] for call in trajectory.calls]
         about["gains"] = {**gains, IMAGE_GAIN: _number(trajectory.image_gain)}
     return about
@@ -166,11 +166,11 @@ def _trajectory(about: Mapping[str, Any], groups: Mapping[str, dict[str, Array]]
     gains = {name: np.inf if gain is None else gain for name, gain in about["gains"].items()}
     return Trajectory(
         calls,
-        {key: latents[name] for key, name in _keys(latents, _STEP_NAME)},
+        {key: latents[name] for key, name in _keys(latents, _step_name)},
         groups["image"]["image"],
-        {key: gains[name] for key, name in _keys(latents, _STEP_NAME)},
+        {key: gains[name] for key, name in _keys(latents, _step_name)},
         image_gain=gains[IMAGE_GAIN],
-        noise={key: noise[name] for key, name in _keys(noise, _NOISE_NAME)},
+        noise={key: noise[name] for key, name in _keys(noise, _noise_name)},
     )
 
 

@@ -7,7 +7,7 @@ also compared with itself, which gives the error floors that tolerances are made
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from .image_sizes import IMAGE, SizeChoice
 from .sample_inputs import NEGATIVE, PROMPT, PROMPTS, EmbeddedPrompts, Size, StageInput, embed, make_inputs
 from .tolerances import COMPUTE_DTYPES, Floors
 
+if TYPE_CHECKING:
+    from .reference.torch_engine import TorchStage
+
 Outputs = dict[str, NDArray[Any]]
 StepKey = tuple[Stage, int]  # a stage of sampling, and a step or a draw of noise in it, counted from 1
 
@@ -37,12 +40,6 @@ SEED = 0
 TRAJECTORY_STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 TRAJECTORY = Settings(*IMAGE, prior_steps=4, prior_guidance=4.0, decoder_steps=3, decoder_guidance=1.5)
 NUDGE = 1e-3  # relative size of the error that is added to every output to see how errors grow
-
-
-class VersatileStage(Protocol):
-    """A loaded reference that computes in the precision that `compute` names."""
-
-    def __call__(self, inputs: Tensors, compute: str | None = None) -> Outputs: ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def _floors(runner: Any, inputs: Tensors, kinds: Collection[Precision | Quantiza
     """Errors against float64 in each of `kinds`; empty for a reference that computes in one precision only."""
     if not hasattr(runner, "compute"):
         return {}
-    versatile: VersatileStage = runner
+    versatile: TorchStage = runner
     exact = versatile(inputs, "float64")
     found = {}
     for kind in kinds:

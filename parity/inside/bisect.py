@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from ...runtime.engines.base import Engine, Tensors
+from ...runtime.engines.base import Tensors
 from ...runtime.engines.onnxruntime import open_proto
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import MAIN_GRAPH, StageEntry
@@ -31,6 +31,9 @@ from .bisection import FACTOR, Bisection, PartError
 from .graph_cut import GIVEN, CutGraph, GraphPart
 from .module_map import MappedValue, block_of, match
 
+if TYPE_CHECKING:
+    from ..reference.torch_engine import TorchEngine, TorchStage
+
 # A part's error may always be so many times √channels times fp32's rounding. Runtimes add channels one after the other,
 # which loses that much when one channel is far larger than the rest; PyTorch adds in pairs.
 SUMMED = 2.0
@@ -38,19 +41,10 @@ QUANTIZED_FACTOR = 3.0  # FACTOR for parts with quantised products, whose floor 
 SLICE_BYTES = 1 << 30
 
 
-class WatchedStage(Protocol):
-    """A reference that returns the values of its modules: `parity.reference.torch_engine.TorchStage`."""
-
-    def watch(
-        self, inputs: Tensors, wanted: Any, given: Tensors = ..., compute: str | None = None
-    ) -> dict[str, NDArray[Any]]: ...
-    def shapes(self, inputs: Tensors) -> dict[str, tuple[int, ...]]: ...
-
-
 def bisect_stage(
     bundle: Bundle,
     stage: Stage,
-    reference: Engine,
+    reference: "TorchEngine",
     *,
     slice_bytes: int = SLICE_BYTES,
     say: Say = lambda text: None,
@@ -61,7 +55,6 @@ def bisect_stage(
     tokenizer = ClipTokenizer.open(bundle.tokenizer)
     embedded = embed_prompts(reference, tokenizer)
     sample = hardest_input(make_inputs(stage, bundle.entry(stage), tokenizer, embedded))
-    runner: Any
     with reference.load(stage) as runner:
         return bisect(bundle, stage, runner, sample.inputs, slice_bytes=slice_bytes, say=say)
 
@@ -69,7 +62,7 @@ def bisect_stage(
 def bisect(
     bundle: Bundle,
     stage: Stage,
-    reference: WatchedStage,
+    reference: "TorchStage",
     inputs: Tensors,
     *,
     slice_bytes: int = SLICE_BYTES,
@@ -100,7 +93,7 @@ class _Run:
     """One bisection: the graph, the reference it is compared with, and the inputs of both."""
 
     graph: CutGraph
-    reference: WatchedStage
+    reference: "TorchStage"
     inputs: Tensors
     folder: Path  # of the graph and its weights
     entry: StageEntry
