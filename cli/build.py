@@ -31,7 +31,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     type=click.Choice([RTX, PLAIN]),
     default=RTX,
     show_default=True,
-    help="tensorrt-rtx needs no GPU and builds for those named; tensorrt builds for the GPU of this machine.",
+    help="tensorrt-rtx needs no GPU and builds for those of --arch; tensorrt builds for the GPU of this machine.",
 )
 @click.option(
     "--arch",
@@ -46,10 +46,10 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "--graph",
     "graphs",
     multiple=True,
-    help="Build graphs of this name, such as model or encoder (repeatable).  [default: those that generate runs]",
+    help="Build graphs of this name, such as model or encoder (repeatable).  [default: the graphs that generate runs]",
 )
-@size_option("min", "Smallest images, height x width x how many at a time (1 if not said).")
-@size_option("opt", "Likeliest images: these are fastest.")
+@size_option("min", "Smallest images: height x width x images at a time (1 when left out).")
+@size_option("opt", "Likeliest images; these run fastest.")
 @size_option("max", "Largest images.")
 @click.option(
     "--static",
@@ -57,7 +57,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     metavar="HxW[xB]",
     multiple=True,
     callback=parse_sizes,
-    help="A profile for this size alone (repeatable).",
+    help="Add a profile for this size alone (repeatable).",
 )
 @click.option(
     "--profile",
@@ -65,21 +65,21 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     metavar="MIN:OPT:MAX",
     multiple=True,
     callback=parse_profiles,
-    help="A profile more (repeatable): several narrow ones run faster than a wide one.",
+    help="Add a profile (repeatable). Several narrow profiles run faster than a wide one.",
 )
-@click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is a model then, and this the bundle to make.")
+@click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is then a model, and this is the bundle to make.")
 @click.option(
     "--precision",
     type=click.Choice([precision.value for precision in Precision]),
-    help="What that export computes in.  [default: bf16, fp16 for sm75]",
+    help="Precision of the export of -o.  [default: bf16, fp16 for sm75]",
 )
-@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for that export, when the model holds none.")
-@click.option("--refittable", is_flag=True, help="With tensorrt: engines that can be given a LoRA's weights later.")
-@click.option("--weight-streaming", is_flag=True, help="Plans whose weights may stay in the host's memory.")
+@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for the export of -o, when the model has none.")
+@click.option("--refittable", is_flag=True, help="Build engines that can take a LoRA's weights later (tensorrt only).")
+@click.option("--weight-streaming", is_flag=True, help="Build plans whose weights may stay in the host's memory.")
 @click.option("--cache", type=PATH, help="Folder of plans that bundles share.")
-@click.option("--prune", "pruned", is_flag=True, help="Remove plans of other weights than the bundle has now.")
-@click.option("--no-memory-check", is_flag=True, help="Start even if memory seems too little.")
-@click.option("--force", is_flag=True, help="Build again what is there already; replace the bundle of -o.")
+@click.option("--prune", "pruned", is_flag=True, help="Remove plans of earlier weights of the bundle.")
+@click.option("--no-memory-check", is_flag=True, help="Start even if there seems to be too little memory.")
+@click.option("--force", is_flag=True, help="Build existing plans again; replace the bundle of -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def build(
     bundle: Path,

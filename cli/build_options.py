@@ -12,7 +12,7 @@ from ..schemas.targets import parse_targets
 
 
 def parse_sizes(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """One size, or as many as were given."""
+    """One size, or a tuple of sizes for an option that may be repeated."""
     try:
         return tuple(map(parse_image_size, value)) if isinstance(value, tuple) else value and parse_image_size(value)
     except UsageError as error:

@@ -33,7 +33,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option("--ema", is_flag=True, help="Take averaged weights where a file has trained ones too.")
 @click.option("--as-variant", default="", help="Variant to put into the names of diffusers files, such as bf16.")
 @click.option("--shard-size", callback=_parse_shard_size, help="Cut larger diffusers components, e.g. 10GB.")
-@click.option("--combined", is_flag=True, help="Folders of StableCascadeCombinedPipeline (diffusers).")
+@click.option("--combined", is_flag=True, help="Write the folders of StableCascadeCombinedPipeline (diffusers).")
 @click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
 @click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 def convert(

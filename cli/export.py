@@ -51,8 +51,8 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     default="auto",
     show_default=True,
     help="auto: clones of the model's files where the file system has them (Btrfs, XFS), else copies. copy: copies. "
-    "link: hard links in place of copies. They take no disk, but no other program opens the graphs then (onnx.load "
-    "refuses hard links), and the model's files must not change in place (replacing or deleting them is fine).",
+    "link: hard links, which take no disk. No other program can open the graphs then (onnx.load refuses hard links), "
+    "and the model's files must not change in place (replacing or deleting them is fine).",
 )
 @click.option(
     "--precision",
@@ -60,25 +60,25 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     metavar="[STAGE=]fp32|bf16|fp16",
     multiple=True,
     callback=_parse_precisions,
-    help="What graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
+    help="Precision that graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
 )
 @click.option(
     "--target",
     type=click.Choice([target.value for target in Target]),
     default=Target.PORTABLE.value,
     show_default=True,
-    help="Operators to use: any runtime's, ONNX Runtime's own too, or those TensorRT likes (opset 23).",
+    help="Operators to use: those of any runtime, ONNX Runtime's own as well, or those that suit TensorRT (opset 23).",
 )
 @click.option(
     "--storage",
     type=click.Choice([precision.value for precision in Precision]),
-    help="Store weights so.  [default: as they are for fp32, else as the graph computes]",
+    help="Precision of the stored weights.  [default: unchanged for fp32, else that of the graph]",
 )
 @click.option(
     "--fp16-safe",
     metavar="auto|K",
     callback=_parse_fp16_safe,
-    help="Keep the sums of a prior or decoder in fp16 within its range: 2^-K of them, or as much as a short "
+    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or by the scale that a short "
     "calibration run finds necessary.",
 )
 @click.option(
@@ -86,7 +86,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     type=click.Choice([str(kind) for kind in Quantization]),
     default="none",
     show_default=True,
-    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where they bear it.",
+    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where the error is small enough.",
 )
 @click.option(
     "--quantize-threshold",
@@ -97,7 +97,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 @click.option(
     "--hash/--no-hash",
     default=True,
-    help="Record the SHA-256 of weights, 0.7 s a gigabyte at most, or not: `validate --hash` compares with it.  "
+    help="Record the SHA-256 of weights, which takes up to 0.7 s a gigabyte; `validate --hash` compares with it.  "
     "[default: --hash]",
 )
 @click.option(
@@ -106,9 +106,9 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     metavar="FILE[:STRENGTH]",
     multiple=True,
     callback=parse_loras,
-    help="Merge a LoRA into the weights (repeatable); what it changes is copied.",
+    help="Merge a LoRA into the weights (repeatable); the changed weights are copied.",
 )
-@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
+@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; other files stay.")
 def export(

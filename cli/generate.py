@@ -16,7 +16,9 @@ from .options import PATH
 @click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder or .png file.")
-@click.option("--like", type=PATH, help="A PNG made by cascadekit: generate it again, changed by the other options.")
+@click.option(
+    "--like", type=PATH, help="Generate the image of this PNG by cascadekit again; other options change its settings."
+)
 @click.option(
     "--images", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images for each prompt."
 )
@@ -25,11 +27,11 @@ from .options import PATH
     "seeds",
     type=click.IntRange(-(2**63), 2**64 - 1),
     multiple=True,
-    help="One for the batch, or one for each image.",
+    help="Seed of the batch, or one seed for each image.  [default: random]",
 )
 @looks
 @machinery
-@click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Show NAME.preview.png every N steps.")
+@click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Save NAME.preview.png every N steps.")
 @click.option("--force", is_flag=True, help="Replace an existing .png file; generate all images of --prompts again.")
 @together(BATCH)
 def generate(

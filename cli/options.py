@@ -31,7 +31,7 @@ def maybe_local(source: Path | None) -> Path | None:
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """An option such as 1024x768 as (width, height)."""
+    """The value of an option such as 1024x768 as (width, height)."""
     if value is None:
         return None
     try:

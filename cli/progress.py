@@ -31,8 +31,8 @@ def _bars(*columns: "ProgressColumn", **how: Any) -> "Progress":
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
-    """Progress over bytes: call the yielded function with a file's name and size, then what it returns with
-    each number of bytes done."""
+    """Progress over bytes. Call the yielded function with a file's name and size; call the function that it returns
+    with each number of bytes done."""
     if not err.is_terminal:
 
         def announce(name: str, total: int) -> Callable[[int], object]:
@@ -82,8 +82,9 @@ class BatchBars:
 
 @contextmanager
 def batch_progress(total: int) -> Iterator[BatchBars]:
-    """Progress over `total` images, and over the steps of those in work. In a pipe, where a line tells of each image,
-    there are no bars."""
+    """Progress over `total` images, and over the steps of the images in work.
+
+    In a pipe there are no bars: a line is printed for each image."""
     if not err.is_terminal:
         yield BatchBars(lambda done: None, lambda name, done, steps: None, say)
         return

@@ -44,18 +44,16 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
     show_default=True,
     help="Precision that the reference computes in.",
 )
-@click.option(
-    "--size", metavar="WxH", callback=parse_size, help="Compare at the latents of images of this size as well."
-)
+@click.option("--size", metavar="WxH", callback=parse_size, help="Also compare at the latents of images of this size.")
 @click.option(
     "--sizes",
     type=click.Choice(["small", "all"]),
     default="small",
     show_default=True,
-    help="Which of the plans' image sizes to compare: up to 640x640 plus each profile's minimum, or all.",
+    help="The plans' image sizes to compare: up to 640x640 plus each profile's minimum, or all.",
 )
 @click.option(
-    "--record", type=PATH, help="Write the reference's outputs to this file, to compare elsewhere; no engine is run."
+    "--record", type=PATH, help="Write the reference's outputs to this file, to compare elsewhere; no engine runs."
 )
 @click.option(
     "--bisect",
@@ -77,7 +75,7 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 @click.option(
     "--verdict/--no-verdict",
     default=True,
-    help="Write the verdict into the bundle's manifest, if the model is the one it was exported from; or never.",
+    help="Write the verdict into the bundle's manifest, if the model is the one that the bundle was exported from.",
 )
 @click.option("--mapping", is_flag=True, help="With two checkpoints: list every tensor and its location in both.")
 @click.option("--force", is_flag=True, help="Replace an existing recording or report.")

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -439,7 +440,8 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One over all images, and one for each stage, which begins anew with the next images."""
     shown = io.StringIO()
-    monkeypatch.setattr(progress, "err", Console(file=shown, force_terminal=True, width=100))
+    console = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "err", SimpleNamespace(is_terminal=True, console=console))
     with progress.batch_progress(30) as bars:
         for images in range(3):
             for step in range(1, 6):
