@@ -12,7 +12,7 @@ from ..storage.bundle import Bundle
 from .comparison import Comparison
 from .results import Report
 
-KEPT = 16  # verdicts in a manifest; the oldest go first
+KEPT = 16  # the most verdicts in a manifest; the oldest are removed first
 
 
 class Verdict(StrEnum):
