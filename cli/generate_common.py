@@ -17,18 +17,7 @@ if TYPE_CHECKING:
 OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
 
 
-def open_cascade(
-    bundle: Path,
-    *,
-    device: str,
-    engine: str,
-    threads: int | None,
-    memory: str,
-    vram: int | None,
-    allow_cpu: bool,
-    stages: Mapping[Stage, Path],
-    loras: Sequence[tuple[str, float]],
-) -> "Cascade":
+def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
     """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
     from ..parity.verdict import warning
     from ..runtime.cascade import Cascade
@@ -40,17 +29,7 @@ def open_cascade(
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    cascade = Cascade.open(
-        bundle,
-        device,
-        engine=engine,
-        threads=threads,
-        memory=memory,
-        vram=None if vram is None else vram << 20,
-        allow_cpu=allow_cpu,
-        refit=_refit,
-        stages=stages,
-    )
+    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, **options)
     manifest, name = cascade.manifest, cascade.engine.name
     for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:

@@ -17,30 +17,26 @@ def generate_prompts(
     *,
     seeds: Sequence[int],
     like: Path | None,
-    output: Path,
     images: int,
-    batch: int | None,
-    preview_every: int | None,
-    force: bool,
+    **files: Any,
 ) -> None:
     """Generate `images` images of each prompt and print a line for each file.
 
     `engine` has the options of MACHINERY. `fields` are those of all requests, with the settings of `like` among them.
-    """
-    from ..runtime.batch.image_files import ImageFiles, generate_files
+    `files` are the options of `generate_files`."""
+    from ..runtime.batch.image_files import generate_files, most_together
     from ..runtime.batch.prompt_requests import prompt_requests
     from ..runtime.images.metadata import changes
 
     with open_cascade(bundle, **engine) as cascade:
-        require_previewer(cascade, preview_every)
+        require_previewer(cascade, files["preview_every"])
         if like and (other := changes(fields, cascade.engine, cascade.manifest)):
             note(f"{like} was made with {', '.join(other)}: pixels may differ")
         requests = prompt_requests(cascade.manifest, prompts, images, seeds, fields)
-        sources = [bundle, like] if like else [bundle]
-        files = ImageFiles.planned(requests, output, sources=sources, batch=batch, force=force)
         note_cut_prompts(requests, cascade)
-        note_memory(requests, cascade, files.together)
+        note_memory(requests, cascade, most_together(requests[0].settings, files["batch"]))
+        sources = [bundle, like] if like else [bundle]
         with step_progress() as progress:
-            for done in generate_files(cascade, files, step_bars(progress), preview_every=preview_every):
+            for done in generate_files(cascade, requests, on_step=step_bars(progress), sources=sources, **files):
                 image = done.image
                 say(f"wrote {done.path} ({image.image.width}x{image.image.height}, seed {image.request.seed})")

@@ -40,7 +40,7 @@ from .image_sizes import SizeChoice
 from .recording import write_recording
 from .reference_run import run_reference
 from .sample_inputs import SampleSize
-from .tolerances import Floors
+from .tolerances import FACTORS, Floors
 from .verify import verify
 
 BACKENDS = (RTX, PLAIN)
@@ -59,7 +59,6 @@ REPEATS = 4
 FLOORS: Floors = {Precision.FP32: 2.5e-5, Precision.FP16: 5e-3 / 3, Precision.BF16: 1.5e-2}
 # ONNX Runtime multiplies fp32 in ten bits on a GPU (TF32), so the floor of fp16 holds.
 TF32_FLOORS: Floors = {**FLOORS, Precision.FP32: FLOORS[Precision.FP16]}
-SAME_IMAGE = {Precision.FP32: 1e-4, Precision.FP16: 5e-3, Precision.BF16: 4.5e-2}  # relative L2 of two runs
 SPARE = 1.25  # times the largest stage: a memory budget that holds this stage but not all stages
 
 
@@ -176,7 +175,7 @@ def _check_backend(
 
     recorder.do(names["parity"], lambda: _parity(root, backend, files.recording(tf32=False)))
     recorder.do(names["repeats"], lambda: _repeats(made()))
-    recorder.do(names["memory"], lambda: _memory(made, root, SAME_IMAGE[precision]))
+    recorder.do(names["memory"], lambda: _memory(made, root, FLOORS[precision] * FACTORS[""][precision]))
     recorder.do(names["timing"], lambda: _timing(root, backend))
 
 

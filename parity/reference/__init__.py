@@ -1,6 +1,7 @@
 """The networks in PyTorch, one file each, with keys named as in the diffusers layout. Importing it imports torch."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +44,16 @@ __all__ = [
 ]
 
 
+NETWORKS: Mapping[type[NetworkConfig], Callable[[Any], nn.Module]] = {
+    VQGANConfig: VQGANDecoder,
+    TextEncoderConfig: TextEncoder,
+    ImageEncoderConfig: ImageEncoder,
+    EffnetEncoderConfig: EffnetEncoder,
+    PreviewerConfig: Previewer,
+    ControlNetConfig: ControlNet,
+}
+
+
 def build_reference(config: NetworkConfig) -> nn.Module:
     """The network of `config` with torch's default initialisation, on torch's default device and dtype.
 
@@ -52,21 +63,9 @@ def build_reference(config: NetworkConfig) -> nn.Module:
 
     Raises LayoutError for a config that describes no network.
     """
-    match config:
-        case UNetConfig():
-            return Prior(config) if config.stage is Stage.PRIOR else Decoder(config)
-        case VQGANConfig():
-            return VQGANDecoder(config)
-        case TextEncoderConfig():
-            return TextEncoder(config)
-        case ImageEncoderConfig():
-            return ImageEncoder(config)
-        case EffnetEncoderConfig():
-            return EffnetEncoder(config)
-        case PreviewerConfig():
-            return Previewer(config)
-        case ControlNetConfig():
-            return ControlNet(config)
+    if isinstance(config, UNetConfig):
+        return Prior(config) if config.stage is Stage.PRIOR else Decoder(config)
+    return NETWORKS[type(config)](config)
 
 
 def load_reference(

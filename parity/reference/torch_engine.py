@@ -127,7 +127,11 @@ class TorchStage(HostRunner):
         The shapes of the output ports follow."""
         assert self._module is not None
         found: dict[str, tuple[int, ...]] = {}
-        with self._hooked({name for name, _ in self._module.named_modules() if name}, _shape_into(found)):
+
+        def note(name: str, output: torch.Tensor) -> None:
+            found[name] = tuple(output.shape)
+
+        with self._hooked({name for name, _ in self._module.named_modules() if name}, note):
             outputs = self(inputs)
         return found | {name: value.shape for name, value in outputs.items()}
 
@@ -181,13 +185,6 @@ class TorchStage(HostRunner):
 
     def close(self) -> None:
         self._module = None
-
-
-def _shape_into(found: dict[str, tuple[int, ...]]) -> Callable[[str, torch.Tensor], None]:
-    def note(name: str, output: torch.Tensor) -> None:
-        found[name] = tuple(output.shape)
-
-    return note
 
 
 def _spread(tensor: torch.Tensor) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Generates the images of requests into files: one .png, or numbered ones in a folder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...schemas.limits import MAX_PIXELS_TOGETHER
 from ...schemas.request import Request
+from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ..cascade import Cascade
 from ..images.png import image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
@@ -15,36 +16,6 @@ from ..sampling.loop import OnStep, Step
 from .image_jobs import pictures_of
 from .requests import GeneratedImage, generate_requests, request_groups, text_length
 from .run import images_together
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The requests of one run and the file of each image; at most `together` images are generated at once."""
-
-    requests: Sequence[Request]
-    paths: Sequence[Path]
-    together: int
-    is_file: bool  # the output is one .png file
-    force: bool
-
-    @classmethod
-    def planned(
-        cls,
-        requests: Sequence[Request],
-        output: Path,
-        *,
-        sources: Sequence[Path] = (),
-        batch: int | None = None,
-        force: bool = False,
-    ) -> "ImageFiles":
-        """The files below `output`, a folder or a .png file. `batch` None allows four images of 1024x1024.
-
-        Raises UsageError when a file exists and `force` is not set, or when it is one of `sources` or a picture."""
-        paths = image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
-        size = requests[0].settings
-        room = max(1, MAX_PIXELS_TOGETHER // (size.width * size.height))
-        together = min(batch or images_together(size), room)
-        return cls(requests, paths, together, is_file=paths == [output], force=force)
 
 
 @dataclass(frozen=True)
@@ -56,30 +27,48 @@ class ImageFile:
 
 
 def generate_files(
-    cascade: Cascade, files: ImageFiles, on_step: OnStep, *, preview_every: int | None = None
+    cascade: Cascade,
+    requests: Sequence[Request],
+    output: Path,
+    on_step: OnStep,
+    *,
+    sources: Sequence[Path] = (),
+    batch: int | None = None,
+    preview_every: int | None = None,
+    force: bool = False,
 ) -> Iterator[ImageFile]:
-    """Generate the images and yield each once it is on disk. A preview appears beside it every `preview_every` steps.
+    """Generate the images into `output`, a folder or a .png file, and yield each once it is on disk.
 
-    Raises UsageError when an image cannot be written, or when another file has the name of a preview."""
+    `batch` images are generated together. A preview appears beside each image every `preview_every` steps of the prior.
+
+    Raises UsageError, before anything is generated, when a file exists and `force` is not set, or when it is one of
+    `sources`, a picture of a request, or in the way of a preview."""
+    paths = image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
     if preview_every:
-        require_free_previews(files.paths)
-    left = iter(files.paths)
-    for group in request_groups(files.requests, files.together, partial(text_length, cascade)):
-        paths = [next(left) for _ in group]
-        follow = with_previews(on_step, paths, preview_every)
+        require_free_previews(paths)
+    left = iter(paths)
+    for group in request_groups(requests, most_together(requests[0].settings, batch), partial(text_length, cascade)):
+        here = [next(left) for _ in group]
+        follow = with_previews(on_step, here, preview_every)
         try:
-            for path, image in zip(paths, generate_requests(cascade, group, Path(), follow), strict=True):
-                if files.is_file:
-                    save_png(path, image.image, image.metadata, force=files.force)
-                    yield ImageFile(path, image)
+            for path, image in zip(here, generate_requests(cascade, group, Path(), follow), strict=True):
+                if paths == [output]:
+                    save_png(path, image.image, image.metadata, force=force)
                 else:
-                    yield ImageFile(save_numbered(path, image.image, image.metadata), image)
+                    path = save_numbered(path, image.image, image.metadata)
+                yield ImageFile(path, image)
         finally:
-            for path in paths if preview_every else ():
+            for path in here if preview_every else ():
                 remove_preview(path)
 
 
-def with_previews(on_step: Callable[[Stage, Step], object], paths: Sequence[Path], every: int | None) -> OnStep:
+def most_together(settings: Settings, batch: int | None = None) -> int:
+    """The most images of one size that are generated together: `batch`, or four of 1024x1024."""
+    room = max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
+    return min(batch or images_together(settings), room)
+
+
+def with_previews(on_step: OnStep, paths: Sequence[Path], every: int | None) -> OnStep:
     """`on_step`, which then also saves a preview beside each of `paths` every `every` steps of the prior."""
 
     def follow(stage: Stage, step: Step) -> None:
