@@ -2,7 +2,9 @@
 
 The floor is the error of the reference when it computes in the engine's precision, compared with itself in float64.
 Quantised stages have a second floor: the error of the reference with Linears that multiply quantised numbers, as those
-of the graph do. docs/parity.md explains where the factors come from; `cascadekit bench parity` measures them.
+of the graph do.
+
+`cascadekit bench parity` measures the factors; docs/parity.md explains them.
 """
 
 import math
