@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .runtime.text.prompts import PromptEmbeds as PromptEmbeds
     from .schemas.settings import Settings as Settings
 
-switch_off_telemetry()  # before anything imports one of those libraries, the command line and workers included
+switch_off_telemetry()  # before the command line or a worker imports one of those libraries
 
 _PUBLIC = {
     "BuildOptions": (".converters.tensorrt.plans_to_build", "BuildOptions"),

@@ -1,10 +1,10 @@
-"""Where the program starts: `cascadekit`, and `python -m cascadekit`. Ctrl-C counts from the first import on."""
+"""The entry point of `cascadekit` and `python -m cascadekit`. Ctrl-C works from the first import on."""
 
 import sys
 
 
 def main() -> None:
-    """The command line. Importing it takes a moment, in which Ctrl-C would otherwise end in a traceback."""
+    """Run the command line. Importing it takes a moment, in which Ctrl-C would otherwise end in a traceback."""
     try:
         from .cli import main as program
     except BaseException as error:
@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def _interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind the error: extension modules turn it into an ImportError."""
+    """True when Ctrl-C caused the error. Extension modules turn it into an ImportError."""
     from .schemas.errors import reraise_interrupt
 
     try:

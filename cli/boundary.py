@@ -1,4 +1,4 @@
-"""The last net: whatever goes wrong inside a command ends in one line and an exit code, never in a traceback."""
+"""Ends every failed command in one line and an exit code, never in a traceback."""
 
 import errno
 import os
@@ -20,10 +20,10 @@ from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
 from .translate import in_options
 
-UNREAD = SHELL_BASE + signal.SIGPIPE  # what shells say of a program whose reader went away
-PANIC = "pyo3_runtime"  # the module of the BaseException that a panic in a library written in Rust becomes
+UNREAD = SHELL_BASE + signal.SIGPIPE  # the exit code that shells show for a program whose reader went away
+PANIC = "pyo3_runtime"  # the module of the BaseException that a panic in a Rust library becomes
 
-NULL = "embedded null"  # what Python says of a path with one, which files of prompts may name
+NULL = "embedded null"  # Python's message for a path with a null character, which files of prompts may name
 
 ADVICE = {
     errno.EACCES: "check who may read and write there",
@@ -55,7 +55,7 @@ class CascadeGroup(LazyGroup):
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
         try:
             return super().make_context(*arguments, **extra)
-        except OSError as error:  # of --help and --version, which are printed here
+        except OSError as error:  # --help and --version are printed here
             raise SystemExit(answer(OutputError.of(error))) from error
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -77,7 +77,7 @@ class CascadeGroup(LazyGroup):
 
 
 def answer(error: BaseException) -> int:
-    """Say what went wrong, in one line where it is no message of ours; the exit code."""
+    """Write the error's message to standard error and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         complain("interrupted; no half-written output is left")
         return error.exit_code if isinstance(error, Stopped) else Stopped(signal.SIGINT).exit_code
@@ -92,7 +92,7 @@ def _unread(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """What to tell of an error, with the file it is about."""
+    """The message for an error, with the file that it is about."""
     if isinstance(error, CascadeError):
         return in_options(str(error))
     for kinds, text in TEXTS:
@@ -153,12 +153,12 @@ def _interruption(error: BaseException) -> KeyboardInterrupt | None:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-    """In place of Python's own, which prints a message as it is."""
+    """Print a traceback with control characters escaped; Python's own hook would print them as they are."""
     sys.stderr.write(escaped("".join(traceback.format_exception(kind, error, at))))
 
 
 def _silence_what_cannot_be_written() -> None:
-    """Python tries to write what is left when it ends, and complains in lines of its own."""
+    """Redirect an unwritable standard output: at its end Python writes the rest, and would print errors of its own."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -8,16 +8,16 @@ import click
 
 from ..schemas.errors import UsageError
 from ..schemas.precision import Precision
-from ..schemas.profiles import DEFAULT, Bounds
+from ..schemas.profiles import Bounds
 from ..schemas.stages import Stage
 from ..schemas.targets import PLAIN, RTX
-from .build_options import parse_arch, parse_profiles, parse_sizes, size_option
-from .build_progress import build_progress
-from .console import byte_progress, note, say, show_table
+from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
+from .console import note, say, show_table
 from .options import PATH, STAGES, local, maybe_local
+from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
-    from ..converters.tensorrt import Built
+    from ..converters.tensorrt import BuildOptions, Built
     from ..schemas.plan_entries import ImageSize
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
@@ -31,7 +31,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     type=click.Choice([RTX, PLAIN]),
     default=RTX,
     show_default=True,
-    help="tensorrt-rtx needs no GPU and builds for those named; tensorrt builds for the GPU of this machine.",
+    help="tensorrt-rtx needs no GPU and builds for those of --arch; tensorrt builds for the GPU of this machine.",
 )
 @click.option(
     "--arch",
@@ -46,10 +46,10 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "--graph",
     "graphs",
     multiple=True,
-    help="Build graphs of this name, such as model or encoder (repeatable).  [default: those that generate runs]",
+    help="Build graphs of this name, such as model or encoder (repeatable).  [default: the graphs that generate runs]",
 )
-@size_option("min", "Smallest images, height x width x how many at a time (1 if not said).")
-@size_option("opt", "Likeliest images: these are fastest.")
+@size_option("min", "Smallest images: height x width x images at a time (1 when left out).")
+@size_option("opt", "Likeliest images; these run fastest.")
 @size_option("max", "Largest images.")
 @click.option(
     "--static",
@@ -57,7 +57,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     metavar="HxW[xB]",
     multiple=True,
     callback=parse_sizes,
-    help="A profile for this size alone (repeatable).",
+    help="Add a profile for this size alone (repeatable).",
 )
 @click.option(
     "--profile",
@@ -65,48 +65,41 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     metavar="MIN:OPT:MAX",
     multiple=True,
     callback=parse_profiles,
-    help="A profile more (repeatable): several narrow ones run faster than a wide one.",
+    help="Add a profile (repeatable). Several narrow profiles run faster than a wide one.",
 )
-@click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is a model then, and this the bundle to make.")
+@click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is then a model, and this is the bundle to make.")
 @click.option(
     "--precision",
     type=click.Choice([precision.value for precision in Precision]),
-    help="What that export computes in.  [default: bf16, fp16 for sm75]",
+    help="Precision of the export of -o.  [default: bf16, fp16 for sm75]",
 )
-@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for that export, when the model holds none.")
-@click.option("--refittable", is_flag=True, help="With tensorrt: engines that can be given a LoRA's weights later.")
-@click.option("--weight-streaming", is_flag=True, help="Plans whose weights may stay in the host's memory.")
+@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder for the export of -o, when the model has none.")
+@click.option("--refittable", is_flag=True, help="Build engines that can take a LoRA's weights later (tensorrt only).")
+@click.option("--weight-streaming", is_flag=True, help="Build plans whose weights may stay in the host's memory.")
 @click.option("--cache", type=PATH, help="Folder of plans that bundles share.")
-@click.option("--prune", "pruned", is_flag=True, help="Remove plans of other weights than the bundle has now.")
+@click.option("--prune", "pruned", is_flag=True, help="Remove plans of earlier weights of the bundle.")
 @click.option(
     "--memory-check/--no-memory-check",
     "check_memory",
     default=True,
     help="Refuse a build that needs more memory than is free, or start it.  [default: --memory-check]",
 )
-@click.option("--force", is_flag=True, help="Build again what is there already; replace the bundle of -o.")
+@click.option("--force", is_flag=True, help="Build existing plans again; replace the bundle of -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def build(
     bundle: Path,
-    backend: str,
-    targets: tuple[str, ...],
-    stages: tuple[str, ...],
-    graphs: tuple[str, ...],
     min_size: "ImageSize | None",
     opt_size: "ImageSize | None",
     max_size: "ImageSize | None",
     statics: "tuple[ImageSize, ...]",
     profiles: tuple[Bounds, ...],
+    stages: tuple[str, ...],
     output: Path | None,
     precision: str | None,
     text_encoder: Path | None,
-    refittable: bool,
-    weight_streaming: bool,
-    cache: Path | None,
     pruned: bool,
-    check_memory: bool,
-    force: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Build GPU engines of a bundle's graphs.
 
@@ -117,34 +110,14 @@ def build(
     """
     from ..converters.tensorrt import BuildOptions, prune
     from ..converters.tensorrt import build as run
-    from ..converters.tensorrt.export_for_build import export_for_build
 
-    bounds = tuple(Bounds(size, size, size) for size in statics) + profiles
-    if min_size or opt_size or max_size or not bounds:
-        bounds = (Bounds(min_size or DEFAULT.min, opt_size or DEFAULT.opt, max_size or DEFAULT.max), *bounds)
     options = BuildOptions(
-        backend=backend,
-        targets=targets,
         stages=tuple(Stage(stage) for stage in stages),
-        graphs=graphs,
-        profiles=bounds,
-        refittable=refittable,
-        force=force,
-        cache=cache,
-        check_memory=check_memory,
-        weight_streaming=weight_streaming,
+        profiles=chosen_profiles(min_size, opt_size, max_size, statics=statics, profiles=profiles),
+        **chosen,
     )
     if output is not None:
-        with byte_progress() as start_file:
-            export_for_build(
-                local(bundle),
-                output,
-                options,
-                precision=Precision(precision) if precision else None,
-                text_encoder=maybe_local(text_encoder),
-                start_file=start_file,
-                say=note,
-            )
+        _export(bundle, output, options, precision, text_encoder)
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
@@ -156,6 +129,23 @@ def build(
         say(json.dumps([_described(built) for built in done], indent=2))
     else:
         show_table("", COLUMNS, map(_row, done))
+
+
+def _export(
+    model: Path, output: Path, options: "BuildOptions", precision: str | None, text_encoder: Path | None
+) -> None:
+    from ..converters.tensorrt.export_for_build import export_for_build
+
+    with byte_progress() as start_file:
+        export_for_build(
+            local(model),
+            output,
+            options,
+            precision=Precision(precision) if precision else None,
+            text_encoder=maybe_local(text_encoder),
+            start_file=start_file,
+            say=note,
+        )
 
 
 def _described(built: "Built") -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """The option types of `build`: GPUs, image sizes and profiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from ..schemas.errors import CascadeError, UsageError
+from ..schemas.plan_entries import ImageSize
 from ..schemas.profiles import DEFAULT, Bounds, parse_image_size, shown
 from ..schemas.targets import parse_targets
 
 
 def parse_sizes(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """One size, or as many as were given."""
+    """One size, or a tuple of sizes for an option that may be repeated."""
     try:
         return tuple(map(parse_image_size, value)) if isinstance(value, tuple) else value and parse_image_size(value)
     except UsageError as error:
@@ -36,6 +37,21 @@ def parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str
         except CascadeError as error:
             raise click.BadParameter(str(error)) from None
     return tuple(found)
+
+
+def chosen_profiles(
+    least: ImageSize | None,
+    likeliest: ImageSize | None,
+    largest: ImageSize | None,
+    *,
+    statics: Sequence[ImageSize],
+    profiles: Sequence[Bounds],
+) -> tuple[Bounds, ...]:
+    """The profile of --min, --opt and --max, where one is given or there is no other, then the others."""
+    others = (*(Bounds(size, size, size) for size in statics), *profiles)
+    if others and not (least or likeliest or largest):
+        return others
+    return (Bounds(least or DEFAULT.min, likeliest or DEFAULT.opt, largest or DEFAULT.max), *others)
 
 
 def size_option(name: str, text: str) -> Callable[..., Any]:

@@ -1,12 +1,11 @@
-"""Output of the command line: bars and frames on a terminal, plain lines in a pipe, control characters escaped."""
+"""Output of the command line: frames on a terminal, plain lines in a pipe, control characters escaped."""
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from ..schemas.errors import CascadeError
 from .escape import visible, visible_line
@@ -14,9 +13,6 @@ from .translate import in_options
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, ProgressColumn
-
-HOUR = 3600.0  # seconds; images may take minutes each, of which an estimate needs several
 
 FAILED, WRONG_USAGE = 1, 2
 
@@ -24,7 +20,7 @@ FAILED, WRONG_USAGE = 1, 2
 class OutputError(CascadeError):
     """Standard output cannot be written."""
 
-    unread = False  # its reader went away: nobody is there to be told
+    unread = False  # the reader of the pipe is gone, so no message can reach it
 
     @classmethod
     def of(cls, error: OSError) -> Self:
@@ -41,7 +37,7 @@ class Stream:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether bars and frames are shown. The variables FORCE_COLOR and TTY_COMPATIBLE of rich decide, if set."""
+        """True when bars and frames are shown. The variables FORCE_COLOR and TTY_COMPATIBLE of rich decide, if set."""
         forced = [os.environ.get(name, "") for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")]
         return self.console.is_terminal if any(forced) else _is_tty(self._file)
 
@@ -154,87 +150,3 @@ def _cell_width(text: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(text)
-
-
-def _bars(*columns: "ProgressColumn", **how: Any) -> "Progress":
-    """Bars on standard error: a description, the bar, `columns`, and the time that remains."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    description = TextColumn("{task.description}", markup=False)
-    return Progress(description, BarColumn(), *columns, TimeRemainingColumn(), console=err.console, **how)
-
-
-@contextmanager
-def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
-    """Progress over bytes: call the yielded function with a file's name and size, then what it returns with
-    each number of bytes done."""
-    if not err.is_terminal:
-
-        def announce(name: str, total: int) -> Callable[[int], object]:
-            complain(f"{name}: {total / 1e6:.1f} MB")
-            return lambda done: None
-
-        yield announce
-        return
-    from rich.progress import DownloadColumn, TransferSpeedColumn
-
-    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
-
-        def start(name: str, total: int) -> Callable[[int], object]:
-            task = bars.add_task(visible_line(name), total=total)
-            return lambda done: bars.advance(task, done)
-
-        yield start
-
-
-@contextmanager
-def step_progress() -> Iterator[Callable[[str, int, int], object]]:
-    """Progress over steps: call the yielded function with a name, the steps done and their total."""
-    if not err.is_terminal:
-        yield lambda name, done, total: complain(f"{name}: {total} steps") if done == total else None
-        return
-    from rich.progress import MofNCompleteColumn
-
-    with _bars(MofNCompleteColumn()) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(visible_line(name), total=total)
-            bars.update(tasks[name], completed=done)
-
-        yield update
-
-
-@dataclass(frozen=True)
-class BatchBars:
-    """`image` is called with the number of images done, `step` as what `step_progress` yields, `say` with a line."""
-
-    image: Callable[[int], object]
-    step: Callable[[str, int, int], object]
-    say: Callable[[str], object]
-
-
-@contextmanager
-def batch_progress(total: int) -> Iterator[BatchBars]:
-    """Progress over `total` images, and over the steps of those in work. In a pipe, where a line tells of each image,
-    there are no bars."""
-    if not err.is_terminal:
-        yield BatchBars(lambda done: None, lambda name, done, steps: None, say)
-        return
-    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
-
-    with _bars(MofNCompleteColumn(), TimeElapsedColumn(), speed_estimate_period=HOUR) as bars:
-        images = bars.add_task("images", total=total)
-        tasks: dict[str, Any] = {}
-
-        def step(name: str, done: int, steps: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(visible_line(name), total=steps)
-            elif done == 1:  # the next images
-                bars.reset(tasks[name], total=steps)
-            bars.update(tasks[name], completed=done)
-
-        # A line on the bars' own terminal goes through their console, which makes room for it.
-        lines = err if out.is_terminal else out
-        yield BatchBars(lambda done: bars.update(images, completed=done), step, lambda text: say(text, lines))

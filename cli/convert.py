@@ -1,14 +1,16 @@
 """The command `convert`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
-from .console import byte_progress, note, say
+from .console import note, say
 from .options import PATH, all_local, maybe_local
+from .progress import byte_progress
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -33,7 +35,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option("--ema", is_flag=True, help="Take averaged weights where a file has trained ones too.")
 @click.option("--as-variant", default="", help="Variant to put into the names of diffusers files, such as bf16.")
 @click.option("--shard-size", callback=_parse_shard_size, help="Cut larger diffusers components, e.g. 10GB.")
-@click.option("--combined", is_flag=True, help="Folders of StableCascadeCombinedPipeline (diffusers).")
+@click.option("--combined", is_flag=True, help="Write the folders of StableCascadeCombinedPipeline (diffusers).")
 @click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
 @click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 def convert(
@@ -42,16 +44,7 @@ def convert(
     to: str,
     text_encoder: Path | None,
     image_encoder: Path | None,
-    dtype: str,
-    allow_overflow: bool,
-    variant: str | None,
-    lite: bool,
-    ema: bool,
-    as_variant: str,
-    shard_size: int | None,
-    combined: bool,
-    canonical: bool,
-    force: bool,
+    **options: Any,
 ) -> None:
     """Rewrite checkpoints in another layout.
 
@@ -62,26 +55,10 @@ def convert(
     """
     from ..converters.checkpoints.convert import convert as run
 
-    paths = all_local(sources, variant, lite=lite)
+    paths = all_local(sources, options["variant"], lite=options["lite"])
+    options["text_encoder"], options["image_encoder"] = maybe_local(text_encoder), maybe_local(image_encoder)
     with byte_progress() as start_file:
-        done = run(
-            paths,
-            output,
-            to,
-            text_encoder=maybe_local(text_encoder),
-            image_encoder=maybe_local(image_encoder),
-            dtype=dtype,
-            allow_overflow=allow_overflow,
-            variant=variant,
-            lite=lite,
-            ema=ema,
-            as_variant=as_variant,
-            shard_size=shard_size,
-            combined=combined,
-            canonical=canonical,
-            force=force,
-            start_file=start_file,
-        )
+        done = run(paths, output, to, **options, start_file=start_file)
     for text in done.notes:
         note(text)
     say(f"wrote {output} ({', '.join(map(str, done.files)) or to})")

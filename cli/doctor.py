@@ -10,7 +10,7 @@ from .console import FAILED, say, show_table
 from .options import PATH
 
 if TYPE_CHECKING:
-    from ..parity.gpu_check import GpuCheck, GpuReport
+    from ..parity.gpu_report import GpuCheck, GpuReport
     from ..runtime.examine_machine import Findings
 
 ENGINE_COLUMNS = ("engine", "device", "version", "builds here", "runs here", "what is lacking")

@@ -1,7 +1,7 @@
 """The command `export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -9,19 +9,18 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import byte_progress, note, say, show_table
-from .options import PATH, STAGES, local, maybe_local, parse_loras
+from .console import note, say, show_table
+from .options import PATH, STAGES, WEIGHTS, local, maybe_local, parse_loras
+from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
-
-WAYS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 
 def _parse_precisions(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> dict[Stage | None, Precision]:
-    """[STAGE=]PRECISION, each; the one without a stage is for all others."""
+    """Each value is [STAGE=]PRECISION; the one without a stage is for all other stages."""
     found: dict[Stage | None, Precision] = {}
     for value in values:
         stage, _, precision = value.rpartition("=")
@@ -52,8 +51,8 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     default="auto",
     show_default=True,
     help="auto: clones of the model's files where the file system has them (Btrfs, XFS), else copies. copy: copies. "
-    "link: hard links in place of copies. They take no disk, but no other program opens the graphs then (onnx.load "
-    "refuses hard links), and the model's files must not change in place (replacing or deleting them is fine).",
+    "link: hard links, which take no disk. No other program can open the graphs then (onnx.load refuses hard links), "
+    "and the model's files must not change in place (replacing or deleting them is fine).",
 )
 @click.option(
     "--precision",
@@ -61,25 +60,25 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     metavar="[STAGE=]fp32|bf16|fp16",
     multiple=True,
     callback=_parse_precisions,
-    help="What graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
+    help="Precision that graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
 )
 @click.option(
     "--target",
     type=click.Choice([target.value for target in Target]),
     default=Target.PORTABLE.value,
     show_default=True,
-    help="Operators to use: any runtime's, ONNX Runtime's own too, or those TensorRT likes (opset 23).",
+    help="Operators to use: those of any runtime, ONNX Runtime's own as well, or those that suit TensorRT (opset 23).",
 )
 @click.option(
     "--storage",
     type=click.Choice([precision.value for precision in Precision]),
-    help="Store weights so.  [default: as they are for fp32, else as the graph computes]",
+    help="Precision of the stored weights.  [default: unchanged for fp32, else that of the graph]",
 )
 @click.option(
     "--fp16-safe",
     metavar="auto|K",
     callback=_parse_fp16_safe,
-    help="Keep the sums of a prior or decoder in fp16 within its range: 2^-K of them, or as much as a short "
+    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or by the scale that a short "
     "calibration run finds necessary.",
 )
 @click.option(
@@ -87,7 +86,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     type=click.Choice([str(kind) for kind in Quantization]),
     default="none",
     show_default=True,
-    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where they bear it.",
+    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where the error is small enough.",
 )
 @click.option(
     "--quantize-threshold",
@@ -98,7 +97,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 @click.option(
     "--hash/--no-hash",
     default=True,
-    help="Record the SHA-256 of weights, 0.7 s a gigabyte at most, or not: `validate --hash` compares with it.  "
+    help="Record the SHA-256 of weights, which takes up to 0.7 s a gigabyte; `validate --hash` compares with it.  "
     "[default: --hash]",
 )
 @click.option(
@@ -107,28 +106,22 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     metavar="FILE[:STRENGTH]",
     multiple=True,
     callback=parse_loras,
-    help="Merge a LoRA into the weights (repeatable); what it changes is copied.",
+    help="Merge a LoRA into the weights (repeatable); the changed weights are copied.",
 )
-@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL holds none.")
+@click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; other files stay.")
 def export(
     model: Path,
     output: Path,
     stages: tuple[str, ...],
-    weights: Literal["auto", "link", "copy"],
     precisions: dict[Stage | None, Precision],
     target: str,
     storage: str | None,
-    fp16_safe: Literal["auto"] | int | None,
     quantize: str,
-    quantize_threshold: float | None,
-    controlnet: bool,
-    hash: bool,
     loras: list[tuple[str, float]],
     text_encoder: Path | None,
-    vqgan_scale: float | None,
-    force: bool,
+    **chosen: Any,
 ) -> None:
     """Write a model as ONNX graphs and safetensors weights.
 
@@ -141,27 +134,21 @@ def export(
 
     options = ExportOptions(
         stages=[Stage(stage) for stage in stages],
-        weights=weights,
         precision=precisions.get(None, Precision.FP32),
         precisions={stage: precision for stage, precision in precisions.items() if stage is not None},
         target=Target(target),
         storage=Precision(storage) if storage else None,
-        fp16_safe=fp16_safe,
         quantize=Quantization(quantize),
-        quantize_threshold=quantize_threshold,
-        controlnet=controlnet,
-        hash=hash,
         loras=[(local(Path(name)), strength) for name, strength in loras],
         text_encoder=maybe_local(text_encoder),
-        vqgan_scale=vqgan_scale,
-        force=force,
+        **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
     with byte_progress() as start_file:
         manifest = run(local(model), output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__)
     if choices:
         _show_choices(choices)
-    say(f"wrote {output} ({', '.join(f'{stage}: {WAYS[e.weights]}' for stage, e in manifest.stages.items())})")
+    say(f"wrote {output} ({', '.join(f'{stage}: {WEIGHTS[e.weights]}' for stage, e in manifest.stages.items())})")
     if any(entry.weights == "link" for entry in manifest.stages.values()):
         note(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "

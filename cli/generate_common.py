@@ -1,35 +1,23 @@
-"""Functions that `generate` and `ui` share: opening the cascade, previews, notes."""
+"""Functions that `generate` and `ui` share: opening the cascade, and notes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
-from .console import byte_progress, note
+from .console import note
+from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
-    from ..runtime.sampling.loop import Step
     from ..schemas.request import Request
 
 
 OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
 
 
-def open_cascade(
-    bundle: Path,
-    *,
-    device: str,
-    engine: str,
-    threads: int | None,
-    memory: str,
-    vram: int | None,
-    allow_cpu: bool,
-    stages: Mapping[Stage, Path],
-    loras: Sequence[tuple[str, float]],
-) -> "Cascade":
+def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
     """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
     from ..parity.verdict import warning
     from ..runtime.cascade import Cascade
@@ -41,17 +29,7 @@ def open_cascade(
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    cascade = Cascade.open(
-        bundle,
-        device,
-        engine=engine,
-        threads=threads,
-        memory=memory,
-        vram=None if vram is None else vram << 20,
-        allow_cpu=allow_cpu,
-        refit=_refit,
-        stages=stages,
-    )
+    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, **options)
     manifest, name = cascade.manifest, cascade.engine.name
     for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
@@ -67,29 +45,14 @@ def _refit(engine: Any, graph: Path) -> None:
     refit(find_backend("tensorrt"), engine, graph)
 
 
-def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a request, from those options of LOOKS that were given."""
+def request_fields(options: Mapping[str, Any], loras: Sequence[tuple[str, float]] = ()) -> dict[str, Any]:
+    """The fields of a request, from those options of LOOKS that were given, and from the LoRAs."""
     found = {name: value for name, value in options.items() if value not in (None, ()) and name != "size"}
     if options.get("size"):
         found["width"], found["height"] = options["size"]
+    if loras:
+        found["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
     return found
-
-
-def steps_shown(
-    progress: Callable[[str, int, int], object], paths: Sequence[Path], every: int | None
-) -> "Callable[[Stage, Step], None]":
-    """Return a function for each step: it moves the bars, and every `every` steps saves a preview of each image."""
-
-    from ..runtime.images.png import save_preview
-
-    def on_step(stage: Stage, step: "Step") -> None:
-        progress(stage, step.index + 1, step.steps)
-        if every and stage is Stage.PRIOR and (step.index + 1) % every == 0:
-            for path, picture in zip(paths, step.preview(), strict=True):
-                with suppress(OSError):  # saving the image itself reports the error
-                    save_preview(path, picture)
-
-    return on_step
 
 
 def require_previewer(cascade: "Cascade", every: int | None) -> None:

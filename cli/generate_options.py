@@ -6,18 +6,17 @@ from typing import Any
 
 import click
 
-from ..runtime.engines.engine_table import AUTO
+from ..runtime.engines.engine_table import AUTO, ENGINES
 from ..schemas.settings import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .engines import ENGINES
 from .options import parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def _parse_ratios(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """An option such as 1,0.5,0."""
+    """The value of an option such as 1,0.5,0."""
     try:
         return None if value is None else tuple(float(ratio) for ratio in value.split(","))
     except ValueError:
@@ -25,7 +24,7 @@ def _parse_ratios(ctx: click.Context, param: click.Parameter, value: str | None)
 
 
 def _parse_stages(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[Stage, Path]:
-    """STAGE=BUNDLE, each."""
+    """Each value is STAGE=BUNDLE."""
     found = {}
     for value in values:
         name, _, path = value.partition("=")
@@ -36,7 +35,7 @@ def _parse_stages(ctx: click.Context, param: click.Parameter, values: tuple[str,
 
 
 def _setting(*names: str, default: str = "", **more: Any) -> Option:
-    """An option that says nothing unless it is given, so that --like and files can say it instead."""
+    """An option that is None unless it is given, so that --like and files of prompts can decide."""
     return click.option(*names, default=None, show_default=default or False, **more)
 
 
@@ -62,18 +61,18 @@ LOOKS: Sequence[Option] = (
         "--prior-timesteps",
         metavar="1,...,0",
         callback=_parse_ratios,
-        help="Ratios instead of steps.",
+        help="Timestep ratios in place of a number of steps.",
     ),
     _setting(
         "--decoder-timesteps",
         metavar="1,...,0",
         callback=_parse_ratios,
-        help="Ratios instead of steps.",
+        help="Timestep ratios in place of a number of steps.",
     ),
     click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
     _setting("--init-image", help="A picture to vary; with --mask, to inpaint."),
-    _setting("--strength", type=float, default="0.8", help="How far from --init-image: 0 to 1."),
-    _setting("--mask", help="A picture that is white where --init-image is to be replaced."),
+    _setting("--strength", type=float, default="0.8", help="How much of --init-image changes: 0 to 1."),
+    _setting("--mask", help="A picture that is white where --init-image is replaced."),
     click.option(
         "--control",
         "controls",
@@ -94,7 +93,7 @@ MACHINERY: Sequence[Option] = (
         default=AUTO,
         show_default=True,
         help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
-        "in bf16 differ slightly from those in fp32, which all the others compute in; -mapped is for little memory.",
+        "in bf16 differ slightly from those in fp32, the precision of all others; -mapped needs little memory.",
     ),
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(
@@ -135,8 +134,8 @@ BATCH: Sequence[Option] = (
         "prompt_file",
         type=click.Path(path_type=Path, allow_dash=True),
         metavar="FILE",
-        help=".txt, one prompt a line, - for standard input; .jsonl, one request a line; .csv with a header. Other "
-        "options are what lines leave unsaid. Run again, it goes on with what is not finished.",
+        help=".txt with a prompt a line, - for standard input; .jsonl with a request a line; .csv with a header. Other "
+        "options fill in the fields that lines leave out. A second run goes on with the images that are not finished.",
     ),
     click.option(
         "--name",
@@ -147,9 +146,11 @@ BATCH: Sequence[Option] = (
     click.option(
         "--log",
         type=click.Path(path_type=Path),
-        help="Log, as JSON lines.  [default: log.jsonl in the folder]",
+        help="Log of --prompts, as JSON lines.  [default: log.jsonl in the folder]",
     ),
-    click.option("--keep-going", is_flag=True, help="Generate the correct lines of --prompts and skip wrong ones."),
+    click.option(
+        "--keep-going", is_flag=True, help="Generate the correct lines of --prompts and leave wrong lines out."
+    ),
 )
 
 

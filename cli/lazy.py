@@ -11,7 +11,7 @@ from .translate import remember_command
 
 
 class Place(NamedTuple):
-    """Where a command lies, and its line in the group's help."""
+    """The module of a command, and the command's line in the group's help."""
 
     target: str  # "module:attribute"; the module is relative to the package `cli`
     help: str

@@ -10,17 +10,18 @@ from .console import note
 
 PATH = click.Path(path_type=Path)
 STAGES = click.Choice([str(stage) for stage in Stage])
+WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bundle's weights, in words
 
 
 def local(source: Path, variant: str | None = None, *, lite: bool = False) -> Path:
-    """Where a source lies on this machine; what is named hf://... is downloaded first."""
+    """The path of a source on this machine; a source named hf://... is downloaded first."""
     from ..converters.hub import local_path
 
     return local_path(source, note, variant=variant, lite=lite)
 
 
 def all_local(sources: Sequence[Path], variant: str | None = None, *, lite: bool = False) -> list[Path]:
-    """`local` for each of several."""
+    """`local` for each of several sources."""
     return [local(source, variant, lite=lite) for source in sources]
 
 
@@ -30,7 +31,7 @@ def maybe_local(source: Path | None) -> Path | None:
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """An option such as 1024x768 as (width, height)."""
+    """The value of an option such as 1024x768 as (width, height)."""
     if value is None:
         return None
     try:
@@ -41,7 +42,7 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
-    """FILE[:strength], each; a file that has the whole name is that file."""
+    """Each value is FILE[:STRENGTH]; a value that is the name of a file is that file."""
     found = []
     for value in values:
         name, colon, strength = value.rpartition(":")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: what is half-written is removed, processes started are ended."""
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: half-written files are removed, started processes are ended."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SHELL_BASE = 128  # shells add it to the number of the signal that ended a program
+SHELL_BASE = 128  # shells add this to the number of the signal that ended a program
 
 _received: list[int] = []
 
@@ -21,16 +21,16 @@ class Stopped(KeyboardInterrupt):
 
 
 def received() -> Stopped | None:
-    """The signal that came since `ending` was entered, however the code that it struck took it."""
+    """The signal that arrived since `ending` was entered, even if the interrupted code hid its exception."""
     return Stopped(_received[0]) if _received else None
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Inside, the signals raise Stopped. One that was ignored already, as by nohup, stays so."""
+    """Inside, the signals raise Stopped. A signal that was ignored before, as by nohup, stays ignored."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        # Init systems and closing terminals send several: cleaning up is cut short by Ctrl-C alone.
+        # Init systems and closing terminals send several signals; only Ctrl-C cuts the cleaning up short.
         if number == signal.SIGINT or not set(_received) - {signal.SIGINT}:
             _received.append(number)
             raise Stopped(number)
@@ -42,7 +42,7 @@ def ending() -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
-    """The signals take effect where the yielded function is called; a second one does at once."""
+    """Inside, a signal takes effect when the yielded function is called; a second signal takes effect at once."""
     waiting: list[int] = []
 
     def stop() -> None:
@@ -60,7 +60,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """`handle` for the signals that nobody ignores. Python lets only the main thread choose."""
+    """Inside, `handle` handles the signals that are not ignored. Python allows this in the main thread only."""
     before: Mapping[int, object] = {}
     if threading.current_thread() is threading.main_thread():
         chosen = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]

@@ -14,8 +14,14 @@ from .options import PATH
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; nobody logs in.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the page has no login.")
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder for the images.")
 @machinery
 def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **engine: Any) -> None:

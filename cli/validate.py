@@ -8,12 +8,10 @@ import click
 
 from ..schemas.messages import listed
 from .console import FAILED, note, say, show_table
-from .options import PATH
+from .options import PATH, WEIGHTS
 
 if TYPE_CHECKING:
     from ..converters.export.validate import Validation
-
-WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}
 
 
 @click.command()

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from ..parity.options import REFERENCE_DTYPES, REFERENCES
+from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
+from ..runtime.engines.engine_table import ENGINES
 from ..storage.bundle import is_bundle
 from .console import FAILED, note, say
-from .engines import ENGINES
 from .options import PATH, STAGES, parse_size
 from .verify_checkpoints import verify_checkpoints
-from .verify_print import print_report
+from .verify_print import print_report, report_json
 
 # The options of a bundle that do not concern `record_reference`.
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
@@ -29,7 +29,7 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
     "--stage", "stages", multiple=True, type=STAGES, help="Compare this stage only (repeatable), and no trajectory."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True)
+@click.option("--engine", type=click.Choice([*ENGINES]), default="onnxruntime", show_default=True)
 @click.option(
     "--reference",
     type=click.Choice(REFERENCES),
@@ -44,18 +44,16 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
     show_default=True,
     help="Precision that the reference computes in.",
 )
-@click.option(
-    "--size", metavar="WxH", callback=parse_size, help="Compare at the latents of images of this size as well."
-)
+@click.option("--size", metavar="WxH", callback=parse_size, help="Also compare at the latents of images of this size.")
 @click.option(
     "--sizes",
     type=click.Choice(["small", "all"]),
     default="small",
     show_default=True,
-    help="Which of the plans' image sizes to compare: up to 640x640 plus each profile's minimum, or all.",
+    help="The plans' image sizes to compare: up to 640x640 plus each profile's minimum, or all.",
 )
 @click.option(
-    "--record", type=PATH, help="Write the reference's outputs to this file, to compare elsewhere; no engine is run."
+    "--record", type=PATH, help="Write the reference's outputs to this file, to compare elsewhere; no engine runs."
 )
 @click.option(
     "--bisect",
@@ -77,7 +75,7 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 @click.option(
     "--verdict/--no-verdict",
     default=True,
-    help="Write the verdict into the bundle's manifest, if the model is the one it was exported from; or never.",
+    help="Write the verdict into the bundle's manifest, if the model is the one that the bundle was exported from.",
 )
 @click.option("--mapping", is_flag=True, help="With two checkpoints: list every tensor and its location in both.")
 @click.option("--force", is_flag=True, help="Replace an existing recording or report.")
@@ -110,8 +108,8 @@ def verify(
 
 def _check_options(bundle: Path, against: Path | None, record: Path | None, options: dict[str, Any]) -> None:
     """Raise UsageError before anything is read."""
-    from ..parity.options import ComparisonOptions, check_options
-    from ..parity.report.build import check_report_names
+    from ..parity.comparison_options import ComparisonOptions, check_options
+    from ..parity.report.write_report import check_report_names
 
     recorded = options["recorded"]
     sources = [path for path in (bundle, against, recorded) if path is not None]
@@ -133,7 +131,7 @@ def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_j
 
     report = run(bundle, against, **options, say=note)
     if as_json:
-        say(json.dumps(report.to_json(), indent=2))
+        say(json.dumps(report_json(report), indent=2))
     else:
         print_report(report)
     return bool(report)

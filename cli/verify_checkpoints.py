@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import byte_progress, say, show_table
+from .console import say, show_table
 from .options import local
+from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..parity.checkpoints.compare_tensors import CheckpointComparison, TensorMatch
@@ -34,8 +35,8 @@ def _print(result: "CheckpointComparison", *, mapping: bool) -> None:
         rows.append((str(stage), " / ".join(layouts), *(str(statuses.count(status)) for status in COUNTED)))
     show_table("", ("stage", "layouts", *COUNTED), rows)
     if mapping:
-        columns = ("stage", "compared", "against", "verdict")
-        show_table("", columns, [_mapped(tensor) for tensor in result.tensors])
+        mapped = ([str(each or "-") for each in (t.stage, t.found, t.expected, t.status)] for t in result.tensors)
+        show_table("", ("stage", "compared", "against", "verdict"), mapped)
     wrong = [tensor for tensor in result.tensors if not tensor]
     for tensor in wrong[:SHOWN]:
         say(f"{tensor.stage}: {tensor.name}: {_problem(tensor)}")
@@ -53,10 +54,6 @@ def _verdict(result: "CheckpointComparison") -> str:
         return "NOT equal"
     cast = sum(tensor.status == "cast" for tensor in result.tensors)
     return f"equal, {cast} tensors after a cast" if cast else "equal"
-
-
-def _mapped(tensor: "TensorMatch") -> tuple[str, str, str, str]:
-    return str(tensor.stage), str(tensor.found or "-"), str(tensor.expected or "-"), str(tensor.status)
 
 
 def _problem(tensor: "TensorMatch") -> str:

@@ -1,6 +1,7 @@
 """Prints the report of a verification as tables and lines."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .console import note, say, show_table
 
@@ -12,6 +13,12 @@ PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "v
 RANGE_COLUMNS = ("block", "largest", "in", "smallest usual", "bits below fp16's end", "lost in fp16", "bf16", "fp8")
 ERROR_COLUMNS = ("precision", "predicted", "measured", "worst block", "predicted there", "measured there")
 SHOWN = 12  # blocks, those nearest to the end of fp16; --json lists all
+
+
+def report_json(report: "Report") -> dict[str, Any]:
+    """The report as plain values, with the options to export again with where ranges were measured."""
+    options = {"export_options": export_options(report.ranges)} if report.ranges else {}
+    return {**report.to_json(), **options}
 
 
 def print_report(report: "Report") -> None:
@@ -26,9 +33,16 @@ def print_report(report: "Report") -> None:
     for advice in report.ranges:
         _print_ranges(advice)
     if report.ranges:
-        from ..parity.inside.ranges import export_options
-
         say(f"export with: {' '.join(export_options(report.ranges))}")
+
+
+def export_options(advices: Sequence["RangeAdvice"]) -> list[str]:
+    """The options of `cascadekit export` that give every stage the precision that suits it."""
+    from ..parity.inside.ranges import export_arguments
+
+    arguments = export_arguments(advices)
+    options = [f"--precision {stage}={precision}" for stage, precision in arguments["precisions"].items()]
+    return [*options, *(f"--fp16-safe {value}" for name, value in arguments.items() if name == "fp16_safe")]
 
 
 def _print_comparisons(report: "Report") -> None:

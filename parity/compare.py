@@ -7,7 +7,6 @@ values are scaled before they are squared, so squares neither overflow nor vanis
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -15,107 +14,12 @@ from numpy.typing import NDArray
 
 from ..schemas.errors import ParityError
 from ..schemas.precision import Precision
-from ..schemas.stages import Stage
-from .image_metrics import psnr, ssim
-from .value_counts import BINS_PER_DECADE, HISTOGRAM_EDGES, Histogram, Largest, SpecialCounts, ValueCount, ulp_distance
-
-__all__ = [
-    "BINS_PER_DECADE", "HISTOGRAM_EDGES", "Comparison", "Histogram", "Kind", "Subject", "ValueCount", "compare", "psnr",
-    "ssim",
-]  # fmt: skip
+from .comparison import Comparison, Subject
+from .value_counts import Histogram, Largest, SpecialCounts, ulp_distance
 
 SLICE = 1 << 13  # values at a time: scratch arrays that stay in a core's cache; larger ones are paged in anew each time
 
 Array = NDArray[Any]
-
-
-class Kind(StrEnum):
-    """Which run of a stage an array comes from."""
-
-    STAGE = "stage"  # one forward pass on sample inputs
-    TEACHER_FORCED = "teacher-forced"  # one forward pass on what the reference saw at a step of its trajectory
-    TRAJECTORY = "trajectory"  # a step of sampling in which the errors of earlier steps are included
-    NOISE = "noise"  # the random numbers that sampling starts from and adds
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Which array is compared: the name shown to people, and the same facts as data."""
-
-    name: str
-    kind: Kind = Kind.STAGE
-    stage: Stage | None = None  # None for the final image, and for arrays of no stage
-    step: int | None = None  # counted from 1; None outside of sampling
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One array compared with its reference; true when it passed.
-
-    A comparison fails when the relative L2 error is above `tolerance`, when either array holds NaN or infinity, or
-    when the array is constant although the reference is not: a black image is wrong at any tolerance. Errors are
-    taken over the values that are finite in both arrays. A relative error is |x - r| / |r|. It is not defined where r
-    is zero; `off_zero` counts the x that are not zero there."""
-
-    name: str
-    kind: Kind
-    stage: Stage | None
-    step: int | None
-    shape: tuple[int, ...]
-    max_abs: float  # max |x - r|
-    mean_abs: float  # mean |x - r|
-    relative_l2: float  # ‖x - r‖ / ‖r‖: the tolerance it would have needed
-    cosine: float  # <x, r> / (‖x‖ ‖r‖)
-    nonfinite: int  # values that are NaN or infinite
-    constant: bool  # all values equal, though the reference's are not
-    tolerance: float
-    p999_abs: float  # 99.9% of |x - r| are no larger, between two values linearly interpolated
-    max_rel: float
-    mean_rel: float
-    p999_rel: float
-    off_zero: int
-    snr_db: float  # 10·log10(‖r‖² / ‖x - r‖²), infinite when equal
-    ulp_max: int | None  # distance in representable values of `ulp_of`; None when that is
-    ulp_mean: float | None
-    ulp_of: Precision | None
-    reference_rms: float
-    reference_max: float  # max |r|
-    found_max: float  # max |x| of the finite ones
-    nan: ValueCount
-    positive_infinity: ValueCount
-    negative_infinity: ValueCount
-    beyond_fp16: ValueCount  # finite, but above 65504 in magnitude
-    reference_nonfinite: ValueCount
-    worst: tuple[int, ...] | None  # where |x - r| is largest
-    histogram: Histogram  # of |x - r| as a part of the reference's root mean square
-
-    def __bool__(self) -> bool:
-        return not self.failures
-
-    def __str__(self) -> str:
-        verdict = "; ".join(self.failures) or "ok"
-        return (
-            f"{self.name} {list(self.shape)}: needs a tolerance of {self.needed:.1e}, has {self.tolerance:.1e}; "
-            f"max abs {self.max_abs:.1e}, cosine {self.cosine:.8f}, SNR {self.snr_db:.1f} dB: {verdict}"
-        )
-
-    @property
-    def needed(self) -> float:
-        """The tolerance it would have needed to pass, if all values are finite."""
-        return self.relative_l2
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """Why it failed, in a few words each; empty when it passed."""
-        reasons = {
-            f"{self.nonfinite} values are NaN or infinite": self.nonfinite > 0,
-            f"{self.reference_nonfinite.count} values of the reference are NaN or infinite": bool(
-                self.reference_nonfinite
-            ),
-            "the output is constant": self.constant,
-            f"relative L2 {self.relative_l2:.1e} above {self.tolerance:.0e}": not self.relative_l2 <= self.tolerance,
-        }
-        return tuple(reason for reason, failed in reasons.items() if failed)
 
 
 def compare(
@@ -130,7 +34,8 @@ def compare(
         subject = Subject(subject)
     if found.shape != reference.shape:
         raise ParityError(
-            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}"
+            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}; "
+            "export the bundle again"
         )
     scales = _scales(found, reference)
     sums = _Sums(found.size, scales, ulp_of)

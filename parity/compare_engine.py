@@ -14,7 +14,9 @@ from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle
-from .compare import Comparison, Kind, Subject, compare, psnr
+from .compare import compare
+from .comparison import Comparison, Kind, Subject
+from .image_metrics import psnr
 from .image_sizes import SizeChoice
 from .reference_run import ReferenceOutputs, Trajectory, generate_image, reproduce_noise, run_reference
 from .results import Report
@@ -39,7 +41,7 @@ def compare_engine(
     that the engine was not built for are left out, and the report names them.
 
     The reference runs first, then the engine, each with one stage in memory. Raises EngineError when a stage cannot be
-    loaded or run, OutsideProfileError when the engine accepts none of a stage's inputs, and UsageError when
+    loaded or run, and OutsideProfileError when the engine accepts none of a stage's inputs. Raises UsageError when
     `reference` holds no outputs of a stage."""
     manifest = bundle.manifest
     if not isinstance(reference, ReferenceOutputs):

@@ -1,4 +1,4 @@
-"""Every step once on a tiny cascade: original files, model folder, bundle, image, parity report."""
+"""Runs every step once on a tiny cascade: original files, model folder, bundle, image, parity report."""
 
 import json
 from pathlib import Path

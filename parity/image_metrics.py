@@ -22,9 +22,9 @@ def psnr(found: Array, reference: Array) -> float:
 def ssim(found: Array, reference: Array) -> float:
     """Mean structural similarity of images (..., height, width) in 0..1, every plane on its own; 1 when equal.
 
-    As in the paper by Wang, Bovik, Sheikh and Simoncelli (IEEE TIP 13(4), 2004): a Gaussian window of deviation 1.5,
-    11 pixels wide, population covariances, and windows that reach over the border left out. Raises ParityError for
-    images of other or smaller sizes."""
+    The settings are those of Wang, Bovik, Sheikh and Simoncelli (IEEE TIP 13(4), 2004): a Gaussian window of deviation
+    1.5, 11 pixels wide, and population covariances. Windows that reach over the border are left out. Raises ParityError
+    for images of two shapes, or smaller than the window."""
     width = window().size
     if found.shape != reference.shape:
         raise ParityError(f"SSIM takes images of one shape, found {list(found.shape)} and {list(reference.shape)}")
@@ -43,7 +43,7 @@ def window() -> Array:
 
 
 def _similarity(x: Array, y: Array) -> float:
-    """Of two planes (height, width) float64."""
+    """The mean similarity of two planes (height, width) float64."""
     mean_x, mean_y = _blurred(x), _blurred(y)
     variance_x, variance_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
     covariance = _blurred(x * y) - mean_x * mean_y

@@ -1,4 +1,4 @@
-"""Which sizes of images stages are compared at: those named, and those at, between and off the sizes of profiles."""
+"""Chooses the image sizes that stages are compared at: those named, and those that test the profiles of plans."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ def choose_sizes(
     """Choose the sizes for each of `stages`, or for all stages of the manifest when none are named.
 
     The sizes are `named` and those that test the profiles of the stage's plans. An engine that runs plans is compared
-    inside the profiles of its own plans only; other engines are compared at the profiles of all plans, and outside of
+    inside the profiles of its own plans only. Other engines are compared at the profiles of all plans and outside of
     them. Without `every`, sizes of more than AFFORDABLE pixels are left out unless they are the least of a profile."""
     by_stage: dict[Stage, Sequence[SampleSize]] = {}
     left_out: list[Size] = []

@@ -82,12 +82,8 @@ def write_recording(
             file.write(tensor.values.tobytes())
 
 
-def _step_name(key: StepKey) -> str:
-    return f"{key[0]} step {key[1]}"
-
-
-def _noise_name(key: StepKey) -> str:
-    return f"{key[0]} draw {key[1]}"
+# The names that the file has for the latents after a step, and for an array of noise.
+_step_name, _noise_name = "{0[0]} step {0[1]}".format, "{0[0]} draw {0[1]}".format
 
 
 def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
@@ -137,7 +133,9 @@ def read_recording(path: Path) -> Recording:
     Raises CheckpointError for a damaged file, UsageError for a file that is not a recording."""
     header = read_header(path)
     if KEY not in header.metadata:
-        raise UsageError(f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record`")
+        raise UsageError(
+            f"{path}: not a recording; make one with `cascadekit verify BUNDLE --against MODEL --record FILE`"
+        )
     try:
         about = load_json(header.metadata[KEY])
         if about["version"] != VERSION:

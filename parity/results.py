@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.stages import Stage
-from .compare import Comparison
+from .comparison import Comparison
 from .report.entries import comparison_entry
 from .tolerances import StageTolerance
 
 if TYPE_CHECKING:
-    from .inside.bisect import Bisection
+    from .inside.bisection import Bisection
     from .inside.ranges import RangeAdvice
 
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Report:
     """Everything that was compared; true when all of it passed.
 
-    `comparisons` are empty when only the inside of graphs was asked for. `left_out` says in words what an engine that
-    was built for some image sizes does not accept. `differs` says, a line for each stage, in what the model is not the
-    one that the bundle was exported from."""
+    `comparisons` are empty when only the inside of graphs was looked at. `left_out` names the inputs that an engine
+    built for some image sizes does not accept. `differs` has a line for each stage in which the model is not the one
+    that the bundle was exported from."""
 
     engine: str
     reference: str
@@ -43,7 +43,7 @@ class Report:
 
     @property
     def comparisons_passed(self) -> bool:
-        """Whether every comparison and the final image passed, whatever was found inside graphs."""
+        """True when every comparison and the final image passed; bisections and ranges do not count."""
         return bool(self.comparisons) and all(self.comparisons) and not self.image_failed
 
     @property
@@ -58,10 +58,7 @@ class Report:
         if self.bisections:
             content["bisection"] = [bisection.to_json() for bisection in self.bisections]
         if self.ranges:
-            from .inside.ranges import export_options
-
             content["ranges"] = [advice.to_json() for advice in self.ranges]
-            content["export_options"] = export_options(self.ranges)
         return content
 
     def _compared(self) -> dict[str, Any]:

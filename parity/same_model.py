@@ -1,7 +1,7 @@
 """Decides by file fingerprints whether a model is the one that a bundle was exported from, and says what differs.
 
-A verdict is about the files that a bundle was exported from. So the same weights in another file, layout or dtype count
-as another model. A cast or quantisation during export changes nothing; merged LoRAs make another model.
+A verdict is about the files that a bundle was exported from, so the same weights in another file, layout or dtype are
+another model. A cast or quantisation during export does not matter. A bundle with merged LoRAs is another model.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -25,7 +25,7 @@ PROMPTS = ("", "a shiba inu wearing a beret, oil on canvas", "one, two, three " 
 PROMPT = 1  # index in PROMPTS of the prompt that the trajectory generates an image for
 RATIOS = (0.95, 0.5, 0.05)  # timestep ratios: almost pure noise, half way, almost no noise
 
-# Whether the second half of a batch has no conditions, as in sampling with guidance.
+# With guidance, the second half of a batch has no conditions.
 GUIDED, PLAIN = True, False
 
 
@@ -41,7 +41,7 @@ class StageInput:
 
 @dataclass(frozen=True)
 class SampleSize:
-    """An image size to make inputs for. `place` says where the size lies in a plan's profile; "" for a named size."""
+    """An image size to make inputs for. `place` is its position in a plan's profile; "" for a size by name."""
 
     size: Size
     place: str = ""
@@ -153,7 +153,7 @@ def make_inputs(
 ) -> tuple[StageInput, ...]:
     """The stage's inputs: a batch at each of RATIOS, one of them with guidance, and as many more for each of `sizes`.
 
-    Prompts are their true embeddings where `embedded` is given, else normal noise."""
+    Prompts are true embeddings where `embedded` is given, else normal noise."""
     if stage is Stage.TEXT_ENCODER:
         return (StageInput(stage, f"{len(PROMPTS)} prompts", tokens_of(PROMPTS, tokenizer)),)
     maker = _InputMaker(stage, entry, embedded, np.random.default_rng(0))

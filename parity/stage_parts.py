@@ -54,7 +54,7 @@ class TwoPartStage(HostRunner):
 
 
 def stage_loaders(engine: Engine, stage: Stage) -> Iterator[StageLoader]:
-    """Every way in which the engine runs the stage, at least one: the single graph first, where the engine has it."""
+    """Every way in which the engine runs the stage, at least one; the single graph comes first if there is one."""
     hoisted = is_hoisted(engine, stage)
     if MAIN_GRAPH in engine.graphs(stage) or not hoisted:
         yield StageLoader("", lambda: engine.load(stage))
@@ -63,6 +63,6 @@ def stage_loaders(engine: Engine, stage: Stage) -> Iterator[StageLoader]:
 
 
 def _schedule(ratios: F32) -> F32:
-    """A schedule of the usual length that ends in `ratios` (batch,); a step that uses another row is noticed."""
+    """A schedule of the usual length that ends in `ratios` (batch,), so that a step with a wrong row is noticed."""
     others = np.linspace(1, 0.01, STEPS[1], dtype=np.float32)[: max(0, STEPS[1] - len(ratios))]
     return np.concatenate([others, ratios])

@@ -1,8 +1,10 @@
 """Decides how far an engine may be from the reference: a factor times an error floor measured on the same model.
 
 The floor is the error of the reference when it computes in the engine's precision, compared with itself in float64.
-Quantised stages have a second floor: the error of the reference when its Linears multiply quantised numbers as the
-graph does. docs/parity.md explains where the factors come from; `cascadekit bench parity` measures them.
+Quantised stages have a second floor: the error of the reference with Linears that multiply quantised numbers, as those
+of the graph do.
+
+`cascadekit bench parity` measures the factors; docs/parity.md explains them.
 """
 
 import math
@@ -50,7 +52,7 @@ Floors = Mapping[Precision | Quantization, float]
 
 @dataclass(frozen=True)
 class StageTolerance:
-    """The relative L2 that one forward pass of a stage may have on an engine, and what it was computed from."""
+    """The relative L2 that one forward pass of a stage may have on an engine, and the numbers it comes from."""
 
     precision: Precision
     quantization: Quantization

@@ -8,10 +8,10 @@ from ..schemas.bundle import Manifest, StageEntry, StageVerdict, VerdictEntry
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, update_manifest
-from .compare import Comparison
+from .comparison import Comparison
 from .results import Report
 
-KEPT = 16  # verdicts in a manifest; the oldest go first
+KEPT = 16  # the most verdicts in a manifest; the oldest are removed first
 
 
 class Verdict(StrEnum):
@@ -94,7 +94,7 @@ def _files(entry: StageEntry) -> dict[str, str]:
 
 
 def _obsolete(old: VerdictEntry, new: VerdictEntry) -> bool:
-    """Whether `new` is about the same engine and reference, and about every stage of `old`."""
+    """True when `new` is about the same engine and reference, and about every stage of `old`."""
     return (old.engine, old.reference) == (new.engine, new.reference) and old.stages.keys() <= new.stages.keys()
 
 
@@ -108,5 +108,6 @@ def _of_stage(stage: Stage, entry: StageEntry, verdicts: Iterable[VerdictEntry],
     found = latest.stages[stage]
     if found.files != _files(entry):
         return Verdict.STALE
-    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())  # as the final image
+    # A verdict whose stages all passed has failed elsewhere, such as in the final image.
+    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())
     return Verdict.PASSED if found.passed and not elsewhere else Verdict.FAILED

@@ -41,7 +41,7 @@ class HistogramEntry(FrozenModel):
 
 
 class ComparisonEntry(FrozenModel):
-    """One array compared with its reference; the figures are those of `parity.compare.Comparison`.
+    """One array compared with its reference; the figures are those of `parity.comparison.Comparison`.
 
     | kind | compared |
     |---|---|

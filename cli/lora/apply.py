@@ -1,14 +1,16 @@
 """The command `lora apply`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ...schemas.errors import UsageError
-from ..console import byte_progress, say
+from ..console import say
 from ..options import PATH, all_local
+from ..progress import byte_progress
+from .lora_options import alpha_option, filter_option, strength_option, text_strength_option
 from .merge import show_merge
-from .options import alpha_option, filter_option, strength_option, text_strength_option
 
 
 @click.command()
@@ -19,15 +21,7 @@ from .options import alpha_option, filter_option, strength_option, text_strength
 @click.option("--undo", is_flag=True, help="Restore the earlier weights, byte for byte.")
 @filter_option
 @alpha_option
-def apply(
-    bundle: Path,
-    loras: tuple[Path, ...],
-    strengths: tuple[float, ...],
-    text_encoder_strengths: tuple[float, ...],
-    undo: bool,
-    module_filters: tuple[str, ...],
-    alpha: float | None,
-) -> None:
+def apply(bundle: Path, loras: tuple[Path, ...], undo: bool, **options: Any) -> None:
     """Merge LoRAs into an exported bundle.
 
     The graphs stay as they are. The earlier weights are kept beside the new ones for --undo.
@@ -42,13 +36,5 @@ def apply(
         say(f"wrote {bundle}: without {', '.join(undo_loras(bundle))} again")
         return
     with byte_progress() as start_file:
-        done = apply_loras(
-            bundle,
-            all_local(loras),
-            strengths=strengths,
-            text_encoder_strengths=text_encoder_strengths,
-            module_filters=module_filters,
-            alpha=alpha,
-            start_file=start_file,
-        )
+        done = apply_loras(bundle, all_local(loras), **options, start_file=start_file)
     show_merge(bundle, done)

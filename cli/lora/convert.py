@@ -1,13 +1,14 @@
 """The command `lora convert`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ...schemas.lora_keys import LoraFormat
 from ..console import note, say
 from ..options import PATH, local, maybe_local
-from .options import against_option, alpha_option, filter_option, force_option
+from .lora_options import against_option, alpha_option, filter_option, force_option
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 
@@ -21,32 +22,14 @@ WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 @alpha_option
 @click.option("--drop", is_flag=True, help="Leave out the tensors that the format cannot hold, and list them.")
 @force_option
-def convert(
-    path: Path,
-    output: Path,
-    to: str,
-    against: Path | None,
-    module_filters: tuple[str, ...],
-    alpha: float | None,
-    drop: bool,
-    force: bool,
-) -> None:
+def convert(path: Path, output: Path, to: str, against: Path | None, **options: Any) -> None:
     """Rewrite a LoRA in another format; its effect stays the same.
 
     Example: cascadekit lora convert stability.safetensors --to comfyui -o comfyui.safetensors
     """
     from ...converters.lora.convert_lora import convert_lora
 
-    done = convert_lora(
-        local(path),
-        output,
-        to,
-        against=maybe_local(against),
-        module_filters=module_filters,
-        alpha=alpha,
-        drop=drop,
-        force=force,
-    )
+    done = convert_lora(local(path), output, to, against=maybe_local(against), **options)
     for text in done.notes:
         note(text)
     say(f"wrote {output} ({done.modules} modules, {to})")

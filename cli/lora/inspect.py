@@ -8,7 +8,7 @@ import click
 
 from ..console import note, say, show_table
 from ..options import PATH
-from .options import against_option, alpha_option, filter_option
+from .lora_options import against_option, alpha_option, filter_option
 
 SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
 

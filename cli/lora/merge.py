@@ -1,13 +1,14 @@
 """The command `lora merge`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import byte_progress, note, say
+from ..console import note, say
 from ..options import PATH, all_local, local, maybe_local
-from .options import alpha_option, filter_option, force_option, strength_option, text_strength_option
+from ..progress import byte_progress
+from .lora_options import alpha_option, filter_option, force_option, strength_option, text_strength_option
 
 if TYPE_CHECKING:
     from ...converters.lora.merge_plan import Merge
@@ -28,13 +29,9 @@ def merge(
     checkpoint: Path,
     loras: tuple[Path, ...],
     output: Path,
-    strengths: tuple[float, ...],
-    text_encoder_strengths: tuple[float, ...],
     text_encoder: Path | None,
     unmerge: bool,
-    module_filters: tuple[str, ...],
-    alpha: float | None,
-    force: bool,
+    **options: Any,
 ) -> None:
     """Write a checkpoint with LoRAs merged in.
 
@@ -48,17 +45,7 @@ def merge(
     base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
     with byte_progress() as start_file:
         done = merge_loras(
-            base,
-            adapters,
-            output,
-            strengths=strengths,
-            text_encoder_strengths=text_encoder_strengths,
-            text_encoder=encoder,
-            module_filters=module_filters,
-            alpha=alpha,
-            unmerge=unmerge,
-            force=force,
-            start_file=start_file,
+            base, adapters, output, text_encoder=encoder, unmerge=unmerge, **options, start_file=start_file
         )
     show_merge(output, done)
     if unmerge:

@@ -26,7 +26,7 @@ THREADS = 2
 
 
 class Status(StrEnum):
-    """The result for one tensor. CAST: dtypes differ, and values are equal once the wider is rounded as in torch."""
+    """The result for one tensor. CAST: dtypes differ, and values are equal once the wider are rounded as in torch."""
 
     EQUAL = "equal"
     CAST = "cast"
@@ -42,7 +42,7 @@ GOOD = (Status.EQUAL, Status.CAST)
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor is stored: file, name, dtype, and the rows of the stored tensor that it is (None for all)."""
+    """The place of a tensor: file, name, dtype, and its rows of the stored tensor (None for all rows)."""
 
     file: str
     name: str
@@ -121,7 +121,8 @@ def compare_checkpoints(
     """Compare every tensor of the stages that both checkpoints have, or of `stages` alone.
 
     The checkpoints may be files, folders or opened models, in any layouts. Two values are equal when their bits are.
-    Of two dtypes, the wider is rounded to the narrower first. `start_file` is told the bytes read from both together.
+    If dtypes differ, the wider values are rounded to the narrower dtype first. `start_file` is called with the number
+    of bytes that are read from both checkpoints together.
 
     ```python
     result = cascadekit.compare_checkpoints("model", "original")
@@ -132,12 +133,13 @@ def compare_checkpoints(
     read."""
     models = [model if isinstance(model, Model) else open_model([model]) for model in (found, expected)]
     chosen = [Stage(stage) for stage in stages] or [s for s in models[0].components if s in models[1].components]
-    for model in models:
-        absent = [stage for stage in chosen if stage not in model.components]
-        if absent or not chosen:
-            have = ", ".join(model.components) or "nothing"
-            wanted = absent[0] if absent else "stage in common"
-            raise UsageError(f"one of the two checkpoints has no {wanted}; it has {have}")
+    if not chosen:
+        has = " and ".join(", ".join(model.components) or "nothing" for model in models)
+        raise UsageError(f"the two checkpoints have no stage in common; they have {has}")
+    for model, which in zip(models, ("first", "second"), strict=True):
+        if absent := [stage for stage in chosen if stage not in model.components]:
+            has = ", ".join(model.components)
+            raise UsageError(f"the {which} checkpoint has no {absent[0]}, only {has}; choose other stages=...")
     matches: list[TensorMatch] = []
     pairs: dict[int, Pair] = {}  # by position in `matches`
     ours, theirs = (model.components for model in models)
@@ -180,7 +182,7 @@ def _matched(stage: Stage, found: Component, expected: Component) -> Iterator[tu
 
 
 def _locations(component: Component) -> dict[str, TensorLocation]:
-    """The location of each tensor by its diffusers name; the byte ranges in the headers tell the stored names."""
+    """The location of each tensor by its diffusers name; byte ranges in the headers identify the stored names."""
     headers: dict[Path, list[tuple[int, str, TensorRange]]] = {}
     places = {}
     for name, tensor in component.tensors.items():

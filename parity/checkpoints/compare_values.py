@@ -73,9 +73,9 @@ class MappedFiles:
                     with path.open("rb") as file:
                         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:
-                    raise CheckpointError(f"{path}: cannot be read: {error}") from error
+                    raise CheckpointError(f"{path}: cannot be read: {error}; check the file") from error
                 mapped.madvise(mmap.MADV_SEQUENTIAL)
-                self._maps[path] = np.frombuffer(mapped, np.uint8)  # which keeps the map open as long as it lives
+                self._maps[path] = np.frombuffer(mapped, np.uint8)  # the array keeps the map open as long as it lives
             return self._maps[path]
 
 
@@ -112,23 +112,22 @@ def read_as(tensor: TensorRange) -> str:
 
 
 def comparable(x: TensorRange, y: TensorRange) -> bool:
-    """Whether the values of two tensors can be compared: their dtypes are supported, and equal or one cast to the
-    other."""
+    """True when the dtypes of two tensors are supported, and equal or one can be cast to the other."""
     a, b = read_as(x), read_as(y)
     return a in DTYPE_SIZES and b in DTYPE_SIZES and (a == b or castable(a, b) or castable(b, a))
 
 
 def _values(files: MappedFiles, tensor: TensorRange, part: range, scale: np.float32 | None) -> Array:
-    """The values at flat indices in the dtype of `read_as`, as bytes."""
+    """The values at the flat indices `part` in the dtype of `read_as`, as bytes."""
     stored = _bytes(files, tensor, part)
     return stored if scale is None else cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
 
 
 def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:
-    """The values at flat indices, as bytes one after another."""
+    """The stored values at the flat indices `part`, as bytes."""
     content, size = files.bytes_of(tensor.path), DTYPE_SIZES[tensor.dtype]
     if tensor.offset + tensor.nbytes > content.size:
-        raise CheckpointError(f"{tensor.path}: ends early; it was cut short while it was read")
+        raise CheckpointError(f"{tensor.path}: ends early; it was cut short while it was read, write it again")
     if not tensor.transposed:
         return content[tensor.offset + part.start * size : tensor.offset + part.stop * size]
     rows, columns = tensor.shape

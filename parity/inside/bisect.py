@@ -1,190 +1,50 @@
-"""Finds the parts of a graph that do not compute what the reference computes.
+"""Finds the parts of a graph whose outputs differ from those of the reference.
 
-The graph is cut at every value that stands for a module of the reference. Every part gets the reference's values as
-inputs, so its error is its own. The error that a part may have is measured at the same place: the reference's module
-computes on the same values in the graph's precision, and with quantised products where the graph has them.
+The graph is cut at every value that corresponds to a module of the reference. Every part gets the reference's values
+as inputs, so its error is its own. The error that a part may have is measured at the same place: the reference's module
+computes on the same values in the graph's precision. Its products are quantised where those of the graph are.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ...runtime.engines.onnxruntime import open_proto
-from ...runtime.engines.protocol import Engine, Tensors
+from ...runtime.engines.protocol import Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import MAIN_GRAPH, StageEntry
 from ...schemas.callbacks import Say
 from ...schemas.config_json import from_json
-from ...schemas.messages import listed
-from ...schemas.precision import FP16_MAX, Precision
+from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ..reference_run import embed_prompts
 from ..sample_inputs import hardest_input, make_inputs
 from ..tolerances import COMPUTE_DTYPES, ROUNDOFF
+from .bisection import FACTOR, Bisection, PartError
 from .graph_cut import GIVEN, CutGraph, GraphPart
 from .module_map import MappedValue, block_of, match
 
-FACTOR = 8.0  # a part's error may be so many times that of the reference's module in the same precision
+if TYPE_CHECKING:
+    from ..reference.torch_engine import TorchEngine, TorchStage
+
 # A part's error may always be so many times √channels times fp32's rounding. Runtimes add channels one after the other,
 # which loses that much when one channel is far larger than the rest; PyTorch adds in pairs.
 SUMMED = 2.0
-MOST = {Precision.FP32: np.inf, Precision.FP16: FP16_MAX, Precision.BF16: np.inf}
 QUANTIZED_FACTOR = 3.0  # FACTOR for parts with quantised products, whose floor has such products too
 SLICE_BYTES = 1 << 30
-SHOWN = 5  # faulty parts that are shown; parts after an overflow are usually wrong as well
-
-
-class WatchedStage(Protocol):
-    """A reference that returns the values of its modules: `parity.reference.engine.TorchStage`."""
-
-    def watch(
-        self, inputs: Tensors, wanted: Any, given: Tensors = ..., compute: str | None = None
-    ) -> dict[str, NDArray[Any]]: ...
-    def shapes(self, inputs: Tensors) -> dict[str, tuple[int, ...]]: ...
-
-
-@dataclass(frozen=True)
-class PartError:
-    """The error of one part of a graph, by itself and in the whole graph."""
-
-    name: str  # the module's path; "@1" after it for a second pass
-    relative_l2: float  # when the part's inputs are the reference's values
-    worst_channel: float  # the largest error of a channel, relative to that channel or to a usual one if larger
-    floor: float  # worst_channel of the reference's module in the graph's precision; infinite where it overflows
-    limit: float  # a larger worst_channel is a fault
-    max_abs: float  # largest magnitude of the reference's value
-    nonfinite: int  # number of values that are NaN or infinite
-    inputs: dict[str, float] = field(default_factory=dict)  # largest magnitude of each of the part's inputs, by name
-    nodes: tuple[str, ...] = ()  # the names of the graph's nodes in this part
-    accumulated: float | None = None  # relative L2 in the whole graph; None where it was not measured
-
-    @property
-    def faulty(self) -> bool:
-        return self.nonfinite > 0 or not self.worst_channel <= self.limit
-
-    @property
-    def held_to(self) -> float:
-        """The floor, or the rounding error of values and sums in the precision if that is larger."""
-        return self.limit / FACTOR
-
-    @property
-    def block(self) -> str:
-        return block_of(self.name)[0]
-
-    @property
-    def label(self) -> str:
-        block, rest = block_of(self.name)
-        return f"{block} {rest}".strip()
-
-
-@dataclass(frozen=True)
-class Bisection:
-    """All parts of a stage's graph in the order they run; true when none is faulty."""
-
-    stage: Stage
-    precision: Precision
-    parts: tuple[PartError, ...]
-    slices: int
-    note: str = ""
-
-    def __bool__(self) -> bool:
-        return not self.faulty
-
-    @property
-    def depth(self) -> tuple[PartError, ...]:
-        """The parts whose accumulated error was measured."""
-        return tuple(part for part in self.parts if part.accumulated is not None)
-
-    @property
-    def faulty(self) -> tuple[PartError, ...]:
-        return tuple(part for part in self.parts if part.faulty)
-
-    @property
-    def first(self) -> PartError | None:
-        return next(iter(self.faulty), None)
-
-    @property
-    def suspects(self) -> tuple[str, ...]:
-        """The nodes of the first faulty part that no healthy part has; only those in all faulty parts, if any are."""
-        if self.first is None:
-            return ()
-        healthy = {node for part in self.parts if not part.faulty for node in part.nodes}
-        own = [node for node in self.first.nodes if node not in healthy]
-        shared = [node for node in own if all(node in part.nodes for part in self.faulty)]
-        return tuple(shared or own)
-
-    def described(self) -> list[str]:
-        """The result in words: a line for each of the first SHOWN faulty parts."""
-        if not self.faulty:
-            return [f"{self.stage}: {len(self.parts)} parts compared, none is faulty"]
-        lines = [f"{self.stage}: {self._line(part)}" for part in self.faulty[:SHOWN]]
-        if len(self.faulty) > SHOWN:
-            lines.append(f"{self.stage}: and {len(self.faulty) - SHOWN} more parts")
-        return [*lines, f"{self.stage}: look at the nodes {listed(self.suspects, 3)}"]
-
-    def _line(self, part: PartError) -> str:
-        line = f"{part.label}: relative L2 {part.relative_l2:.1e} by itself, worst channel {part.worst_channel:.1e}"
-        usual = f"has {part.floor:.1e}" if np.isfinite(part.floor) else "overflows"
-        line += f" where the reference in {self.precision} {usual}"
-        before = [other.accumulated for other in self.depth if self._position(other) < self._position(part)]
-        if before and before[-1] is not None:
-            line += f"; {before[-1]:.1e} was the error before it"
-        most = MOST[self.precision]
-        for name, largest in {**part.inputs, part.name: part.max_abs}.items():
-            if largest > most:
-                line += f"; max |{name}| {largest:,.0f} > {most:,.0f} ({self.precision})".replace(",", " ")
-        if part.nonfinite:
-            line += f"; {part.nonfinite} values are NaN or infinite"
-        ranges = ", ".join(f"{name} {largest:.3g}" for name, largest in part.inputs.items())
-        return f"{line}; largest inputs: {ranges or 'those of the stage'}"
-
-    def _position(self, part: PartError) -> int:
-        return self.parts.index(part)
-
-    def to_json(self) -> dict[str, Any]:
-        first = self.first
-        return {
-            "stage": str(self.stage),
-            "precision": str(self.precision),
-            "passed": bool(self),
-            "first": first.name if first else None,
-            "suspects": list(self.suspects),
-            "note": self.note,
-            "slices": self.slices,
-            "points": [
-                {
-                    "name": p.name,
-                    "block": p.block,
-                    "faulty": p.faulty,
-                    "relative_l2": _plain(p.relative_l2),
-                    "worst_channel": _plain(p.worst_channel),
-                    "floor": _plain(p.floor),
-                    "limit": _plain(p.limit),
-                    "max_abs": _plain(p.max_abs),
-                    "nonfinite": p.nonfinite,
-                    "inputs": {name: _plain(largest) for name, largest in p.inputs.items()},
-                    "accumulated": _plain(p.accumulated),
-                }
-                for p in self.parts
-            ],
-        }
-
-
-def _plain(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
 
 
 def bisect_stage(
     bundle: Bundle,
     stage: Stage,
-    reference: Engine,
+    reference: "TorchEngine",
     *,
     slice_bytes: int = SLICE_BYTES,
     say: Say = lambda text: None,
@@ -195,7 +55,6 @@ def bisect_stage(
     tokenizer = ClipTokenizer.open(bundle.tokenizer)
     embedded = embed_prompts(reference, tokenizer)
     sample = hardest_input(make_inputs(stage, bundle.entry(stage), tokenizer, embedded))
-    runner: Any
     with reference.load(stage) as runner:
         return bisect(bundle, stage, runner, sample.inputs, slice_bytes=slice_bytes, say=say)
 
@@ -203,7 +62,7 @@ def bisect_stage(
 def bisect(
     bundle: Bundle,
     stage: Stage,
-    reference: WatchedStage,
+    reference: "TorchStage",
     inputs: Tensors,
     *,
     slice_bytes: int = SLICE_BYTES,
@@ -211,10 +70,10 @@ def bisect(
 ) -> Bisection:
     """Compare the stage's graph "model" with `reference` part by part, on `inputs`.
 
-    The graph runs in slices. The reference's values of one slice take at most `slice_bytes`, unless one part needs
-    more. They are held about three times: exact, in the graph's precision, and in the graph's layout. The weights of
-    one slice are loaded at a time. Graphs run in ONNX Runtime on the CPU; a graph in bf16 runs in fp32 and is rounded
-    to bf16 after every operation. Raises EngineError when a part cannot be run."""
+    The graph runs in slices, and the weights of one slice are loaded at a time. The reference's values of one slice
+    take at most `slice_bytes`, unless one part needs more. About three copies are in memory: exact, in the graph's
+    precision, and in the graph's layout. Graphs run in ONNX Runtime on the CPU. A graph in bf16 runs in fp32 and is
+    rounded to bf16 after every operation. Raises EngineError when a part cannot be run."""
     entry = bundle.entry(stage)
     path = bundle.graph(stage, MAIN_GRAPH)
     run = _Run(CutGraph(path), reference, inputs, path.parent, entry=entry, stage=stage)
@@ -234,7 +93,7 @@ class _Run:
     """One bisection: the graph, the reference it is compared with, and the inputs of both."""
 
     graph: CutGraph
-    reference: WatchedStage
+    reference: "TorchStage"
     inputs: Tensors
     folder: Path  # of the graph and its weights
     entry: StageEntry

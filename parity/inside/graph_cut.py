@@ -1,6 +1,6 @@
 """Cuts an ONNX graph at named values, so that each part can be run on values given from outside.
 
-Only the graph's proto is read and written: weights stay external data, and a part names those alone that it needs.
+Only the graph's proto is read and written. Weights stay external data, and a part names only those that it needs.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 
 GIVEN = "/from_reference"  # after the name of a value that is fed instead of computed
-# Operators whose outputs are of other types than their first input, and the input that has their type.
+# The output types of operators whose outputs do not have the type of an input.
 OUTPUT_TYPES: Mapping[str, tuple[int, ...]] = {
     "Shape": (TensorProto.INT64,),
     "ArgMax": (TensorProto.INT64,),
@@ -20,18 +20,20 @@ OUTPUT_TYPES: Mapping[str, tuple[int, ...]] = {
     "MatMulInteger": (TensorProto.INT32,),
     "DynamicQuantizeLinear": (TensorProto.UINT8, TensorProto.FLOAT, TensorProto.UINT8),
 }
+# The input whose type the outputs have, where it is not the first.
 TYPED_BY: Mapping[str, int] = {"Where": 1, "DequantizeLinear": 1, "QuantizeLinear": 2}
 QUANTIZED_OPS = ("MatMulNBits", "MatMulInteger", "DequantizeLinear")
 
-Dims = tuple[int | None, ...]  # None: not known before it runs
+Dims = tuple[int | None, ...]  # None: not known before the graph runs
 
 
 @dataclass(frozen=True)
 class GraphPart:
     """A graph that computes `outputs` from `given` values and the graph's own `inputs`.
 
-    `reads` are the given values that each output depends on other than by their size, `quantized` the outputs with a
-    quantised product before them, `nodes` those that lead from the given values to each output."""
+    `reads` are the given values that each output depends on by more than their size. `quantized` are the outputs with
+    a quantised product before them. `nodes` are the names of the nodes that lead from the given values to each output.
+    """
 
     model: onnx.ModelProto
     outputs: tuple[str, ...]
@@ -43,8 +45,9 @@ class GraphPart:
 
 
 class CutGraph:
-    """An ONNX file to be cut; values that compute in bf16 do so in fp32 and are rounded after every operation, as
-    runtimes on CPUs have no bf16."""
+    """An ONNX file that can be cut.
+
+    Operations in bf16 run in fp32 and their results are rounded, because runtimes on CPUs have no bf16."""
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(path, load_external_data=False)
@@ -60,7 +63,7 @@ class CutGraph:
 
     @cached_property
     def dims(self) -> dict[str, Dims]:
-        """Of every value whose rank is known."""
+        """The dims of every value whose rank is known."""
         values = (*self._inferred.graph.value_info, *self._inferred.graph.output)
         return {
             value.name: tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in shape.dim)
@@ -79,7 +82,7 @@ class CutGraph:
         return {output: place for place, node in enumerate(self.model.graph.node) for output in node.output}
 
     def part(self, outputs: Sequence[str], cuts: Collection[str]) -> GraphPart:
-        """What computes `outputs` when all values in `cuts` that lead to them are given."""
+        """The part that computes `outputs` when all values in `cuts` that lead to them are given."""
         needed: dict[int, onnx.NodeProto] = {}
         reads, paths = {}, {}
         sought: set[str] = set()
@@ -95,24 +98,18 @@ class CutGraph:
         graph = helper.make_graph(
             nodes,
             "part",
-            [
-                *(port for port in self.model.graph.input if port.name in read),
-                *(
-                    helper.make_tensor_value_info(f"{name}{GIVEN}", self.types[name], self._open(name))
-                    for name in given
-                ),
-            ],
-            [helper.make_tensor_value_info(name, self.types[name], self._open(name)) for name in outputs],
+            [*(port for port in self.model.graph.input if port.name in read), *(self._info(n, GIVEN) for n in given)],
+            [self._info(name) for name in outputs],
             [tensor for name, tensor in self._initializers.items() if name in read],
         )
         return GraphPart(
             _like(self.model, graph),
-            tuple(outputs),
-            given,
-            inputs,
-            reads,
-            frozenset(name for name, path in paths.items() if any(node.op_type in QUANTIZED_OPS for node in path)),
-            {name: tuple(node.name for node in path) for name, path in paths.items()},
+            outputs=tuple(outputs),
+            given=given,
+            inputs=inputs,
+            reads=reads,
+            quantized=frozenset(name for name, path in paths.items() if _quantizes(path)),
+            nodes={name: tuple(node.name for node in path) for name, path in paths.items()},
         )
 
     def given_for(self, output: str, cuts: Collection[str]) -> tuple[str, ...]:
@@ -120,22 +117,18 @@ class CutGraph:
         return tuple(self._before(output, cuts).given)
 
     def marked(self, outputs: Sequence[str]) -> onnx.ModelProto:
-        """The whole graph, with `outputs` given out beside its own."""
+        """The whole graph with `outputs` as further outputs."""
         marked = onnx.ModelProto()
         marked.CopyFrom(self.model)
-        marked.graph.output.extend(
-            helper.make_tensor_value_info(name, self.types[name], self._open(name))
-            for name in outputs
-            if name not in self.ports
-        )
+        marked.graph.output.extend(self._info(name) for name in outputs if name not in self.ports)
         return marked
 
-    def _open(self, name: str) -> list[str | None]:
-        """As many unknown dims as the value has: what a part is fed decides."""
-        return [None] * len(self.dims[name])
+    def _info(self, name: str, suffix: str = "") -> onnx.ValueInfoProto:
+        """The type and rank of a value. The arrays that a part is fed decide its dims."""
+        return helper.make_tensor_value_info(f"{name}{suffix}", self.types[name], [None] * len(self.dims[name]))
 
     def _before(self, output: str, cuts: Collection[str]) -> "_Before":
-        """What leads to `output` from given values on, in the order that it runs."""
+        """The nodes between given values and `output`, in the order they run."""
         nodes: dict[int, onnx.NodeProto] = {}
         given: dict[str, bool] = {}
         waiting = [output]
@@ -155,10 +148,14 @@ class CutGraph:
 
 @dataclass(frozen=True)
 class _Before:
-    """Nodes in the order they run, and the given values: whether they are read, or only their size is."""
+    """Nodes in the order they run, and the given values: True when they are read, False when only their size is."""
 
     nodes: list[onnx.NodeProto]
     given: dict[str, bool]
+
+
+def _quantizes(nodes: Sequence[onnx.NodeProto]) -> bool:
+    return any(node.op_type in QUANTIZED_OPS for node in nodes)
 
 
 def _renamed(node: onnx.NodeProto, cuts: Collection[str]) -> onnx.NodeProto:
@@ -171,8 +168,9 @@ def _renamed(node: onnx.NodeProto, cuts: Collection[str]) -> onnx.NodeProto:
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with type and rank of every value. onnx knows nothing of ONNX Runtime's own operators, and of nothing
-    after them, so theirs are told."""
+    """The model with type and rank of every value.
+
+    onnx cannot infer the outputs of ONNX Runtime's own operators, nor of later nodes, so these outputs are declared."""
     foreign = [node for node in model.graph.node if node.domain]
     if not foreign:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -187,7 +185,7 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _followed(model: onnx.ModelProto) -> dict[str, int]:
-    """Element types of all values: of most operators' outputs that of their first input."""
+    """Element types of all values. The outputs of most operators have the type of their first input."""
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -207,9 +205,9 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _rounding(model: onnx.ModelProto, types: Mapping[str, int]) -> onnx.ModelProto:
-    """`model` with every bf16 value in fp32, rounded to bf16 by the operation that makes it.
+    """`model` with every bf16 value in fp32, rounded to bf16 after the operation that computes it.
 
-    That is what hardware does: products of bf16 summed in fp32, the result rounded."""
+    Hardware computes in the same way: it sums products of bf16 in fp32 and rounds the result."""
     nodes: list[onnx.NodeProto] = []
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
@@ -231,7 +229,7 @@ def _rounded(node: onnx.NodeProto, types: Mapping[str, int], stored: Collection[
     if not halves:
         yield copy
         return
-    if node.op_type == "Cast":  # its own rounding is enough
+    if node.op_type == "Cast":  # a cast rounds already
         copy.output[:] = [f"{name}/half" for name in node.output]
         yield copy
     else:

@@ -1,7 +1,7 @@
-"""Which values of a graph stand for the output of which reference module, and how one becomes the other.
+"""Matches the values of a graph with the outputs of the reference's modules, and converts one into the other.
 
-Both carry the module's path. A graph keeps images channels last or as rows of channels, and may keep a stream at 2^-k
-of what is meant.
+Both have the module's path as their name. A graph keeps images channels last or as rows of channels. It may keep a
+stream at 2^-k of the reference's values.
 """
 
 import re
@@ -18,11 +18,11 @@ from ...schemas.unet_blocks import blocks_of, stream_of
 Shape = tuple[int, ...]
 Dims = tuple[int | None, ...]
 
-# The decoder's pixels are black, and the conditions of timestep blocks 0: graphs compute both for one row.
+# Graphs compute the decoder's black pixels, and the zero conditions of timestep blocks, for one row.
 ONE_ROW = re.compile(r"^pixels_mapper\.|\.mapper_\w+$")
-# Graphs add the constant conditions to it: another value than the module's.
+# Graphs add the constant conditions to this value, so it differs from the module's.
 WITH_CONDITIONS = re.compile(r"\.mapper$")
-# The graph norms the row of the end token alone.
+# The graph normalises only the row of the end token.
 PICKED = ("text_model.final_layer_norm",)
 IN_BLOCK = re.compile(r"^(?P<way>down|up)_blocks\.(?P<position>\d+)\.\d+")
 # The parts of a block that write to its stream, the block itself among them.
@@ -41,8 +41,9 @@ PASS = re.compile(r"@\d+$")  # a further pass over the same modules
 
 @dataclass(frozen=True)
 class MappedValue:
-    """A value to compare: `name` in graph and reference, `shape` in the reference, `dims` and `exponent` in the graph,
-    which has 2^-exponent of it."""
+    """A value to compare: `name` in graph and reference, `shape` in the reference, `dims` in the graph.
+
+    The graph has 2^-`exponent` of the reference's value."""
 
     name: str
     shape: Shape
@@ -51,7 +52,7 @@ class MappedValue:
 
     @property
     def nbytes(self) -> int:
-        """Of the reference's value in float32."""
+        """The size of the reference's value in float32."""
         return 4 * int(np.prod(self.shape))
 
     def to_graph(self, value: NDArray[Any]) -> NDArray[np.float32]:
@@ -61,7 +62,7 @@ class MappedValue:
         return laid * np.float32(2.0**-self.exponent) if self.exponent else laid
 
     def rows(self, value: NDArray[Any]) -> NDArray[np.float64]:
-        """The graph's value as it is meant, as rows of channels."""
+        """The graph's value at the reference's scale, as rows of channels."""
         first = value.ndim == 4 and value.shape == self.shape
         laid = np.moveaxis(value, 1, -1) if first else value
         return laid.reshape(-1, laid.shape[-1] if laid.ndim else 1).astype(np.float64) * 2.0**self.exponent
@@ -70,28 +71,29 @@ class MappedValue:
 def match(
     shapes: Mapping[str, Shape], dims: Mapping[str, Dims], config: NetworkConfig, exponents: Mapping[str, int]
 ) -> list[MappedValue]:
-    """The points of a graph whose values have `dims`, for a reference whose modules give `shapes`; values of one name
-    that hold different things are none."""
+    """The values that a graph (with `dims`) and a reference (with `shapes`) have in common, by name.
+
+    Values of one name that hold different things are left out."""
     conditioned = isinstance(config, UNetConfig) and config.timestep_conditioning_type
-    points = []
+    found = []
     for name, shape in shapes.items():
         if name not in dims or name in PICKED or (conditioned and WITH_CONDITIONS.search(PASS.sub("", name))):
             continue
         exponent = exponent_of(config, exponents, name) if isinstance(config, UNetConfig) and exponents else 0
         value = np.broadcast_to(np.float32(0), shape)
         if _laid(value, dims[name], one_row=bool(ONE_ROW.search(name))) is not None:
-            points.append(MappedValue(name, shape, dims[name], exponent))
-    return points
+            found.append(MappedValue(name, shape, dims[name], exponent))
+    return found
 
 
 def _laid(value: NDArray[Any], dims: Dims, *, one_row: bool) -> NDArray[np.float32] | None:
-    """`value` of a module in the layout of a graph's value with `dims`; None if it fits none."""
+    """`value` of a module in the layout of a graph's value with `dims`; None if no layout fits."""
     if one_row and value.ndim == 4:
         value = value[:1, :, 0, 0]
     elif one_row:
         value = value[:1]
     candidates = [value]
-    if value.ndim == 4:  # channels last: of equal sizes the first that fits is the right one unless all are equal
+    if value.ndim == 4:  # channels last; the first candidate that fits is right unless all sizes are equal
         candidates.append(value.transpose(0, 2, 3, 1))
     if len(dims) == 2 and dims[1]:
         candidates = [c.reshape(-1, c.shape[-1]) for c in candidates if c.shape[-1] == dims[1]][-1:]
@@ -128,15 +130,16 @@ def exponent_of(config: UNetConfig, exponents: Mapping[str, int], name: str) -> 
 
 
 def _sees_skip(config: UNetConfig, block: str) -> bool:
-    """Whether it is the first of a level on the way up, and joins what it normalises to the skip."""
+    """True for the first residual block of a level on the way up, which joins its normalised input to the skip."""
     way, position, index = block.split(".")
     kinds = {found.name: found.kind for found in blocks_of(config)}
     return way == "up_blocks" and position != "0" and index == "0" and kinds[block] is Block.RES
 
 
 def block_of(name: str) -> tuple[str, str]:
-    """The block a module belongs to, and its path inside: "up_blocks.1.47.channelwise.4" is "up_blocks.1.47" and
-    "channelwise.4"; other modules are blocks by themselves up to the last number."""
+    """The block of a module, and the module's path inside: "up_blocks.1.47" and "channelwise.4", for example.
+
+    A module outside of blocks is a block itself, up to the last number."""
     name = PASS.sub("", name)
     found = BLOCK.match(name)
     block = found[0] if found else name

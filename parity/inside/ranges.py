@@ -6,9 +6,9 @@ The errors it predicts for a precision are checked: the reference also computes 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ...runtime.engines.protocol import Engine, Tensors
+from ...runtime.engines.protocol import Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.bundle import StageEntry
 from ...schemas.config_json import from_json
@@ -22,11 +22,13 @@ from ...storage.bundle import Bundle
 from ..reference_run import embed_prompts, relative
 from ..sample_inputs import StageInput, make_inputs_at
 from ..tolerances import COMPUTE_DTYPES, ROUNDOFF
-from .bisect import WatchedStage
 from .module_map import PASS, block_of
 
+if TYPE_CHECKING:
+    from ..reference.torch_engine import TorchEngine, TorchStage
+
 TIMESTEPS = (0.99, 0.75, 0.5, 0.25, 0.01)
-LOST_BITS = 1.0  # blocks whose usual values lose more bits are named
+LOST_BITS = 1.0  # a block is named when its usual values lose more bits
 INFINITE = float("inf")
 
 
@@ -55,13 +57,6 @@ FORMATS: Mapping[str, Format] = {
     "bf16": Format(3.39e38, 2.0**-126, ROUNDOFF[Precision.BF16]),
     "fp8": Format(E4M3_MAX, 2.0**-6, 2.0**-4, scaled=True),  # E4M3
 }
-
-
-class SpreadStage(WatchedStage, Protocol):
-    """A reference that measures the values of its modules: `parity.reference.engine.TorchStage`."""
-
-    def __call__(self, inputs: Tensors, compute: str | None = None) -> dict[str, Any]: ...
-    def spreads(self, inputs: Tensors) -> dict[str, tuple[float, float]]: ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ class RangeAdvice:
     """The ranges of a stage's activations and the precision that suits them.
 
     `plan` keeps the stage's sums in the range of fp16. It is None for stages other than prior and decoder, and where no
-    plan helps; `obstacle` then says why."""
+    plan helps; `obstacle` is then the reason."""
 
     stage: Stage
     computed: Precision  # the precision of the bundle's graph
@@ -169,22 +164,20 @@ class RangeAdvice:
         }
 
 
-def export_options(advices: Sequence[RangeAdvice]) -> list[str]:
-    """The options of `cascadekit export` that give every stage the precision that suits it."""
-    options = [f"--precision {advice.stage}={advice.precision}" for advice in advices]
+def export_arguments(advices: Sequence[RangeAdvice]) -> dict[str, Any]:
+    """The arguments of `export` that give every stage the precision that suits it: `precisions` and `fp16_safe`."""
     exponents = [advice.exponent for advice in advices if advice.exponent is not None]
-    if exponents:  # one number holds for all stages, so with several stages export has to measure each
-        options.append(f"--fp16-safe {exponents[0] if len(exponents) == 1 else 'auto'}")
-    return options
+    # One number holds for all stages, so with several stages export has to measure each.
+    safe = {"fp16_safe": exponents[0] if len(exponents) == 1 else "auto"} if exponents else {}
+    return {"precisions": {advice.stage: advice.precision for advice in advices}, **safe}
 
 
-def advise(bundle: Bundle, stage: Stage, reference: Engine) -> RangeAdvice:
+def advise(bundle: Bundle, stage: Stage, reference: "TorchEngine") -> RangeAdvice:
     """Measure the stage's activations over prompts and timesteps, and choose a precision for it.
 
     `reference` is a `TorchEngine` of cascadekit's modules. Raises EngineError when the stage cannot be loaded."""
     entry, tokenizer = bundle.entry(stage), ClipTokenizer.open(bundle.tokenizer)
     inputs = make_inputs_at(stage, entry, tokenizer, TIMESTEPS, embed_prompts(reference, tokenizer))
-    runner: Any
     with reference.load(stage) as runner:
         spreads = watch_spreads(runner, inputs)
         errors = _errors(runner, inputs[len(inputs) // 2].inputs)
@@ -192,7 +185,7 @@ def advise(bundle: Bundle, stage: Stage, reference: Engine) -> RangeAdvice:
     return RangeAdvice(stage, entry.precision, tuple(_blocks(spreads)), errors, plan=plan, obstacle=obstacle)
 
 
-def watch_spreads(runner: SpreadStage, inputs: Sequence[StageInput]) -> dict[str, tuple[float, float]]:
+def watch_spreads(runner: "TorchStage", inputs: Sequence[StageInput]) -> dict[str, tuple[float, float]]:
     """The largest magnitude and the smallest root mean square of every module over all inputs and passes."""
     found: dict[str, tuple[float, float]] = {}
     for each in inputs:
@@ -209,7 +202,7 @@ def _blocks(spreads: Mapping[str, tuple[float, float]]) -> list[BlockRange]:
         modules.setdefault(block_of(name)[0], {})[name] = spread
     blocks = []
     for block, found in modules.items():
-        if any(other.startswith(f"{block}.") for other in modules):  # a module that holds blocks is no block
+        if any(other.startswith(f"{block}.") for other in modules):  # a module that contains blocks is not a block
             continue
         where = max(found, key=lambda name: found[name][0])
         least = min(found, key=lambda name: found[name][1])
@@ -229,7 +222,7 @@ def _plan(entry: StageEntry, stage: Stage, spreads: Mapping[str, tuple[float, fl
         return None, str(error)
 
 
-def _errors(runner: SpreadStage, inputs: Tensors) -> dict[str, PrecisionError]:
+def _errors(runner: "TorchStage", inputs: Tensors) -> dict[str, PrecisionError]:
     """The errors of the stage and of its worst block in each type of FORMATS; blocks get exact inputs."""
     names = [name for name in runner.shapes(inputs) if not block_of(name)[1]]
     blocks = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]

@@ -1,6 +1,7 @@
-"""The networks in PyTorch, one file each, keys named as in the diffusers layout. Imports torch."""
+"""The networks in PyTorch, one file each, with keys named as in the diffusers layout. Importing it imports torch."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,30 +44,28 @@ __all__ = [
 ]
 
 
+NETWORKS: Mapping[type[NetworkConfig], Callable[[Any], nn.Module]] = {
+    VQGANConfig: VQGANDecoder,
+    TextEncoderConfig: TextEncoder,
+    ImageEncoderConfig: ImageEncoder,
+    EffnetEncoderConfig: EffnetEncoder,
+    PreviewerConfig: Previewer,
+    ControlNetConfig: ControlNet,
+}
+
+
 def build_reference(config: NetworkConfig) -> nn.Module:
     """The network of `config` with torch's default initialisation, on torch's default device and dtype.
 
-    Every network takes its input ports as keyword arguments, in the dtype of its weights (ids and masks stay
-    int64), and returns its output ports as a dict; names and shapes are those of ``ports_of(config)``. Of the vqgan
-    it is the decoder half. BatchNorms are meant to run in eval mode.
+    Every network takes its input ports as keyword arguments and returns its output ports as a dict. Names and shapes
+    are those of ``ports_of(config)``. Inputs have the dtype of the weights, but ids and masks stay int64. The network
+    of a vqgan is its decoder half. BatchNorms are meant to run in eval mode.
 
     Raises LayoutError for a config that describes no network.
     """
-    match config:
-        case UNetConfig():
-            return Prior(config) if config.stage is Stage.PRIOR else Decoder(config)
-        case VQGANConfig():
-            return VQGANDecoder(config)
-        case TextEncoderConfig():
-            return TextEncoder(config)
-        case ImageEncoderConfig():
-            return ImageEncoder(config)
-        case EffnetEncoderConfig():
-            return EffnetEncoder(config)
-        case PreviewerConfig():
-            return Previewer(config)
-        case ControlNetConfig():
-            return ControlNet(config)
+    if isinstance(config, UNetConfig):
+        return Prior(config) if config.stage is Stage.PRIOR else Decoder(config)
+    return NETWORKS[type(config)](config)
 
 
 def load_reference(
@@ -74,9 +73,9 @@ def load_reference(
 ) -> nn.Module:
     """The network of `config` holding `tensors` (named as in the diffusers layout), ready for inference.
 
-    The network is built without storage, and tensors that have `dtype` already become its weights as they are:
-    nothing is copied, so the network and the caller share them. Only tensors the network has are asked of the
-    mapping, which therefore may read them lazily; the encoder and the codebook of the VQGAN stay untouched.
+    The network is built without storage. Tensors that have `dtype` already become its weights without a copy, so the
+    network and the caller share them. Only tensors of the network are read from the mapping, which may be lazy; the
+    encoder and the codebook of a VQGAN are never read.
 
     Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape.
     """

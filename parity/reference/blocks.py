@@ -1,14 +1,14 @@
-"""The blocks prior and decoder are made of; attribute names are the key names of the diffusers layout."""
+"""The blocks that prior and decoder are made of; attribute names are the key names of the diffusers layout."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NORM_EPSILON = 1e-6  # of every norm in prior, decoder and vqgan, and of the GRN's division
+NORM_EPSILON = 1e-6  # used by every norm in prior, decoder and vqgan, and by the division of the GRN
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of an image, without weights: (B, c, h, w) to the same."""
+    """LayerNorm over the channels of an image, without weights: (B, c, h, w) to (B, c, h, w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -20,10 +20,10 @@ class ChannelNorm(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scales channels by their energy over the image, relative to the other channels: (B, h, w, c) to the same.
+    """Scales channels by their energy over the image, relative to the other channels: (B, h, w, c) to (B, h, w, c).
 
-    From ConvNeXt V2 (arXiv:2301.00808, section 3.2). The norm runs over height and width, so every output
-    depends on the whole image.
+    The layer comes from ConvNeXt V2 (arXiv:2301.00808, section 3.2). Its norm runs over height and width, so every
+    output depends on the whole image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -34,13 +34,13 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, c)
         relative = energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPSILON)
-        # The order of these sums is part of the network: in half precision another one rounds otherwise.
+        # The order of these sums is part of the network: in half precision another order rounds differently.
         y: Tensor = self.gamma * (x * relative) + self.beta + x
         return y
 
 
 class ResBlock(nn.Module):
-    """Depthwise convolution, then a perceptron per pixel that sees the skip as further channels.
+    """Depthwise convolution, then a perceptron per pixel that takes the skip as further channels.
 
     `x` (B, c, h, w) and `skip` (B, c_skip, h, w) give (B, c, h, w); `skip` is None where `skip_channels` is 0.
     """
@@ -88,7 +88,9 @@ class TimestepBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: `x` (B, n, c) asks `context` (B, m, c); no mask, so padding tokens take part."""
+    """Multi-head attention with queries `x` (B, n, c) and keys `context` (B, m, c), without a mask.
+
+    So padding tokens take part."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class AttentionBlock(nn.Module):
 class SizeKeepingSwitch(nn.Module):
     """A change of width between two levels of equal size (``switch_level`` false): a 1x1 convolution.
 
-    `blocks` has a second entry because the layout counts the resampling that true would mean; `index` is the
+    `blocks` has a second entry because the layout counts the resampling of a true ``switch_level``. `index` is the
     place of the convolution: 0 on the way down, 1 on the way up.
     """
 
@@ -146,7 +148,7 @@ class SizeKeepingSwitch(nn.Module):
 
 
 def image_mapper(in_channels: int, width: int) -> nn.Sequential:
-    """Brings a conditioning image (B, in_channels, h, w) to the embedded sample's width, (B, width, h, w)."""
+    """Maps a conditioning image (B, in_channels, h, w) to the embedded sample's width, (B, width, h, w)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, width * 4, kernel_size=1),
         nn.GELU(),
@@ -158,6 +160,6 @@ def image_mapper(in_channels: int, width: int) -> nn.Sequential:
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """`x` (B, c, h, w) in the height and width of `like`, bilinear with aligned corners, in the dtype of `x`.
 
-    An identity, bit for bit, where the sizes are equal: callers need no branch.
+    The result is `x` bit for bit where the sizes are equal, so callers need no branch.
     """
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)

@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickG
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence (B, n, c) on itself, where the mask (B, 1, n, n), if any, is True."""
+    """Multi-head attention of a sequence (B, n, c) on itself, where the mask (B, 1, n, n) is True or missing."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The perceptron per token: (B, n, c) to the same."""
+    """The perceptron per token: (B, n, c) to (B, n, c)."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A transformer layer, norms first: (B, n, c) to the same."""
+    """A transformer layer, norms first: (B, n, c) to (B, n, c)."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers: (B, n, c) to the same."""
+    """The stack of layers: (B, n, c) to (B, n, c)."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
 
 
 def check_activation(config: ClipConfig) -> None:
-    """Raises LayoutError for an activation other than those above."""
+    """Raise LayoutError for an activation that is not in ACTIVATIONS."""
     if config.hidden_act not in ACTIVATIONS:
         known = " or ".join(ACTIVATIONS)
         raise LayoutError(f"config of the {config.stage}: hidden_act must be {known}, found {config.hidden_act}")

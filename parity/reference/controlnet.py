@@ -1,4 +1,4 @@
-"""The ControlNets: from a control image to what is added in front of some of the prior's residual blocks."""
+"""The ControlNets: from a control image to the residuals that are added in front of some blocks of the prior."""
 
 from torch import Tensor, nn
 
@@ -7,12 +7,14 @@ from ...schemas.stages import ControlNetConfig
 from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
 from .efficientnet import efficientnet_v2_s
 
-# Not to be seen in a checkpoint: the activation has no weights. Stability's class has this slope.
+# The slope of Stability's class. A checkpoint does not hold it, since the activation has no weights.
 NEGATIVE_SLOPE = 0.2
 
 
 class NormedConvolutions(nn.Module):
-    """LayerNorm over the channels, GELU and a 3x3 convolution, twice, around them a skip: (B, c, h, w) to the same."""
+    """LayerNorm over the channels, GELU and a 3x3 convolution, twice, with a skip around them.
+
+    (B, c, h, w) becomes (B, c, h, w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,7 +33,7 @@ class ControlChannelNorm(nn.LayerNorm):
 
 
 class ControlNet(nn.Module):
-    """A backbone and one projection for each block that is fed; keys as in Stability's file."""
+    """A backbone, and a projection for each block of the prior that gets residuals; keys as in Stability's file."""
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
@@ -46,9 +48,11 @@ class ControlNet(nn.Module):
         self.projections = nn.ModuleList(_projection(config.width, config.c_proj) for _ in config.proj_blocks)
 
     def forward(self, *, control_image: Tensor) -> dict[str, Tensor]:
-        """``control_image`` (B, c_in, H, W) in the dtype of the weights. ``control.N`` (B, c_proj, h, w) for each
-        N of the config's proj_blocks, to be resized to the prior's latents (bilinear, corners aligned) and added to
-        the input of its residual block N. h, w are H, W, or those of the backbone where it is an EfficientNet."""
+        """The residuals ``control.N`` (B, c_proj, h, w) of ``control_image`` (B, c_in, H, W), in the weights' dtype.
+
+        There is one for each N of the config's proj_blocks. It is to be resized to the prior's latents (bilinear,
+        corners aligned) and added to the input of residual block N. An EfficientNet makes h, w smaller than H, W.
+        """
         seen = self.backbone(control_image)
         pairs = zip(self.config.proj_blocks, self.projections, strict=True)
         return {control_port(block): projection(seen) for block, projection in pairs}

@@ -1,4 +1,4 @@
-"""Stage B: denoises the VQGAN's latents, given stage C's."""
+"""Stage B: denoises the VQGAN's latents, given the latents of stage C."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from ...schemas.stages import UNetConfig
 from .blocks import image_mapper, resize
 from .unet import UNet, UNetConditions
 
-PIXELS_SIZE = 8  # side of the empty image diffusers gives the pixels branch
+PIXELS_SIZE = 8  # side of the empty image that diffusers passes to the pixels branch
 
 
 class Decoder(UNet):
@@ -16,7 +16,9 @@ class Decoder(UNet):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         if config.effnet_in_channels is None or config.pixel_mapper_in_channels is None:
-            raise LayoutError(f"config of the {config.stage}: effnet_in_channels or pixel_mapper_in_channels is null")
+            raise LayoutError(
+                f"config of the {config.stage}: effnet_in_channels or pixel_mapper_in_channels is null; set both"
+            )
         self.effnet_mapper = image_mapper(config.effnet_in_channels, config.block_out_channels[0])
         self.pixel_channels = config.pixel_mapper_in_channels
         self.pixels_mapper = image_mapper(self.pixel_channels, config.block_out_channels[0])
@@ -24,11 +26,15 @@ class Decoder(UNet):
     def forward(
         self, *, sample: Tensor, timestep_ratio: Tensor, clip_text_pooled: Tensor, effnet: Tensor
     ) -> dict[str, Tensor]:
-        """The noise in the latents.
+        """The noise in the latents; all arrays are in the dtype of the weights.
 
-        ``sample`` (B, in, h, w) with h and w multiples of the patch size, ``timestep_ratio`` (B,) from 1 (noise)
-        to 0, ``clip_text_pooled`` (B, 1, pooled) and ``effnet``, the latents of stage C, (B, effnet, eh, ew), all
-        in the dtype of the weights, to ``noise_pred`` (B, out, h, w).
+        | port | shape | meaning |
+        |---|---|---|
+        | ``sample`` | (B, in, h, w) | noisy latents; h and w are multiples of the patch size |
+        | ``timestep_ratio`` | (B,) | from 1 (noise) to 0 |
+        | ``clip_text_pooled`` | (B, 1, pooled) | the prompt |
+        | ``effnet`` | (B, effnet, eh, ew) | the latents of stage C |
+        | ``noise_pred``, returned | (B, out, h, w) | the predicted noise |
         """
         x = self.embedding(sample)  # (B, width, h / patch, w / patch)
         x = x + self.effnet_mapper(resize(effnet, x))
@@ -39,9 +45,9 @@ class Decoder(UNet):
         return {"noise_pred": self.pyramid(x, conditions)}
 
     def empty_pixels(self, x: Tensor) -> Tensor:
-        """What the pixels branch adds without an image: not zero, since its mapper has biases.
+        """The output of the pixels branch without an image. It is not zero, since the mapper has biases.
 
-        The same value at every pixel; it is resized all the same, because the resize rounds.
+        Every pixel has the same value. It is resized nevertheless, because the resize rounds.
         """
         pixels = x.new_zeros(x.shape[0], self.pixel_channels, PIXELS_SIZE, PIXELS_SIZE)
         return resize(self.pixels_mapper(pixels), x)

@@ -1,4 +1,4 @@
-"""EfficientNetV2-S, the backbone of two kinds of network; attribute names are the key names of torchvision."""
+"""EfficientNetV2-S, the backbone of effnet encoder and ControlNets; attribute names are torchvision's key names."""
 
 from itertools import groupby
 
@@ -36,7 +36,9 @@ class ConvNorm(nn.Sequential):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel by what a perceptron makes of all channels' means: (B, c, h, w) to the same."""
+    """Scales each channel by a factor that a perceptron computes from the means of all channels.
+
+    (B, c, h, w) becomes (B, c, h, w)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -81,8 +83,8 @@ def _depthwise(spec: InvertedResidual) -> list[nn.Module]:
 def efficientnet_v2_s(channels: int) -> nn.Sequential:
     """(B, channels, H, W) to (B, 1280, H/32, W/32), rounded up.
 
-    For other than three channels Stability's code puts a new first convolution in, which has no padding: a side is
-    then halved to (side - 1) // 2 there, and what comes out is (side + 29) // 32.
+    For another number of channels, Stability's code has a new first convolution without padding. It halves a side to
+    (side - 1) // 2, and the side of the output is (side + 29) // 32.
     """
     stages = [list(blocks) for _, blocks in groupby(inverted_residuals(), lambda block: block.path.split(".")[0])]
     return nn.Sequential(

@@ -20,6 +20,7 @@ class EffnetEncoder(nn.Module):
         )
 
     def forward(self, *, pixels: Tensor) -> dict[str, Tensor]:
-        """``pixels`` (B, 3, H, W) are images in 0..1 normalised outside, by ``runtime.images.pictures.effnet_pixels``;
-        ``effnet`` (B, latent, H/32, W/32), rounded up, both in the dtype of the weights."""
+        """``effnet`` (B, latent, H/32, W/32), rounded up, of ``pixels`` (B, 3, H, W), in the dtype of the weights.
+
+        The pixels are images in 0..1 that ``runtime.images.pictures.effnet_pixels`` has normalised."""
         return {"effnet": self.mapper(self.backbone(pixels))}

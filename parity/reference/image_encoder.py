@@ -25,7 +25,7 @@ class ImageEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Pixels (B, 3, s, s) to the normed last row of the learned token (B, c)."""
+    """Pixels (B, 3, s, s) to the normed last row of the learned token, (B, c)."""
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class VisionModel(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """The image encoder; keys as in transformers. Raises LayoutError for an activation CLIP does not use."""
+    """The image encoder; keys as in transformers. Raises LayoutError for an activation that CLIP does not use."""
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
@@ -51,6 +51,7 @@ class ImageEncoder(nn.Module):
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, *, pixel_values: Tensor) -> dict[str, Tensor]:
-        """``pixel_values`` (B, 3, s, s), cropped, resized and normalised as CLIP's image processor does, with s the
-        config's image_size; ``image_embeds`` (B, projection), both in the dtype of the weights."""
+        """``image_embeds`` (B, projection) of ``pixel_values`` (B, 3, s, s), in the dtype of the weights.
+
+        s is the config's image_size. The pixels are cropped, resized and normalised as by CLIP's image processor."""
         return {"image_embeds": self.visual_projection(self.vision_model(pixel_values))}

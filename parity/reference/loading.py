@@ -1,6 +1,6 @@
 """Loads a model's weights, whatever their layout, into the PyTorch reference."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +18,7 @@ from ...storage.cast import cast_counted
 from ...storage.cast_ranges import read_scale
 from ...storage.safetensors_reader import TensorRange
 from . import load_reference
-from .engine import Loader, TorchEngine
+from .torch_engine import Loader, TorchEngine
 
 TORCH_DTYPES = {name: getattr(torch, DTYPES[name].torch) for name in (*FLOATS, "I64")}
 
@@ -31,23 +31,25 @@ def reference_engine(
     compiled: bool = False,
     compute: str | None = None,
 ) -> TorchEngine:
-    """The reference of each of `stages` with weights in `dtype`, computing in that or in `compute`; weights are read
-    when a stage is loaded.
+    """The reference of each of `stages` with weights in `dtype`, computing in that dtype or in `compute`.
 
-    Raises UsageError when the model lacks a stage, LayoutError when one is damaged."""
+    Weights are read when a stage is loaded. Raises UsageError when the model lacks a stage, LayoutError when one is
+    damaged."""
     loaders = {stage: _loader(model.component(stage), TORCH_DTYPES[dtype]) for stage in stages}
     return TorchEngine(loaders, compiled=compiled, compute=compute)
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
-    """The tensor's values, copied out of the file in the file's dtype, those of fp8 and scaled ones in float32.
+    """The tensor's values, copied out of the file in its dtype; fp8 and scaled values become float32.
 
-    Raises ExportError for a dtype torch lacks, ConversionError for a scale that is no number."""
+    Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
     if tensor.dtype in FP8 or tensor.scale is not None:
         values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in TORCH_DTYPES:
-        raise ExportError(f"{tensor.path}: the reference cannot read dtype {tensor.dtype}")
+        raise ExportError(
+            f'{tensor.path}: torch has no dtype {tensor.dtype}; convert the model with dtype="fp32" first'
+        )
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
     return _shaped(torch.frombuffer(_bytes(tensor), dtype=TORCH_DTYPES[tensor.dtype]), tensor)
@@ -66,7 +68,7 @@ def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
-    """A component's tensors, each read from its file when asked for, so that no second copy of the weights waits."""
+    """A component's tensors, each read from its file when it is needed, so there is no second copy of the weights."""
 
     def __init__(self, component: Component) -> None:
         self._ranges = component.tensors
@@ -85,7 +87,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 
 def load_component(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The component's network in PyTorch, holding its weights."""
+    """The component's network in PyTorch with its weights."""
     return load_reference(component.config, _Tensors(component), dtype)
 
 
@@ -93,10 +95,12 @@ def _loader(component: Component, dtype: torch.dtype) -> Loader:
     return lambda: (load_component(component, dtype), ports_of(component.config))
 
 
-def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | None = None) -> TorchEngine:
+def independent_engine(
+    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compute: str | None = None
+) -> TorchEngine:
     """The networks of diffusers and transformers with the model's weights: code that is not ours.
 
-    Raises UsageError when the model lacks a stage, or there is no such network for one, or they are not installed."""
+    Raises UsageError when the model lacks a stage, diffusers has no network for one, or a library is not installed."""
     strange = [stage for stage in stages if stage not in INDEPENDENT]
     if strange:
         raise UsageError(
@@ -110,18 +114,14 @@ def independent_engine(model: Model, stages: Sequence[Stage], *, compute: str | 
         reraise_interrupt(error)
         raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
-    loaders = {stage: _independent_loader(component, torch.float32) for stage, component in components.items()}
+    loaders = {stage: _independent_loader(component, TORCH_DTYPES[dtype]) for stage, component in components.items()}
     return TorchEngine(loaders, compute=compute, name="diffusers")
-
-
-def diffusers_engine(component: Component, *, dtype: str = "F32") -> TorchEngine:
-    """diffusers' own network for the prior or the decoder, to measure beside ours. Needs diffusers."""
-    return TorchEngine({component.stage: _independent_loader(component, TORCH_DTYPES[dtype])})
 
 
 def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
     def load() -> tuple[nn.Module, StagePorts]:
-        network = INDEPENDENT[component.stage](component.config)
+        with torch.device("meta"):
+            network = INDEPENDENT[component.stage](component.config)
         _take_weights(network.inner, component, dtype)
         return network.requires_grad_(False).eval(), ports_of(component.config)
 
@@ -129,106 +129,86 @@ def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
 
 
 def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype) -> None:
-    """Load what the component has into a network without storage; of the vqgan what `decode` needs has to be there.
+    """Load the component's tensors into a network without storage.
 
-    Raises LayoutError for weights that are missing."""
+    A vqgan needs only the tensors that its `decode` uses. Raises LayoutError for weights that are missing."""
     known = network.state_dict().keys() & component.tensors.keys()
     weights = {name: read_tensor(component.tensors[name]) for name in sorted(known)}
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
     missing = network.load_state_dict(cast, strict=False, assign=True).missing_keys
     needed = [name for name in missing if not name.startswith(UNUSED_OF_VQGAN)]
     if needed:
-        raise LayoutError(f"{component.path}: the {component.stage} lacks {', '.join(needed[:5])}")
+        lacking = ", ".join(needed[:5])
+        raise LayoutError(f"{component.path}: the {component.stage} lacks {lacking}; get the file again")
 
 
 UNUSED_OF_VQGAN = ("in_block.", "down_blocks.", "vquantizer.")
 
 
 class _Theirs(nn.Module):
-    """A network of another library, built without storage, behind our ports."""
+    """A network of another library with our ports: `run` calls it with our inputs and returns our outputs."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, inner: nn.Module, run: Callable[..., dict[str, torch.Tensor]]) -> None:
         super().__init__()
-        with torch.device("meta"):
-            self.inner: nn.Module = self.build(config)
-
-    def build(self, config: Any) -> nn.Module:
-        raise NotImplementedError
-
-
-class _Diffusers(_Theirs):
-    """diffusers' StableCascadeUNet."""
-
-    def build(self, config: UNetConfig) -> nn.Module:
-        network: nn.Module = import_module("diffusers").StableCascadeUNet.from_config(to_json(config))
-        return network
+        self.inner = inner
+        self._run = run
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"noise_pred": self.inner(**inputs).sample}
+        return self._run(self.inner, **inputs)
 
 
-class _Paella(_Theirs):
-    """diffusers' PaellaVQModel, with what the pipelines do around it."""
+def _diffusers_unet(config: UNetConfig) -> _Theirs:
+    """diffusers' StableCascadeUNet."""
 
-    def build(self, config: VQGANConfig) -> nn.Module:
-        self.scale = config.scale_factor
-        deprecated = import_module("diffusers.pipelines.deprecated.wuerstchen")
-        network: nn.Module = deprecated.PaellaVQModel.from_config(to_json(config))
-        return network
+    def run(network: Any, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"noise_pred": network(**inputs).sample}
 
-    def forward(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        images: torch.Tensor = self.inner.decode(self.scale * latents).sample  # type: ignore[operator]
-        return {"images": images.clamp(0, 1)}
+    return _Theirs(import_module("diffusers").StableCascadeUNet.from_config(to_json(config)), run)
 
 
-class _Clip(_Theirs):
-    """A CLIP model of transformers; `part` is where its embeddings are."""
+def _paella(config: VQGANConfig) -> _Theirs:
+    """diffusers' PaellaVQModel with the scaling and clamping of the pipelines."""
 
-    part, positions = "", 0
+    def run(network: Any, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"images": network.decode(config.scale_factor * latents).sample.clamp(0, 1)}
 
-    def place_positions(self) -> None:
-        """The one buffer that is in no checkpoint."""
-        embeddings = self.inner.get_submodule(f"{self.part}.embeddings")
-        embeddings.position_ids = torch.arange(self.positions)[None]
+    deprecated = import_module("diffusers.pipelines.deprecated.wuerstchen")
+    return _Theirs(deprecated.PaellaVQModel.from_config(to_json(config)), run)
 
 
-class _ClipText(_Clip):
+def _clip_text(config: TextEncoderConfig) -> _Theirs:
     """transformers' CLIPTextModelWithProjection, whose last hidden state is before the final norm."""
 
-    part = "text_model"
-
-    def build(self, config: TextEncoderConfig) -> nn.Module:
-        self.positions = config.max_position_embeddings
-        library = import_module("transformers")
-        network: nn.Module = library.CLIPTextModelWithProjection(library.CLIPTextConfig.from_dict(to_json(config)))
-        return network
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.place_positions()
-        found = self.inner(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    def run(network: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        _set_positions(network.text_model, config.max_position_embeddings)
+        found = network(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return {"prompt_embeds": found.hidden_states[-1], "pooled": found.text_embeds[:, None]}
 
+    library = import_module("transformers")
+    return _Theirs(library.CLIPTextModelWithProjection(library.CLIPTextConfig.from_dict(to_json(config))), run)
 
-class _ClipVision(_Clip):
+
+def _clip_vision(config: ImageEncoderConfig) -> _Theirs:
     """transformers' CLIPVisionModelWithProjection."""
 
-    part = "vision_model"
+    def run(network: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        _set_positions(network.vision_model, (config.image_size // config.patch_size) ** 2 + 1)
+        return {"image_embeds": network(pixel_values=pixel_values).image_embeds}
 
-    def build(self, config: ImageEncoderConfig) -> nn.Module:
-        self.positions = (config.image_size // config.patch_size) ** 2 + 1
-        library = import_module("transformers")
-        network: nn.Module = library.CLIPVisionModelWithProjection(library.CLIPVisionConfig.from_dict(to_json(config)))
-        return network
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.place_positions()
-        return {"image_embeds": self.inner(pixel_values=pixel_values).image_embeds}
+    library = import_module("transformers")
+    return _Theirs(library.CLIPVisionModelWithProjection(library.CLIPVisionConfig.from_dict(to_json(config))), run)
 
 
-INDEPENDENT: Mapping[Stage, type[_Theirs]] = {
-    Stage.TEXT_ENCODER: _ClipText,
-    Stage.PRIOR: _Diffusers,
-    Stage.DECODER: _Diffusers,
-    Stage.VQGAN: _Paella,
-    Stage.IMAGE_ENCODER: _ClipVision,
+def _set_positions(model: Any, count: int) -> None:
+    """Fill the one buffer of a CLIP model that no checkpoint holds."""
+    model.embeddings.position_ids = torch.arange(count)[None]
+
+
+# The networks of other libraries, built by their config.
+INDEPENDENT: Mapping[Stage, Callable[[Any], _Theirs]] = {
+    Stage.TEXT_ENCODER: _clip_text,
+    Stage.PRIOR: _diffusers_unet,
+    Stage.DECODER: _diffusers_unet,
+    Stage.VQGAN: _paella,
+    Stage.IMAGE_ENCODER: _clip_vision,
 }

@@ -8,8 +8,9 @@ from ...schemas.stages import PreviewerConfig
 
 
 class Previewer(nn.Module):
-    """Convolutions, each followed by a GELU and a BatchNorm, that double the size three times; keys as in
-    Stability's file."""
+    """Convolutions, each followed by a GELU and a BatchNorm, that double the size three times.
+
+    Keys are those of Stability's file."""
 
     def __init__(self, config: PreviewerConfig) -> None:
         super().__init__()
@@ -22,8 +23,9 @@ class Previewer(nn.Module):
         self.blocks = nn.Sequential(*layers, nn.Conv2d(widths[-1], config.c_out, kernel_size=1))
 
     def forward(self, *, latents: Tensor) -> dict[str, Tensor]:
-        """The prior's ``latents`` (B, in, h, w), in the dtype of the weights; ``images`` (B, out, 8h, 8w), clamped
-        to 0..1, where the network was trained to end up."""
+        """``images`` (B, out, 8h, 8w) of the prior's ``latents`` (B, in, h, w), in the dtype of the weights.
+
+        The images are clamped to 0..1, the range that the network was trained for."""
         images: Tensor = self.blocks(latents)
         return {"images": images.clamp(0, 1)}
 

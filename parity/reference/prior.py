@@ -14,18 +14,25 @@ class Prior(UNet):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         if config.clip_text_in_channels is None or config.clip_image_in_channels is None:
-            raise LayoutError(f"config of the {config.stage}: clip_text_in_channels or clip_image_in_channels is null")
+            raise LayoutError(
+                f"config of the {config.stage}: clip_text_in_channels or clip_image_in_channels is null; set both"
+            )
         self.clip_txt_mapper = nn.Linear(config.clip_text_in_channels, config.conditioning_dim)
         self.clip_img_mapper = nn.Linear(config.clip_image_in_channels, config.conditioning_dim * config.clip_seq)
 
     def forward(
         self, *, sample: Tensor, timestep_ratio: Tensor, clip_text_pooled: Tensor, clip_text: Tensor, clip_img: Tensor
     ) -> dict[str, Tensor]:
-        """The noise in the latents.
+        """The noise in the latents; all arrays are in the dtype of the weights.
 
-        ``sample`` (B, in, h, w), ``timestep_ratio`` (B,) from 1 (noise) to 0, ``clip_text_pooled`` (B, 1, pooled),
-        ``clip_text`` (B, tokens, text) and ``clip_img`` (B, images, image), all in the dtype of the weights, to
-        ``noise_pred`` (B, out, h, w). Without an image prompt ``clip_img`` is zeros of one image.
+        | port | shape | meaning |
+        |---|---|---|
+        | ``sample`` | (B, in, h, w) | noisy latents |
+        | ``timestep_ratio`` | (B,) | from 1 (noise) to 0 |
+        | ``clip_text_pooled`` | (B, 1, pooled) | the prompt |
+        | ``clip_text`` | (B, tokens, text) | the prompt's tokens |
+        | ``clip_img`` | (B, images, image) | image prompts; zeros of one image without any |
+        | ``noise_pred``, returned | (B, out, h, w) | the predicted noise |
         """
         tokens = [
             self.clip_txt_mapper(clip_text),  # (B, tokens, cond)

@@ -1,8 +1,8 @@
-"""Products as quantised graphs take them, in PyTorch: weights and inputs rounded to what integers or E4M3 hold.
+"""The products of quantised graphs in PyTorch: weights and inputs rounded to integers or to E4M3.
 
-As ONNX Runtime's CPU kernels compute them (docs/ContribOperators.md of ONNX Runtime: MatMulNBits; ONNX:
-DynamicQuantizeLinear), fp8 as TensorRT does. Written apart from `converters.export`, to be compared with what that
-makes.
+Integers are rounded as by ONNX Runtime's CPU kernels (docs/ContribOperators.md of ONNX Runtime: MatMulNBits; ONNX:
+DynamicQuantizeLinear), fp8 as by TensorRT. The code shares nothing with `converters.export`, whose graphs are compared
+with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,21 +19,22 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Rounding:
-    """What stands for a weight (rows, columns), and for what it is multiplied with, (..., columns)."""
+    """How a weight (rows, columns) is rounded, and how the inputs (..., columns) are that it is multiplied with."""
 
     weight: Round
     inputs: Round
 
 
 def _over(part: torch.Tensor, whole: torch.Tensor | float) -> torch.Tensor:
-    """Scales, 1 where there is nothing to scale."""
+    """Scales; 1 where all values are zero."""
     scale = part / whole
     return torch.where(scale == 0, 1.0, scale)
 
 
 def _blocked(tensor: torch.Tensor, size: int, bits: int | None = None) -> torch.Tensor:
-    """Integers of so many bits by block of columns, the value of largest magnitude becoming -2^(bits-1); without
-    `bits` the largest magnitude becomes 127, as inputs are."""
+    """Round to integers of `bits` bits with a scale for each block of columns.
+
+    The value of largest magnitude becomes -2^(bits-1). Without `bits`, as for inputs, it becomes ±127."""
     columns = tensor.shape[-1]
     padded = torch.nn.functional.pad(tensor, (0, -columns % size))
     blocks = padded.view(*padded.shape[:-1], -1, size)
@@ -54,7 +55,7 @@ def _by_row(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _from_low_to_high(inputs: torch.Tensor) -> torch.Tensor:
-    """0 to 255 between the least and the greatest value of all, 0 among them."""
+    """Round to 0..255 between the least and the greatest of all values and zero."""
     low, high = inputs.amin().clamp(max=0), inputs.amax().clamp(min=0)
     scale = _over(high - low, 255)
     middle = (-low / scale).round()
@@ -62,7 +63,7 @@ def _from_low_to_high(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _e4m3(tensor: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """The nearest E4M3 numbers when the largest magnitude, of all or along `dim`, is the largest of them."""
+    """The nearest E4M3 numbers, scaled so that the largest magnitude, of all or along `dim`, is the largest of E4M3."""
     largest = tensor.abs().amax() if dim is None else tensor.abs().amax(dim, keepdim=True)
     scale = _over(largest, E4M3_MAX)
     return (tensor / scale).to(torch.float8_e4m3fn).to(tensor.dtype) * scale

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from ...schemas.stages import TextEncoderConfig
 from .clip import Encoder, check_activation
 
-# Configs written before transformers 4.31 say 2, whatever the vocabulary; the end is the highest id then.
+# Configs written before transformers 4.31 have 2, whatever the vocabulary. The end token is then the highest id.
 LEGACY_EOS = 2
 
 
 class TextEmbeddings(nn.Module):
-    """Token plus position: ids (B, n) to (B, n, c)."""
+    """Embeddings of tokens plus those of positions: ids (B, n) to (B, n, c)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text encoder; keys as in transformers. Raises LayoutError for an activation CLIP does not use."""
+    """The text encoder; keys as in transformers. Raises LayoutError for an activation that CLIP does not use."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class TextEncoder(nn.Module):
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, *, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Embeddings of tokenized prompts, ``input_ids`` and ``attention_mask`` both (B, n) int64.
+        """Embeddings of tokenized prompts; ``input_ids`` and ``attention_mask`` are both (B, n) int64.
 
-        ``prompt_embeds`` (B, n, hidden) is the last layer's output before the final norm, ``pooled``
-        (B, 1, projection) the projection of its normed row at the end token; both in the dtype of the weights.
+        ``prompt_embeds`` (B, n, hidden) is the last layer's output before the final norm. ``pooled``
+        (B, 1, projection) is the projection of its normed row at the end token. Both have the dtype of the weights.
         """
         hidden, normed = self.text_model(input_ids, attention_mask)
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
@@ -60,13 +60,15 @@ class TextEncoder(nn.Module):
 
 
 def attention_allowed(attention_mask: Tensor) -> Tensor:
-    """(B, n), 0 for padding, to (B, 1, n, n): tokens see themselves and those before, but no padding."""
+    """The mask of attention (B, 1, n, n): tokens see themselves and earlier tokens, but no padding.
+
+    `attention_mask` (B, n) is 0 for padding."""
     length = attention_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
     return causal & attention_mask.bool()[:, None, None, :]
 
 
 def end_positions(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Where each prompt ends, (B, n) to (B,): at the first end token, as padding may repeat it; at 0 without one."""
+    """The position of each prompt's first end token, (B, n) to (B,); 0 without one. Padding may repeat the token."""
     marks = input_ids if eos_token_id == LEGACY_EOS else (input_ids == eos_token_id).int()
     return marks.argmax(dim=-1)

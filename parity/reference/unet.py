@@ -1,4 +1,4 @@
-"""What prior and decoder share: conditioning, and the pyramid of levels down and up again."""
+"""The common parts of prior and decoder: conditioning, and the pyramid of levels down and up again."""
 
 import math
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ...schemas.stages import Block, UNetConfig
 from .blocks import NORM_EPSILON, AttentionBlock, ChannelNorm, ResBlock, SizeKeepingSwitch, TimestepBlock, resize
 
-MAX_PERIOD = 10000  # of the sinusoidal embedding; the timestep ratio is multiplied by it, too
+MAX_PERIOD = 10000  # the longest period of the sinusoidal embedding, and the factor of the timestep ratio
 
 
 class UNetConditions(NamedTuple):
-    """What the blocks of every level get besides the image."""
+    """The inputs of every level's blocks besides the image."""
 
     time: Tensor  # (B, (1 + conditions) * embedding dim)
     clip: Tensor  # (B, tokens, conditioning dim)
@@ -22,8 +22,8 @@ class UNetConditions(NamedTuple):
 class UNet(nn.Module):
     """Embedding, pyramid and head of stage B and C. Subclasses add their inputs and `forward`.
 
-    Levels count from the outermost inwards, as in the config; the ``up_*`` lists from the deepest outwards,
-    as in the keys.
+    Levels count from the outermost inwards, as in the config. The ``up_*`` lists count from the deepest outwards, as
+    in the keys.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -53,7 +53,7 @@ class UNet(nn.Module):
         )
 
     def time_embedding(self, ratio: Tensor) -> Tensor:
-        """Embeddings of the ratio (B,) and of zero for every further condition, one after the other: (B, n*e)."""
+        """Embeddings of the ratio (B,), and of zero for every further condition, one after the other: (B, n*e)."""
         dim = self.config.timestep_ratio_embedding_dim
         zeros = [torch.zeros_like(ratio) for _ in self.config.timestep_conditioning_type]
         return torch.cat([sinusoids(value, dim) for value in (ratio, *zeros)], dim=1)
@@ -63,7 +63,7 @@ class UNet(nn.Module):
         return self.split_tokens(self.clip_txt_pooled_mapper(pooled))
 
     def split_tokens(self, mapped: Tensor) -> Tensor:
-        """Every token cut into clip_seq of them: (B, n, clip_seq * conditioning dim) to (B, n * clip_seq, ...)."""
+        """Cut every token into clip_seq tokens: (B, n, clip_seq * conditioning dim) to (B, n * clip_seq, ...)."""
         return mapped.reshape(mapped.shape[0], -1, self.config.conditioning_dim)
 
     def pyramid(self, x: Tensor, conditions: UNetConditions) -> Tensor:
@@ -74,7 +74,7 @@ class UNet(nn.Module):
         ):
             x = _passes(blocks, mappers, downscaler(x), conditions)
             levels.append(x)
-        skips = [None, *levels[-2::-1]]  # the deepest level goes on with its own output
+        skips = [None, *levels[-2::-1]]  # the deepest level takes its own output, and no skip
         for blocks, upscaler, mappers, skip in zip(
             self.up_blocks, self.up_upscalers, self.up_repeat_mappers, skips, strict=True
         ):
@@ -86,9 +86,9 @@ class UNet(nn.Module):
 def sinusoids(value: Tensor, dim: int) -> Tensor:
     """Sines, then cosines of a number per sample at dim/2 frequencies: (B,) to (B, dim), same dtype.
 
-    The product with MAX_PERIOD rounds in the dtype of `value`, as in diffusers: bfloat16 makes 9472 of a ratio
-    of 0.95. The frequencies are float32 in every dtype, float64 included, since these constants are what the
-    networks were trained with; sine and cosine are taken in the promoted type.
+    The product with MAX_PERIOD rounds in the dtype of `value`, as in diffusers: a ratio of 0.95 becomes 9472 in
+    bfloat16. The frequencies are float32 in every dtype, float64 included: the networks were trained with these
+    constants. Sine and cosine are taken in the promoted type.
     """
     steps = torch.arange(dim // 2, device=value.device).float()
     frequencies = (steps * -(math.log(MAX_PERIOD) / (dim // 2 - 1))).exp()
@@ -99,7 +99,7 @@ def sinusoids(value: Tensor, dim: int) -> Tensor:
 def _passes(
     blocks: nn.Module, mappers: nn.Module, x: Tensor, conditions: UNetConditions, skip: Tensor | None = None
 ) -> Tensor:
-    """A level run once more than it has repeat mappers; a mapper stands between two passes."""
+    """Run a level once more than it has repeat mappers, with a mapper between two passes."""
     x = _run(blocks, x, conditions, skip)
     for mapper in mappers.children():
         x = _run(blocks, mapper(x), conditions, skip)
@@ -121,7 +121,7 @@ def _run(blocks: nn.Module, x: Tensor, conditions: UNetConditions, skip: Tensor 
 
 
 def _fitted(x: Tensor, skip: Tensor) -> Tensor:
-    """`x` in the size of the skip, interpolated in float32 at least: halving an odd size has lost a row."""
+    """`x` in the size of the skip, interpolated in float32 at least. Halving an odd size has lost a row."""
     return resize(x.to(torch.promote_types(x.dtype, torch.float32)), skip).to(x.dtype)
 
 
@@ -136,7 +136,7 @@ def _up_blocks(config: UNetConfig, level: int) -> nn.ModuleList:
 
 
 def _blocks(config: UNetConfig, level: int, layers: int, skip_channels: int) -> nn.ModuleList:
-    """The level's block kinds, `layers` times over; the first block of all sees the skip."""
+    """The level's block kinds, `layers` times over; the very first block takes the skip."""
     kinds = config.block_types_per_layer[level] * layers
     return nn.ModuleList(_block(config, level, kind, skip_channels if i == 0 else 0) for i, kind in enumerate(kinds))
 
@@ -160,7 +160,7 @@ def _repeat_mappers(widths: tuple[int, ...], passes: tuple[int, ...]) -> nn.Modu
 
 
 def _downscaler(config: UNetConfig, level: int) -> nn.Module:
-    """What leads from the level outside into `level`."""
+    """The module between the next outer level and `level`."""
     if level == 0:
         return nn.Identity()
     outer, width = config.block_out_channels[level - 1 : level + 1]
@@ -170,7 +170,7 @@ def _downscaler(config: UNetConfig, level: int) -> nn.Module:
 
 
 def _upscaler(config: UNetConfig, level: int) -> nn.Module:
-    """What leads from `level` to the level outside."""
+    """The module between `level` and the next outer level."""
     if level == 0:
         return nn.Identity()
     outer, width = config.block_out_channels[level - 1 : level + 1]

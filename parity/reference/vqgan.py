@@ -1,4 +1,4 @@
-"""Stage A, each half by itself: from latents to an image, and from an image to latents."""
+"""Stage A as two networks: from latents to an image, and from an image to latents."""
 
 from itertools import pairwise
 
@@ -11,9 +11,10 @@ from .blocks import NORM_EPSILON
 
 
 class MixingBlock(nn.Module):
-    """Depthwise convolution and a perceptron per pixel, both scaled, shifted and weighed by scalars.
+    """Depthwise convolution and a perceptron per pixel, both scaled, shifted and weighted by scalars.
 
-    `gammas` (6,): scale, shift and weight of the convolution, then of the perceptron. (B, c, h, w) to the same.
+    `gammas` (6,) holds scale, shift and weight of the convolution, then of the perceptron. (B, c, h, w) becomes
+    (B, c, h, w).
     """
 
     def __init__(self, channels: int) -> None:
@@ -60,10 +61,10 @@ class VQGANDecoder(nn.Module):
         )
 
     def forward(self, *, latents: Tensor) -> dict[str, Tensor]:
-        """The images of stage B's ``latents`` (B, latent, h, w), which are in the dtype of the weights.
+        """``images`` (B, out, f*h, f*w) in 0..1 of stage B's ``latents`` (B, latent, h, w), in the weights' dtype.
 
-        ``images`` (B, out, f*h, f*w) within 0..1 with f = config.compression, 4 in the releases.
-        The latents are scaled by the config's scale factor first; nothing is quantised.
+        f is config.compression, 4 in the releases. The latents are scaled by the config's scale factor first; nothing
+        is quantised.
         """
         images: Tensor = self.out_block(self.up_blocks(self.config.scale_factor * latents))
         return {"images": images.clamp(0, 1)}
@@ -86,10 +87,10 @@ class VQGANEncoder(nn.Module):
         self.down_blocks = nn.Sequential(*layers, nn.Sequential(head, nn.BatchNorm2d(config.latent_channels)))
 
     def forward(self, *, images: Tensor) -> dict[str, Tensor]:
-        """The latents of ``images`` (B, in, H, W), which are in 0..1 and in the dtype of the weights.
+        """``latents`` (B, latent, H/f, W/f) of ``images`` (B, in, H, W) in 0..1, in the dtype of the weights.
 
-        ``latents`` (B, latent, H/f, W/f) with f as in the decoder, of which H and W are multiples. They are neither
-        scaled nor quantised: stage B's latents are these divided by the config's scale factor.
+        f is that of the decoder; H and W are multiples of it. The latents are neither scaled nor quantised: divided
+        by the config's scale factor they are stage B's latents.
         """
         latents: Tensor = self.down_blocks(self.in_block(images))
         return {"latents": latents}

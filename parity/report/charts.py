@@ -1,16 +1,16 @@
-"""Which charts a parity report shows, and what each says in words."""
+"""The charts of a parity report, each with a summary in words."""
 
 from ...schemas.precision import E4M3_MAX, FP16_MAX
 from ...schemas.report import ComparisonEntry, DepthEntry, ParityReport
 from ...schemas.stages import Stage
-from .markup import Markup
-from .svg import Chart, ChartPoint, Level, Series, bar_chart, figure, line_chart, spaced
+from .figures import figure, spaced
+from .svg import Chart, ChartPoint, Level, Series
 
 LIMITS = (("fp8 e4m3", E4M3_MAX), ("fp16", FP16_MAX), ("bf16 and fp32", 3.39e38))
 LIMIT_SHOWN = 100.0  # a limit this many times above all values is left out of a chart
 
 
-def step_charts(report: ParityReport) -> list[Markup]:
+def step_charts(report: ParityReport) -> list[Chart]:
     """Relative L2 over the steps of each sampler, one chart a stage."""
     charts = []
     for stage in _stages(report):
@@ -21,16 +21,15 @@ def step_charts(report: ParityReport) -> list[Markup]:
         if not entries:
             continue
         worst = max(entries, key=lambda e: e.relative_l2)
-        tolerances = dict.fromkeys(entry.tolerance for entry in entries)
         chart = Chart(
-            f"{stage}",
+            str(stage),
             f"After each step; the largest is {figure(worst.relative_l2)}, {worst.kind}, step {worst.step}.",
-            "step",
-            "relative L2",
-            tuple(Series(kind, tuple(map(_step, found))) for kind, found in series.items()),
-            tuple(Level(t, f"tolerance {figure(t)}") for t in _ends(list(tolerances))),
+            x_label="step",
+            y_label="relative L2",
+            series=tuple(Series(kind, tuple(map(_step, found))) for kind, found in series.items()),
+            levels=_tolerances(entries),
         )
-        charts.append(line_chart(chart))
+        charts.append(chart)
     return charts
 
 
@@ -39,12 +38,13 @@ def _step(entry: ComparisonEntry) -> ChartPoint:
     return ChartPoint(entry.step, entry.relative_l2, f"step {entry.step}", odd=not entry.passed)
 
 
-def _ends(tolerances: list[float]) -> list[float]:
-    """The smallest and the largest, where there are several."""
-    return sorted({min(tolerances), max(tolerances)})
+def _tolerances(entries: list[ComparisonEntry]) -> tuple[Level, ...]:
+    """The smallest and the largest tolerance, where there are several."""
+    found = [entry.tolerance for entry in entries]
+    return tuple(Level(t, f"tolerance {figure(t)}") for t in sorted({min(found), max(found)}))
 
 
-def depth_charts(report: ParityReport) -> list[Markup]:
+def depth_charts(report: ParityReport) -> list[Chart]:
     """Error of every part of a graph, one chart for each stage that was bisected."""
     charts = []
     for stage in dict.fromkeys(entry.stage for entry in report.depth):
@@ -58,7 +58,7 @@ def depth_charts(report: ParityReport) -> list[Markup]:
         }
         series = tuple(Series(name, _parts(points, name)) for name, points in lines.items() if points)
         summary = f"{len(parts)} parts, in the order they run. {named}"
-        charts.append(line_chart(Chart(str(stage), summary, "part", "relative L2", series)))
+        charts.append(Chart(str(stage), summary, "part", "relative L2", series))
     return charts
 
 
@@ -66,26 +66,23 @@ def _parts(points: list[tuple[int, DepthEntry, float]], name: str) -> tuple[Char
     return tuple(ChartPoint(n, value, e.name, odd=e.faulty and name == "own error") for n, e, value in points)
 
 
-def histograms(report: ParityReport) -> list[Markup]:
-    """Errors of each stage's passes on their own (of all that there are, where none is)."""
+def histograms(report: ParityReport) -> list[Chart]:
+    """Errors of each stage's passes on sample inputs; of all its passes where none is on a sample input."""
     charts = []
     for stage in (*_stages(report), None):
         entries = [e for e in report.comparisons if e.stage is stage]
         entries = [e for e in entries if e.kind == "stage"] or entries
-        chart = _histogram(str(stage or "image"), entries) if entries else None
-        if chart is not None:
-            charts.append(bar_chart(chart))
+        if any(sum(entry.histogram.counts) for entry in entries):
+            charts.append(_histogram(str(stage or "image"), entries))
     return charts
 
 
-def _histogram(title: str, entries: list[ComparisonEntry]) -> Chart | None:
+def _histogram(title: str, entries: list[ComparisonEntry]) -> Chart:
     edges = entries[0].histogram.edges
     counts = [sum(column) for column in zip(*(e.histogram.counts for e in entries), strict=True)]
     exact = sum(e.histogram.exact for e in entries)
     outside = sum(e.histogram.below + e.histogram.above for e in entries)
     total = sum(counts) + exact + outside
-    if not any(counts):
-        return None
     points = tuple(
         ChartPoint(low, count / total, f"{figure(10**low)} to {figure(10**high)}")
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
@@ -95,17 +92,15 @@ def _histogram(title: str, entries: list[ComparisonEntry]) -> Chart | None:
     return Chart(
         title,
         summary,
-        "error / RMS of the reference",
-        "share of the values",
-        (Series("share", points),),
-        (
-            Level(max(e.relative_l2 for e in entries), "RMS of all errors"),
-            *(Level(t, f"tolerance {figure(t)}") for t in _ends([e.tolerance for e in entries])),
-        ),
+        x_label="error / RMS of the reference",
+        y_label="share of the values",
+        series=(Series("share", points),),
+        levels=(Level(max(e.relative_l2 for e in entries), "RMS of all errors"), *_tolerances(entries)),
+        bars=True,
     )
 
 
-def range_charts(report: ParityReport) -> list[Markup]:
+def range_charts(report: ParityReport) -> list[Chart]:
     """The largest magnitude in every block, one chart for each stage that was watched."""
     charts = []
     for stage in dict.fromkeys(entry.stage for entry in report.ranges):
@@ -119,7 +114,8 @@ def range_charts(report: ParityReport) -> list[Markup]:
         summary += f"; {sum(odd)} of {len(blocks)} blocks exceed fp16." if any(odd) else "; none exceeds fp16."
         points = tuple(ChartPoint(n, e.max_abs, e.name, odd=odd[n]) for n, e in enumerate(blocks))
         levels = tuple(Level(limit, f"{name}: {figure(limit)}") for name, limit in shown)
-        charts.append(line_chart(Chart(str(stage), summary, "block", "max |x|", (Series("max |x|", points),), levels)))
+        series = (Series("max |x|", points),)
+        charts.append(Chart(str(stage), summary, "block", "max |x|", series, levels=levels))
     return charts
 
 

@@ -4,10 +4,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ...schemas.report import ComparisonEntry, DepthEntry, HistogramEntry, RangeEntry
-from ..compare import HISTOGRAM_EDGES, Comparison
+from ..comparison import Comparison
+from ..value_counts import HISTOGRAM_EDGES
 
 if TYPE_CHECKING:
-    from ..inside.bisect import Bisection
+    from ..inside.bisection import Bisection
     from ..inside.ranges import RangeAdvice
 
 

@@ -1,6 +1,6 @@
 """A parity report as JUnit XML, which build servers show: a suite for every stage, a case for every comparison.
 
-What was left out is a suite of skipped cases."""
+Inputs that were left out are the skipped cases of a suite of their own."""
 
 import re
 from collections import defaultdict

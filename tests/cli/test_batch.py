@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from cascadekit import export
-from cascadekit.cli import console, main
+from cascadekit.cli import main, progress
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
@@ -72,7 +73,7 @@ def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["cascadekit.cli.generate_batch", "cascadekit.runtime.batch.batch_runner", "onnxruntime"]
+        ["cascadekit.cli.generate_prompt_file", "cascadekit.runtime.batch.batch_runner", "onnxruntime"]
     )
     return context
 
@@ -439,8 +440,9 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One over all images, and one for each stage, which begins anew with the next images."""
     shown = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=100))
-    with console.batch_progress(30) as bars:
+    console = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "err", SimpleNamespace(is_terminal=True, console=console))
+    with progress.batch_progress(30) as bars:
         for images in range(3):
             for step in range(1, 6):
                 bars.step("prior", step, 5)

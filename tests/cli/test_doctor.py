@@ -18,7 +18,7 @@ from cascadekit.cli import main
 from cascadekit.converters.tensorrt import BuildOptions, Built
 from cascadekit.converters.tensorrt.plans_to_build import graphs_to_build
 from cascadekit.parity import gpu_check
-from cascadekit.parity.gpu_check import GpuReport, ImageSpec
+from cascadekit.parity.gpu_report import GpuReport
 from cascadekit.runtime import examine_machine as doctor
 from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines import onnxruntime as ort_engine
@@ -153,7 +153,7 @@ def trt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRT:
         monkeypatch.setattr(module, "import_tensorrt", find)
     for engine in (tensorrt, ort_engine):  # it walks through all objects there are, and torch has many
         monkeypatch.setattr(engine, "give_back_memory", lambda: None)
-    monkeypatch.setattr(gpu_check, "IMAGES", (ImageSpec(64, 72, 2),))
+    monkeypatch.setattr(gpu_check, "SIZES", ((72, 64),))
     monkeypatch.setattr(
         gpu_check, "TIMED", {"width": 64, "height": 64, "prior_steps": 2, "decoder_steps": 2, "seed": 0}
     )
@@ -198,19 +198,16 @@ def test_everything_passes(trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, t
     assert len(checks) == 25
     for precision in ("fp32", "fp16"):
         parity = checks[f"tensorrt-rtx {precision}: parity"]["numbers"]
-        assert {name.partition(" ")[2] for name in parity} == {
-            "text",
-            "pooled text",
-            "negative text",
-            "prior",
-            "decoder",
-            "vqgan",
-        }
+        for compared in (
+            *("text_encoder: prompt_embeds", "text_encoder: pooled", "prior: noise_pred", "decoder: noise_pred"),
+            *("vqgan: images", "teacher-forced: prior pass 4", "teacher-forced: decoder pass 3", "trajectory: image"),
+        ):
+            assert any(name.startswith(compared) for name in parity["comparisons"]), compared
         assert checks[f"tensorrt-rtx {precision}: memory"]["numbers"]["evictions"] >= 2
         assert checks[f"tensorrt-rtx {precision}: timing"]["numbers"]["prior_step_ms"] > 0
         assert checks[f"tensorrt-rtx {precision}: repeats"]["numbers"]["replays_cuda_graph"] is None
-    errors = [value["relative_l2"] for value in checks["tensorrt-rtx fp16: parity"]["numbers"].values()]
-    assert max(errors) > 1e-4
+    found_fp16 = checks["tensorrt-rtx fp16: parity"]["numbers"]["comparisons"]
+    assert max(value["relative_l2"] for value in found_fp16.values()) > 1e-4
     assert checks["tensorrt fp32: parity"]["detail"] == "tensorrt is not installed"
     assert trt.gpu.taken == 0
 
@@ -225,8 +222,9 @@ def test_what_fails_is_told(trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, 
     checks = {check["name"]: check for check in json.loads(report.read_text())["checks"]}
     parity = checks["tensorrt-rtx fp32: parity"]
     assert parity["result"] == "failed"
-    assert "64x72x2 prior: relative L2" in parity["detail"]
-    assert "decoder" not in parity["detail"]
+    wrong = parity["detail"].split(" | ")
+    assert any(line.startswith("prior: noise_pred") and ": relative L2" in line for line in wrong)
+    assert not [line for line in wrong if line.startswith(("decoder", "vqgan", "teacher-forced: decoder"))]
     assert "_parity" in parity["trace"]
 
     def fail(root: Path, wishes: BuildOptions) -> list[Built]:

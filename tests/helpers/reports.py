@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadekit.parity.compare import Comparison, Kind, Subject, compare
-from cascadekit.parity.report.build import Circumstances, build_report
+from cascadekit.parity.compare import compare
+from cascadekit.parity.comparison import Comparison, Kind, Subject
+from cascadekit.parity.report.circumstances import Circumstances
+from cascadekit.parity.report.write_report import build_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.bundle import Manifest
 from cascadekit.schemas.precision import Precision

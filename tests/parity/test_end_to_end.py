@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import export, verify
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.compare import compare, psnr
+from cascadekit.parity.compare import compare
 from cascadekit.parity.compare_engine import compare_engine
+from cascadekit.parity.image_metrics import psnr
 from cascadekit.parity.reference.loading import reference_engine
 from cascadekit.parity.results import Report
 from cascadekit.runtime.engines.int8_saturation import int8_saturates

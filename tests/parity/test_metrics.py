@@ -12,8 +12,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cascadekit.parity import compare as metrics
 from cascadekit.parity import value_counts
-from cascadekit.parity.compare import HISTOGRAM_EDGES, ValueCount, compare, psnr, relative_l2, ssim
-from cascadekit.parity.value_counts import ulp_distance
+from cascadekit.parity.compare import compare, relative_l2
+from cascadekit.parity.image_metrics import psnr, ssim
+from cascadekit.parity.value_counts import HISTOGRAM_EDGES, ValueCount, ulp_distance
 from cascadekit.schemas.errors import ParityError
 from cascadekit.schemas.precision import Precision
 

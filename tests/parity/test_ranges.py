@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from cascadekit import export
 from cascadekit.cli import main
+from cascadekit.cli.verify_print import export_options
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.inside.ranges import FORMATS, BlockRange, RangeAdvice, advise, export_options
+from cascadekit.parity.inside.ranges import FORMATS, BlockRange, RangeAdvice, advise, export_arguments
 from cascadekit.parity.reference.loading import load_component, reference_engine
 from cascadekit.parity.report.entries import range_entries
 from cascadekit.parity.sample_inputs import make_inputs
@@ -99,6 +100,7 @@ def test_bits_and_overflows(kind: str, largest: float, usual: float, overflows: 
 def test_predictions_come_true(tiny: Path, stage: Stage) -> None:
     advice = advice_for(tiny / "model", tiny / "bundle", stage)
     assert advice.precision is Precision.FP16
+    assert export_arguments([advice]) == {"precisions": {stage: Precision.FP16}}
     assert export_options([advice]) == [f"--precision {stage}=fp16"]
     assert {entry.name for entry in range_entries(advice)} == {block.name for block in advice.blocks}
     for kind in ("fp16", "bf16"):

@@ -16,19 +16,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.parity.compare import Kind, Subject, compare
+from cascadekit.parity.compare import compare
 from cascadekit.parity.compare_engine import _Pass as Pass
-from cascadekit.parity.report.build import write_report
+from cascadekit.parity.comparison import Kind, Subject
 from cascadekit.parity.report.entries import comparison_entry
+from cascadekit.parity.report.figures import figure
 from cascadekit.parity.report.image_slider import amplification
-from cascadekit.parity.report.svg import decade, figure
+from cascadekit.parity.report.svg import decade
+from cascadekit.parity.report.write_report import write_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.report import ParityReport, report_schema
 from cascadekit.schemas.stages import Stage
 from helpers.reports import IMAGE, Images, alone, along, comparison, healthy, made_report, noise_images, report
 
-HOSTILE = '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> & \' $style ]]> \x00\x1b\ud800'
+HOSTILE = (
+    '</title></script><script>alert(1)</script><img src=x onerror="alert(2)"> & \' {{ 7 }} {% if %} ]]> \x00\x1b\ud800'
+)
 CLEANED = HOSTILE.translate({0x00: 0xFFFD, 0x1B: 0xFFFD, 0xD800: "?"})
 SCHEMA = json.loads((files("cascadekit.parity.report.data") / "report.schema.json").read_text(encoding="utf-8"))
 

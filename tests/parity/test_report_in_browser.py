@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.parity.report.build import write_report
+from cascadekit.parity.report.write_report import write_report
 from helpers.reports import alone, comparison, healthy, made_report, noise_images, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

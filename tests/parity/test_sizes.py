@@ -111,7 +111,7 @@ def test_what_takes_long_is_left_out_and_said_so(bundle: Bundle, tiny: Path) -> 
     bundle = with_plans(bundle, Stage.PRIOR, "step", ("64x64", "64x64", "1024x1024"))
     code, report, said = verified(bundle, tiny, "--stage", "prior")
     assert code == 0
-    assert "left out: 1024x1024, which plans are for as well; --sizes all" in said
+    assert "left out: 1024x1024, for which there are plans as well; --sizes all" in said
     assert not any("1024" in name for name in names(report))
     code, report, said = verified(bundle, tiny, "--stage", "prior", "--sizes", "all")
     assert code == 0

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.reference.engine import TorchStage
 from cascadekit.parity.reference.loading import load_component, reference_engine
+from cascadekit.parity.reference.torch_engine import TorchStage
 from cascadekit.parity.sample_inputs import hardest_input, make_inputs
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.stages import Stage

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.parity.compare import Comparison
+from cascadekit.parity.comparison import Comparison
 from cascadekit.parity.results import Report
 from cascadekit.parity.verdict import KEPT, Verdict, make_verdict, record_verdict, verdict_of, warning
 from cascadekit.schemas.bundle import MANIFEST_NAME, parse_manifest

@@ -272,7 +272,7 @@ def test_what_is_no_recording_is_said_so(tiny: Path, recording: Path, tmp_path: 
     [
         ((), "give --against as the model, or --recorded as a file"),
         (("--recorded", "x", "--bisect"), "--bisect needs the model"),
-        (("--against", "x", "--bisect", "--record", "y"), "one at a time"),
+        (("--against", "x", "--bisect", "--record", "y"), "cannot be given together"),
         (("--against", "x", "--bisect", "--reference", "diffusers"), "looks into cascadekit's own modules"),
     ],
 )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascadekit import Cascade
-from cascadekit.parity.compare import psnr
+from cascadekit.parity.image_metrics import psnr
 from cascadekit.runtime.cascade import Settings
 from cascadekit.runtime.sampling.loop import Step
 from cascadekit.schemas.sizes import SizePolicy

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cascadekit.parity.reference import load_reference
-from cascadekit.parity.reference.engine import TorchEngine
+from cascadekit.parity.reference.torch_engine import TorchEngine
 from cascadekit.runtime.engines.protocol import check_inputs
 from cascadekit.runtime.images.pictures import fit
 from cascadekit.runtime.images.resample import bilinear

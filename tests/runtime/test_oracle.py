@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cascadekit import Cascade, Settings
-from cascadekit.parity.compare import psnr
+from cascadekit.parity.image_metrics import psnr
 from cascadekit.runtime.sampling.loop import Step
 from cascadekit.runtime.text.prompts import PromptEmbeds
 from cascadekit.schemas.sizes import SizePolicy

@@ -16,7 +16,7 @@ from cascadekit import Cascade, Settings, export
 from cascadekit.cli import main
 from cascadekit.converters.export.bundle_weights import projections_together
 from cascadekit.converters.export.export_options import ExportOptions
-from cascadekit.parity.compare import psnr
+from cascadekit.parity.image_metrics import psnr
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import ConversionError, EngineError, ExportError, UsageError
 from cascadekit.schemas.hoisted import conditioning_ports, step_ports

@@ -1,7 +1,6 @@
 """Builds the report of a parity run, and writes it as JSON, HTML or JUnit XML."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from numpy.typing import NDArray
 
 from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
-from ...schemas.report import ComparedFile, ImageEntry, ParityReport, StageFacts
+from ...schemas.report import ImageEntry, ParityReport, StageFacts
 from ...storage.atomic_file import whole_file
 from ...storage.output_rules import require_apart, require_free
 from ..image_metrics import ssim, window
 from ..results import Report
+from .circumstances import Circumstances
 from .entries import comparison_entry, depth_entries, range_entries
 from .html import to_html
 from .junit import to_junit
@@ -22,23 +22,12 @@ from .junit import to_junit
 Images = tuple[NDArray[Any], NDArray[Any]]  # found and expected, (B, 3, height, width) in 0..1
 Writer = Callable[[ParityReport, Images | None], str]
 
-# What writes a report as text, by the suffix of its file.
+# The functions that turn a report into text, by the suffix of its file.
 WRITERS: Mapping[str, Writer] = {
     ".html": to_html,
     ".json": lambda report, images: report.model_dump_json(indent=2) + "\n",
     ".xml": lambda report, images: to_junit(report),
 }
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What it takes to repeat a run: the bundle's name, the exact command, versions and machine, and the files."""
-
-    bundle: str
-    command: str
-    environment: Mapping[str, str]
-    files: tuple[ComparedFile, ...] = ()
-    date: str = ""  # UTC, ISO 8601; now when empty
 
 
 def build_report(report: Report, manifest: Manifest, circumstances: Circumstances) -> ParityReport:

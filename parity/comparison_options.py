@@ -13,7 +13,7 @@ REFERENCES = ("cascadekit", "diffusers")
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """What a bundle is compared with, and on which inputs; see `verify` for each of them."""
+    """The model that a bundle is compared with, and the inputs; `verify` documents each field."""
 
     against: Path | None = None
     recorded: Path | None = None
@@ -30,7 +30,7 @@ class ComparisonOptions:
 def check_options(
     options: ComparisonOptions, *, record: bool = False, bisect: bool = False, ranges: bool = False
 ) -> None:
-    """Raise UsageError for options that do not go together. `record` says that the reference is to be recorded."""
+    """Raise UsageError for options that do not go together. `record` is true when the reference is to be recorded."""
     if (options.against is None) == (options.recorded is None):
         raise UsageError("give against=... as the model, or recorded=... as a file that was recorded from it")
     given = {"record=...": record, "bisect=True": bisect, "ranges=True": ranges}
@@ -38,6 +38,6 @@ def check_options(
     if chosen and options.against is None:
         raise UsageError(f"{chosen[0]} needs the model: give against=...")
     if record and len(chosen) > 1:
-        raise UsageError(f"{' and '.join(chosen)}: one at a time")
+        raise UsageError(f"{' and '.join(chosen)} cannot be given together; run one after the other")
     if options.reference != REFERENCES[0] and (bisect or ranges):
         raise UsageError(f"{chosen[0]} looks into cascadekit's own modules: leave reference=... away")

@@ -12,11 +12,13 @@ import click
 from ..runtime.batch.batch_runner import Outcome
 from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, generate_batch
 from ..runtime.batch.generate_requests import images_together
+from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
 from ..schemas.stages import Stage
-from .console import FAILED, batch_progress, note, say
-from .generate_common import note_cut_prompts, note_memory, open_cascade, require_previewer, steps_shown
+from .console import FAILED, note, say
+from .generate_common import note_cut_prompts, note_memory, open_cascade, require_previewer
+from .progress import batch_progress, step_bars
 from .signals import stoppable
 from .translate import in_options
 
@@ -63,7 +65,7 @@ class _Shown(BatchObserver):
 
     def step(self, jobs: Sequence[ImageJob], stage: Stage, step: Any) -> None:
         self._in_work[:] = [job.path for job in jobs]
-        steps_shown(self._bars.step, self._in_work, self._settings.preview_every)(stage, step)
+        with_previews(step_bars(self._bars.step), self._in_work, self._settings.preview_every)(stage, step)
         self.check()
 
     def check(self) -> None:

@@ -1,0 +1,80 @@
+"""Generates the images of requests into files: one .png, or numbered ones in a folder."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ...schemas.limits import MAX_PIXELS_TOGETHER
+from ...schemas.request import Request
+from ...schemas.settings import Settings
+from ...schemas.stages import Stage
+from ..cascade import Cascade
+from ..images.png import image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
+from ..sampling.loop import OnStep, Step
+from .generate_requests import GeneratedImage, generate_requests, images_together, request_groups, text_length
+from .picture_hashes import pictures_of
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A finished image and its file."""
+
+    path: Path
+    image: GeneratedImage
+
+
+def generate_files(
+    cascade: Cascade,
+    requests: Sequence[Request],
+    output: Path,
+    on_step: OnStep,
+    *,
+    sources: Sequence[Path] = (),
+    batch: int | None = None,
+    preview_every: int | None = None,
+    force: bool = False,
+) -> Iterator[ImageFile]:
+    """Generate the images into `output`, a folder or a .png file, and yield each once it is on disk.
+
+    `batch` images are generated together. A preview appears beside each image every `preview_every` steps of the prior.
+
+    Raises UsageError, before anything is generated, when a file exists and `force` is not set, or when it is one of
+    `sources`, a picture of a request, or in the way of a preview."""
+    paths = image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
+    if preview_every:
+        require_free_previews(paths)
+    left = iter(paths)
+    for group in request_groups(requests, most_together(requests[0].settings, batch), partial(text_length, cascade)):
+        here = [next(left) for _ in group]
+        follow = with_previews(on_step, here, preview_every)
+        try:
+            for path, image in zip(here, generate_requests(cascade, group, follow), strict=True):
+                if paths == [output]:
+                    save_png(path, image.image, image.metadata, force=force)
+                else:
+                    path = save_numbered(path, image.image, image.metadata)
+                yield ImageFile(path, image)
+        finally:
+            for path in here if preview_every else ():
+                remove_preview(path)
+
+
+def most_together(settings: Settings, batch: int | None = None) -> int:
+    """The most images of one size that are generated together: `batch`, or four of 1024x1024."""
+    room = max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
+    return min(batch or images_together(settings), room)
+
+
+def with_previews(on_step: OnStep, paths: Sequence[Path], every: int | None) -> OnStep:
+    """`on_step`, which then also saves a preview beside each of `paths` every `every` steps of the prior."""
+
+    def follow(stage: Stage, step: Step) -> None:
+        on_step(stage, step)
+        if every and stage is Stage.PRIOR and (step.index + 1) % every == 0:
+            for path, picture in zip(paths, step.preview(), strict=True):
+                with suppress(OSError):  # saving the image itself reports the error
+                    save_preview(path, picture)
+
+    return follow
