@@ -34,7 +34,7 @@ docs: ## the documentation site, into build/site; a warning is an error
 	$(PYTHON) -m venv .venv-docs
 	# Not editable: the generator would follow the checkout into its own environments.
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither torch nor onnx is installed
 	rm -rf dist .venv-wheel
