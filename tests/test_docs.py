@@ -17,9 +17,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 FOLDERS = "schemas|storage|runtime|converters|parity|cli|bench|tests|docs|examples"
-OTHERS = {  # options of programs that are not ours, by the page that names them
-    "README.md": {"--no-deps"},
-}
 
 
 def commands(group: click.Group, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -68,9 +65,11 @@ def test_every_command_line_has_a_command_and_its_options(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_option_in_the_text_exists(page: str) -> None:
-    known = set().union(*map(options_of, (main, *COMMANDS.values()))) | OTHERS.get(page, set())
+    known = set().union(*map(options_of, (main, *COMMANDS.values())))
     prose = re.sub(r"^```\w*\n.*?^```", "", TEXTS[page], flags=re.M | re.S)
-    named = {option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+    named = {
+        option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+    }
     assert named <= known, named - known
 
 
@@ -101,6 +100,12 @@ def require_parameters(call: ast.Call) -> None:
 def test_every_file_named_exists(page: str) -> None:
     paths = set(re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", TEXTS[page]))
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_make_target_exists(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:`|^)make ([\w-]+)", TEXTS[page], re.M)) <= targets
 
 
 @pytest.mark.parametrize("page", TEXTS)

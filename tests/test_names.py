@@ -163,7 +163,9 @@ def is_command(node: ast.AST) -> bool:
 
 
 def test_command_files_are_short() -> None:
-    commands = [path for path in FILES if path.is_relative_to(ROOT / "cli") and any(map(is_command, ast.walk(parsed(path))))]
+    commands = [
+        path for path in FILES if path.is_relative_to(ROOT / "cli") and any(map(is_command, ast.walk(parsed(path))))
+    ]
     assert len(commands) > 10
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in commands}
     assert not {name: length for name, length in lengths.items() if length >= MOST_COMMAND_LINES}
