@@ -5,6 +5,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import click
@@ -30,7 +31,9 @@ def commands(group: click.Group, *names: str) -> Iterator[tuple[tuple[str, ...],
             yield from commands(command, *names, name)
 
 
-COMMANDS = dict(commands(main))
+@cache
+def known_commands() -> dict[tuple[str, ...], click.Command]:
+    return dict(commands(main))
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -57,15 +60,16 @@ def test_every_command_line_has_a_command_and_its_options(page: str) -> None:
             words = words[1:]
         if words[0].isupper():  # `cascadekit COMMAND --help`
             continue
-        name = tuple(words[:2]) if tuple(words[:2]) in COMMANDS else tuple(words[:1])
-        assert name in COMMANDS, line
+        known = known_commands()
+        name = tuple(words[:2]) if tuple(words[:2]) in known else tuple(words[:1])
+        assert name in known, line
         options = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}
-        assert options <= options_of(COMMANDS[name]), line
+        assert options <= options_of(known[name]), line
 
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_option_in_the_text_exists(page: str) -> None:
-    known = set().union(*map(options_of, (main, *COMMANDS.values())))
+    known = set().union(*map(options_of, (main, *known_commands().values())))
     prose = re.sub(r"^```\w*\n.*?^```", "", TEXTS[page], flags=re.M | re.S)
     named = {
         option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
