@@ -6,19 +6,19 @@ WHEEL_BIN := .venv-wheel/bin
 
 .PHONY: demo test test-light test-slow fuzz lint types docs wheel-test clean
 
-demo: .venv/demo.stamp ## a tiny cascade down the whole road, into demo/
+demo: .venv/demo.stamp ## a tiny cascade through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
-test: .venv/dev.stamp ## every test but the slow ones; ARGS="-k name" chooses
+test: .venv/dev.stamp ## every test without a marker; ARGS="-k name" is passed to pytest
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-light: .venv-light/stamp ## schemas/ and storage/ where torch, diffusers, transformers and onnx are not installed
+test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, diffusers, transformers and onnx
 	.venv-light/bin/python -m pytest -q tests/schemas tests/storage $(ARGS)
 
-test-slow: .venv/dev.stamp ## weights of real size: many minutes, 15 GB of disk, 10 GB of memory
+test-slow: .venv/dev.stamp ## tests with weights of real size: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
 
-fuzz: .venv/dev.stamp ## 20,000 odd inputs from seeds; `python -m tests.fuzz KIND SEED` runs one of them again
+fuzz: .venv/dev.stamp ## 20,000 odd inputs, each from a seed; `python -m tests.fuzz KIND SEED` runs one again
 	$(BIN)/python -m pytest -m fuzz -n auto tests/fuzz
 
 lint: .venv/dev.stamp ## ruff and mypy strict
@@ -27,16 +27,16 @@ lint: .venv/dev.stamp ## ruff and mypy strict
 	$(MAKE) types
 
 types: .venv/dev.stamp ## mypy strict alone
-	mkdir -p .venv/src && ln -sfn ../.. .venv/src/cascadekit # mypy wants the package under its name
+	mkdir -p .venv/src && ln -sfn ../.. .venv/src/cascadekit # mypy needs the package under its name
 	MYPYPATH=.venv/src $(BIN)/mypy
 
 docs: ## the documentation site, into build/site; a warning is an error
 	$(PYTHON) -m venv .venv-docs
-	# Not editable: the generator would follow the checkout into its own environments.
+	# Not editable: mkdocstrings would otherwise read the environments inside the checkout too.
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither torch nor onnx is installed
+wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, without torch and onnx
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv .venv-wheel
@@ -51,10 +51,11 @@ wheel-test: .venv/dev.stamp demo ## the wheel draws demo's image where neither t
 	$(PIP) --editable '.[cpu,export]' torch
 	touch $@
 
-# open_clip is a test oracle for the tokenizer alone; its own requirements would bring torchvision along. torchvision
-# is one for the EfficientNet, kept out of the environment, where transformers would use it for other things; polygraphy
-# one for GPU engines, kept out as `validate` would start it for every graph of every test; tensorrt-stubs are the types
-# of TensorRT's calls, kept out as a folder of theirs looks like an installed TensorRT.
+# Test oracles, installed without their requirements or outside the environment:
+# - open_clip checks the tokenizer. Its requirements would install torchvision.
+# - torchvision checks the EfficientNet. In the environment, transformers would use it for other things.
+# - polygraphy checks GPU engines. In the environment, `validate` would start it for every graph of every test.
+# - tensorrt-stubs has the types of TensorRT's calls. In the environment, one of its folders looks like TensorRT.
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch

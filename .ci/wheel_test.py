@@ -1,8 +1,8 @@
 """Run in an environment that holds the wheel with its base and cpu extras alone; the argument is the demo's folder.
 
-Checks that the libraries the runtime must do without are absent, then draws the demo's image again, and with all that
-its four stages can do: both samplers, lists of timesteps, prompts with weights and in chunks, metadata to images,
-images to latents, previews, numpy output.
+Checks that libraries which the runtime must not need are absent. Then generates the demo's image again, and uses
+everything that its four stages can do: both samplers, lists of timesteps, prompts with weights and in chunks, metadata
+to images, images to latents, previews, numpy output.
 """
 
 import importlib.util
@@ -29,23 +29,23 @@ def main() -> None:
     in_python(demo)
     loaded = [name for name in ABSENT if name in sys.modules]
     require(not loaded, f"imported although the runtime should not need them: {', '.join(loaded)}")
-    print("the wheel alone draws the demo's image, and all that four stages can")
+    print("the wheel alone generates the demo's image, and all that four stages can")
 
 
 def on_the_command_line(demo: Path, folder: Path) -> None:
     program = Path(sys.executable).with_name("cascadekit")
 
-    def draw(name: str, *arguments: str) -> bytes:
+    def generated(name: str, *arguments: str) -> bytes:
         command = [program, "generate", demo / "bundle", *arguments, "-o", name]
         subprocess.run(command, cwd=folder, check=True)
         return pixels(folder / name)
 
     wanted = pixels(demo / "image.png")
-    require(draw("image.png", "a tiny cascade", "--seed", "0") == wanted, "the image differs from the demo's")
-    require(draw("like.png", "--like", "image.png") == wanted, "--like draws another image")
-    plain = draw("plain.png", "a cat", *QUICK)
-    listed = draw("listed.png", "a cat", *QUICK, "--prior-timesteps", "1,0.5,0", "--decoder-timesteps", "1,0.5,0")
-    require(listed == plain, "timesteps of one's own that are those of two steps draw another image")
+    require(generated("image.png", "a tiny cascade", "--seed", "0") == wanted, "the image differs from the demo's")
+    require(generated("like.png", "--like", "image.png") == wanted, "--like generates another image")
+    plain = generated("plain.png", "a cat", *QUICK)
+    listed = generated("listed.png", "a cat", *QUICK, "--prior-timesteps", "1,0.5,0", "--decoder-timesteps", "1,0.5,0")
+    require(listed == plain, "timesteps of one's own that are those of two steps generate another image")
     others = {
         "gdf": ("a cat", "--sampler", "gdf"),
         "timesteps": ("a cat", "--prior-timesteps", "0.9,0.4,0.1"),
@@ -54,10 +54,10 @@ def on_the_command_line(demo: Path, folder: Path) -> None:
         "cut": (LONG,),
         "chunks": (LONG, "--long-prompts"),
     }
-    drawn = {plain, *(draw(f"{name}.png", *arguments, *QUICK) for name, arguments in others.items())}
-    require(len(drawn) == len(others) + 1, f"of plain, {', '.join(others)} some drew the same image")
-    like = draw("again.png", "--like", "gdf.png")
-    require(like == pixels(folder / "gdf.png"), "--like draws another image with gdf")
+    images = {plain, *(generated(f"{name}.png", *arguments, *QUICK) for name, arguments in others.items())}
+    require(len(images) == len(others) + 1, f"of plain, {', '.join(others)} some are the same image")
+    like = generated("again.png", "--like", "gdf.png")
+    require(like == pixels(folder / "gdf.png"), "--like generates another image with gdf")
 
 
 def in_python(demo: Path) -> None:
@@ -71,7 +71,7 @@ def in_python(demo: Path) -> None:
         require(bool(np.isfinite(result.pixels).all()), "pixels that are no numbers")
         embeds = result.embeds
         again = cascade.generate(embeds=embeds, seed=[1, 2], prior_steps=2, decoder_steps=2, **size)
-        require(np.array_equal(again.pixels, result.pixels), "embeddings given back draw other images")
+        require(np.array_equal(again.pixels, result.pixels), "embeddings given back generate other images")
         details = cascade.encode_details(result.images[0], **size)
         start = Start(details, 0.5)
         *_, last = cascade.decode(result.prior_latents, embeds, **size, steps=4, start=start, sampler="gdf")

@@ -1,4 +1,4 @@
-"""Convert Stability's single files to a diffusers model folder, and say what was found.
+"""Convert Stability's single files to a diffusers model folder, and print what they hold.
 
 python examples/convert_checkpoint.py demo/original model
 """

@@ -1,4 +1,4 @@
-"""Generate one image with several guidances; prompt and noise are the same, so that only the guidance differs.
+"""Generate one image with several guidances; prompt and noise stay the same.
 
 python examples/vary_guidance.py demo/bundle "a tiny cascade" sheet.png
 """

@@ -35,7 +35,7 @@ STAGE_PREFIXES = ("prior_", "decoder_")
 def listed(items: Sequence[str], most: int = 6) -> str:
     """Return the first `most` of `items` in one line, and how many more there are.
 
-    Example:
+    Examples:
         >>> listed(["a", "b", "c"], most=2)
         'a, b and 1 more'
     """

@@ -87,7 +87,7 @@ def convert(
     without `force=True` and for options that do not fit; CheckpointError and LayoutError for damaged sources; and
     ConversionError when values overflow or the output cannot be written.
 
-    Example:
+    Examples:
         >>> done = convert(["stage_a.safetensors", "stage_b.safetensors"], "model", "diffusers", dtype="bf16")
         >>> [path.as_posix() for path in done.files]
         ['vqgan/diffusion_pytorch_model.safetensors', 'decoder/diffusion_pytorch_model.safetensors']

@@ -18,7 +18,7 @@ def inspect(path: str | Path) -> Model:
     Raises UsageError when there is nothing at `path`, ForeignError (a LayoutError) for a file without a component, and
     CheckpointError for a damaged file.
 
-    Example:
+    Examples:
         >>> model = inspect("stage_c_lite_bf16.safetensors")
         >>> model.components[Stage.PRIOR].describe()
         'prior (lite, original layout)'

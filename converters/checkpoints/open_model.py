@@ -72,7 +72,7 @@ def open_model(
     an encoder does not fit the prior or the decoder; CheckpointError when a file is damaged or no component has weights
     of the `variant`.
 
-    Example:
+    Examples:
         >>> model = open_model(["stage_b.safetensors", "stage_c.safetensors"], text_encoder="CLIP-ViT-bigG-14")
         >>> sorted(model.components)
         ['decoder', 'prior', 'text_encoder']

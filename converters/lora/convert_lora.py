@@ -65,7 +65,7 @@ def convert_lora(
 
     Raises ConversionError with a list of the parts that the format cannot hold, unless `drop` leaves them out.
 
-    Example:
+    Examples:
         >>> done = convert_lora("style.safetensors", "comfyui.safetensors", "comfyui")
         >>> print(*done.notes, sep="\n")
     """

@@ -36,7 +36,7 @@ def inspect_lora(
     Raises CheckpointError for a damaged file, LayoutError for a file that is not a LoRA for these networks, and
     UsageError for a checkpoint.
 
-    Example:
+    Examples:
         >>> inspect_lora("style.safetensors")["network"]
         'prior (full)'
     """

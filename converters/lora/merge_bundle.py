@@ -46,7 +46,7 @@ def apply_loras(
     Raises UsageError for a bundle that has LoRAs merged in already, CheckpointError when its files are damaged, and
     the errors of `merge_loras`.
 
-    Example:
+    Examples:
         >>> done = apply_loras("bundle", ["style.safetensors"], strengths=[0.8])
         >>> undo_loras("bundle")
         ('style.safetensors',)

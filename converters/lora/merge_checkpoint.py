@@ -50,7 +50,7 @@ def merge_loras(
 
     Raises LayoutError when a LoRA is not for this checkpoint, ConversionError when it cannot be merged or undone.
 
-    Example:
+    Examples:
         >>> done = merge_loras("stage_c.safetensors", ["style.safetensors"], "merged.safetensors", strengths=[0.8])
         >>> print(f"{len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
     """

@@ -1,0 +1,123 @@
+"""What the pages say exists: their command lines, options, Python calls, files and links."""
+
+import ast
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+import cascadekit
+from cascadekit.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+FOLDERS = "schemas|storage|runtime|converters|parity|cli|bench|tests|docs|examples"
+
+
+def commands(group: click.Group, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command and group by its words after `cascadekit`."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield (*names, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, *names, name)
+
+
+@cache
+def known_commands() -> dict[tuple[str, ...], click.Command]:
+    return dict(commands(main))
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {name for each in command.params for name in (*each.opts, *each.secondary_opts)} | {"--help", "-h"}
+
+
+def command_lines(text: str) -> list[str]:
+    """The lines in fences and in backticks that call `cascadekit`, without prompts and comments."""
+    fenced = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in joined(block)]
+    inline = [" ".join(each.split()) for each in re.findall(r"`(cascadekit [^`]+)`", text)]
+    return [line for line in (*fenced, *inline) if line.startswith("cascadekit ")]
+
+
+def joined(block: str) -> list[str]:
+    return [re.split(r"\s{2,}(?=\S)|\s+#", line)[0] for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_command_line_has_a_command_and_its_options(page: str) -> None:
+    for line in command_lines(TEXTS[page]):
+        words = shlex.split(line)[1:]
+        if words[0].startswith("-"):
+            assert words[0] in options_of(main), line
+            words = words[1:]
+        if words[0].isupper():  # `cascadekit COMMAND --help`
+            continue
+        known = known_commands()
+        name = tuple(words[:2]) if tuple(words[:2]) in known else tuple(words[:1])
+        assert name in known, line
+        options = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}
+        assert options <= options_of(known[name]), line
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_option_in_the_text_exists(page: str) -> None:
+    known = set().union(*map(options_of, (main, *known_commands().values())))
+    prose = re.sub(r"^```\w*\n.*?^```", "", TEXTS[page], flags=re.M | re.S)
+    named = {
+        option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+    }
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_python_uses_public_names_and_their_parameters(page: str) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.M | re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "cascadekit":
+                assert {alias.name for alias in node.names} <= set(cascadekit.__all__)
+            elif isinstance(node, ast.Call):
+                require_parameters(node)
+
+
+def require_parameters(call: ast.Call) -> None:
+    """The keywords of a call of a public function, or of a method of `cascade`, are parameters of it."""
+    if isinstance(call.func, ast.Name) and call.func.id in cascadekit.__all__:
+        called = getattr(cascadekit, call.func.id)
+    elif isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("cascade", "Cascade"):
+        called = getattr(cascadekit.Cascade, call.func.attr)
+    else:
+        return
+    parameters = inspect.signature(called).parameters.values()
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        assert {each.arg for each in call.keywords} <= {each.name for each in parameters}, ast.unparse(call)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_named_exists(page: str) -> None:
+    paths = set(re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", TEXTS[page]))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_make_target_exists(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:`|^)make ([\w-]+)", TEXTS[page], re.M)) <= targets
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_between_pages_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[page]):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    listed = re.findall(r"^::: cascadekit\.(\w+)$", TEXTS["docs/reference/python.md"], re.M)
+    assert sorted(listed) == sorted(cascadekit.__all__)
