@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .runtime.engines.telemetry import switch_off_telemetry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers and editors; `_PUBLIC` says the same at run time
     from .converters.checkpoints.convert import convert as convert
     from .converters.checkpoints.inspect_checkpoint import inspect as inspect
     from .converters.export.export import export as export
@@ -32,61 +32,60 @@ if TYPE_CHECKING:
     from .runtime.images.png import to_images as to_images
     from .runtime.sampling.noise import PlacedSeed as PlacedSeed
     from .runtime.text.prompts import PromptEmbeds as PromptEmbeds
+    from .schemas.errors import CascadeError as CascadeError
+    from .schemas.errors import CheckpointError as CheckpointError
+    from .schemas.errors import ConversionError as ConversionError
+    from .schemas.errors import EngineError as EngineError
+    from .schemas.errors import ExportError as ExportError
+    from .schemas.errors import ForeignError as ForeignError
+    from .schemas.errors import LayoutError as LayoutError
+    from .schemas.errors import OutsideProfileError as OutsideProfileError
+    from .schemas.errors import ParityError as ParityError
+    from .schemas.errors import UnsoundError as UnsoundError
+    from .schemas.errors import UsageError as UsageError
     from .schemas.settings import Settings as Settings
 
 switch_off_telemetry()  # before the command line or a worker imports one of those libraries
 
+# The public names, and the module of each.
 _PUBLIC = {
-    "BuildOptions": (".converters.tensorrt.plans_to_build", "BuildOptions"),
-    "Cascade": (".runtime.cascade", "Cascade"),
-    "ExportOptions": (".converters.export.export_options", "ExportOptions"),
-    "PlacedSeed": (".runtime.sampling.noise", "PlacedSeed"),
-    "PromptEmbeds": (".runtime.text.prompts", "PromptEmbeds"),
-    "Report": (".parity.results", "Report"),
-    "Settings": (".schemas.settings", "Settings"),
-    "build": (".converters.tensorrt.builder", "build"),
-    "compare_checkpoints": (".parity.checkpoints.compare_tensors", "compare_checkpoints"),
-    "convert": (".converters.checkpoints.convert", "convert"),
-    "export": (".converters.export.export", "export"),
-    "validate": (".converters.export.validate", "validate"),
-    "make_demo": (".parity.demo", "make_demo"),
-    "to_images": (".runtime.images.png", "to_images"),
-    "with_loras": (".converters.lora.bundle_cache", "with_loras"),
-    "apply_loras": (".converters.lora.merge_bundle", "apply_loras"),
-    "convert_lora": (".converters.lora.convert_lora", "convert_lora"),
-    "inspect_lora": (".converters.lora.inspect_lora", "inspect_lora"),
-    "merge_loras": (".converters.lora.merge_checkpoint", "merge_loras"),
-    "undo_loras": (".converters.lora.merge_bundle", "undo_loras"),
-    "inspect": (".converters.checkpoints.inspect_checkpoint", "inspect"),
-    "record_reference": (".parity.verify", "record_reference"),
-    "verify": (".parity.verify", "verify"),
+    "BuildOptions": ".converters.tensorrt.plans_to_build",
+    "Cascade": ".runtime.cascade",
+    "CascadeError": ".schemas.errors",
+    "CheckpointError": ".schemas.errors",
+    "ConversionError": ".schemas.errors",
+    "EngineError": ".schemas.errors",
+    "ExportError": ".schemas.errors",
+    "ExportOptions": ".converters.export.export_options",
+    "ForeignError": ".schemas.errors",
+    "LayoutError": ".schemas.errors",
+    "OutsideProfileError": ".schemas.errors",
+    "ParityError": ".schemas.errors",
+    "PlacedSeed": ".runtime.sampling.noise",
+    "PromptEmbeds": ".runtime.text.prompts",
+    "Report": ".parity.results",
+    "Settings": ".schemas.settings",
+    "UnsoundError": ".schemas.errors",
+    "UsageError": ".schemas.errors",
+    "apply_loras": ".converters.lora.merge_bundle",
+    "build": ".converters.tensorrt.builder",
+    "compare_checkpoints": ".parity.checkpoints.compare_tensors",
+    "convert": ".converters.checkpoints.convert",
+    "convert_lora": ".converters.lora.convert_lora",
+    "export": ".converters.export.export",
+    "inspect": ".converters.checkpoints.inspect_checkpoint",
+    "inspect_lora": ".converters.lora.inspect_lora",
+    "make_demo": ".parity.demo",
+    "merge_loras": ".converters.lora.merge_checkpoint",
+    "record_reference": ".parity.verify",
+    "to_images": ".runtime.images.png",
+    "undo_loras": ".converters.lora.merge_bundle",
+    "validate": ".converters.export.validate",
+    "verify": ".parity.verify",
+    "with_loras": ".converters.lora.bundle_cache",
 }
 
-__all__ = [
-    "BuildOptions",
-    "Cascade",
-    "ExportOptions",
-    "PlacedSeed",
-    "PromptEmbeds",
-    "Report",
-    "Settings",
-    "apply_loras",
-    "build",
-    "compare_checkpoints",
-    "convert",
-    "convert_lora",
-    "export",
-    "inspect",
-    "inspect_lora",
-    "make_demo",
-    "merge_loras",
-    "record_reference",
-    "to_images",
-    "undo_loras",
-    "validate",
-    "verify",
-    "with_loras",
-]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
@@ -94,8 +93,7 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version(__name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(import_module(module, __name__), attribute)
+    return getattr(import_module(_PUBLIC[name], __name__), name)
 
 
 def __dir__() -> list[str]:

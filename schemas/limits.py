@@ -49,8 +49,8 @@ MAX_PROMPT_LINE = 1 << 20  # characters of a line of JSON, which takes many time
 MAX_PICTURE_BYTES = 1_431_655_760  # in memory, before it is scaled: 8 for each pixel of the largest that Pillow opens
 MAX_PICTURE_SIDE = 65_535  # pixels; JPEG's own limit, and masks need a Python object for each
 JPEG_PIXELS = 32 << 20  # a larger JPEG is reduced towards this while it is decoded; no generated image is larger
-# The most bytes for each pixel while a picture is decoded and converted, by format. Pillow decodes the last three as a
-# whole, with other libraries.
+# The most bytes for each pixel while a picture is decoded and converted, by format. The last four are decoded as a
+# whole: a progressive JPEG keeps all coefficients until its end, and other libraries decode the rest for Pillow.
 PICTURE_BYTES: Mapping[str, int] = {
     "PNG": 8,
     "JPEG": 8,
@@ -61,6 +61,7 @@ PICTURE_BYTES: Mapping[str, int] = {
     "PPM": 8,
     "TGA": 8,
     "TIFF": 8,
+    "progressive JPEG": 12,
     "WEBP": 18,
     "AVIF": 14,
     "JPEG2000": 22,

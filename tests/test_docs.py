@@ -13,6 +13,7 @@ import pytest
 
 import cascadekit
 from cascadekit.cli import main
+from cascadekit.schemas import errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -120,4 +121,5 @@ def test_every_link_between_pages_leads_somewhere(page: str) -> None:
 
 def test_the_reference_lists_every_public_name() -> None:
     listed = re.findall(r"^::: cascadekit\.(\w+)$", TEXTS["docs/reference/python.md"], re.M)
-    assert sorted(listed) == sorted(cascadekit.__all__)
+    named = [name for name in cascadekit.__all__ if not hasattr(errors, name)]  # that module is listed as a whole
+    assert sorted(listed) == sorted(named)

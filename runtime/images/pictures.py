@@ -159,7 +159,8 @@ def _known_formats() -> list[str]:
 
 
 def _require_size(path: Path, picture: Image.Image) -> None:
-    most = MAX_PICTURE_BYTES // PICTURE_BYTES.get(picture.format or "", max(PICTURE_BYTES.values()))
+    kind = "progressive JPEG" if picture.info.get("progressive") else picture.format or ""
+    most = MAX_PICTURE_BYTES // PICTURE_BYTES.get(kind, max(PICTURE_BYTES.values()))
     if picture.width * picture.height > most:
         raise _too_large(path, most)
     if max(picture.size) > MAX_PICTURE_SIDE:

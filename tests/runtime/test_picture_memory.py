@@ -16,6 +16,7 @@ from PIL import Image
 from cascadekit.runtime.images.masks import open_mask
 from cascadekit.runtime.images.pictures import open_picture
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.limits import PICTURE_BYTES
 
 SIDE = 4000
 START = 60 << 20  # more than the interpreter had taken, for imports and strips
@@ -78,6 +79,34 @@ def test_masks_take_no_more(tmp_path: Path, mode: str) -> None:
     mask.putpixel((5, 5), 0 if mode == "I;16" else (0, 0, 0, 0))
     mask.save(tmp_path / "m.png", compress_level=1)
     assert taken(tmp_path / "m.png", SIDE, SIDE) <= 8 * SIDE * SIDE + START
+
+
+OTHERS = {
+    "progressive JPEG": ("x.jpg", {"progressive": True, "subsampling": 0}),
+    "WEBP": ("x.webp", {"method": 0, "quality": 50}),
+    "AVIF": ("x.avif", {"speed": 10, "quality": 50}),
+    "JPEG2000": ("x.jp2", {}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_formats_that_are_decoded_as_a_whole(tmp_path: Path, kind: str) -> None:
+    """The table says what they take; a picture above the limit that follows from it is refused unread."""
+    name, options = OTHERS[kind]
+    if Path(name).suffix not in Image.registered_extensions():
+        pytest.skip(f"this Pillow has no {kind}")
+    Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB").save(tmp_path / name, **options)
+    assert taken(tmp_path / name) <= PICTURE_BYTES[kind] * SIDE * SIDE + START
+
+
+def test_the_limit_of_a_progressive_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascadekit.runtime.images.pictures.MAX_PICTURE_BYTES", 10 * 64 * 64)
+    picture = Image.new("RGB", (64, 64))
+    picture.save(tmp_path / "baseline.jpg")
+    picture.save(tmp_path / "progressive.jpg", progressive=True)
+    assert open_picture(tmp_path / "baseline.jpg").size == (64, 64)
+    with pytest.raises(UsageError, match="megapixels"):
+        open_picture(tmp_path / "progressive.jpg")
 
 
 def test_a_large_jpeg_is_decoded_at_half_its_size(tmp_path: Path) -> None:
