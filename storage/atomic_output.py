@@ -42,13 +42,12 @@ def staged_output(
     `.NAME.partial` beside the target. The next run finds its files at the yielded path if it has the same
     `fingerprint`, which stands for the same work; otherwise it removes them.
 
-    | argument | meaning |
-    |---|---|
-    | force | replace files of the same names, or a whole output of cascadekit |
-    | sources | files and folders that the output must not touch |
-    | files | paths below the folder that will be written, checked before the block runs; None for one file |
-    | complete | the new folder has every file of the old one that is to stay |
-    | say | called with a line about replaced files |
+    Args:
+        force: Replace files of the same names, or a whole output of cascadekit.
+        sources: Files and folders that the output must not touch.
+        files: Paths below the folder that will be written, checked before the block runs; None for one file.
+        complete: The new folder has every file of the old one that is to stay.
+        say: Called with a line about replaced files.
 
     Raises UsageError when `target` overlaps `sources`, when it would replace something without `force` or something
     that cascadekit did not make, and when another process is writing it. Raises ConversionError when its folder cannot

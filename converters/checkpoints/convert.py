@@ -63,25 +63,24 @@ def convert(
     """Write every component found in `sources` to `output`, in the layout `to`. No weight changes a bit unless `dtype`
     asks for a cast.
 
-    | argument | meaning |
-    |---|---|
-    | sources | one weights file, folder or hf:// source, or a sequence of them |
-    | output | a folder, or one file when the name ends in .safetensors and one file can hold everything |
-    | to | "diffusers", "original", "split" or "comfyui" |
-    | text_encoder | the text encoder to use instead of that in the sources: a Hugging Face folder or file |
-    | image_encoder | the image encoder to use, likewise |
-    | dtype | "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too |
-    | allow_overflow | let values that are too large for the dtype become infinite |
-    | variant | the weights to read from a folder with several variants, such as "bf16" |
-    | lite | read prior_lite/ and decoder_lite/ where a folder has both sizes |
-    | ema | read averaged weights where a file has trained ones too |
-    | as_variant | the variant to put into the names of diffusers files, such as "bf16" |
-    | shard_size | cut diffusers components above this size into shards: bytes, or text such as "10GB" |
-    | combined | use the folder names of StableCascadeCombinedPipeline (diffusers) |
-    | canonical | order tensors as the safetensors library does, instead of as the source does |
-    | force | replace files of the same names, or an earlier output |
-    | say | called with a line of text for each download |
-    | start_file | called with the name and size of each file before it is written |
+    Args:
+        sources: One weights file, folder or hf:// source, or a sequence of them.
+        output: A folder, or one file when the name ends in .safetensors and one file can hold everything.
+        to: "diffusers", "original", "split" or "comfyui".
+        text_encoder: The text encoder to use instead of that in the sources: a Hugging Face folder or file.
+        image_encoder: The image encoder to use, likewise.
+        dtype: "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too.
+        allow_overflow: Let values that are too large for the dtype become infinite.
+        variant: The weights to read from a folder with several variants, such as "bf16".
+        lite: Read prior_lite/ and decoder_lite/ where a folder has both sizes.
+        ema: Read averaged weights where a file has trained ones too.
+        as_variant: The variant to put into the names of diffusers files, such as "bf16".
+        shard_size: Cut diffusers components above this size into shards: bytes, or text such as "10GB".
+        combined: Use the folder names of StableCascadeCombinedPipeline (diffusers).
+        canonical: Order tensors as the safetensors library does, instead of as the source does.
+        force: Replace files of the same names, or an earlier output.
+        say: Called with a line of text for each download.
+        start_file: Called with the name and size of each file before it is written.
 
     The output appears whole or not at all. Raises UsageError for sources without components, for an output that exists
     without `force=True` and for options that do not fit; CheckpointError and LayoutError for damaged sources; and

@@ -42,14 +42,13 @@ COMFYUI_NAMES: Mapping[Stage, str] = {
 class OutputOptions:
     """How a conversion writes its output. `convert` has an option for each field.
 
-    | field | meaning |
-    |---|---|
-    | layout | the layout to write |
-    | dtype | the dtype of the weights in safetensors' spelling; None keeps that of the source |
-    | variant | the variant in the names of diffusers files; "" for none |
-    | shard_size | bytes above which a diffusers component is cut into shards; None for no limit |
-    | combined | True for the folder names of the combined pipeline |
-    | canonical | True to order tensors as the safetensors library does, False to keep the source's order |
+    Attributes:
+        layout: The layout to write.
+        dtype: The dtype of the weights in safetensors' spelling; None keeps that of the source.
+        variant: The variant in the names of diffusers files; "" for none.
+        shard_size: Bytes above which a diffusers component is cut into shards; None for no limit.
+        combined: True for the folder names of the combined pipeline.
+        canonical: True to order tensors as the safetensors library does, False to keep the source's order.
     """
 
     layout: Layout

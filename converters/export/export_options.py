@@ -26,23 +26,22 @@ class ExportOptions:
 
     Strings are accepted in place of enums: ``ExportOptions(precision="fp16", stages=["prior"])``.
 
-    | field | meaning |
-    |---|---|
-    | stages | stages to export; empty: every stage that the model has |
-    | weights | "auto": clones of the model's files if the file system clones, else copies; "copy"; "link" |
-    | precision | the type that graphs compute in |
-    | precisions | the precision of single stages, in place of `precision` |
-    | target | the runtime whose operators the graphs may use |
-    | storage | the precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes |
-    | fp16_safe | exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams |
-    | quantize | how Linears are stored in 8 or 4 bits, if their error stays small |
-    | quantize_threshold | largest relative error of a quantised Linear; None: twice the error of normal numbers |
-    | controlnet | whether the prior has inputs for the residuals of a ControlNet |
-    | hash | whether the SHA-256 of weights is recorded |
-    | loras | LoRA files and their strengths, to be merged into the weights |
-    | text_encoder | a file or folder of the CLIP bigG text encoder, if the model holds none |
-    | vqgan_scale | latent scale of the vqgan; None: the scale that the model's layout implies |
-    | force | whether an existing bundle is replaced |
+    Attributes:
+        stages: Stages to export; empty: every stage that the model has.
+        weights: "auto": clones of the model's files if the file system clones, else copies; "copy"; "link".
+        precision: The type that graphs compute in.
+        precisions: The precision of single stages, in place of `precision`.
+        target: The runtime whose operators the graphs may use.
+        storage: The precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes.
+        fp16_safe: Exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams.
+        quantize: How Linears are stored in 8 or 4 bits, if their error stays small.
+        quantize_threshold: Largest relative error of a quantised Linear; None: twice the error of normal numbers.
+        controlnet: Whether the prior has inputs for the residuals of a ControlNet.
+        hash: Whether the SHA-256 of weights is recorded.
+        loras: LoRA files and their strengths, to be merged into the weights.
+        text_encoder: A file or folder of the CLIP bigG text encoder, if the model holds none.
+        vqgan_scale: Latent scale of the vqgan; None: the scale that the model's layout implies.
+        force: Whether an existing bundle is replaced.
 
     ``weights="link"`` makes hard links if the file system does not clone. No other program opens the graphs then, and
     the model's files must never change in place.

@@ -67,7 +67,7 @@ def convert_lora(
 
     Examples:
         >>> done = convert_lora("style.safetensors", "comfyui.safetensors", "comfyui")
-        >>> print(*done.notes, sep="\n")
+        >>> print(*done.notes, sep="\\n")
     """
     source = local_path(source, say)
     output, to = Path(output), _target_format(to)

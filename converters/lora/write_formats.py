@@ -36,19 +36,18 @@ COMFYUI_PREFIX = "diffusion_model."
 class NamedFormat:
     """How a LoRA format with keys names its tensors, and what it can hold.
 
-    | field | meaning |
-    |---|---|
-    | prefix | the text before the modules of the prior |
-    | text_encoder | the text before the modules of the text encoder; None when the format cannot hold them |
-    | flat | True when "." in module names becomes "_" |
-    | original | True when modules have Stability's names, False when they have those of diffusers |
-    | names | our name of a factor -> the ending of its key |
-    | algorithms | the algorithms that the format can hold |
-    | magnitudes | the axes of DoRA magnitudes that the format can hold |
-    | alpha | the place where the format keeps alpha |
-    | architecture | modelspec.architecture, by which user interfaces sort their lists; None to write none |
-    | folded | True when a product of one row is folded into the weight of a depthwise convolution |
-    | dotted | True when differences have ComfyUI's dotted names |
+    Attributes:
+        prefix: The text before the modules of the prior.
+        text_encoder: The text before the modules of the text encoder; None when the format cannot hold them.
+        flat: True when "." in module names becomes "_".
+        original: True when modules have Stability's names, False when they have those of diffusers.
+        names: Our name of a factor -> the ending of its key.
+        algorithms: The algorithms that the format can hold.
+        magnitudes: The axes of DoRA magnitudes that the format can hold.
+        alpha: The place where the format keeps alpha.
+        architecture: Modelspec.architecture, by which user interfaces sort their lists; None to write none.
+        folded: True when a product of one row is folded into the weight of a depthwise convolution.
+        dotted: True when differences have ComfyUI's dotted names.
     """
 
     prefix: str

@@ -18,17 +18,16 @@ class GraphOptions:
 
     `export` derives them from its `ExportOptions` and the weights, see ``converters.export.derive_graph_options``.
 
-    | field | meaning |
-    |---|---|
-    | precision | the type that the graph computes in; ports stay float32 |
-    | target | the runtime whose operators the graph may use |
-    | exponents | stream of ``schemas.unet_blocks`` -> k: the stream holds 2^-k of its values, the same function |
-    | fp32_blocks | residual blocks whose perceptron computes in fp32 in every precision |
-    | control | residual blocks, in running order, that take a ControlNet's residual as an input |
-    | probes | whether there are outputs ``NAME/max``, the largest magnitude of a value, for calibration |
-    | quantization | how the weights of the modules in `quantized` are stored |
-    | quantized | modules (Linears) with quantised weights |
-    | block_size, int8_products | as in ``schemas.quantization.Scheme`` |
+    Attributes:
+        precision: The type that the graph computes in; ports stay float32.
+        target: The runtime whose operators the graph may use.
+        exponents: Stream of ``schemas.unet_blocks`` -> k: the stream holds 2^-k of its values, the same function.
+        fp32_blocks: Residual blocks whose perceptron computes in fp32 in every precision.
+        control: Residual blocks, in running order, that take a ControlNet's residual as an input.
+        probes: Whether there are outputs ``NAME/max``, the largest magnitude of a value, for calibration.
+        quantization: How the weights of the modules in `quantized` are stored.
+        quantized: Modules (Linears) with quantised weights.
+        block_size, int8_products: As in ``schemas.quantization.Scheme``.
     """
 
     precision: Precision = Precision.FP32

@@ -7,14 +7,10 @@ compares versions.
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
-from ...schemas.errors import EngineError, UsageError, reraise_interrupt
-from ...schemas.targets import PLAIN, RTX
-
-MODULES = {RTX: "tensorrt_rtx", PLAIN: "tensorrt"}
-INSTALL = {RTX: "pip install 'cascadekit[tensorrt-rtx]'", PLAIN: "pip install 'cascadekit[tensorrt]'"}
+from ...runtime.engines.tensorrt.host import MODULES, import_tensorrt
+from ...schemas.errors import EngineError, UsageError
 
 # Parts of messages that every call logs on a machine without a driver, even a call that needs none.
 DRIVERLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
@@ -75,18 +71,13 @@ def find_backend(name: str) -> Backend:
     """The backend called "tensorrt-rtx" or "tensorrt".
 
     Raises UsageError for another name, EngineError when the backend is not installed or cannot be loaded."""
-    if name not in MODULES:
+    known = next((backend for backend in MODULES if backend == name), None)
+    if known is None:
         raise UsageError(f"backend={name!r}: expected {' or '.join(MODULES)}")
-    try:
-        module = import_module(MODULES[name])
-    except ModuleNotFoundError as error:
-        reraise_interrupt(error)
-        raise EngineError(f"{name} is not installed: {INSTALL[name]}") from error
-    except (ImportError, OSError, RuntimeError) as error:  # one of its libraries is missing or for another machine
-        reraise_interrupt(error)
-        raise EngineError(f"{name} is installed but cannot be loaded: {error}; {INSTALL[name]}") from error
+    module = import_tensorrt(known)
     if not hasattr(module, "OnnxParser"):
-        raise EngineError(f"{name} {getattr(module, '__version__', '')}: has no ONNX parser; {INSTALL[name]}")
+        version = getattr(module, "__version__", "")
+        raise EngineError(f"{name} {version}: has no ONNX parser; pip install 'cascadekit[{name}]'")
     return Backend(name, module)
 
 

@@ -30,18 +30,17 @@ PLANS = "plans"  # folder of a stage's plans
 class BuildOptions:
     """The options of `build`.
 
-    | field | meaning |
-    |---|---|
-    | backend | "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine |
-    | targets | compute capabilities such as "sm89"; for tensorrt-rtx only |
-    | stages | stages to build; empty: every stage of the bundle |
-    | graphs | graphs to build; empty: the graphs that `generate` runs |
-    | profiles | image sizes; each becomes an optimisation profile of every plan |
-    | refittable | whether plans of tensorrt can be given other weights later, see ``refit`` |
-    | force | whether existing plans are built again |
-    | cache | a folder of plans that bundles share |
-    | check_memory | whether a build is refused that needs more memory than is free |
-    | weight_streaming | whether the weights of plans may stay in the host's memory |
+    Attributes:
+        backend: "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine.
+        targets: Compute capabilities such as "sm89"; for tensorrt-rtx only.
+        stages: Stages to build; empty: every stage of the bundle.
+        graphs: Graphs to build; empty: the graphs that `generate` runs.
+        profiles: Image sizes; each becomes an optimisation profile of every plan.
+        refittable: Whether plans of tensorrt can be given other weights later, see ``refit``.
+        force: Whether existing plans are built again.
+        cache: A folder of plans that bundles share.
+        check_memory: Whether a build is refused that needs more memory than is free.
+        weight_streaming: Whether the weights of plans may stay in the host's memory.
     """
 
     backend: str = RTX
