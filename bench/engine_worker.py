@@ -22,8 +22,8 @@ from ..runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
 from ..runtime.engines.openvino import import_openvino
 from ..runtime.engines.protocol import StageRunner
 from ..runtime.sampling.denoiser import HoistedStage, prepare
-from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.hoisted import CONDITIONING, STEP
+from ..schemas.manifest import MAIN_GRAPH
 from ..schemas.ports import ports_of
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle

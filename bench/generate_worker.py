@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..runtime.cascade import Cascade
 from ..runtime.engines.protocol import Engine, Run, StageRunner, Tensors
-from ..schemas.bundle import MAIN_GRAPH
+from ..schemas.manifest import MAIN_GRAPH
 from ..schemas.settings import Settings
 from ..schemas.stages import Stage
 from .process import WorkerJob

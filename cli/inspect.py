@@ -12,7 +12,7 @@ from .options import PATH
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
     from ..converters.contents import BundleContents, CheckpointContents
-    from ..schemas.bundle import StageEntry
+    from ..schemas.manifest import StageEntry
     from ..schemas.plan_entries import PlanEntry
 
 COMPONENT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")

@@ -10,12 +10,12 @@ from ..schemas.errors import LayoutError, UsageError
 from ..schemas.layouts import can_become
 
 if TYPE_CHECKING:
-    from ..schemas.bundle import Manifest, StageEntry
+    from ..schemas.manifest import Manifest, StageEntry
     from ..schemas.plan_entries import PlanEntry
     from ..storage.bundle import Bundle
     from .checkpoints.component import Component
 
-MANIFEST_NAME = "cascade.json"  # as in `schemas.bundle`, which takes 0.2 s to import
+MANIFEST_NAME = "cascade.json"  # as in `schemas.manifest`, which takes 0.2 s to import
 
 
 @dataclass(frozen=True)

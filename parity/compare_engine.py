@@ -7,9 +7,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..runtime.engines.protocol import Engine, StageRunner, Tensors
-from ..schemas.bundle import Manifest
 from ..schemas.callbacks import Say
 from ..schemas.errors import OutsideProfileError, UsageError
+from ..schemas.manifest import Manifest
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage

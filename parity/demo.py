@@ -9,9 +9,9 @@ from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
 from ..runtime.cascade import Cascade
 from ..runtime.images.png import save_png
-from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.callbacks import Say
 from ..schemas.layouts import Layout
+from ..schemas.manifest import MANIFEST_NAME
 from ..storage.atomic_output import staged_output
 from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
 from .results import Report

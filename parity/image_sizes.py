@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from ..schemas.bundle import Manifest, StageEntry
+from ..schemas.manifest import Manifest, StageEntry
 from ..schemas.plan_entries import Backend, ImageSize, ProfileEntry
 from ..schemas.sizes import SIZE_STEP, SMALLEST_SIDE
 from ..schemas.stages import Stage

@@ -18,9 +18,9 @@ from ..runtime.memory.residency import STAGED
 from ..runtime.sampling.loop import Step
 from ..runtime.sampling.torch_generator import TorchGenerator
 from ..runtime.text.tokenizer import ClipTokenizer
-from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.callbacks import Say
 from ..schemas.errors import EngineError
+from ..schemas.manifest import MAIN_GRAPH
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from ..converters.checkpoints.component import Component
 from ..converters.checkpoints.open_model import Model
 from ..converters.export.bundle_weights import source_files
-from ..schemas.bundle import Manifest, StageEntry
+from ..schemas.manifest import Manifest, StageEntry
 from ..schemas.stages import Stage, VQGANConfig
 from ..storage.file_hashes import fingerprint
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ..runtime.engines.protocol import Tensors
 from ..runtime.sampling.samplers import alpha_bar
 from ..runtime.text.tokenizer import ClipTokenizer
-from ..schemas.bundle import StageEntry
 from ..schemas.control import is_control
+from ..schemas.manifest import StageEntry
 from ..schemas.profiles import EFFNET_STRIDE
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..runtime.engines.protocol import F32, Engine, HostRunner, StageRunner, Tensors
 from ..runtime.sampling.denoiser import HoistedStage, is_hoisted, prepare
-from ..schemas.bundle import MAIN_GRAPH
 from ..schemas.hoisted import CONDITIONING, STEP
+from ..schemas.manifest import MAIN_GRAPH
 from ..schemas.profiles import STEPS
 from ..schemas.stages import Stage
 

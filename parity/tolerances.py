@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schemas.bundle import StageEntry
+from ..schemas.manifest import StageEntry
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 

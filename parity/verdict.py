@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from ..schemas.bundle import Manifest, StageEntry, StageVerdict, VerdictEntry
 from ..schemas.errors import CheckpointError, ConversionError
+from ..schemas.manifest import Manifest, StageEntry, StageVerdict, VerdictEntry
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, update_manifest
 from .comparison import Comparison

@@ -7,8 +7,8 @@ from typing import Unpack
 import numpy as np
 from PIL import Image
 
-from ..schemas.bundle import ENCODER_GRAPH, Manifest
 from ..schemas.errors import UsageError
+from ..schemas.manifest import ENCODER_GRAPH, Manifest
 from ..schemas.settings import DECODER_SAMPLING, PRIOR_SAMPLING, Sampling, SamplingOptions
 from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage

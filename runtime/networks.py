@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schemas.bundle import MAIN_GRAPH, Manifest, StageEntry
 from ..schemas.errors import EngineError, UnsoundError, UsageError
+from ..schemas.manifest import MAIN_GRAPH, Manifest, StageEntry
 from ..schemas.precision import Precision
 from ..schemas.stages import Stage
 from .engines.protocol import Engine, Run, StageRunner, Tensors

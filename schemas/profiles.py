@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .bundle import PortEntry
 from .control import is_control
 from .errors import UsageError
+from .manifest import PortEntry
 from .plan_entries import ImageSize, PortShapes, ProfileEntry
 from .sizes import latent_sizes
 from .stages import ControlNetConfig, NetworkConfig, Stage, TextEncoderConfig, UNetConfig

@@ -128,7 +128,7 @@ class RangeEntry(FrozenModel):
 
 
 class ComparedFile(FrozenModel):
-    """A file that was part of the comparison; its digests are those of `schemas.bundle.FileEntry`."""
+    """A file that was part of the comparison; its digests are those of `schemas.manifest.FileEntry`."""
 
     role: Literal["bundle", "reference"]
     path: Text

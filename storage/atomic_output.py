@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schemas.bundle import MANIFEST_NAME
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
+from ..schemas.manifest import MANIFEST_NAME
 from ..schemas.messages import listed
 from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo

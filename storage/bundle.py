@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schemas.bundle import (
+from ..schemas.errors import CheckpointError, ConversionError, UsageError
+from ..schemas.limits import MAX_MANIFEST_BYTES
+from ..schemas.manifest import (
     MAIN_GRAPH,
     MANIFEST_NAME,
     FileEntry,
@@ -16,8 +18,6 @@ from ..schemas.bundle import (
     parse_manifest,
     to_text,
 )
-from ..schemas.errors import CheckpointError, ConversionError, UsageError
-from ..schemas.limits import MAX_MANIFEST_BYTES
 from ..schemas.stages import Stage
 from .atomic_file import whole_file
 from .file_hashes import find_change

@@ -11,9 +11,9 @@ from pathlib import Path
 from threading import Event
 from typing import Self
 
-from ..schemas.bundle import FileEntry
 from ..schemas.errors import CheckpointError
 from ..schemas.limits import MAX_HEADER_BYTES
+from ..schemas.manifest import FileEntry
 from .open_file import opened
 
 SAMPLES = 64

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..schemas.bundle import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.errors import CascadeError
 from ..schemas.folders import PLACES, STEMS
 from ..schemas.json_text import load_object
+from ..schemas.manifest import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.stages import Stage
 
 MODEL_INDEX = "model_index.json"

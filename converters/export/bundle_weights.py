@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...schemas.bundle import Placement
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import ExportError
+from ...schemas.manifest import Placement
 from ...schemas.paths import problem_of_name
 from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan

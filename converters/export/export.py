@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.bundle import MANIFEST_NAME, LoraState, Manifest, to_text
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import ExportError, LayoutError, UsageError
 from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
+from ...schemas.manifest import MANIFEST_NAME, LoraState, Manifest, to_text
 from ...schemas.stages import Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
 from ...storage.atomic_output import staged_output
 from ...storage.bundle import require_utf8

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from ...schemas.bundle import FileEntry, GraphEntry, SourceEntry, StageEntry
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError
+from ...schemas.manifest import FileEntry, GraphEntry, SourceEntry, StageEntry
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
 from ...storage.file_hashes import Hashing, describe_file, fingerprint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from ...schemas.bundle import VERSION, PortEntry
+from ...schemas.manifest import VERSION, PortEntry
 
 DTYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "F32",

@@ -19,9 +19,9 @@ from typing import Any
 import onnx
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.bundle import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.callbacks import Say
 from ...schemas.dtypes import DTYPE_SIZES
+from ...schemas.manifest import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle, open_bundle
 from ...storage.file_hashes import WHOLE_BELOW, find_change, sha256_of

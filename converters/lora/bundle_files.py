@@ -5,9 +5,9 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ...schemas.bundle import Placement
 from ...schemas.callbacks import Progress
 from ...schemas.errors import ConversionError
+from ...schemas.manifest import Placement
 from ...storage.file_ranges import CopiedRange, copy_range
 from ...storage.safetensors_writer import reserve, what_failed
 from ..export.bundle_weights import clone

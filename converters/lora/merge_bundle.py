@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...schemas.bundle import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
+from ...schemas.manifest import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.messages import listed_below
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage

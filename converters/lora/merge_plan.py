@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...schemas.bundle import LoraEntry
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraTarget
+from ...schemas.manifest import LoraEntry
 from ...schemas.messages import listed_below
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.bundle import Manifest
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
+from ...schemas.manifest import Manifest
 from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
 from ...storage.atomic_output import scratch_folder

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ...schemas.bundle import Manifest
 from ...schemas.callbacks import Say, StartFile
+from ...schemas.manifest import Manifest
 from ...schemas.precision import Precision, Target
 from ...schemas.stages import Stage
 from ...schemas.targets import ALONE

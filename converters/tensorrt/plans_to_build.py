@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx
 
-from ...schemas.bundle import MAIN_GRAPH, FileEntry, StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
+from ...schemas.manifest import MAIN_GRAPH, FileEntry, StageEntry
 from ...schemas.plan_entries import DeviceEntry, PlanSource, ProfileEntry
 from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for

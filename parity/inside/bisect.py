@@ -18,9 +18,9 @@ from onnx import TensorProto
 from ...runtime.engines.onnxruntime import open_proto
 from ...runtime.engines.protocol import Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
-from ...schemas.bundle import MAIN_GRAPH, StageEntry
 from ...schemas.callbacks import Say
 from ...schemas.config_json import from_json
+from ...schemas.manifest import MAIN_GRAPH, StageEntry
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle

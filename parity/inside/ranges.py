@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.engines.protocol import Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
-from ...schemas.bundle import StageEntry
 from ...schemas.config_json import from_json
 from ...schemas.errors import ExportError
 from ...schemas.fp16 import MARGIN_BITS, Fp16Fit, fit_fp16
+from ...schemas.manifest import StageEntry
 from ...schemas.messages import listed
 from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
 from ...schemas.quantization import Quantization

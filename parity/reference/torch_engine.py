@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...runtime.engines.protocol import HostRunner, Tensors, check_inputs
-from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import EngineError
+from ...schemas.manifest import MAIN_GRAPH
 from ...schemas.ports import StagePorts
 from ...schemas.precision import Precision
 from ...schemas.quantization import Quantization, candidates

@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
+from ...schemas.manifest import Manifest
 from ...schemas.report import ImageEntry, ParityReport, StageFacts
 from ...storage.atomic_file import whole_file
 from ...storage.output_rules import require_apart, require_free

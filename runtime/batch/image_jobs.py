@@ -13,9 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ...schemas.bundle import ENCODER_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
+from ...schemas.manifest import ENCODER_GRAPH, Manifest
 from ...schemas.request import Request, parse_request
 from ...schemas.stages import Stage
 from ..generate_inputs import check_settings

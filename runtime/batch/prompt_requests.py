@@ -4,9 +4,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...schemas.bundle import Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
+from ...schemas.manifest import Manifest
 from ...schemas.request import Request, parse_request
 from .image_jobs import check_request
 

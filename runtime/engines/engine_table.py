@@ -97,7 +97,7 @@ def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
 
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
     """True if the CPU multiplies bf16 and OpenVINO can read the weights, which must be files beside their graphs."""
-    from ...schemas.bundle import MAIN_GRAPH
+    from ...schemas.manifest import MAIN_GRAPH
     from ...storage.hub_cache_links import can_do_without
     from . import openvino
 

@@ -3,7 +3,7 @@
 import platform
 from pathlib import Path
 
-from ...schemas.bundle import Manifest
+from ...schemas.manifest import Manifest
 from ...schemas.quantization import Quantization
 
 EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # flags of x86 CPUs that add the products in 32 bits

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.errors import UsageError
+from ...schemas.manifest import MAIN_GRAPH, Manifest
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from .protocol import Engine, StageRunner

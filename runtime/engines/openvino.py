@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.bundle import MAIN_GRAPH, GraphEntry
 from ...schemas.errors import EngineError, reraise_interrupt
+from ...schemas.manifest import MAIN_GRAPH, GraphEntry
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle

@@ -7,9 +7,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError
+from ...schemas.manifest import MAIN_GRAPH
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
@@ -19,7 +19,7 @@ Run = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 
 class PortSpec(Protocol):
-    """The fields of a port that are checked; `schemas.ports.Port` and `schemas.bundle.PortEntry` have them."""
+    """The fields of a port that are checked; `schemas.ports.Port` and `schemas.manifest.PortEntry` have them."""
 
     @property
     def name(self) -> str: ...

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from ...schemas.bundle import Manifest
+from ...schemas.manifest import Manifest
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ..engines.protocol import Engine

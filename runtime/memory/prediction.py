@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ...schemas.bundle import MAIN_GRAPH, Manifest
 from ...schemas.config_json import from_json
 from ...schemas.hoisted import CONDITIONING, STEP
+from ...schemas.manifest import MAIN_GRAPH, Manifest
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
 from ...schemas.sizes import latent_sizes

@@ -6,8 +6,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
-from ...schemas.bundle import MAIN_GRAPH
 from ...schemas.errors import UsageError
+from ...schemas.manifest import MAIN_GRAPH
 from ...schemas.stages import Stage
 from ..engines.protocol import Engine, StageRunner
 from .give_back import large_blocks_given_back

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...schemas.bundle import Manifest
 from ...schemas.control import is_control
 from ...schemas.errors import UsageError, reraise_interrupt
+from ...schemas.manifest import Manifest
 from ...schemas.stages import Stage
 from ..engines.protocol import F32
 from ..images.masks import fit_mask, mask_pixels

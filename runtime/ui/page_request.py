@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ...schemas.bundle import ENCODER_GRAPH, Manifest
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGE_SIDE, MAX_STEPS
+from ...schemas.manifest import ENCODER_GRAPH, Manifest
 from ...schemas.messages import shown as shown_value
 from ...schemas.request import parse_request
 from ...schemas.settings import Sampler, parse_settings

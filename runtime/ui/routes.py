@@ -13,7 +13,7 @@ from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, BinaryIO
 
-from ...schemas.bundle import Manifest
+from ...schemas.manifest import Manifest
 from .gallery import Gallery
 from .http_messages import Call, RefusedError, Reply, Route, json_reply
 from .http_server import CHUNK

@@ -9,7 +9,7 @@ import onnx
 
 from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
-from cascadekit.schemas.bundle import MANIFEST_NAME
+from cascadekit.schemas.manifest import MANIFEST_NAME
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 from cascadekit.storage.file_hashes import describe_file, sha256_of

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as real
 
-from cascadekit.schemas.bundle import to_text
+from cascadekit.schemas.manifest import to_text
 from cascadekit.schemas.plan_entries import (
     Backend,
     DeviceEntry,

@@ -10,7 +10,7 @@ from cascadekit.parity.comparison import Comparison, Kind, Subject
 from cascadekit.parity.report.circumstances import Circumstances
 from cascadekit.parity.report.write_report import build_report
 from cascadekit.parity.results import Report
-from cascadekit.schemas.bundle import Manifest
+from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.report import ComparedFile, DepthEntry, ParityReport, RangeEntry
 from cascadekit.schemas.stages import Stage

@@ -12,8 +12,8 @@ from cascadekit.cli import main
 from cascadekit.parity.comparison import Comparison
 from cascadekit.parity.results import Report
 from cascadekit.parity.verdict import KEPT, Verdict, make_verdict, record_verdict, verdict_of, warning
-from cascadekit.schemas.bundle import MANIFEST_NAME, parse_manifest
 from cascadekit.schemas.errors import CheckpointError
+from cascadekit.schemas.manifest import MANIFEST_NAME, parse_manifest
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
 from helpers.reports import IMAGE, alone, along, comparison, made_report

@@ -23,9 +23,9 @@ from cascadekit.runtime.sampling.controlnets import (
     require_control,
     summed,
 )
-from cascadekit.schemas.bundle import Manifest, parse_manifest
 from cascadekit.schemas.control import control_ports
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.manifest import Manifest, parse_manifest
 from cascadekit.schemas.ports import Port, ports_of
 from cascadekit.schemas.request import parse_request
 from cascadekit.schemas.stages import PRESETS, ControlNetConfig, EffnetEncoderConfig, Stage, Variant

@@ -14,8 +14,8 @@ from cascadekit.converters.export.validate import validate
 from cascadekit.converters.lora.merge_bundle import apply_loras, derive_bundle
 from cascadekit.parity.verdict import record_verdict
 from cascadekit.runtime.engines.engine_table import make_engine
-from cascadekit.schemas.bundle import VerdictEntry
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.manifest import VerdictEntry
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage import hub_cache_links as real_files
 from cascadekit.storage.bundle import open_bundle

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from cascadekit.schemas.bundle import parse_manifest
 from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.errors import CheckpointError, LayoutError
 from cascadekit.schemas.infer_config import infer_config
+from cascadekit.schemas.manifest import parse_manifest
 from cascadekit.schemas.stages import (
     PRESETS,
     ControlNetConfig,

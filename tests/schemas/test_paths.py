@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cascadekit.schemas.bundle import parse_manifest
 from cascadekit.schemas.errors import CheckpointError
+from cascadekit.schemas.manifest import parse_manifest
 from cascadekit.schemas.paths import problem_of_name, problem_of_path
 
 GOOD = ["a", "model.onnx", "weights 1.safetensors", "Ünïcödé 猫.bin", ".hidden", "a..b", "console", "com", "a" * 255]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cascadekit.schemas.bundle import MANIFEST_NAME, Manifest, to_text
 from cascadekit.schemas.errors import ConversionError, UsageError
+from cascadekit.schemas.manifest import MANIFEST_NAME, Manifest, to_text
 from cascadekit.storage.bundle import locked_bundle, open_bundle, update_manifest
 
 WRITER = """

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ....schemas.bundle import GraphEntry
 from ....schemas.errors import EngineError
+from ....schemas.manifest import GraphEntry
 from ....schemas.plan_entries import PlanEntry
 from ..protocol import Tensors
 from .cuda import Cuda, DeviceBuffer, DeviceMemoryError

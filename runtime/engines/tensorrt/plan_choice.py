@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ....schemas.bundle import MAIN_GRAPH, StageEntry
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
+from ....schemas.manifest import MAIN_GRAPH, StageEntry
 from ....schemas.plan_entries import Backend, PlanEntry, ProfileEntry
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle

@@ -8,8 +8,8 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from ....schemas.bundle import GraphEntry
 from ....schemas.errors import EngineError
+from ....schemas.manifest import GraphEntry
 from ....schemas.plan_entries import PlanEntry
 
 # The host's dtype for each type of TensorRT.

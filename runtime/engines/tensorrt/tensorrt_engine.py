@@ -8,8 +8,8 @@ from weakref import finalize
 
 from numpy.typing import NDArray
 
-from ....schemas.bundle import MAIN_GRAPH
 from ....schemas.errors import EngineError
+from ....schemas.manifest import MAIN_GRAPH
 from ....schemas.plan_entries import Backend, PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage

@@ -21,9 +21,9 @@ from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.export import bundle_weights as placing
 from cascadekit.converters.export import export_stage
-from cascadekit.schemas.bundle import StageEntry
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import ConversionError, ExportError
+from cascadekit.schemas.manifest import StageEntry
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.storage import file_ranges as copying
 from cascadekit.storage.bundle import open_bundle

@@ -11,7 +11,7 @@ import pytest
 
 from cascadekit import export
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.schemas.bundle import PortEntry
+from cascadekit.schemas.manifest import PortEntry
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cascadekit.converters.onnx import WRITERS, GraphOptions, graph_ports
-from cascadekit.schemas.bundle import PortEntry
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.manifest import PortEntry
 from cascadekit.schemas.plan_entries import ProfileEntry
 from cascadekit.schemas.profiles import DEFAULT, Bounds, parse_image_size, profile_for
 from cascadekit.schemas.stages import (
