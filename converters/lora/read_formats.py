@@ -127,13 +127,13 @@ def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
 def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) -> Attempt:
     names = NameTable(unet, text_encoder)
     shapes = _shapes(unet) | _shapes(text_encoder)
-    result = Attempt(unet)
+    result, network = Attempt(unet), describe(unet)
     claimed: dict[LoraTarget, str] = {}
     for name, group in source.keys.groups.items():
         found = names.find(name)
         if found is None:
             result.unnamed += 1
-            result.problems.append(f"{name}: no such module in {describe(unet)}")
+            result.problems.append(f"{name}: no such module in {network}")
             continue
         prefix, targets = found
         result.prefixes.append(prefix)

@@ -404,7 +404,7 @@ def test_prompts_from_standard_input(tiny: Path, tmp_path: Path) -> None:
         (["--prompts", "none.txt"], "No such file"),
         (["--prompts", "p.md"], "expected a name ending in .txt, .jsonl, .csv"),
         (["--prompts", "p.txt", "--name", "{prompt.__class__}"], "expected one of {number}"),
-        (["--prompts", "p.txt", "--name", "../{number}"], "expected a file's name"),
+        (["--prompts", "p.txt", "--name", "../{number}"], "expected a file name, perhaps with folders"),
         (["--prompts", "p.txt", "--name", "x"], "p.txt:2: x.png: also the name for line 1"),
         (["--prompts", "p.txt", "--log", "p.txt/log"], "the log cannot be written"),
         (["--prompts", "p.txt", "a", "b"], "one PROMPT"),

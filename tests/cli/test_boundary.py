@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from cascadekit.cli import main
 from cascadekit.cli.escape import visible, visible_line
-from cascadekit.converters.checkpoints import open_model as model
+from cascadekit.converters.checkpoints import inspect_checkpoint
 from cascadekit.runtime.batch.batch_log import read_log
 from cascadekit.runtime.images.png import read_settings
 from cascadekit.schemas.manifest import LoraEntry
@@ -54,7 +54,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
             assert file
             raise error
 
-        monkeypatch.setattr(model, "open_model", opened)
+        monkeypatch.setattr(inspect_checkpoint, "open_model", opened)
 
     return fail
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints import convert as checkpoint
-from cascadekit.converters.checkpoints import open_model as model
+from cascadekit.converters.checkpoints import inspect_checkpoint
 from cascadekit.converters.export import validate
 from cascadekit.converters.hub.hub_errors import explaining
 from cascadekit.converters.hub.source import HubSource
@@ -49,7 +49,7 @@ def raising(number: int, times: int = 1) -> Callable[..., None]:
 
 COMMANDS = {
     "inspect": (["{tiny}/original"], "converters.checkpoints.find_weights", "read_weights"),
-    "convert": (["{tiny}/original", "-o", "{out}", "--to", "diffusers"], checkpoint, "_write"),
+    "convert": (["{tiny}/original", "-o", "{out}", "--to", "diffusers"], checkpoint, "_write_weights"),
     "export": (["{tiny}/model", "-o", "{out}", "--weights", "copy"], "converters.export.export_stage", "add_weights"),
     "validate": (["{tiny}/bundle"], validate, "check_graph"),
     "build": (
@@ -91,9 +91,9 @@ def test_every_command(
 def test_from_outside(tiny: Path, tmp_path: Path) -> None:
     """As service managers end a program: SIGTERM, and SIGHUP behind it."""
     slow = (
-        "import time; from cascadekit.converters.checkpoints import convert as checkpoint; real = checkpoint._write\n"
-        "def late(*given):\n    print('writing', flush=True); time.sleep(5); return real(*given)\n"
-        "checkpoint._write = late; from cascadekit.cli import main; main()"
+        "import time; from cascadekit.converters.checkpoints import convert as c; real = c._write_weights\n"
+        "def late(*given, **more):\n    print('writing', flush=True); time.sleep(5); return real(*given, **more)\n"
+        "c._write_weights = late; from cascadekit.cli import main; main()"
     )
     command = [sys.executable, "-c", slow, "convert", tiny / "original", "-o", tmp_path / "m", "--to", "diffusers"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
@@ -110,13 +110,13 @@ def test_from_outside(tiny: Path, tmp_path: Path) -> None:
 
 def test_what_was_ignored_stays_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nohup has SIGHUP ignored."""
-    real = checkpoint._write
+    real = checkpoint._write_weights
 
-    def write(*arguments: Any) -> Any:
+    def write(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGHUP)
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(checkpoint, "_write_weights", write)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         result = call("convert", tiny / "original", "-o", tmp_path / "m", "--to", "diffusers")
@@ -199,7 +199,7 @@ def test_of_another_error_altogether(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
         raise RuntimeError("module could not be initialised")
 
-    monkeypatch.setattr(model, "open_model", load)
+    monkeypatch.setattr(inspect_checkpoint, "open_model", load)
     result = call("inspect", "x")
     assert (result.exit_code, result.stderr.strip()) == (143, INTERRUPTED)
 

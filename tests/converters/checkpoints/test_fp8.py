@@ -201,7 +201,7 @@ def test_nan_in_a_cast_is_noted_and_in_a_copy_not_looked_for(original: Path, tmp
     for dtype in ("F16", "BF16"):
         done = convert([tmp_path / "stage_c.safetensors"], tmp_path / f"{dtype}.safetensors", "original", dtype=dtype)
         (note,) = [note for note in done.notes if "NaN" in note]
-        assert "stage_c.safetensors: 3 values in 1 tensors were NaN or infinite" in note
+        assert f"{dtype}.safetensors: 3 values in 1 tensors were NaN or infinite" in note
         assert "clf.1.bias (3)" in note
     said: list[str] = []
     export(tmp_path / "stage_c.safetensors", tmp_path / "b", precision=Precision.BF16, say=said.append)

@@ -430,7 +430,7 @@ def test_overflow_is_counted_named_and_refused(whole: Path, tmp_path: Path) -> N
 def test_what_has_no_place_is_named(whole: Path, tmp_path: Path) -> None:
     done = convert([whole / "stage_b.safetensors", whole / "previewer.safetensors"], tmp_path / "out", "comfyui")
     assert any("no place in these ComfyUI files for previewer; left out" in note for note in done.notes)
-    with pytest.raises(UsageError, match="named after stage_c and stage_b"):
+    with pytest.raises(UsageError, match="with stage_c or stage_b, and previewer comes with neither"):
         convert([whole / "previewer.safetensors"], tmp_path / "none", "comfyui")
 
 

@@ -97,7 +97,7 @@ def test_nothing_that_bears_it(tiny: Path, tmp_path: Path) -> None:
 def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"use weights=.auto"):
         export(tiny / "model", tmp_path / "bundle", weights="link", quantize=Quantization.INT8)
-    with pytest.raises(UsageError, match="quantize is none; give both"):
+    with pytest.raises(UsageError, match="quantize is none; set quantize too"):
         ExportOptions(quantize_threshold=0.1)
     assert not (tmp_path / "bundle").exists()
 
@@ -106,7 +106,7 @@ def test_command_line(tiny: Path, tmp_path: Path) -> None:
     given = ["export", str(tiny / "model"), "-o", str(tmp_path / "bundle"), "--stage", "prior"]
     result = CliRunner().invoke(main, [*given, "--quantize-threshold", "0.1"])
     assert result.exit_code == 2
-    assert "give both" in result.output
+    assert "set quantize too" in result.output
     result = CliRunner().invoke(main, [*given, "--quantize", "int4", "--quantize-threshold", "0.09"])
     assert result.exit_code == 0, result.output
     assert "prior in int4" in result.output

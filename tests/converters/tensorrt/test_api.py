@@ -50,7 +50,6 @@ def test_names_are_found_in_the_source() -> None:
     names = used()
     assert {
         "OnnxParser.parse_from_file",
-        "OnnxParser.parse",
         "IOptimizationProfile.set_shape",
         "Refitter.refit_cuda_engine",
     } <= names
