@@ -15,7 +15,7 @@ test: .venv/dev.stamp ## every test without a marker; ARGS="-k name" is passed t
 test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, diffusers, transformers and onnx
 	.venv-light/bin/python -m pytest -q tests/schemas tests/storage $(ARGS)
 
-test-slow: .venv/dev.stamp ## tests with weights of real size: many minutes, 15 GB of disk, 10 GB of memory
+test-slow: .venv/dev.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
 
 fuzz: .venv/dev.stamp ## 20,000 odd inputs, each from a seed; `python -m tests.fuzz KIND SEED` runs one again

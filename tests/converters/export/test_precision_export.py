@@ -139,7 +139,7 @@ def test_calibration_finds_the_exponents(overflowing: Path, tmp_path: Path) -> N
 
 def test_bf16_is_refused_where_nothing_computes_it(tiny: Path, tmp_path: Path) -> None:
     export(tiny / "model", tmp_path / "bf16", stages=[Stage.VQGAN], precision=Precision.BF16)
-    with Cascade.open(tmp_path / "bf16") as cascade, pytest.raises(EngineError, match="device=.cuda.*vqgan=fp32"):
+    with Cascade.open(tmp_path / "bf16") as cascade, pytest.raises(EngineError, match=r"device=.cuda.*vqgan=fp32"):
         cascade.pixels(np.zeros((1, 4, 8, 8), np.float32))
 
 

@@ -51,9 +51,17 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("bounds", [DEFAULT, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
-    ("precision", "targets"), [("fp16", "sm75"), ("bf16", "sm80 sm86 sm89"), ("bf16", "sm120")], ids=str
+    ("precision", "targets", "bounds"),
+    [
+        ("fp16", "sm75", DEFAULT),
+        ("bf16", "sm80 sm86 sm89", STATIC),
+        ("bf16", "sm120", DEFAULT),
+        pytest.param("fp16", "sm75", STATIC, marks=pytest.mark.slow),
+        pytest.param("bf16", "sm80 sm86 sm89", DEFAULT, marks=pytest.mark.slow),
+        pytest.param("bf16", "sm120", STATIC, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "dynamic" if value is DEFAULT else "static",
 )
 def test_the_cascade(
     exported: Callable[[str], Path], tmp_path: Path, precision: str, targets: str, bounds: Bounds
@@ -85,12 +93,21 @@ def test_the_cascade(
     assert not list(bundle.rglob(".*"))
 
 
-@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.stage)
-@pytest.mark.parametrize(
-    ("precision", "targets", "bounds"),
-    [("fp16", "sm75", STATIC), ("bf16", "sm80 sm86 sm89", DEFAULT), ("bf16", "sm120", DEFAULT)],
-    ids=["fp16-sm75-static", "bf16-sm80", "bf16-sm120"],
-)
+# Every network once, and every GPU more than once; the marker `slow` has the other pairs.
+GPUS = [("fp16", "sm75", STATIC), ("bf16", "sm80 sm86 sm89", DEFAULT), ("bf16", "sm120", DEFAULT)]
+PAIRS = [
+    pytest.param(
+        config,
+        *gpu,
+        id=f"{config.stage}-{gpu[0]}-{gpu[1].replace(' ', '-')}",
+        marks=() if (number - place) % len(GPUS) == 0 else pytest.mark.slow,
+    )
+    for number, config in enumerate(OTHERS)
+    for place, gpu in enumerate(GPUS)
+]
+
+
+@pytest.mark.parametrize(("config", "precision", "targets", "bounds"), PAIRS)
 def test_the_other_stages(
     exported_network: Callable[..., Path], config: NetworkConfig, precision: str, targets: str, bounds: Bounds
 ) -> None:
