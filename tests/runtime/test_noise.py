@@ -78,7 +78,7 @@ def test_rows_alone(torch: ModuleType, shape: tuple[int, ...], rows: list[int]) 
 
 
 def test_rows_that_are_not_there() -> None:
-    with pytest.raises(UsageError, match=r"rows \[2\] of noise of shape \(2, 3\)"):
+    with pytest.raises(UsageError, match=r"rows \[2\]: expected rows of noise of shape \(2, 3\)"):
         TorchGenerator(0).randn_rows((2, 3), [2])
 
 
