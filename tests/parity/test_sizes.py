@@ -72,7 +72,7 @@ def test_points_of_profiles(bundle: Bundle) -> None:
     """In width x height, and between them multiples of 8 but not of 16."""
     assert shown(bundle, "onnxruntime", named=(96, 64)) == ["96x64"]
     bundle = with_plans(bundle, Stage.PRIOR, "step", ("512x768", "768x768", "1024x1536x2"))
-    every = ["768x512 least", "776x536 between points", "768x768 likeliest", "1536x1024 largest"]
+    every = ["768x512 least", "776x536 between sizes", "768x768 likeliest", "1536x1024 largest"]
     assert shown(bundle, "onnxruntime") == ["768x512 least", "760x504 outside"]
     assert shown(bundle, "onnxruntime", every=True) == [*every, "760x504 outside"]
     assert shown(bundle, "tensorrt-rtx", every=True) == every  # it is bound to them
@@ -93,7 +93,7 @@ def test_every_stage_is_compared_at_its_own_points(bundle: Bundle, tiny: Path) -
     at = [name for name in names(report) if "profile" in name]
     latents = (
         "height 2, width 2, tokens 77, images 1{}, 80x64 least of its profile",
-        "height 3, width 3, tokens 77, images 1{}, 88x88 between points of its profile",
+        "height 3, width 3, tokens 77, images 1{}, 88x88 between sizes of its profile",
         "height 3, width 4, tokens 77, images 1{}, 160x128 largest of its profile",
         "height 2, width 4, tokens 77, images 1{}, 168x64 outside its profile",
     )

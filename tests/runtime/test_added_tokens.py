@@ -165,7 +165,7 @@ def test_tokens_without_a_row_are_refused_before_anything_is_written(
 def test_comfyui_has_no_place_for_them(tiny: Path, trained: Path, tmp_path: Path) -> None:
     model = with_tokens(tiny, trained, tmp_path / "model", 3)
     done = convert([model], tmp_path / "comfyui", "comfyui")
-    assert any("does not know <sks>, my-cat" in text for text in done.notes)
+    assert any("does not have <sks>, my-cat" in text for text in done.notes)
 
 
 def test_rows_that_no_token_reaches_are_noted(tiny: Path, trained: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
     [
         ({"width": 100}, "width 100: expected a multiple of 8"),
         ({"seed": [1, 2, 3]}, "3 seeds for 1 images"),
-        ({"num_images": 0}, "0 images"),
+        ({"num_images": 0}, "num_images=0: expected at least 1"),
         ({"negative": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"steps": 3}, "steps: unknown, did you mean prior_steps or decoder_steps?"),
         ({"prior_stpes": 3}, "prior_stpes: unknown, did you mean prior_steps"),

@@ -223,11 +223,13 @@ def assert_same_as_open_clip(ours: ClipTokenizer, open_clip: ModuleType, texts: 
     assert not texts
 
 
-def test_ten_thousand_strings_equal_open_clip(ours: ClipTokenizer, open_clip: ModuleType, strings: list[str]) -> None:
-    texts, had_any = zip(*(comparable(text, open_clip) for text in strings), strict=True)
-    for i in range(0, COUNT, 500):
+def test_two_thousand_strings_equal_open_clip(ours: ClipTokenizer, open_clip: ModuleType, strings: list[str]) -> None:
+    """Every fifth string: open_clip takes 5 ms for one."""
+    some = strings[::5]
+    texts, had_any = zip(*(comparable(text, open_clip) for text in some), strict=True)
+    for i in range(0, len(some), 500):
         assert_same_as_open_clip(ours, open_clip, list(texts[i : i + 500]))
-    assert sum(had_any) < 0.3 * COUNT  # the others were compared as mended
+    assert sum(had_any) < 0.3 * len(some)  # the others were compared as mended
 
 
 @settings(max_examples=200, deadline=None)

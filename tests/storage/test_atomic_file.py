@@ -100,7 +100,7 @@ def test_one_of_two_gets_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_an_image_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     (path,) = image_paths(tmp_path / "x.png", 1)
     path.write_text("of another process")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="another process has just written it"):
         save_png(path, PICTURE, {}, force=False)
     assert path.read_text() == "of another process"
 
@@ -129,7 +129,7 @@ def test_previews_replace_and_remove_previews_alone(tmp_path: Path) -> None:
     save_png(preview_path(path), PICTURE, {})
     remove_preview(path)
     assert os.listdir(tmp_path) == ["x.preview.png"]
-    with pytest.raises(UsageError, match=r"x\.preview\.png: exists already"):
+    with pytest.raises(UsageError, match=r"x\.preview\.png: exists and is no preview"):
         require_free_previews([path])
 
 

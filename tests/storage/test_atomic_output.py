@@ -75,7 +75,7 @@ def test_files_of_the_same_names_take_force_and_are_listed(tmp_path: Path, files
 def test_many_names_are_counted(tmp_path: Path) -> None:
     many = {f"{number}.txt": "" for number in range(10)}
     out = fill(tmp_path / "out", many)
-    with pytest.raises(UsageError, match=r"with 0\.txt, 1\.txt, 2\.txt, 3\.txt, 4\.txt and 5 more;"):
+    with pytest.raises(UsageError, match=r"with 0\.txt, 1\.txt, 2\.txt, 3\.txt, 4\.txt, 5\.txt and 4 more;"):
         write(out, many)
 
 

@@ -205,8 +205,8 @@ def test_overflow_is_an_error_that_names_the_worst(
     with pytest.raises(ConversionError) as caught:
         write_safetensors(tmp_path / "out", large_values, {})
     assert str(caught.value) == (
-        "out: 21 finite values become infinite: 6 (6 in F16), 5 (5 in F16), 4 (4 in F16), 3 (3 in F16), 2 (2 in F16) "
-        'and 1 more; try dtype="bf16", whose range is that of float32, or keep the infinities with '
+        "out: 21 finite values become infinite: 6 (6 in F16), 5 (5 in F16), 4 (4 in F16), 3 (3 in F16), 2 (2 in F16), "
+        '1 (1 in F16); try dtype="bf16", whose range is that of float32, or keep the infinities with '
         "allow_overflow=True"
     )
 

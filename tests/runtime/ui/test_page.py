@@ -178,7 +178,7 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
         ({"decoder_steps": 10**9}, "decoder_steps"),
         ({"prior_guidance": "nan"}, "prior_guidance: Input should be a finite number"),
-        ({"strength": 1e999}, "not JSON"),
+        ({"strength": 1e999}, "not a JSON object"),
         ({"width": 10**400}, "width a number of hundreds of digits: expected 1 to 8192"),
         ({"images": 10**400}, "images a number of hundreds of digits: expected 1 to 64"),
         ({"prior_guidance": 1e30}, "prior_guidance 1e+30: expected -1000 to 1000"),
