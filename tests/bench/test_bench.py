@@ -238,6 +238,7 @@ def test_what_an_engine_is_fed() -> None:
     }
 
 
+@pytest.mark.slow
 def test_mapped_weights_stay_in_their_file(tmp_path: Path) -> None:
     """Of 16-bit weights, which ONNX Runtime otherwise casts for good, and of fp32 ones, which it rearranges."""
     for dtype in "BF16", "F32":
