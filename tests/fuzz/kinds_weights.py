@@ -154,7 +154,9 @@ def _zipped(content: bytes, rng: Random, other: bool) -> bytes:
                 data = _other_pickle(rng)
             elif name == chosen or name.endswith("data.pkl"):
                 data = odd_bytes(data, rng)
-            after.writestr(odd_bytes(name.encode(), rng).decode("latin-1") if rng.random() < 0.05 else name, data)
+            after.writestr(
+                odd_bytes(name.encode(), rng).decode("latin-1") or "x" if rng.random() < 0.05 else name, data
+            )
     return found.getvalue()
 
 
