@@ -154,9 +154,10 @@ def _zipped(content: bytes, rng: Random, other: bool) -> bytes:
                 data = _other_pickle(rng)
             elif name == chosen or name.endswith("data.pkl"):
                 data = odd_bytes(data, rng)
-            after.writestr(
-                odd_bytes(name.encode(), rng).decode("latin-1") or "x" if rng.random() < 0.05 else name, data
-            )
+            if rng.random() < 0.05:
+                name = odd_bytes(name.encode(), rng).decode("latin-1")
+                name = name if name.partition("\0")[0] else "x"  # zipfile cuts names at a null, and wants some
+            after.writestr(name, data)
     return found.getvalue()
 
 
