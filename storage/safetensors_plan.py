@@ -75,7 +75,7 @@ class PlacedRange:
 
     @property
     def computed(self) -> bool:
-        """Whether the values must be cast, scaled or transposed, not only copied."""
+        """True when the values must be cast, scaled or transposed, not only copied."""
         return self.range.transposed or self.range.scale is not None or self.range.dtype != self.dtype
 
 

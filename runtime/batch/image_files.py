@@ -40,8 +40,8 @@ def generate_files(
 
     `batch` images are generated together. A preview appears beside each image every `preview_every` steps of the prior.
 
-    Raises UsageError, before anything is generated, when a file exists and `force` is not set, or when it is one of
-    `sources`, a picture of a request, or in the way of a preview."""
+    Raises UsageError before anything is generated: when a file exists and `force` is not set, and when a file is one of
+    `sources` or a picture of a request. A file in the way of a preview raises it too."""
     paths = image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
     if preview_every:
         require_free_previews(paths)
