@@ -44,6 +44,13 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
     show_default=True,
     help="Precision that the reference computes in.",
 )
+@click.option(
+    "--reference-device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device that the reference computes on.",
+)
 @click.option("--size", metavar="WxH", callback=parse_size, help="Also compare at the latents of images of this size.")
 @click.option(
     "--sizes",
@@ -114,7 +121,12 @@ def _check_options(bundle: Path, against: Path | None, record: Path | None, opti
     recorded = options["recorded"]
     sources = [path for path in (bundle, against, recorded) if path is not None]
     check_report_names(options["reports"], force=options["force"], sources=sources)
-    compared = ComparisonOptions(against=against, recorded=recorded, reference=options["reference"])
+    compared = ComparisonOptions(
+        against=against,
+        recorded=recorded,
+        reference=options["reference"],
+        reference_device=options["reference_device"],
+    )
     check_options(compared, record=record is not None, bisect=options["bisect"], ranges=options["ranges"])
 
 

@@ -23,6 +23,7 @@ class ComparisonOptions:
     engine: str = "onnxruntime"
     reference: str = REFERENCES[0]
     reference_precision: str = "fp32"
+    reference_device: str = "cpu"
     size: tuple[int, int] | None = None
     sizes: str = "small"
 
@@ -33,10 +34,15 @@ def check_options(
     """Raise UsageError for options that do not go together. `record` is true when the reference is to be recorded."""
     if (options.against is None) == (options.recorded is None):
         raise UsageError("give against=... as the model, or recorded=... as a file that was recorded from it")
+    on_gpu = options.reference_device != "cpu"
     given = {"record=...": record, "bisect=True": bisect, "ranges=True": ranges}
     chosen = [name for name, wanted in given.items() if wanted]
     if chosen and options.against is None:
         raise UsageError(f"{chosen[0]} needs the model: give against=...")
+    if on_gpu and options.against is None:
+        raise UsageError(
+            f'reference_device="{options.reference_device}": a recording has been computed already; give against=...'
+        )
     if record and len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} cannot be given together; run one after the other")
     if options.reference != REFERENCES[0] and (bisect or ranges):

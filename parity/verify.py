@@ -1,6 +1,7 @@
 """Verifies a bundle: `verify` compares an engine with PyTorch, `record_reference` saves the outputs of PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ def verify(
     engine: str = "onnxruntime",
     reference: Literal["cascadekit", "diffusers"] = "cascadekit",
     reference_precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32",
+    reference_device: Literal["cpu", "cuda"] = "cpu",
     size: tuple[int, int] | None = None,
     sizes: Literal["small", "all"] = "small",
     bisect: bool = False,
@@ -65,6 +67,7 @@ def verify(
         engine: The engine to compare, by a name in `runtime.engines.engine_table.ENGINES`.
         reference: The networks of cascadekit, or those of diffusers and transformers.
         reference_precision: The precision that the reference computes in.
+        reference_device: The device that the reference computes on; a GPU without TF32.
         size: (width, height) in pixels of an image; stages are compared at its latents as well.
         sizes: Compare the image sizes of the plans' profiles up to 640x640 plus each profile's minimum, or all.
         bisect: Compare every part of each graph by itself. Whole stages are then compared for `reports` only.
@@ -88,12 +91,14 @@ def verify(
         engine=engine,
         reference=reference,
         reference_precision=reference_precision,
+        reference_device=reference_device,
         size=size,
         sizes=sizes,
     )
     paths = tuple(map(Path, reports))
     check_report_names(paths, force=force, sources=_sources(bundle, options))
     check_options(options, bisect=bisect, ranges=ranges)
+    _require_device(options.reference_device)
     run = _open(bundle, options, say)
     inside = run.look_inside(bisect=bisect, ranges=ranges)
     differs = run.differences()
@@ -118,6 +123,7 @@ def record_reference(
     engine: str = "onnxruntime",
     reference: Literal["cascadekit", "diffusers"] = "cascadekit",
     reference_precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32",
+    reference_device: Literal["cpu", "cuda"] = "cpu",
     size: tuple[int, int] | None = None,
     sizes: Literal["small", "all"] = "small",
     force: bool = False,
@@ -141,10 +147,12 @@ def record_reference(
         engine=engine,
         reference=reference,
         reference_precision=reference_precision,
+        reference_device=reference_device,
         size=size,
         sizes=sizes,
     )
     output = Path(record)
+    _require_device(options.reference_device)
     require_apart(output, _sources(bundle, options))
     require_free(output, force=force)
     _open(bundle, options, say).record_outputs(output, force=force)
@@ -154,6 +162,28 @@ def _options(stages: Sequence[Stage | str], **given: Any) -> ComparisonOptions:
     """The arguments of a call as options: stages by name and paths as text become values."""
     paths = {name: Path(given[name]) for name in ("against", "recorded", "text_encoder") if given.get(name) is not None}
     return ComparisonOptions(stages=tuple(map(Stage, stages)), **{**given, **paths})
+
+
+@contextmanager
+def _torch_needed() -> Iterator[None]:
+    """Inside, an ImportError becomes a UsageError that says how to install PyTorch."""
+    try:
+        yield
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise UsageError(
+            "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
+            "or give recorded=..."
+        ) from error
+
+
+def _require_device(device: str) -> None:
+    """Raise UsageError when PyTorch cannot compute on `device`, before anything is read."""
+    if device == "cpu":
+        return
+    with _torch_needed():
+        from .reference.device import require_device
+    require_device(device)
 
 
 def _sources(bundle: str | Path, options: ComparisonOptions) -> list[Path]:
@@ -253,19 +283,14 @@ class _Verification:
 
     def _reference(self, precision: str = "fp32") -> "TorchEngine":
         """The reference for the chosen stages, and for the text encoder if the model has one: it embeds the prompts."""
-        try:
+        with _torch_needed():
             from .reference.loading import independent_engine, reference_engine
-        except ImportError as error:
-            reraise_interrupt(error)
-            raise UsageError(
-                "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
-                "or give recorded=..."
-            ) from error
         assert isinstance(self.source, Model)
         chosen = self.options.stages or tuple(self.bundle.manifest.stages)
         wanted = list(dict.fromkeys([*chosen, *({Stage.TEXT_ENCODER} & self.source.components.keys())]))
         make = {"cascadekit": reference_engine, "diffusers": independent_engine}[self.options.reference]
-        return make(self.source, wanted, compute=REFERENCE_DTYPES[precision])
+        device = self.options.reference_device
+        return make(self.source, wanted, compute=REFERENCE_DTYPES[precision], device=device)
 
     def _sizes(self, engine: str) -> SizeChoice:
         options = self.options

@@ -1,6 +1,7 @@
 """The networks in PyTorch, one file each, with keys named as in the diffusers layout. Importing it imports torch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,34 +70,43 @@ def build_reference(config: NetworkConfig) -> nn.Module:
 
 
 def load_reference(
-    config: NetworkConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    config: NetworkConfig,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> nn.Module:
-    """The network of `config` holding `tensors` (named as in the diffusers layout), ready for inference.
+    """The network of `config` on `device`, holding `tensors` (named as in the diffusers layout), ready for inference.
 
-    The network is built without storage. Tensors that have `dtype` already become its weights without a copy, so the
-    network and the caller share them. Only tensors of the network are read from the mapping, which may be lazy; the
+    The network is built without storage. Tensors that are on `device` in `dtype` already become its weights without a
+    copy, so the network and the caller share them. Only tensors of the network are read from the mapping, which may be lazy; the
     encoder and the codebook of a VQGAN are never read.
 
     Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape.
     """
-    return _load(lambda: build_reference(config), config, tensors, dtype)
+    return _load(lambda: build_reference(config), config, tensors, partial(_cast, dtype=dtype, device=device))
 
 
 def load_vqgan_encoder(
-    config: VQGANConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    config: VQGANConfig,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> nn.Module:
     """The encoder half of the vqgan, loaded as `load_reference` does; its ports are ``vqgan_encoder_ports(config)``."""
-    return _load(lambda: VQGANEncoder(config), config, tensors, dtype)
+    return _load(lambda: VQGANEncoder(config), config, tensors, partial(_cast, dtype=dtype, device=device))
 
 
 def _load(
-    build: Callable[[], nn.Module], config: NetworkConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    build: Callable[[], nn.Module],
+    config: NetworkConfig,
+    tensors: Mapping[str, torch.Tensor],
+    cast: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> nn.Module:
     with torch.device("meta"):
         network = build()
     shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     known = expected_tensors(config)
-    weights = {name: _cast(name, tensors[name], dtype) for name in shapes if name in tensors}  # one by one, as read
+    weights = {name: cast(name, tensors[name]) for name in shapes if name in tensors}  # one by one, as read
     problems = [
         *(f"missing {name}" for name in shapes if name not in tensors),
         *(f"unexpected {name}" for name in tensors if name not in known),
@@ -108,8 +118,8 @@ def _load(
     return network.requires_grad_(False).eval()
 
 
-def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if is_counter(name) else tensor.to(dtype)
+def _cast(name: str, tensor: torch.Tensor, *, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return tensor.to(device) if is_counter(name) else tensor.to(device, dtype)
 
 
 def _wrong_shapes(shapes: Mapping[str, Shape], tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -18,6 +18,7 @@ from ...storage.cast import cast_counted
 from ...storage.cast_ranges import read_scale
 from ...storage.safetensors_reader import TensorRange
 from . import load_reference
+from .device import HOST
 from .torch_engine import Loader, TorchEngine
 
 TORCH_DTYPES = {name: getattr(torch, DTYPES[name].torch) for name in (*FLOATS, "I64")}
@@ -30,13 +31,14 @@ def reference_engine(
     dtype: str = "F32",
     compiled: bool = False,
     compute: str | None = None,
+    device: str = HOST,
 ) -> TorchEngine:
-    """The reference of each of `stages` with weights in `dtype`, computing in that dtype or in `compute`.
+    """The reference of each of `stages` on `device`, with weights in `dtype`, computing in that dtype or in `compute`.
 
     Weights are read when a stage is loaded. Raises UsageError when the model lacks a stage, LayoutError when one is
     damaged."""
-    loaders = {stage: _loader(model.component(stage), TORCH_DTYPES[dtype]) for stage in stages}
-    return TorchEngine(loaders, compiled=compiled, compute=compute)
+    loaders = {stage: _loader(model.component(stage), TORCH_DTYPES[dtype], device) for stage in stages}
+    return TorchEngine(loaders, compiled=compiled, compute=compute, device=device)
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
@@ -86,17 +88,17 @@ class _Tensors(Mapping[str, torch.Tensor]):
         return len(self._ranges)
 
 
-def load_component(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The component's network in PyTorch with its weights."""
-    return load_reference(component.config, _Tensors(component), dtype)
+def load_component(component: Component, dtype: torch.dtype = torch.float32, device: str = HOST) -> nn.Module:
+    """The component's network in PyTorch with its weights, on `device`."""
+    return load_reference(component.config, _Tensors(component), dtype, device)
 
 
-def _loader(component: Component, dtype: torch.dtype) -> Loader:
-    return lambda: (load_component(component, dtype), ports_of(component.config))
+def _loader(component: Component, dtype: torch.dtype, device: str) -> Loader:
+    return lambda: (load_component(component, dtype, device), ports_of(component.config))
 
 
 def independent_engine(
-    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compute: str | None = None
+    model: Model, stages: Sequence[Stage], *, dtype: str = "F32", compute: str | None = None, device: str = HOST
 ) -> TorchEngine:
     """The networks of diffusers and transformers with the model's weights: code that is not ours.
 
@@ -114,26 +116,28 @@ def independent_engine(
         reraise_interrupt(error)
         raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
-    loaders = {stage: _independent_loader(component, TORCH_DTYPES[dtype]) for stage, component in components.items()}
-    return TorchEngine(loaders, compute=compute, name="diffusers")
+    loaders = {
+        stage: _independent_loader(component, TORCH_DTYPES[dtype], device) for stage, component in components.items()
+    }
+    return TorchEngine(loaders, compute=compute, device=device, name="diffusers")
 
 
-def _independent_loader(component: Component, dtype: torch.dtype) -> Loader:
+def _independent_loader(component: Component, dtype: torch.dtype, device: str) -> Loader:
     def load() -> tuple[nn.Module, StagePorts]:
         with torch.device("meta"):
             network = INDEPENDENT[component.stage](component.config)
-        _take_weights(network.inner, component, dtype)
+        _take_weights(network.inner, component, dtype, device)
         return network.requires_grad_(False).eval(), ports_of(component.config)
 
     return load
 
 
-def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype) -> None:
-    """Load the component's tensors into a network without storage.
+def _take_weights(network: nn.Module, component: Component, dtype: torch.dtype, device: str) -> None:
+    """Load the component's tensors onto `device`, into a network without storage.
 
     A vqgan needs only the tensors that its `decode` uses. Raises LayoutError for weights that are missing."""
     known = network.state_dict().keys() & component.tensors.keys()
-    weights = {name: read_tensor(component.tensors[name]) for name in sorted(known)}
+    weights = {name: read_tensor(component.tensors[name]).to(device) for name in sorted(known)}
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
     missing = network.load_state_dict(cast, strict=False, assign=True).missing_keys
     needed = [name for name in missing if not name.startswith(UNUSED_OF_VQGAN)]
@@ -201,7 +205,7 @@ def _clip_vision(config: ImageEncoderConfig) -> _Theirs:
 
 def _set_positions(model: Any, count: int) -> None:
     """Fill the one buffer of a CLIP model that no checkpoint holds."""
-    model.embeddings.position_ids = torch.arange(count)[None]
+    model.embeddings.position_ids = torch.arange(count, device=next(model.parameters()).device)[None]
 
 
 # The networks of other libraries, built by their config.

@@ -17,6 +17,7 @@ from ...schemas.ports import StagePorts
 from ...schemas.precision import Precision
 from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import Stage
+from .device import HOST, computing_on, free_device, to_host
 from .recast import computing_in, rounded
 from .rounding import ROUNDINGS
 
@@ -30,7 +31,9 @@ class TorchEngine:
     """An engine on reference modules, each computing in the dtype of its weights.
 
     A stage's loader is called when the stage is loaded. With `compiled`, torch.compile makes kernels of the modules,
-    which takes minutes for every new size. With `compute`, modules compute in that precision; see `TorchStage`."""
+    which takes minutes for every new size. With `compute`, modules compute in that precision; see `TorchStage`.
+
+    `device` is the one that the loaders put modules on. The memory there is freed when a stage is closed."""
 
     precision: Precision | None = None
 
@@ -40,9 +43,10 @@ class TorchEngine:
         *,
         compiled: bool = False,
         compute: str | None = None,
+        device: str = HOST,
         name: str = "torch",
     ) -> None:
-        self.name = f"{name} in {compute}" if compute else name
+        self.name = " ".join((name, *(["in", compute] if compute else ()), *(["on", device] if device != HOST else ())))
         self._loaders = loaders
         self._compiled = compiled
         self._compute = compute
@@ -77,6 +81,7 @@ class TorchStage(HostRunner):
         self.compute = compute
         self._module: nn.Module | None = module
         self._dtype = next(module.parameters()).dtype
+        self._device = next(module.parameters()).device
 
     def __call__(self, inputs: Tensors, compute: str | None = None) -> dict[str, NDArray[Any]]:
         check_inputs(self.stage, self.ports.inputs, inputs)
@@ -85,14 +90,15 @@ class TorchStage(HostRunner):
         quantized = kind in list(Quantization)
         dtype = self._dtype if quantized or not kind else getattr(torch, kind)
         same = dtype == self._dtype
-        fed = {name: _fed(a, dtype if same or name not in KEPT_FLOAT else torch.float32) for name, a in inputs.items()}
-        with torch.inference_mode(), ExitStack() as around:
+        kinds = {name: dtype if same or name not in KEPT_FLOAT else torch.float32 for name in inputs}
+        fed = {name: _fed(array, kinds[name], self._device) for name, array in inputs.items()}
+        with torch.inference_mode(), computing_on(self._device), ExitStack() as around:
             if quantized:
                 around.enter_context(rounded(self._quantizable(), ROUNDINGS[Quantization(kind)]))
             if not same:
                 around.enter_context(computing_in(self._module, dtype))
             outputs = self._module(**fed)
-        return {name: _taken(tensor) for name, tensor in outputs.items()}
+        return {name: to_host(tensor) for name, tensor in outputs.items()}
 
     def _quantizable(self) -> list[nn.Module]:
         assert self._module is not None
@@ -114,8 +120,8 @@ class TorchStage(HostRunner):
 
         def watch(name: str, output: torch.Tensor) -> torch.Tensor | None:
             if name in wanted:
-                seen[name] = _taken(output)
-            return torch.from_numpy(given[name]).to(output.dtype) if name in given else None
+                seen[name] = to_host(output)
+            return torch.from_numpy(given[name]).to(output) if name in given else None
 
         with self._hooked({name.partition("@")[0] for name in (*wanted, *given)}, watch):
             outputs = self(inputs, compute)
@@ -185,6 +191,7 @@ class TorchStage(HostRunner):
 
     def close(self) -> None:
         self._module = None
+        free_device(self._device)
 
 
 def _spread(tensor: torch.Tensor) -> tuple[float, float]:
@@ -199,10 +206,6 @@ def _scores(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
     return scores
 
 
-def _fed(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+def _fed(array: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(array)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _taken(tensor: torch.Tensor) -> NDArray[Any]:
-    return tensor.to(torch.float32).numpy()
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
