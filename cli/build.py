@@ -10,7 +10,7 @@ from ..schemas.errors import UsageError
 from ..schemas.precision import Precision
 from ..schemas.profiles import Bounds
 from ..schemas.stages import Stage
-from ..schemas.targets import PLAIN, RTX
+from ..schemas.targets import AOTINDUCTOR, PLAIN, RTX
 from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
 from .console import note, say, show_table
 from .options import PATH, STAGES, local, maybe_local
@@ -28,10 +28,18 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 @click.argument("bundle", type=PATH)
 @click.option(
     "--backend",
-    type=click.Choice([RTX, PLAIN]),
+    type=click.Choice([RTX, PLAIN, AOTINDUCTOR]),
     default=RTX,
     show_default=True,
-    help="tensorrt-rtx needs no GPU and builds for those of --arch; tensorrt builds for the GPU of this machine.",
+    help="tensorrt-rtx needs no GPU and builds for those of --arch; tensorrt builds for the GPU of this machine, "
+    "aotinductor for its --device.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device of this machine to build for (aotinductor only).",
 )
 @click.option(
     "--arch",

@@ -182,8 +182,9 @@ def _require_device(device: str) -> None:
     if device == "cpu":
         return
     with _torch_needed():
-        from .reference.device import require_device
-    require_device(device)
+        from ..runtime.engines.pytorch.device import gpu_problem
+    if problem := gpu_problem(device):
+        raise UsageError(f'reference_device="{device}": {problem}, or set reference_device="cpu"')
 
 
 def _sources(bundle: str | Path, options: ComparisonOptions) -> list[Path]:

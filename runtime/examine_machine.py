@@ -8,7 +8,7 @@ from typing import Any
 
 from ..schemas.errors import EngineError
 from ..schemas.plan_entries import Backend
-from .engines.engine_table import ENGINES
+from .engines.engine_table import ENGINES, require_torch
 from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes, provider_problem
 from .engines.onnxruntime import PROVIDERS, import_onnxruntime, quiet_options
 from .engines.openvino import import_openvino, multiplies_bf16
@@ -110,6 +110,8 @@ def _examine_engines(gpu: Gpu | None, gpu_problem: str) -> Iterator[Finding]:
                 yield _onnxruntime(name, device)
             elif engine.library == "openvino":
                 yield _openvino(name, device)
+            elif engine.library == "torch":
+                yield _torch(name, device)
             else:
                 yield _tensorrt("tensorrt" if name == "tensorrt" else "tensorrt-rtx", gpu, gpu_problem)
 
@@ -164,6 +166,16 @@ def _openvino(name: str, device: str) -> Finding:
         return "this CPU does not multiply bf16: it would be slow" if slow else ""
 
     return _tried(name, device, installed("openvino"), find_problem)
+
+
+def _torch(name: str, device: str) -> Finding:
+    def find_problem() -> str:
+        require_torch()
+        from .engines.pytorch.device import gpu_problem
+
+        return gpu_problem(device) or ""
+
+    return _tried(name, device, installed("torch"), find_problem)
 
 
 def _tried(name: str, device: str, version: str | None, find_problem: Callable[[], str]) -> Finding:

@@ -9,7 +9,7 @@ from .limits import MAX_FILE_BYTES, MAX_SIDE
 from .paths import RelativePath
 from .precision import Precision
 
-Backend = Literal["tensorrt-rtx", "tensorrt"]
+Backend = Literal["tensorrt-rtx", "tensorrt", "aotinductor"]
 PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 
 
@@ -49,10 +49,10 @@ class PlanSource(FrozenModel):
 
 
 class DeviceEntry(FrozenModel):
-    """The GPU that TensorRT built for: its name, and its compute capability as in "sm89"."""
+    """The device that a plan was built on and for: its name, and a GPU's compute capability as in "sm89", or "cpu"."""
 
     name: str
-    capability: Capability
+    capability: Capability | Literal["cpu"]
 
 
 class PlanEntry(FrozenModel):

@@ -8,7 +8,7 @@ from .errors import UsageError
 from .precision import Precision
 from .quantization import Quantization
 
-RTX, PLAIN = "tensorrt-rtx", "tensorrt"
+RTX, PLAIN, AOTINDUCTOR = "tensorrt-rtx", "tensorrt", "aotinductor"
 
 # The compute capabilities TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")

@@ -13,6 +13,7 @@ from ...schemas.layouts import Layout, foreign_name, layout_of, stage_of, to_dif
 from ...schemas.messages import listed
 from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, VQGANConfig
 from ...schemas.tensors import Shape, expected_tensors
+from ...storage.renamed_tensors import diffusers_tensors, shapes_of
 from ...storage.safetensors_reader import Header, TensorRange
 from .component import Component, find_problems, missing_counters
 
@@ -122,12 +123,12 @@ def _tensor_notes(component: Component) -> list[str]:
 
 def _component(header: Header, group: TensorGroup, stage: Stage, read_config: ReadConfig) -> Component:
     tensors = {inner: header.tensors[name] for inner, name in group.names.items()}
-    spelling = group.layout or layout_of(stage, _shapes(tensors))
+    spelling = group.layout or layout_of(stage, shapes_of(tensors))
     layout = Layout.COMFYUI if group.in_comfyui else spelling
     try:
-        renamed, dropped = _diffusers_tensors(tensors, stage, spelling)
-        given = read_config(stage, _shapes(renamed))
-        config = given or _with_scale(infer_config(stage, _shapes(renamed)), layout)
+        renamed, dropped = diffusers_tensors(tensors, stage, spelling)
+        given = read_config(stage, shapes_of(renamed))
+        config = given or _with_scale(infer_config(stage, shapes_of(renamed)), layout)
     except LayoutError as error:
         raise type(error)(f"{header.path}: taken for the {stage} in the {layout} layout, but {error}") from error
     return Component(
@@ -142,26 +143,6 @@ def _component(header: Header, group: TensorGroup, stage: Stage, read_config: Re
         rank=group.rank,
         zeros=missing_counters(config, renamed),
     )
-
-
-def _diffusers_tensors(
-    tensors: Mapping[str, TensorRange], stage: Stage, layout: Layout
-) -> tuple[dict[str, TensorRange], list[str]]:
-    """Return the tensors by their diffusers names, and the names of those that have no diffusers name."""
-    renamed = {}
-    used = set()
-    for name, mapped in to_diffusers(stage, layout).apply(_shapes(tensors)).items():
-        (rows,) = mapped.rows  # no rule towards diffusers joins tensors
-        source = tensors[rows.name]
-        used.add(rows.name)
-        if rows.transposed:
-            source = replace(source, shape=mapped.shape, transposed=True)
-        renamed[name] = source if rows.stop is None else source.rows(rows.start, rows.stop, mapped.shape)
-    return renamed, [name for name in tensors if name not in used]
-
-
-def _shapes(tensors: Mapping[str, TensorRange]) -> dict[str, Shape]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _with_scale(config: NetworkConfig, layout: Layout) -> NetworkConfig:

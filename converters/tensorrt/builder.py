@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ...runtime.engines.pytorch.built_here import is_built_here, remember_built
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.manifest import Manifest
 from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
+from ...schemas.targets import AOTINDUCTOR
 from ...storage.atomic_output import scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
 from . import plan_cache as cache
@@ -59,14 +61,12 @@ def build(
     options = replace(options, **changes)
     root = Path(bundle)
     opened = open_bundle(root)
-    backend = find_backend(options.backend)
-    device = None if backend.builds_for_others else present_device()
-    to_build = plans_to_build(opened, options, backend.version, device)
+    to_build = _planned(opened, options)
     with scratch_folder(opened.root / SCRATCH, opened.root) as scratch:
         existing = [] if options.force else to_build
         found = {planned.key: there for planned in existing if (there := _find(planned, options, say))}
         estimates = {
-            planned.key: estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+            planned.key: _estimated(planned)
             for planned in to_build
             if planned.key not in found
         }
@@ -79,6 +79,25 @@ def build(
     return done
 
 
+def _planned(bundle: Bundle, options: BuildOptions) -> list[PlanToBuild]:
+    """What `build` makes, by the compiler that `options` name."""
+    if options.backend == AOTINDUCTOR:
+        from ..aotinductor.packages_to_build import packages_to_build
+
+        return packages_to_build(bundle, options)
+    backend = find_backend(options.backend)
+    device = None if backend.builds_for_others else present_device()
+    return plans_to_build(bundle, options, backend.version, device)
+
+
+def _estimated(planned: PlanToBuild) -> Estimate:
+    if planned.request.backend == AOTINDUCTOR:
+        from ..aotinductor.packages_to_build import estimate_package
+
+        return estimate_package(planned)
+    return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+
+
 def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None:
     """The plan that exists already, in the bundle or in the shared cache; None when it has to be built."""
     hows: tuple[tuple[Path | None, Literal["kept", "cached"]], ...] = (
@@ -89,6 +108,8 @@ def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None
         there = cache.find(folder, planned.path.name, planned.key) if folder else None
         if isinstance(there, str):
             say(f"{there}; it is built again")
+        elif there is not None and options.backend == AOTINDUCTOR and not is_built_here(there.plan.sha256):
+            say(f"{there.path}: was not built by you on this machine; it is built again")
         elif there is not None:
             if how == "cached":
                 cache.put(there.path, planned.path.parent)
@@ -137,6 +158,8 @@ def _build(
         )
     cache.write_note(made, plan, planned.key)
     try:
+        if options.backend == AOTINDUCTOR:
+            remember_built(plan.sha256)
         for folder in filter(None, (options.cache, planned.path.parent)):
             cache.put(made, folder)
     except OSError as error:

@@ -31,7 +31,7 @@ class BuildOptions:
     """The options of `build`.
 
     Attributes:
-        backend: "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine.
+        backend: "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine, "aotinductor" for `device`.
         targets: Compute capabilities such as "sm89"; for tensorrt-rtx only.
         stages: Stages to build; empty: every stage of the bundle.
         graphs: Graphs to build; empty: the graphs that `generate` runs.
@@ -41,6 +41,7 @@ class BuildOptions:
         cache: A folder of plans that bundles share.
         check_memory: Whether a build is refused that needs more memory than is free.
         weight_streaming: Whether the weights of plans may stay in the host's memory.
+        device: "cpu" or "cuda", for aotinductor only: the device of this machine to build for.
     """
 
     backend: str = RTX
@@ -53,6 +54,7 @@ class BuildOptions:
     cache: Path | None = None
     check_memory: bool = True
     weight_streaming: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

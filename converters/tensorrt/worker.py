@@ -29,6 +29,11 @@ class BuildFailed(Exception):  # noqa: N818 (sent to the parent, never raised to
 
 def main() -> None:
     """Read a request from standard input, build its plan, and answer on standard output."""
+    serve(lambda line, answer: build(WorkerRequest.from_line(line), answer))
+
+
+def serve(make: Callable[[str, Answer], dict[str, Any]]) -> None:
+    """Call `make` with the line on standard input, answer what it returns or raises, and end the process."""
     _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a line that a library prints must not be taken for an answer
@@ -37,7 +42,7 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
 
     try:
-        answer(done=build(WorkerRequest.from_line(sys.stdin.readline()), answer))
+        answer(done=make(sys.stdin.readline(), answer))
     except BuildFailed as error:
         answer(error=str(error))
     except Exception as error:  # TensorRT's bindings raise any exception of pybind11

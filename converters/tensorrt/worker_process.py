@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -94,7 +95,9 @@ def _started(request: WorkerRequest, errors: IO[str]) -> Iterator[subprocess.Pop
             process.stdin.flush()
         yield process
     finally:
-        process.kill()
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
         process.wait()
         for stream in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
 """Loads a model's weights, whatever their layout, into the PyTorch reference."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -9,19 +9,14 @@ from torch import nn
 
 from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model
+from ...runtime.engines.pytorch.device import HOST
+from ...runtime.engines.pytorch.tensors import TORCH_DTYPES, LazyTensors, read_tensor
 from ...schemas.config_json import to_json
-from ...schemas.dtypes import DTYPES, FLOATS, FP8
-from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
+from ...schemas.errors import LayoutError, UsageError, reraise_interrupt
 from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
-from ...storage.cast import cast_counted
-from ...storage.cast_ranges import read_scale
-from ...storage.safetensors_reader import TensorRange
 from . import load_reference
-from .device import HOST
 from .torch_engine import Loader, TorchEngine
-
-TORCH_DTYPES = {name: getattr(torch, DTYPES[name].torch) for name in (*FLOATS, "I64")}
 
 
 def reference_engine(
@@ -41,56 +36,9 @@ def reference_engine(
     return TorchEngine(loaders, compiled=compiled, compute=compute, device=device)
 
 
-def read_tensor(tensor: TensorRange) -> torch.Tensor:
-    """The tensor's values, copied out of the file in its dtype; fp8 and scaled values become float32.
-
-    Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
-    if tensor.dtype in FP8 or tensor.scale is not None:
-        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
-        return _shaped(torch.from_numpy(values), tensor)
-    if tensor.dtype not in TORCH_DTYPES:
-        raise ExportError(
-            f'{tensor.path}: torch has no dtype {tensor.dtype}; convert the model with dtype="fp32" first'
-        )
-    if not tensor.nbytes:
-        return torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
-    return _shaped(torch.frombuffer(_bytes(tensor), dtype=TORCH_DTYPES[tensor.dtype]), tensor)
-
-
-def _bytes(tensor: TensorRange) -> bytearray:
-    data = bytearray(tensor.nbytes)
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        file.readinto(data)
-    return data
-
-
-def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
-    return values.reshape(tensor.shape[::-1]).T.contiguous() if tensor.transposed else values.reshape(tensor.shape)
-
-
-class _Tensors(Mapping[str, torch.Tensor]):
-    """A component's tensors, each read from its file when it is needed, so there is no second copy of the weights."""
-
-    def __init__(self, component: Component) -> None:
-        self._ranges = component.tensors
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return read_tensor(self._ranges[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._ranges
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ranges)
-
-    def __len__(self) -> int:
-        return len(self._ranges)
-
-
 def load_component(component: Component, dtype: torch.dtype = torch.float32, device: str = HOST) -> nn.Module:
     """The component's network in PyTorch with its weights, on `device`."""
-    return load_reference(component.config, _Tensors(component), dtype, device)
+    return load_reference(component.config, LazyTensors(component.tensors), dtype, device)
 
 
 def _loader(component: Component, dtype: torch.dtype, device: str) -> Loader:

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...runtime.engines.protocol import HostRunner, Tensors, check_inputs
+from ...runtime.engines.pytorch.device import HOST, computing_on, free_device, to_host
 from ...schemas.errors import EngineError
 from ...schemas.manifest import MAIN_GRAPH
 from ...schemas.ports import StagePorts
 from ...schemas.precision import Precision
 from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import Stage
-from .device import HOST, computing_on, free_device, to_host
 from .recast import computing_in, rounded
 from .rounding import ROUNDINGS
 

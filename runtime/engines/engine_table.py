@@ -6,9 +6,10 @@ The module imports no engine and no numpy until an engine is made, so the comman
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ...schemas.errors import EngineError, UsageError
+from ...schemas.errors import EngineError, UsageError, reraise_interrupt
 
 if TYPE_CHECKING:
     from ...schemas.plan_entries import Backend
@@ -68,6 +69,34 @@ def _openvino(precision: str) -> MakeEngine:
     return make
 
 
+def _torch(precision: str | None = None, *, compiled: bool = False) -> MakeEngine:
+    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
+        require_torch()
+        from ...schemas.precision import Precision
+        from .pytorch.torch_engine import PyTorchEngine
+
+        chosen = Precision(precision) if precision else None
+        return PyTorchEngine(bundle, given.device, precision=chosen, compiled=compiled, threads=given.threads)
+
+    return make
+
+
+def _aotinductor(bundle: "Bundle", given: EngineOptions) -> "Engine":
+    require_torch()
+    from .pytorch.package_engine import PackageEngine
+
+    return PackageEngine(bundle, given.device, threads=given.threads)
+
+
+def require_torch() -> None:
+    """Raise EngineError when PyTorch is not installed."""
+    try:
+        import_module("torch")
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise EngineError("PyTorch is not installed: pip install 'cascadekit[torch]'") from error
+
+
 def _tensorrt(backend: "Backend") -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
         from .tensorrt.tensorrt_engine import make_tensorrt
@@ -84,6 +113,10 @@ ENGINES: Mapping[str, EngineInfo] = {
     "onnxruntime-tensorrt": EngineInfo("onnxruntime", ("cuda",), _onnxruntime(device="tensorrt")),
     "openvino": EngineInfo("openvino", ("cpu",), _openvino("f32")),
     "openvino-bf16": EngineInfo("openvino", ("cpu",), _openvino("bf16")),
+    "torch": EngineInfo("torch", ("cpu", "cuda"), _torch()),
+    "torch-bf16": EngineInfo("torch", ("cpu", "cuda"), _torch("bf16"), probed=False),
+    "torch-compiled": EngineInfo("torch", ("cpu", "cuda"), _torch(compiled=True), probed=False),
+    "aotinductor": EngineInfo("torch", ("cpu", "cuda"), _aotinductor),
     "tensorrt-rtx": EngineInfo("tensorrt-rtx", ("cuda",), _tensorrt("tensorrt-rtx")),
     "tensorrt": EngineInfo("tensorrt", ("cuda",), _tensorrt("tensorrt")),
 }
@@ -107,11 +140,42 @@ def _openvino_computes_bf16(bundle: "Bundle") -> bool:
     )
 
 
+def _has_packages(bundle: "Bundle", device: str) -> bool:
+    """True if every stage that `generate` needs has packages of AOTInductor that can be loaded here."""
+    if not any(plan.backend == "aotinductor" for entry in bundle.manifest.stages.values() for plan in entry.plans):
+        return False
+    try:
+        require_torch()
+    except EngineError:
+        return False
+    from .pytorch.package_choice import has_packages
+
+    return has_packages(bundle, device)
+
+
+def _torch_computes_bf16(bundle: "Bundle") -> bool:
+    """True if torch is installed, the CPU multiplies bf16, and no stage is quantised."""
+    from ...schemas.quantization import Quantization
+
+    if any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values()):
+        return False
+    try:
+        require_torch()
+    except EngineError:
+        return False
+    from .pytorch.device import multiplies_bf16
+
+    return multiplies_bf16()
+
+
 # The engines that "auto" considers, in this order: name, device, and a test whether the engine can run the bundle here.
 CHOICES: tuple[tuple[str, str, Callable[["Bundle"], bool]], ...] = (
     ("tensorrt", "cuda", partial(_has_plans, backend="tensorrt")),
     ("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx")),
+    ("aotinductor", "cuda", partial(_has_packages, device="cuda")),
     ("openvino-bf16", "cpu", _openvino_computes_bf16),
+    ("aotinductor", "cpu", partial(_has_packages, device="cpu")),
+    ("torch-bf16", "cpu", _torch_computes_bf16),
 )
 DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 

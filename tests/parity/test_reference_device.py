@@ -10,8 +10,8 @@ import cascadekit
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference import build_reference
-from cascadekit.parity.reference.device import computing_on
 from cascadekit.parity.reference.loading import load_component, reference_engine
+from cascadekit.runtime.engines.pytorch.device import computing_on
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import (
@@ -76,9 +76,14 @@ def test_a_gpu_computes_without_tf32_and_its_memory_is_freed(tiny: Path, monkeyp
     parts = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [part.allow_tf32 for part in parts]
     assert any(before), "nothing to switch off"
-    with pytest.raises(KeyError), computing_on(torch.device("cuda")):
-        assert not any(part.allow_tf32 for part in parts)
-        raise KeyError
+
+    def fail() -> None:
+        with computing_on(torch.device("cuda")):
+            assert not any(part.allow_tf32 for part in parts)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert [part.allow_tf32 for part in parts] == before
 
     freed = []

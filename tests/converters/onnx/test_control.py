@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graph
-from cascadekit.parity.reference.blocks import ResBlock
+from cascadekit.runtime.engines.pytorch.networks.blocks import ResBlock
 from cascadekit.schemas.errors import ExportError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import PRESETS, Stage, Variant

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cascadekit.parity.reference import build_reference, load_reference
-from cascadekit.parity.reference.blocks import resize
-from cascadekit.parity.reference.unet import sinusoids
+from cascadekit.runtime.engines.pytorch.networks.blocks import resize
+from cascadekit.runtime.engines.pytorch.networks.unet import sinusoids
 from cascadekit.schemas.errors import LayoutError
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, UNetConfig, Variant

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from cascadekit.parity.reference import load_reference
-from cascadekit.parity.reference.text_encoder import end_positions
+from cascadekit.runtime.engines.pytorch.networks.text_encoder import end_positions
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import LayoutError
 from cascadekit.schemas.stages import PRESETS, Stage, TextEncoderConfig, Variant

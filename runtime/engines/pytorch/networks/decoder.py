@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ...schemas.errors import LayoutError
-from ...schemas.stages import UNetConfig
+from .....schemas.errors import LayoutError
+from .....schemas.stages import UNetConfig
 from .blocks import image_mapper, resize
 from .unet import UNet, UNetConditions
 
@@ -36,12 +36,15 @@ class Decoder(UNet):
         | ``effnet`` | (B, effnet, eh, ew) | the latents of stage C |
         | ``noise_pred``, returned | (B, out, h, w) | the predicted noise |
         """
+        time = self.time_embedding(timestep_ratio)
+        return self.predict(sample=sample, time=time, clip_text_pooled=clip_text_pooled, effnet=effnet)
+
+    def predict(self, *, sample: Tensor, time: Tensor, clip_text_pooled: Tensor, effnet: Tensor) -> dict[str, Tensor]:
+        """`forward` with the embedded timestep, ``time`` (B, n*e)."""
         x = self.embedding(sample)  # (B, width, h / patch, w / patch)
         x = x + self.effnet_mapper(resize(effnet, x))
         x = x + self.empty_pixels(x)
-        conditions = UNetConditions(
-            self.time_embedding(timestep_ratio), self.clip_norm(self.pooled_tokens(clip_text_pooled))
-        )
+        conditions = UNetConditions(time, self.clip_norm(self.pooled_tokens(clip_text_pooled)))
         return {"noise_pred": self.pyramid(x, conditions)}
 
     def empty_pixels(self, x: Tensor) -> Tensor:

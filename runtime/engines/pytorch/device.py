@@ -1,25 +1,23 @@
-"""The device that the reference computes on: the CPU, or a GPU through CUDA without TF32."""
+"""The device that PyTorch computes on: the CPU, or a GPU through CUDA without TF32."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from ...schemas.errors import UsageError
-
 HOST = "cpu"
+CPUINFO = Path("/proc/cpuinfo")
 
 
-def require_device(device: str) -> None:
-    """Raise UsageError when this torch cannot compute on `device`, which is "cpu" or "cuda"."""
-    if device != HOST and not torch.cuda.is_available():
-        raise UsageError(
-            f'reference_device="{device}": torch {torch.__version__} finds no GPU here; '
-            f'install a torch with CUDA and a driver, or set reference_device="{HOST}"'
-        )
+def gpu_problem(device: str) -> str | None:
+    """Why this torch cannot compute on `device`, which is "cpu" or "cuda"; None when it can."""
+    if device == HOST or torch.cuda.is_available():
+        return None
+    return f"torch {torch.__version__} finds no GPU here; install a torch with CUDA and a driver"
 
 
 @contextmanager
@@ -49,3 +47,19 @@ def free_device(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def multiplies_bf16() -> bool:
+    """True if the CPU multiplies bf16. On others torch computes it, slower than float32."""
+    flags = cpu_flags()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
+
+
+def cpu_flags() -> frozenset[str]:
+    """The CPU's features as Linux names them; empty on other systems."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(found, ()))

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from ...schemas.ports import control_port
-from ...schemas.stages import ControlNetConfig
-from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
+from .....schemas.ports import control_port
+from .....schemas.stages import ControlNetConfig
+from .....schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
 from .efficientnet import efficientnet_v2_s
 
 # The slope of Stability's class. A checkpoint does not hold it, since the activation has no weights.

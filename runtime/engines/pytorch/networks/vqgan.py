@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...schemas.stages import VQGANConfig
+from .....schemas.stages import VQGANConfig
 from .blocks import NORM_EPSILON
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ...schemas.errors import LayoutError
-from ...schemas.stages import UNetConfig
+from .....schemas.errors import LayoutError
+from .....schemas.stages import UNetConfig
 from .unet import UNet, UNetConditions
 
 
@@ -34,11 +34,22 @@ class Prior(UNet):
         | ``clip_img`` | (B, images, image) | image prompts; zeros of one image without any |
         | ``noise_pred``, returned | (B, out, h, w) | the predicted noise |
         """
+        return self.predict(
+            sample=sample,
+            time=self.time_embedding(timestep_ratio),
+            clip_text_pooled=clip_text_pooled,
+            clip_text=clip_text,
+            clip_img=clip_img,
+        )
+
+    def predict(
+        self, *, sample: Tensor, time: Tensor, clip_text_pooled: Tensor, clip_text: Tensor, clip_img: Tensor
+    ) -> dict[str, Tensor]:
+        """`forward` with the embedded timestep, ``time`` (B, n*e)."""
         tokens = [
             self.clip_txt_mapper(clip_text),  # (B, tokens, cond)
             self.pooled_tokens(clip_text_pooled),  # (B, clip_seq, cond)
             self.split_tokens(self.clip_img_mapper(clip_img)),  # (B, images * clip_seq, cond)
         ]
         clip = self.clip_norm(torch.cat(tokens, dim=1))
-        conditions = UNetConditions(self.time_embedding(timestep_ratio), clip)
-        return {"noise_pred": self.pyramid(self.embedding(sample), conditions)}
+        return {"noise_pred": self.pyramid(self.embedding(sample), UNetConditions(time, clip))}

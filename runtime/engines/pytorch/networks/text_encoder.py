@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...schemas.stages import TextEncoderConfig
+from .....schemas.stages import TextEncoderConfig
 from .clip import Encoder, check_activation
 
 # Configs written before transformers 4.31 have 2, whatever the vocabulary. The end token is then the highest id.

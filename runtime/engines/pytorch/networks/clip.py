@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ...schemas.errors import LayoutError
-from ...schemas.stages import ImageEncoderConfig, TextEncoderConfig
+from .....schemas.errors import LayoutError
+from .....schemas.stages import ImageEncoderConfig, TextEncoderConfig
 from .blocks import attend
 
 ClipConfig = TextEncoderConfig | ImageEncoderConfig

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...schemas.stages import ImageEncoderConfig
+from .....schemas.stages import ImageEncoderConfig
 from .clip import Encoder, check_activation
 
 

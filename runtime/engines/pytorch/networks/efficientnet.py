@@ -4,7 +4,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from ...schemas.layer_tensors import (
+from .....schemas.layer_tensors import (
     EFFICIENTNET_EPSILON,
     EFFICIENTNET_STEM,
     EFFICIENTNET_WIDTH,

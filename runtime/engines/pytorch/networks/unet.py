@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...schemas.stages import Block, UNetConfig
+from .....schemas.stages import Block, UNetConfig
 from .blocks import NORM_EPSILON, AttentionBlock, ChannelNorm, ResBlock, SizeKeepingSwitch, TimestepBlock, resize
 
 MAX_PERIOD = 10000  # the longest period of the sinusoidal embedding, and the factor of the timestep ratio
@@ -20,7 +20,10 @@ class UNetConditions(NamedTuple):
 
 
 class UNet(nn.Module):
-    """Embedding, pyramid and head of stage B and C. Subclasses add their inputs and `forward`.
+    """Embedding, pyramid and head of stage B and C. Subclasses add their inputs, `forward` and `predict`.
+
+    `predict` is `forward` with the input ``time``, the embedding of the timestep, in place of its ratio. Engines that
+    compute in 16 bits embed it in float32.
 
     Levels count from the outermost inwards, as in the config. The ``up_*`` lists count from the deepest outwards, as
     in the keys.
@@ -54,9 +57,7 @@ class UNet(nn.Module):
 
     def time_embedding(self, ratio: Tensor) -> Tensor:
         """Embeddings of the ratio (B,), and of zero for every further condition, one after the other: (B, n*e)."""
-        dim = self.config.timestep_ratio_embedding_dim
-        zeros = [torch.zeros_like(ratio) for _ in self.config.timestep_conditioning_type]
-        return torch.cat([sinusoids(value, dim) for value in (ratio, *zeros)], dim=1)
+        return embed_ratio(self.config, ratio)
 
     def pooled_tokens(self, pooled: Tensor) -> Tensor:
         """(B, 1, pooled channels) to (B, clip_seq, conditioning dim)."""
@@ -81,6 +82,12 @@ class UNet(nn.Module):
             x = upscaler(_passes(blocks, mappers, x, conditions, skip))
         y: Tensor = self.clf(x)
         return y
+
+
+def embed_ratio(config: UNetConfig, ratio: Tensor) -> Tensor:
+    """Embeddings of the ratio (B,), and of zero for every further condition of `config`: (B, n*e), same dtype."""
+    zeros = [torch.zeros_like(ratio) for _ in config.timestep_conditioning_type]
+    return torch.cat([sinusoids(value, config.timestep_ratio_embedding_dim) for value in (ratio, *zeros)], dim=1)
 
 
 def sinusoids(value: Tensor, dim: int) -> Tensor:

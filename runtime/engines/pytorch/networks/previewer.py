@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ...schemas.stages import PreviewerConfig
+from .....schemas.stages import PreviewerConfig
 
 
 class Previewer(nn.Module):

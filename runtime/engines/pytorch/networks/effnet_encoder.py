@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from ...schemas.layer_tensors import EFFICIENTNET_WIDTH
-from ...schemas.stages import EffnetEncoderConfig
+from .....schemas.layer_tensors import EFFICIENTNET_WIDTH
+from .....schemas.stages import EffnetEncoderConfig
 from .efficientnet import efficientnet_v2_s
 
 

@@ -1,0 +1,127 @@
+"""Runs the networks in PyTorch on the weights of a bundle, on the CPU or on a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....schemas.config_json import from_json
+from ....schemas.errors import EngineError
+from ....schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH, StageEntry
+from ....schemas.precision import Precision
+from ....schemas.quantization import Quantization
+from ....schemas.stages import Stage, VQGANConfig
+from ....storage.bundle import Bundle
+from .captured_calls import CapturedCalls
+from .device import HOST, gpu_problem
+from .networks import load_reference, load_vqgan_encoder
+from .networks.blocks import AttentionBlock, ResBlock
+from .networks.clip import EncoderLayer
+from .networks.unet import UNet
+from .networks.vqgan import MixingBlock
+from .stage_runner import Compute, TensorStage
+from .tensors import LazyTensors, bundle_tensors
+
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+REGIONS = (AttentionBlock, EncoderLayer, MixingBlock, ResBlock)  # modules that repeat, and are compiled alike
+CAPTURED = (Stage.PRIOR, Stage.DECODER)  # stages that run many times for an image
+
+
+class PyTorchEngine:
+    """An engine for every stage of `bundle` that is not quantised.
+
+    `precision=None` computes each stage in the precision of its graphs. With `compiled`, torch.compile makes kernels of
+    the blocks that repeat, which takes minutes for every new size. `threads=None` leaves their number to torch. On a
+    GPU, prior and decoder are replayed as CUDA graphs."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = HOST,
+        *,
+        precision: Precision | None = None,
+        compiled: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        """Raises EngineError when torch finds no GPU for the device "cuda"."""
+        require_device(device, "torch")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.bundle = bundle
+        self.device = device
+        self.precision = precision
+        self.name = f"torch-{'compiled' if compiled else precision}" if compiled or precision else "torch"
+        self._compiled = compiled
+
+    def graphs(self, stage: Stage) -> tuple[str, ...]:
+        names = (MAIN_GRAPH, *((ENCODER_GRAPH,) if stage is Stage.VQGAN else ()))
+        return tuple(name for name in names if name in self.bundle.entry(stage).graphs)
+
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> TensorStage:
+        entry = self.bundle.entry(stage)
+        if graph not in self.graphs(stage):
+            raise EngineError(
+                f"{stage}: engine {self.name} has no graph {graph!r}, only {', '.join(self.graphs(stage))}"
+            )
+        dtype = DTYPES[computed_precision(stage, entry, self.precision)]
+        network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
+        if self._compiled:
+            _compile_regions(network)
+        compute: Compute = network
+        if self.device != HOST and stage in CAPTURED:
+            compute = CapturedCalls(compute)
+        return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
+
+
+def require_device(device: str, engine: str) -> None:
+    """Raise EngineError unless torch can compute on `device`."""
+    if device not in (HOST, "cuda"):
+        raise EngineError(f"device {device!r}: engine {engine} runs on cpu and cuda")
+    if problem := gpu_problem(device):
+        raise EngineError(f'device="{device}": {problem}, or set device="{HOST}"')
+
+
+def computed_precision(stage: Stage, entry: StageEntry, asked: Precision | None) -> Precision:
+    """The precision that torch computes a stage in: `asked`, or that of the stage's graphs.
+
+    Raises EngineError for a stage whose graphs do what the networks in PyTorch do not: for quantised weights, and for
+    fp16 with scaled streams or blocks in fp32."""
+    if entry.quantization is not Quantization.NONE:
+        raise EngineError(
+            f"{stage}: its weights are {entry.quantization}, which torch does not multiply; "
+            'set engine="onnxruntime", or export it again without quantize=...'
+        )
+    precision = asked or entry.precision
+    if precision is Precision.FP16 and (any(entry.exponents.values()) or entry.fp32_blocks):
+        raise EngineError(
+            f"{stage}: its fp16 graphs keep large sums from overflowing, which torch does not; "
+            'set engine="torch-bf16", or engine="onnxruntime"'
+        )
+    return precision
+
+
+def load_network(bundle: Bundle, stage: Stage, graph: str, *, dtype: torch.dtype, device: str) -> nn.Module:
+    """The network of a graph of a stage with the bundle's weights; prior and decoder take the embedded timestep.
+
+    Raises LayoutError when weights are missing, CheckpointError for damaged files."""
+    config = from_json(stage, bundle.entry(stage).config)
+    tensors = LazyTensors(bundle_tensors(bundle, stage))
+    if isinstance(config, VQGANConfig) and graph == ENCODER_GRAPH:
+        return load_vqgan_encoder(config, tensors, dtype, device)
+    return with_embedded_time(load_reference(config, tensors, dtype, device))
+
+
+def with_embedded_time(network: nn.Module) -> nn.Module:
+    """The same network, which takes ``time`` in place of ``timestep_ratio`` if it has a timestep."""
+    if isinstance(network, UNet):
+        changed: Any = network
+        changed.forward = changed.predict
+    return network
+
+
+def _compile_regions(network: nn.Module) -> None:
+    """Have torch.compile make kernels of the blocks that repeat: one compilation serves all blocks of a width."""
+    regions: list[Callable[..., None]] = [part.compile for part in network.modules() if isinstance(part, REGIONS)]
+    for region in regions:
+        region(dynamic=False)
