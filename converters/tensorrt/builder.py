@@ -65,11 +65,7 @@ def build(
     with scratch_folder(opened.root / SCRATCH, opened.root) as scratch:
         existing = [] if options.force else to_build
         found = {planned.key: there for planned in existing if (there := _find(planned, options, say))}
-        estimates = {
-            planned.key: _estimated(planned)
-            for planned in to_build
-            if planned.key not in found
-        }
+        estimates = {planned.key: _estimated(planned) for planned in to_build if planned.key not in found}
         require_room(str(root), estimates.values(), opened.root, memory=options.check_memory)
         done = []
         for planned in to_build:
