@@ -6,7 +6,7 @@ from ...schemas.callbacks import Say, StartFile
 from ...schemas.manifest import Manifest
 from ...schemas.precision import Precision, Target
 from ...schemas.stages import Stage
-from ...schemas.targets import ALONE
+from ...schemas.targets import ALONE, AOTINDUCTOR
 from ..export.export import export
 from ..export.export_options import ExportOptions, Fp16Safe
 from .plans_to_build import BuildOptions, require_targets
@@ -22,20 +22,22 @@ def export_for_build(
     start_file: StartFile | None = None,
     say: Say = lambda text: None,
 ) -> Manifest:
-    """Export the stages of `options` from `model` to the bundle `output`, for TensorRT.
+    """Export the stages of `options` from `model` to the bundle `output`, for TensorRT or AOTInductor.
 
-    Without `precision` the graphs compute in bf16, or in fp16 when sm75 is among the targets, which has no bf16. A
-    prior in fp16 is exported with ``fp16_safe="auto"``.
+    Without `precision` the graphs compute in bf16, or in fp16 when sm75 is among the targets, which has no bf16. For
+    AOTInductor on the CPU they compute in fp32. A prior in fp16 for TensorRT is exported with ``fp16_safe="auto"``.
 
     Raises UsageError, before anything is written, for targets that cannot run graphs of that precision."""
-    computed = precision or (Precision.FP16 if ALONE in options.targets else Precision.BF16)
+    packages = options.backend == AOTINDUCTOR
+    usual = Precision.FP32 if packages and options.device == "cpu" else Precision.BF16
+    computed = precision or (Precision.FP16 if ALONE in options.targets else usual)
     require_targets(options, computed)
-    measured = computed is Precision.FP16 and Stage.PRIOR in (options.stages or (Stage.PRIOR,))
+    measured = not packages and computed is Precision.FP16 and Stage.PRIOR in (options.stages or (Stage.PRIOR,))
     safe: Fp16Safe = "auto" if measured else None
     wanted = ExportOptions(
         stages=options.stages,
         precision=computed,
-        target=Target.TENSORRT,
+        target=Target.PORTABLE if packages else Target.TENSORRT,
         fp16_safe=safe,
         text_encoder=text_encoder,
         force=options.force,

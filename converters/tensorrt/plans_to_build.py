@@ -16,7 +16,7 @@ from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
-from ...schemas.targets import RTX, Refusal, group_targets, refusal, require_rtx_targets
+from ...schemas.targets import AOTINDUCTOR, RTX, Refusal, group_targets, refusal, require_rtx_targets
 from ...storage.bundle import Bundle
 from ...storage.file_hashes import sha256_of
 from ..export.graph_files import external_data, load_graph
@@ -104,6 +104,8 @@ def plans_to_build(
 
 
 def _require_targets(options: BuildOptions) -> None:
+    if options.backend != AOTINDUCTOR and options.device != "cpu":
+        raise UsageError(f'device="{options.device}" is for backend="aotinductor"; TensorRT builds for GPUs alone')
     if options.backend == RTX:
         require_rtx_targets(options.targets)
         if options.refittable:  # 1.7 fails: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", even for one product

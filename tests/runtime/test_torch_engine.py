@@ -79,8 +79,8 @@ def test_refusals(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     runner = make_engine("torch", bundle).load(Stage.VQGAN)
     with pytest.raises(EngineError, match="expected inputs latents, found x"):
         runner({"x": np.zeros(1, np.float32)})
+    monkeypatch.setattr(runner, "_compute", lambda **given: given["latents"] @ torch.zeros(7, 7))
     with pytest.raises(EngineError, match=r"^vqgan: torch failed: [^\n]*$"):
-        monkeypatch.setattr(runner, "_compute", lambda **given: given["latents"] @ torch.zeros(7, 7))
         runner({"latents": np.zeros((1, 4, 8, 8), np.float32)})
 
     def changed(**fields: Any) -> Bundle:

@@ -89,7 +89,7 @@ def _weights(bundle: Bundle, stage: Stage) -> Iterator[Path]:
 
 
 def _renamed(header: Header, stage: Stage) -> dict[str, TensorRange]:
-    """The tensors of `stage` in a file of another layout. Of two sets of weights, the one is taken that exports take."""
+    """The tensors of `stage` in a file of another layout; of two sets of weights, those that exports take."""
     groups = [group for group in group_by_prefix(header.tensors) if _is_of(group, header, stage)]
     if not groups:
         return {}

@@ -78,8 +78,8 @@ def load_reference(
     """The network of `config` on `device`, holding `tensors` (named as in the diffusers layout), ready for inference.
 
     The network is built without storage. Tensors that are on `device` in `dtype` already become its weights without a
-    copy, so the network and the caller share them. Only tensors of the network are read from the mapping, which may be lazy; the
-    encoder and the codebook of a VQGAN are never read.
+    copy, so the network and the caller share them. Only tensors of the network are read from the mapping, which may be
+    lazy; the encoder and the codebook of a VQGAN are never read.
 
     Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape.
     """
