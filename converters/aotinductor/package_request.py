@@ -16,7 +16,7 @@ class PackageRequest(WorkerRequest):
     name: str = ""  # of the graph
     config: Mapping[str, Any] = field(default_factory=dict)
     precision: str = ""
-    device: str = "cpu"
+    runs_on: str = "cpu"  # cpu or cuda; the name of the device is in the key besides
     dims: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)  # of each input
     steps: Mapping[str, int] = field(default_factory=dict)  # by dim
 

@@ -66,7 +66,7 @@ def trace(request: PackageRequest) -> Any:
     """The network of `request` as torch.export sees it. Its weights have no values, and take no memory."""
     import torch
 
-    network = _network(request, request.device)
+    network = _network(request, request.runs_on)
     shapes = request.profiles[0]
     examples, dynamic = {}, {}
     for port, dims in request.dims.items():
@@ -113,7 +113,7 @@ def _zeros(request: PackageRequest, port: str, sizes: list[int]) -> Any:
 
     ids = port in ("input_ids", "attention_mask")
     dtype = torch.int64 if ids else DTYPES[Precision(request.precision)]
-    return torch.zeros(sizes, dtype=dtype, device=request.device)
+    return torch.zeros(sizes, dtype=dtype, device=request.runs_on)
 
 
 def _dim(name: str, least: int, most: int, steps: Mapping[str, int]) -> Any:

@@ -102,7 +102,7 @@ def _request(
         name=name,
         config=entry.config,
         precision=precision,
-        device=options.device,
+        runs_on=options.device,
         dims={port.name: port.dims for port in inputs},
         steps=_steps(from_json(stage, entry.config), name),
     )

@@ -79,7 +79,10 @@ def bundle_tensors(bundle: Bundle, stage: Stage) -> dict[str, TensorRange]:
     for path in _weights(bundle, stage):
         header = read_header(path)
         named = {name: tensor for name, tensor in header.tensors.items() if expected.get(name) == tensor.shape}
-        found |= named or {name: tensor for name, tensor in _renamed(header, stage).items() if name in expected}
+        if len(named) < len(expected):  # a shard, or another layout, which shares some names
+            renamed = _renamed(header, stage)
+            named = {**{name: tensor for name, tensor in renamed.items() if name in expected}, **named}
+        found |= named
     return found
 
 
