@@ -92,7 +92,7 @@ MACHINERY: Sequence[Option] = (
         type=click.Choice([AUTO, *ENGINES]),
         default=AUTO,
         show_default=True,
-        help="auto is openvino-bf16, aotinductor or torch-bf16 where these are installed and fast, else onnxruntime. Images "
+        help="auto is openvino-bf16, aotinductor or torch-bf16 where these are fast, else onnxruntime. Images "
         "in bf16 differ slightly from those in fp32, the precision of all others; -mapped needs little memory.",
     ),
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
