@@ -206,7 +206,7 @@ class OnnxRuntimeStage(HostRunner):
 
     def close(self) -> None:
         self._session = None
-        give_back_memory()  # the session holds gigabytes; do not wait for the collector
+        give_back_memory()
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

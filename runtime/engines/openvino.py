@@ -97,7 +97,7 @@ class OpenVinoStage(HostRunner):
 
     def close(self) -> None:
         self._head = self._body = None
-        give_back_memory()  # compiled models hold gigabytes; do not wait for the collector
+        give_back_memory()
 
 
 def _cut_at_sines(ov: Any, model: Any) -> Any:

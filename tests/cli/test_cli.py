@@ -102,12 +102,24 @@ def test_the_networks_beside_the_cascade(helpers: Path, tmp_path: Path) -> None:
     assert {comparison["name"].split(":")[0] for comparison in report["comparisons"]} == set(stages)
     assert max(comparison["relative_l2"] for comparison in report["comparisons"]) < 1e-5
     assert report["image_psnr_db"] is None
-    looked = call("verify", bundle, "--against", helpers, "--bisect", "--json")
-    bisections = json.loads(looked.stdout)["bisection"]
-    assert looked.exit_code == 0, [bisection["first"] for bisection in bisections]
-    assert all(len(bisection["points"]) > 15 for bisection in bisections)
-    only = json.loads(call("verify", bundle, "--against", helpers, "--stage", "previewer", "--json").stdout)
-    assert {comparison["name"].split(":")[0] for comparison in only["comparisons"]} == {"previewer"}
+    looked_into(bundle, helpers, "image_encoder", "previewer")
+
+
+@pytest.mark.slow  # two EfficientNets
+def test_bisection_of_networks_of_real_size(helpers: Path, tmp_path: Path) -> None:
+    assert call("export", helpers, "-o", tmp_path / "bundle").exit_code == 0
+    looked_into(tmp_path / "bundle", helpers, "effnet_encoder", "controlnet/canny")
+
+
+def looked_into(bundle: Path, model: Path, *stages: str) -> None:
+    """`verify --bisect` compares these stages alone, at many points, and finds nothing."""
+    options = [option for stage in stages for option in ("--stage", stage)]
+    result = call("verify", bundle, "--against", model, "--bisect", "--json", *options)
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0, [bisection["first"] for bisection in report["bisection"]]
+    assert {comparison["name"].split(":")[0] for comparison in report["comparisons"]} == set(stages)
+    assert len(report["bisection"]) == len(stages)
+    assert all(len(bisection["points"]) > 15 for bisection in report["bisection"])
 
 
 def test_the_road(original: Path, tmp_path: Path) -> None:

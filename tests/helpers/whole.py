@@ -280,5 +280,4 @@ def counted(monkeypatch: pytest.MonkeyPatch, fake: Mapping[Stage, Callable[..., 
 
     with monkeypatch.context() as patch:
         patch.setattr(OnnxRuntimeEngine, "load", counting)
-        patch.setattr("cascadekit.runtime.engines.onnxruntime.give_back_memory", lambda: None)  # slow beside torch
         yield loads

@@ -1,8 +1,10 @@
 """Every engine on the tiny cascade: numbers against the PyTorch reference, memory, choice, errors."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +159,22 @@ assert not found, found
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "holder"), [("onnxruntime", "_session"), ("openvino-bf16", "_body")])
+def test_closing_frees_the_weights_without_the_collector(tiny: Path, name: str, holder: str) -> None:
+    """No reference cycle holds them: closing a stage need not collect garbage."""
+    runner = make_engine(name, open_bundle(tiny / "bundle"), threads=1).load(Stage.DECODER)
+    shapes = {"sample": (1, 4, 8, 8), "clip_text_pooled": (1, 1, 12), "effnet": (1, 16, 2, 2), "timestep_ratio": (1,)}
+    run = runner.bind({port: np.ones(shape, np.float32) for port, shape in shapes.items() if port != "sample"})
+    run({"sample": np.ones(shapes["sample"], np.float32)})
+    held = weakref.ref(getattr(runner, holder))
+    gc.disable()
+    try:
+        runner.close()
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", [*ON_THE_CPU, "torch"])

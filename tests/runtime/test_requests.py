@@ -27,12 +27,6 @@ QUICK: dict[str, Any] = {"width": 128, "height": 64, "prior_steps": 2, "decoder_
 def silent(stage: object, step: object) -> None: ...
 
 
-@pytest.fixture(autouse=True)
-def no_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is slow beside torch, and happens with every stage that is loaded or freed."""
-    monkeypatch.setattr("cascadekit.runtime.engines.onnxruntime.give_back_memory", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def cascade(whole: Whole) -> Cascade:
     return Cascade.open(whole.bundle, threads=1)

@@ -69,9 +69,21 @@ def in_half(graph: Any, inputs: dict[str, np.ndarray], dtype: torch.dtype) -> di
     return {name: value.float().numpy() for name, value in outputs.items()}
 
 
+# onnx's evaluator takes seconds for the largest network; the marker `slow` has its graph for TensorRT.
+TARGETS = [
+    pytest.param(
+        config,
+        target,
+        id=f"{config.stage}-{target}",
+        marks=pytest.mark.slow if config is EFFNET and target is Target.TENSORRT else (),
+    )
+    for config in NETWORKS
+    for target in (Target.PORTABLE, Target.TENSORRT)
+]
+
+
 @pytest.mark.parametrize("precision", HALVES)
-@pytest.mark.parametrize("config", NETWORKS, ids=lambda c: c.stage)
-@pytest.mark.parametrize("target", [Target.PORTABLE, Target.TENSORRT])
+@pytest.mark.parametrize(("config", "target"), TARGETS)
 def test_as_close_to_fp32_as_pytorch_in_the_same_type(
     export: Callable[..., Any],
     evaluate: Callable[..., Any],
