@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
 .PHONY: demo test test-light test-slow fuzz lint types docs wheel-test clean
 

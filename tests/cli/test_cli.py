@@ -144,14 +144,13 @@ def test_the_road(original: Path, tmp_path: Path) -> None:
 
 def test_engines_by_name(tiny: Path, tmp_path: Path) -> None:
     bundle, stage = tiny / "bundle", ("--stage", "vqgan")
-    for engine in "onnxruntime-mapped", "openvino", "openvino-bf16":
+    for engine in "onnxruntime-mapped", "openvino-bf16":
         result = call("generate", bundle, "x", *QUICK, "--engine", engine, "--threads", 1, "-o", tmp_path)
         assert result.exit_code == 0, result.output
         verified = call("verify", bundle, "--against", tiny / "model", *stage, "--engine", engine, "--no-verdict")
         assert verified.exit_code == 0, verified.output  # each is held to what its type can reach
     assert sorted(read_settings(path)["engine"] for path in tmp_path.iterdir()) == [
         "onnxruntime-mapped",
-        "openvino",
         "openvino-bf16",
     ]
     refused(1, "openvino runs on cpu only", "generate", bundle, "x", "--engine", "openvino", "--device", "cuda")

@@ -44,6 +44,7 @@ copiers = copying._copiers
 copying._copiers = lambda: [slowly(copy) for copy in copiers()]
 copying.COPY_BLOCK = 1 << 16
 os.fsync = lambda descriptor: None
+sys.dont_write_bytecode = True  # its files would be counted
 seen = Counter()
 
 def count(event, arguments):

@@ -404,6 +404,7 @@ def count(event, arguments):
 
 import cascadekit.converters.lora.merge_bundle
 os.fsync = lambda descriptor: None
+sys.dont_write_bytecode = True  # its files would be counted
 sys.stdout = sys.stderr = open({said!r}, "w")
 sys.addaudithook(count)
 try:

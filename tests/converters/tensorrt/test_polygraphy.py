@@ -32,8 +32,8 @@ def polygraphy(*arguments: object) -> str:
 @pytest.mark.parametrize(
     ("stage", "graph", "targets"),
     [
-        (Stage.PRIOR, "step", ("sm80", "sm86", "sm89")),
-        (Stage.VQGAN, "model", ("sm120",)),
+        pytest.param(Stage.PRIOR, "step", ("sm80", "sm86", "sm89"), marks=pytest.mark.slow),
+        (Stage.VQGAN, "model", ("sm80", "sm120")),
         (Stage.TEXT_ENCODER, "model", ("sm89",)),
     ],
 )
