@@ -141,8 +141,9 @@ def torch_normals(torch: ModuleType, uniforms: Any) -> Any:
 @pytest.mark.parametrize("one_of", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("walked", ["radius", "angle"])
 def test_every_uniform(torch: ModuleType, walked: str, one_of: int) -> None:
-    """All 2**24 arguments of the logarithm, then of sine and cosine, the other half of the pair held fixed; by default a
-    quarter of them.
+    """All 2**24 arguments of the logarithm, then of sine and cosine, the other half of the pair held fixed.
+
+    By default a quarter of them.
 
     Angle 0 leaves the radius as it is; the other way round 14506667 gives radius 2, which leaves sine and cosine
     exact. What remains of Box-Muller is one multiplication.
