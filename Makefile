@@ -10,6 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would
 demo: .venv/demo.stamp ## a tiny cascade through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
+test: export OMP_NUM_THREADS := 1 # the networks are tiny: a second thread costs more than it does
 test: .venv/dev.stamp ## every test without a marker; ARGS="-k name" is passed to pytest
 	$(BIN)/python -m pytest -n auto $(ARGS)
 

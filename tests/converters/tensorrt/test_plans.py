@@ -36,10 +36,11 @@ GRAPHS = {
     Stage.DECODER: ["model"],
     Stage.VQGAN: ["model"],
 }
+EFFNET = EffnetEncoderConfig()
 INPAINTING = ControlNetConfig(4, PROJ_BLOCKS_ENDS, None, 64)
 OTHERS = [
     ImageEncoderConfig(128, 256, 2, 2, 64, image_size=28),
-    EffnetEncoderConfig(),
+    EFFNET,
     PreviewerConfig(c_hidden=16),
     ControlNetConfig(1, PROJ_BLOCKS_ENDS, None, 64),
     INPAINTING,
@@ -94,15 +95,15 @@ def test_the_cascade(
     assert not list(bundle.rglob(".*"))
 
 
-# Every network once, and every GPU more than once; the marker `slow` has the other pairs. The ControlNet for inpainting
-# differs from that for Canny in its first convolution alone, and the effnet encoder shares the backbone of both.
+# Every network once, and every GPU more than once; the marker `slow` has the other pairs. It also has two networks with
+# the backbone of the ControlNet for Canny; tests of converters/onnx build the effnet encoder.
 GPUS = [("fp16", "sm75", STATIC), ("bf16", "sm80 sm86 sm89", DEFAULT), ("bf16", "sm120", DEFAULT)]
 PAIRS = [
     pytest.param(
         config,
         *gpu,
         id=f"{config.stage}-{gpu[0]}-{gpu[1].replace(' ', '-')}",
-        marks=() if (number - place) % len(GPUS) == 0 and config is not INPAINTING else pytest.mark.slow,
+        marks=() if (number - place) % len(GPUS) == 0 and config not in (EFFNET, INPAINTING) else pytest.mark.slow,
     )
     for number, config in enumerate(OTHERS)
     for place, gpu in enumerate(GPUS)
