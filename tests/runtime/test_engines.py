@@ -165,7 +165,7 @@ assert not found, found
 def test_closing_frees_the_weights_without_the_collector(tiny: Path, name: str, holder: str) -> None:
     """No reference cycle holds them: closing a stage need not collect garbage."""
     runner = make_engine(name, open_bundle(tiny / "bundle"), threads=1).load(Stage.DECODER)
-    shapes = {"sample": (1, 4, 8, 8), "clip_text_pooled": (1, 1, 12), "effnet": (1, 16, 2, 2), "timestep_ratio": (1,)}
+    shapes = {"sample": (1, 4, 18, 26), "clip_text_pooled": (1, 1, 12), "effnet": (1, 16, 5, 7), "timestep_ratio": (1,)}
     run = runner.bind({port: np.ones(shape, np.float32) for port, shape in shapes.items() if port != "sample"})
     run({"sample": np.ones(shapes["sample"], np.float32)})
     held = weakref.ref(getattr(runner, holder))
