@@ -19,6 +19,11 @@ def has_screen(environment: Mapping[str, str] = os.environ, platform: str = sys.
     return platform in ("win32", "darwin") or any(environment.get(name) for name in DISPLAYS)
 
 
+def is_terminal() -> bool:
+    """True if standard output is a terminal, so that somebody reads it now."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def show_page(url: str) -> None:
     """Open `url` in the browser. A browser that takes its time, or that writes to the terminal, delays nothing."""
     Thread(target=webbrowser.open, args=(url,), daemon=True).start()

@@ -1,7 +1,6 @@
 """The command `ui`."""
 
 import ipaddress
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import note, say
-from .desktop import has_screen, show_folder, show_page
+from .desktop import has_screen, is_terminal, show_folder, show_page
 from .generate_common import open_cascade
 from .generate_options import machinery
 from .options import PATH
@@ -72,11 +71,9 @@ def ui(
         page = page_server(models, output, host=host, port=port, batch=batch, open_folder=show, say=say)
         with page as server:
             if not _is_loopback(host):
-                note(
-                    "whoever reaches this address can generate, see and delete images; use 127.0.0.1 to be alone"
-                )
+                note("whoever reaches this address can generate, see and delete images; use 127.0.0.1 to be alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")
-            if opens and seen and sys.stdout.isatty():
+            if opens and seen and is_terminal():
                 show_page(server.url)
             try:
                 server.serve_forever()

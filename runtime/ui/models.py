@@ -64,8 +64,8 @@ class Models:
     """The choices of one server. Used by many threads, except `cascade`, which belongs to the queue's.
 
     `path` is a bundle or a folder of bundles. `loras` returns those that the page may choose: each name on the page,
-    and what `--lora` takes for it. `first` are the LoRAs and the engine that the page begins with. `stages` come from other
-    bundles. `device` is "cpu" or "cuda"."""
+    and what `--lora` takes for it. The page begins with `engine` and `first_loras`. `stages` come from other bundles.
+    `device` is "cpu" or "cuda"."""
 
     path: Path
     opener: Opener

@@ -7,6 +7,7 @@ let watched = null;
 
 export function showProgress(job) {
   watched = Object.assign(job, {began: performance.now(), rates: newRates(job), left: null});
+  $("progress").classList.remove("over");
   $("progress").hidden = $("track").hidden = $("cancel").hidden = false;
   $("cancel").disabled = false;
   $("no-preview").hidden = $("notes").hidden = true;
@@ -65,6 +66,8 @@ export function endProgress(job, text) {
   $("track").hidden = $("cancel").hidden = $("no-preview").hidden = true;
   $("steps").textContent = $("elapsed").textContent = "";
   document.title = "cascadekit";
+  $("progress").classList.add("over");
+  $("progress").hidden = !text;
   phase(text && `${text} ${clock(secondsOf(job))}`);
 }
 
