@@ -4,8 +4,7 @@ import {$, make, namedFields, sentence} from "./dom.js";
 
 /** Show what is wrong, and mark the fields that the message names. */
 export function complain(message) {
-  $("error").textContent = message ? sentence(message) : "";
-  $("error").hidden = !message;
+  say($("error"), message && sentence(message));
   if (message) $("notice").hidden = true;
   for (const field of namedFields()) {
     const named = message && new RegExp(`(^|\\W)${field.name}(\\W|$)`).test(message.split(";")[0]);
@@ -16,13 +15,16 @@ export function complain(message) {
 
 /** Say something; with `action` a button does it. */
 export function notice(message, action = "", does = null) {
-  $("notice").replaceChildren(message);
-  if (does) {
-    const button = make("button", {type: "button", className: "chip"}, action);
-    button.addEventListener("click", () => { notice(""); does(); });
-    $("notice").append(" ", button);
-  }
-  $("notice").hidden = !message;
+  const doing = () => { notice(""); does(); };
+  say($("notice"), message, does && make("button", {type: "button", className: "chip", onclick: doing}, action));
+}
+
+/** Fill a message's box; without a text it is hidden. */
+function say(box, text, button = null) {
+  const close = make("button", {type: "button", className: "close", ariaLabel: "Dismiss", title: "Dismiss",
+    onclick: () => { box.hidden = true; }}, "×");
+  box.replaceChildren(make("span", {}, text), ...(button ? [button] : []), close);
+  box.hidden = !text;
 }
 
 /** Ask a question in a dialog. Resolves to whether `yes` was pressed; Escape means no. */

@@ -31,7 +31,7 @@ export function view(image, images = [image]) {
 function factsOf(image) {
   const {prompt, negative, width, height, created_by, vqgan_scale, ...rest} = image.settings;
   const usual = page.info.defaults[rest.sampler] || {};
-  const facts = [["Generated", new Date(image.time * 1000).toLocaleString()], ["Size", `${image.width}×${image.height}`]];
+  const facts = [["Generated", new Date(image.time * 1000).toLocaleString([], {dateStyle: "medium", timeStyle: "short"})], ["Size", `${image.width}×${image.height}`]];
   if (negative) facts.push(["Negative prompt", negative]);
   for (const [name, value] of Object.entries(rest)) {
     if (name === "index" || (name === "batch" && value === 1) || (name === "strength" && !rest.init_image)) continue;
