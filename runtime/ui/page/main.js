@@ -24,7 +24,10 @@ async function start() {
   await findJobs();
 }
 
-form.addEventListener("input", event => { if (event.target.id !== "sampler" && event.target.type !== "radio") changed(); });
+form.addEventListener("input", event => {
+  event.target.removeAttribute("aria-invalid");
+  if (event.target.id !== "sampler" && event.target.type !== "radio") changed();
+});
 // A file dropped beside the zones must not replace the page.
 for (const kind of ["dragover", "drop"]) document.addEventListener(kind, event => event.preventDefault());
 

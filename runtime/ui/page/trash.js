@@ -6,6 +6,7 @@ import {complain, confirmed, notice} from "./messages.js";
 export async function removeImage(image) {
   const text = `${image.name} is moved to the folder “trash” beside the images. You can undo it.`;
   if (!await confirmed("Delete this image?", text, "Delete", {danger: true})) return;
+  complain("");
   try {
     const {restore} = await post(`${image.url.split("?")[0]}/delete`);
     imagesChanged(image);
