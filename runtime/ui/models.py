@@ -4,6 +4,7 @@ A request of the page names these; it never holds a path. Names are looked up in
 of LoRAs that the server was started with.
 """
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,8 +45,9 @@ def bundles_at(path: Path) -> dict[str, Path]:
     """The bundles in the folder `path`, or beside the bundle `path`, by name. A bundle at `path` comes first.
 
     Raises UsageError when `path` is no bundle and holds none."""
-    given = {path.resolve().name: path} if is_bundle(path) else {}
-    found = given | {child.name: child for child in _bundles_in(path.resolve().parent if given else path)}
+    place = Path(os.path.abspath(path))  # links stay: beside a link to a bundle are the bundles of the link's folder
+    given = {place.name: path} if is_bundle(path) else {}
+    found = given | {child.name: child for child in _bundles_in(place.parent if given else place)}
     if not found:
         open_bundle(path)  # which says how to make one
     return dict(list(found.items())[:MOST_BUNDLES])

@@ -34,6 +34,7 @@ def never(path: Path, engine: str, loras: Sequence[tuple[str, float]]) -> Cascad
 def test_bundles_are_found_in_a_folder_and_beside_a_bundle(whole: Whole, folder: Path) -> None:
     assert list(bundles_at(folder)) == ["a", "b"]
     assert next(iter(bundles_at(whole.bundle))) == "bundle"
+    assert list(bundles_at(folder / "b")) == ["b", "a"]
     with pytest.raises(UsageError, match="not a bundle"):
         bundles_at(folder / "empty")
 

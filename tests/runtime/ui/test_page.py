@@ -79,7 +79,7 @@ def test_previews_cancel_and_queue(served: PageServer, visit: Visit, gate: Gate,
     gate.previews_before = 1
     page.click("#generate")
     page.wait_for_selector("#shown .draft")
-    assert page.inner_text("#steps") == "prior 2 of 3 · decoder 0 of 2"
+    wait_for_text(page, "#steps", "prior 2 of 3 · decoder 0 of 2")
     assert page.get_attribute("#shown .draft", "src").startswith("data:image/jpeg;base64,")
     gate.opened.set()
     page.wait_for_selector("#shown button")

@@ -10,7 +10,7 @@ from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.ui.http_server import PageServer
 from cascadekit.runtime.ui.models import Models
-from helpers.page import QUICK, Visit, fill, serving_models, wait_for_text
+from helpers.page import QUICK, Visit, call, fill, serving_models, wait_for_text
 from helpers.whole import Whole
 
 
@@ -27,26 +27,36 @@ def saved(folder: Path, *prompts: str) -> None:
         save_png(folder / f"{number:04d}.png", Image.new("RGB", (64, 64), "navy"), made)
 
 
+def sides_of(server: PageServer, ratio: float) -> tuple[str, str]:
+    """Width and height of these proportions and of the default's area, as the fields show them."""
+    bundle = call(server, "GET", "/api/bundles/bundle").json
+    side = bundle["defaults"]["ddpm-wuerstchen"]["width"]
+    width, height = (max(64, round(side * factor / 8) * 8) for factor in (ratio**0.5, ratio**-0.5))
+    return str(width), str(height)
+
+
 def captions(page: Any) -> list[str]:
     return page.locator("#grid .caption").all_inner_texts()
 
 
 def test_presets_of_size_and_quality(served: PageServer, visit: Visit) -> None:
-    """The size keeps the default's area, in steps of 8; the tiny cascade's default is 64x64."""
+    """The size keeps the default's area, in steps of 8."""
     page = visit(served)
+    width, height = sides_of(served, 16 / 9)
     checked = "() => [...document.querySelectorAll('#form input[type=radio]:checked')].map(field => field.value)"
     sides = "() => [width.value, height.value]"
     assert page.evaluate(checked) == ["1:1", "standard"]
-    page.check("#shapes [value='16:9']", force=True)
-    assert page.evaluate(sides) == ["88", "64"]  # no side is below 64
+    page.click("#shapes label >> text=16:9")
+    assert page.evaluate(sides) == [width, height]
     page.click("#swap")
-    assert page.evaluate(sides) == ["64", "88"]
-    page.check("#qualities [value=draft]", force=True)
+    assert page.evaluate(sides) == [height, width]
+    assert page.evaluate(checked) == ["9:16", "standard"]
+    page.click("#qualities label >> text=Draft")
     assert page.evaluate("() => [prior_steps.value, decoder_steps.value]") == ["10", "5"]
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     page.fill("#prior_steps", "11")
     assert "draft" not in page.evaluate(checked)
-    page.check("#qualities [value=fine]", force=True)
+    page.click("#qualities label >> text=Fine")
     assert page.evaluate("() => [prior_steps.value, decoder_steps.value]") == ["40", "20"]
 
 
@@ -57,13 +67,14 @@ def test_a_start_picture_sets_the_proportions_and_survives_a_reload(
     page = visit(served)
     fill(page, prompt="waves")
     page.get_by_label("Start picture", exact=True).first.set_input_files(tmp_path / "sea.png")
-    wait_for_text(page, "#notice", "The size follows the start picture: 80 × 64.")  # 78.4 x 52.3 in steps of 8
+    width, height = sides_of(served, 300 / 200)
+    wait_for_text(page, "#notice", f"The size follows the start picture: {width} × {height}.")
     fill(page, strength=0.35)
     page.reload()
     page.wait_for_selector("img[alt='sea.png']", state="attached")
     assert page.input_value("#prompt") == "waves"
     assert page.input_value("#strength") == "0.35"
-    assert (page.input_value("#width"), page.input_value("#height")) == ("80", "64")
+    assert (page.input_value("#width"), page.input_value("#height")) == (width, height)
 
 
 def test_an_empty_prompt_asks_first(served: PageServer, visit: Visit, tmp_path: Path) -> None:
@@ -168,9 +179,10 @@ def test_bundle_engine_and_loras_are_chosen(whole: Whole, visit: Visit, tmp_path
 def test_the_time_left_follows_from_the_steps(served: PageServer, visit: Visit) -> None:
     """Two of four steps left at 3 seconds, two of the decoder at 2, and then another group of as many images."""
     page = visit(served)
-    left = (
-        """async ([rates, event]) => (await import("/page/eta.js")).secondsLeft({prior: 4, decoder: 2}, rates, event)"""
-    )
+    left = """async ([rates, event]) => {
+        const {secondsLeft} = await import("/page/eta.js");
+        return secondsLeft({prior: 4, decoder: 2}, rates, event);
+    }"""
     event = {"stage": "prior", "index": 2, "first": 1, "last": 2, "of": 3}
     assert page.evaluate(left, [{}, event]) is None
     assert page.evaluate(left, [{"prior": 3, "decoder": 2}, event]) == 2 * 3 + 2 * 2 + 4 * 3 + 2 * 2

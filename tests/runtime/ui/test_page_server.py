@@ -166,6 +166,16 @@ def test_who_may_ask(served: PageServer, headers: dict[str, str], status: int) -
     assert call(served, "POST", "/api/jobs", {}, **headers).status == status
 
 
+def test_the_folder_is_shown_where_it_can_be(cascade: Cascade, tmp_path: Path) -> None:
+    shown: list[str] = []
+    with serving(cascade, tmp_path / "images", open_folder=lambda: shown.append("it")) as server:
+        assert call(server, "GET", "/api/info").json["opens_folder"] is True
+        assert call(server, "POST", "/api/folder/open", {}, Origin="http://evil.example").status == 403
+        assert shown == []
+        assert call(server, "POST", "/api/folder/open", {}).status == 200
+    assert shown == ["it"]
+
+
 def test_bodies_have_limits(served: PageServer) -> None:
     assert call(served, "POST", "/api/jobs", b" " * (256 << 10) + b"{}").status == 413
     picture = {"Content-Type": "application/octet-stream"}
