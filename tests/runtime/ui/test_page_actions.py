@@ -173,6 +173,7 @@ def test_bundle_engine_and_loras_are_chosen(whole: Whole, visit: Visit, tmp_path
         assert page.inner_text("#about") == "lite · onnxruntime · 1 LoRA"
         page.click("#generate")
         page.wait_for_selector("#shown button")
+        page.close()  # before the server ends, which would be an error in the console
     assert opened == [("lite", "onnxruntime", [("/l/style.safetensors", 0.5)])]
 
 
