@@ -73,7 +73,7 @@ def find_lora(lora: str | Path) -> Path:
         return path
     if path.name != str(lora):
         raise UsageError(f"{lora}: no such LoRA file; check the path")
-    folders = [Path(name) for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
+    folders = _named_folders()
     name = path.name if path.name.endswith(SUFFIX) else path.name + SUFFIX
     for folder in folders:
         for found in (folder / name, folder / path.name):
@@ -84,6 +84,35 @@ def find_lora(lora: str | Path) -> Path:
     have = sorted({found.stem for folder in folders for found in folder.glob("*" + SUFFIX)})
     where = ", ".join(map(str, folders))
     raise UsageError(f"{lora}: no {name} in {where} (${FOLDERS}); there are: {', '.join(have) or 'none'}")
+
+
+def listed_loras(folders: Sequence[Path] = ()) -> dict[str, str]:
+    """The LoRAs in `folders` and in those of $CASCADEKIT_LORAS, by name, and what `find_lora` takes for each.
+
+    A LoRA is a .safetensors file or the folder of a PEFT adapter. Of several with one name the first counts."""
+    found: dict[str, str] = {}
+    for path in (path for folder in folders for path in _loras_in(folder)):
+        found.setdefault(path.stem, str(path))
+    for path in (path for folder in _named_folders() for path in _loras_in(folder)):
+        found.setdefault(path.stem, path.stem if path.is_file() else str(path))
+    return found
+
+
+def _named_folders() -> list[Path]:
+    return [Path(name) for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
+
+
+def _loras_in(folder: Path) -> list[Path]:
+    """The LoRAs of a folder in the order of their names; none where there is no such folder."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [path for path in entries if (path.is_dir() and holds_lora(path)) or _is_lora_file(path)]
+
+
+def _is_lora_file(path: Path) -> bool:
+    return path.suffix == SUFFIX and not path.name.startswith(".") and path.is_file()
 
 
 def _merging() -> Callable[..., "Merge"]:
