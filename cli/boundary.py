@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
-from .console import FAILED, WRONG_USAGE, OutputError, complain
+from ..storage.locks import say_waiting
+from .console import FAILED, WRONG_USAGE, OutputError, complain, note
 from .escape import escaped, visible, visible_line
 from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
@@ -46,6 +47,7 @@ class CascadeGroup(LazyGroup):
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError):  # closed, or not a text file
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        say_waiting.set(note)
         try:
             with ending():
                 return super().main(*arguments, **extra)
