@@ -20,6 +20,7 @@ from .escape import escaped, visible, visible_line
 from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
 from .translate import in_options
+from .words_elsewhere import meant_instead
 
 UNREAD = SHELL_BASE + signal.SIGPIPE  # the exit code that shells show for a program whose reader went away
 PANIC = "pyo3_runtime"  # the module of the BaseException that a panic in a Rust library becomes
@@ -64,6 +65,8 @@ class CascadeGroup(LazyGroup):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
+            if isinstance(error, click.NoSuchOption) and (better := meant_instead(error)):
+                raise better from error
             error.message = visible(error.message)  # type: ignore[misc]
             raise
         except (click.exceptions.Exit, click.Abort):

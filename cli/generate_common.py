@@ -11,6 +11,7 @@ from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
+    from ..schemas.manifest import Manifest
     from ..schemas.request import Request
 
 
@@ -55,9 +56,28 @@ def request_fields(options: Mapping[str, Any], loras: Sequence[tuple[str, float]
     return found
 
 
-def require_previewer(cascade: "Cascade", every: int | None) -> None:
+def manifest_of(bundle: Path, engine: Mapping[str, Any]) -> "Manifest":
+    """The manifest of the cascade that `open_cascade` opens, in milliseconds; `engine` has the options of MACHINERY.
+
+    Raises UsageError for a bundle, a stage of another one, a LoRA or a memory policy that is none."""
+    from ..runtime.engines.mixed_bundles import manifest_with_stages_of
+    from ..runtime.memory.residency import MemoryPolicy
+    from ..storage.bundle import open_bundle
+
+    MemoryPolicy.parse(engine["memory"])
+    if engine["loras"]:
+        from ..converters.lora.bundle_cache import find_lora
+
+        for name, _ in engine["loras"]:
+            find_lora(name)
+    opened = open_bundle(bundle)
+    others = {stage: open_bundle(path) for stage, path in engine["stages"].items()}
+    return manifest_with_stages_of(opened, others) if others else opened.manifest
+
+
+def require_previewer(manifest: "Manifest", every: int | None) -> None:
     """Raise UsageError when previews are asked for and the bundle has no previewer."""
-    if every and Stage.PREVIEWER not in cascade.manifest.stages:
+    if every and Stage.PREVIEWER not in manifest.stages:
         raise UsageError("--preview-every: the bundle has no previewer; export the model with it, or leave this out")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.manifest import Manifest
+from ...schemas.messages import require_known
 from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
 from ...storage.atomic_output import BUILDING, scratch_folder
@@ -55,6 +57,7 @@ def build(
 
     Raises UsageError before anything is built for options that cannot work. Raises EngineError when TensorRT refuses a
     graph and for too little memory or disk, CheckpointError for damaged files."""
+    require_known("build", changes, BuildOptions.__dataclass_fields__.keys() | signature(build).parameters.keys())
     options = replace(options, **changes)
     root = Path(bundle)
     opened = open_bundle(root)
