@@ -1,5 +1,6 @@
 """Functions that `generate` and `ui` share: opening the cascade, and notes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..schemas.request import Request
 
 
+WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")  # emphasis as in (word:1.2)
 OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
 
 
@@ -96,3 +98,17 @@ def note_cut_prompts(requests: "Sequence[Request]", cascade: "Cascade") -> None:
     for text, cut in zip(sorted(texts), cascade.tokenizer(sorted(texts)).truncated, strict=True):
         if cut:
             note(f"{text[:30]!r}...: CLIP reads 77 tokens; cut off: {cut.strip()!r}; --long-prompts reads all")
+
+
+def note_brackets(requests: "Sequence[Request]") -> None:
+    """Note brackets of weighted prompts without a partner, and weights in prompts that are read without them."""
+    from ..runtime.text.prompt_weights import unbalanced_brackets
+
+    weighted = {text for each in requests if each.settings.weighted for text in (each.prompt, each.negative)}
+    for text in sorted(weighted):
+        if alone := unbalanced_brackets(text):
+            note(f"{text[:30]!r}: {alone} has no partner; one that opens reaches to the end, one that closes is text")
+    plain = {text for each in requests if not each.settings.weighted for text in (each.prompt, each.negative)}
+    for text in sorted(plain):
+        if WEIGHT.search(text):
+            note(f"{text[:30]!r}: weights such as (word:1.2) are read as text; --weighted reads them as emphasis")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import note, say
-from .generate_common import manifest_of, note_cut_prompts, note_memory, open_cascade, require_previewer
+from .generate_common import manifest_of, note_brackets, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import step_bars, step_progress
 
 
@@ -34,6 +34,7 @@ def generate_prompts(
     requests = prompt_requests(manifest, prompts, images, seeds, fields)
     sources = [bundle, like] if like else [bundle]
     require_possible(requests, files["output"], sources=sources, force=files["force"])
+    note_brackets(requests)
     with open_cascade(bundle, **engine) as cascade:
         if like and (other := changes(fields, cascade.engine, cascade.manifest)):
             note(f"{like} was made with {', '.join(other)}: pixels may differ")

@@ -14,6 +14,7 @@ from ...schemas.request import parse_request
 from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is
 from ..cascade import Cascade
+from ..images.photo import FORMATS, OTHERS
 from ..images.png import require_free_previews
 from .batch_log import BatchLog
 from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
@@ -149,7 +150,7 @@ def check_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[s
 
 
 def _require_folder(output: Path) -> None:
-    if output.suffix.lower() == ".png":
+    if output.suffix.lower() in (".png", *FORMATS, *OTHERS) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder for the images; choose another output")
 
 
