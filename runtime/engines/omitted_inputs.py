@@ -8,6 +8,7 @@ Field numbers are those of onnx.proto.
 """
 
 import mmap
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,10 @@ SUBGRAPHS = (6, 11)  # of AttributeProto: one graph, and a list of graphs
 
 VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # wire types
 FIXED = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
+NODE_TAG = NODE << 3 | DELIMITED
 MAX_VARINT_BYTES = 10
-SMALL = 4096  # bytes of a message in which a search for a zero byte costs less than reading its fields
+SMALL = 4096  # bytes of a message in which a search costs less than reading its fields
+EMPTY_NAME = re.compile(rb"(?:\x0a|\x8a\x80*\x00)\x80*\x00")  # the tag of an input and the length 0, in every encoding
 MAX_SHOWN = 100  # characters of a name in a message
 
 
@@ -59,11 +62,10 @@ def require_inputs_named_in(content: Content, where: str) -> None:
             if field == GRAPH:
                 graphs.append((start, end))
         while graphs:
-            for field, start, end in _delimited(content, *graphs.pop()):
-                if field == NODE and _may_have_empty_names(content, start, end):
-                    node = _read_node(content, start, end)
-                    _require_named(node, where)
-                    graphs += node.graphs
+            for start, end in _suspects(content, *graphs.pop()):
+                node = _read_node(content, start, end)
+                _require_named(node, where)
+                graphs += node.graphs
     except _DamagedError as error:
         raise EngineError(f"{where}: no ONNX graph: {error}") from None
 
@@ -82,9 +84,36 @@ class _DamagedError(Exception):
     """Bytes that are no protobuf; the message says where."""
 
 
+def _suspects(content: Content, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The nodes of a graph that may have empty names.
+
+    A graph has thousands of nodes and tensors. The usual ones, whose tag has one byte and their length one or two, are
+    therefore read here without a call for each; others are read as everywhere."""
+    at, find = start, content.find
+    while at < end:
+        tag, length, first = content[at], -1, 0
+        if tag & 7 == DELIMITED and tag < 0x80 and at + 3 < end:
+            low, high = content[at + 1], content[at + 2]
+            if low < 0x80:
+                length, first = low, at + 2
+            elif high < 0x80:
+                length, first = low & 0x7F | high << 7, at + 3
+        if length < 0:
+            field, begin, at = _field(content, at, end)
+            if field == NODE and begin is not None and _may_have_empty_names(content, begin, at):
+                yield begin, at
+            continue
+        at = first + length
+        if at > end:
+            raise _beyond(tag >> 3, first, end)
+        if tag == NODE_TAG and find(b"\0", first, at) != -1 and _may_have_empty_names(content, first, at):
+            yield first, at
+
+
 def _may_have_empty_names(content: Content, start: int, end: int) -> bool:
-    """False when the node has no zero byte: the length of an empty name is one, in any encoding of the number 0."""
-    return end - start > SMALL or content.find(b"\0", start, end) != -1
+    """False when the bytes of an empty name are nowhere in the message. A large one is not searched: its tensors may
+    be large."""
+    return end - start > SMALL or EMPTY_NAME.search(content, start, end) is not None
 
 
 def _read_node(content: Content, start: int, end: int) -> _Node:
@@ -122,22 +151,31 @@ def _delimited(content: Content, start: int, end: int) -> Iterator[tuple[int, in
     Raises _DamagedError for a field that does not end within the message, and for the wire types of groups."""
     at = start
     while at < end:
-        tag, after = _varint(content, at, end)
-        field, kind = tag >> 3, tag & 7
-        if kind == VARINT:
-            _, after = _varint(content, after, end)
-        elif kind == DELIMITED:
-            length, first = _varint(content, after, end)
-            after = first + length
-            if after <= end:
-                yield field, first, after
-        elif kind in FIXED:
-            after += FIXED[kind]
-        else:
-            raise _DamagedError(f"wire type {kind} at byte {at}")
-        if after > end:
-            raise _DamagedError(f"field {field} at byte {at} ends after byte {end}, where its message ends")
-        at = after
+        field, first, at = _field(content, at, end)
+        if first is not None:
+            yield field, first, at
+
+
+def _field(content: Content, at: int, end: int) -> tuple[int, int | None, int]:
+    """The number of the field at `at`, the place of its content if it has a length, and the place after it."""
+    tag, after = _varint(content, at, end)
+    field, kind, first = tag >> 3, tag & 7, None
+    if kind == VARINT:
+        _, after = _varint(content, after, end)
+    elif kind == DELIMITED:
+        length, first = _varint(content, after, end)
+        after = first + length
+    elif kind in FIXED:
+        after += FIXED[kind]
+    else:
+        raise _DamagedError(f"wire type {kind} at byte {at}")
+    if after > end:
+        raise _beyond(field, at, end)
+    return field, first, after
+
+
+def _beyond(field: int, at: int, end: int) -> _DamagedError:
+    return _DamagedError(f"field {field} at byte {at} ends after byte {end}, where its message ends")
 
 
 def _varint(content: Content, start: int, end: int) -> tuple[int, int]:

@@ -159,9 +159,9 @@ def test_damaged_bytes_are_refused_or_taken(tmp_path: Path) -> None:
 
 
 def test_deep_graphs_are_read() -> None:
-    """Ten thousand graphs inside one another: more than Python's stack has room for."""
+    """Two thousand graphs inside one another: more than Python's stack has room for."""
     graph = b"\x0a\x02\x0a\x00"
-    for _ in range(10_000):
+    for _ in range(2000):
         for tag in (b"\x32", b"\x2a", b"\x0a"):  # attribute.g, node.attribute, graph.node
             graph = tag + _number(len(graph)) + graph
     assert refused(HEAD + b"\x3a" + _number(len(graph)) + graph)
