@@ -4,6 +4,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+from warnings import catch_warnings
 
 from PIL import ExifTags, Image
 
@@ -52,7 +53,7 @@ def read_photo_text(path: Path) -> str | None:
 
     Raises OSError when the file cannot be read, ValueError when its EXIF data are damaged or too long."""
     try:
-        with Image.open(path, formats=list(BEGINS)) as image:
+        with catch_warnings(action="ignore"), Image.open(path, formats=list(BEGINS)) as image:
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(COMMENT)
     except (OSError, ValueError):
         raise

@@ -86,8 +86,8 @@ def test_points_of_profiles(bundle: Bundle) -> None:
 
 def test_every_stage_is_compared_at_its_own_points(bundle: Bundle, tiny: Path) -> None:
     """Latents of ceil(side / 42.67) and ceil(side / 4), at three timesteps."""
-    bundle = with_plans(bundle, Stage.PRIOR, "step", ("64x80", "64x80", "128x160"))
-    bundle = with_plans(bundle, Stage.VQGAN, "model", ("72x72", "80x72", "80x72"))
+    bundle = with_plans(bundle, Stage.PRIOR, "step", ("80x64", "80x64", "160x128"))
+    bundle = with_plans(bundle, Stage.VQGAN, "model", ("72x72", "72x80", "72x80"))
     code, report, _ = verified(bundle, tiny, "--stage", "prior", "--stage", "vqgan")
     assert code == 0, report
     at = [name for name in names(report) if "profile" in name]
