@@ -48,13 +48,13 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     multiple=True,
     help="Build graphs of this name, such as model or encoder (repeatable).  [default: the graphs that generate runs]",
 )
-@size_option("min", "Smallest images: height x width x images at a time (1 when left out).")
+@size_option("min", "Smallest images: width x height x images at a time (1 when left out).")
 @size_option("opt", "Likeliest images; these run fastest.")
 @size_option("max", "Largest images.")
 @click.option(
     "--static",
     "statics",
-    metavar="HxW[xB]",
+    metavar="WxH[xB]",
     multiple=True,
     callback=parse_sizes,
     help="Add a profile for this size alone (repeatable).",

@@ -57,5 +57,5 @@ def chosen_profiles(
 def size_option(name: str, text: str) -> Callable[..., Any]:
     default = shown(getattr(DEFAULT, name))
     return click.option(
-        f"--{name}", f"{name}_size", metavar="HxW[xB]", callback=parse_sizes, help=f"{text}  [default: {default}]"
+        f"--{name}", f"{name}_size", metavar="WxH[xB]", callback=parse_sizes, help=f"{text}  [default: {default}]"
     )

@@ -1,5 +1,6 @@
 """Functions that `generate` and `ui` share: opening the cascade, and notes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
+    from ..schemas.manifest import Manifest
     from ..schemas.request import Request
 
 
+WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")  # emphasis as in (word:1.2)
 OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
 
 
@@ -55,9 +58,28 @@ def request_fields(options: Mapping[str, Any], loras: Sequence[tuple[str, float]
     return found
 
 
-def require_previewer(cascade: "Cascade", every: int | None) -> None:
+def manifest_of(bundle: Path, engine: Mapping[str, Any]) -> "Manifest":
+    """The manifest of the cascade that `open_cascade` opens, in milliseconds; `engine` has the options of MACHINERY.
+
+    Raises UsageError for a bundle, a stage of another one, a LoRA or a memory policy that is none."""
+    from ..runtime.engines.mixed_bundles import manifest_with_stages_of
+    from ..runtime.memory.residency import MemoryPolicy
+    from ..storage.bundle import open_bundle
+
+    MemoryPolicy.parse(engine["memory"])
+    if engine["loras"]:
+        from ..converters.lora.bundle_cache import find_lora
+
+        for name, _ in engine["loras"]:
+            find_lora(name)
+    opened = open_bundle(bundle)
+    others = {stage: open_bundle(path) for stage, path in engine["stages"].items()}
+    return manifest_with_stages_of(opened, others) if others else opened.manifest
+
+
+def require_previewer(manifest: "Manifest", every: int | None) -> None:
     """Raise UsageError when previews are asked for and the bundle has no previewer."""
-    if every and Stage.PREVIEWER not in cascade.manifest.stages:
+    if every and Stage.PREVIEWER not in manifest.stages:
         raise UsageError("--preview-every: the bundle has no previewer; export the model with it, or leave this out")
 
 
@@ -76,3 +98,17 @@ def note_cut_prompts(requests: "Sequence[Request]", cascade: "Cascade") -> None:
     for text, cut in zip(sorted(texts), cascade.tokenizer(sorted(texts)).truncated, strict=True):
         if cut:
             note(f"{text[:30]!r}...: CLIP reads 77 tokens; cut off: {cut.strip()!r}; --long-prompts reads all")
+
+
+def note_brackets(requests: "Sequence[Request]") -> None:
+    """Note brackets of weighted prompts without a partner, and weights in prompts that are read without them."""
+    from ..runtime.text.prompt_weights import unbalanced_brackets
+
+    weighted = {text for each in requests if each.settings.weighted for text in (each.prompt, each.negative)}
+    for text in sorted(weighted):
+        if alone := unbalanced_brackets(text):
+            note(f"{text[:30]!r}: {alone} has no partner; one that opens reaches to the end, one that closes is text")
+    plain = {text for each in requests if not each.settings.weighted for text in (each.prompt, each.negative)}
+    for text in sorted(plain):
+        if WEIGHT.search(text):
+            note(f"{text[:30]!r}: weights such as (word:1.2) are read as text; --weighted reads them as emphasis")

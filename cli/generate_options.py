@@ -119,7 +119,7 @@ MACHINERY: Sequence[Option] = (
     click.option(
         "--lora",
         "loras",
-        metavar="NAME[:STRENGTH]",
+        metavar="FILE[:STRENGTH]",
         multiple=True,
         callback=parse_loras,
         help="Merge a LoRA into the weights, in a cache; a file, or a name in $CASCADEKIT_LORAS (repeatable).",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..runtime.batch.batch_runner import Outcome
-from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, generate_batch
+from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, check_batch, generate_batch
 from ..runtime.batch.generate_requests import images_together
 from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
 from ..schemas.stages import Stage
 from .console import FAILED, note, say
-from .generate_common import note_cut_prompts, note_memory, open_cascade, require_previewer
+from .generate_common import manifest_of, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import batch_progress, step_bars
 from .signals import stoppable
 from .translate import in_options
@@ -34,10 +34,11 @@ def generate_prompt_file(engine: Mapping[str, Any], settings: BatchSettings, def
     `defaults` has the fields that lines of the file leave out. The command ends with exit code 1 when an image failed
     or a line was left out."""
     assert settings.bundle is not None
-    with open_cascade(settings.bundle, **engine) as cascade:
-        require_previewer(cascade, settings.preview_every)
-        with ExitStack() as stack:
-            counts = generate_batch(cascade, settings, defaults, _Shown(cascade, settings, stack))
+    manifest = manifest_of(settings.bundle, engine)
+    require_previewer(manifest, settings.preview_every)
+    check_batch(manifest, settings, defaults)
+    with open_cascade(settings.bundle, **engine) as cascade, ExitStack() as stack:
+        counts = generate_batch(cascade, settings, defaults, _Shown(cascade, settings, stack))
     kinds = {name: number for name, number in asdict(counts).items() if number and name != "left_out"}
     say(", ".join(f"{number} {kind}" for kind, number in kinds.items()) + f"; log: {settings.log_path}")
     if counts.failed or counts.left_out:

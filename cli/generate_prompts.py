@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import note, say
-from .generate_common import note_cut_prompts, note_memory, open_cascade, require_previewer
+from .generate_common import manifest_of, note_brackets, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import step_bars, step_progress
 
 
@@ -23,19 +23,23 @@ def generate_prompts(
     """Generate `images` images of each prompt and print a line for each file.
 
     `engine` has the options of MACHINERY. `fields` are those of all requests, with the settings of `like` among them.
-    `files` are the options of `generate_files`."""
-    from ..runtime.batch.image_files import generate_files, most_together
+    `files` are the options of `generate_files`. All that can be refused is refused before the cascade is opened and
+    LoRAs are merged."""
+    from ..runtime.batch.image_files import generate_files, most_together, require_possible
     from ..runtime.batch.prompt_requests import prompt_requests
     from ..runtime.images.metadata import changes
 
+    manifest = manifest_of(bundle, engine)
+    require_previewer(manifest, files["preview_every"])
+    requests = prompt_requests(manifest, prompts, images, seeds, fields)
+    sources = [bundle, like] if like else [bundle]
+    require_possible(requests, files["output"], sources=sources, force=files["force"])
+    note_brackets(requests)
     with open_cascade(bundle, **engine) as cascade:
-        require_previewer(cascade, files["preview_every"])
         if like and (other := changes(fields, cascade.engine, cascade.manifest)):
             note(f"{like} was made with {', '.join(other)}: pixels may differ")
-        requests = prompt_requests(cascade.manifest, prompts, images, seeds, fields)
         note_cut_prompts(requests, cascade)
         note_memory(requests, cascade, most_together(requests[0].settings, files["batch"]))
-        sources = [bundle, like] if like else [bundle]
         with step_progress() as progress:
             for done in generate_files(cascade, requests, on_step=step_bars(progress), sources=sources, **files):
                 image = done.image

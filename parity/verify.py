@@ -10,6 +10,7 @@ from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
+from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
 from ..storage.output_rules import require_apart, require_free
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .reference.torch_engine import TorchEngine
 
 
+@known_keywords
 def verify(
     bundle: str | Path,
     against: str | Path | None = None,
@@ -108,6 +110,7 @@ def verify(
     return report
 
 
+@known_keywords
 def record_reference(
     bundle: str | Path,
     against: str | Path,

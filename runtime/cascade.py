@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from ..schemas.errors import UsageError
-from ..schemas.messages import require_known
+from ..schemas.messages import known_keywords, require_known
 from ..schemas.settings import SETTINGS, Settings, SettingsOptions, parse_settings
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
@@ -61,6 +61,7 @@ class Cascade(CascadeStages):
     """
 
     @classmethod
+    @known_keywords
     def open(
         cls,
         bundle: str | Path,

@@ -179,13 +179,24 @@ def _outside(settings: Settings) -> Iterator[str]:
     for name, (kind, least, most) in RANGES.items():
         value = getattr(settings, name)
         if not _is_within(value, kind, least, most):
-            yield f"{name} {shown(value)}: expected {least} to {most}"
+            yield f"{_argument(name, value)}: expected {least} to {most}"
     for name in TIMESTEPS:
         ratios = getattr(settings, name)
         if len(ratios) > MAX_STEPS + 1:
             yield f"{name}: expected at most {MAX_STEPS + 1}, found {len(ratios)}"
         elif wrong := [ratio for ratio in ratios if not _is_within(ratio, *_SHARE)]:
-            yield f"{name} {shown(wrong[0])}: expected ratios from 0 to 1"
+            yield f"{_argument(name, wrong[0])}: expected ratios from 0 to 1"
+
+
+def _argument(name: str, value: object) -> str:
+    """The setting as an argument, which the command line turns into its option; a value too long for one is described.
+
+    Examples:
+        >>> _argument("prior_steps", -1)
+        'prior_steps=-1'
+    """
+    text = shown(value)
+    return f"{name}={text}" if text == repr(value) else f"{name} {text}"
 
 
 def _is_within(value: Any, kind: type, least: float, most: float) -> bool:

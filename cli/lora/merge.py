@@ -8,7 +8,15 @@ import click
 from ..console import note, say
 from ..options import PATH, all_local, local, maybe_local
 from ..progress import byte_progress
-from .lora_options import alpha_option, filter_option, force_option, strength_option, text_strength_option
+from .lora_options import (
+    alpha_option,
+    filter_option,
+    force_option,
+    loras_argument,
+    paths_and_strengths,
+    strength_option,
+    text_strength_option,
+)
 
 if TYPE_CHECKING:
     from ...converters.lora.merge_plan import Merge
@@ -16,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.argument("loras", metavar="LORA...", nargs=-1, required=True, type=PATH)
+@loras_argument(required=True)
 @click.option("-o", "--output", required=True, type=PATH, help="File or folder to make; the same kind as CHECKPOINT.")
 @strength_option
 @text_strength_option
@@ -27,26 +35,26 @@ if TYPE_CHECKING:
 @force_option
 def merge(
     checkpoint: Path,
-    loras: tuple[Path, ...],
+    loras: list[tuple[str, float]],
     output: Path,
     text_encoder: Path | None,
     unmerge: bool,
+    strengths: tuple[float, ...],
     **options: Any,
 ) -> None:
     """Write a checkpoint with LoRAs merged in.
 
     The output has the layout and dtype of CHECKPOINT.
 
-    Example: cascadekit lora merge stage_c.safetensors a.safetensors b.safetensors --strength 0.8 --strength 0.5
-    -o merged.safetensors
+    Example: cascadekit lora merge stage_c.safetensors a.safetensors:0.8 b.safetensors:0.5 -o merged.safetensors
     """
     from ...converters.lora.merge_checkpoint import merge_loras
 
-    base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
+    paths, chosen = paths_and_strengths(loras, strengths)
+    base, adapters, encoder = local(checkpoint), all_local(paths), maybe_local(text_encoder)
+    options |= {"strengths": chosen, "text_encoder": encoder, "unmerge": unmerge}
     with byte_progress() as start_file:
-        done = merge_loras(
-            base, adapters, output, text_encoder=encoder, unmerge=unmerge, **options, start_file=start_file
-        )
+        done = merge_loras(base, adapters, output, **options, start_file=start_file)
     show_merge(output, done)
     if unmerge:
         say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")

@@ -15,7 +15,7 @@ from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.layouts import Layout
-from ...schemas.messages import listed
+from ...schemas.messages import known_keywords, listed
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import staged_output
 from ...storage.safetensors_writer import write_safetensors
@@ -40,6 +40,7 @@ class Conversion:
     notes: tuple[str, ...]
 
 
+@known_keywords
 def convert(
     sources: str | Path | Sequence[str | Path],
     output: str | Path,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ...schemas.errors import ExportError, LayoutError, UsageError
 from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.manifest import MANIFEST_NAME, LoraState, Manifest, to_text
+from ...schemas.messages import require_known
 from ...schemas.stages import Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
 from ...storage.atomic_output import staged_output
 from ...storage.bundle import require_utf8
@@ -51,6 +53,7 @@ def export(
 
     Raises a CascadeError, and leaves nothing behind, when an option is wrong, a stage is missing or damaged, or the
     output cannot be written."""
+    require_known("export", changes, ExportOptions.__dataclass_fields__.keys() | signature(export).parameters.keys())
     options = replace(options, **changes)
     output = Path(output)
     require_utf8(output)

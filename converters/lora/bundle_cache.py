@@ -174,7 +174,7 @@ def _alone(target: Path) -> Iterator[None]:
 
     with ExitStack() as held:
         try:
-            held.enter_context(locked(lock, prepare, wait=True))
+            held.enter_context(locked(lock, prepare, wait=True, output=target))
         except OSError as error:
             raise ConversionError(
                 f"{lock.parent}: the cache of LoRAs cannot be written: {error.strerror}; set ${CACHE} to another folder"

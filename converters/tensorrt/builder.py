@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,10 @@ from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.manifest import Manifest
+from ...schemas.messages import require_known
 from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
-from ...storage.atomic_output import scratch_folder
+from ...storage.atomic_output import BUILDING, scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
 from . import plan_cache as cache
 from .backend import find_backend
@@ -21,7 +23,6 @@ from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
 from .worker_process import BuildOutcome, OnProgress, run_build
 
 DEFAULT = BuildOptions()
-SCRATCH = ".building"  # in the bundle, while a build runs
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ def build(
 
     Raises UsageError before anything is built for options that cannot work. Raises EngineError when TensorRT refuses a
     graph and for too little memory or disk, CheckpointError for damaged files."""
+    require_known("build", changes, BuildOptions.__dataclass_fields__.keys() | signature(build).parameters.keys())
     options = replace(options, **changes)
     root = Path(bundle)
     opened = open_bundle(root)
     backend = find_backend(options.backend)
     device = None if backend.builds_for_others else present_device()
     to_build = plans_to_build(opened, options, backend.version, device)
-    with scratch_folder(opened.root / SCRATCH, opened.root) as scratch:
+    with scratch_folder(opened.root / BUILDING, opened.root) as scratch:
         existing = [] if options.force else to_build
         found = {planned.key: there for planned in existing if (there := _find(planned, options, say))}
         estimates = {
@@ -176,7 +178,7 @@ def prune(root: str | Path) -> int:
     When a merged LoRA is undone later, or merged again, its plans have to be built again."""
     bundle = open_bundle(Path(root))
     freed = 0
-    with scratch_folder(bundle.root / SCRATCH, bundle.root):
+    with scratch_folder(bundle.root / BUILDING, bundle.root):
         bundle = replace(bundle, manifest=update_manifest(bundle.root, _without_stale_plans))
         for path in stale_plans(bundle):
             freed += path.stat().st_size

@@ -11,7 +11,10 @@ from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ..cascade import Cascade
+from ..generate_inputs import check_settings, open_pictures
+from ..images.pictures import as_picture
 from ..images.png import image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
+from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep, Step
 from .generate_requests import GeneratedImage, generate_requests, images_together, request_groups, text_length
 from .picture_hashes import pictures_of
@@ -59,6 +62,25 @@ def generate_files(
         finally:
             for path in here if preview_every else ():
                 remove_preview(path)
+
+
+def require_possible(
+    requests: Sequence[Request], output: Path, *, sources: Sequence[Path] = (), force: bool = False
+) -> None:
+    """Raise UsageError for requests and an output that `generate_files` would refuse later; pictures are opened.
+
+    All `requests` have the settings and pictures of the first."""
+    request = requests[0]
+    check_settings(request.settings, varies=request.init_image is not None)
+    image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
+    for picture in request.image_prompts:
+        as_picture(picture.path)
+    open_pictures(
+        request.settings,
+        init_image=request.init_image.path if request.init_image else None,
+        mask=request.mask.path if request.mask else None,
+        controls=[ControlPicture(each.name, each.path, each.strength) for each in request.controls],
+    )
 
 
 def most_together(settings: Settings, batch: int | None = None) -> int:

@@ -19,6 +19,7 @@ from ...storage.hub_cache_links import without_links
 from ...storage.user_cache import user_cache
 from ..memory.give_back import give_back_memory
 from .installed_packages import onnxruntime_conflict, provider_problem
+from .omitted_inputs import require_inputs_named, require_inputs_named_in
 from .protocol import HostRunner, Run, Tensors, complete_inputs
 from .telemetry import silence, switch_off_telemetry
 
@@ -93,6 +94,7 @@ class OnnxRuntimeEngine:
                 f'set device="cuda", or export it again: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32'
             )
         with without_links(self.bundle.graph(stage, graph)) as path:
+            require_inputs_named(path)
             session = self._start(stage, path)
         on_device = self._check_placement(stage, session)
         give_back_memory()
@@ -237,6 +239,7 @@ def quiet_options(ort: Any) -> Any:
 def open_session(path: Path) -> Any:
     """A session of any graph on the CPU, for a short run. Raises EngineError when it cannot be loaded."""
     ort = import_onnxruntime("cpu")
+    require_inputs_named(path)
     try:
         return ort.InferenceSession(path, quiet_options(ort), providers=[CPU])
     except Exception as error:
@@ -250,8 +253,10 @@ def open_proto(model: "ModelProto", folder: Path) -> Any:
     ort = import_onnxruntime("cpu")
     options = quiet_options(ort)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    content = model.SerializeToString()
+    require_inputs_named_in(content, str(folder))
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+        return ort.InferenceSession(content, options, providers=[CPU])
     except Exception as error:
         if tuple(int(part) for part in ort.__version__.split(".")[:2]) < IN_MEMORY_SINCE:
             raise EngineError(

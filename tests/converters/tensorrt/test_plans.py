@@ -29,7 +29,7 @@ from cascadekit.schemas.stages import (
 )
 from cascadekit.storage.bundle import open_bundle
 
-STATIC = Bounds(*[parse_image_size("512x768")] * 3)
+STATIC = Bounds(*[parse_image_size("768x512")] * 3)
 GRAPHS = {
     Stage.TEXT_ENCODER: ["model"],
     Stage.PRIOR: ["conditioning", "step"],
@@ -195,12 +195,12 @@ def test_from_original_files_in_one_command(original: Path, tmp_path: Path) -> N
 
 def test_inspect_and_validate(bundle: Path) -> None:
     stage = ("--stage", "vqgan")
-    assert call("build", bundle, "--arch", "sm86,sm89", *stage, "--opt", "768x1344").exit_code == 0
+    assert call("build", bundle, "--arch", "sm86,sm89", *stage, "--opt", "1344x768").exit_code == 0
     (plan,) = open_bundle(bundle).entry(Stage.VQGAN).plans
     result = call("inspect", bundle)
     assert result.exit_code == 0
     words = " ".join(result.stdout.split())
-    assert "vqgan model sm86 sm89 bf16 512x512x1, 768x1344x1, 1536x1536x2 tensorrt-rtx" in words
+    assert "vqgan model sm86 sm89 bf16 512x512x1, 1344x768x1, 1536x1536x2 tensorrt-rtx" in words
     assert f"{plan.path} ok" in words
     assert call("validate", bundle).exit_code == 0
 

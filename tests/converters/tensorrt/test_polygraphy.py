@@ -15,7 +15,7 @@ from cascadekit.storage.bundle import open_bundle
 # Apart from the environment, where `validate` would run it on every graph of every test.
 ORACLES = Path(sys.prefix) / "oracles"
 POLYGRAPHY = (sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())")
-NARROW = Bounds(*map(parse_image_size, ("256x256", "512x512", "512x768x2")))
+NARROW = Bounds(*map(parse_image_size, ("256x256", "512x512", "768x512x2")))
 
 pytestmark = pytest.mark.skipif(not (ORACLES / "polygraphy").is_dir(), reason="polygraphy is not installed")
 
