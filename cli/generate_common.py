@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..schemas.request import Request
 
 
-OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
+OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "cuda_graph", "tf32", "stages", "loras")
 
 
 def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
@@ -29,7 +29,7 @@ def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, f
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, **options)
+    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, say=note, **options)
     manifest, name = cascade.manifest, cascade.engine.name
     for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:

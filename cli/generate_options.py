@@ -107,6 +107,13 @@ MACHINERY: Sequence[Option] = (
         "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
     ),
     click.option("--allow-cpu", is_flag=True, help="Let the CPU run what ONNX Runtime cannot run on the GPU."),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=True,
+        show_default=True,
+        help="Let ONNX Runtime capture each step on the GPU as a CUDA graph.",
+    ),
+    click.option("--tf32", is_flag=True, help="Let ONNX Runtime multiply fp32 in ten bits on the GPU: faster."),
     click.option("--batch", type=click.IntRange(1), help="Images generated together.  [default: 4 of 1024x1024]"),
     click.option(
         "--from",

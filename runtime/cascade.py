@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from ..schemas.callbacks import Say
 from ..schemas.errors import UsageError
 from ..schemas.messages import require_known
 from ..schemas.settings import SETTINGS, Settings, SettingsOptions, parse_settings
@@ -74,6 +75,9 @@ class Cascade(CascadeStages):
         allow_cpu: bool = False,
         vram: int | None = None,
         refit: Refit | None = None,
+        cuda_graph: bool = True,
+        tf32: bool = False,
+        say: Say = lambda text: None,
     ) -> Self:
         """Open an exported bundle on `device`, "cpu" or "cuda".
 
@@ -85,12 +89,25 @@ class Cascade(CascadeStages):
         `refit` gives TensorRT plans the weights of this bundle. `stages` takes single stages from other bundles, such
         as a lite decoder for a full prior.
 
+        With `cuda_graph` ONNX Runtime captures the steps of prior and decoder as CUDA graphs, and runs without them,
+        with a line to `say`, if that is impossible. `tf32` lets ONNX Runtime multiply fp32 in ten bits on the GPU,
+        which is faster. `say` is called with lines for the user.
+
         Raises UsageError when there is no bundle or no such engine, or when stages do not fit together; EngineError
         when the engine cannot run on this machine."""
         policy = MemoryPolicy.parse(memory)
         opened = open_bundle(Path(bundle))
         make = partial(
-            make_engine, engine, device=device, threads=threads, allow_cpu=allow_cpu, memory_budget=vram, refit=refit
+            make_engine,
+            engine,
+            device=device,
+            threads=threads,
+            allow_cpu=allow_cpu,
+            memory_budget=vram,
+            refit=refit,
+            cuda_graph=cuda_graph,
+            tf32=tf32,
+            say=say,
         )
         runs: Engine = make(opened)
         manifest = opened.manifest

@@ -6,8 +6,9 @@ The module imports no engine and no numpy until an engine is made, so the comman
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -26,13 +27,17 @@ class EngineOptions:
 
     `device` is "cpu" or "cuda". `threads=None` leaves the number to the engine. `allow_cpu` lets ONNX Runtime compute
     on the CPU what it cannot compute on the GPU. `memory_budget` is the GPU memory in bytes that all stages in TensorRT
-    may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights."""
+    may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights.
+    `cuda_graph`, `tf32` and `say` are those of `OnnxRuntimeEngine`."""
 
     device: str = "cpu"
     threads: int | None = None
     allow_cpu: bool = False
     memory_budget: int | None = None
     refit: "Refit | None" = None
+    cuda_graph: bool = True
+    tf32: bool = False
+    say: Say = lambda text: None
 
 
 MakeEngine = Callable[["Bundle", EngineOptions], "Engine"]
@@ -54,7 +59,16 @@ def _onnxruntime(memory: str = "fast", device: str | None = None) -> MakeEngine:
         from .onnxruntime import OnnxRuntimeEngine
 
         where = device or given.device
-        return OnnxRuntimeEngine(bundle, where, memory=memory, threads=given.threads, allow_cpu=given.allow_cpu)
+        return OnnxRuntimeEngine(
+            bundle,
+            where,
+            memory=memory,
+            threads=given.threads,
+            allow_cpu=given.allow_cpu,
+            cuda_graph=given.cuda_graph,
+            tf32=given.tf32,
+            say=given.say,
+        )
 
     return make
 
@@ -125,6 +139,9 @@ def make_engine(
     allow_cpu: bool = False,
     memory_budget: int | None = None,
     refit: "Refit | None" = None,
+    cuda_graph: bool = True,
+    tf32: bool = False,
+    say: Say = lambda text: None,
 ) -> "Engine":
     """The engine called `name`, or the one that "auto" takes here, for `bundle`; see `EngineOptions`.
 
@@ -139,4 +156,5 @@ def make_engine(
     if name == AUTO:
         able = (engine for engine, where, can_run in CHOICES if where == device and can_run(bundle))
         name = next(able, DEFAULT)
-    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))
+    wishes: dict[str, Any] = {"refit": refit, "cuda_graph": cuda_graph, "tf32": tf32, "say": say}
+    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, **wishes))

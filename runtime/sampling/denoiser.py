@@ -100,13 +100,14 @@ class HoistedStage(HostRunner):
 
 
 def prepare(conditioning: StageRunner, stage: Stage, sample: F32, conditions: Tensors, ratios: F32) -> Tensors:
-    """Run the conditioning graph: the inputs that the step graph needs for all of `ratios`.
+    """Run the conditioning graph: the inputs that the step graph needs for all of `ratios`. Those that are the same in
+    every step stay in the engine's memory.
 
     `conditions` are the other input ports (B, ...). `sample` gives the decoder the size of the latents."""
     size = {"sample": sample} if stage is Stage.DECODER else {}
     control = {name: value for name, value in conditions.items() if is_control(name)}  # inputs of the step graph
     rest = {name: value for name, value in conditions.items() if name not in control}
-    return {**conditioning({**size, **rest, RATIOS: ratios}), **control}
+    return {**conditioning.keep({**size, **rest, RATIOS: ratios}, (MODULATION,)), **control}
 
 
 def is_hoisted(engine: Engine, stage: Stage) -> bool:
