@@ -21,6 +21,7 @@ from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle
 from .cascade_stages import CascadeStages
+from .engines.choose_device import choose_device
 from .engines.engine_table import make_engine
 from .engines.mixed_bundles import with_stages_of
 from .engines.protocol import F32, Engine
@@ -61,11 +62,13 @@ class Cascade(CascadeStages):
     value throughout.
     """
 
+    device: str = "cpu"  # that `open` chose
+
     @classmethod
     def open(
         cls,
         bundle: str | Path,
-        device: str = "cpu",
+        device: str = "auto",
         *,
         engine: str = "onnxruntime",
         threads: int | None = None,
@@ -79,7 +82,7 @@ class Cascade(CascadeStages):
         tf32: bool = False,
         say: Say = lambda text: None,
     ) -> Self:
-        """Open an exported bundle on `device`, "cpu" or "cuda".
+        """Open an exported bundle on `device`, "cpu", "cuda" or "auto": the GPU if one works here, else the CPU.
 
         `engine` is a name from `engine_table`. "auto" takes the fastest engine that is installed; it may compute in
         bf16, and then images differ slightly. `threads=None` leaves the number to the engine.
@@ -97,6 +100,9 @@ class Cascade(CascadeStages):
         when the engine cannot run on this machine."""
         policy = MemoryPolicy.parse(memory)
         opened = open_bundle(Path(bundle))
+        device, line = choose_device(device, engine, opened)
+        if line:
+            say(line)
         make = partial(
             make_engine,
             engine,
@@ -115,7 +121,10 @@ class Cascade(CascadeStages):
             others = {stage: open_bundle(Path(path)) for stage, path in stages.items()}
             engines = {stage: make(other) for stage, other in others.items()}
             runs, manifest = with_stages_of(runs, opened, engines, others)
-        return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer, manifest.text_rows), memory=policy, rows=rows)
+        tokenizer = ClipTokenizer.open(opened.tokenizer, manifest.text_rows)
+        cascade = cls(runs, manifest, tokenizer, memory=policy, rows=rows)
+        cascade.device = device
+        return cascade
 
     def generate(
         self,

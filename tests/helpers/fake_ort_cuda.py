@@ -65,7 +65,7 @@ class FakeOrtCuda:
     def InferenceSession(self, path: Path, options: Any, **wishes: Any) -> "FakeSession":  # noqa: N802
         self.call()
         self.asked.append(wishes)
-        chosen = dict(wishes["providers"])
+        chosen = dict(each if isinstance(each, tuple) else (each, {}) for each in wishes["providers"])
         graphs = chosen.get(CUDA, {}).get("enable_cuda_graph") == "1"
         if graphs and self.refuses:
             raise RuntimeError("This session cannot use the graph capture feature:\n  Memcpy nodes")

@@ -1,4 +1,4 @@
-"""The few calls to CUDA that the TensorRT engines make. No other module of cascadekit calls CUDA."""
+"""The few calls to CUDA that the TensorRT engines make. `nvidia_driver` asks for the GPU; no other module calls CUDA."""
 
 import contextlib
 from dataclasses import dataclass
