@@ -37,6 +37,7 @@ from .sampling.loop import OnStep, Start, Step
 from .sampling.noise import Noise, Seeds
 from .text.prompts import PromptEmbeds, as_texts
 from .text.tokenizer import ClipTokenizer
+from .timings import since_start
 
 __all__ = ["Cascade", "ControlPicture", "OnStep", "PromptEmbeds", "Result", "Settings", "Start", "Step"]
 
@@ -124,6 +125,7 @@ class Cascade(CascadeStages):
         tokenizer = ClipTokenizer.open(opened.tokenizer, manifest.text_rows)
         cascade = cls(runs, manifest, tokenizer, memory=policy, rows=rows)
         cascade.device = device
+        cascade.timings.opened = since_start()
         return cascade
 
     def generate(
@@ -208,6 +210,7 @@ class Cascade(CascadeStages):
         )
         decoder_latents = _run(Stage.DECODER, decoder, on_step)
         pixels = self.pixels(decoder_latents) if output == "images" else None
+        self.timings.image()
         return Result(prior_latents, decoder_latents, pixels, described, embeds, _kept=pictures.kept)
 
     def close(self) -> None:

@@ -46,10 +46,11 @@ def denoiser(
         def predict(x_t: F32, t: np.float32) -> F32:
             x_t = np.concatenate([x_t, x_t]) if guidance is not None else x_t
             ratio = np.full(len(x_t), t, np.float32)
-            found = [
-                run({"sample": x_t[part], "timestep_ratio": ratio[part]})["noise_pred"]
-                for part, run in zip(parts, runs, strict=True)
-            ]
+            with networks.timings.step(stage):
+                found = [
+                    run({"sample": x_t[part], "timestep_ratio": ratio[part]})["noise_pred"]
+                    for part, run in zip(parts, runs, strict=True)
+                ]
             prediction = found[0] if len(found) == 1 else np.concatenate(found)
             networks.require_sound(stage, prediction, f"step {next(made)} of {steps}", images=images)
             return prediction if guidance is None else schedule.guide(prediction, guidance)
