@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
 
-.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test clean
+.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test gpu-kit clean
 
 demo: .venv/demo.stamp ## a tiny cascade through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
@@ -68,6 +68,10 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 	.venv-light/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[test-light]'
 	touch $@
+
+gpu-kit: .venv/demo.stamp ## what a machine with CUDA, Python and no network needs for `bench gpu`, into build/gpu-kit
+	rm -rf build/gpu-kit # ARGS="--part-mib 60 --python 3.12 --onnxruntime onnxruntime-gpu==1.31.1"
+	$(BIN)/python -m cascadekit.bench.gpu.kit $(ARGS)
 
 clean:
 	rm -rf .venv .venv-light .venv-wheel .venv-docs build dist demo *.egg-info

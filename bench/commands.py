@@ -3,9 +3,10 @@
 from .cli import bench
 from .cli_build import build
 from .cli_generate import generate
+from .cli_gpu import gpu
 from .cli_start import start
 
 __all__ = ["bench"]
 
-for command in (build, generate, start):
+for command in (build, generate, gpu, start):
     bench.add_command(command)
