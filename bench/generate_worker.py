@@ -96,7 +96,8 @@ class TimedStage(StageRunner):
         return lambda inputs: self._timed(bound, inputs)
 
     def keep(self, inputs: Tensors, read: Collection[str]) -> Mapping[str, Any]:
-        return self._timed(partial(self._runner.keep, read=read), inputs)
+        kept: Mapping[str, Any] = self._timed(partial(self._runner.keep, read=read), inputs)
+        return kept
 
     def close(self) -> None:
         self._runner.close()

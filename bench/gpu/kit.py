@@ -43,7 +43,8 @@ def pack(output: Path, wheels: Iterable[Path], part_bytes: int = 0) -> dict[str,
 
 def _place(output: Path, file: Path, part_bytes: int) -> dict[str, Any]:
     """Copy a file into the kit, in parts if it is large."""
-    digest, parts, left = hashlib.sha256(), [], file.stat().st_size
+    digest, left = hashlib.sha256(), file.stat().st_size
+    parts: list[str] = []
     cut = part_bytes and left > part_bytes
     with file.open("rb") as source:
         while left > 0:

@@ -39,7 +39,7 @@ class GpuBenchReport:
         for variant in dict.fromkeys(name.split()[1] for name in self.content["phases"]):
             kinds = dict.fromkeys(_kind(name) for name in engines if name.split()[1] == variant)
             title = f"{variant}, {self.content['job']['side']} pixels a side"
-            for figure, text in (("ms", "milliseconds of a pass"), ("relative_l2", "relative L2 to fp32")):
+            for figure, text in (("ms", "milliseconds of a pass"), ("relative_l2", self._against(variant))):
                 rows = [
                     ["diffusers " + mode, *(self._eager(variant, stage, mode, figure) for stage in STAGES)]
                     for mode in MODES
@@ -50,6 +50,12 @@ class GpuBenchReport:
                     rows.append([" ".join(kind), *(self._engine(variant, kind, stage, figure) for stage in STAGES)])
                 yield f"{title}: {text}", PASS_COLUMNS, rows
             yield f"{title}: seconds of a cold start", IMAGE_COLUMNS, [*self._images(variant)]
+
+    def _against(self, variant: str) -> str:
+        """What the distances of the engines are to: diffusers, or our own graph, in fp32."""
+        names = [name for name in self._named("engine") if name.split()[1] == variant]
+        kinds = sorted({kind for name in names if (kind := self._result(name).get("against"))})
+        return f"relative L2 to {' and '.join(kinds) or 'fp32'}"
 
     def _named(self, work: str) -> list[str]:
         return [name for name in self.content["phases"] if name.split()[0] == work]

@@ -68,7 +68,8 @@ def test_the_phases_of_a_cascade(tiny: Path) -> None:
 
 def test_a_fresh_process(tiny: Path) -> None:
     options = "--size 64x64 --prior-steps 2 --decoder-steps 2 --threads 1 --rounds 1 --runs 1 --engine onnxruntime"
-    result = CliRunner().invoke(bench, ["start", str(tiny / "bundle"), *options.split(), "--device", "cpu", "--json"])
+    command = ["first-image", str(tiny / "bundle"), *options.split(), "--device", "cpu", "--json"]
+    result = CliRunner().invoke(bench, command)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     (found,) = report["rounds"]

@@ -19,7 +19,7 @@ PROMPT = "an image of a shiba inu, donning a spacesuit and helmet"
 
 
 @dataclass(frozen=True)
-class StartJob(WorkerJob):
+class FirstImageJob(WorkerJob):
     """One image in a fresh process; `runs` further ones follow, which show what the first took more."""
 
     bundle: str
@@ -32,7 +32,7 @@ class StartJob(WorkerJob):
 
 
 @dataclass(frozen=True)
-class StartReport:
+class FirstImageReport:
     """The timings of each process, see `runtime.timings`, and "image": the median of further images in the process."""
 
     machine: dict[str, Any]
@@ -43,7 +43,7 @@ class StartReport:
         return asdict(self)
 
 
-def bench_start(job: StartJob, rounds: int = 3, say: Say = lambda text: None) -> StartReport:
+def bench_first_image(job: FirstImageJob, rounds: int = 3, say: Say = lambda text: None) -> FirstImageReport:
     """Start `rounds` processes, one after the other. Raises ConversionError when one fails."""
     root = Path(job.bundle)
     machine = describe_machine(root)
@@ -55,7 +55,7 @@ def bench_start(job: StartJob, rounds: int = 3, say: Say = lambda text: None) ->
         say(f"process {number} of {rounds}: first image after {found[-1]['first_image']:.2f} s")
     machine["load_average"]["after"] = os.getloadavg()[0]
     described = {name: value for name, value in asdict(job).items() if name != "bundle"}
-    return StartReport(machine, described, tuple(found))
+    return FirstImageReport(machine, described, tuple(found))
 
 
 def bundle_files(root: Path) -> Sequence[Path]:
@@ -66,7 +66,7 @@ def bundle_files(root: Path) -> Sequence[Path]:
 
 def main() -> None:
     """The fresh process: generate and print the timings as a line of JSON."""
-    job = StartJob(**json.loads(sys.argv[1]))
+    job = FirstImageJob(**json.loads(sys.argv[1]))
     said: list[str] = []
     with Cascade.open(
         job.bundle,
@@ -83,7 +83,7 @@ def main() -> None:
         print(json.dumps({**first, "images": later, "engine": cascade.engine.name, "said": said}))
 
 
-def _generate(cascade: Cascade, job: StartJob) -> float:
+def _generate(cascade: Cascade, job: FirstImageJob) -> float:
     began = perf_counter()
     (height, width), (prior_steps, decoder_steps) = job.size, job.steps
     result = cascade.generate(

@@ -12,12 +12,12 @@ from ..runtime.engines.engine_table import AUTO, ENGINES
 from .cli import AS_JSON, machine_lines, runs_option, show, show_progress
 
 if TYPE_CHECKING:
-    from .start import StartReport
+    from .first_image import FirstImageReport
 
-START_COLUMNS = ("process", "open", "load", "first steps", "other steps", "other stages", "first image", "later images")
+COLUMNS = ("process", "open", "load", "first steps", "other steps", "other stages", "first image", "later images")
 
 
-@click.command()
+@click.command("first-image")
 @click.argument("bundle", type=PATH)
 @click.option("--device", type=click.Choice(DEVICES), default=AUTO, show_default=True)
 @click.option("--engine", type=click.Choice([AUTO, *ENGINES]), default=AUTO, show_default=True)
@@ -30,7 +30,7 @@ START_COLUMNS = ("process", "open", "load", "first steps", "other steps", "other
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Fresh processes.")
 @runs_option("Further images in each process.")
 @AS_JSON
-def start(
+def first_image(
     bundle: Path,
     size: tuple[int, int],
     prior_steps: int,
@@ -44,22 +44,22 @@ def start(
 
     The bundle's files are in the page cache before.
 
-    Example: cascadekit bench start bundle --device cuda --rounds 3
+    Example: cascadekit bench first-image bundle --device cuda --rounds 3
     """
-    from .start import StartJob, bench_start
+    from .first_image import FirstImageJob, bench_first_image
 
     steps = prior_steps, decoder_steps
-    job = StartJob(threads=threads or 0, bundle=str(bundle.absolute()), size=size[::-1], steps=steps, **how)
-    show(bench_start(job, rounds, show_progress), as_json, _print_starts)
+    job = FirstImageJob(threads=threads or 0, bundle=str(bundle.absolute()), size=size[::-1], steps=steps, **how)
+    show(bench_first_image(job, rounds, show_progress), as_json, _print_rounds)
 
 
-def _print_starts(report: "StartReport") -> None:
+def _print_rounds(report: "FirstImageReport") -> None:
     for line in machine_lines(report.machine):
         say(line)
     say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.job.items()))
     say("Seconds. open: from the start of the process until the bundle is open; load: of all stages.")
     say("")
-    show_table("", START_COLUMNS, (_row(number, each) for number, each in enumerate(report.rounds, 1)))
+    show_table("", COLUMNS, (_row(number, each) for number, each in enumerate(report.rounds, 1)))
     for text in dict.fromkeys(text for each in report.rounds for text in each["said"]):
         say(text)
 
