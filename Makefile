@@ -70,8 +70,8 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 	touch $@
 
 gpu-kit: .venv/demo.stamp ## what a machine with CUDA, Python and no network needs for `bench gpu`, into build/gpu-kit
-	rm -rf build/gpu-kit # ARGS="--part-mib 60 --python 3.12 --onnxruntime onnxruntime-gpu==1.31.1"
-	$(BIN)/python -m cascadekit.bench.gpu.kit $(ARGS)
+	rm -rf build/gpu-kit && mkdir -p build # ARGS="--part-mib 60 --python 3.12 --onnxruntime onnxruntime-gpu==1.31.1"
+	$(BIN)/cascadekit bench gpu-kit -o build/gpu-kit $(ARGS)
 
 clean:
 	rm -rf .venv .venv-light .venv-wheel .venv-docs build dist demo *.egg-info

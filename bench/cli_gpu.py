@@ -67,3 +67,22 @@ def _print(report: "GpuBenchReport") -> None:
         show_table("", columns, rows)
     for name, reason in report.failed.items():
         say(f"{name}: {reason}")
+
+
+@click.command("gpu-kit")
+@click.option("-o", "--output", type=PATH, default=Path("gpu-kit"), show_default=True, help="New folder.")
+@click.option("--python", default="3.12", show_default=True, help="Python of the machine with the GPU.")
+@click.option("--onnxruntime", default="onnxruntime-gpu", show_default=True, help="Such as onnxruntime-gpu==1.31.1.")
+@click.option("--with", "more", multiple=True, metavar="PACKAGE", help="A further package (repeatable).")
+@click.option("--part-mib", type=click.IntRange(0), default=0, help="Cut larger files into parts of so many MiB.")
+def gpu_kit(output: Path, python: str, onnxruntime: str, more: tuple[str, ...], part_mib: int) -> None:
+    """Pack what a machine with CUDA and Python, without a network, needs for `bench gpu`.
+
+    Wheels for Linux on x86-64 are downloaded with pip, and a wheel of this checkout is built.
+
+    Example: cascadekit bench gpu-kit -o kit --part-mib 60
+    """
+    from .gpu.kit import make_kit
+
+    names = make_kit(output, python=python, onnxruntime=onnxruntime, more=more, part_mib=part_mib)
+    say(f"wrote {output} ({len(names)} files); on the other machine: python install.py SITE")

@@ -4,9 +4,9 @@ from .cli import bench
 from .cli_build import build
 from .cli_first_image import first_image
 from .cli_generate import generate
-from .cli_gpu import gpu
+from .cli_gpu import gpu, gpu_kit
 
 __all__ = ["bench"]
 
-for command in (build, first_image, generate, gpu):
+for command in (build, first_image, generate, gpu, gpu_kit):
     bench.add_command(command)

@@ -1,11 +1,10 @@
-"""Packs what a machine with a GPU, Python and no network needs to measure: `python -m cascadekit.bench.gpu.kit`.
+"""Packs what a machine with a GPU, Python and no network needs to measure.
 
 The kit has wheels, this checkout's `bench/`, which no wheel has, and `install.py`, which needs only Python. Files may
 be cut into parts, for transfers with a limit. The machine must have CUDA's libraries and cuDNN; torch for CUDA brings
 them.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from ...schemas.errors import ConversionError, UsageError
 
 BENCH = Path(__file__).parents[1]
 INSTALLER = Path(__file__).with_name("install.py")
@@ -89,19 +90,14 @@ def download(folder: Path, python: str, onnxruntime: str, more: Sequence[str]) -
     return sorted(folder.glob("*.whl"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Pack the GPU benchmark for a machine without a network.")
-    parser.add_argument("-o", "--output", type=Path, default=Path("build/gpu-kit"))
-    parser.add_argument("--python", default="3.12", help="Python of that machine")
-    parser.add_argument("--onnxruntime", default="onnxruntime-gpu", help="requirement, such as onnxruntime-gpu==1.31.1")
-    parser.add_argument("--with", dest="more", action="append", default=[], help="a further requirement (repeatable)")
-    parser.add_argument("--part-mib", type=int, default=0, help="cut larger files into parts of so many MiB")
-    given = parser.parse_args()
+def make_kit(output: Path, *, python: str, onnxruntime: str, more: Sequence[str] = (), part_mib: int = 0) -> list[str]:
+    """Download for that `python`, and pack. Returns the names of the files. Raises UsageError if `output` exists, and
+    ConversionError if pip fails, whose reason it has printed."""
+    if output.exists():
+        raise UsageError(f"{output}: exists already; remove it, or give another output")
     with TemporaryDirectory() as folder:
-        wheels = download(Path(folder), given.python, given.onnxruntime, given.more)
-        index = pack(given.output, wheels, given.part_mib << 20)
-    print(f"wrote {given.output} ({len(index['files'])} files); there: python install.py SITE")
-
-
-if __name__ == "__main__":
-    main()
+        try:
+            wheels = download(Path(folder), python, onnxruntime, more)
+        except subprocess.CalledProcessError as error:
+            raise ConversionError(f"{' '.join(error.cmd)[:200]}: failed with status {error.returncode}") from error
+        return [file["name"] for file in pack(output, wheels, part_mib << 20)["files"]]

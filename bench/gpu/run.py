@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from ...runtime.engines.installed_packages import onnxruntimes
 from ...runtime.engines.nvidia_driver import first_gpu
 from ...schemas.callbacks import Say
 from ...schemas.errors import UsageError
@@ -71,6 +72,7 @@ def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
         raise UsageError(f"{bench.work}: not a folder; give one on a fast disk, or in memory")
     gpu = first_gpu()
     machine = {**describe_machine(bench.work, peer=True), "gpu": gpu if isinstance(gpu, str) else gpu.name}
+    machine["libraries"] |= onnxruntimes()
     state = BenchState.open(bench.state_path, bench.job, machine)
     end = perf_counter() + 60 * bench.minutes
     for phase in bench.phases():
