@@ -78,8 +78,12 @@ def test_the_tables(done: GpuBench) -> None:
 
 def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(run, "run_phase", lambda job, phase, state, seconds: made.append(phase.name))
-    monkeypatch.setattr(run, "_line", lambda kept: "")
+
+    def fail(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
+        made.append(phase.name)
+        state.keep(phase.name, seconds=seconds, error="out of memory")
+
+    monkeypatch.setattr(run, "run_phase", fail)
     state = json.loads(done.state_path.read_text())
     kept = done.state_path.read_text()
     state["phases"]["engine tiny fp32 onnxruntime prior"] = {"seconds": 1, "error": "out of memory"}

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from cascadekit import Cascade
 from cascadekit.runtime.engines import cuda_graphs
@@ -22,9 +24,10 @@ from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.onnxruntime_gpu import GpuStage
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.hoisted import CONDITIONING, MODULATION, STEP
+from cascadekit.schemas.manifest import GraphEntry, PortEntry
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
-from helpers.fake_ort_cuda import CPU, FakeOrtCuda, FakeSession
+from helpers.fake_ort_cuda import CPU, CUDA, FakeOrtCuda, FakeSession
 
 SIZES = ((16, 24), (24, 16), (16, 16), (32, 16), (16, 32), (24, 24))  # of the decoder's latents
 ROUNDS = 3
@@ -338,3 +341,58 @@ def test_real_values_are_lent_again() -> None:
 def test_shapes_of_ports() -> None:
     assert resolved(("batch", 3, "4*height", "width"), {"batch": 2, "height": 5, "width": 7}) == (2, 3, 20, 7)
     assert resolved(("batch", "context", 8), {"batch": 2}) is None
+
+
+def test_keys_and_values_in_half_precision(tmp_path: Path) -> None:
+    """Ports in the type that the graphs compute in: fp16 is written and read on the device, and never cast on the way."""
+    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
+    writes = _graph([("text", single)], [("keys", half)], ("Cast", ["text"], ["keys"], {"to": half}))
+    reads = _graph(
+        [("sample", single), ("keys", half)],
+        [("noise_pred", single)],
+        ("Cast", ["keys"], ["wide"], {"to": single}),
+        ("Mul", ["sample", "wide"], ["noise_pred"], {}),
+    )
+    ort, memory = FakeOrtCuda(), None
+    stages = []
+    for name, graph in (("writes", writes), ("reads", reads)):
+        onnx.save(graph, tmp_path / name)
+        options = {"providers": [(CUDA, {"enable_cuda_graph": "1" if name == "reads" else "0"})]}
+        session = ort.InferenceSession(tmp_path / name, onnxruntime.SessionOptions(), **options)
+        ports = [
+            tuple(PortEntry(name=p.name, dtype=NAMES[p.type.tensor_type.elem_type], dims=("batch", 4)) for p in each)
+            for each in (graph.graph.input, graph.graph.output)
+        ]
+        entry = GraphEntry(path=name, opset=20, inputs=ports[0], outputs=ports[1])
+        memory = memory or DeviceMemory(ort)
+        how: dict[str, Any] = {"ort": ort, "captures": name == "reads", "say": pytest.fail}
+        stages.append(GpuStage(Stage.PRIOR, entry, session, memory, **how))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        text = rng.standard_normal((2, 4), dtype=np.float32)
+        kept = stages[0].keep({"text": text}, ())
+        assert kept["keys"].dtype == np.float16
+        run = stages[1].bind(kept)
+        for _ in range(3):
+            sample = rng.standard_normal((2, 4), dtype=np.float32)
+            wanted = sample * text.astype(np.float16).astype(np.float32)
+            np.testing.assert_array_equal(run({"sample": sample})["noise_pred"], wanted)
+        del run, kept
+    assert len(ort.sessions[1].captured) == 1
+    assert {array.dtype for array in ort.memory.values()} == {np.dtype("float16"), np.dtype("float32")}
+    with pytest.raises(EngineError, match=r"input keys: expected float16 \[batch=2, 4\], found float32 \[2, 4\]"):
+        stages[1].bind({"keys": text})({"sample": sample})
+
+
+NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+
+
+def _graph(
+    inputs: list[tuple[str, int]],
+    outputs: list[tuple[str, int]],
+    *nodes: tuple[str, list[str], list[str], dict[str, Any]],
+) -> onnx.ModelProto:
+    ports = [[helper.make_tensor_value_info(n, kind, ("batch", 4)) for n, kind in each] for each in (inputs, outputs)]
+    made = [helper.make_node(kind, given, found, **options) for kind, given, found, options in nodes]
+    opset = [helper.make_opsetid("", 20)]
+    return helper.make_model(helper.make_graph(made, "half", *ports), opset_imports=opset, ir_version=10)
