@@ -102,9 +102,17 @@ def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
     """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU."""
     config = from_json(Stage.PRIOR, manifest.stages[Stage.PRIOR].config)
     assert isinstance(config, UNetConfig)
+    ports = manifest.stages[Stage.PRIOR].graphs[STEP].inputs
+    halved = any(port.name.endswith(".keys") and port.dtype != "float32" for port in ports)
     tokens = TEXT_TOKENS + 2 * config.clip_seq  # of the pooled text and of one image prompt
     channels = sum(int(port.dims[2]) for port in attention_ports(config))
-    return images * (2 if settings.prior.guides else 1) * tokens * channels * BYTES[Precision.FP32]
+    return (
+        images
+        * (2 if settings.prior.guides else 1)
+        * tokens
+        * channels
+        * BYTES[Precision.FP16 if halved else Precision.FP32]
+    )
 
 
 def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:

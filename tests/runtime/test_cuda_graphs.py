@@ -344,7 +344,7 @@ def test_shapes_of_ports() -> None:
 
 
 def test_keys_and_values_in_half_precision(tmp_path: Path) -> None:
-    """Ports in the type that the graphs compute in: fp16 is written and read on the device, and never cast on the way."""
+    """Ports in the type that the graphs compute in: fp16 is written and read on the device, without a cast."""
     half, single = TensorProto.FLOAT16, TensorProto.FLOAT
     writes = _graph([("text", single)], [("keys", half)], ("Cast", ["text"], ["keys"], {"to": half}))
     reads = _graph(
@@ -384,13 +384,14 @@ def test_keys_and_values_in_half_precision(tmp_path: Path) -> None:
         stages[1].bind({"keys": text})({"sample": sample})
 
 
+NodeParts = tuple[str, list[str], list[str], dict[str, Any]]  # operator, inputs, outputs, attributes
 NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
 
 def _graph(
     inputs: list[tuple[str, int]],
     outputs: list[tuple[str, int]],
-    *nodes: tuple[str, list[str], list[str], dict[str, Any]],
+    *nodes: NodeParts,
 ) -> onnx.ModelProto:
     ports = [[helper.make_tensor_value_info(n, kind, ("batch", 4)) for n, kind in each] for each in (inputs, outputs)]
     made = [helper.make_node(kind, given, found, **options) for kind, given, found, options in nodes]
