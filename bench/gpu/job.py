@@ -87,10 +87,8 @@ def inputs_of(bundle: Bundle, stage: Stage, side: int) -> Arrays:
 
 def relative_l2(found: Arrays, expected: Arrays) -> float:
     """The largest relative L2 of the outputs."""
-    return max(
-        float(np.linalg.norm(found[name].astype(np.float64) - expected[name]) / np.linalg.norm(expected[name]))
-        for name in expected
-    )
+    wide = {name: array.astype(np.float64) for name, array in expected.items()}
+    return max(float(np.linalg.norm(found[name] - each) / np.linalg.norm(each)) for name, each in wide.items())
 
 
 def gpu_megabytes() -> int | None:

@@ -104,15 +104,10 @@ def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
     assert isinstance(config, UNetConfig)
     ports = manifest.stages[Stage.PRIOR].graphs[STEP].inputs
     halved = any(port.name.endswith(".keys") and port.dtype != "float32" for port in ports)
+    rows = images * (2 if settings.prior.guides else 1)
     tokens = TEXT_TOKENS + 2 * config.clip_seq  # of the pooled text and of one image prompt
     channels = sum(int(port.dims[2]) for port in attention_ports(config))
-    return (
-        images
-        * (2 if settings.prior.guides else 1)
-        * tokens
-        * channels
-        * BYTES[Precision.FP16 if halved else Precision.FP32]
-    )
+    return rows * tokens * channels * BYTES[Precision.FP16 if halved else Precision.FP32]
 
 
 def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,13 @@ def here(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuBench]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> GpuBench:
     """Everything but images in fresh processes."""
     bench = GpuBench(tmp_path_factory.mktemp("gpu"), "cpu", precisions=(FP32,), tiny=True, names=NAMES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run_phase", here)
         bench_gpu(bench)
-        yield bench
+    return bench
 
 
 NAMES = ("make", "diffusers", "export", "engine", "compile")
