@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from .gpu import GpuBenchReport
 
 SIZES = ("lite", "full")
-DEFAULT_PRECISIONS = "fp32,fp16"
+DEFAULT_PRECISIONS = "fp16,fp32"
 ON_GPUS = [name for name, engine in ENGINES.items() if "cuda" in engine.devices]
 
 
 @click.command()
-@click.option("--work", type=PATH, default=Path(), help="Folder for weights and bundles; 60 GB for the full cascade.")
+@click.option("--work", type=PATH, default=Path(), help="Folder for weights and bundles; 40 GB for the full cascade.")
 @click.option("--state", type=PATH, help="File of results, read and written.  [default: gpu-bench.json in --work]")
 @names_option("--sizes", SIZES, "lite,full")
 @names_option("--precisions", [str(each) for each in Precision], DEFAULT_PRECISIONS)

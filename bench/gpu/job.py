@@ -46,10 +46,16 @@ class GpuJob:
         """The outputs to compare with: of diffusers in fp32, or our `own` in fp32 where diffusers is not installed."""
         return self.root(phase) / f"{'own' if own else 'diffusers'}-{phase.stage}.npz"
 
-    def made(self, phase: Phase) -> bool:
-        """True if the files that a phase writes are there."""
+    def lacks_files(self, phase: Phase) -> bool:
+        """True if the phase writes files and they are not there."""
         written = {"make": self.model, "export": self.bundle}.get(phase.work)
-        return written is None or written(phase).is_dir()
+        return written is not None and not written(phase).is_dir()
+
+    def reads(self, phase: Phase) -> Path | None:
+        """The folder that a phase cannot do without."""
+        if phase.work in ("engine", "image"):
+            return self.bundle(phase)
+        return self.model(phase) if phase.work in ("diffusers", "compile", "export") else None
 
     def to_json(self, phase: Phase) -> str:
         return json.dumps({"job": asdict(self), "phase": asdict(phase)})

@@ -30,22 +30,29 @@ class Phase:
 
 
 def plan(variants: Sequence[Variant], precisions: Sequence[Precision], engines: Sequence[str]) -> tuple[Phase, ...]:
-    """All phases, one variant after the other; torch.compile, which takes longest, comes last."""
-    phases = [phase for variant in variants for phase in _of_variant(variant, precisions, engines)]
-    return (*phases, *(phase for variant in variants for phase in _compiled(variant)))
+    """All phases: the first precision of every variant, then the next, and torch.compile, which takes longest."""
+    made = {variant: tuple(_made(variant)) for variant in variants}
+    measured = [(variant, tuple(_measured(variant, each, engines))) for each in precisions for variant in variants]
+    first = [phase for variant, phases in measured[: len(variants)] for phase in (*made[variant], *phases)]
+    others = [phase for _, phases in measured[len(variants) :] for phase in phases]
+    return (*first, *others, *(phase for variant in variants for phase in _compiled(variant)))
 
 
-def _of_variant(variant: Variant, precisions: Sequence[Precision], engines: Sequence[str]) -> Iterator[Phase]:
+def _made(variant: Variant) -> Iterator[Phase]:
     yield Phase(f"make {variant}", "make", 120, variant)
     for stage in STAGES:
         yield Phase(f"diffusers {variant} {stage}", "diffusers", 90, variant, stage)
-    for precision in precisions:
-        yield Phase(f"export {variant} {precision}", "export", 120, variant, precision=precision)
-        for engine in engines:
-            for stage in STAGES:
-                yield from _engine(variant, stage, precision, engine)
-            name = f"image {variant} {precision} {engine}"
-            yield Phase(name, "image", 120, variant, precision=precision, engine=engine)
+
+
+def _measured(variant: Variant, precision: Precision, engines: Sequence[str]) -> Iterator[Phase]:
+    """The phases of one bundle, from its export until its files are removed."""
+    yield Phase(f"export {variant} {precision}", "export", 120, variant, precision=precision)
+    for engine in engines:
+        for stage in STAGES:
+            yield from _engine(variant, stage, precision, engine)
+        name = f"image {variant} {precision} {engine}"
+        yield Phase(name, "image", 120, variant, precision=precision, engine=engine)
+    yield Phase(f"remove {variant} {precision}", "remove", 30, variant, precision=precision)
 
 
 def _engine(variant: Variant, stage: Stage, precision: Precision, engine: str) -> Iterator[Phase]:

@@ -38,7 +38,7 @@ class GpuBench:
     work: Path
     device: str = "cuda"
     variants: Sequence[Variant] = SIZES
-    precisions: Sequence[Precision] = (Precision.FP32, Precision.FP16)
+    precisions: Sequence[Precision] = (Precision.FP16, Precision.FP32)
     engines: Sequence[str] = (ENGINE,)
     tiny: bool = False
     minutes: float = 8
@@ -75,17 +75,30 @@ def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
     machine["libraries"] |= onnxruntimes()
     state = BenchState.open(bench.state_path, bench.job, machine)
     end = perf_counter() + 60 * bench.minutes
-    for phase in bench.phases():
-        if state.done(phase.name) and bench.job.made(phase) and not bench.again:
+    phases = bench.phases()
+    for phase in phases:
+        missing = bench.job.lacks_files(phase) and any(_needs(each, phase, state) for each in phases)
+        if state.done(phase.name) and not missing and not bench.again:
             continue
         left = end - perf_counter()
         if left < min(SHORTEST, phase.limit):
             say(f"{phase.name}: not started, {bench.minutes:g} minutes are over")
             continue
+        needed = bench.job.reads(phase)
+        if needed is not None and not needed.is_dir():
+            say(f"{phase.name}: not started, {needed} is not there")
+            continue
         run_phase(bench.job, phase, state, min(left, phase.limit))
         say(f"{phase.name}: {_line(state.phases[phase.name])}")
     state.write()
     return GpuBenchReport(state.to_json())
+
+
+def _needs(other: Phase, phase: Phase, state: BenchState) -> bool:
+    """True if `other` has no result yet and reads the files of `phase`."""
+    if state.done(other.name) or other.variant != phase.variant:
+        return False
+    return phase.work == "make" or (other.work in ("engine", "image") and other.precision == phase.precision)
 
 
 def run_phase(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """The GPU benchmark, rehearsed on the CPU with the tiny cascade; and its kit, packed, cut and unpacked."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -94,7 +95,15 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
     bench_gpu(replace(done, names=("make",), again=True))
     assert made == ["make tiny"]
     made.clear()
+    shutil.rmtree(done.job.bundle(done.phases()[5]))
+    bench_gpu(replace(done, names=("make", "export")))
+    assert made == []  # nothing that needs the bundle is left
     said: list[str] = []
+    bench_gpu(replace(done, names=("export", "image")), said.append)
+    assert made == ["export tiny fp32"]
+    assert said[1].startswith("image tiny fp32 onnxruntime: not started, ")
+    made.clear()
+    said.clear()
     bench_gpu(replace(done, names=("image",), minutes=1e-9), said.append)
     assert (made, said) == ([], ["image tiny fp32 onnxruntime: not started, 1e-09 minutes are over"])
     with pytest.raises(UsageError, match="no phase is called none: make tiny, "):
@@ -123,8 +132,8 @@ def test_a_phase_in_its_own_process(tmp_path: Path) -> None:
 def test_the_plan() -> None:
     names = [phase.name for phase in plan((Variant.LITE, Variant.FULL), (FP32, Precision.FP16), ("onnxruntime",))]
     assert len(set(names)) == len(names)
-    lite, full = names.index("image lite fp16 onnxruntime"), names.index("make full")
-    assert lite < full < names.index("compile lite prior")
+    lite, full = names.index("image lite fp16 onnxruntime"), names.index("export full fp32")
+    assert names.index("make full") < full < lite < names.index("remove lite fp16") < names.index("compile lite prior")
     assert "engine full fp16 onnxruntime decoder without CUDA graph" in names
     assert [name for name in names if "TF32" in name] == [
         f"engine {variant} fp32 onnxruntime {stage} with TF32"
