@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")  # emphasis as in (word:1.2)
-OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages", "loras")
+OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "cuda_graph", "tf32", "stages", "loras")
 
 
 def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
@@ -32,7 +32,7 @@ def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, f
 
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, **options)
+    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, say=note, **options)
     manifest, name = cascade.manifest, cascade.engine.name
     for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
@@ -85,11 +85,17 @@ def require_previewer(manifest: "Manifest", every: int | None) -> None:
 
 def note_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
     """Note how much memory the largest image will need, before anything is loaded."""
+    from ..runtime.engines.nvidia_driver import first_gpu
     from ..runtime.memory.prediction import predict_peak
 
     largest = max((each.settings for each in requests), key=lambda settings: settings.width * settings.height)
-    peak = predict_peak(cascade.manifest, cascade.residency.policy, largest, min(most, len(requests)))
-    note(f"memory: about {peak.nbytes / 1e9:.1f} GB at the peak, in the {peak.stage}")
+    policy, together = cascade.residency.policy, min(most, len(requests))
+    peak = predict_peak(cascade.manifest, policy, largest, together, device=cascade.device)
+    on_gpu = cascade.device == "cuda"
+    note(f"{'GPU ' * on_gpu}memory: about {peak.nbytes / 1e9:.1f} GB at the peak, in the {peak.stage}")
+    if on_gpu and not isinstance(gpu := first_gpu(), str) and peak.nbytes > gpu.memory:
+        todo = "take --memory staged, an fp16 bundle, a lite stage, or a smaller size or --batch"
+        note(f"{gpu.name} has {gpu.memory / 1e9:.1f} GB: {todo}")
 
 
 def note_cut_prompts(requests: "Sequence[Request]", cascade: "Cascade") -> None:

@@ -86,14 +86,21 @@ LOOKS: Sequence[Option] = (
 
 # Options that choose engine, device and memory.
 MACHINERY: Sequence[Option] = (
-    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    click.option(
+        "--device",
+        type=click.Choice([AUTO, "cpu", "cuda"]),
+        default=AUTO,
+        show_default=True,
+        help="auto is the GPU where there is one that works, else the CPU.",
+    ),
     click.option(
         "--engine",
         type=click.Choice([AUTO, *ENGINES]),
         default=AUTO,
         show_default=True,
-        help="auto is openvino-bf16 where OpenVINO is installed and the CPU multiplies bf16, else onnxruntime. Images "
-        "in bf16 differ slightly from those in fp32, the precision of all others; -mapped needs little memory.",
+        help="auto is the fastest that is installed: on a GPU TensorRT if there are plans, on a CPU that multiplies "
+        "bf16 openvino-bf16, else onnxruntime. Images in bf16 differ slightly from those in fp32, the precision of all "
+        "others; -mapped needs little memory.",
     ),
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(
@@ -107,6 +114,13 @@ MACHINERY: Sequence[Option] = (
         "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
     ),
     click.option("--allow-cpu", is_flag=True, help="Let the CPU run what ONNX Runtime cannot run on the GPU."),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=True,
+        show_default=True,
+        help="Let ONNX Runtime capture each step on the GPU as a CUDA graph.",
+    ),
+    click.option("--tf32", is_flag=True, help="Let ONNX Runtime multiply fp32 in ten bits on the GPU: faster."),
     click.option("--batch", type=click.IntRange(1), help="Images generated together.  [default: 4 of 1024x1024]"),
     click.option(
         "--from",

@@ -51,6 +51,7 @@ class CascadeStages:
         self.rows = rows
         self.networks = Networks(engine, manifest, memory, checked=checked)
         self.residency = self.networks.residency
+        self.timings = self.networks.timings  # of everything that this cascade has done
         self._encode_text = CachedTextEncoder(partial(self.networks.use, Stage.TEXT_ENCODER))
 
     def encode_prompt(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ...schemas.config_json import from_json
-from ...schemas.hoisted import CONDITIONING, STEP
+from ...schemas.hoisted import CONDITIONING, STEP, attention_ports
 from ...schemas.manifest import MAIN_GRAPH, Manifest
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
@@ -21,6 +21,10 @@ from .residency import RESIDENT, MemoryPolicy
 BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 ALWAYS = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)  # every generation runs them
 PROCESS = 115 << 20  # the interpreter, numpy and an engine's library
+# GPU memory beside weights and activations: CUDA's context, and the libraries' handles and workspaces. An estimate, not
+# measured.
+CUDA_CONTEXT = 600 << 20
+TEXT_TOKENS = 77  # whose keys and values a prior keeps for all steps, see `schemas.hoisted`
 
 # Parts of the names of tensors that only one graph of the prior has, or both. Only the conditioning graph maps
 # conditions and timesteps. Both graphs compute keys and values: one those of the conditions, the other its own.
@@ -53,18 +57,27 @@ def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> i
     return count * BYTES[entry.precision]
 
 
-def predict_peak(manifest: Manifest, policy: MemoryPolicy, settings: Settings, images: int) -> Peak:
-    """The peak for `images` images generated together. It exceeds the budget when the largest stage does not fit."""
+def predict_peak(
+    manifest: Manifest, policy: MemoryPolicy, settings: Settings, images: int, *, device: str = "cpu"
+) -> Peak:
+    """The peak for `images` images generated together. It exceeds the budget when the largest stage does not fit.
+
+    With the device "cuda" it is the peak of GPU memory. Weights are copied there once, so loading takes no more."""
     stages = [stage for stage in ALWAYS if stage in manifest.stages]
     runs = [(stage, graph) for stage in stages for graph in _graphs(manifest, stage)]
     alone = {run: loaded_bytes(manifest, *run) for run in runs}
-    extra = {run: _extra(manifest, run[0], _loading(run[0], policy) * alone[run], settings, images) for run in runs}
+    on_gpu = device == "cuda"
+    loading = {run: 0 if on_gpu else _loading(run[0], policy) * alone[run] for run in runs}
+    extra = {run: _extra(manifest, run[0], loading[run], settings, images) for run in runs}
+    base = CUDA_CONTEXT if on_gpu else PROCESS
+    if on_gpu:
+        extra |= {run: extra[run] + _kept(manifest, settings, images) for run in runs if run[1] in (CONDITIONING, STEP)}
     if policy == RESIDENT:
         largest = max(runs, key=lambda run: extra[run])
-        return Peak(PROCESS + sum(alone.values()) + extra[largest], largest[0])
+        return Peak(base + sum(alone.values()) + extra[largest], largest[0])
     largest = max(runs, key=lambda run: alone[run] + extra[run])
     peak = alone[largest] + extra[largest]
-    return Peak(PROCESS + max(peak, min(policy.budget or 0, sum(alone.values()))), largest[0])
+    return Peak(base + max(peak, min(policy.budget or 0, sum(alone.values()))), largest[0])
 
 
 def _graphs(manifest: Manifest, stage: Stage) -> tuple[str, ...]:
@@ -83,6 +96,18 @@ def _loading(stage: Stage, policy: MemoryPolicy) -> float:
     """The memory that loading takes beyond a stage's weights, as a share of them."""
     resident, sparing = LOADING.get(stage, LOADING_ELSE)
     return (resident if policy == RESIDENT else sparing) - 1
+
+
+def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
+    """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU."""
+    config = from_json(Stage.PRIOR, manifest.stages[Stage.PRIOR].config)
+    assert isinstance(config, UNetConfig)
+    ports = manifest.stages[Stage.PRIOR].graphs[STEP].inputs
+    halved = any(port.name.endswith(".keys") and port.dtype != "float32" for port in ports)
+    rows = images * (2 if settings.prior.guides else 1)
+    tokens = TEXT_TOKENS + 2 * config.clip_seq  # of the pooled text and of one image prompt
+    channels = sum(int(port.dims[2]) for port in attention_ports(config))
+    return rows * tokens * channels * BYTES[Precision.FP16 if halved else Precision.FP32]
 
 
 def _extra(manifest: Manifest, stage: Stage, loading: float, settings: Settings, images: int) -> int:

@@ -21,6 +21,8 @@ from cascadekit.parity import gpu_check
 from cascadekit.parity.gpu_report import GpuReport
 from cascadekit.runtime import examine_machine as doctor
 from cascadekit.runtime.engines import installed_packages as installs
+from cascadekit.runtime.engines import onnxruntime as ort_engine
+from cascadekit.runtime.engines.provider_probe import PROBE
 from cascadekit.runtime.engines.tensorrt import cuda
 from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.schemas.config_json import from_json
@@ -44,9 +46,9 @@ def test_help_has_examples() -> None:
 
 
 def test_the_probe_is_the_identity() -> None:
-    model = onnx.load_model_from_string(doctor.PROBE)
+    model = onnx.load_model_from_string(PROBE)
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(doctor.PROBE, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(PROBE, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run(None, {"x": np.array([3.5], np.float32)})[0], [3.5])
 
 

@@ -9,13 +9,16 @@ import onnx
 import pytest
 
 from cascadekit import Settings, export
-from cascadekit.runtime.memory.prediction import Peak, loaded_bytes, predict_peak
+from cascadekit.runtime.memory.prediction import ALWAYS, Peak, _kept, loaded_bytes, predict_peak
 from cascadekit.runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
+from cascadekit.schemas.config_json import to_json
+from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.stages import Stage
+from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.storage.bundle import Bundle, open_bundle
 
 SETTINGS = Settings(1024, 1024)
+CARDS = (6, 8, 12, 24)  # GB of memory
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,38 @@ def test_how_a_peak_goes(bundle: Bundle) -> None:
     many = peak(bundle, images=4096)
     assert many.stage is Stage.DECODER  # the vqgan decodes one image at a time, whatever their number
     assert peak(bundle, images=4096, decoder_guidance=2.0).nbytes > 1.8 * many.nbytes
+
+
+def of_real_size(bundle: Bundle, variant: Variant, precision: Precision) -> Manifest:
+    """The tiny bundle's manifest with the configs of the published networks."""
+    stages = {}
+    for stage, entry in bundle.manifest.stages.items():
+        if stage in ALWAYS:
+            size = variant if stage in (Stage.PRIOR, Stage.DECODER) else Variant.FULL
+            config = to_json(PRESETS[stage, size])
+            stages[stage] = entry.model_copy(update={"config": config, "precision": precision})
+    return bundle.manifest.model_copy(update={"stages": stages})
+
+
+def test_cards_in_the_docs(bundle: Bundle) -> None:
+    """The table of docs/gpu.md has what `predict_peak` computes for an image of 1024x1024 on a GPU."""
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    table = text[text.index("| cascade | precision |") :].split("\n\n")[0].splitlines()[2:]
+    for variant in (Variant.LITE, Variant.FULL):
+        for precision in (Precision.FP16, Precision.FP32):
+            manifest = of_real_size(bundle, variant, precision)
+            sizes = [predict_peak(manifest, p, SETTINGS, 1, device="cuda").nbytes / 1e9 for p in (STAGED, RESIDENT)]
+            cards = [next((f"{card} GB" for card in CARDS if gb <= 0.95 * card), "none") for gb in sizes]
+            row = f"| {variant} | {precision} | {sizes[0]:.1f} GB | {cards[0]} | {sizes[1]:.1f} GB | {cards[1]} |"
+            assert row in table, row
+
+
+def test_a_peak_on_a_gpu(bundle: Bundle) -> None:
+    """Weights are on the GPU once; keys and values stay beside the step's graph: 67 MB of the lite prior in fp32."""
+    manifest = of_real_size(bundle, Variant.LITE, Precision.FP16)
+    parts = [loaded_bytes(manifest, Stage.PRIOR, graph) for graph in ("conditioning", "step")]
+    others = [loaded_bytes(manifest, stage) for stage in ALWAYS if stage is not Stage.PRIOR]
+    peak_bytes = predict_peak(manifest, RESIDENT, SETTINGS, 1, device="cuda").nbytes
+    assert sum(parts) + sum(others) < peak_bytes < sum(parts) + sum(others) + 4e9
+    assert _kept(manifest, SETTINGS, 1) == pytest.approx(67e6, rel=0.01)
+    assert _kept(of_real_size(bundle, Variant.FULL, Precision.FP16), SETTINGS, 1) == pytest.approx(178e6, rel=0.01)

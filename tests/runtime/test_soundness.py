@@ -99,6 +99,9 @@ class _Fake:
     def bind(self, constants: Any) -> Any:
         return lambda inputs: self.run({**constants, **inputs})
 
+    def keep(self, inputs: Any, read: Any) -> Any:
+        return self.run(inputs)
+
     def close(self) -> None: ...
 
 
