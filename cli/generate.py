@@ -9,7 +9,7 @@ from ..schemas.limits import MAX_IMAGES
 from .generate_common import OPENING, request_fields
 from .generate_options import BATCH, looks, machinery, together
 from .generate_prompts import generate_prompts
-from .options import PATH
+from .options import AS_JSON, PATH, volume_options
 
 
 @click.command()
@@ -34,6 +34,8 @@ from .options import PATH
 @click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Save NAME.preview.png every N steps.")
 @click.option("--force", is_flag=True, help="Replace an existing .png file; generate all images of --prompts again.")
 @together(BATCH)
+@AS_JSON
+@volume_options
 def generate(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -43,6 +45,7 @@ def generate(
     name: str | None,
     log: Path | None,
     keep_going: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Generate images from an exported bundle.
@@ -67,10 +70,10 @@ def generate(
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         fields |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
         batch: dict[str, Any] = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}
-        generate_prompt_file(engine, BatchSettings(prompt_file, **files, **batch), fields)
+        generate_prompt_file(engine, BatchSettings(prompt_file, **files, **batch), fields, as_json=as_json)
         return
     if name or log or keep_going:
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     if not prompts and "prompt" not in fields:
         raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to generate again, or --prompts.")
-    generate_prompts(bundle, engine, prompts, fields, seeds=seeds, like=like, **files)
+    generate_prompts(bundle, engine, prompts, fields, seeds=seeds, like=like, as_json=as_json, **files)

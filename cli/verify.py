@@ -1,6 +1,5 @@
 """The command that compares a bundle's engines with a reference, or two checkpoints with each other."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import click
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
 from ..storage.bundle import is_bundle
-from .console import FAILED, note, say
-from .options import PATH, STAGES, parse_size
+from .console import FAILED, finish, note, say_json
+from .options import AS_JSON, PATH, STAGES, parse_size, volume_options
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import print_report, report_json
 
@@ -79,7 +78,8 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 )
 @click.option("--mapping", is_flag=True, help="With two checkpoints: list every tensor and its location in both.")
 @click.option("--force", is_flag=True, help="Replace an existing recording or report.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
+@volume_options
 def verify(
     bundle: Path, against: Path | None, record: Path | None, mapping: bool, as_json: bool, **options: Any
 ) -> None:
@@ -99,7 +99,8 @@ def verify(
     elif record is not None:
         assert against is not None
         passed = True
-        _record(bundle, against, record, {k: v for k, v in options.items() if k not in NOT_RECORDED})
+        recorded = {name: value for name, value in options.items() if name not in NOT_RECORDED}
+        _record(bundle, against, record, recorded, as_json=as_json)
     else:
         passed = _verify(bundle, against, options, as_json=as_json)
     if not passed:
@@ -118,11 +119,11 @@ def _check_options(bundle: Path, against: Path | None, record: Path | None, opti
     check_options(compared, record=record is not None, bisect=options["bisect"], ranges=options["ranges"])
 
 
-def _record(bundle: Path, against: Path, record: Path, options: dict[str, Any]) -> None:
+def _record(bundle: Path, against: Path, record: Path, options: dict[str, Any], *, as_json: bool) -> None:
     from ..parity.verify import record_reference
 
     record_reference(bundle, against, record, **options, say=note)
-    say(f"wrote {record}")
+    finish(f"wrote {record}", {"output": str(record)}, as_json=as_json)
 
 
 def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_json: bool) -> bool:
@@ -131,7 +132,7 @@ def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_j
 
     report = run(bundle, against, **options, say=note)
     if as_json:
-        say(json.dumps(report_json(report), indent=2))
+        say_json(report_json(report))
     else:
         print_report(report)
     return bool(report)

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from ...schemas.errors import UsageError
-from ..console import say
-from ..options import PATH, all_local
+from ..console import finish
+from ..options import AS_JSON, PATH, all_local, volume_options
 from ..progress import byte_progress
 from .lora_options import alpha_option, filter_option, strength_option, text_strength_option
 from .merge import show_merge
@@ -21,7 +21,9 @@ from .merge import show_merge
 @click.option("--undo", is_flag=True, help="Restore the earlier weights, byte for byte.")
 @filter_option
 @alpha_option
-def apply(bundle: Path, loras: tuple[Path, ...], undo: bool, **options: Any) -> None:
+@AS_JSON
+@volume_options
+def apply(bundle: Path, loras: tuple[Path, ...], undo: bool, as_json: bool, **options: Any) -> None:
     """Merge LoRAs into an exported bundle.
 
     The graphs stay as they are. The earlier weights are kept beside the new ones for --undo.
@@ -33,8 +35,10 @@ def apply(bundle: Path, loras: tuple[Path, ...], undo: bool, **options: Any) -> 
     if undo == bool(loras):
         raise UsageError("give LoRAs to apply, or --undo without LoRAs")
     if undo:
-        say(f"wrote {bundle}: without {', '.join(undo_loras(bundle))} again")
+        undone = undo_loras(bundle)
+        facts = {"output": str(bundle), "undone": list(undone)}
+        finish(f"wrote {bundle}: without {', '.join(undone)} again", facts, as_json=as_json)
         return
     with byte_progress() as start_file:
         done = apply_loras(bundle, all_local(loras), **options, start_file=start_file)
-    show_merge(bundle, done)
+    show_merge(bundle, done, as_json=as_json)

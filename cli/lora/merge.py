@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import note, say
-from ..options import PATH, all_local, local, maybe_local
+from ..console import finish, note
+from ..dry_run import plan_only
+from ..options import AS_JSON, DRY_RUN, PATH, all_local, local, maybe_local, volume_options
 from ..progress import byte_progress
 from .lora_options import alpha_option, filter_option, force_option, strength_option, text_strength_option
 
@@ -25,12 +26,17 @@ if TYPE_CHECKING:
 @filter_option
 @alpha_option
 @force_option
+@DRY_RUN
+@AS_JSON
+@volume_options
 def merge(
     checkpoint: Path,
     loras: tuple[Path, ...],
     output: Path,
     text_encoder: Path | None,
     unmerge: bool,
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Write a checkpoint with LoRAs merged in.
@@ -43,19 +49,34 @@ def merge(
     from ...converters.lora.merge_checkpoint import merge_loras
 
     base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
-    with byte_progress() as start_file:
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         done = merge_loras(
-            base, adapters, output, text_encoder=encoder, unmerge=unmerge, **options, start_file=start_file
+            base,
+            adapters,
+            output,
+            text_encoder=encoder,
+            unmerge=unmerge,
+            **options,
+            start_file=start_file,
+            on_plan=on_plan,
         )
-    show_merge(output, done)
     if unmerge:
-        say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+        note(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+    show_merge(output, done, as_json=as_json)
 
 
-def show_merge(output: Path, done: "Merge") -> None:
+def show_merge(output: Path, done: "Merge", *, as_json: bool) -> None:
     """Print what a merge changed, and the parts of LoRAs that were not applied."""
     for text in done.notes:
         note(text)
     for part in done.unapplied:
         note(f"not applied: {part}")
-    say(f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
+    facts = {
+        "output": str(output),
+        "changed": len(done.effects),
+        "largest_change": done.largest_change,
+        "unapplied": list(done.unapplied),
+        "notes": list(done.notes),
+    }
+    line = f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most"
+    finish(line, facts, as_json=as_json)
