@@ -14,6 +14,7 @@ from ..schemas.targets import PLAIN, RTX
 from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
 from .console import note, say_json, show_table
 from .dry_run import plan_only
+from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, STAGES, local, maybe_local, volume_options
 from .progress import build_progress, byte_progress
 
@@ -25,7 +26,7 @@ COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "pl
 HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option(
     "--backend",

@@ -11,6 +11,7 @@ from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
 from .console import finish, note
 from .dry_run import plan_only
+from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, all_local, maybe_local, volume_options
 from .progress import byte_progress
 
@@ -22,7 +23,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
         raise click.BadParameter(str(error)) from None
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors file.")
 @click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")

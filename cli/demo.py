@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 
 from .console import FAILED, Volume, inform, say, say_json, volume
+from .help import HelpfulCommand
 from .options import AS_JSON, PATH, volume_options
 from .verify_print import print_report, report_json
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder to make.")
 @click.option("--force", is_flag=True, help="Replace an earlier demo; other files stay.")
 @AS_JSON

@@ -12,6 +12,7 @@ from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
 from .console import finish, note, show_table
 from .dry_run import plan_only
+from .help import HelpfulCommand
 from .options import (
     AS_JSON,
     DRY_RUN,
@@ -53,7 +54,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     return int(value)
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")

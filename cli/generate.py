@@ -7,12 +7,13 @@ import click
 
 from ..schemas.limits import MAX_IMAGES
 from .generate_common import OPENING, request_fields
-from .generate_options import BATCH, looks, machinery, together
+from .generate_options import BATCH, HELP_GROUPS, looks, machinery, together
 from .generate_prompts import generate_prompts
+from .help import HelpfulCommand
 from .options import AS_JSON, PATH, volume_options
 
 
-@click.command()
+@click.command(cls=HelpfulCommand, groups=HELP_GROUPS)
 @click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder or .png file.")
@@ -50,9 +51,14 @@ def generate(
 ) -> None:
     """Generate images from an exported bundle.
 
-    torch is not needed.
+    torch is not needed. Images are written as PNG, with all settings in them.
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
+    Four images of each prompt: cascadekit generate bundle "a cat" "a dog" --images 4 -o pets
+    Another size, with a LoRA: cascadekit generate bundle "a fox" --size 1024x768 --lora style.safetensors:0.8
+    A variation of a picture: cascadekit generate bundle "oil painting" --init-image photo.jpg --strength 0.6
+    All prompts of a file: cascadekit generate bundle --prompts prompts.txt -o images
+    An image again, with one change: cascadekit generate bundle --like shiba.png --prior-steps 30 -o more.png
     """
     from ..runtime.images.png import require_settings
     from ..schemas.request import loras_of

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import FAILED, note, say, show_table
+from .help import HelpfulCommand
 from .options import PATH
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ STAGE_COLUMNS = ("stage", "variant", "precision", "target", "quantization", "gra
 PLAN_COLUMNS = ("stage", "graph", "for", "precision", "images: min, opt, max", "by", "MB", "s", "plan", "")
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, as_json: bool) -> None:

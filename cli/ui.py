@@ -9,10 +9,11 @@ import click
 from .console import note, say
 from .generate_common import open_cascade
 from .generate_options import machinery
+from .help import HelpfulCommand
 from .options import PATH
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option(
     "--port",

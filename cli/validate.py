@@ -8,13 +8,14 @@ import click
 
 from ..schemas.messages import listed
 from .console import FAILED, note, say, show_table
+from .help import HelpfulCommand
 from .options import PATH, WEIGHTS
 
 if TYPE_CHECKING:
     from ..converters.export.validate import Validation
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option("--hash", is_flag=True, help="Compare every byte by SHA-256; files without a recorded one by samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -9,6 +9,7 @@ from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
 from ..storage.bundle import is_bundle
 from .console import FAILED, finish, note, say_json
+from .help import HelpfulCommand
 from .options import AS_JSON, PATH, STAGES, parse_size, volume_options
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import print_report, report_json
@@ -17,7 +18,7 @@ from .verify_print import print_report, report_json
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", metavar="BUNDLE|CHECKPOINT", type=PATH)
 @click.option(
     "--against", type=PATH, help="The model that the bundle was exported from, or the checkpoint that should be equal."

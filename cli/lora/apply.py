@@ -7,13 +7,14 @@ import click
 
 from ...schemas.errors import UsageError
 from ..console import finish
+from ..help import HelpfulCommand
 from ..options import AS_JSON, PATH, all_local, volume_options
 from ..progress import byte_progress
 from .lora_options import alpha_option, filter_option, strength_option, text_strength_option
 from .merge import show_merge
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.argument("loras", metavar="LORA...", nargs=-1, type=PATH)
 @strength_option

@@ -7,13 +7,14 @@ import click
 
 from ...schemas.lora_keys import LoraFormat
 from ..console import finish, note
+from ..help import HelpfulCommand
 from ..options import AS_JSON, PATH, local, maybe_local, volume_options
 from .lora_options import against_option, alpha_option, filter_option, force_option
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("path", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="The .safetensors file to make; for peft, a folder.")
 @click.option("--to", required=True, type=click.Choice(WRITTEN), help="Format to write.")

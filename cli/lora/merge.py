@@ -7,6 +7,7 @@ import click
 
 from ..console import finish, note
 from ..dry_run import plan_only
+from ..help import HelpfulCommand
 from ..options import AS_JSON, DRY_RUN, PATH, all_local, local, maybe_local, volume_options
 from ..progress import byte_progress
 from .lora_options import alpha_option, filter_option, force_option, strength_option, text_strength_option
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ...converters.lora.merge_plan import Merge
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("checkpoint", type=PATH)
 @click.argument("loras", metavar="LORA...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="File or folder to make; the same kind as CHECKPOINT.")

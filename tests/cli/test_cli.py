@@ -1,6 +1,7 @@
 """The command line as people and programs meet it: output, messages, exit codes."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -42,7 +43,8 @@ def refused(code: int, message: str, *arguments: object) -> None:
 def test_help_has_an_example(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0
-    assert f"Example: cascadekit {command}" in " ".join(result.output.split())
+    assert re.search(rf"^Examples?:\n  cascadekit {command} ", result.output, re.M)
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_inspect(tiny: Path, original: Path) -> None:
