@@ -8,7 +8,6 @@ import click
 from ..schemas.errors import UsageError
 from ..schemas.forecast import OnPlan
 from ..schemas.precision import Precision
-from ..schemas.profiles import Bounds
 from ..schemas.stages import Stage
 from ..schemas.targets import PLAIN, RTX
 from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
@@ -21,6 +20,7 @@ from .progress import build_progress, byte_progress
 if TYPE_CHECKING:
     from ..converters.tensorrt import BuildOptions, Built
     from ..schemas.plan_entries import ImageSize
+    from ..schemas.profiles import Bounds
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
 HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
@@ -96,7 +96,7 @@ def build(
     opt_size: "ImageSize | None",
     max_size: "ImageSize | None",
     statics: "tuple[ImageSize, ...]",
-    profiles: tuple[Bounds, ...],
+    profiles: "tuple[Bounds, ...]",
     stages: tuple[str, ...],
     output: Path | None,
     precision: str | None,

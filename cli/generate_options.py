@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..runtime.engines.engine_table import AUTO, ENGINES
-from ..schemas.settings import Sampler
+from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
 from .options import parse_loras, parse_size

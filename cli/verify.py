@@ -7,7 +7,6 @@ import click
 
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
-from ..storage.bundle import is_bundle
 from .console import FAILED, finish, note, say_json
 from .help import HelpfulCommand
 from .options import AS_JSON, PATH, STAGES, parse_size, volume_options
@@ -93,6 +92,8 @@ def verify(
 
     Example: cascadekit verify bundle --against model --report report.html
     """
+    from ..storage.bundle import is_bundle
+
     _check_options(bundle, against, record, options)
     if not is_bundle(bundle):
         expected = against or options["recorded"]
