@@ -41,10 +41,8 @@ def start(work: Path, runs: int, model: Path | None, as_json: bool) -> None:
             "inspect, a bundle": ["inspect", str(folder / "bundle")],
             **({f"inspect {model}": ["inspect", str(model)]} if model else {}),
         }
-        commands = {
-            NOTHING: (sys.executable, "-c", "pass"),
-            **{name: (*PACKAGE, *each) for name, each in lines.items()},
-        }
+        commands: dict[str, tuple[str, ...]] = {NOTHING: (sys.executable, "-c", "pass")}
+        commands |= {name: (*PROGRAM, *words) for name, words in lines.items()}
         taken: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(runs + 1):
             for name, command in commands.items():

@@ -7,11 +7,11 @@ import click
 
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
-from .console import FAILED, finish, note, say_json
+from .console import FAILED, finish, note, say, say_json
 from .help import HelpfulCommand
 from .options import AS_JSON, PATH, STAGES, parse_size, volume_options
 from .verify_checkpoints import verify_checkpoints
-from .verify_print import print_report, report_json
+from .verify_print import next_steps, print_report, report_json
 
 # The options of a bundle that do not concern `record_reference`.
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
@@ -137,4 +137,6 @@ def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_j
         say_json(report_json(report))
     else:
         print_report(report)
+        for line in next_steps(report, bundle, against):
+            say(line)
     return bool(report)

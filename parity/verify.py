@@ -21,7 +21,7 @@ from .reference_run import run_reference
 from .report.circumstances import circumstances_of
 from .report.write_report import build_report, check_report_names, write_report
 from .results import Report
-from .same_model import differences, recording_differences
+from .same_model import cause, differences, recording_differences
 from .verdict import make_verdict, record_verdict
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def verify(
     inside = run.look_inside(bisect=bisect, ranges=ranges)
     differs = run.differences()
     if differs:
-        say(f"this is not the model {bundle} was exported from, so no verdict is recorded: {'. '.join(differs)}")
+        what = f"{cause(differs)} than {bundle} was exported from, so no verdict is recorded"
+        say(f"{what}: {'. '.join(differs)}")
     if not paths and (bisect or ranges):
         return replace(inside, differs=differs)
     report = replace(run.compare(), bisections=inside.bisections, ranges=inside.ranges, differs=differs)
