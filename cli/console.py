@@ -6,6 +6,7 @@
 | `say`      | further lines of the result               | stdout | nothing | yes        |
 | `note`     | what the user should know, but no error   | stderr | nothing | yes        |
 | `inform`   | what happens now                          | stderr | nothing | yes        |
+| `detail`   | what people seldom need (with --verbose)  | stderr | nothing | yes        |
 | `complain` | errors                                    | stderr | yes     | yes        |
 """
 
@@ -154,6 +155,12 @@ def note(text: str) -> None:
 def inform(text: str) -> None:
     """Write what is happening to standard error."""
     if volume() is not Volume.QUIET:
+        complain(text)
+
+
+def detail(text: str) -> None:
+    """Write what people seldom need to standard error, with --verbose alone."""
+    if volume() is Volume.VERBOSE:
         complain(text)
 
 

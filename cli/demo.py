@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .console import FAILED, Volume, inform, say, say_json, volume
+from .console import FAILED, detail, inform, say, say_json
 from .help import HelpfulCommand
 from .options import AS_JSON, PATH, volume_options
 from .verify_print import print_report, report_json
@@ -24,8 +24,7 @@ def demo(output: Path, force: bool, as_json: bool) -> None:
     """
     from ..parity.demo import make_demo
 
-    details = inform if volume() is Volume.VERBOSE else _unsaid
-    report = make_demo(output, force=force, say=inform, note=details)
+    report = make_demo(output, force=force, say=inform, note=detail)
     if as_json:
         say_json({"output": str(output), "image": str(output / "image.png"), **report_json(report)})
     else:
@@ -33,7 +32,3 @@ def demo(output: Path, force: bool, as_json: bool) -> None:
         say(f"wrote {output}: original files, model, bundle, image.png, parity.json")
     if not report:
         raise SystemExit(FAILED)
-
-
-def _unsaid(text: str) -> None:
-    """Leave out a line that --verbose prints."""

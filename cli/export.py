@@ -10,7 +10,7 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import finish, note, show_table
+from .console import Volume, finish, note, say, show_table, volume
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import (
@@ -186,7 +186,10 @@ def export(
 
 
 def _show_choices(choices: "dict[Stage, QuantizationChoice]") -> None:
-    from ..converters.export.quantize_stage import COLUMNS, table_rows
+    from ..converters.export.quantize_stage import COLUMNS, summary, table_rows
 
     for stage, choice in choices.items():
+        if volume() is not Volume.VERBOSE:
+            say(f"{stage}: {summary(choice)}")
+            continue
         show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))

@@ -1,5 +1,6 @@
 """Functions that `generate` and `ui` share: opening the cascade, and notes."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
+    from ..schemas.manifest import Manifest
     from ..schemas.request import Request
 
 
@@ -19,7 +21,6 @@ OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "stages
 
 def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
     """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
-    from ..parity.verdict import warning
     from ..runtime.cascade import Cascade
     from ..runtime.engines.int8_saturation import int8_warning
     from ..storage.bundle import open_bundle
@@ -31,10 +32,35 @@ def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, f
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
     cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, **options)
     manifest, name = cascade.manifest, cascade.engine.name
-    for line in (warning(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
+    for line in (_verdict_note(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
             note(line)
     return cascade
+
+
+def _verdict_note(manifest: "Manifest", engine: str) -> str | None:
+    """The warning about the bundle's verdict. That it was never verified is said once for each bundle."""
+    from ..parity.verdict import Verdict, verdict_of, warning
+
+    if verdict_of(manifest, engine) is Verdict.NEVER and not _first_time(manifest):
+        return None
+    return warning(manifest, engine)
+
+
+def _first_time(manifest: "Manifest") -> bool:
+    """True when a bundle of these files is used for the first time; an empty file in the user's cache remembers it."""
+    from ..storage.user_cache import user_cache
+
+    prints = [file.fingerprint for entry in manifest.stages.values() for file in entry.files]
+    mark = user_cache("unverified") / hashlib.sha256("\n".join(prints).encode()).hexdigest()[:20]
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # said again next time
+        pass
+    return True
 
 
 def _refit(engine: Any, graph: Path) -> None:
