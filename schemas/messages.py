@@ -1,12 +1,14 @@
 """Parts of messages: lists of names, values that were found, fields that are wrong, names that were meant."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from pydantic import ValidationError
 
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
@@ -30,6 +32,17 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "size": ("width", "height"),
 }
 STAGE_PREFIXES = ("prior_", "decoder_")
+
+
+def changed_fields(value: "DataclassInstance") -> str:
+    """A dataclass with defaults as text, with the fields alone that differ from them: `ExportOptions(force=True)`."""
+    plain = type(value)()
+    changed = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in fields(value)
+        if getattr(value, field.name) != getattr(plain, field.name)
+    ]
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def listed(items: Sequence[str], most: int = 6) -> str:

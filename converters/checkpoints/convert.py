@@ -4,6 +4,8 @@ A conversion moves ranges: bytes of a source file that hold a tensor (`TensorRan
 `plan_output` gives each range its place in a new tensor, and `write_safetensors` copies or casts them.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import json
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,12 +1,14 @@
 """Exports a model as a bundle: ONNX graphs for each stage, weights in safetensors files, and the manifest."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.callbacks import Say, StartFile
+from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import ExportError, LayoutError, UsageError
 from ...schemas.forecast import OnPlan
 from ...schemas.infer_config import infer_config
@@ -37,8 +39,8 @@ def export(
     options: ExportOptions = DEFAULT,
     *,
     start_file: StartFile | None = None,
-    say: Say = lambda text: None,
-    on_quantized: OnQuantized = lambda stage, choice: None,
+    say: Say = ignored,
+    on_quantized: OnQuantized = ignored,
     on_plan: OnPlan | None = None,
     **changes: Any,
 ) -> Manifest:
@@ -124,7 +126,7 @@ def _components(model: Model, options: ExportOptions) -> dict[Stage, Component]:
     return components
 
 
-def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, say: Say) -> "LoraPlan | None":
+def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, say: Say) -> LoraPlan | None:
     """The changes that the LoRAs make to the weights; None without LoRAs."""
     if not options.loras:
         return None

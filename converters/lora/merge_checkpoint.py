@@ -1,5 +1,7 @@
 """Merges LoRAs into a checkpoint and keeps its layout. Only the tensors that LoRAs change are computed."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,12 +1,14 @@
 """Builds GPU engines of a bundle's graphs: each plan appears whole, with its entry in the manifest, or not at all."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.manifest import Manifest
@@ -41,8 +43,8 @@ def build(
     bundle: str | Path,
     options: BuildOptions = DEFAULT,
     *,
-    on_progress: OnProgress = lambda progress: None,
-    say: Say = lambda text: None,
+    on_progress: OnProgress = ignored,
+    say: Say = ignored,
     on_plan: OnPlan | None = None,
     **changes: Any,
 ) -> list[Built]:
