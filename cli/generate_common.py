@@ -12,6 +12,7 @@ from .progress import byte_progress
 
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
+    from ..runtime.memory.prediction import Extras
     from ..schemas.manifest import Manifest
     from ..schemas.request import Request
 
@@ -87,13 +88,34 @@ def require_previewer(cascade: "Cascade", every: int | None) -> None:
         raise UsageError("--preview-every: the bundle has no previewer; export the model with it, or leave this out")
 
 
-def note_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int) -> None:
+def note_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int, *, previews: bool) -> None:
     """Note how much memory the largest image will need, before anything is loaded."""
-    from ..runtime.memory.prediction import predict_peak
+    from ..runtime.memory.prediction import predict_peak, process_bytes
 
-    largest = max((each.settings for each in requests), key=lambda settings: settings.width * settings.height)
-    peak = predict_peak(cascade.manifest, cascade.residency.policy, largest, min(most, len(requests)))
+    largest = max(requests, key=lambda each: each.settings.width * each.settings.height)
+    peak = predict_peak(
+        cascade.manifest,
+        cascade.residency.policy,
+        largest.settings,
+        min(most, len(requests)),
+        _extras(largest, previews=previews),
+        process=process_bytes(),
+    )
     note(f"memory: about {peak.nbytes / 1e9:.1f} GB at the peak, in the {peak.stage}")
+
+
+def _extras(request: "Request", *, previews: bool) -> "Extras":
+    """What a request takes memory for besides its text."""
+    from ..runtime.memory.prediction import Extras
+    from ..runtime.sampling.controlnets import CONTROLS
+
+    return Extras(
+        image_prompts=bool(request.image_prompts),
+        varies=request.init_image is not None,
+        masks=request.mask is not None and request.init_image is not None,
+        controls=tuple(dict.fromkeys(CONTROLS[each.name].stage for each in request.controls)),
+        previews=previews,
+    )
 
 
 def note_cut_prompts(requests: "Sequence[Request]", cascade: "Cascade") -> None:

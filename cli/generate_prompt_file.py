@@ -114,7 +114,8 @@ def _note_needs(cascade: "Cascade", jobs: Sequence[ImageJob], settings: BatchSet
         return
     note_cut_prompts(left, cascade)
     sizes = [request.settings for request in left]
-    note_memory(left, cascade, settings.batch or min(map(images_together, sizes)))
+    together = settings.batch or min(map(images_together, sizes))
+    note_memory(left, cascade, together, previews=bool(settings.preview_every))
     needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
     free = shutil.disk_usage(settings.output).free
     if needed > free:

@@ -42,7 +42,7 @@ def generate_prompts(
         requests = prompt_requests(cascade.manifest, prompts, images, seeds, fields)
         note_cut_prompts(requests, cascade)
         together = most_together(requests[0].settings, files["batch"])
-        note_memory(requests, cascade, together)
+        note_memory(requests, cascade, together, previews=bool(files["preview_every"]))
         sources = [bundle, like] if like else [bundle]
         groups = [
             passes_of(cascade.manifest, group[0].settings, len(group)) for group in request_groups(requests, together)

@@ -74,10 +74,15 @@ def _value(value: object) -> str:
     return f"{text[:HASH_SHOWN]}..." if len(text) == HASH_DIGITS and text.isalnum() else text
 
 
-def _show_usual(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table without the columns that say nothing, so that it fits 80 columns."""
+def _show_briefly(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table that fits 80 columns: what all rows share is said in a line above it, unless it is as usual."""
     rows = list(rows)
-    kept = [n for n, name in enumerate(columns) if any(row[n] != USUAL.get(name) for row in rows)]
+    shared = [len(rows) > 1 and len({row[n] for row in rows}) == 1 for n in range(len(columns))]
+    usual = [all(row[n] == USUAL.get(name) for row in rows) for n, name in enumerate(columns)]
+    said = [f"{name} {rows[0][n]}" for n, name in enumerate(columns) if shared[n] and not usual[n]]
+    if said:
+        say(f"all: {', '.join(said)}")
+    kept = [n for n in range(len(columns)) if not shared[n] and not usual[n]]
     show_table("", [columns[n] for n in kept], ([row[n] for n in kept] for row in rows))
 
 
@@ -85,7 +90,7 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
     from ..converters.checkpoints.provenance import licence_fields
     from ..schemas.layouts import can_become
 
-    _show_usual(COMPONENT_COLUMNS, (_component_row(component, root) for component in found.components))
+    _show_briefly(COMPONENT_COLUMNS, (_component_row(component, root) for component in found.components))
     for component in found.components:
         say(f"{component.stage}: can become {', '.join(can_become(component.stage))}")
         for line in component.problems.lines():
@@ -107,7 +112,7 @@ def _show_bundle(found: "BundleContents") -> None:
     loras = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in manifest.lora.loras) if manifest.lora else "none"
     say(f"bundle by {manifest.created_by}; {width}x{height} by default; vqgan scale {manifest.vqgan_scale}")
     say(f"LoRAs merged in: {loras}")
-    _show_usual(STAGE_COLUMNS, (_stage_row(name, entry) for name, entry in manifest.stages.items()))
+    _show_briefly(STAGE_COLUMNS, (_stage_row(name, entry) for name, entry in manifest.stages.items()))
     plans = [(stage, plan) for stage, entry in manifest.stages.items() for plan in entry.plans]
     if plans:
         show_table(
