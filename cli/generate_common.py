@@ -110,7 +110,7 @@ def _extras(request: "Request", *, previews: bool) -> "Extras":
     from ..runtime.sampling.controlnets import CONTROLS
 
     return Extras(
-        image_prompts=bool(request.image_prompts),
+        image_prompts=len(request.image_prompts),
         varies=request.init_image is not None,
         masks=request.mask is not None and request.init_image is not None,
         controls=tuple(dict.fromkeys(CONTROLS[each.name].stage for each in request.controls)),

@@ -46,7 +46,9 @@ def print_validation(result: "Validation") -> None:
     stages = {check.stage for check in result.checks if check.stage is not None}
     graphs = sum(bool(check.stage and check.subject) for check in result.checks)
     files = sum(check.facts.get("files", 0) for check in result.checks if not check.subject)
-    say(f"{'valid' if result else 'INVALID'}: {len(stages)} stages, {graphs} graphs, {files} files")
+    counts = ((len(stages), "stage"), (graphs, "graph"), (files, "file"))
+    counted = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in counts)
+    say(f"{'valid' if result else 'INVALID'}: {counted}")
     count = sum(len(check.facts.get("without_sha256", ())) for check in result.checks)
     if count:
         note(f"{count} files were exported without a SHA-256: of their bytes only samples can be compared")

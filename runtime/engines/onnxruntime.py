@@ -179,7 +179,9 @@ class OnnxRuntimeStage(HostRunner):
     def __call__(self, inputs: Tensors) -> Outputs:
         given = complete_inputs(self.stage, self.entry.inputs, inputs)
         with self._errors():
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(given)), strict=True))
+            found = self._session.run(self._outputs, dict(given))
+        # An array lies in the session's arena and keeps all of it in memory, also after the session is closed.
+        return {name: np.array(value) for name, value in zip(self._outputs, found, strict=True)}
 
     def bind(self, constants: Tensors) -> Run:
         if self._device_ort is None:

@@ -15,7 +15,15 @@ from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH, Manifest
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
 from ...schemas.sizes import latent_sizes
-from ...schemas.stages import CONTROLNETS, NetworkConfig, PreviewerConfig, Stage, UNetConfig, VQGANConfig
+from ...schemas.stages import (
+    CONTROLNETS,
+    ImageEncoderConfig,
+    NetworkConfig,
+    PreviewerConfig,
+    Stage,
+    UNetConfig,
+    VQGANConfig,
+)
 from ...schemas.tensors import expected_tensors, is_counter
 from .residency import RESIDENT, MemoryPolicy
 
@@ -42,10 +50,11 @@ LOADING_ELSE = (1.17, 1.05)  # of the other stages
 ACTIVATIONS: Mapping[Stage, float] = {Stage.PRIOR: 0.082, Stage.DECODER: 0.92, Stage.VQGAN: 12.9}
 OUTPUT = 30  # bytes for each pixel of every image that is generated together: float32 twice, and 8 bits
 
-# The stages beside the cascade. Bytes for each pixel of their own input: a picture, at 32 pixels for a latent.
-BACKBONE = 1  # of the effnet encoder and of a ControlNet
-ENCODER = 1.0  # of the vqgan's encoder, for each channel of the widest map
-PREVIEW = 1.0  # of the previewer, for each latent and channel
+# The stages beside the cascade, likewise in bytes.
+BACKBONE = 1095  # of the effnet encoder and of a ControlNet, for each pixel of their input
+ENCODER = 14.2  # of the vqgan's encoder, for each channel of the widest map
+PREVIEW = 700  # of the previewer, for each latent and channel
+VISION = 16  # of the image encoder, for each token of a picture and each channel between two Linears
 PICTURE_STAGES = (Stage.EFFNET_ENCODER, *CONTROLNETS)
 
 
@@ -53,9 +62,10 @@ PICTURE_STAGES = (Stage.EFFNET_ENCODER, *CONTROLNETS)
 class Extras:
     """What an image is generated from besides text, as far as it takes memory.
 
-    `controls` are the ControlNets. `masks` means inpainting. `previews` are made between the steps of the prior."""
+    `image_prompts` is the number of pictures. `controls` are the ControlNets. `masks` means inpainting. `previews` are
+    made between the steps of the prior."""
 
-    image_prompts: bool = False
+    image_prompts: int = 0
     varies: bool = False
     masks: bool = False
     controls: tuple[Stage, ...] = ()
@@ -80,6 +90,7 @@ class _Run:
     stage: Stage
     graph: str = MAIN_GRAPH
     beside: int = 0
+    pictures: int = 0
 
 
 def loaded_bytes(manifest: Manifest, stage: Stage, graph: str = MAIN_GRAPH) -> int:
@@ -105,9 +116,10 @@ def predict_peak(
     runs = [run for run in _runs(manifest, extras) if run.stage in manifest.stages]
     alone = {run: loaded_bytes(manifest, run.stage, run.graph) for run in runs}
     extra = {run: _extra(manifest, run, _loading(run.stage, policy) * alone[run], settings, images) for run in runs}
-    if policy == RESIDENT:
+    if policy == RESIDENT:  # every session keeps the memory of its activations
         largest = max(runs, key=lambda run: extra[run])
-        return Peak(process + sum(alone.values()) + extra[largest], largest.stage)
+        kept = sum(_extra(manifest, run, 0, settings, images) for run in runs if run is not largest)
+        return Peak(process + sum(alone.values()) + extra[largest] + kept, largest.stage)
     largest = max(runs, key=lambda run: alone[run] + extra[run] + run.beside)
     peak = alone[largest] + extra[largest] + largest.beside
     return Peak(process + max(peak, min(policy.budget or 0, sum(alone.values()))), largest.stage)
@@ -127,7 +139,7 @@ def _runs(manifest: Manifest, extras: Extras) -> Iterator[_Run]:
     """The graphs that a generation runs, in their order."""
     yield _Run(Stage.TEXT_ENCODER)
     if extras.image_prompts:
-        yield _Run(Stage.IMAGE_ENCODER)
+        yield _Run(Stage.IMAGE_ENCODER, pictures=extras.image_prompts)
     if extras.varies or Stage.CONTROLNET_SUPER_RESOLUTION in extras.controls:
         yield _Run(Stage.EFFNET_ENCODER)
     if extras.masks:
@@ -190,4 +202,7 @@ def _running(config: NetworkConfig, run: _Run, settings: Settings, images: int) 
             return factor * config.widths[0] * pixels
         case PreviewerConfig():
             return PREVIEW * config.c_hidden * prod(sizes.prior) * images
+        case ImageEncoderConfig():
+            tokens = (config.image_size // config.patch_size) ** 2 + 1
+            return VISION * config.intermediate_size * tokens * run.pictures
     return BACKBONE * prod(sizes.prior) * EFFNET_AREA if run.stage in PICTURE_STAGES else 0

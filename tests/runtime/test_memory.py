@@ -9,8 +9,10 @@ import onnx
 import pytest
 
 from cascadekit import Settings, export
-from cascadekit.runtime.memory.prediction import Peak, loaded_bytes, predict_peak
+from cascadekit.runtime.memory import prediction
+from cascadekit.runtime.memory.prediction import OUTPUT, PROCESS, Peak, loaded_bytes, predict_peak
 from cascadekit.runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
+from cascadekit.runtime.sampling import loop
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
@@ -35,7 +37,14 @@ def stored(bundle: Bundle, stage: Stage, graph: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("stage", "graph"), [(Stage.PRIOR, "model"), (Stage.PRIOR, "conditioning"), (Stage.PRIOR, "step")]
+    ("stage", "graph"),
+    [
+        (Stage.PRIOR, "model"),
+        (Stage.PRIOR, "conditioning"),
+        (Stage.PRIOR, "step"),
+        (Stage.VQGAN, "model"),
+        (Stage.VQGAN, "encoder"),
+    ],
 )
 def test_weights_are_those_of_the_graphs(bundle: Bundle, stage: Stage, graph: str) -> None:
     assert loaded_bytes(bundle.manifest, stage, graph) == pytest.approx(stored(bundle, stage, graph), rel=0.02)
@@ -71,7 +80,13 @@ def test_how_a_peak_goes(bundle: Bundle) -> None:
     )
     assert peak(bundle, MemoryPolicy("budget", weights)).nbytes <= peak(bundle, RESIDENT).nbytes
     assert peak(bundle, MemoryPolicy("budget", 1)) == peak(bundle)
-    assert peak(bundle, width=2048).nbytes > 1.8 * peak(bundle).nbytes
-    many = peak(bundle, images=4096)
-    assert many.stage is Stage.DECODER  # the vqgan decodes one image at a time, whatever their number
-    assert peak(bundle, images=4096, decoder_guidance=2.0).nbytes > 1.8 * many.nbytes
+    once, twice = (peak(bundle, width=width).nbytes - PROCESS for width in (1024, 2048))
+    assert twice == pytest.approx(2 * once, rel=0.02)  # activations go with the pixels
+    pixels = 1024 * 1024
+    two, four = (peak(bundle, images=images) for images in (2, 4))
+    assert four.stage is Stage.VQGAN  # which decodes one image at a time; the pixels of all stay
+    assert four.nbytes - two.nbytes == 2 * OUTPUT * pixels
+
+
+def test_the_rows_of_a_batch_are_bounded_as_in_the_loop() -> None:
+    assert prediction.ROW_AREA == loop.ROW_AREA
