@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": Place(".verify:verify", "Compare a bundle with PyTorch, or two checkpoints."),
     "demo": Place(".demo:demo", "Run every step once on a tiny cascade."),
     "doctor": Place(".doctor:doctor", "Show which engines can be built and run here."),
+    "completion": Place(".completion:completion", "Complete commands and options with Tab."),
 }
 if find_spec(f"{PACKAGE}.bench"):  # part of a checkout, not of the wheel
     COMMANDS["bench"] = Place("..bench.commands:bench", "Measure this package on this machine.")

@@ -1,6 +1,7 @@
 """The command `export`."""
 
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -9,8 +10,20 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import note, say, show_table
-from .options import PATH, STAGES, WEIGHTS, local, maybe_local, parse_loras
+from .console import Volume, finish, note, say, show_table, volume
+from .dry_run import plan_only
+from .help import HelpfulCommand
+from .options import (
+    AS_JSON,
+    DRY_RUN,
+    PATH,
+    STAGES,
+    WEIGHTS,
+    local,
+    maybe_local,
+    parse_loras,
+    volume_options,
+)
 from .progress import byte_progress
 
 if TYPE_CHECKING:
@@ -41,7 +54,7 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
     return int(value)
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")
@@ -111,6 +124,9 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; other files stay.")
+@DRY_RUN
+@AS_JSON
+@volume_options
 def export(
     model: Path,
     output: Path,
@@ -121,6 +137,8 @@ def export(
     quantize: str,
     loras: list[tuple[str, float]],
     text_encoder: Path | None,
+    dry_run: bool,
+    as_json: bool,
     **chosen: Any,
 ) -> None:
     """Write a model as ONNX graphs and safetensors weights.
@@ -132,6 +150,7 @@ def export(
     from ..converters.export.export import export as run
     from ..converters.export.export_options import ExportOptions
 
+    start = perf_counter()
     options = ExportOptions(
         stages=[Stage(stage) for stage in stages],
         precision=precisions.get(None, Precision.FP32),
@@ -144,11 +163,21 @@ def export(
         **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
-    with byte_progress() as start_file:
-        manifest = run(local(model), output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__)
-    if choices:
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+        manifest = run(
+            local(model),
+            output,
+            options,
+            start_file=start_file,
+            say=note,
+            on_quantized=choices.__setitem__,
+            on_plan=on_plan,
+        )
+    if not as_json:
         _show_choices(choices)
-    say(f"wrote {output} ({', '.join(f'{stage}: {WEIGHTS[e.weights]}' for stage, e in manifest.stages.items())})")
+    weights = ", ".join(f"{stage}: {WEIGHTS[entry.weights]}" for stage, entry in manifest.stages.items())
+    line = f"wrote {output} ({weights}; {perf_counter() - start:.1f} s)"
+    finish(line, {"output": str(output), **manifest.model_dump(mode="json")}, as_json=as_json)
     if any(entry.weights == "link" for entry in manifest.stages.values()):
         note(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
@@ -157,7 +186,10 @@ def export(
 
 
 def _show_choices(choices: "dict[Stage, QuantizationChoice]") -> None:
-    from ..converters.export.quantize_stage import COLUMNS, table_rows
+    from ..converters.export.quantize_stage import COLUMNS, summary, table_rows
 
     for stage, choice in choices.items():
+        if volume() is not Volume.VERBOSE:
+            say(f"{stage}: {summary(choice)}")
+            continue
         show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))

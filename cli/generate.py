@@ -7,14 +7,15 @@ import click
 
 from ..schemas.limits import MAX_IMAGES
 from .generate_common import OPENING, request_fields
-from .generate_options import BATCH, looks, machinery, together
+from .generate_options import BATCH, HELP_GROUPS, looks, machinery, together
 from .generate_prompts import generate_prompts
-from .options import PATH
+from .help import HelpfulCommand
+from .options import AS_JSON, PATH, volume_options
 
 UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgotten
 
 
-@click.command()
+@click.command(cls=HelpfulCommand, groups=HELP_GROUPS)
 @click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option(
@@ -43,6 +44,8 @@ UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgot
 @click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Save NAME.preview.png every N steps.")
 @click.option("--force", is_flag=True, help="Replace an existing image file; generate all images of --prompts again.")
 @together(BATCH)
+@AS_JSON
+@volume_options
 def generate(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -52,13 +55,19 @@ def generate(
     name: str | None,
     log: Path | None,
     keep_going: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Generate images from an exported bundle.
 
-    torch is not needed.
+    torch is not needed. Images are written as PNG, with all settings in them.
 
     Example: cascadekit generate bundle "an image of a shiba inu" --seed 0 -o shiba.png
+    Four images of each prompt: cascadekit generate bundle "a cat" "a dog" --images 4 -o pets
+    Another size, with a LoRA: cascadekit generate bundle "a fox" --size 1024x768 --lora style.safetensors:0.8
+    A variation of a picture: cascadekit generate bundle "oil painting" --init-image photo.jpg --strength 0.6
+    All prompts of a file: cascadekit generate bundle --prompts prompts.txt -o images
+    An image again, with one change: cascadekit generate bundle --like shiba.png --prior-steps 30 -o more.png
     """
     from ..runtime.images.png import require_settings
     from ..schemas.request import loras_of
@@ -77,7 +86,7 @@ def generate(
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         fields |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
         batch: dict[str, Any] = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}
-        generate_prompt_file(engine, BatchSettings(prompt_file, **files, **batch), fields)
+        generate_prompt_file(engine, BatchSettings(prompt_file, **files, **batch), fields, as_json=as_json)
         return
     _require_one_prompt(prompts)
     if strength is not None and not fields.get("init_image"):
@@ -86,7 +95,7 @@ def generate(
         raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
     if not prompts and "prompt" not in fields:
         raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to generate again, or --prompts.")
-    generate_prompts(bundle, engine, prompts, fields, seeds=seeds, like=like, **files)
+    generate_prompts(bundle, engine, prompts, fields, seeds=seeds, like=like, as_json=as_json, **files)
 
 
 def _require_one_prompt(prompts: tuple[str, ...]) -> None:

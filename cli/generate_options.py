@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..runtime.engines.engine_table import AUTO, ENGINES
-from ..schemas.settings import Sampler
+from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
 from .options import parse_loras, parse_size
@@ -166,6 +166,28 @@ BATCH: Sequence[Option] = (
         "--keep-going", is_flag=True, help="Generate the correct lines of --prompts and leave wrong lines out."
     ),
 )
+
+
+# The sections of `generate --help`, with the names of their parameters.
+HELP_GROUPS = {
+    "What to generate": ("output", "images", "seeds", "negative", "size", "like", "weighted", "long_prompts"),
+    "Pictures and LoRAs": ("image_prompts", "init_image", "strength", "mask", "controls", "loras"),
+    "Sampling": (
+        "prior_steps",
+        "prior_guidance",
+        "decoder_steps",
+        "decoder_guidance",
+        "sampler",
+        "prior_shift",
+        "decoder_shift",
+        "rescale",
+        "prior_timesteps",
+        "decoder_timesteps",
+        "size_policy",
+    ),
+    "Many prompts from a file": ("prompt_file", "name", "log", "keep_going"),
+    "Engine and memory": ("device", "engine", "threads", "memory", "vram", "allow_cpu", "batch", "stages"),
+}
 
 
 def together(options: Sequence[Option]) -> Option:

@@ -12,13 +12,14 @@ from .console import note, say
 from .desktop import has_screen, is_terminal, show_folder, show_page
 from .generate_common import open_cascade
 from .generate_options import machinery
+from .help import HelpfulCommand
 from .options import PATH
 
 if TYPE_CHECKING:
     from ..runtime.ui.models import Models
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option(
     "--port",

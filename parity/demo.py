@@ -1,5 +1,7 @@
 """Runs every step once on a tiny cascade: original files, model folder, bundle, image, parity report."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import json
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
 from ..runtime.cascade import Cascade
 from ..runtime.images.png import save_png
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.layouts import Layout
 from ..schemas.manifest import MANIFEST_NAME
 from ..storage.atomic_output import staged_output
@@ -24,8 +26,8 @@ def make_demo(
     output: Path,
     *,
     force: bool = False,
-    say: Say = lambda text: None,
-    note: Say = lambda text: None,
+    say: Say = ignored,
+    note: Say = ignored,
 ) -> Report:
     """Write the folder `output`: ``original/``, ``model/``, ``bundle/``, ``image.png`` and ``parity.json``.
 

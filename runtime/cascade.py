@@ -4,6 +4,8 @@ The three pipelines of diffusers are three calls here (`encode_prompt`, `prior`,
 three. With the same seed, sizes and settings the latents equal those of diffusers' pipelines.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import UsageError
 from ..schemas.messages import known_keywords, require_known
 from ..schemas.settings import SETTINGS, Settings, SettingsOptions, parse_settings
@@ -145,7 +147,7 @@ class Cascade(CascadeStages):
         controls: Sequence[ControlPicture] = (),
         latents: F32 | None = None,
         output: Output = "images",
-        on_step: OnStep = lambda stage, step: None,
+        on_step: OnStep = ignored,
         **overrides: Unpack[SettingsOptions],
     ) -> Result:
         """Generate `num_images` images for each prompt, or for each row of `embeds`.

@@ -1,5 +1,7 @@
 """The stages of the cascade, each as one call on numpy arrays."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Unpack

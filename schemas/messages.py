@@ -1,6 +1,7 @@
 """Parts of messages: lists of names, values that were found, fields that are wrong, names that were meant."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from pydantic import ValidationError
 
 P = ParamSpec("P")
@@ -57,6 +59,17 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "lora": ("loras",),
 }
 STAGE_PREFIXES = ("prior_", "decoder_")
+
+
+def changed_fields(value: "DataclassInstance") -> str:
+    """A dataclass with defaults as text, with the fields alone that differ from them: `ExportOptions(force=True)`."""
+    plain = type(value)()
+    changed = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in fields(value)
+        if getattr(value, field.name) != getattr(plain, field.name)
+    ]
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def listed(items: Sequence[str], most: int = 6) -> str:

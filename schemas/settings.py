@@ -6,7 +6,7 @@ People and PNG metadata write settings flat: `prior_steps`, `decoder_guidance`. 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from enum import StrEnum
+from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Self, TypedDict, Unpack
 
@@ -15,14 +15,8 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
 from .messages import require_known, shown, wrong_fields
+from .sampler import Sampler as Sampler
 from .sizes import SizePolicy
-
-
-class Sampler(StrEnum):
-    """The samplers: diffusers' DDPM-Würstchen, and Stability's own "gdf"."""
-
-    DDPM_WUERSTCHEN = "ddpm-wuerstchen"
-    GDF = "gdf"
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -211,7 +205,12 @@ SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
 }
 
 SETTINGS = frozenset(field.name for field in fields(Settings))
-_ADAPTER = TypeAdapter(Settings)
+
+
+@cache
+def _adapter() -> TypeAdapter[Settings]:
+    """The checks of the settings, which take a while to prepare."""
+    return TypeAdapter(Settings)
 
 
 def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> Settings:
@@ -225,6 +224,6 @@ def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> S
     except ValueError:
         raise UsageError(f"sampler {shown(given['sampler'])}: expected {' or '.join(Sampler)}") from None
     try:
-        return _ADAPTER.validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
+        return _adapter().validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
     except ValidationError as error:
         raise UsageError(f"settings: {wrong_fields(error, SETTINGS)}") from error

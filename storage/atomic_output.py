@@ -86,6 +86,16 @@ def staged_output(
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_output(
+    target: Path, *, force: bool, sources: Iterable[str | Path] = (), files: Collection[str] | None = None
+) -> None:
+    """Raise UsageError where `staged_output` would, for the same arguments; nothing is written or locked."""
+    place = locate(target)
+    require_apart(place, sources)
+    if files is not None or place.is_file():
+        _replacement(place, files or (), _scratch_for(place), force=force)
+
+
 @dataclass(frozen=True)
 class _Replacement:
     """Files of the old output that go; `whole` when these are all, so that the folders can change places."""

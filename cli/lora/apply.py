@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from ...schemas.errors import UsageError
-from ..console import say
-from ..options import PATH, all_local
+from ..console import finish
+from ..help import HelpfulCommand
+from ..options import AS_JSON, PATH, all_local, volume_options
 from ..progress import byte_progress
 from .lora_options import (
     alpha_option,
@@ -20,7 +21,7 @@ from .lora_options import (
 from .merge import show_merge
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @loras_argument()
 @strength_option
@@ -28,8 +29,15 @@ from .merge import show_merge
 @click.option("--undo", is_flag=True, help="Restore the earlier weights, byte for byte.")
 @filter_option
 @alpha_option
+@AS_JSON
+@volume_options
 def apply(
-    bundle: Path, loras: list[tuple[str, float]], undo: bool, strengths: tuple[float, ...], **options: Any
+    bundle: Path,
+    loras: list[tuple[str, float]],
+    undo: bool,
+    strengths: tuple[float, ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Merge LoRAs into an exported bundle.
 
@@ -42,9 +50,11 @@ def apply(
     if undo == bool(loras):
         raise UsageError("give LoRAs to apply, or --undo without LoRAs")
     if undo:
-        say(f"wrote {bundle}: without {', '.join(undo_loras(bundle))} again")
+        undone = undo_loras(bundle)
+        facts = {"output": str(bundle), "undone": list(undone)}
+        finish(f"wrote {bundle}: without {', '.join(undone)} again", facts, as_json=as_json)
         return
     paths, options["strengths"] = paths_and_strengths(loras, strengths)
     with byte_progress() as start_file:
         done = apply_loras(bundle, all_local(paths), **options, start_file=start_file)
-    show_merge(bundle, done)
+    show_merge(bundle, done, as_json=as_json)

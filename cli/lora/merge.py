@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import note, say
-from ..options import PATH, all_local, local, maybe_local
+from ..console import finish, note
+from ..dry_run import plan_only
+from ..help import HelpfulCommand
+from ..options import AS_JSON, DRY_RUN, PATH, all_local, local, maybe_local, volume_options
 from ..progress import byte_progress
 from .lora_options import (
     alpha_option,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ...converters.lora.merge_plan import Merge
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("checkpoint", type=PATH)
 @loras_argument(required=True)
 @click.option("-o", "--output", required=True, type=PATH, help="File or folder to make; the same kind as CHECKPOINT.")
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 @filter_option
 @alpha_option
 @force_option
+@DRY_RUN
+@AS_JSON
+@volume_options
 def merge(
     checkpoint: Path,
     loras: list[tuple[str, float]],
@@ -40,6 +45,8 @@ def merge(
     text_encoder: Path | None,
     unmerge: bool,
     strengths: tuple[float, ...],
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Write a checkpoint with LoRAs merged in.
@@ -53,17 +60,25 @@ def merge(
     paths, chosen = paths_and_strengths(loras, strengths)
     base, adapters, encoder = local(checkpoint), all_local(paths), maybe_local(text_encoder)
     options |= {"strengths": chosen, "text_encoder": encoder, "unmerge": unmerge}
-    with byte_progress() as start_file:
-        done = merge_loras(base, adapters, output, **options, start_file=start_file)
-    show_merge(output, done)
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+        done = merge_loras(base, adapters, output, **options, start_file=start_file, on_plan=on_plan)
     if unmerge:
-        say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+        note(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+    show_merge(output, done, as_json=as_json)
 
 
-def show_merge(output: Path, done: "Merge") -> None:
+def show_merge(output: Path, done: "Merge", *, as_json: bool) -> None:
     """Print what a merge changed, and the parts of LoRAs that were not applied."""
     for text in done.notes:
         note(text)
     for part in done.unapplied:
         note(f"not applied: {part}")
-    say(f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
+    facts = {
+        "output": str(output),
+        "changed": len(done.effects),
+        "largest_change": done.largest_change,
+        "unapplied": list(done.unapplied),
+        "notes": list(done.notes),
+    }
+    line = f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most"
+    finish(line, facts, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import VQGAN_SCALES
+from ...schemas.messages import changed_fields
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
@@ -20,7 +21,7 @@ Kind = TypeVar("Kind", bound=StrEnum)
 STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportOptions:
     """The options of `export`; names and defaults are those of the command line.
 
@@ -63,6 +64,9 @@ class ExportOptions:
     text_encoder: str | Path | None = None
     vqgan_scale: float | None = None
     force: bool = False
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def __post_init__(self) -> None:
         by_stage = {_one_of(Stage, key, "precisions"): value for key, value in self.precisions.items()}

@@ -4,6 +4,8 @@ A cached bundle shares all files that the LoRAs do not change with its original.
 weights, or as the whole bundle when the cache is on another file system.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import hashlib
 import json
 import math
@@ -14,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.callbacks import Say, StartFile
+from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
@@ -37,7 +39,7 @@ def with_loras(
     cache: Path | None = None,
     *,
     start_file: StartFile | None = None,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> Path:
     """Return the path of a copy of `bundle` with `loras` merged in; `bundle` itself when there are no LoRAs.
 
@@ -115,7 +117,7 @@ def _is_lora_file(path: Path) -> bool:
     return path.suffix == SUFFIX and not path.name.startswith(".") and path.is_file()
 
 
-def _merging() -> Callable[..., "Merge"]:
+def _merging() -> Callable[..., Merge]:
     """Return `derive_bundle`. It needs the onnx package, which reading the cache does not."""
     try:
         from .merge_bundle import derive_bundle

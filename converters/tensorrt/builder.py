@@ -1,20 +1,24 @@
 """Builds GPU engines of a bundle's graphs: each plan appears whole, with its entry in the manifest, or not at all."""
 
-from collections.abc import Iterator
+from __future__ import annotations  # help() shows the types as they are written here
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError
+from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.manifest import Manifest
 from ...schemas.messages import require_known
 from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
 from ...storage.atomic_output import BUILDING, scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
+from ...storage.file_sizes import sizes_of
 from . import plan_cache as cache
 from .backend import find_backend
 from .device import present_device
@@ -40,8 +44,9 @@ def build(
     bundle: str | Path,
     options: BuildOptions = DEFAULT,
     *,
-    on_progress: OnProgress = lambda progress: None,
-    say: Say = lambda text: None,
+    on_progress: OnProgress = ignored,
+    say: Say = ignored,
+    on_plan: OnPlan | None = None,
     **changes: Any,
 ) -> list[Built]:
     """Build GPU engines ("plans") of the graphs of `bundle`, each in a process of its own.
@@ -53,7 +58,8 @@ def build(
 
     Plans are written to the folder plans/ of their stage. A plan enters the manifest as soon as it is complete. A plan
     of the same graph, weights, options and TensorRT is kept; a damaged one is built again. `on_progress` is called
-    several times a second during a build. `say` is called with each line that a user should know.
+    several times a second during a build. `say` is called with each line that a user should know. `on_plan` is called
+    with a Forecast once everything was checked; an exception there ends the call before the first build.
 
     Raises UsageError before anything is built for options that cannot work. Raises EngineError when TensorRT refuses a
     graph and for too little memory or disk, CheckpointError for damaged files."""
@@ -73,12 +79,28 @@ def build(
             if planned.key not in found
         }
         require_room(str(root), estimates.values(), opened.root, memory=options.check_memory)
+        if on_plan:
+            on_plan(_forecast(opened, to_build, estimates))
         done = []
         for planned in to_build:
+            if options.cache and planned.key in found and found[planned.key].how == "cached":
+                cache.put(options.cache / planned.path.name, planned.path.parent)
             built = found.get(planned.key) or _build(planned, estimates[planned.key], scratch, options, on_progress)
             _record(opened.root, built)
             done.append(built)
     return done
+
+
+def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:
+    """What would be read and written; plans that exist already are noted."""
+    new = [planned for planned in to_build if planned.key in estimates]
+    paths = dict.fromkeys(bundle.root / source.path for planned in new for source in planned.sources)
+    writes = tuple(FileSize(_relative(planned), estimates[planned.key].plan, about=True) for planned in new)
+    memory = max((estimates[planned.key].memory for planned in new), default=0)
+    notes = [f"{planned.name}: there already" for planned in to_build if planned.key not in estimates]
+    notes += [f"about {memory / 1e9:.1f} GB of memory at the peak"] if new else []
+    seconds = sum(estimates[planned.key].seconds for planned in new)
+    return Forecast(bundle.root, sizes_of(paths), writes, seconds, tuple(notes))
 
 
 def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None:
@@ -92,8 +114,6 @@ def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None
         if isinstance(there, str):
             say(f"{there}; it is built again")
         elif there is not None:
-            if how == "cached":
-                cache.put(there.path, planned.path.parent)
             return Built(planned.stage, _at_home(planned, there.plan), how)
     return None
 

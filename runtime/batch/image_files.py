@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 from ...schemas.limits import MAX_PIXELS_TOGETHER
 from ...schemas.request import Request
@@ -22,10 +23,11 @@ from .picture_hashes import pictures_of
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A finished image and its file."""
+    """A finished image, its file, and the seconds that it took: its share of those of the images made with it."""
 
     path: Path
     image: GeneratedImage
+    seconds: float
 
 
 def generate_files(
@@ -52,13 +54,16 @@ def generate_files(
     for group in request_groups(requests, most_together(requests[0].settings, batch), partial(text_length, cascade)):
         here = [next(left) for _ in group]
         follow = with_previews(on_step, here, preview_every)
+        start = perf_counter()
         try:
-            for path, image in zip(here, generate_requests(cascade, group, follow), strict=True):
+            images = generate_requests(cascade, group, follow)
+            seconds = (perf_counter() - start) / len(group)
+            for path, image in zip(here, images, strict=True):
                 if paths == [output]:
                     save_png(path, image.image, image.metadata, force=force)
                 else:
                     path = save_numbered(path, image.image, image.metadata)
-                yield ImageFile(path, image)
+                yield ImageFile(path, image, seconds)
         finally:
             for path in here if preview_every else ():
                 remove_preview(path)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
@@ -205,9 +206,11 @@ class OnnxRuntimeStage(HostRunner):
     def __call__(self, inputs: Tensors) -> Outputs:
         given = complete_inputs(self.stage, self.entry.inputs, inputs)
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(given)), strict=True))
+            found = self._session.run(self._outputs, dict(given))
         except Exception as error:
             raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+        # An array lies in the session's arena and keeps all of it in memory, also after the session is closed.
+        return {name: np.array(value) for name, value in zip(self._outputs, found, strict=True)}
 
     def close(self) -> None:
         self._session = None

@@ -3,6 +3,8 @@
 A file appears whole or not at all, see `storage.atomic_file`.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

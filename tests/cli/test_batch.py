@@ -424,7 +424,7 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One over all images, and one for each stage, which begins anew with the next images."""
+    """One over all images, beside the step of the stage at work."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=100)
     monkeypatch.setattr(progress, "err", SimpleNamespace(is_terminal=True, console=console))
@@ -435,4 +435,4 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             bars.image(images + 1)
     lines = shown.getvalue().splitlines()
     assert any("images" in line and "3/30" in line and "0:00:00" in line for line in lines)
-    assert any("prior" in line and "5/5" in line for line in lines)
+    assert any("prior 5/5" in line for line in lines)

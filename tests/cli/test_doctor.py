@@ -21,7 +21,6 @@ from cascadekit.parity import gpu_check
 from cascadekit.parity.gpu_report import GpuReport
 from cascadekit.runtime import examine_machine as doctor
 from cascadekit.runtime.engines import installed_packages as installs
-from cascadekit.runtime.engines import onnxruntime as ort_engine
 from cascadekit.runtime.engines.provider_probe import PROBE
 from cascadekit.runtime.engines.tensorrt import cuda
 from cascadekit.runtime.engines.tensorrt import host as nvidia

@@ -5,8 +5,8 @@ Norms, activations and everything else that is done once per value is not counte
 
 from collections.abc import Mapping
 
-from ..schemas.errors import ExportError
-from ..schemas.stages import Block, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from .errors import ExportError
+from .stages import Block, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 
 PIXELS_AREA = 64  # of the empty image that the decoder's pixels branch maps, 8 by 8
 
