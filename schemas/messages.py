@@ -3,12 +3,11 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from pydantic import ValidationError
 
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
@@ -34,7 +33,7 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
 STAGE_PREFIXES = ("prior_", "decoder_")
 
 
-def changed_fields(value: "DataclassInstance") -> str:
+def changed_fields(value: Any) -> str:
     """A dataclass with defaults as text, with the fields alone that differ from them: `ExportOptions(force=True)`."""
     plain = type(value)()
     changed = [
