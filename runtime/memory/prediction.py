@@ -84,7 +84,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _GraphRun:
     """A graph that is loaded and run; `beside` are the bytes that another graph in use takes at the same time."""
 
     stage: Stage
@@ -135,23 +135,23 @@ def process_bytes() -> int:
     return resident * PAGE + SESSION
 
 
-def _runs(manifest: Manifest, extras: Extras) -> Iterator[_Run]:
+def _runs(manifest: Manifest, extras: Extras) -> Iterator[_GraphRun]:
     """The graphs that a generation runs, in their order."""
-    yield _Run(Stage.TEXT_ENCODER)
+    yield _GraphRun(Stage.TEXT_ENCODER)
     if extras.image_prompts:
-        yield _Run(Stage.IMAGE_ENCODER, pictures=extras.image_prompts)
+        yield _GraphRun(Stage.IMAGE_ENCODER, pictures=extras.image_prompts)
     if extras.varies or Stage.CONTROLNET_SUPER_RESOLUTION in extras.controls:
-        yield _Run(Stage.EFFNET_ENCODER)
+        yield _GraphRun(Stage.EFFNET_ENCODER)
     if extras.masks:
-        yield _Run(Stage.VQGAN, ENCODER_GRAPH)
-    yield from map(_Run, extras.controls)
+        yield _GraphRun(Stage.VQGAN, ENCODER_GRAPH)
+    yield from map(_GraphRun, extras.controls)
     if Stage.PRIOR in manifest.stages:
         graphs = _graphs(manifest, Stage.PRIOR)
-        yield from (_Run(Stage.PRIOR, graph) for graph in graphs)
+        yield from (_GraphRun(Stage.PRIOR, graph) for graph in graphs)
         if extras.previews:  # while the prior is in use
-            yield _Run(Stage.PREVIEWER, beside=loaded_bytes(manifest, Stage.PRIOR, graphs[-1]))
-    yield _Run(Stage.DECODER)
-    yield _Run(Stage.VQGAN)
+            yield _GraphRun(Stage.PREVIEWER, beside=loaded_bytes(manifest, Stage.PRIOR, graphs[-1]))
+    yield _GraphRun(Stage.DECODER)
+    yield _GraphRun(Stage.VQGAN)
 
 
 def _graphs(manifest: Manifest, stage: Stage) -> tuple[str, ...]:
@@ -176,17 +176,17 @@ def _loading(stage: Stage, policy: MemoryPolicy) -> float:
     return (resident if policy == RESIDENT else sparing) - 1
 
 
-def _extra(manifest: Manifest, run: _Run, loading: float, settings: Settings, images: int) -> int:
+def _extra(manifest: Manifest, run: _GraphRun, loading: float, settings: Settings, images: int) -> int:
     """Bytes beyond the weights: those for `loading`, or those for running the stage if these are more."""
     entry = manifest.stages[run.stage]
     width = BYTES[entry.precision] / BYTES[Precision.FP32]
     running = _running(from_json(run.stage, entry.config), run, settings, images) * width
-    if run == _Run(Stage.VQGAN):
+    if run == _GraphRun(Stage.VQGAN):
         running += OUTPUT * images * prod(latent_sizes(settings.height, settings.width, settings.size_policy).image)
     return int(max(running, loading))
 
 
-def _running(config: NetworkConfig, run: _Run, settings: Settings, images: int) -> float:
+def _running(config: NetworkConfig, run: _GraphRun, settings: Settings, images: int) -> float:
     """Bytes of the activations in fp32."""
     sizes = latent_sizes(settings.height, settings.width, settings.size_policy)
     pixels = prod(sizes.image)
