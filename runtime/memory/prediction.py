@@ -48,6 +48,7 @@ LOADING_ELSE = (1.17, 1.05)  # of the other stages
 
 # Activations in bytes for each pixel of one image and each channel of the widest map; guidance counts an image twice.
 ACTIVATIONS: Mapping[Stage, float] = {Stage.PRIOR: 0.082, Stage.DECODER: 0.92, Stage.VQGAN: 12.9}
+AGAIN = 1.5  # the vqgan's activations from the second image on: ONNX Runtime plans its memory after the first
 OUTPUT = 30  # bytes for each pixel of every image that is generated together: float32 twice, and 8 bits
 
 # The stages beside the cascade, likewise in bytes.
@@ -198,7 +199,8 @@ def _running(config: NetworkConfig, run: _GraphRun, settings: Settings, images: 
             rows = min(images * (2 if sampling.guides else 1), max(1, ROW_AREA[run.stage] // prod(latents)))
             return ACTIVATIONS[run.stage] * config.block_out_channels[0] * rows * pixels
         case VQGANConfig():  # one image at a time
-            factor = ENCODER if run.graph == ENCODER_GRAPH else ACTIVATIONS[Stage.VQGAN]
+            decoding = ACTIVATIONS[Stage.VQGAN] * (AGAIN if images > 1 else 1)
+            factor = ENCODER if run.graph == ENCODER_GRAPH else decoding
             return factor * config.widths[0] * pixels
         case PreviewerConfig():
             return PREVIEW * config.c_hidden * prod(sizes.prior) * images
