@@ -5,12 +5,11 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from pydantic import ValidationError
 
 P = ParamSpec("P")
@@ -61,7 +60,7 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
 STAGE_PREFIXES = ("prior_", "decoder_")
 
 
-def changed_fields(value: "DataclassInstance") -> str:
+def changed_fields(value: Any) -> str:
     """A dataclass with defaults as text, with the fields alone that differ from them: `ExportOptions(force=True)`."""
     plain = type(value)()
     changed = [

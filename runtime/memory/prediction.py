@@ -52,6 +52,7 @@ LOADING_ELSE = (1.17, 1.05)  # of the other stages
 
 # Activations in bytes for each pixel of one image and each channel of the widest map; guidance counts an image twice.
 ACTIVATIONS: Mapping[Stage, float] = {Stage.PRIOR: 0.082, Stage.DECODER: 0.92, Stage.VQGAN: 12.9}
+AGAIN = 1.5  # the vqgan's activations from the second image on: ONNX Runtime plans its memory after the first
 OUTPUT = 30  # bytes for each pixel of every image that is generated together: float32 twice, and 8 bits
 
 # The stages beside the cascade, likewise in bytes.
@@ -88,7 +89,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _GraphRun:
     """A graph that is loaded and run; `beside` are the bytes that another graph in use takes at the same time."""
 
     stage: Stage
@@ -147,23 +148,23 @@ def process_bytes() -> int:
     return resident * PAGE + SESSION
 
 
-def _runs(manifest: Manifest, extras: Extras) -> Iterator[_Run]:
+def _runs(manifest: Manifest, extras: Extras) -> Iterator[_GraphRun]:
     """The graphs that a generation runs, in their order."""
-    yield _Run(Stage.TEXT_ENCODER)
+    yield _GraphRun(Stage.TEXT_ENCODER)
     if extras.image_prompts:
-        yield _Run(Stage.IMAGE_ENCODER, pictures=extras.image_prompts)
+        yield _GraphRun(Stage.IMAGE_ENCODER, pictures=extras.image_prompts)
     if extras.varies or Stage.CONTROLNET_SUPER_RESOLUTION in extras.controls:
-        yield _Run(Stage.EFFNET_ENCODER)
+        yield _GraphRun(Stage.EFFNET_ENCODER)
     if extras.masks:
-        yield _Run(Stage.VQGAN, ENCODER_GRAPH)
-    yield from map(_Run, extras.controls)
+        yield _GraphRun(Stage.VQGAN, ENCODER_GRAPH)
+    yield from map(_GraphRun, extras.controls)
     if Stage.PRIOR in manifest.stages:
         graphs = _graphs(manifest, Stage.PRIOR)
-        yield from (_Run(Stage.PRIOR, graph) for graph in graphs)
+        yield from (_GraphRun(Stage.PRIOR, graph) for graph in graphs)
         if extras.previews:  # while the prior is in use
-            yield _Run(Stage.PREVIEWER, beside=loaded_bytes(manifest, Stage.PRIOR, graphs[-1]))
-    yield _Run(Stage.DECODER)
-    yield _Run(Stage.VQGAN)
+            yield _GraphRun(Stage.PREVIEWER, beside=loaded_bytes(manifest, Stage.PRIOR, graphs[-1]))
+    yield _GraphRun(Stage.DECODER)
+    yield _GraphRun(Stage.VQGAN)
 
 
 def _graphs(manifest: Manifest, stage: Stage) -> tuple[str, ...]:
@@ -200,17 +201,17 @@ def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
     return rows * tokens * channels * BYTES[Precision.FP16 if halved else Precision.FP32]
 
 
-def _extra(manifest: Manifest, run: _Run, loading: float, settings: Settings, images: int) -> int:
+def _extra(manifest: Manifest, run: _GraphRun, loading: float, settings: Settings, images: int) -> int:
     """Bytes beyond the weights: those for `loading`, or those for running the stage if these are more."""
     entry = manifest.stages[run.stage]
     width = BYTES[entry.precision] / BYTES[Precision.FP32]
     running = _running(from_json(run.stage, entry.config), run, settings, images) * width
-    if run == _Run(Stage.VQGAN):
+    if run == _GraphRun(Stage.VQGAN):
         running += OUTPUT * images * prod(latent_sizes(settings.height, settings.width, settings.size_policy).image)
     return int(max(running, loading))
 
 
-def _running(config: NetworkConfig, run: _Run, settings: Settings, images: int) -> float:
+def _running(config: NetworkConfig, run: _GraphRun, settings: Settings, images: int) -> float:
     """Bytes of the activations in fp32."""
     sizes = latent_sizes(settings.height, settings.width, settings.size_policy)
     pixels = prod(sizes.image)
@@ -222,7 +223,8 @@ def _running(config: NetworkConfig, run: _Run, settings: Settings, images: int) 
             rows = min(images * (2 if sampling.guides else 1), max(1, ROW_AREA[run.stage] // prod(latents)))
             return ACTIVATIONS[run.stage] * config.block_out_channels[0] * rows * pixels
         case VQGANConfig():  # one image at a time
-            factor = ENCODER if run.graph == ENCODER_GRAPH else ACTIVATIONS[Stage.VQGAN]
+            decoding = ACTIVATIONS[Stage.VQGAN] * (AGAIN if images > 1 else 1)
+            factor = ENCODER if run.graph == ENCODER_GRAPH else decoding
             return factor * config.widths[0] * pixels
         case PreviewerConfig():
             return PREVIEW * config.c_hidden * prod(sizes.prior) * images

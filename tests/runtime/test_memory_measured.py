@@ -97,6 +97,7 @@ def values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Any:
     ("side", "images", "memory", "wanted", "stage"),
     [
         (768, 1, "staged", [], "vqgan"),
+        (768, 2, "staged", [], "vqgan"),
         (768, 1, "staged", ["init"], "effnet_encoder"),
         (768, 1, "staged", ["control"], "controlnet/canny"),
         (512, 1, "staged", ["prompt", "prompt"], "image_encoder"),
