@@ -122,7 +122,7 @@ def _openvino_computes_bf16(bundle: "Bundle") -> bool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """An engine that "auto" considers on a device if `can_run` the bundle here. `measured` is what its place in the
     table rests on."""
 
@@ -135,10 +135,10 @@ class Choice:
 UNMEASURED = "nothing yet; who built plans wants them"
 
 # The fastest first, for each device. docs/gpu.md and docs/generate.md have the figures.
-CHOICES: tuple[Choice, ...] = (
-    Choice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt"), UNMEASURED),
-    Choice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx"), UNMEASURED),
-    Choice("openvino-bf16", "cpu", _openvino_computes_bf16, "11.7 s for an image where onnxruntime took 22.8 s"),
+CHOICES: tuple[EngineChoice, ...] = (
+    EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt"), UNMEASURED),
+    EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx"), UNMEASURED),
+    EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16, "11.7 s for an image where onnxruntime took 22.8 s"),
 )
 DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 
