@@ -151,6 +151,14 @@ class GraphBuilder:
         to = COMPUTE_TYPES[self.options.precision]
         return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
 
+    def float_output(self, op: str, port: str, value: str, *constants: float, **attributes: Any) -> str:
+        """Write the output `port` with an operator in fp32, applied to `value` of the compute type.
+
+        Without it an output is computed in the compute type, and cast."""
+        self._inner.pop(port, None)
+        with self.island():
+            return self.node(op, port, self.to_float(value), *map(self.scalar, constants), **attributes)
+
     def probe(self, value: str) -> None:
         """Add the output ``value/max``, the largest magnitude of the fp32 `value`, if the options ask for probes."""
         if self.options.probes and f"{value}/max" not in self._probes:

@@ -9,6 +9,8 @@ from ...schemas.tensors import Shape
 from .graph import Graph
 from .graph_builder import ORT_DOMAIN
 
+LAST = 2**63 - 1  # the end of an axis, in Slice
+
 
 class Image:
     """A feature map in one memory layout; the Transpose to the other layout is written at its first use.
@@ -151,7 +153,44 @@ def pixel_shuffle(graph: Graph, name: str, image: Image, factor: int) -> str:
     """(B, c*factor^2, h, w) -> (B, c, factor*h, factor*w), with the channel order of torch's PixelShuffle."""
     if factor == 1:
         return graph.node("Transpose", name, image.last, perm=[0, 3, 1, 2])
-    return graph.node("DepthToSpace", name, image.first, blocksize=factor, mode="CRD")
+    if graph.options.target is not Target.ORT and not graph.options.cuda_bf16:
+        return graph.node("DepthToSpace", name, image.first, blocksize=factor, mode="CRD")
+    # One kernel in place of a Transpose and a DepthToSpace, and CUDA has it in bf16.
+    channels = image.channels // factor**2
+    split = graph.shape(graph.batch, image.size, channels, factor, factor)
+    parts = graph.node("Reshape", f"{name}/parts", image.last, split)  # (B, h, w, c, dy, dx)
+    moved = graph.node("Transpose", f"{name}/moved", parts, perm=[0, 3, 1, 4, 2, 5])
+    size = graph.node("Mul", f"{name}/size", image.size, graph.integers(factor))
+    return graph.node("Reshape", name, moved, graph.shape(graph.batch, channels, size))
+
+
+def edge_padded(graph: Graph, name: str, image: Image) -> str:
+    """The image with its edges repeated once on every side: (B, c, h + 2, w + 2)."""
+    if not graph.options.cuda_bf16:
+        return graph.node("Pad", name, image.first, graph.integers(0, 0, 1, 1, 0, 0, 1, 1), mode="edge")
+    value, last = image.first, graph.integers(-1)
+    for axis, out in ((2, f"{name}/rows"), (3, name)):
+        on = graph.integers(axis)
+        before = graph.node("Slice", f"{out}/before", value, graph.integers(0), graph.integers(1), on)
+        after = graph.node("Slice", f"{out}/after", value, last, graph.integers(LAST), on)
+        value = graph.node("Concat", out, before, value, after, axis=axis)
+    return value
+
+
+def channel_means(graph: Graph, name: str, image: Image) -> str:
+    """(B, c, 1, 1): the mean over the pixels of each channel."""
+    if not graph.options.cuda_bf16:
+        return graph.node("GlobalAveragePool", name, image.first)
+    return graph.node(
+        "Cast", name, graph.node("GlobalAveragePool", f"{name}/wide", graph.to_float(image.first)), to=graph.type
+    )
+
+
+def leaky_relu(graph: Graph, name: str, value: str, slope: float) -> str:
+    """x where x is positive, else slope * x, for a slope between 0 and 1."""
+    if not graph.options.cuda_bf16:
+        return graph.node("LeakyRelu", name, value, alpha=slope)
+    return graph.node("Max", name, value, graph.node("Mul", f"{name}/small", value, graph.scalar(slope)))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,17 @@ import onnx
 
 from ...schemas.stages import VQGANConfig
 from .graph import Graph
-from .layers import Image, batch_normalised, convolution, pixel_shuffle, pointwise, transposed_convolution
+from .layers import (
+    Image,
+    batch_normalised,
+    convolution,
+    edge_padded,
+    pixel_shuffle,
+    pointwise,
+    transposed_convolution,
+)
 
 NORM_EPS = 1e-6
-REPLICATED = (0, 0, 1, 1) * 2  # pads of (B, c, h, w), at the start and at the end of each axis
 
 
 def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
@@ -31,7 +38,7 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
             )
             index += 1
     decoded = pixel_shuffle(graph, "out_block.1", pointwise(graph, "out_block.0", image), config.up_down_scale_factor)
-    graph.node("Clip", "images", decoded, graph.scalar(0.0), graph.scalar(1.0))
+    graph.float_output("Clip", "images", decoded, 0.0, 1.0)
     return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
 
 
@@ -66,7 +73,7 @@ def _block(graph: Graph, name: str, image: Image) -> Image:
     """MixingResidualBlock: a depthwise and a channelwise branch, modulated by six learned numbers."""
     gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
     spatial = _modulated(graph, f"{name}.norm1", image, gammas[0], gammas[1])
-    padded = graph.node("Pad", f"{name}.depthwise.0", spatial.first, graph.integers(*REPLICATED), mode="edge")
+    padded = edge_padded(graph, f"{name}.depthwise.0", spatial)
     spatial = convolution(graph, f"{name}.depthwise.1", padded, image.channels, size=image.size, group=image.channels)
     image = _added(graph, f"{name}/mixed", image, spatial, gammas[2])
 

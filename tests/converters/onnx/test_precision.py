@@ -19,6 +19,7 @@ from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import FP16_MAX, Precision, Target
 from cascadekit.schemas.stages import (
     PRESETS,
+    ControlNetConfig,
     EffnetEncoderConfig,
     ImageEncoderConfig,
     NetworkConfig,
@@ -41,8 +42,10 @@ SIZES = {
     Stage.EFFNET_ENCODER: {"batch": 1, "height": 65, "width": 33},
     Stage.PREVIEWER: {"batch": 2, "height": 2, "width": 3},
     Stage.IMAGE_ENCODER: {"batch": 2},
+    Stage.CONTROLNET_IDENTITY: {"batch": 2, "height": 3, "width": 5},
 }
-NETWORKS = [PRIOR, DECODER, VQGAN, TEXT, VISION, EFFNET, PREVIEWER]
+IDENTITY = ControlNetConfig(512, (63, 2), "simple", c_proj=24)
+NETWORKS = [PRIOR, DECODER, VQGAN, TEXT, VISION, EFFNET, PREVIEWER, IDENTITY]
 HALVES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 FACTOR = 2.0  # a graph may be this much further from fp32 than PyTorch in the same type; 1.4 is found
 
