@@ -258,8 +258,9 @@ def _tokens(graph: Graph, inputs: AttentionInputs) -> list[str]:
 
 
 def _attend_in_ort(graph: Graph, name: str, inputs: AttentionInputs) -> str:
-    """ONNX Runtime's own operator, which has no half precision on CPUs."""
-    operands = [*_tokens(graph, inputs), *(["", "", inputs.mask] if inputs.mask else [])]  # no bias, no padding mask
+    """ONNX Runtime's own operator. Its mask has the type of the queries."""
+    mask = [graph.to_compute(inputs.mask)] if inputs.mask else []
+    operands = [*_tokens(graph, inputs), *(["", "", *mask] if mask else [])]  # no bias, no padding mask
     attributes = {"num_heads": inputs.heads, "scale": inputs.scale, "domain": ORT_DOMAIN}
     return graph.node("MultiHeadAttention", f"{name}/tokens", *operands, **attributes)
 
