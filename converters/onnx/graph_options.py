@@ -53,6 +53,11 @@ class GraphOptions:
         return self.precision is Precision.BF16 and self.target is not Target.TENSORRT
 
     @property
+    def between(self) -> str:
+        """The dtype of keys and values between a conditioning and a step graph. NumPy has no bf16."""
+        return "float16" if (self.precision, self.target) == (Precision.FP16, Target.ORT) else "float32"
+
+    @property
     def opset(self) -> int:
         """The lowest opset that has every operator and type of graphs with these options."""
         if self.target is Target.TENSORRT:

@@ -8,6 +8,7 @@ from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
 from .graph import Graph
 from .graph_builder import ORT_DOMAIN
+from .streams import NORM_EPS
 
 LAST = 2**63 - 1  # the end of an axis, in Slice
 
@@ -81,6 +82,7 @@ def convolution(
     value: str,
     channels: int,
     *,
+    weights: str | None = None,
     dims: Shape | None = None,
     size: str | None = None,
     bias: bool = True,
@@ -89,10 +91,12 @@ def convolution(
 ) -> Image:
     """The convolution `name` of `value` (B, c, h, w); its weight is read as `dims` when they are given.
 
-    The result has `channels`, and `size` when it is known. The bias is multiplied by 2^-`bias_exponent`."""
-    inputs = [value, graph.weight(f"{name}.weight", dims)]
+    The result has `channels`, and `size` when it is known. The bias is multiplied by 2^-`bias_exponent`. `weights` is
+    the module whose weights are used, if `name` is none."""
+    module = weights or name
+    inputs = [value, graph.weight(f"{module}.weight", dims)]
     if bias:
-        inputs.append(graph.scaled_weight(f"{name}.bias", bias_exponent))
+        inputs.append(graph.scaled_weight(f"{module}.bias", bias_exponent))
     return Image(graph, channels, first=graph.node("Conv", name, *inputs, **attributes), size=size)
 
 
@@ -111,11 +115,43 @@ def transposed_convolution(
     return Image(graph, channels, first=graph.node("ConvTranspose", name, image.first, weight, bias, **attributes))
 
 
-def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6, *, exponent: int = 0, out: int = 0) -> Image:
+def normalised(
+    graph: Graph, name: str, image: Image, eps: float = NORM_EPS, *, exponent: int = 0, out: int = 0
+) -> Image:
     """Affine-free LayerNorm over the channels. The image holds 2^-`exponent` of its values, so epsilon is multiplied by
     4^-`exponent`. The result is 2^-`out` of the norm."""
     scale = graph.full(image.channels, 2.0**-out)
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps * 4.0**-exponent, scale=scale))
+
+
+def normalised_convolution(
+    graph: Graph, names: tuple[str, str], image: Image, *, exponent: int, out: int, **attributes: Any
+) -> Image:
+    """The convolution ``names[0]`` that keeps size and channels, and the affine-free LayerNorm ``names[1]`` after it.
+
+    The image holds 2^-`exponent` of its values, the result 2^-`out`. ONNX Runtime adds the bias in the norm."""
+    name, norm = names
+    fused = graph.options.target is Target.ORT
+    made = convolution(
+        graph,
+        f"{name}/product" if fused else name,
+        image.first,
+        image.channels,
+        weights=name,
+        size=image.size,
+        bias=not fused,
+        bias_exponent=exponent,
+        **attributes,
+    )
+    if not fused:
+        return normalised(graph, norm, made, exponent=exponent, out=out)
+    # Each pixel is a batch of its own: what is added may be broadcast along the batch only.
+    channels = made.channels
+    pixels = graph.node("Reshape", f"{norm}/pixels", made.last, graph.integers(-1, 1, channels))
+    bias = graph.scaled_weight(f"{name}.bias", exponent, (1, 1, channels))
+    operands = (pixels, bias, graph.full(channels, 2.0**-out))
+    eps = {"epsilon": NORM_EPS * 4.0**-exponent, "domain": ORT_DOMAIN}
+    return made.with_rows(graph.node("SkipLayerNormalization", norm, *operands, **eps))
 
 
 def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:

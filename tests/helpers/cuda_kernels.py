@@ -56,7 +56,7 @@ def without_kernel(model: onnx.ModelProto) -> Iterator[str]:
 
     Nodes of constants alone are left out, because ONNX Runtime computes these on the CPU when it loads the graph."""
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    types = _types(model)
+    types = types_of(model)
     known = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if all(name in known for name in node.input if name):
@@ -68,7 +68,7 @@ def without_kernel(model: onnx.ModelProto) -> Iterator[str]:
             yield f"{node.op_type} {T.DataType.Name(kind)} ({node.name})"
 
 
-def _types(model: onnx.ModelProto) -> dict[str, int]:
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
     """The element type of every value, as onnx infers it.
 
     onnx infers nothing of com.microsoft's operators. Their outputs are declared to it with the type of their first

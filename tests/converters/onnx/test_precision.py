@@ -75,7 +75,7 @@ def in_half(graph: Any, inputs: dict[str, np.ndarray], dtype: torch.dtype) -> di
 
 @pytest.mark.parametrize("precision", HALVES)
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda c: c.stage)
-@pytest.mark.parametrize("target", [Target.PORTABLE, Target.TENSORRT])
+@pytest.mark.parametrize("target", Target)
 def test_as_close_to_fp32_as_pytorch_in_the_same_type(
     export: Callable[..., Any],
     evaluate: Callable[..., Any],
@@ -93,13 +93,18 @@ def test_as_close_to_fp32_as_pytorch_in_the_same_type(
 
 
 @pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("target", [Target.PORTABLE, Target.ORT])
 @pytest.mark.parametrize("config", [PRIOR, DECODER], ids=lambda c: c.stage)
 def test_hoisting_changes_nothing_in_half_precision(
-    export: Callable[..., Any], evaluate: Callable[..., Any], config: NetworkConfig, precision: Precision
+    export: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    config: NetworkConfig,
+    target: Target,
+    precision: Precision,
 ) -> None:
-    """The ports between the graphs are float32, which holds every half exactly."""
+    """The ports between the graphs are float32, which holds every half exactly, or float16."""
     graph = export(config)
-    inputs, options = inputs_of(graph), GraphOptions(precision=precision)
+    inputs, options = inputs_of(graph), GraphOptions(precision=precision, target=target)
     plain = evaluate(graph.write(options), inputs)["noise_pred"]
     wanted = [port.name for port in graph_ports(config, options, "conditioning").inputs]
     given = {**inputs, "timestep_ratios": inputs["timestep_ratio"]}
@@ -167,15 +172,19 @@ def test_a_perceptron_beyond_fp16_is_computed_in_fp32(
     assert difference(found, graph.expected(inputs)) <= 2e-3
 
 
+@pytest.mark.parametrize("target", [Target.PORTABLE, Target.ORT])
 @pytest.mark.parametrize("config", [PRIOR, DECODER], ids=lambda c: c.stage)
-def test_exponents_are_exact(export: Callable[..., Any], evaluate: Callable[..., Any], config: NetworkConfig) -> None:
+def test_exponents_are_exact(
+    export: Callable[..., Any], evaluate: Callable[..., Any], config: NetworkConfig, target: Target
+) -> None:
     """A power of two goes through every sum unrounded, so in fp32 and bf16 not a bit of the result changes."""
     graph = export(config)
     inputs = inputs_of(graph)
     exponents = {stream: number + 1 for number, stream in enumerate(streams_of(config))}
     for precision in (Precision.FP32, Precision.BF16):
-        plain = evaluate(graph.write(GraphOptions(precision=precision)), inputs)["noise_pred"]
-        scaled = evaluate(graph.write(GraphOptions(precision=precision, exponents=exponents)), inputs)["noise_pred"]
+        options = GraphOptions(precision=precision, target=target)
+        plain = evaluate(graph.write(options), inputs)["noise_pred"]
+        scaled = evaluate(graph.write(replace(options, exponents=exponents)), inputs)["noise_pred"]
         np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
 
 
@@ -195,7 +204,7 @@ def test_probes_are_the_largest_magnitudes(export: Callable[..., Any]) -> None:
         module.register_forward_hook(hook)
     graph.expected(inputs)
     probed = {name.removesuffix("/max"): float(value) for name, value in found.items() if name.endswith("/max")}
-    assert len(probed) == 4 * 7  # four blocks of each kind: a stream each, three values in a perceptron, scores
+    assert len(probed) == 4 * 8  # four blocks of each kind: a stream each, four values in a perceptron, scores
     for name, value in probed.items():
         module = name.removesuffix("/rows")
         if module in seen:
@@ -235,4 +244,4 @@ def test_leaky_relu_of_bf16(evaluate: Callable[..., Any], tmp_path: Path) -> Non
     given = np.random.default_rng(0).standard_normal((2, 16, 3, 3)).astype(np.float32)
     expected = torch.nn.functional.leaky_relu(torch.from_numpy(given).bfloat16(), 0.2).float().numpy()
     found = evaluate(tmp_path / "leaky.onnx", {"latents": given})["images"]
-    np.testing.assert_allclose(found, expected, rtol=2**-8)  # 0.2 is rounded to bf16 before the product
+    np.testing.assert_allclose(found, expected, rtol=2**-7)  # 0.2 is rounded to bf16 before the product
