@@ -14,7 +14,7 @@ from helpers.graphs import places_of
 
 LITE, FULL = Variant.LITE, Variant.FULL
 FREE = {"Shape", "Constant", "Reshape", "Squeeze", "Unsqueeze", "Identity"}  # nothing is computed
-# ONNX Runtime folds constants of every type in these operators when it loads a graph, in others those of fp32 and int64.
+# ONNX Runtime folds constants of every type in these operators when it loads a graph, in others fp32 and int64.
 FOLDED = {"Cast", "Concat", "Reshape", "Split", "Transpose"}
 STORED = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 # Launches of a step graph for portable, and for ort.
