@@ -46,11 +46,13 @@ def _parse_precisions(
     return found
 
 
-def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | None) -> Literal["auto"] | int | None:
-    if value is None or value == "auto":
+def _parse_fp16_safe(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> Literal["auto", "off"] | int | None:
+    if value is None or value in ("auto", "off"):
         return value  # type: ignore[return-value]
     if not value.isdecimal() or len(value) > 2 or int(value) > MAX_EXPONENT:
-        raise click.BadParameter(f"{value!r}: expected auto, or a number from 0 to {MAX_EXPONENT}")
+        raise click.BadParameter(f"{value!r}: expected auto, off, or a number from 0 to {MAX_EXPONENT}")
     return int(value)
 
 
@@ -89,10 +91,15 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 )
 @click.option(
     "--fp16-safe",
-    metavar="auto|K",
+    metavar="auto|off|K",
     callback=_parse_fp16_safe,
-    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or by the scale that a short "
-    "calibration run finds necessary.",
+    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or (auto) by the scale that a "
+    "short calibration run finds necessary.  [default: auto]",
+)
+@click.option(
+    "--calibration",
+    type=PATH,
+    help="File of what the calibration run measured: used if it exists, else written. It is for the same weights only.",
 )
 @click.option(
     "--quantize",

@@ -14,7 +14,7 @@ from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle
 from ...schemas.stages import Stage
 
 WeightsMode = Literal["auto", "copy", "link"]
-Fp16Safe = Literal["auto"] | int | None
+Fp16Safe = Literal["auto", "off"] | int | None
 
 Kind = TypeVar("Kind", bound=StrEnum)
 
@@ -34,7 +34,9 @@ class ExportOptions:
         precisions: The precision of single stages, in place of `precision`.
         target: The runtime whose operators the graphs may use.
         storage: The precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes.
-        fp16_safe: Exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams.
+        fp16_safe: Exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams, "off"
+            is without any. None is "auto" where ONNX Runtime is installed, else "off".
+        calibration: A file of what "auto" measured; it is used if it exists, else written.
         quantize: How Linears are stored in 8 or 4 bits, if their error stays small.
         quantize_threshold: Largest relative error of a quantised Linear; None: twice the error of normal numbers.
         controlnet: Whether the prior has inputs for the residuals of a ControlNet.
@@ -56,6 +58,7 @@ class ExportOptions:
     target: Target = Target.PORTABLE
     storage: Precision | None = None
     fp16_safe: Fp16Safe = None
+    calibration: str | Path | None = None
     quantize: Quantization = Quantization.NONE
     quantize_threshold: float | None = None
     controlnet: bool = False
@@ -125,6 +128,11 @@ class ExportOptions:
         if self.fp16_safe is not None and not set(fp16) & set(stages):
             raise UsageError(
                 f'fp16_safe={self.fp16_safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
+            )
+        if self.calibration is not None and (not set(fp16) & set(stages) or self.fp16_safe == "off"):
+            raise UsageError(
+                f"calibration={str(self.calibration)!r} is for a prior or decoder in fp16 within its range; "
+                'add precision="fp16" without fp16_safe="off", or leave it out'
             )
         if self.controlnet and Stage.PRIOR not in stages:
             raise UsageError("controlnet=True is for the prior, which is not exported here; export it too")

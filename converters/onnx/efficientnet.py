@@ -14,7 +14,7 @@ from ...schemas.layer_tensors import (
     inverted_residuals,
 )
 from .graph import Graph
-from .layers import Image, batch_normalised, convolution
+from .layers import Image, batch_normalised, channel_means, convolution
 
 PADS = (1, 1, 1, 1)  # keep the size in a 3x3 convolution
 
@@ -53,7 +53,7 @@ def _depthwise(graph: Graph, name: str, block: InvertedResidual, image: Image) -
 
 def _squeeze_excitation(graph: Graph, name: str, block: InvertedResidual, image: Image) -> Image:
     """Scale each channel by a factor that a perceptron computes from the means of all channels."""
-    means = graph.node("GlobalAveragePool", f"{name}.avgpool", image.first)  # (B, c, 1, 1)
+    means = channel_means(graph, f"{name}.avgpool", image)
     hidden = convolution(graph, f"{name}.fc1", means, block.squeezed)
     hidden = convolution(graph, f"{name}.fc2", graph.silu(f"{name}.activation", hidden.first), block.inner)
     scale = graph.node("Sigmoid", f"{name}.scale_activation", hidden.first)

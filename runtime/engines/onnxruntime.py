@@ -156,9 +156,7 @@ class OnnxRuntimeEngine:
         # closed: 2.4 GB of a vqgan at 1024x1024.
         if self.memory == "fast":
             return options, []
-        options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are copies in memory
-        options.enable_cpu_mem_arena = False  # an arena would keep the casts of all weights
-        return options, ["ConstantFolding"]  # folding would cast the weights for good
+        return options, keep_mapped(options)
 
     def _providers(self, *, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
@@ -235,12 +233,23 @@ def quiet_options(ort: Any) -> Any:
     return options
 
 
+def keep_mapped(options: Any) -> list[str]:
+    """Set `options` to leave weights in their files; returns the names of the optimizers to switch off."""
+    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are copies in memory
+    options.enable_cpu_mem_arena = False  # an arena would keep the casts of all weights
+    return ["ConstantFolding"]  # folding would cast the weights for good
+
+
 def open_session(path: Path) -> Any:
-    """A session of any graph on the CPU, for a short run. Raises EngineError when it cannot be loaded."""
+    """A session of any graph on the CPU, for a short run: its weights stay in their files.
+
+    Raises EngineError when it cannot be loaded."""
     ort = import_onnxruntime("cpu")
+    options = quiet_options(ort)
+    disabled = keep_mapped(options)
     require_inputs_named(path)
     try:
-        return ort.InferenceSession(path, quiet_options(ort), providers=[CPU])
+        return ort.InferenceSession(path, options, providers=[CPU], disabled_optimizers=disabled)
     except Exception as error:
         raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
 
