@@ -257,7 +257,7 @@ def same_as_without_faults(work: Work, seed: int) -> None:
 def test_signals_from_outside(tiny: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """As a service manager or Ctrl-C ends it, somewhere in the middle."""
     (tmp_path / "p.txt").write_text("\n".join(f"picture {place}" for place in range(200)))
-    arguments = command(tiny / "bundle", tmp_path / "p.txt", "-o", tmp_path / "out")
+    arguments = command(tiny / "bundle", tmp_path / "p.txt", "--batch", 4, "-o", tmp_path / "out")
     process = subprocess.Popen([sys.executable, "-c", f"from cascadekit.cli import main; main({arguments!r})"])
     while not (tmp_path / "out" / "0003.png").exists() and process.poll() is None:
         time.sleep(0.002)
@@ -387,7 +387,7 @@ def test_prompts_from_standard_input(tiny: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--prompts", "p.txt", "-o", "x.png"], "expected a folder"),
-        (["--prompts", "none.txt"], "No such file"),
+        (["--prompts", "none.txt"], "no such file"),
         (["--prompts", "p.md"], "expected a name ending in .txt, .jsonl, .csv"),
         (["--prompts", "p.txt", "--name", "{prompt.__class__}"], "expected one of {number}"),
         (["--prompts", "p.txt", "--name", "../{number}"], "expected a file name, perhaps with folders"),

@@ -41,7 +41,7 @@ def call(*arguments: object) -> Result:
 
 
 def test_help_has_examples() -> None:
-    assert "Example: cascadekit doctor" in call("--help").output
+    assert "\n  cascadekit doctor\n" in call("--help").output
 
 
 def test_the_probe_is_the_identity() -> None:

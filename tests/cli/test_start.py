@@ -21,11 +21,15 @@ OF_HELP = {
     "cascadekit.__main__",
     "cascadekit.cli",
     *(f"cascadekit.cli.{name}" for name in ("boundary", "console", "escape", "lazy", "signals", "translate")),
+    "cascadekit.cli.words_elsewhere",
     "cascadekit.runtime",
     "cascadekit.runtime.engines",
     "cascadekit.runtime.engines.telemetry",
     "cascadekit.schemas",
+    "cascadekit.schemas.callbacks",
     "cascadekit.schemas.errors",
+    "cascadekit.storage",
+    "cascadekit.storage.locks",
 }
 
 
