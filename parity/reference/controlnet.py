@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from ...schemas.ports import control_port
 from ...schemas.stages import ControlNetConfig
 from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
-from .efficientnet import efficientnet_v2_s
+from .efficientnet import efficientnet_v2
 
 # Not to be seen in a checkpoint: the activation has no weights. Stability's class has this slope.
 NEGATIVE_SLOPE = 0.2
@@ -38,7 +38,7 @@ class ControlNet(nn.Module):
         self.config = config
         match config.bottleneck_mode:
             case None:
-                self.backbone = efficientnet_v2_s(config.c_in)
+                self.backbone = efficientnet_v2(config.c_in, config.backbone_widths, config.backbone_blocks)
             case "large":
                 self.backbone = _large(config.c_in, config.width)
             case "simple":
