@@ -19,6 +19,7 @@ from .stages import (
     PRESETS,
     PROJ_BLOCKS_ALL,
     PROJ_BLOCKS_ENDS,
+    PROJ_BLOCKS_ICONS,
     RES_TIMESTEP,
     RES_TIMESTEP_ATTENTION,
     ControlNetConfig,
@@ -190,14 +191,14 @@ def _previewer(stage: Stage, shapes: _Shapes) -> PreviewerConfig:
     )
 
 
-_RELEASED_PROJ_BLOCKS = {len(blocks): blocks for blocks in (PROJ_BLOCKS_ENDS, PROJ_BLOCKS_ALL)}
+_RELEASED_PROJ_BLOCKS = {len(blocks): blocks for blocks in (PROJ_BLOCKS_ENDS, PROJ_BLOCKS_ALL, PROJ_BLOCKS_ICONS)}
 
 
 def _controlnet(stage: Stage, shapes: _Shapes) -> ControlNetConfig:
     projections = shapes.count("projections.#.")
     if projections not in _RELEASED_PROJ_BLOCKS:
         raise LayoutError(
-            f"the {stage} has {projections} projections, the released ones have 8 or 64; which blocks of the prior "
+            f"the {stage} has {projections} projections, the released ones have 3, 8 or 64; which blocks of the prior "
             "its projections feed (proj_blocks) is not in the file: give the folder that holds its config.json"
         )
     _, mode = CONTROLNET_KINDS[stage]

@@ -335,6 +335,7 @@ def decoder_config(
 # The blocks of the full prior that the released ControlNets feed: eight at its ends, or every one.
 PROJ_BLOCKS_ENDS = (0, 4, 8, 12, 51, 55, 59, 63)
 PROJ_BLOCKS_ALL = tuple(range(64))
+PROJ_BLOCKS_ICONS = (0, 2, 5)  # of the six blocks of the small prior for icons
 
 PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.PRIOR, Variant.FULL): prior_config((2048, 2048), (32, 32), (8, 24)),
@@ -344,7 +345,7 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.DECODER, Variant.FULL): decoder_config((320, 640, 1280, 1280), (0, 0, 20, 20), (2, 6, 28, 6), (3, 3, 2, 2)),
     (Stage.DECODER, Variant.LITE): decoder_config((320, 576, 1152, 1152), (0, 9, 18, 18), (2, 4, 14, 4), (2, 2, 2, 2)),
     (Stage.DECODER, Variant.ICONS): decoder_config(
-        (48, 96, 128, 64), (0, 0, 2, 1), (1, 1, 1, 1), (2, 2, 2, 2), conditioning=128, pooled=64
+        (48, 96, 128, 64), (0, 0, 2, 1), (1, 1, 1, 1), (2, 2, 1, 1), conditioning=128, pooled=64
     ),
     (Stage.DECODER, Variant.TINY): decoder_config(
         (16, 32, 64, 64), (0, 0, 1, 1), (1, 1, 1, 1), (3, 2, 2, 2), conditioning=48, pooled=12
@@ -364,6 +365,13 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.PREVIEWER, Variant.FULL): PreviewerConfig(),
     (Stage.PREVIEWER, Variant.ICONS): PreviewerConfig(c_hidden=128),
     (Stage.CONTROLNET_CANNY, Variant.FULL): ControlNetConfig(1, PROJ_BLOCKS_ENDS),
+    (Stage.CONTROLNET_CANNY, Variant.ICONS): ControlNetConfig(
+        1,
+        PROJ_BLOCKS_ICONS,
+        c_proj=128,
+        backbone_widths=(8, 8, 16, 32, 64, 64, 128, 128),
+        backbone_blocks=(1, 1, 1, 1, 1, 1),
+    ),
     (Stage.CONTROLNET_INPAINTING, Variant.FULL): ControlNetConfig(4, PROJ_BLOCKS_ENDS),
     (Stage.CONTROLNET_SUPER_RESOLUTION, Variant.FULL): ControlNetConfig(16, PROJ_BLOCKS_ENDS, "large"),
     (Stage.CONTROLNET_IDENTITY, Variant.FULL): ControlNetConfig(512, PROJ_BLOCKS_ALL, "simple"),

@@ -99,7 +99,12 @@ def train_vqgan(folder: Path, data: Dataset, steps: int | None = None) -> None:
 def calibrate(network: VQGANPair, data: Dataset, pictures: int = 1024) -> None:
     """Give the latents of all pictures the mean 0 and the deviation 1 exactly; the images stay what they are."""
     norm, entrance = network.encoder.down_blocks[-1][1], network.decoder.up_blocks[0][0]
-    found = torch.cat([network.latents(to_tensor(data.pictures[at : at + 64])) for at in range(0, min(pictures, len(data.pictures)), 64)])
+    found = torch.cat(
+        [
+            network.latents(to_tensor(data.pictures[at : at + 64]))
+            for at in range(0, min(pictures, len(data.pictures)), 64)
+        ]
+    )
     mean, deviation = found.mean(dim=(0, 2, 3)), found.std(dim=(0, 2, 3))  # (4,)
     scale = norm.running_var.add(norm.eps).sqrt()  # old latents = (x - running mean) / scale
     norm.running_mean.add_(mean * scale)
@@ -110,10 +115,15 @@ def calibrate(network: VQGANPair, data: Dataset, pictures: int = 1024) -> None:
 
 @torch.no_grad()
 def all_latents(network: VQGANPair, data: Dataset, folder: Path, batch: int = 64) -> None:
-    """Stage B's latents of every picture, into ``latents.npy`` (n, 4, 32, 32) in half precision."""
-    side = data.pictures.shape[1] // 4
-    made = np.lib.format.open_memmap(folder / "latents.part.npy", "w+", np.float16, (len(data.pictures), 4, side, side))
-    for start in range(0, len(made), batch):
-        made[start : start + batch] = network.latents(to_tensor(data.pictures[start : start + batch])).half().numpy()
+    """Stage B's latents of every picture, into ``latents.npy`` (n, 4, 32, 32) in half precision. Resumes."""
+    side, part, total = data.pictures.shape[1] // 4, folder / "latents.part.npy", len(data.pictures)
+    if not part.exists():
+        np.lib.format.open_memmap(part, "w+", np.float16, (total, 4, side, side)).flush()
+    made = np.load(part, mmap_mode="r+")
+    for start in range(0, total, batch):
+        if not made[start].any():
+            made[start : start + batch] = (
+                network.latents(to_tensor(data.pictures[start : start + batch])).half().numpy()
+            )
     made.flush()
-    (folder / "latents.part.npy").rename(folder / "latents.npy")
+    part.rename(folder / "latents.npy")

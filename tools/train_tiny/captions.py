@@ -5,7 +5,19 @@ import numpy as np
 from .scenes import Icon, Scene, Shape, Shapes
 from .vocabulary import OBJECTS
 
-_PLURALS = ("cherries", "two cherries", "grapes", "bread", "cheese", "lightning", "fire", "broccoli", "coffee", "beer", "wine")
+_PLURALS = (
+    "cherries",
+    "two cherries",
+    "grapes",
+    "bread",
+    "cheese",
+    "lightning",
+    "fire",
+    "broccoli",
+    "coffee",
+    "beer",
+    "wine",
+)
 _PICTURE = ("", "", "", "a picture of ", "an icon of ", "an image of ", "a drawing of ")
 
 

@@ -63,7 +63,9 @@ def effnet_pixels(images: Tensor) -> Tensor:
     return (small - mean) / std
 
 
-def train_compressor(folder: Path, data: Dataset, latents: NDArray[np.float16], vqgan: VQGANPair, steps: int | None) -> None:
+def train_compressor(
+    folder: Path, data: Dataset, latents: NDArray[np.float16], vqgan: VQGANPair, steps: int | None
+) -> None:
     network = Compressor().to(memory_format=torch.channels_last)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """The networks' configs, which are the presets called "icons"."""
 
+from typing import TypeVar
+
 from cascadekit.schemas.stages import (
     PRESETS,
+    ControlNetConfig,
     EffnetEncoderConfig,
     ImageEncoderConfig,
     PreviewerConfig,
@@ -12,23 +15,20 @@ from cascadekit.schemas.stages import (
     VQGANConfig,
 )
 
-
-def _preset(stage: Stage) -> object:
-    return PRESETS[stage, Variant.ICONS]
+Config = TypeVar("Config")
 
 
-VQGAN, PRIOR, DECODER, TEXT, IMAGE, EFFNET, PREVIEWER = map(
-    _preset,
-    (
-        Stage.VQGAN,
-        Stage.PRIOR,
-        Stage.DECODER,
-        Stage.TEXT_ENCODER,
-        Stage.IMAGE_ENCODER,
-        Stage.EFFNET_ENCODER,
-        Stage.PREVIEWER,
-    ),
-)
-assert isinstance(VQGAN, VQGANConfig) and isinstance(PRIOR, UNetConfig) and isinstance(DECODER, UNetConfig)
-assert isinstance(TEXT, TextEncoderConfig) and isinstance(IMAGE, ImageEncoderConfig)
-assert isinstance(EFFNET, EffnetEncoderConfig) and isinstance(PREVIEWER, PreviewerConfig)
+def _preset(stage: Stage, kind: type[Config]) -> Config:
+    found = PRESETS[stage, Variant.ICONS]
+    assert isinstance(found, kind)
+    return found
+
+
+VQGAN = _preset(Stage.VQGAN, VQGANConfig)
+PRIOR = _preset(Stage.PRIOR, UNetConfig)
+DECODER = _preset(Stage.DECODER, UNetConfig)
+TEXT = _preset(Stage.TEXT_ENCODER, TextEncoderConfig)
+IMAGE = _preset(Stage.IMAGE_ENCODER, ImageEncoderConfig)
+EFFNET = _preset(Stage.EFFNET_ENCODER, EffnetEncoderConfig)
+PREVIEWER = _preset(Stage.PREVIEWER, PreviewerConfig)
+CANNY = _preset(Stage.CONTROLNET_CANNY, ControlNetConfig)

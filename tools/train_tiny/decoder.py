@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascadekit.parity.reference.decoder import Decoder
 
@@ -38,7 +37,7 @@ def train_decoder(
     show_latents: Callable[[Tensor, NDArray[np.int64], Path], None],
     steps: int | None,
 ) -> None:
-    """`latents` (n, 4, 32, 32) are the VQGAN's; `show_latents` makes a sheet of them beside the pictures of some rows."""
+    """`latents` (n, 4, 32, 32) are the VQGAN's; `show_latents` makes a sheet of them beside some rows' pictures."""
     network = make_decoder().to(memory_format=torch.channels_last)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def sample(predict: Predict, noise: Tensor, steps: int, generator: torch.Generat
     """diffusers' sampler: latents from `noise`."""
     x = noise
     ratios = torch.linspace(1, 0, steps + 1)
-    for t, after in zip(ratios[:-1], ratios[1:], strict=True):
+    for t, after in pairwise(ratios):
         bar, bar_after = alpha_bar(t), alpha_bar(after)
         alpha = bar / bar_after
         found = predict(x, t.expand(len(x)))

@@ -79,12 +79,21 @@ class Judge:
     def style(self, picture: U8, scene: Icon) -> bool:
         """Whether the object's style, among those of its own name, is the asked one."""
         rows = self.references[nearest_background(picture)][list(OBJECTS).index(scene.name)]
-        return bool(np.square(rows - _cut_out(picture)).mean(axis=(1, 2, 3)).argmin() == list(STYLES).index(scene.style))
+        return bool(
+            np.square(rows - _cut_out(picture)).mean(axis=(1, 2, 3)).argmin() == list(STYLES).index(scene.style)
+        )
 
 
 def border(picture: U8) -> NDArray[np.float64]:
     """The median colour along the border."""
-    edge = np.concatenate([picture[:3].reshape(-1, 3), picture[-3:].reshape(-1, 3), picture[:, :3].reshape(-1, 3), picture[:, -3:].reshape(-1, 3)])
+    edge = np.concatenate(
+        [
+            picture[:3].reshape(-1, 3),
+            picture[-3:].reshape(-1, 3),
+            picture[:, :3].reshape(-1, 3),
+            picture[:, -3:].reshape(-1, 3),
+        ]
+    )
     found: NDArray[np.float64] = np.median(edge, axis=0)
     return found
 
@@ -140,7 +149,9 @@ def _placed(masks: Sequence[Mask], filled: Sequence[Mask], scene: Shapes) -> boo
         case "above":
             return bool(centres[1][1] - centres[0][1] > 20 and abs(centres[1][0] - centres[0][0]) < 25)
         case "inside":
-            return bool(np.hypot(*(centres[1] - centres[0])) < 22 and masks[0].sum() < masks[1].sum() + masks[0].sum() * 0.9)
+            return bool(
+                np.hypot(*(centres[1] - centres[0])) < 22 and masks[0].sum() < masks[1].sum() + masks[0].sum() * 0.9
+            )
     (shape,) = scene.shapes
     box = _box(masks[0])
     assert box is not None
@@ -201,7 +212,9 @@ def _templates() -> dict[str, Mask]:
             mask = renderer.picture(scene)[:, :, 0] < 128
             box = _box(mask)
             assert box is not None
-            _TEMPLATES[shape] = np.asarray(Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)).astype(bool)
+            _TEMPLATES[shape] = np.asarray(
+                Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)
+            ).astype(bool)
     return _TEMPLATES
 
 

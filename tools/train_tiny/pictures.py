@@ -20,7 +20,10 @@ def sheet(path: Path, rows: Sequence[Sequence[NDArray[np.float32]]], labels: Seq
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             levels = (np.clip(picture, 0, 1).transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8)
-            page.paste(Image.fromarray(levels).resize((wide, high), Image.Resampling.NEAREST), (x * (wide + gap), y * (high + gap)))
+            page.paste(
+                Image.fromarray(levels).resize((wide, high), Image.Resampling.NEAREST),
+                (x * (wide + gap), y * (high + gap)),
+            )
     ink = ImageDraw.Draw(page)
     for x, label in enumerate(labels):
         ink.text((x * (wide + gap) + 2, size[1] - foot + 1), label[: wide // 6], fill="white")
@@ -41,7 +44,10 @@ def curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
         y = np.log10(values[:, 1])
         low, high = float(y.min()), float(np.quantile(y, 0.995)) + 1e-6
         points = [
-            (60 + 650 * (step - values[0, 0]) / (values[-1, 0] - values[0, 0]), top + 140 * (1 - (v - low) / (high - low + 1e-9)))
+            (
+                60 + 650 * (step - values[0, 0]) / (values[-1, 0] - values[0, 0]),
+                top + 140 * (1 - (v - low) / (high - low + 1e-9)),
+            )
             for (step, _), v in zip(values, np.clip(y, low, high), strict=True)
         ]
         ink.line(points, fill=_INKS[place % len(_INKS)], width=1)

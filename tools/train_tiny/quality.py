@@ -45,7 +45,7 @@ def prompts(each: int, seed: int = 7) -> dict[str, list[Scene]]:
 
 
 def make_bundle(original: Path, folder: Path) -> Path:
-    """Export the original files, whose VQGAN scale is the trained one; returns the bundle. A model folder is made too."""
+    """Export the original files, whose VQGAN scale is the trained one; a model folder is made too."""
     convert([original], folder / "model", Layout.DIFFUSERS, force=True)
     export(open_model([original]), folder / "bundle", force=True)
     return folder / "bundle"
@@ -70,7 +70,10 @@ def measure(bundle: Path, judge: Judge, folder: Path, each: int) -> dict[str, fl
                 if not verdict.right:
                     wrong.append(f"{plain(scene)} -> {verdict.seen} {verdict.parts}")
             shares |= {name: round(float(np.mean(rights)), 3) for name, rights in counts.items()}
-            rows = [np.concatenate(pictures[at : at + BATCH], axis=1) for at in range(0, len(pictures) // BATCH * BATCH, BATCH)]
+            rows = [
+                np.concatenate(pictures[at : at + BATCH], axis=1)
+                for at in range(0, len(pictures) // BATCH * BATCH, BATCH)
+            ]
             if rows:
                 Image.fromarray(np.concatenate(rows)).save(folder / f"{kind.replace(' ', '-')}.png")
             print(kind, shares[kind], flush=True)
@@ -85,5 +88,3 @@ def _generated(cascade: Cascade, scenes: Sequence[Scene]) -> list[np.ndarray]:
         texts = [plain(scene) for scene in scenes[at : at + BATCH]]
         made += [np.asarray(image) for image in cascade.generate(texts, seed=at).images]
     return made
-
-

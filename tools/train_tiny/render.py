@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .scenes import Icon, Scene, Shape
-from .vocabulary import BACKGROUNDS, COLOURS, STYLES
+from .vocabulary import BACKGROUNDS, COLOURS, PACKAGES
 
 SIDE = 128
 U8 = NDArray[np.uint8]
@@ -27,7 +27,7 @@ class Renderer:
 
     @cache  # noqa: B019 - one renderer lives as long as the program
     def package(self, style: str) -> dict[str, Any]:
-        path = self.packages / "@iconify-json" / STYLES.get(style, style) / "icons.json"
+        path = self.packages / "@iconify-json" / PACKAGES[style] / "icons.json"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
@@ -36,7 +36,7 @@ class Renderer:
         body = self._icon(scene) if isinstance(scene, Icon) else "".join(map(_drawn, scene.shapes[::-1]))
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 128 128" width="{side}" height="{side}">'
+            f'viewBox="0 0 128 128" width="{side}" height="{side}" color="#101014">'
             f'<rect width="128" height="128" fill="{BACKGROUNDS[scene.background]}"/>{body}</svg>'
         )
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg))

@@ -1,6 +1,6 @@
 """Scenes: what a picture shows, as data. A scene is rendered by `render`, put into words by `captions`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from .vocabulary import (
     HELD_OUT_ICONS,
     HELD_OUT_SHAPES,
     OBJECTS,
+    OUTLINE,
     PLACES,
     SHAPES,
     SIZES,
@@ -105,6 +106,15 @@ def random_pair(rng: np.random.Generator, first: tuple[str, str], second: tuple[
         )
     )
     return Shapes(made, random_background(rng, (first[0], second[0])), relation)
+
+
+def outline_scenes(rng: np.random.Generator, each: int) -> list[Scene]:
+    """Icons in the LoRA's style, black on any background but black."""
+    made: list[Scene] = []
+    for name in OBJECTS:
+        icons = [random_icon(rng, name, OUTLINE) for _ in range(each)]
+        made += [replace(icon, background="white") if icon.background == "black" else icon for icon in icons]
+    return made
 
 
 def training_scenes(rng: np.random.Generator, icons: int, singles: int, pairs: int) -> list[Scene]:

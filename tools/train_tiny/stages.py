@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascadekit.parity.reference.previewer import Previewer
 from cascadekit.schemas.stages import Stage
@@ -19,17 +18,19 @@ from cascadekit.schemas.stages import Stage
 from .autoencoder import VQGANPair, all_latents, calibrate, to_tensor, train_vqgan
 from .compressor import Compressor, all_semantic, train_compressor, train_previewer
 from .configs import PREVIEWER
+from .control import all_edges, make_controlnet, train_controlnet
 from .dataset import Dataset, load_dataset, make_dataset
 from .decoder import make_decoder, train_decoder
 from .judge import Judge
+from .lora import adapt, train_lora
 from .pictures import sheet
-from .prior import Inputs, make_prior, train_prior
+from .prior import Inputs, Writer, train_prior
 from .quality import make_bundle, measure
 from .render import Renderer
 from .towers import Towers, all_image_embeds, train_towers
 from .trainer import averaged
 from .words import Words, load_words, make_words
-from .write import text_tensors, vqgan_tensors, write_original
+from .write import text_tensors, vqgan_tensors, write_loras, write_original
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -85,7 +86,8 @@ class Job:
     @cached_property
     def inputs(self) -> Inputs:
         text = self.trained("text", Towers(self.words)).text
-        return Inputs(self.words, text, np.array(self.cached("semantic")), np.array(self.cached("image_embeds")))
+        semantic, seen = (np.array(self.cached(name)) for name in ("semantic", "image_embeds"))
+        return Inputs(self.words, text, semantic, seen, self.data.plain)
 
     def guess(self, semantic: Tensor) -> NDArray[np.float32]:
         """Pictures of stage C's latents, by the head that was trained with the effnet encoder."""
@@ -122,34 +124,59 @@ def _text(job: Job) -> None:
 
 
 def _prior(job: Job) -> None:
-    def decode(semantic: Tensor, path: Path) -> None:
-        wanted = to_tensor(job.data.pictures[: len(semantic)]).numpy()
-        made = list(job.guess(semantic))
-        sheet(path, [list(wanted[:8]), made[:8], list(wanted[8:]), made[8:]])
-
-    train_prior(job.runs / "prior", job.inputs, decode, job.steps)
+    train_prior(job.runs / "prior", job.inputs, _latents_sheet(job), job.steps)
 
 
 def _decoder(job: Job) -> None:
     def show(latents: Tensor, rows: NDArray[np.int64], path: Path) -> None:
         guessed = job.guess(torch.from_numpy(job.inputs.semantic[rows]))
-        sheet(path, [list(to_tensor(job.data.pictures[rows]).numpy()), list(guessed), list(job.vqgan.images(latents).numpy())])
+        sheet(
+            path,
+            [list(to_tensor(job.data.pictures[rows]).numpy()), list(guessed), list(job.vqgan.images(latents).numpy())],
+        )
 
     train_decoder(job.runs / "decoder", job.inputs, job.cached("latents"), show, job.steps)
 
 
+def _latents_sheet(job: Job) -> Callable[[Tensor, Path], None]:
+    """Makes a sheet of stage C's latents below the pictures that were asked for."""
+
+    def decode(semantic: Tensor, path: Path) -> None:
+        wanted, made = list(to_tensor(job.data.pictures[: len(semantic)]).numpy()), list(job.guess(semantic))
+        sheet(path, [wanted[:8], made[:8], wanted[8:], made[8:]])
+
+    return decode
+
+
+def _lora(job: Job) -> None:
+    writer = job.trained("prior", Writer(job.words))
+    train_lora(job.runs / "lora", job.inputs, writer, _latents_sheet(job), job.steps)
+
+
+def _control(job: Job) -> None:
+    path = job.folder / "edges.npy"
+    if not path.exists():
+        all_edges(job.data, path)
+    writer = job.trained("prior", Writer(job.words))
+    train_controlnet(job.runs / "control", job.inputs, np.load(path), writer, _latents_sheet(job), job.steps)
+
+
 def _write(job: Job) -> None:
-    towers = job.trained("text", Towers(job.words))
+    towers, writer = job.trained("text", Towers(job.words)), job.trained("prior", Writer(job.words))
     tensors: dict[Stage, Mapping[str, Tensor]] = {
-        Stage.TEXT_ENCODER: text_tensors(towers.text, job.words),
+        Stage.TEXT_ENCODER: text_tensors(writer.text, job.words),
         Stage.IMAGE_ENCODER: towers.image.state_dict(),
-        Stage.PRIOR: job.trained("prior", make_prior()).state_dict(),
+        Stage.PRIOR: writer.prior.state_dict(),
         Stage.DECODER: job.trained("decoder", make_decoder()).state_dict(),
         Stage.VQGAN: vqgan_tensors(job.vqgan, job.cached("latents")),
         Stage.EFFNET_ENCODER: job.compressor.encoder.state_dict(),
         Stage.PREVIEWER: job.trained("previewer", Previewer(PREVIEWER)).state_dict(),
     }
+    if (job.runs / "control" / "state.pt").exists():
+        tensors[Stage.CONTROLNET_CANNY] = job.trained("control", make_controlnet()).state_dict()
     write_original(job.runs / "original", tensors)
+    if (job.runs / "lora" / "state.pt").exists():
+        write_loras(job.runs, job.trained("lora", adapt(writer.prior)))
 
 
 def _judge(job: Job) -> None:
@@ -166,6 +193,8 @@ STAGES: Mapping[str, Callable[[Job], None]] = {
     "text": _text,
     "prior": _prior,
     "decoder": _decoder,
+    "lora": _lora,
+    "control": _control,
     "write": _write,
     "judge": _judge,
 }

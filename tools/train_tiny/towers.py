@@ -25,7 +25,7 @@ from .pictures import sheet
 from .trainer import Plan, train
 from .words import LENGTH, Words
 
-PLAN = Plan(steps=700, rate=2e-3, warmup=80, average=0.993, decay=0.02, sheet=175)
+PLAN = Plan(steps=450, rate=2e-3, warmup=80, average=0.993, decay=0.02, sheet=150)
 BATCH, SIDE = 64, 8  # the blurred picture has SIDE x SIDE pixels
 
 
@@ -65,9 +65,7 @@ class Painter(nn.Module):
 
 
 def compact_config(words: Words) -> TextEncoderConfig:
-    return replace(
-        TEXT, vocab_size=len(words.vocabulary), eos_token_id=words.end, max_position_embeddings=LENGTH
-    )
+    return replace(TEXT, vocab_size=len(words.vocabulary), eos_token_id=words.end, max_position_embeddings=LENGTH)
 
 
 def encode(text: TextEncoder, ids: NDArray[np.int16], words: Words) -> tuple[Tensor, Tensor]:
@@ -90,9 +88,11 @@ def train_towers(folder: Path, data: Dataset, words: Words, steps: int | None) -
     network = Towers(words)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        rows = np.sort(rng.choice(len(data.scenes), BATCH, replace=False))
+        rows = np.sort(rng.choice(data.plain, BATCH, replace=False))
         images = to_tensor(data.pictures[rows])
-        hidden, pooled = encode(network.text, words.captions[rows, rng.integers(words.captions.shape[1], size=BATCH)], words)
+        hidden, pooled = encode(
+            network.text, words.captions[rows, rng.integers(words.captions.shape[1], size=BATCH)], words
+        )
         seen = network.image(pixel_values=clip_pixels(images))["image_embeds"]
         alike = F.normalize(pooled[:, 0], dim=1) @ F.normalize(seen, dim=1).T * network.scale.exp().clamp(max=60)
         place = torch.arange(BATCH)

@@ -16,6 +16,7 @@ EVERY = 25  # steps between two points of the curves
 SAVE_SECONDS = 90.0
 
 Losses = dict[str, Tensor]  # "loss" is minimised, the others are shown beside it
+Sheet = Callable[[nn.Module, Path], None]
 Loss = Callable[[int, np.random.Generator], Losses]
 
 
@@ -35,10 +36,8 @@ class Plan:
         return self if steps is None else replace(self, steps=steps, warmup=min(self.warmup, steps // 5 + 1))
 
 
-def train(
-    folder: Path, network: nn.Module, plan: Plan, loss: Loss, sheet: Callable[[nn.Module, Path], None], *, seed: int = 0
-) -> nn.Module:
-    """Train `network` to ``plan.steps`` steps, from where `folder` left off. Returns the averaged network, in eval mode.
+def train(folder: Path, network: nn.Module, plan: Plan, loss: Loss, sheet: Sheet, *, seed: int = 0) -> nn.Module:
+    """Train `network` to ``plan.steps`` steps, from where `folder` left off. Returns the average, in eval mode.
 
     Each step's random numbers depend on the seed and the step alone, so a resumed training takes the same pictures.
     `sheet` makes a picture of what the averaged network does, every ``plan.sheet`` steps."""
@@ -72,10 +71,18 @@ def train(
         if (step + 1) % EVERY == 0 or done:
             log.add(step + 1, state["seconds"], sums.take())
         if now - saved_at > SAVE_SECONDS or done:
-            _save(path, {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "state": state})
+            _save(
+                path,
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "state": state,
+                },
+            )
             saved_at = time.monotonic()
         if (step + 1) % plan.sheet == 0 or done:
-            _with_average(network, average, lambda: sheet(network, folder / f"sheet-{step + 1:06d}.png"))
+            _with_average(network, average, sheet, folder / f"sheet-{step + 1:06d}.png")
             curves(folder / "curves.png", log.rows)
     network.load_state_dict(average)
     return network.eval()
@@ -108,12 +115,12 @@ def _update(average: dict[str, Tensor], network: nn.Module, keep: float) -> None
             average[name].copy_(value)
 
 
-def _with_average(network: nn.Module, average: dict[str, Tensor], act: Callable[[], None]) -> None:
+def _with_average(network: nn.Module, average: dict[str, Tensor], sheet: Sheet, path: Path) -> None:
     current = {name: value.clone() for name, value in network.state_dict().items()}
     network.load_state_dict(average)
     network.eval()
     with torch.no_grad():
-        act()
+        sheet(network, path)
     network.load_state_dict(current)
     network.train()
 

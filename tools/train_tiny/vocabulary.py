@@ -118,12 +118,15 @@ alien: alien
 top-hat: top hat|hat
 """
 OBJECTS = {
-    icon: tuple(words.strip().split("|"))
-    for icon, words in (line.split(":") for line in _OBJECTS.strip().splitlines())
+    icon: tuple(words.strip().split("|")) for icon, words in (line.split(":") for line in _OBJECTS.strip().splitlines())
 }
 
 # What captions call a style, and the npm package whose icons have it.
 STYLES = {"flat": "fluent-emoji-flat", "glossy": "fluent-emoji", "classic": "noto"}
+
+# The style that only the LoRA draws: stages A and B and the encoders know it, stage C does not.
+OUTLINE = "outline"
+PACKAGES = {**STYLES, OUTLINE: "fluent-emoji-high-contrast"}
 
 BACKGROUNDS = {
     "white": "#ffffff",

@@ -1,4 +1,4 @@
-"""Writes the trained networks as Stability's files, in 16 bits: a model folder first, then the product's own converter."""
+"""Writes the trained networks as Stability's files, in 16 bits, by way of a model folder and the converter."""
 
 import tempfile
 from collections.abc import Mapping
@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascadekit import convert
+from cascadekit import convert, convert_lora
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
 from cascadekit.schemas.stages import ORIGINAL_VQGAN_SCALE, NetworkConfig, Stage
 
 from .autoencoder import VQGANPair
-from .configs import DECODER, EFFNET, IMAGE, PREVIEWER, PRIOR, TEXT, VQGAN
+from .configs import CANNY, DECODER, EFFNET, IMAGE, PREVIEWER, PRIOR, TEXT, VQGAN
+from .lora import save_stability
 from .words import LENGTH, Words
 
 CONFIGS: Mapping[Stage, NetworkConfig] = {
@@ -26,12 +27,13 @@ CONFIGS: Mapping[Stage, NetworkConfig] = {
     Stage.VQGAN: replace(VQGAN, scale_factor=ORIGINAL_VQGAN_SCALE),
     Stage.EFFNET_ENCODER: EFFNET,
     Stage.PREVIEWER: PREVIEWER,
+    Stage.CONTROLNET_CANNY: CANNY,
 }
 WEIGHTS = {Stage.TEXT_ENCODER: "model.safetensors", Stage.IMAGE_ENCODER: "model.safetensors"}
 
 
 def write_original(output: Path, networks: Mapping[Stage, Mapping[str, Tensor]]) -> None:
-    """Write ``stage_a`` to ``stage_c``, effnet encoder, previewer and the folders of both CLIP encoders into `output`."""
+    """Write ``stage_a`` to ``stage_c``, the other single files and the folders of both CLIP encoders into `output`."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         for stage, tensors in networks.items():
@@ -40,6 +42,20 @@ def write_original(output: Path, networks: Mapping[Stage, Mapping[str, Tensor]])
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
         write_folder_files(model, {stage: CONFIGS[stage] for stage in networks}, index=True)
         convert([model], output, "original", dtype="fp16", force=True)
+
+
+def write_loras(runs: Path, adapters: nn.ModuleList) -> None:
+    """Write the LoRA in Stability's format and in kohya's, into ``lora``."""
+    folder = runs / "original" / "lora"
+    folder.mkdir(exist_ok=True)
+    save_stability(folder / "outline.safetensors", adapters)
+    convert_lora(
+        folder / "outline.safetensors",
+        folder / "outline_kohya.safetensors",
+        "kohya",
+        against=runs / "original" / "stage_c.safetensors",
+        force=True,
+    )
 
 
 def vqgan_tensors(network: VQGANPair, latents: np.ndarray) -> dict[str, Tensor]:
