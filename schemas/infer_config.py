@@ -191,23 +191,26 @@ def _previewer(stage: Stage, shapes: _Shapes) -> PreviewerConfig:
     )
 
 
-_RELEASED_PROJ_BLOCKS = {len(blocks): blocks for blocks in (PROJ_BLOCKS_ENDS, PROJ_BLOCKS_ALL, PROJ_BLOCKS_ICONS)}
+_RELEASED_PROJ_BLOCKS = {len(blocks): blocks for blocks in (PROJ_BLOCKS_ENDS, PROJ_BLOCKS_ALL)}
+_SMALL_WIDTH = 128  # channels of the small prior for icons, whose ControlNet feeds three blocks
 
 
 def _controlnet(stage: Stage, shapes: _Shapes) -> ControlNetConfig:
-    projections = shapes.count("projections.#.")
-    if projections not in _RELEASED_PROJ_BLOCKS:
+    projections, width = shapes.count("projections.#."), shapes.size("projections.0.2.weight", 0)
+    small = {len(PROJ_BLOCKS_ICONS): PROJ_BLOCKS_ICONS} if width == _SMALL_WIDTH else {}
+    blocks = {**_RELEASED_PROJ_BLOCKS, **small}.get(projections)
+    if blocks is None:
         raise LayoutError(
-            f"the {stage} has {projections} projections, the released ones have 3, 8 or 64; which blocks of the prior "
+            f"the {stage} has {projections} projections, the released ones have 8 or 64; which blocks of the prior "
             "its projections feed (proj_blocks) is not in the file: give the folder that holds its config.json"
         )
     _, mode = CONTROLNET_KINDS[stage]
     backbone = _efficientnet(shapes) if mode is None else (EFFICIENTNET_WIDTHS, EFFICIENTNET_BLOCKS)
     return ControlNetConfig(
         c_in=shapes.size("backbone.0.0.weight" if mode is None else "backbone.0.weight", 1),
-        proj_blocks=_RELEASED_PROJ_BLOCKS[projections],
+        proj_blocks=blocks,
         bottleneck_mode=mode,
-        c_proj=shapes.size("projections.0.2.weight", 0),
+        c_proj=width,
         backbone_widths=backbone[0],
         backbone_blocks=backbone[1],
     )
