@@ -126,9 +126,13 @@ def _with_average(network: nn.Module, average: dict[str, Tensor], sheet: Sheet, 
 
 
 def _save(path: Path, content: object) -> None:
+    """A full disk only costs the time since the last state, if there is room again later."""
     part = path.with_suffix(".part")
-    torch.save(content, part)
-    part.rename(path)
+    try:
+        torch.save(content, part)
+        part.rename(path)
+    except (OSError, RuntimeError) as error:
+        print(f"{path}: not saved: {error}", flush=True)
 
 
 class _Means:
