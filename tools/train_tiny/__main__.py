@@ -23,6 +23,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     job = stages.Job(given.runs, given.packages or given.runs / "npm" / "node_modules", given.steps, given.share)
     for name in given.stage:
+        torch.manual_seed(0)  # of the first weights; each step of a training has its own
         stages.STAGES[name](job)
 
 

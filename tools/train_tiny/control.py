@@ -19,7 +19,7 @@ from cascadekit.schemas.control import control_port
 from .configs import CANNY
 from .dataset import Dataset
 from .diffusion import noise_loss
-from .prior import BATCH, CAP, Inputs, Writer, _predicted, draw
+from .prior import BATCH, CAP, Inputs, Writer, draw, predicted_noise
 from .towers import encode
 from .trainer import Plan, train
 
@@ -96,7 +96,7 @@ def train_controlnet(
             hidden, pooled = encode(writer.text, ids, inputs.words)
         clean = torch.from_numpy(inputs.semantic[rows])
         with controlled(writer.prior, network(control_image=shown)):
-            return noise_loss(lambda x, t: _predicted(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
+            return noise_loss(lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
 
     def show(_: nn.Module, path: Path) -> None:
         shown = torch.from_numpy(edges[:16]).float()[:, None] / 255

@@ -12,7 +12,7 @@ from cascadekit.parity.reference.blocks import Attention
 from cascadekit.parity.reference.prior import Prior
 
 from .diffusion import noise_loss
-from .prior import BATCH, CAP, NO_TEXT, Inputs, Writer, _predicted, draw
+from .prior import BATCH, CAP, NO_TEXT, Inputs, Writer, draw, predicted_noise
 from .towers import encode
 from .trainer import Plan, train
 
@@ -78,7 +78,7 @@ def train_lora(
         with torch.no_grad():
             hidden, pooled = encode(writer.text, ids, inputs.words)
         clean = torch.from_numpy(inputs.semantic[rows])
-        return noise_loss(lambda x, t: _predicted(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
+        return noise_loss(lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
 
     def show(_: nn.Module, path: Path) -> None:
         decode(draw(writer, inputs.words, inputs.words.captions[:16, 0]), path)

@@ -4,7 +4,7 @@ The text encoder goes on learning here, which costs little and helps much. Its p
 since stage B is trained with that at the same time and the image encoder lies beside it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def make_prior() -> Prior:
     bias[SIDE * SIDE + LENGTH - 1] = math.log(FULL_LENGTH - LENGTH + 1)
     count_rows(network, bias)
     hidden, pooled = torch.randn(256, LENGTH, PRIOR.clip_text_in_channels or 0), torch.randn(256, 1, 64)
-    fit_head(network, lambda x, t: _predicted(network, x, t, (hidden, pooled, pooled)), (256, 16, SIDE, SIDE))
+    fit_head(network, lambda x, t: predicted_noise(network, x, t, (hidden, pooled, pooled)), (256, 16, SIDE, SIDE))
     return network
 
 
@@ -49,7 +49,7 @@ class Writer(nn.Module):
         self.prior, self.text = make_prior(), TextEncoder(compact_config(words))
 
 
-def _predicted(network: Prior, x: Tensor, t: Tensor, conditions: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def predicted_noise(network: Prior, x: Tensor, t: Tensor, conditions: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     hidden, pooled, seen = conditions
     found: Tensor = network(sample=x, timestep_ratio=t, clip_text=hidden, clip_text_pooled=pooled, clip_img=seen)[
         "noise_pred"
@@ -87,7 +87,7 @@ def train_prior(folder: Path, inputs: Inputs, decode: Callable[[Tensor, Path], N
         seen = torch.from_numpy(inputs.image_embeds[rows] * pictured[:, None].astype(np.float32))[:, None]
         clean = torch.from_numpy(inputs.semantic[rows])
 
-        found = noise_loss(lambda x, t: _predicted(network.prior, x, t, (hidden, pooled, seen)), clean, CAP)
+        found = noise_loss(lambda x, t: predicted_noise(network.prior, x, t, (hidden, pooled, seen)), clean, CAP)
         return {**found, "loss": found["loss"] + 0.3 * kept, "kept": kept}
 
     def show(_: nn.Module, path: Path) -> None:
@@ -105,22 +105,9 @@ def draw(network: Writer, words: Words, ids: NDArray[np.int16], *, guidance: flo
     generator = torch.Generator().manual_seed(seed)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        found = _predicted(network.prior, torch.cat([x, x]), torch.cat([t, t]), (hidden, pooled, seen))
+        found = predicted_noise(network.prior, torch.cat([x, x]), torch.cat([t, t]), (hidden, pooled, seen))
         told, untold = found.chunk(2)
         return untold + guidance * (told - untold)
 
     noise = torch.randn(len(ids), PRIOR.in_channels, SIDE, SIDE, generator=generator)
     return sample(predict, noise, STEPS, generator)
-
-
-def compact(texts: Sequence[str], words: Words) -> NDArray[np.int16]:
-    """Captions as compact ids; tokens that training did not see become the padding token's neighbours, so are refused.
-
-    Raises ValueError for an unseen token."""
-    from .words import tokenized
-
-    ids = tokenized(texts)
-    places = np.searchsorted(words.vocabulary, ids).clip(max=words.end)
-    if (words.vocabulary[places] != ids).any():
-        raise ValueError("a caption has a token that training did not see")
-    return places.astype(np.int16)
