@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from cascadekit.parity.reference.decoder import Decoder
 
 from .configs import DECODER
-from .diffusion import fit_head, initialise, noise_loss, sample
+from .diffusion import STRAIGHT, fit_head, initialise, noise_loss, sample
 from .prior import NO_TEXT, Inputs
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=5000, rate=1.5e-3, warmup=200, average=0.998, sheet=500)
+PLAN = Plan(steps=5000, rate=1.5e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
 BATCH, CAP = 32, 12.0
 NOISE = 0.15  # most of what is added to stage C's latents, since the prior's own are never quite right
 STEPS = 10

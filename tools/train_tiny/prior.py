@@ -18,13 +18,13 @@ from cascadekit.parity.reference.prior import Prior
 from cascadekit.parity.reference.text_encoder import TextEncoder
 
 from .configs import PRIOR
-from .diffusion import count_rows, fit_head, initialise, noise_loss, sample
+from .diffusion import STRAIGHT, count_rows, fit_head, initialise, noise_loss, sample
 from .towers import compact_config, encode
 from .trainer import Plan, train
 from .words import FULL_LENGTH, LENGTH, Words
 
-PLAN = Plan(steps=6000, rate=2e-3, warmup=200, average=0.998, sheet=500)
-BATCH, SIDE, CAP = 64, 3, 60.0
+PLAN = Plan(steps=6000, rate=1e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+BATCH, SIDE, CAP = 64, 3, 20.0
 NO_TEXT, PICTURE = 0.12, 0.12  # shares of a batch without a caption, and with a picture's embedding
 GUIDANCE, STEPS = 4.0, 20
 

@@ -30,6 +30,7 @@ class Plan:
     decay: float = 0.01
     warmup: int = 100
     sheet: int = 500  # steps between two sample sheets
+    slow: tuple[str, ...] = ()  # parts of the names of weights that learn at a tenth of the rate
 
     def cut(self, steps: int | None) -> "Plan":
         """The same plan with another number of steps, if one is given."""
@@ -42,7 +43,7 @@ def train(folder: Path, network: nn.Module, plan: Plan, loss: Loss, sheet: Sheet
     Each step's random numbers depend on the seed and the step alone, so a resumed training takes the same pictures.
     `sheet` makes a picture of what the averaged network does, every ``plan.sheet`` steps."""
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(_groups(network, plan.decay), lr=plan.rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(_groups(network, plan), lr=plan.rate, betas=(0.9, 0.99))
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     state, path = {"step": 0, "seconds": 0.0}, folder / "state.pt"
     if path.exists():
@@ -56,7 +57,7 @@ def train(folder: Path, network: nn.Module, plan: Plan, loss: Loss, sheet: Sheet
     network.train()
     for step in range(int(state["step"]), plan.steps):
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate * _rate(step, plan)
+            group["lr"] = plan.rate * _rate(step, plan) * group["share"]
         torch.manual_seed(seed * 1_000_003 + step)
         losses = loss(step, np.random.default_rng([seed, step]))
         optimizer.zero_grad(set_to_none=True)
@@ -94,11 +95,14 @@ def averaged(folder: Path, network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _groups(network: nn.Module, decay: float) -> list[dict[str, object]]:
-    """Matrices decay, vectors do not."""
-    wide = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
-    flat = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": wide, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+def _groups(network: nn.Module, plan: Plan) -> list[dict[str, object]]:
+    """Matrices decay, vectors do not; `share` is the share of the learning rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in network.named_parameters():
+        if weight.requires_grad:
+            share = 0.1 if any(part in name for part in plan.slow) else 1.0
+            groups.setdefault((plan.decay if weight.ndim > 1 else 0.0, share), []).append(weight)
+    return [{"params": some, "weight_decay": decay, "share": share} for (decay, share), some in groups.items()]
 
 
 def _rate(step: int, plan: Plan) -> float:
