@@ -11,8 +11,8 @@ from cascadekit.parity.reference.blocks import Attention, AttentionBlock, ResBlo
 from cascadekit.parity.reference.unet import UNet
 from cascadekit.runtime.sampling.samplers import COSINE_OFFSET, VARIANCE_LIMITS
 
-# The weights on the way on which the input becomes the predicted noise where there is only noise. That has to stay right
-# to a hundredth, so they may move only a little at a time.
+# The weights on the way from the input to the predicted noise, which are the same thing where there is only noise. That
+# has to stay right to a hundredth, so these weights may move only a little at a time.
 STRAIGHT = ("embedding.1", "clf.1", "_downscalers", "_upscalers")
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # latents and timestep ratios (B,) to the noise
