@@ -31,8 +31,9 @@ class Stage(StrEnum):
 
 
 class Variant(StrEnum):
-    """The release that a config equals: Stability's full or lite, cascadekit's tiny (random) or icons (trained), or custom
-    for none of them."""
+    """The release that a config equals: Stability's full or lite, cascadekit's tiny (random) or icons (trained).
+
+    A config that equals none of them is custom."""
 
     FULL = "full"
     LITE = "lite"
