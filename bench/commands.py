@@ -3,8 +3,9 @@
 from .cli import bench
 from .cli_build import build
 from .cli_generate import generate
+from .cli_quality import quality
 
 __all__ = ["bench"]
 
-for command in (build, generate):
+for command in (build, generate, quality):
     bench.add_command(command)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadekit.bench.judge.scenes import Scene, outline_scenes, training_scenes
+
 from .render import SIDE, Renderer
-from .scenes import Scene, outline_scenes, training_scenes
 
 PER_ICON, SINGLES, PAIRS, PER_OUTLINE = 20, 2600, 3400, 10
 

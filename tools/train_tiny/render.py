@@ -12,8 +12,8 @@ import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
-from .scenes import Icon, Scene, Shape
-from .vocabulary import BACKGROUNDS, COLOURS, PACKAGES
+from cascadekit.bench.judge.scenes import Icon, Scene, Shape
+from cascadekit.bench.judge.vocabulary import BACKGROUNDS, COLOURS, PACKAGES
 
 SIDE = 128
 U8 = NDArray[np.uint8]

@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cascadekit import Cascade, export
+from cascadekit.bench.judge.prompts import scenes_to_ask
+from cascadekit.bench.quality import contact_sheet, generated, judge_cascade
 from cascadekit.parity.reference.previewer import Previewer
 from cascadekit.schemas.stages import Stage
 
@@ -21,11 +24,10 @@ from .configs import PREVIEWER
 from .control import all_edges, make_controlnet, train_controlnet
 from .dataset import Dataset, load_dataset, make_dataset
 from .decoder import make_decoder, train_decoder
-from .judge import Judge
 from .lora import adapt, train_lora
 from .pictures import sheet
 from .prior import Inputs, Writer, train_prior
-from .quality import make_bundle, measure
+from .references import write_references
 from .render import Renderer
 from .towers import Towers, all_image_embeds, train_towers
 from .trainer import averaged
@@ -179,10 +181,23 @@ def _write(job: Job) -> None:
         write_loras(job.runs, job.trained("lora", adapt(writer.prior)))
 
 
+def _references(job: Job) -> None:
+    write_references(Renderer(job.packages))
+
+
 def _judge(job: Job) -> None:
-    judge = Judge(Renderer(job.packages), job.folder / "references.npz")
-    bundle = make_bundle(job.runs / "original", job.runs)
-    print(json.dumps(measure(bundle, judge, job.runs / "quality", each=job.steps or 48), indent=1))
+    """Judge the files through the product; writes counts, what was wrong, and a sheet of each kind."""
+    folder, bundle = job.runs / "quality", job.runs / "bundle"
+    folder.mkdir(exist_ok=True)
+    export(job.runs / "original", bundle, force=True)
+    asked = scenes_to_ask(job.steps or 48)
+    with Cascade.open(bundle) as cascade:
+        shares = judge_cascade(cascade, asked)
+        for kind, scenes in asked.items():
+            contact_sheet(generated(cascade, scenes)).save(folder / f"{kind.replace(' ', '-')}.png")
+    content = json.dumps(shares.to_json(), indent=1)
+    (folder / "quality.json").write_text(content)
+    print(content)
 
 
 STAGES: Mapping[str, Callable[[Job], None]] = {
@@ -196,5 +211,6 @@ STAGES: Mapping[str, Callable[[Job], None]] = {
     "lora": _lora,
     "control": _control,
     "write": _write,
+    "references": _references,
     "judge": _judge,
 }

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadekit.bench.judge.captions import caption
+from cascadekit.bench.judge.scenes import Icon, Scene
+from cascadekit.bench.judge.vocabulary import OUTLINE
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
-
-from .captions import caption
-from .scenes import Icon, Scene
-from .vocabulary import OUTLINE
 
 LENGTH = 24  # tokens of a prompt in training; all positions from the last of these on are alike
 FULL_LENGTH = 77

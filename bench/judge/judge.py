@@ -1,21 +1,24 @@
 """The judge: reads from the pixels alone whether a picture shows what its caption asked for.
 
 Icons: the picture's object, cut out and brought to one size, is compared with every icon in every style on a background
-of that colour; the nearest one's name must be the asked one. Shapes: the pixels of each colour are collected; which
-shape they make, how large and where they are must be what was asked."""
+of that colour. The nearest icon's name must be the one that was asked for. Shapes: the pixels of each colour are
+collected; their shape, size and place must be what was asked for. ``references.npz`` holds the icons and shapes that the
+judge compares with; `tools/train_tiny` makes it from the npm packages.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from .render import Renderer
-from .scenes import Icon, Scene, Shape, Shapes
+from .scenes import Icon, Scene, Shapes
 from .vocabulary import BACKGROUNDS, COLOURS, OBJECTS, PLACES, SHAPES, SIZES, STYLES
+
+REFERENCES = Path(__file__).with_name("references.npz")
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -39,49 +42,38 @@ class Verdict:
         return all(self.parts.values())
 
 
-class Judge:
-    def __init__(self, renderer: Renderer, cache: Path) -> None:
-        self.renderer, self.cache = renderer, cache
+def judge(picture: U8, scene: Scene) -> Verdict:
+    """Judge `picture` (h, w, 3)."""
+    small = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.BOX))
+    return _icon(small, scene) if isinstance(scene, Icon) else _shapes(small, scene)
 
-    def judge(self, picture: U8, scene: Scene) -> Verdict:
-        """`picture` is (h, w, 3)."""
-        small = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.BOX))
-        return self._icon(small, scene) if isinstance(scene, Icon) else _shapes(small, scene)
 
-    @cached_property
-    def references(self) -> dict[str, F32]:
-        """For each background the objects (names, styles, CROP, CROP, 3), as `_cut_out` gives them."""
-        if not self.cache.exists():
-            made = {
-                background: np.stack(
-                    [
-                        np.stack([_cut_out(self.renderer.picture(Icon(name, style, background))) for style in STYLES])
-                        for name in OBJECTS
-                    ]
-                )
-                for background in BACKGROUNDS
-            }
-            np.savez(self.cache, **made)
-        return dict(np.load(self.cache))
+def has_style(picture: U8, scene: Icon) -> bool:
+    """Whether the object's style, among those of its own name, is the one that was asked for."""
+    rows = _icons(nearest_background(picture))[list(OBJECTS).index(scene.name)]
+    nearest = np.square(rows - cut_out(picture)).mean(axis=(1, 2, 3)).argmin()
+    return bool(nearest == list(STYLES).index(scene.style))
 
-    def nearest(self, picture: U8, background: str) -> tuple[str, str]:
-        """The name and the style of the icon that looks most like the picture's object."""
-        distances = np.square(self.references[background] - _cut_out(picture)).mean(axis=(2, 3, 4))
-        name, style = np.unravel_index(distances.argmin(), distances.shape)
-        return list(OBJECTS)[name], list(STYLES)[style]
 
-    def _icon(self, picture: U8, scene: Icon) -> Verdict:
-        background = nearest_background(picture)
-        name, style = self.nearest(picture, background)
-        parts = {"name": name == scene.name, "background": background == scene.background}
-        return Verdict(parts, f"{OBJECTS[name][0]}, {style} style on {background}")
+def nearest_icon(picture: U8, background: str) -> tuple[str, str]:
+    """The name and the style of the icon that looks most like the picture's object."""
+    distances = np.square(_icons(background) - cut_out(picture)).mean(axis=(2, 3, 4))
+    name, style = np.unravel_index(distances.argmin(), distances.shape)
+    return list(OBJECTS)[name], list(STYLES)[style]
 
-    def style(self, picture: U8, scene: Icon) -> bool:
-        """Whether the object's style, among those of its own name, is the asked one."""
-        rows = self.references[nearest_background(picture)][list(OBJECTS).index(scene.name)]
-        return bool(
-            np.square(rows - _cut_out(picture)).mean(axis=(1, 2, 3)).argmin() == list(STYLES).index(scene.style)
-        )
+
+def _icon(picture: U8, scene: Icon) -> Verdict:
+    background = nearest_background(picture)
+    name, style = nearest_icon(picture, background)
+    parts = {"name": name == scene.name, "background": background == scene.background}
+    return Verdict(parts, f"{OBJECTS[name][0]}, {style} style on {background}")
+
+
+@cache
+def _icons(background: str) -> F32:
+    """The objects of all icons on that background, as `cut_out` returns them: (names, styles, CROP, CROP, 3)."""
+    found: F32 = np.load(REFERENCES)[background].astype(np.float32) / 255
+    return found
 
 
 def border(picture: U8) -> NDArray[np.float64]:
@@ -103,10 +95,10 @@ def nearest_background(picture: U8) -> str:
     return list(BACKGROUNDS)[int(np.square(colours - border(picture)).sum(axis=1).argmin())]
 
 
-def _cut_out(picture: U8) -> F32:
+def cut_out(picture: U8) -> F32:
     """The object, which differs from the border's colour, in a square of CROP pixels, in 0..1."""
     differs = np.abs(picture.astype(np.float64) - border(picture)).max(axis=2) > CONTRAST
-    box = _box(differs) or (0, 0, picture.shape[1], picture.shape[0])
+    box = bounds(differs) or (0, 0, picture.shape[1], picture.shape[0])
     side = max(box[2] - box[0], box[3] - box[1]) + 4
     x, y = (box[0] + box[2] - side) / 2, (box[1] + box[3] - side) / 2
     page = Image.new("RGB", (3 * picture.shape[1], 3 * picture.shape[0]), tuple(int(v) for v in border(picture)))
@@ -116,7 +108,7 @@ def _cut_out(picture: U8) -> F32:
     return np.asarray(cut).astype(np.float32) / 255
 
 
-def _box(mask: Mask) -> tuple[int, int, int, int] | None:
+def bounds(mask: Mask) -> tuple[int, int, int, int] | None:
     """Left, top, right, bottom of the mask, without its outermost hundredth, where stray pixels are."""
     ys, xs = np.nonzero(mask)
     if len(xs) < 20:
@@ -153,7 +145,7 @@ def _placed(masks: Sequence[Mask], filled: Sequence[Mask], scene: Shapes) -> boo
                 np.hypot(*(centres[1] - centres[0])) < 22 and masks[0].sum() < masks[1].sum() + masks[0].sum() * 0.9
             )
     (shape,) = scene.shapes
-    box = _box(masks[0])
+    box = bounds(masks[0])
     assert box is not None
     sizes = np.array(list(SIZES.values()))
     reached = (box[3] - box[1]) / 2
@@ -191,31 +183,24 @@ def _opened(mask: Mask) -> Mask:
 
 def shape_of(mask: Mask) -> str:
     """The name of the shape whose outline fits the mask best."""
-    box = _box(mask)
+    box = bounds(mask)
     if box is None:
         return "speck"
-    cut = np.asarray(Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)).astype(bool)
-    templates = _templates()
-    overlaps = {name: (cut & other).sum() / (cut | other).sum() for name, other in templates.items()}
+    cut = outline(mask, box)
+    overlaps = {name: (cut & other).sum() / (cut | other).sum() for name, other in _templates().items()}
     best = max(overlaps, key=lambda name: overlaps[name])
     return best if overlaps[best] >= SAME_SHAPE else "blob"
 
 
-_TEMPLATES: dict[str, Mask] = {}
-
-
+@cache
 def _templates() -> dict[str, Mask]:
-    if not _TEMPLATES:
-        renderer = Renderer(Path())
-        for shape in SHAPES:
-            scene = Shapes((Shape("black", shape, "large", "", (64, 64), 40.0),), "white")
-            mask = renderer.picture(scene)[:, :, 0] < 128
-            box = _box(mask)
-            assert box is not None
-            _TEMPLATES[shape] = np.asarray(
-                Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)
-            ).astype(bool)
-    return _TEMPLATES
+    """The outline of each shape, in a square of 32 pixels."""
+    return dict(zip(SHAPES, np.load(REFERENCES)["shapes"], strict=True))
+
+
+def outline(mask: Mask, box: tuple[int, int, int, int]) -> Mask:
+    """What `box` (left, top, right, bottom) holds of the mask, in a square of 32 pixels."""
+    return np.asarray(Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)).astype(bool)
 
 
 def _centre(mask: Mask) -> NDArray[np.float64]:
