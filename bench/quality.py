@@ -1,4 +1,4 @@
-"""Measures how often the small cascade generates what the prompt asks for, by precision, steps, sampler and guidance."""
+"""Measures how often the example model generates what it is asked for, by precision, steps, sampler and guidance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..converters.checkpoints.example_model import EXAMPLE_MODEL
 from ..converters.export.export import export
@@ -177,14 +176,3 @@ def generated(cascade: Cascade, scenes: Sequence[Scene], **settings: Any) -> lis
     for at in range(0, len(prompts), BATCH):
         made += [np.asarray(image) for image in cascade.generate(prompts[at : at + BATCH], seed=at, **settings).images]
     return made
-
-
-def contact_sheet(pictures: Sequence[Picture], columns: int = 16) -> Image.Image:
-    """All pictures, which have one size, on one page."""
-    rows = [pictures[at : at + columns] for at in range(0, len(pictures), columns)]
-    high, wide = pictures[0].shape[:2]
-    page = Image.new("RGB", (min(columns, len(pictures)) * wide, len(rows) * high), "white")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            page.paste(Image.fromarray(picture), (x * wide, y * high))
-    return page

@@ -2,8 +2,9 @@
 
 Icons: the picture's object, cut out and brought to one size, is compared with every icon in every style on a background
 of that colour. The nearest icon's name must be the one that was asked for. Shapes: the pixels of each colour are
-collected; their shape, size and place must be what was asked for. ``references.npz`` holds the icons and shapes that the
-judge compares with; `tools/train_tiny` makes it from the npm packages.
+collected; their shape, size and place must be what was asked for.
+
+``references.npz`` holds the icons and shapes to compare with; `tools/train_tiny` makes it from the npm packages.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,15 @@
 """Makes the training pictures once: an array of pictures, and the scenes they show."""
 
-import pickle
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadekit.bench.judge.scenes import Scene, outline_scenes, training_scenes
+from cascadekit.bench.judge.scenes import Icon, Scene, Shape, Shapes, outline_scenes, training_scenes
 
 from .render import SIDE, Renderer
 
@@ -34,7 +36,8 @@ def make_dataset(folder: Path, packages: Path, seed: int = 0, share: float = 1.0
         if place % 2000 == 0:
             print(f"rendered {place} of {len(scenes)}", flush=True)
     pictures.flush()
-    (folder / "scenes.pickle").write_bytes(pickle.dumps((scenes, len(plain))))
+    rows = {"plain": len(plain), "scenes": [asdict(scene) for scene in scenes]}
+    (folder / "scenes.json").write_text(json.dumps(rows))
     (folder / "pictures.part.npy").rename(folder / "pictures.npy")
 
 
@@ -44,5 +47,12 @@ def _some(rng: np.random.Generator, scenes: list[Scene], share: float) -> list[S
 
 
 def load_dataset(folder: Path) -> Dataset:
-    scenes, plain = pickle.loads((folder / "scenes.pickle").read_bytes())
-    return Dataset(scenes, np.load(folder / "pictures.npy", mmap_mode="r"), plain)
+    rows = json.loads((folder / "scenes.json").read_text())
+    scenes = [_scene(row) for row in rows["scenes"]]
+    return Dataset(scenes, np.load(folder / "pictures.npy", mmap_mode="r"), rows["plain"])
+
+
+def _scene(row: Mapping[str, Any]) -> Scene:
+    if "shapes" not in row:
+        return Icon(**row)
+    return Shapes(**{**row, "shapes": tuple(Shape(**shape) for shape in row["shapes"])})

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from cascadekit.parity.reference.blocks import Attention, AttentionBlock, ResBlock, SizeKeepingSwitch, TimestepBlock
 from cascadekit.parity.reference.unet import UNet
-from cascadekit.runtime.sampling.samplers import COSINE_OFFSET, VARIANCE_LIMITS
+from cascadekit.runtime.sampling.samplers import OFFSET, VARIANCE_LIMITS
 
 # The weights on the way from the input to the predicted noise, which are the same thing where there is only noise. That
 # has to stay right to a hundredth, so these weights may move only a little at a time.
 STRAIGHT = ("embedding.1", "clf.1", "_downscalers", "_upscalers")
+
+HIGH = (0.75, 0.98)  # ratios at which the text decides what there will be
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # latents and timestep ratios (B,) to the noise
 
@@ -21,27 +23,39 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # latents and timestep ratios (B,)
 def alpha_bar(t: Tensor) -> Tensor:
     """The share of the signal's variance left at ratio t, as the product's samplers have it."""
     least, most = (float(value) for value in VARIANCE_LIMITS)
-    angle = (t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2
-    start = math.cos(COSINE_OFFSET / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+    offset = float(OFFSET)
+    angle = (t + offset) / (1 + offset) * math.pi / 2
+    start = math.cos(offset / (1 + offset) * math.pi / 2) ** 2
     return (angle.cos().square() / start).clamp(least, most)
 
 
-def noise_loss(predict: Predict, clean: Tensor, cap: float) -> dict[str, Tensor]:
+def noise_loss(predict: Predict, clean: Tensor, cap: float, high: float = 0.0) -> dict[str, Tensor]:
     """The weighted error of the predicted noise at random ratios, spread evenly over the batch.
 
     Weighting by 1/ᾱ makes it the error of a "v" prediction: without that, the high ratios, where the content of a
-    picture is decided, would hardly count. `cap` is the largest weight."""
+    picture is decided, would hardly count. `cap` is the largest weight. A share `high` of the batch has ratios in HIGH
+    alone, where the condition decides and the noisy sample tells little."""
     batch = len(clean)
-    t = (torch.rand(batch) + torch.arange(batch)) / batch
+    t = _ratios(batch, round(high * batch))
     bar = alpha_bar(t)
     noise = torch.randn_like(clean)
     wide = bar.view(-1, *[1] * (clean.ndim - 1))
     found = predict(wide.sqrt() * clean + (1 - wide).sqrt() * noise, t)
     error = (found - noise).square().flatten(1).mean(dim=1)
-    weights = (1 / bar).clamp(max=cap)
-    weighted = weights * error
-    first, last = weighted[: batch // 4].mean(), weighted[-batch // 4 :].mean()
-    return {"loss": weighted.mean(), "noise": error.mean(), "low": first, "high": last}
+    weighted = (1 / bar).clamp(max=cap) * error
+    return {
+        "loss": weighted.mean(),
+        "noise": error.mean(),
+        "low": weighted[t < 0.25].mean(),
+        "high": weighted[t > 0.75].mean(),
+    }
+
+
+def _ratios(batch: int, high: int) -> Tensor:
+    """(batch,) ratios, evenly spread over 0..1 except for the first `high`, which are spread over HIGH."""
+    some = HIGH[0] + (HIGH[1] - HIGH[0]) * (torch.rand(high) + torch.arange(high)) / max(1, high)
+    rest = batch - high
+    return torch.cat([some, (torch.rand(rest) + torch.arange(rest)) / rest])
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ from .towers import compact_config, encode
 from .trainer import Plan, train
 from .words import FULL_LENGTH, LENGTH, Words
 
-PLAN = Plan(steps=6000, rate=1e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+PLAN = Plan(steps=8000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
 BATCH, SIDE, CAP = 64, 3, 20.0
+HIGH_SHARE = 0.5  # of a batch, at ratios where the caption decides
 NO_TEXT, PICTURE = 0.12, 0.12  # shares of a batch without a caption, and with a picture's embedding
 GUIDANCE, STEPS = 4.0, 20
 
@@ -62,7 +63,8 @@ class Inputs:
     """What stage C learns from: one row for each picture."""
 
     words: Words
-    text: TextEncoder  # compact, frozen
+    text: TextEncoder  # compact, frozen: its pooled output is what stage B and the image encoder know
+    rows_text: TextEncoder  # the same, whose rows were trained to tell the latents
     semantic: NDArray[np.float32]  # (n, 16, 3, 3)
     image_embeds: NDArray[np.float32]  # (n, projection)
     plain: int  # the first pictures, which stage C learns
@@ -71,7 +73,7 @@ class Inputs:
 def train_prior(folder: Path, inputs: Inputs, decode: Callable[[Tensor, Path], None], steps: int | None) -> None:
     """`decode` makes a sheet of stage C's latents."""
     network = Writer(inputs.words)
-    network.text.load_state_dict(inputs.text.state_dict())
+    network.text.load_state_dict(inputs.rows_text.state_dict())
     network.text.requires_grad_(True)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -87,7 +89,9 @@ def train_prior(folder: Path, inputs: Inputs, decode: Callable[[Tensor, Path], N
         seen = torch.from_numpy(inputs.image_embeds[rows] * pictured[:, None].astype(np.float32))[:, None]
         clean = torch.from_numpy(inputs.semantic[rows])
 
-        found = noise_loss(lambda x, t: predicted_noise(network.prior, x, t, (hidden, pooled, seen)), clean, CAP)
+        found = noise_loss(
+            lambda x, t: predicted_noise(network.prior, x, t, (hidden, pooled, seen)), clean, CAP, HIGH_SHARE
+        )
         return {**found, "loss": found["loss"] + 0.3 * kept, "kept": kept}
 
     def show(_: nn.Module, path: Path) -> None:

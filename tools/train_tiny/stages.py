@@ -10,12 +10,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from cascadekit import Cascade, export
-from cascadekit.bench.judge.prompts import scenes_to_ask
-from cascadekit.bench.quality import contact_sheet, generated, judge_cascade
+from cascadekit.bench.judge.prompts import prompts_of, scenes_to_ask
+from cascadekit.bench.quality import generated, judge_cascade
 from cascadekit.parity.reference.previewer import Previewer
+from cascadekit.runtime.images.contact_sheet import contact_sheet
 from cascadekit.schemas.stages import Stage
 
 from .autoencoder import VQGANPair, all_latents, calibrate, to_tensor, train_vqgan
@@ -29,6 +31,7 @@ from .pictures import sheet
 from .prior import Inputs, Writer, train_prior
 from .references import write_references
 from .render import Renderer
+from .rows import RowsReader, train_rows
 from .towers import Towers, all_image_embeds, train_towers
 from .trainer import averaged
 from .words import Words, load_words, make_words
@@ -88,8 +91,12 @@ class Job:
     @cached_property
     def inputs(self) -> Inputs:
         text = self.trained("text", Towers(self.words)).text
+        rows = RowsReader(self.words)
+        rows.text.load_state_dict(text.state_dict())
+        if (self.runs / "rows" / "state.pt").exists():
+            self.trained("rows", rows)
         semantic, seen = (np.array(self.cached(name)) for name in ("semantic", "image_embeds"))
-        return Inputs(self.words, text, semantic, seen, self.data.plain)
+        return Inputs(self.words, text, rows.text, semantic, seen, self.data.plain)
 
     def guess(self, semantic: Tensor) -> NDArray[np.float32]:
         """Pictures of stage C's latents, by the head that was trained with the effnet encoder."""
@@ -123,6 +130,10 @@ def _previewer(job: Job) -> None:
 def _text(job: Job) -> None:
     train_towers(job.runs / "text", job.data, job.words, job.steps)
     all_image_embeds(job.trained("text", Towers(job.words)), job.data, job.folder / "image_embeds.npy")
+
+
+def _rows(job: Job) -> None:
+    train_rows(job.runs / "rows", job.inputs, job.steps)
 
 
 def _prior(job: Job) -> None:
@@ -194,7 +205,8 @@ def _judge(job: Job) -> None:
     with Cascade.open(bundle) as cascade:
         shares = judge_cascade(cascade, asked)
         for kind, scenes in asked.items():
-            contact_sheet(generated(cascade, scenes)).save(folder / f"{kind.replace(' ', '-')}.png")
+            pictures = [Image.fromarray(picture) for picture in generated(cascade, scenes)]
+            contact_sheet(pictures, prompts_of(scenes), columns=8).save(folder / f"{kind.replace(' ', '-')}.png")
     content = json.dumps(shares.to_json(), indent=1)
     (folder / "quality.json").write_text(content)
     print(content)
@@ -206,6 +218,7 @@ STAGES: Mapping[str, Callable[[Job], None]] = {
     "effnet": _effnet,
     "previewer": _previewer,
     "text": _text,
+    "rows": _rows,
     "prior": _prior,
     "decoder": _decoder,
     "lora": _lora,
