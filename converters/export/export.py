@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..lora.merge_plan import LoraPlan
 
 DEFAULT = ExportOptions()
-DEFAULT_SIDE = {Variant.TINY: 256}  # pixels; every other cascade was trained at 1024
+DEFAULT_SIDE = {Variant.TINY: 256, Variant.ICONS: 128}  # pixels; every other cascade was trained at 1024
 
 
 def export(

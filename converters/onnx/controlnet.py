@@ -5,7 +5,7 @@ import onnx
 from ...schemas.ports import control_port
 from ...schemas.stages import ControlNetConfig
 from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
-from .efficientnet import PADS, efficientnet_v2_s
+from .efficientnet import PADS, efficientnet_v2
 from .graph import Graph
 from .layers import Image, convolution, leaky_relu, pixel_shuffle, pointwise
 
@@ -20,7 +20,7 @@ def write_controlnet(graph: Graph, config: ControlNetConfig) -> onnx.ModelProto:
     image = Image(graph, config.c_in, first="control_image")
     match config.bottleneck_mode:
         case None:
-            seen = efficientnet_v2_s(graph, "backbone", image, padded=config.c_in == 3)
+            seen = efficientnet_v2(graph, config, image, padded=config.c_in == 3)
         case "large":
             seen = _large(graph, image)
         case "simple":

@@ -38,8 +38,10 @@ ODD_UNETS = [
 ODD_OTHERS = [
     VQGANConfig(3, 96, num_vq_embeddings=10),
     EffnetEncoderConfig(c_latent=24),
+    EffnetEncoderConfig(backbone_widths=(4, 6, 8, 12, 16, 20, 24, 40), backbone_blocks=(1, 2, 1, 3, 1, 2)),
     PreviewerConfig(c_in=4, c_hidden=40, c_out=1),
     ControlNetConfig(1, tuple(range(64)), c_proj=1536),
+    ControlNetConfig(4, tuple(range(64)), backbone_widths=(4, 4, 8, 12, 16, 20, 24, 40)),
 ]
 
 
