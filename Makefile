@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would
 
 .PHONY: demo test test-light test-slow fuzz lint types docs wheel-test gpu-kit clean
 
-demo: .venv/demo.stamp ## a tiny cascade through every command, into demo/
+demo: .venv/demo.stamp ## the example model through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
 test: export OMP_NUM_THREADS := 1 # the networks are tiny: a second thread costs more than it does

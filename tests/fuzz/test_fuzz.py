@@ -8,7 +8,7 @@ import pytest
 
 from fuzz.harness import KINDS, Fuzzer
 
-SOME, ALL = 700, 20_000  # inputs of all kinds together
+SOME, ALL = 2_000, 20_000  # inputs of all kinds together
 SHOWN = 10  # findings of a kind, after which it is over
 
 

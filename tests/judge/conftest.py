@@ -11,10 +11,10 @@ from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 
 @pytest.fixture(scope="session")
 def example_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example model, exported with a prior for ControlNets; read only."""
+    """The example model, exported; read only."""
     pytest.importorskip("onnx")
     folder = tmp_path_factory.mktemp("example") / "bundle"
-    export(EXAMPLE_MODEL, folder, controlnet=True)
+    export(EXAMPLE_MODEL, folder)
     return folder
 
 
