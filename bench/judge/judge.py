@@ -106,7 +106,8 @@ def cut_out(picture: U8) -> F32:
     page.paste(Image.fromarray(picture), (picture.shape[1], picture.shape[0]))
     left, top = x + picture.shape[1], y + picture.shape[0]
     cut = page.resize((CROP, CROP), Image.Resampling.BOX, box=(left, top, left + side, top + side))
-    return np.asarray(cut).astype(np.float32) / 255
+    levels: F32 = np.asarray(cut, dtype=np.float32) / np.float32(255)
+    return levels
 
 
 def bounds(mask: Mask) -> tuple[int, int, int, int] | None:

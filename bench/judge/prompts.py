@@ -23,7 +23,8 @@ def scenes_to_ask(each: int, seed: int = 7) -> dict[str, list[Scene]]:
 
     def some_icons(names: Sequence[tuple[str, str]], count: int) -> list[Scene]:
         order = rng.permutation(len(names))
-        return [Icon(*names[order[place % len(names)]], random_background(rng)) for place in range(count)]
+        chosen = [names[order[place % len(names)]] for place in range(count)]
+        return [Icon(name, style, random_background(rng)) for name, style in chosen]
 
     def pair(first: tuple[str, str]) -> Scene:
         others = [shape for shape in shapes if shape[0] != first[0]]

@@ -70,8 +70,8 @@ def random_background(rng: np.random.Generator, colours: tuple[str, ...] = ()) -
 
 
 def random_icon(rng: np.random.Generator, name: str, style: str) -> Icon:
-    shift = tuple(float(value) for value in rng.uniform(-6, 6, 2))
-    return Icon(name, style, random_background(rng), float(rng.uniform(0.74, 0.92)), shift)
+    right, down = (float(value) for value in rng.uniform(-6, 6, 2))
+    return Icon(name, style, random_background(rng), float(rng.uniform(0.74, 0.92)), (right, down))
 
 
 def random_single(rng: np.random.Generator, colour: str, shape: str) -> Shapes:
