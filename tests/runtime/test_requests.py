@@ -210,6 +210,9 @@ def test_an_image_made_with_loras_is_drawn_again_with_them(
         return bundle
 
     monkeypatch.setattr("cascadekit.converters.lora.bundle_cache.with_loras", with_loras)
+    monkeypatch.setenv("CASCADEKIT_LORAS", str(tmp_path))
+    for name in ("ink", "line"):
+        (tmp_path / f"{name}.safetensors").touch()
     words = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident"
     common = ["generate", str(tiny / "bundle"), *words.split()]
     runs = [

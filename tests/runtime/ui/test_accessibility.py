@@ -68,6 +68,8 @@ def test_keys_alone(served: PageServer, visit: Visit) -> None:
     order, unseen = [], []
     for _ in range(30):
         page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break  # behind the last control the browser's own follow
         unseen.append(page.evaluate(UNSEEN_FOCUS))
         order.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
     assert set(unseen) == {None}
