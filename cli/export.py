@@ -10,7 +10,7 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import Volume, finish, note, say, show_table, volume
+from .console import finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import (
@@ -25,6 +25,7 @@ from .options import (
     volume_options,
 )
 from .progress import byte_progress
+from .quantize_print import show_choices
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
@@ -181,7 +182,7 @@ def export(
             on_plan=on_plan,
         )
     if not as_json:
-        _show_choices(choices)
+        show_choices(choices)
     weights = ", ".join(f"{stage}: {WEIGHTS[entry.weights]}" for stage, entry in manifest.stages.items())
     line = f"wrote {output} ({weights}; {perf_counter() - start:.1f} s)"
     finish(line, {"output": str(output), **manifest.model_dump(mode="json")}, as_json=as_json)
@@ -190,13 +191,3 @@ def export(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
             "not change in place; --weights copy makes the bundle independent"
         )
-
-
-def _show_choices(choices: "dict[Stage, QuantizationChoice]") -> None:
-    from ..converters.export.quantize_stage import COLUMNS, summary, table_rows
-
-    for stage, choice in choices.items():
-        if volume() is not Volume.VERBOSE:
-            say(f"{stage}: {summary(choice)}")
-            continue
-        show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))

@@ -16,7 +16,7 @@ from cascadekit.bench.judge.scenes import Icon
 from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
 from cascadekit.bench.quality import judge_cascade
 
-SEEN_SHARE, HELD_OUT_SHARE = 0.25, 0.25
+SEEN_SHARE, HELD_OUT_SHARE = 0.25, 0.22
 ICONS = [Icon(name, list(STYLES)[place % 3], "white") for place, name in enumerate(list(OBJECTS)[::9][:12])]
 
 

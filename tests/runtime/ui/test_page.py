@@ -190,7 +190,6 @@ def test_pictures(served: PageServer, visit: Visit, cascade: Cascade, tmp_path: 
     page.click("#viewer [data-do=use]")
     page.wait_for_function("() => document.querySelectorAll('.items img').length === 2")
     assert page.input_value("#strength") == "0.6"
-    page.click("#shown button")
     page.click("#result [data-do=start]")
     page.wait_for_selector("img[alt='0000.png']")
 

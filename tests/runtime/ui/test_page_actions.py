@@ -147,12 +147,12 @@ def test_the_gallery_has_captions_a_search_and_a_trash(served: PageServer, visit
     assert {path.name for path in (tmp_path / "images" / "trash").iterdir()} == {"0002.png"}
 
 
-def test_bundle_engine_and_loras_are_chosen(whole: Whole, visit: Visit, tmp_path: Path) -> None:
-    """The tiny bundle follows pictures, the lite one does not; the choice is there again after a reload."""
+def test_bundle_engine_and_loras_are_chosen(whole: Whole, tiny: Path, visit: Visit, tmp_path: Path) -> None:
+    """The whole bundle follows pictures, the small one does not; the choice is there again after a reload."""
     models, opened = tmp_path / "models", []
     models.mkdir()
     (models / "full").symlink_to(whole.bundle)
-    (models / "lite").symlink_to(whole.lite)
+    (models / "small").symlink_to(tiny / "bundle")
 
     def opener(path: Path, engine: str, loras: Sequence[tuple[str, float]]) -> Cascade:
         opened.append((path.name, engine, list(loras)))
@@ -164,17 +164,17 @@ def test_bundle_engine_and_loras_are_chosen(whole: Whole, visit: Visit, tmp_path
         fill(page, prompt="x", **QUICK)
         assert page.inner_text("#about") == "full · onnxruntime"
         assert page.locator("#zones .zone").count() > 2
-        page.select_option("#bundle", "lite")
+        page.select_option("#bundle", "small")
         wait_for_text(page, "#zones", "follows words only")
         page.select_option("#lora", "style")
         page.get_by_label("Strength of style").fill("0.5")
         page.reload()
         page.wait_for_selector("#generate:enabled")
-        assert page.inner_text("#about") == "lite · onnxruntime · 1 LoRA"
+        assert page.inner_text("#about") == "small · onnxruntime · 1 LoRA"
         page.click("#generate")
         page.wait_for_selector("#shown button")
         page.close()  # before the server ends, which would be an error in the console
-    assert opened == [("lite", "onnxruntime", [("/l/style.safetensors", 0.5)])]
+    assert opened == [("small", "onnxruntime", [("/l/style.safetensors", 0.5)])]
 
 
 def test_the_time_left_follows_from_the_steps(served: PageServer, visit: Visit) -> None:
