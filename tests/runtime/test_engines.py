@@ -93,6 +93,19 @@ def test_a_cascade_on_any_engine(tiny: Path, engine: str) -> None:
     assert np.abs(image - expected).mean() < (2 if engine.endswith("bf16") else 0.01)
 
 
+def test_openvino_refuses_bf16_graphs_on_a_cpu_without_bf16(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO 2026.4 would load them there and return noise: a relative error of 0.6 in the VQGAN."""
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], precision="bf16")
+    engine = OpenVinoEngine(open_bundle(tmp_path / "bundle"), threads=1)
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
+    with pytest.raises(EngineError, match=r"vqgan: its graphs compute in bf16.* --precision vqgan=fp32"):
+        engine.load(Stage.VQGAN)
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: True)
+    engine.load(Stage.VQGAN).close()
+
+
 def test_auto_takes_bf16_where_the_cpu_has_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(tiny / "bundle")
     for has, name in ((True, "openvino-bf16"), (False, "onnxruntime")):

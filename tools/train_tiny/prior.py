@@ -23,7 +23,7 @@ from .towers import compact_config, encode
 from .trainer import Plan, train
 from .words import FULL_LENGTH, LENGTH, Words
 
-PLAN = Plan(steps=8000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+PLAN = Plan(steps=9000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
 BATCH, SIDE, CAP = 64, 3, 20.0
 HIGH_SHARE = 0.5  # of a batch, at ratios where the caption decides
 NO_TEXT, PICTURE = 0.12, 0.12  # shares of a batch without a caption, and with a picture's embedding
