@@ -10,11 +10,12 @@ from .help import HelpfulCommand
 from .options import AS_JSON, PATH, volume_options
 from .verify_print import print_report, report_json
 
-NEXT = """
-Try next:
-  cascadekit generate {bundle} "a purple star above a red heart" -o star.png
-  cascadekit ui {bundle}
-  cascadekit inspect {original}"""
+NEXT = (
+    "Try next:",
+    '  cascadekit generate {bundle} "a purple star above a red heart" -o star.png',
+    "  cascadekit ui {bundle}",
+    "  cascadekit inspect {original}",
+)
 
 
 @click.command(cls=HelpfulCommand)
@@ -42,6 +43,7 @@ def demo(prompt: str, output: Path, seed: int, force: bool, as_json: bool) -> No
         if report is not None:
             print_report(report)
         say(f"wrote {output}: original files, model, bundle, image.png, prompts.png, report.html, parity.json")
-        say(NEXT.format(bundle=output / "bundle", original=output / "original"))
+        for line in NEXT:
+            say(line.format(bundle=output / "bundle", original=output / "original"))
     if report is not None and not report:
         raise SystemExit(FAILED)

@@ -129,3 +129,11 @@ def test_manifests_that_lead_out_of_the_bundle_or_are_damaged() -> None:
             '{"created_by": "x", "default_size": [8, 8], "vqgan_scale": null, "stages": {}, "tokenizer": "../../etc"}',
             "cascade.json",
         )
+
+
+@pytest.mark.parametrize("name", ["backbone_widths", "backbone_blocks"])
+def test_a_backbone_of_another_number_of_rows_is_refused(name: str) -> None:
+    config = to_json(PRESETS[Stage.EFFNET_ENCODER, Variant.ICONS])
+    assert from_json(Stage.EFFNET_ENCODER, config) == PRESETS[Stage.EFFNET_ENCODER, Variant.ICONS]
+    with pytest.raises(LayoutError, match=f"{name} .*: expected [68] numbers"):
+        from_json(Stage.EFFNET_ENCODER, {**config, name: [1, 2]})
