@@ -39,7 +39,7 @@ def _gdf(**settings: float) -> Variant:
     return Variant(settings={"sampler": "gdf", **settings})
 
 
-# ONNX Runtime has no bf16 kernels on CPUs; OpenVINO runs the bf16 graphs.
+# ONNX Runtime has no bf16 kernels on CPUs. OpenVINO runs bf16 graphs on CPUs with bf16 units.
 VARIANTS: Mapping[str, Mapping[str, Variant]] = {
     "precision": {
         "fp32": Variant(),

@@ -1,6 +1,7 @@
 """The judge itself: on shapes that Pillow draws, and on icons that resvg rendered from the npm packages.
 
-The icons in data/ are those of the first 12 scenes that hold-outs of icons ask for, at another place and another scale.
+The icons in data/ are 12 of the held-out ones, moved and smaller than the references. Their names hold name, style and
+background.
 """
 
 from pathlib import Path

@@ -19,7 +19,7 @@ from cascadekit.schemas.control import control_port
 from .configs import CANNY
 from .dataset import Dataset
 from .diffusion import noise_loss
-from .prior import BATCH, CAP, Inputs, Writer, draw, predicted_noise
+from .prior import BATCH, CAP, Inputs, Writer, predicted_noise, sample_latents
 from .towers import encode
 from .trainer import Plan, train
 
@@ -102,6 +102,6 @@ def train_controlnet(
         shown = torch.from_numpy(edges[:16]).float()[:, None] / 255
         silent = np.broadcast_to(inputs.words.empty, inputs.words.captions[:16, 0].shape)
         with controlled(writer.prior, network(control_image=shown)):
-            decode(draw(writer, inputs.words, silent), path)
+            decode(sample_latents(writer, inputs.words, silent), path)
 
     train(folder, network, PLAN.cut(steps), loss, show)

@@ -12,7 +12,7 @@ from cascadekit.parity.reference.blocks import Attention
 from cascadekit.parity.reference.prior import Prior
 
 from .diffusion import noise_loss
-from .prior import BATCH, CAP, NO_TEXT, Inputs, Writer, draw, predicted_noise
+from .prior import BATCH, CAP, NO_TEXT, Inputs, Writer, predicted_noise, sample_latents
 from .towers import encode
 from .trainer import Plan, train
 
@@ -81,7 +81,7 @@ def train_lora(
         return noise_loss(lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
 
     def show(_: nn.Module, path: Path) -> None:
-        decode(draw(writer, inputs.words, inputs.words.captions[:16, 0]), path)
+        decode(sample_latents(writer, inputs.words, inputs.words.captions[:16, 0]), path)
 
     train(folder, adapters, PLAN.cut(steps), loss, show)
 

@@ -95,13 +95,15 @@ def train_prior(folder: Path, inputs: Inputs, decode: Callable[[Tensor, Path], N
         return {**found, "loss": found["loss"] + 0.3 * kept, "kept": kept}
 
     def show(_: nn.Module, path: Path) -> None:
-        decode(draw(network, inputs.words, inputs.words.captions[:16, 0]), path)
+        decode(sample_latents(network, inputs.words, inputs.words.captions[:16, 0]), path)
 
     train(folder, network, PLAN.cut(steps), loss, show)
 
 
 @torch.no_grad()
-def draw(network: Writer, words: Words, ids: NDArray[np.int16], *, guidance: float = GUIDANCE, seed: int = 0) -> Tensor:
+def sample_latents(
+    network: Writer, words: Words, ids: NDArray[np.int16], *, guidance: float = GUIDANCE, seed: int = 0
+) -> Tensor:
     """Sample latents (B, 16, 3, 3) for compact ids (B, LENGTH), as the product does by default."""
     both = np.concatenate([ids, np.broadcast_to(words.empty, ids.shape)])
     hidden, pooled = encode(network.text, both, words)
