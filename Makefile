@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
-.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test clean
+.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test gpu-kit clean
 
-demo: .venv/demo.stamp ## a tiny cascade through every command, into demo/
+demo: .venv/demo.stamp ## the example model through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
+test: export OMP_NUM_THREADS := 1 # the networks are tiny: a second thread costs more than it does
 test: .venv/dev.stamp ## every test without a marker; ARGS="-k name" is passed to pytest
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
@@ -68,6 +70,10 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 	.venv-light/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[test-light]'
 	touch $@
+
+gpu-kit: .venv/demo.stamp ## what a machine with CUDA, Python and no network needs for `bench gpu`, into build/gpu-kit
+	rm -rf build/gpu-kit && mkdir -p build # ARGS="--part-mib 60 --python 3.12 --onnxruntime onnxruntime-gpu==1.31.1"
+	$(BIN)/cascadekit bench gpu-kit -o build/gpu-kit $(ARGS)
 
 clean:
 	rm -rf .venv .venv-light .venv-wheel .venv-docs build dist demo *.egg-info

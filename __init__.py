@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_PUBLIC` says the same at r
     from .parity.verify import verify as verify
     from .runtime.cascade import Cascade as Cascade
     from .runtime.images.png import to_images as to_images
+    from .runtime.sampling.controlnets import ControlPicture as ControlPicture
     from .runtime.sampling.noise import PlacedSeed as PlacedSeed
     from .runtime.text.prompts import PromptEmbeds as PromptEmbeds
     from .schemas.errors import CascadeError as CascadeError
@@ -43,7 +44,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `_PUBLIC` says the same at r
     from .schemas.errors import ParityError as ParityError
     from .schemas.errors import UnsoundError as UnsoundError
     from .schemas.errors import UsageError as UsageError
+    from .schemas.forecast import Forecast as Forecast
     from .schemas.settings import Settings as Settings
+    from .schemas.stages import Stage as Stage
 
 switch_off_telemetry()  # before the command line or a worker imports one of those libraries
 
@@ -53,10 +56,12 @@ _PUBLIC = {
     "Cascade": ".runtime.cascade",
     "CascadeError": ".schemas.errors",
     "CheckpointError": ".schemas.errors",
+    "ControlPicture": ".runtime.sampling.controlnets",
     "ConversionError": ".schemas.errors",
     "EngineError": ".schemas.errors",
     "ExportError": ".schemas.errors",
     "ExportOptions": ".converters.export.export_options",
+    "Forecast": ".schemas.forecast",
     "ForeignError": ".schemas.errors",
     "LayoutError": ".schemas.errors",
     "OutsideProfileError": ".schemas.errors",
@@ -65,6 +70,7 @@ _PUBLIC = {
     "PromptEmbeds": ".runtime.text.prompts",
     "Report": ".parity.results",
     "Settings": ".schemas.settings",
+    "Stage": ".schemas.stages",
     "UnsoundError": ".schemas.errors",
     "UsageError": ".schemas.errors",
     "apply_loras": ".converters.lora.merge_bundle",

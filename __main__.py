@@ -1,10 +1,13 @@
 """The entry point of `cascadekit` and `python -m cascadekit`. Ctrl-C works from the first import on."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line. Importing it takes a moment, in which Ctrl-C would otherwise end in a traceback."""
+    # pydantic would look through all installed packages for plugins of its own, which takes 0.05 s.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         from .cli import main as program
     except BaseException as error:

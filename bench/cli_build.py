@@ -40,7 +40,7 @@ ESTIMATE_COLUMNS = ("network", "graph", "nodes", "weights MB", "s", "own MB", "p
 )
 @click.option("--arch", "targets", default="sm89", show_default=True, help="GPUs, with commas between.")
 @click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
-@click.option("--static", metavar="HxW[xB]", help="Build for this size alone.  [default: from 512x512 to 1536x1536x2]")
+@click.option("--static", metavar="WxH[xB]", help="Build for this size alone.  [default: from 512x512 to 1536x1536x2]")
 @AS_JSON
 def build(
     work: Path, networks: tuple[str, ...], targets: str, precision: str, static: str | None, as_json: bool

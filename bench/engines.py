@@ -15,11 +15,11 @@ from ..converters.export.export import export
 from ..parity.compare import compare
 from ..schemas.callbacks import Say
 from ..schemas.errors import UsageError
+from ..schemas.operations import multiply_adds
 from ..schemas.ports import ports_of
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from .engine_worker import GEMM, LOADERS, EngineJob, save_arrays
-from .operations import multiply_adds
 from .process import bench_folder
 from .report import spread
 from .standins import describe, source_file

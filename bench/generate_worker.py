@@ -3,8 +3,9 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -87,16 +88,21 @@ class TimedStage(StageRunner):
         self._clock = clock
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        return self._timed(self._runner, inputs)
+        outputs: dict[str, NDArray[Any]] = self._timed(self._runner, inputs)
+        return outputs
 
     def bind(self, constants: Tensors) -> Run:
         bound = self._runner.bind(constants)
         return lambda inputs: self._timed(bound, inputs)
 
+    def keep(self, inputs: Tensors, read: Collection[str]) -> Mapping[str, Any]:
+        kept: Mapping[str, Any] = self._timed(partial(self._runner.keep, read=read), inputs)
+        return kept
+
     def close(self) -> None:
         self._runner.close()
 
-    def _timed(self, run: Run, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def _timed(self, run: Callable[[Tensors], Any], inputs: Tensors) -> Any:
         self._clock.start(self._stage)
         try:
             return run(inputs)

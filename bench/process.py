@@ -36,13 +36,14 @@ print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(st
 class WorkerJob:
     """A job for the function `main` of a module of this package, in a process of its own. Subclasses add its fields."""
 
-    threads: int
+    threads: int  # 0: as many as the libraries choose
     runs: int  # measured runs, after one that is not measured
 
     @property
     def environment(self) -> dict[str, str]:
         """Settings that libraries read when they are loaded."""
-        return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if self.threads else ()
+        return dict.fromkeys(names, str(self.threads))
 
     def work(self, label: str) -> dict[str, Any]:
         """Run the job; returns the JSON that the worker printed, and its peak memory in bytes as "peak_rss".

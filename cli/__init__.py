@@ -20,8 +20,9 @@ COMMANDS = {
     "generate": Place(".generate:generate", "Generate images from an exported bundle."),
     "ui": Place(".ui:ui", "Generate images on a page in the browser."),
     "verify": Place(".verify:verify", "Compare a bundle with PyTorch, or two checkpoints."),
-    "demo": Place(".demo:demo", "Run every step once on a tiny cascade."),
+    "demo": Place(".demo:demo", "Run every step once on a small trained cascade that is part of cascadekit."),
     "doctor": Place(".doctor:doctor", "Show which engines can be built and run here."),
+    "completion": Place(".completion:completion", "Complete commands and options with Tab."),
 }
 if find_spec(f"{PACKAGE}.bench"):  # part of a checkout, not of the wheel
     COMMANDS["bench"] = Place("..bench.commands:bench", "Measure this package on this machine.")

@@ -14,11 +14,13 @@ from typing import Any
 import click
 
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
-from .console import FAILED, WRONG_USAGE, OutputError, complain
+from ..storage.locks import say_waiting
+from .console import FAILED, WRONG_USAGE, OutputError, complain, note
 from .escape import escaped, visible, visible_line
 from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
 from .translate import in_options
+from .words_elsewhere import meant_instead
 
 UNREAD = SHELL_BASE + signal.SIGPIPE  # the exit code that shells show for a program whose reader went away
 PANIC = "pyo3_runtime"  # the module of the BaseException that a panic in a Rust library becomes
@@ -46,6 +48,7 @@ class CascadeGroup(LazyGroup):
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError):  # closed, or not a text file
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        say_waiting.set(note)
         try:
             with ending():
                 return super().main(*arguments, **extra)
@@ -62,6 +65,8 @@ class CascadeGroup(LazyGroup):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
+            if isinstance(error, click.NoSuchOption) and (better := meant_instead(error)):
+                raise better from error
             error.message = visible(error.message)  # type: ignore[misc]
             raise
         except (click.exceptions.Exit, click.Abort):

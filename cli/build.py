@@ -1,30 +1,32 @@
 """The command `build`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..schemas.errors import UsageError
+from ..schemas.forecast import OnPlan
 from ..schemas.precision import Precision
-from ..schemas.profiles import Bounds
 from ..schemas.stages import Stage
 from ..schemas.targets import AOTINDUCTOR, PLAIN, RTX
 from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
-from .console import note, say, show_table
-from .options import PATH, STAGES, local, maybe_local
+from .console import note, say_json, show_table
+from .dry_run import plan_only
+from .help import HelpfulCommand
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, local, maybe_local, volume_options
 from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
     from ..converters.tensorrt import BuildOptions, Built
     from ..schemas.plan_entries import ImageSize
+    from ..schemas.profiles import Bounds
 
 COLUMNS = ("stage", "graph", "for", "precision", "MB", "seconds", "peak MB", "plan", "")
 HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option(
     "--backend",
@@ -56,13 +58,13 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     multiple=True,
     help="Build graphs of this name, such as model or encoder (repeatable).  [default: the graphs that generate runs]",
 )
-@size_option("min", "Smallest images: height x width x images at a time (1 when left out).")
+@size_option("min", "Smallest images: width x height x images at a time (1 when left out).")
 @size_option("opt", "Likeliest images; these run fastest.")
 @size_option("max", "Largest images.")
 @click.option(
     "--static",
     "statics",
-    metavar="HxW[xB]",
+    metavar="WxH[xB]",
     multiple=True,
     callback=parse_sizes,
     help="Add a profile for this size alone (repeatable).",
@@ -93,19 +95,22 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     help="Refuse a build that needs more memory than is free, or start it.  [default: --memory-check]",
 )
 @click.option("--force", is_flag=True, help="Build existing plans again; replace the bundle of -o.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@DRY_RUN
+@AS_JSON
+@volume_options
 def build(
     bundle: Path,
     min_size: "ImageSize | None",
     opt_size: "ImageSize | None",
     max_size: "ImageSize | None",
     statics: "tuple[ImageSize, ...]",
-    profiles: tuple[Bounds, ...],
+    profiles: "tuple[Bounds, ...]",
     stages: tuple[str, ...],
     output: Path | None,
     precision: str | None,
     text_encoder: Path | None,
     pruned: bool,
+    dry_run: bool,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -125,22 +130,29 @@ def build(
         **chosen,
     )
     if output is not None:
-        _export(bundle, output, options, precision, text_encoder)
+        with plan_only(dry_run, as_json=as_json) as on_plan:
+            _export(bundle, output, options, precision, text_encoder, on_plan=on_plan)
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
-    with build_progress() as on_progress:
-        done = run(bundle, options, on_progress=on_progress, say=note)
+    with plan_only(dry_run, as_json=as_json) as on_plan, build_progress() as on_progress:
+        done = run(bundle, options, on_progress=on_progress, say=note, on_plan=on_plan)
     if pruned:
         note(f"removed plans of other weights: {prune(bundle) / 1e6:.1f} MB")
     if as_json:
-        say(json.dumps([_described(built) for built in done], indent=2))
+        say_json([_described(built) for built in done])
     else:
         show_table("", COLUMNS, map(_row, done))
 
 
 def _export(
-    model: Path, output: Path, options: "BuildOptions", precision: str | None, text_encoder: Path | None
+    model: Path,
+    output: Path,
+    options: "BuildOptions",
+    precision: str | None,
+    text_encoder: Path | None,
+    *,
+    on_plan: OnPlan | None,
 ) -> None:
     from ..converters.tensorrt.export_for_build import export_for_build
 
@@ -153,6 +165,7 @@ def _export(
             text_encoder=maybe_local(text_encoder),
             start_file=start_file,
             say=note,
+            on_plan=on_plan,
         )
 
 

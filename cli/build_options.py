@@ -1,18 +1,25 @@
 """The option types of `build`: GPUs, image sizes and profiles."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..schemas.errors import CascadeError, UsageError
-from ..schemas.plan_entries import ImageSize
-from ..schemas.profiles import DEFAULT, Bounds, parse_image_size, shown
 from ..schemas.targets import parse_targets
+
+if TYPE_CHECKING:  # they import pydantic, which `build --help` does without
+    from ..schemas.plan_entries import ImageSize
+    from ..schemas.profiles import Bounds
+
+# The sizes of `schemas.profiles.DEFAULT`.
+DEFAULT_SIZES: Mapping[str, str] = {"min": "512x512x1", "opt": "1024x1024x1", "max": "1536x1536x2"}
 
 
 def parse_sizes(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     """One size, or a tuple of sizes for an option that may be repeated."""
+    from ..schemas.profiles import parse_image_size
+
     try:
         return tuple(map(parse_image_size, value)) if isinstance(value, tuple) else value and parse_image_size(value)
     except UsageError as error:
@@ -26,7 +33,9 @@ def parse_arch(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
         raise click.BadParameter(str(error)) from None
 
 
-def parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Bounds, ...]:
+def parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> "tuple[Bounds, ...]":
+    from ..schemas.profiles import Bounds, parse_image_size
+
     found = []
     for value in values:
         sizes = value.split(":")
@@ -40,14 +49,16 @@ def parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str
 
 
 def chosen_profiles(
-    least: ImageSize | None,
-    likeliest: ImageSize | None,
-    largest: ImageSize | None,
+    least: "ImageSize | None",
+    likeliest: "ImageSize | None",
+    largest: "ImageSize | None",
     *,
-    statics: Sequence[ImageSize],
-    profiles: Sequence[Bounds],
-) -> tuple[Bounds, ...]:
+    statics: "Sequence[ImageSize]",
+    profiles: "Sequence[Bounds]",
+) -> "tuple[Bounds, ...]":
     """The profile of --min, --opt and --max, where one is given or there is no other, then the others."""
+    from ..schemas.profiles import DEFAULT, Bounds
+
     others = (*(Bounds(size, size, size) for size in statics), *profiles)
     if others and not (least or likeliest or largest):
         return others
@@ -55,7 +66,10 @@ def chosen_profiles(
 
 
 def size_option(name: str, text: str) -> Callable[..., Any]:
-    default = shown(getattr(DEFAULT, name))
     return click.option(
-        f"--{name}", f"{name}_size", metavar="HxW[xB]", callback=parse_sizes, help=f"{text}  [default: {default}]"
+        f"--{name}",
+        f"{name}_size",
+        metavar="WxH[xB]",
+        callback=parse_sizes,
+        help=f"{text}  [default: {DEFAULT_SIZES[name]}]",
     )

@@ -1,11 +1,25 @@
-"""Output of the command line: frames on a terminal, plain lines in a pipe, control characters escaped."""
+"""Output of the command line: frames on a terminal, plain lines in a pipe, control characters escaped.
 
+| function   | writes                                    | to     | --quiet | --json     |
+|------------|-------------------------------------------|--------|---------|------------|
+| `finish`   | the result of a command                   | stdout | nothing | JSON alone |
+| `say`      | further lines of the result               | stdout | nothing | yes        |
+| `note`     | what the user should know, but no error   | stderr | nothing | yes        |
+| `inform`   | what happens now                          | stderr | nothing | yes        |
+| `detail`   | what people seldom need (with --verbose)  | stderr | nothing | yes        |
+| `complain` | errors                                    | stderr | yes     | yes        |
+"""
+
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from enum import IntEnum
 from functools import cache
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+import click
 
 from ..schemas.errors import CascadeError
 from .escape import visible, visible_line
@@ -15,6 +29,27 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED, WRONG_USAGE = 1, 2
+_VOLUME = "cascadekit.volume"  # the key of `click.Context.meta` for how much a command writes
+
+
+class Volume(IntEnum):
+    """How much a command writes: errors alone (--quiet), what people need, or all details (--verbose)."""
+
+    QUIET = 0
+    USUAL = 1
+    VERBOSE = 2
+
+
+def volume() -> Volume:
+    """The volume of the running command."""
+    ctx = click.get_current_context(silent=True)
+    return ctx.meta.get(_VOLUME, Volume.USUAL) if ctx else Volume.USUAL
+
+
+def set_volume(ctx: click.Context, chosen: Volume) -> None:
+    """Set the volume of the running command. Raises UsageError when another was chosen before."""
+    if ctx.meta.setdefault(_VOLUME, chosen) is not chosen:
+        raise click.UsageError("--quiet and --verbose: give one of them.")
 
 
 class OutputError(CascadeError):
@@ -34,6 +69,7 @@ class Stream:
 
     def __init__(self, *, stderr: bool = False) -> None:
         self._stderr = stderr
+        self.has_bars = False  # set while bars are shown
 
     @property
     def is_terminal(self) -> bool:
@@ -51,9 +87,12 @@ class Stream:
         return sys.stderr if self._stderr else sys.stdout
 
     def write_line(self, text: str, style: str | None = None) -> None:
-        """Write `text` and a line end; `style` colours it on a terminal. Raises OSError when it cannot be written."""
+        """Write `text` and a line end; `style` colours it on a terminal. Raises OSError when it cannot be written.
+
+        While bars are shown on the terminal, the line goes through their console, which makes room for it."""
         if self.is_terminal:
-            self.console.print(text, style=style, markup=False)
+            console = err.console if err.has_bars else self.console
+            console.print(text, style=style, markup=False)
         elif self._file is not None:
             self._file.write(f"{text}\n")
             self._file.flush()
@@ -83,15 +122,46 @@ out = Stream()
 err = Stream(stderr=True)
 
 
-def say(text: str, stream: Stream = out) -> None:
+def say(text: str) -> None:
     """Write a line for the user to standard output. Raises OutputError when that cannot be written."""
+    if volume() is not Volume.QUIET:
+        _write(text)
+
+
+def finish(text: str, facts: Any, *, as_json: bool) -> None:
+    """Write the result of a command as a line, or `facts` as JSON. Raises OutputError when that cannot be written."""
+    if as_json:
+        say_json(facts)
+    else:
+        say(text)
+
+
+def say_json(facts: Any) -> None:
+    """Write JSON to standard output, also with --quiet. Raises OutputError when that cannot be written."""
+    _write(json.dumps(facts, indent=2))
+
+
+def _write(text: str) -> None:
     with _output_errors():
-        stream.write_line(visible(text))
+        out.write_line(visible(text))
 
 
 def note(text: str) -> None:
     """Write something that the user should know, but that is no error, to standard error."""
-    complain(f"note: {in_options(text)}", style="yellow")
+    if volume() is not Volume.QUIET:
+        complain(f"note: {in_options(text)}", style="yellow")
+
+
+def inform(text: str) -> None:
+    """Write what is happening to standard error."""
+    if volume() is not Volume.QUIET:
+        complain(text)
+
+
+def detail(text: str) -> None:
+    """Write what people seldom need to standard error, with --verbose alone."""
+    if volume() is Volume.VERBOSE:
+        complain(text)
 
 
 def complain(text: str, style: str | None = None) -> None:
@@ -110,6 +180,8 @@ def _output_errors() -> Iterator[None]:
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table: framed on a terminal; in a pipe plain columns, one line for each row."""
+    if volume() is Volume.QUIET:
+        return
     cells = [[visible_line(cell) for cell in row] for row in rows]
     with _output_errors():
         if out.is_terminal:

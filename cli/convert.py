@@ -1,6 +1,7 @@
 """The command `convert`."""
 
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import click
@@ -8,8 +9,10 @@ import click
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
-from .console import note, say
-from .options import PATH, all_local, maybe_local
+from .console import finish, note
+from .dry_run import plan_only
+from .help import HelpfulCommand
+from .options import AS_JSON, DRY_RUN, PATH, all_local, maybe_local, volume_options
 from .progress import byte_progress
 
 
@@ -20,7 +23,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
         raise click.BadParameter(str(error)) from None
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors file.")
 @click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
@@ -38,12 +41,17 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option("--combined", is_flag=True, help="Write the folders of StableCascadeCombinedPipeline (diffusers).")
 @click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
 @click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
+@DRY_RUN
+@AS_JSON
+@volume_options
 def convert(
     sources: tuple[Path, ...],
     output: Path,
     to: str,
     text_encoder: Path | None,
     image_encoder: Path | None,
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Rewrite checkpoints in another layout.
@@ -55,10 +63,15 @@ def convert(
     """
     from ..converters.checkpoints.convert import convert as run
 
+    start = perf_counter()
     paths = all_local(sources, options["variant"], lite=options["lite"])
     options["text_encoder"], options["image_encoder"] = maybe_local(text_encoder), maybe_local(image_encoder)
-    with byte_progress() as start_file:
-        done = run(paths, output, to, **options, start_file=start_file)
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+        done = run(paths, output, to, **options, start_file=start_file, on_plan=on_plan)
     for text in done.notes:
         note(text)
-    say(f"wrote {output} ({', '.join(map(str, done.files)) or to})")
+    sizes = {str(file): (output / file).stat().st_size for file in done.files or [Path()]}
+    seconds = perf_counter() - start
+    facts = {"output": str(output), "layout": to, "files": sizes, "seconds": round(seconds, 3), "notes": done.notes}
+    counted = f"{len(sizes)} file{'' if len(sizes) == 1 else 's'}, {sum(sizes.values()) / 1e6:.1f} MB"
+    finish(f"wrote {output} ({to}, {counted}, {seconds:.1f} s)", facts, as_json=as_json)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import FAILED, say, show_table
+from .help import HelpfulCommand
 from .options import PATH
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ ENGINE_COLUMNS = ("engine", "device", "version", "builds here", "runs here", "wh
 ANSWERS = {True: "yes", False: "no", None: "-"}
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.option("--gpu", is_flag=True, help="Build, run, compare and time a tiny cascade on the GPU, and write a report.")
 @click.option(
     "-o", "--output", type=PATH, default=Path("gpu-report.json"), show_default=True, help="Report that --gpu writes."

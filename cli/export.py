@@ -1,6 +1,7 @@
 """The command `export`."""
 
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -9,9 +10,22 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import note, say, show_table
-from .options import PATH, STAGES, WEIGHTS, local, maybe_local, parse_loras
+from .console import finish, note
+from .dry_run import plan_only
+from .help import HelpfulCommand
+from .options import (
+    AS_JSON,
+    DRY_RUN,
+    PATH,
+    STAGES,
+    WEIGHTS,
+    local,
+    maybe_local,
+    parse_loras,
+    volume_options,
+)
 from .progress import byte_progress
+from .quantize_print import show_choices
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
@@ -33,15 +47,17 @@ def _parse_precisions(
     return found
 
 
-def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | None) -> Literal["auto"] | int | None:
-    if value is None or value == "auto":
+def _parse_fp16_safe(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> Literal["auto", "off"] | int | None:
+    if value is None or value in ("auto", "off"):
         return value  # type: ignore[return-value]
     if not value.isdecimal() or len(value) > 2 or int(value) > MAX_EXPONENT:
-        raise click.BadParameter(f"{value!r}: expected auto, or a number from 0 to {MAX_EXPONENT}")
+        raise click.BadParameter(f"{value!r}: expected auto, off, or a number from 0 to {MAX_EXPONENT}")
     return int(value)
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")
@@ -76,10 +92,15 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 )
 @click.option(
     "--fp16-safe",
-    metavar="auto|K",
+    metavar="auto|off|K",
     callback=_parse_fp16_safe,
-    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or by the scale that a short "
-    "calibration run finds necessary.",
+    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or (auto) by the scale that a "
+    "short calibration run finds necessary.  [default: auto]",
+)
+@click.option(
+    "--calibration",
+    type=PATH,
+    help="File of what the calibration run measured: used if it exists, else written. It is for the same weights only.",
 )
 @click.option(
     "--quantize",
@@ -111,6 +132,9 @@ def _parse_fp16_safe(ctx: click.Context, param: click.Parameter, value: str | No
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")
 @click.option("--vqgan-scale", type=float, help="Latent scale of the vqgan (diffusers 0.3764, original 0.43).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; other files stay.")
+@DRY_RUN
+@AS_JSON
+@volume_options
 def export(
     model: Path,
     output: Path,
@@ -121,6 +145,8 @@ def export(
     quantize: str,
     loras: list[tuple[str, float]],
     text_encoder: Path | None,
+    dry_run: bool,
+    as_json: bool,
     **chosen: Any,
 ) -> None:
     """Write a model as ONNX graphs and safetensors weights.
@@ -132,6 +158,7 @@ def export(
     from ..converters.export.export import export as run
     from ..converters.export.export_options import ExportOptions
 
+    start = perf_counter()
     options = ExportOptions(
         stages=[Stage(stage) for stage in stages],
         precision=precisions.get(None, Precision.FP32),
@@ -144,20 +171,23 @@ def export(
         **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
-    with byte_progress() as start_file:
-        manifest = run(local(model), output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__)
-    if choices:
-        _show_choices(choices)
-    say(f"wrote {output} ({', '.join(f'{stage}: {WEIGHTS[e.weights]}' for stage, e in manifest.stages.items())})")
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+        manifest = run(
+            local(model),
+            output,
+            options,
+            start_file=start_file,
+            say=note,
+            on_quantized=choices.__setitem__,
+            on_plan=on_plan,
+        )
+    if not as_json:
+        show_choices(choices)
+    weights = ", ".join(f"{stage}: {WEIGHTS[entry.weights]}" for stage, entry in manifest.stages.items())
+    line = f"wrote {output} ({weights}; {perf_counter() - start:.1f} s)"
+    finish(line, {"output": str(output), **manifest.model_dump(mode="json")}, as_json=as_json)
     if any(entry.weights == "link" for entry in manifest.stages.values()):
         note(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
             "not change in place; --weights copy makes the bundle independent"
         )
-
-
-def _show_choices(choices: "dict[Stage, QuantizationChoice]") -> None:
-    from ..converters.export.quantize_stage import COLUMNS, table_rows
-
-    for stage, choice in choices.items():
-        show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))

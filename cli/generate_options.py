@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..runtime.engines.engine_table import AUTO, ENGINES
-from ..schemas.settings import Sampler
+from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
 from .options import parse_loras, parse_size
@@ -86,14 +86,21 @@ LOOKS: Sequence[Option] = (
 
 # Options that choose engine, device and memory.
 MACHINERY: Sequence[Option] = (
-    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    click.option(
+        "--device",
+        type=click.Choice([AUTO, "cpu", "cuda"]),
+        default=AUTO,
+        show_default=True,
+        help="auto is the GPU where there is one that works, else the CPU.",
+    ),
     click.option(
         "--engine",
         type=click.Choice([AUTO, *ENGINES]),
         default=AUTO,
         show_default=True,
-        help="auto is openvino-bf16, aotinductor or torch-bf16 where these are fast, else onnxruntime. Images "
-        "in bf16 differ slightly from those in fp32, the precision of all others; -mapped needs little memory.",
+        help="auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU that "
+        "multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime. Images in bf16 differ slightly "
+        "from those in fp32, the precision of all others; -mapped needs little memory.",
     ),
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(
@@ -107,6 +114,13 @@ MACHINERY: Sequence[Option] = (
         "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
     ),
     click.option("--allow-cpu", is_flag=True, help="Let the CPU run what ONNX Runtime cannot run on the GPU."),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=True,
+        show_default=True,
+        help="Let ONNX Runtime capture each step on the GPU as a CUDA graph.",
+    ),
+    click.option("--tf32", is_flag=True, help="Let ONNX Runtime multiply fp32 in ten bits on the GPU: faster."),
     click.option("--batch", type=click.IntRange(1), help="Images generated together.  [default: 4 of 1024x1024]"),
     click.option(
         "--from",
@@ -119,7 +133,7 @@ MACHINERY: Sequence[Option] = (
     click.option(
         "--lora",
         "loras",
-        metavar="NAME[:STRENGTH]",
+        metavar="FILE[:STRENGTH]",
         multiple=True,
         callback=parse_loras,
         help="Merge a LoRA into the weights, in a cache; a file, or a name in $CASCADEKIT_LORAS (repeatable).",
@@ -152,6 +166,28 @@ BATCH: Sequence[Option] = (
         "--keep-going", is_flag=True, help="Generate the correct lines of --prompts and leave wrong lines out."
     ),
 )
+
+
+# The sections of `generate --help`, with the names of their parameters.
+HELP_GROUPS = {
+    "What to generate": ("output", "images", "seeds", "negative", "size", "like", "weighted", "long_prompts"),
+    "Pictures and LoRAs": ("image_prompts", "init_image", "strength", "mask", "controls", "loras"),
+    "Sampling": (
+        "prior_steps",
+        "prior_guidance",
+        "decoder_steps",
+        "decoder_guidance",
+        "sampler",
+        "prior_shift",
+        "decoder_shift",
+        "rescale",
+        "prior_timesteps",
+        "decoder_timesteps",
+        "size_policy",
+    ),
+    "Many prompts from a file": ("prompt_file", "name", "log", "keep_going"),
+    "Engine and memory": ("device", "engine", "threads", "memory", "vram", "allow_cpu", "batch", "stages"),
+}
 
 
 def together(options: Sequence[Option]) -> Option:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..runtime.batch.batch_runner import Outcome
-from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, generate_batch
+from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, check_batch, generate_batch
 from ..runtime.batch.generate_requests import images_together
 from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
 from ..schemas.stages import Stage
-from .console import FAILED, note, say
-from .generate_common import note_cut_prompts, note_memory, open_cascade, require_previewer
+from .console import FAILED, finish, note, say
+from .generate_common import manifest_of, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import batch_progress, step_bars
 from .signals import stoppable
 from .translate import in_options
@@ -28,18 +28,24 @@ if TYPE_CHECKING:
 PIXEL_BYTES = 3  # the most that one pixel takes in a PNG
 
 
-def generate_prompt_file(engine: Mapping[str, Any], settings: BatchSettings, defaults: Mapping[str, Any]) -> None:
-    """Generate the images of a file of prompts that do not exist yet.
+def generate_prompt_file(
+    engine: Mapping[str, Any], settings: BatchSettings, defaults: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """Generate the images of a file of prompts that do not exist yet, and print a line for each, or JSON at the end.
 
     `defaults` has the fields that lines of the file leave out. The command ends with exit code 1 when an image failed
     or a line was left out."""
     assert settings.bundle is not None
-    with open_cascade(settings.bundle, **engine) as cascade:
-        require_previewer(cascade, settings.preview_every)
-        with ExitStack() as stack:
-            counts = generate_batch(cascade, settings, defaults, _Shown(cascade, settings, stack))
+    manifest = manifest_of(settings.bundle, engine)
+    require_previewer(manifest, settings.preview_every)
+    check_batch(manifest, settings, defaults)
+    with open_cascade(settings.bundle, **engine) as cascade, ExitStack() as stack:
+        shown = _Shown(cascade, settings, stack, as_json=as_json)
+        counts = generate_batch(cascade, settings, defaults, shown)
     kinds = {name: number for name, number in asdict(counts).items() if number and name != "left_out"}
-    say(", ".join(f"{number} {kind}" for kind, number in kinds.items()) + f"; log: {settings.log_path}")
+    line = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + f"; log: {settings.log_path}"
+    facts = {**asdict(counts), "log": str(settings.log_path), "images": [each.to_json() for each in shown.outcomes]}
+    finish(line, facts, as_json=as_json)
     if counts.failed or counts.left_out:
         click.get_current_context().exit(FAILED)
 
@@ -47,7 +53,9 @@ def generate_prompt_file(engine: Mapping[str, Any], settings: BatchSettings, def
 class _Shown(BatchObserver):
     """Shows a batch on the terminal, and previews beside the images in work. `stack` ends both."""
 
-    def __init__(self, cascade: "Cascade", settings: BatchSettings, stack: ExitStack) -> None:
+    def __init__(self, cascade: "Cascade", settings: BatchSettings, stack: ExitStack, *, as_json: bool) -> None:
+        self.outcomes: list[Outcome] = []
+        self._prints = not as_json
         self._cascade = cascade
         self._settings = settings
         self._stack = stack
@@ -74,8 +82,9 @@ class _Shown(BatchObserver):
     def finished(self, outcome: Outcome) -> None:
         self._done += 1
         self._bars.image(self._done)
-        if line := _line(outcome):
-            self._bars.say(f"[{self._done}/{self._total}] {line}")
+        self.outcomes.append(outcome)
+        if self._prints and (line := _line(outcome)):
+            say(f"[{self._done}/{self._total}] {line}")
         if self._settings.preview_every:
             remove_preview(outcome.job.path)
 
@@ -93,7 +102,8 @@ def _line(outcome: Outcome) -> str | None:
         return f"failed: line {job.line}: {in_options(str(outcome.error))}"
     size = f"{job.request.settings.width}x{job.request.settings.height}"
     copied = f", the same as line {outcome.of.line}" if outcome.of else ""
-    return f"wrote {job.path} ({size}, seed {job.request.seed}{copied})"
+    took = f", {sum(outcome.seconds.values()) / outcome.together:.1f} s" if outcome.seconds else ""
+    return f"wrote {job.path} ({size}, seed {job.request.seed}{took}{copied})"
 
 
 def _note_needs(cascade: "Cascade", jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
@@ -105,7 +115,8 @@ def _note_needs(cascade: "Cascade", jobs: Sequence[ImageJob], settings: BatchSet
         return
     note_cut_prompts(left, cascade)
     sizes = [request.settings for request in left]
-    note_memory(left, cascade, settings.batch or min(map(images_together, sizes)))
+    together = settings.batch or min(map(images_together, sizes))
+    note_memory(left, cascade, together, previews=bool(settings.preview_every))
     needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
     free = shutil.disk_usage(settings.output).free
     if needed > free:

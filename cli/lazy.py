@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from .translate import remember_command
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class Place(NamedTuple):
@@ -34,6 +37,15 @@ class LazyGroup(click.Group):
             module, _, attribute = self.places[cmd_name].target.partition(":")
             self.add_command(getattr(import_module(module, __package__), attribute), cmd_name)
         return super().get_command(ctx, cmd_name)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """The commands that begin with `incomplete`, without importing any of them; else what click completes."""
+        from click.shell_completion import CompletionItem
+
+        found = {name: place for name, place in self.places.items() if name.startswith(incomplete)}
+        if incomplete.startswith("-") or not found:
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [CompletionItem(name, help=place.help) for name, place in found.items()]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -1,16 +1,38 @@
 """Option types that several commands share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..schemas.stages import Stage
-from .console import note
+from .console import Volume, note, set_volume
+
+Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
 STAGES = click.Choice([str(stage) for stage in Stage])
 WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bundle's weights, in words
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
+
+
+def _volume_option(flags: Sequence[str], chosen: Volume, text: str) -> Callable[[Command], Command]:
+    def choose(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+        if given:
+            set_volume(ctx, chosen)
+
+    return click.option(*flags, is_flag=True, expose_value=False, is_eager=True, callback=choose, help=text)
+
+
+def volume_options(command: Command) -> Command:
+    """Put --quiet and --verbose on a command. `console` reads them; they are no arguments of the command."""
+    verbose = _volume_option(["-v", "--verbose"], Volume.VERBOSE, "Also print details.")
+    return _volume_option(["-q", "--quiet"], Volume.QUIET, "Print errors only; with --json, also the JSON.")(
+        verbose(command)
+    )
 
 
 def local(source: Path, variant: str | None = None, *, lite: bool = False) -> Path:

@@ -1,112 +1,193 @@
-"""Progress of the command line: bars on a terminal, plain lines in a pipe."""
+"""Progress of the command line: bars on a terminal, plain lines in a pipe, nothing with --quiet.
 
-from collections.abc import Callable, Iterator
+Bars disappear when their work is done; what stays are the lines that were written beside them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from .console import complain, err, out, say
+from ..schemas.stages import Stage
+from .console import Volume, err, inform, volume
 from .escape import visible_line
+from .remaining import Passes, Remaining
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
     from ..converters.tensorrt import BuildProgress
-    from ..runtime.sampling.loop import OnStep
+    from ..runtime.sampling.loop import Step
 
 HOUR = 3600.0  # seconds; images may take minutes each, and an estimate needs several
-QUIET = 10.0  # seconds between two lines about one build in a pipe
+BETWEEN = 10.0  # seconds between two lines about one build in a pipe
+RESTING = 4.0  # times a second that bars are drawn
 
 Steps = Callable[[str, int, int], object]  # called with a name, the steps done and their total
 
 
-def _bars(*columns: "ProgressColumn", **how: Any) -> "Progress":
-    """Bars on standard error: a description, the bar, `columns`, and the time that remains."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+@contextmanager
+def _bars(*columns: "ProgressColumn", **how: Any) -> "Iterator[Progress]":
+    """Bars on standard error: a description, the bar, and `columns`. Lines written meanwhile stay above them."""
+    from rich.progress import BarColumn, Progress, TextColumn
 
     description = TextColumn("{task.description}", markup=False)
-    return Progress(description, BarColumn(), *columns, TimeRemainingColumn(), console=err.console, **how)
+    bars = Progress(
+        description, BarColumn(24), *columns, console=err.console, transient=True, refresh_per_second=RESTING, **how
+    )
+    with bars:
+        err.has_bars = True
+        try:
+            yield bars
+        finally:
+            err.has_bars = False
+
+
+def _has_bars() -> bool:
+    return err.is_terminal and volume() is not Volume.QUIET
 
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
     """Progress over bytes. Call the yielded function with a file's name and size; call the function that it returns
     with each number of bytes done."""
-    if not err.is_terminal:
+    if not _has_bars():
 
         def announce(name: str, total: int) -> Callable[[int], object]:
-            complain(f"{name}: {total / 1e6:.1f} MB")
+            inform(f"{name}: {total / 1e6:.1f} MB")
             return lambda done: None
 
         yield announce
         return
-    from rich.progress import DownloadColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+    with _bars(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bars:
 
         def start(name: str, total: int) -> Callable[[int], object]:
             task = bars.add_task(visible_line(name), total=total)
-            return lambda done: bars.advance(task, done)
+
+            def advance(done: int) -> None:
+                bars.advance(task, done)
+                if bars.tasks[bars.task_ids.index(task)].finished:
+                    bars.remove_task(task)
+                    inform(f"{name}: {total / 1e6:.1f} MB")
+
+            return advance
 
         yield start
 
 
+@dataclass(frozen=True)
+class RunProgress:
+    """Follows a run of `generate`. `loading` is called with each stage that is loaded and its bytes, `step` after each
+    step of sampling, and `image` with the number of images that are done."""
+
+    loading: Callable[[Stage, int], object]
+    step: "Callable[[Stage, Step], object]"
+    image: Callable[[int], object]
+
+
 @contextmanager
-def step_progress() -> Iterator[Steps]:
-    """Progress over steps: call the yielded function with a name, the steps done and their total."""
-    if not err.is_terminal:
-        yield lambda name, done, total: complain(f"{name}: {total} steps") if done == total else None
+def run_progress(groups: Sequence[Passes], images: int) -> Iterator[RunProgress]:
+    """Progress over `images` images, generated in `groups`: one bar with the time that the whole run still takes.
+
+    Each stage that is loaded is named once. In a pipe a line is printed at the end of each stage."""
+    named: set[Stage] = set()
+
+    def loading(stage: Stage, nbytes: int) -> None:
+        if stage not in named:
+            named.add(stage)
+            inform(f"loading {stage} ({nbytes / 1e6:.1f} MB)")
+
+    if not _has_bars():
+
+        def print_end(stage: Stage, step: "Step") -> None:
+            if step.index + 1 == step.steps:
+                inform(f"{stage}: {step.steps} steps")
+
+        yield RunProgress(loading, print_end, lambda done: None)
         return
-    from rich.progress import MofNCompleteColumn
+    from rich.progress import TimeElapsedColumn
 
-    with _bars(MofNCompleteColumn()) as bars:
-        tasks: dict[str, Any] = {}
+    remaining, start = Remaining(groups), monotonic()
+    with _bars(_left_column(remaining.seconds), TimeElapsedColumn()) as bars:
+        task = bars.add_task("starting", total=1.0)
+        counted = f"{{}} of {images} images, " if images > 1 else ""
+        finished = 0
 
-        def update(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(visible_line(name), total=total)
-            bars.update(tasks[name], completed=done)
+        def show(what: str) -> None:
+            elapsed, left = monotonic() - start, remaining.seconds()
+            share = 0.0 if left is None else elapsed / max(elapsed + left, 1e-9)
+            bars.update(task, description=counted.format(finished) + what, completed=share)
 
-        yield update
+        def show_loading(stage: Stage, nbytes: int) -> None:
+            loading(stage, nbytes)
+            show(str(stage))
+
+        def step(stage: Stage, step: "Step") -> None:
+            remaining.step(stage, step.index + 1)
+            show(f"{stage} {step.index + 1}/{step.steps}")
+
+        def image(done: int) -> None:
+            nonlocal finished
+            finished = done
+            remaining.decoded()
+            show(str(Stage.VQGAN))
+
+        yield RunProgress(show_loading, step, image)
+
+
+def _left_column(seconds: Callable[[], float | None]) -> "ProgressColumn":
+    """A column with the time that is left, by `seconds`."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            left = seconds()
+            return Text("" if left is None or left < 1 else f"about {in_words(left)} left")
+
+    return Left()
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: 12 s, 3 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 @dataclass(frozen=True)
 class BatchBars:
-    """`image` is called with the number of images done, `step` as what `step_progress` yields, `say` with a line."""
+    """`image` is called with the number of images done, `step` as what `Steps` describes."""
 
     image: Callable[[int], object]
     step: Steps
-    say: Callable[[str], object]
 
 
 @contextmanager
 def batch_progress(total: int) -> Iterator[BatchBars]:
-    """Progress over `total` images, and over the steps of the images in work.
+    """Progress over `total` images, with the time that they still take, and over the steps of the images in work.
 
     In a pipe there are no bars: a line is printed for each image."""
-    if not err.is_terminal:
-        yield BatchBars(lambda done: None, lambda name, done, steps: None, say)
+    if not _has_bars():
+        yield BatchBars(lambda done: None, lambda name, done, steps: None)
         return
-    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    with _bars(MofNCompleteColumn(), TimeElapsedColumn(), speed_estimate_period=HOUR) as bars:
+    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _bars(*columns, speed_estimate_period=HOUR) as bars:
         images = bars.add_task("images", total=total)
-        tasks: dict[str, Any] = {}
 
         def step(name: str, done: int, steps: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(visible_line(name), total=steps)
-            elif done == 1:  # the next images
-                bars.reset(tasks[name], total=steps)
-            bars.update(tasks[name], completed=done)
+            bars.update(images, description=f"images, {visible_line(name)} {done}/{steps}")
 
-        # A line on the bars' own terminal goes through their console, which makes room for it.
-        lines = err if out.is_terminal else out
-        yield BatchBars(lambda done: bars.update(images, completed=done), step, lambda text: say(text, lines))
+        yield BatchBars(lambda done: bars.update(images, completed=done), step)
 
 
-def step_bars(steps: Steps) -> "OnStep":
+def step_bars(steps: Steps) -> "Callable[[Stage, Step], object]":
     """A function that is called after each step of sampling, and moves the bars of `steps`."""
     return lambda stage, step: steps(stage, step.index + 1, step.steps)
 
@@ -114,18 +195,22 @@ def step_bars(steps: Steps) -> "OnStep":
 @contextmanager
 def build_progress() -> "Iterator[Callable[[BuildProgress], object]]":
     """Yield a function that shows progress: one changing line on a terminal, a line every 10 seconds in a pipe."""
-    if err.is_terminal:
+    if _has_bars():
         from rich.text import Text
 
         with err.console.status("") as status:
-            yield lambda progress: status.update(Text(visible_line(_build_line(progress))))
+            err.has_bars = True
+            try:
+                yield lambda progress: status.update(Text(visible_line(_build_line(progress))))
+            finally:
+                err.has_bars = False
         return
     last: dict[str, float] = {}
 
     def print_some(progress: "BuildProgress") -> None:
-        if progress.name not in last or monotonic() - last[progress.name] >= QUIET:
+        if progress.name not in last or monotonic() - last[progress.name] >= BETWEEN:
             last[progress.name] = monotonic()
-            complain(_build_line(progress))
+            inform(_build_line(progress))
 
     yield print_some
 

@@ -1,18 +1,25 @@
 """The command `ui`."""
 
 import ipaddress
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import note, say
+from .desktop import has_screen, is_terminal, show_folder, show_page
 from .generate_common import open_cascade
 from .generate_options import machinery
+from .help import HelpfulCommand
 from .options import PATH
 
+if TYPE_CHECKING:
+    from ..runtime.ui.models import Models
 
-@click.command()
+
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option(
     "--port",
@@ -23,31 +30,74 @@ from .options import PATH
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the page has no login.")
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder for the images.")
+@click.option(
+    "--lora-folder",
+    "lora_folders",
+    type=PATH,
+    multiple=True,
+    help="Folder of LoRAs that the page offers, beside those of $CASCADEKIT_LORAS (repeatable).",
+)
+@click.option(
+    "--open/--no-open",
+    "opens",
+    default=True,
+    help="Open the page in the browser; never in a pipe, through ssh or without a screen.  [default: open]",
+)
 @machinery
-def ui(bundle: Path, port: int, host: str, output: Path, batch: int | None, **engine: Any) -> None:
+def ui(
+    bundle: Path,
+    port: int,
+    host: str,
+    output: Path,
+    lora_folders: Sequence[Path],
+    opens: bool,
+    batch: int | None,
+    **options: Any,
+) -> None:
     """Generate images on a page in the browser.
 
-    The page has prompt, settings, live preview and gallery.
+    BUNDLE is a bundle, or a folder of bundles. The page offers all bundles of that folder. It has prompt, settings,
+    live preview and gallery.
 
     Example: cascadekit ui bundle
     """
     from ..runtime.ui.page_server import page_server
     from ..storage.output_rules import require_apart
 
-    require_apart(output / "0000.png", [bundle])
-    with open_cascade(bundle, **engine) as cascade:
-        name = bundle.resolve().name
-        page = page_server(
-            cascade, output, name=name, host=host, port=port, batch=batch, loras=engine["loras"], say=say
-        )
+    with _models(bundle, lora_folders, options) as models:
+        require_apart(output / "0000.png", models.paths())
+        models.cascade(models.first)  # what cannot be opened is refused here
+        seen = _is_loopback(host) and has_screen()
+        show = partial(show_folder, output.absolute()) if seen else None
+        page = page_server(models, output, host=host, port=port, batch=batch, open_folder=show, say=say)
         with page as server:
             if not _is_loopback(host):
-                note("whoever reaches this address can generate and see images; use 127.0.0.1 for this machine alone")
+                note("whoever reaches this address can generate, see and delete images; use 127.0.0.1 to be alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")
+            if opens and seen and is_terminal():
+                show_page(server.url)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
                 say("ending after the step that is being computed; Ctrl+C again does not wait for it")
+
+
+def _models(bundle: Path, lora_folders: Sequence[Path], options: dict[str, Any]) -> "Models":
+    from ..converters.lora.bundle_cache import listed_loras
+    from ..runtime.ui.models import Models
+
+    def opener(path: Path, engine: str, loras: Sequence[tuple[str, float]]) -> Any:
+        return open_cascade(path, **{**options, "engine": engine, "loras": loras})
+
+    return Models(
+        bundle,
+        opener,
+        engine=options["engine"],
+        device=options["device"],
+        first_loras=tuple(options["loras"]),
+        loras=partial(listed_loras, lora_folders),
+        stages=options["stages"],
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,5 @@
 """The command that compares a bundle's engines with a reference, or two checkpoints with each other."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +7,17 @@ import click
 
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
-from ..storage.bundle import is_bundle
-from .console import FAILED, note, say
-from .options import PATH, STAGES, parse_size
+from .console import FAILED, finish, note, say, say_json
+from .help import HelpfulCommand
+from .options import AS_JSON, PATH, STAGES, parse_size, volume_options
 from .verify_checkpoints import verify_checkpoints
-from .verify_print import print_report, report_json
+from .verify_print import next_steps, print_report, report_json
 
 # The options of a bundle that do not concern `record_reference`.
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", metavar="BUNDLE|CHECKPOINT", type=PATH)
 @click.option(
     "--against", type=PATH, help="The model that the bundle was exported from, or the checkpoint that should be equal."
@@ -86,7 +85,8 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 )
 @click.option("--mapping", is_flag=True, help="With two checkpoints: list every tensor and its location in both.")
 @click.option("--force", is_flag=True, help="Replace an existing recording or report.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
+@volume_options
 def verify(
     bundle: Path, against: Path | None, record: Path | None, mapping: bool, as_json: bool, **options: Any
 ) -> None:
@@ -99,6 +99,8 @@ def verify(
 
     Example: cascadekit verify bundle --against model --report report.html
     """
+    from ..storage.bundle import is_bundle
+
     _check_options(bundle, against, record, options)
     if not is_bundle(bundle):
         expected = against or options["recorded"]
@@ -106,7 +108,8 @@ def verify(
     elif record is not None:
         assert against is not None
         passed = True
-        _record(bundle, against, record, {k: v for k, v in options.items() if k not in NOT_RECORDED})
+        recorded = {name: value for name, value in options.items() if name not in NOT_RECORDED}
+        _record(bundle, against, record, recorded, as_json=as_json)
     else:
         passed = _verify(bundle, against, options, as_json=as_json)
     if not passed:
@@ -130,11 +133,11 @@ def _check_options(bundle: Path, against: Path | None, record: Path | None, opti
     check_options(compared, record=record is not None, bisect=options["bisect"], ranges=options["ranges"])
 
 
-def _record(bundle: Path, against: Path, record: Path, options: dict[str, Any]) -> None:
+def _record(bundle: Path, against: Path, record: Path, options: dict[str, Any], *, as_json: bool) -> None:
     from ..parity.verify import record_reference
 
     record_reference(bundle, against, record, **options, say=note)
-    say(f"wrote {record}")
+    finish(f"wrote {record}", {"output": str(record)}, as_json=as_json)
 
 
 def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_json: bool) -> bool:
@@ -143,7 +146,9 @@ def _verify(bundle: Path, against: Path | None, options: dict[str, Any], *, as_j
 
     report = run(bundle, against, **options, say=note)
     if as_json:
-        say(json.dumps(report_json(report), indent=2))
+        say_json(report_json(report))
     else:
         print_report(report)
+        for line in next_steps(report, bundle, against):
+            say(line)
     return bool(report)

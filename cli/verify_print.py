@@ -1,6 +1,8 @@
 """Prints the report of a verification as tables and lines."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import note, say, show_table
@@ -34,6 +36,22 @@ def print_report(report: "Report") -> None:
         _print_ranges(advice)
     if report.ranges:
         say(f"export with: {' '.join(export_options(report.ranges))}")
+
+
+def next_steps(report: "Report", bundle: Path, against: Path | None) -> Iterator[str]:
+    """What to run after a failure; nothing after a success, and after a look inside the graphs."""
+    if report or not report.comparisons or report.bisections:
+        return
+    model = "MODEL" if against is None else shlex.quote(str(against))
+    quoted = shlex.quote(str(bundle))
+    if report.differs:
+        yield f"the cause may be that the model is not the bundle's: {report.differs[0]}"
+        yield f"next: compare with the bundle's own model, or export this one: cascadekit export {model} -o NEW_BUNDLE"
+        return
+    stages = dict.fromkeys(str(each.stage) for each in report.comparisons if not each and each.stage)
+    chosen = "".join(f" --stage {stage}" for stage in stages)
+    yield f"next: are its files as exported? cascadekit validate {quoted} --hash"
+    yield f"next: which part of a graph differs? cascadekit verify {quoted} --against {model}{chosen} --bisect"
 
 
 def export_options(advices: Sequence["RangeAdvice"]) -> list[str]:

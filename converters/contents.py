@@ -1,4 +1,4 @@
-"""Reads the headers at a path and describes its contents: checkpoints, a LoRA, or an exported bundle."""
+"""Reads the headers at a path and describes its contents: checkpoints, a LoRA, a bundle, or a generated image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +44,20 @@ class LoraContents:
 
 
 @dataclass(frozen=True)
+class ImageContents:
+    """An image that cascadekit generated: its size in pixels and the settings in it. Always true."""
+
+    path: Path
+    width: int
+    height: int
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The size and the settings, as plain values."""
+        return {"path": str(self.path), "width": self.width, "height": self.height, "settings": self.settings}
+
+
+@dataclass(frozen=True)
 class PlanState:
     """The result of comparing a plan file with the manifest."""
 
@@ -70,11 +84,14 @@ class BundleContents:
         return content
 
 
-Contents = BundleContents | CheckpointContents | LoraContents
+Contents = BundleContents | CheckpointContents | ImageContents | LoraContents
+
+# How the files of pictures begin; a WebP file names its kind after eight bytes.
+PICTURES = {b"\x89PNG\r\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP"}
 
 
 def contents_of(path: str | Path, say: Say = lambda text: None) -> Contents:
-    """Find out what `path` holds: a bundle, a LoRA, or components of the cascade, on disk or as ``hf://...``.
+    """Find out what `path` holds: a bundle, a LoRA, a generated image, or components of the cascade, on disk or as ``hf://...``.
 
     `say` is called with each line that the user should know, such as files that were passed over.
     Raises CheckpointError for a damaged file or manifest, LayoutError when no component is found, UsageError when
@@ -82,6 +99,8 @@ def contents_of(path: str | Path, say: Say = lambda text: None) -> Contents:
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
         return _bundle_contents(path)
+    if kind := _picture_kind(path):
+        return _image_contents(path, kind)
     return _model_contents(path, say)
 
 
@@ -104,6 +123,34 @@ def component_facts(component: "Component") -> dict[str, Any]:
         "licence": licence_fields(component.metadata),
         "metadata": component.metadata,
     }
+
+
+def _picture_kind(path: Path) -> str | None:
+    """The format of the picture at `path`; None for any other file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        first = file.read(12)
+    kind = next((kind for mark, kind in PICTURES.items() if first.startswith(mark)), None)
+    return None if kind == "WebP" and first[8:] != b"WEBP" else kind
+
+
+def _image_contents(path: Path, kind: str) -> ImageContents:
+    """The image at `path`. Raises LayoutError for one without settings of cascadekit."""
+    from ..runtime.images.png import METADATA_KEY, parse_text
+    from ..runtime.images.png_text import read_png_text
+
+    try:
+        found = read_png_text(path, METADATA_KEY) if kind == "PNG" else None
+        settings = parse_text(found.text) if found else None
+    except ValueError as error:
+        raise LayoutError(f"{path}: a {kind} file that cannot be read: {error}; give another file") from error
+    if found is None or settings is None:
+        raise LayoutError(
+            f"{path}: a {kind} file without settings of cascadekit; editors and messengers drop them, give the file as "
+            "`cascadekit generate` wrote it"
+        )
+    return ImageContents(path, found.width, found.height, settings)
 
 
 def _bundle_contents(path: Path) -> BundleContents:

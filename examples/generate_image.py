@@ -1,6 +1,6 @@
 """Generate an image, one call for each stage, and watch the steps.
 
-python examples/generate_image.py demo/bundle "a tiny cascade" image.png
+python examples/generate_image.py demo/bundle "a fox, glossy style" image.png
 """
 
 import sys

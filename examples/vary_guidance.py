@@ -1,6 +1,6 @@
 """Generate one image with several guidances; prompt and noise stay the same.
 
-python examples/vary_guidance.py demo/bundle "a tiny cascade" sheet.png
+python examples/vary_guidance.py demo/bundle "a fox, glossy style" sheet.png
 """
 
 import sys

@@ -1,15 +1,20 @@
-"""Runs every step once on a tiny cascade: original files, model folder, bundle, image, parity report."""
+"""Runs every step once on the example model: original files, model folder, bundle, images, parity report."""
+
+from __future__ import annotations  # help() shows the types as they are written here
 
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..converters.checkpoints.convert import convert
-from ..converters.checkpoints.open_model import open_model
-from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
+from ..converters.checkpoints.example_model import EXAMPLE_PROMPT, EXAMPLE_PROMPTS, copy_example_model
 from ..converters.export.export import export
 from ..runtime.cascade import Cascade
+from ..runtime.images.contact_sheet import contact_sheet
 from ..runtime.images.png import save_png
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.layouts import Layout
 from ..schemas.manifest import MANIFEST_NAME
 from ..storage.atomic_output import staged_output
@@ -17,39 +22,60 @@ from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_
 from .results import Report
 from .verify import verify
 
-FILES = ("image.png", DEMO_REPORT, f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}")
+FILES = (
+    *("image.png", "prompts.png", "report.html", DEMO_REPORT),
+    *(f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}"),
+)
 
 
 def make_demo(
     output: Path,
+    prompt: str = EXAMPLE_PROMPT,
     *,
+    seed: int = 0,
     force: bool = False,
-    say: Say = lambda text: None,
-    note: Say = lambda text: None,
-) -> Report:
-    """Write the folder `output`: ``original/``, ``model/``, ``bundle/``, ``image.png`` and ``parity.json``.
+    say: Say = ignored,
+    note: Say = ignored,
+) -> Report | None:
+    """Write the folder `output`: ``original/``, ``model/``, ``bundle/``, images and the parity report.
 
-    `say` is called with a line for each step before it starts, `note` with what is compared. `force` replaces an
-    earlier demo; other files stay. Returns the parity report, which is true when the bundle passed.
+    ``image.png`` shows `prompt`, ``prompts.png`` eight other prompts. `say` is called with a line for each step before
+    it starts, `note` with what is compared. `force` replaces an earlier demo; other files stay.
 
-    Raises UsageError when `output` exists and `force` is false, or when PyTorch is not installed.
+    Returns the parity report, which is true when the bundle passed; None when PyTorch is not installed, because then
+    nothing is compared. Raises UsageError when `output` exists and `force` is false, or when onnx is not installed.
 
-    >>> bool(make_demo(Path("demo")))  # doctest: +SKIP
+    >>> bool(make_demo(Path("demo"), "a red apple, flat style"))  # doctest: +SKIP
     True
     """
     with staged_output(output, force=force, files=list(FILES), say=note) as folder:
-        say("original/    a tiny cascade in Stability's layout")
-        write_tiny_cascade(folder / "original")
-        say("model/       converted to a model folder")
+        say("original/    a small trained Stable Cascade, in Stability's layout")
+        copy_example_model(folder / "original")
+        say("model/       converted to a model folder for diffusers")
         convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
         say("bundle/      exported to ONNX")
-        export(open_model([folder / "model"]), folder / "bundle")
-        say("image.png    generated with ONNX Runtime")
-        with Cascade.open(folder / "bundle") as cascade:
-            result = cascade.generate("a tiny cascade", seed=0)
-        save_png(folder / "image.png", result.images[0], result.settings[0])
-        say("parity.json  compared with PyTorch")
-        report = verify(folder / "bundle", folder / "model", say=note)
-        content = {**report.to_json(), DEMO: [*files_in(folder), DEMO_REPORT]}
-        (folder / DEMO_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        export(folder / "original", folder / "bundle", weights="copy")
+        say(f'image.png    generated with ONNX Runtime: "{prompt}"')
+        _generate(folder, prompt, seed, say)
+        report = _compare(folder, say, note)
+        content: Mapping[str, Any] = report.to_json() if report is not None else {"passed": None}
+        files = [*files_in(folder), DEMO_REPORT]
+        (folder / DEMO_REPORT).write_text(json.dumps({**content, DEMO: files}, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _generate(folder: Path, prompt: str, seed: int, say: Say) -> None:
+    with Cascade.open(folder / "bundle") as cascade:
+        result = cascade.generate(prompt, seed=seed)
+        save_png(folder / "image.png", result.images[0], result.settings[0])
+        say("prompts.png  eight other prompts")
+        images = cascade.generate(EXAMPLE_PROMPTS, seed=seed).images
+    contact_sheet(images, EXAMPLE_PROMPTS).save(folder / "prompts.png")
+
+
+def _compare(folder: Path, say: Say, note: Say) -> Report | None:
+    if find_spec("torch") is None:
+        say("             not compared with PyTorch, which is not installed: pip install 'cascadekit[parity]'")
+        return None
+    say("report.html  compared with PyTorch, stage by stage")
+    return verify(folder / "bundle", folder / "original", reports=[folder / "report.html"], say=note)

@@ -14,6 +14,7 @@ from ..schemas.stages import Stage, VQGANConfig
 from ..storage.file_hashes import fingerprint
 
 WIDTHS = {4: "32-bit", 2: "16-bit", 1: "8-bit"}  # bytes of a value
+SCALE, TO_WIDTH = "scale", "weights, these are"  # in lines about the VQGAN's scale, and about the width of values
 SLACK = 0.5  # headers may make a small file larger by this part; a file with other networks is larger still
 
 
@@ -24,6 +25,17 @@ def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) 
     chosen = [stage for stage in stages or tuple(manifest.stages) if stage in model.components]
     found = [_other(manifest, model.components[stage], manifest.stages[stage]) for stage in chosen]
     return [*filter(None, found), *_loras(manifest)]
+
+
+def cause(differs: Sequence[str]) -> str:
+    """What is not the bundle's, in words: the VQGAN scale alone, the dtype of the weights, or the whole model."""
+    scales = [line for line in differs if f"{Stage.VQGAN}: {SCALE}" in line]
+    widths = [line for line in differs if TO_WIDTH in line]
+    if len(scales) == len(differs) and not any("; " in line for line in scales):
+        return "another VQGAN scale"
+    if widths and all(line in (*scales, *widths) for line in differs):
+        return "weights of another dtype"
+    return "another model"
 
 
 def recording_differences(
@@ -58,7 +70,7 @@ def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str
     if component.variant != entry.variant:
         yield f"the {entry.variant} variant, this is the {component.variant} one"
     elif before and now and before != now:
-        yield f"{before} weights, these are {now}"
+        yield f"{before} {TO_WIDTH} {now}"
     elif layouts == {component.layout}:
         yield "other weights, or of another dtype"
     if layouts != {component.layout}:
@@ -67,7 +79,7 @@ def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str
 
 def _scale(manifest: Manifest, component: Component) -> Iterable[str]:
     if isinstance(component.config, VQGANConfig) and component.config.scale_factor != manifest.vqgan_scale:
-        yield f"scale {manifest.vqgan_scale:g}, this model's is {component.config.scale_factor:g}"
+        yield f"{SCALE} {manifest.vqgan_scale:g}, this model's is {component.config.scale_factor:g}"
 
 
 def _width(size: int, values: int) -> str | None:

@@ -1,5 +1,7 @@
 """Verifies a bundle: `verify` compares an engine with PyTorch, `record_reference` saves the outputs of PyTorch."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
+from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
 from ..storage.output_rules import require_apart, require_free
@@ -22,13 +25,14 @@ from .reference_run import run_reference
 from .report.circumstances import circumstances_of
 from .report.write_report import build_report, check_report_names, write_report
 from .results import Report
-from .same_model import differences, recording_differences
+from .same_model import cause, differences, recording_differences
 from .verdict import make_verdict, record_verdict
 
 if TYPE_CHECKING:
     from .reference.torch_engine import TorchEngine
 
 
+@known_keywords
 def verify(
     bundle: str | Path,
     against: str | Path | None = None,
@@ -48,7 +52,7 @@ def verify(
     reports: Sequence[str | Path] = (),
     verdict: bool = True,
     force: bool = False,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> Report:
     """Compare a bundle's engine with a PyTorch reference on the same inputs; the report is true when all passed.
 
@@ -103,7 +107,8 @@ def verify(
     inside = run.look_inside(bisect=bisect, ranges=ranges)
     differs = run.differences()
     if differs:
-        say(f"this is not the model {bundle} was exported from, so no verdict is recorded: {'. '.join(differs)}")
+        what = f"{cause(differs)} than {bundle} was exported from, so no verdict is recorded"
+        say(f"{what}: {'. '.join(differs)}")
     if not paths and (bisect or ranges):
         return replace(inside, differs=differs)
     report = replace(run.compare(), bisections=inside.bisections, ranges=inside.ranges, differs=differs)
@@ -113,6 +118,7 @@ def verify(
     return report
 
 
+@known_keywords
 def record_reference(
     bundle: str | Path,
     against: str | Path,
@@ -127,7 +133,7 @@ def record_reference(
     size: tuple[int, int] | None = None,
     sizes: Literal["small", "all"] = "small",
     force: bool = False,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> None:
     """Run the reference of a bundle and write its outputs to the file `record`; no engine runs.
 
@@ -192,7 +198,7 @@ def _sources(bundle: str | Path, options: ComparisonOptions) -> list[Path]:
     return [path for path in (Path(bundle), options.against, options.recorded) if path is not None]
 
 
-def _open(path: str | Path, options: ComparisonOptions, say: Say) -> "_Verification":
+def _open(path: str | Path, options: ComparisonOptions, say: Say) -> _Verification:
     """Download what is named hf://..., then open the bundle, and the model or the recording."""
     from ..converters.hub import local_path
 
@@ -282,7 +288,7 @@ class _Verification:
     def _each(self, doing: str) -> Say:
         return lambda what: self.say(f"{doing} {what}")
 
-    def _reference(self, precision: str = "fp32") -> "TorchEngine":
+    def _reference(self, precision: str = "fp32") -> TorchEngine:
         """The reference for the chosen stages, and for the text encoder if the model has one: it embeds the prompts."""
         with _torch_needed():
             from .reference.loading import independent_engine, reference_engine

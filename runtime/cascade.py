@@ -4,6 +4,8 @@ The three pipelines of diffusers are three calls here (`encode_prompt`, `prior`,
 three. With the same seed, sizes and settings the latents equal those of diffusers' pipelines.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import UsageError
-from ..schemas.messages import require_known
+from ..schemas.messages import known_keywords, require_known
 from ..schemas.settings import SETTINGS, Settings, SettingsOptions, parse_settings
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
 from ..storage.bundle import open_bundle
 from .cascade_stages import CascadeStages
+from .engines.choose_device import choose_device
 from .engines.engine_table import make_engine
 from .engines.mixed_bundles import with_stages_of
 from .engines.protocol import F32, Engine
@@ -35,6 +39,7 @@ from .sampling.loop import OnStep, Start, Step
 from .sampling.noise import Noise, Seeds
 from .text.prompts import PromptEmbeds, as_texts
 from .text.tokenizer import ClipTokenizer
+from .timings import since_start
 
 __all__ = ["Cascade", "ControlPicture", "OnStep", "PromptEmbeds", "Result", "Settings", "Start", "Step"]
 
@@ -60,11 +65,14 @@ class Cascade(CascadeStages):
     value throughout.
     """
 
+    device: str = "cpu"  # that `open` chose
+
     @classmethod
+    @known_keywords
     def open(
         cls,
         bundle: str | Path,
-        device: str = "cpu",
+        device: str = "auto",
         *,
         engine: str = "onnxruntime",
         threads: int | None = None,
@@ -74,8 +82,11 @@ class Cascade(CascadeStages):
         allow_cpu: bool = False,
         vram: int | None = None,
         refit: Refit | None = None,
+        cuda_graph: bool = True,
+        tf32: bool = False,
+        say: Say = lambda text: None,
     ) -> Self:
-        """Open an exported bundle on `device`, "cpu" or "cuda".
+        """Open an exported bundle on `device`, "cpu", "cuda" or "auto": the GPU if one works here, else the CPU.
 
         `engine` is a name from `engine_table`. "auto" takes the fastest engine that is installed; it may compute in
         bf16, and then images differ slightly. `threads=None` leaves the number to the engine.
@@ -85,12 +96,28 @@ class Cascade(CascadeStages):
         `refit` gives TensorRT plans the weights of this bundle. `stages` takes single stages from other bundles, such
         as a lite decoder for a full prior.
 
+        With `cuda_graph` ONNX Runtime captures the steps of prior and decoder as CUDA graphs, and runs without them,
+        with a line to `say`, if that is impossible. `tf32` lets ONNX Runtime multiply fp32 in ten bits on the GPU,
+        which is faster. `say` is called with lines for the user.
+
         Raises UsageError when there is no bundle or no such engine, or when stages do not fit together; EngineError
         when the engine cannot run on this machine."""
         policy = MemoryPolicy.parse(memory)
         opened = open_bundle(Path(bundle))
+        device, line = choose_device(device, engine, opened)
+        if line:
+            say(line)
         make = partial(
-            make_engine, engine, device=device, threads=threads, allow_cpu=allow_cpu, memory_budget=vram, refit=refit
+            make_engine,
+            engine,
+            device=device,
+            threads=threads,
+            allow_cpu=allow_cpu,
+            memory_budget=vram,
+            refit=refit,
+            cuda_graph=cuda_graph,
+            tf32=tf32,
+            say=say,
         )
         runs: Engine = make(opened)
         manifest = opened.manifest
@@ -98,7 +125,11 @@ class Cascade(CascadeStages):
             others = {stage: open_bundle(Path(path)) for stage, path in stages.items()}
             engines = {stage: make(other) for stage, other in others.items()}
             runs, manifest = with_stages_of(runs, opened, engines, others)
-        return cls(runs, manifest, ClipTokenizer.open(opened.tokenizer, manifest.text_rows), memory=policy, rows=rows)
+        tokenizer = ClipTokenizer.open(opened.tokenizer, manifest.text_rows)
+        cascade = cls(runs, manifest, tokenizer, memory=policy, rows=rows)
+        cascade.device = device
+        cascade.timings.opened = since_start()
+        return cascade
 
     def generate(
         self,
@@ -116,7 +147,7 @@ class Cascade(CascadeStages):
         controls: Sequence[ControlPicture] = (),
         latents: F32 | None = None,
         output: Output = "images",
-        on_step: OnStep = lambda stage, step: None,
+        on_step: OnStep = ignored,
         **overrides: Unpack[SettingsOptions],
     ) -> Result:
         """Generate `num_images` images for each prompt, or for each row of `embeds`.
@@ -182,6 +213,7 @@ class Cascade(CascadeStages):
         )
         decoder_latents = _run(Stage.DECODER, decoder, on_step)
         pixels = self.pixels(decoder_latents) if output == "images" else None
+        self.timings.image()
         return Result(prior_latents, decoder_latents, pixels, described, embeds, _kept=pictures.kept)
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """The stages of the cascade, each as one call on numpy arrays."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Unpack
@@ -51,6 +53,7 @@ class CascadeStages:
         self.rows = rows
         self.networks = Networks(engine, manifest, memory, checked=checked)
         self.residency = self.networks.residency
+        self.timings = self.networks.timings  # of everything that this cascade has done
         self._encode_text = CachedTextEncoder(partial(self.networks.use, Stage.TEXT_ENCODER))
 
     def encode_prompt(

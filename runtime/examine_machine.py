@@ -9,17 +9,13 @@ from typing import Any
 from ..schemas.errors import EngineError
 from ..schemas.plan_entries import Backend
 from .engines.engine_table import ENGINES, require_torch
-from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes, provider_problem
-from .engines.onnxruntime import PROVIDERS, import_onnxruntime, quiet_options
+from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes
+from .engines.onnxruntime import import_onnxruntime
 from .engines.openvino import import_openvino, multiplies_bf16
+from .engines.provider_probe import why_not
 from .engines.tensorrt.cuda import Cuda
 from .engines.tensorrt.host import import_tensorrt
 
-# An ONNX model in opset 20: y = Identity(x), float32 [1]. A session of it shows which providers can start.
-PROBE = bytes.fromhex(
-    "08093a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112"
-    "040a02080142040a001014"
-)
 PACKAGES = (
     "cascadekit",
     "numpy",
@@ -136,27 +132,12 @@ def _seen_by_nvidia_smi() -> Gpu | None:
 
 
 def _onnxruntime(name: str, device: str) -> Finding:
-    """ONNX Runtime lists providers that cannot start, so a session has to be tried."""
     provider = "tensorrt" if name.endswith("tensorrt") else device
-    wanted = PROVIDERS[provider][0]
     try:  # the version of the module: of two installs only one is there, whatever their metadata say
         version = str(import_onnxruntime("cpu").__version__)
     except EngineError as error:
         return Finding(name, device, lacking=str(error))
-
-    def find_problem() -> str:
-        ort = import_onnxruntime(provider)
-        options = quiet_options(ort)
-        options.log_severity_level = 4
-        try:
-            session = ort.InferenceSession(PROBE, options, providers=[wanted], enable_fallback=0)
-        except Exception as error:  # onnxruntime has an exception class for each status code
-            return provider_problem(ort, wanted) or " ".join(str(error).split())
-        if wanted in session.get_providers():
-            return ""
-        return provider_problem(ort, wanted) or f"its {wanted} does not start; see nvidia-smi"
-
-    return _tried(name, device, version, find_problem)
+    return _tried(name, device, version, lambda: why_not(provider))
 
 
 def _openvino(name: str, device: str) -> Finding:

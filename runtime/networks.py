@@ -5,8 +5,9 @@ UnsoundError instead.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..schemas.stages import Stage
 from .engines.protocol import Engine, Run, StageRunner, Tensors
 from .memory.prediction import loaded_bytes
 from .memory.residency import RESIDENT, MemoryPolicy, Residency
+from .timings import Timings
 
 SAFE_STAGES = (Stage.PRIOR, Stage.DECODER)  # the stages for which export has --fp16-safe
 EXPORT = "export it again: cascadekit export MODEL -o BUNDLE --precision"
@@ -38,11 +40,17 @@ class Networks:
         self.engine = engine
         self.manifest = manifest
         self.checked = checked
+        self.timings = Timings()
         self.residency = Residency(engine, memory, partial(loaded_bytes, manifest))
 
-    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> AbstractContextManager[StageRunner]:
+    @contextmanager
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[StageRunner]:
         """The stage's runner, in memory for as long as the context lasts; its outputs are not checked."""
-        return self.residency.use(stage, graph)
+        began = perf_counter()
+        with self.residency.use(stage, graph) as runner:
+            self.timings.loaded(stage, perf_counter() - began)
+            with self.timings.running(stage):
+                yield runner
 
     @contextmanager
     def use(self, stage: Stage, graph: str = MAIN_GRAPH) -> Iterator[Run]:

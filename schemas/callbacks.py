@@ -10,3 +10,16 @@ Progress = Callable[[int], object]
 
 StartFile = Callable[[str, int], Progress]
 """Called with the name and size in bytes of a file before it is written; returns the `Progress` of that file."""
+
+
+class _Ignored:
+    """A callback that does nothing; as a default it has a short name in `help()`."""
+
+    def __call__(self, *arguments: object) -> None: ...
+
+    def __repr__(self) -> str:
+        return "ignored"
+
+
+ignored = _Ignored()
+"""The default of callbacks: what is said is not heard."""

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from .errors import LayoutError
+from .layer_tensors import EFFICIENTNET_BLOCKS, EFFICIENTNET_WIDTHS
 from .messages import wrong_fields
 from .stages import (
     CONTROLNETS,
@@ -32,6 +33,12 @@ COUNTS = ("_layers", "_layers_per_block", "_repeat_mappers", "_blocks", "levels"
 MAY_BE_ZERO = ("num_attention_heads", "dropout", "proj_blocks", "bos_token_id", "eos_token_id", "pad_token_id")
 
 DIFFUSERS_VERSION = "0.35.2"  # the last release that supports the cascade pipelines
+
+# The sizes of the EfficientNet that Stability's encoders and ControlNets have.
+BACKBONE: Mapping[str, tuple[int, ...]] = {
+    "backbone_widths": EFFICIENTNET_WIDTHS,
+    "backbone_blocks": EFFICIENTNET_BLOCKS,
+}
 
 _TRANSFORMERS_COMMON = {"attention_dropout": 0.0, "initializer_factor": 1.0, "initializer_range": 0.02}
 
@@ -77,8 +84,13 @@ _CLASSES: dict[Stage, type[NetworkConfig]] = {
 
 
 def to_json(config: NetworkConfig) -> dict[str, Any]:
-    """Return the content of the component's config.json; tuples become lists when it is written."""
-    return {**_EXTRAS[type(config)], **asdict(config)}
+    """Return the content of the component's config.json; tuples become lists when it is written.
+
+    The sizes of EfficientNetV2-S are left out, as Stability's configs have none."""
+    values = asdict(config)
+    if all(values.get(name) == size for name, size in BACKBONE.items()):
+        values = {name: value for name, value in values.items() if name not in BACKBONE}
+    return {**_EXTRAS[type(config)], **values}
 
 
 def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> NetworkConfig:
@@ -107,6 +119,9 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
     except ValidationError as error:
         raise LayoutError(f"config of the {stage}: {wrong_fields(error)}") from error
     _check_numbers(config)
+    for name, size in BACKBONE.items():
+        if len(getattr(config, name, size)) != len(size):
+            raise LayoutError(f"config of the {stage}: {name} {values[name]}: expected {len(size)} numbers")
     match config:
         case UNetConfig():
             return _checked_unet(config, stage)

@@ -10,6 +10,8 @@ from .stages import Block, UNetConfig
 from .unet_blocks import blocks_of, stream_of, streams_of
 
 MARGIN_BITS = 2  # a value may grow fourfold beyond what calibration has seen
+# Values inside a block. The norm is over all pixels; graphs for ONNX Runtime compute it in fp16.
+INSIDE = ("channelwise.0", "channelwise.1", "channelwise.2/norm", "attention/scores")
 MAX_EXPONENT = 12  # 2^-12 of a value of size 1 is still a normal fp16 number
 
 
@@ -83,10 +85,10 @@ def _exponent(peak: float, limit: float) -> int:
 
 
 def _inside(block: str, ranges: Mapping[str, float], scale: float) -> float:
-    """The largest value inside a block: hidden values of the perceptron, or attention scores.
+    """The largest value inside a block: hidden values of the perceptron and their norms, or attention scores.
 
     Only the values after the response norm shrink with the stream's `scale`."""
-    plain = (f"{block}.channelwise.0", f"{block}.channelwise.1", f"{block}.attention/scores")
+    plain = [f"{block}.{part}" for part in INSIDE]
     return max(*(ranges.get(name, 0.0) for name in plain), ranges.get(f"{block}.channelwise.2", 0.0) * scale)
 
 

@@ -21,10 +21,10 @@ RATIOS = "timestep_ratios"  # an input of the conditioning: the schedule
 CONTEXT = "context"  # a dim: the number of conditioning tokens
 
 
-def attention_ports(config: UNetConfig) -> tuple[Port, ...]:
-    """Keys and values of the conditioning tokens for each attention block in turn: (B, tokens, c) float32."""
+def attention_ports(config: UNetConfig, dtype: str = "float32") -> tuple[Port, ...]:
+    """Keys and values of the conditioning tokens for each attention block in turn: (B, tokens, c) of `dtype`."""
     return tuple(
-        Port(f"{block.name}.{part}", "float32", ("batch", CONTEXT, config.block_out_channels[block.level]))
+        Port(f"{block.name}.{part}", dtype, ("batch", CONTEXT, config.block_out_channels[block.level]))
         for block in blocks_of(config)
         if block.kind is Block.ATTENTION
         for part in ("keys", "values")
@@ -41,8 +41,10 @@ def modulation_width(config: UNetConfig) -> int:
     return sum(2 * config.block_out_channels[block.level] for block in timestep_blocks(config))
 
 
-def conditioning_ports(config: UNetConfig) -> StagePorts:
-    """The ports of the conditioning graph. The decoder's graph takes `sample` for its size alone."""
+def conditioning_ports(config: UNetConfig, dtype: str = "float32") -> StagePorts:
+    """The ports of the conditioning graph. The decoder's graph takes `sample` for its size alone.
+
+    `dtype` is that of keys and values, outputs here and inputs of the step."""
     plain = ports_of(config)
     kept = {
         Stage.PRIOR: ("clip_text_pooled", "clip_text", "clip_img"),
@@ -52,19 +54,21 @@ def conditioning_ports(config: UNetConfig) -> StagePorts:
     modulation = Port(MODULATION, "float32", ("steps", modulation_width(config)))
     return stage_ports(
         (*inputs, Port(RATIOS, "float32", ("steps",))),
-        (modulation, *_effnet_map(config), *attention_ports(config)),
+        (modulation, *_effnet_map(config), *attention_ports(config, dtype)),
         plain.ranges,
     )
 
 
-def step_ports(config: UNetConfig) -> StagePorts:
-    """The ports of the step graph. Its `modulation` has a row for each sample, taken from the conditioning's rows."""
+def step_ports(config: UNetConfig, dtype: str = "float32") -> StagePorts:
+    """The ports of the step graph, with keys and values of `dtype`.
+
+    Its `modulation` has a row for each sample, taken from the conditioning's rows."""
     plain = ports_of(config)
     inputs = (
         plain.inputs[0],
         Port(MODULATION, "float32", ("batch", modulation_width(config))),
         *_effnet_map(config),
-        *attention_ports(config),
+        *attention_ports(config, dtype),
     )
     return stage_ports(inputs, plain.outputs, plain.ranges)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from .clips import SOURCE_MODELS, tower_name
 from .errors import LayoutError
+from .layer_tensors import EFFICIENTNET_BLOCKS, EFFICIENTNET_HEAD, EFFICIENTNET_WIDTHS
 from .stages import (
     CONTROLNET_KINDS,
     CONTROLNETS,
@@ -18,6 +19,7 @@ from .stages import (
     PRESETS,
     PROJ_BLOCKS_ALL,
     PROJ_BLOCKS_ENDS,
+    PROJ_BLOCKS_ICONS,
     RES_TIMESTEP,
     RES_TIMESTEP_ATTENTION,
     ControlNetConfig,
@@ -164,7 +166,18 @@ _EMBEDDINGS: Mapping[Stage, tuple[str, int]] = {
 
 
 def _effnet_encoder(stage: Stage, shapes: _Shapes) -> EffnetEncoderConfig:
-    return EffnetEncoderConfig(c_latent=shapes.size("mapper.0.weight", 0))
+    widths, blocks = _efficientnet(shapes)
+    return EffnetEncoderConfig(shapes.size("mapper.0.weight", 0), widths, blocks)
+
+
+def _efficientnet(shapes: _Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the widths and the number of blocks of an EfficientNetV2, as in EFFICIENTNET_WIDTHS and _BLOCKS."""
+    rows = range(1, len(EFFICIENTNET_BLOCKS) + 1)
+    blocks = tuple(shapes.count(f"backbone.{row}.#.") for row in rows)
+    last = {row: shapes.count(f"backbone.{row}.0.block.#.") - 1 for row in rows}  # the convolution of the row's width
+    widths = (shapes.size(f"backbone.{row}.0.block.{last[row]}.0.weight", 0) for row in rows)
+    stem, head = (shapes.size(f"backbone.{part}.0.weight", 0) for part in (0, EFFICIENTNET_HEAD))
+    return (stem, *widths, head), blocks
 
 
 def _previewer(stage: Stage, shapes: _Shapes) -> PreviewerConfig:
@@ -176,21 +189,27 @@ def _previewer(stage: Stage, shapes: _Shapes) -> PreviewerConfig:
 
 
 _RELEASED_PROJ_BLOCKS = {len(blocks): blocks for blocks in (PROJ_BLOCKS_ENDS, PROJ_BLOCKS_ALL)}
+_SMALL_WIDTH = 128  # channels of the small prior for icons, whose ControlNet feeds three blocks
 
 
 def _controlnet(stage: Stage, shapes: _Shapes) -> ControlNetConfig:
-    projections = shapes.count("projections.#.")
-    if projections not in _RELEASED_PROJ_BLOCKS:
+    projections, width = shapes.count("projections.#."), shapes.size("projections.0.2.weight", 0)
+    small = {len(PROJ_BLOCKS_ICONS): PROJ_BLOCKS_ICONS} if width == _SMALL_WIDTH else {}
+    blocks = {**_RELEASED_PROJ_BLOCKS, **small}.get(projections)
+    if blocks is None:
         raise LayoutError(
             f"the {stage} has {projections} projections, the released ones have 8 or 64; which blocks of the prior "
             "its projections feed (proj_blocks) is not in the file; give the folder that holds its config.json"
         )
     _, mode = CONTROLNET_KINDS[stage]
+    backbone = _efficientnet(shapes) if mode is None else (EFFICIENTNET_WIDTHS, EFFICIENTNET_BLOCKS)
     return ControlNetConfig(
         c_in=shapes.size("backbone.0.0.weight" if mode is None else "backbone.0.weight", 1),
-        proj_blocks=_RELEASED_PROJ_BLOCKS[projections],
+        proj_blocks=blocks,
         bottleneck_mode=mode,
-        c_proj=shapes.size("projections.0.2.weight", 0),
+        c_proj=width,
+        backbone_widths=backbone[0],
+        backbone_blocks=backbone[1],
     )
 
 

@@ -12,7 +12,7 @@ from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE
 class FrozenModel(BaseModel):
     """Values that cannot be changed, and that have no other fields than those declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 def _plain(value: float) -> float | str:

@@ -57,39 +57,45 @@ class InvertedResidual:
 
 
 # EfficientNetV2-S as in torchvision's ``efficientnet_v2_s().features``, which is Table 4 of arXiv:2104.00298: a stem,
-# these rows (fused, expansion, stride of the first block, width, blocks), and a 1x1 convolution. SiLU everywhere.
-EFFICIENTNET_STEM = 24
-EFFICIENTNET_WIDTH = 1280
+# rows of blocks, and a 1x1 convolution. SiLU everywhere. Narrower backbones have other widths and fewer blocks.
+EFFICIENTNET_WIDTHS = (
+    24,
+    24,
+    48,
+    64,
+    128,
+    160,
+    256,
+    1280,
+)  # channels of the stem, of each row, of the last convolution
+EFFICIENTNET_BLOCKS = (2, 4, 4, 6, 9, 15)  # of each row
 EFFICIENTNET_EPSILON = 1e-3  # of every BatchNorm in it
-_ROWS = (
-    (True, 1, 1, 24, 2),
-    (True, 4, 2, 48, 4),
-    (True, 4, 2, 64, 4),
-    (False, 4, 2, 128, 6),
-    (False, 6, 1, 160, 9),
-    (False, 6, 2, 256, 15),
-)
+# Each row: whether its blocks are fused, their expansion, and the stride of the first.
+_ROWS = ((True, 1, 1), (True, 4, 2), (True, 4, 2), (False, 4, 2), (False, 6, 1), (False, 6, 2))
 EFFICIENTNET_HEAD = str(len(_ROWS) + 1)  # the path of that 1x1 convolution; the stem's is 0
 
 
-def inverted_residuals() -> Iterator[InvertedResidual]:
-    """The blocks between stem and head in the order they run."""
-    width = EFFICIENTNET_STEM
-    for number, (fused, expansion, stride, out, count) in enumerate(_ROWS, start=1):
+def inverted_residuals(widths: tuple[int, ...], blocks: tuple[int, ...]) -> Iterator[InvertedResidual]:
+    """The blocks between stem and head in the order they run; `widths` and `blocks` as in EFFICIENTNET_WIDTHS and
+    EFFICIENTNET_BLOCKS."""
+    width = widths[0]
+    for number, ((fused, expansion, stride), out, count) in enumerate(
+        zip(_ROWS, widths[1:-1], blocks, strict=True), start=1
+    ):
         for index in range(count):
             path, step = f"{number}.{index}", 1 if index else stride
             yield InvertedResidual(path, fused, expansion, stride=step, into=width, out=out)
             width = out
 
 
-def efficientnet_v2_s(name: str, channels: int) -> Iterator[Entry]:
-    """The backbone for images of `channels` channels; its output has EFFICIENTNET_WIDTH channels."""
-    yield from _conv_norm(f"{name}.0", EFFICIENTNET_STEM, channels, 3)
-    out = EFFICIENTNET_STEM
-    for block in inverted_residuals():
+def efficientnet_v2(name: str, channels: int, widths: tuple[int, ...], blocks: tuple[int, ...]) -> Iterator[Entry]:
+    """The backbone for images of `channels` channels; its output has ``widths[-1]`` channels."""
+    yield from _conv_norm(f"{name}.0", widths[0], channels, 3)
+    out = widths[0]
+    for block in inverted_residuals(widths, blocks):
         yield from (_fused_block if block.fused else _block)(f"{name}.{block.path}.block", block)
         out = block.out
-    yield from _conv_norm(f"{name}.{EFFICIENTNET_HEAD}", EFFICIENTNET_WIDTH, out, 1)
+    yield from _conv_norm(f"{name}.{EFFICIENTNET_HEAD}", widths[-1], out, 1)
 
 
 def _fused_block(name: str, block: InvertedResidual) -> Iterator[Entry]:

@@ -1,17 +1,23 @@
 """Parts of messages: lists of names, values that were found, fields that are wrong, names that were meant."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
 
-# Names from diffusers and ComfyUI -> the names for the same here.
+# Names from diffusers, ComfyUI and AUTOMATIC1111 -> the names for the same here.
 NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "num_inference_steps": ("steps", "prior_steps", "decoder_steps"),
     "prior_num_inference_steps": ("prior_steps",),
@@ -19,8 +25,11 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "prior_guidance_scale": ("prior_guidance",),
     "decoder_guidance_scale": ("decoder_guidance",),
     "cfg": ("guidance", "prior_guidance", "decoder_guidance"),
+    "cfg_scale": ("guidance", "prior_guidance", "decoder_guidance"),
+    "sampler_name": ("sampler",),
     "scheduler": ("sampler",),
     "denoise": ("strength",),
+    "denoising_strength": ("strength",),
     "negative_prompt": ("negative",),
     "num_images_per_prompt": ("num_images",),
     "generator": ("seed",),
@@ -28,8 +37,38 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "image": ("init_image", "image_prompts"),
     "mask_image": ("mask",),
     "size": ("width", "height"),
+    "batch_size": ("num_images", "rows"),
+    "n": ("num_images",),
+    "callback_on_step_end": ("on_step",),
+    "prompt_embeds": ("embeds",),
+    "torch_dtype": ("dtype", "precision"),
+    "dtype": ("precision",),
+    "layout": ("to",),
+    "format": ("to",),
+    "out": ("output",),
+    "output_dir": ("output",),
+    "overwrite": ("force",),
+    "max_shard_size": ("shard_size",),
+    "reference_model": ("against",),
+    "model": ("bundle",),
+    "stage": ("stages",),
+    "report": ("reports",),
+    "provider": ("engine", "device"),
+    "arch": ("targets",),
+    "lora": ("loras",),
 }
 STAGE_PREFIXES = ("prior_", "decoder_")
+
+
+def changed_fields(value: Any) -> str:
+    """A dataclass with defaults as text, with the fields alone that differ from them: `ExportOptions(force=True)`."""
+    plain = type(value)()
+    changed = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in fields(value)
+        if getattr(value, field.name) != getattr(plain, field.name)
+    ]
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def listed(items: Sequence[str], most: int = 6) -> str:
@@ -56,6 +95,17 @@ def shown(value: object) -> str:
         return "a number of hundreds of digits"
     text = repr(value[:LONG] if isinstance(value, str) else value)
     return text if len(text) <= LONG else f"{text[:LONG]}..."
+
+
+def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: `function` raises UsageError for an unknown keyword, with the name that was probably meant."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        require_known(function.__name__, kwargs, signature(function).parameters)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def require_known(what: str, given: Collection[str], known: Collection[str]) -> None:

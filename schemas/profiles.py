@@ -1,7 +1,7 @@
 """Computes the shapes that an engine is built for from the sizes of images.
 
 An engine accepts every shape between a minimum and a maximum, and is fastest at the optimum between them. Users give
-all three as image sizes: height, width, and the number of images at a time.
+all three as image sizes: width, height, and the number of images at a time.
 """
 
 import re
@@ -57,16 +57,16 @@ class Bounds:
 
 
 def parse_image_size(text: str) -> ImageSize:
-    """Read HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
+    """Read WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
     found = _SIZE.fullmatch(text.strip().lower())
     if not found or not all(int(number) for number in found.groups() if number):
-        raise UsageError(f"{text!r}: expected HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES, such as 1024x768x2")
-    return ImageSize(height=int(found[1]), width=int(found[2]), images=int(found[3] or 1))
+        raise UsageError(f"{text!r}: expected WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2")
+    return ImageSize(width=int(found[1]), height=int(found[2]), images=int(found[3] or 1))
 
 
 def shown(size: ImageSize) -> str:
     """Write a size as `parse_image_size` reads it."""
-    return f"{size.height}x{size.width}x{size.images}"
+    return f"{size.width}x{size.height}x{size.images}"
 
 
 DEFAULT = Bounds(*map(parse_image_size, ("512x512x1", "1024x1024x1", "1536x1536x2")))

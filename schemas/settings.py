@@ -6,7 +6,7 @@ People and PNG metadata write settings flat: `prior_steps`, `decoder_guidance`. 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from enum import StrEnum
+from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Self, TypedDict, Unpack
 
@@ -15,14 +15,8 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
 from .messages import require_known, shown, wrong_fields
+from .sampler import Sampler as Sampler
 from .sizes import SizePolicy
-
-
-class Sampler(StrEnum):
-    """The samplers: diffusers' DDPM-Würstchen, and Stability's own "gdf"."""
-
-    DDPM_WUERSTCHEN = "ddpm-wuerstchen"
-    GDF = "gdf"
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -179,13 +173,24 @@ def _outside(settings: Settings) -> Iterator[str]:
     for name, (kind, least, most) in RANGES.items():
         value = getattr(settings, name)
         if not _is_within(value, kind, least, most):
-            yield f"{name} {shown(value)}: expected {least} to {most}"
+            yield f"{_argument(name, value)}: expected {least} to {most}"
     for name in TIMESTEPS:
         ratios = getattr(settings, name)
         if len(ratios) > MAX_STEPS + 1:
             yield f"{name}: expected at most {MAX_STEPS + 1}, found {len(ratios)}"
         elif wrong := [ratio for ratio in ratios if not _is_within(ratio, *_SHARE)]:
-            yield f"{name} {shown(wrong[0])}: expected ratios from 0 to 1"
+            yield f"{_argument(name, wrong[0])}: expected ratios from 0 to 1"
+
+
+def _argument(name: str, value: object) -> str:
+    """The setting as an argument, which the command line turns into its option; a value too long for one is described.
+
+    Examples:
+        >>> _argument("prior_steps", -1)
+        'prior_steps=-1'
+    """
+    text = shown(value)
+    return f"{name}={text}" if text == repr(value) else f"{name} {text}"
 
 
 def _is_within(value: Any, kind: type, least: float, most: float) -> bool:
@@ -200,7 +205,12 @@ SAMPLER_DEFAULTS: Mapping[Sampler, Mapping[str, float]] = {
 }
 
 SETTINGS = frozenset(field.name for field in fields(Settings))
-_ADAPTER = TypeAdapter(Settings)
+
+
+@cache
+def _adapter() -> TypeAdapter[Settings]:
+    """The checks of the settings, which take a while to prepare."""
+    return TypeAdapter(Settings)
 
 
 def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> Settings:
@@ -214,6 +224,6 @@ def parse_settings(given: Mapping[str, Any], default_size: tuple[int, int]) -> S
     except ValueError:
         raise UsageError(f"sampler {shown(given['sampler'])}: expected {' or '.join(Sampler)}") from None
     try:
-        return _ADAPTER.validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
+        return _adapter().validate_python({"width": width, "height": height, **SAMPLER_DEFAULTS[sampler], **given})
     except ValidationError as error:
         raise UsageError(f"settings: {wrong_fields(error, SETTINGS)}") from error

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import ClassVar, Literal
 
 from .errors import LayoutError
-from .layer_tensors import EFFICIENTNET_WIDTH
+from .layer_tensors import EFFICIENTNET_BLOCKS, EFFICIENTNET_WIDTHS
 
 
 class Stage(StrEnum):
@@ -31,11 +31,14 @@ class Stage(StrEnum):
 
 
 class Variant(StrEnum):
-    """The release that a config equals: Stability's full or lite, cascadekit's tiny, or custom for none of them."""
+    """The release that a config equals: Stability's full or lite, cascadekit's tiny (random) or icons (trained).
+
+    A config that equals none of them is custom."""
 
     FULL = "full"
     LITE = "lite"
     TINY = "tiny"
+    ICONS = "icons"
     CUSTOM = "custom"
 
 
@@ -173,10 +176,14 @@ class ImageEncoderConfig:
 
 @dataclass(frozen=True)
 class EffnetEncoderConfig:
-    """Encodes an image into latents of the prior, 32 times smaller: EfficientNetV2-S and a 1x1 convolution."""
+    """Encodes an image into latents of the prior, 32 times smaller: EfficientNetV2-S and a 1x1 convolution.
+
+    A narrower backbone has other widths (stem, six rows, last convolution) and blocks (of each row)."""
 
     stage: ClassVar[Stage] = Stage.EFFNET_ENCODER
     c_latent: int = 16
+    backbone_widths: tuple[int, ...] = EFFICIENTNET_WIDTHS
+    backbone_blocks: tuple[int, ...] = EFFICIENTNET_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,8 @@ class ControlNetConfig:
     proj_blocks: tuple[int, ...]  # the residual blocks, counted in the order they run; one projection for each
     bottleneck_mode: Bottleneck | None = None
     c_proj: int = 2048  # channels of the prior
+    backbone_widths: tuple[int, ...] = EFFICIENTNET_WIDTHS  # of an EfficientNet, as in EffnetEncoderConfig
+    backbone_blocks: tuple[int, ...] = EFFICIENTNET_BLOCKS
 
     def __post_init__(self) -> None:
         if (self.c_in, self.bottleneck_mode) not in CONTROLNET_KINDS.values():
@@ -232,7 +241,7 @@ class ControlNetConfig:
     @property
     def width(self) -> int:
         """Channels that leave the backbone."""
-        return self.c_in if self.bottleneck_mode == "simple" else EFFICIENTNET_WIDTH
+        return self.c_in if self.bottleneck_mode == "simple" else self.backbone_widths[-1]
 
 
 NetworkConfig = (
@@ -247,7 +256,13 @@ NetworkConfig = (
 
 
 def prior_config(
-    widths: tuple[int, ...], heads: tuple[int, ...], layers: tuple[int, ...], *, text: int = 1280, pooled: int = 1280
+    widths: tuple[int, ...],
+    heads: tuple[int, ...],
+    layers: tuple[int, ...],
+    *,
+    text: int = 1280,
+    pooled: int = 1280,
+    image: int = 768,
 ) -> UNetConfig:
     """A stage C like the released ones: two levels of equal size with attention; `layers` on the way down."""
     return UNetConfig(
@@ -264,7 +279,7 @@ def prior_config(
         block_types_per_layer=(RES_TIMESTEP_ATTENTION, RES_TIMESTEP_ATTENTION),
         clip_text_in_channels=text,
         clip_text_pooled_in_channels=pooled,
-        clip_image_in_channels=768,
+        clip_image_in_channels=image,
         effnet_in_channels=None,
         pixel_mapper_in_channels=None,
         dropout=(0.1, 0.1),
@@ -309,24 +324,43 @@ def decoder_config(
 # The blocks of the full prior that the released ControlNets feed: eight at its ends, or every one.
 PROJ_BLOCKS_ENDS = (0, 4, 8, 12, 51, 55, 59, 63)
 PROJ_BLOCKS_ALL = tuple(range(64))
+PROJ_BLOCKS_ICONS = (0, 2, 5)  # of the six blocks of the small prior for icons
 
 PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.PRIOR, Variant.FULL): prior_config((2048, 2048), (32, 32), (8, 24)),
     (Stage.PRIOR, Variant.LITE): prior_config((1536, 1536), (24, 24), (4, 12)),
+    (Stage.PRIOR, Variant.ICONS): prior_config((128, 128), (2, 2), (1, 2), text=48, pooled=64, image=64),
     (Stage.PRIOR, Variant.TINY): prior_config((64, 64), (1, 1), (1, 1), text=8, pooled=12),
     (Stage.DECODER, Variant.FULL): decoder_config((320, 640, 1280, 1280), (0, 0, 20, 20), (2, 6, 28, 6), (3, 3, 2, 2)),
     (Stage.DECODER, Variant.LITE): decoder_config((320, 576, 1152, 1152), (0, 9, 18, 18), (2, 4, 14, 4), (2, 2, 2, 2)),
+    (Stage.DECODER, Variant.ICONS): decoder_config(
+        (48, 96, 128, 64), (0, 0, 2, 1), (1, 1, 1, 1), (2, 2, 1, 1), conditioning=128, pooled=64
+    ),
     (Stage.DECODER, Variant.TINY): decoder_config(
         (16, 32, 64, 64), (0, 0, 1, 1), (1, 1, 1, 1), (3, 2, 2, 2), conditioning=48, pooled=12
     ),
+    (Stage.VQGAN, Variant.ICONS): VQGANConfig(bottleneck_blocks=3, embed_dim=48, num_vq_embeddings=512),
     (Stage.VQGAN, Variant.FULL): VQGANConfig(bottleneck_blocks=12, embed_dim=384),
     (Stage.VQGAN, Variant.TINY): VQGANConfig(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64),
+    (Stage.TEXT_ENCODER, Variant.ICONS): TextEncoderConfig(48, 192, 4, 3, 64),
     (Stage.TEXT_ENCODER, Variant.FULL): TextEncoderConfig(1280, 5120, 20, 32, 1280),
     (Stage.TEXT_ENCODER, Variant.TINY): TextEncoderConfig(8, 32, 2, 2, 12),
+    (Stage.IMAGE_ENCODER, Variant.ICONS): ImageEncoderConfig(64, 256, 4, 3, 64, patch_size=32),
     (Stage.IMAGE_ENCODER, Variant.FULL): ImageEncoderConfig(1024, 4096, 16, 24, 768),
     (Stage.EFFNET_ENCODER, Variant.FULL): EffnetEncoderConfig(),
+    (Stage.EFFNET_ENCODER, Variant.ICONS): EffnetEncoderConfig(
+        backbone_widths=(8, 8, 16, 32, 64, 64, 128, 256), backbone_blocks=(1, 1, 1, 1, 1, 1)
+    ),
     (Stage.PREVIEWER, Variant.FULL): PreviewerConfig(),
+    (Stage.PREVIEWER, Variant.ICONS): PreviewerConfig(c_hidden=128),
     (Stage.CONTROLNET_CANNY, Variant.FULL): ControlNetConfig(1, PROJ_BLOCKS_ENDS),
+    (Stage.CONTROLNET_CANNY, Variant.ICONS): ControlNetConfig(
+        1,
+        PROJ_BLOCKS_ICONS,
+        c_proj=128,
+        backbone_widths=(8, 8, 16, 32, 64, 64, 128, 128),
+        backbone_blocks=(1, 1, 1, 1, 1, 1),
+    ),
     (Stage.CONTROLNET_INPAINTING, Variant.FULL): ControlNetConfig(4, PROJ_BLOCKS_ENDS),
     (Stage.CONTROLNET_SUPER_RESOLUTION, Variant.FULL): ControlNetConfig(16, PROJ_BLOCKS_ENDS, "large"),
     (Stage.CONTROLNET_IDENTITY, Variant.FULL): ControlNetConfig(512, PROJ_BLOCKS_ALL, "simple"),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from .layer_tensors import EFFICIENTNET_WIDTH, Entry, Shape, affine, batch_norm, efficientnet_v2_s, norm
+from .layer_tensors import Entry, Shape, affine, batch_norm, efficientnet_v2, norm
 from .stages import (
     Block,
     ControlNetConfig,
@@ -169,8 +169,8 @@ def _clip_layers(prefix: str, config: TextEncoderConfig | ImageEncoderConfig) ->
 
 
 def _effnet_encoder(config: EffnetEncoderConfig) -> Iterator[Entry]:
-    yield from efficientnet_v2_s("backbone", channels=3)
-    yield "mapper.0.weight", (config.c_latent, EFFICIENTNET_WIDTH, 1, 1)
+    yield from efficientnet_v2("backbone", 3, config.backbone_widths, config.backbone_blocks)
+    yield "mapper.0.weight", (config.c_latent, config.backbone_widths[-1], 1, 1)
     yield from batch_norm("mapper.1", config.c_latent, learned=False)
 
 
@@ -189,7 +189,7 @@ def _controlnet(config: ControlNetConfig) -> Iterator[Entry]:
     width = config.width
     match config.bottleneck_mode:
         case None:
-            yield from efficientnet_v2_s("backbone", config.c_in)
+            yield from efficientnet_v2("backbone", config.c_in, config.backbone_widths, config.backbone_blocks)
         case "large":
             yield from _controlnet_large(config.c_in, width)
         case "simple":

@@ -16,13 +16,15 @@ from ..schemas.manifest import MANIFEST_NAME
 from ..schemas.messages import listed
 from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
-from .locks import locked
+from .bundle import is_bundle, locked_bundle
+from .locks import holder_of, locked
 from .output_rules import locate, require_apart, require_free
 from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
 
 NOTE = "fingerprint"  # a file in the scratch folder that identifies the work in it
 RESERVED = (NOTE, REPLACED, JOURNAL, f"{JOURNAL}.new")
 INSIDE = ".cascadekit.partial"  # the scratch folder where it must be inside the output itself
+BUILDING = ".building"  # the scratch folder in a bundle while GPU engines are built for it
 
 
 @contextmanager
@@ -43,10 +45,11 @@ def staged_output(
     `fingerprint`, which stands for the same work; otherwise it removes them.
 
     Args:
-        force: Replace files of the same names, or a whole output of cascadekit.
+        force: Replace files of the same names, or a whole output of cascadekit. The lock of a bundle that is there is
+            held, after waiting for it.
         sources: Files and folders that the output must not touch.
         files: Paths below the folder that will be written, checked before the block runs; None for one file.
-        complete: The new folder has every file of the old one that is to stay.
+        complete: The new folder has every file of the old one that is to stay; the caller holds a bundle's lock.
         say: Called with a line about replaced files.
 
     Raises UsageError when `target` overlaps `sources`, when it would replace something without `force` or something
@@ -55,7 +58,7 @@ def staged_output(
     place = locate(target)
     require_apart(place, sources)
     scratch = _scratch_for(place)
-    with _locked(scratch, target):
+    with _locked_bundle_at(place, target, force=force and not complete), _locked(scratch, target):
         staged = scratch / (place.name if place.name not in ("", *RESERVED) else "output")
         try:
             _require_own(scratch, staged)
@@ -81,6 +84,16 @@ def staged_output(
         finally:
             if not (scratch / JOURNAL).exists():  # it exists while there is something to undo
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output(
+    target: Path, *, force: bool, sources: Iterable[str | Path] = (), files: Collection[str] | None = None
+) -> None:
+    """Raise UsageError where `staged_output` would, for the same arguments; nothing is written or locked."""
+    place = locate(target)
+    require_apart(place, sources)
+    if files is not None or place.is_file():
+        _replacement(place, files or (), _scratch_for(place), force=force)
 
 
 @dataclass(frozen=True)
@@ -192,12 +205,29 @@ def _locked(scratch: Path, target: Path) -> Iterator[None]:
             held.enter_context(locked(scratch, prepare))
         except BlockingIOError as error:
             raise UsageError(
-                f"{target}: another process is writing it; wait for that one or choose another output"
+                f"{target}: another process is writing it{holder_of(scratch)}; wait for that one or choose another "
+                "output"
             ) from error
         except OSError as error:
             raise ConversionError(
                 f"{target}: cannot be written: {error.strerror} ({error.filename}); choose another output"
             ) from error
+        yield
+
+
+@contextmanager
+def _locked_bundle_at(place: Path, target: Path, *, force: bool) -> Iterator[None]:
+    """With `force`, hold the lock of a bundle at `place`, which is to be replaced; without, nothing is.
+
+    A bundle's lock is taken before that of a scratch folder, here as everywhere, so that no two wait for each other.
+    Raises UsageError while GPU engines are built for the bundle, which may take hours."""
+    if not force or not is_bundle(place):
+        yield
+        return
+    with locked_bundle(place):
+        if (place / BUILDING).is_dir():
+            with _locked(place / BUILDING, target):
+                pass
         yield
 
 

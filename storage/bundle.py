@@ -141,6 +141,6 @@ def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manif
 def locked_bundle(root: Path) -> AbstractContextManager[None]:
     """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
 
-    Nothing is locked on a file system without locks for folders, such as some network drives. Raises UsageError when
-    there is no bundle."""
-    return locked(Path(os.path.realpath(root)), lambda: _require_manifest(root), wait=True)
+    Who waits says so after a second, see `locked`. Nothing is locked on a file system without locks for folders, such
+    as some network drives. Raises UsageError when there is no bundle."""
+    return locked(Path(os.path.realpath(root)), lambda: _require_manifest(root), wait=True, output=root)

@@ -5,7 +5,11 @@ Each fixture imports what it needs: tests of schemas/ and storage/ run without t
 
 import gc
 import importlib.util
+import multiprocessing
+import os
 import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +19,12 @@ if TYPE_CHECKING:
     from helpers.whole import Whole
 
 DATA = Path(__file__).parent / "data"
+# What commands that tests kill import when they are called.
+PRELOADED = (
+    "pytest onnxruntime cascadekit.cli.convert cascadekit.converters.checkpoints.convert cascadekit.cli.lora.apply "
+    "cascadekit.converters.lora.merge_bundle cascadekit.cli.generate_prompt_file "
+    "cascadekit.runtime.batch.batch_runner"
+).split()
 
 
 def pytest_configure() -> None:
@@ -26,8 +36,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_out_of_the_collectors_way() -> None:
-    """Engines call gc.collect() when they load and close. Beside torch, diffusers and transformers one such call takes
-    half a second, unless the collector may skip what those modules made."""
+    """Beside torch, diffusers and transformers a full collection takes half a second, unless the collector may skip
+    what those modules made."""
     gc.collect()
     gc.freeze()
 
@@ -39,6 +49,22 @@ def one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_flushed() -> Iterator[None]:
+    """Tests write thousands of files, and a flush takes milliseconds; what a process wrote survives it without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def server() -> ForkServerContext:
+    """Starts processes that have imported everything, as forks of another; a process of tests has one server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -322,7 +322,7 @@ def replaced(path: Path, content: bytes) -> None:
 def test_config_fields(sharded: Path, stage: str) -> None:
     config = json.loads((sharded / stage / "config.json").read_text())
 
-    @settings(hostile, max_examples=150)
+    @settings(hostile, max_examples=50)  # `make fuzz` has more of them
     @given(damages(config), layouts)
     def check(damage: Damage, to: str) -> None:
         with scratch() as folder:
@@ -385,7 +385,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 def test_index_fields(sharded: Path) -> None:
     index = json.loads((sharded / "prior" / INDEX).read_text())
 
-    @settings(hostile, max_examples=150)
+    @settings(hostile, max_examples=50)  # `make fuzz` has more of them
     @given(damages(index), layouts)
     def check(damage: Damage, to: str) -> None:
         with scratch() as folder:

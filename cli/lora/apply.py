@@ -6,35 +6,55 @@ from typing import Any
 import click
 
 from ...schemas.errors import UsageError
-from ..console import say
-from ..options import PATH, all_local
+from ..console import finish
+from ..help import HelpfulCommand
+from ..options import AS_JSON, PATH, all_local, volume_options
 from ..progress import byte_progress
-from .lora_options import alpha_option, filter_option, strength_option, text_strength_option
+from .lora_options import (
+    alpha_option,
+    filter_option,
+    loras_argument,
+    paths_and_strengths,
+    strength_option,
+    text_strength_option,
+)
 from .merge import show_merge
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
-@click.argument("loras", metavar="LORA...", nargs=-1, type=PATH)
+@loras_argument()
 @strength_option
 @text_strength_option
 @click.option("--undo", is_flag=True, help="Restore the earlier weights, byte for byte.")
 @filter_option
 @alpha_option
-def apply(bundle: Path, loras: tuple[Path, ...], undo: bool, **options: Any) -> None:
+@AS_JSON
+@volume_options
+def apply(
+    bundle: Path,
+    loras: list[tuple[str, float]],
+    undo: bool,
+    strengths: tuple[float, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Merge LoRAs into an exported bundle.
 
     The graphs stay as they are. The earlier weights are kept beside the new ones for --undo.
 
-    Example: cascadekit lora apply bundle style.safetensors --strength 0.8
+    Example: cascadekit lora apply bundle style.safetensors:0.8
     """
     from ...converters.lora.merge_bundle import apply_loras, undo_loras
 
     if undo == bool(loras):
         raise UsageError("give LoRAs to apply, or --undo without LoRAs")
     if undo:
-        say(f"wrote {bundle}: without {', '.join(undo_loras(bundle))} again")
+        undone = undo_loras(bundle)
+        facts = {"output": str(bundle), "undone": list(undone)}
+        finish(f"wrote {bundle}: without {', '.join(undone)} again", facts, as_json=as_json)
         return
+    paths, options["strengths"] = paths_and_strengths(loras, strengths)
     with byte_progress() as start_file:
-        done = apply_loras(bundle, all_local(loras), **options, start_file=start_file)
-    show_merge(bundle, done)
+        done = apply_loras(bundle, all_local(paths), **options, start_file=start_file)
+    show_merge(bundle, done, as_json=as_json)

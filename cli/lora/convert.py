@@ -6,14 +6,15 @@ from typing import Any
 import click
 
 from ...schemas.lora_keys import LoraFormat
-from ..console import note, say
-from ..options import PATH, local, maybe_local
+from ..console import finish, note
+from ..help import HelpfulCommand
+from ..options import AS_JSON, PATH, local, maybe_local, volume_options
 from .lora_options import against_option, alpha_option, filter_option, force_option
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("path", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="The .safetensors file to make; for peft, a folder.")
 @click.option("--to", required=True, type=click.Choice(WRITTEN), help="Format to write.")
@@ -22,7 +23,9 @@ WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 @alpha_option
 @click.option("--drop", is_flag=True, help="Leave out the tensors that the format cannot hold, and list them.")
 @force_option
-def convert(path: Path, output: Path, to: str, against: Path | None, **options: Any) -> None:
+@AS_JSON
+@volume_options
+def convert(path: Path, output: Path, to: str, against: Path | None, as_json: bool, **options: Any) -> None:
     """Rewrite a LoRA in another format; its effect stays the same.
 
     Example: cascadekit lora convert stability.safetensors --to comfyui -o comfyui.safetensors
@@ -32,4 +35,5 @@ def convert(path: Path, output: Path, to: str, against: Path | None, **options: 
     done = convert_lora(local(path), output, to, against=maybe_local(against), **options)
     for text in done.notes:
         note(text)
-    say(f"wrote {output} ({done.modules} modules, {to})")
+    facts = {"output": str(output), "format": to, "modules": done.modules, "notes": list(done.notes)}
+    finish(f"wrote {output} ({done.modules} modules, {to})", facts, as_json=as_json)

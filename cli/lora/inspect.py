@@ -7,13 +7,14 @@ from typing import Any
 import click
 
 from ..console import note, say, show_table
+from ..help import HelpfulCommand
 from ..options import PATH
 from .lora_options import against_option, alpha_option, filter_option
 
 SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("path", type=PATH)
 @against_option
 @filter_option

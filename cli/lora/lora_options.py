@@ -1,8 +1,13 @@
 """Options that several `lora` commands share."""
 
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
 import click
 
-from ..options import PATH
+from ...schemas.errors import UsageError
+from ..options import PATH, parse_loras
 
 against_option = click.option(
     "--against", type=PATH, help="Checkpoint that the LoRA was trained on, if it is not a released one."
@@ -16,12 +21,15 @@ filter_option = click.option(
     help="For Stability's format: `module_filters` of the training config (repeatable).",
 )
 alpha_option = click.option("--alpha", type=float, help="Alpha, if the file has none.  [default: the rank]")
+loras_argument = partial(
+    click.argument, "loras", metavar="FILE[:STRENGTH]...", nargs=-1, callback=parse_loras
+)  # a list of names and strengths
 strength_option = click.option(
     "--strength",
     "strengths",
     type=float,
     multiple=True,
-    help="Strength of a LoRA; give one for each, in their order.  [default: 1]",
+    help="Strength of a LoRA, in place of FILE:STRENGTH; give one for each, in their order.  [default: 1]",
 )
 text_strength_option = click.option(
     "--te-strength",
@@ -31,3 +39,12 @@ text_strength_option = click.option(
     help="Strength of a LoRA's text encoder part; give one for each, in their order.  [default: --strength]",
 )
 force_option = click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
+
+
+def paths_and_strengths(
+    loras: Sequence[tuple[str, float]], strengths: Sequence[float]
+) -> tuple[list[Path], Sequence[float]]:
+    """The files of FILE[:STRENGTH], and the strength of each. Raises UsageError for strengths given in both ways."""
+    if strengths and any(strength != 1 for _, strength in loras):
+        raise UsageError("FILE:STRENGTH and strengths=...: give the strengths in one way")
+    return [Path(name) for name, _ in loras], strengths or [strength for _, strength in loras]

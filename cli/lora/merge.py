@@ -5,18 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import note, say
-from ..options import PATH, all_local, local, maybe_local
+from ..console import finish, note
+from ..dry_run import plan_only
+from ..help import HelpfulCommand
+from ..options import AS_JSON, DRY_RUN, PATH, all_local, local, maybe_local, volume_options
 from ..progress import byte_progress
-from .lora_options import alpha_option, filter_option, force_option, strength_option, text_strength_option
+from .lora_options import (
+    alpha_option,
+    filter_option,
+    force_option,
+    loras_argument,
+    paths_and_strengths,
+    strength_option,
+    text_strength_option,
+)
 
 if TYPE_CHECKING:
     from ...converters.lora.merge_plan import Merge
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("checkpoint", type=PATH)
-@click.argument("loras", metavar="LORA...", nargs=-1, required=True, type=PATH)
+@loras_argument(required=True)
 @click.option("-o", "--output", required=True, type=PATH, help="File or folder to make; the same kind as CHECKPOINT.")
 @strength_option
 @text_strength_option
@@ -25,37 +35,50 @@ if TYPE_CHECKING:
 @filter_option
 @alpha_option
 @force_option
+@DRY_RUN
+@AS_JSON
+@volume_options
 def merge(
     checkpoint: Path,
-    loras: tuple[Path, ...],
+    loras: list[tuple[str, float]],
     output: Path,
     text_encoder: Path | None,
     unmerge: bool,
+    strengths: tuple[float, ...],
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Write a checkpoint with LoRAs merged in.
 
     The output has the layout and dtype of CHECKPOINT.
 
-    Example: cascadekit lora merge stage_c.safetensors a.safetensors b.safetensors --strength 0.8 --strength 0.5
-    -o merged.safetensors
+    Example: cascadekit lora merge stage_c.safetensors a.safetensors:0.8 b.safetensors:0.5 -o merged.safetensors
     """
     from ...converters.lora.merge_checkpoint import merge_loras
 
-    base, adapters, encoder = local(checkpoint), all_local(loras), maybe_local(text_encoder)
-    with byte_progress() as start_file:
-        done = merge_loras(
-            base, adapters, output, text_encoder=encoder, unmerge=unmerge, **options, start_file=start_file
-        )
-    show_merge(output, done)
+    paths, chosen = paths_and_strengths(loras, strengths)
+    base, adapters, encoder = local(checkpoint), all_local(paths), maybe_local(text_encoder)
+    options |= {"strengths": chosen, "text_encoder": encoder, "unmerge": unmerge}
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+        done = merge_loras(base, adapters, output, **options, start_file=start_file, on_plan=on_plan)
     if unmerge:
-        say(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+        note(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
+    show_merge(output, done, as_json=as_json)
 
 
-def show_merge(output: Path, done: "Merge") -> None:
+def show_merge(output: Path, done: "Merge", *, as_json: bool) -> None:
     """Print what a merge changed, and the parts of LoRAs that were not applied."""
     for text in done.notes:
         note(text)
     for part in done.unapplied:
         note(f"not applied: {part}")
-    say(f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
+    facts = {
+        "output": str(output),
+        "changed": len(done.effects),
+        "largest_change": done.largest_change,
+        "unapplied": list(done.unapplied),
+        "notes": list(done.notes),
+    }
+    line = f"wrote {output}: {len(done.effects)} tensors changed, by {done.largest_change:.3g} at most"
+    finish(line, facts, as_json=as_json)

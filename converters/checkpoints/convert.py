@@ -4,6 +4,8 @@ A conversion moves ranges: bytes of a source file that hold a tensor (`TensorRan
 `plan_output` gives each range its place in a new tensor, and `write_safetensors` copies or casts them.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,10 +16,12 @@ from ...schemas.callbacks import Say, StartFile
 from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
+from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.layouts import Layout
-from ...schemas.messages import listed
+from ...schemas.messages import known_keywords, listed
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
-from ...storage.atomic_output import staged_output
+from ...storage.atomic_output import check_output, staged_output
+from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_writer import write_safetensors
 from ..hub import local_path
 from .component import Component
@@ -40,6 +44,7 @@ class Conversion:
     notes: tuple[str, ...]
 
 
+@known_keywords
 def convert(
     sources: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -59,6 +64,7 @@ def convert(
     force: bool = False,
     say: Say | None = None,
     start_file: StartFile | None = None,
+    on_plan: OnPlan | None = None,
 ) -> Conversion:
     """Write every component found in `sources` to `output`, in the layout `to`. No weight changes a bit unless `dtype`
     asks for a cast.
@@ -81,6 +87,7 @@ def convert(
         force: Replace files of the same names, or an earlier output.
         say: Called with a line of text for each download.
         start_file: Called with the name and size of each file before it is written.
+        on_plan: Called with a Forecast once everything was checked; raise an exception there to write nothing.
 
     The output appears whole or not at all. Raises UsageError for sources without components, for an output that exists
     without `force=True` and for options that do not fit; CheckpointError and LayoutError for damaged sources; and
@@ -115,13 +122,13 @@ def convert(
     provenance = provenance_files(model.sources)
     notes = [*model.notes, *plan.notes, *_notes_on_tokens(tokenizer, options), *_notes_on_scale(model, options)]
     single = _is_single(output)
+    inputs = [*model.sources, *plan.sources]
+    names = [] if single else [*plan.names, *(file.name for file in provenance)]
+    if on_plan:
+        check_output(output, force=force, sources=inputs, files=names)
+        on_plan(_forecast(output, plan, notes))
     with staged_output(
-        output,
-        force=force,
-        fingerprint=plan.fingerprint(),
-        sources=[*model.sources, *plan.sources],
-        files=() if single else [*plan.names, *(file.name for file in provenance)],
-        say=notes.append,
+        output, force=force, fingerprint=plan.fingerprint(), sources=inputs, files=names, say=notes.append
     ) as staged:
         for file in plan.files:
             path = staged if single else staged / file.path
@@ -130,6 +137,13 @@ def convert(
             _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
     return Conversion(output, () if single else tuple(file.path for file in plan.files), tuple(notes))
+
+
+def _forecast(output: Path, plan: OutputPlan, notes: Sequence[str]) -> Forecast:
+    """What would be read and written. Headers, configs and tokenizers are left out: they are small."""
+    single = _is_single(output)
+    writes = tuple(FileSize("." if single else file.path.as_posix(), file.nbytes) for file in plan.files)
+    return Forecast(output, sizes_of(plan.sources), writes, notes=tuple(notes))
 
 
 def _parse_layout(to: str | Layout) -> Layout:

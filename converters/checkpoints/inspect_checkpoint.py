@@ -1,5 +1,7 @@
 """Describes a checkpoint from its headers alone, on disk or on the Hub."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from pathlib import Path
 
 from ...schemas.errors import LayoutError

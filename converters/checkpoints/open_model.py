@@ -78,12 +78,13 @@ def open_model(
         ['decoder', 'prior', 'text_encoder']
     """
     choice = WeightsChoice(variant, lite, ema)
-    paths = [Path(source) for source in sources]
+    paths, repeated = _once(map(Path, sources))
     encoders = {Stage.TEXT_ENCODER: text_encoder, Stage.IMAGE_ENCODER: image_encoder}
     given = {stage: Path(path) for stage, path in encoders.items() if path is not None}
     separate = {stage: _open_encoder(path, stage, choice) for stage, path in given.items()}
     found = [contents for path in paths for contents in _open_source(path, choice, given)]
-    notes = [note for contents in (*found, *separate.values()) for note in contents.notes]
+    notes = [f"{path}: given twice, read once" for path in repeated]
+    notes += [note for contents in (*found, *separate.values()) for note in contents.notes]
     components: dict[Stage, Component] = {stage: contents.components[0] for stage, contents in separate.items()}
     for component in (component for contents in found for component in contents.components):
         _add(components, component, choice, notes)
@@ -91,6 +92,16 @@ def open_model(
     tokenizer = next((path / name for path in paths for name in TOKENIZER_FOLDERS if (path / name).is_dir()), None)
     notes += _notes_on_names(components.values())
     return Model(components, tokenizer, tuple(dict.fromkeys(notes)), (*paths, *given.values()))
+
+
+def _once(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Each file or folder once, under its first name, and the paths that name one again."""
+    first: dict[Path, Path] = {}
+    repeated = []
+    for path in paths:
+        if first.setdefault(path.resolve(), path) is not path:
+            repeated.append(path)
+    return list(first.values()), repeated
 
 
 def _open_encoder(path: Path, stage: Stage, choice: WeightsChoice) -> FileContents:

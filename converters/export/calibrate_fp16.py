@@ -31,7 +31,8 @@ def measure_ranges(
 ) -> dict[str, float]:
     """The largest magnitude that each probed value reaches while one image is sampled with guidance, by value.
 
-    `tensors` are in files of one folder. The graph is written into that folder and removed after the run.
+    Weights stay in their files: beside them, the run takes memory for the values of one pass. `tensors` are in files of
+    one folder. The graph is written into that folder and removed after the run.
     `embeddings` are clip_text (2, tokens, c) and clip_text_pooled (2, 1, c) of a prompt and its negative, float32.
     Normal noise takes their place when they are None. Raises EngineError without ONNX Runtime."""
     path = next(iter(tensors.values())).path.with_name("calibration.onnx")

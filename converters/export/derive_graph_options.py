@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ...schemas.stages import PROJ_BLOCKS_ENDS, NetworkConfig, Stage, UNetConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions
 from .calibrate_fp16 import Inputs, measure_ranges
+from .calibration_file import ranges_of
 from .export_options import ExportOptions
 from .fp16_overflow import overflow_warning
 
@@ -45,12 +47,17 @@ def derive_graph_options(
         derived = replace(derived, control=PROJ_BLOCKS_ENDS)
     if derived.precision is not Precision.FP16:
         return DerivedOptions(derived)
-    if options.fp16_safe is None:
+    safe = options.fp16_safe
+    if safe == "off" or (safe is None and options.calibration is None and find_spec("onnxruntime") is None):
         say(overflow_warning(stage, tensors))
         return DerivedOptions(derived)
-    say(f"{stage}: measuring how large its values grow")
-    ranges = measure_ranges(config, tensors, _embeddings(bundle, say))
-    fit = fit_fp16(config, ranges, fixed=None if options.fp16_safe == "auto" else options.fp16_safe)
+
+    def measure() -> dict[str, float]:
+        say(f"{stage}: measuring how large its values grow")
+        return measure_ranges(config, tensors, _embeddings(bundle, say))
+
+    ranges = ranges_of(Path(options.calibration) if options.calibration else None, config, measure)
+    fit = fit_fp16(config, ranges, fixed=safe if isinstance(safe, int) else None)
     for line in describe_fit(stage, fit):
         say(line)
     return DerivedOptions(replace(derived, exponents=fit.exponents, fp32_blocks=fit.fp32_blocks), fit)

@@ -1,18 +1,23 @@
 """Exports a model as a bundle: ONNX graphs for each stage, weights in safetensors files, and the manifest."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.callbacks import Say, StartFile
+from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import ExportError, LayoutError, UsageError
+from ...schemas.forecast import OnPlan
 from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.manifest import MANIFEST_NAME, LoraState, Manifest, to_text
+from ...schemas.messages import require_known
 from ...schemas.stages import Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
-from ...storage.atomic_output import staged_output
+from ...storage.atomic_output import check_output, staged_output
 from ...storage.bundle import require_utf8
 from ...storage.file_hashes import Hashing, describe_file
 from ..checkpoints.component import Component, find_problems
@@ -21,12 +26,13 @@ from ..checkpoints.open_model import Model, open_model
 from .bundle_weights import source_files
 from .export_options import ExportOptions
 from .export_stage import OnQuantized, StageExporter
+from .forecast_export import forecast_export
 
 if TYPE_CHECKING:
     from ..lora.merge_plan import LoraPlan
 
 DEFAULT = ExportOptions()
-DEFAULT_SIDE = {Variant.TINY: 256}  # pixels; every other cascade was trained at 1024
+DEFAULT_SIDE = {Variant.TINY: 256, Variant.ICONS: 128}  # pixels; every other cascade was trained at 1024
 
 
 def export(
@@ -35,8 +41,9 @@ def export(
     options: ExportOptions = DEFAULT,
     *,
     start_file: StartFile | None = None,
-    say: Say = lambda text: None,
-    on_quantized: OnQuantized = lambda stage, choice: None,
+    say: Say = ignored,
+    on_quantized: OnQuantized = ignored,
+    on_plan: OnPlan | None = None,
     **changes: Any,
 ) -> Manifest:
     """Write the bundle of `model` (opened, or its path) at `output`: cascade.json and a folder for each stage.
@@ -47,10 +54,12 @@ def export(
         export("model", "bundle", ExportOptions(target="tensorrt", precision="bf16"), stages=["prior"])
 
     `start_file` is called before a weights file is written. `say` is called with each line that a user should know.
-    `on_quantized` is called with the choice of Linears for each quantised stage. Returns the bundle's manifest.
+    `on_quantized` is called with the choice of Linears for each quantised stage. `on_plan` is called with a Forecast
+    once everything was checked; an exception there ends the export with nothing written. Returns the bundle's manifest.
 
     Raises a CascadeError, and leaves nothing behind, when an option is wrong, a stage is missing or damaged, or the
     output cannot be written."""
+    require_known("export", changes, ExportOptions.__dataclass_fields__.keys() | signature(export).parameters.keys())
     options = replace(options, **changes)
     output = Path(output)
     require_utf8(output)
@@ -65,6 +74,9 @@ def export(
     side = min(DEFAULT_SIDE.get(component.variant, 1024) for component in components.values())
     sources = [*model.sources, *(path for component in components.values() for path in source_files(component))]
     sources += [Path(path) for path, _ in options.loras]
+    if on_plan:
+        check_output(output, force=options.force, sources=sources, files=[MANIFEST_NAME])
+        on_plan(forecast_export(components.values(), output, options, set(loras.stages) if loras else set()))
     with (
         staged_output(output, force=options.force, sources=sources, files=[MANIFEST_NAME], say=say) as staged,
         Hashing() as hashes,
@@ -117,7 +129,7 @@ def _components(model: Model, options: ExportOptions) -> dict[Stage, Component]:
     return components
 
 
-def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, say: Say) -> "LoraPlan | None":
+def _read_loras(components: Mapping[Stage, Component], options: ExportOptions, say: Say) -> LoraPlan | None:
     """The changes that the LoRAs make to the weights; None without LoRAs."""
     if not options.loras:
         return None

@@ -8,19 +8,20 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import VQGAN_SCALES
+from ...schemas.messages import changed_fields
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
 
 WeightsMode = Literal["auto", "copy", "link"]
-Fp16Safe = Literal["auto"] | int | None
+Fp16Safe = Literal["auto", "off"] | int | None
 
 Kind = TypeVar("Kind", bound=StrEnum)
 
 STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportOptions:
     """The options of `export`; names and defaults are those of the command line.
 
@@ -33,7 +34,9 @@ class ExportOptions:
         precisions: The precision of single stages, in place of `precision`.
         target: The runtime whose operators the graphs may use.
         storage: The precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes.
-        fp16_safe: Exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams.
+        fp16_safe: Exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams, "off"
+            is without any. None is "auto" where ONNX Runtime is installed, else "off".
+        calibration: A file of what "auto" measured; it is used if it exists, else written.
         quantize: How Linears are stored in 8 or 4 bits, if their error stays small.
         quantize_threshold: Largest relative error of a quantised Linear; None: twice the error of normal numbers.
         controlnet: Whether the prior has inputs for the residuals of a ControlNet.
@@ -55,6 +58,7 @@ class ExportOptions:
     target: Target = Target.PORTABLE
     storage: Precision | None = None
     fp16_safe: Fp16Safe = None
+    calibration: str | Path | None = None
     quantize: Quantization = Quantization.NONE
     quantize_threshold: float | None = None
     controlnet: bool = False
@@ -63,6 +67,9 @@ class ExportOptions:
     text_encoder: str | Path | None = None
     vqgan_scale: float | None = None
     force: bool = False
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def __post_init__(self) -> None:
         by_stage = {_one_of(Stage, key, "precisions"): value for key, value in self.precisions.items()}
@@ -121,6 +128,11 @@ class ExportOptions:
         if self.fp16_safe is not None and not set(fp16) & set(stages):
             raise UsageError(
                 f'fp16_safe={self.fp16_safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
+            )
+        if self.calibration is not None and (not set(fp16) & set(stages) or self.fp16_safe == "off"):
+            raise UsageError(
+                f"calibration={str(self.calibration)!r} is for a prior or decoder in fp16 within its range; "
+                'add precision="fp16" without fp16_safe="off", or leave it out'
             )
         if self.controlnet and Stage.PRIOR not in stages:
             raise UsageError("controlnet=True is for the prior, which is not exported here; export it too")

@@ -79,6 +79,18 @@ def _without(path: Path, tensors: Mapping[str, TensorRange], modules: frozenset[
     return read_header(path).tensors
 
 
+def summary(choice: QuantizationChoice) -> str:
+    """One line: the Linears chosen, the megabytes before and after, and the worst error beside the one tolerated."""
+    chosen = [layer for layer in choice.layers if layer.reason is None]
+    before = sum(layer.bytes_before for layer in choice.layers) / 1e6
+    after = sum(layer.bytes_after for layer in choice.layers) / 1e6
+    errors = [(layer.error, layer.tolerated) for layer in chosen if layer.error is not None]
+    worst, tolerated = max(errors, default=(0.0, None), key=lambda each: each[0])
+    limit = f" of {tolerated:.2%} tolerated" if tolerated is not None else ""
+    counted = f"{len(chosen)} of {len(choice.layers)} Linears in {choice.scheme.kind}"
+    return f"{counted}, {before:.1f} MB become {after:.1f} MB, worst error {worst:.2%}{limit}"
+
+
 def table_rows(choice: QuantizationChoice) -> Iterator[tuple[str, ...]]:
     """Rows for a table with the headings COLUMNS: one row for the Linears of the same name in all blocks."""
     groups: dict[str, list[int]] = {}

@@ -4,6 +4,8 @@ onnx checks each graph by its own rules. The byte range of every weight must lie
 the one that the manifest describes.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import math
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ from typing import Any
 import onnx
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.manifest import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.stages import Stage
@@ -72,7 +74,7 @@ class Validation:
         }
 
 
-def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = lambda text: None) -> Validation:
+def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = ignored) -> Validation:
     """Check every stage and every other file of `bundle` (opened, or its path) without running it.
 
         result = validate("bundle", hash=True)

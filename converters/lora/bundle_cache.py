@@ -4,6 +4,8 @@ A cached bundle shares all files that the LoRAs do not change with its original.
 weights, or as the whole bundle when the cache is on another file system.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import hashlib
 import json
 import math
@@ -14,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.callbacks import Say, StartFile
+from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
@@ -37,7 +39,7 @@ def with_loras(
     cache: Path | None = None,
     *,
     start_file: StartFile | None = None,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> Path:
     """Return the path of a copy of `bundle` with `loras` merged in; `bundle` itself when there are no LoRAs.
 
@@ -73,7 +75,7 @@ def find_lora(lora: str | Path) -> Path:
         return path
     if path.name != str(lora):
         raise UsageError(f"{lora}: no such LoRA file; check the path")
-    folders = [Path(name) for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
+    folders = _named_folders()
     name = path.name if path.name.endswith(SUFFIX) else path.name + SUFFIX
     for folder in folders:
         for found in (folder / name, folder / path.name):
@@ -86,7 +88,36 @@ def find_lora(lora: str | Path) -> Path:
     raise UsageError(f"{lora}: no {name} in {where} (${FOLDERS}); there are: {', '.join(have) or 'none'}")
 
 
-def _merging() -> Callable[..., "Merge"]:
+def listed_loras(folders: Sequence[Path] = ()) -> dict[str, str]:
+    """The LoRAs in `folders` and in those of $CASCADEKIT_LORAS, by name, and what `find_lora` takes for each.
+
+    A LoRA is a .safetensors file or the folder of a PEFT adapter. Of several with one name the first counts."""
+    found: dict[str, str] = {}
+    for path in (path for folder in folders for path in _loras_in(folder)):
+        found.setdefault(path.stem, str(path))
+    for path in (path for folder in _named_folders() for path in _loras_in(folder)):
+        found.setdefault(path.stem, path.stem if path.is_file() else str(path))
+    return found
+
+
+def _named_folders() -> list[Path]:
+    return [Path(name) for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
+
+
+def _loras_in(folder: Path) -> list[Path]:
+    """The LoRAs of a folder in the order of their names; none where there is no such folder."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [path for path in entries if (path.is_dir() and holds_lora(path)) or _is_lora_file(path)]
+
+
+def _is_lora_file(path: Path) -> bool:
+    return path.suffix == SUFFIX and not path.name.startswith(".") and path.is_file()
+
+
+def _merging() -> Callable[..., Merge]:
     """Return `derive_bundle`. It needs the onnx package, which reading the cache does not."""
     try:
         from .merge_bundle import derive_bundle
@@ -145,7 +176,7 @@ def _alone(target: Path) -> Iterator[None]:
 
     with ExitStack() as held:
         try:
-            held.enter_context(locked(lock, prepare, wait=True))
+            held.enter_context(locked(lock, prepare, wait=True, output=target))
         except OSError as error:
             raise ConversionError(
                 f"{lock.parent}: the cache of LoRAs cannot be written: {error.strerror}; set ${CACHE} to another folder"

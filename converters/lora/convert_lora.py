@@ -1,5 +1,7 @@
 """Converts LoRA files between formats without changing what they do to a weight."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

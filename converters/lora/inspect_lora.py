@@ -1,5 +1,7 @@
 """Describes a LoRA file from its header and its alphas alone."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence

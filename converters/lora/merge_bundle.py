@@ -5,6 +5,8 @@ that either the old or the new bundle is there after a crash. Replaced files sta
 Files that are shared with the model are therefore never written to, and undoing is renaming.
 """
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +131,7 @@ class _BundleMerge:
     changes: dict[Stage, Changes]
 
     @classmethod
-    def of(cls, bundle: Bundle, plan: LoraPlan) -> "_BundleMerge":
+    def of(cls, bundle: Bundle, plan: LoraPlan) -> _BundleMerge:
         """Raises ConversionError when the plan changes nothing that the graphs read."""
         changes = {stage: _changes_in_graphs(plan, stage, bundle) for stage in plan.stages}
         if not any(changes.values()):

@@ -1,12 +1,16 @@
 """Merges LoRAs into a checkpoint and keeps its layout. Only the tensors that LoRAs change are computed."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import UsageError
-from ...storage.atomic_output import staged_output
+from ...schemas.forecast import FileSize, Forecast, OnPlan
+from ...storage.atomic_output import check_output, staged_output
+from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_plan import CalculatedRange
 from ...storage.safetensors_reader import TensorRange
 from ...storage.safetensors_writer import write_safetensors
@@ -38,6 +42,7 @@ def merge_loras(
     force: bool = False,
     say: Say | None = None,
     start_file: StartFile | None = None,
+    on_plan: OnPlan | None = None,
 ) -> Merge:
     """Write `checkpoint` with `loras` merged into it (`unmerge`: taken out of it) to `output`.
 
@@ -47,6 +52,8 @@ def merge_loras(
     folder. Memory: one LoRA's factors of one module and some 16 MiB blocks.
 
     Any of the paths may be an hf:// source, which is downloaded first; `say` is called with a line for each download.
+    `on_plan` is called with a Forecast once everything was checked; an exception there ends the merge with nothing
+    written.
 
     Raises LayoutError when a LoRA is not for this checkpoint, ConversionError when it cannot be merged or undone.
 
@@ -73,6 +80,9 @@ def merge_loras(
     record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
     sources = [*model.sources, *map(Path, loras)]
     files = output_tree(source, apart, target)
+    if on_plan:
+        check_output(target, force=force, sources=sources, files=_names(plan, files))
+        on_plan(_forecast(plan, files, target, [Path(lora) for lora in loras]))
     effects, skipped = _write(plan, files, target, sources=sources, record=record, force=force, start_file=start_file)
     return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))
 
@@ -96,8 +106,7 @@ def _write(
         effects.append(effect)
     touched = {tensor.path for tensor in calculated}
     replaced: list[str] = []
-    names = [name for path in sorted(touched) if (name := files.relative(path).as_posix()) != "."]
-    with staged_output(output, force=force, sources=sources, files=names, say=replaced.append) as staged:
+    with staged_output(output, force=force, sources=sources, files=_names(plan, files), say=replaced.append) as staged:
         skipped = files.copy_others(staged, touched)
         for path in sorted(touched):
             place = files.place(staged, path)
@@ -105,6 +114,26 @@ def _write(
                 place = place.with_suffix(".safetensors")
             _rewrite(path, place, calculated, record, start_file)
     return effects, [*replaced, *skipped]
+
+
+def _touched(plan: LoraPlan) -> list[Path]:
+    """The checkpoint's files that hold changed tensors, sorted."""
+    targets = plan.changes
+    return sorted({plan.components[target.stage].require_sound().tensors[target.tensor].path for target in targets})
+
+
+def _names(plan: LoraPlan, files: OutputTree) -> list[str]:
+    """The places of merged files below the output; none where the output is a single file."""
+    return [name for path in _touched(plan) if (name := files.relative(path).as_posix()) != "."]
+
+
+def _forecast(plan: LoraPlan, files: OutputTree, output: Path, loras: Sequence[Path]) -> Forecast:
+    """What would be read and written: merged files are as large as their sources, and other files are copied."""
+    touched = _touched(plan)
+    copied = [path for path in files.others(touched) if not files.is_stale(path, touched)]
+    writes = tuple(FileSize(files.relative(path).as_posix(), path.stat().st_size) for path in [*touched, *copied])
+    notes = (*plan.notes, *(f"not applied: {part}" for part in plan.unapplied), f"{len(plan.changes)} tensors change")
+    return Forecast(output, sizes_of([*loras, *touched, *copied]), writes, notes=notes)
 
 
 def _rewrite(

@@ -1,7 +1,7 @@
 """The files of a merged checkpoint: where each is written, and which files of the source are copied unchanged."""
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +35,23 @@ class OutputTree:
 
         Other variants and formats of merged weights hold the old values. Returns a note for each file left out."""
         notes = []
+        for path in self.others(touched):
+            if self.is_stale(path, touched):
+                notes.append(f"{path}: left out, its weights are not the merged ones")
+            else:
+                shutil.copyfile(path, self.place(staged, path))
+        return notes
+
+    def others(self, touched: Collection[Path]) -> Iterator[Path]:
+        """Yield all files of the checkpoint except `touched` and hidden ones."""
         for root in self.places:
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
-                if path in touched or not path.is_file() or _hidden(path, root):
-                    continue
-                if root.is_dir() and _stale(path, touched):
-                    notes.append(f"{path}: left out, its weights are not the merged ones")
-                else:
-                    shutil.copyfile(path, self.place(staged, path))
-        return notes
+                if path not in touched and path.is_file() and not _hidden(path, root):
+                    yield path
+
+    def is_stale(self, path: Path, touched: Collection[Path]) -> bool:
+        """True for weights beside merged ones, which hold the old values."""
+        return path not in self.places and _stale(path, touched)
 
 
 def _hidden(path: Path, root: Path) -> bool:

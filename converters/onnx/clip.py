@@ -36,14 +36,16 @@ def transformer_layer(graph: Graph, config: ClipConfig, name: str, rows: str, ma
         mask=mask,
     )
     rows = graph.node("Add", f"{name}/attended", rows, mixed)
-    hidden = graph.linear(f"{name}.mlp.fc1", norm(graph, config, f"{name}.layer_norm2", rows))
-    hidden = graph.linear(f"{name}.mlp.fc2", _activation(graph, config, f"{name}.mlp.activation_fn", hidden))
+    hidden = _activated(graph, config, f"{name}.mlp", norm(graph, config, f"{name}.layer_norm2", rows))
+    hidden = graph.linear(f"{name}.mlp.fc2", hidden)
     return graph.node("Add", name, rows, hidden)
 
 
-def _activation(graph: Graph, config: ClipConfig, name: str, value: str) -> str:
+def _activated(graph: Graph, config: ClipConfig, mlp: str, rows: str) -> str:
+    name = f"{mlp}.activation_fn"
     if config.hidden_act == "gelu":
-        return graph.node("Gelu", name, value)
+        return graph.activated(f"{mlp}.fc1", name, rows)
+    value = graph.linear(f"{mlp}.fc1", rows)
     scaled = graph.node("Mul", f"{name}/scaled", value, graph.scalar(QUICK_GELU))
     return graph.node("Mul", name, value, graph.node("Sigmoid", f"{name}/sigmoid", scaled))
 

@@ -5,6 +5,7 @@ Timestep blocks ask for a gain and a shift, attention blocks for keys and values
 
 import math
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,9 @@ from ...schemas.unet_blocks import blocks_of
 from .graph import Graph
 from .streams import NORM_EPS, Streams
 
+# CUDA's Split of more than 32 parts, or of unequal ones, sends their addresses from the host in each run. A replay of a
+# captured CUDA graph would use those of the first run.
+AT_ONCE = 16  # blocks whose gains and shifts one Split yields
 MAX_POSITIONS = 10000.0
 # Entries at which torch's float32 exp (MKL, hence x86) is not the float nearest to the true value, and the difference
 # in units in the last place; by size of the embedding. The releases have size 64. With AVX2 entry 22 differs too.
@@ -59,10 +63,16 @@ class Computed:
     def scale_and_shift(self, name: str, width: int) -> tuple[str, str]:
         """1 + scale and the shift of a timestep block, (B, c) each."""
         graph = self._graph
-        bias = graph.weight(f"{name}.mapper.bias")
-        for condition in self._config.timestep_conditioning_type:  # always 0, so its term is constant
-            constant = graph.linear(f"{name}.mapper_{condition}", zero_embedding(graph, self._config))  # (1, 2c)
-            bias = graph.node("Add", f"{name}/with_{condition}", bias, constant)
+        with graph.island():  # constants: ONNX Runtime folds them in fp32 only
+            bias = graph.weight(f"{name}.mapper.bias")
+            for condition in self._config.timestep_conditioning_type:  # always 0, so its term is constant
+                constant = graph.linear(
+                    f"{name}.mapper_{condition}", zero_embedding(self._graph, self._config)
+                )  # (1, 2c)
+                bias = graph.node("Add", f"{name}/with_{condition}", bias, constant)
+        bias = (
+            graph.to_compute(bias) if self._config.timestep_conditioning_type else graph.weight(f"{name}.mapper.bias")
+        )
         mapped = graph.gemm(f"{name}.mapper", self._timestep, graph.weight(f"{name}.mapper.weight"), bias)
         a, b = graph.split(f"{name}/ab", mapped, axis=1, parts=2)
         exponent = self._streams.of_block(name)
@@ -97,16 +107,22 @@ class Fed:
     def __init__(self, graph: Graph, config: UNetConfig) -> None:
         self._graph = graph
         blocks = timestep_blocks(config)
-        widths = [2 * config.block_out_channels[block.level] for block in blocks]
-        columns = [f"{block.name}/ab" for block in blocks]
-        assert sum(widths) == modulation_width(config)
-        if blocks:
-            graph.split_widths("modulation/parts", MODULATION, 1, widths, columns)
+        alike = [list(run) for _, run in groupby(blocks, lambda block: config.block_out_channels[block.level])]
+        start = 0
+        for run in (blocks[i : i + AT_ONCE] for blocks in alike for i in range(0, len(blocks), AT_ONCE)):
+            end = start + 2 * config.block_out_channels[run[0].level] * len(run)
+            columns = MODULATION
+            if len(run) < len(blocks):
+                bounds = (graph.integers(value) for value in (start, end, 1))
+                columns = graph.node("Slice", f"{MODULATION}/{run[0].name}", MODULATION, *bounds)
+            parts = [f"{block.name}/{part}_row" for block in run for part in ("gain", "shift")]
+            graph.split_equally(f"{MODULATION}/{run[0].name}/parts", columns, 1, parts)
+            start = end
+        assert start == modulation_width(config)
 
     def modulation(self, name: str, width: int) -> tuple[str, str]:
-        graph = self._graph
-        channels = graph.once("Reshape", f"{name}/channels", f"{name}/ab", graph.integers(-1, 1, 1, 2 * width))
-        gain, shift = graph.split(f"{name}/modulation", channels, axis=3, parts=2)
+        graph, shape = self._graph, self._graph.integers(-1, 1, 1, width)
+        gain, shift = (graph.once("Reshape", f"{name}/{p}", f"{name}/{p}_row", shape) for p in ("gain", "shift"))
         return gain, shift
 
     def attended(self, name: str, width: int, own: str) -> tuple[str, str, str]:
@@ -183,8 +199,6 @@ def timestep_embedding(graph: Graph, config: UNetConfig, ratio: str) -> str:
 
 
 def zero_embedding(graph: Graph, config: UNetConfig) -> str:
-    """(1, e): the embedding of the conditions sca and crp, which are 0 in every pipeline: sin 0 = 0 and cos 0 = 1."""
+    """(1, e) fp32: the embedding of the conditions sca and crp, always 0 in the pipelines: sin 0 = 0 and cos 0 = 1."""
     half = config.timestep_ratio_embedding_dim // 2
-    return graph.to_compute(
-        graph.constant("timestep_embedding/zero", np.repeat(np.array([[0, 1]], np.float32), half, axis=1))
-    )
+    return graph.constant("timestep_embedding/zero", np.repeat(np.array([[0, 1]], np.float32), half, axis=1))

@@ -5,9 +5,9 @@ import onnx
 from ...schemas.ports import control_port
 from ...schemas.stages import ControlNetConfig
 from ...schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
-from .efficientnet import PADS, efficientnet_v2_s
+from .efficientnet import PADS, efficientnet_v2
 from .graph import Graph
-from .layers import Image, convolution, pixel_shuffle, pointwise
+from .layers import Image, convolution, leaky_relu, pixel_shuffle, pointwise
 
 NORM_EPS = 1e-5
 NEGATIVE_SLOPE = 0.2  # of every LeakyReLU; no checkpoint has it
@@ -20,7 +20,7 @@ def write_controlnet(graph: Graph, config: ControlNetConfig) -> onnx.ModelProto:
     image = Image(graph, config.c_in, first="control_image")
     match config.bottleneck_mode:
         case None:
-            seen = efficientnet_v2_s(graph, "backbone", image, padded=config.c_in == 3)
+            seen = efficientnet_v2(graph, config, image, padded=config.c_in == 3)
         case "large":
             seen = _large(graph, image)
         case "simple":
@@ -34,20 +34,20 @@ def write_controlnet(graph: Graph, config: ControlNetConfig) -> onnx.ModelProto:
 
 def _projected(graph: Graph, name: str, seen: Image, port: str) -> None:
     rows = graph.linear(f"{name}.0", seen.rows, bias=False)
-    rows = graph.node("LeakyRelu", f"{name}.1", rows, alpha=NEGATIVE_SLOPE)
+    rows = leaky_relu(graph, f"{name}.1", rows, NEGATIVE_SLOPE)
     rows = graph.linear(f"{name}.2", rows, bias=False)
     pixel_shuffle(graph, port, seen.with_rows(rows, graph.width(f"{name}.2")), factor=1)
 
 
 def _simple(graph: Graph, image: Image) -> Image:
     wide = convolution(graph, "backbone.0", image.first, 4 * image.channels, size=image.size, pads=PADS)
-    active = graph.node("LeakyRelu", "backbone.1", wide.first, alpha=NEGATIVE_SLOPE)
+    active = leaky_relu(graph, "backbone.1", wide.first, NEGATIVE_SLOPE)
     return convolution(graph, "backbone.2", active, image.channels, size=image.size, pads=PADS)
 
 
 def _large(graph: Graph, image: Image) -> Image:
     wide = graph.linear("backbone.0", image.rows)
-    active = graph.node("LeakyRelu", "backbone.1", wide, alpha=NEGATIVE_SLOPE)
+    active = leaky_relu(graph, "backbone.1", wide, NEGATIVE_SLOPE)
     image = pointwise(graph, "backbone.2", image.with_rows(active, LARGE_ENTRANCE))
     for index in range(3, 3 + LARGE_BLOCKS):
         image = _normed_convolutions(graph, f"backbone.{index}", image)

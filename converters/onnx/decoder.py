@@ -85,8 +85,9 @@ def _pixels(graph: Graph, streams: Streams) -> str:
     No pipeline gives pixels, and diffusers then maps zeros (B, 3, 8, 8). The first convolution of zeros is its bias at
     every pixel, so one pixel is mapped and the convolution's weight is not read."""
     wide, width = graph.width("pixels_mapper.0"), graph.width("pixels_mapper.2")
-    hidden = graph.node("Gelu", "pixels_mapper.1", graph.weight("pixels_mapper.0.bias", (1, wide)))
-    mapped = graph.linear("pixels_mapper.2", hidden)
-    return graph.layer_norm(
-        "pixels_mapper.3", mapped, width, eps=NORM_EPS, scale=graph.full(width, 2.0 ** -streams.of(OUTERMOST))
-    )
+    with graph.island():  # a constant: ONNX Runtime folds it in fp32 only
+        hidden = graph.node("Gelu", "pixels_mapper.1", graph.weight("pixels_mapper.0.bias", (1, wide)))
+        mapped = graph.linear("pixels_mapper.2", hidden)
+        scale = graph.full(width, 2.0 ** -streams.of(OUTERMOST))
+        normed = graph.layer_norm("pixels_mapper.3", mapped, width, eps=NORM_EPS, scale=scale)
+    return graph.to_compute(normed)

@@ -8,24 +8,26 @@ from typing import Any
 from ...schemas.layer_tensors import (
     EFFICIENTNET_EPSILON,
     EFFICIENTNET_HEAD,
-    EFFICIENTNET_STEM,
-    EFFICIENTNET_WIDTH,
     InvertedResidual,
     inverted_residuals,
 )
+from ...schemas.stages import ControlNetConfig, EffnetEncoderConfig
 from .graph import Graph
-from .layers import Image, batch_normalised, convolution
+from .layers import Image, batch_normalised, channel_means, convolution
 
 PADS = (1, 1, 1, 1)  # keep the size in a 3x3 convolution
 
 
-def efficientnet_v2_s(graph: Graph, name: str, image: Image, *, padded: bool = True) -> Image:
-    """The backbone `name`. Its first convolution is `padded`, except the one of a ControlNet with other inputs."""
+def efficientnet_v2(
+    graph: Graph, config: EffnetEncoderConfig | ControlNetConfig, image: Image, *, padded: bool = True
+) -> Image:
+    """The backbone of `config`. Its first convolution is `padded`, except the one of a ControlNet with other inputs."""
+    name, widths = "backbone", config.backbone_widths
     pads = PADS if padded else (0, 0, 0, 0)
-    image = _conv_norm(graph, f"{name}.0", image, EFFICIENTNET_STEM, strides=[2, 2], pads=pads)
-    for block in inverted_residuals():
+    image = _conv_norm(graph, f"{name}.0", image, widths[0], strides=[2, 2], pads=pads)
+    for block in inverted_residuals(widths, config.backbone_blocks):
         image = _block(graph, f"{name}.{block.path}", block, image)
-    return _conv_norm(graph, f"{name}.{EFFICIENTNET_HEAD}", image, EFFICIENTNET_WIDTH)
+    return _conv_norm(graph, f"{name}.{EFFICIENTNET_HEAD}", image, widths[-1])
 
 
 def _block(graph: Graph, name: str, block: InvertedResidual, image: Image) -> Image:
@@ -53,7 +55,7 @@ def _depthwise(graph: Graph, name: str, block: InvertedResidual, image: Image) -
 
 def _squeeze_excitation(graph: Graph, name: str, block: InvertedResidual, image: Image) -> Image:
     """Scale each channel by a factor that a perceptron computes from the means of all channels."""
-    means = graph.node("GlobalAveragePool", f"{name}.avgpool", image.first)  # (B, c, 1, 1)
+    means = channel_means(graph, f"{name}.avgpool", image)
     hidden = convolution(graph, f"{name}.fc1", means, block.squeezed)
     hidden = convolution(graph, f"{name}.fc2", graph.silu(f"{name}.activation", hidden.first), block.inner)
     scale = graph.node("Sigmoid", f"{name}.scale_activation", hidden.first)

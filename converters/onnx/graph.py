@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .graph_builder import GraphBuilder
+from ...schemas.precision import Target
+from .graph_builder import ORT_DOMAIN, GraphBuilder
 from .quantized import quantized_linear
 
 
@@ -28,6 +29,19 @@ class Graph(GraphBuilder):
             return quantized_linear(self, name, rows, *biases, factor=alpha * 2.0**-exponent)
         weight = self.scaled_weight(f"{name}.weight", exponent, self._expected[f"{name}.weight"][:2])
         return self.gemm(name, rows, weight, *biases, alpha=alpha)
+
+    def activated(self, linear: str, gelu: str, rows: str, *, alpha: float = 1.0) -> str:
+        """The GELU `gelu` of the Linear `linear`, (n, in) -> (n, out); `alpha` as for `linear`.
+
+        ONNX Runtime adds the bias in the operator of the GELU: on a GPU a Gemm writes its whole result for the bias."""
+        if self.options.target is not Target.ORT or linear in self.options.quantized:
+            value = self.linear(linear, rows, alpha=alpha)
+            self.probe(value)
+            return self.node("Gelu", gelu, value)
+        weight = self.weight(f"{linear}.weight", self._expected[f"{linear}.weight"][:2])
+        attributes = {"alpha": alpha, "transB": 1, "domain": ORT_DOMAIN}
+        product = self.node("FusedMatMul", f"{linear}/product", rows, weight, **attributes)
+        return self.node("BiasGelu", gelu, product, self.weight(f"{linear}.bias"), domain=ORT_DOMAIN)
 
     def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
         """The Linears ``prefix.part`` of the same rows, in one product if their weights are adjacent in one file."""

@@ -23,7 +23,11 @@ IR_VERSION = 10  # read by onnxruntime 1.19, up to opset 22
 ATTENTION_IR_VERSION = 11
 ORT_DOMAIN = "com.microsoft"
 
-PORT_TYPES: Mapping[str, int] = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+PORT_TYPES: Mapping[str, int] = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+}
 COMPUTE_TYPES: Mapping[Precision, int] = {
     Precision.FP32: TensorProto.FLOAT,
     Precision.FP16: TensorProto.FLOAT16,
@@ -93,7 +97,11 @@ class GraphBuilder:
 
     def split(self, name: str, value: str, axis: int, parts: int) -> list[str]:
         """`parts` equal slices of `value` along `axis`, called ``name.0``, ``name.1`` and so on."""
-        return self._split([value], name, [f"{name}.{i}{self._suffix}" for i in range(parts)], axis, num_outputs=parts)
+        return self.split_equally(name, value, axis, [f"{name}.{i}" for i in range(parts)])
+
+    def split_equally(self, name: str, value: str, axis: int, outputs: Sequence[str]) -> list[str]:
+        """Equal slices of `value` along `axis`, called `outputs`."""
+        return self._split([value], name, [output + self._suffix for output in outputs], axis, num_outputs=len(outputs))
 
     def split_widths(
         self, name: str, value: str, axis: int, widths: Sequence[int], outputs: Sequence[str]
@@ -151,6 +159,14 @@ class GraphBuilder:
         to = COMPUTE_TYPES[self.options.precision]
         return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
 
+    def float_output(self, op: str, port: str, value: str, *constants: float, **attributes: Any) -> str:
+        """Write the output `port` with an operator in fp32, applied to `value` of the compute type.
+
+        Without it an output is computed in the compute type, and cast."""
+        self._inner.pop(port, None)
+        with self.island():
+            return self.node(op, port, self.to_float(value), *map(self.scalar, constants), **attributes)
+
     def probe(self, value: str) -> None:
         """Add the output ``value/max``, the largest magnitude of the fp32 `value`, if the options ask for probes."""
         if self.options.probes and f"{value}/max" not in self._probes:
@@ -173,11 +189,16 @@ class GraphBuilder:
         return self.once("Cast", f"{stored}/{TYPE_NAMES[self.type]}", stored, to=self.type)
 
     def scaled_weight(self, name: str, exponent: int, dims: Shape | None = None) -> str:
-        """The tensor `name` times 2^-exponent. Runtimes fold the product; it is exact unless a value is subnormal."""
-        weight = self.weight(name, dims)
+        """The tensor `name` times 2^-exponent; the product is exact unless a value is subnormal.
+
+        Runtimes fold it when they load the graph. ONNX Runtime folds what its CPU has kernels for: products of fp32."""
         if exponent == 0:
-            return weight
-        return self.once("Mul", f"{weight}/2^{-exponent}", weight, self.scalar(2.0**-exponent))
+            return self.weight(name, dims)
+        inside = self.type
+        with self.island():
+            weight = self.weight(name, dims)
+            scaled = self.once("Mul", f"{weight}/2^{-exponent}", weight, self.scalar(2.0**-exponent))
+        return scaled if inside == TensorProto.FLOAT else self.to_compute(scaled)
 
     def packed(self, name: str, parts: Sequence[str]) -> str | None:
         """The tensors `parts` as one called `name`, stacked along their first axis.
@@ -235,6 +256,10 @@ class GraphBuilder:
         attributes = {"alpha": alpha} if alpha != 1 else {}
         return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
 
+    def gemm_once(self, name: str, rows: str, weight: str, *bias: str) -> str:
+        """Like `gemm`, for constants that passes share: a second call with the same name adds nothing."""
+        return self.once("Gemm", name, rows, weight, *bias, transB=1)
+
     # Constants: small, inside the protobuf, each written once
 
     def integers(self, *values: int) -> str:
@@ -248,6 +273,10 @@ class GraphBuilder:
     def full(self, width: int, value: float = 1.0) -> str:
         """(width,) in the current type, filled with `value`"""
         return self._filled(f"{TYPE_NAMES[self.type]}[{width} x {value!r}]", (width,), value)
+
+    def full_row(self, width: int, value: float) -> str:
+        """(1, width) in the current type, filled with `value`"""
+        return self._filled(f"{TYPE_NAMES[self.type]}[1 x {width} x {value!r}]", (1, width), value)
 
     def lowest(self) -> str:
         """() the lowest finite number of the current type"""

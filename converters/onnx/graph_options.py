@@ -47,6 +47,17 @@ class GraphOptions:
         return Scheme(self.quantization, self.target, self.block_size, self.int8_products)
 
     @property
+    def cuda_bf16(self) -> bool:
+        """Whether ONNX Runtime's CUDA provider may run the graph in bf16, for which it lacks some operators: Clip,
+        ConvTranspose, DepthToSpace, GlobalAveragePool, LeakyRelu, Pad and Resize."""
+        return self.precision is Precision.BF16 and self.target is not Target.TENSORRT
+
+    @property
+    def between(self) -> str:
+        """The dtype of keys and values between a conditioning and a step graph. NumPy has no bf16."""
+        return "float16" if (self.precision, self.target) == (Precision.FP16, Target.ORT) else "float32"
+
+    @property
     def opset(self) -> int:
         """The lowest opset that has every operator and type of graphs with these options."""
         if self.target is Target.TENSORRT:

@@ -8,6 +8,9 @@ from ...schemas.precision import Precision, Target
 from ...schemas.tensors import Shape
 from .graph import Graph
 from .graph_builder import ORT_DOMAIN
+from .streams import NORM_EPS
+
+LAST = 2**63 - 1  # the end of an axis, in Slice
 
 
 class Image:
@@ -79,6 +82,7 @@ def convolution(
     value: str,
     channels: int,
     *,
+    weights: str | None = None,
     dims: Shape | None = None,
     size: str | None = None,
     bias: bool = True,
@@ -87,10 +91,12 @@ def convolution(
 ) -> Image:
     """The convolution `name` of `value` (B, c, h, w); its weight is read as `dims` when they are given.
 
-    The result has `channels`, and `size` when it is known. The bias is multiplied by 2^-`bias_exponent`."""
-    inputs = [value, graph.weight(f"{name}.weight", dims)]
+    The result has `channels`, and `size` when it is known. The bias is multiplied by 2^-`bias_exponent`. `weights` is
+    the module whose weights are used, if `name` is none."""
+    module = weights or name
+    inputs = [value, graph.weight(f"{module}.weight", dims)]
     if bias:
-        inputs.append(graph.scaled_weight(f"{name}.bias", bias_exponent))
+        inputs.append(graph.scaled_weight(f"{module}.bias", bias_exponent))
     return Image(graph, channels, first=graph.node("Conv", name, *inputs, **attributes), size=size)
 
 
@@ -109,11 +115,43 @@ def transposed_convolution(
     return Image(graph, channels, first=graph.node("ConvTranspose", name, image.first, weight, bias, **attributes))
 
 
-def normalised(graph: Graph, name: str, image: Image, eps: float = 1e-6, *, exponent: int = 0, out: int = 0) -> Image:
+def normalised(
+    graph: Graph, name: str, image: Image, eps: float = NORM_EPS, *, exponent: int = 0, out: int = 0
+) -> Image:
     """Affine-free LayerNorm over the channels. The image holds 2^-`exponent` of its values, so epsilon is multiplied by
     4^-`exponent`. The result is 2^-`out` of the norm."""
     scale = graph.full(image.channels, 2.0**-out)
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps * 4.0**-exponent, scale=scale))
+
+
+def normalised_convolution(
+    graph: Graph, names: tuple[str, str], image: Image, *, exponent: int, out: int, **attributes: Any
+) -> Image:
+    """The convolution ``names[0]`` that keeps size and channels, and the affine-free LayerNorm ``names[1]`` after it.
+
+    The image holds 2^-`exponent` of its values, the result 2^-`out`. ONNX Runtime adds the bias in the norm."""
+    name, norm = names
+    fused = graph.options.target is Target.ORT
+    made = convolution(
+        graph,
+        f"{name}/product" if fused else name,
+        image.first,
+        image.channels,
+        weights=name,
+        size=image.size,
+        bias=not fused,
+        bias_exponent=exponent,
+        **attributes,
+    )
+    if not fused:
+        return normalised(graph, norm, made, exponent=exponent, out=out)
+    # Each pixel is a batch of its own: what is added may be broadcast along the batch only.
+    channels = made.channels
+    pixels = graph.node("Reshape", f"{norm}/pixels", made.last, graph.integers(-1, 1, channels))
+    bias = graph.scaled_weight(f"{name}.bias", exponent, (1, 1, channels))
+    operands = (pixels, bias, graph.full(channels, 2.0**-out))
+    eps = {"epsilon": NORM_EPS * 4.0**-exponent, "domain": ORT_DOMAIN}
+    return made.with_rows(graph.node("SkipLayerNormalization", norm, *operands, **eps))
 
 
 def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:
@@ -151,7 +189,44 @@ def pixel_shuffle(graph: Graph, name: str, image: Image, factor: int) -> str:
     """(B, c*factor^2, h, w) -> (B, c, factor*h, factor*w), with the channel order of torch's PixelShuffle."""
     if factor == 1:
         return graph.node("Transpose", name, image.last, perm=[0, 3, 1, 2])
-    return graph.node("DepthToSpace", name, image.first, blocksize=factor, mode="CRD")
+    if graph.options.target is not Target.ORT and not graph.options.cuda_bf16:
+        return graph.node("DepthToSpace", name, image.first, blocksize=factor, mode="CRD")
+    # One kernel in place of a Transpose and a DepthToSpace, and CUDA has it in bf16.
+    channels = image.channels // factor**2
+    split = graph.shape(graph.batch, image.size, channels, factor, factor)
+    parts = graph.node("Reshape", f"{name}/parts", image.last, split)  # (B, h, w, c, dy, dx)
+    moved = graph.node("Transpose", f"{name}/moved", parts, perm=[0, 3, 1, 4, 2, 5])
+    size = graph.node("Mul", f"{name}/size", image.size, graph.integers(factor))
+    return graph.node("Reshape", name, moved, graph.shape(graph.batch, channels, size))
+
+
+def edge_padded(graph: Graph, name: str, image: Image) -> str:
+    """The image with its edges repeated once on every side: (B, c, h + 2, w + 2)."""
+    if not graph.options.cuda_bf16:
+        return graph.node("Pad", name, image.first, graph.integers(0, 0, 1, 1, 0, 0, 1, 1), mode="edge")
+    value, last = image.first, graph.integers(-1)
+    for axis, out in ((2, f"{name}/rows"), (3, name)):
+        on = graph.integers(axis)
+        before = graph.node("Slice", f"{out}/before", value, graph.integers(0), graph.integers(1), on)
+        after = graph.node("Slice", f"{out}/after", value, last, graph.integers(LAST), on)
+        value = graph.node("Concat", out, before, value, after, axis=axis)
+    return value
+
+
+def channel_means(graph: Graph, name: str, image: Image) -> str:
+    """(B, c, 1, 1): the mean over the pixels of each channel."""
+    if not graph.options.cuda_bf16:
+        return graph.node("GlobalAveragePool", name, image.first)
+    return graph.node(
+        "Cast", name, graph.node("GlobalAveragePool", f"{name}/wide", graph.to_float(image.first)), to=graph.type
+    )
+
+
+def leaky_relu(graph: Graph, name: str, value: str, slope: float) -> str:
+    """x where x is positive, else slope * x, for a slope between 0 and 1."""
+    if not graph.options.cuda_bf16:
+        return graph.node("LeakyRelu", name, value, alpha=slope)
+    return graph.node("Max", name, value, graph.node("Mul", f"{name}/small", value, graph.scalar(slope)))
 
 
 @dataclass(frozen=True)
@@ -219,8 +294,9 @@ def _tokens(graph: Graph, inputs: AttentionInputs) -> list[str]:
 
 
 def _attend_in_ort(graph: Graph, name: str, inputs: AttentionInputs) -> str:
-    """ONNX Runtime's own operator, which has no half precision on CPUs."""
-    operands = [*_tokens(graph, inputs), *(["", "", inputs.mask] if inputs.mask else [])]  # no bias, no padding mask
+    """ONNX Runtime's own operator. Its mask has the type of the queries."""
+    mask = [graph.to_compute(inputs.mask)] if inputs.mask else []
+    operands = [*_tokens(graph, inputs), *(["", "", *mask] if mask else [])]  # no bias, no padding mask
     attributes = {"num_heads": inputs.heads, "scale": inputs.scale, "domain": ORT_DOMAIN}
     return graph.node("MultiHeadAttention", f"{name}/tokens", *operands, **attributes)
 

@@ -59,11 +59,17 @@ def _mask(graph: Graph, length: int) -> str:
 
 def _pool(graph: Graph, config: TextEncoderConfig) -> str:
     """The row of the first end token, normalised and projected: (B, 1, p)."""
+    length = config.max_position_embeddings
     ids = graph.node("Cast", "pooled/ids", "input_ids", to=TensorProto.INT32)
-    if config.eos_token_id != LEGACY_EOS:
+    if config.eos_token_id == LEGACY_EOS:
+        end = graph.node("ReduceMax", "pooled/end", ids, graph.integers(1), keepdims=1)
+    else:
         end = graph.constant(f"int32[{config.eos_token_id}]", np.array(config.eos_token_id, np.int32))
-        ids = graph.node("Cast", "pooled/ends", graph.node("Equal", "pooled/is_end", ids, end), to=TensorProto.INT32)
-    index = graph.node("ArgMax", "pooled/index", ids, axis=1, keepdims=1)  # (B, 1), the first of equal ones
+    ends = graph.node("Cast", "pooled/ends", graph.node("Equal", "pooled/is_end", ids, end), to=TensorProto.FLOAT)
+    # Earlier ends count more: GPUs have ArgMax for floats only, and need not return the first of equal ones.
+    order = graph.constant(f"descending[{length}]", np.arange(length, 0, -1, dtype=np.float32)[None])
+    ranked = graph.node("Mul", "pooled/ranked", ends, order)
+    index = graph.node("ArgMax", "pooled/index", ranked, axis=1, keepdims=1)  # (B, 1)
     row = graph.node("GatherND", "pooled/row", "prompt_embeds", index, batch_dims=1)  # (B, c)
     projected = graph.linear("text_projection", norm(graph, config, "text_model.final_layer_norm", row), bias=False)
     return graph.node("Reshape", "pooled", projected, graph.integers(-1, 1, config.projection_dim))

@@ -6,8 +6,6 @@ Semantics: diffusers ``StableCascadeUNet`` (models/unets/unet_stable_cascade.py)
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from onnx import TensorProto
-
 from ...schemas.errors import ExportError
 from ...schemas.stages import Block, UNetConfig
 from ...schemas.unet_blocks import UNetBlock, blocks_of
@@ -19,12 +17,14 @@ from .layers import (
     attend,
     convolution,
     normalised,
+    normalised_convolution,
     pixel_shuffle,
     pointwise,
     resized,
     transposed_convolution,
 )
-from .streams import NORM_EPS, Streams
+from .response_norm import responding_linear
+from .streams import Streams
 
 OUTERMOST = "down_blocks.0"
 
@@ -143,23 +143,14 @@ def _res_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | No
         # diffusers resizes only when sizes differ; for equal sizes this Resize is a copy. Levels of odd size need it.
         image = resized(graph, f"{name}/resized", image, skip.image.size)
     pads = [pyramid.config.kernel_size // 2] * 4
-    hidden = convolution(
-        graph,
-        f"{name}.depthwise",
-        image.first,
-        image.channels,
-        size=image.size,
-        bias_exponent=exponent,
-        group=image.channels,
-        pads=pads,
-    )
     # The image gets the exponent of the skip before they are joined; the first Linear multiplies it out again.
     small = skip.exponent if skip is not None else 0
-    hidden = normalised(graph, f"{name}.norm", hidden, exponent=exponent, out=small)
+    names = (f"{name}.depthwise", f"{name}.norm")
+    hidden = normalised_convolution(graph, names, image, exponent=exponent, out=small, group=image.channels, pads=pads)
     if skip is not None:
         joined = graph.node("Concat", f"{name}/joined", hidden.last, skip.image.last, axis=3)
         hidden = hidden.with_last(joined, hidden.channels + skip.image.channels)
-    rows = _perceptron(pyramid, name, hidden.rows, small, exponent)
+    rows = _perceptron(pyramid, name, hidden, small, exponent)
     return image.with_last(graph.node("Add", name, image.with_rows(rows).last, image.last))
 
 
@@ -175,53 +166,23 @@ def _controlled(pyramid: Pyramid, name: str, image: Image, exponent: int) -> Ima
     return image.with_last(graph.node("Add", f"{name}/controlled", image.last, residual.last))
 
 
-def _perceptron(pyramid: Pyramid, name: str, rows: str, small: int, exponent: int) -> str:
-    """The perceptron `channelwise`, (n, in) -> (n, c); computed in fp32 for blocks in ``options.fp32_blocks``.
+def _perceptron(pyramid: Pyramid, name: str, image: Image, small: int, exponent: int) -> str:
+    """The perceptron `channelwise`, to rows (B*h*w, c); computed in fp32 for blocks in ``options.fp32_blocks``.
 
-    `rows` hold 2^-`small` of their values, the result holds 2^-`exponent`."""
+    `image` holds 2^-`small` of its values, the result holds 2^-`exponent`."""
     graph, layer = pyramid.graph, f"{name}.channelwise"
     if graph.halved and name in graph.options.fp32_blocks:
-        wide = graph.to_float(rows)
+        wide = Image(graph, image.channels, last=graph.to_float(image.last), size=image.size)
         with graph.island():
             result = _layers_of_perceptron(graph, layer, wide, small, exponent)
         return graph.node("Cast", f"{layer}.4/narrow", result, to=graph.type)
-    return _layers_of_perceptron(graph, layer, rows, small, exponent)
+    return _layers_of_perceptron(graph, layer, image, small, exponent)
 
 
-def _layers_of_perceptron(graph: Graph, layer: str, rows: str, small: int, exponent: int) -> str:
-    rows = graph.linear(f"{layer}.0", rows, alpha=2.0**small)
+def _layers_of_perceptron(graph: Graph, layer: str, image: Image, small: int, exponent: int) -> str:
+    rows = graph.activated(f"{layer}.0", f"{layer}.1", image.rows, alpha=2.0**small)
     graph.probe(rows)
-    rows = graph.node("Gelu", f"{layer}.1", rows)
-    graph.probe(rows)
-    rows = _response_norm(graph, f"{layer}.2", rows, graph.width(f"{layer}.0"), exponent)
-    graph.probe(rows)
-    return graph.linear(f"{layer}.4", rows, bias_exponent=exponent)
-
-
-def _response_norm(graph: Graph, name: str, rows: str, width: int, exponent: int) -> str:
-    """2^-exponent of the GlobalResponseNorm of ConvNeXt V2 (https://arxiv.org/abs/2301.00808), (B*h*w, c) to the same.
-
-    gamma * (x * n) + beta + x is written as x * (gamma * n + 1) + beta, with one factor per channel. The norm over h*w
-    is always computed in fp32. It is written in parts, because onnxruntime sums fast along a middle axis in ReduceSum
-    only."""
-    tokens = graph.node("Reshape", f"{name}/tokens", rows, graph.shape(graph.batch, -1, width))  # (B, h*w, c)
-    inside = graph.type
-    wide = graph.to_float(tokens) if inside != TensorProto.FLOAT else tokens
-    with graph.island():
-        squares = graph.node("Mul", f"{name}/squares", wide, wide)
-        sums = graph.node("ReduceSum", f"{name}/sums", squares, graph.integers(1), keepdims=1)  # (B, 1, c)
-        norm = graph.node("Sqrt", f"{name}/norm", sums)
-        mean = graph.node("ReduceMean", f"{name}/mean", norm, graph.integers(-1), keepdims=1)  # (B, 1, 1)
-        divisor = graph.node("Add", f"{name}/divisor", mean, graph.scalar(NORM_EPS))
-        response = graph.node("Div", f"{name}/response", norm, divisor)
-        scaled = graph.node("Mul", f"{name}/scaled", response, graph.weight(f"{name}.gamma", (width,)))
-        gain = graph.node("Add", f"{name}/gain", scaled, graph.scalar(1.0))
-        if exponent:
-            gain = graph.node("Mul", f"{name}/small_gain", gain, graph.scalar(2.0**-exponent))
-    gain = gain if inside == TensorProto.FLOAT else graph.to_compute(gain)
-    gained = graph.node("Mul", f"{name}/gained", tokens, gain)
-    shift = graph.scaled_weight(f"{name}.beta", exponent, (width,))
-    return graph.rows(graph.node("Add", name, gained, shift), width)
+    return responding_linear(graph, (f"{layer}.2", f"{layer}.4"), rows, image.size, exponent)
 
 
 def _timestep_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:

@@ -8,10 +8,17 @@ import onnx
 
 from ...schemas.stages import VQGANConfig
 from .graph import Graph
-from .layers import Image, batch_normalised, convolution, pixel_shuffle, pointwise, transposed_convolution
+from .layers import (
+    Image,
+    batch_normalised,
+    convolution,
+    edge_padded,
+    pixel_shuffle,
+    pointwise,
+    transposed_convolution,
+)
 
 NORM_EPS = 1e-6
-REPLICATED = (0, 0, 1, 1) * 2  # pads of (B, c, h, w), at the start and at the end of each axis
 
 
 def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
@@ -31,7 +38,7 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
             )
             index += 1
     decoded = pixel_shuffle(graph, "out_block.1", pointwise(graph, "out_block.0", image), config.up_down_scale_factor)
-    graph.node("Clip", "images", decoded, graph.scalar(0.0), graph.scalar(1.0))
+    graph.float_output("Clip", "images", decoded, 0.0, 1.0)
     return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
 
 
@@ -64,27 +71,32 @@ def _unshuffled(graph: Graph, name: str, config: VQGANConfig) -> Image:
 
 def _block(graph: Graph, name: str, image: Image) -> Image:
     """MixingResidualBlock: a depthwise and a channelwise branch, modulated by six learned numbers."""
-    gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
+    with graph.island():  # constants: ONNX Runtime folds them in fp32 only
+        gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
     spatial = _modulated(graph, f"{name}.norm1", image, gammas[0], gammas[1])
-    padded = graph.node("Pad", f"{name}.depthwise.0", spatial.first, graph.integers(*REPLICATED), mode="edge")
+    padded = edge_padded(graph, f"{name}.depthwise.0", spatial)
     spatial = convolution(graph, f"{name}.depthwise.1", padded, image.channels, size=image.size, group=image.channels)
     image = _added(graph, f"{name}/mixed", image, spatial, gammas[2])
 
     channels = _modulated(graph, f"{name}.norm2", image, gammas[3], gammas[4])
-    rows = graph.linear(f"{name}.channelwise.0", channels.rows)
-    rows = graph.node("Gelu", f"{name}.channelwise.1", rows)
+    rows = graph.activated(f"{name}.channelwise.0", f"{name}.channelwise.1", channels.rows)
     rows = graph.linear(f"{name}.channelwise.2", rows)
     return _added(graph, name, image, image.with_rows(rows), gammas[5])
 
 
 def _modulated(graph: Graph, name: str, image: Image, gain: str, shift: str) -> Image:
     """norm(x) * (1 + gain) + shift, as scale and shift of the LayerNorm itself."""
-    ones = graph.full(image.channels)
-    one_more = graph.node("Add", f"{name}/one_more", gain, graph.scalar(1.0))
-    scale, shift = graph.node("Mul", f"{name}/scale", ones, one_more), graph.node("Mul", f"{name}/shift", ones, shift)
+    with graph.island():
+        ones = graph.full(image.channels)
+        one_more = graph.node("Add", f"{name}/one_more", gain, graph.scalar(1.0))
+        scale, shift = (
+            graph.node("Mul", f"{name}/scale", ones, one_more),
+            graph.node("Mul", f"{name}/shift", ones, shift),
+        )
+    scale, shift = graph.to_compute(scale), graph.to_compute(shift)
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=NORM_EPS, scale=scale, shift=shift))
 
 
 def _added(graph: Graph, name: str, image: Image, branch: Image, factor: str) -> Image:
-    scaled = graph.node("Mul", f"{name}/branch", branch.last, factor)
+    scaled = graph.node("Mul", f"{name}/branch", branch.last, graph.to_compute(factor))
     return image.with_last(graph.node("Add", name, image.last, scaled))

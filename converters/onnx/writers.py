@@ -41,7 +41,7 @@ WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
     Stage.PREVIEWER: {MODEL: write_previewer},
     **{kind: {MODEL: write_controlnet} for kind in CONTROLNETS},
 }
-PORTS: Mapping[str, Callable[[Any], StagePorts]] = {
+PORTS: Mapping[str, Callable[..., StagePorts]] = {
     MODEL: ports_of,
     CONDITIONING: conditioning_ports,
     STEP: step_ports,
@@ -76,7 +76,7 @@ def write_graphs(
 
 def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MODEL) -> StagePorts:
     """Inputs and outputs of the graph `name`."""
-    ports = PORTS[name](config)
+    ports = PORTS[name](config, options.between) if name in (CONDITIONING, STEP) else PORTS[name](config)
     if not isinstance(config, UNetConfig) or not options.control or name == CONDITIONING:
         return ports
     control = control_ports(config, options.control)

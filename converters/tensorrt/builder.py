@@ -1,20 +1,26 @@
 """Builds GPU engines of a bundle's graphs: each plan appears whole, with its entry in the manifest, or not at all."""
 
-from collections.abc import Iterator
+from __future__ import annotations  # help() shows the types as they are written here
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 from ...runtime.engines.pytorch.built_here import is_built_here, remember_built
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError
+from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.manifest import Manifest
+from ...schemas.messages import require_known
 from ...schemas.plan_entries import PlanEntry
 from ...schemas.stages import Stage
 from ...schemas.targets import AOTINDUCTOR
-from ...storage.atomic_output import scratch_folder
+from ...storage.atomic_output import BUILDING, scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
+from ...storage.file_sizes import sizes_of
 from . import plan_cache as cache
 from .backend import find_backend
 from .device import present_device
@@ -23,7 +29,6 @@ from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
 from .worker_process import BuildOutcome, OnProgress, run_build
 
 DEFAULT = BuildOptions()
-SCRATCH = ".building"  # in the bundle, while a build runs
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ def build(
     bundle: str | Path,
     options: BuildOptions = DEFAULT,
     *,
-    on_progress: OnProgress = lambda progress: None,
-    say: Say = lambda text: None,
+    on_progress: OnProgress = ignored,
+    say: Say = ignored,
+    on_plan: OnPlan | None = None,
     **changes: Any,
 ) -> list[Built]:
     """Build GPU engines ("plans") of the graphs of `bundle`, each in a process of its own.
@@ -54,21 +60,27 @@ def build(
 
     Plans are written to the folder plans/ of their stage. A plan enters the manifest as soon as it is complete. A plan
     of the same graph, weights, options and TensorRT is kept; a damaged one is built again. `on_progress` is called
-    several times a second during a build. `say` is called with each line that a user should know.
+    several times a second during a build. `say` is called with each line that a user should know. `on_plan` is called
+    with a Forecast once everything was checked; an exception there ends the call before the first build.
 
     Raises UsageError before anything is built for options that cannot work. Raises EngineError when TensorRT refuses a
     graph and for too little memory or disk, CheckpointError for damaged files."""
+    require_known("build", changes, BuildOptions.__dataclass_fields__.keys() | signature(build).parameters.keys())
     options = replace(options, **changes)
     root = Path(bundle)
     opened = open_bundle(root)
     to_build = _planned(opened, options)
-    with scratch_folder(opened.root / SCRATCH, opened.root) as scratch:
+    with scratch_folder(opened.root / BUILDING, opened.root) as scratch:
         existing = [] if options.force else to_build
         found = {planned.key: there for planned in existing if (there := _find(planned, options, say))}
         estimates = {planned.key: _estimated(planned) for planned in to_build if planned.key not in found}
         require_room(str(root), estimates.values(), opened.root, memory=options.check_memory)
+        if on_plan:
+            on_plan(_forecast(opened, to_build, estimates))
         done = []
         for planned in to_build:
+            if options.cache and planned.key in found and found[planned.key].how == "cached":
+                cache.put(options.cache / planned.path.name, planned.path.parent)
             built = found.get(planned.key) or _build(planned, estimates[planned.key], scratch, options, on_progress)
             _record(opened.root, built)
             done.append(built)
@@ -92,6 +104,16 @@ def _estimated(planned: PlanToBuild) -> Estimate:
 
         return estimate_package(planned)
     return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:
+    """What would be read and written; plans that exist already are noted."""
+    new = [planned for planned in to_build if planned.key in estimates]
+    paths = dict.fromkeys(bundle.root / source.path for planned in new for source in planned.sources)
+    writes = tuple(FileSize(_relative(planned), estimates[planned.key].plan, about=True) for planned in new)
+    memory = max((estimates[planned.key].memory for planned in new), default=0)
+    notes = [f"{planned.name}: there already" for planned in to_build if planned.key not in estimates]
+    notes += [f"about {memory / 1e9:.1f} GB of memory at the peak"] if new else []
+    seconds = sum(estimates[planned.key].seconds for planned in new)
+    return Forecast(bundle.root, sizes_of(paths), writes, seconds, tuple(notes))
 
 
 def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None:
@@ -107,8 +129,6 @@ def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None
         elif there is not None and options.backend == AOTINDUCTOR and not is_built_here(there.plan.sha256):
             say(f"{there.path}: was not built by you on this machine; it is built again")
         elif there is not None:
-            if how == "cached":
-                cache.put(there.path, planned.path.parent)
             return Built(planned.stage, _at_home(planned, there.plan), how)
     return None
 
@@ -195,7 +215,7 @@ def prune(root: str | Path) -> int:
     When a merged LoRA is undone later, or merged again, its plans have to be built again."""
     bundle = open_bundle(Path(root))
     freed = 0
-    with scratch_folder(bundle.root / SCRATCH, bundle.root):
+    with scratch_folder(bundle.root / BUILDING, bundle.root):
         bundle = replace(bundle, manifest=update_manifest(bundle.root, _without_stale_plans))
         for path in stale_plans(bundle):
             freed += path.stat().st_size

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ...schemas.callbacks import Say, StartFile
+from ...schemas.forecast import OnPlan
 from ...schemas.manifest import Manifest
 from ...schemas.precision import Precision, Target
 from ...schemas.stages import Stage
@@ -21,6 +22,7 @@ def export_for_build(
     text_encoder: str | Path | None = None,
     start_file: StartFile | None = None,
     say: Say = lambda text: None,
+    on_plan: OnPlan | None = None,
 ) -> Manifest:
     """Export the stages of `options` from `model` to the bundle `output`, for TensorRT or AOTInductor.
 
@@ -42,4 +44,4 @@ def export_for_build(
         text_encoder=text_encoder,
         force=options.force,
     )
-    return export(model, output, wanted, start_file=start_file, say=say)
+    return export(model, output, wanted, start_file=start_file, say=say, on_plan=on_plan)

@@ -1,5 +1,7 @@
 """Compares the tensors of two checkpoints in any layouts, value by value, memory-mapped and in two threads."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CascadeError, UsageError
+from ...schemas.manifest import Manifest
 from ...schemas.messages import listed_below
+from ...schemas.request import parse_request
 from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is
 from ..cascade import Cascade
+from ..images.photo import FORMATS, OTHERS
 from ..images.png import require_free_previews
 from .batch_log import BatchLog
 from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
@@ -137,10 +140,23 @@ def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver)
     return counts
 
 
+def check_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that no line of the file could make right, before the cascade is opened."""
+    _require_folder(settings.output)
+    NameTemplate.parse(settings.name or DEFAULT_NAME)
+    parse_request({"prompt": "", "seed": 0, **defaults}, manifest.default_size)
+    if str(settings.prompt_file) != "-" and not settings.prompt_file.exists():
+        raise UsageError(f"{settings.prompt_file}: no such file; give a file of prompts, or - for standard input")
+
+
+def _require_folder(output: Path) -> None:
+    if output.suffix.lower() in (".png", *FORMATS, *OTHERS) and not output.is_dir():
+        raise UsageError(f"{output}: expected a folder for the images; choose another output")
+
+
 def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]) -> tuple[int, BatchPlan]:
     """The seed of the first entry, and the jobs."""
-    if settings.output.suffix.lower() == ".png":
-        raise UsageError(f"{settings.output}: expected a folder for the images; choose another output")
+    _require_folder(settings.output)
     template = NameTemplate.parse(settings.name or DEFAULT_NAME)
     file = read_prompt_file(settings.prompt_file)
     seed = defaults.get("seed", last_seed(settings.log_path))

@@ -5,13 +5,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 from ...schemas.limits import MAX_PIXELS_TOGETHER
 from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ..cascade import Cascade
+from ..generate_inputs import check_settings, open_pictures
+from ..images.pictures import as_picture
 from ..images.png import image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
+from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep, Step
 from .generate_requests import GeneratedImage, generate_requests, images_together, request_groups, text_length
 from .picture_hashes import pictures_of
@@ -19,10 +23,11 @@ from .picture_hashes import pictures_of
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A finished image and its file."""
+    """A finished image, its file, and the seconds that it took: its share of those of the images made with it."""
 
     path: Path
     image: GeneratedImage
+    seconds: float
 
 
 def generate_files(
@@ -49,16 +54,38 @@ def generate_files(
     for group in request_groups(requests, most_together(requests[0].settings, batch), partial(text_length, cascade)):
         here = [next(left) for _ in group]
         follow = with_previews(on_step, here, preview_every)
+        start = perf_counter()
         try:
-            for path, image in zip(here, generate_requests(cascade, group, follow), strict=True):
+            images = generate_requests(cascade, group, follow)
+            seconds = (perf_counter() - start) / len(group)
+            for path, image in zip(here, images, strict=True):
                 if paths == [output]:
                     save_png(path, image.image, image.metadata, force=force)
                 else:
                     path = save_numbered(path, image.image, image.metadata)
-                yield ImageFile(path, image)
+                yield ImageFile(path, image, seconds)
         finally:
             for path in here if preview_every else ():
                 remove_preview(path)
+
+
+def require_possible(
+    requests: Sequence[Request], output: Path, *, sources: Sequence[Path] = (), force: bool = False
+) -> None:
+    """Raise UsageError for requests and an output that `generate_files` would refuse later; pictures are opened.
+
+    All `requests` have the settings and pictures of the first."""
+    request = requests[0]
+    check_settings(request.settings, varies=request.init_image is not None)
+    image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
+    for picture in request.image_prompts:
+        as_picture(picture.path)
+    open_pictures(
+        request.settings,
+        init_image=request.init_image.path if request.init_image else None,
+        mask=request.mask.path if request.mask else None,
+        controls=[ControlPicture(each.name, each.path, each.strength) for each in request.controls],
+    )
 
 
 def most_together(settings: Settings, batch: int | None = None) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, UsageError, reraise_interrupt
 
 if TYPE_CHECKING:
@@ -27,13 +28,17 @@ class EngineOptions:
 
     `device` is "cpu" or "cuda". `threads=None` leaves the number to the engine. `allow_cpu` lets ONNX Runtime compute
     on the CPU what it cannot compute on the GPU. `memory_budget` is the GPU memory in bytes that all stages in TensorRT
-    may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights."""
+    may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights.
+    `cuda_graph`, `tf32` and `say` are those of `OnnxRuntimeEngine`."""
 
     device: str = "cpu"
     threads: int | None = None
     allow_cpu: bool = False
     memory_budget: int | None = None
     refit: "Refit | None" = None
+    cuda_graph: bool = True
+    tf32: bool = False
+    say: Say = lambda text: None
 
 
 MakeEngine = Callable[["Bundle", EngineOptions], "Engine"]
@@ -55,7 +60,16 @@ def _onnxruntime(memory: str = "fast", device: str | None = None) -> MakeEngine:
         from .onnxruntime import OnnxRuntimeEngine
 
         where = device or given.device
-        return OnnxRuntimeEngine(bundle, where, memory=memory, threads=given.threads, allow_cpu=given.allow_cpu)
+        return OnnxRuntimeEngine(
+            bundle,
+            where,
+            memory=memory,
+            threads=given.threads,
+            allow_cpu=given.allow_cpu,
+            cuda_graph=given.cuda_graph,
+            tf32=given.tf32,
+            say=given.say,
+        )
 
     return make
 
@@ -168,14 +182,27 @@ def _torch_computes_bf16(bundle: "Bundle") -> bool:
     return multiplies_bf16()
 
 
-# The engines that "auto" considers, in this order: name, device, and a test whether the engine can run the bundle here.
-CHOICES: tuple[tuple[str, str, Callable[["Bundle"], bool]], ...] = (
-    ("tensorrt", "cuda", partial(_has_plans, backend="tensorrt")),
-    ("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx")),
-    ("aotinductor", "cuda", partial(_has_packages, device="cuda")),
-    ("openvino-bf16", "cpu", _openvino_computes_bf16),
-    ("aotinductor", "cpu", partial(_has_packages, device="cpu")),
-    ("torch-bf16", "cpu", _torch_computes_bf16),
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine that "auto" considers on a device if `can_run` the bundle here. `measured` is what its place in the
+    table rests on."""
+
+    name: str
+    device: str
+    can_run: Callable[["Bundle"], bool]
+    measured: str
+
+
+UNMEASURED = "nothing yet; who built plans wants them"
+
+# The fastest first, for each device. docs/gpu.md and docs/generate.md have the figures.
+CHOICES: tuple[EngineChoice, ...] = (
+    EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt"), UNMEASURED),
+    EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx"), UNMEASURED),
+    EngineChoice("aotinductor", "cuda", partial(_has_packages, device="cuda"), UNMEASURED),
+    EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16, "11.7 s for an image where onnxruntime took 22.8 s"),
+    EngineChoice("aotinductor", "cpu", partial(_has_packages, device="cpu"), UNMEASURED),
+    EngineChoice("torch-bf16", "cpu", _torch_computes_bf16, "3.95 s for a prior step where openvino-bf16 took 2.90 s"),
 )
 DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 
@@ -189,6 +216,9 @@ def make_engine(
     allow_cpu: bool = False,
     memory_budget: int | None = None,
     refit: "Refit | None" = None,
+    cuda_graph: bool = True,
+    tf32: bool = False,
+    say: Say = lambda text: None,
 ) -> "Engine":
     """The engine called `name`, or the one that "auto" takes here, for `bundle`; see `EngineOptions`.
 
@@ -201,6 +231,7 @@ def make_engine(
     if GRAPHS_FOR not in bundle.manifest.engines:
         raise EngineError(f"{bundle.root}: made for {', '.join(bundle.manifest.engines)}; expected {GRAPHS_FOR}")
     if name == AUTO:
-        able = (engine for engine, where, can_run in CHOICES if where == device and can_run(bundle))
+        able = (choice.name for choice in CHOICES if choice.device == device and choice.can_run(bundle))
         name = next(able, DEFAULT)
-    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, refit))
+    wishes: dict[str, Any] = {"refit": refit, "cuda_graph": cuda_graph, "tf32": tf32, "say": say}
+    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, **wishes))

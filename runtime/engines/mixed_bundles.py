@@ -35,6 +35,12 @@ def with_stages_of(
     """The engine and the manifest of `bundle` with the stages of `others` in place of its own.
 
     Raises UsageError when one of `others` lacks its stage, or the stages take embeddings of different widths."""
+    manifest = manifest_with_stages_of(bundle, others)
+    return MixedEngine(main, engines), manifest
+
+
+def manifest_with_stages_of(bundle: Bundle, others: Mapping[Stage, Bundle]) -> Manifest:
+    """The manifest of `bundle` with the stages of `others`. Raises UsageError as `with_stages_of` does."""
     entries = {stage: other.entry(stage) for stage, other in others.items()}
     changes: dict[str, Any] = {"stages": {**bundle.manifest.stages, **entries}}
     if Stage.VQGAN in others:
@@ -50,4 +56,4 @@ def with_stages_of(
     if len(set(widths.values())) > 1:
         found = ", ".join(f"{stage} takes {width}" for stage, width in widths.items())
         raise UsageError(f"stages of different models: {found} channels of pooled text; take stages that fit together")
-    return MixedEngine(main, engines), manifest
+    return manifest

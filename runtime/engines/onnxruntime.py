@@ -3,23 +3,28 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
-from ...storage.user_cache import user_cache
 from ..memory.give_back import give_back_memory
+from .cuda_graphs import GPU
+from .device_arrays import DeviceMemory
 from .installed_packages import onnxruntime_conflict, provider_problem
-from .protocol import HostRunner, Run, Tensors, complete_inputs
+from .omitted_inputs import require_inputs_named, require_inputs_named_in
+from .onnxruntime_gpu import GpuStage
+from .protocol import HostRunner, StageRunner, Tensors, complete_inputs
+from .provider_options import CAPTURED, CUDA_PROVIDER, GPU_SESSION, provider_options
 from .telemetry import silence, switch_off_telemetry
 
 if TYPE_CHECKING:
@@ -32,8 +37,8 @@ CPU = "CPUExecutionProvider"
 # "tensorrt" is the GPU, too.
 PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": (CPU,),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+    "cuda": (CUDA_PROVIDER,),
+    "tensorrt": ("TensorrtExecutionProvider", CUDA_PROVIDER),
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
@@ -43,7 +48,6 @@ IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory wi
 HEAVY = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MultiHeadAttention")
 ERROR, FATAL = 3, 4  # severities of ONNX Runtime's log
 REASON_LENGTH = 400
-RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
 class OnnxRuntimeEngine:
@@ -57,7 +61,10 @@ class OnnxRuntimeEngine:
     every pass, and memory is returned to the system after each operation.
 
     `threads=None` leaves their number to ONNX Runtime. With `allow_cpu` the CPU runs operators that the GPU cannot run;
-    without it they are an error."""
+    without it they are an error.
+
+    With `cuda_graph` the steps of prior and decoder are captured as CUDA graphs on "cuda". `tf32` lets the GPU multiply
+    fp32 in ten bits. `say` is called with a line for the user."""
 
     def __init__(
         self,
@@ -67,6 +74,9 @@ class OnnxRuntimeEngine:
         memory: str = "fast",
         threads: int | None = None,
         allow_cpu: bool = False,
+        cuda_graph: bool = True,
+        tf32: bool = False,
+        say: Say = lambda text: None,
     ) -> None:
         """Raises EngineError for an unknown device or policy, or without ONNX Runtime or the provider of `device`."""
         if device not in PROVIDERS:
@@ -79,37 +89,59 @@ class OnnxRuntimeEngine:
         self.memory = memory
         self.threads = threads
         self.allow_cpu = allow_cpu
+        self.cuda_graph = cuda_graph and device == "cuda"
+        self.tf32 = tf32
+        self._say = say
+        self._memories: dict[Stage, DeviceMemory] = {}
         self.name = "-".join(("onnxruntime", *[part for part in (memory, device) if part in ("mapped", "tensorrt")]))
         self._ort = import_onnxruntime(device, allow_cpu=allow_cpu)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         return tuple(self.bundle.entry(stage).graphs)
 
-    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "OnnxRuntimeStage":
+    def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> StageRunner:
         entry = self.bundle.entry(stage)
         if entry.precision is Precision.BF16 and self.device == "cpu":
             raise EngineError(
                 f"{stage}: its graphs compute in bf16, for which onnxruntime has no CPU kernels; "
                 f'set device="cuda", or export it again: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32'
             )
-        with without_links(self.bundle.graph(stage, graph)) as path:
-            session = self._start(stage, path)
-        on_device = self._check_placement(stage, session)
+        captures = self.cuda_graph and (stage, graph) in CAPTURED
+        with GPU if self.device != "cpu" else contextlib.nullcontext():
+            with without_links(self.bundle.graph(stage, graph)) as path:
+                require_inputs_named(path)
+                session, captures = self._start(stage, path, captures=captures)
+            on_device = self._check_placement(stage, session)
         give_back_memory()
-        return OnnxRuntimeStage(stage, entry.graphs[graph], session, self._ort if on_device else None)
+        if not on_device:
+            return OnnxRuntimeStage(stage, entry.graphs[graph], session)
+        memory = self._memories.setdefault(stage, DeviceMemory(self._ort))
+        how: dict[str, Any] = {"ort": self._ort, "captures": captures, "say": self._say}
+        return GpuStage(stage, entry.graphs[graph], session, memory, **how)
 
-    def _start(self, stage: Stage, path: Path) -> Any:
-        """A session on the device. With `allow_cpu` it is on the CPU where it cannot be on the device."""
-        chosen = self._providers()
-        for providers in (chosen, [CPU]) if self.allow_cpu else (chosen,):
+    def _start(self, stage: Stage, path: Path, *, captures: bool) -> tuple[Any, bool]:
+        """A session on the device, and whether it is made for CUDA graphs: if it refuses them, it is made without.
+
+        With `allow_cpu` the session is on the CPU if it cannot be on the device."""
+        attempts = [
+            (self._providers(cuda_graph=wanted), wanted) for wanted in ((True, False) if captures else (False,))
+        ]
+        if self.allow_cpu:
+            attempts.append(([(CPU, {})], False))
+        refused = None
+        for providers, cuda_graph in attempts:
             options, disabled = self._options()
             try:  # ONNX Runtime's own fallback would print an error and go on
-                return self._ort.InferenceSession(
+                session = self._ort.InferenceSession(
                     path, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
                 )
             except Exception as error:  # onnxruntime has an exception class for each status code
-                failed = error
-        reason = " ".join(str(failed).split())[:REASON_LENGTH]
+                failed, reason = error, " ".join(str(error).split())[:REASON_LENGTH]
+                refused = reason if cuda_graph else refused
+                continue
+            if refused:
+                self._say(f"{stage}: runs without a CUDA graph, because onnxruntime refuses it: {refused}")
+            return session, cuda_graph
         raise EngineError(f"{path}: onnxruntime cannot load the {stage}: {reason}") from failed
 
     def _options(self) -> tuple[Any, list[str]]:
@@ -118,28 +150,22 @@ class OnnxRuntimeEngine:
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if self.device != "cpu":
-            options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+            for name, value in GPU_SESSION.items():
+                options.add_session_config_entry(name, value)
         # Each session has an arena of its own. A shared arena would keep what a stage needed after the stage is
         # closed: 2.4 GB of a vqgan at 1024x1024.
         if self.memory == "fast":
             return options, []
-        options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are copies in memory
-        options.enable_cpu_mem_arena = False  # an arena would keep the casts of all weights
-        return options, ["ConstantFolding"]  # folding would cast the weights for good
+        return options, keep_mapped(options)
 
-    def _providers(self) -> list[str | tuple[str, dict[str, Any]]]:
+    def _providers(self, *, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
-        cache = str(user_cache("onnxruntime"))
-        tensorrt: dict[str, Any] = {
-            "trt_engine_cache_enable": True,
-            "trt_engine_cache_path": cache,
-            "trt_timing_cache_enable": True,
-            "trt_timing_cache_path": cache,
-        }
         wanted = [*PROVIDERS[self.device], *([CPU] if self.allow_cpu and self.device != "cpu" else [])]
         available = {*self._ort.get_available_providers(), CPU}
         return [
-            (name, tensorrt) if name == "TensorrtExecutionProvider" else name for name in wanted if name in available
+            (name, provider_options(name, tf32=self.tf32, cuda_graph=cuda_graph))
+            for name in wanted
+            if name in available
         ]
 
     def _check_placement(self, stage: Stage, session: Any) -> bool:
@@ -167,53 +193,26 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeStage(HostRunner):
-    """The session of one stage. `device_ort` is the module onnxruntime if the session is on a GPU, else None."""
+    """The session of one stage on the CPU."""
 
-    def __init__(self, stage: Stage, entry: GraphEntry, session: Any, device_ort: Any = None) -> None:
+    def __init__(self, stage: Stage, entry: GraphEntry, session: Any) -> None:
         self.stage = stage
         self.entry = entry
         self._session = session
-        self._device_ort = device_ort
         self._outputs = [port.name for port in entry.outputs]
 
     def __call__(self, inputs: Tensors) -> Outputs:
         given = complete_inputs(self.stage, self.entry.inputs, inputs)
-        with self._errors():
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(given)), strict=True))
-
-    def bind(self, constants: Tensors) -> Run:
-        if self._device_ort is None:
-            return super().bind(constants)
-        fixed = dict(constants)
-        binding = self._session.io_binding()
-        with self._errors():
-            for name, array in fixed.items():
-                value = self._device_ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-                binding.bind_ortvalue_input(name, value)
-
-        def run(inputs: Tensors) -> Outputs:
-            given = complete_inputs(self.stage, self.entry.inputs, {**fixed, **inputs})
-            fed = {name: np.ascontiguousarray(array) for name, array in given.items() if name not in fixed}
-            with self._errors():
-                for name, array in fed.items():
-                    binding.bind_cpu_input(name, array)
-                for name in self._outputs:
-                    binding.bind_output(name)  # in every run: the size of the output may differ
-                self._session.run_with_iobinding(binding)
-                return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
-
-        return run
+        try:
+            found = self._session.run(self._outputs, dict(given))
+        except Exception as error:
+            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+        # An array lies in the session's arena and keeps all of it in memory, also after the session is closed.
+        return {name: np.array(value) for name, value in zip(self._outputs, found, strict=True)}
 
     def close(self) -> None:
         self._session = None
-        give_back_memory()  # the session holds gigabytes; do not wait for the collector
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+        give_back_memory()
 
 
 def operators_on_cpu(session: Any) -> Counter[str]:
@@ -234,11 +233,23 @@ def quiet_options(ort: Any) -> Any:
     return options
 
 
+def keep_mapped(options: Any) -> list[str]:
+    """Set `options` to leave weights in their files; returns the names of the optimizers to switch off."""
+    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are copies in memory
+    options.enable_cpu_mem_arena = False  # an arena would keep the casts of all weights
+    return ["ConstantFolding"]  # folding would cast the weights for good
+
+
 def open_session(path: Path) -> Any:
-    """A session of any graph on the CPU, for a short run. Raises EngineError when it cannot be loaded."""
+    """A session of any graph on the CPU, for a short run: its weights stay in their files.
+
+    Raises EngineError when it cannot be loaded."""
     ort = import_onnxruntime("cpu")
+    options = quiet_options(ort)
+    disabled = keep_mapped(options)
+    require_inputs_named(path)
     try:
-        return ort.InferenceSession(path, quiet_options(ort), providers=[CPU])
+        return ort.InferenceSession(path, options, providers=[CPU], disabled_optimizers=disabled)
     except Exception as error:
         raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
 
@@ -250,8 +261,10 @@ def open_proto(model: "ModelProto", folder: Path) -> Any:
     ort = import_onnxruntime("cpu")
     options = quiet_options(ort)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    content = model.SerializeToString()
+    require_inputs_named_in(content, str(folder))
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+        return ort.InferenceSession(content, options, providers=[CPU])
     except Exception as error:
         if tuple(int(part) for part in ort.__version__.split(".")[:2]) < IN_MEMORY_SINCE:
             raise EngineError(

@@ -60,6 +60,12 @@ class OpenVinoEngine:
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "OpenVinoStage":
         entry = self.bundle.entry(stage)
         path = self.bundle.graph(stage, graph)
+        if entry.precision is Precision.BF16 and not multiplies_bf16():
+            # OpenVINO 2026.4 loads it, and its results are noise.
+            raise EngineError(
+                f"{stage}: its graphs compute in bf16, and openvino computes these wrongly on a CPU without bf16; "
+                f"export it again: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
+            )
         try:
             with without_links(path) as alone:
                 model = self._core.read_model(str(alone))
@@ -97,7 +103,7 @@ class OpenVinoStage(HostRunner):
 
     def close(self) -> None:
         self._head = self._body = None
-        give_back_memory()  # compiled models hold gigabytes; do not wait for the collector
+        give_back_memory()
 
 
 def _cut_at_sines(ov: Any, model: Any) -> Any:

@@ -1,6 +1,6 @@
 """The protocol that every engine follows, and the check of a stage's inputs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -40,6 +40,12 @@ class StageRunner(Protocol):
         """The stage with the inputs `constants` fixed: a function of the other inputs.
 
         An engine with its own memory copies the constants there once."""
+
+    def keep(self, inputs: Tensors, read: Collection[str]) -> Mapping[str, Any]:
+        """Run the stage, and leave every output but `read` in the engine's own memory if it has one.
+
+        What is returned can be given to `bind` of another graph of the same stage and engine."""
+        return self(inputs)
 
     def close(self) -> None:
         """Free the memory of the weights."""

@@ -1,7 +1,9 @@
-"""Arrays to images, and PNG files with the settings that generated them.
+"""Arrays to images, and image files with the settings that generated them.
 
 A file appears whole or not at all, see `storage.atomic_file`.
 """
+
+from __future__ import annotations  # help() shows the types as they are written here
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +19,7 @@ from ...schemas.json_text import dump_json, load_json
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 from ...storage.output_rules import locate, require_apart, require_free
 from ..engines.protocol import F32
+from .photo import FORMATS, OTHERS, is_photo, read_photo_text, write_photo
 from .png_text import read_png_text
 
 METADATA_KEY = "cascadekit"
@@ -31,7 +34,7 @@ def to_images(pixels: F32) -> list[Image.Image]:
 
 
 def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True) -> None:
-    """Write `image` with `settings` as JSON in its text chunk "cascadekit".
+    """Write `image` with `settings` as JSON in its text chunk "cascadekit"; `photo.write_photo` writes other formats.
 
     Without `force` no file is replaced, even one that has just appeared. Raises UsageError when the file cannot be
     written, or exists without `force`."""
@@ -95,7 +98,10 @@ def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
-            image.save(file, format="PNG", pnginfo=info)
+            if path.suffix.lower() in FORMATS:
+                write_photo(file, path, image, settings)
+            else:
+                image.save(file, format="PNG", pnginfo=info)
             finish(file)
             yield scratch
     except OSError as error:
@@ -103,10 +109,11 @@ def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a PNG written by `save_png`, or None when it has none.
+    """The settings in an image written by `save_png`, or None when it has none.
 
-    Raises OSError when the file cannot be read, ValueError when it is no PNG or its settings are no JSON."""
-    return parse_text(read_png_text(path, METADATA_KEY).text)
+    Raises OSError when the file cannot be read, ValueError when it is no PNG, JPEG or WebP, or its settings are no
+    JSON."""
+    return parse_text(read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY).text)
 
 
 def parse_text(text: str | None) -> dict[str, Any] | None:
@@ -116,11 +123,11 @@ def parse_text(text: str | None) -> dict[str, Any] | None:
 
 
 def require_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG written by `save_png`. Raises UsageError when it cannot be read or has none."""
+    """The settings in an image written by `save_png`. Raises UsageError when it cannot be read or has none."""
     try:
         settings = read_settings(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as a PNG of cascadekit: {error}; give another file") from error
+        raise UsageError(f"{path}: cannot be read as an image of cascadekit: {error}; give another file") from error
     if not isinstance(settings, dict):
         raise UsageError(
             f"{path}: has no settings of cascadekit; image editors drop them, give the file as it was written"
@@ -129,23 +136,26 @@ def require_settings(path: Path) -> dict[str, Any]:
 
 
 def image_paths(output: Path, count: int, *, force: bool = False, sources: Iterable[str | Path] = ()) -> list[Path]:
-    """The paths for `count` images: `output` itself when it ends in .png, else the next free numbers in that folder.
+    """The paths for `count` images: `output` itself when it is named as an image, else the next free numbers in it.
 
     `save_numbered` takes these numbers unless another process is first. Half-written images of killed processes are
     removed from the folder.
 
     Raises UsageError when one file is named for several images, or exists without `force`. Raises it too when an image
     would be written into one of the `sources` or replace it."""
-    locate(output)
-    if output.suffix.lower() == ".png" and not output.is_dir():
+    _require_writable(locate(output))
+    if output.suffix.lower() in (".png", *FORMATS) and not output.is_dir():
         if count > 1:
             raise UsageError(f"{output}: one file for {count} images; give a folder")
         require_apart(output, sources)
         require_free(output, force=force)
         remove_leftovers(output.parent, _is_image)
         return [output]
+    names = ", ".join((".png", *FORMATS))
     if os.path.lexists(output) and not output.is_dir():
-        raise UsageError(f"{output}: expected a folder or a name ending in .png")
+        raise UsageError(f"{output}: expected a folder, or a name ending in {names}")
+    if output.suffix.lower() in OTHERS and not output.is_dir():
+        raise UsageError(f"{output}: images are not written in this format; give a folder, or a name ending in {names}")
     stems = (path.stem for path in output.glob("*.png"))
     first = max((int(stem) for stem in stems if stem.isdecimal() and len(stem) <= MOST_DIGITS), default=-1) + 1
     paths = [output / f"{number:04d}.png" for number in range(first, first + count)]
@@ -154,5 +164,15 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
     return paths
 
 
+def _require_writable(output: Path) -> None:
+    """Raise UsageError when neither `output` nor a folder for it can be made: found now, not after the first image."""
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if there != output and not there.is_dir():
+        raise UsageError(f"{output}: {there} is no folder; choose another output")
+    folder = there if there.is_dir() else there.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{output}: {folder} cannot be written; choose another output")
+
+
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(".png")
+    return name.lower().endswith((".png", *FORMATS))

@@ -55,6 +55,7 @@ class Residency:
         self._engine = engine
         self.policy = policy
         self._size_of = size_of
+        self.on_load: Callable[[Stage], object] = lambda stage: None  # called before a graph of a stage is loaded
         self._loaded: dict[Key, StageRunner] = {}  # in the order of their last use
         self._in_use: list[Key] = []
 
@@ -65,6 +66,7 @@ class Residency:
         runner = self._loaded.pop(key, None)
         if runner is None:
             self._make_room(key)
+            self.on_load(stage)
             with nullcontext() if self.policy == RESIDENT else large_blocks_given_back():
                 runner = self._engine.load(stage, graph)
         self._loaded[key] = runner

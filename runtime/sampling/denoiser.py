@@ -46,10 +46,11 @@ def denoiser(
         def predict(x_t: F32, t: np.float32) -> F32:
             x_t = np.concatenate([x_t, x_t]) if guidance is not None else x_t
             ratio = np.full(len(x_t), t, np.float32)
-            found = [
-                run({"sample": x_t[part], "timestep_ratio": ratio[part]})["noise_pred"]
-                for part, run in zip(parts, runs, strict=True)
-            ]
+            with networks.timings.step(stage):
+                found = [
+                    run({"sample": x_t[part], "timestep_ratio": ratio[part]})["noise_pred"]
+                    for part, run in zip(parts, runs, strict=True)
+                ]
             prediction = found[0] if len(found) == 1 else np.concatenate(found)
             networks.require_sound(stage, prediction, f"step {next(made)} of {steps}", images=images)
             return prediction if guidance is None else schedule.guide(prediction, guidance)
@@ -100,13 +101,14 @@ class HoistedStage(HostRunner):
 
 
 def prepare(conditioning: StageRunner, stage: Stage, sample: F32, conditions: Tensors, ratios: F32) -> Tensors:
-    """Run the conditioning graph: the inputs that the step graph needs for all of `ratios`.
+    """Run the conditioning graph: the inputs that the step graph needs for all of `ratios`. Those that are the same in
+    every step stay in the engine's memory.
 
     `conditions` are the other input ports (B, ...). `sample` gives the decoder the size of the latents."""
     size = {"sample": sample} if stage is Stage.DECODER else {}
     control = {name: value for name, value in conditions.items() if is_control(name)}  # inputs of the step graph
     rest = {name: value for name, value in conditions.items() if name not in control}
-    return {**conditioning({**size, **rest, RATIOS: ratios}), **control}
+    return {**conditioning.keep({**size, **rest, RATIOS: ratios}, (MODULATION,)), **control}
 
 
 def is_hoisted(engine: Engine, stage: Stage) -> bool:

@@ -93,3 +93,19 @@ def _checked(weight: float, text: str) -> float:
             r"use the negative prompt for what is to be absent, or write \( \) \[ \] for brackets that are text"
         )
     return weight
+
+
+def unbalanced_brackets(text: str) -> str:
+    """The brackets in `text` that have no partner, in their order, such as "(" or ")["; "" when all are paired."""
+    alone: list[str] = []
+    for match in _SYNTAX.finditer(text):
+        last = match[0][-1] if match["escaped"] is None else ""
+        if last in ("(", "["):
+            alone.append(last)
+        elif last in _CLOSING:
+            partner = _CLOSING[last][0]
+            if partner in alone:
+                del alone[len(alone) - 1 - alone[::-1].index(partner)]
+            else:
+                alone.append(last)
+    return "".join(alone)

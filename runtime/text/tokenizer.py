@@ -20,6 +20,7 @@ Characters newer than the Unicode tables of Python or of either library may be l
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -29,9 +30,30 @@ from tokenizers import Encoding, Tokenizer
 
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.limits import MAX_PROMPT_CHARACTERS
-from .tokenizer_file import END, END_TEXT, START, START_TEXT, VOCAB_SIZE, name_of, read_tokenizer, require_rows, shipped
+from .tokenizer_file import (
+    END,
+    END_TEXT,
+    START,
+    START_TEXT,
+    VOCAB_SIZE,
+    TokenizerFile,
+    name_of,
+    read_tokenizer,
+    require_rows,
+    shipped,
+)
 
-__all__ = ["END", "LENGTH", "START", "ClipTokenizer", "Token", "Tokens", "save_tokenizer_folder", "token_rows"]
+__all__ = [
+    "END",
+    "LENGTH",
+    "START",
+    "ClipTokenizer",
+    "Token",
+    "Tokens",
+    "read_checked",
+    "save_tokenizer_folder",
+    "token_rows",
+]
 
 LENGTH = 77  # positions of the text encoder
 PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
@@ -73,21 +95,7 @@ class ClipTokenizer:
 
         Raises CheckpointError when a file is missing, is not a CLIP tokenizer of 49,408 tokens, or has more tokens than
         `rows`."""
-        if path is None:
-            return cls(Tokenizer.from_str(shipped()))
-        try:
-            read = read_tokenizer(path)
-            tokenizer = _guarded(lambda: _parsed(read.text))
-            found = _described(tokenizer, read.added)
-        except Exception as error:  # the library raises plain Exception
-            found = str(error)
-        expected = f"{VOCAB_SIZE} tokens, empty prompt {[START, END]}"
-        if found != expected:
-            raise CheckpointError(
-                f"{name_of(path)}: expected CLIP's tokenizer ({expected}), found: {found[:300]}. {_NEXT}"
-            )
-        require_rows(read, rows)
-        return cls(tokenizer)
+        return cls(_parsed(shipped() if path is None else read_checked(path, rows).text))
 
     def __call__(self, prompts: Sequence[str], length: int = LENGTH) -> Tokens:
         """`prompts` as int64 ids of shape (len(prompts), length), padded with the closing token 49407.
@@ -128,6 +136,20 @@ class ClipTokenizer:
             raise UsageError(f"{name}: expected text, found {ascii(text)[:60]}") from error
 
 
+def read_checked(path: Path, rows: int | None = None) -> TokenizerFile:
+    """The files of the tokenizer at `path`, read and tried out. Raises CheckpointError as `ClipTokenizer.open` does."""
+    try:
+        read = read_tokenizer(path)
+        found = _described(_guarded(lambda: _parsed(read.text)), read.added)
+    except Exception as error:  # the library raises plain Exception
+        found = str(error)
+    expected = f"{VOCAB_SIZE} tokens, empty prompt {[START, END]}"
+    if found != expected:
+        raise CheckpointError(f"{name_of(path)}: expected CLIP's tokenizer ({expected}), found: {found[:300]}. {_NEXT}")
+    require_rows(read, rows)
+    return read
+
+
 def token_rows(rows: Sequence[Sequence[int]], length: int = LENGTH) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The ids of each row between an opening and a closing token, padded with closing tokens, and the attention mask.
 
@@ -164,7 +186,9 @@ def save_tokenizer_folder(folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
+@lru_cache(maxsize=1)  # parsing takes 0.1 s; export and verify need the same tokenizer several times
 def _parsed(text: str) -> Tokenizer:
+    """The tokenizer in the JSON `text`; shared, so it must not be changed."""
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()  # a saved file may ask for either; both are done here
     tokenizer.no_padding()

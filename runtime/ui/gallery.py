@@ -36,8 +36,10 @@ class Gallery:
         self._known: dict[Known, Described | None] = {}
         self._lock = Lock()  # held while `_known` changes; every request has its own thread
 
-    def newest(self, count: int) -> tuple[list[Described], bool]:
-        """The `count` newest images, and whether there are more. Raises UsageError for a folder that cannot be read."""
+    def newest(self, count: int, search: str = "") -> tuple[list[Described], bool]:
+        """The `count` newest images, and whether there are more. With `search`, only images that have each of its words
+        in their prompts, their name or their seed. Raises UsageError for a folder that cannot be read."""
+        words = search.casefold().split()
         files = sorted(self._files(), key=lambda known: (known[1], known[0]), reverse=True)
         present = set(files)
         with self._lock:  # forget the images that are gone
@@ -45,9 +47,11 @@ class Gallery:
         found: list[Described] = []
         for name, time in files:
             described = self._described(name, time)
-            if described and len(found) == count:
+            if described is None or not all(word in _searched(described) for word in words):
+                continue
+            if len(found) == count:
                 return found, True
-            found += [described] if described else []
+            found.append(described)
         return found, False
 
     def describe(self, path: Path) -> Described | None:
@@ -112,6 +116,12 @@ def _read(path: Path) -> Described | None:
     if "seed" in settings:
         settings["seed"] = str(settings["seed"])  # JavaScript has no integers of 64 bits
     return {"width": png.width, "height": png.height, "settings": settings, "odd": _names(odd)}
+
+
+def _searched(described: Described) -> str:
+    settings = described["settings"]
+    texts = (settings.get("prompt", ""), settings.get("negative", ""), described["name"], settings.get("seed", ""))
+    return "\n".join(texts).casefold()
 
 
 def _is_long(value: Any) -> bool:

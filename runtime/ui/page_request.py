@@ -1,7 +1,7 @@
 """Parses the flat JSON that the page submits into requests, and describes to the page the requests it may make."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...schemas.settings import Sampler, parse_settings
 from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
 from ...schemas.stages import Stage
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
+from .models import Models
 from .queued_job import PageRequest
 from .uploads import Uploads
 
@@ -38,7 +39,7 @@ def features(manifest: Manifest) -> dict[str, Any]:
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """The bundle, its features, and defaults and limits of the settings."""
+    """The stages of a bundle, its features, and defaults and limits of the settings."""
     sides = {"min": SMALLEST_SIDE, "max": MAX_IMAGE_SIDE, "step": SIZE_STEP}
     size = manifest.default_size
     return {
@@ -54,19 +55,17 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def parse_page_request(
-    given: Mapping[str, Any], manifest: Manifest, pictures: Uploads, loras: Sequence[tuple[str, float]] = ()
-) -> PageRequest:
+def parse_page_request(given: Mapping[str, Any], models: Models, pictures: Uploads) -> PageRequest:
     """Parse the JSON that the page submits.
 
-    `given` has the fields of a request, with ids in place of pictures. It also has `images`, the number of images
-    (their seeds count on from `seed`), and `previews`, a list of stages. `loras` are already merged into the weights.
+    `given` has the fields of a request, with ids in place of pictures. Its `bundle`, `engine` and `loras` are names on
+    the page. `images` is the number of images, whose seeds count on from `seed`; `previews` is a list of stages.
 
     Raises UsageError for a request that cannot be generated."""
     fields = dict(given)
     count, shown = _count(fields.pop("images", 1)), _stages(fields.pop("previews", []))
-    if "loras" in fields:
-        raise UsageError("LoRAs are chosen when the page is started: cascadekit ui BUNDLE --lora FILE")
+    choice = models.choice(fields.pop("bundle", None), fields.pop("engine", None), fields.pop("loras", None))
+    manifest = models.manifest(choice.bundle)
     able = features(manifest)
     fields = {name: value for name, value in fields.items() if value or name not in PICTURED}
     for name in sorted(PICTURED & fields.keys()):
@@ -79,7 +78,7 @@ def parse_page_request(
         )
     if fields.get("controls"):
         fields["controls"] = [_control(each, manifest, pictures) for each in _list("controls", fields["controls"])]
-    fields["loras"] = [{"name": name, "strength": strength} for name, strength in loras]
+    fields["loras"] = [{"name": name, "strength": strength} for name, strength in choice.loras]
     if fields.get("seed") in (None, ""):
         fields["seed"] = secrets.randbelow(1 << 32)
     first = parse_request(fields, manifest.default_size)
@@ -89,7 +88,7 @@ def parse_page_request(
     if first.seed + count > 2**64:
         raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
     requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
-    return PageRequest(requests, shown & frozenset(able["previews"]))
+    return PageRequest(choice, requests, shown & frozenset(able["previews"]))
 
 
 def _count(value: Any) -> int:

@@ -5,7 +5,6 @@ import io
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +19,20 @@ from ..cascade import Cascade
 from ..images.png import image_paths, save_numbered
 from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
-from .queued_job import CANCELLED, DONE, ERROR, NOTES, PREVIEW, QUEUED, STARTED, STEP, PageRequest, QueuedJob
+from .models import Models
+from .queued_job import (
+    CANCELLED,
+    DONE,
+    ERROR,
+    NOTES,
+    OPENING,
+    PREVIEW,
+    QUEUED,
+    STARTED,
+    STEP,
+    PageRequest,
+    QueuedJob,
+)
 from .uploads import Uploads
 
 MOST_WAITING = 32
@@ -37,7 +49,7 @@ class JobQueue:
 
     def __init__(
         self,
-        cascade: Cascade,
+        models: Models,
         gallery: Gallery,
         pictures: Uploads,
         *,
@@ -46,7 +58,7 @@ class JobQueue:
     ) -> None:
         """`batch` images are computed together (None: as many as `images_together` returns). `say` is called with a
         line for each saved image."""
-        self._cascade = cascade
+        self._models = models
         self._gallery = gallery
         self._pictures = pictures
         self._batch = batch
@@ -121,8 +133,11 @@ class JobQueue:
     def _run(self, job: QueuedJob) -> None:
         """Generate the images of a job; an error becomes its last event."""
         try:
+            if not self._models.is_open(job.request.choice):
+                job.publish(OPENING, loras=len(job.request.choice.loras))
+            cascade = self._models.cascade(job.request.choice)
             job.publish(STARTED)
-            self._generate(job)
+            self._generate(job, cascade)
         except _CancelledError:
             job.publish(CANCELLED, images=job.images)
         except CascadeError as error:
@@ -136,17 +151,18 @@ class JobQueue:
         else:
             job.publish(DONE, images=job.images)
 
-    def _generate(self, job: QueuedJob) -> None:
+    def _generate(self, job: QueuedJob, cascade: Cascade) -> None:
         _leave_if_cancelled(job)
         requests = job.request.requests
-        cut = self._cut(requests[0].prompt, requests[0].negative) if not requests[0].settings.long_prompts else []
+        texts = [] if requests[0].settings.long_prompts else [requests[0].prompt, requests[0].negative]
+        cut = [text.strip() for text in cascade.tokenizer(texts).truncated if text] if texts else []
         if cut:
             job.publish(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
         began, done = time.monotonic(), 0
         for group in request_groups(requests, self._batch):
             place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
             on_step = _on_step(job, place)
-            for generated in generate_requests(self._cascade, group, on_step):
+            for generated in generate_requests(cascade, group, on_step):
                 _leave_if_cancelled(job)
                 self._save(job, generated)
             done += len(group)
@@ -158,9 +174,6 @@ class JobQueue:
         assert described is not None
         job.images.append(described)
         self._say(f"wrote {path} ({generated.image.width}x{generated.image.height}, seed {generated.request.seed})")
-
-    def _cut(self, *texts: str) -> Sequence[str]:
-        return [cut.strip() for cut in self._cascade.tokenizer(list(texts)).truncated if cut]
 
 
 def _on_step(job: QueuedJob, place: dict[str, Any]) -> OnStep:

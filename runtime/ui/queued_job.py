@@ -9,18 +9,20 @@ from typing import Any
 
 from ...schemas.request import Request
 from ...schemas.stages import Stage
+from .models import Choice
 
-QUEUED, STARTED, NOTES, STEP, PREVIEW = "queued", "started", "notes", "step", "preview"
+QUEUED, OPENING, STARTED, NOTES, STEP, PREVIEW = "queued", "opening", "started", "notes", "step", "preview"
 DONE, ERROR, CANCELLED = "done", "error", "cancelled"  # the last event is one of these
 FINAL = (DONE, ERROR, CANCELLED)
 
 
 @dataclass(frozen=True)
 class PageRequest:
-    """One submission of the page: requests of one group, which can be computed together.
+    """One submission of the page: requests of one group, which can be computed together, and what they run on.
 
     The steps of the stages in `previews` are shown as pictures."""
 
+    choice: Choice
     requests: tuple[Request, ...]
     previews: frozenset[Stage] = frozenset()
 
@@ -89,4 +91,6 @@ class QueuedJob:
         steps = {Stage.PRIOR: settings.prior_steps, Stage.DECODER: settings.decoder_steps}
         steps |= {stage: len(ratios) - 1 for stage, ratios in given.items() if ratios}
         size = {"width": settings.width, "height": settings.height}
-        return {"id": self.id, "prompt": first.prompt, "images": len(self.request.requests), "steps": steps, **size}
+        chosen = {"bundle": self.request.choice.bundle, "engine": self.request.choice.engine}
+        images = len(self.request.requests)
+        return {"id": self.id, "prompt": first.prompt, "images": images, "steps": steps, **size, **chosen}

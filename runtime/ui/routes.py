@@ -1,56 +1,50 @@
 """The routes of the page: a function for each address."""
 
-import base64
-import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ...schemas.manifest import Manifest
 from .gallery import Gallery
 from .http_messages import Call, RefusedError, Reply, Route, json_reply
 from .http_server import CHUNK
+from .models import Models
 from .page_request import describe, parse_page_request
 from .queue import JobQueue
 from .queued_job import QueuedJob
+from .trash import Trash
 from .uploads import Uploads
 
 MOST_JSON, MOST_PICTURE = 256 << 10, 32 << 20  # bytes of a body
 SHOWN = 48  # images of the gallery unless more are asked for
 MOST_SHOWN = 10_000
+MOST_SEARCH = 1000  # characters
 
+# Scripts and styles are the files in the folder `page` alone: no other route sends a type that a browser would run.
 POLICY = (
-    "default-src 'self'; script-src {script}; style-src {style}; img-src 'self' data: blob:; object-src 'none'; "
+    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+TYPES: Mapping[str, str] = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+INDEX = "index.html"
 
 
 @dataclass(frozen=True)
 class App:
-    """The parts that the routes use. `about` describes the engine, the LoRAs and the output folder to the page."""
+    """The parts that the routes use. `open_folder` shows the folder of the images on the screen; None: it cannot."""
 
-    manifest: Manifest
+    models: Models
     queue: JobQueue
     gallery: Gallery
     pictures: Uploads
-    loras: Sequence[tuple[str, float]]
-    about: dict[str, Any]
-
-    @cached_property
-    def page(self) -> bytes:
-        return files(__package__).joinpath("index.html").read_bytes()
-
-    @cached_property
-    def policy(self) -> str:
-        """The Content-Security-Policy of the page, which allows its own script and style alone, by their hashes."""
-        return POLICY.format(script=_hash_of(self.page, b"script"), style=_hash_of(self.page, b"style"))
+    trash: Trash
+    open_folder: Callable[[], None] | None = None
 
     def job(self, call: Call) -> QueuedJob:
         job = self.queue.job(call.groups["id"])
@@ -59,13 +53,46 @@ class App:
         return job
 
 
+@cache
+def _page_files() -> Mapping[str, bytes]:
+    """The files that make the page, by name."""
+    folder = files(__package__).joinpath("page")
+    return {file.name: file.read_bytes() for file in folder.iterdir() if os.path.splitext(file.name)[1] in TYPES}
+
+
 def _page(app: App, call: Call) -> Reply:
-    headers = {"Content-Security-Policy": app.policy, "Cache-Control": "no-cache"}
-    return Reply(app.page, "text/html; charset=utf-8", headers=headers)
+    name = call.groups.get("file", INDEX)
+    content = _page_files().get(name)
+    if content is None:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is nothing here")
+    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+    return Reply(content, f"{TYPES[os.path.splitext(name)[1]]}; charset=utf-8", headers=headers)
 
 
 def _info(app: App, call: Call) -> Reply:
-    return json_reply({**describe(app.manifest), **app.about, "picture_bytes": MOST_PICTURE})
+    first = app.models.first
+    return json_reply(
+        {
+            "bundles": app.models.names(),
+            "loras": app.models.lora_names(),
+            "bundle": first.bundle,
+            "engine": first.engine,
+            "chosen_loras": [
+                {"name": app.models.shown_lora(lora), "strength": strength} for lora, strength in first.loras
+            ],
+            "output": str(app.gallery.folder),
+            "opens_folder": app.open_folder is not None,
+            "picture_bytes": MOST_PICTURE,
+        }
+    )
+
+
+def _bundle(app: App, call: Call) -> Reply:
+    name = call.groups["name"]
+    if name not in app.models.names():
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such bundle (any more)")
+    manifest = app.models.manifest(name)
+    return json_reply({"name": name, **describe(manifest), "engines": app.models.engines(manifest)})
 
 
 def _add_picture(app: App, call: Call) -> Reply:
@@ -80,8 +107,12 @@ def _picture(app: App, call: Call) -> Reply:
     return Reply(content.getvalue(), "image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
 
+def _has_picture(app: App, call: Call) -> Reply:
+    return json_reply({"present": app.pictures.find(call.groups["id"]) is not None})
+
+
 def _submit(app: App, call: Call) -> Reply:
-    request = parse_page_request(call.json(), app.manifest, app.pictures, app.loras)
+    request = parse_page_request(call.json(), app.models, app.pictures)
     return json_reply(app.queue.submit(request).to_json(), HTTPStatus.CREATED)
 
 
@@ -113,7 +144,10 @@ def _images(app: App, call: Call) -> Reply:
     count = call.query.get("count", str(SHOWN))
     if not re.fullmatch(r"\d{1,9}", count):
         raise RefusedError(HTTPStatus.BAD_REQUEST, "count: expected a number")
-    images, more = app.gallery.newest(min(int(count), MOST_SHOWN))
+    search = call.query.get("search", "")
+    if len(search) > MOST_SEARCH:
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"search: expected at most {MOST_SEARCH} characters")
+    images, more = app.gallery.newest(min(int(count), MOST_SHOWN), search)
     return json_reply({"images": images, "more": more})
 
 
@@ -137,21 +171,44 @@ def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
             yield piece
 
 
+def _delete(app: App, call: Call) -> Reply:
+    token = app.trash.delete(call.groups["name"])
+    if token is None:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such image (any more)")
+    return json_reply({"restore": token})
+
+
+def _restore(app: App, call: Call) -> Reply:
+    name = app.trash.restore(call.groups["id"])
+    if name is None:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "the deleted image is not there (any more)")
+    return json_reply({"name": os.fsencode(name).decode("utf-8", "replace")})
+
+
+def _open_folder(app: App, call: Call) -> Reply:
+    if app.open_folder is None:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "the folder cannot be shown here; open it yourself")
+    app.open_folder()
+    return json_reply({})
+
+
+JSON = ("application/json",)
+
 ROUTES: Sequence[Route] = (
     Route("GET", r"/", _page),
+    Route("GET", r"/page/(?P<file>[a-z_]+\.(?:css|js))", _page),
     Route("GET", r"/api/info", _info),
+    Route("GET", r"/api/bundles/(?P<name>[^/]+)", _bundle),
     Route("POST", r"/api/pictures", _add_picture, MOST_PICTURE, ("application/octet-stream",)),
     Route("GET", r"/api/pictures/(?P<id>[0-9a-f]{64})", _picture),
-    Route("POST", r"/api/jobs", _submit, MOST_JSON, ("application/json",)),
+    Route("GET", r"/api/pictures/(?P<id>[0-9a-f]{64})/present", _has_picture),
+    Route("POST", r"/api/jobs", _submit, MOST_JSON, JSON),
     Route("GET", r"/api/jobs", _jobs),
     Route("GET", r"/api/jobs/(?P<id>[0-9a-f]+)/events", _events),
-    Route("POST", r"/api/jobs/(?P<id>[0-9a-f]+)/cancel", _cancel, MOST_JSON, ("application/json",)),
+    Route("POST", r"/api/jobs/(?P<id>[0-9a-f]+)/cancel", _cancel, MOST_JSON, JSON),
     Route("GET", r"/api/images", _images),
     Route("GET", r"/images/(?P<name>[^/]+\.png)", _image),
+    Route("POST", r"/images/(?P<name>[^/]+\.png)/delete", _delete, MOST_JSON, JSON),
+    Route("POST", r"/api/trash/(?P<id>[0-9a-f]+)/restore", _restore, MOST_JSON, JSON),
+    Route("POST", r"/api/folder/open", _open_folder, MOST_JSON, JSON),
 )
-
-
-def _hash_of(page: bytes, element: bytes) -> str:
-    """The hash of the page's one element of that name, as a Content-Security-Policy names it."""
-    (content,) = re.findall(b"<%s>(.*?)</%s>" % (element, element), page, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"

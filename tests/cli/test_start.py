@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 import pytest
 
-from cascadekit.cli import main
+from cascadekit.cli import COMMANDS, main
+from cascadekit.cli.build_options import DEFAULT_SIZES
 from cascadekit.cli.lazy import LazyGroup
+from cascadekit.schemas.profiles import DEFAULT, shown
 
 LOADED = "import json, sys, atexit; atexit.register(lambda: sys.stderr.write(json.dumps(sorted(sys.modules)))); "
 PROGRAM = "from cascadekit.__main__ import main; main()"
@@ -19,11 +21,15 @@ OF_HELP = {
     "cascadekit.__main__",
     "cascadekit.cli",
     *(f"cascadekit.cli.{name}" for name in ("boundary", "console", "escape", "lazy", "signals", "translate")),
+    "cascadekit.cli.words_elsewhere",
     "cascadekit.runtime",
     "cascadekit.runtime.engines",
     "cascadekit.runtime.engines.telemetry",
     "cascadekit.schemas",
+    "cascadekit.schemas.callbacks",
     "cascadekit.schemas.errors",
+    "cascadekit.storage",
+    "cascadekit.storage.locks",
 }
 
 
@@ -38,6 +44,29 @@ def test_help_imports_no_command_and_no_heavy_library() -> None:
     loaded = modules("--help")
     assert not loaded & HEAVY
     assert {name for name in loaded if name.startswith("cascadekit")} == OF_HELP
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("lora", "bench")])
+def test_help_of_a_command_imports_no_heavy_library(name: str) -> None:
+    assert not modules(name, "--help") & HEAVY
+
+
+def test_the_default_sizes_of_build_are_those_of_the_profiles() -> None:
+    assert {name: shown(getattr(DEFAULT, name)) for name in ("min", "opt", "max")} == DEFAULT_SIZES
+
+
+def test_inspect_of_a_bundle_imports_pydantic_without_its_search_for_plugins(tiny: Path) -> None:
+    loaded = modules("inspect", tiny / "bundle")
+    assert loaded & HEAVY == {"pydantic"}
+    assert len([name for name in loaded if name.startswith("cascadekit.")]) < 50
+
+
+def test_models_are_built_when_they_are_used() -> None:
+    """Only the manifest itself is built: its parts are checked as parts of it."""
+    program = "from cascadekit.schemas import manifest as m, plan_entries as p; import sys; "
+    built = "print([k.__name__ for k in (m.Manifest, m.StageEntry, p.PlanEntry) if k.__pydantic_complete__])"
+    ended = subprocess.run([sys.executable, "-c", program + built], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
 
 
 def test_inspect_of_a_file_imports_no_heavy_library(original: Path) -> None:

@@ -1,5 +1,6 @@
 """From a config through random weights to a written graph on disk, and numbers out of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import onnxruntime
 import torch
 from onnx.reference.op_run import OpRun
 
+from cascadekit.converters.export.bundle_weights import projections_together
 from cascadekit.converters.onnx import GraphOptions, write_graph
 from cascadekit.parity.reference import load_reference
 from cascadekit.schemas.ports import ports_of
@@ -105,6 +107,17 @@ def random_tensors(config: NetworkConfig, seed: int) -> dict[str, Any]:
         tensors[name] = torch.tensor(3) if is_counter(name) else values.abs() if "running_var" in name else values
         assert (tensors[name] != 0).all(), name
     return tensors
+
+
+def places_of(config: NetworkConfig, dtype: str = "F32") -> dict[str, TensorRange]:
+    """Places of the weights in a file that is not there, in the order of `export`."""
+    shapes = expected_tensors(config)
+    found, offset = {}, 0
+    for name in projections_together(list(shapes)):
+        nbytes = math.prod(shapes[name]) * (4 if dtype == "F32" else 2)
+        found[name] = TensorRange(Path("weights.safetensors"), dtype, shapes[name], offset, nbytes)
+        offset += nbytes
+    return found
 
 
 def shift_data(path: Path, remainder: int) -> None:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ class Whole:
     def vqgans(self) -> dict[bool, Any]:
         return {lite: PaellaVQModel.from_pretrained(self.model(lite) / "vqgan").eval() for lite in (False, True)}
 
+    @cache  # noqa: B019  # one cascade for a session
     def reference(self, stage: Stage) -> Any:
         """Our torch network, for stages that diffusers does not have."""
         folder = self.model() / stage
@@ -280,5 +281,4 @@ def counted(monkeypatch: pytest.MonkeyPatch, fake: Mapping[Stage, Callable[..., 
 
     with monkeypatch.context() as patch:
         patch.setattr(OnnxRuntimeEngine, "load", counting)
-        patch.setattr("cascadekit.runtime.engines.onnxruntime.give_back_memory", lambda: None)  # slow beside torch
         yield loads

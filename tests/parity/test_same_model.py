@@ -4,14 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from cascadekit import export
+from cascadekit import convert, export
 from cascadekit.cli import main
+from cascadekit.cli.verify_print import next_steps
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.same_model import differences
+from cascadekit.parity.compare import compare
+from cascadekit.parity.comparison import Subject
+from cascadekit.parity.results import Report
+from cascadekit.parity.same_model import cause, differences
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -66,16 +71,41 @@ def test_another_model_changes_no_verdict(tiny: Path, tmp_path: Path) -> None:
     export(tiny / "model", bundle, stages=[Stage.VQGAN], weights="copy")
     code, lines = verify(bundle, tiny / "model")
     assert code == 0
-    assert not any("not the model" in line for line in lines)
+    assert not any("no verdict" in line or line.startswith("next:") for line in lines)
     before = (bundle / "cascade.json").read_bytes()
     (verdict,) = json.loads(before)["parity"]
     assert verdict["passed"] is True
     code, lines = verify(bundle, tiny / "original")
     assert code == 1  # compared all the same
-    assert "this is not the model" in lines[0]
+    assert lines[0].startswith(f"note: another model than {bundle} was exported from, so no verdict is recorded: vqgan")
+    assert lines[-1].startswith("next: compare with the bundle's own model, or export this one: cascadekit export")
     assert (bundle / "cascade.json").read_bytes() == before
     code, lines = verify(bundle, tiny / "original", "--json")
     assert (
         "scale 0.3764, this model's is 0.43"
         in json.loads("\n".join(lines[lines.index("{") :]))["differs_from_exported"][0]
     )
+
+
+def test_the_cause_is_in_the_first_line(tiny: Path, tmp_path: Path) -> None:
+    """The scale alone, the dtype alone; a failure for any other reason ends with what to run next."""
+    export(tiny / "model", tmp_path / "scaled", stages=[Stage.VQGAN], vqgan_scale=0.43)
+    code, lines = verify(tmp_path / "scaled", tiny / "model")
+    assert code == 1
+    assert lines[0] == (
+        f"note: another VQGAN scale than {tmp_path / 'scaled'} was exported from, so no verdict is recorded: "
+        "vqgan: scale 0.43, this model's is 0.3764"
+    )
+    assert cause(found(tiny / "bundle", tiny / "original")) == "another model"
+    bf16 = tmp_path / "bf16"
+    convert(tiny / "model", bf16, "diffusers", dtype="bf16")
+    assert cause(found(tiny / "bundle", bf16)) == "weights of another dtype"
+
+
+def test_a_failure_says_what_to_run_next() -> None:
+    subject = Subject("prior: noise_pred", stage=Stage.PRIOR)
+    failed = compare(subject, np.ones((1, 2), np.float32), np.full((1, 2), 2, np.float32), 1e-3)
+    steps = list(next_steps(Report("onnxruntime", "cascadekit", (failed,)), Path("my bundle"), Path("model")))
+    assert steps[0].endswith("cascadekit validate 'my bundle' --hash")
+    assert steps[1].endswith("cascadekit verify 'my bundle' --against model --stage prior --bisect")
+    assert not list(next_steps(Report("onnxruntime", "cascadekit"), Path("b"), Path("m")))

@@ -20,8 +20,8 @@ from cascadekit.storage.bundle import Bundle
 from helpers.fake_gpu import FakeGpu, FakeTensorRT, add_plan, without_plans
 from helpers.standins import accept_changes
 
-# Height x width of a plan that no small case fits, and which an image of 256x256 is outside of.
-LARGE = ("264x272", "264x280", "320x320x2")
+# Width x height of a plan that no small case fits, and which an image of 256x256 is outside of.
+LARGE = ("272x264", "280x264", "320x320x2")
 DRAWING = {
     Stage.TEXT_ENCODER: ("model",),
     Stage.PRIOR: ("conditioning", "step"),
@@ -71,7 +71,7 @@ def shown(bundle: Bundle, engine: str, **wishes: Any) -> list[str]:
 def test_points_of_profiles(bundle: Bundle) -> None:
     """In width x height, and between them multiples of 8 but not of 16."""
     assert shown(bundle, "onnxruntime", named=(96, 64)) == ["96x64"]
-    bundle = with_plans(bundle, Stage.PRIOR, "step", ("512x768", "768x768", "1024x1536x2"))
+    bundle = with_plans(bundle, Stage.PRIOR, "step", ("768x512", "768x768", "1536x1024x2"))
     every = ["768x512 least", "776x536 between sizes", "768x768 likeliest", "1536x1024 largest"]
     assert shown(bundle, "onnxruntime") == ["768x512 least", "760x504 outside"]
     assert shown(bundle, "onnxruntime", every=True) == [*every, "760x504 outside"]
@@ -86,8 +86,8 @@ def test_points_of_profiles(bundle: Bundle) -> None:
 
 def test_every_stage_is_compared_at_its_own_points(bundle: Bundle, tiny: Path) -> None:
     """Latents of ceil(side / 42.67) and ceil(side / 4), at three timesteps."""
-    bundle = with_plans(bundle, Stage.PRIOR, "step", ("64x80", "64x80", "128x160"))
-    bundle = with_plans(bundle, Stage.VQGAN, "model", ("72x72", "80x72", "80x72"))
+    bundle = with_plans(bundle, Stage.PRIOR, "step", ("80x64", "80x64", "160x128"))
+    bundle = with_plans(bundle, Stage.VQGAN, "model", ("72x72", "72x80", "72x80"))
     code, report, _ = verified(bundle, tiny, "--stage", "prior", "--stage", "vqgan")
     assert code == 0, report
     at = [name for name in names(report) if "profile" in name]

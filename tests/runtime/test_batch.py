@@ -198,7 +198,7 @@ class TestPlan:
         [
             ({"negative": "x"}, "prompt: Field required"),
             ({"prompt": "x", "prior_steps": "many"}, "prior_steps"),
-            ({"prompt": "x", "prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
+            ({"prompt": "x", "prior_steps": 0}, "prior_steps=0: expected 1 to 1000"),
             ({"prompt": "x", "prior_timesteps": [0, 1]}, "timesteps"),
             ({"prompt": "x", "height": 60}, "height 60"),
             ({"prompt": "x", "prior_guidance": float("nan")}, "finite"),

@@ -24,12 +24,28 @@ from cascadekit.schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_FILE_BYT
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--size", "8200x64"], "width 8200: expected 1 to 8192"),
+        (["--size", "8200x64"], "width=8200: expected 1 to 8192"),
         (["--size", "1" + "0" * 400 + "x64"], "width a number of hundreds of digits: expected 1 to 8192"),
-        (["--prior-steps", "1001"], "prior_steps 1001: expected 1 to 1000"),
+        (["--prior-steps", "1001"], "--prior-steps 1001: expected 1 to 1000"),
         (["--decoder-steps", "1" + "0" * 400], "decoder_steps a number of hundreds of digits: expected 1 to 1000"),
-        (["--prior-steps", "0"], "prior_steps 0: expected 1 to 1000"),
+        (["--prior-steps", "0"], "--prior-steps 0: expected 1 to 1000"),
         (["--prior-timesteps", ",".join(str(1 - n / 2000) for n in range(1500))], "expected at most 1001, found 1500"),
+        (["--prior-guidance", "-1e9"], "--prior-guidance -1000000000.0: expected"),
+        (["--size", "100x64"], "width 100: expected a multiple of 8, at least 64; the nearest is 96"),
+        (["--init-image", "none.png", "--strength", "2"], "--strength 2.0: expected 0 to 1"),
+        (["--prior-timesteps", "0.5,1"], "expected two or more that fall"),
+        (["--seed", "1", "--seed", "2"], "2 seeds for 1 images"),
+        (["--memory", "much"], "memory 'much': expected resident, staged, or a size"),
+        (["--lora", "none.safetensors:0.5"], "none.safetensors: no such LoRA file"),
+        (["--from", "decoder=none"], "none: not a bundle"),
+        (["--image-prompt", "none.png"], "the bundle has no image_encoder"),
+        (["--control", "canny"], "expected NAME=PICTURE"),
+        (["--preview-every", "2"], "the bundle has no previewer"),
+        (["--weighted", "--negative", "(a:11)"], "expected weights from 0 to 10"),
+        (["-o", "/dev/null/x.png"], "/dev/null"),
+        (["--prompts", "none.txt"], "none.txt: no such file"),
+        (["--prompts", "-", "--name", "{"], "name '{': Single"),
+        (["--prompts", "-", "--prior-steps", "-1"], "--prior-steps -1: expected 1 to 1000"),
         (["--images", "100001"], "100000"),
         (["--seed", str(2**64)], "18446744073709551615"),
         (["--sampler", "gdf", "--prior-shift", "0"], "shift 0"),
@@ -37,10 +53,10 @@ from cascadekit.schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_FILE_BYT
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_refused_before_anything_is_loaded(
+def test_refused_before_anything_is_opened(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
 ) -> None:
-    monkeypatch.setattr("cascadekit.runtime.engines.onnxruntime.OnnxRuntimeEngine.load", None)  # loading would fail
+    monkeypatch.setattr("cascadekit.runtime.cascade.Cascade.open", None)  # opening would fail
     called = ["generate", str(tiny / "bundle"), "x", "-o", str(tmp_path / "x"), "--engine", "onnxruntime", *options]
     done = CliRunner().invoke(main, called)
     assert done.exit_code in (1, 2)
@@ -50,7 +66,7 @@ def test_refused_before_anything_is_loaded(
 
 def test_the_library_refuses_too(tiny: Path) -> None:
     with Cascade.open(tiny / "bundle") as cascade:
-        with pytest.raises(UsageError, match="decoder_steps 1000000000: expected 1 to 1000"):
+        with pytest.raises(UsageError, match="decoder_steps=1000000000: expected 1 to 1000"):
             cascade.generate("x", decoder_steps=10**9)
         with pytest.raises(UsageError, match="1000000 images of 256x256 at once: expected at most 8192"):
             cascade.generate("x", num_images=10**6)

@@ -4,7 +4,6 @@ The sessions are real ones on the CPU that say they are elsewhere.
 """
 
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,58 +15,16 @@ import pytest
 from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import (
-    RECORD_ASSIGNMENT,
     OnnxRuntimeEngine,
     import_onnxruntime,
     operators_on_cpu,
     provider_problem,
 )
+from cascadekit.runtime.engines.provider_options import RECORD_ASSIGNMENT
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
-
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-
-
-class FakeOrt:
-    """onnxruntime-gpu: what it `has`, which providers a session `starts` with, and whose the operators are then."""
-
-    SessionOptions = onnxruntime.SessionOptions
-
-    def __init__(
-        self,
-        has: Sequence[str] = (TENSORRT, CUDA, CPU),
-        starts: Sequence[str] = (CUDA, CPU),
-        parts: Sequence[tuple[str, Sequence[str]]] = ((CUDA, ["Conv", "MatMul"]), (CPU, ["Shape", "Gather"])),
-    ) -> None:
-        self.has, self.starts, self.parts = list(has), list(starts), parts
-        self.asked: list[dict[str, Any]] = []
-        self.uploaded: list[int] = []
-        self.__file__ = __file__
-        self.OrtValue = SimpleNamespace(ortvalue_from_numpy=self._upload)
-
-    def set_default_logger_severity(self, severity: int) -> None:
-        assert severity == 4
-
-    def get_available_providers(self) -> list[str]:
-        return self.has
-
-    def InferenceSession(self, path: Path, options: Any, **wishes: Any) -> Any:  # noqa: N802
-        self.asked.append(wishes)
-        session = onnxruntime.InferenceSession(path, options, providers=[CPU])
-        parts = [
-            SimpleNamespace(ep_name=name, get_nodes=lambda kinds=kinds: [SimpleNamespace(op_type=k) for k in kinds])
-            for name, kinds in self.parts
-        ]
-        session.get_providers = lambda: self.starts
-        session.get_provider_graph_assignment_info = lambda: parts
-        return session
-
-    def _upload(self, array: Any, device: str, number: int) -> Any:
-        assert (device, number) == ("cuda", 0)
-        assert array.flags.c_contiguous
-        self.uploaded.append(array.nbytes)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
+from helpers.fake_ort_cuda import CPU, CUDA, TENSORRT, FakeOrtCuda
 
 
 @pytest.fixture
@@ -75,8 +32,8 @@ def bundle(tiny: Path) -> Bundle:
     return open_bundle(tiny / "bundle")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, **how: Any) -> FakeOrt:
-    ort = FakeOrt(**how)
+def use(monkeypatch: pytest.MonkeyPatch, **how: Any) -> FakeOrtCuda:
+    ort = FakeOrtCuda(**how)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", ort)
     return ort
 
@@ -100,7 +57,11 @@ def test_a_session_on_the_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
     engine = OnnxRuntimeEngine(bundle, "cuda")
     np.testing.assert_array_equal(engine.load(Stage.VQGAN)(latents())["images"], wanted)
     (asked,) = ort.asked
-    assert (engine.name, asked["providers"], asked["enable_fallback"]) == ("onnxruntime", [CUDA], 0)
+    assert (engine.name, asked["enable_fallback"]) == ("onnxruntime", 0)
+    fast = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    assert asked["providers"] == [(CUDA, fast)]  # the vqgan runs once for an image: no CUDA graph
+    OnnxRuntimeEngine(bundle, "cuda", tf32=True).load(Stage.DECODER)
+    assert ort.asked[-1]["providers"] == [(CUDA, {**fast, "use_tf32": "1", "enable_cuda_graph": "1"})]
 
 
 def test_the_tensorrt_provider(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,7 +70,7 @@ def test_the_tensorrt_provider(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, 
     engine = make_engine("onnxruntime-tensorrt", bundle)
     engine.load(Stage.VQGAN)
     first, second = ort.asked[0]["providers"]
-    assert (engine.name, first[0], second) == ("onnxruntime-tensorrt", TENSORRT, CUDA)
+    assert (engine.name, first[0], second[0]) == ("onnxruntime-tensorrt", TENSORRT, CUDA)
     assert first[1]["trt_engine_cache_path"] == str(tmp_path / "cascadekit" / "onnxruntime")
 
 
@@ -121,11 +82,11 @@ def test_falling_back_in_silence_is_an_error(
     with pytest.raises(EngineError, match=r"vqgan: onnxruntime did not start its .*nvidia-smi; .* allow_cpu=True"):
         OnnxRuntimeEngine(bundle, device).load(Stage.VQGAN)
     runner = OnnxRuntimeEngine(bundle, device, allow_cpu=True).load(Stage.VQGAN)
-    assert ort.asked[-1]["providers"][-1] == CPU
+    assert ort.asked[-1]["providers"][-1][0] == CPU
     assert ort.asked[-1]["enable_fallback"] == 0
     bound = runner.bind(latents())
     assert bound({})["images"].shape == (1, 3, 64, 64)
-    assert ort.uploaded == []
+    assert ort.uploads == []
     assert capsys.readouterr() == ("", "")
 
 
@@ -135,7 +96,7 @@ def test_a_provider_that_raises(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     start = ort.InferenceSession
 
     def fail(path: Path, options: Any, **wishes: Any) -> Any:
-        if wishes["providers"] != [CPU]:
+        if wishes["providers"] != [(CPU, {})]:
             raise RuntimeError("Please install\n TensorRT libraries\n")
         return start(path, options, **wishes)
 
@@ -193,7 +154,9 @@ def test_constants_stay_on_the_device(bundle: Bundle, monkeypatch: pytest.Monkey
         varying = {name: case[name] for name in ("sample", "timestep_ratio")}
         wanted = cpu({**varying, **{name: np.ascontiguousarray(array) for name, array in constants.items()}})
         np.testing.assert_array_equal(bound(varying)["noise_pred"], wanted["noise_pred"])
-    assert ort.uploaded == [array.nbytes for array in constants.values()]
+    varying = sum(cases[0][name].nbytes for name in ("sample", "timestep_ratio"))
+    assert sum(ort.uploads) == sum(array.nbytes for array in constants.values()) + len(cases) * varying
+    assert set(ort.downloads) == {wanted["noise_pred"].nbytes}
     with pytest.raises(EngineError, match=r"decoder, input clip_text_pooled: expected float32 \[batch=1, 1, 12\]"):
         bound({"sample": cases[0]["sample"][:1], "timestep_ratio": np.zeros(1, np.float32)})
 

@@ -127,7 +127,7 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"guidance_scale": 3}, "guidance_scale: unknown, did you mean prior_guidance or decoder_guidance?"),
         ({"negative_prompt": "x"}, "negative_prompt: unknown, did you mean negative?"),
         ({"image": "x.png"}, "image: unknown, did you mean init_image or image_prompts?"),
-        ({"prior_steps": 0}, "prior_steps 0: expected 1 to 1000"),
+        ({"prior_steps": 0}, "prior_steps=0: expected 1 to 1000"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
@@ -254,7 +254,7 @@ def test_a_bundle_for_another_engine(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there(tiny: Path) -> None:
-    with pytest.raises(EngineError, match="expected one of cpu, cuda"):
+    with pytest.raises(UsageError, match="expected one of auto, cpu, cuda"):
         Cascade.open(tiny / "bundle", device="tpu")
 
 

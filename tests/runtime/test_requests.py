@@ -27,12 +27,6 @@ QUICK: dict[str, Any] = {"width": 128, "height": 64, "prior_steps": 2, "decoder_
 def silent(stage: object, step: object) -> None: ...
 
 
-@pytest.fixture(autouse=True)
-def no_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is slow beside torch, and happens with every stage that is loaded or freed."""
-    monkeypatch.setattr("cascadekit.runtime.engines.onnxruntime.give_back_memory", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def cascade(whole: Whole) -> Cascade:
     return Cascade.open(whole.bundle, threads=1)
@@ -216,6 +210,9 @@ def test_an_image_made_with_loras_is_drawn_again_with_them(
         return bundle
 
     monkeypatch.setattr("cascadekit.converters.lora.bundle_cache.with_loras", with_loras)
+    monkeypatch.setenv("CASCADEKIT_LORAS", str(tmp_path))
+    for name in ("ink", "line"):
+        (tmp_path / f"{name}.safetensors").touch()
     words = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident"
     common = ["generate", str(tiny / "bundle"), *words.split()]
     runs = [

@@ -175,7 +175,7 @@ def test_saved_folder_opens_in_transformers(folder: Path, ours: ClipTokenizer, s
     loaded = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     ids = [getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")]
     assert (loaded.model_max_length, len(loaded), ids) == (LENGTH, 49408, [START, END, END, END])
-    assert_same(ours, loaded, strings)
+    assert_same(ours, loaded, strings[::10])
 
 
 # open_clip: equal on mended text, outside the classes below.
@@ -223,16 +223,17 @@ def assert_same_as_open_clip(ours: ClipTokenizer, open_clip: ModuleType, texts: 
     assert not texts
 
 
-def test_two_thousand_strings_equal_open_clip(ours: ClipTokenizer, open_clip: ModuleType, strings: list[str]) -> None:
-    """Every fifth string: open_clip takes 5 ms for one."""
-    some = strings[::5]
+@pytest.mark.parametrize("every", [20, pytest.param(5, marks=pytest.mark.slow)])
+def test_strings_equal_open_clip(ours: ClipTokenizer, open_clip: ModuleType, strings: list[str], every: int) -> None:
+    """Not all ten thousand: open_clip takes 5 ms for one."""
+    some = strings[::every]
     texts, had_any = zip(*(comparable(text, open_clip) for text in some), strict=True)
     for i in range(0, len(some), 500):
         assert_same_as_open_clip(ours, open_clip, list(texts[i : i + 500]))
     assert sum(had_any) < 0.3 * len(some)  # the others were compared as mended
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(prompts=st.lists(st.text(max_size=200), min_size=1, max_size=4))
 def test_any_known_text_equals_open_clip(ours: ClipTokenizer, open_clip: ModuleType, prompts: list[str]) -> None:
     assert_same_as_open_clip(ours, open_clip, [comparable(prompt, open_clip)[0] for prompt in prompts])

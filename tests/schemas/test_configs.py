@@ -38,8 +38,10 @@ ODD_UNETS = [
 ODD_OTHERS = [
     VQGANConfig(3, 96, num_vq_embeddings=10),
     EffnetEncoderConfig(c_latent=24),
+    EffnetEncoderConfig(backbone_widths=(4, 6, 8, 12, 16, 20, 24, 40), backbone_blocks=(1, 2, 1, 3, 1, 2)),
     PreviewerConfig(c_in=4, c_hidden=40, c_out=1),
     ControlNetConfig(1, tuple(range(64)), c_proj=1536),
+    ControlNetConfig(4, tuple(range(64)), backbone_widths=(4, 4, 8, 12, 16, 20, 24, 40)),
 ]
 
 
@@ -127,3 +129,11 @@ def test_manifests_that_lead_out_of_the_bundle_or_are_damaged() -> None:
             '{"created_by": "x", "default_size": [8, 8], "vqgan_scale": null, "stages": {}, "tokenizer": "../../etc"}',
             "cascade.json",
         )
+
+
+@pytest.mark.parametrize("name", ["backbone_widths", "backbone_blocks"])
+def test_a_backbone_of_another_number_of_rows_is_refused(name: str) -> None:
+    config = to_json(PRESETS[Stage.EFFNET_ENCODER, Variant.ICONS])
+    assert from_json(Stage.EFFNET_ENCODER, config) == PRESETS[Stage.EFFNET_ENCODER, Variant.ICONS]
+    with pytest.raises(LayoutError, match=f"{name} .*: expected [68] numbers"):
+        from_json(Stage.EFFNET_ENCODER, {**config, name: [1, 2]})

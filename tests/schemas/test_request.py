@@ -130,13 +130,13 @@ def test_several_pictures_in_a_cell() -> None:
         ({"image_prompts": 5}, "image_prompts"),
         ({"width": 10**400}, "width a number of hundreds of digits: expected 1 to 8192"),
         ({"width": "1" + "0" * 400}, "width a number of hundreds of digits: expected 1 to 8192"),
-        ({"height": -64}, "height -64: expected 1 to 8192"),
-        ({"decoder_steps": MAX_STEPS + 1}, "decoder_steps 1001: expected 1 to 1000"),
+        ({"height": -64}, "height=-64: expected 1 to 8192"),
+        ({"decoder_steps": MAX_STEPS + 1}, "decoder_steps=1001: expected 1 to 1000"),
         ({"prior_guidance": 10**400}, "prior_guidance: "),
-        ({"prior_guidance": -1e30}, "prior_guidance -1e+30: expected -1000 to 1000"),
-        ({"rescale": 1.5, "strength": 2}, "rescale 1.5: expected 0 to 1; strength 2.0: expected 0 to 1"),
+        ({"prior_guidance": -1e30}, "prior_guidance=-1e+30: expected -1000 to 1000"),
+        ({"rescale": 1.5, "strength": 2}, "rescale=1.5: expected 0 to 1; strength=2.0: expected 0 to 1"),
         ({"prior_timesteps": [1, 10**400]}, "prior_timesteps.1: "),
-        ({"prior_timesteps": "1.5,0"}, "prior_timesteps 1.5: expected ratios from 0 to 1"),
+        ({"prior_timesteps": "1.5,0"}, "prior_timesteps=1.5: expected ratios from 0 to 1"),
         ({"decoder_timesteps": [0.5] * (MAX_STEPS + 2)}, "decoder_timesteps: expected at most 1001, found 1002"),
         ({"sampler": 10**5000}, "sampler a number of hundreds of digits: expected"),
         ({"batch": MAX_IMAGES + 1}, "batch: "),
@@ -159,9 +159,9 @@ def test_what_is_wrong_is_named_in_one_line(wrong: dict[str, Any], words: str) -
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 1e30, 10**400, "4", None, True])
 @pytest.mark.parametrize("name", sorted(RANGES))
 def test_settings_made_in_python_have_the_same_ranges(name: str, wrong: Any) -> None:
-    with pytest.raises(UsageError, match=f"{name} .*: expected "):
+    with pytest.raises(UsageError, match=f"{name}[ =].*: expected "):
         Settings(**{"width": 64, "height": 64, name: wrong})
-    with pytest.raises(UsageError, match=f"{name} .*: expected "):
+    with pytest.raises(UsageError, match=f"{name}[ =].*: expected "):
         replace(Settings(64, 64), **{name: wrong})
 
 
@@ -170,7 +170,7 @@ def test_settings_at_the_ends_of_their_ranges() -> None:
         given = {name: bounds[end] for name, bounds in RANGES.items()}
         assert Settings(**given) == parse_settings(given, SIZE)
     assert Settings(MAX_IMAGE_SIDE, 64, prior_guidance=np.float32(4)).prior_guidance == 4
-    with pytest.raises(UsageError, match="prior_timesteps nan"):
+    with pytest.raises(UsageError, match="prior_timesteps=nan"):
         Settings(64, 64, prior_timesteps=(1, math.nan, 0))
 
 

@@ -22,11 +22,6 @@ OLD = {"a.txt": "old a", "sub/b.txt": "old b", "thesis.txt": "precious"}
 Content = dict[str, str]
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def fill(folder: Path, content: Content) -> Path:
     for name, text in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from cascadekit.schemas.errors import UsageError
+from cascadekit.storage import locks
+from cascadekit.storage.atomic_output import BUILDING, staged_output
 from cascadekit.storage.locks import locked
 
 
@@ -70,3 +75,70 @@ def test_a_link_is_never_locked(tmp_path: Path) -> None:
 
     with pytest.raises(FileExistsError), locked(tmp_path / "link", prepare):
         pass
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from cascadekit.storage.locks import locked\n"
+    "with locked(Path(sys.argv[1]), lambda: None): print('held', flush=True); sys.stdin.read()"
+)
+
+
+@contextmanager
+def held_elsewhere(path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that has the lock of `path` until its standard input is closed."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+
+
+def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, with the output and the process; not at all when the lock is free."""
+    monkeypatch.setattr(locks, "QUIET_SECONDS", 0.1)
+    said: list[str] = []
+    with held_elsewhere(tmp_path) as process:
+
+        def let_go(text: str) -> None:
+            said.append(text)
+            process.communicate()
+
+        before = locks.say_waiting.set(let_go)
+        try:
+            with locked(tmp_path, lambda: None, wait=True, output=Path("bundle")):
+                assert process.returncode == 0
+            with locked(tmp_path, lambda: None, wait=True):
+                pass
+        finally:
+            locks.say_waiting.reset(before)
+    assert said == [f"waiting for another cascadekit that writes to bundle (pid {process.pid})"]
+
+
+def test_an_output_over_a_bundle_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `lora apply` does; but it refuses at once while engines are built, and without force."""
+    monkeypatch.setattr(locks, "QUIET_SECONDS", 0.1)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "cascade.json").write_text('{"format": "cascadekit bundle"}')
+
+    def write() -> None:
+        with staged_output(bundle, force=True, files=["cascade.json"]) as staged:
+            staged.mkdir()
+            (staged / "cascade.json").write_text("new")
+
+    said: list[str] = []
+    with held_elsewhere(bundle) as process:
+        with pytest.raises(UsageError, match="exists already"), staged_output(bundle, files=["cascade.json"]):
+            pass
+        before = locks.say_waiting.set(lambda text: said.append(text) or process.communicate())
+        try:
+            write()
+        finally:
+            locks.say_waiting.reset(before)
+    assert said == [f"waiting for another cascadekit that writes to {bundle} (pid {process.pid})"]
+    assert (bundle / "cascade.json").read_text() == "new"
+    (bundle / BUILDING).mkdir()
+    with held_elsewhere(bundle / BUILDING) as process:
+        with pytest.raises(UsageError, match=rf"another process is writing it \(pid {process.pid}\)"):
+            write()
+        process.communicate()

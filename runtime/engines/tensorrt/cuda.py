@@ -1,4 +1,6 @@
-"""The few calls to CUDA that the TensorRT engines make. No other module of cascadekit calls CUDA."""
+"""The few calls to CUDA that the TensorRT engines make.
+
+No other module of cascadekit calls CUDA, except that `nvidia_driver` asks which GPU there is."""
 
 import contextlib
 from dataclasses import dataclass

@@ -122,16 +122,16 @@ def choose(
     command = build_command(bundle, stage, newest.backend, newest.targets, newest.graph)
     raise OutsideProfileError(
         f"{stage}: no profile of its plans takes {misfit}; they are for {taken}. Choose such a size, or build for "
-        f"this one: {command} --min HxW --opt HxW --max HxW"
+        f"this one: {command} --min WxH --opt WxH --max WxH"
     )
 
 
 def sizes_of(profile: ProfileEntry) -> str:
-    """A profile in words, as in "512x512 to 1536x1536 (height x width), 1 to 2 images"."""
+    """A profile in words, as in "512x512 to 1536x1536, 1 to 2 images"."""
     least, most = profile.min, profile.max
-    sides = _span(f"{least.height}x{least.width}", f"{most.height}x{most.width}")
+    sides = _span(f"{least.width}x{least.height}", f"{most.width}x{most.height}")
     images = f"{_span(str(least.images), str(most.images))} image{'' if most.images == 1 else 's'}"
-    return f"{sides} (height x width), {images}"
+    return f"{sides}, {images}"
 
 
 def _span(least: str, most: str) -> str:

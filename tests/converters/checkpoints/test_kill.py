@@ -1,11 +1,10 @@
 """Killed at any moment, a conversion leaves the old output, the new one or none, and the next run makes it whole.
 
 Each kill is a SIGKILL of a process that runs the command line. The processes are forked off a server that has
-imported everything, so that fifty of them take seconds; their copies are slowed down, so that kills land in the middle.
+imported everything, so that many of them take seconds; their copies are slowed down, so that kills land in the middle.
 Nothing is flushed to disk here: what a process wrote survives it in the page cache.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 
-KILLS_AT_ANY_TIME = 50
-KILLS_AT_EVENTS = 20  # over the whole run, and as many in its last quarter
+# Kills of a run. The marker `slow` has more of them, at other moments.
+FEW, MANY = 7, pytest.param(25, marks=pytest.mark.slow)
 BEFORE_THE_THIRD_RENAME = "event == 'os.rename' and seen[event] == 3"
 NEVER = "False"
 
@@ -45,6 +44,7 @@ copiers = copying._copiers
 copying._copiers = lambda: [slowly(copy) for copy in copiers()]
 copying.COPY_BLOCK = 1 << 16
 os.fsync = lambda descriptor: None
+sys.dont_write_bytecode = True  # its files would be counted
 seen = Counter()
 
 def count(event, arguments):
@@ -62,18 +62,6 @@ finally:
 """
 
 Snapshot = dict[str, str]
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cascadekit.cli.convert", "cascadekit.converters.checkpoints.convert"])
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +141,12 @@ class Place:
         shutil.rmtree(output.parent)
 
 
-def test_killed_at_any_time(server: ForkServerContext, place: Place) -> None:
-    clock = random.Random(place.force)
+@pytest.mark.parametrize("kills", [FEW, MANY])
+def test_killed_at_any_time(server: ForkServerContext, place: Place, kills: int) -> None:
+    clock = random.Random(kills)
     longest = 0.0
     landed = 0
-    for number in range(KILLS_AT_ANY_TIME // 2 + 1):
+    for number in range(kills + 1):
         output = place.prepare(number)
         process = start(server, place.command(output))
         wait_for(output.parent / ".out.partial", process)
@@ -174,15 +163,20 @@ def test_killed_at_any_time(server: ForkServerContext, place: Place) -> None:
     assert landed > 0
 
 
-def test_killed_before_anything_it_does_to_files(server: ForkServerContext, place: Place, tmp_path: Path) -> None:
-    """Kills by count instead of by clock: between any two steps, however quick they follow each other."""
+@pytest.mark.parametrize("kills", [FEW, MANY])
+def test_killed_before_anything_it_does_to_files(
+    server: ForkServerContext, place: Place, tmp_path: Path, kills: int
+) -> None:
+    """Kills by count instead of by clock: between any two steps, however quick they follow each other.
+
+    Over the whole run, and as many in its last quarter."""
     output = place.prepare(0)
     start(server, place.command(output), counted=str(tmp_path / "count")).join()
     total = int((tmp_path / "count").read_text())
     place.check(output)
-    dice = random.Random(place.force)
+    dice = random.Random(kills)
     last = range(total - total // 4, total)  # where the outputs change places, and what is left is cleared away
-    for number in sorted({*dice.sample(range(1, total), KILLS_AT_EVENTS), *dice.sample(last, KILLS_AT_EVENTS)}):
+    for number in sorted({*dice.sample(range(1, total), kills), *dice.sample(last, kills)}):
         output = place.prepare(number)
         process = start(server, place.command(output), f"seen.total() == {number}")
         process.join()

@@ -161,8 +161,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("first", OPTIONS)
-@pytest.mark.parametrize("second", ["diffusers", "split", "comfyui"])
+# Each layout is read once; the marker `slow` has the other pairs.
+SECONDS = ("diffusers", "split", "comfyui")
+PAIRS = [
+    pytest.param(first, second, marks=() if number % len(SECONDS) == place else pytest.mark.slow)
+    for number, first in enumerate(OPTIONS)
+    for place, second in enumerate(SECONDS)
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_round_trips_keep_every_value(whole: Path, tmp_path: Path, first: str, second: str) -> None:
     """original -> first -> second -> original"""
     convert([whole], tmp_path / "a", **OPTIONS[first])

@@ -337,14 +337,15 @@ def test_a_graph_that_onnx_refuses_is_not_written(prior: Path, tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["prior"]
 
 
-def test_full_size_takes_no_memory(catalog_folder: Path, tmp_path: Path) -> None:
-    """A linked export of a full prior, 7.2 GB, reads its header and samples alone."""
+@pytest.mark.parametrize("options", [["--no-hash"], pytest.param([], marks=pytest.mark.slow)], ids=["", "hashed"])
+def test_full_size_takes_no_memory(catalog_folder: Path, tmp_path: Path, options: list[str]) -> None:
+    """A linked export of a full prior, 7.2 GB, reads its header and samples alone; hashing it reads blocks."""
     (tmp_path / "model").mkdir()
     write_stand_in(catalog_folder / "original_stage_c.json", tmp_path / "model/stage_c.safetensors", "BF16", holes=True)
     measured = (
         "import resource\n" + UNTOUCHED + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
-    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--weights", "link"]
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--weights", "link", *options]
     # A process of its own in between: a child counts as large as the one that started it.
     launch = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
     ended = subprocess.run(

@@ -40,28 +40,13 @@ CASES = [
 ]
 
 
-# The largest networks take a quarter of a minute each, in bf16. The marker `slow` has those of most layouts, and fp32.
-LARGEST = {f"{layout}_{name}" for layout in ("original", "comfyui") for name in ("stage_b", "stage_c")}
-LARGEST |= {"diffusers_prior", "diffusers_decoder"}
-QUICK = {("diffusers_prior", "BF16"), ("original_stage_b", "BF16")}
-
-
-@pytest.mark.parametrize(
-    ("name", "stage", "dtype"),
-    [
-        pytest.param(
-            *case, dtype, marks=pytest.mark.slow if case[0] in LARGEST and (case[0], dtype) not in QUICK else ()
-        )
-        for case in CASES
-        for dtype in ("F32", "BF16")
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(("name", "stage"), CASES, ids=str)
 def test_weights_by_reference(catalog_folder: Path, tmp_path: Path, name: str, stage: Stage, dtype: str) -> None:
-    """Up to 18 GB of holes: neither export nor validate reads the weights."""
+    """Up to 18 GB of holes: without hashes, neither export nor validate reads the weights."""
     source = tmp_path / f"{name}.safetensors"
     write_stand_in(catalog_folder / f"{name}.json", source, dtype, holes=True)
-    manifest = export(source, tmp_path / "bundle", stages=[stage], weights="link")
+    manifest = export(source, tmp_path / "bundle", stages=[stage], weights="link", hash=False)
     entry = manifest.stages[stage]
     assert entry.variant == ("lite" if name.endswith("_lite") else "full")
     assert (tmp_path / "bundle" / stage / source.name).samefile(source)

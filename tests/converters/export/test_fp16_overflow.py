@@ -14,7 +14,7 @@ from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.safetensors_reader import read_header
 
-FP16 = ExportOptions(precisions={Stage.PRIOR: Precision.FP16})
+FP16 = ExportOptions(precisions={Stage.PRIOR: Precision.FP16}, fp16_safe="off")
 
 
 def exported(model: Path, to: Path, wishes: ExportOptions = FP16) -> list[str]:
@@ -53,7 +53,7 @@ def test_export_says_what_may_overflow(tiny: Path, tmp_path: Path) -> None:
     (line,) = exported(
         tmp_path / "model",
         tmp_path / "plain",
-        ExportOptions(precisions={Stage.PRIOR: Precision.FP16}, storage=Precision.FP32),
+        ExportOptions(precisions={Stage.PRIOR: Precision.FP16}, storage=Precision.FP32, fp16_safe="off"),
     )
     assert line.startswith("prior in fp16: by its weights up_blocks.1 reaches about ")
     assert 'fp16_safe="auto" measures and prevents it' in line

@@ -120,7 +120,11 @@ def overflowing(tiny: Path, tmp_path: Path) -> Path:
 def test_calibration_finds_the_exponents(overflowing: Path, tmp_path: Path) -> None:
     said: list[str] = []
     manifest = export(
-        overflowing, tmp_path / "safe", precisions={Stage.PRIOR: Precision.FP16}, fp16_safe="auto", say=said.append
+        overflowing,
+        tmp_path / "safe",
+        precisions={Stage.PRIOR: Precision.FP16},
+        calibration=tmp_path / "measured.json",
+        say=said.append,
     )
     entry = manifest.stages[Stage.PRIOR]
     assert set(entry.exponents) == {"up_blocks.1"}
@@ -133,6 +137,17 @@ def test_calibration_finds_the_exponents(overflowing: Path, tmp_path: Path) -> N
         "step.onnx",
         "weights.safetensors",
     ]
+    said.clear()
+    again = export(
+        overflowing,
+        tmp_path / "again",
+        FP16,
+        stages=[Stage.PRIOR],
+        calibration=tmp_path / "measured.json",
+        say=said.append,
+    )
+    assert again.stages[Stage.PRIOR].exponents == entry.exponents
+    assert not any("measuring" in text for text in said)
     export(overflowing, tmp_path / "plain")
     assert psnr(draw(tmp_path / "safe"), draw(tmp_path / "plain")) > 45
 
@@ -148,6 +163,8 @@ def test_bf16_is_refused_where_nothing_computes_it(tiny: Path, tmp_path: Path) -
     [
         (ExportOptions(fp16_safe="auto"), (), 'add precision="fp16"'),
         (ExportOptions(precision=Precision.FP16, fp16_safe=3), (Stage.VQGAN,), "for a prior or decoder"),
+        (ExportOptions(calibration="x.json"), (), "for a prior or decoder in fp16"),
+        (ExportOptions(precision=Precision.FP16, fp16_safe="off", calibration="x.json"), (), "without fp16_safe"),
         (ExportOptions(controlnet=True), (Stage.VQGAN,), "for the prior"),
         (
             ExportOptions(precisions={Stage.PRIOR: Precision.BF16}),
@@ -218,4 +235,21 @@ def test_weights_beyond_fp16_say_what_to_export(overflowing: Path, tmp_path: Pat
     with pytest.raises(ConversionError, match=r"clf\.1\.weight.*export it with precision=.bf16") as caught:
         export(overflowing, tmp_path / "out", options=FP16)
     assert "allow_overflow" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as a calibration"),
+        ('{"format": "other", "version": 1, "stages": {}}', "found 'other', version 1"),
+        ('{"format": "cascadekit-calibration", "version": 1, "stages": {"prior": {"a": "b"}}}', "names to magnitudes"),
+        ('{"format": "cascadekit-calibration", "version": 1, "stages": {"prior": {"a": 1}}}', "another network"),
+    ],
+)
+def test_files_that_are_no_calibration_of_the_model(tiny: Path, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "measured.json").write_text(text)
+    with pytest.raises(ExportError, match=rf"measured\.json: .*{words}"):
+        export(tiny / "model", tmp_path / "out", FP16, stages=[Stage.PRIOR], calibration=tmp_path / "measured.json")
+    assert (tmp_path / "measured.json").read_text() == text
     assert not (tmp_path / "out").exists()

@@ -107,7 +107,8 @@ def test_command_line(tiny: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*given, "--quantize-threshold", "0.1"])
     assert result.exit_code == 2
     assert "set quantize too" in result.output
-    result = CliRunner().invoke(main, [*given, "--quantize", "int4", "--quantize-threshold", "0.09"])
+    quantized = [*given, "--quantize", "int4", "--quantize-threshold", "0.09", "--verbose"]
+    result = CliRunner().invoke(main, quantized)
     assert result.exit_code == 0, result.output
     assert "prior in int4" in result.output
     assert "channelwise.0" in result.output

@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +404,8 @@ def count(event, arguments):
 
 import cascadekit.converters.lora.merge_bundle
 os.fsync = lambda descriptor: None
+sys.dont_write_bytecode = True  # its files would be counted
+sys.stdout = sys.stderr = open({said!r}, "w")
 sys.addaudithook(count)
 try:
     main({arguments!r})
@@ -413,7 +415,7 @@ finally:
 
 
 @pytest.mark.parametrize("step", ["apply", "undo"])
-def test_killed_anywhere(model: Path, tmp_path: Path, step: str) -> None:
+def test_killed_anywhere(model: Path, tmp_path: Path, step: str, server: ForkServerContext) -> None:
     """Whenever the process is killed, the bundle is the old one or the new one, and the next run goes through."""
     lora = lora_file(tmp_path / "one.safetensors", model, {Q: 1, FC1: 1}, 1)
     plain, done = tmp_path / "plain", tmp_path / "done"
@@ -427,25 +429,30 @@ def test_killed_anywhere(model: Path, tmp_path: Path, step: str) -> None:
     old, new = (contents(plain), contents(done)) if step == "apply" else (contents(done), contents(plain))
     arguments = [str(lora)] if step == "apply" else ["--undo"]
 
-    def run(root: Path, when: int) -> subprocess.CompletedProcess[str]:
-        code = KILLED.format(when=when, arguments=["lora", "apply", str(root), *arguments])
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    def run(root: Path, when: int) -> int | None:
+        command = ["lora", "apply", str(root), *arguments]
+        code = KILLED.format(when=when, arguments=command, said=str(tmp_path / "said"))
+        process = server.Process(target=exec, args=(code, {"__name__": "child"}))
+        process.start()
+        process.join()
+        return process.exitcode
 
     def prepared(number: int) -> Path:
         root = tmp_path / str(number) / "bundle"
         shutil.copytree(plain if step == "apply" else done, root)
         return root
 
-    ended = run(prepared(0), -1)
-    assert ended.returncode == 0, ended.stderr
-    total = int(ended.stderr.strip().splitlines()[-1])
+    code = run(prepared(0), -1)
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said
+    total = int(said.strip().splitlines()[-1])
     for number in sorted({*range(total // 4, total, total // 4), *range(total - 7, total + 1)}):
         root = prepared(number)
-        assert run(root, number).returncode == -9
+        assert run(root, number) == -signal.SIGKILL
         state = contents(root)
         assert state in (old, new), number
         if state == old:
-            assert run(root, -1).returncode == 0
+            assert run(root, -1) == 0
             assert [path.name for path in root.parent.iterdir()] == ["bundle"]
         assert contents(root) == new
         shutil.rmtree(root.parent)

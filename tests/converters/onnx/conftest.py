@@ -16,6 +16,7 @@ from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import is_counter
 from cascadekit.storage.safetensors_reader import read_header
 from helpers.graphs import Arrays, Exported, LayerNormalization, random_tensors, shift_data
+from helpers.ort_operators import OPERATORS
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def evaluate() -> Callable[[Path, Arrays], dict[str, np.ndarray]]:
     has no bf16 on CPUs, and computes fp16 graphs in fp32 wherever it can leave out two casts."""
 
     def outputs(path: Path, inputs: Arrays) -> dict[str, np.ndarray]:
-        evaluator = ReferenceEvaluator(str(path), new_ops=[LayerNormalization])
+        evaluator = ReferenceEvaluator(str(path), new_ops=[LayerNormalization, *OPERATORS])
         with np.errstate(all="ignore"):
             return dict(zip(evaluator.output_names, evaluator.run(None, dict(inputs)), strict=True))
 

@@ -24,8 +24,17 @@ def test_graph_follows_the_reference(
     assert difference(graph.run(inputs), graph.expected(inputs)) <= TOLERANCE
 
 
-def test_other_latents(export: Callable[..., Any], difference: Callable[..., float]) -> None:
-    graph = export(EffnetEncoderConfig(c_latent=5))
+OTHERS = {
+    "latents": EffnetEncoderConfig(c_latent=5),
+    "backbone": EffnetEncoderConfig(backbone_widths=(4, 6, 8, 12, 16, 20, 24, 40), backbone_blocks=(1, 2, 1, 3, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_sizes_of_the_network(
+    export: Callable[..., Any], difference: Callable[..., float], config: EffnetEncoderConfig
+) -> None:
+    graph = export(config)
     inputs = graph.inputs(batch=2, height=40, width=50)
     assert difference(graph.run(inputs), graph.expected(inputs)) <= TOLERANCE
 

@@ -28,8 +28,8 @@ CONTROLNETS = [
     for channels, mode in ((1, None), (4, None), (16, "large"), (512, "simple"))
 ]
 ALL = [LITE_PRIOR, DECODER, PRIOR, VQGAN, TEXT, IMAGE, EffnetEncoderConfig(), PreviewerConfig(), *CONTROLNETS]
-STATIC = Bounds(*[parse_image_size("768x1344x2")] * 3)
-WIDE = Bounds(*map(parse_image_size, ("256x384", "768x1344x2", "1024x1536x4")))
+STATIC = Bounds(*[parse_image_size("1344x768x2")] * 3)
+WIDE = Bounds(*map(parse_image_size, ("384x256", "1344x768x2", "1536x1024x4")))
 
 
 def profile(config: NetworkConfig, bounds: Bounds, graph: str = "model", **options: object) -> ProfileEntry:
@@ -134,15 +134,15 @@ def test_every_shape_is_one_the_graph_takes(config: NetworkConfig, bounds: Bound
 
 @pytest.mark.parametrize("text", ["1024", "1024x", "axb", "1024x1024x0", "0x64", "1024x768x2x1", "-64x64"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="HEIGHTxWIDTHxIMAGES, such as 1024x768x2"):
+    with pytest.raises(UsageError, match="WIDTHxHEIGHTxIMAGES, such as 1024x768x2"):
         parse_image_size(text)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (("64x64", "1000x1001", "1536x1536"), "width 1001: expected a multiple of 8"),
-        (("512x512", "256x1024", "1024x1024"), "height: least 512, likeliest 256"),
+        (("64x64", "1000x1001", "1536x1536"), "height 1001: expected a multiple of 8"),
+        (("512x512", "256x1024", "1024x1024"), "width: least 512, likeliest 256"),
         (("64x64x2", "64x64", "64x64"), "images: least 2, likeliest 1, largest 1"),
     ],
 )

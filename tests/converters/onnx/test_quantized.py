@@ -370,8 +370,15 @@ def build() -> Callable[[Path, Mapping[str, tuple[int, ...]]], int]:
     return built
 
 
-@pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("kind", [INT8, INT4, FP8])
+# Each kind and each precision once; the marker `slow` has the other pairs.
+BUILT = [
+    pytest.param(kind, precision, marks=() if number == place else pytest.mark.slow)
+    for number, kind in enumerate((INT8, INT4, FP8))
+    for place, precision in enumerate((Precision.FP16, Precision.BF16, Precision.FP32))
+]
+
+
+@pytest.mark.parametrize(("kind", "precision"), BUILT)
 def test_tensorrt_builds_engines(
     quantise: Callable[..., Quantised], build: Callable[..., int], kind: Quantization, precision: Precision
 ) -> None:

@@ -103,14 +103,28 @@ def test_every_graph_is_read(
         assert network.num_outputs == len(ports.outputs)
 
 
-@pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("config", [PRIOR, *OTHERS], ids=lambda c: c.stage)
+# The largest graphs in one precision; tests of converters/tensorrt build them in bf16, and the marker `slow` the rest.
+LARGEST = (PRIOR.stage, Stage.EFFNET_ENCODER)
+BUILT = [
+    pytest.param(
+        config,
+        precision,
+        id=f"{config.stage}-{precision}",
+        marks=pytest.mark.slow if config.stage in LARGEST and precision is not Precision.FP16 else (),
+    )
+    for config in (PRIOR, *OTHERS)
+    for precision in Precision
+]
+
+
+@pytest.mark.parametrize(("config", "precision"), BUILT)
 def test_engines_are_built(export: Callable[..., Any], config: NetworkConfig, precision: Precision) -> None:
     options = GraphOptions(precision=precision, target=Target.TENSORRT)
     for name, path in written(export(config), options).items():
         assert build(path, config, options, name) > 100_000
 
 
+@pytest.mark.slow  # test_plans.py builds it with all of the cascade
 def test_the_decoder_in_bf16_is_built(export: Callable[..., Any]) -> None:
     """Its upscalers are transposed convolutions, for which there is no bf16 kernel."""
     options = GraphOptions(precision=Precision.BF16, target=Target.TENSORRT)

@@ -165,7 +165,7 @@ def test_how_it_is_used(bundle: Path, installed: Any, ending: str) -> None:
         "flags": [],
         "network": 1 << 1,  # strongly typed
         "graph": str(bundle / "vqgan/model.onnx"),
-        "shapes": {"latents": [[1, 4, 64, 96]] * 3},
+        "shapes": {"latents": [[1, 4, 96, 64]] * 3},
         "cleared": "TF32",
         "timing": "",
     }

@@ -81,9 +81,9 @@ def test_stages_and_graphs(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--opt", "1000x1001"), "width 1001: expected a multiple of 8"),
+        (("--opt", "1000x1001"), "height 1001: expected a multiple of 8"),
         (("--max", "512x512"), "height: least 512, likeliest 1024, largest 512"),
-        (("--static", "512"), "'512': expected HEIGHTxWIDTH or HEIGHTxWIDTHxIMAGES"),
+        (("--static", "512"), "'512': expected WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES"),
         (("--profile", "512x512:1024x1024"), "expected MIN:OPT:MAX"),
         (("--precision", "fp16"), "--precision and --text-encoder are for the export that -o asks for"),
     ],

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from .....schemas.ports import control_port
 from .....schemas.stages import ControlNetConfig
 from .....schemas.tensors import LARGE_BLOCKS, LARGE_ENTRANCE, LARGE_WIDTH
-from .efficientnet import efficientnet_v2_s
+from .efficientnet import efficientnet_v2
 
 # The slope of Stability's class. A checkpoint does not hold it, since the activation has no weights.
 NEGATIVE_SLOPE = 0.2
@@ -40,7 +40,7 @@ class ControlNet(nn.Module):
         self.config = config
         match config.bottleneck_mode:
             case None:
-                self.backbone = efficientnet_v2_s(config.c_in)
+                self.backbone = efficientnet_v2(config.c_in, config.backbone_widths, config.backbone_blocks)
             case "large":
                 self.backbone = _large(config.c_in, config.width)
             case "simple":

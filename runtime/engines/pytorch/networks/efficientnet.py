@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from .....schemas.layer_tensors import (
     EFFICIENTNET_EPSILON,
-    EFFICIENTNET_STEM,
-    EFFICIENTNET_WIDTH,
     InvertedResidual,
     inverted_residuals,
 )
@@ -80,15 +78,19 @@ def _depthwise(spec: InvertedResidual) -> list[nn.Module]:
     ]
 
 
-def efficientnet_v2_s(channels: int) -> nn.Sequential:
-    """(B, channels, H, W) to (B, 1280, H/32, W/32), rounded up.
+def efficientnet_v2(channels: int, widths: tuple[int, ...], blocks: tuple[int, ...]) -> nn.Sequential:
+    """(B, channels, H, W) to (B, widths[-1], H/32, W/32), rounded up; EfficientNetV2-S gives 1280 channels.
 
     For another number of channels, Stability's code has a new first convolution without padding. It halves a side to
     (side - 1) // 2, and the side of the output is (side + 29) // 32.
     """
-    stages = [list(blocks) for _, blocks in groupby(inverted_residuals(), lambda block: block.path.split(".")[0])]
+    stages = [list(row) for _, row in groupby(inverted_residuals(widths, blocks), _row)]
     return nn.Sequential(
-        ConvNorm(channels, EFFICIENTNET_STEM, 3, stride=2, padded=channels == 3),
+        ConvNorm(channels, widths[0], 3, stride=2, padded=channels == 3),
         *(nn.Sequential(*map(ConvBlock, blocks)) for blocks in stages),
-        ConvNorm(stages[-1][-1].out, EFFICIENTNET_WIDTH, 1),
+        ConvNorm(stages[-1][-1].out, widths[-1], 1),
     )
+
+
+def _row(block: InvertedResidual) -> str:
+    return block.path.split(".")[0]

@@ -2,9 +2,8 @@
 
 from torch import Tensor, nn
 
-from .....schemas.layer_tensors import EFFICIENTNET_WIDTH
 from .....schemas.stages import EffnetEncoderConfig
-from .efficientnet import efficientnet_v2_s
+from .efficientnet import efficientnet_v2
 
 
 class EffnetEncoder(nn.Module):
@@ -13,9 +12,9 @@ class EffnetEncoder(nn.Module):
     def __init__(self, config: EffnetEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = efficientnet_v2_s(channels=3)
+        self.backbone = efficientnet_v2(3, config.backbone_widths, config.backbone_blocks)
         self.mapper = nn.Sequential(
-            nn.Conv2d(EFFICIENTNET_WIDTH, config.c_latent, kernel_size=1, bias=False),
+            nn.Conv2d(config.backbone_widths[-1], config.c_latent, kernel_size=1, bias=False),
             nn.BatchNorm2d(config.c_latent, affine=False),
         )
 

@@ -5,8 +5,8 @@ Norms, activations and everything else that is done once per value is not counte
 
 from collections.abc import Mapping
 
-from ..schemas.errors import ExportError
-from ..schemas.stages import Block, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
+from .errors import ExportError
+from .stages import Block, NetworkConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 
 PIXELS_AREA = 64  # of the empty image that the decoder's pixels branch maps, 8 by 8
 
@@ -41,7 +41,7 @@ def _unet(config: UNetConfig, sizes: Mapping[str, int]) -> int:
             (config.down_num_layers_per_block[level], config.down_blocks_repeat_mappers[level], False),
             (config.up_num_layers_per_block[position], config.up_blocks_repeat_mappers[position], position > 0),
         ):
-            total += _level(config, level, areas[level], tokens, layers, passes, skip)
+            total += _level(config, level, areas[level], tokens, layers=layers, passes=passes, skip=skip)
         if level:
             total += 2 * _switch(config, level, areas[level])
     return total
@@ -70,7 +70,7 @@ def _switch(config: UNetConfig, level: int, area: int) -> int:
     return area * outer * width * (4 if config.switch_level is None else 1)
 
 
-def _level(config: UNetConfig, level: int, area: int, tokens: int, layers: int, passes: int, skip: bool) -> int:
+def _level(config: UNetConfig, level: int, area: int, tokens: int, *, layers: int, passes: int, skip: bool) -> int:
     width = config.block_out_channels[level]
     embedding = (1 + len(config.timestep_conditioning_type)) * config.timestep_ratio_embedding_dim
     costs = {

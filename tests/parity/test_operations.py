@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascadekit.bench.operations import multiply_adds
 from cascadekit.parity.reference import build_reference
 from cascadekit.schemas.errors import ExportError
+from cascadekit.schemas.operations import multiply_adds
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import (
     PRESETS,

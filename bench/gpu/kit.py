@@ -1,0 +1,103 @@
+"""Packs what a machine with a GPU, Python and no network needs to measure.
+
+The kit has wheels, this checkout's `bench/`, which no wheel has, and `install.py`, which needs only Python. Files may
+be cut into parts, for transfers with a limit. The machine must have CUDA's libraries and cuDNN; torch for CUDA brings
+them.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ...schemas.errors import ConversionError, UsageError
+
+BENCH = Path(__file__).parents[1]
+INSTALLER = Path(__file__).with_name("install.py")
+INDEX = "kit.json"
+BLOCK = 1 << 20
+
+# What `generate`, `export` and the benchmark import. torch and its libraries for CUDA are expected there, if wanted.
+PACKAGES = ("onnx", "safetensors", "diffusers", "transformers")
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def pack(output: Path, wheels: Iterable[Path], part_bytes: int = 0) -> dict[str, Any]:
+    """Write the kit into the new folder `output`; returns its index: SHA-256 and parts of every file.
+
+    Files of more than `part_bytes` are cut into parts; 0 leaves them whole."""
+    output.mkdir(parents=True)
+    shutil.copyfile(INSTALLER, output / INSTALLER.name)
+    files = [_place(output, wheel, part_bytes) for wheel in sorted(wheels)]
+    with TemporaryDirectory() as folder:
+        files.append(_place(output, _bench_zip(Path(folder)), part_bytes))
+    index = {"format": "cascadekit-gpu-kit", "version": 1, "files": files}
+    (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return index
+
+
+def _place(output: Path, file: Path, part_bytes: int) -> dict[str, Any]:
+    """Copy a file into the kit, in parts if it is large."""
+    digest, left = hashlib.sha256(), file.stat().st_size
+    parts: list[str] = []
+    cut = part_bytes and left > part_bytes
+    with file.open("rb") as source:
+        while left > 0:
+            name = f"{file.name}.part-{len(parts):03d}" if cut else file.name
+            length = min(left, part_bytes) if cut else left
+            with (output / name).open("wb") as target:
+                _copy(source, target, length, digest)
+            parts.append(name)
+            left -= length
+    return {"name": file.name, "sha256": digest.hexdigest(), "parts": parts}
+
+
+def _copy(source: Any, target: Any, length: int, digest: Any) -> None:
+    while length > 0:
+        block = source.read(min(BLOCK, length))
+        digest.update(block)
+        target.write(block)
+        length -= len(block)
+
+
+def _bench_zip(folder: Path) -> Path:
+    """`bench/` of this checkout, where Python finds it beside the package of the wheel."""
+    path = folder / "cascadekit-bench.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(BENCH.rglob("*.py")):
+            archive.write(file, f"cascadekit/bench/{file.relative_to(BENCH).as_posix()}")
+    return path
+
+
+def download(folder: Path, python: str, onnxruntime: str, more: Sequence[str]) -> list[Path]:
+    """Build the wheel of this checkout and download the others into `folder`, for `python` on Linux, x86-64.
+
+    pip resolves what the wheel requires. onnxruntime, which shares files with onnxruntime-gpu, is not among them."""
+    pip = (sys.executable, "-m", "pip")
+    subprocess.run((*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(BENCH.parent)), check=True)
+    (own,) = folder.glob("cascadekit-*.whl")
+    target = ("--only-binary", ":all:", "--python-version", python, "--implementation", "cp")
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    get = (*pip, "download", "--quiet", "--dest", str(folder), *target, *platforms)
+    subprocess.run((*get, str(own), *PACKAGES, *more), check=True)
+    subprocess.run((*get, "--no-deps", onnxruntime), check=True)
+    return sorted(folder.glob("*.whl"))
+
+
+def make_kit(output: Path, *, python: str, onnxruntime: str, more: Sequence[str] = (), part_mib: int = 0) -> list[str]:
+    """Download for that `python`, and pack. Returns the names of the files. Raises UsageError if `output` exists, and
+    ConversionError if pip fails, whose reason it has printed."""
+    if output.exists():
+        raise UsageError(f"{output}: exists already; remove it, or give another output")
+    with TemporaryDirectory() as folder:
+        try:
+            wheels = download(Path(folder), python, onnxruntime, more)
+        except subprocess.CalledProcessError as error:
+            raise ConversionError(f"{' '.join(error.cmd)[:200]}: failed with status {error.returncode}") from error
+        return [file["name"] for file in pack(output, wheels, part_mib << 20)["files"]]

@@ -1,0 +1,95 @@
+"""The report of the GPU benchmark: tables from the results of the phases, with "not measured" where one is missing."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .phases import SAMPLED, STAGES
+
+NOTHING = "not measured"
+PASS_COLUMNS = ("", *(str(stage) for stage in STAGES))
+IMAGE_COLUMNS = ("", "open", "load", "first steps", "first image", "later images")
+MODES = ("float32 eager", "bfloat16 eager", "float16 eager", "bfloat16 CUDA graph", "float16 CUDA graph")
+
+Table = tuple[str, Sequence[str], list[list[str]]]  # title, columns, rows
+
+
+@dataclass(frozen=True)
+class GpuBenchReport:
+    """The state of the benchmark, and tables of it."""
+
+    content: Mapping[str, Any]
+
+    def to_json(self) -> Mapping[str, Any]:
+        return self.content
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The reasons of the phases that failed or could not run, by name."""
+        found = {}
+        for name, kept in self.content["phases"].items():
+            missing = kept.get("result", {}).get("missing")
+            if reason := kept.get("error") or (missing and f"not installed: {missing}"):
+                found[name] = reason
+        return found
+
+    def tables(self) -> Iterator[Table]:
+        """Milliseconds of a pass, distances to fp32, and cold starts, of each variant."""
+        engines = self._named("engine")
+        for variant in dict.fromkeys(name.split()[1] for name in self.content["phases"]):
+            kinds = dict.fromkeys(_kind(name) for name in engines if name.split()[1] == variant)
+            title = f"{variant}, {self.content['job']['side']} pixels a side"
+            for figure, text in (("ms", "milliseconds of a pass"), ("relative_l2", self._against(variant))):
+                rows = [
+                    ["diffusers " + mode, *(self._eager(variant, stage, mode, figure) for stage in STAGES)]
+                    for mode in MODES
+                ]
+                if figure == "ms":
+                    rows.append(["diffusers bfloat16 compiled", *(self._compiled(variant, stage) for stage in STAGES)])
+                for kind in kinds:
+                    rows.append([" ".join(kind), *(self._engine(variant, kind, stage, figure) for stage in STAGES)])
+                yield f"{title}: {text}", PASS_COLUMNS, rows
+            yield f"{title}: seconds of a cold start", IMAGE_COLUMNS, [*self._images(variant)]
+
+    def _against(self, variant: str) -> str:
+        """What the distances of the engines are to: diffusers, or our own graph, in fp32."""
+        names = [name for name in self._named("engine") if name.split()[1] == variant]
+        kinds = sorted({kind for name in names if (kind := self._result(name).get("against"))})
+        return f"relative L2 to {' and '.join(kinds) or 'fp32'}"
+
+    def _named(self, work: str) -> list[str]:
+        return [name for name in self.content["phases"] if name.split()[0] == work]
+
+    def _result(self, name: str) -> dict[str, Any]:
+        result: dict[str, Any] = self.content["phases"].get(name, {}).get("result", {})
+        return result
+
+    def _eager(self, variant: str, stage: str, mode: str, figure: str) -> str:
+        return _shown(self._result(f"diffusers {variant} {stage}").get(mode, {}).get(figure))
+
+    def _compiled(self, variant: str, stage: str) -> str:
+        return _shown(self._result(f"compile {variant} {stage}").get("ms") if stage in SAMPLED else None)
+
+    def _engine(self, variant: str, kind: tuple[str, ...], stage: str, figure: str) -> str:
+        precision, engine, *rest = kind
+        return _shown(self._result(" ".join(["engine", variant, precision, engine, stage, *rest])).get(figure))
+
+    def _images(self, variant: str) -> Iterator[list[str]]:
+        for name in self._named("image"):
+            found = self._result(name)
+            if name.split()[1] != variant or not found:
+                continue
+            sums = [sum(found[part].values()) for part in ("load", "first_step")]
+            later = ", ".join(f"{seconds:.2f}" for seconds in found["images"])
+            seconds = [found["open"], *sums, found["first_image"]]
+            yield [" ".join(name.split()[2:]), *(f"{each:.2f}" for each in seconds), later]
+
+
+def _kind(name: str) -> tuple[str, ...]:
+    """Precision, engine and what was changed, from the name of a phase of an engine."""
+    _, _, precision, engine, _, *rest = name.split()
+    return precision, engine, *rest
+
+
+def _shown(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,135 @@
+"""Runs the phases of the GPU benchmark, each in a process of its own, until they are done or time is up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from ...runtime.engines.installed_packages import onnxruntimes
+from ...runtime.engines.nvidia_driver import first_gpu
+from ...schemas.callbacks import Say
+from ...schemas.errors import UsageError
+from ...schemas.precision import Precision
+from ...schemas.stages import Variant
+from ..machine import describe_machine
+from .job import GpuJob
+from .phases import ENGINE, SIZES, Phase, plan
+from .report import GpuBenchReport
+from .state import BenchState
+
+CALL = f"from {__package__}.work import main; main()"
+SHORTEST = 20  # seconds that must be left for a phase to start
+REASON_LENGTH = 500
+TINY_JOB = {"side": 64, "runs": 2, "prior_steps": 2, "decoder_steps": 2}
+REAL_JOB = {"side": 1024, "runs": 10, "prior_steps": 20, "decoder_steps": 10}
+
+
+@dataclass(frozen=True)
+class GpuBench:
+    """What to measure. `tiny` rehearses with the tiny cascade; `minutes` bounds the whole run.
+
+    `names` are beginnings of the names of phases; empty: all. `again` measures also what the state has."""
+
+    work: Path
+    device: str = "cuda"
+    variants: Sequence[Variant] = SIZES
+    precisions: Sequence[Precision] = (Precision.FP16, Precision.FP32)
+    engines: Sequence[str] = (ENGINE,)
+    tiny: bool = False
+    minutes: float = 8
+    names: Sequence[str] = ()
+    again: bool = False
+    state: Path | None = None
+
+    @property
+    def state_path(self) -> Path:
+        return self.state or self.work / "gpu-bench.json"
+
+    @property
+    def job(self) -> GpuJob:
+        return GpuJob(str(self.work.absolute()), self.device, **(TINY_JOB if self.tiny else REAL_JOB))
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that were asked for. Raises UsageError when `names` name none."""
+        found = plan((Variant.TINY,) if self.tiny else self.variants, self.precisions, self.engines)
+        chosen = tuple(phase for phase in found if not self.names or phase.name.startswith(tuple(self.names)))
+        if not chosen:
+            raise UsageError(f"no phase is called {', '.join(self.names)}: {', '.join(phase.name for phase in found)}")
+        return chosen
+
+
+def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
+    """Run the phases that the state lacks, and report all that the state has.
+
+    A phase that fails or takes too long is noted with its reason, and the others go on; a later run tries it again.
+    Raises UsageError when `work` is no folder, or the state has other settings."""
+    if not bench.work.is_dir():
+        raise UsageError(f"{bench.work}: not a folder; give one on a fast disk, or in memory")
+    gpu = first_gpu()
+    machine = {**describe_machine(bench.work, peer=True), "gpu": gpu if isinstance(gpu, str) else gpu.name}
+    machine["libraries"] |= onnxruntimes()
+    state = BenchState.open(bench.state_path, bench.job, machine)
+    end = perf_counter() + 60 * bench.minutes
+    phases = bench.phases()
+    for phase in phases:
+        missing = bench.job.lacks_files(phase) and any(_needs(each, phase, state) for each in phases)
+        if state.done(phase.name) and not missing and not bench.again:
+            continue
+        left = end - perf_counter()
+        if left < min(SHORTEST, phase.limit):
+            say(f"{phase.name}: not started, {bench.minutes:g} minutes are over")
+            continue
+        needed = bench.job.reads(phase)
+        if needed is not None and not needed.is_dir():
+            say(f"{phase.name}: not started, {needed} is not there")
+            continue
+        run_phase(bench.job, phase, state, min(left, phase.limit))
+        say(f"{phase.name}: {_line(state.phases[phase.name])}")
+    state.write()
+    return GpuBenchReport(state.to_json())
+
+
+def _needs(other: Phase, phase: Phase, state: BenchState) -> bool:
+    """True if `other` has no result yet and reads the files of `phase`."""
+    if state.done(other.name) or other.variant != phase.variant:
+        return False
+    return phase.work == "make" or (other.work in ("engine", "image") and other.precision == phase.precision)
+
+
+def run_phase(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
+    """Run one phase in a new process and keep its result, or the end of its errors."""
+    began = perf_counter()
+    command = (sys.executable, "-c", CALL, job.to_json(phase))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        printed, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        state.keep(phase.name, seconds=seconds, error=f"took more than {seconds:.0f} s")
+        return
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that the phase has started
+            process.wait()
+    took = round(perf_counter() - began, 2)
+    try:
+        state.keep(phase.name, seconds=took, result=json.loads(printed.splitlines()[-1]))
+    except (IndexError, ValueError):
+        reason = " ".join(errors.split())[-REASON_LENGTH:] or f"ended with status {process.returncode}"
+        state.keep(phase.name, seconds=took, error=reason)
+
+
+def _line(kept: dict[str, object]) -> str:
+    if "error" in kept:
+        return f"failed: {kept['error']}"
+    result = kept["result"]
+    assert isinstance(result, dict)
+    shown = {name: value for name, value in result.items() if isinstance(value, int | float | str)}
+    figures = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in shown.items())
+    return f"{kept['seconds']} s; {figures}"

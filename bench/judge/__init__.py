@@ -1,0 +1,1 @@
+"""Says whether a picture of the small cascade shows what its caption asked for."""

@@ -1,0 +1,42 @@
+"""The options of ONNX Runtime's providers and sessions on a GPU, as tables.
+
+The reasons are in docs/gpu.md. ONNX Runtime takes all values as text.
+"""
+
+from collections.abc import Mapping
+
+from ...schemas.hoisted import STEP
+from ...schemas.manifest import MAIN_GRAPH
+from ...schemas.stages import Stage
+from ...storage.user_cache import user_cache
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+
+Options = dict[str, str]
+
+# cuDNN's heuristic names an algorithm for each convolution; the default builds plans until one works. Doubling arenas
+# reserve up to twice what a stage needs.
+CUDA: Mapping[str, str] = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+TF32: Mapping[bool, Mapping[str, str]] = {False: {"use_tf32": "0"}, True: {"use_tf32": "1"}}
+CUDA_GRAPH: Mapping[str, str] = {"enable_cuda_graph": "1"}
+TENSORRT: Mapping[str, str] = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+TENSORRT_FOLDERS = ("trt_engine_cache_path", "trt_timing_cache_path")
+
+RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+# Entries of a session's configuration. Weights get blocks of their own size, outside the arena.
+GPU_SESSION: Mapping[str, str] = {RECORD_ASSIGNMENT: "1", "session.use_device_allocator_for_initializers": "1"}
+
+# The graphs that run once for a step. The others run once for an image or a prompt, where capturing costs more than it
+# saves; the text encoder has a GatherND, which was reported to be unsafe in a CUDA graph.
+CAPTURED = ((Stage.PRIOR, MAIN_GRAPH), (Stage.PRIOR, STEP), (Stage.DECODER, MAIN_GRAPH), (Stage.DECODER, STEP))
+
+
+def provider_options(provider: str, *, tf32: bool, cuda_graph: bool) -> Options:
+    """The options of one execution provider; the CPU has none. `cuda_graph` concerns the CUDA provider alone."""
+    if provider == CUDA_PROVIDER:
+        return {**CUDA, **TF32[tf32], **(CUDA_GRAPH if cuda_graph else {})}
+    if provider == TENSORRT_PROVIDER:
+        cache = str(user_cache("onnxruntime"))
+        return {**TENSORRT, **dict.fromkeys(TENSORRT_FOLDERS, cache)}
+    return {}

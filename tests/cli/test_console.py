@@ -1,0 +1,136 @@
+"""What a command prints on a terminal and in a pipe: one final line that stays, --quiet, --json and --dry-run."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cascadekit.cli import main
+from cascadekit.cli.lazy import LazyGroup
+from cascadekit.cli.remaining import Remaining, StagePass
+from cascadekit.schemas.stages import Stage
+
+QUICK = ["--size", "64x64", "--prior-steps", "2", "--decoder-steps", "1"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def on_a_terminal(*arguments: object) -> str:
+    """Everything that a command writes to a terminal of 80 columns, both streams in their order."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "cascadekit", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        found = b""
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # Linux: the other end is closed
+                break
+            found += part
+        assert process.wait() == 0
+    os.close(ours)
+    return found.decode()
+
+
+def lines_left(written: str) -> list[str]:
+    """The lines that stay on the screen: carriage returns, erased lines and steps up are obeyed."""
+    rows, row = [""], 0
+    for token in re.findall(r"\x1b\[\d*[A-Za-z]|\x1b\[[?\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", written):
+        if token == "\n":
+            row += 1
+            rows += [""] * (row + 1 - len(rows))
+        elif token == "\x1b[1A":
+            row -= 1
+        elif token == "\x1b[2K":
+            rows[row] = ""
+        elif token == "\r" or token.startswith("\x1b"):
+            continue
+        else:
+            rows[row] += token
+    return [line for line in rows if line.strip()]
+
+
+def test_the_lines_of_a_run_stay_on_the_terminal(tiny: Path, tmp_path: Path) -> None:
+    """Bars used to overwrite them, and a random seed was lost with its line."""
+    shown = lines_left(on_a_terminal("generate", tiny / "bundle", "x", "--images", 2, *QUICK, "-o", tmp_path))
+    seen = " ".join(shown)
+    assert len(re.findall(r"wrote \S+ \(64x64, seed \d+, \d+\.\d s\)", seen)) == 2, shown
+    assert seen.count("loading prior (2.2 MB)") == 1
+    assert not re.search("[━╸╺]", seen), shown
+
+
+def test_a_pipe_gets_plain_lines(tiny: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path)
+    assert re.fullmatch(r"wrote \S+ \(64x64, seed \d+, \d+\.\d s\)\n", result.stdout)
+    assert "loading prior (2.2 MB)\nprior: 2 steps\nloading decoder" in result.stderr
+    assert "\x1b" not in result.output
+
+
+def test_quiet_json_and_both(tiny: Path, tmp_path: Path) -> None:
+    assert call("generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path, "--quiet").output == ""
+    result = call("generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path, "--quiet", "--json", "--seed", 7)
+    (image,) = json.loads(result.output)
+    assert (image["seed"], image["width"], image["prompt"]) == (7, 64, "x")
+    assert Path(image["path"]).is_file()
+    both = call("generate", tiny / "bundle", "x", "--quiet", "--verbose")
+    assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
+
+
+def makers(group: LazyGroup = main, *names: str) -> list[tuple[str, ...]]:
+    """The words of every command that makes something."""
+    made = ("convert", "export", "build", "generate", "verify", "demo", "lora")
+    return [(name,) for name in made if name != "lora"] + [("lora", name) for name in ("convert", "merge", "apply")]
+
+
+@pytest.mark.parametrize("words", makers(), ids=" ".join)
+def test_every_command_that_makes_something_can_be_quiet_or_speak_json(words: tuple[str, ...]) -> None:
+    shown = call(*words, "--help").output
+    assert all(option in shown for option in ("--quiet", "--verbose", "--json"))
+    assert ("--dry-run" in shown) == (words in [("convert",), ("export",), ("build",), ("lora", "merge")])
+
+
+def test_dry_runs_write_nothing_and_know_the_sizes(tiny: Path, tmp_path: Path) -> None:
+    """The sizes are compared with those of the files that the real run writes, less their headers."""
+    for command in (
+        ("convert", tiny / "original", "-o", tmp_path / "model", "--to", "diffusers", "--dtype", "bf16"),
+        ("export", tiny / "model", "-o", tmp_path / "bundle", "--precision", "fp16"),
+    ):
+        plan = json.loads(call(*command, "--dry-run", "--json").stdout)
+        assert not list(tmp_path.glob(f"{Path(plan['output']).name}*"))
+        assert sum(file["bytes"] for file in plan["reads"]) > 5e6
+        assert call(*command).exit_code == 0
+        for file in plan["writes"]:
+            written = (Path(plan["output"]) / file["path"]).stat().st_size
+            assert 0 < written - file["bytes"] < 50_000, file
+        refused = call(*command, "--dry-run")  # as the real run would be
+        assert (refused.exit_code, "exists already" in refused.stderr) == (2, True)
+
+
+def test_the_time_left_is_that_of_the_whole_run() -> None:
+    """Two images, one after the other; a decoder's step has twice the work of the prior's, the vqgan three times."""
+    passes = {Stage.PRIOR: StagePass(4, 1.0), Stage.DECODER: StagePass(2, 2.0), Stage.VQGAN: StagePass(1, 3.0)}
+    remaining = Remaining([passes, passes])
+    start = remaining._last
+    assert remaining.seconds(start) is None
+    remaining.step(Stage.PRIOR, 1, start + 5)  # 4 seconds of loading
+    remaining.step(Stage.PRIOR, 2, start + 6)
+    one_image = 4 * 1 + 2 * 2 + 3
+    assert remaining.seconds(start + 6) == pytest.approx(2 * one_image - 2 + 4)  # and 4 to load again
+    assert remaining.seconds(start + 6.5) == pytest.approx(2 * one_image - 2 + 4 - 0.5)
+    now = start + 6
+    for stage, done in ((Stage.PRIOR, 3), (Stage.PRIOR, 4), (Stage.DECODER, 1), (Stage.DECODER, 2)):
+        now += passes[stage].work
+        remaining.step(stage, done, now)
+    remaining.decoded(now + 3)
+    remaining.decoded(now + 3)
+    assert remaining.seconds(now + 3) == pytest.approx(one_image + 4)

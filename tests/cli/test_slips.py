@@ -1,0 +1,122 @@
+"""Slips on the command line of `generate` are answered, not taken in silence; and images in other formats than PNG."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import ExifTags, Image
+
+from cascadekit.cli import main
+from cascadekit.runtime.images.png import require_settings, save_png
+from cascadekit.runtime.text.prompt_weights import unbalanced_brackets
+from cascadekit.schemas.errors import UsageError
+
+QUICK = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--engine", "onnxruntime"]
+
+
+def generate(tiny: Path, *arguments: object) -> Result:
+    return CliRunner().invoke(main, ["generate", str(tiny / "bundle"), *map(str, arguments), *QUICK])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a", "cat", "on", "a", "mat"], 'put one prompt in quotes, as in "a cat on a mat"'),
+        (["x", "--strength", "0.5"], "--strength: says how much of --init-image changes; give that picture, too."),
+        (["x", "-o", "x.gif"], "x.gif: images are not written in this format; give a folder, or a name ending in .png"),
+        (["x", "y", "-o", "x.jpg"], "x.jpg: one file for 2 images; give a folder"),
+        (["x", "y", "--prompts", "-"], "--prompts: give one PROMPT and one --seed at most"),
+        (["--prompts", "-", "-o", "x.webp"], "x.webp: expected a folder for the images"),
+        (["x", "--mask", "m.png"], "the mask needs a picture; give --init-image"),
+        (["x", "--like", "x.txt"], "x.txt: cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = generate(tiny, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_jpeg_and_webp_lead_to_the_same_image(tiny: Path, tmp_path: Path) -> None:
+    """The settings of each file generate the next; the pixels are those of the PNG."""
+    png, jpeg, webp = (tmp_path / f"x.{kind}" for kind in ("png", "jpg", "webp"))
+    assert generate(tiny, "ein Käfer \U0001f41e", "--seed", 3, "-o", png).exit_code == 0
+    for source, target in ((png, jpeg), (jpeg, webp)):
+        result = generate(tiny, "--like", source, "-o", target)
+        assert result.exit_code == 0, result.output
+        assert "pixels may differ" not in result.stderr
+        assert require_settings(target) == require_settings(png)
+    with Image.open(png) as first, Image.open(jpeg) as second, Image.open(webp) as third:
+        assert (first.format, second.format, third.format) == ("PNG", "JPEG", "WEBP")
+        assert first.tobytes() == third.convert("RGB").tobytes()
+        comment = second.getexif().get_ifd(ExifTags.IFD.Exif)[0x9286]
+    assert comment.startswith(b"ASCII\0\0\0cascadekit {")
+    assert json.loads(comment.removeprefix(b"ASCII\0\0\0cascadekit "))["prompt"] == "ein Käfer \U0001f41e"
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_odd_files_are_refused_in_words(tmp_path: Path, kind: str) -> None:
+    path, odd = tmp_path / f"x.{kind}", tmp_path / f"odd.{kind}"
+    save_png(path, Image.new("RGB", (8, 8)), {"prompt": "a" * 100})
+    content, rng = path.read_bytes(), Random(0)
+    for _ in range(300):
+        changed = bytearray(content)
+        for _ in range(rng.randint(1, 5)):
+            changed[rng.randrange(min(len(changed), 200))] = rng.randrange(256)
+        odd.write_bytes(changed[: rng.choice((len(changed), rng.randrange(len(changed))))])
+        with suppress(UsageError):
+            require_settings(odd)
+    Image.new("RGB", (8, 8)).save(odd)
+    with pytest.raises(UsageError, match="has no settings of cascadekit"):
+        require_settings(odd)
+
+
+def test_settings_too_long_for_a_jpeg(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"x\.jpg: its settings take \d+ bytes, and JPEG holds 65000; give"):
+        save_png(tmp_path / "x.jpg", Image.new("RGB", (8, 8)), {"prompt": "a" * 70_000})
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("a (b:1.2) [c] ((d))", ""),
+        ("a (b", "("),
+        ("a b:1.2)", ")"),
+        ("[a (b]", "("),
+        ("[[a]", "["),
+        (r"\(a\] b", ""),
+        (")(", ")("),
+    ],
+)
+def test_brackets_without_a_partner(text: str, alone: str) -> None:
+    assert unbalanced_brackets(text) == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("a (cat:1.2", ["--weighted"], "( has no partner"),
+        ("a (cat:1.2)", [], "--weighted reads them as emphasis"),
+        ("a (cat:1.2)", ["--weighted"], None),
+        ("a cat (1990) at 10:30", [], None),
+    ],
+)
+def test_notes_on_brackets(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, options: list[str], words: str | None
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise UsageError("opened")
+
+    monkeypatch.setattr("cascadekit.runtime.cascade.Cascade.open", stop)
+    said = generate(tiny, prompt, "-o", tmp_path / "x", *options).stderr
+    assert "opened" in said
+    assert ("note:" in said) == (words is not None)
+    assert words is None or words in " ".join(said.split())

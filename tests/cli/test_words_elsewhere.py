@@ -1,0 +1,95 @@
+"""Words that people bring along from other programs are answered with those of this one."""
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import cascadekit
+from cascadekit.cli import main
+from cascadekit.cli.words_elsewhere import ARGUMENTS_ELSEWHERE, OPTIONS_ELSEWHERE
+from cascadekit.schemas.errors import UsageError
+
+
+def every_command(group: click.Group) -> list[click.Command]:
+    found: list[click.Command] = []
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        found += every_command(command) if isinstance(command, click.Group) else [command]
+    return found
+
+
+def test_every_word_of_the_tables_leads_somewhere() -> None:
+    params = [param for command in every_command(main) for param in command.params]
+    options = {name for param in params if isinstance(param, click.Option) for name in param.opts}
+    arguments = {param.name for param in params if isinstance(param, click.Argument)}
+    assert {name for names in OPTIONS_ELSEWHERE.values() for name in names} <= options
+    assert {name for names in ARGUMENTS_ELSEWHERE.values() for name in names} <= arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["generate", "b", "x", "--steps", "20"],
+            "option --steps: here it is --prior-steps or --decoder-steps.",
+        ),
+        (["generate", "b", "x", "--num_inference_steps=20"], "here it is --prior-steps or --decoder-steps."),
+        (["generate", "b", "x", "--width", "64"], "No such option --width: here it is --size WxH."),
+        (["generate", "b", "x", "--height", "64"], "here it is --size WxH."),
+        (["generate", "b", "x", "--guidance_scale", "4"], "here it is --prior-guidance or --decoder-guidance."),
+        (["generate", "b", "x", "--cfg", "4"], "here it is --prior-guidance or --decoder-guidance."),
+        (["generate", "b", "x", "--n", "4"], "here it is --images."),
+        (["generate", "b", "x", "-n", "4"], "here it is --images."),
+        (["generate", "b", "--prompt", "x"], "give [PROMPT]... as an argument, without an option."),
+        (["generate", "b", "x", "--neg", "y"], "here it is --negative."),
+        (["generate", "b", "x", "--out", "y"], "here it is --output."),
+        (["generate", "--model", "b", "x"], "give BUNDLE as an argument, without an option."),
+        (["export", "--model", "m", "-o", "b"], "give MODEL as an argument, without an option."),
+        (["export", "m", "-o", "b", "--dtype", "fp16"], "here it is --precision [STAGE=]fp32|bf16|fp16."),
+        (["convert", "m", "-o", "b", "--to", "original", "--precision", "fp16"], "here it is --dtype."),
+        (["lora", "merge", "m", "l", "-o", "x", "--scale", "2"], "here it is --strength."),
+        (["generate", "b", "x", "--prior-stepz", "2"], "--prior-steps"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "keyword", "meant"),
+    [
+        ("convert", ("m", "b", "original"), "torch_dtype", "dtype"),
+        ("convert", ("m", "b", "original"), "overwrite", "force"),
+        ("export", ("m", "b"), "dtype", "precision"),
+        ("export", ("m", "b"), "stage", "stages"),
+        ("verify", ("b",), "reference_model", "against"),
+        ("verify", ("b",), "bisekt", "bisect"),
+        ("build", ("b",), "arch", "targets"),
+    ],
+)
+def test_keywords(function: str, arguments: tuple[str, ...], keyword: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{function}: {keyword}: unknown, did you mean {meant}\?$"):
+        getattr(cascadekit, function)(*arguments, **{keyword: 1})
+
+
+def test_keywords_of_open() -> None:
+    with pytest.raises(UsageError, match=r"provider: unknown, did you mean engine or device\?"):
+        cascadekit.Cascade.open("b", **{"provider": "cpu"})  # type: ignore[arg-type]
+
+
+def test_keywords_of_generate(tiny: Path) -> None:
+    with cascadekit.Cascade.open(tiny / "bundle") as cascade:
+        for name, meant in (
+            ("num_inference_steps", "prior_steps or decoder_steps"),
+            ("guidance_scale", "prior_guidance or decoder_guidance"),
+            ("negative_prompt", "negative"),
+            ("widht", "width"),
+        ):
+            with pytest.raises(UsageError, match=f"{name}: unknown, did you mean {meant}"):
+                cascade.generate("x", **{name: 1})

@@ -1,0 +1,101 @@
+"""What the example model generates, through ONNX Runtime, as the judge sees it.
+
+docs/quality.md has the shares over many more pictures. The limits here lie about three standard deviations below them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascadekit import Cascade
+from cascadekit.bench.judge.judge import border, nearest_background, nearest_icon
+from cascadekit.bench.judge.prompts import HELD_OUT, SEEN, prompts_of, scenes_to_ask
+from cascadekit.bench.judge.scenes import Icon
+from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
+from cascadekit.bench.quality import judge_cascade
+
+SEEN_SHARE, HELD_OUT_SHARE = 0.25, 0.22
+ICONS = [Icon(name, list(STYLES)[place % 3], "white") for place, name in enumerate(list(OBJECTS)[::9][:12])]
+
+
+def names_in(images: Sequence[Image.Image]) -> list[str]:
+    levels = [np.asarray(image) for image in images]
+    return [nearest_icon(each, nearest_background(each))[0] for each in levels]
+
+
+def hits(images: Sequence[Image.Image], icons: Sequence[Icon] = ICONS) -> int:
+    """The number of images in which the judge sees the icon's object."""
+    return sum(name == icon.name for name, icon in zip(names_in(images), icons, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pictures(cascade: Cascade) -> list[Image.Image]:
+    """A picture of each of ICONS."""
+    return cascade.generate(prompts_of(ICONS), seed=3).images
+
+
+def test_many_prompts_are_right(cascade: Cascade) -> None:
+    shares = judge_cascade(cascade, scenes_to_ask(16))
+    assert shares.share(SEEN) >= SEEN_SHARE, shares.wrong
+    assert shares.share(HELD_OUT) >= HELD_OUT_SHARE, shares.wrong
+
+
+def test_icons_are_recognised_and_guidance_helps(cascade: Cascade, pictures: list[Image.Image]) -> None:
+    unguided = cascade.generate(prompts_of(ICONS), seed=3, prior_guidance=1.0).images
+    assert hits(pictures) >= 7
+    assert hits(unguided) < hits(pictures)
+
+
+def test_a_negative_prompt_that_repeats_the_prompt_takes_its_effect_away(cascade: Cascade) -> None:
+    prompts = prompts_of(ICONS)
+    plain, against = (cascade.generate(prompts, seed=5, negative=negative).images for negative in ("", prompts))
+    assert hits(against) < hits(plain)
+
+
+def small(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize((16, 16), Image.Resampling.BOX)).astype(float)
+
+
+def test_image_prompts_give_pictures_like_them(cascade: Cascade, pictures: list[Image.Image]) -> None:
+    """Without a word, most results are nearest to their own image prompt; by chance it would be one in twelve."""
+    made = [cascade.generate("", seed=7, image_prompts=[picture]).images[0] for picture in pictures]
+    distances = [[np.square(small(one) - small(other)).mean() for other in pictures] for one in made]
+    assert sum(int(np.argmin(row)) == place for place, row in enumerate(distances)) >= 5
+
+
+def test_a_start_picture_is_kept_at_low_strength_and_left_at_high(
+    cascade: Cascade, pictures: list[Image.Image]
+) -> None:
+    """The small model decides early: what a strength of 0.3 keeps of a picture is its outline alone."""
+    others = prompts_of([*ICONS[6:], *ICONS[:6]])
+    kept, left = (
+        [
+            cascade.generate(prompt, seed=9, init_image=picture, strength=strength).images[0]
+            for prompt, picture in zip(others, pictures, strict=True)
+        ]
+        for strength in (0.05, 0.9)
+    )
+    before = names_in(pictures)
+    assert sum(name == old for name, old in zip(names_in(kept), before, strict=True)) >= 6
+    assert hits(left, [*ICONS[6:], *ICONS[:6]]) >= 6
+
+
+def test_inpainting_changes_only_inside_the_mask(cascade: Cascade, pictures: list[Image.Image]) -> None:
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (64, 0, 128, 128))
+    made = cascade.generate(
+        prompts_of([Icon("frog", "flat", "black")]), seed=1, init_image=pictures[0], mask=mask, strength=1.0
+    ).images[0]
+    before, after = np.asarray(pictures[0]).astype(int), np.asarray(made).astype(int)
+    assert np.abs(after - before)[:, :48].mean() < 8  # what the VQGAN's round trip changes
+    assert np.abs(after - before)[:, 80:].mean() > 30
+
+
+def test_the_background_is_what_was_asked_for(cascade: Cascade) -> None:
+    backgrounds = ("black", "light blue", "light green", "light pink")
+    images = cascade.generate([f"a fox, flat style on a {name} background" for name in backgrounds], seed=0).images
+    assert [nearest_background(np.asarray(image)) for image in images] == list(backgrounds)
+    white = cascade.generate("a fox, flat style", seed=0).images[0]
+    assert border(np.asarray(white)).min() > 235

@@ -1,0 +1,78 @@
+"""Stage B: from stage C's latents to those of the VQGAN."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cascadekit.runtime.engines.pytorch.networks.decoder import Decoder
+
+from .configs import DECODER
+from .diffusion import STRAIGHT, fit_head, initialise, noise_loss, sample
+from .prior import NO_TEXT, Inputs
+from .towers import encode
+from .trainer import Plan, train
+
+PLAN = Plan(steps=10500, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+BATCH, CAP = 32, 12.0
+NOISE = 0.15  # most of what is added to stage C's latents, since the prior's own are never quite right
+STEPS = 10
+
+
+def make_decoder() -> Decoder:
+    network = Decoder(DECODER)
+    initialise(network)
+    pooled, semantic = torch.randn(16, 1, 64), torch.randn(16, 16, 3, 3)
+    fit_head(network, lambda x, t: _predicted(network, x, t, pooled, semantic), (16, 4, 32, 32))
+    return network
+
+
+def train_decoder(
+    folder: Path,
+    inputs: Inputs,
+    latents: NDArray[np.float16],
+    show_latents: Callable[[Tensor, NDArray[np.int64], Path], None],
+    steps: int | None,
+) -> None:
+    """`latents` (n, 4, 32, 32) are the VQGAN's; `show_latents` makes a sheet of them beside some rows' pictures."""
+    network = make_decoder().to(memory_format=torch.channels_last)
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        rows = np.sort(rng.choice(len(latents), BATCH, replace=False))
+        pooled = _pooled(inputs, rows, rng)
+        semantic = torch.from_numpy(inputs.semantic[rows])
+        semantic = semantic + NOISE * torch.rand(BATCH, 1, 1, 1) * torch.randn_like(semantic)
+        clean = torch.from_numpy(latents[rows].astype(np.float32))
+        return noise_loss(lambda x, t: _predicted(network, x, t, pooled, semantic), clean, CAP)
+
+    def show(_: nn.Module, path: Path) -> None:
+        rows = np.arange(12)
+        pooled = _pooled(inputs, rows, np.random.default_rng(0))
+        made = decode(network, torch.from_numpy(inputs.semantic[rows]), pooled)
+        show_latents(made, rows, path)
+
+    train(folder, network, PLAN.cut(steps), loss, show)
+
+
+@torch.no_grad()
+def decode(network: Decoder, semantic: Tensor, pooled: Tensor, seed: int = 0) -> Tensor:
+    """Sample the VQGAN's latents as the product does by default, without guidance."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(semantic), 4, 32, 32, generator=generator)
+    return sample(lambda x, t: _predicted(network, x, t, pooled, semantic), noise, STEPS, generator)
+
+
+def _predicted(network: Decoder, x: Tensor, t: Tensor, pooled: Tensor, semantic: Tensor) -> Tensor:
+    found: Tensor = network(sample=x, timestep_ratio=t, clip_text_pooled=pooled, effnet=semantic)["noise_pred"]
+    return found
+
+
+@torch.no_grad()
+def _pooled(inputs: Inputs, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
+    ids = inputs.words.captions[rows, rng.integers(inputs.words.captions.shape[1], size=len(rows))]
+    silent = rng.random(len(rows)) < NO_TEXT
+    ids = np.where(silent[:, None], inputs.words.empty, ids)
+    return encode(inputs.text, ids, inputs.words)[1]
