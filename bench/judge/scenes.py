@@ -88,13 +88,13 @@ def random_single(rng: np.random.Generator, colour: str, shape: str) -> Shapes:
 def random_pair(rng: np.random.Generator, first: tuple[str, str], second: tuple[str, str]) -> Shapes:
     """Two shapes of different colours."""
     relation = str(rng.choice(RELATIONS))
-    jitter = rng.uniform(-4, 4, 4)
+    jitter = rng.uniform(-3, 3, 4)
     if relation == "inside":
-        radii, centres = (17.0, 46.0), ((64.0, 64.0), (64.0, 64.0))
+        radii, centres = (20.0, 50.0), ((64.0, 64.0), (64.0, 64.0))
         sizes = ("small", "large")
         jitter = jitter[[0, 1, 0, 1]]
     else:
-        radii, sizes = (24.0, 24.0), ("", "")
+        radii, sizes = (26.0, 26.0), ("", "")
         centres = ((34.0, 64.0), (94.0, 64.0)) if relation == "left of" else ((64.0, 34.0), (64.0, 94.0))
     if relation == "inside":
         low = {"triangle": 8.0, "heart": -4.0}.get(second[1], 0.0)
