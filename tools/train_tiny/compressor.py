@@ -34,7 +34,10 @@ class Refinement(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.GELU(), nn.Conv2d(channels, channels, 1)
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 1),
         )
         nn.init.zeros_(self.layers[3].weight)
         nn.init.zeros_(self.layers[3].bias)
