@@ -36,8 +36,8 @@ def noise_loss(
 
     Weighting by 1/ᾱ makes it the error of a "v" prediction: without that, the high ratios, where the content of a
     picture is decided, would hardly count. `cap` is the largest weight. A share `high` of the batch has ratios in HIGH
-    alone, where the condition decides and the noisy sample tells little. `pixels` (B, 1, h, w) weights pixels: the right
-    answer at each pixel stays the same, but more of the network's effort goes where they weigh more."""
+    alone, where the condition decides and the noisy sample tells little. `pixels` (B, 1, h, w) weights pixels: the
+    right answer at each pixel stays the same, but more of the network's effort goes where they weigh more."""
     batch = len(clean)
     t = _ratios(batch, round(high * batch))
     bar = alpha_bar(t)
