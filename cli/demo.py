@@ -13,6 +13,7 @@ from .verify_print import print_report, report_json
 NEXT = (
     "Try next:",
     '  cascadekit generate {bundle} "a purple star above a red heart" -o star.png',
+    '  cascadekit generate {bundle} "a fox" --lora {lora} -o outline.png',
     "  cascadekit ui {bundle}",
     "  cascadekit inspect {original}",
 )
@@ -44,6 +45,10 @@ def demo(prompt: str, output: Path, seed: int, force: bool, as_json: bool) -> No
             print_report(report)
         say(f"wrote {output}: original files, model, bundle, image.png, prompts.png, report.html, parity.json")
         for line in NEXT:
-            say(line.format(bundle=output / "bundle", original=output / "original"))
+            say(
+                line.format(
+                    bundle=output / "bundle", original=output / "original", lora=output / "lora" / "outline.safetensors"
+                )
+            )
     if report is not None and not report:
         raise SystemExit(FAILED)

@@ -37,7 +37,7 @@ def make_demo(
     say: Say = ignored,
     note: Say = ignored,
 ) -> Report | None:
-    """Write the folder `output`: ``original/``, ``model/``, ``bundle/``, images and the parity report.
+    """Write the folder `output`: ``original/``, ``lora/``, ``model/``, ``bundle/``, images and the parity report.
 
     ``image.png`` shows `prompt`, ``prompts.png`` eight other prompts. `say` is called with a line for each step before
     it starts, `note` with what is compared. `force` replaces an earlier demo; other files stay.
@@ -50,11 +50,11 @@ def make_demo(
     """
     with staged_output(output, force=force, files=list(FILES), say=note) as folder:
         say("original/    a small trained Stable Cascade, in Stability's layout")
-        copy_example_model(folder / "original")
+        copy_example_model(folder / "original", folder / "lora")
         say("model/       converted to a model folder for diffusers")
         convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
         say("bundle/      exported to ONNX")
-        export(folder / "original", folder / "bundle", weights="copy")
+        export(folder / "original", folder / "bundle", weights="copy", controlnet=True)
         say(f'image.png    generated with ONNX Runtime: "{prompt}"')
         _generate(folder, prompt, seed, say)
         report = _compare(folder, say, note)

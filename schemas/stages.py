@@ -334,7 +334,7 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.DECODER, Variant.FULL): decoder_config((320, 640, 1280, 1280), (0, 0, 20, 20), (2, 6, 28, 6), (3, 3, 2, 2)),
     (Stage.DECODER, Variant.LITE): decoder_config((320, 576, 1152, 1152), (0, 9, 18, 18), (2, 4, 14, 4), (2, 2, 2, 2)),
     (Stage.DECODER, Variant.ICONS): decoder_config(
-        (48, 96, 128, 64), (0, 0, 2, 1), (1, 1, 1, 1), (2, 2, 1, 1), conditioning=128, pooled=64
+        (96, 128, 128, 64), (0, 0, 2, 1), (1, 1, 1, 1), (2, 2, 1, 1), conditioning=128, pooled=64
     ),
     (Stage.DECODER, Variant.TINY): decoder_config(
         (16, 32, 64, 64), (0, 0, 1, 1), (1, 1, 1, 1), (3, 2, 2, 2), conditioning=48, pooled=12
@@ -349,7 +349,7 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
     (Stage.IMAGE_ENCODER, Variant.FULL): ImageEncoderConfig(1024, 4096, 16, 24, 768),
     (Stage.EFFNET_ENCODER, Variant.FULL): EffnetEncoderConfig(),
     (Stage.EFFNET_ENCODER, Variant.ICONS): EffnetEncoderConfig(
-        backbone_widths=(8, 8, 16, 32, 64, 64, 128, 256), backbone_blocks=(1, 1, 1, 1, 1, 1)
+        backbone_widths=(8, 8, 16, 32, 64, 64, 128, 256), backbone_blocks=(1, 1, 1, 2, 2, 1)
     ),
     (Stage.PREVIEWER, Variant.FULL): PreviewerConfig(),
     (Stage.PREVIEWER, Variant.ICONS): PreviewerConfig(c_hidden=128),

@@ -69,13 +69,10 @@ def _shapes(scene: Shapes, rng: np.random.Generator, *, plain: bool = False) -> 
             place = ""
         return f"{shown}{_shape(only)}{place}"
     first, second = (_shape(shape) for shape in scene.shapes)
-    match scene.relation:
-        case "left of":
-            forms = [f"{first} left of {second}", f"{second} right of {first}", f"{first} and {second}"]
-        case "above":
-            forms = [f"{first} above {second}", f"{second} below {first}"]
-        case _:
-            forms = [f"{first} inside {second}", f"{first} in front of {second}"]
+    if scene.relation == "left of":
+        forms = [f"{first} left of {second}", f"{second} right of {first}", f"{first} and {second}"]
+    else:
+        forms = [f"{first} above {second}", f"{second} below {first}"]
     return shown + (forms[0] if plain else str(rng.choice(forms)))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFilter
 
 from .scenes import Icon, Scene, Shapes
 from .vocabulary import BACKGROUNDS, COLOURS, OBJECTS, PLACES, SHAPES, SIZES, STYLES
@@ -28,6 +28,9 @@ Mask = NDArray[np.bool_]
 CROP = 24  # side of an object that is compared
 CONTRAST = 40  # levels by which an object differs from its background
 LEAST_AREA = 60  # pixels of a shape
+HALF_HEIGHT = 0.92  # of a shape, in radii: from 0.87 of a triangle to 1.0 of a diamond
+FRINGE = 5  # pixels; what is nowhere as wide is an edge where two colours mix
+LEAST_CORE = 4  # squares of FRINGE pixels that a thing holds
 SAME_SHAPE = 0.55  # least overlap with the shape it is taken for
 
 
@@ -124,33 +127,28 @@ def _shapes(picture: U8, scene: Shapes) -> Verdict:
     masks = colour_masks(picture)
     parts = {"background": nearest_background(picture) == scene.background}
     found = [masks.get(shape.colour) for shape in scene.shapes]
-    parts["colours"] = set(masks) == {shape.colour for shape in scene.shapes}
+    asked = {shape.colour for shape in scene.shapes}
+    parts["colours"] = asked <= set(masks) and not any(is_solid(masks[colour]) for colour in set(masks) - asked)
     seen = ", ".join(f"{colour} {shape_of(mask)}" for colour, mask in masks.items()) or "nothing"
     if any(mask is None for mask in found):
         return Verdict({**parts, "shapes": False}, seen)
     whole = [mask for mask in found if mask is not None]
-    filled = [whole[0], whole[0] | whole[1]] if scene.relation == "inside" else whole
-    parts["shapes"] = all(shape_of(mask) == shape.shape for mask, shape in zip(filled, scene.shapes, strict=True))
-    parts["places"] = _placed(whole, filled, scene)
+    parts["shapes"] = all(shape_of(mask) == shape.shape for mask, shape in zip(whole, scene.shapes, strict=True))
+    parts["places"] = _placed(whole, scene)
     return Verdict(parts, f"{seen} on {nearest_background(picture)}")
 
 
-def _placed(masks: Sequence[Mask], filled: Sequence[Mask], scene: Shapes) -> bool:
-    centres = [_centre(mask) for mask in filled]
-    match scene.relation:
-        case "left of":
-            return bool(centres[1][0] - centres[0][0] > 20 and abs(centres[1][1] - centres[0][1]) < 25)
-        case "above":
-            return bool(centres[1][1] - centres[0][1] > 20 and abs(centres[1][0] - centres[0][0]) < 25)
-        case "inside":
-            return bool(
-                np.hypot(*(centres[1] - centres[0])) < 22 and masks[0].sum() < masks[1].sum() + masks[0].sum() * 0.9
-            )
+def _placed(masks: Sequence[Mask], scene: Shapes) -> bool:
+    centres = [_centre(mask) for mask in masks]
+    if len(centres) == 2:
+        along, across = (0, 1) if scene.relation == "left of" else (1, 0)
+        apart = centres[1] - centres[0]
+        return bool(apart[along] > 20 and abs(apart[across]) < 25)
     (shape,) = scene.shapes
     box = bounds(masks[0])
     assert box is not None
     sizes = np.array(list(SIZES.values()))
-    reached = (box[3] - box[1]) / 2
+    reached = (box[3] - box[1]) / 2 / HALF_HEIGHT
     nearest = list(SIZES)[int(np.abs(np.log(sizes / reached)).argmin())]
     return nearest == shape.size and all(
         abs(value - 64) < 16 if side == 0 else side * (value - 64) > 10
@@ -168,6 +166,12 @@ def colour_masks(picture: U8) -> dict[str, Mask]:
     certain = distances.min(axis=2) < 80**2
     masks = {name: _opened((nearest == index) & certain) for index, name in enumerate(names)}
     return {name: mask for name, mask in masks.items() if mask.sum() >= LEAST_AREA}
+
+
+def is_solid(mask: Mask) -> bool:
+    """Whether the mask is a thing of its own. The edge between red and blue is purple, three or four pixels wide."""
+    core = np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(FRINGE)))
+    return bool(core.sum() >= LEAST_CORE)
 
 
 def _opened(mask: Mask) -> Mask:

@@ -17,7 +17,8 @@ from .vocabulary import (
     STYLES,
 )
 
-RELATIONS = ("left of", "above", "inside")
+PAIR_RADIUS = 26.0
+RELATIONS = ("left of", "above")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Icon:
 
 @dataclass(frozen=True)
 class Shape:
-    """A coloured shape; centre and half height in pixels of a picture of 128."""
+    """A coloured shape; centre and radius in pixels of a picture of 128."""
 
     colour: str
     shape: str
@@ -45,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """One shape, or two in a relation; in "inside" the first is in front of the second."""
+    """One shape, or two in a relation."""
 
     shapes: tuple[Shape, ...]
     background: str
@@ -88,22 +89,11 @@ def random_single(rng: np.random.Generator, colour: str, shape: str) -> Shapes:
 def random_pair(rng: np.random.Generator, first: tuple[str, str], second: tuple[str, str]) -> Shapes:
     """Two shapes of different colours."""
     relation = str(rng.choice(RELATIONS))
-    jitter = rng.uniform(-4, 4, 4)
-    if relation == "inside":
-        radii, centres = (17.0, 46.0), ((64.0, 64.0), (64.0, 64.0))
-        sizes = ("small", "large")
-        jitter = jitter[[0, 1, 0, 1]]
-    else:
-        radii, sizes = (24.0, 24.0), ("", "")
-        centres = ((34.0, 64.0), (94.0, 64.0)) if relation == "left of" else ((64.0, 34.0), (64.0, 94.0))
-    if relation == "inside":
-        low = {"triangle": 8.0, "heart": -4.0}.get(second[1], 0.0)
-        centres = ((64.0, 64.0 + low), centres[1])
+    centres = ((34.0, 64.0), (94.0, 64.0)) if relation == "left of" else ((64.0, 34.0), (64.0, 94.0))
+    moved = np.array(centres) + rng.uniform(-3, 3, (2, 2))
     made = tuple(
-        Shape(colour, shape, size, "", (x + float(jitter[2 * i]), y + float(jitter[2 * i + 1])), radius)
-        for i, ((colour, shape), size, (x, y), radius) in enumerate(
-            zip((first, second), sizes, centres, radii, strict=True)
-        )
+        Shape(colour, shape, "", "", (float(x), float(y)), PAIR_RADIUS)
+        for (colour, shape), (x, y) in zip((first, second), moved, strict=True)
     )
     return Shapes(made, random_background(rng, (first[0], second[0])), relation)
 

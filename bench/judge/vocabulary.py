@@ -149,7 +149,7 @@ COLOURS = {
     "black": "#101014",
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
-SIZES = {"small": 15.0, "": 25.0, "large": 40.0}  # half the height, in pixels of a picture of 128
+SIZES = {"small": 19.0, "": 28.0, "large": 42.0}  # radii, in pixels of a picture of 128
 PLACES = {
     "in the center": (0, 0),
     "on the left": (-1, 0),

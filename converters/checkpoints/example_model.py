@@ -1,13 +1,15 @@
-"""The example model: a small trained Stable Cascade that is part of the package.
+"""The example model: a small trained Stable Cascade that is part of the package, and a LoRA for it.
 
-It generates pictures of 128x128 pixels: 114 kinds of objects in three styles of icons, and coloured shapes. The files
-are in Stability's layout and in 16 bits. `tools/train_tiny` trains them; the folder has the licences of the pictures.
+It generates pictures of 128x128 pixels: 114 kinds of objects in three styles of icons, and coloured shapes. The LoRA
+makes icons black outlines. The files are in Stability's layout and in 16 bits, the LoRA also in kohya's. `tools/train_tiny`
+trains them; the model's folder has the licences of the pictures.
 """
 
 import shutil
 from pathlib import Path
 
 EXAMPLE_MODEL = Path(__file__).with_name("data") / "example_model"
+EXAMPLE_LORA = EXAMPLE_MODEL.with_name("example_lora") / "outline.safetensors"
 EXAMPLE_PROMPT = "a fox, glossy style"
 EXAMPLE_PROMPTS = (
     "a strawberry, glossy style",
@@ -16,11 +18,12 @@ EXAMPLE_PROMPTS = (
     "a slice of pizza, flat style",
     "a purple star in the center",
     "a red heart above a blue square",
-    "a small yellow circle inside a large green square",
+    "a blue diamond left of a yellow circle",
     "a panda, classic style on a light pink background",
 )
 
 
-def copy_example_model(folder: Path) -> None:
-    """Copy the files of the example model into `folder`, which must not exist."""
-    shutil.copytree(EXAMPLE_MODEL, folder, copy_function=shutil.copyfile)
+def copy_example_model(model: Path, loras: Path) -> None:
+    """Copy the files of the example model into `model`, and its LoRAs into `loras`. Both must not exist."""
+    shutil.copytree(EXAMPLE_MODEL, model, copy_function=shutil.copyfile)
+    shutil.copytree(EXAMPLE_LORA.parent, loras, copy_function=shutil.copyfile)

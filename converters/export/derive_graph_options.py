@@ -1,6 +1,6 @@
 """Derives the options of a stage's graphs from the options of the export; measures ranges where fp16 needs them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +33,16 @@ class DerivedOptions:
 
 
 def derive_graph_options(
-    config: NetworkConfig, tensors: Mapping[str, TensorRange], bundle: Path, options: ExportOptions, say: Say
+    config: NetworkConfig,
+    tensors: Mapping[str, TensorRange],
+    bundle: Path,
+    options: ExportOptions,
+    *,
+    control: Sequence[int] = PROJ_BLOCKS_ENDS,
+    say: Say,
 ) -> DerivedOptions:
     """The options for the graphs of one network, without quantisation. `tensors` are its weights in `bundle`.
+    `control` are the blocks of the prior that ControlNets feed, if `options` ask for them.
 
     Raises ExportError when the network does not fit into fp16, or takes no ControlNet."""
     stage = config.stage
@@ -43,8 +50,8 @@ def derive_graph_options(
     if not isinstance(config, UNetConfig):
         return DerivedOptions(derived)
     if options.controlnet and stage is Stage.PRIOR:
-        controlled_blocks(config, PROJ_BLOCKS_ENDS)
-        derived = replace(derived, control=PROJ_BLOCKS_ENDS)
+        controlled_blocks(config, control)
+        derived = replace(derived, control=tuple(control))
     if derived.precision is not Precision.FP16:
         return DerivedOptions(derived)
     safe = options.fp16_safe

@@ -16,7 +16,15 @@ from ...schemas.infer_config import infer_config
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.manifest import MANIFEST_NAME, LoraState, Manifest, to_text
 from ...schemas.messages import require_known
-from ...schemas.stages import Stage, TextEncoderConfig, Variant, VQGANConfig, variant_of
+from ...schemas.stages import (
+    PROJ_BLOCKS_ENDS,
+    ControlNetConfig,
+    Stage,
+    TextEncoderConfig,
+    Variant,
+    VQGANConfig,
+    variant_of,
+)
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.bundle import require_utf8
 from ...storage.file_hashes import Hashing, describe_file
@@ -90,6 +98,7 @@ def export(
             options=options,
             hashes=hashes,
             loras=loras,
+            control=_controlled_blocks(model),
             start_file=start_file,
             say=say,
             on_quantized=on_quantized,
@@ -106,6 +115,13 @@ def export(
         )
         (staged / MANIFEST_NAME).write_text(to_text(manifest), encoding="utf-8")
     return manifest
+
+
+def _controlled_blocks(model: Model) -> tuple[int, ...]:
+    """The blocks of the prior that the model's ControlNets feed; without any, those of most released ones."""
+    configs = [component.config for component in model.components.values()]
+    fed = {block for config in configs if isinstance(config, ControlNetConfig) for block in config.proj_blocks}
+    return tuple(sorted(fed)) or PROJ_BLOCKS_ENDS
 
 
 def _opened(model: Model | str | Path, options: ExportOptions) -> Model:

@@ -64,6 +64,7 @@ class StageExporter:
     options: ExportOptions
     hashes: Hashing
     loras: "LoraPlan | None"
+    control: tuple[int, ...]  # blocks of the prior that ControlNets feed, if `options` ask for them
     start_file: StartFile | None
     say: Say
     on_quantized: OnQuantized
@@ -76,7 +77,9 @@ class StageExporter:
         weights = self._weights(component, folder)
         for text in weights.notes:
             self.say(text)
-        derived = derive_graph_options(component.config, weights.tensors, self.root, self.options, self.say)
+        derived = derive_graph_options(
+            component.config, weights.tensors, self.root, self.options, control=self.control, say=self.say
+        )
         options = derived.options
         if self.options.quantize is not Quantization.NONE and component.stage in RULES:
             quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)

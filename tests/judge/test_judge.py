@@ -75,10 +75,14 @@ def test_pairs(relation: str, places: tuple[tuple[int, int], tuple[int, int]]) -
         assert not judge(picture, wrong).right
 
 
-def test_one_shape_inside_another() -> None:
-    picture = np.asarray(draw(("green", "square", (64, 64), 44), ("yellow", "circle", (64, 64), 17)))
-    assert judge(picture, pair(("yellow", "circle"), "inside", ("green", "square"))).right
-    assert not judge(picture, pair(("green", "square"), "inside", ("yellow", "circle"))).right
+def test_a_blurred_edge_is_no_shape_but_a_small_one_is() -> None:
+    """Between a red and a blue shape that touch, the edge is purple, and orange between red and yellow."""
+    for colours in (("red", "blue"), ("red", "yellow")):
+        page = draw((colours[0], "square", (40, 64), 26), (colours[1], "square", (92, 64), 26))
+        scene = pair((colours[0], "square"), "left of", (colours[1], "square"))
+        assert judge(np.asarray(page.filter(ImageFilter.GaussianBlur(1.5))), scene).right
+        ImageDraw.Draw(page).rectangle((60, 100, 69, 109), fill=COLOURS["green"])
+        assert not judge(np.asarray(page), scene).right
 
 
 @pytest.mark.parametrize("path", ICONS, ids=lambda path: path.stem)

@@ -21,10 +21,30 @@ from .dataset import Dataset
 from .pictures import sheet
 from .trainer import Plan, train
 
-PLAN = Plan(steps=1600, rate=2.5e-3, warmup=100, average=0.995, sheet=400)
+PLAN = Plan(steps=4000, rate=2.5e-3, warmup=100, average=0.995, sheet=400)
 PREVIEWER_PLAN = Plan(steps=700, rate=3e-3, warmup=50, average=0.99, sheet=350)
 BATCH = 32
-NOISE = 0.12  # added to the latents, whose deviation is 1: neighbours must mean nearly the same
+LEAST_CONTENT = 0.1  # variance within a picture's latents that counts as some content
+NOISE = 0.1  # added to the latents, whose deviation is 1: neighbours must mean nearly the same
+
+
+class Refinement(nn.Module):
+    """A residual block that begins as the identity; (B, c, h, w) keeps its shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+        nn.init.zeros_(self.layers[3].weight)
+        nn.init.zeros_(self.layers[3].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        refined: Tensor = x + self.layers(x)
+        return refined
 
 
 class Compressor(nn.Module):
@@ -34,9 +54,16 @@ class Compressor(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(EFFNET.c_latent, 128, 1), nn.GELU()]
         for wide, narrow in ((128, 96), (96, 64)):  # 3 -> 6 -> 12
             layers += [nn.ConvTranspose2d(wide, narrow, 2, 2), nn.GELU(), nn.Conv2d(narrow, narrow, 3, padding=1)]
-            layers += [nn.BatchNorm2d(narrow), nn.GELU()]
+            layers += [nn.BatchNorm2d(narrow), nn.GELU(), Refinement(narrow), Refinement(narrow)]
         self.wide = nn.Sequential(*layers)
-        self.fine = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, 16, 1), nn.PixelShuffle(2))
+        self.fine = nn.Sequential(
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.GELU(),
+            Refinement(64),
+            Refinement(64),
+            nn.Conv2d(64, 16, 1),
+            nn.PixelShuffle(2),
+        )
 
     def train(self, mode: bool = True) -> "Compressor":
         """The BatchNorm of the latents keeps its statistics: those of a few pictures would disturb the head."""
@@ -73,8 +100,10 @@ def train_compressor(
         target = torch.from_numpy(latents[rows].astype(np.float32))
         found = network.latents(to_tensor(data.pictures[rows]))
         made = network.predict(found + NOISE * torch.randn_like(found))
-        error, spread = F.mse_loss(made, target), unit_penalty(found)
-        return {"loss": error + 0.02 * spread, "error": error, "spread": spread}
+        errors, contents = (made - target).square().mean(dim=(1, 2, 3)), target.var(dim=(2, 3)).mean(dim=1)  # (B,)
+        # A small shape must count as much as an icon that fills the picture.
+        relative, spread = (errors / (contents + LEAST_CONTENT)).mean(), unit_penalty(found)
+        return {"loss": relative + 0.02 * spread, "error": errors.mean(), "relative": relative, "spread": spread}
 
     held = to_tensor(data.pictures[:8])
 

@@ -29,19 +29,23 @@ def alpha_bar(t: Tensor) -> Tensor:
     return (angle.cos().square() / start).clamp(least, most)
 
 
-def noise_loss(predict: Predict, clean: Tensor, cap: float, high: float = 0.0) -> dict[str, Tensor]:
+def noise_loss(
+    predict: Predict, clean: Tensor, cap: float, high: float = 0.0, pixels: Tensor | None = None
+) -> dict[str, Tensor]:
     """The weighted error of the predicted noise at random ratios, spread evenly over the batch.
 
     Weighting by 1/ᾱ makes it the error of a "v" prediction: without that, the high ratios, where the content of a
     picture is decided, would hardly count. `cap` is the largest weight. A share `high` of the batch has ratios in HIGH
-    alone, where the condition decides and the noisy sample tells little."""
+    alone, where the condition decides and the noisy sample tells little. `pixels` (B, 1, h, w) weights pixels: the
+    right answer at each pixel stays the same, but more of the network's effort goes where they weigh more."""
     batch = len(clean)
     t = _ratios(batch, round(high * batch))
     bar = alpha_bar(t)
     noise = torch.randn_like(clean)
     wide = bar.view(-1, *[1] * (clean.ndim - 1))
     found = predict(wide.sqrt() * clean + (1 - wide).sqrt() * noise, t)
-    error = (found - noise).square().flatten(1).mean(dim=1)
+    squares = (found - noise).square()
+    error = (squares if pixels is None else pixels * squares).flatten(1).mean(dim=1)
     weighted = (1 / bar).clamp(max=cap) * error
     return {
         "loss": weighted.mean(),

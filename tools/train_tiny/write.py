@@ -45,8 +45,8 @@ def write_original(output: Path, networks: Mapping[Stage, Mapping[str, Tensor]])
 
 
 def write_loras(runs: Path, adapters: nn.ModuleList) -> None:
-    """Write the LoRA in Stability's format and in kohya's, into ``lora``."""
-    folder = runs / "original" / "lora"
+    """Write the LoRA in Stability's format and in kohya's, into ``lora-files``."""
+    folder = runs / "lora-files"
     folder.mkdir(exist_ok=True)
     save_stability(folder / "outline.safetensors", adapters)
     convert_lora(
