@@ -1,8 +1,8 @@
 """The example model: a small trained Stable Cascade that is part of the package, and a LoRA for it.
 
 It generates pictures of 128x128 pixels: 114 kinds of objects in three styles of icons, and coloured shapes. The LoRA
-makes icons black outlines. The files are in Stability's layout and in 16 bits, the LoRA also in kohya's. `tools/train_tiny`
-trains them; the model's folder has the licences of the pictures.
+makes icons black outlines. The files are in Stability's layout and in 16 bits, the LoRA also in kohya's.
+`tools/train_tiny` trains them; the model's folder has the licences of the pictures.
 """
 
 import shutil
