@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -254,15 +253,21 @@ def same_as_without_faults(work: Work, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_from_outside(tiny: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_signals_from_outside(
+    tiny: Path, tmp_path: Path, server: ForkServerContext, number: signal.Signals, code: int
+) -> None:
     """As a service manager or Ctrl-C ends it, somewhere in the middle."""
     (tmp_path / "p.txt").write_text("\n".join(f"picture {place}" for place in range(200)))
     arguments = command(tiny / "bundle", tmp_path / "p.txt", "--batch", 4, "-o", tmp_path / "out")
-    process = subprocess.Popen([sys.executable, "-c", f"from cascadekit.cli import main; main({arguments!r})"])
-    while not (tmp_path / "out" / "0003.png").exists() and process.poll() is None:
+    program = f"from cascadekit.cli import main; main({arguments!r})"
+    process = server.Process(target=exec, args=(program, {"__name__": "child"}))
+    process.start()
+    while not (tmp_path / "out" / "0003.png").exists() and process.is_alive():
         time.sleep(0.002)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
     images = sorted((tmp_path / "out").glob("*"))
     assert [path.name for path in images] == [*(f"{place:04d}.png" for place in range(len(images) - 1)), "log.jsonl"]
     assert [metadata(path)["prompt"] for path in images[:-1]] == [f"picture {n}" for n in range(len(images) - 1)]

@@ -28,6 +28,15 @@ def weights(stage: Stage) -> Arrays:
 BASES = {stage: weights(stage) for stage in (Stage.PRIOR, Stage.TEXT_ENCODER)}
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the file of each of BASES; read only."""
+    folder = tmp_path_factory.mktemp("bases")
+    for stage, tensors in BASES.items():
+        save_file(tensors, folder / f"{stage}.safetensors")
+    return folder
+
+
 def written(name: str) -> tuple[Written, Arrays]:
     """A row's file and the weights it is for."""
     text = any(word in name for word in ("text encoder", "norm"))
@@ -37,17 +46,21 @@ def written(name: str) -> tuple[Written, Arrays]:
     return made, weights
 
 
+def stage_of(row: Written) -> Stage:
+    return Stage.TEXT_ENCODER if row.text_encoder else Stage.PRIOR
+
+
 @pytest.mark.parametrize("name", ROWS)
-def test_merged_or_refused(name: str, tmp_path: Path) -> None:
+def test_merged_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
     row, weights = written(name)
-    save_file(weights, tmp_path / "base.safetensors")
+    base = bases / f"{stage_of(row)}.safetensors"
     lora = row.write(tmp_path / "lora")
     if row.refusal:
         with pytest.raises(CascadeError, match=f"(?s){row.refusal}") as caught:
-            merge_loras(tmp_path / "base.safetensors", [lora], tmp_path / "merged.safetensors")
+            merge_loras(base, [lora], tmp_path / "merged.safetensors")
         assert "damaged" not in str(caught.value)
         return
-    done = merge_loras(tmp_path / "base.safetensors", [lora], tmp_path / "merged.safetensors")
+    done = merge_loras(base, [lora], tmp_path / "merged.safetensors")
     assert not done.unapplied
     assert row.note in " ".join(done.notes)
     merged = load_file(tmp_path / "merged.safetensors")
@@ -73,12 +86,11 @@ def holds_something(lora: Path, output: Path, to: str, base: Path) -> bool:
 
 @pytest.mark.parametrize("to", READERS)
 @pytest.mark.parametrize("name", [name for name in ROWS if not written(name)[0].refusal])
-def test_converted_or_refused(name: str, to: str, tmp_path: Path) -> None:
+def test_converted_or_refused(name: str, to: str, bases: Path, tmp_path: Path) -> None:
     """What a format cannot hold is named; what is written does to the weights what the program's own file does."""
     row, weights = written(name)
-    save_file(weights, tmp_path / "base.safetensors")
     lora, output = row.write(tmp_path / "lora"), tmp_path / "converted.safetensors"
-    if not holds_something(lora, output, to, tmp_path / "base.safetensors"):
+    if not holds_something(lora, output, to, bases / f"{stage_of(row)}.safetensors"):
         return
     for target, adapter in open_lora(output).adapters.items():
         rows = weights[target.tensor].reshape(len(weights[target.tensor]), -1)

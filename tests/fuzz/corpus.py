@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors.numpy import save
 
@@ -68,6 +67,8 @@ class Corpus:
 
     @cached_property
     def pickled(self) -> bytes:
+        import torch
+
         content = {
             "state_dict": {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4).half()},
             "step": 7,

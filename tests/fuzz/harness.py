@@ -39,10 +39,13 @@ class Finding:
 
 
 class Fuzzer:
-    """A worker on the tiny cascade in `root`, for as long as its context lasts; its answers are counted."""
+    """A worker on the tiny cascade in `root`, for as long as its context lasts; its answers are counted.
 
-    def __init__(self, root: Path, seconds: float = SECONDS) -> None:
+    A worker for `planted` faults alone starts sooner."""
+
+    def __init__(self, root: Path, seconds: float = SECONDS, *, planted: bool = False) -> None:
         self._root, self._seconds = root, seconds
+        self._kinds = "planted" if planted else "all"
         self._process: subprocess.Popen[str] | None = None
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed where the context ends
         self.counts: dict[str, int] = {}
@@ -86,7 +89,7 @@ class Fuzzer:
             paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._log.truncate(0)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fuzz.worker", str(self._root.resolve()), str(self._seconds)],
+                [sys.executable, "-m", "fuzz.worker", str(self._root.resolve()), str(self._seconds), self._kinds],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

@@ -1,7 +1,7 @@
 """A whole cascade, tiny: all that a bundle may hold, and the lite stages of another, each with its torch networks.
 
-Two networks are as large as in the releases, as an EfficientNet has one size: the effnet encoder and the
-ControlNets' backbones. That of super_resolution would be 800 MB; its file is a hole, and a test brings its own.
+The EfficientNets are narrow. The ControlNet for super_resolution has one size, 800 MB: its file is a hole, and a test
+brings its own network.
 """
 
 import json
@@ -40,7 +40,6 @@ from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.stages import (
     PROJ_BLOCKS_ENDS,
     ControlNetConfig,
-    EffnetEncoderConfig,
     NetworkConfig,
     PreviewerConfig,
     Stage,
@@ -49,6 +48,7 @@ from cascadekit.schemas.stages import (
     prior_config,
 )
 from cascadekit.schemas.tensors import expected_tensors, is_counter
+from helpers.efficientnets import narrow_controlnet, narrow_effnet
 from helpers.graphs import random_tensors
 
 F32 = NDArray[np.float32]
@@ -57,10 +57,9 @@ CHANNELS = 64
 IMAGE_SIDE = 56  # of the image encoder, in pixels
 # 64 residual blocks, as the ControlNets of the releases count them.
 PRIOR = prior_config((CHANNELS, CHANNELS), (1, 1), (8, 24), text=8, pooled=12)
-CANNY = ControlNetConfig(1, PROJ_BLOCKS_ENDS, c_proj=CHANNELS)
-INPAINTING = ControlNetConfig(4, PROJ_BLOCKS_ENDS, c_proj=CHANNELS)
+CANNY, INPAINTING = (narrow_controlnet(channels, c_proj=CHANNELS) for channels in (1, 4))
 SUPER_RESOLUTION = ControlNetConfig(16, PROJ_BLOCKS_ENDS, "large", c_proj=CHANNELS)
-EFFNET, PREVIEWER = EffnetEncoderConfig(), PreviewerConfig(c_hidden=32)
+EFFNET, PREVIEWER = narrow_effnet(), PreviewerConfig(c_hidden=32)
 
 LITE_PRIOR = prior_config((128, 128), (2, 2), (1, 2), text=8, pooled=12)
 LITE_DECODER = decoder_config((16, 24, 64, 128), (0, 0, 1, 2), (1, 2, 1, 1), (2, 1, 2, 2), conditioning=32, pooled=12)

@@ -19,7 +19,7 @@ from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.recording import read_recording
 from cascadekit.parity.reference.loading import independent_engine, reference_engine
-from cascadekit.parity.reference_run import NUDGE, reproduce_noise, run_reference
+from cascadekit.parity.reference_run import NUDGE, ReferenceOutputs, reproduce_noise, run_reference
 from cascadekit.parity.sample_inputs import NEGATIVE, PROMPT, PROMPTS, RATIOS, embed, make_inputs
 from cascadekit.parity.tolerances import MAX_QUANTIZED_TOLERANCE, QUANTIZED_FACTOR, ROUNDOFF, stage_tolerance
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
@@ -46,6 +46,12 @@ def recording(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, output = call("verify", tiny / "bundle", "--against", tiny / "model", "--record", path)
     assert code == 0, output
     return path
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> ReferenceOutputs:
+    """What the recording should hold, by the reference in this process."""
+    return run_reference(reference_engine(open_model([tiny / "model"]), ALL), open_bundle(tiny / "bundle"))
 
 
 # Inputs
@@ -145,11 +151,10 @@ def test_tolerances_are_floors_times_factors(tiny: Path) -> None:
     assert stage_tolerance(int4, "x", None, {}).tolerance == pytest.approx(0.5)
 
 
-def test_gains_foresee_how_errors_grow(tiny: Path) -> None:
+def test_gains_foresee_how_errors_grow(tiny: Path, expected: ReferenceOutputs) -> None:
     """An engine whose every pass is off by as much as one in bf16 drifts no more than gains say it may."""
     model = open_model([tiny / "model"])
     bundle = open_bundle(tiny / "bundle")
-    expected = run_reference(reference_engine(model, ALL), bundle)
     assert expected.trajectory is not None
     gains = (*expected.trajectory.gains.values(), expected.trajectory.image_gain)
     assert all(gain * NUDGE > 1e-4 for gain in gains)
@@ -189,9 +194,7 @@ def test_the_reference_computes_in_what_is_asked_for(tiny: Path, precision: str)
 # Recordings
 
 
-def test_a_recording_is_what_was_expected(tiny: Path, recording: Path) -> None:
-    model = open_model([tiny / "model"])
-    expected = run_reference(reference_engine(model, ALL), open_bundle(tiny / "bundle"))
+def test_a_recording_is_what_was_expected(expected: ReferenceOutputs, recording: Path) -> None:
     loaded = read_recording(recording).outputs
     assert [(c.stage, c.label, c.t) for c in loaded.inputs] == [(c.stage, c.label, c.t) for c in expected.inputs]
     for one, other in zip(loaded.outputs, expected.outputs, strict=True):

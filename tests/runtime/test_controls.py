@@ -28,15 +28,16 @@ from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.manifest import Manifest, parse_manifest
 from cascadekit.schemas.ports import Port, ports_of
 from cascadekit.schemas.request import parse_request
-from cascadekit.schemas.stages import PRESETS, ControlNetConfig, EffnetEncoderConfig, Stage, Variant
+from cascadekit.schemas.stages import PRESETS, ControlNetConfig, Stage, Variant
+from helpers.efficientnets import narrow_controlnet, narrow_effnet
 from helpers.graphs import random_tensors
 
 SIZE = (4, 6)  # of the prior's latents: control images are 128x192
 PRIOR = PRESETS[Stage.PRIOR, Variant.TINY]
 BLOCKS = (0, 2, 3)
 CONTROLNETS = {
-    Stage.CONTROLNET_CANNY: ControlNetConfig(1, BLOCKS, c_proj=PRIOR.block_out_channels[0]),
-    Stage.CONTROLNET_INPAINTING: ControlNetConfig(4, BLOCKS, c_proj=PRIOR.block_out_channels[0]),
+    Stage.CONTROLNET_CANNY: narrow_controlnet(1, BLOCKS, PRIOR.block_out_channels[0]),
+    Stage.CONTROLNET_INPAINTING: narrow_controlnet(4, BLOCKS, PRIOR.block_out_channels[0]),
     Stage.CONTROLNET_SUPER_RESOLUTION: ControlNetConfig(16, (0,), "large", c_proj=PRIOR.block_out_channels[0]),
 }
 
@@ -136,7 +137,7 @@ def test_inpainting() -> None:
 
 @pytest.mark.parametrize("size", [SIZE, (3, 5)])
 def test_super_resolution(size: tuple[int, int]) -> None:
-    config = EffnetEncoderConfig()
+    config = narrow_effnet()
     encoder = load_reference(config, random_tensors(config, 0))
     height, width = (32 * side for side in size)
     picture = photo(width, height)
@@ -157,7 +158,7 @@ def test_super_resolution(size: tuple[int, int]) -> None:
         control_image("super_resolution", picture, size)
 
 
-def test_residuals_of_a_controlnet_of_real_size() -> None:
+def test_residuals_of_a_controlnet() -> None:
     config = CONTROLNETS[Stage.CONTROLNET_CANNY]
     network = load_reference(config, random_tensors(config, 0))
     runner = TorchEngine({Stage.CONTROLNET_CANNY: lambda: (network, ports_of(config))}).load(Stage.CONTROLNET_CANNY)
@@ -191,7 +192,7 @@ def test_several_controlnets() -> None:
 
 def test_bundles_that_cannot_be_controlled() -> None:
     assert require_control(manifest(), "edges") == (Stage.CONTROLNET_CANNY,)
-    effnet = ports_of(EffnetEncoderConfig())
+    effnet = ports_of(narrow_effnet())
     with_encoder = manifest(effnet_encoder=entry(effnet.inputs, effnet.outputs, "effnet_encoder"))
     stages = (Stage.CONTROLNET_SUPER_RESOLUTION, Stage.EFFNET_ENCODER)
     assert require_control(with_encoder, "super_resolution") == stages

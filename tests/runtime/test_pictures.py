@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from cascadekit.parity.reference import load_reference
 from cascadekit.runtime.images.pictures import clip_pixels, effnet_input, fit, open_picture, vqgan_input
 from cascadekit.schemas.errors import UsageError
-from cascadekit.schemas.stages import EffnetEncoderConfig
+from helpers.efficientnets import narrow_effnet
 from helpers.graphs import random_tensors
 
 Array = np.ndarray
@@ -160,7 +160,7 @@ def test_fitting_covers_and_keeps_the_middle(size: tuple[int, int]) -> None:
 def test_the_effnet_map_has_the_size_of_the_priors_latents() -> None:
     pixels = effnet_input(Image.fromarray(noise(700, 333)), (5, 3))
     assert pixels.shape == (1, 3, 160, 96)
-    config = EffnetEncoderConfig()
+    config = narrow_effnet()
     encoder = load_reference(config, random_tensors(config, 0))
     with torch.no_grad():
         assert encoder(pixels=torch.from_numpy(pixels))["effnet"].shape == (1, 16, 5, 3)

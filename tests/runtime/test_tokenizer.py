@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from cascadekit.runtime.text.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError, UsageError
 
-COUNT = 10_000
+COUNT, SOME = 10_000, 2_500  # different strings; `make test-slow` takes them all
 FILES = ("vocab.json", "merges.txt")
 
 WORDS = """a an the of photo painting portrait astronaut riding horse cat cats dog's it's we're they'll I'd you've can't
@@ -48,7 +48,7 @@ SPANS = (
 )
 
 
-def varied_strings(count: int = COUNT, seed: int = 20240213) -> list[str]:
+def varied_strings(count: int, seed: int = 20240213) -> list[str]:
     """`count` different strings from a seeded generator, the empty and the blank ones first."""
     rng = random.Random(seed)
     strings = dict.fromkeys(("", " ", "\n\t ", "\u3000"))
@@ -94,7 +94,7 @@ def ours() -> ClipTokenizer:
 
 @pytest.fixture(scope="module")
 def strings() -> list[str]:
-    return varied_strings()
+    return varied_strings(SOME)
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +145,15 @@ def assert_same(ours: ClipTokenizer, oracle: Any, prompts: list[str], length: in
 # transformers: equal on everything.
 
 
-def test_ten_thousand_strings_equal_transformers(ours: ClipTokenizer, authority: Any, strings: list[str]) -> None:
-    assert len(set(strings)) == COUNT
+@pytest.mark.parametrize("count", [SOME, pytest.param(COUNT, marks=pytest.mark.slow)])
+def test_strings_equal_transformers(ours: ClipTokenizer, authority: Any, count: int) -> None:
+    strings = varied_strings(count)
+    assert len(set(strings)) == count
     assert_same(ours, authority, strings)
     full = [len(ids) for ids in authority(strings)["input_ids"]]
     cut = [text != "" for text in ours(strings).truncated]
     assert cut == [n > LENGTH for n in full]
-    assert 1000 < sum(cut) < 4000  # the strings exercise both sides
+    assert 0.1 < sum(cut) / count < 0.4  # the strings exercise both sides
 
 
 @pytest.mark.parametrize("length", [2, 3, 20, 300])
@@ -165,7 +167,7 @@ def test_tokens_at_the_limit_equal_transformers(ours: ClipTokenizer, authority: 
     assert ours(prompts).truncated == ("", "", "", "cat", "cat cat", "cat cat cat")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(prompts=st.lists(st.text(max_size=200), min_size=1, max_size=4))
 def test_any_text_equals_transformers(ours: ClipTokenizer, authority: Any, prompts: list[str]) -> None:
     assert_same(ours, authority, prompts)
@@ -223,10 +225,10 @@ def assert_same_as_open_clip(ours: ClipTokenizer, open_clip: ModuleType, texts: 
     assert not texts
 
 
-@pytest.mark.parametrize("every", [20, pytest.param(5, marks=pytest.mark.slow)])
-def test_strings_equal_open_clip(ours: ClipTokenizer, open_clip: ModuleType, strings: list[str], every: int) -> None:
-    """Not all ten thousand: open_clip takes 5 ms for one."""
-    some = strings[::every]
+@pytest.mark.parametrize("count", [SOME // 8, pytest.param(SOME, marks=pytest.mark.slow)])
+def test_strings_equal_open_clip(ours: ClipTokenizer, open_clip: ModuleType, strings: list[str], count: int) -> None:
+    """Not all of them: open_clip takes 5 ms for one."""
+    some = strings[:: SOME // count]
     texts, had_any = zip(*(comparable(text, open_clip) for text in some), strict=True)
     for i in range(0, len(some), 500):
         assert_same_as_open_clip(ours, open_clip, list(texts[i : i + 500]))

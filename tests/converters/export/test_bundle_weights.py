@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,33 +173,20 @@ def test_what_the_command_says(prior: Path, tmp_path: Path) -> None:
     assert "must not change in place" in said
 
 
-EXPORT = """
-import sys
+# Runs the commands of the first argument, a JSON list, one after the other.
+COMMANDS = """
+import json, sys
 from cascadekit.cli import main
-main(sys.argv[1:])
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert not ended.code, arguments
 """
-
-
-@pytest.mark.parametrize("weights", ["copy", "link"])
-def test_two_exports_are_the_same_bytes(tiny: Path, tmp_path: Path, weights: str) -> None:
-    """Two processes with other hashes of strings, other output folders; only times may differ."""
-    found = []
-    for seed, name in (("1", "one"), ("2", "elsewhere/two")):
-        command = ["export", str(tiny / "original"), "-o", str(tmp_path / name), "--weights", weights]
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", EXPORT, *command], env=environment, check=True, capture_output=True)
-        root = tmp_path / name
-        files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-        manifest = json.loads(files.pop("cascade.json"))
-        for stage in manifest["stages"].values():
-            for file in stage["files"]:
-                file["mtime_ns"] = 0
-        files["cascade.json"] = json.dumps(manifest).encode()
-        found.append(files)
-    assert found[0] == found[1]
-    assert len(found[0]) == 1 + 3 + 3 + 2 + 4 + 1  # graphs of the stages, their weights, the manifest
-
-
+UNTOUCHED = """
+loaded = {"torch", "diffusers", "transformers"} & set(sys.modules)
+assert not loaded, loaded
+"""
 REFUSE = """
 import sys
 class Refuse:
@@ -207,35 +195,52 @@ class Refuse:
             raise ImportError(name + " is not to be imported")
 sys.meta_path.insert(0, Refuse())
 """
-UNTOUCHED = """
-import sys
-from cascadekit.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit as ended:
-    assert not ended.code, ended.code
-loaded = {"torch", "diffusers", "transformers"} & set(sys.modules)
-assert not loaded, loaded
-"""
+
+
+def run_commands(code: str, *commands: Sequence[object], **environment: str) -> None:
+    """Run `code` on the commands in a process of its own."""
+    arguments = json.dumps([[str(each) for each in command] for command in commands])
+    run, env = [sys.executable, "-c", code, arguments], {**os.environ, **environment}
+    ended = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """The files of a bundle; the times in its manifest are 0."""
+    files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    manifest = json.loads(files["cascade.json"])
+    for stage in manifest["stages"].values():
+        for file in stage["files"]:
+            file["mtime_ns"] = 0
+    return {**files, "cascade.json": json.dumps(manifest).encode()}
+
+
+def test_two_exports_are_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    """Two processes with other hashes of strings, other output folders; only times may differ."""
+    ways = ("copy", "link")
+    for seed, folder in (("1", tmp_path / "one"), ("2", tmp_path / "elsewhere/two")):
+        commands = [["export", tiny / "original", "-o", folder / way, "--weights", way] for way in ways]
+        run_commands(COMMANDS, *commands, PYTHONHASHSEED=seed)
+    for way in ways:
+        one, two = contents(tmp_path / "one" / way), contents(tmp_path / "elsewhere/two" / way)
+        assert one == two
+        assert len(one) == 1 + 3 + 3 + 2 + 4 + 1  # graphs of the stages, their weights, the manifest
 
 
 def test_nothing_here_imports_torch(tiny: Path, tmp_path: Path) -> None:
+    """Neither where it is installed nor, of exports, where it is not."""
     query = "lora_unet_down_blocks_0_2_attention_attn_to_q"
     lora = tmp_path / "lora.safetensors"
     numbers = load_file(tiny / "model/prior" / WEIGHTS)["down_blocks.0.2.attention.to_q.weight"]
     save_file({f"{query}.lora_down.weight": numbers[:4].copy(), f"{query}.lora_up.weight": numbers[:, :4].copy()}, lora)
     bundle = tmp_path / "bundle"
-    for command in (
+    exports = [
         ["export", tiny / "model", "-o", bundle, "--lora", f"{lora}:0.5", "--stage", "prior", "--force"],
         ["export", tiny / "model", "-o", bundle, "--force"],
-        ["validate", bundle],
-        ["lora", "apply", bundle, lora],
-        ["lora", "apply", bundle, "--undo"],
-    ):
-        for code in (UNTOUCHED, REFUSE + EXPORT) if command[0] == "export" else (UNTOUCHED,):
-            run = [sys.executable, "-c", code, *map(str, command)]
-            ended = subprocess.run(run, capture_output=True, text=True, check=False)
-            assert ended.returncode == 0, ended.stderr
+    ]
+    others = [["validate", bundle], ["lora", "apply", bundle, lora], ["lora", "apply", bundle, "--undo"]]
+    run_commands(COMMANDS + UNTOUCHED, *exports, *others)
+    run_commands(REFUSE + COMMANDS, *exports)
 
 
 # --- What is refused, and what is left behind
@@ -342,14 +347,13 @@ def test_full_size_takes_no_memory(catalog_folder: Path, tmp_path: Path, options
     """A linked export of a full prior, 7.2 GB, reads its header and samples alone; hashing it reads blocks."""
     (tmp_path / "model").mkdir()
     write_stand_in(catalog_folder / "original_stage_c.json", tmp_path / "model/stage_c.safetensors", "BF16", holes=True)
-    measured = (
-        "import resource\n" + UNTOUCHED + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-    )
-    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--weights", "link", *options]
+    peak = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    measured = COMMANDS + UNTOUCHED + peak
+    export = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--weights", "link", *options]
     # A process of its own in between: a child counts as large as the one that started it.
     launch = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
     ended = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", launch, sys.executable, "-c", measured, *command],
+        [sys.executable, "-I", "-S", "-c", launch, sys.executable, "-c", measured, json.dumps([export])],
         capture_output=True,
         text=True,
         check=False,

@@ -40,7 +40,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("dtype", ["BF16", pytest.param("F32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "stage"), CASES, ids=str)
 def test_weights_by_reference(catalog_folder: Path, tmp_path: Path, name: str, stage: Stage, dtype: str) -> None:
     """Up to 18 GB of holes: without hashes, neither export nor validate reads the weights."""

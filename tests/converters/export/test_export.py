@@ -28,6 +28,12 @@ def draw(bundle: Path) -> np.ndarray:
         return cascade.generate("x", seed=0, settings=QUICK).decoder_latents
 
 
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> np.ndarray:
+    """What the tiny bundle draws."""
+    return draw(tiny / "bundle")
+
+
 def test_manifest_names_every_file_with_its_hash(tiny: Path) -> None:
     root = tiny / "bundle"
     manifest = open_bundle(root).manifest
@@ -46,19 +52,19 @@ def test_manifest_names_every_file_with_its_hash(tiny: Path) -> None:
     assert manifest.default_size == (256, 256)
 
 
-def test_links_share_the_models_files(tiny: Path, tmp_path: Path) -> None:
+def test_links_share_the_models_files(tiny: Path, plain: np.ndarray, tmp_path: Path) -> None:
     export(tiny / "model", tmp_path / "linked", weights="link")
     source = tiny / "model" / "prior" / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "linked" / "prior" / source.name).samefile(source)
-    assert np.array_equal(draw(tmp_path / "linked"), draw(tiny / "bundle"))
+    assert np.array_equal(draw(tmp_path / "linked"), plain)
 
 
 @pytest.mark.parametrize("weights", ["copy", "link"])
-def test_original_files_export_without_conversion(tiny: Path, tmp_path: Path, weights: str) -> None:
+def test_original_files_export_without_conversion(tiny: Path, plain: np.ndarray, tmp_path: Path, weights: str) -> None:
     """q, k and v are row ranges of the original in_proj; only the vqgan's scale differs between the layouts."""
     manifest = export(tiny / "original", tmp_path / "bundle", weights=weights)
     assert manifest.vqgan_scale == 0.43
-    assert np.array_equal(draw(tmp_path / "bundle"), draw(tiny / "bundle"))
+    assert np.array_equal(draw(tmp_path / "bundle"), plain)
 
 
 def test_scale_of_the_vqgan_can_be_set(tiny: Path, tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ def test_manifest_is_plain_json(tiny: Path) -> None:
     assert str(tiny) not in json.dumps(content)
 
 
-def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
+def test_sharded_and_comfyui_sources(tiny: Path, plain: np.ndarray, tmp_path: Path) -> None:
     """A folder of shards, and all-in-one files whose text projection lies transposed, export alike."""
     convert([tiny / "original"], tmp_path / "sharded", "diffusers", shard_size=500_000)
     convert([tiny / "original"], tmp_path / "comfyui", "comfyui")
@@ -120,7 +126,7 @@ def test_sharded_and_comfyui_sources(tiny: Path, tmp_path: Path) -> None:
         save_file({**tensors, "text_encoder.clip_g.text_projection": projection.T.contiguous()}, path)
     for number, (model, weights) in enumerate((("sharded", "copy"), ("sharded", "link"), ("comfyui", "copy"))):
         export(tmp_path / model, tmp_path / f"bundle{number}", weights=weights)
-        assert np.array_equal(draw(tmp_path / f"bundle{number}"), draw(tiny / "bundle")), (model, weights)
+        assert np.array_equal(draw(tmp_path / f"bundle{number}"), plain), (model, weights)
     with pytest.raises(ExportError, match=r"text_projection\.weight is stored transposed; use weights=\"copy\""):
         export(tmp_path / "comfyui", tmp_path / "linked", weights="link")
     reference = reference_engine(open_model([tmp_path / "comfyui"]), [Stage.TEXT_ENCODER]).load(Stage.TEXT_ENCODER)

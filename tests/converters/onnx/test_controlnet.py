@@ -13,13 +13,14 @@ from onnx import helper, shape_inference
 
 from cascadekit import export as export_bundle
 from cascadekit.schemas.stages import PRESETS, PROJ_BLOCKS_ALL, ControlNetConfig, NetworkConfig, Stage, Variant
+from helpers.efficientnets import narrow_controlnet
 from helpers.standins import write_stand_in
 
 TOLERANCE = 1e-5  # relative L2 of fp32 against fp32; about 1e-6 is found
 
 EFFICIENTNETS = {
     "canny": PRESETS[Stage.CONTROLNET_CANNY, Variant.FULL],
-    "inpainting": ControlNetConfig(4, (63, 2), c_proj=24),
+    "inpainting": narrow_controlnet(4, (63, 2), c_proj=24),
 }
 SUPER_RESOLUTION = PRESETS[Stage.CONTROLNET_SUPER_RESOLUTION, Variant.FULL]
 IDENTITY = ControlNetConfig(512, PROJ_BLOCKS_ALL, "simple", c_proj=24)

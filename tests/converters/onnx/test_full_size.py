@@ -44,8 +44,20 @@ def anywhere(config: NetworkConfig) -> dict[str, TensorRange]:
     return weights
 
 
-@pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("name", RELEASED)
+# Every network in one precision, and every precision with a third of the networks; the marker `slow` has the others.
+IN_PRECISIONS = [
+    pytest.param(
+        name,
+        precision,
+        id=f"{name}-{precision}",
+        marks=() if (number - place) % len(Precision) == 0 else pytest.mark.slow,
+    )
+    for number, name in enumerate(RELEASED)
+    for place, precision in enumerate(Precision)
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), IN_PRECISIONS)
 def test_shapes_are_inferred_to_the_end(name: str, precision: Precision) -> None:
     config = RELEASED[name]
     options = GraphOptions(precision=precision)

@@ -19,7 +19,6 @@ from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import (
     PRESETS,
     ControlNetConfig,
-    EffnetEncoderConfig,
     ImageEncoderConfig,
     NetworkConfig,
     PreviewerConfig,
@@ -29,6 +28,7 @@ from cascadekit.schemas.stages import (
 )
 from cascadekit.schemas.tensors import expected_tensors, is_counter
 from cascadekit.storage.safetensors_reader import TensorRange
+from helpers.efficientnets import narrow_controlnet, narrow_effnet
 from helpers.graphs import open_session, run
 
 TOLERANCE = 1e-5
@@ -38,15 +38,14 @@ TINY: dict[Stage, NetworkConfig] = {
     Stage.PREVIEWER: PreviewerConfig(c_in=6, c_hidden=32),  # whose random images are neither black nor white
 }
 STAGES = tuple(TINY)
-# Their sizes are set by the release, so that only what takes no time with them is done for these; the largest of them
-# has its tests in test_controlnet.py.
-LARGE: dict[Stage, NetworkConfig] = {
-    Stage.EFFNET_ENCODER: EffnetEncoderConfig(),
-    Stage.CONTROLNET_CANNY: ControlNetConfig(1, (0, 63), c_proj=8),
-    Stage.CONTROLNET_INPAINTING: ControlNetConfig(4, (5,), c_proj=8),
+# Only some of the tests below have these; test_effnet_encoder.py and test_controlnet.py have more, at released sizes.
+OTHERS: dict[Stage, NetworkConfig] = {
+    Stage.EFFNET_ENCODER: narrow_effnet(),
+    Stage.CONTROLNET_CANNY: narrow_controlnet(1, (0, 63), c_proj=8),
+    Stage.CONTROLNET_INPAINTING: narrow_controlnet(4, (5,), c_proj=8),
     Stage.CONTROLNET_IDENTITY: ControlNetConfig(512, (0, 4), "simple", c_proj=8),
 }
-CONFIGS = TINY | LARGE
+CONFIGS = TINY | OTHERS
 # Not computed with: the encoder half and codebook of the VQGAN, what multiplies the black pixels of the decoder.
 UNUSED = ("in_block.", "down_blocks.", "vquantizer.")
 # Modules without a node of their name: a bias is all that is read of them, or they are added and no more.

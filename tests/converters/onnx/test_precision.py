@@ -33,8 +33,10 @@ from cascadekit.schemas.stages import (
 )
 from cascadekit.schemas.unet_blocks import streams_of
 from cascadekit.storage.safetensors_reader import read_header
+from helpers.efficientnets import narrow_effnet
 
-EFFNET, PREVIEWER = EffnetEncoderConfig(), PreviewerConfig(c_hidden=16)
+RELEASED_EFFNET = EffnetEncoderConfig()
+EFFNET, PREVIEWER = narrow_effnet(), PreviewerConfig(c_hidden=16)
 VISION = ImageEncoderConfig(32, 64, 2, 2, 24, image_size=28)
 PRIOR, DECODER, VQGAN = (PRESETS[stage, Variant.TINY] for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN))
 TEXT = TextEncoderConfig(64, 96, 2, 2, 24, vocab_size=50, eos_token_id=49)
@@ -73,15 +75,15 @@ def in_half(graph: Any, inputs: dict[str, np.ndarray], dtype: torch.dtype) -> di
     return {name: value.float().numpy() for name, value in outputs.items()}
 
 
-# onnx's evaluator takes seconds for the largest network; the marker `slow` has its graph for TensorRT.
+# The released effnet encoder takes seconds.
 TARGETS = [
     pytest.param(
         config,
         target,
-        id=f"{config.stage}-{target}",
-        marks=pytest.mark.slow if config is EFFNET and target is Target.TENSORRT else (),
+        id=f"{'released ' if config is RELEASED_EFFNET else ''}{config.stage}-{target}",
+        marks=pytest.mark.slow if config is RELEASED_EFFNET else (),
     )
-    for config in NETWORKS
+    for config in (*NETWORKS, RELEASED_EFFNET)
     for target in Target
 ]
 

@@ -12,7 +12,6 @@ from cascadekit.converters.onnx import GraphOptions, graph_ports, write_graphs
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.stages import (
     PRESETS,
-    EffnetEncoderConfig,
     ImageEncoderConfig,
     NetworkConfig,
     PreviewerConfig,
@@ -20,11 +19,12 @@ from cascadekit.schemas.stages import (
     TextEncoderConfig,
     Variant,
 )
+from helpers.efficientnets import narrow_effnet
 
 PRIOR, DECODER, VQGAN = (PRESETS[stage, Variant.TINY] for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN))
 TEXT = TextEncoderConfig(128, 256, 2, 2, 64, vocab_size=99, eos_token_id=98)
 VISION = ImageEncoderConfig(128, 256, 2, 2, 64, image_size=28)
-OTHERS = (VQGAN, TEXT, VISION, EffnetEncoderConfig(), PreviewerConfig(c_hidden=16))
+OTHERS = (VQGAN, TEXT, VISION, narrow_effnet(), PreviewerConfig(c_hidden=16))
 # Least, most likely and largest size of each symbolic dim.
 SIZES = {
     "batch": (1, 2, 4),
@@ -103,17 +103,17 @@ def test_every_graph_is_read(
         assert network.num_outputs == len(ports.outputs)
 
 
-# The largest graphs in one precision; tests of converters/tensorrt build them in bf16, and the marker `slow` the rest.
-LARGEST = (PRIOR.stage, Stage.EFFNET_ENCODER)
+# Every network in one precision, and every precision more than once; tests of converters/tensorrt build the cascade in
+# bf16, and the marker `slow` has the rest.
 BUILT = [
     pytest.param(
         config,
         precision,
         id=f"{config.stage}-{precision}",
-        marks=pytest.mark.slow if config.stage in LARGEST and precision is not Precision.FP16 else (),
+        marks=() if (number + 1 - place) % len(Precision) == 0 else pytest.mark.slow,
     )
-    for config in (PRIOR, *OTHERS)
-    for precision in Precision
+    for number, config in enumerate((PRIOR, *OTHERS))
+    for place, precision in enumerate(Precision)
 ]
 
 

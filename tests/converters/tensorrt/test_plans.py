@@ -28,6 +28,7 @@ from cascadekit.schemas.stages import (
     TextEncoderConfig,
 )
 from cascadekit.storage.bundle import open_bundle
+from helpers.efficientnets import narrow_controlnet
 
 STATIC = Bounds(*[parse_image_size("768x512")] * 3)
 GRAPHS = {
@@ -42,7 +43,7 @@ OTHERS = [
     ImageEncoderConfig(128, 256, 2, 2, 64, image_size=28),
     EFFNET,
     PreviewerConfig(c_hidden=16),
-    ControlNetConfig(1, PROJ_BLOCKS_ENDS, None, 64),
+    narrow_controlnet(1),
     INPAINTING,
     ControlNetConfig(16, PROJ_BLOCKS_ENDS, "large", 64),
     ControlNetConfig(512, PROJ_BLOCKS_ENDS, "simple", 64),

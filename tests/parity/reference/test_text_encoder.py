@@ -16,6 +16,7 @@ from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import LayoutError
 from cascadekit.schemas.stages import PRESETS, Stage, TextEncoderConfig, Variant
 from cascadekit.schemas.tensors import expected_tensors
+from helpers.combinations import combinations
 
 LENGTH, BOS, EOS = 77, 49406, 49407
 GELU = TextEncoderConfig(
@@ -29,6 +30,7 @@ CONFIGS = {
     "legacy end": replace(GELU, num_hidden_layers=2, eos_token_id=2, bos_token_id=0),
 }
 PROMPTS = {"mixed": (0, 1, 30, 74, 75), "full": (75, 75), "empty": (0,)}  # words of each prompt
+CASES = combinations(CONFIGS, PROMPTS, [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 Oracle = Callable[[TextEncoderConfig], Any]
 
@@ -70,9 +72,7 @@ def test_transformers_has_the_expected_tensors(oracle: Oracle, config: TextEncod
     assert shapes == expected_tensors(config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("lengths", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("config", "lengths", "dtype"), CASES)
 def test_embeddings(
     oracle: Oracle,
     difference: Callable[..., float],

@@ -14,6 +14,7 @@ from cascadekit.parity.reference import load_reference
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant, decoder_config, prior_config
 from cascadekit.schemas.tensors import expected_tensors
+from helpers.combinations import combinations
 
 TEXT, POOLED = 24, 12
 
@@ -42,9 +43,9 @@ DECODERS = {
 }
 
 # Latent height and width, text tokens, images.
-PRIOR_SHAPES = [(5, 7, 77, 1), (12, 9, 11, 3), (1, 1, 1, 2)]
+PRIOR_SHAPES: list[tuple[int, ...]] = [(5, 7, 77, 1), (12, 9, 11, 3), (1, 1, 1, 2)]
 # Latent height and width, effnet height and width. Levels of 18x26: 9x13, 4x6, 2x3, 1x1.
-DECODER_SHAPES = [(18, 26, 3, 5), (34, 22, 9, 7), (16, 16, 1, 1), (32, 48, 12, 18)]
+DECODER_SHAPES: list[tuple[int, ...]] = [(18, 26, 3, 5), (34, 22, 9, 7), (16, 16, 1, 1), (32, 48, 12, 18)]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -98,9 +99,11 @@ def test_diffusers_has_the_expected_tensors(oracle: Oracle, config: UNetConfig) 
     assert shapes == expected_tensors(config)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", PRIOR_SHAPES, ids=str)
-@pytest.mark.parametrize("config", PRIORS.values(), ids=PRIORS)
+def named(shapes: list[tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {str(shape): shape for shape in shapes}
+
+
+@pytest.mark.parametrize(("config", "shape", "dtype"), combinations(PRIORS, named(PRIOR_SHAPES), DTYPES))
 def test_prior(
     oracle: Oracle, difference: Callable[..., float], config: UNetConfig, shape: tuple[int, ...], dtype: Any
 ) -> None:
@@ -108,9 +111,7 @@ def test_prior(
     assert difference(ours, theirs) == 0  # bit for bit: the same operations in the same order
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", DECODER_SHAPES, ids=str)
-@pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
+@pytest.mark.parametrize(("config", "shape", "dtype"), combinations(DECODERS, named(DECODER_SHAPES), DTYPES))
 def test_decoder(
     oracle: Oracle, difference: Callable[..., float], config: UNetConfig, shape: tuple[int, ...], dtype: Any
 ) -> None:

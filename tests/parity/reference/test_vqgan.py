@@ -12,6 +12,7 @@ from cascadekit.parity.reference import load_reference, load_vqgan_encoder
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import ORIGINAL_VQGAN_SCALE, VQGANConfig
 from cascadekit.schemas.tensors import expected_tensors
+from helpers.combinations import combinations
 
 TINY = VQGANConfig(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64)
 CONFIGS = {
@@ -20,7 +21,8 @@ CONFIGS = {
     "three levels": VQGANConfig(bottleneck_blocks=3, embed_dim=48, levels=3, num_vq_embeddings=8),
     "one level, patch 4": VQGANConfig(bottleneck_blocks=1, embed_dim=16, levels=1, up_down_scale_factor=4),
 }
-SHAPES = [(5, 7), (18, 26), (1, 1)]
+SHAPES = {"5x7": (5, 7), "18x26": (18, 26), "1x1": (1, 1)}
+CASES = combinations(CONFIGS, SHAPES, [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
 def both(theirs: Any, config: VQGANConfig, latents: Any, dtype: Any, **changed: Any) -> tuple[Any, Any]:
@@ -36,9 +38,7 @@ def oracle(randomised: Callable[..., Any]) -> Callable[[VQGANConfig], Any]:
     return lambda config: randomised(paella.PaellaVQModel.from_config(to_json(config)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("config", "shape", "dtype"), CASES)
 def test_images(
     oracle: Callable[..., Any],
     difference: Callable[..., float],
@@ -93,9 +93,7 @@ def pictures(config: VQGANConfig, height: int, width: int) -> Any:
     return torch.rand(2, 3, factor * height, factor * width, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("config", "shape", "dtype"), CASES)
 def test_latents(
     oracle: Callable[..., Any],
     difference: Callable[..., float],
