@@ -104,6 +104,8 @@ def _estimated(planned: PlanToBuild) -> Estimate:
 
         return estimate_package(planned)
     return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+
+
 def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:
     """What would be read and written; plans that exist already are noted."""
     new = [planned for planned in to_build if planned.key in estimates]

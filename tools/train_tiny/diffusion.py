@@ -7,7 +7,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from cascadekit.runtime.engines.pytorch.networks.blocks import Attention, AttentionBlock, ResBlock, SizeKeepingSwitch, TimestepBlock
+from cascadekit.runtime.engines.pytorch.networks.blocks import (
+    Attention,
+    AttentionBlock,
+    ResBlock,
+    SizeKeepingSwitch,
+    TimestepBlock,
+)
 from cascadekit.runtime.engines.pytorch.networks.unet import UNet
 from cascadekit.runtime.sampling.samplers import OFFSET, VARIANCE_LIMITS
 
