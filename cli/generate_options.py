@@ -98,9 +98,9 @@ MACHINERY: Sequence[Option] = (
         type=click.Choice([AUTO, *ENGINES]),
         default=AUTO,
         show_default=True,
-        help="auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU that "
-        "multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime. Images in bf16 differ slightly "
-        "from those in fp32, the precision of all others; -mapped needs little memory.",
+        help="auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU "
+        "that multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime. Images in bf16 differ "
+        "slightly from those in fp32, the precision of all others; -mapped needs little memory.",
     ),
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(

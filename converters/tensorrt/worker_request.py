@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt and max
 
@@ -31,6 +31,6 @@ class WorkerRequest:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_line(cls, line: str) -> "WorkerRequest":
+    def from_line(cls, line: str) -> Self:
         content: dict[str, Any] = json.loads(line)
         return cls(**content | {name: tuple(content[name]) for name in ("targets", "profiles")})
