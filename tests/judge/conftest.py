@@ -14,7 +14,7 @@ def example_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example model, exported; read only."""
     pytest.importorskip("onnx")
     folder = tmp_path_factory.mktemp("example") / "bundle"
-    export(EXAMPLE_MODEL, folder)
+    export(EXAMPLE_MODEL, folder, controlnet=True)
     return folder
 
 

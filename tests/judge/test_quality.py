@@ -1,23 +1,28 @@
 """What the example model generates, through ONNX Runtime, as the judge sees it.
 
-docs/quality.md has the shares over many more pictures. The limits here lie about three standard deviations below them.
+docs/example-model.md has the shares over many more pictures. The limits here lie about three standard deviations below them.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit import Cascade
+from cascadekit import Cascade, ControlPicture, export
 from cascadekit.bench.judge.judge import border, nearest_background, nearest_icon
 from cascadekit.bench.judge.prompts import HELD_OUT, SEEN, prompts_of, scenes_to_ask
 from cascadekit.bench.judge.scenes import Icon
 from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
 from cascadekit.bench.quality import judge_cascade
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 
 SEEN_SHARE, HELD_OUT_SHARE = 0.25, 0.22
 ICONS = [Icon(name, list(STYLES)[place % 3], "white") for place, name in enumerate(list(OBJECTS)[::9][:12])]
+
+
+CONTROL_PICTURES = sorted(Path(__file__).with_name("data").glob("*.png"))
 
 
 def names_in(images: Sequence[Image.Image]) -> list[str]:
@@ -99,3 +104,41 @@ def test_the_background_is_what_was_asked_for(cascade: Cascade) -> None:
     assert [nearest_background(np.asarray(image)) for image in images] == list(backgrounds)
     white = cascade.generate("a fox, flat style", seed=0).images[0]
     assert border(np.asarray(white)).min() > 235
+
+
+def outline_of(image: Image.Image) -> np.ndarray:
+    """Where the object is in the picture: what differs from the border's colour."""
+    levels = np.asarray(image.convert("RGB"))
+    found: np.ndarray = np.abs(levels - border(levels)).max(axis=2) > 60
+    return found
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one & other).sum() / max(1, (one | other).sum()))
+
+
+def test_the_canny_controlnet_follows_its_edges(cascade: Cascade) -> None:
+    """Without a word, most objects have the outline of their own control picture rather than of another one.
+
+    The control pictures are rendered icons. By chance it would be one in twelve."""
+    controls = [Image.open(path).convert("RGB") for path in CONTROL_PICTURES]
+    made = [cascade.generate("", seed=2, controls=[ControlPicture("canny", one)]).images[0] for one in controls]
+    rows = [[overlap(outline_of(image), outline_of(control)) for control in controls] for image in made]
+    assert sum(int(np.argmax(row)) == place for place, row in enumerate(rows)) >= 6
+
+
+def test_the_lora_changes_the_style_and_not_the_content(
+    cascade: Cascade, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """The LoRA makes black outlines: colour goes, the object's extent stays."""
+    export(EXAMPLE_MODEL, tmp_path / "bundle", loras=[(EXAMPLE_LORA, 1.0)])
+    with Cascade.open(tmp_path / "bundle", threads=1) as changed:
+        outlines = changed.generate([f"a {OBJECTS[icon.name][0]}" for icon in ICONS], seed=3).images
+    assert np.mean([colourfulness(image) for image in outlines]) < 0.5 * np.mean([colourfulness(p) for p in pictures])
+    rows = [[overlap(outline_of(image), outline_of(other)) for other in pictures] for image in outlines]
+    assert sum(int(np.argmax(row)) == place for place, row in enumerate(rows)) >= 4
+
+
+def colourfulness(image: Image.Image) -> float:
+    """The mean difference between a pixel's largest and smallest level."""
+    return float(np.ptp(np.asarray(image).astype(int), axis=2).mean())

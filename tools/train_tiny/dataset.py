@@ -13,7 +13,7 @@ from cascadekit.bench.judge.scenes import Icon, Scene, Shape, Shapes, outline_sc
 
 from .render import SIDE, Renderer
 
-PER_ICON, SINGLES, PAIRS, PER_OUTLINE = 20, 2600, 3400, 10
+PER_ICON, SINGLES, PAIRS, PER_OUTLINE = 20, 2600, 2264, 10
 
 
 @dataclass(frozen=True)

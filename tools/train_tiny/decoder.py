@@ -17,7 +17,7 @@ from .prior import NO_TEXT, Inputs
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=12000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+PLAN = Plan(steps=10000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
 BATCH, CAP = 16, 12.0
 NOISE = 0.15  # most of what is added to stage C's latents, since the prior's own are never quite right
 STEPS = 10
