@@ -15,14 +15,13 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ...schemas.errors import UsageError
-from ...schemas.json_text import dump_json, load_json
+from ...schemas.json_text import dump_json
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 from ...storage.output_rules import locate, require_apart, require_free
 from ..engines.protocol import F32
 from .photo import FORMATS, OTHERS, is_photo, read_photo_text, write_photo
-from .png_text import read_png_text
+from .png_text import METADATA_KEY, read_png_text
 
-METADATA_KEY = "cascadekit"
 PREVIEW_KEY = "cascadekit.preview"
 MOST_DIGITS = 9  # of an image's number; a longer name is no number
 
@@ -113,13 +112,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, JPEG or WebP, or its settings are no
     JSON."""
-    return parse_text(read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY).text)
-
-
-def parse_text(text: str | None) -> dict[str, Any] | None:
-    """The settings in the text of such a chunk. Raises ValueError when the text is no JSON."""
-    found = None if text is None else load_json(text)
-    return found if isinstance(found, dict) else None
+    return (read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY)).settings()
 
 
 def require_settings(path: Path) -> dict[str, Any]:
