@@ -65,7 +65,7 @@ def make_demo(
 
 
 def _generate(folder: Path, prompt: str, seed: int, say: Say) -> None:
-    with Cascade.open(folder / "bundle") as cascade:
+    with Cascade.open(folder / "bundle", engine="onnxruntime") as cascade:
         result = cascade.generate(prompt, seed=seed)
         save_png(folder / "image.png", result.images[0], result.settings[0])
         say("prompts.png  eight other prompts")

@@ -190,7 +190,9 @@ def _loading(stage: Stage, policy: MemoryPolicy) -> float:
 
 
 def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
-    """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU."""
+    """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU; 0 without that graph."""
+    if Stage.PRIOR not in manifest.stages or STEP not in _graphs(manifest, Stage.PRIOR):
+        return 0
     config = from_json(Stage.PRIOR, manifest.stages[Stage.PRIOR].config)
     assert isinstance(config, UNetConfig)
     ports = manifest.stages[Stage.PRIOR].graphs[STEP].inputs
