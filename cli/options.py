@@ -12,6 +12,7 @@ from .console import Volume, note, set_volume
 Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
+SEED = click.IntRange(-(2**63), 2**64 - 1)
 STAGES = click.Choice([str(stage) for stage in Stage])
 WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bundle's weights, in words
 

@@ -15,7 +15,7 @@ from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
 from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
-from ..storage.output_rules import require_apart, require_free
+from ..storage.output_rules import require_apart, require_free, require_writable
 from .compare_engine import compare_engine
 from .comparison_options import REFERENCE_DTYPES, ComparisonOptions, check_options
 from .image_sizes import SizeChoice, choose_sizes
@@ -28,6 +28,7 @@ from .same_model import cause, differences, recording_differences
 from .verdict import make_verdict, record_verdict
 
 if TYPE_CHECKING:
+    from ..runtime.engines.protocol import Engine
     from .reference.torch_engine import TorchEngine
 
 
@@ -99,6 +100,8 @@ def verify(
     check_report_names(paths, force=force, sources=_sources(bundle, options))
     check_options(options, bisect=bisect, ranges=ranges)
     run = _open(bundle, options, say)
+    if paths or not (bisect or ranges):
+        run.engine()  # what cannot run here is refused before anything is compared
     inside = run.look_inside(bisect=bisect, ranges=ranges)
     differs = run.differences()
     if differs:
@@ -151,6 +154,8 @@ def record_reference(
         sizes=sizes,
     )
     output = Path(record)
+    check_options(options, record=True)
+    require_writable(output)
     require_apart(output, _sources(bundle, options))
     require_free(output, force=force)
     _open(bundle, options, say).record_outputs(output, force=force)
@@ -218,9 +223,13 @@ class _Verification:
                 advices.append(advise(self.bundle, stage, reference))
         return Report("", reference.name, bisections=tuple(bisections), ranges=tuple(advices))
 
+    def engine(self) -> Engine:
+        """The engine to compare; nothing is loaded yet. Raises EngineError when it cannot run here."""
+        return make_engine(self.options.engine, self.bundle, self.options.device)
+
     def compare(self) -> Report:
         options, say = self.options, self._each("comparing")
-        engine = make_engine(options.engine, self.bundle, options.device)
+        engine = self.engine()
         if isinstance(self.source, Recording):
             return compare_engine(engine, self.source.outputs, self.bundle, options.stages, say=say)
         reference, sizes = self._reference(options.reference_precision), self._sizes(engine.name)

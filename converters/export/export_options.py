@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import VQGAN_SCALES
-from ...schemas.messages import changed_fields
+from ...schemas.messages import changed_fields, known_fields
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
@@ -21,6 +21,7 @@ Kind = TypeVar("Kind", bound=StrEnum)
 STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
+@known_fields
 @dataclass(frozen=True, repr=False)
 class ExportOptions:
     """The options of `export`; names and defaults are those of the command line.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
+from ...schemas.messages import known_keywords
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
 from ...storage.locks import locked
@@ -33,6 +34,7 @@ SUFFIX = ".safetensors"
 KEY_DIGITS = 20  # digits of the SHA-256 that names a folder in the cache
 
 
+@known_keywords
 def with_loras(
     bundle: str | Path,
     loras: Sequence[tuple[str | Path, float]],

@@ -10,6 +10,7 @@ from ...schemas.stages import Stage
 from ...schemas.targets import ALONE
 from ..export.export import export
 from ..export.export_options import ExportOptions, Fp16Safe
+from .builder import require_machine
 from .plans_to_build import BuildOptions, require_targets
 
 
@@ -29,9 +30,11 @@ def export_for_build(
     Without `precision` the graphs compute in bf16, or in fp16 when sm75 is among the targets, which has no bf16. A
     prior in fp16 is exported with ``fp16_safe="auto"``.
 
-    Raises UsageError, before anything is written, for targets that cannot run graphs of that precision."""
+    Raises UsageError, before anything is written, for targets that cannot run graphs of that precision, and EngineError
+    without TensorRT."""
     computed = precision or (Precision.FP16 if ALONE in options.targets else Precision.BF16)
     require_targets(options, computed)
+    require_machine(options)
     measured = computed is Precision.FP16 and Stage.PRIOR in (options.stages or (Stage.PRIOR,))
     safe: Fp16Safe = "auto" if measured else None
     wanted = ExportOptions(
