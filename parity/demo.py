@@ -17,7 +17,7 @@ from ..runtime.images.png import save_png
 from ..runtime.sampling.noise import Noise
 from ..runtime.text.prompt_weights import check_length
 from ..schemas.callbacks import Say, ignored
-from ..schemas.errors import UsageError
+from ..schemas.errors import MissingPackageError
 from ..schemas.layouts import Layout
 from ..schemas.manifest import MANIFEST_NAME
 from ..schemas.messages import known_keywords
@@ -49,7 +49,8 @@ def make_demo(
     it starts, `note` with what is compared. `force` replaces an earlier demo; other files stay.
 
     Returns the parity report, which is true when the bundle passed; None when PyTorch is not installed, because then
-    nothing is compared. Raises UsageError when `output` exists and `force` is false, or when onnx is not installed.
+    nothing is compared. Raises UsageError when `output` exists and `force` is false, MissingPackageError when onnx is
+    not installed.
 
     >>> bool(make_demo(Path("demo"), "a red apple, flat style"))  # doctest: +SKIP
     True
@@ -78,7 +79,8 @@ def _require_possible(prompt: str, seed: int) -> None:
     Noise(seed, 1)
     for package, extra in PACKAGES.items():
         if find_spec(package) is None:
-            raise UsageError(f"the demo needs {package}, which is not installed: pip install 'cascadekit[{extra}]'")
+            todo = f"pip install 'cascadekit[{extra}]'"
+            raise MissingPackageError(f"the demo needs {package}, which is not installed: {todo}")
 
 
 def _generate(folder: Path, prompt: str, seed: int, say: Say) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say, ignored
-from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
+from ..schemas.errors import CascadeError, MissingPackageError, reraise_interrupt
 from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
@@ -272,7 +272,7 @@ class _Verification:
             from .reference.loading import independent_engine, reference_engine
         except ImportError as error:
             reraise_interrupt(error)
-            raise UsageError(
+            raise MissingPackageError(
                 "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
                 "or give recorded=..."
             ) from error

@@ -11,7 +11,7 @@ from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import DTYPES, FLOATS, FP8
-from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
+from ...schemas.errors import ExportError, LayoutError, MissingPackageError, UsageError, reraise_interrupt
 from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from ...storage.cast import cast_counted
@@ -100,7 +100,8 @@ def independent_engine(
 ) -> TorchEngine:
     """The networks of diffusers and transformers with the model's weights: code that is not ours.
 
-    Raises UsageError when the model lacks a stage, diffusers has no network for one, or a library is not installed."""
+    Raises UsageError when the model lacks a stage or diffusers has no network for one, MissingPackageError when a
+    library is not installed."""
     strange = [stage for stage in stages if stage not in INDEPENDENT]
     if strange:
         raise UsageError(
@@ -112,7 +113,7 @@ def independent_engine(
             import_module(library)
     except ImportError as error:
         reraise_interrupt(error)
-        raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
+        raise MissingPackageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
     loaders = {stage: _independent_loader(component, TORCH_DTYPES[dtype]) for stage, component in components.items()}
     return TorchEngine(loaders, compute=compute, name="diffusers")
