@@ -127,8 +127,9 @@ class ExportOptions:
         """Raises UsageError for an option that applies to none of `stages`, the stages that are exported."""
         fp16 = [stage for stage in (Stage.PRIOR, Stage.DECODER) if self.precision_of(stage) is Precision.FP16]
         if self.fp16_safe is not None and not set(fp16) & set(stages):
+            safe = f'"{self.fp16_safe}"' if isinstance(self.fp16_safe, str) else self.fp16_safe
             raise UsageError(
-                f'fp16_safe={self.fp16_safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
+                f'fp16_safe={safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
             )
         if self.calibration is not None and (not set(fp16) & set(stages) or self.fp16_safe == "off"):
             raise UsageError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from helpers.whole import Whole
 
 from cascadekit import Cascade, Settings, export
 from cascadekit.runtime.memory import choose_policy, free_memory, prediction
@@ -14,10 +15,10 @@ from cascadekit.runtime.memory.choose_policy import chosen_policy
 from cascadekit.runtime.memory.prediction import OUTPUT, PROCESS, Peak, _kept, loaded_bytes, predict_peak
 from cascadekit.runtime.memory.residency import AUTO, RESIDENT, STAGED, MemoryPolicy
 from cascadekit.runtime.sampling import loop
-from cascadekit.schemas.config_json import to_json
+from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.stages import PRESETS, Stage, Variant
+from cascadekit.schemas.stages import PRESETS, EffnetEncoderConfig, Stage, Variant
 from cascadekit.storage.bundle import Bundle, open_bundle
 
 SETTINGS = Settings(1024, 1024)
@@ -169,3 +170,21 @@ def test_a_prior_without_parts_keeps_nothing_on_the_gpu(tiny: Path, tmp_path: Pa
     export(tiny / "model", tmp_path / "vqgan", stages=[Stage.VQGAN])
     manifest = open_bundle(tmp_path / "vqgan").manifest
     assert predict_peak(manifest, STAGED, SETTINGS, 1, device="cuda").stage is Stage.VQGAN
+
+
+def test_a_backbone_counts_what_its_convolutions_return(whole: Whole) -> None:
+    """As onnx infers the shapes in the exported graph, without the 1x1 maps of squeeze-excitation."""
+    opened, side = open_bundle(whole.bundle), 256
+    model = onnx.load(opened.graph(Stage.EFFNET_ENCODER, "model"), load_external_data=False)
+    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, 3, side, side), strict=True):
+        dim.dim_value = size
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    convolutions = [shapes[node.output[0]] for node in inferred.node if node.op_type == "Conv"]
+    counted = sum(math.prod(shape) for shape in convolutions if shape[-1] > 1) / side**2
+    config = from_json(Stage.EFFNET_ENCODER, opened.entry(Stage.EFFNET_ENCODER).config)
+    assert isinstance(config, EffnetEncoderConfig)
+    assert prediction._backbone_values(config) == pytest.approx(counted, rel=0.02)
