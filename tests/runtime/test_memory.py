@@ -7,7 +7,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-from helpers.whole import Whole
 
 from cascadekit import Cascade, Settings, export
 from cascadekit.runtime.memory import choose_policy, free_memory, prediction
@@ -20,6 +19,7 @@ from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import PRESETS, EffnetEncoderConfig, Stage, Variant
 from cascadekit.storage.bundle import Bundle, open_bundle
+from helpers.whole import Whole
 
 SETTINGS = Settings(1024, 1024)
 CASCADE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
