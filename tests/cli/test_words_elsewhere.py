@@ -57,7 +57,7 @@ def test_every_word_of_the_tables_leads_somewhere() -> None:
         (["lora", "merge", "m", "l", "-o", "x", "--scale", "2"], "here it is --strength."),
         (["generate", "b", "x", "--prior-stepz", "2"], "--prior-steps"),
         (["demo", "--steps", "4"], "--steps: `cascadekit generate` has --prior-steps or --decoder-steps."),
-        (["demo", "--prompt", "x"], "give [PROMPT] as an argument, without an option."),
+        (["demo", "--prompt", "x"], "give PROMPT as an argument, without an option."),
         (["ui", "b", "--width", "64"], "--width: `cascadekit generate` has --size."),
         (["ui", "b", "--num_inference_steps", "4"], "`cascadekit generate` has --prior-steps or --decoder-steps."),
         (["export", "m", "-o", "b", "--guidance_scale", "4"], "`cascadekit generate` has --prior-guidance or"),
