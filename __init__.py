@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_PUBLIC` says the same at r
     from .schemas.errors import ExportError as ExportError
     from .schemas.errors import ForeignError as ForeignError
     from .schemas.errors import LayoutError as LayoutError
+    from .schemas.errors import MissingPackageError as MissingPackageError
     from .schemas.errors import OutsideProfileError as OutsideProfileError
     from .schemas.errors import ParityError as ParityError
     from .schemas.errors import UnsoundError as UnsoundError
@@ -64,6 +65,7 @@ _PUBLIC = {
     "Forecast": ".schemas.forecast",
     "ForeignError": ".schemas.errors",
     "LayoutError": ".schemas.errors",
+    "MissingPackageError": ".schemas.errors",
     "OutsideProfileError": ".schemas.errors",
     "ParityError": ".schemas.errors",
     "PlacedSeed": ".runtime.sampling.noise",

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..converters.checkpoints.open_model import open_model
-from ..converters.tensorrt.process_memory import byte_fields
 from ..runtime.engines.engine_table import make_engine
 from ..runtime.engines.onnxruntime import OnnxRuntimeStage, import_onnxruntime
 from ..runtime.engines.openvino import import_openvino
 from ..runtime.engines.protocol import StageRunner
+from ..runtime.memory.free_memory import byte_fields
 from ..runtime.sampling.denoiser import HoistedStage, prepare
 from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.manifest import MAIN_GRAPH

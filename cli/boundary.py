@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -141,6 +140,8 @@ def _first_line(error: BaseException) -> str:
 
 def _at_hand(error: BaseException) -> str:
     """The file that the innermost function with a path among its variables was working on."""
+    import traceback
+
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for value in frame.f_locals.values():
             if isinstance(value, Path) and value.name:
@@ -159,6 +160,8 @@ def _interruption(error: BaseException) -> KeyboardInterrupt | None:
 
 def _show_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
     """Print a traceback with control characters escaped; Python's own hook would print them as they are."""
+    import traceback
+
     sys.stderr.write(escaped("".join(traceback.format_exception(kind, error, at))))
 
 

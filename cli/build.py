@@ -11,10 +11,10 @@ from ..schemas.precision import Precision
 from ..schemas.stages import Stage
 from ..schemas.targets import AOTINDUCTOR, PLAIN, RTX
 from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
-from .console import note, say_json, show_table
+from .console import detail, note, say_json, show_table
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, PATH, STAGES, local, maybe_local, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, volume_options
 from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
@@ -139,6 +139,10 @@ def build(
         done = run(bundle, options, on_progress=on_progress, say=note, on_plan=on_plan)
     if pruned:
         note(f"removed plans of other weights: {prune(bundle) / 1e6:.1f} MB")
+    for built in done:
+        if built.estimate is not None:
+            name, expected = f"{built.stage}/{built.plan.graph}", built.estimate
+            detail(f"{name}: {expected.nodes} nodes, {built.plan.seconds:.1f} s of about {expected.seconds:.1f}")
     if as_json:
         say_json([_described(built) for built in done])
     else:
@@ -158,11 +162,11 @@ def _export(
 
     with byte_progress() as start_file:
         export_for_build(
-            local(model),
+            model,
             output,
             options,
             precision=Precision(precision) if precision else None,
-            text_encoder=maybe_local(text_encoder),
+            text_encoder=text_encoder,
             start_file=start_file,
             say=note,
             on_plan=on_plan,

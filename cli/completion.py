@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from ..schemas.errors import UsageError
-from .console import note, say
+from .console import finish, note, say_json
 from .help import HelpfulCommand
+from .options import AS_JSON, volume_options
 
 PROGRAM, VARIABLE = "cascadekit", "_CASCADEKIT_COMPLETE"
 # Where each shell finds scripts by itself, below the home folder or the variable's folder.
@@ -21,7 +22,9 @@ PLACES = {
 @click.command(cls=HelpfulCommand)
 @click.argument("shell", type=click.Choice([*PLACES]))
 @click.option("--install", is_flag=True, help="Write the script to where the shell finds it.")
-def completion(shell: str, install: bool) -> None:
+@AS_JSON
+@volume_options
+def completion(shell: str, install: bool, as_json: bool) -> None:
     """Complete commands and options with Tab.
 
     Without --install the script is printed. A new shell knows the completion.
@@ -36,11 +39,14 @@ def completion(shell: str, install: bool) -> None:
     root = click.get_current_context().find_root().command
     script = kind(root, {}, PROGRAM, VARIABLE).source()
     if not install:
-        click.echo(script)
+        if as_json:
+            say_json({"shell": shell, "script": script})
+        else:
+            click.echo(script)
         return
     path = _place(shell)
     _write(path, script)
-    say(f"wrote {path}; a new {shell} completes {PROGRAM}")
+    finish(f"wrote {path}; a new {shell} completes {PROGRAM}", {"shell": shell, "output": str(path)}, as_json=as_json)
     if shell == "zsh":
         note(f"zsh reads it if ~/.zshrc has, before compinit: fpath+={path.parent}")
 

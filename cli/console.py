@@ -10,7 +10,6 @@
 | `complain` | errors                                    | stderr | yes     | yes        |
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -138,6 +137,8 @@ def finish(text: str, facts: Any, *, as_json: bool) -> None:
 
 def say_json(facts: Any) -> None:
     """Write JSON to standard output, also with --quiet. Raises OutputError when that cannot be written."""
+    import json
+
     _write(json.dumps(facts, indent=2))
 
 

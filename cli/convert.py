@@ -12,7 +12,7 @@ from ..schemas.layouts import Layout
 from .console import finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, PATH, all_local, maybe_local, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, volume_options
 from .progress import byte_progress
 
 
@@ -64,10 +64,9 @@ def convert(
     from ..converters.checkpoints.convert import convert as run
 
     start = perf_counter()
-    paths = all_local(sources, options["variant"], lite=options["lite"])
-    options["text_encoder"], options["image_encoder"] = maybe_local(text_encoder), maybe_local(image_encoder)
+    options |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
-        done = run(paths, output, to, **options, start_file=start_file, on_plan=on_plan)
+        done = run(sources, output, to, **options, say=note, start_file=start_file, on_plan=on_plan)
     for text in done.notes:
         note(text)
     sizes = {str(file): (output / file).stat().st_size for file in done.files or [Path()]}

@@ -7,7 +7,7 @@ import click
 from ..converters.checkpoints.example_model import EXAMPLE_PROMPT
 from .console import FAILED, detail, inform, say, say_json
 from .help import HelpfulCommand
-from .options import AS_JSON, PATH, volume_options
+from .options import AS_JSON, PATH, SEED, volume_options
 from .verify_print import print_report, report_json
 
 NEXT = (
@@ -22,7 +22,7 @@ NEXT = (
 @click.command(cls=HelpfulCommand)
 @click.argument("prompt", default=EXAMPLE_PROMPT)
 @click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder to make.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the image.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the image.")
 @click.option("--force", is_flag=True, help="Replace an earlier demo; other files stay.")
 @AS_JSON
 @volume_options

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import FAILED, say, show_table
+from .console import FAILED, say, say_json, show_table
 from .help import HelpfulCommand
-from .options import PATH
+from .options import AS_JSON, PATH, volume_options
 
 if TYPE_CHECKING:
     from ..parity.gpu_report import GpuCheck, GpuReport
@@ -24,7 +24,8 @@ ANSWERS = {True: "yes", False: "no", None: "-"}
     "-o", "--output", type=PATH, default=Path("gpu-report.json"), show_default=True, help="Report that --gpu writes."
 )
 @click.option("--force", is_flag=True, help="Replace an existing report.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
+@volume_options
 def doctor(gpu: bool, output: Path, force: bool, as_json: bool) -> None:
     """Show which engines can be built and run here.
 
@@ -40,7 +41,7 @@ def doctor(gpu: bool, output: Path, force: bool, as_json: bool) -> None:
         return
     findings = examine()
     if as_json:
-        say(json.dumps(findings.to_json(), indent=2))
+        say_json(findings.to_json())
     else:
         _print(findings)
 
@@ -64,9 +65,10 @@ def _print(findings: "Findings") -> None:
 def _check(output: Path, *, force: bool, as_json: bool) -> None:
     from ..parity.gpu_check import check_gpu
     from ..storage.atomic_output import staged_output
-    from ..storage.output_rules import require_free
+    from ..storage.output_rules import require_free, require_writable
 
     require_free(output, force=force)
+    require_writable(output)
 
     def keep(report: "GpuReport") -> None:
         """After every check: a driver that takes the process down leaves what was found until then."""
@@ -75,7 +77,7 @@ def _check(output: Path, *, force: bool, as_json: bool) -> None:
 
     report = check_gpu(keep, (lambda check: None) if as_json else _say_check)
     if as_json:
-        say(json.dumps(report.to_json(), indent=2))
+        say_json(report.to_json())
     else:
         for reason, names in report.not_checked.items():
             say(f"not checked, because {reason}: {', '.join(names)}")

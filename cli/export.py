@@ -10,7 +10,7 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import finish, note
+from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import (
@@ -19,8 +19,6 @@ from .options import (
     PATH,
     STAGES,
     WEIGHTS,
-    local,
-    maybe_local,
     parse_loras,
     volume_options,
 )
@@ -166,14 +164,14 @@ def export(
         target=Target(target),
         storage=Precision(storage) if storage else None,
         quantize=Quantization(quantize),
-        loras=[(local(Path(name)), strength) for name, strength in loras],
-        text_encoder=maybe_local(text_encoder),
+        loras=[(Path(name), strength) for name, strength in loras],
+        text_encoder=text_encoder,
         **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         manifest = run(
-            local(model),
+            model,
             output,
             options,
             start_file=start_file,
@@ -183,6 +181,9 @@ def export(
         )
     if not as_json:
         show_choices(choices)
+    for stage, entry in manifest.stages.items():
+        size = sum(file.bytes for file in entry.files) / 1e6
+        detail(f"{stage}: {entry.precision}, graphs {', '.join(entry.graphs)}, {len(entry.files)} files, {size:.1f} MB")
     weights = ", ".join(f"{stage}: {WEIGHTS[entry.weights]}" for stage, entry in manifest.stages.items())
     line = f"wrote {output} ({weights}; {perf_counter() - start:.1f} s)"
     finish(line, {"output": str(output), **manifest.model_dump(mode="json")}, as_json=as_json)

@@ -10,7 +10,7 @@ from .generate_common import OPENING, request_fields
 from .generate_options import BATCH, HELP_GROUPS, looks, machinery, together
 from .generate_prompts import generate_prompts
 from .help import HelpfulCommand
-from .options import AS_JSON, PATH, volume_options
+from .options import AS_JSON, PATH, SEED, volume_options
 
 UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgotten
 
@@ -35,7 +35,7 @@ UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgot
 @click.option(
     "--seed",
     "seeds",
-    type=click.IntRange(-(2**63), 2**64 - 1),
+    type=SEED,
     multiple=True,
     help="Seed of the batch, or one seed for each image.  [default: random]",
 )

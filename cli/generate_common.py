@@ -31,6 +31,7 @@ def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, f
     if loras:
         from ..converters.lora.bundle_cache import with_loras
 
+        Cascade.open(bundle, **options).close()  # an engine that cannot run here is refused before LoRAs are merged
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
     cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, say=note, **options)

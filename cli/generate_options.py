@@ -105,10 +105,11 @@ MACHINERY: Sequence[Option] = (
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(
         "--memory",
-        metavar="resident|staged|N GB",
-        default="staged",
+        metavar="auto|resident|staged|N GB",
+        default=AUTO,
         show_default=True,
-        help="Stages that stay loaded: all, one at a time, or as many as fit.",
+        help="Stages that stay loaded: all (resident), one at a time (staged), or as many as fit. auto keeps all if "
+        "they fit into half of the free memory.",
     ),
     click.option(
         "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..runtime.batch.batch_runner import Outcome
-from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, check_batch, generate_batch
+from ..runtime.batch.generate_batch import BatchObserver, BatchSettings, draft_batch, generate_batch
 from ..runtime.batch.generate_requests import images_together
 from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
@@ -38,10 +38,10 @@ def generate_prompt_file(
     assert settings.bundle is not None
     manifest = manifest_of(settings.bundle, engine)
     require_previewer(manifest, settings.preview_every)
-    check_batch(manifest, settings, defaults)
+    draft = draft_batch(manifest, settings, defaults)
     with open_cascade(settings.bundle, **engine) as cascade, ExitStack() as stack:
         shown = _Shown(cascade, settings, stack, as_json=as_json)
-        counts = generate_batch(cascade, settings, defaults, shown)
+        counts = generate_batch(cascade, settings, defaults, shown, draft=draft)
     kinds = {name: number for name, number in asdict(counts).items() if number and name != "left_out"}
     line = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + f"; log: {settings.log_path}"
     facts = {**asdict(counts), "log": str(settings.log_path), "images": [each.to_json() for each in shown.outcomes]}

@@ -33,7 +33,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
     Only headers are read, also on the Hub: cascadekit inspect hf://stabilityai/stable-cascade
     A bundle is shown with its GPU engines, a LoRA as `cascadekit lora inspect` shows it.
-    An image by cascadekit is shown with the prompt, the seed and all settings that made it.
+    An image by cascadekit (PNG, JPEG, WebP) is shown with the prompt, the seed and all settings that made it.
     Exit code 1 when tensors are missing or unexpected, or a GPU engine is damaged.
 
     Example: cascadekit inspect stage_c_lite_bf16.safetensors

@@ -12,6 +12,7 @@ from .console import Volume, note, set_volume
 Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
+SEED = click.IntRange(-(2**63), 2**64 - 1)
 STAGES = click.Choice([str(stage) for stage in Stage])
 WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bundle's weights, in words
 
@@ -35,21 +36,16 @@ def volume_options(command: Command) -> Command:
     )
 
 
-def local(source: Path, variant: str | None = None, *, lite: bool = False) -> Path:
+def local(source: Path) -> Path:
     """The path of a source on this machine; a source named hf://... is downloaded first."""
     from ..converters.hub import local_path
 
-    return local_path(source, note, variant=variant, lite=lite)
+    return local_path(source, note)
 
 
-def all_local(sources: Sequence[Path], variant: str | None = None, *, lite: bool = False) -> list[Path]:
+def all_local(sources: Sequence[Path]) -> list[Path]:
     """`local` for each of several sources."""
-    return [local(source, variant, lite=lite) for source in sources]
-
-
-def maybe_local(source: Path | None) -> Path | None:
-    """`local` for an option that may be left out."""
-    return local(source) if source is not None else None
+    return [local(source) for source in sources]
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

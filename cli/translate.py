@@ -5,7 +5,6 @@ Code below `cli/` speaks of arguments: ``add force=True``. On the command line t
 
 import ast
 import re
-import shlex
 from typing import Any
 
 import click
@@ -106,4 +105,6 @@ def _long(names: list[str]) -> str:
 
 
 def _repeated(flag: str, values: list[Any] | tuple[Any, ...]) -> str:
+    import shlex
+
     return " ".join(f"{flag} {shlex.quote(str(value))}" for value in values)

@@ -13,7 +13,7 @@ from .desktop import has_screen, is_terminal, show_folder, show_page
 from .generate_common import open_cascade
 from .generate_options import machinery
 from .help import HelpfulCommand
-from .options import PATH
+from .options import PATH, volume_options
 
 if TYPE_CHECKING:
     from ..runtime.ui.models import Models
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     help="Open the page in the browser; never in a pipe, through ssh or without a screen.  [default: open]",
 )
 @machinery
+@volume_options
 def ui(
     bundle: Path,
     port: int,
@@ -62,15 +63,16 @@ def ui(
     Example: cascadekit ui bundle
     """
     from ..runtime.ui.page_server import page_server
-    from ..storage.output_rules import require_apart
+    from ..storage.output_rules import require_apart, require_writable
 
     with _models(bundle, lora_folders, options) as models:
+        require_writable(output)
         require_apart(output / "0000.png", models.paths())
-        models.cascade(models.first)  # what cannot be opened is refused here
         seen = _is_loopback(host) and has_screen()
         show = partial(show_folder, output.absolute()) if seen else None
         page = page_server(models, output, host=host, port=port, batch=batch, open_folder=show, say=say)
-        with page as server:
+        with page as server:  # it listens, and answers nobody yet
+            models.cascade(models.first)  # what cannot be opened is refused here
             if not _is_loopback(host):
                 note("whoever reaches this address can generate, see and delete images; use 127.0.0.1 to be alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")

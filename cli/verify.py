@@ -124,12 +124,8 @@ def _check_options(bundle: Path, against: Path | None, record: Path | None, opti
     recorded = options["recorded"]
     sources = [path for path in (bundle, against, recorded) if path is not None]
     check_report_names(options["reports"], force=options["force"], sources=sources)
-    compared = ComparisonOptions(
-        against=against,
-        recorded=recorded,
-        reference=options["reference"],
-        reference_device=options["reference_device"],
-    )
+    names = ("reference", "reference_device", "reference_precision", "engine", "device", "size")
+    compared = ComparisonOptions(against=against, recorded=recorded, **{name: options[name] for name in names})
     check_options(compared, record=record is not None, bisect=options["bisect"], ranges=options["ranges"])
 
 

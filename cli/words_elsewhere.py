@@ -7,6 +7,14 @@ import click
 STEPS = ("--prior-steps", "--decoder-steps")
 GUIDANCE = ("--prior-guidance", "--decoder-guidance")
 
+# Options of `generate` that change the image, and that only it has.
+IMAGE_OPTIONS = (
+    *STEPS,
+    *GUIDANCE,
+    *("--size", "--images", "--negative", "--sampler", "--strength", "--init-image", "--image-prompt", "--mask"),
+    *("--control", "--seed", "--prompts", "--like", "--weighted", "--long-prompts"),
+)
+
 # Words of diffusers, ComfyUI, AUTOMATIC1111 and of habit -> options, of which those that a command has are named.
 OPTIONS_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "steps": STEPS,
@@ -85,9 +93,9 @@ OPTIONS_ELSEWHERE: Mapping[str, Sequence[str]] = {
 
 # What is no option here, but an argument: words -> the argument, which a command has by one of these names.
 ARGUMENTS_ELSEWHERE: Mapping[str, Sequence[str]] = {
-    "prompt": ("prompts",),
-    "p": ("prompts",),
-    "text": ("prompts",),
+    "prompt": ("prompts", "prompt"),
+    "p": ("prompts", "prompt"),
+    "text": ("prompts", "prompt"),
     "model": ("model", "bundle", "checkpoint", "sources", "path"),
     "m": ("model", "bundle", "checkpoint", "sources", "path"),
     "ckpt": ("model", "bundle", "checkpoint", "sources", "path"),
@@ -115,6 +123,16 @@ def meant_instead(error: click.NoSuchOption) -> click.UsageError | None:
     elif places:
         here = arguments[places[0]].metavar or places[0].upper()
         advice = f"give {here} as an argument, without an option"
+    elif elsewhere := _of_generate(error.ctx, word):
+        advice = f"`cascadekit generate` has {' or '.join(elsewhere)}"
     else:
         return None
     return click.UsageError(f"No such option {error.option_name}: {advice}.", error.ctx)
+
+
+def _of_generate(ctx: click.Context, word: str) -> list[str]:
+    """The options by which `generate` means `word`; those that change an image are tried with other commands too."""
+    if ctx.command.name == "generate":
+        return []
+    own = f"--{word.replace('_', '-')}"
+    return [name for name in (own, *OPTIONS_ELSEWHERE.get(word, ())) if name in IMAGE_OPTIONS]

@@ -10,6 +10,7 @@ from ..schemas.errors import LayoutError, UsageError
 from ..schemas.layouts import can_become
 
 if TYPE_CHECKING:
+    from ..runtime.images.png_text import ImageText
     from ..schemas.manifest import Manifest, StageEntry
     from ..schemas.plan_entries import PlanEntry
     from ..storage.bundle import Bundle
@@ -137,20 +138,31 @@ def _picture_kind(path: Path) -> str | None:
 
 def _image_contents(path: Path, kind: str) -> ImageContents:
     """The image at `path`. Raises LayoutError for one without settings of cascadekit."""
-    from ..runtime.images.png import METADATA_KEY, parse_text
-    from ..runtime.images.png_text import read_png_text
+    from ..runtime.images.png_text import METADATA_KEY, read_png_text
 
     try:
-        found = read_png_text(path, METADATA_KEY) if kind == "PNG" else None
-        settings = parse_text(found.text) if found else None
+        found = read_png_text(path, METADATA_KEY) if kind == "PNG" else _photo_text(path)
+        settings = found.settings()
     except ValueError as error:
         raise LayoutError(f"{path}: a {kind} file that cannot be read: {error}; give another file") from error
-    if found is None or settings is None:
+    if settings is None:
         raise LayoutError(
             f"{path}: a {kind} file without settings of cascadekit; editors and messengers drop them, give the file as "
             "`cascadekit generate` wrote it"
         )
     return ImageContents(path, found.width, found.height, settings)
+
+
+def _photo_text(path: Path) -> "ImageText":
+    """The size and the settings of a JPEG or WebP. Raises ValueError for a damaged one, OSError as the system does."""
+    from ..runtime.images.photo import read_photo_text
+
+    try:
+        return read_photo_text(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError("it is damaged, or cut short") from error  # by Pillow's reading
 
 
 def _bundle_contents(path: Path) -> BundleContents:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.engines.engine_table import ENGINES
 from ..schemas.errors import UsageError
+from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
 
 # The dtype a reference computes in, by the name people choose it by; None is that of its weights, float32.
@@ -47,3 +49,11 @@ def check_options(
         raise UsageError(f"{' and '.join(chosen)} cannot be given together; run one after the other")
     if options.reference != REFERENCES[0] and (bisect or ranges):
         raise UsageError(f"{chosen[0]} looks into cascadekit's own modules: leave reference=... away")
+    if options.engine not in ENGINES:
+        raise UsageError(f"engine {options.engine!r}: expected {', '.join(ENGINES)}")
+    if not record and options.device not in (able := ENGINES[options.engine].devices):
+        raise UsageError(f"device {options.device!r}: {options.engine} runs on {' and '.join(able)}")
+    if options.reference_precision not in REFERENCE_DTYPES:
+        raise UsageError(f"reference_precision {options.reference_precision!r}: expected {', '.join(REFERENCE_DTYPES)}")
+    if options.size is not None:
+        latent_sizes(*reversed(options.size))

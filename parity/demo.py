@@ -14,20 +14,26 @@ from ..converters.export.export import export
 from ..runtime.cascade import Cascade
 from ..runtime.images.contact_sheet import contact_sheet
 from ..runtime.images.png import save_png
+from ..runtime.sampling.noise import Noise
+from ..runtime.text.prompt_weights import check_length
 from ..schemas.callbacks import Say, ignored
+from ..schemas.errors import MissingPackageError
 from ..schemas.layouts import Layout
 from ..schemas.manifest import MANIFEST_NAME
-from ..storage.atomic_output import staged_output
+from ..schemas.messages import known_keywords
+from ..storage.atomic_output import check_output, staged_output
 from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
 from .results import Report
 from .verify import verify
 
+PACKAGES = {"onnx": "export", "onnxruntime": "cpu"}  # the extra of each
 FILES = (
     *("image.png", "prompts.png", "report.html", DEMO_REPORT),
     *(f"model/{MODEL_INDEX}", f"bundle/{MANIFEST_NAME}"),
 )
 
 
+@known_keywords
 def make_demo(
     output: Path,
     prompt: str = EXAMPLE_PROMPT,
@@ -43,11 +49,14 @@ def make_demo(
     it starts, `note` with what is compared. `force` replaces an earlier demo; other files stay.
 
     Returns the parity report, which is true when the bundle passed; None when PyTorch is not installed, because then
-    nothing is compared. Raises UsageError when `output` exists and `force` is false, or when onnx is not installed.
+    nothing is compared. Raises UsageError when `output` exists and `force` is false, MissingPackageError when onnx is
+    not installed.
 
     >>> bool(make_demo(Path("demo"), "a red apple, flat style"))  # doctest: +SKIP
     True
     """
+    _require_possible(prompt, seed)
+    check_output(output, force=force, files=FILES)
     with staged_output(output, force=force, files=list(FILES), say=note) as folder:
         say("original/    a small trained Stable Cascade, in Stability's layout")
         copy_example_model(folder / "original", folder / "lora")
@@ -64,8 +73,18 @@ def make_demo(
     return report
 
 
+def _require_possible(prompt: str, seed: int) -> None:
+    """Raise UsageError, before anything is written, for what a later step would refuse."""
+    check_length(prompt)
+    Noise(seed, 1)
+    for package, extra in PACKAGES.items():
+        if find_spec(package) is None:
+            todo = f"pip install 'cascadekit[{extra}]'"
+            raise MissingPackageError(f"the demo needs {package}, which is not installed: {todo}")
+
+
 def _generate(folder: Path, prompt: str, seed: int, say: Say) -> None:
-    with Cascade.open(folder / "bundle") as cascade:
+    with Cascade.open(folder / "bundle", engine="onnxruntime") as cascade:
         result = cascade.generate(prompt, seed=seed)
         save_png(folder / "image.png", result.images[0], result.settings[0])
         say("prompts.png  eight other prompts")

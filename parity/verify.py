@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say, ignored
-from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
+from ..schemas.errors import CascadeError, MissingPackageError, UsageError, reraise_interrupt
 from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
-from ..storage.output_rules import require_apart, require_free
+from ..storage.output_rules import require_apart, require_free, require_writable
 from .compare_engine import compare_engine
 from .comparison_options import REFERENCE_DTYPES, ComparisonOptions, check_options
 from .image_sizes import SizeChoice, choose_sizes
@@ -29,6 +29,7 @@ from .same_model import cause, differences, recording_differences
 from .verdict import make_verdict, record_verdict
 
 if TYPE_CHECKING:
+    from ..runtime.engines.protocol import Engine
     from .reference.torch_engine import TorchEngine
 
 
@@ -104,6 +105,8 @@ def verify(
     check_options(options, bisect=bisect, ranges=ranges)
     _require_device(options.reference_device)
     run = _open(bundle, options, say)
+    if paths or not (bisect or ranges):
+        run.engine()  # what cannot run here is refused before anything is compared
     inside = run.look_inside(bisect=bisect, ranges=ranges)
     differs = run.differences()
     if differs:
@@ -158,7 +161,9 @@ def record_reference(
         sizes=sizes,
     )
     output = Path(record)
+    check_options(options, record=True)
     _require_device(options.reference_device)
+    require_writable(output)
     require_apart(output, _sources(bundle, options))
     require_free(output, force=force)
     _open(bundle, options, say).record_outputs(output, force=force)
@@ -172,12 +177,12 @@ def _options(stages: Sequence[Stage | str], **given: Any) -> ComparisonOptions:
 
 @contextmanager
 def _torch_needed() -> Iterator[None]:
-    """Inside, an ImportError becomes a UsageError that says how to install PyTorch."""
+    """Inside, an ImportError becomes a MissingPackageError that says how to install PyTorch."""
     try:
         yield
     except ImportError as error:
         reraise_interrupt(error)
-        raise UsageError(
+        raise MissingPackageError(
             "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
             "or give recorded=..."
         ) from error
@@ -249,9 +254,13 @@ class _Verification:
                 advices.append(advise(self.bundle, stage, reference))
         return Report("", reference.name, bisections=tuple(bisections), ranges=tuple(advices))
 
+    def engine(self) -> Engine:
+        """The engine to compare; nothing is loaded yet. Raises EngineError when it cannot run here."""
+        return make_engine(self.options.engine, self.bundle, self.options.device)
+
     def compare(self) -> Report:
         options, say = self.options, self._each("comparing")
-        engine = make_engine(options.engine, self.bundle, options.device)
+        engine = self.engine()
         if isinstance(self.source, Recording):
             return compare_engine(engine, self.source.outputs, self.bundle, options.stages, say=say)
         reference, sizes = self._reference(options.reference_precision), self._sizes(engine.name)

@@ -32,6 +32,7 @@ from .generate_inputs import OpenedPictures, check_settings, open_pictures, requ
 from .images.masks import latent_mask
 from .images.metadata import image_settings
 from .images.pictures import Picture
+from .memory.choose_policy import chosen_policy
 from .memory.residency import MemoryPolicy
 from .result import Output, Result
 from .sampling.controlnets import ControlPicture
@@ -74,9 +75,9 @@ class Cascade(CascadeStages):
         bundle: str | Path,
         device: str = "auto",
         *,
-        engine: str = "onnxruntime",
+        engine: str = "auto",
         threads: int | None = None,
-        memory: str = "resident",
+        memory: str = "auto",
         rows: int | None = None,
         stages: Mapping[Stage, str | Path] | None = None,
         allow_cpu: bool = False,
@@ -89,12 +90,14 @@ class Cascade(CascadeStages):
         """Open an exported bundle on `device`, "cpu", "cuda" or "auto": the GPU if one works here, else the CPU.
 
         `engine` is a name from `engine_table`. "auto" takes the fastest engine that is installed; it may compute in
-        bf16, and then images differ slightly. `threads=None` leaves the number to the engine.
+        bf16, and then images differ slightly: "onnxruntime" computes in the bundle's precision. `threads=None` leaves
+        the number to the engine.
 
-        `memory` is "resident", "staged" or a size such as "8GB". `vram` bounds the bytes of GPU memory that TensorRT's
-        stages take together. `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot compute on the GPU.
-        `refit` gives TensorRT plans the weights of this bundle. `stages` takes single stages from other bundles, such
-        as a lite decoder for a full prior.
+        `memory` is "resident", "staged" or a size such as "8GB". "auto" keeps all stages loaded if they fit into half
+        of the free memory, or 80% of the GPU's, and else one at a time. `vram` bounds the bytes of GPU memory that
+        TensorRT's stages take together. `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot compute on the
+        GPU. `refit` gives TensorRT plans the weights of this bundle. `stages` takes single stages from other bundles,
+        such as a lite decoder for a full prior.
 
         With `cuda_graph` ONNX Runtime captures the steps of prior and decoder as CUDA graphs, and runs without them,
         with a line to `say`, if that is impossible. `tf32` lets ONNX Runtime multiply fp32 in ten bits on the GPU,
@@ -126,7 +129,7 @@ class Cascade(CascadeStages):
             engines = {stage: make(other) for stage, other in others.items()}
             runs, manifest = with_stages_of(runs, opened, engines, others)
         tokenizer = ClipTokenizer.open(opened.tokenizer, manifest.text_rows)
-        cascade = cls(runs, manifest, tokenizer, memory=policy, rows=rows)
+        cascade = cls(runs, manifest, tokenizer, memory=chosen_policy(policy, manifest, device), rows=rows)
         cascade.device = device
         cascade.timings.opened = since_start()
         return cascade

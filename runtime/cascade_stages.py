@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..schemas.errors import UsageError
 from ..schemas.manifest import ENCODER_GRAPH, Manifest
+from ..schemas.messages import known_keywords
 from ..schemas.settings import DECODER_SAMPLING, PRIOR_SAMPLING, Sampling, SamplingOptions
 from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
@@ -56,6 +57,7 @@ class CascadeStages:
         self.timings = self.networks.timings  # of everything that this cascade has done
         self._encode_text = CachedTextEncoder(partial(self.networks.use, Stage.TEXT_ENCODER))
 
+    @known_keywords
     def encode_prompt(
         self,
         prompt: str | Sequence[str],

@@ -11,6 +11,7 @@ CascadeError
 │   ├── OutsideProfileError  an engine was built for other sizes
 │   └── UnsoundError         a stage gave useless values
 ├── ParityError              two runs cannot be compared
+├── MissingPackageError      a package that the call needs is not installed
 └── UsageError               the call itself is wrong
 ```
 
@@ -49,6 +50,10 @@ class ConversionError(CascadeError):
 
 class ExportError(CascadeError):
     """A network cannot be written as a graph or bundle."""
+
+
+class MissingPackageError(CascadeError):
+    """A package that the call needs is not installed; for one that an engine needs, it is an EngineError."""
 
 
 class EngineError(CascadeError):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
 
@@ -56,6 +57,9 @@ NAMES_ELSEWHERE: Mapping[str, Sequence[str]] = {
     "provider": ("engine", "device"),
     "arch": ("targets",),
     "lora": ("loras",),
+    "weight": ("strength", "strengths"),
+    "lora_scale": ("strength", "strengths"),
+    "strength": ("strengths",),
 }
 STAGE_PREFIXES = ("prior_", "decoder_")
 
@@ -106,6 +110,19 @@ def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def known_fields(kind: type[T]) -> type[T]:
+    """A decorator of a dataclass, which then refuses an unknown field as `known_keywords` refuses a keyword."""
+    known, make = [field.name for field in fields(kind)], kind.__init__  # type: ignore[arg-type, misc]
+
+    @wraps(make)
+    def init(self: T, *args: Any, **kwargs: Any) -> None:
+        require_known(kind.__name__, kwargs, known)
+        make(self, *args, **kwargs)
+
+    kind.__init__ = init  # type: ignore[method-assign, misc, assignment]
+    return kind
 
 
 def require_known(what: str, given: Collection[str], known: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE, MAX_STEPS, MAX_WEIGHT
-from .messages import require_known, shown, wrong_fields
+from .messages import known_fields, require_known, shown, wrong_fields
 from .sampler import Sampler as Sampler
 from .sizes import SizePolicy
 
@@ -109,6 +109,7 @@ RANGES: Mapping[str, Range] = {
 TIMESTEPS = ("prior_timesteps", "decoder_timesteps")
 
 
+@known_fields
 @dataclass(frozen=True)
 class Settings:
     """The size of an image in pixels, and how both stages are sampled.

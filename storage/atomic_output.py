@@ -18,7 +18,7 @@ from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
 from .bundle import is_bundle, locked_bundle
 from .locks import holder_of, locked
-from .output_rules import locate, require_apart, require_free
+from .output_rules import locate, require_apart, require_free, require_writable
 from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
 
 NOTE = "fingerprint"  # a file in the scratch folder that identifies the work in it
@@ -89,8 +89,11 @@ def staged_output(
 def check_output(
     target: Path, *, force: bool, sources: Iterable[str | Path] = (), files: Collection[str] | None = None
 ) -> None:
-    """Raise UsageError where `staged_output` would, for the same arguments; nothing is written or locked."""
+    """Raise UsageError where `staged_output` would, for the same arguments, and where nothing can be written.
+
+    Nothing is written or locked. A call before the sources are read needs neither these nor the names of the files."""
     place = locate(target)
+    require_writable(place.parent if place.exists() and os.access(place.parent, os.W_OK | os.X_OK) else place)
     require_apart(place, sources)
     if files is not None or place.is_file():
         _replacement(place, files or (), _scratch_for(place), force=force)

@@ -63,6 +63,16 @@ def require_free(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path}: exists already; give another output, or force=True to replace it")
 
 
+def require_writable(output: Path) -> None:
+    """Raise UsageError when neither `output` nor a folder for it can be made: found now, not after the work."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if there != output and not there.is_dir():
+        raise UsageError(f"{output}: {there} is no folder; choose another output")
+    folder = there if there.is_dir() else there.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{output}: {folder} cannot be written; choose another output")
+
+
 def _is_source(target: Path, source: str | Path) -> UsageError:
     return UsageError(
         f"{target}: is the source {source} itself, which not even force=True replaces; give another output"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from cascadekit.runtime.engines.engine_table import EngineChoice
     from helpers.whole import Whole
 
 DATA = Path(__file__).parent / "data"
@@ -57,6 +58,17 @@ def nothing_is_flushed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def choices() -> "Iterator[tuple[EngineChoice, ...]]":
+    """The engines of "auto". Those of a CPU are left out of the table for all tests, which so get fp32 everywhere."""
+    from cascadekit.runtime.engines import engine_table
+
+    found = engine_table.CHOICES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_table, "CHOICES", tuple(choice for choice in found if choice.device != "cpu"))
+        yield found
 
 
 @pytest.fixture(scope="session")

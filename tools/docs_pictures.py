@@ -14,7 +14,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with TemporaryDirectory() as work:
         export(EXAMPLE_MODEL, Path(work) / "bundle")
-        with Cascade.open(Path(work) / "bundle") as cascade:
+        with Cascade.open(Path(work) / "bundle", engine="onnxruntime") as cascade:
             images = cascade.generate(EXAMPLE_PROMPTS, seed=0).images
     contact_sheet(images, EXAMPLE_PROMPTS).save(FOLDER / "example-model.png", optimize=True)
 

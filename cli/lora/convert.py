@@ -8,7 +8,7 @@ import click
 from ...schemas.lora_keys import LoraFormat
 from ..console import finish, note
 from ..help import HelpfulCommand
-from ..options import AS_JSON, PATH, local, maybe_local, volume_options
+from ..options import AS_JSON, PATH, volume_options
 from .lora_options import against_option, alpha_option, filter_option, force_option
 
 WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
@@ -32,7 +32,7 @@ def convert(path: Path, output: Path, to: str, against: Path | None, as_json: bo
     """
     from ...converters.lora.convert_lora import convert_lora
 
-    done = convert_lora(local(path), output, to, against=maybe_local(against), **options)
+    done = convert_lora(path, output, to, against=against, **options, say=note)
     for text in done.notes:
         note(text)
     facts = {"output": str(output), "format": to, "modules": done.modules, "notes": list(done.notes)}

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import finish, note
+from ..console import detail, finish, note
 from ..dry_run import plan_only
 from ..help import HelpfulCommand
-from ..options import AS_JSON, DRY_RUN, PATH, all_local, local, maybe_local, volume_options
+from ..options import AS_JSON, DRY_RUN, PATH, volume_options
 from ..progress import byte_progress
 from .lora_options import (
     alpha_option,
@@ -58,10 +58,9 @@ def merge(
     from ...converters.lora.merge_checkpoint import merge_loras
 
     paths, chosen = paths_and_strengths(loras, strengths)
-    base, adapters, encoder = local(checkpoint), all_local(paths), maybe_local(text_encoder)
-    options |= {"strengths": chosen, "text_encoder": encoder, "unmerge": unmerge}
+    options |= {"strengths": chosen, "text_encoder": text_encoder, "unmerge": unmerge, "say": note}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
-        done = merge_loras(base, adapters, output, **options, start_file=start_file, on_plan=on_plan)
+        done = merge_loras(checkpoint, paths, output, **options, start_file=start_file, on_plan=on_plan)
     if unmerge:
         note(f"rounding leaves the values within {done.rounding:.3g} of those before the merge")
     show_merge(output, done, as_json=as_json)
@@ -73,6 +72,8 @@ def show_merge(output: Path, done: "Merge", *, as_json: bool) -> None:
         note(text)
     for part in done.unapplied:
         note(f"not applied: {part}")
+    for effect in done.effects:
+        detail(f"{effect.name}: {effect.dtype}, {effect.changes} changes, by {effect.largest_change:.3g} at most")
     facts = {
         "output": str(output),
         "changed": len(done.effects),

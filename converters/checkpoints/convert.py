@@ -107,6 +107,7 @@ def convert(
         combined=combined,
         canonical=canonical,
     )
+    check_output(output, force=force)
     given = [sources] if isinstance(sources, str | Path) else sources
     model = open_model(
         [local_path(source, say, variant=variant, lite=lite) for source in given],

@@ -28,9 +28,11 @@ from ...schemas.stages import (
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.bundle import require_utf8
 from ...storage.file_hashes import Hashing, describe_file
+from ...storage.output_rules import require_writable
 from ..checkpoints.component import Component, find_problems
 from ..checkpoints.model_folder import check_tokenizer, write_tokenizer
 from ..checkpoints.open_model import Model, open_model
+from ..hub import local_path
 from .bundle_weights import source_files
 from .export_options import ExportOptions
 from .export_stage import OnQuantized, StageExporter
@@ -71,13 +73,19 @@ def export(
     options = replace(options, **changes)
     output = Path(output)
     require_utf8(output)
-    model = _opened(model, options)
+    check_output(output, force=options.force, files=[MANIFEST_NAME])
+    if options.calibration is not None:
+        require_writable(Path(options.calibration))
+    if options.stages:
+        options.require_stages(options.stages)
+    model = _opened(model, options, say)
     components = _components(model, options)
     configs = [component.config for component in components.values()]
     vocabulary = next((config.vocab_size for config in configs if isinstance(config, TextEncoderConfig)), None)
     tokenizer = check_tokenizer(model.tokenizer, vocabulary)
     for text in tokenizer.notes if tokenizer else ():
         say(text)
+    options = replace(options, loras=[(local_path(path, say), strength) for path, strength in options.loras])
     loras = _read_loras(components, options, say)
     side = min(DEFAULT_SIDE.get(component.variant, 1024) for component in components.values())
     sources = [*model.sources, *(path for component in components.values() for path in source_files(component))]
@@ -124,9 +132,10 @@ def _controlled_blocks(model: Model) -> tuple[int, ...]:
     return tuple(sorted(fed)) or PROJ_BLOCKS_ENDS
 
 
-def _opened(model: Model | str | Path, options: ExportOptions) -> Model:
+def _opened(model: Model | str | Path, options: ExportOptions, say: Say) -> Model:
     if not isinstance(model, Model):
-        return open_model([model], text_encoder=options.text_encoder)
+        encoder = options.text_encoder
+        return open_model([local_path(model, say)], text_encoder=None if encoder is None else local_path(encoder, say))
     if options.text_encoder is not None:
         raise UsageError("text_encoder is for a model given by its path; give it to open_model() instead")
     return model

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import VQGAN_SCALES
-from ...schemas.messages import changed_fields
+from ...schemas.messages import changed_fields, known_fields
 from ...schemas.precision import Precision, Target
 from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
@@ -21,6 +21,7 @@ Kind = TypeVar("Kind", bound=StrEnum)
 STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
+@known_fields
 @dataclass(frozen=True, repr=False)
 class ExportOptions:
     """The options of `export`; names and defaults are those of the command line.
@@ -126,8 +127,9 @@ class ExportOptions:
         """Raises UsageError for an option that applies to none of `stages`, the stages that are exported."""
         fp16 = [stage for stage in (Stage.PRIOR, Stage.DECODER) if self.precision_of(stage) is Precision.FP16]
         if self.fp16_safe is not None and not set(fp16) & set(stages):
+            safe = f'"{self.fp16_safe}"' if isinstance(self.fp16_safe, str) else self.fp16_safe
             raise UsageError(
-                f'fp16_safe={self.fp16_safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
+                f'fp16_safe={safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
             )
         if self.calibration is not None and (not set(fp16) & set(stages) or self.fp16_safe == "off"):
             raise UsageError(

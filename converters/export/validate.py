@@ -24,6 +24,7 @@ from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say, ignored
 from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.manifest import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
+from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle, open_bundle
 from ...storage.file_hashes import WHOLE_BELOW, find_change, sha256_of
@@ -74,6 +75,7 @@ class Validation:
         }
 
 
+@known_keywords
 def validate(bundle: Bundle | str | Path, *, hash: bool = False, say: Say = ignored) -> Validation:
     """Check every stage and every other file of `bundle` (opened, or its path) without running it.
 

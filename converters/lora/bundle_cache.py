@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...schemas.callbacks import Say, StartFile, ignored
-from ...schemas.errors import CascadeError, ConversionError, UsageError, reraise_interrupt
+from ...schemas.errors import CascadeError, ConversionError, MissingPackageError, UsageError, reraise_interrupt
+from ...schemas.messages import known_keywords
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
 from ...storage.locks import locked
@@ -33,6 +34,7 @@ SUFFIX = ".safetensors"
 KEY_DIGITS = 20  # digits of the SHA-256 that names a folder in the cache
 
 
+@known_keywords
 def with_loras(
     bundle: str | Path,
     loras: Sequence[tuple[str | Path, float]],
@@ -123,7 +125,7 @@ def _merging() -> Callable[..., Merge]:
         from .merge_bundle import derive_bundle
     except ImportError as error:
         reraise_interrupt(error)
-        raise UsageError(
+        raise MissingPackageError(
             "merging LoRAs needs the onnx package, which is not installed: pip install 'cascadekit[export]'"
         ) from error
     return derive_bundle

@@ -11,9 +11,9 @@ from typing import Any
 from ...schemas.callbacks import Say
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraFormat, LoraTarget
-from ...schemas.messages import listed_below
+from ...schemas.messages import known_keywords, listed_below
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
-from ...storage.atomic_output import staged_output
+from ...storage.atomic_output import check_output, staged_output
 from ...storage.safetensors_writer import write_safetensors
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
@@ -44,6 +44,7 @@ class LoraConversion:
     notes: tuple[str, ...]
 
 
+@known_keywords
 def convert_lora(
     source: str | Path,
     output: str | Path,
@@ -71,8 +72,12 @@ def convert_lora(
         >>> done = convert_lora("style.safetensors", "comfyui.safetensors", "comfyui")
         >>> print(*done.notes, sep="\\n")
     """
-    source = local_path(source, say)
     output, to = Path(output), _target_format(to)
+    folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
+    if output.suffix != ".safetensors" and not folder:
+        raise UsageError(f"{output}: expected a name ending in .safetensors")
+    check_output(output, force=force)
+    source = local_path(source, say)
     networks = networks_of(None if against is None else local_path(against, say))
     lora = open_lora(source, networks, module_filters=module_filters, alpha=alpha)
     tensors, lost = _tensors(lora, to, module_filters)
@@ -82,9 +87,6 @@ def convert_lora(
             + ("drop=True leaves them out; or choose another format" if tensors else "Choose another format")
         )
     metadata = _metadata(lora, to)
-    folder = to is LoraFormat.PEFT and output.suffix != ".safetensors"
-    if output.suffix != ".safetensors" and not folder:
-        raise UsageError(f"{output}: expected a name ending in .safetensors")
     replaced: list[str] = []
     files = [CONFIG_NAME, FOLDER_NAMES[0]] if folder else []
     with staged_output(output, force=force, sources=[source, lora.path], files=files, say=replaced.append) as staged:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...schemas.callbacks import Say
 from ...schemas.lora_keys import LoraTarget
+from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage, variant_of
 from ..hub import local_path
 from .adapters import Adapter
@@ -21,6 +22,7 @@ from .stability_format import DEFAULT_FILTERS
 BLOCK = re.compile(r"(?:down|up)_blocks\.\d+|text_model\.encoder\.layers")
 
 
+@known_keywords
 def inspect_lora(
     path: str | Path,
     *,

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
 from ...schemas.manifest import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
-from ...schemas.messages import listed_below
+from ...schemas.messages import known_keywords, listed_below
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...storage.atomic_output import staged_output
@@ -31,6 +31,7 @@ KEPT = ".before-lora"  # the suffix of files that were replaced
 NOTHING_APPLIES = "Export the stage it is for, or give another LoRA"
 
 
+@known_keywords
 def apply_loras(
     root: str | Path,
     loras: Sequence[str | Path],

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import UsageError
 from ...schemas.forecast import FileSize, Forecast, OnPlan
+from ...schemas.messages import known_keywords
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_plan import CalculatedRange
@@ -18,7 +19,7 @@ from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from .changed_tensors import Effect, changed, rewritten
-from .merge_plan import LoraPlan, Merge, plan_loras
+from .merge_plan import LoraPlan, Merge, check_numbers, plan_loras
 from .merged_files import OutputTree, output_tree
 from .read_formats import holds_lora
 from .stability_format import DEFAULT_FILTERS
@@ -28,6 +29,7 @@ MERGED_KEY = "cascadekit.merged_loras"
 PICKLED_PREFIX = "state_dict."  # the dictionary in which trainers pickle a checkpoint's tensors
 
 
+@known_keywords
 def merge_loras(
     checkpoint: str | Path,
     loras: Sequence[str | Path],
@@ -61,7 +63,10 @@ def merge_loras(
         >>> done = merge_loras("stage_c.safetensors", ["style.safetensors"], "merged.safetensors", strengths=[0.8])
         >>> print(f"{len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
     """
-    source, target = local_path(checkpoint, say), Path(output)
+    target = Path(output)
+    check_output(target, force=force)
+    check_numbers(loras, strengths, text_encoder_strengths, alpha)
+    source = local_path(checkpoint, say)
     loras = [local_path(lora, say) for lora in loras]
     apart = local_path(text_encoder, say) if text_encoder is not None else None
     if source.is_file() and holds_lora(source):
@@ -80,8 +85,8 @@ def merge_loras(
     record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
     sources = [*model.sources, *map(Path, loras)]
     files = output_tree(source, apart, target)
+    check_output(target, force=force, sources=sources, files=_names(plan, files))
     if on_plan:
-        check_output(target, force=force, sources=sources, files=_names(plan, files))
         on_plan(_forecast(plan, files, target, [Path(lora) for lora in loras]))
     effects, skipped = _write(plan, files, target, sources=sources, record=record, force=force, start_file=start_file)
     return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))

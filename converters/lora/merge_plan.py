@@ -1,5 +1,6 @@
 """Plans a merge: the changes that LoRAs make to the tensors of a checkpoint."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ def plan_loras(
 
     Raises UsageError when no component can be merged into, and LayoutError when a LoRA is not for these networks.
     Raises ConversionError when no part of the LoRAs applies, or a LoRA cannot be taken out again."""
+    check_numbers(loras, strengths, text_encoder_strengths, alpha)
     plan = LoraPlan({stage: components[stage] for stage in MERGED_STAGES if stage in components})
     if not plan.components:
         raise UsageError(f"{source}: expected a prior (stage C), a decoder (stage B) or a text encoder to merge into")
@@ -109,12 +111,22 @@ def plan_loras(
     return plan
 
 
-def _strengths(
-    loras: Sequence[str | Path], strengths: Sequence[float], for_text: Sequence[float]
-) -> list[tuple[float, float]]:
+def check_numbers(
+    loras: Sequence[str | Path], strengths: Sequence[float], for_text: Sequence[float], alpha: float | None = None
+) -> None:
+    """Raise UsageError for another number of strengths than of LoRAs, and for numbers that are not finite."""
     for name, given in (("strength", strengths), ("text encoder strength", for_text)):
         if given and len(given) != len(loras):
             raise UsageError(f"expected one {name} for each LoRA ({len(loras)}), found {len(given)}")
+        if not all(map(math.isfinite, given)):
+            raise UsageError(f"{name} {', '.join(map(str, given))}: expected finite numbers, such as 0.8")
+    if alpha is not None and not math.isfinite(alpha):
+        raise UsageError(f"alpha {alpha}: expected a finite number, such as 16")
+
+
+def _strengths(
+    loras: Sequence[str | Path], strengths: Sequence[float], for_text: Sequence[float]
+) -> list[tuple[float, float]]:
     plain = list(strengths) or [1.0] * len(loras)
     return list(zip(plain, for_text or plain, strict=True))
 

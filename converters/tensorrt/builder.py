@@ -15,14 +15,15 @@ from ...schemas.errors import EngineError
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.manifest import Manifest
 from ...schemas.messages import require_known
-from ...schemas.plan_entries import PlanEntry
+from ...schemas.plan_entries import DeviceEntry, PlanEntry
 from ...schemas.stages import Stage
 from ...schemas.targets import AOTINDUCTOR
 from ...storage.atomic_output import BUILDING, scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
 from ...storage.file_sizes import sizes_of
+from ...storage.output_rules import require_writable
 from . import plan_cache as cache
-from .backend import find_backend
+from .backend import Backend, find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room
 from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
@@ -93,8 +94,7 @@ def _planned(bundle: Bundle, options: BuildOptions) -> list[PlanToBuild]:
         from ..aotinductor.packages_to_build import packages_to_build
 
         return packages_to_build(bundle, options)
-    backend = find_backend(options.backend)
-    device = None if backend.builds_for_others else present_device()
+    backend, device = require_machine(options)
     return plans_to_build(bundle, options, backend.version, device)
 
 
@@ -104,6 +104,16 @@ def _estimated(planned: PlanToBuild) -> Estimate:
 
         return estimate_package(planned)
     return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+
+
+def require_machine(options: BuildOptions) -> tuple[Backend, DeviceEntry | None]:
+    """TensorRT, and the GPU that it builds for if it builds for no other.
+
+    Raises EngineError where one of them is lacking, UsageError for a cache that cannot be written."""
+    if options.cache is not None:
+        require_writable(Path(options.cache))
+    backend = find_backend(options.backend)
+    return backend, None if backend.builds_for_others else present_device()
 
 
 def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:

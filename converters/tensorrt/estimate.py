@@ -13,11 +13,11 @@ from pathlib import Path
 
 import onnx
 
+from ...runtime.memory.free_memory import free_memory
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import CONDITIONING
 from ...schemas.precision import Precision
 from ..export.graph_files import DTYPES, load_graph
-from .process_memory import byte_fields
 
 MIB = 1 << 20
 MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 130 * MIB, 0.34 * MIB, 1.33
@@ -27,8 +27,6 @@ SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.009, 6e-9
 # Kernels are compiled for each profile; the profiles share the weights.
 PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 18_000
 SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -87,20 +85,3 @@ def require_room(what: str, needed: Iterable[Estimate], folder: Path, *, memory:
         raise EngineError(
             f"{folder}: the plans take about {room / 1e9:.1f} GB of disk, {on_disk / 1e9:.1f} GB are free; make room"
         )
-
-
-def free_memory() -> int | None:
-    """Bytes that the machine and the process's control group leave free; None when the system does not report them."""
-    machine = byte_fields(Path("/proc/meminfo")).get("MemAvailable")
-    return min((found for found in (machine, _group_free()) if found is not None), default=None)
-
-
-def _group_free() -> int | None:
-    """Bytes that a container's memory limit leaves free; pages of files count as free."""
-    try:
-        limit = (CGROUP / "memory.max").read_text(encoding="utf-8").strip()
-        used = int((CGROUP / "memory.current").read_text(encoding="utf-8"))
-        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) - used + int(statistics.get("inactive_file", 0))

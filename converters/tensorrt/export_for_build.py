@@ -10,6 +10,7 @@ from ...schemas.stages import Stage
 from ...schemas.targets import ALONE, AOTINDUCTOR
 from ..export.export import export
 from ..export.export_options import ExportOptions, Fp16Safe
+from .builder import require_machine
 from .plans_to_build import BuildOptions, require_targets
 
 
@@ -29,11 +30,14 @@ def export_for_build(
     Without `precision` the graphs compute in bf16, or in fp16 when sm75 is among the targets, which has no bf16. For
     AOTInductor on the CPU they compute in fp32. A prior in fp16 for TensorRT is exported with ``fp16_safe="auto"``.
 
-    Raises UsageError, before anything is written, for targets that cannot run graphs of that precision."""
+    Raises UsageError, before anything is written, for targets that cannot run graphs of that precision, and EngineError
+    without TensorRT."""
     packages = options.backend == AOTINDUCTOR
     usual = Precision.FP32 if packages and options.device == "cpu" else Precision.BF16
     computed = precision or (Precision.FP16 if ALONE in options.targets else usual)
     require_targets(options, computed)
+    if not packages:
+        require_machine(options)
     measured = not packages and computed is Precision.FP16 and Stage.PRIOR in (options.stages or (Stage.PRIOR,))
     safe: Fp16Safe = "auto" if measured else None
     wanted = ExportOptions(

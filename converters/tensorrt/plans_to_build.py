@@ -11,7 +11,7 @@ from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ...schemas.manifest import MAIN_GRAPH, FileEntry, StageEntry
-from ...schemas.messages import changed_fields
+from ...schemas.messages import changed_fields, known_fields
 from ...schemas.plan_entries import DeviceEntry, PlanSource, ProfileEntry
 from ...schemas.precision import Precision, Target
 from ...schemas.profiles import DEFAULT, Bounds, profile_for
@@ -27,6 +27,7 @@ from .worker_request import WorkerRequest
 PLANS = "plans"  # folder of a stage's plans
 
 
+@known_fields
 @dataclass(frozen=True, repr=False)
 class BuildOptions:
     """The options of `build`.

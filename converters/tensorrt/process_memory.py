@@ -15,16 +15,6 @@ MAPS = Path("/proc/self/maps")
 INTERVAL = 0.03  # seconds; a page that is read again comes from the system's cache
 
 
-def byte_fields(path: Path) -> dict[str, int]:
-    """The sizes in a file such as /proc/meminfo or /proc/PID/status, in bytes by name; empty without that file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
-
-
 def release_pages(folder: Path) -> None:
     """Start a thread that gives back the pages which this process reads of mapped files in `folder`.
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ...runtime.memory.free_memory import byte_fields
 from .backend import MESSAGES, Backend, find_backend, logger_of
-from .process_memory import byte_fields, release_pages
+from .process_memory import release_pages
 from .worker_request import WorkerRequest
 
 PR_SET_PDEATHSIG = 1

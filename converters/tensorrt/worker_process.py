@@ -13,8 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
+from ...runtime.memory.free_memory import byte_fields
 from ...schemas.errors import EngineError
-from .process_memory import byte_fields
 from .worker_request import WorkerRequest
 
 INTERVAL = 0.25  # seconds between two reports of progress

@@ -18,6 +18,7 @@ from ...converters.checkpoints.open_model import Model, open_model
 from ...schemas.callbacks import Progress, StartFile
 from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import UsageError
+from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import TensorRange
@@ -113,6 +114,7 @@ class CheckpointComparison:
         }
 
 
+@known_keywords
 def compare_checkpoints(
     found: str | Path | Model,
     expected: str | Path | Model,

@@ -12,7 +12,7 @@ from ...converters.checkpoints.open_model import Model
 from ...runtime.engines.pytorch.device import HOST
 from ...runtime.engines.pytorch.tensors import TORCH_DTYPES, LazyTensors, read_tensor
 from ...schemas.config_json import to_json
-from ...schemas.errors import LayoutError, UsageError, reraise_interrupt
+from ...schemas.errors import LayoutError, MissingPackageError, UsageError, reraise_interrupt
 from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from . import load_reference
@@ -50,7 +50,8 @@ def independent_engine(
 ) -> TorchEngine:
     """The networks of diffusers and transformers with the model's weights: code that is not ours.
 
-    Raises UsageError when the model lacks a stage, diffusers has no network for one, or a library is not installed."""
+    Raises UsageError when the model lacks a stage or diffusers has no network for one, MissingPackageError when a
+    library is not installed."""
     strange = [stage for stage in stages if stage not in INDEPENDENT]
     if strange:
         raise UsageError(
@@ -62,7 +63,7 @@ def independent_engine(
             import_module(library)
     except ImportError as error:
         reraise_interrupt(error)
-        raise UsageError(f"{library} is not installed: pip install diffusers transformers") from error
+        raise MissingPackageError(f"{library} is not installed: pip install diffusers transformers") from error
     components = {stage: model.component(stage) for stage in stages}
     loaders = {
         stage: _independent_loader(component, TORCH_DTYPES[dtype], device) for stage, component in components.items()

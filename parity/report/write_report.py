@@ -11,7 +11,7 @@ from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
 from ...schemas.report import ImageEntry, ParityReport, StageFacts
 from ...storage.atomic_file import whole_file
-from ...storage.output_rules import require_apart, require_free
+from ...storage.output_rules import require_apart, require_free, require_writable
 from ..image_metrics import ssim, window
 from ..results import Report
 from .circumstances import Circumstances
@@ -66,6 +66,7 @@ def check_report_names(paths: Sequence[Path], *, force: bool, sources: Sequence[
             raise UsageError(f"{path}: there is no folder {path.parent} to write it in; make it first")
         require_apart(path, sources)
         require_free(path, force=force)
+        require_writable(path)
 
 
 def write_report(path: Path, report: ParityReport, images: Images | None = None) -> None:

@@ -12,7 +12,7 @@ from ...schemas.manifest import Manifest
 from ...schemas.messages import listed_below
 from ...schemas.request import parse_request
 from ...schemas.stages import Stage
-from ...storage.output_rules import require_apart, require_none_is
+from ...storage.output_rules import require_apart, require_none_is, require_writable
 from ..cascade import Cascade
 from ..images.photo import FORMATS, OTHERS
 from ..images.png import require_free_previews
@@ -21,7 +21,7 @@ from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked
 from .file_names import DEFAULT_NAME, NameTemplate
 from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity
 from .picture_hashes import pictures_of
-from .prompt_files import read_prompt_file
+from .prompt_files import PromptFile, read_prompt_file
 
 LOG_NAME = "log.jsonl"
 SHOWN = 20  # problems that a message lists
@@ -66,6 +66,16 @@ class BatchCounts:
     left_out: int
 
 
+@dataclass(frozen=True)
+class BatchDraft:
+    """A batch as `draft_batch` plans it: the file, the seed of its first entry, and the jobs with `manifest`."""
+
+    file: PromptFile
+    seed: int
+    manifest: Manifest
+    plan: BatchPlan
+
+
 class BatchObserver:
     """Follows a batch: its methods are called as the batch proceeds. They do nothing; override those of interest.
 
@@ -89,12 +99,14 @@ def generate_batch(
     settings: BatchSettings,
     defaults: Mapping[str, Any] | None = None,
     observer: BatchObserver | None = None,
+    *,
+    draft: BatchDraft | None = None,
 ) -> BatchCounts:
     """Generate the images of a file of prompts that are not there yet, and count how each of them ended.
 
     `defaults` are fields of a request, such as "prior_steps" or "seed", for the entries that leave them out. Without a
     seed, the seed of the last batch in the same log is used, else a random one. A job that fails is counted and does
-    not stop the others.
+    not stop the others. `draft` is that of `draft_batch` for the same settings and defaults, if it was called before.
 
     Raises UsageError before anything is generated: for wrong entries (unless `keep_going`), for files in the way
     (unless `force`), and for outputs that would replace an input. Raises CascadeError when an image or the log cannot
@@ -103,19 +115,17 @@ def generate_batch(
     Example: `generate_batch(cascade, BatchSettings(Path("prompts.txt"), Path("images")), {"prior_steps": 10})`"""
     given = dict(defaults or {})
     observer = observer or BatchObserver()
-    seed, plan = _plan(cascade, settings, given)
-    if plan.problems and not settings.keep_going:
-        todo = "nothing was generated; correct the lines, or generate the others with keep_going=True"
-        raise UsageError(
-            f"{len(plan.problems)} wrong lines in the file of prompts; {todo}:{listed_below(plan.problems, SHOWN)}"
-        )
-    _require_outputs_apart(plan.jobs, settings)
+    if draft is None:
+        draft = draft_batch(cascade.manifest, settings, given)
+    elif draft.manifest != cascade.manifest:  # LoRAs were merged since, which the keys of images tell
+        draft = _drafted(cascade.manifest, settings, given, draft.file, draft.seed)
+    plan = draft.plan
     with locked_folder(settings.output), BatchLog(settings.log_path) as log:
         if not settings.force and (others := foreign_files(plan.jobs)):
             todo = "move them away, choose another output or name, or replace what is there with force=True"
             raise UsageError(f"{len(others)} files are in the way; {todo}:{listed_below(others, SHOWN)}")
         started = {"prompts": str(settings.prompt_file), "bundle": str(settings.bundle), "images": len(plan.jobs)}
-        log.write("started", {**started, "base_seed": seed, **_used(cascade, given)})
+        log.write("started", {**started, "base_seed": draft.seed, **_used(cascade, given)})
         log.write("failed", *({"error": problem} for problem in plan.problems))
         observer.planned(plan)
         runner = BatchRunner(
@@ -140,36 +150,40 @@ def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver)
     return counts
 
 
-def check_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that no line of the file could make right, before the cascade is opened."""
+def draft_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[str, Any]) -> BatchDraft:
+    """Read the file of prompts and plan its images, before a cascade with this manifest is opened.
+
+    Raises UsageError for wrong entries (unless `keep_going`), and for an output that would replace an input or cannot
+    be written."""
     _require_folder(settings.output)
     NameTemplate.parse(settings.name or DEFAULT_NAME)
     parse_request({"prompt": "", "seed": 0, **defaults}, manifest.default_size)
-    if str(settings.prompt_file) != "-" and not settings.prompt_file.exists():
-        raise UsageError(f"{settings.prompt_file}: no such file; give a file of prompts, or - for standard input")
+    file = read_prompt_file(settings.prompt_file)
+    seed = defaults.get("seed", last_seed(settings.log_path))
+    return _drafted(manifest, settings, defaults, file, secrets.randbelow(1 << 32) if seed is None else seed)
 
 
 def _require_folder(output: Path) -> None:
     if output.suffix.lower() in (".png", *FORMATS, *OTHERS) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder for the images; choose another output")
+    require_writable(output)
 
 
-def _plan(cascade: Cascade, settings: BatchSettings, defaults: Mapping[str, Any]) -> tuple[int, BatchPlan]:
-    """The seed of the first entry, and the jobs."""
-    _require_folder(settings.output)
+def _drafted(
+    manifest: Manifest, settings: BatchSettings, defaults: Mapping[str, Any], file: PromptFile, seed: int
+) -> BatchDraft:
+    """The jobs of the file, whose first entry has `seed`."""
     template = NameTemplate.parse(settings.name or DEFAULT_NAME)
-    file = read_prompt_file(settings.prompt_file)
-    seed = defaults.get("seed", last_seed(settings.log_path))
-    seed = secrets.randbelow(1 << 32) if seed is None else seed
-    planner = BatchPlanner(
-        cascade.manifest,
-        settings.output,
-        template,
-        base_seed=seed,
-        images=settings.images,
-        common={name: value for name, value in defaults.items() if name not in UNSHARED},
-    )
-    return seed, planner.plan(file)
+    common = {name: value for name, value in defaults.items() if name not in UNSHARED}
+    planner = BatchPlanner(manifest, settings.output, template, base_seed=seed, images=settings.images, common=common)
+    plan = planner.plan(file)
+    if plan.problems and not settings.keep_going:
+        todo = "nothing was generated; correct the lines, or generate the others with keep_going=True"
+        raise UsageError(
+            f"{len(plan.problems)} wrong lines in the file of prompts; {todo}:{listed_below(plan.problems, SHOWN)}"
+        )
+    _require_outputs_apart(plan.jobs, settings)
+    return BatchDraft(file, seed, manifest, plan)
 
 
 def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:

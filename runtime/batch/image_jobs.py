@@ -19,8 +19,7 @@ from ...schemas.manifest import ENCODER_GRAPH, Manifest
 from ...schemas.request import Request, parse_request
 from ...schemas.stages import Stage
 from ..generate_inputs import check_settings
-from ..images.png import METADATA_KEY, parse_text
-from ..images.png_text import BEGINS, read_png_text
+from ..images.png_text import BEGINS, METADATA_KEY, read_png_text
 from ..sampling.controlnets import INPAINTING, require_control
 from ..text.prompt_weights import check_length, parse_weights
 from .file_names import NameTemplate
@@ -206,7 +205,7 @@ def output_state(job: ImageJob) -> OutputState:
         return OutputState.OTHER
     try:
         png = read_png_text(job.path, METADATA_KEY)
-        settings = parse_text(png.text)
+        settings = png.settings()
     except (OSError, ValueError):
         return OutputState.DAMAGED
     if not png.whole:

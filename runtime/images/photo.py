@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 from ...schemas.errors import UsageError
 from ...schemas.json_text import dump_json
 from ...schemas.limits import MAX_SETTINGS
+from .png_text import ImageText
 
 COMMENT = 0x9286  # EXIF's UserComment: 8 bytes that name the encoding, then the text
 ASCII = b"ASCII\0\0\0"
@@ -48,23 +49,24 @@ def is_photo(path: Path) -> bool:
         return file.read(4).startswith(tuple(BEGINS.values()))
 
 
-def read_photo_text(path: Path) -> str | None:
-    """The JSON that `write_photo` put into the file; None when there is none. The pixels are not decoded.
+def read_photo_text(path: Path) -> ImageText:
+    """The size, and the JSON that `write_photo` put into the file if there is any. The pixels are not decoded.
 
     Raises OSError when the file cannot be read, ValueError when its EXIF data are damaged or too long."""
     try:
         with catch_warnings(action="ignore"), Image.open(path, formats=list(BEGINS)) as image:
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(COMMENT)
+            size = image.size
     except (OSError, ValueError):
         raise
     except (Image.DecompressionBombError, ArithmeticError, LookupError, SyntaxError, TypeError, struct.error) as error:
         raise ValueError(f"its EXIF data are damaged: {error}") from error
     content = comment if isinstance(comment, bytes) else b""
     if not content.startswith(ASCII + MARK):
-        return None
+        return ImageText(*size, None)
     if len(content) > MAX_SETTINGS:
         raise ValueError(f"settings of {len(content)} bytes; expected at most {MAX_SETTINGS}")
-    return content[len(ASCII + MARK) :].decode("ascii")
+    return ImageText(*size, content[len(ASCII + MARK) :].decode("ascii"))
 
 
 def _ascii(text: str) -> bytes:

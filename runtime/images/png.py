@@ -15,14 +15,13 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ...schemas.errors import UsageError
-from ...schemas.json_text import dump_json, load_json
+from ...schemas.json_text import dump_json
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
-from ...storage.output_rules import locate, require_apart, require_free
+from ...storage.output_rules import locate, require_apart, require_free, require_writable
 from ..engines.protocol import F32
 from .photo import FORMATS, OTHERS, is_photo, read_photo_text, write_photo
-from .png_text import read_png_text
+from .png_text import METADATA_KEY, read_png_text
 
-METADATA_KEY = "cascadekit"
 PREVIEW_KEY = "cascadekit.preview"
 MOST_DIGITS = 9  # of an image's number; a longer name is no number
 
@@ -113,13 +112,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, JPEG or WebP, or its settings are no
     JSON."""
-    return parse_text(read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY).text)
-
-
-def parse_text(text: str | None) -> dict[str, Any] | None:
-    """The settings in the text of such a chunk. Raises ValueError when the text is no JSON."""
-    found = None if text is None else load_json(text)
-    return found if isinstance(found, dict) else None
+    return (read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY)).settings()
 
 
 def require_settings(path: Path) -> dict[str, Any]:
@@ -143,7 +136,7 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
 
     Raises UsageError when one file is named for several images, or exists without `force`. Raises it too when an image
     would be written into one of the `sources` or replace it."""
-    _require_writable(locate(output))
+    require_writable(locate(output))
     if output.suffix.lower() in (".png", *FORMATS) and not output.is_dir():
         if count > 1:
             raise UsageError(f"{output}: one file for {count} images; give a folder")
@@ -162,16 +155,6 @@ def image_paths(output: Path, count: int, *, force: bool = False, sources: Itera
     require_apart(paths[0], sources)
     remove_leftovers(output, _is_image)
     return paths
-
-
-def _require_writable(output: Path) -> None:
-    """Raise UsageError when neither `output` nor a folder for it can be made: found now, not after the first image."""
-    there = next(path for path in (output, *output.parents) if path.exists())
-    if there != output and not there.is_dir():
-        raise UsageError(f"{output}: {there} is no folder; choose another output")
-    folder = there if there.is_dir() else there.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{output}: {folder} cannot be written; choose another output")
 
 
 def _is_image(name: str) -> bool:

@@ -8,8 +8,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from ...schemas.json_text import load_json
 from ...schemas.limits import MAX_SETTINGS
 
 BEGINS, ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -17,17 +18,27 @@ MOST_CHUNKS = 1000  # before the pixels; programs write about ten
 HEADER, PIXELS, PLAIN, DEFLATED, INTERNATIONAL = b"IHDR", b"IDAT", b"tEXt", b"zTXt", b"iTXt"
 
 
+METADATA_KEY = "cascadekit"  # of the text with the settings that generated an image
+
+
 @dataclass(frozen=True)
-class PngText:
-    """Width and height in pixels, the text if there is one, and whether the file ends as a PNG does."""
+class ImageText:
+    """Width and height of an image in pixels, its text if there is one, and whether the file ends as its format does.
+
+    Only the end of a PNG is looked at."""
 
     width: int
     height: int
     text: str | None
-    whole: bool
+    whole: bool = True
+
+    def settings(self) -> dict[str, Any] | None:
+        """The settings in the text; None when there are none. Raises ValueError when the text is no JSON."""
+        found = None if self.text is None else load_json(self.text)
+        return found if isinstance(found, dict) else None
 
 
-def read_png_text(path: Path, keyword: str) -> PngText:
+def read_png_text(path: Path, keyword: str) -> ImageText:
     """The last text with that keyword before the pixels.
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, or the text is damaged or too long."""
@@ -44,7 +55,7 @@ def read_png_text(path: Path, keyword: str) -> PngText:
                 text = READERS[kind](_content(file, kind, length)[len(key) + 1 :])
         if size is None:
             raise ValueError("a PNG file without its header")
-        return PngText(*size, text, _ends(file))
+        return ImageText(*size, text, _ends(file))
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

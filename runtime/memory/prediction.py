@@ -11,12 +11,14 @@ from pathlib import Path
 
 from ...schemas.config_json import from_json
 from ...schemas.hoisted import CONDITIONING, STEP, attention_ports
+from ...schemas.layer_tensors import inverted_residuals
 from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH, Manifest
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
 from ...schemas.sizes import latent_sizes
 from ...schemas.stages import (
-    CONTROLNETS,
+    ControlNetConfig,
+    EffnetEncoderConfig,
     ImageEncoderConfig,
     NetworkConfig,
     PreviewerConfig,
@@ -56,11 +58,10 @@ AGAIN = 1.5  # the vqgan's activations from the second image on: ONNX Runtime pl
 OUTPUT = 30  # bytes for each pixel of every image that is generated together: float32 twice, and 8 bits
 
 # The stages beside the cascade, likewise in bytes.
-BACKBONE = 1095  # of the effnet encoder and of a ControlNet, for each pixel of their input
+BACKBONE = 4.6  # of the effnet encoder and of a ControlNet, for each value of `_backbone_values`
 ENCODER = 14.2  # of the vqgan's encoder, for each channel of the widest map
 PREVIEW = 700  # of the previewer, for each latent and channel
 VISION = 16  # of the image encoder, for each token of a picture and each channel between two Linears
-PICTURE_STAGES = (Stage.EFFNET_ENCODER, *CONTROLNETS)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,9 @@ def _loading(stage: Stage, policy: MemoryPolicy) -> float:
 
 
 def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
-    """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU."""
+    """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU; 0 without that graph."""
+    if Stage.PRIOR not in manifest.stages or STEP not in _graphs(manifest, Stage.PRIOR):
+        return 0
     config = from_json(Stage.PRIOR, manifest.stages[Stage.PRIOR].config)
     assert isinstance(config, UNetConfig)
     ports = manifest.stages[Stage.PRIOR].graphs[STEP].inputs
@@ -231,4 +234,22 @@ def _running(config: NetworkConfig, run: _GraphRun, settings: Settings, images: 
         case ImageEncoderConfig():
             tokens = (config.image_size // config.patch_size) ** 2 + 1
             return VISION * config.intermediate_size * tokens * run.pictures
-    return BACKBONE * prod(sizes.prior) * EFFNET_AREA if run.stage in PICTURE_STAGES else 0
+        case EffnetEncoderConfig() | ControlNetConfig():
+            return BACKBONE * _backbone_values(config) * prod(sizes.prior) * EFFNET_AREA
+    return 0
+
+
+def _backbone_values(config: EffnetEncoderConfig | ControlNetConfig) -> float:
+    """Values of all convolutions' outputs in the backbone, for each pixel of its input.
+
+    The maps differ in size, so ONNX Runtime's arena reuses few of them in its first run."""
+    area = 1 / 4  # the stem halves both sides
+    values = config.backbone_widths[0] * area
+    for block in inverted_residuals(config.backbone_widths, config.backbone_blocks):
+        before, area = area, area / block.stride**2
+        values += block.out * area
+        if not block.fused:
+            values += block.inner * (before + area)  # a 1x1, then the depthwise convolution
+        elif block.expansion > 1:
+            values += block.inner * area
+    return values + config.backbone_widths[-1] * area

@@ -15,6 +15,7 @@ from .give_back import large_blocks_given_back
 Key = tuple[Stage, str]  # a stage and one of its graphs
 
 UNITS = {"": 1 << 30, "GB": 1 << 30, "GIB": 1 << 30, "MB": 1 << 20, "MIB": 1 << 20}
+NAMES = ("auto", "resident", "staged")
 BUDGET = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
@@ -27,7 +28,9 @@ class MemoryPolicy:
     | resident | stays loaded                                                            |
     | staged   | is freed before another stage is loaded                                 |
     | budget   | is freed, the longest unused first, until the next fits into `budget` bytes |
+    | auto     | as with "resident" if all stages fit into the memory here, else "staged" |
 
+    `choose_policy.chosen_policy` turns "auto" into one of these two when a cascade is opened.
     "staged" and "budget" also load with less memory at the peak, and more slowly."""
 
     name: str
@@ -35,16 +38,18 @@ class MemoryPolicy:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read "resident", "staged" or a size such as "8 GB" (of 2^30 bytes each). Raises UsageError for other text."""
-        if text in ("resident", "staged"):
+        """Read "auto", "resident", "staged" or a size such as "8 GB" (of 2^30 bytes each).
+
+        Raises UsageError for other text."""
+        if text in NAMES:
             return cls(text)
         match = BUDGET.fullmatch(text.strip())
         if not match or match[2].upper() not in UNITS or not float(match[1]):
-            raise UsageError(f"memory {text!r}: expected resident, staged, or a size such as 8GB or 500MB")
+            raise UsageError(f"memory {text!r}: expected auto, resident, staged, or a size such as 8GB or 500MB")
         return cls("budget", int(float(match[1]) * UNITS[match[2].upper()]))
 
 
-RESIDENT, STAGED = MemoryPolicy("resident"), MemoryPolicy("staged")
+AUTO, RESIDENT, STAGED = map(MemoryPolicy, NAMES)
 
 
 class Residency:

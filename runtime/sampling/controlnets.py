@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ...schemas.control import is_control
-from ...schemas.errors import UsageError, reraise_interrupt
+from ...schemas.errors import MissingPackageError, UsageError, reraise_interrupt
 from ...schemas.manifest import Manifest
 from ...schemas.stages import Stage
 from ..engines.protocol import F32
@@ -173,7 +173,7 @@ def _opencv() -> Any:
         import cv2
     except ImportError as error:
         reraise_interrupt(error)
-        raise UsageError(
+        raise MissingPackageError(
             "control canny: OpenCV finds the edges, and is not installed: pip install 'cascadekit[control]', "
             "or give a picture of edges as the control edges=PICTURE"
         ) from error

@@ -12,8 +12,7 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
 from ..batch.picture_hashes import PICTURE_FIELDS
-from ..images.png import METADATA_KEY, parse_text
-from ..images.png_text import read_png_text
+from ..images.png_text import METADATA_KEY, read_png_text
 from .uploads import Uploads
 
 Described = dict[str, Any]
@@ -106,7 +105,7 @@ def _read(path: Path) -> Described | None:
     """Size and settings of an image, and under "odd" the names of settings that this version does not understand."""
     try:
         png = read_png_text(path, METADATA_KEY)
-        given = parse_text(png.text)
+        given = png.settings()
     except (OSError, ValueError):
         return None  # no image of ours
     if given is None or not png.whole or not 0 < png.width * png.height <= MAX_SHOWN_PIXELS:

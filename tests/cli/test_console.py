@@ -88,8 +88,8 @@ def test_quiet_json_and_both(tiny: Path, tmp_path: Path) -> None:
 
 def makers(group: LazyGroup = main, *names: str) -> list[tuple[str, ...]]:
     """The words of every command that makes something."""
-    made = ("convert", "export", "build", "generate", "verify", "demo", "lora")
-    return [(name,) for name in made if name != "lora"] + [("lora", name) for name in ("convert", "merge", "apply")]
+    made = ("convert", "export", "build", "generate", "verify", "validate", "demo", "doctor", "completion")
+    return [(name,) for name in made] + [("lora", name) for name in ("convert", "merge", "apply")]
 
 
 @pytest.mark.parametrize("words", makers(), ids=" ".join)
@@ -97,6 +97,15 @@ def test_every_command_that_makes_something_can_be_quiet_or_speak_json(words: tu
     shown = call(*words, "--help").output
     assert all(option in shown for option in ("--quiet", "--verbose", "--json"))
     assert ("--dry-run" in shown) == (words in [("convert",), ("export",), ("build",), ("lora", "merge")])
+
+
+def test_details_are_for_verbose_alone(tiny: Path, tmp_path: Path) -> None:
+    """Those of an export: the graphs of each stage; of doctor, there are none."""
+    for words in ((), ("--verbose",)):
+        command = ("export", tiny / "model", "--stage", "vqgan", "-o", tmp_path / "-".join(("bundle", *words)))
+        assert ("vqgan: fp32, graphs model, encoder, " in call(*command, *words).stderr) == bool(words)
+    assert call("doctor", "--quiet").output == ""
+    assert json.loads(call("completion", "bash", "--quiet", "--json").output)["shell"] == "bash"
 
 
 def test_dry_runs_write_nothing_and_know_the_sizes(tiny: Path, tmp_path: Path) -> None:

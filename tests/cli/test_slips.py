@@ -11,9 +11,11 @@ from click.testing import CliRunner, Result
 from PIL import ExifTags, Image
 
 from cascadekit.cli import main
+from cascadekit.converters.contents import contents_of
 from cascadekit.runtime.images.png import require_settings, save_png
 from cascadekit.runtime.text.prompt_weights import unbalanced_brackets
-from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.errors import CascadeError, UsageError
+from helpers.exif import user_comment
 
 QUICK = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--engine", "onnxruntime"]
 
@@ -56,9 +58,14 @@ def test_jpeg_and_webp_lead_to_the_same_image(tiny: Path, tmp_path: Path) -> Non
     with Image.open(png) as first, Image.open(jpeg) as second, Image.open(webp) as third:
         assert (first.format, second.format, third.format) == ("PNG", "JPEG", "WEBP")
         assert first.tobytes() == third.convert("RGB").tobytes()
-        comment = second.getexif().get_ifd(ExifTags.IFD.Exif)[0x9286]
-    assert comment.startswith(b"ASCII\0\0\0cascadekit {")
-    assert json.loads(comment.removeprefix(b"ASCII\0\0\0cascadekit "))["prompt"] == "ein Käfer \U0001f41e"
+        comments = [each.getexif().get_ifd(ExifTags.IFD.Exif)[0x9286] for each in (second, third)]
+    assert comments == [user_comment(path.read_bytes()) for path in (jpeg, webp)]
+    for path, comment in zip((jpeg, webp), comments, strict=True):
+        settings = json.loads(comment.removeprefix(b"ASCII\0\0\0cascadekit "))
+        assert settings["prompt"] == "ein Käfer \U0001f41e"
+        shown = CliRunner().invoke(main, ["inspect", str(path), "--json"])
+        found = {"path": str(path), "width": 64, "height": 64, "settings": settings}
+        assert (shown.exit_code, json.loads(shown.stdout)) == (0, found)
 
 
 @pytest.mark.parametrize("kind", ["jpg", "webp"])
@@ -73,6 +80,8 @@ def test_odd_files_are_refused_in_words(tmp_path: Path, kind: str) -> None:
         odd.write_bytes(changed[: rng.choice((len(changed), rng.randrange(len(changed))))])
         with suppress(UsageError):
             require_settings(odd)
+        with suppress(CascadeError):
+            contents_of(odd)
     Image.new("RGB", (8, 8)).save(odd)
     with pytest.raises(UsageError, match="has no settings of cascadekit"):
         require_settings(odd)

@@ -43,6 +43,7 @@ def modules(*arguments: object, program: str = PROGRAM) -> set[str]:
 def test_help_imports_no_command_and_no_heavy_library() -> None:
     loaded = modules("--help")
     assert not loaded & HEAVY
+    assert not loaded & {"dataclasses", "importlib.metadata", "hashlib", "shlex", "traceback"}
     assert {name for name in loaded if name.startswith("cascadekit")} == OF_HELP
 
 

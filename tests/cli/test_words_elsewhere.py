@@ -1,5 +1,6 @@
 """Words that people bring along from other programs are answered with those of this one."""
 
+import inspect
 from pathlib import Path
 
 import click
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 
 import cascadekit
 from cascadekit.cli import main
-from cascadekit.cli.words_elsewhere import ARGUMENTS_ELSEWHERE, OPTIONS_ELSEWHERE
+from cascadekit.cli.words_elsewhere import ARGUMENTS_ELSEWHERE, IMAGE_OPTIONS, OPTIONS_ELSEWHERE
 from cascadekit.schemas.errors import UsageError
 
 
@@ -25,6 +26,9 @@ def test_every_word_of_the_tables_leads_somewhere() -> None:
     params = [param for command in every_command(main) for param in command.params]
     options = {name for param in params if isinstance(param, click.Option) for name in param.opts}
     arguments = {param.name for param in params if isinstance(param, click.Argument)}
+    generate = main.get_command(click.Context(main), "generate")
+    assert generate is not None
+    assert set(IMAGE_OPTIONS) <= {name for param in generate.params for name in param.opts}
     assert {name for names in OPTIONS_ELSEWHERE.values() for name in names} <= options
     assert {name for names in ARGUMENTS_ELSEWHERE.values() for name in names} <= arguments
 
@@ -52,6 +56,15 @@ def test_every_word_of_the_tables_leads_somewhere() -> None:
         (["convert", "m", "-o", "b", "--to", "original", "--precision", "fp16"], "here it is --dtype."),
         (["lora", "merge", "m", "l", "-o", "x", "--scale", "2"], "here it is --strength."),
         (["generate", "b", "x", "--prior-stepz", "2"], "--prior-steps"),
+        (["demo", "--steps", "4"], "--steps: `cascadekit generate` has --prior-steps or --decoder-steps."),
+        (["demo", "--prompt", "x"], "give PROMPT as an argument, without an option."),
+        (["ui", "b", "--width", "64"], "--width: `cascadekit generate` has --size."),
+        (["ui", "b", "--num_inference_steps", "4"], "`cascadekit generate` has --prior-steps or --decoder-steps."),
+        (["export", "m", "-o", "b", "--guidance_scale", "4"], "`cascadekit generate` has --prior-guidance or"),
+        (["verify", "b", "--against", "m", "--height", "64"], "here it is --size WxH."),
+        (["verify", "b", "--against", "m", "--seed", "1"], "--seed: `cascadekit generate` has --seed."),
+        (["build", "b", "--fp16"], "here it is --precision."),
+        (["inspect", "b", "--force"], "No such option '--force'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -71,11 +84,35 @@ def test_options(arguments: list[str], words: str) -> None:
         ("verify", ("b",), "reference_model", "against"),
         ("verify", ("b",), "bisekt", "bisect"),
         ("build", ("b",), "arch", "targets"),
+        ("apply_loras", ("b", ["l"]), "weight", "strengths"),
+        ("compare_checkpoints", ("a", "b"), "stage", "stages"),
+        ("convert_lora", ("l", "o", "kohya"), "overwrite", "force"),
+        ("inspect_lora", ("l",), "reference_model", "against"),
+        ("make_demo", ("d",), "generator", "seed"),
+        ("merge_loras", ("m", ["l"], "o"), "lora_scale", "strengths"),
+        ("record_reference", ("b", "m", "r"), "stage", "stages"),
+        ("validate", ("b",), "hsah", "hash"),
+        ("with_loras", ("b", []), "cach", "cache"),
+        ("Settings", (64, 64), "guidance_scale", "prior_guidance or decoder_guidance"),
+        ("ExportOptions", (), "dtype", "precision"),
+        ("BuildOptions", (), "arch", "targets"),
     ],
 )
 def test_keywords(function: str, arguments: tuple[str, ...], keyword: str, meant: str) -> None:
     with pytest.raises(UsageError, match=rf"^{function}: {keyword}: unknown, did you mean {meant}\?$"):
         getattr(cascadekit, function)(*arguments, **{keyword: 1})
+
+
+def test_every_public_function_refuses_an_unknown_keyword() -> None:
+    """With a UsageError; so does each dataclass of options."""
+    plain = {"inspect", "to_images", "undo_loras"}  # they have no keywords
+    for name in cascadekit.__all__:
+        found = getattr(cascadekit, name)
+        if inspect.isfunction(found) and name not in plain:
+            needed = [each for each in inspect.signature(found).parameters.values() if each.default is each.empty]
+            given = ["x"] * len([each for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD])
+            with pytest.raises(UsageError, match="num_inference_steps: unknown"):
+                found(*given, num_inference_steps=1)
 
 
 def test_keywords_of_open() -> None:

@@ -1,6 +1,7 @@
 """What the example model generates, through ONNX Runtime, as the judge sees it.
 
-docs/example-model.md has the shares over many more pictures. The limits here lie about three standard deviations below them.
+docs/example-model.md has the shares over many more pictures. The limits here lie about three standard deviations below
+them.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ from cascadekit.runtime.sampling.controlnets import (
     summed,
 )
 from cascadekit.schemas.control import control_ports
-from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.errors import MissingPackageError, UsageError
 from cascadekit.schemas.manifest import Manifest, parse_manifest
 from cascadekit.schemas.ports import Port, ports_of
 from cascadekit.schemas.request import parse_request
@@ -116,7 +116,8 @@ def test_edges_are_taken_as_they_are() -> None:
 
 def test_canny_without_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UsageError, match=r"OpenCV .* pip install 'cascadekit\[control\]', or give .* edges=PICTURE"):
+    words = r"OpenCV .* pip install 'cascadekit\[control\]', or give .* edges=PICTURE"
+    with pytest.raises(MissingPackageError, match=words):
         control_image("canny", photo(192, 128), SIZE)
     assert control_image("edges", photo(192, 128), SIZE).shape == (1, 1, 128, 192)
 

@@ -16,8 +16,8 @@ from cascadekit import Cascade, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.runtime.engines import openvino
-from cascadekit.runtime.engines.engine_table import ENGINES, make_engine
+from cascadekit.runtime.engines import engine_table, openvino
+from cascadekit.runtime.engines.engine_table import ENGINES, EngineChoice, make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
 from cascadekit.runtime.engines.pytorch import device
@@ -107,7 +107,10 @@ def test_openvino_refuses_bf16_graphs_on_a_cpu_without_bf16(
     engine.load(Stage.VQGAN).close()
 
 
-def test_auto_takes_bf16_where_the_cpu_has_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_bf16_where_the_cpu_has_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
+) -> None:
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
     bundle = open_bundle(tiny / "bundle")
     monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
     for has, name in ((True, "openvino-bf16"), (False, "onnxruntime")):
@@ -118,7 +121,10 @@ def test_auto_takes_bf16_where_the_cpu_has_it(tiny: Path, monkeypatch: pytest.Mo
         make_engine("auto", bundle, "cuda")
 
 
-def test_auto_does_without_openvino(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_does_without_openvino(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
+) -> None:
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
     assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"

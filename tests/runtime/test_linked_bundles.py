@@ -13,7 +13,8 @@ from cascadekit import Cascade, Settings
 from cascadekit.converters.export.validate import validate
 from cascadekit.converters.lora.merge_bundle import apply_loras, derive_bundle
 from cascadekit.parity.verdict import record_verdict
-from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines import engine_table, openvino
+from cascadekit.runtime.engines.engine_table import EngineChoice, make_engine
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.manifest import VerdictEntry
 from cascadekit.schemas.stages import Stage
@@ -82,7 +83,7 @@ def test_validate_finds_it_sound(snapshot: Path) -> None:
 
 
 def test_a_folder_of_real_files_is_made_where_one_can_be(
-    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     graph = snapshot / "prior/model.onnx"
     with without_links(graph) as path:
@@ -100,6 +101,8 @@ def test_a_folder_of_real_files_is_made_where_one_can_be(
     with without_links(graph) as path:
         assert path == graph
     assert not can_do_without(graph)
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: True)
     assert make_engine("auto", open_bundle(snapshot)).name == "onnxruntime"
 
 

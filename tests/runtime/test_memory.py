@@ -8,16 +8,18 @@ from pathlib import Path
 import onnx
 import pytest
 
-from cascadekit import Settings, export
-from cascadekit.runtime.memory import prediction
+from cascadekit import Cascade, Settings, export
+from cascadekit.runtime.memory import choose_policy, free_memory, prediction
+from cascadekit.runtime.memory.choose_policy import chosen_policy
 from cascadekit.runtime.memory.prediction import OUTPUT, PROCESS, Peak, _kept, loaded_bytes, predict_peak
-from cascadekit.runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
+from cascadekit.runtime.memory.residency import AUTO, RESIDENT, STAGED, MemoryPolicy
 from cascadekit.runtime.sampling import loop
-from cascadekit.schemas.config_json import to_json
+from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.stages import PRESETS, Stage, Variant
+from cascadekit.schemas.stages import PRESETS, EffnetEncoderConfig, Stage, Variant
 from cascadekit.storage.bundle import Bundle, open_bundle
+from helpers.whole import Whole
 
 SETTINGS = Settings(1024, 1024)
 CASCADE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
@@ -129,3 +131,60 @@ def test_a_peak_on_a_gpu(bundle: Bundle) -> None:
     assert sum(parts) + sum(others) < peak_bytes < sum(parts) + sum(others) + 4e9
     assert _kept(manifest, SETTINGS, 1) == pytest.approx(67e6, rel=0.01)
     assert _kept(of_real_size(bundle, Variant.FULL, Precision.FP16), SETTINGS, 1) == pytest.approx(178e6, rel=0.01)
+
+
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit less what is used, pages of files apart, as the kernel's cgroup-v2 documentation has them."""
+    content = {"max": "3000000000\n", "current": "1000000000\n", "stat": "anon 1\ninactive_file 5\n"}
+    for name, text in content.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    assert free_memory.free_memory() == 2_000_000_005
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (free_memory.free_memory() or 0) > 0
+
+
+def test_auto_keeps_all_stages_where_they_fit(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits are those that the docs name: half of the free memory, four fifths of the GPU's."""
+    lite = of_real_size(bundle, Variant.LITE, Precision.FP16)
+    for device, share, place in (("cpu", 0.5, "free_memory"), ("cuda", 0.8, "_gpu_memory")):
+        settings = Settings(*lite.default_size)
+        needed = predict_peak(lite, RESIDENT, settings, 1, choose_policy.EVERYTHING, device=device, process=8 << 20)
+        for memory, policy in ((needed.nbytes / share + 1, RESIDENT), (needed.nbytes / share - 1e6, STAGED)):
+            monkeypatch.setattr(choose_policy, place, lambda memory=memory: memory)
+            assert chosen_policy(AUTO, lite, device) == policy
+            assert chosen_policy(STAGED, lite, device) == STAGED
+    monkeypatch.setattr(choose_policy, "free_memory", lambda: None)  # a system that does not say
+    assert chosen_policy(AUTO, lite, "cpu") == STAGED
+
+
+def test_a_cascade_opens_with_the_policy_that_fits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, policy in ((1 << 40, RESIDENT), (1 << 20, STAGED)):
+        monkeypatch.setattr(choose_policy, "free_memory", lambda memory=memory: memory)
+        with Cascade.open(bundle.root, threads=1) as cascade:
+            assert cascade.residency.policy == policy
+
+
+def test_a_prior_without_parts_keeps_nothing_on_the_gpu(tiny: Path, tmp_path: Path) -> None:
+    """Such a bundle was refused with a KeyError: only graphs of a conditioning and of a step leave keys and values."""
+    export(tiny / "model", tmp_path / "vqgan", stages=[Stage.VQGAN])
+    manifest = open_bundle(tmp_path / "vqgan").manifest
+    assert predict_peak(manifest, STAGED, SETTINGS, 1, device="cuda").stage is Stage.VQGAN
+
+
+def test_a_backbone_counts_what_its_convolutions_return(whole: Whole) -> None:
+    """As onnx infers the shapes in the exported graph, without the 1x1 maps of squeeze-excitation."""
+    opened, side = open_bundle(whole.bundle), 256
+    model = onnx.load(opened.graph(Stage.EFFNET_ENCODER, "model"), load_external_data=False)
+    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, 3, side, side), strict=True):
+        dim.dim_value = size
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    convolutions = [shapes[node.output[0]] for node in inferred.node if node.op_type == "Conv"]
+    counted = sum(math.prod(shape) for shape in convolutions if shape[-1] > 1) / side**2
+    config = from_json(Stage.EFFNET_ENCODER, opened.entry(Stage.EFFNET_ENCODER).config)
+    assert isinstance(config, EffnetEncoderConfig)
+    assert prediction._backbone_values(config) == pytest.approx(counted, rel=0.02)

@@ -57,7 +57,7 @@ given = {
 }
 controls = (Stage.CONTROLNET_CANNY,) if "control" in wanted else ()
 extras = Extras(wanted.count("prompt"), "init" in wanted, False, controls, "preview" in wanted)
-with Cascade.open(bundle, memory=memory) as cascade:
+with Cascade.open(bundle, engine="onnxruntime", memory=memory) as cascade:
     policy = cascade.residency.policy
     predicted = predict_peak(cascade.manifest, policy, settings, images, extras, process=process_bytes())
     show = (lambda stage, step: step.preview() if stage is Stage.PRIOR else None) if "preview" in wanted else print

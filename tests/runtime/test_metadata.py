@@ -8,7 +8,8 @@ from click.testing import CliRunner
 from PIL import Image, PngImagePlugin
 
 from cascadekit.cli import main
-from cascadekit.runtime.images.png import METADATA_KEY, read_settings
+from cascadekit.runtime.images.png import read_settings
+from cascadekit.runtime.images.png_text import METADATA_KEY
 
 SMALL = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--seed", "0", "--threads", "1"]
 AGAIN = ["--threads", "1", "--engine", "onnxruntime", "--force"]

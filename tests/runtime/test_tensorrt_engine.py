@@ -13,7 +13,6 @@ from cuda.bindings import runtime as real_cuda
 
 from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
-from cascadekit.runtime.engines import openvino
 from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.tensorrt import cuda
@@ -502,7 +501,6 @@ def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: py
     trt.__version__ = "1.8.0.0"
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):
         make_engine("auto", bundle, "cuda")
-    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     assert make_engine("auto", bundle).name == "onnxruntime"
 
 

@@ -202,7 +202,7 @@ def _judge(job: Job) -> None:
     folder.mkdir(exist_ok=True)
     export(job.runs / "original", bundle, force=True)
     asked = scenes_to_ask(job.steps or 48)
-    with Cascade.open(bundle) as cascade:
+    with Cascade.open(bundle, engine="onnxruntime") as cascade:
         shares = judge_cascade(cascade, asked)
         for kind, scenes in asked.items():
             pictures = [Image.fromarray(picture) for picture in generated(cascade, scenes)]

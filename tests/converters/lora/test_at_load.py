@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.converters.lora import merge_bundle as bundle
 from cascadekit.converters.lora.bundle_cache import find_lora, with_loras
-from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, UsageError
+from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, MissingPackageError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 from cascadekit.storage.user_cache import user_cache
@@ -114,7 +114,7 @@ def test_merged_once_and_found_again(plain: Path, tmp_path: Path, monkeypatch: p
     assert with_loras(plain, [(str(one), 0.5), ("two.safetensors", -1.5)]) == made
     assert with_loras(plain, []) == plain
     with pytest.raises(
-        UsageError, match=r"the onnx package, which is not installed: pip install 'cascadekit\[export\]'"
+        MissingPackageError, match=r"the onnx package, which is not installed: pip install 'cascadekit\[export\]'"
     ):
         with_loras(plain, [(one, 0.25)])
 

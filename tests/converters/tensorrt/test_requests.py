@@ -112,17 +112,6 @@ def test_too_little_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the plans take about 0.0 GB of disk, 0.0 GB are free" in words
 
 
-def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit less what is used, pages of files apart, as the kernel's cgroup-v2 documentation has them."""
-    content = {"max": "3000000000\n", "current": "1000000000\n", "stat": "anon 1\ninactive_file 5\n"}
-    for name, text in content.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(estimate, "CGROUP", tmp_path)
-    assert estimate.free_memory() == 2_000_000_005
-    (tmp_path / "memory.max").write_text("max\n")
-    assert (estimate.free_memory() or 0) > 0
-
-
 def test_weights_that_moved(bundle: Path) -> None:
     (bundle / "prior/weights.safetensors").rename(bundle / "weights.safetensors")
     words = refused(1, bundle, "--arch", "sm89", "--stage", "prior")
