@@ -8,6 +8,8 @@ NaNs of torch are the same except in BF16: there its kernels give 0x7FC0 or 0xFF
 
 fp8 is read but not written. Each fp8 value is a float32 value, so it is multiplied by its scale in float32 and rounded
 once. The 256 values are looked up in a table, which is 5 times as fast as the cast of ml_dtypes.
+
+GGUF's blocks are unpacked to float32 and then cast, or packed from float32 (see `gguf_blocks`).
 """
 
 import math
@@ -17,8 +19,10 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
+from ..schemas.block_types import BLOCK_TYPES, WRITTEN
 from ..schemas.dtypes import DTYPES, FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
+from .gguf_blocks import pack, unpack
 
 Array = NDArray[Any]
 
@@ -40,12 +44,12 @@ def target_dtype(source: str, wanted: str | None) -> str:
         return source
     if wanted not in FLOATS:
         raise UsageError(f"dtype={wanted!r}: expected one of {', '.join(FLOATS)}")
-    return wanted if source.startswith(("F", "BF")) else source
+    return wanted if source.startswith(("F", "BF")) or source in BLOCK_TYPES else source
 
 
 def castable(source: str, target: str) -> bool:
     """True when `cast_block` can cast from `source` to `target`."""
-    return source in (*FLOATS, *FP8) and target in FLOATS
+    return source in (*FLOATS, *FP8, *BLOCK_TYPES) and target in (*FLOATS, *WRITTEN)
 
 
 class Cast(NamedTuple):
@@ -67,9 +71,15 @@ def cast_block(data: bytes | memoryview, source: str, target: str) -> tuple[Arra
 
 
 def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.float32 | None = None) -> Cast:
-    """Cast like `cast_block`; each value is multiplied by `scale` in float32 before it is rounded."""
+    """Cast like `cast_block`; each value is multiplied by `scale` in float32 before it is rounded.
+
+    Blocks of GGUF are an array of bytes. Raises ConversionError for values to pack that are not finite."""
     if not castable(source, target):
         raise ConversionError(f"{source} cannot become {target}; choose one of {', '.join(FLOATS)}")
+    if source in BLOCK_TYPES:
+        data, source = memoryview(unpack(np.frombuffer(data, np.uint8), source)).cast("B"), "F32"
+    if target in BLOCK_TYPES:
+        return _pack(cast_counted(data, source, "F32", scale).values, target)
     values = np.frombuffer(data, DTYPES[source].numpy)
     if source == target and scale is None:
         return Cast(values, 0, 0)
@@ -85,6 +95,13 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
             counts = _cast(values[part], out[part], room, source=source, target=target, scale=scale)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
     return Cast(out, overflow, not_finite)
+
+
+def _pack(values: Array, target: str) -> Cast:
+    if not np.isfinite(values).all():
+        raise ConversionError(f"holds NaN or infinities, which blocks of {target} cannot; write it as float")
+    packed = pack(values, target)
+    return Cast(packed, 0, 0)
 
 
 def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:

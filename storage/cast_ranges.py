@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..schemas.block_types import BLOCK_TYPES, count_of, nbytes_of
 from ..schemas.callbacks import Progress
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import ConversionError
@@ -89,15 +90,15 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterato
 
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
-    """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input, at least one value."""
+    """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input or of float32, at least one value."""
     source = placed.range
-    limit = max(1, CAST_BLOCK // DTYPE_SIZES[source.dtype])
+    limit = CAST_BLOCK // (4 if {source.dtype, placed.dtype} & {*BLOCK_TYPES} else DTYPE_SIZES[source.dtype])
     work = _Work(placed, read_scale(source), target)
     if source.transposed:
         for rows, columns in _tiles(source.shape, limit):
             yield partial(_transpose_tile, work, rows, columns)
     else:
-        for span in _cuts(source.nbytes // DTYPE_SIZES[source.dtype], limit):
+        for span in _cuts(count_of(source.dtype, source.nbytes), limit):
             yield partial(_cast_span, work, span)
 
 
@@ -146,12 +147,16 @@ class _Work:
 
 
 def _cast_span(work: _Work, span: range) -> Done:
-    """Cast the values whose numbers are in `span`."""
-    source, size = work.placed.range, DTYPE_SIZES[work.placed.range.dtype]
+    """Cast the values whose numbers are in `span`, which begins and ends with a block."""
+    source, dtype = work.placed.range, work.placed.dtype
+    start, nbytes = nbytes_of(source.dtype, span.start), nbytes_of(source.dtype, len(span))
     with source.path.open("rb", buffering=0) as file:
-        data = read_exactly(file, source.offset + span.start * size, len(span) * size)
-    values, overflow, not_finite = cast_counted(data, source.dtype, work.placed.dtype, work.scale)
-    write_all(work.target, values, work.placed.at + span.start * values.itemsize)
+        data = read_exactly(file, source.offset + start, nbytes)
+    try:
+        values, overflow, not_finite = cast_counted(data, source.dtype, dtype, work.scale)
+    except ConversionError as error:
+        raise ConversionError(f"{source.path}: {work.placed.name} {error}") from error
+    write_all(work.target, values, work.placed.at + nbytes_of(dtype, span.start))
     return Done(values.nbytes, overflow, not_finite)
 
 

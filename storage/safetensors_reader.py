@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..schemas.block_types import BLOCK_TYPES
 from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.json_text import load_object
@@ -27,7 +28,6 @@ STARTS: Mapping[bytes, str] = {
     LFS_POINTER: "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"PK\x03\x04": "a pickled checkpoint (a zip archive of torch.save), not a safetensors file",
     b"\x80": "a pickle, not a safetensors file",
-    b"GGUF": "a GGUF file, which is not supported; get the weights as safetensors",
     b"\x89HDF": "an HDF5 file, which is not supported; get the weights as safetensors",
     b"\x1f\x8b": "compressed with gzip; unpack it first",
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
@@ -65,16 +65,19 @@ class TensorRange:
                 f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
             )
         row = self.nbytes // self.shape[0]
+        if self.dtype in BLOCK_TYPES and row % BLOCK_TYPES[self.dtype].nbytes:
+            raise ConversionError(f"{self.path}: blocks of {self.dtype} go beyond the rows of shape {list(self.shape)}")
         return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file; its tensors are in the order of their bytes."""
+    """The header of a weights file; its tensors are in the order of their bytes."""
 
     path: Path
     tensors: dict[str, TensorRange]
     metadata: dict[str, str] = field(default_factory=dict)
+    gguf: bool = False  # whether the file is a GGUF file
 
     @property
     def shapes(self) -> dict[str, Shape]:

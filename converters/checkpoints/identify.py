@@ -123,7 +123,7 @@ def _tensor_notes(component: Component) -> list[str]:
 def _component(header: Header, group: TensorGroup, stage: Stage, read_config: ReadConfig) -> Component:
     tensors = {inner: header.tensors[name] for inner, name in group.names.items()}
     spelling = group.layout or layout_of(stage, _shapes(tensors))
-    layout = Layout.COMFYUI if group.in_comfyui else spelling
+    layout = Layout.GGUF if header.gguf else Layout.COMFYUI if group.in_comfyui else spelling
     try:
         renamed, dropped = _diffusers_tensors(tensors, stage, spelling)
         given = read_config(stage, _shapes(renamed))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...schemas.block_types import BLOCK_TYPES
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import ExportError
 from ...schemas.manifest import Placement
@@ -84,6 +85,8 @@ def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
             return f"{tensor.path}: {name} is stored transposed"
         if tensor.scale is not None:
             return f"{tensor.path}: {name} is scaled fp8"
+        if tensor.dtype in BLOCK_TYPES:
+            return f"{tensor.path}: {name} is quantised ({tensor.dtype})"
         if target_dtype(tensor.dtype, dtype) != tensor.dtype:
             return f"{tensor.path}: {name} is stored as {tensor.dtype}, not as {dtype}"
     sources = source_files(component)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model
+from ...schemas.block_types import BLOCK_TYPES
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import DTYPES, FLOATS, FP8
 from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_interrupt
@@ -40,10 +41,10 @@ def reference_engine(
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
-    """The tensor's values, copied out of the file in its dtype; fp8 and scaled values become float32.
+    """The tensor's values, copied out of the file in its dtype; fp8, scaled and quantised values become float32.
 
     Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
-    if tensor.dtype in FP8 or tensor.scale is not None:
+    if tensor.dtype in (*FP8, *BLOCK_TYPES) or tensor.scale is not None:
         values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in TORCH_DTYPES:
