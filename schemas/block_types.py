@@ -34,7 +34,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "Q4_1": BlockType(3, 32, 20),
     "Q5_0": BlockType(6, 32, 22, 0.043, 8),
     "Q5_1": BlockType(7, 32, 24, 0.038, 9),
-    "Q8_0": BlockType(8, 32, 34, 0.0055, 7),
+    "Q8_0": BlockType(8, 32, 34, 0.0054, 7),
     "Q2_K": BlockType(10, 256, 84),
     "Q3_K": BlockType(11, 256, 110),
     "Q4_K": BlockType(12, 256, 144, 0.072, 14, "Q5_0"),
@@ -105,3 +105,12 @@ def type_for(wanted: str, columns: int) -> str | None:
     if kind is None or columns % kind.values == 0:
         return wanted if kind else None
     return type_for(kind.fallback, columns)
+
+
+def quantised_facts(dtypes: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
+    """Return, for each type of blocks among the counted `dtypes`: its tensors, bits a value, and relative error."""
+    return {
+        name: {"tensors": count, "bits": BLOCK_TYPES[name].bits, "error": BLOCK_TYPES[name].error}
+        for name, count in dtypes.items()
+        if name in BLOCK_TYPES
+    }

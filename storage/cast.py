@@ -77,7 +77,7 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
     if not castable(source, target):
         raise ConversionError(f"{source} cannot become {target}; choose one of {', '.join(FLOATS)}")
     if source in BLOCK_TYPES:
-        data, source = memoryview(unpack(np.frombuffer(data, np.uint8), source)).cast("B"), "F32"
+        data, source = unpack(np.frombuffer(data, np.uint8), source).data, "F32"
     if target in BLOCK_TYPES:
         return _pack(cast_counted(data, source, "F32", scale).values, target)
     values = np.frombuffer(data, DTYPES[source].numpy)

@@ -50,14 +50,16 @@ def _bytes(values: Array) -> Array:
 
 def _nibbles(data: Array, run: int) -> Array:
     """The lower halves of `run` bytes, then their upper halves, then the next bytes."""
-    runs = data.reshape(len(data), -1, 1, run) >> np.array([[0], [4]], np.uint8)
-    return (runs & 15).reshape(len(data), -1)
+    runs: Array = data.reshape(len(data), -1, 1, run) >> np.array([[0], [4]], np.uint8)
+    low: Array = runs & 15
+    return low.reshape(len(data), -1)
 
 
 def _bit_planes(data: Array, run: int, width: int) -> Array:
     """Fields of `width` bits: the lowest of `run` bytes, then the next of the same bytes, then those of the next."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    fields = data.reshape(len(data), -1, 1, run) >> shifts & (1 << width) - 1
+    fields: Array = data.reshape(len(data), -1, 1, run) >> shifts
+    fields &= (1 << width) - 1
     return fields.reshape(len(data), -1)
 
 
@@ -106,14 +108,16 @@ def _unpack_q5_1(b: Array) -> Floats:
 
 
 def _unpack_iq4_nl(b: Array) -> Floats:
-    return _half(b[:, :2]) * _IQ4[_nibbles(b[:, 2:], 16)]
+    values: Floats = _half(b[:, :2]) * _IQ4[_nibbles(b[:, 2:], 16)]
+    return values
 
 
 def _unpack_iq4_xs(b: Array) -> Floats:
-    high = np.ascontiguousarray(b[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    high: Array = np.ascontiguousarray(b[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(len(b), 8)
     scale = _half(b[:, :2]) * ((low | high.astype(np.uint8) << 4).astype(np.float32) - 32)
-    return scale[:, :, None] * _IQ4[_nibbles(b[:, 8:], 16)].reshape(len(b), 8, 32)
+    values: Floats = scale[:, :, None] * _IQ4[_nibbles(b[:, 8:], 16)].reshape(len(b), 8, 32)
+    return values
 
 
 def _unpack_q2_k(b: Array) -> Floats:
@@ -188,8 +192,8 @@ def _pack_q8_0(x: Floats) -> list[Array]:
 
 def _signed_codes(x: Floats, half: int) -> tuple[Floats, Array]:
     """The scale that makes the value of largest size -`half`, and codes from 0 to 2 `half` - 1."""
-    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-    scale = largest / -half
+    largest: Floats = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
+    scale: Floats = largest / np.float32(-half)
     codes = np.trunc(x * _inverse(scale) + np.float32(half + 0.5)).clip(0, 2 * half - 1)
     return scale, codes.astype(np.uint8)
 

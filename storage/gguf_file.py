@@ -178,7 +178,7 @@ def encode_gguf(tensors: Mapping[str, TensorPlan], metadata: Mapping[str, str | 
         kind = STRING if isinstance(value, str) else UINT32
         parts += [_text(key), struct.pack("<I", kind)]
         parts.append(_text(value) if isinstance(value, str) else struct.pack("<I", value))
-    codes = PLAIN_TYPES | {name: kind.code for name, kind in BLOCK_TYPES.items()}
+    codes = {name: code for code, (name, _) in GGML_TYPES.items()}
     offsets, position = {}, 0
     for name, plan in tensors.items():
         offsets[name] = position

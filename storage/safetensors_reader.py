@@ -28,6 +28,7 @@ STARTS: Mapping[bytes, str] = {
     LFS_POINTER: "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"PK\x03\x04": "a pickled checkpoint (a zip archive of torch.save), not a safetensors file",
     b"\x80": "a pickle, not a safetensors file",
+    b"GGUF": "a GGUF file, not a safetensors file; convert it with `cascadekit convert` first",
     b"\x89HDF": "an HDF5 file, which is not supported; get the weights as safetensors",
     b"\x1f\x8b": "compressed with gzip; unpack it first",
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",

@@ -220,7 +220,7 @@ def _write_weights(file: FilePlan, path: Path, start_file: StartFile | None, *, 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     if file.path.suffix.lower() == GGUF:
-        metadata = {**file.metadata, **file.numbers}
+        metadata: dict[str, str | int] = {**file.metadata, **file.numbers}
         counts = write_gguf(partial, file.tensors, metadata, progress, allow_overflow=allow_overflow)
     else:
         counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)

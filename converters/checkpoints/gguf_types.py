@@ -71,8 +71,9 @@ def file_numbers(kind: str) -> dict[str, int]:
 
 
 def main_type(tensors: Mapping[str, TensorPlan]) -> str:
-    """Return the type that takes most bytes of a file, such as Q8_0."""
+    """Return the type that takes most bytes of a file, such as Q8_0. Where there are blocks, floats do not count."""
     sizes: Counter[str] = Counter()
+    blocks = {plan.dtype for plan in tensors.values()} & {*BLOCK_TYPES}
     for plan in tensors.values():
-        sizes[plan.dtype] += plan.nbytes
+        sizes[plan.dtype] += plan.nbytes if plan.dtype in blocks or not blocks else 0
     return sizes.most_common(1)[0][0]
