@@ -87,15 +87,21 @@ GGML_TYPES: Mapping[int, tuple[str, BlockType]] = {
 }
 
 
+# Codes whose factors are in other tensors, as ComfyUI stores them: signed bytes, and two E2M1 numbers in a byte.
+SCALED_TYPES: Mapping[str, BlockType] = {"INT8": BlockType(-1, 1, 1), "FP4": BlockType(-1, 2, 1)}
+_ALL_BLOCKS = {**BLOCK_TYPES, **SCALED_TYPES}
+QUANTISED = tuple(_ALL_BLOCKS)  # all types that are read and are neither floats nor integers
+
+
 def nbytes_of(dtype: str, count: int) -> int:
     """Return the bytes of `count` values, which are whole blocks. Raises KeyError for a dtype that is not read."""
-    kind = BLOCK_TYPES.get(dtype)
+    kind = _ALL_BLOCKS.get(dtype)
     return count * DTYPE_SIZES[dtype] if kind is None else count // kind.values * kind.nbytes
 
 
 def count_of(dtype: str, nbytes: int) -> int:
     """Return how many values `nbytes` bytes hold. Raises KeyError for a dtype that is not read."""
-    kind = BLOCK_TYPES.get(dtype)
+    kind = _ALL_BLOCKS.get(dtype)
     return nbytes // DTYPE_SIZES[dtype] if kind is None else nbytes // kind.nbytes * kind.values
 
 
@@ -110,7 +116,7 @@ def type_for(wanted: str, columns: int) -> str | None:
 def quantised_facts(dtypes: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
     """Return, for each type of blocks among the counted `dtypes`: its tensors, bits a value, and relative error."""
     return {
-        name: {"tensors": count, "bits": BLOCK_TYPES[name].bits, "error": BLOCK_TYPES[name].error}
+        name: {"tensors": count, "bits": _ALL_BLOCKS[name].bits, "error": _ALL_BLOCKS[name].error}
         for name, count in dtypes.items()
-        if name in BLOCK_TYPES
+        if name in _ALL_BLOCKS
     }

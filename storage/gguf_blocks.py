@@ -51,8 +51,8 @@ def _bytes(values: Array) -> Array:
 def _nibbles(data: Array, run: int) -> Array:
     """The lower halves of `run` bytes, then their upper halves, then the next bytes."""
     runs: Array = data.reshape(len(data), -1, 1, run) >> np.array([[0], [4]], np.uint8)
-    low: Array = runs & 15
-    return low.reshape(len(data), -1)
+    low: Array = (runs & 15).reshape(len(data), -1)
+    return low
 
 
 def _bit_planes(data: Array, run: int, width: int) -> Array:
@@ -60,7 +60,8 @@ def _bit_planes(data: Array, run: int, width: int) -> Array:
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     fields: Array = data.reshape(len(data), -1, 1, run) >> shifts
     fields &= (1 << width) - 1
-    return fields.reshape(len(data), -1)
+    flat: Array = fields.reshape(len(data), -1)
+    return flat
 
 
 def _pack_nibbles(codes: Array, run: int) -> Array:

@@ -38,11 +38,25 @@ STARTS: Mapping[bytes, str] = {
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The factors of a tensor's values: one for every `group` values in their order, or a single one (group 0).
+
+    With `tiles` (rows, factors of a row), factors are stored in the tiles of cuBLAS. `overall` is a further factor of
+    all values. `first` is the number of the tensor's first value among those that `factors` are for."""
+
+    factors: "TensorRange"
+    group: int = 0
+    tiles: tuple[int, int] | None = None
+    overall: "TensorRange | None" = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
     When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
-    stored values are to be multiplied by the one number at that range. Raises ConversionError when a tensor is
+    stored values are to be multiplied by its factors. Raises ConversionError when a tensor is
     transposed that is not a matrix."""
 
     path: Path
@@ -51,7 +65,7 @@ class TensorRange:
     offset: int
     nbytes: int
     transposed: bool = False
-    scale: "TensorRange | None" = None
+    scale: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.transposed and len(self.shape) != 2:
@@ -68,7 +82,9 @@ class TensorRange:
         row = self.nbytes // self.shape[0]
         if self.dtype in BLOCK_TYPES and row % BLOCK_TYPES[self.dtype].nbytes:
             raise ConversionError(f"{self.path}: blocks of {self.dtype} go beyond the rows of shape {list(self.shape)}")
-        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
+        values = math.prod(self.shape[1:])
+        scale = self.scale and replace(self.scale, first=self.scale.first + start * values)
+        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row, scale=scale)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from ..schemas.block_types import BLOCK_TYPES, WRITTEN
 from ..schemas.callbacks import Progress
-from ..schemas.dtypes import FLOATS
+from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
@@ -206,10 +206,12 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
                 continue
             if source.scale is not None and plan.dtype not in (*FLOATS, *WRITTEN):
                 raise ConversionError(
-                    f"{source.path}: {name}: scaled fp8 (a weight and the scale to multiply it by) is read but never "
-                    'written; choose a float dtype, such as dtype="bf16"'
+                    f"{source.path}: {name}: {'scaled fp8' if source.dtype in FP8 else source.dtype} (a weight and the "
+                    'scales to multiply it by) is read but never written; choose a float dtype, such as dtype="bf16"'
                 )
-            if source.transposed and {source.dtype, plan.dtype} & {*BLOCK_TYPES}:
+            if source.transposed and (
+                (source.scale and source.scale.group) or {source.dtype, plan.dtype} & {*BLOCK_TYPES}
+            ):
                 raise ConversionError(
                     f"{source.path}: {name}: {source.dtype} is stored transposed, and blocks of {plan.dtype} go along "
                     "rows; write the tensor as float"

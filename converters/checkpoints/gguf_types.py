@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...schemas.block_types import BLOCK_TYPES, FILE_TYPES, type_for
+from ...schemas.block_types import BLOCK_TYPES, FILE_TYPES, SCALED_TYPES, type_for
 from ...schemas.dtypes import FP8
 from ...schemas.quantization import candidates
 from ...schemas.stages import Stage
@@ -52,6 +52,8 @@ class GGUFTypes:
         kept = target_dtype(tensor.dtype, dtype)
         if kept in BLOCK_TYPES:  # of a module that is not to be quantised, if a type was asked for
             return "F32" if self.quantize else kept
+        if kept in SCALED_TYPES:
+            return "F32"
         if kept in FP8:
             return "F32" if tensor.scale else "F16"  # which hold the values exactly
         return "F32" if kept == "F64" or (kept == "BF16" and len(shape) != 2) else kept

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from ...schemas.block_types import BLOCK_TYPES
+from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import FP8
@@ -132,7 +132,7 @@ class StageExporter:
         value exactly."""
         is_linked = self.options.weights == "link" and self.options.storage is None
         asked = None if is_linked else self.options.storage_of(component.stage)
-        if asked is not None or not set(component.dtypes) & {*FP8, *BLOCK_TYPES}:
+        if asked is not None or not set(component.dtypes) & {*FP8, *QUANTISED}:
             return asked
         exact = {*FP8, "BF16"}  # what BF16 holds exactly; GGUF's blocks need the digits of scale times code
         tensors = component.tensors.values()
@@ -140,7 +140,7 @@ class StageExporter:
 
 
 def _require_floats(component: Component) -> None:
-    odd = [dtype for dtype in component.dtypes if dtype not in (*FLOATS, *FP8, *BLOCK_TYPES)]
+    odd = [dtype for dtype in component.dtypes if dtype not in (*FLOATS, *FP8, *QUANTISED)]
     if odd:
         raise ExportError(
             f"{component.path}: the {component.stage} has weights of dtype {', '.join(odd)}; "

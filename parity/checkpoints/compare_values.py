@@ -16,7 +16,7 @@ from ...schemas.block_types import BLOCK_TYPES, nbytes_of
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8, INTEGERS
 from ...schemas.errors import CheckpointError
 from ...storage.cast import cast_block, cast_counted, castable
-from ...storage.cast_ranges import read_scale
+from ...storage.read_scale import Factors, read_scale
 from ...storage.safetensors_reader import TensorRange
 
 BLOCK = 1 << 22  # values that one task of a thread compares
@@ -118,12 +118,12 @@ def comparable(x: TensorRange, y: TensorRange) -> bool:
     return a in DTYPE_SIZES and b in DTYPE_SIZES and (a == b or castable(a, b) or castable(b, a))
 
 
-def _values(files: MappedFiles, tensor: TensorRange, part: range, scale: np.float32 | None) -> Array:
+def _values(files: MappedFiles, tensor: TensorRange, part: range, factors: Factors | None) -> Array:
     """The values at the flat indices `part` in the dtype of `read_as`, as bytes."""
     stored = _bytes(files, tensor, part)
     if read_as(tensor) == tensor.dtype:
         return stored
-    return cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
+    return cast_counted(stored.tobytes(), tensor.dtype, "F32", factors and factors.of(part)).values.view(np.uint8)
 
 
 def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:

@@ -1,5 +1,6 @@
 """Loads a model's weights, whatever their layout, into the PyTorch reference."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,7 @@ from ...schemas.errors import ExportError, LayoutError, UsageError, reraise_inte
 from ...schemas.ports import StagePorts, ports_of
 from ...schemas.stages import ImageEncoderConfig, Stage, TextEncoderConfig, UNetConfig, VQGANConfig
 from ...storage.cast import cast_counted
-from ...storage.cast_ranges import read_scale
+from ...storage.read_scale import read_scale
 from ...storage.safetensors_reader import TensorRange
 from . import load_reference
 from .torch_engine import Loader, TorchEngine
@@ -45,7 +46,9 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
 
     Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
     if tensor.dtype in (*FP8, *BLOCK_TYPES) or tensor.scale is not None:
-        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
+        factors = read_scale(tensor)
+        scale = factors and factors.of(range(math.prod(tensor.shape)))
+        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", scale).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in TORCH_DTYPES:
         raise ExportError(
