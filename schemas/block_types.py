@@ -37,9 +37,9 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "Q8_0": BlockType(8, 32, 34, 0.0054, 7),
     "Q2_K": BlockType(10, 256, 84),
     "Q3_K": BlockType(11, 256, 110),
-    "Q4_K": BlockType(12, 256, 144, 0.072, 14, "Q5_0"),
-    "Q5_K": BlockType(13, 256, 176, 0.036, 16, "Q5_1"),
-    "Q6_K": BlockType(14, 256, 210, 0.017, 18, "Q8_0"),
+    "Q4_K": BlockType(12, 256, 144, 0.072, 14, fallback="Q5_0"),
+    "Q5_K": BlockType(13, 256, 176, 0.036, 16, fallback="Q5_1"),
+    "Q6_K": BlockType(14, 256, 210, 0.017, 18, fallback="Q8_0"),
     "IQ4_NL": BlockType(20, 32, 18),
     "IQ4_XS": BlockType(23, 256, 136),
 }

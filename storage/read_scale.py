@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..schemas.errors import ConversionError
 from .cast import cast_block
 from .file_ranges import read_exactly
-from .safetensors_reader import Scale, TensorRange
+from .safetensors_reader import TensorRange
 
 Floats = NDArray[np.float32]
 TILE = (128, 4)  # rows and columns of a tile of cuBLAS
@@ -70,6 +70,3 @@ def _untiled(values: Floats, rows: int, columns: int) -> Floats:
     down, across = -(-rows // TILE[0]), -(-columns // TILE[1])
     tiles = values.reshape(down, across, 32, 4, 4).transpose(0, 3, 2, 1, 4)
     return np.ascontiguousarray(tiles.reshape(down * TILE[0], across * TILE[1])[:rows, :columns]).reshape(-1)
-
-
-__all__ = ["Factors", "Scale", "read_scale", "tiled_size"]

@@ -26,7 +26,7 @@ OTHER_DTYPES = "get the checkpoint in bf16, fp16 or fp8"
 MAX_JSON_BYTES = 4096  # of the description of one layer
 
 
-class Format(NamedTuple):
+class QuantizedFormat(NamedTuple):
     """A format of quantised weights: dtype in the file, dtype as it is read, the values that share a factor (0: all or
     those of a row), and the dtypes of the factors."""
 
@@ -36,12 +36,12 @@ class Format(NamedTuple):
     scales: tuple[str, ...] = FLOATS
 
 
-FORMATS: Mapping[str, Format] = {
-    "float8_e4m3fn": Format("F8_E4M3", "F8_E4M3"),
-    "float8_e5m2": Format("F8_E5M2", "F8_E5M2"),
-    "int8_tensorwise": Format("I8", "INT8"),
-    "mxfp8": Format("F8_E4M3", "F8_E4M3", 32, ("U8", "F8_E8M0")),
-    "nvfp4": Format("U8", "FP4", 16, ("F8_E4M3",)),
+FORMATS: Mapping[str, QuantizedFormat] = {
+    "float8_e4m3fn": QuantizedFormat("F8_E4M3", "F8_E4M3"),
+    "float8_e5m2": QuantizedFormat("F8_E5M2", "F8_E5M2"),
+    "int8_tensorwise": QuantizedFormat("I8", "INT8"),
+    "mxfp8": QuantizedFormat("F8_E4M3", "F8_E4M3", 32, ("U8", "F8_E8M0")),
+    "nvfp4": QuantizedFormat("U8", "FP4", 16, ("F8_E4M3",)),
 }
 
 
@@ -138,7 +138,9 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
     return str(kind), replace(weight, dtype=dtype, shape=shape, scale=scale), names
 
 
-def _scale(names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: Format) -> Scale:
+def _scale(
+    names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: QuantizedFormat
+) -> Scale:
     """Return the factors of a weight. Raises LayoutError for factors of another dtype or number."""
     factors = tensors[names[0]]
     count, columns = math.prod(factors.shape), math.prod(shape[1:])
