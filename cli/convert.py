@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..schemas.block_types import WRITTEN
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
@@ -25,12 +26,17 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 
 @click.command(cls=HelpfulCommand)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
-@click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors file.")
+@click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors or .gguf file.")
 @click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder: a Hugging Face folder or file.")
 @click.option("--image-encoder", type=PATH, help="CLIP L image encoder: a Hugging Face folder or file.")
 @click.option(
     "--dtype", type=click.Choice([*DTYPE_OPTIONS]), default="keep", show_default=True, help="Cast the weights."
+)
+@click.option(
+    "--quantize",
+    type=click.Choice([name.lower() for name in WRITTEN]),
+    help="Store most Linears of GGUF files in 8 to 4 bits; rows that do not fit get the next wider type.",
 )
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
 @click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")

@@ -93,10 +93,25 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
     _show_briefly(COMPONENT_COLUMNS, (_component_row(component, root) for component in found.components))
     for component in found.components:
         say(f"{component.stage}: can become {', '.join(can_become(component.stage))}")
+        if text := _quantised(component):
+            say(f"{component.stage}: {text}")
         for line in component.problems.lines():
             say(f"{component.path}: {line}")
         for key, text in licence_fields(component.metadata).items():
             say(f"{component.stage}: {key}: {text}")
+
+
+def _quantised(component: "Component") -> str:
+    """A line on the types of GGUF's blocks among the weights; "" where there are none."""
+    from ..schemas.block_types import quantised_facts
+
+    facts = quantised_facts(component.dtypes)
+    kinds = []
+    for name, fact in facts.items():
+        error = f", error {fact['error']:.1%}" if fact["error"] else ""
+        kinds.append(f"{fact['tensors']} {name} ({fact['bits']:.3g} bits{error})")
+    architecture = component.metadata.get("general.architecture", "none")
+    return f"GGUF architecture {architecture}, quantised: {'; '.join(kinds)}" if facts else ""
 
 
 def _component_row(c: "Component", root: Path) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ COMBINED_FOLDERS: Mapping[str, str] = {
 }
 
 
-WEIGHTS_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")  # in lower case
+WEIGHTS_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".pkl")  # in lower case
 FORMATS = ("safetensors", "bin")  # of a component's weights, in the order of preference
 
 # Patterns of file names -> why such a file is not read. The first pattern that fits counts.
@@ -51,7 +51,7 @@ STRAY_NAMES: Mapping[str, str] = {
     ),
     r"(.*[._-])?(optim(izer)?(_states?)?|scheduler|scaler|rng_state\w*|random_states?(_\d+)?|training_state\w*)"
     r"([._-]\d+)?\.(pt|pth|bin|pkl|ckpt|safetensors)": "training state, not weights",
-    r".*\.(gguf|onnx|h5|msgpack|npz|tflite|engine|plan)": "weights in a format that is not read here",
+    r".*\.(onnx|h5|msgpack|npz|tflite|engine|plan)": "weights in a format that is not read here",
 }
 
 _STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"

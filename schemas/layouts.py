@@ -17,6 +17,7 @@ class Layout(StrEnum):
     DIFFUSERS = "diffusers"  # one folder per component ("modular")
     SPLIT = "split"  # as original, but q, k and v are separate tensors (kohya, OneTrainer, files saved by ComfyUI)
     COMFYUI = "comfyui"  # all-in-one files: several components, each behind a prefix
+    GGUF = "gguf"  # GGUF files of prior and decoder; the names are those of the original layout
 
 
 # Attention of stage B and C: torch's MultiheadAttention holds q, k, v as the rows of one matrix.
@@ -69,6 +70,7 @@ ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
 # Rules to the diffusers names from layouts that differ from the original one.
 _DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
     Layout.ORIGINAL: {},
+    Layout.GGUF: {},
     Layout.SPLIT: {
         Stage.PRIOR: KeyMap(_SPLIT_ATTENTION),
         Stage.DECODER: KeyMap((*_SPLIT_ATTENTION, *_CLIP_MAPPER)),
@@ -94,9 +96,9 @@ def to_diffusers(stage: Stage, layout: Layout) -> KeyMap:
 
 
 def can_become(stage: Stage) -> tuple[Layout, ...]:
-    """Return the layouts that a stage can be written in. The split layout exists for prior and decoder only."""
-    splits = stage in _DIFFERENCES[Layout.SPLIT]
-    return tuple(layout for layout in Layout if layout is not Layout.SPLIT or splits)
+    """Return the layouts that a stage can be written in. Split and gguf exist for prior and decoder only."""
+    is_unet = stage in (Stage.PRIOR, Stage.DECODER)
+    return tuple(layout for layout in Layout if is_unet or layout not in (Layout.SPLIT, Layout.GGUF))
 
 
 # Tensor name -> the stage that has it. The order matters: stage C also has the later names of stage B.

@@ -8,6 +8,8 @@ NaNs of torch are the same except in BF16: there its kernels give 0x7FC0 or 0xFF
 
 fp8 is read but not written. Each fp8 value is a float32 value, so it is multiplied by its scale in float32 and rounded
 once. The 256 values are looked up in a table, which is 5 times as fast as the cast of ml_dtypes.
+
+GGUF's blocks are unpacked to float32 and then cast, or packed from float32 (see `gguf_blocks`).
 """
 
 import math
@@ -17,16 +19,21 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
+from ..schemas.block_types import BLOCK_TYPES, QUANTISED, SCALED_TYPES, WRITTEN
 from ..schemas.dtypes import DTYPES, FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
+from .gguf_blocks import pack, unpack
 
 Array = NDArray[Any]
+Scaling = np.float32 | NDArray[np.float32] | None  # one factor, or one for each value
 
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000, "F8_E5M2": 0x7C}
 _NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that are not finite; E4M3 has no infinity
 
 # Where rounding begins to give infinity: half a step above the target's largest value.
 _LIMIT = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf, "F64": math.inf}
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], "<f4")  # of the codes of FP4
 
 _CHUNK = 1 << 18  # elements per step: the scratch space of a step stays in a core's cache
 
@@ -40,12 +47,12 @@ def target_dtype(source: str, wanted: str | None) -> str:
         return source
     if wanted not in FLOATS:
         raise UsageError(f"dtype={wanted!r}: expected one of {', '.join(FLOATS)}")
-    return wanted if source.startswith(("F", "BF")) else source
+    return wanted if source.startswith(("F", "BF")) or source in QUANTISED else source
 
 
 def castable(source: str, target: str) -> bool:
     """True when `cast_block` can cast from `source` to `target`."""
-    return source in (*FLOATS, *FP8) and target in FLOATS
+    return source in (*FLOATS, *FP8, *QUANTISED) and target in (*FLOATS, *WRITTEN)
 
 
 class Cast(NamedTuple):
@@ -66,15 +73,26 @@ def cast_block(data: bytes | memoryview, source: str, target: str) -> tuple[Arra
     return cast_counted(data, source, target)[:2]
 
 
-def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.float32 | None = None) -> Cast:
-    """Cast like `cast_block`; each value is multiplied by `scale` in float32 before it is rounded."""
+def cast_counted(data: bytes | memoryview, source: str, target: str, scale: Scaling = None) -> Cast:
+    """Cast like `cast_block`; each value is multiplied by `scale`, or its own part of it, in float32 before it is
+    rounded.
+
+    Blocks of GGUF are an array of bytes. Raises ConversionError for values to pack that are not finite."""
     if not castable(source, target):
         raise ConversionError(f"{source} cannot become {target}; choose one of {', '.join(FLOATS)}")
+    if source in BLOCK_TYPES:
+        data, source = unpack(np.frombuffer(data, np.uint8), source).data, "F32"
+    if source in SCALED_TYPES:
+        data, source = _codes(np.frombuffer(data, np.uint8), source).data, "F32"
+    if target in BLOCK_TYPES:
+        return _pack(cast_counted(data, source, "F32", scale).values, target)
     values = np.frombuffer(data, DTYPES[source].numpy)
     if source == target and scale is None:
         return Cast(values, 0, 0)
-    if source in FP8:
+    if source in FP8 and not isinstance(scale, np.ndarray):
         return _cast_fp8(values, source, target, scale)
+    if source in FP8:
+        values, source = _FP8_VALUES[source][values], "F32"
     out = np.empty(values.size, DTYPES[target].numpy)
     scratch = np.empty(min(values.size, _CHUNK), "<f4")
     overflow = not_finite = 0
@@ -82,9 +100,24 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: np.f
         for start in range(0, values.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             room = scratch[: values.size - start]
-            counts = _cast(values[part], out[part], room, source=source, target=target, scale=scale)
+            factor = scale[part] if isinstance(scale, np.ndarray) else scale
+            counts = _cast(values[part], out[part], room, source=source, target=target, scale=factor)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
     return Cast(out, overflow, not_finite)
+
+
+def _codes(data: Array, source: str) -> Array:
+    """The float32 values of codes before they are scaled; the first of two codes in a byte has its upper bits."""
+    if source == "INT8":
+        return data.view(np.int8).astype("<f4")
+    return _E2M1[np.stack([data >> 4, data & 15], axis=1).reshape(-1)]
+
+
+def _pack(values: Array, target: str) -> Cast:
+    if not np.isfinite(values).all():
+        raise ConversionError(f"holds NaN or infinities, which blocks of {target} cannot; write it as float")
+    packed = pack(values, target)
+    return Cast(packed, 0, 0)
 
 
 def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:
@@ -104,9 +137,7 @@ def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None)
     return Cast(out, overflow, not_finite)
 
 
-def _cast(
-    values: Array, out: Array, scratch: Array, *, source: str, target: str, scale: np.float32 | None
-) -> tuple[int, int]:
+def _cast(values: Array, out: Array, scratch: Array, *, source: str, target: str, scale: Scaling) -> tuple[int, int]:
     """Fill `out`. Return how many values became infinite, and how many were not finite before."""
     floats = _as_f32(values, source, scratch)
     if scale is not None:

@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..schemas.block_types import QUANTISED, count_of, nbytes_of
 from ..schemas.callbacks import Progress
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
-from .cast import Cast, cast_block, cast_counted
+from .cast import Cast, cast_counted
 from .file_ranges import read_exactly, read_lines, write_all, write_lines
+from .read_scale import Factors, read_scale
 from .safetensors_plan import PlacedRange
-from .safetensors_reader import TensorRange
 
 CAST_BLOCK = 1 << 22  # bytes that a thread casts at a time; memory of larger blocks is paged in anew each time
 CAST_THREADS = 2
@@ -89,31 +90,16 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterato
 
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
-    """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input, at least one value."""
+    """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input or of float32, at least one value."""
     source = placed.range
-    limit = max(1, CAST_BLOCK // DTYPE_SIZES[source.dtype])
+    limit = CAST_BLOCK // (4 if {source.dtype, placed.dtype} & {*QUANTISED} else DTYPE_SIZES[source.dtype])
     work = _Work(placed, read_scale(source), target)
     if source.transposed:
         for rows, columns in _tiles(source.shape, limit):
             yield partial(_transpose_tile, work, rows, columns)
     else:
-        for span in _cuts(source.nbytes // DTYPE_SIZES[source.dtype], limit):
+        for span in _cuts(count_of(source.dtype, source.nbytes), limit):
             yield partial(_cast_span, work, span)
-
-
-def read_scale(source: TensorRange) -> np.float32 | None:
-    """Read the factor of all values of a tensor, if it has one. Raises ConversionError when it is not finite."""
-    if source.scale is None:
-        return None
-    with source.scale.path.open("rb", buffering=0) as file:
-        data = read_exactly(file, source.scale.offset, source.scale.nbytes)
-    scale = np.float32(cast_block(data, source.scale.dtype, "F32")[0][0])
-    if not np.isfinite(scale):
-        raise ConversionError(
-            f"{source.scale.path}: the fp8 scale at byte {source.scale.offset} is {scale}, not a finite number; "
-            "get the checkpoint in another dtype"
-        )
-    return scale
 
 
 def _cuts(size: int, step: int) -> Iterator[range]:
@@ -136,7 +122,7 @@ class _Work:
     """A range to compute, the scale of its values, and the descriptor of the target file."""
 
     placed: PlacedRange
-    scale: np.float32 | None
+    scale: Factors | None
     target: int
 
     @property
@@ -146,12 +132,17 @@ class _Work:
 
 
 def _cast_span(work: _Work, span: range) -> Done:
-    """Cast the values whose numbers are in `span`."""
-    source, size = work.placed.range, DTYPE_SIZES[work.placed.range.dtype]
+    """Cast the values whose numbers are in `span`, which begins and ends with a block."""
+    source, dtype = work.placed.range, work.placed.dtype
+    start, nbytes = nbytes_of(source.dtype, span.start), nbytes_of(source.dtype, len(span))
     with source.path.open("rb", buffering=0) as file:
-        data = read_exactly(file, source.offset + span.start * size, len(span) * size)
-    values, overflow, not_finite = cast_counted(data, source.dtype, work.placed.dtype, work.scale)
-    write_all(work.target, values, work.placed.at + span.start * values.itemsize)
+        data = read_exactly(file, source.offset + start, nbytes)
+    try:
+        scale = work.scale and work.scale.of(span)
+        values, overflow, not_finite = cast_counted(data, source.dtype, dtype, scale)
+    except ConversionError as error:
+        raise ConversionError(f"{source.path}: {work.placed.name} {error}") from error
+    write_all(work.target, values, work.placed.at + nbytes_of(dtype, span.start))
     return Done(values.nbytes, overflow, not_finite)
 
 
@@ -164,7 +155,7 @@ def _transpose_tile(work: _Work, rows: range, columns: range) -> Done:
         start = source.offset + columns.start * line + rows.start * size
         data = read_lines(file, start, line, len(columns), len(rows) * size)
     moved = Cast(np.frombuffer(data, np.uint8), 0, 0)
-    cast = moved if work.keeps_bits else cast_counted(data, source.dtype, dtype, work.scale)
+    cast = moved if work.keeps_bits else cast_counted(data, source.dtype, dtype, work.scale and work.scale.of(range(0)))
     bits = np.frombuffer(cast.values, f"<u{DTYPE_SIZES[dtype]}").reshape(len(columns), len(rows))
     at = work.placed.at + rows.start * width + columns.start * bits.itemsize
     write_lines(work.target, np.ascontiguousarray(bits.T), at, width)

@@ -1,4 +1,4 @@
-"""Describes a safetensors file before it is written: dtypes, shapes, and the sources of the values."""
+"""Describes a weights file before it is written: dtypes, shapes, and the sources of the values."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ..schemas.block_types import count_of, nbytes_of
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.tensors import Shape
 from .safetensors_reader import TensorRange
@@ -28,10 +29,10 @@ Range = TensorRange | CalculatedRange
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to write: dtype (in safetensors' spelling), shape, and the ranges of its values, in their order.
+    """A tensor to write: dtype (in safetensors' spelling, or a type of GGUF's blocks), shape, and ranges of values.
 
-    A range of another dtype is cast if `cast.castable` allows the pair. A transposed range is transposed back. A plan
-    without ranges is a tensor of zeros."""
+    The ranges are in the order of their values. A range of another dtype is cast if `cast.castable` allows the pair. A
+    transposed range is transposed back. A plan without ranges is a tensor of zeros."""
 
     dtype: str
     shape: Shape
@@ -46,15 +47,15 @@ class TensorPlan:
     def nbytes(self) -> int:
         """Size of the tensor in the file to be written."""
         if not self.ranges:
-            return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
+            return nbytes_of(self.dtype, math.prod(self.shape))
         return sum(_nbytes_as(each, self.dtype) for each in self.ranges)
 
 
 def _nbytes_as(values: Range, dtype: str) -> int:
-    """Size of a range's values in `dtype`; a dtype that cannot be cast has no entry in DTYPE_SIZES."""
+    """Size of a range's values in `dtype`."""
     if isinstance(values, CalculatedRange) or values.dtype == dtype:
         return values.nbytes
-    return values.nbytes // DTYPE_SIZES[values.dtype] * DTYPE_SIZES[dtype]
+    return nbytes_of(dtype, count_of(values.dtype, values.nbytes))
 
 
 def canonical_order(plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
@@ -88,13 +89,15 @@ class PlacedCalculatedRange:
     at: int
 
 
-def placed(tensors: Mapping[str, TensorPlan], at: int) -> Iterator[PlacedRange | PlacedCalculatedRange]:
-    """Every range of the tensors with its place in the output, whose first tensor begins at byte `at`."""
+def placed(
+    tensors: Mapping[str, TensorPlan], places: Mapping[str, int]
+) -> Iterator[PlacedRange | PlacedCalculatedRange]:
+    """Every range of the tensors with its place in the output; `places` has the byte at which each tensor begins."""
     for name, plan in tensors.items():
+        at = places[name]
         for each in plan.ranges:
             if isinstance(each, TensorRange):
                 yield PlacedRange(name, each, plan.dtype, at)
             else:
                 yield PlacedCalculatedRange(name, each, at)
-            at += _nbytes_as(each, plan.dtype)
-        at += 0 if plan.ranges else plan.nbytes  # zeros, which the empty file has already
+            at += _nbytes_as(each, plan.dtype)  # a plan without ranges is zeros, which the empty file has already

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..schemas.block_types import BLOCK_TYPES
 from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.json_text import load_object
@@ -27,7 +28,7 @@ STARTS: Mapping[bytes, str] = {
     LFS_POINTER: "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"PK\x03\x04": "a pickled checkpoint (a zip archive of torch.save), not a safetensors file",
     b"\x80": "a pickle, not a safetensors file",
-    b"GGUF": "a GGUF file, which is not supported; get the weights as safetensors",
+    b"GGUF": "a GGUF file, not a safetensors file; convert it with `cascadekit convert` first",
     b"\x89HDF": "an HDF5 file, which is not supported; get the weights as safetensors",
     b"\x1f\x8b": "compressed with gzip; unpack it first",
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
@@ -37,11 +38,25 @@ STARTS: Mapping[bytes, str] = {
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The factors of a tensor's values: one for every `group` values in their order, or a single one (group 0).
+
+    With `tiles` (rows, factors of a row), factors are stored in the tiles of cuBLAS. `overall` is a further factor of
+    all values. `first` is the number of the tensor's first value among those that `factors` are for."""
+
+    factors: "TensorRange"
+    group: int = 0
+    tiles: tuple[int, int] | None = None
+    overall: "TensorRange | None" = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
     When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
-    stored values are to be multiplied by the one number at that range. Raises ConversionError when a tensor is
+    stored values are to be multiplied by its factors. Raises ConversionError when a tensor is
     transposed that is not a matrix."""
 
     path: Path
@@ -50,7 +65,7 @@ class TensorRange:
     offset: int
     nbytes: int
     transposed: bool = False
-    scale: "TensorRange | None" = None
+    scale: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.transposed and len(self.shape) != 2:
@@ -65,16 +80,21 @@ class TensorRange:
                 f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
             )
         row = self.nbytes // self.shape[0]
-        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
+        if self.dtype in BLOCK_TYPES and row % BLOCK_TYPES[self.dtype].nbytes:
+            raise ConversionError(f"{self.path}: blocks of {self.dtype} go beyond the rows of shape {list(self.shape)}")
+        values = math.prod(self.shape[1:])
+        scale = self.scale and replace(self.scale, first=self.scale.first + start * values)
+        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row, scale=scale)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file; its tensors are in the order of their bytes."""
+    """The header of a weights file; its tensors are in the order of their bytes."""
 
     path: Path
     tensors: dict[str, TensorRange]
     metadata: dict[str, str] = field(default_factory=dict)
+    gguf: bool = False  # whether the file is a GGUF file
 
     @property
     def shapes(self) -> dict[str, Shape]:

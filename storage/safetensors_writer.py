@@ -1,7 +1,7 @@
-"""The one writer of safetensors files: values are copied in the kernel, cast, transposed or calculated in blocks.
+"""The one writer of weights files: values are copied in the kernel, cast, transposed or calculated in blocks.
 
-``write_safetensors`` writes a file from plans. ``new_safetensors`` opens a file whose tensors the caller fills in any
-order. Memory is bounded by a few blocks for each thread, however large the tensors are.
+``write_safetensors`` and ``write_gguf`` write a file from plans. ``new_safetensors`` opens a file whose tensors the
+caller fills in any order. Memory is bounded by a few blocks for each thread, however large the tensors are.
 """
 
 import errno
@@ -17,14 +17,16 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 
+from ..schemas.block_types import BLOCK_TYPES, WRITTEN
 from ..schemas.callbacks import Progress
-from ..schemas.dtypes import FLOATS
+from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
 from .cast import Array, castable
 from .cast_ranges import Counts, cast_placed
 from .file_ranges import copy_range, merged, write_all, write_lines
+from .gguf_file import encode_gguf
 from .safetensors_plan import PlacedCalculatedRange, PlacedRange, TensorPlan, placed
 
 FLUSH_PAUSE = 0.05  # seconds between two flushes
@@ -61,26 +63,50 @@ def write_safetensors(
     `overflow_advice` replaces the advice of that message where the caller has no such argument."""
     _check_castable(tensors)
     with new_safetensors(path, tensors, metadata) as out:
-        ranges = list(placed(tensors, out.start))
-        from_files = [each for each in ranges if isinstance(each, PlacedRange)]
-        for copied in merged(from_files):
-            copy_range(copied, out.file, progress)
-        counts = cast_placed(from_files, out.file, progress)
-        for each in ranges:
-            if isinstance(each, PlacedCalculatedRange):
-                _write_calculated(each, out, progress)
+        counts = _fill(out, tensors, progress)
     if counts.overflows and not allow_overflow:
         raise ConversionError(_overflow_message(path, tensors, counts.overflows, overflow_advice))
     return counts
 
 
+def write_gguf(
+    path: Path,
+    tensors: Mapping[str, TensorPlan],
+    metadata: Mapping[str, str | int],
+    progress: Progress | None = None,
+    *,
+    allow_overflow: bool = False,
+) -> Counts:
+    """Write a GGUF file from plans, as `write_safetensors` does. Numbers of the metadata are written as uint32."""
+    _check_castable(tensors)
+    header, places = encode_gguf(tensors, metadata)
+    end = max((places[name] + plan.nbytes for name, plan in tensors.items()), default=len(header))
+    with _new_file(path, header, places, end) as out:
+        counts = _fill(out, tensors, progress)
+    if counts.overflows and not allow_overflow:
+        raise ConversionError(_overflow_message(path, tensors, counts.overflows, ""))
+    return counts
+
+
+def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Progress | None) -> Counts:
+    """Write the values of all tensors; ranges that are copied come first."""
+    ranges = list(placed(tensors, out.places))
+    from_files = [each for each in ranges if isinstance(each, PlacedRange)]
+    for copied in merged(from_files):
+        copy_range(copied, out.file, progress)
+    counts = cast_placed(from_files, out.file, progress)
+    for each in ranges:
+        if isinstance(each, PlacedCalculatedRange):
+            _write_calculated(each, out, progress)
+    return counts
+
+
 @dataclass(frozen=True)
 class NewSafetensors:
-    """A safetensors file in the making: its descriptor, and the byte at which each tensor begins."""
+    """A weights file in the making: its descriptor, and the byte at which each tensor begins."""
 
     path: Path
     file: int
-    start: int
     places: Mapping[str, int]
 
     def write(self, name: str, values: Array, at: int = 0) -> None:
@@ -104,6 +130,13 @@ def new_safetensors(
     places, end = {}, len(header)
     for name, tensor in tensors.items():
         places[name], end = end, end + tensor.nbytes
+    with _new_file(path, header, places, end) as out:
+        yield out
+
+
+@contextmanager
+def _new_file(path: Path, header: bytes, places: Mapping[str, int], end: int) -> Iterator[NewSafetensors]:
+    """A new file of `end` bytes that begins with `header`; see `new_safetensors`."""
     try:
         with path.open("wb") as out:
             reserve(out.fileno(), end)
@@ -111,7 +144,7 @@ def new_safetensors(
             out.write(header)
             out.flush()
             with _flushing(out.fileno()):
-                yield NewSafetensors(path, out.fileno(), len(header), places)
+                yield NewSafetensors(path, out.fileno(), places)
             os.fsync(out.fileno())
     except OSError as error:
         raise ConversionError(what_failed(path, end, error)) from error
@@ -169,10 +202,19 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
     """Raise ConversionError for the first range that cannot become the dtype of its tensor."""
     for name, plan in tensors.items():
         for source in plan.source_ranges:
-            if source.scale is not None and plan.dtype not in FLOATS:
+            if source.dtype in BLOCK_TYPES and source.dtype == plan.dtype and not source.transposed:
+                continue
+            if source.scale is not None and plan.dtype not in (*FLOATS, *WRITTEN):
                 raise ConversionError(
-                    f"{source.path}: {name}: scaled fp8 (a weight and the scale to multiply it by) is read but never "
-                    'written; choose a float dtype, such as dtype="bf16"'
+                    f"{source.path}: {name}: {'scaled fp8' if source.dtype in FP8 else source.dtype} (a weight and the "
+                    'scales to multiply it by) is read but never written; choose a float dtype, such as dtype="bf16"'
+                )
+            if source.transposed and (
+                (source.scale and source.scale.group) or {source.dtype, plan.dtype} & {*BLOCK_TYPES}
+            ):
+                raise ConversionError(
+                    f"{source.path}: {name}: {source.dtype} is stored transposed, and blocks of {plan.dtype} go along "
+                    "rows; write the tensor as float"
                 )
             if source.dtype != plan.dtype and not castable(source.dtype, plan.dtype):
                 raise ConversionError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ...schemas.block_types import QUANTISED
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8
 from ...schemas.errors import LayoutError
 from ...schemas.layouts import Layout, foreign_name
@@ -142,7 +143,7 @@ def find_problems(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> Probl
         wrong_dtype=tuple(
             (name, tensor.dtype)
             for name, tensor in tensors.items()
-            if not is_counter(name) and tensor.dtype not in (*FLOATS, *FP8)
+            if not is_counter(name) and tensor.dtype not in (*FLOATS, *FP8, *QUANTISED)
         ),
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...schemas.block_types import WRITTEN
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
@@ -22,7 +23,7 @@ from ...schemas.messages import known_keywords, listed
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.file_sizes import sizes_of
-from ...storage.safetensors_writer import write_safetensors
+from ...storage.safetensors_writer import write_gguf, write_safetensors
 from ..hub import local_path
 from .component import Component
 from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files
@@ -31,6 +32,8 @@ from .plan_output import FilePlan, OutputOptions, OutputPlan, plan_output
 from .provenance import copy_provenance, provenance_files
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
+GGUF = ".gguf"
+WEIGHTS_ALONE = (Layout.COMFYUI, Layout.GGUF)  # without configs and tokenizers
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def convert(
     shard_size: int | str | None = None,
     combined: bool = False,
     canonical: bool = False,
+    quantize: str | None = None,
     force: bool = False,
     say: Say | None = None,
     start_file: StartFile | None = None,
@@ -71,8 +75,8 @@ def convert(
 
     Args:
         sources: One weights file, folder or hf:// source, or a sequence of them.
-        output: A folder, or one file when the name ends in .safetensors and one file can hold everything.
-        to: "diffusers", "original", "split" or "comfyui".
+        output: A folder, or one file when the name ends in .safetensors (or .gguf) and one file can hold everything.
+        to: "diffusers", "original", "split", "comfyui" or "gguf".
         text_encoder: The text encoder to use instead of that in the sources: a Hugging Face folder or file.
         image_encoder: The image encoder to use, likewise.
         dtype: "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too.
@@ -84,6 +88,7 @@ def convert(
         shard_size: Cut diffusers components above this size into shards: bytes, or text such as "10GB".
         combined: Use the folder names of StableCascadeCombinedPipeline (diffusers).
         canonical: Order tensors as the safetensors library does, instead of as the source does.
+        quantize: The type of blocks for most Linears of GGUF files, such as "Q8_0" or "Q4_K".
         force: Replace files of the same names, or an earlier output.
         say: Called with a line of text for each download.
         start_file: Called with the name and size of each file before it is written.
@@ -106,6 +111,7 @@ def convert(
         shard_size=_parse_shard_size(shard_size),
         combined=combined,
         canonical=canonical,
+        quantize=_parse_type(quantize),
     )
     check_output(output, force=force)
     given = [sources] if isinstance(sources, str | Path) else sources
@@ -161,9 +167,15 @@ def _parse_shard_size(size: int | str | None) -> int | None:
         raise UsageError(f"shard_size={error}") from error
 
 
+def _parse_type(quantize: str | None) -> str | None:
+    if quantize is not None and quantize.upper() not in WRITTEN:
+        raise UsageError(f"quantize={quantize!r}: expected one of {', '.join(WRITTEN)}")
+    return quantize and quantize.upper()
+
+
 def _is_single(output: Path) -> bool:
     """Return whether the output is one file instead of a folder."""
-    return output.suffix.lower() == ".safetensors"
+    return output.suffix.lower() in (".safetensors", GGUF)
 
 
 def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
@@ -173,6 +185,11 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
         raise UsageError(f"nothing to convert: no component found in {where}; give other sources")
     for component in model.components.values():
         component.require_sound()
+    is_gguf = options.layout is Layout.GGUF
+    if options.quantize and not is_gguf:
+        raise UsageError(f'quantize="{options.quantize}": only to="gguf" has these types, not to="{options.layout}"')
+    if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
+        raise UsageError(f"{output}: a name in {output.suffix} does not fit to={str(options.layout)!r}; give another")
     plan = plan_output(model.components, options)
     if _is_single(output) and (len(plan.files) > 1 or options.layout is Layout.DIFFUSERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
@@ -203,7 +220,11 @@ def _write_weights(file: FilePlan, path: Path, start_file: StartFile | None, *, 
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
+    if file.path.suffix.lower() == GGUF:
+        metadata: dict[str, str | int] = {**file.metadata, **file.numbers}
+        counts = write_gguf(partial, file.tensors, metadata, progress, allow_overflow=allow_overflow)
+    else:
+        counts = write_safetensors(partial, file.tensors, file.metadata, progress, allow_overflow=allow_overflow)
     partial.rename(path)
     yield from counts.notes(file.path.name)
 
@@ -217,10 +238,10 @@ def _write_other_files(model: Model, plan: OutputPlan, tokenizer: OwnTokenizer |
     configs = {
         stage: _config_for(component, layout)
         for stage, component in model.components.items()
-        if is_diffusers or (stage in ENCODERS and layout is not Layout.COMFYUI)
+        if is_diffusers or (stage in ENCODERS and layout not in WEIGHTS_ALONE)
     }
     write_folder_files(folder, configs, index=is_diffusers, combined=combined)
-    if tokenizer is not None and layout is not Layout.COMFYUI:
+    if tokenizer is not None and layout not in WEIGHTS_ALONE:
         for prefix in ("", "prior_") if is_diffusers and combined else ("",):
             copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
 
@@ -240,14 +261,16 @@ def _tokenizer(model: Model) -> OwnTokenizer | None:
 
 
 def _notes_on_tokens(tokenizer: OwnTokenizer | None, options: OutputOptions) -> Iterator[str]:
-    if tokenizer is not None and options.layout is not Layout.COMFYUI:
+    if tokenizer is not None and options.layout not in WEIGHTS_ALONE:
         yield from tokenizer.notes
-    elif tokenizer is not None and tokenizer.content.added:
+    elif tokenizer is not None and tokenizer.content.added and options.layout is Layout.COMFYUI:
         yield f"ComfyUI uses its own tokenizer, which does not have {listed(list(tokenizer.content.added))}"
 
 
 def _notes_on_scale(model: Model, options: OutputOptions) -> Iterator[str]:
     vqgan = model.components.get(Stage.VQGAN)
+    if options.layout is Layout.GGUF:
+        return  # which has no vqgan
     if vqgan and (vqgan.layout is Layout.DIFFUSERS) != (options.layout is Layout.DIFFUSERS):
         yield (
             "the vqgan's scale depends on the layout: the original code multiplies latents by 0.43, diffusers by "

@@ -1,11 +1,9 @@
 """Identifies the components in a weights file from its header: stage, layout and config of each network."""
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from ...schemas.dtypes import FLOATS, FP8
 from ...schemas.errors import ForeignError, LayoutError
 from ...schemas.infer_config import infer_config
 from ...schemas.key_prefixes import TensorGroup, group_by_prefix
@@ -14,20 +12,12 @@ from ...schemas.messages import listed
 from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stage, VQGANConfig
 from ...schemas.tensors import Shape, expected_tensors
 from ...storage.renamed_tensors import diffusers_tensors, shapes_of
-from ...storage.safetensors_reader import Header, TensorRange
+from ...storage.safetensors_reader import Header
+from .attach_scales import attach_scales
 from .component import Component, find_problems, missing_counters
 
 # Returns the config in a file beside a stage's tensors, which have these shapes; None when there is no such file.
 ReadConfig = Callable[[Stage, Mapping[str, Shape]], NetworkConfig | None]
-
-# ComfyUI's scaled fp8. `X.scale_weight` is the factor of `X.weight`; `X.scale_input` is for products in fp8 only. A
-# tensor `scaled_fp8` of at most two values marks the file.
-MARKER = "scaled_fp8"
-WEIGHT, SCALE, INPUT_SCALE = ".weight", ".scale_weight", ".scale_input"
-# Later versions of ComfyUI write many formats of quantisation under these names; none of them is read.
-NEWER = (".comfy_quant", ".weight_scale", ".weight_scale_2")
-NEWER_METADATA = "_quantization_metadata"
-OTHER_DTYPES = "get the checkpoint in bf16, fp16 or plain fp8"
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ def _tensor_notes(component: Component) -> list[str]:
 def _component(header: Header, group: TensorGroup, stage: Stage, read_config: ReadConfig) -> Component:
     tensors = {inner: header.tensors[name] for inner, name in group.names.items()}
     spelling = group.layout or layout_of(stage, shapes_of(tensors))
-    layout = Layout.COMFYUI if group.in_comfyui else spelling
+    layout = Layout.GGUF if header.gguf else Layout.COMFYUI if group.in_comfyui else spelling
     try:
         renamed, dropped = diffusers_tensors(tensors, stage, spelling)
         given = read_config(stage, shapes_of(renamed))
@@ -186,51 +176,3 @@ def _released_files() -> dict[str, dict[str, Shape]]:
             mapped = to_diffusers(stage, layout).inverse.apply(expected_tensors(preset))
             files[f"{stage} ({variant}, {layout} layout)"] = {name: tensor.shape for name, tensor in mapped.items()}
     return files
-
-
-def attach_scales(header: Header) -> tuple[Header, list[str]]:
-    """Give each weight of a scaled fp8 file its scale, and remove the tensors that only describe the scaling.
-
-    Returns the header and notes for the user. Raises LayoutError for a scale that is not one number, and for files of
-    other kinds of quantisation."""
-    tensors = header.tensors
-    newer = next((name for name in tensors if name.endswith(NEWER)), None)
-    if newer or NEWER_METADATA in header.metadata:
-        raise LayoutError(
-            f"{header.path}: quantised by ComfyUI ({newer or NEWER_METADATA}), which is not supported yet; "
-            f"{OTHER_DTYPES}"
-        )
-    scales = {name: _weight_of(name, SCALE) for name in tensors if name.endswith(SCALE)}
-    scales = {name: weight for name, weight in scales.items() if weight in tensors}
-    inputs = [name for name in tensors if name.endswith(INPUT_SCALE) and _weight_of(name, INPUT_SCALE) in tensors]
-    markers = [name for name in tensors if name.rpartition(".")[2] == MARKER and math.prod(tensors[name].shape) <= 2]
-    if not scales:
-        return _without(header, markers) if markers else header, []
-    scaled = {weight: _scaled(name, tensors[name], weight, tensors[weight]) for name, weight in scales.items()}
-    notes = [f"{header.path}: scaled fp8: {len(scaled)} weights have a scale, which a cast multiplies in"]
-    if inputs:
-        notes.append(f"{header.path}: left out {len(inputs)} scale_input, which only products in fp8 use")
-    plain = _without(header, [*scales, *inputs, *markers])
-    return replace(plain, tensors=plain.tensors | scaled), notes
-
-
-def _weight_of(name: str, suffix: str) -> str:
-    return name.removesuffix(suffix) + WEIGHT
-
-
-def _scaled(name: str, scale: TensorRange, weight: str, tensor: TensorRange) -> TensorRange:
-    if math.prod(scale.shape) != 1 or scale.dtype not in FLOATS:
-        raise LayoutError(
-            f"{scale.path}: {name} is {scale.dtype} {list(scale.shape)}; expected one number for {weight}. Other "
-            f"scales are not supported yet; {OTHER_DTYPES}"
-        )
-    if tensor.dtype not in (*FLOATS, *FP8):
-        raise LayoutError(
-            f"{tensor.path}: {weight} is {tensor.dtype} with a scale; expected {' or '.join(FP8)}, {OTHER_DTYPES}"
-        )
-    return replace(tensor, scale=scale)
-
-
-def _without(header: Header, names: list[str]) -> Header:
-    removed = frozenset(names)
-    return replace(header, tensors={name: tensor for name, tensor in header.tensors.items() if name not in removed})

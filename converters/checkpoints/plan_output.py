@@ -8,11 +8,13 @@
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...schemas.block_types import BLOCK_TYPES, WRITTEN
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
@@ -23,6 +25,7 @@ from ...storage.cast import target_dtype
 from ...storage.replaceable_folders import MODEL_INDEX
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from .component import Component
+from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
 from .open_model import ENCODERS
 
@@ -49,6 +52,7 @@ class OutputOptions:
         shard_size: Bytes above which a diffusers component is cut into shards; None for no limit.
         combined: True for the folder names of the combined pipeline.
         canonical: True to order tensors as the safetensors library does, False to keep the source's order.
+        quantize: The type of blocks for most Linears of a GGUF file, such as "Q8_0"; None keeps each tensor's type.
     """
 
     layout: Layout
@@ -57,15 +61,19 @@ class OutputOptions:
     shard_size: int | None = None
     combined: bool = False
     canonical: bool = False
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A safetensors file to write: its path below the output, its tensors in their order, and its metadata."""
+    """A weights file to write: its path below the output, its tensors in their order, and its metadata.
+
+    `numbers` is the part of a GGUF file's metadata that is not text."""
 
     path: Path
     tensors: dict[str, TensorPlan]
     metadata: dict[str, str]
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +119,7 @@ class OutputPlan:
             status = path.stat()
             digest.update(repr((str(path.absolute()), status.st_size, status.st_mtime_ns)).encode())
         for file in self.files:
-            digest.update(repr((file.path, file.metadata, list(file.tensors.items()))).encode())
+            digest.update(repr((file.path, file.metadata, file.numbers, list(file.tensors.items()))).encode())
         return digest.hexdigest()
 
 
@@ -122,6 +130,8 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
     joined."""
     if options.layout is Layout.COMFYUI:
         return _plan_comfyui(components, options)
+    if options.layout is Layout.GGUF:
+        return _plan_gguf(components, options)
     files: list[FilePlan] = []
     indexes: dict[Path, dict[str, Any]] = {}
     for component in components.values():
@@ -141,10 +151,15 @@ def plan_tensors(component: Component, options: OutputOptions, prefix: str = "")
     Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans = {}
+    types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
     for name, mapped in to_diffusers(component.stage, options.layout).inverse.apply(shapes).items():
         # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
         ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
-        dtypes = {target_dtype(tensor.dtype, options.dtype) for tensor in ranges}
+        if types:
+            dtypes = types.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
+        else:
+            dtypes = {target_dtype(tensor.dtype, options.dtype) for tensor in ranges}
+            _require_floats(component, name, dtypes)
         if len(dtypes) > 1:
             raise ConversionError(
                 f"{component.path}: {', '.join(rows.name for rows in mapped.rows)} become one tensor {name} "
@@ -152,6 +167,14 @@ def plan_tensors(component: Component, options: OutputOptions, prefix: str = "")
             )
         plans[prefix + name] = TensorPlan(dtypes.pop(), mapped.shape, ranges)
     return plans | {prefix + name: TensorPlan("I64", (), ()) for name in component.zeros}
+
+
+def _require_floats(component: Component, name: str, dtypes: set[str]) -> None:
+    if found := dtypes & {*BLOCK_TYPES}:
+        raise ConversionError(
+            f"{component.path}: {name} is quantised ({', '.join(found)}), which only the layout gguf keeps; choose the "
+            'dtype of the weights, such as dtype="bf16"'
+        )
 
 
 def _paths(component: Component, options: OutputOptions) -> list[Path]:
@@ -232,3 +255,31 @@ def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions)
     if others:
         notes.append(f"no place in these ComfyUI files for {', '.join(others)}; left out")
     return OutputPlan(options, tuple(files), {}, tuple(notes))
+
+
+def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan a GGUF file for each of the prior and the decoder."""
+    present = [components[stage] for stage in STAGES if stage in components]
+    others = [str(stage) for stage in components if stage not in STAGES]
+    if not present:
+        raise UsageError(f"the gguf layout has a place for {' and '.join(STAGES)}, found {', '.join(others)}; add one")
+    files = []
+    for component in present:
+        tensors = plan_tensors(component, options)
+        title = f"{ORIGINAL_NAMES[component.stage]}{_lite(component)}"
+        kind = options.quantize or main_type(tensors)
+        path = Path(f"{title}-{kind}.gguf")
+        files.append(FilePlan(path, tensors, file_metadata(component, title), file_numbers(kind)))
+    notes: tuple[str, ...] = (f"no place in GGUF files for {', '.join(others)}; left out",) if others else ()
+    if options.quantize:
+        notes += tuple(_note_on_types(file, options.quantize) for file in files)
+    return OutputPlan(options, tuple(files), {}, notes)
+
+
+def _note_on_types(file: FilePlan, quantize: str) -> str:
+    """Return a line on how many weights have which type."""
+    counts = Counter(plan.dtype for plan in file.tensors.values())
+    shown = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+    differ = counts.keys() & {*WRITTEN} - {quantize}
+    reason = f"; rows that are no multiple of {BLOCK_TYPES[quantize].values} have {', '.join(sorted(differ))}"
+    return f"{file.path}: tensors by type: {shown}{reason if differ else ''}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import ExportError
 from ...schemas.manifest import Placement
@@ -83,7 +84,9 @@ def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
         if tensor.transposed:
             return f"{tensor.path}: {name} is stored transposed"
         if tensor.scale is not None:
-            return f"{tensor.path}: {name} is scaled fp8"
+            return f"{tensor.path}: {name} is {tensor.dtype} with scales"
+        if tensor.dtype in QUANTISED:
+            return f"{tensor.path}: {name} is quantised ({tensor.dtype})"
         if target_dtype(tensor.dtype, dtype) != tensor.dtype:
             return f"{tensor.path}: {name} is stored as {tensor.dtype}, not as {dtype}"
     sources = source_files(component)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.config_json import to_json
 from ...schemas.dtypes import FP8
@@ -130,16 +131,19 @@ class StageExporter:
 
     def _stored_as(self, component: Component) -> str | None:
         """The dtype to store the weights in; None: as the model has them. Links keep the model's dtype unless
-        `storage` is given. Graphs read no fp8: it becomes the narrowest dtype that holds every value exactly."""
+        `storage` is given. Graphs read neither fp8 nor GGUF's blocks: these become the narrowest dtype that holds every
+        value exactly."""
         is_linked = self.options.weights == "link" and self.options.storage is None
         asked = None if is_linked else self.options.storage_of(component.stage)
-        if asked is not None or not set(component.dtypes) & set(FP8):
+        if asked is not None or not set(component.dtypes) & {*FP8, *QUANTISED}:
             return asked
-        return "F32" if any(tensor.scale for tensor in component.tensors.values()) else "BF16"
+        exact = {*FP8, "BF16"}  # what BF16 holds exactly; GGUF's blocks need the digits of scale times code
+        tensors = component.tensors.values()
+        return "BF16" if all(tensor.dtype in exact and not tensor.scale for tensor in tensors) else "F32"
 
 
 def _require_floats(component: Component) -> None:
-    odd = [dtype for dtype in component.dtypes if dtype not in (*FLOATS, *FP8)]
+    odd = [dtype for dtype in component.dtypes if dtype not in (*FLOATS, *FP8, *QUANTISED)]
     if odd:
         raise ExportError(
             f"{component.path}: the {component.stage} has weights of dtype {', '.join(odd)}; "

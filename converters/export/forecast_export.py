@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ...schemas.dtypes import DTYPE_SIZES
+from ...schemas.block_types import count_of, nbytes_of
 from ...schemas.forecast import FileSize, Forecast
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
@@ -44,7 +44,7 @@ def forecast_export(
 def _bytes(component: Component, dtype: str | None) -> int:
     """Bytes of the weights once they are stored as `dtype`; None keeps each tensor's own."""
     return sum(
-        tensor.nbytes // DTYPE_SIZES[tensor.dtype] * DTYPE_SIZES[target_dtype(tensor.dtype, dtype)]
+        nbytes_of(target_dtype(tensor.dtype, dtype), count_of(tensor.dtype, tensor.nbytes))
         for tensor in component.tensors.values()
     )
 

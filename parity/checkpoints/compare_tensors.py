@@ -15,8 +15,8 @@ import numpy as np
 
 from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model, open_model
+from ...schemas.block_types import nbytes_of
 from ...schemas.callbacks import Progress, StartFile
-from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import UsageError
 from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage
@@ -222,7 +222,7 @@ def _differences(pairs: Mapping[int, Pair], progress: Progress | None) -> Iterat
                 yield current
             current = (index, difference)
             if progress:
-                progress(len(span) * (DTYPE_SIZES[pair.found.dtype] + DTYPE_SIZES[pair.expected.dtype]))
+                progress(sum(nbytes_of(tensor.dtype, len(span)) for tensor in (pair.found, pair.expected)))
         if current is not None:
             yield current
 

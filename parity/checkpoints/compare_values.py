@@ -12,10 +12,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.block_types import BLOCK_TYPES, nbytes_of
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8, INTEGERS
 from ...schemas.errors import CheckpointError
 from ...storage.cast import cast_block, cast_counted, castable
-from ...storage.cast_ranges import read_scale
+from ...storage.read_scale import Factors, read_scale
 from ...storage.safetensors_reader import TensorRange
 
 BLOCK = 1 << 22  # values that one task of a thread compares
@@ -107,8 +108,8 @@ def differences(files: MappedFiles, pair: Pair, span: range) -> Difference:
 
 
 def read_as(tensor: TensorRange) -> str:
-    """The dtype a tensor's values are compared in: its own, but float32 for scaled fp8."""
-    return tensor.dtype if tensor.scale is None else "F32"
+    """The dtype a tensor's values are compared in: its own, but float32 for scaled fp8 and for GGUF's blocks."""
+    return tensor.dtype if tensor.scale is None and tensor.dtype not in BLOCK_TYPES else "F32"
 
 
 def comparable(x: TensorRange, y: TensorRange) -> bool:
@@ -117,20 +118,23 @@ def comparable(x: TensorRange, y: TensorRange) -> bool:
     return a in DTYPE_SIZES and b in DTYPE_SIZES and (a == b or castable(a, b) or castable(b, a))
 
 
-def _values(files: MappedFiles, tensor: TensorRange, part: range, scale: np.float32 | None) -> Array:
+def _values(files: MappedFiles, tensor: TensorRange, part: range, factors: Factors | None) -> Array:
     """The values at the flat indices `part` in the dtype of `read_as`, as bytes."""
     stored = _bytes(files, tensor, part)
-    return stored if scale is None else cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
+    if read_as(tensor) == tensor.dtype:
+        return stored
+    return cast_counted(stored.tobytes(), tensor.dtype, "F32", factors and factors.of(part)).values.view(np.uint8)
 
 
 def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:
-    """The stored values at the flat indices `part`, as bytes."""
-    content, size = files.bytes_of(tensor.path), DTYPE_SIZES[tensor.dtype]
+    """The stored values at the flat indices `part`, as bytes. They are whole blocks, as all steps are powers of two."""
+    content = files.bytes_of(tensor.path)
     if tensor.offset + tensor.nbytes > content.size:
         raise CheckpointError(f"{tensor.path}: ends early; it was cut short while it was read, write it again")
     if not tensor.transposed:
-        return content[tensor.offset + part.start * size : tensor.offset + part.stop * size]
-    rows, columns = tensor.shape
+        start, stop = nbytes_of(tensor.dtype, part.start), nbytes_of(tensor.dtype, part.stop)
+        return content[tensor.offset + start : tensor.offset + stop]
+    (rows, columns), size = tensor.shape, DTYPE_SIZES[tensor.dtype]
     matrix = content[tensor.offset : tensor.offset + tensor.nbytes].reshape(columns, rows, size).transpose(1, 0, 2)
     first, last = part.start // columns, (part.stop - 1) // columns + 1
     flat = matrix[first:last].reshape(-1)

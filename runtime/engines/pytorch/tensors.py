@@ -1,10 +1,12 @@
 """Reads weights from safetensors files, of a model or of a bundle, as tensors of PyTorch."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
+from ....schemas.block_types import BLOCK_TYPES
 from ....schemas.config_json import from_json
 from ....schemas.dtypes import DTYPES, FLOATS, FP8
 from ....schemas.errors import ExportError
@@ -14,7 +16,7 @@ from ....schemas.stages import Stage
 from ....schemas.tensors import expected_tensors
 from ....storage.bundle import Bundle
 from ....storage.cast import cast_counted
-from ....storage.cast_ranges import read_scale
+from ....storage.read_scale import read_scale
 from ....storage.renamed_tensors import diffusers_tensors, shapes_of
 from ....storage.safetensors_reader import Header, TensorRange, read_header
 
@@ -22,11 +24,13 @@ TORCH_DTYPES = {name: getattr(torch, DTYPES[name].torch) for name in (*FLOATS, "
 
 
 def read_tensor(tensor: TensorRange) -> torch.Tensor:
-    """The tensor's values, copied out of the file in its dtype; fp8 and scaled values become float32.
+    """The tensor's values, copied out of the file in its dtype; fp8, scaled and quantised values become float32.
 
     Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
-    if tensor.dtype in FP8 or tensor.scale is not None:
-        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", read_scale(tensor)).values
+    if tensor.dtype in (*FP8, *BLOCK_TYPES) or tensor.scale is not None:
+        factors = read_scale(tensor)
+        scale = factors and factors.of(range(math.prod(tensor.shape)))
+        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", scale).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in TORCH_DTYPES:
         raise ExportError(

@@ -56,7 +56,7 @@ STRAYS: dict[str, tuple[Callable[[Path], object], str]] = {
     "stage_c.safetensors.crdownload": (touch, "a download that was not finished"),
     "optimizer.pt": (touch, "training state"),
     "random_states_0.pkl": (touch, "training state"),
-    "cascade.gguf": (touch, "weights in a format that is not read here"),
+    "cascade.h5": (touch, "weights in a format that is not read here"),
     "pipe.safetensors": (os.mkfifo, "not a regular file"),
     "something.safetensors": (touch, "not a safetensors file"),
     "truncated.ckpt": (lambda path: path.write_bytes(b"PK\3\4" + bytes(50)), "a damaged zip archive"),

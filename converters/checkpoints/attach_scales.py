@@ -1,0 +1,164 @@
+"""Gives the quantised weights of ComfyUI's files their scales, and removes the tensors that only describe them.
+
+A layer X is quantised in one of FORMATS, which is named in the header's metadata or in the JSON of the tensor
+`X.comfy_quant`. Its scales are `X.weight_scale` and, in nvfp4, `X.weight_scale_2`. Older files have fp8 alone, with
+`X.scale_weight` and a tensor `scaled_fp8`."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ...schemas.dtypes import FLOATS
+from ...schemas.errors import CheckpointError, LayoutError
+from ...schemas.json_text import load_object
+from ...schemas.messages import listed
+from ...storage.read_scale import tiled_size
+from ...storage.safetensors_reader import Header, Scale, TensorRange
+
+MARKER = "scaled_fp8"  # a tensor of at most two values
+METADATA = "_quantization_metadata"
+WEIGHT, QUANT, OLD_SCALE = ".weight", ".comfy_quant", ".scale_weight"
+SCALE, OVERALL = ".weight_scale", ".weight_scale_2"
+INPUTS = (".scale_input", ".input_scale")  # for products with rounded inputs only
+OTHER_DTYPES = "get the checkpoint in bf16, fp16 or fp8"
+MAX_JSON_BYTES = 4096  # of the description of one layer
+
+
+class QuantizedFormat(NamedTuple):
+    """A format of quantised weights: dtype in the file, dtype as it is read, the values that share a factor (0: all or
+    those of a row), and the dtypes of the factors."""
+
+    stored: str
+    dtype: str
+    group: int = 0
+    scales: tuple[str, ...] = FLOATS
+
+
+FORMATS: Mapping[str, QuantizedFormat] = {
+    "float8_e4m3fn": QuantizedFormat("F8_E4M3", "F8_E4M3"),
+    "float8_e5m2": QuantizedFormat("F8_E5M2", "F8_E5M2"),
+    "int8_tensorwise": QuantizedFormat("I8", "INT8"),
+    "mxfp8": QuantizedFormat("F8_E4M3", "F8_E4M3", 32, ("U8", "F8_E8M0")),
+    "nvfp4": QuantizedFormat("U8", "FP4", 16, ("F8_E4M3",)),
+}
+
+
+def attach_scales(header: Header) -> tuple[Header, list[str]]:
+    """Give each quantised weight of a file of ComfyUI its scales, and remove the tensors that only describe them.
+
+    Returns the header and notes for the user. Raises LayoutError for a format that is not read and for scales that are
+    missing or do not fit, each by its name."""
+    tensors = dict(header.tensors)
+    formats = _formats(header)
+    counts: Counter[str] = Counter()
+    used = [name for name in tensors if name.endswith(QUANT) or _is_marker(name, tensors[name])]
+    for name in [name for name in tensors if name.endswith((SCALE, OLD_SCALE))]:
+        layer = name.rpartition(".")[0]
+        if layer + WEIGHT in tensors and layer not in formats:
+            formats[layer] = {"format": _guessed(tensors[layer + WEIGHT])}
+    for layer, settings in formats.items():
+        kind, weight, taken = _scaled(header, layer, settings)
+        tensors[layer + WEIGHT] = weight
+        used += taken
+        counts[kind] += 1
+    inputs = [name for name in tensors if name.endswith(INPUTS) and name.rpartition(".")[0] in formats]
+    notes = []
+    if counts:
+        shown = " and ".join(f"{count} weights in {kind}" for kind, count in counts.items())
+        notes.append(f"{header.path}: quantised by ComfyUI: {shown} have scales, which a cast multiplies in")
+    if inputs:
+        kind = inputs[0].rpartition(".")[2]
+        notes.append(f"{header.path}: left out {len(inputs)} {kind}, which only products of rounded inputs use")
+    left = {name: tensor for name, tensor in tensors.items() if name not in {*used, *inputs}}
+    metadata = {key: text for key, text in header.metadata.items() if key != METADATA}
+    return replace(header, tensors=left, metadata=metadata), notes
+
+
+def _is_marker(name: str, tensor: TensorRange) -> bool:
+    return name.rpartition(".")[2] == MARKER and math.prod(tensor.shape) <= 2
+
+
+def _guessed(weight: TensorRange) -> str:
+    """The format of a weight that has a scale and no description, as in older files."""
+    return (
+        "float8_e5m2" if weight.dtype == "F8_E5M2" else "int8_tensorwise" if weight.dtype == "I8" else "float8_e4m3fn"
+    )
+
+
+def _formats(header: Header) -> dict[str, dict[str, Any]]:
+    """Return the settings of each quantised layer, from the metadata and from tensors of JSON."""
+    try:
+        layers = load_object(header.metadata.get(METADATA, "{}")).get("layers", {})
+        found = {layer: dict(settings) for layer, settings in layers.items()}
+        for name, tensor in header.tensors.items():
+            if name.endswith(QUANT) and tensor.path.is_file():  # headers from the Hub come without tensors
+                found[name.removesuffix(QUANT)] = _settings(name, tensor)
+        return found
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{header.path}: {METADATA} or {QUANT} cannot be read: {error}; download or save the file again"
+        ) from error
+
+
+def _settings(name: str, tensor: TensorRange) -> dict[str, Any]:
+    if tensor.dtype != "U8" or tensor.nbytes > MAX_JSON_BYTES:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected the bytes of JSON")
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return load_object(file.read(tensor.nbytes).decode("utf-8"))
+
+
+def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[str, TensorRange, list[str]]:
+    """Return the format of a layer, its weight with its scales, and the names of the scales."""
+    tensors, kind = header.tensors, settings.get("format")
+    form = FORMATS.get(kind) if isinstance(kind, str) else None
+    if form is None or settings.get("convrot") or f"{layer}.pre_quant_scale" in tensors:
+        what = "rotated or scaled weights" if form else kind
+        raise LayoutError(
+            f"{header.path}: {layer}: quantised by ComfyUI as {what}, which is not supported yet; expected one of "
+            f"{', '.join(FORMATS)}; {OTHER_DTYPES}"
+        )
+    weight = tensors.get(layer + WEIGHT)
+    if weight is None or weight.dtype not in (form.stored, *FLOATS) or len(weight.shape) < 1:
+        found = f"{weight.dtype} {list(weight.shape)}" if weight else "nothing"
+        raise LayoutError(
+            f"{header.path}: {layer}{WEIGHT}: {kind} expected {form.stored}, found {found}; {OTHER_DTYPES}"
+        )
+    names = [name for name in (layer + SCALE, layer + OLD_SCALE) if name in tensors]
+    if kind == "nvfp4":
+        names.append(layer + OVERALL)
+    missing = [name for name in names if name not in tensors] or ([] if names else [layer + SCALE])
+    if missing:
+        raise LayoutError(f"{header.path}: {listed(missing)} is missing, the scale of {layer}{WEIGHT}; {OTHER_DTYPES}")
+    shape = (*weight.shape[:-1], weight.shape[-1] * (2 if form.dtype == "FP4" else 1))
+    scale = _scale(names, tensors, shape, form)
+    dtype = form.dtype if weight.dtype == form.stored else weight.dtype
+    return str(kind), replace(weight, dtype=dtype, shape=shape, scale=scale), names
+
+
+def _scale(
+    names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: QuantizedFormat
+) -> Scale:
+    """Return the factors of a weight. Raises LayoutError for factors of another dtype or number."""
+    factors = tensors[names[0]]
+    count, columns = math.prod(factors.shape), math.prod(shape[1:])
+    if form.group:
+        tiles = (shape[0], columns // form.group)
+        expected, scale = [tiled_size(*tiles)], Scale(factors, form.group, tiles)
+    else:
+        expected, scale = [1, shape[0]], Scale(factors, 0 if count == 1 else columns)
+    if factors.dtype not in form.scales or count not in expected:
+        raise LayoutError(
+            f"{factors.path}: {names[0]} is {factors.dtype} {list(factors.shape)}; expected one number, or "
+            f"{expected[-1]} of {' or '.join(form.scales)}, for a weight of shape {list(shape)}; {OTHER_DTYPES}"
+        )
+    if len(names) == 1:
+        return scale
+    overall = tensors[names[1]]
+    if math.prod(overall.shape) != 1 or overall.dtype not in FLOATS:
+        raise LayoutError(
+            f"{overall.path}: {names[1]} is {overall.dtype} {list(overall.shape)}; expected one number; {OTHER_DTYPES}"
+        )
+    return replace(scale, overall=overall)
