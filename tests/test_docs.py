@@ -6,15 +6,20 @@ import inspect
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import cascadekit
 from cascadekit.cli import main
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
+from cascadekit.runtime.images.png import save_png
 from cascadekit.schemas import errors, messages
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +80,9 @@ def test_every_option_in_the_text_exists(page: str) -> None:
     known = set().union(*map(options_of, (main, *known_commands().values())))
     prose = re.sub(r"^```\w*\n.*?^```", "", TEXTS[page], flags=re.M | re.S)
     named = {
-        option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+        option
+        for code in re.findall(r"`(?!pip )([^`]+)`", prose)
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
     assert named <= known, named - known
 
@@ -135,12 +142,121 @@ def test_the_python_of_the_pages_runs(original: Path, tmp_path: Path, monkeypatc
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     (tmp_path / "text_encoder").rename(tmp_path / "clip")
     monkeypatch.chdir(tmp_path)
-    for page in ("README.md", "docs/generate.md", "docs/terminal.md"):
+    pages = sorted(TEXTS, key=lambda page: page != "docs/python.md")  # which makes the model and the bundle
+    for page in pages:
         for block in re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.M | re.S):
             for large, small in (*SMALL, ("step.preview()", "")):
                 block = block.replace(large, small)
             exec(compile(block, page, "exec"), {})
     assert (tmp_path / "bundle" / "cascade.json").is_file()
+
+
+# Command lines that do not run in the test below, by what they contain, and where they run.
+RUN_ELSEWHERE = {
+    "^bench": "tests/bench, with a few values; here it would measure for minutes",
+    "^demo": "tests/judge",
+    "^ui": "tests/runtime/ui; it serves until it is stopped",
+    "^doctor --gpu": "tests/cli",
+    "--recorded|^generate rtx": "needs the GPU that the plans are for",
+    "--device cuda": "needs a GPU",
+    "--engine aotinductor": "tests/runtime; it needs a package, whose build takes minutes",
+    "^completion": "tests/test_tour.py; it writes into the home folder",
+}
+PLANNED = ("convert", "export", "build", "lora merge")  # these run with --dry-run; tests/test_tour.py writes files
+QUICK = "--size 64x64 --prior-steps 1 --decoder-steps 1 --prior-timesteps 1,0 --decoder-timesteps 1,0 --force".split()
+
+
+def lay_out(root: Path) -> None:
+    """Put into `root` what the pages name: the example model's files under the names of the official ones."""
+    original = root / "demo" / "original"
+    shutil.copytree(EXAMPLE_MODEL, original)
+    cascadekit.export(original, root / "demo" / "bundle")
+    cascadekit.convert([original], root / "model", "diffusers")
+    cascadekit.export(root / "model", root / "bundle")
+    cascadekit.convert([root / "model"], root / "comfyui", "comfyui")
+    for name in ("small", "rtx"):
+        shutil.copytree(root / "demo" / "bundle", root / name)
+    shutil.copytree(original, root, dirs_exist_ok=True)
+    (root / "text_encoder").rename(root / "CLIP-ViT-bigG-14")
+    shutil.copytree(original, root / "hub")
+    for stage in ("b", "c"):
+        shutil.copy(root / f"stage_{stage}.safetensors", root / f"stage_{stage}_bf16.safetensors")
+        (root / "hub" / f"stage_{stage}.safetensors").rename(root / "hub" / f"stage_{stage}_lite_bf16.safetensors")
+    subprocess.run(
+        [sys.executable, ROOT / "examples" / "make_lora.py", "stage_c.safetensors", "style.safetensors"],
+        cwd=root,
+        check=True,
+    )
+    with cascadekit.Cascade.open(root / "bundle") as cascade:
+        made = cascade.generate("a fox", seed=0, width=64, height=64, prior_steps=1, decoder_steps=1)
+    for name in ("photo", "mask", "style", "image", "shiba", "apple", "out/0003"):
+        save_png(root / f"{name}.png", made.images[0], made.settings[0])
+    (root / "prompts.csv").write_text("prompt\na fox\n")
+
+
+def runnable(page: str, seen: set[str]) -> Iterator[list[str]]:
+    """The words of the page's command lines that run here and were not `seen`. Names in capitals stand for others."""
+    for line in command_lines(TEXTS[page]):
+        words = shlex.split(line.replace("hf://stabilityai/stable-cascade", "hub"))[1:]
+        stands_for = (len(words) == 1 and words[0] != "doctor") or any(re.fullmatch(r"[A-Z]+", word) for word in words)
+        if line not in seen and not stands_for and not re.search("|".join(RUN_ELSEWHERE), " ".join(words)):
+            seen.add(line)
+            yield words
+
+
+def made_quick(words: list[str]) -> list[str]:
+    """The command at a small size; what would write much is planned."""
+    name = " ".join(words[: 2 if words[0] == "lora" else 1])
+    if name == "generate":
+        return [*words, *QUICK] if "--like" not in words else [*words, "--force"]
+    if name == "verify" and "comfyui" not in words:
+        small = {"tensorrt-rtx": "onnxruntime", "prior": "vqgan"}
+        words = [small.get(word, word) for word in words] + ([] if "prior" in words else ["--stage", "vqgan"])
+    if name == "verify":
+        return [*words, "--force"]
+    if name in PLANNED:
+        return [*words, "--dry-run", "--force"]
+    return [*words, "--force"] if name == "lora convert" else words
+
+
+def test_every_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page by page, in its order. docs/tour.md runs in tests/test_tour.py, at full size."""
+    pytest.importorskip("onnx")
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    seen: set[str] = set()
+    for page in TEXTS:
+        for words in runnable(page, seen) if page != "docs/tour.md" else ():
+            command = made_quick(words)
+            ended = CliRunner().invoke(main, command)
+            assert ended.exit_code == 0, f"{page}: cascadekit {shlex.join(command)}\n{ended.output}"
+    assert len(seen) > 30
+
+
+def test_the_readme_fits_three_screens() -> None:
+    assert TEXTS["README.md"].count("\n") <= 120
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_sentences_have_at_most_25_words(page: str) -> None:
+    assert [text for text in sentences(TEXTS[page]) if len(text.split()) > 25] == []
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of paragraphs and lists; a piece of code counts as one word."""
+    text = re.sub(r"^```\w*\n.*?^```|^[|#].*?$", "\n\n", text, flags=re.M | re.S)
+    text = re.sub(r"^\s*([-*]|\d+\.) ", "\n\n", text, flags=re.M)
+    text = re.sub(r"`[^`]*`", "code", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from re.split(r"(?<=[.!?:;])[*\")]*\s+", " ".join(paragraph.split()))
+
+
+def test_every_page_is_in_the_navigation_and_every_picture_on_a_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r": ([\w/-]+\.md)$", navigation, re.M))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    shown = {name for text in TEXTS.values() for name in re.findall(r"images/([\w.-]+)\)", text)}
+    assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}
 
 
 def test_doctests_without_files_pass() -> None:

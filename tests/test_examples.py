@@ -17,6 +17,7 @@ ARGUMENTS = {
     "generate_image": ("{tiny}/bundle", PROMPT, "{new}/image.png"),
     "vary_guidance": ("{tiny}/bundle", PROMPT, "{new}/sheet.png"),
     "many_prompts": ("{tiny}/bundle", "{new}/images"),
+    "make_lora": ("{tiny}/original/stage_c.safetensors", "{new}/style.safetensors"),
 }
 MADE = {"convert_checkpoint": "model/model_index.json", "export_bundle": "bundle/cascade.json"}
 
