@@ -56,4 +56,5 @@ def check_options(
     if options.reference_precision not in REFERENCE_DTYPES:
         raise UsageError(f"reference_precision {options.reference_precision!r}: expected {', '.join(REFERENCE_DTYPES)}")
     if options.size is not None:
-        latent_sizes(*reversed(options.size))
+        width, height = options.size
+        latent_sizes(height, width)

@@ -114,14 +114,14 @@ def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 def known_fields(kind: type[T]) -> type[T]:
     """A decorator of a dataclass, which then refuses an unknown field as `known_keywords` refuses a keyword."""
-    known, make = [field.name for field in fields(kind)], kind.__init__  # type: ignore[arg-type, misc]
+    known, make = [field.name for field in fields(kind)], kind.__init__  # type: ignore[arg-type]
 
     @wraps(make)
     def init(self: T, *args: Any, **kwargs: Any) -> None:
         require_known(kind.__name__, kwargs, known)
         make(self, *args, **kwargs)
 
-    kind.__init__ = init  # type: ignore[method-assign, misc, assignment]
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
     return kind
 
 

@@ -138,7 +138,7 @@ def _cast_span(work: _Work, span: range) -> Done:
     with source.path.open("rb", buffering=0) as file:
         data = read_exactly(file, source.offset + start, nbytes)
     try:
-        scale = work.scale and work.scale.of(span)
+        scale = None if work.scale is None else work.scale.of(span)
         values, overflow, not_finite = cast_counted(data, source.dtype, dtype, scale)
     except ConversionError as error:
         raise ConversionError(f"{source.path}: {work.placed.name} {error}") from error
@@ -155,7 +155,8 @@ def _transpose_tile(work: _Work, rows: range, columns: range) -> Done:
         start = source.offset + columns.start * line + rows.start * size
         data = read_lines(file, start, line, len(columns), len(rows) * size)
     moved = Cast(np.frombuffer(data, np.uint8), 0, 0)
-    cast = moved if work.keeps_bits else cast_counted(data, source.dtype, dtype, work.scale and work.scale.of(range(0)))
+    scale = None if work.scale is None else work.scale.of(range(0))
+    cast = moved if work.keeps_bits else cast_counted(data, source.dtype, dtype, scale)
     bits = np.frombuffer(cast.values, f"<u{DTYPE_SIZES[dtype]}").reshape(len(columns), len(rows))
     at = work.placed.at + rows.start * width + columns.start * bits.itemsize
     write_lines(work.target, np.ascontiguousarray(bits.T), at, width)

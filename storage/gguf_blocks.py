@@ -66,12 +66,14 @@ def _bit_planes(data: Array, run: int, width: int) -> Array:
 
 def _pack_nibbles(codes: Array, run: int) -> Array:
     pairs = codes.reshape(len(codes), -1, 2, run)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    packed: Array = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    return packed
 
 
 def _pack_planes(fields: Array, run: int, width: int) -> Array:
     planes = fields.reshape(len(fields), -1, 8 // width, run) << np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(planes, axis=2).reshape(len(fields), -1)
+    packed: Array = np.bitwise_or.reduce(planes, axis=2).reshape(len(fields), -1)
+    return packed
 
 
 def _per_sub_block(scale: Floats, codes: Array) -> Floats:

@@ -7,12 +7,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ...runtime.memory.free_memory import byte_fields
 from ...schemas.config_json import from_json
 from ...schemas.manifest import ENCODER_GRAPH
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...schemas.tensors import is_counter
-from ..tensorrt.process_memory import byte_fields
 from ..tensorrt.worker import Answer, BuildFailed, serve
 from .package_request import PackageRequest
 

@@ -123,7 +123,8 @@ def _values(files: MappedFiles, tensor: TensorRange, part: range, factors: Facto
     stored = _bytes(files, tensor, part)
     if read_as(tensor) == tensor.dtype:
         return stored
-    return cast_counted(stored.tobytes(), tensor.dtype, "F32", factors and factors.of(part)).values.view(np.uint8)
+    scale = None if factors is None else factors.of(part)
+    return cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
 
 
 def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:

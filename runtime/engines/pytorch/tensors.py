@@ -29,7 +29,7 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
     Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
     if tensor.dtype in (*FP8, *BLOCK_TYPES) or tensor.scale is not None:
         factors = read_scale(tensor)
-        scale = factors and factors.of(range(math.prod(tensor.shape)))
+        scale = None if factors is None else factors.of(range(math.prod(tensor.shape)))
         values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", scale).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in TORCH_DTYPES:
