@@ -126,10 +126,10 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
         raise LayoutError(
             f"{header.path}: {layer}{WEIGHT}: {kind} expected {form.stored}, found {found}; {OTHER_DTYPES}"
         )
-    names = [name for name in (layer + SCALE, layer + OLD_SCALE) if name in tensors]
+    names = [layer + (OLD_SCALE if layer + OLD_SCALE in tensors else SCALE)]
     if kind == "nvfp4":
         names.append(layer + OVERALL)
-    missing = [name for name in names if name not in tensors] or ([] if names else [layer + SCALE])
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise LayoutError(f"{header.path}: {listed(missing)} is missing, the scale of {layer}{WEIGHT}; {OTHER_DTYPES}")
     shape = (*weight.shape[:-1], weight.shape[-1] * (2 if form.dtype == "FP4" else 1))
