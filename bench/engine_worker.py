@@ -228,6 +228,8 @@ LOADERS: Mapping[str, tuple[Callable[[EngineJob], StageRunner], tuple[str, ...]]
     "openvino-bf16-hoisted": (_hoisted("openvino-bf16"), OPENVINO),
     "torch": (_reference("F32"), TORCH),
     "torch-bf16": (_reference("BF16"), TORCH),
+    "torch-compiled": (_bundled("torch-compiled"), TORCH),
+    "aotinductor": (_bundled("aotinductor"), TORCH),
     "torch-compile": (_reference("F32", compiled=True), TORCH),
     "torch-compile-bf16": (_reference("BF16", compiled=True), TORCH),
     "diffusers": (_diffusers("F32"), DIFFUSERS),

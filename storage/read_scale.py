@@ -1,18 +1,17 @@
 """Reads the factors of quantised tensors: one number, one for each row or block, or blocks in the tiles of cuBLAS."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import ConversionError
+from ..schemas.scale_tiles import TILE
 from .cast import cast_block
 from .file_ranges import read_exactly
 from .safetensors_reader import TensorRange
 
 Floats = NDArray[np.float32]
-TILE = (128, 4)  # rows and columns of a tile of cuBLAS
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,6 @@ def _numbers(tensor: TensorRange) -> Floats:
     if tensor.dtype in ("U8", "F8_E8M0"):
         return (np.frombuffer(data, np.uint8).astype("<u4") << 23).view(np.float32)
     return np.asarray(cast_block(data, tensor.dtype, "F32")[0], np.float32)
-
-
-def tiled_size(rows: int, columns: int) -> int:
-    """Return how many factors are stored for `rows` of `columns` factors each, in whole tiles."""
-    return math.prod(-(-size // step) * step for size, step in zip((rows, columns), TILE, strict=True))
 
 
 def _untiled(values: Floats, rows: int, columns: int) -> Floats:

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ..schemas.block_types import count_of, nbytes_of
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.tensors import Shape
 from .safetensors_reader import TensorRange
+
+if TYPE_CHECKING:  # numpy takes longer to import than a header takes to read
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class CalculatedRange:
     dtype of the file, little endian."""
 
     nbytes: int
-    blocks: Callable[[], Iterable[NDArray[Any]]]
+    blocks: Callable[[], "Iterable[NDArray[Any]]"]
 
 
 Range = TensorRange | CalculatedRange

@@ -14,7 +14,7 @@ from ...schemas.dtypes import FLOATS
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.json_text import load_object
 from ...schemas.messages import listed
-from ...storage.read_scale import tiled_size
+from ...schemas.scale_tiles import tiled_size
 from ...storage.safetensors_reader import Header, Scale, TensorRange
 
 MARKER = "scaled_fp8"  # a tensor of at most two values

@@ -392,7 +392,7 @@ def test_prompts_from_standard_input(tiny: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--prompts", "p.txt", "-o", "x.png"], "expected a folder"),
-        (["--prompts", "none.txt"], "no such file"),
+        (["--prompts", "none.txt"], "No such file"),
         (["--prompts", "p.md"], "expected a name ending in .txt, .jsonl, .csv"),
         (["--prompts", "p.txt", "--name", "{prompt.__class__}"], "expected one of {number}"),
         (["--prompts", "p.txt", "--name", "../{number}"], "expected a file name, perhaps with folders"),

@@ -271,7 +271,7 @@ class TestWrongInputs:
     def test_unwritable_output(self, original: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         output = tmp_path / "file" / "out"
-        refused(1, "cannot be written", "convert", original, "-o", output, "--to", "diffusers")
+        refused(2, "file is no folder; choose another output", "convert", original, "-o", output, "--to", "diffusers")
 
     def test_existing_output(self, original: Path, tmp_path: Path) -> None:
         (tmp_path / "model_index.json").touch()

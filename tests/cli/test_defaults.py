@@ -118,7 +118,12 @@ def test_a_lora_is_a_file_and_its_strength(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         *("inspect none", "convert none -o x --to original", "export none -o x", "validate none", "ui none"),
         *("build none --arch sm89", "generate none x", "generate none x --like none", "verify none --against none"),
-        *("lora inspect none", "lora merge none l -o x", "lora convert none -o x --to kohya", "lora apply none l"),
+        *(
+            "lora inspect none",
+            "lora merge none l -o x",
+            "lora convert none -o x.safetensors --to kohya",
+            "lora apply none l",
+        ),
     ],
 )
 def test_a_path_that_leads_nowhere_is_wrong_usage(

@@ -60,7 +60,7 @@ def test_on_this_machine() -> None:
     assert found["packages"]["onnxruntime"] == onnxruntime.__version__
     assert (found["gpu"], found["warnings"], found["lacking_tools"]) == (None, [], {})
     engines = {(one["engine"], one["device"]): one for one in found["engines"]}
-    assert len(engines) == 7
+    assert len(engines) == 11
     runs = {key for key, one in engines.items() if one["runs"]}
     assert {("onnxruntime", "cpu"), ("openvino", "cpu")} <= runs
     assert all(device == "cpu" for _, device in runs)

@@ -12,11 +12,11 @@ from cascadekit.runtime.engines.pytorch.networks.blocks import Attention
 from cascadekit.runtime.engines.pytorch.networks.prior import Prior
 
 from .diffusion import noise_loss
-from .prior import BATCH, CAP, NO_TEXT, Inputs, Writer, predicted_noise, sample_latents
+from .prior import BATCH, CAP, HIGH_SHARE, NO_TEXT, Inputs, Writer, predicted_noise, sample_latents
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=600, rate=3e-3, average=0.99, decay=0.0, warmup=30, sheet=200)
+PLAN = Plan(steps=900, rate=8e-4, average=0.99, decay=0.0, warmup=30, sheet=200)
 RANK = 8
 
 
@@ -78,7 +78,9 @@ def train_lora(
         with torch.no_grad():
             hidden, pooled = encode(writer.text, ids, inputs.words)
         clean = torch.from_numpy(inputs.semantic[rows])
-        return noise_loss(lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
+        return noise_loss(
+            lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP, HIGH_SHARE
+        )
 
     def show(_: nn.Module, path: Path) -> None:
         decode(sample_latents(writer, inputs.words, inputs.words.captions[:16, 0]), path)

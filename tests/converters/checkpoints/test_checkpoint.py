@@ -253,7 +253,7 @@ def test_outputs_that_exist_or_cannot_be_written(original: Path, tmp_path: Path)
     convert([original], tmp_path / "out", "diffusers", force=True)
     assert (tmp_path / "out" / "keep").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(ConversionError, match=r"cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(UsageError, match="file is no folder; choose another output"):
         convert([original], tmp_path / "file" / "out", "diffusers")
 
 

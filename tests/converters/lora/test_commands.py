@@ -103,5 +103,10 @@ def test_merge(bench: Any, numbers: Any, file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     assert "within" in run("merge", out, file, "-o", again, "--strength", 0.75, "--unmerge").output
     torch.testing.assert_close(load_file(again)[name], bench.weights[name])
-    assert "one strength" in run("merge", checkpoint, file, "-o", out, "--strength", 1, "--strength", 1, code=2).output
+    assert (
+        "one strength"
+        in run(
+            "merge", checkpoint, file, "-o", tmp_path / "new.safetensors", "--strength", 1, "--strength", 1, code=2
+        ).output
+    )
     assert "exists already" in run("merge", checkpoint, file, "-o", out, code=2).output
