@@ -51,7 +51,8 @@ def check_options(
         raise UsageError(f"{chosen[0]} looks into cascadekit's own modules: leave reference=... away")
     if options.engine not in ENGINES:
         raise UsageError(f"engine {options.engine!r}: expected {', '.join(ENGINES)}")
-    if not record and options.device not in (able := ENGINES[options.engine].devices):
+    able = ENGINES[options.engine].devices
+    if not record and options.device != "cpu" and options.device not in able:  # TensorRT has the GPU without being told
         raise UsageError(f"device {options.device!r}: {options.engine} runs on {' and '.join(able)}")
     if options.reference_precision not in REFERENCE_DTYPES:
         raise UsageError(f"reference_precision {options.reference_precision!r}: expected {', '.join(REFERENCE_DTYPES)}")

@@ -119,13 +119,23 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_the_canny_controlnet_follows_its_edges(cascade: Cascade) -> None:
-    """Without a word, most objects have the outline of their own control picture rather than of another one.
+    """Without a word, objects overlap with their own control picture more than with others, or than without any.
 
-    The control pictures are rendered icons. By chance it would be one in twelve."""
+    The control pictures are rendered icons. Measured: 0.65, 0.50 and 0.37; most are nearest to their own (8 of 12)."""
     controls = [Image.open(path).convert("RGB") for path in CONTROL_PICTURES]
-    made = [cascade.generate("", seed=2, controls=[ControlPicture("canny", one)]).images[0] for one in controls]
-    rows = [[overlap(outline_of(image), outline_of(control)) for control in controls] for image in made]
-    assert sum(int(np.argmax(row)) == place for place, row in enumerate(rows)) >= 6
+    made = [
+        cascade.generate([""] * 4, seed=4, controls=[ControlPicture("canny", picture)]).images for picture in controls
+    ]
+    free = cascade.generate([""] * 4, seed=4).images
+    rows = np.array([[mean_overlap(images, control) for control in controls] for images in made])
+    own, others = np.diag(rows).mean(), rows[~np.eye(len(rows), dtype=bool)].mean()
+    assert own > others + 0.08
+    assert own > np.mean([mean_overlap(free, control) for control in controls]) + 0.15
+    assert (rows.argmax(axis=1) == np.arange(len(rows))).sum() >= 5
+
+
+def mean_overlap(images: Sequence[Image.Image], control: Image.Image) -> float:
+    return float(np.mean([overlap(outline_of(image), outline_of(control)) for image in images]))
 
 
 def test_the_lora_changes_the_style_and_not_the_content(
