@@ -92,7 +92,8 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterato
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
     """Yield tasks for blocks of a range: at most CAST_BLOCK bytes of input or of float32, at least one value."""
     source = placed.range
-    limit = CAST_BLOCK // (4 if {source.dtype, placed.dtype} & {*QUANTISED} else DTYPE_SIZES[source.dtype])
+    width = 4 if {source.dtype, placed.dtype} & {*QUANTISED} else DTYPE_SIZES[source.dtype]
+    limit = max(1, CAST_BLOCK // width)
     work = _Work(placed, read_scale(source), target)
     if source.transposed:
         for rows, columns in _tiles(source.shape, limit):

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import cascadekit
 from cascadekit.cli import main
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
+from cascadekit.converters.checkpoints.example_model import copy_example_model
 from cascadekit.runtime.images.png import save_png
 from cascadekit.schemas import errors, messages
 
@@ -169,8 +169,8 @@ QUICK = "--size 64x64 --prior-steps 1 --decoder-steps 1 --prior-timesteps 1,0 --
 def lay_out(root: Path) -> None:
     """Put into `root` what the pages name: the example model's files under the names of the official ones."""
     original = root / "demo" / "original"
-    shutil.copytree(EXAMPLE_MODEL, original)
-    cascadekit.export(original, root / "demo" / "bundle")
+    copy_example_model(original, root / "demo" / "lora")
+    cascadekit.export(original, root / "demo" / "bundle", controlnet=True)
     cascadekit.convert([original], root / "model", "diffusers")
     cascadekit.export(root / "model", root / "bundle")
     cascadekit.convert([root / "model"], root / "comfyui", "comfyui")

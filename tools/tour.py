@@ -7,7 +7,6 @@ commands of cascadekit run in this process: libraries are imported once, not twe
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadekit.cli import main as cascadekit
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
+from cascadekit.converters.checkpoints.example_model import copy_example_model
 
 from .terminal import Screen, picture, terminal
 
@@ -47,7 +46,7 @@ def tasks(page: str) -> list[Task]:
 
 def prepare(folder: Path) -> None:
     """Make in `folder` what the tour begins with: the model of `make demo`, and the checkout's examples."""
-    shutil.copytree(EXAMPLE_MODEL, folder / "demo" / "original")
+    copy_example_model(folder / "demo" / "original", folder / "demo" / "lora")
     (folder / "examples").symlink_to(ROOT / "examples")
 
 

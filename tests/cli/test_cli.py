@@ -215,7 +215,7 @@ def test_demo(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "thesis.txt").read_text() == "precious"
     (tmp_path / "demo" / "thesis.txt").unlink()
     made = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert made == {"original", "model", "bundle", "image.png", "prompts.png", "report.html", "parity.json"}
+    assert made == {"original", "lora", "model", "bundle", "image.png", "prompts.png", "report.html", "parity.json"}
     assert json.loads((tmp_path / "demo/parity.json").read_text())["passed"] is True
     assert f"cascadekit ui {tmp_path / 'demo' / 'bundle'}" in result.output
     refused(2, "exists already", "demo", "-o", tmp_path / "demo")

@@ -223,5 +223,5 @@ def test_budgets(text: str, budget: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "0GB", "-1GB", "8TB", "8GBs", "1e3MB"])
 def test_policies_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="expected resident, staged, or a size"):
+    with pytest.raises(UsageError, match="expected auto, resident, staged, or a size"):
         MemoryPolicy.parse(text)

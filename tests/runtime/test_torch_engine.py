@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cascadekit import export
-from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines import engine_table
+from cascadekit.runtime.engines.engine_table import EngineChoice, make_engine
 from cascadekit.runtime.engines.pytorch import captured_calls, device
 from cascadekit.runtime.engines.pytorch.captured_calls import CapturedCalls
 from cascadekit.runtime.engines.pytorch.tensors import bundle_tensors, read_tensor
@@ -28,7 +29,7 @@ def inputs_of(bundle: Bundle, stage: Stage, graph: str = "model") -> dict[str, A
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {"timestep_ratio": np.array([0.93, 0.35], np.float32)}
     for port in bundle.entry(stage).graphs[graph].inputs:
-        shape = [SIZES[dim] if isinstance(dim, str) else dim for dim in port.dims]
+        shape = [SIZES.get(dim, 1) if isinstance(dim, str) else dim for dim in port.dims]  # a residual is 1x1
         integers = port.dtype == "int64"
         drawn = rng.integers(0, 60, shape) if integers else rng.standard_normal(shape, dtype=np.float32)
         found.setdefault(port.name, drawn)
@@ -113,7 +114,10 @@ def test_a_controlnets_residual_is_not_left_out(whole: Any) -> None:
         runner({**plain, **{name: np.ones((2, *inputs[name].shape[1:]), np.float32) for name in control}})
 
 
-def test_auto_takes_torch_in_bf16_where_openvino_is_missing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_torch_in_bf16_where_openvino_is_missing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
+) -> None:
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
     monkeypatch.setitem(sys.modules, "openvino", None)
     bundle = open_bundle(tiny / "bundle")
     for has, name in ((True, "torch-bf16"), (False, "onnxruntime")):
