@@ -189,7 +189,7 @@ def lay_out(root: Path) -> None:
     )
     with cascadekit.Cascade.open(root / "bundle") as cascade:
         made = cascade.generate("a fox", seed=0, width=64, height=64, prior_steps=1, decoder_steps=1)
-    for name in ("photo", "mask", "style", "image", "shiba", "apple", "out/0003"):
+    for name in ("photo", "mask", "style", "image", "shiba", "apple", "out/0003", "demo/image"):
         save_png(root / f"{name}.png", made.images[0], made.settings[0])
     (root / "prompts.csv").write_text("prompt\na fox\n")
 
