@@ -23,7 +23,7 @@ from .prior import BATCH, CAP, Inputs, Writer, predicted_noise, sample_latents
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=1500, rate=2e-3, average=0.995, warmup=50, sheet=300)
+PLAN = Plan(steps=1200, rate=2e-3, average=0.995, warmup=50, sheet=300)
 SIDE = 96  # of the control image: 32 for each of stage C's latents
 NO_TEXT, NO_EDGES = 0.3, 0.1
 
