@@ -12,10 +12,10 @@ from .verify_print import print_report, report_json
 
 NEXT = (
     "Try next:",
-    '  cascadekit generate {bundle} "a purple star above a red heart" -o star.png',
-    '  cascadekit generate {bundle} "a fox" --lora {lora} -o outline.png',
-    "  cascadekit ui {bundle}",
-    "  cascadekit inspect {original}",
+    '  cascadekit generate {demo}/bundle "a purple star above a red heart" -o star.png',
+    '  cascadekit generate {demo}/bundle "a fox" --lora {demo}/lora/outline.safetensors:0.7 -o outline.png',
+    "  cascadekit ui {demo}/bundle",
+    "  cascadekit inspect {demo}/original",
 )
 
 
@@ -43,12 +43,8 @@ def demo(prompt: str, output: Path, seed: int, force: bool, as_json: bool) -> No
     else:
         if report is not None:
             print_report(report)
-        say(f"wrote {output}: original files, model, bundle, image.png, prompts.png, report.html, parity.json")
+        say(f"wrote {output}: original files, LoRA, model, bundle, image.png, prompts.png, report.html, parity.json")
         for line in NEXT:
-            say(
-                line.format(
-                    bundle=output / "bundle", original=output / "original", lora=output / "lora" / "outline.safetensors"
-                )
-            )
+            say(line.format(demo=output))
     if report is not None and not report:
         raise SystemExit(FAILED)
