@@ -16,14 +16,13 @@ from ..runtime.memory.residency import MemoryPolicy
 from ..schemas.callbacks import Say
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
-from ..schemas.stages import PRESETS, Stage, Variant
+from ..schemas.stages import EVERY_IMAGE, PRESETS, Stage, Variant
 from ..schemas.tensors import expected_tensors
 from .generate_worker import PROGRAMS, GenerateJob
 from .process import bench_folder
 from .standins import NETWORKS, require_space, write_stand_in
 
 DEFAULT_PROGRAMS = ("onnxruntime", "openvino-bf16", "diffusers", "diffusers-bf16")
-STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 STAND_INS = {"prior-lite": "stage_c_lite_bf16", "decoder-lite": "stage_b_lite_bf16", "vqgan": "stage_a"}
 TEXT = "text-encoder"
 
@@ -86,7 +85,7 @@ def bench_generate(
     missing = _missing(programs)
     with bench_folder(work) as (folder, machine):
         source = model.absolute() if model else _stand_in(folder, say, tiny=tiny)
-        manifest = export(source, folder / "bundle", stages=STAGES)
+        manifest = export(source, folder / "bundle", stages=EVERY_IMAGE)
         job = GenerateJob(
             program="",
             model=str(source),
@@ -155,7 +154,7 @@ def _generation(job: GenerateJob, results: Sequence[dict[str, Any]]) -> Generati
     spent = [{name: seconds / job.runs for name, seconds in result["spent"].items()} for result in results]
     return Generation(
         version=results[0]["version"],
-        stage_seconds={stage: [each.get(stage, 0.0) / calls.get(stage, 1) for each in spent] for stage in STAGES},
+        stage_seconds={stage: [each.get(stage, 0.0) / calls.get(stage, 1) for each in spent] for stage in EVERY_IMAGE},
         load_seconds=[result["first"].get("load", 0.0) for result in results],
         image_seconds=[each["all"] for each in spent],
         loop_seconds=[2 * each["all"] - sum(each.values()) for each in spent],  # "all" is among the values

@@ -18,13 +18,13 @@ from ..parity.comparison import Kind
 from ..parity.inside.bisect import bisect_stage
 from ..parity.inside.bisection import Bisection
 from ..parity.reference.loading import reference_engine
-from ..parity.reference_run import TRAJECTORY_STAGES, run_reference
+from ..parity.reference_run import run_reference
 from ..parity.results import Report
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.layouts import Layout
 from ..schemas.precision import Precision
 from ..schemas.quantization import BUNDLE_SCHEMES, Quantization
-from ..schemas.stages import Stage
+from ..schemas.stages import EVERY_IMAGE, Stage
 from ..storage.bundle import open_bundle
 
 # The bundle's precision, and the engines that run it. On CPUs no engine runs graphs in bf16.
@@ -72,7 +72,7 @@ def _of_network(folder: Path, seed: int) -> list[Ratio]:
     write_tiny_cascade(folder / "original", seed)
     convert([folder / "original"], folder / "model", Layout.DIFFUSERS)
     model = open_model([folder / "model"])
-    reference = reference_engine(model, TRAJECTORY_STAGES)
+    reference = reference_engine(model, EVERY_IMAGE)
     found: list[Ratio] = []
     for precision in Precision:
         safe = FP16_SAFE if precision is Precision.FP16 else None

@@ -23,7 +23,7 @@ from ..schemas.errors import EngineError
 from ..schemas.manifest import MAIN_GRAPH
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
-from ..schemas.stages import Stage
+from ..schemas.stages import EVERY_IMAGE, Stage
 from ..storage.bundle import Bundle
 from .compare import relative_l2
 from .image_sizes import IMAGE, SizeChoice
@@ -37,7 +37,6 @@ Outputs = dict[str, NDArray[Any]]
 StepKey = tuple[Stage, int]  # a stage of sampling, and a step or a draw of noise in it, counted from 1
 
 SEED = 0
-TRAJECTORY_STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 TRAJECTORY = Settings(*IMAGE, prior_steps=4, prior_guidance=4.0, decoder_steps=3, decoder_guidance=1.5)
 NUDGE = 1e-3  # relative size of the error that is added to every output to see how errors grow
 
@@ -114,7 +113,7 @@ def run_reference(
             outputs += [dict(runner(each.inputs)) for each in found]
             floors[stage] = _floors(runner, found[0].inputs, kinds)
     trajectory = None
-    if not stages and set(TRAJECTORY_STAGES) <= set(manifest.stages):
+    if not stages and set(EVERY_IMAGE) <= set(manifest.stages):
         trajectory = _trajectory(reference, bundle, sizes.image, say)
     return ReferenceOutputs(reference.name, tuple(inputs), tuple(outputs), floors, trajectory)
 

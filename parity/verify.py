@@ -105,16 +105,16 @@ def verify(
     check_options(options, bisect=bisect, ranges=ranges)
     _require_device(options.reference_device)
     run = _open(bundle, options, say)
-    if paths or not (bisect or ranges):
-        run.engine()  # what cannot run here is refused before anything is compared
+    whole = bool(paths) or not (bisect or ranges)
+    engine_here = run.engine() if whole else None  # what cannot run here is refused before anything is compared
     inside = run.look_inside(bisect=bisect, ranges=ranges)
     differs = run.differences()
     if differs:
         what = f"{cause(differs)} than {bundle} was exported from, so no verdict is recorded"
         say(f"{what}: {'. '.join(differs)}")
-    if not paths and (bisect or ranges):
+    if engine_here is None:
         return replace(inside, differs=differs)
-    report = replace(run.compare(), bisections=inside.bisections, ranges=inside.ranges, differs=differs)
+    report = replace(run.compare(engine_here), bisections=inside.bisections, ranges=inside.ranges, differs=differs)
     run.write_reports(paths, report)
     if verdict and not differs:
         run.record_verdict(report)
@@ -258,9 +258,8 @@ class _Verification:
         """The engine to compare; nothing is loaded yet. Raises EngineError when it cannot run here."""
         return make_engine(self.options.engine, self.bundle, self.options.device)
 
-    def compare(self) -> Report:
+    def compare(self, engine: Engine) -> Report:
         options, say = self.options, self._each("comparing")
-        engine = self.engine()
         if isinstance(self.source, Recording):
             return compare_engine(engine, self.source.outputs, self.bundle, options.stages, say=say)
         reference, sizes = self._reference(options.reference_precision), self._sizes(engine.name)

@@ -120,7 +120,7 @@ CONTROLNET_CONVOLUTIONS: Mapping[tuple[str, Shape], Stage] = {
     ("backbone.0.0.weight", (24, 1, 3, 3)): Stage.CONTROLNET_CANNY,
     ("backbone.0.0.weight", (8, 1, 3, 3)): Stage.CONTROLNET_CANNY,  # the small one for icons
     ("backbone.0.0.weight", (24, 4, 3, 3)): Stage.CONTROLNET_INPAINTING,
-    ("backbone.0.0.weight", (8, 4, 3, 3)): Stage.CONTROLNET_INPAINTING,
+    ("backbone.0.0.weight", (8, 4, 3, 3)): Stage.CONTROLNET_INPAINTING,  # as narrow, none is released
     ("backbone.0.weight", (16384, 16, 1, 1)): Stage.CONTROLNET_SUPER_RESOLUTION,
     ("backbone.0.weight", (2048, 512, 3, 3)): Stage.CONTROLNET_IDENTITY,
 }

@@ -30,6 +30,10 @@ class Stage(StrEnum):
     CONTROLNET_IDENTITY = "controlnet/identity"
 
 
+# The stages that every image goes through, in the order in which they run.
+EVERY_IMAGE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
+
+
 class Variant(StrEnum):
     """The release that a config equals: Stability's full or lite, cascadekit's tiny (random) or icons (trained).
 

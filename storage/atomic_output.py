@@ -93,7 +93,9 @@ def check_output(
 
     Nothing is written or locked. A call before the sources are read needs neither these nor the names of the files."""
     place = locate(target)
-    require_writable(place.parent if place.exists() and os.access(place.parent, os.W_OK | os.X_OK) else place)
+    replaceable = place.exists() and os.access(place.parent, os.W_OK | os.X_OK)
+    if not replaceable:
+        require_writable(place)
     require_apart(place, sources)
     if files is not None or place.is_file():
         _replacement(place, files or (), _scratch_for(place), force=force)

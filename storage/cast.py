@@ -116,8 +116,7 @@ def _codes(data: Array, source: str) -> Array:
 def _pack(values: Array, target: str) -> Cast:
     if not np.isfinite(values).all():
         raise ConversionError(f"holds NaN or infinities, which blocks of {target} cannot; write it as float")
-    packed = pack(values, target)
-    return Cast(packed, 0, 0)
+    return Cast(pack(values, target), 0, 0)
 
 
 def _cast_fp8(values: Array, source: str, target: str, scale: np.float32 | None) -> Cast:

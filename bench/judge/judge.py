@@ -128,7 +128,7 @@ def _shapes(picture: U8, scene: Shapes) -> Verdict:
     parts = {"background": nearest_background(picture) == scene.background}
     found = [masks.get(shape.colour) for shape in scene.shapes]
     asked = {shape.colour for shape in scene.shapes}
-    parts["colours"] = asked <= set(masks) and not any(is_solid(masks[colour]) for colour in set(masks) - asked)
+    parts["colours"] = asked <= masks.keys() and not any(is_solid(masks[colour]) for colour in masks.keys() - asked)
     seen = ", ".join(f"{colour} {shape_of(mask)}" for colour, mask in masks.items()) or "nothing"
     if any(mask is None for mask in found):
         return Verdict({**parts, "shapes": False}, seen)

@@ -29,7 +29,7 @@ def main() -> None:
     serve(lambda line, answer: build(PackageRequest.from_line(line), answer))
 
 
-def build(request: "PackageRequest", answer: Answer) -> dict[str, Any]:
+def build(request: PackageRequest, answer: Answer) -> dict[str, Any]:
     """Build the package of `request` at its output, which must not exist. Returns the fields of a `BuildOutcome`.
 
     Raises BuildFailed, or any exception of torch's compiler."""

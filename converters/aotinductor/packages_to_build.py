@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -109,8 +110,8 @@ def _request(
 
 
 def _steps(config: NetworkConfig, graph: str) -> dict[str, int]:
-    encodes = isinstance(config, VQGANConfig) and graph == ENCODER_GRAPH
-    ports = vqgan_encoder_ports(config) if encodes and isinstance(config, VQGANConfig) else ports_of(config)
+    is_encoder = graph == ENCODER_GRAPH
+    ports = vqgan_encoder_ports(config) if is_encoder and isinstance(config, VQGANConfig) else ports_of(config)
     return {dim: sizes.step for dim, sizes in ports.ranges.items() if sizes.step > 1}
 
 
@@ -141,6 +142,7 @@ def _graph_source(bundle: Bundle, entry: StageEntry, name: str) -> PlanSource:
     return PlanSource(path=path, fingerprint=file.fingerprint, sha256=file.sha256 or sha256_of(bundle.root / path))
 
 
+@cache
 def _networks_digest() -> str:
     """A digest of the code that is compiled: packages of another version of the networks are not found again."""
     from ...runtime.engines.pytorch import networks

@@ -82,9 +82,7 @@ def _is_marker(name: str, tensor: TensorRange) -> bool:
 
 def _guessed(weight: TensorRange) -> str:
     """The format of a weight that has a scale and no description, as in older files."""
-    return (
-        "float8_e5m2" if weight.dtype == "F8_E5M2" else "int8_tensorwise" if weight.dtype == "I8" else "float8_e4m3fn"
-    )
+    return {"F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}.get(weight.dtype, "float8_e4m3fn")
 
 
 def _formats(header: Header) -> dict[str, dict[str, Any]]:
@@ -121,7 +119,7 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
             f"{', '.join(FORMATS)}; {OTHER_DTYPES}"
         )
     weight = tensors.get(layer + WEIGHT)
-    if weight is None or weight.dtype not in (form.stored, *FLOATS) or len(weight.shape) < 1:
+    if weight is None or weight.dtype not in (form.stored, *FLOATS) or not weight.shape:
         found = f"{weight.dtype} {list(weight.shape)}" if weight else "nothing"
         raise LayoutError(
             f"{header.path}: {layer}{WEIGHT}: {kind} expected {form.stored}, found {found}; {OTHER_DTYPES}"

@@ -13,7 +13,7 @@ from ...schemas.callbacks import Say
 from ...schemas.control import controlled_blocks
 from ...schemas.fp16 import Fp16Fit, fit_fp16
 from ...schemas.precision import Precision
-from ...schemas.stages import PROJ_BLOCKS_ENDS, NetworkConfig, Stage, UNetConfig
+from ...schemas.stages import NetworkConfig, Stage, UNetConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions
 from .calibrate_fp16 import Inputs, measure_ranges
@@ -38,7 +38,7 @@ def derive_graph_options(
     bundle: Path,
     options: ExportOptions,
     *,
-    control: Sequence[int] = PROJ_BLOCKS_ENDS,
+    control: Sequence[int],
     say: Say,
 ) -> DerivedOptions:
     """The options for the graphs of one network, without quantisation. `tensors` are its weights in `bundle`.

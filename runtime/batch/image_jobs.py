@@ -17,7 +17,7 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGES
 from ...schemas.manifest import ENCODER_GRAPH, Manifest
 from ...schemas.request import Request, parse_request
-from ...schemas.stages import Stage
+from ...schemas.stages import EVERY_IMAGE, Stage
 from ..generate_inputs import check_settings
 from ..images.png_text import BEGINS, METADATA_KEY, read_png_text
 from ..sampling.controlnets import INPAINTING, require_control
@@ -159,7 +159,7 @@ def check_request(request: Request, manifest: Manifest) -> None:
 
 def used_stages(request: Request, manifest: Manifest) -> tuple[Stage, ...]:
     """The stages that the image goes through. Raises UsageError for a control that the bundle cannot run."""
-    used = [Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN]
+    used = [*EVERY_IMAGE]
     used += [Stage.IMAGE_ENCODER] if request.image_prompts else []
     used += [Stage.EFFNET_ENCODER] if request.init_image else []
     used += [stage for control in request.controls for stage in require_control(manifest, control.name)]

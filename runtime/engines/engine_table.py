@@ -111,6 +111,14 @@ def require_torch() -> None:
         raise EngineError("PyTorch is not installed: pip install 'cascadekit[torch]'") from error
 
 
+def _torch_is_installed() -> bool:
+    try:
+        require_torch()
+    except EngineError:
+        return False
+    return True
+
+
 def _tensorrt(backend: "Backend") -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
         from .tensorrt.tensorrt_engine import make_tensorrt
@@ -158,9 +166,7 @@ def _has_packages(bundle: "Bundle", device: str) -> bool:
     """True if every stage that `generate` needs has packages of AOTInductor that can be loaded here."""
     if not any(plan.backend == "aotinductor" for entry in bundle.manifest.stages.values() for plan in entry.plans):
         return False
-    try:
-        require_torch()
-    except EngineError:
+    if not _torch_is_installed():
         return False
     from .pytorch.package_choice import has_packages
 
@@ -173,9 +179,7 @@ def _torch_computes_bf16(bundle: "Bundle") -> bool:
 
     if any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values()):
         return False
-    try:
-        require_torch()
-    except EngineError:
+    if not _torch_is_installed():
         return False
     from .pytorch.device import multiplies_bf16
 

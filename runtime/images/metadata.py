@@ -11,11 +11,10 @@ from typing import Any
 
 from ...schemas.manifest import Manifest
 from ...schemas.settings import Settings
-from ...schemas.stages import Stage
+from ...schemas.stages import EVERY_IMAGE
 from ..engines.protocol import Engine
 from ..sampling.noise import PlacedSeed
 
-EVERY_IMAGE = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 SHOWN = 60  # characters of a value in a message
 
 

@@ -16,6 +16,7 @@ from ....schemas.errors import EngineError
 from ....storage.user_cache import user_cache
 
 FOLDER = "aotinductor"
+NOT_BUILT_HERE = "was not built by you on this machine, and a package is code that would run"
 MARK = ".built-here"  # a file of this suffix for each package, named by the SHA-256
 
 
@@ -52,5 +53,5 @@ def private_copy(path: Path, sha256: str) -> Iterator[Path]:
         if found != sha256:
             raise EngineError(f"{path}: it changed while it was loaded; build it again with `cascadekit build`")
         if not is_built_here(sha256):
-            raise EngineError(f"{path}: was not built by you on this machine, and a package is code that would run")
+            raise EngineError(f"{path}: {NOT_BUILT_HERE}")
         yield copy

@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 
+from ....schemas.stages import Stage
+from .device import HOST
+
+Compute = Callable[..., Mapping[str, torch.Tensor]]  # takes the inputs by name
+
+CAPTURED = (Stage.PRIOR, Stage.DECODER)  # stages that run many times for an image
 WARM_UPS = 3  # passes before a capture, in which libraries allocate and choose their kernels
 MOST_GRAPHS = 4  # each shape has a graph, and each graph keeps the memory of a pass
 
@@ -28,7 +34,7 @@ class CapturedCalls:
     Outputs are overwritten by the next call. Of more than MOST_GRAPHS graphs, the one that was used longest ago is
     dropped. Graphs share a pool of memory, as they never run at the same time. One thread calls it."""
 
-    def __init__(self, compute: Callable[..., Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, compute: Compute) -> None:
         self._compute = compute
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -57,3 +63,8 @@ class CapturedCalls:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._compute(**fixed)
         return _Captured(graph, fixed, outputs)
+
+
+def captured_on_gpu(compute: Compute, stage: Stage, device: str) -> Compute:
+    """`compute` as CUDA graphs, if `device` is a GPU and `stage` runs many times for an image; else as it is."""
+    return CapturedCalls(compute) if device != HOST and stage in CAPTURED else compute

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from ....schemas.errors import EngineError
+
 HOST = "cpu"
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -18,6 +20,14 @@ def gpu_problem(device: str) -> str | None:
     if device == HOST or torch.cuda.is_available():
         return None
     return f"torch {torch.__version__} finds no GPU here; install a torch with CUDA and a driver"
+
+
+def require_device(device: str, engine: str) -> None:
+    """Raise EngineError unless torch can compute on `device`."""
+    if device not in (HOST, "cuda"):
+        raise EngineError(f"device {device!r}: engine {engine} runs on cpu and cuda")
+    if problem := gpu_problem(device):
+        raise EngineError(f'device="{device}": {problem}, or set device="{HOST}"')
 
 
 @contextmanager

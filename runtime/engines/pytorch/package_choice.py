@@ -8,15 +8,14 @@ import torch
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH, StageEntry
 from ....schemas.plan_entries import DeviceEntry, PlanEntry
-from ....schemas.stages import Stage
+from ....schemas.stages import EVERY_IMAGE, Stage
 from ....storage.bundle import Bundle
-from .built_here import is_built_here
-from .device import HOST, cpu_flags, gpu_problem
+from .built_here import NOT_BUILT_HERE, is_built_here
+from .device import HOST, cpu_flags, require_device
 
 BACKEND = "aotinductor"
 CPU_CAPABILITY = "cpu"
 FLAG_DIGITS = 8
-NEEDED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 
 
 def present_device(device: str) -> DeviceEntry:
@@ -29,8 +28,7 @@ def present_device(device: str) -> DeviceEntry:
         digest = hashlib.sha256(flags.encode()).hexdigest()[:FLAG_DIGITS]
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest}"
         return DeviceEntry(name=name, capability=CPU_CAPABILITY)
-    if problem := gpu_problem(device):
-        raise EngineError(f'device="{device}": {problem}, or set device="{HOST}"')
+    require_device(device, BACKEND)
     major, minor = torch.cuda.get_device_capability()
     return DeviceEntry(name=torch.cuda.get_device_name(), capability=f"sm{major}{minor}")
 
@@ -52,7 +50,7 @@ def refusal(entry: StageEntry, plan: PlanEntry, device: DeviceEntry) -> str | No
     if device.capability == CPU_CAPABILITY and plan.device != device:
         return f"was built for a CPU with other features: {plan.device.name}, this is {device.name}"
     if not is_built_here(plan.sha256):
-        return "was not built by you on this machine, and a package is code that would run"
+        return NOT_BUILT_HERE
     return None
 
 
@@ -84,5 +82,5 @@ def has_packages(bundle: Bundle, device: str) -> bool:
         here = present_device(device)
     except EngineError:
         return False
-    entries = [bundle.manifest.stages.get(stage) for stage in NEEDED]
+    entries = [bundle.manifest.stages.get(stage) for stage in EVERY_IMAGE]
     return all(entry is not None and MAIN_GRAPH in graphs_with_packages(entry, here) for entry in entries)

@@ -14,12 +14,12 @@ from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ..tensorrt.plan_choice import check_plan, choose
 from .built_here import private_copy
-from .captured_calls import CapturedCalls
-from .device import HOST
+from .captured_calls import captured_on_gpu
+from .device import HOST, require_device
 from .package_choice import graphs_with_packages, loadable_packages, present_device
-from .stage_runner import RATIO, TIME, Compute, TensorStage
+from .stage_runner import RATIO, TIME, TensorStage
 from .tensors import bundle_tensors, read_tensor
-from .torch_engine import CAPTURED, DTYPES, computed_precision, require_device
+from .torch_engine import DTYPES, computed_precision
 
 
 class PackageEngine:
@@ -48,9 +48,8 @@ class PackageEngine:
         entry = self.bundle.entry(stage)
         plans = loadable_packages(self.bundle, stage, graph, self.device)
         dtype = DTYPES[computed_precision(stage, entry, None)]
-        compute: Compute = _Packages(self.bundle, stage, plans, dtype=dtype, device=self.device)
-        if self.device != HOST and stage in CAPTURED:
-            compute = CapturedCalls(compute)
+        packages = _Packages(self.bundle, stage, plans, dtype=dtype, device=self.device)
+        compute = captured_on_gpu(packages, stage, self.device)
         return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
 
 

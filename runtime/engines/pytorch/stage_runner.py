@@ -1,6 +1,5 @@
 """A loaded stage that computes with tensors of PyTorch, and is called with numpy arrays."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ from ....schemas.manifest import MAIN_GRAPH, StageEntry
 from ....schemas.stages import NetworkConfig, Stage, UNetConfig
 from ...memory.give_back import give_back_memory
 from ..protocol import Run, StageRunner, Tensors, complete_inputs
+from .captured_calls import Compute
 from .device import HOST, computing_on, free_device, to_host
 from .networks.unet import embed_ratio
 
 RATIO, TIME = "timestep_ratio", "time"  # a port, and the input of a network that takes the embedded ratio instead
 
 Fed = dict[str, torch.Tensor]
-Compute = Callable[..., Mapping[str, torch.Tensor]]  # takes the inputs by name
 
 
 class TensorStage(StageRunner):

@@ -13,19 +13,18 @@ from ....schemas.precision import Precision
 from ....schemas.quantization import Quantization
 from ....schemas.stages import Stage, VQGANConfig
 from ....storage.bundle import Bundle
-from .captured_calls import CapturedCalls
-from .device import HOST, gpu_problem
+from .captured_calls import captured_on_gpu
+from .device import HOST, require_device
 from .networks import load_reference, load_vqgan_encoder
 from .networks.blocks import AttentionBlock, ResBlock
 from .networks.clip import EncoderLayer
 from .networks.unet import UNet
 from .networks.vqgan import MixingBlock
-from .stage_runner import Compute, TensorStage
+from .stage_runner import TensorStage
 from .tensors import LazyTensors, bundle_tensors
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 REGIONS = (AttentionBlock, EncoderLayer, MixingBlock, ResBlock)  # modules that repeat, and are compiled alike
-CAPTURED = (Stage.PRIOR, Stage.DECODER)  # stages that run many times for an image
 
 
 class PyTorchEngine:
@@ -68,18 +67,8 @@ class PyTorchEngine:
         network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
         if self._compiled:
             _compile_regions(network)
-        compute: Compute = network
-        if self.device != HOST and stage in CAPTURED:
-            compute = CapturedCalls(compute)
+        compute = captured_on_gpu(network, stage, self.device)
         return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
-
-
-def require_device(device: str, engine: str) -> None:
-    """Raise EngineError unless torch can compute on `device`."""
-    if device not in (HOST, "cuda"):
-        raise EngineError(f"device {device!r}: engine {engine} runs on cpu and cuda")
-    if problem := gpu_problem(device):
-        raise EngineError(f'device="{device}": {problem}, or set device="{HOST}"')
 
 
 def computed_precision(stage: Stage, entry: StageEntry, asked: Precision | None) -> Precision:

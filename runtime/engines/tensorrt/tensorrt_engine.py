@@ -12,7 +12,7 @@ from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH
 from ....schemas.plan_entries import Backend, PlanEntry
 from ....schemas.precision import Precision
-from ....schemas.stages import Stage
+from ....schemas.stages import EVERY_IMAGE, Stage
 from ....storage.bundle import Bundle
 from ....storage.user_cache import user_cache
 from ...memory.give_back import give_back_memory
@@ -26,8 +26,6 @@ from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
 Outputs = dict[str, NDArray[Any]]
 Refit = Callable[[Any, Path], object]  # takes an engine of TensorRT and the ONNX file of its new weights
 T = TypeVar("T")
-
-NEEDED = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 
 NOTHING_HELD = 0  # the key of calls without constants
 _keys = count(NOTHING_HELD + 1)
@@ -230,7 +228,7 @@ def make_tensorrt(
 
 def has_plans(bundle: Bundle, backend: Backend) -> bool:
     """True if every stage that `generate` needs has plans of `backend` that can run here."""
-    entries = [bundle.manifest.stages.get(stage) for stage in NEEDED]
+    entries = [bundle.manifest.stages.get(stage) for stage in EVERY_IMAGE]
     if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
         return False
     try:
