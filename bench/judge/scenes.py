@@ -1,6 +1,6 @@
 """Scenes: what a picture shows, as data. A scene is rendered by `render`, put into words by `captions`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
