@@ -16,6 +16,8 @@ from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, volume_options
 from .progress import byte_progress
 
+TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
+
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     try:
@@ -27,7 +29,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.command(cls=HelpfulCommand)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors or .gguf file.")
-@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
+@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help=TO)
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder: a Hugging Face folder or file.")
 @click.option("--image-encoder", type=PATH, help="CLIP L image encoder: a Hugging Face folder or file.")
 @click.option(
