@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..parity.results import Report
 
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
+LEFT_OUT = ("mean abs", "cosine")  # on a narrow terminal; reports and --json have them
 RANGE_COLUMNS = ("block", "largest", "in", "smallest usual", "bits below fp16's end", "lost in fp16", "bf16", "fp8")
 ERROR_COLUMNS = ("precision", "predicted", "measured", "worst block", "predicted there", "measured there")
 SHOWN = 12  # blocks, those nearest to the end of fp16; --json lists all
@@ -75,7 +76,7 @@ def _print_comparisons(report: "Report") -> None:
     )
     if report.left_out:
         note(f"left out, since {report.engine} was built for other sizes: {'; '.join(report.left_out)}")
-    show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows)
+    show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows, optional=LEFT_OUT)
     if report.image_psnr is not None:
         say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))
     say("passed" if report.comparisons_passed else "FAILED")

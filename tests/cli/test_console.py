@@ -64,7 +64,7 @@ def test_the_lines_of_a_run_stay_on_the_terminal(tiny: Path, tmp_path: Path) -> 
     """Bars used to overwrite them, and a random seed was lost with its line."""
     shown = lines_left(on_a_terminal("generate", tiny / "bundle", "x", "--images", 2, *QUICK, "-o", tmp_path))
     seen = " ".join(shown)
-    assert len(re.findall(r"wrote \S+ \(64x64, seed \d+, \d+\.\d s\)", seen)) == 2, shown
+    assert len(re.findall(r"wrote +\S+ +\(64x64, seed \d+, \d+\.\d s\)", seen)) == 2, shown
     assert seen.count("loading prior (2.2 MB)") == 1
     assert not re.search("[━╸╺]", seen), shown
 
