@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import say, say_json, show_table
+from .console import detail, say, say_json, show_table
 from .options import local
 from .progress import byte_progress
 
@@ -37,6 +37,8 @@ def _print(result: "CheckpointComparison", *, mapping: bool) -> None:
     if mapping:
         mapped = ([str(each or "-") for each in (t.stage, t.found, t.expected, t.status)] for t in result.tensors)
         show_table("", ("stage", "compared", "against", "verdict"), mapped)
+    for tensor in () if mapping else result.tensors:
+        detail(f"{tensor.stage}: {tensor.name}: {tensor.status} ({tensor.found or '-'}, {tensor.expected or '-'})")
     wrong = [tensor for tensor in result.tensors if not tensor]
     for tensor in wrong[:SHOWN]:
         say(f"{tensor.stage}: {tensor.name}: {_problem(tensor)}")
