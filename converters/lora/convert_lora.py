@@ -105,7 +105,7 @@ def convert_lora(
 def _details(tensors: Mapping[str, Factor]) -> Iterator[str]:
     for name, factor in tensors.items():
         how = "calculated" if factor.source is None else "copied"
-        yield f"{name}: {factor.dtype} {list(factor.shape)}, {how}"
+        yield f"{name}: {factor.dtype} {'x'.join(map(str, factor.shape)) or 'one value'}, {how}"
 
 
 def _norm_notes(lora: Lora, to: LoraFormat) -> Iterator[str]:
