@@ -56,14 +56,14 @@ def _pieces(word: str, room: int) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """The columns of a table that are shown, by number, and their widths. Without columns it fits no frame."""
 
     shown: tuple[int, ...]
     widths: tuple[int, ...]
 
 
-def layout(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, optional: Sequence[str]) -> Layout:
+def layout(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, optional: Sequence[str]) -> TableLayout:
     """The layout of a table in `width` columns. Columns are left out in the order of `optional`, until no cell takes
     more than TALL lines."""
     shown = list(range(len(columns)))
@@ -72,9 +72,9 @@ def layout(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, op
         cells = [[row[n] for row in (columns, *rows)] for n in shown]
         widths = _widths(cells, width - FRAME * len(shown) - 1)
         if widths and (not left_out or _tallest(cells, widths) <= TALL):
-            return Layout(tuple(shown), tuple(widths))
+            return TableLayout(tuple(shown), tuple(widths))
         if not left_out:
-            return Layout((), ())
+            return TableLayout((), ())
         shown.remove(left_out.pop(0))
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 
 from cascadekit.cli import console
-from cascadekit.cli.wrap import Layout, folded, layout, wrapped
+from cascadekit.cli.wrap import TableLayout, folded, layout, wrapped
 from tools.terminal import terminal
 
 
@@ -39,12 +39,12 @@ def test_no_text_is_lost() -> None:
 
 def test_a_table_keeps_words_whole_and_leaves_columns_out() -> None:
     columns, rows = ("stage", "note", "file"), [("decoder", "a few words more", "a/bundle/graph.onnx")]
-    assert layout(columns, rows, 52, []) == Layout((0, 1, 2), (7, 16, 19))  # as wide as its cells, and a frame
+    assert layout(columns, rows, 52, []) == TableLayout((0, 1, 2), (7, 16, 19))  # as wide as its cells, and a frame
     narrow = layout(columns, rows, 35, [])
     assert (narrow.shown, sum(narrow.widths)) == ((0, 1, 2), 25)
     assert folded("a/bundle/graph.onnx", 10) == "a/bundle/\ngraph.onnx"
-    assert layout(columns, rows, 35, ["note"]) == Layout((0, 2), (7, 19))
-    assert layout(columns, rows, 20, []) == Layout((), ())
+    assert layout(columns, rows, 35, ["note"]) == TableLayout((0, 2), (7, 19))
+    assert layout(columns, rows, 20, []) == TableLayout((), ())
 
 
 @pytest.mark.parametrize("columns", [80, 200])
