@@ -10,7 +10,7 @@ from ..schemas.block_types import WRITTEN
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
-from .console import finish, note
+from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, volume_options
@@ -75,6 +75,8 @@ def convert(
     options |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         done = run(sources, output, to, **options, say=note, start_file=start_file, on_plan=on_plan)
+    for text in done.details:
+        detail(text)
     for text in done.notes:
         note(text)
     sizes = {str(file): (output / file).stat().st_size for file in done.files or [Path()]}

@@ -41,11 +41,13 @@ WEIGHTS_ALONE = (Layout.COMFYUI, Layout.GGUF)  # without configs and tokenizers
 class Conversion:
     """The result of a conversion: the output, its weights files by their paths below it, and notes for the user.
 
-    `files` is empty when the output is a single file."""
+    `files` is empty when the output is a single file. `details` has a line for each weights file: its sources, and how
+    many of its tensors were copied or cast."""
 
     output: Path
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+    details: tuple[str, ...] = ()
 
 
 @known_keywords
@@ -146,7 +148,13 @@ def convert(
         if not single:
             _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
-    return Conversion(output, () if single else tuple(file.path for file in plan.files), tuple(notes))
+    written = () if single else tuple(file.path for file in plan.files)
+    return Conversion(output, written, tuple(notes), tuple(map(_detail, plan.files)))
+
+
+def _detail(file: FilePlan) -> str:
+    sources = sorted({source.path.name for plan in file.tensors.values() for source in plan.source_ranges})
+    return f"{file.path}: {file.described}, from {', '.join(sources)}"
 
 
 def _forecast(output: Path, plan: OutputPlan, notes: Sequence[str]) -> Forecast:

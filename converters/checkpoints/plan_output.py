@@ -82,6 +82,17 @@ class FilePlan:
         return sum(plan.nbytes for plan in self.tensors.values())
 
     @property
+    def described(self) -> str:
+        """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        kinds = Counter(
+            " and ".join(sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})) + f" to {plan.dtype}"
+            if any(source.dtype != plan.dtype for source in plan.source_ranges)
+            else f"copied ({plan.dtype})"
+            for plan in self.tensors.values()
+        )
+        return f"{len(self.tensors)} tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+    @property
     def is_copied(self) -> bool:
         """True when every value is copied without a cast."""
         return all(source.dtype == plan.dtype for plan in self.tensors.values() for source in plan.source_ranges)
