@@ -61,7 +61,7 @@ def _is_marker(name: str, tensor: TensorRange) -> bool:
 
 
 def _guessed(tensors: Mapping[str, TensorRange], layer: str) -> str:
-    """The format of a layer whose description is missing, as in older files, or not at hand, as in the Hub's headers."""
+    """The format of a layer without a description at hand: in older files, and in headers from the Hub."""
     scale = tensors.get(layer + SCALE)
     if layer + OVERALL in tensors:
         return "nvfp4"

@@ -25,8 +25,8 @@ from ...storage.cast import target_dtype
 from ...storage.replaceable_folders import MODEL_INDEX
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from ...storage.safetensors_reader import TensorRange
-from .component import Component
 from .comfyui_types import ScaledTypes, described
+from .component import Component
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
 from .open_model import ENCODERS
@@ -156,7 +156,9 @@ def plan_tensors(
     """Plan each tensor of `component` under its name in the output, in the order of the source.
 
     The modules that `scaled` quantises get codes and factors. Their names are those of the split layout, in which each
-    of q, k and v is a matrix. Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
+    of q, k and v is a matrix.
+
+    Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans = {}
     types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None

@@ -7,7 +7,7 @@ from ...schemas.errors import UsageError
 from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.messages import listed
 from ..checkpoints.provenance import is_provenance_name
-from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
+from .source import GGUF, PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
 OTHER_FOLDERS = (
     *TOKENIZER_FOLDERS,
@@ -79,7 +79,8 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
     # Single files beside a model_index.json are the same weights in another layout.
     if "" not in folders and "model_index.json" not in names:
-        yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
+        single = [name for name in names if _folder(name) in ("", "controlnet") and is_weights(name)]
+        yield from [name for name in single if not name.lower().endswith(GGUF)] or single
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
         index = ".index" in name  # the index of the shards that are taken was yielded above
