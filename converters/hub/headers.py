@@ -69,7 +69,7 @@ def _read_remote(wanted: HubSource) -> Header:
 
 
 def _read_gguf(wanted: HubSource, head: bytes, size: int) -> Header:
-    """Return the header of a GGUF file of `size` bytes that begins with `head`; more is read where that is too little."""
+    """Return the header of a GGUF file of `size` bytes that begins with `head`; more is read as needed."""
     while True:
         try:
             return gguf_header_in(BytesIO(head), HubPath(str(wanted)), size)
