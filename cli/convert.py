@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..schemas.block_types import WRITTEN
+from ..schemas.comfy_formats import CHOICES
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
@@ -37,8 +38,8 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 )
 @click.option(
     "--quantize",
-    type=click.Choice([name.lower() for name in WRITTEN]),
-    help="Store most Linears of GGUF files in 8 to 4 bits; rows that do not fit get the next wider type.",
+    type=click.Choice([name.lower() for name in (*WRITTEN, *CHOICES)]),
+    help="Store most Linears of prior and decoder in 8 to 4 bits: q types for gguf, others for comfyui and split.",
 )
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
 @click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")

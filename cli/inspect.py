@@ -102,7 +102,7 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
 
 
 def _quantised(component: "Component") -> str:
-    """A line on the types of GGUF's blocks among the weights; "" where there are none."""
+    """A line on the quantised types among the weights; "" where there are none."""
     from ..schemas.block_types import quantised_facts
 
     facts = quantised_facts(component.dtypes)
@@ -110,8 +110,8 @@ def _quantised(component: "Component") -> str:
     for name, fact in facts.items():
         error = f", error {fact['error']:.1%}" if fact["error"] else ""
         kinds.append(f"{fact['tensors']} {name} ({fact['bits']:.3g} bits{error})")
-    architecture = component.metadata.get("general.architecture", "none")
-    return f"GGUF architecture {architecture}, quantised: {'; '.join(kinds)}" if facts else ""
+    gguf = f"GGUF architecture {component.metadata.get('general.architecture', 'none')}, "
+    return f"{gguf if component.layout == 'gguf' else ''}quantised: {'; '.join(kinds)}" if facts else ""
 
 
 def _component_row(c: "Component", root: Path) -> tuple[str, ...]:
