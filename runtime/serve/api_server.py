@@ -20,7 +20,6 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -32,7 +31,7 @@ from ...schemas.limits import MAX_BACKLOG, MAX_CONNECTIONS, MAX_HEAD
 from ..batch.picture_hashes import PICTURE_FIELDS
 from ..cascade import Cascade
 from ..images.png import write_image
-from .guard import DESCRIBED, ApiError, Guard, error_reply
+from .guard import DESCRIBED, EXPECTED, ApiError, Guard, error_reply, reply_to
 from .image_call import ImageCall, edited_pictures, parse_image_call
 from .image_queue import FailedImage, FinishedImage, ImageQueue, Order, PartialImage
 from .metrics import TYPE, Metrics
@@ -50,6 +49,7 @@ NO_USAGE = {  # clients of other languages expect the field
     "total_tokens": 0,
 }
 
+NOTHING = nullcontext()
 Event = PartialImage | FinishedImage | FailedImage
 
 
@@ -172,7 +172,7 @@ class ImagesApi:
         return {"url": str(request.url_for("file", name=name)), **seed}
 
     async def _events(
-        self, request: HttpRequest, call: ImageCall, held: AbstractContextManager[Any] = nullcontext()
+        self, request: HttpRequest, call: ImageCall, held: AbstractContextManager[Any] = NOTHING
     ) -> AsyncIterator[bytes]:
         """The events of a stream: previews, then one completed event for each image, or one error.
 
@@ -263,9 +263,8 @@ def _without_paths(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) if name in PICTURE_FIELDS and value else value for name, value in metadata.items()}
 
 
-def _http_error(request: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return error_reply(error.status_code, error.detail)
+def _failed(request: HttpRequest, error: Exception) -> Response:
+    return reply_to(error)
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,9 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
         with queue:
             yield
 
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    app = Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys((*EXPECTED, ApiError, Exception), _failed)
+    )
     paths = [route.path for route in routes if "{" not in route.path] + ["/v1/files"]
     guard = Guard(app, metrics=metrics, host=options.host, key=options.key, routes=paths, say=say)
     config = uvicorn.Config(

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...schemas.callbacks import Say
@@ -28,6 +29,10 @@ MOST_BODY = 64 << 20  # bytes
 OPEN = ("/health", "/v1/files/")  # need no key: probes have none, and files have names that nobody guesses
 DESCRIBED = "cascadekit"  # key of the scope under which a route leaves words for the log
 LEFT = 499  # the status that the log shows when the client left before the answer, as nginx does
+
+
+# Raised in routes, and no reason for a traceback.
+EXPECTED = (ClientDisconnect, ConnectionError, HTTPException, QueueFullError, CascadeError)
 
 
 class ApiError(Exception):
@@ -69,11 +74,9 @@ class Guard:
         try:
             self._require_allowed(scope)
             await self._app(scope, _Body(receive, Headers(scope=scope)), sending)
-        except (ClientDisconnect, ConnectionError):
-            pass
         except Exception as error:
-            if status == LEFT:  # nothing was sent yet
-                await _reply(error)(scope, receive, sending)
+            if status == LEFT:  # else the application has answered
+                await reply_to(error)(scope, receive, sending)
         finally:
             self._record(scope, status, time.monotonic() - began)
 
@@ -135,13 +138,18 @@ class _Body:
         return message
 
 
-def _reply(error: Exception) -> JSONResponse:
+def reply_to(error: Exception) -> Response:
+    """The answer to a request that ended in `error`; the traceback of an unexpected one is printed."""
     match error:
         case ApiError():
             return error_reply(error.status, str(error), error.code)
+        case HTTPException():
+            return error_reply(error.status_code, error.detail)
         case QueueFullError():
             return error_reply(429, str(error), "rate_limit_exceeded", error.seconds)
         case CascadeError():
             return error_reply(400, str(error))
+        case ClientDisconnect() | ConnectionError():
+            return Response(status_code=LEFT)
     traceback.print_exception(error)
     return error_reply(500, f"an unexpected error ({type(error).__name__}); see the server's terminal")
