@@ -27,6 +27,8 @@ from .sampling.noise import Noise, Seeds
 from .text.prompts import CachedTextEncoder, PromptEmbeds, as_texts, encode_texts
 from .text.tokenizer import ClipTokenizer
 
+TEXT_ROWS = 16  # prompts that the text encoder takes at once
+
 
 class CascadeStages:
     """The stages of one bundle on one engine: encoders, prior, decoder, vqgan and previewer.
@@ -47,7 +49,7 @@ class CascadeStages:
 
         `rows` bounds the batch that goes through prior or decoder at once (guidance doubles the batch), and so the
         memory of activations. By default it is 8 rows of a 1024x1024 image, and more rows of smaller images. Images do
-        not depend on it."""
+        not depend on it, except for rounding: with `rows=1`, an image has the same bytes alone and in any batch."""
         self.engine = engine
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -77,7 +79,12 @@ class CascadeStages:
         if not prompts or len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         texts = encode_texts(
-            [*prompts, *negatives], self.tokenizer, self._encode_text, weighted=weighted, long=long_prompts
+            [*prompts, *negatives],
+            self.tokenizer,
+            self._encode_text,
+            weighted=weighted,
+            long=long_prompts,
+            batch=min(self.rows or TEXT_ROWS, TEXT_ROWS),
         )
         (text, negative_text), (pooled, negative_pooled) = (
             np.split(array, 2) for array in (texts.clip_text, texts.pooled)

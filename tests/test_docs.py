@@ -156,6 +156,7 @@ RUN_ELSEWHERE = {
     "^bench": "tests/bench, with a few values; here it would measure for minutes",
     "^demo": "tests/judge",
     "^ui": "tests/runtime/ui; it serves until it is stopped",
+    "^serve": "tests/runtime/test_serve.py; it serves until it is stopped, as docs/serve.md's call of its client needs",
     "^doctor --gpu": "tests/cli",
     "--recorded|^generate rtx": "needs the GPU that the plans are for",
     "--device cuda": "needs a GPU",

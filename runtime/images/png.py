@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -42,6 +42,16 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, for
             scratch.replace(path)
         elif not claim(scratch, path):
             raise UsageError(f"{path}: exists, another process has just written it; choose another output")
+
+
+def write_image(file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Write `image` with `settings` into `file`, in the format that the name of `path` ends in."""
+    if path.suffix.lower() in FORMATS:
+        write_photo(file, path, image, settings)
+        return
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(METADATA_KEY, dump_json(settings))
+    image.save(file, format="PNG", pnginfo=info)
 
 
 def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
@@ -92,15 +102,10 @@ def _is_preview(path: Path) -> bool:
 @contextmanager
 def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Iterator[Path]:
     """Write the image to a hidden file beside `path`; the caller gives that file its name."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(METADATA_KEY, dump_json(settings))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
-            if path.suffix.lower() in FORMATS:
-                write_photo(file, path, image, settings)
-            else:
-                image.save(file, format="PNG", pnginfo=info)
+            write_image(file, path, image, settings)
             finish(file)
             yield scratch
     except OSError as error:

@@ -1,0 +1,89 @@
+"""The command `serve`."""
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..schemas.errors import MissingPackageError, UsageError, reraise_interrupt
+from .console import say
+from .generate_common import open_cascade
+from .generate_options import machinery
+from .help import HelpfulCommand
+from .options import PATH, volume_options
+
+
+@click.command(cls=HelpfulCommand)
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --api-key.")
+@click.option(
+    "--api-key",
+    envvar="CASCADEKIT_API_KEY",
+    help="Key that callers must send; better given in $CASCADEKIT_API_KEY, as other users see command lines.",
+)
+@click.option("--name", help="Name of the model for callers.  [default: the bundle's folder]")
+@click.option(
+    "--queue", type=click.IntRange(10), default=64, show_default=True, help="Images that wait before calls get 429."
+)
+@click.option(
+    "--exact/--no-exact",
+    default=True,
+    show_default=True,
+    help="Give each image the same bytes alone and in a batch; --no-exact is faster on a GPU, and images of a batch "
+    "differ by rounding.",
+)
+@click.option("--log-prompts", is_flag=True, help="Put prompts into the request log.")
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="Seconds that running requests have to finish when the server ends.",
+)
+@machinery
+@volume_options
+def serve(
+    bundle: Path, host: str, port: int, api_key: str | None, name: str | None, queue: int, exact: bool, **options: Any
+) -> None:
+    """Serve a bundle to programs, through OpenAI's images API.
+
+    Example: cascadekit serve bundle
+    """
+    try:
+        from ..runtime.serve.api_server import ServeOptions, api_server
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise MissingPackageError(f"serve: {error.name} is not installed: pip install 'cascadekit[serve]'") from error
+    if not api_key and not _is_loopback(host):
+        raise UsageError(f"{host}: whoever reaches this address could generate images; give api_key=... too")
+    chosen = ServeOptions(
+        host=host,
+        port=port,
+        key=api_key or None,
+        queue=queue,
+        together=options.pop("batch"),
+        log_prompts=options.pop("log_prompts"),
+        patience=options.pop("patience"),
+    )
+    model, rows = name or bundle.resolve().name, 1 if exact else None
+    with open_cascade(bundle, rows=rows, **options) as cascade, api_server(cascade, model, chosen, say) as server:
+        say(f"{server.url}/v1  serves {model}, Ctrl+C ends")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("ended; requests that ran were answered")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,220 @@
+"""The bounded queue of the server, and the one thread that generates its images.
+
+Images of different callers are computed together when they differ in prompts and seeds alone. Each image has a
+generator of its own, from its seed.
+"""
+
+import math
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Condition, Thread
+from types import TracebackType
+from typing import Self
+
+from PIL import Image
+
+from ...schemas.errors import CascadeError, UsageError
+from ...schemas.request import Request
+from ...schemas.stages import Stage
+from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups, text_length
+from ..cascade import Cascade
+from ..sampling.loop import Step
+from .metrics import Metrics
+
+RECENT = 0.2  # weight of the last batch in the mean time of an image
+ENDING = "the server is ending; ask again when it is back"
+
+
+class QueueFullError(Exception):
+    """Too many images wait. `seconds` is an estimate of when there will be room."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"too many images wait; ask again in {seconds} s")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class PartialImage:
+    """Preview `number`, from 0, of the image `index` of an order."""
+
+    index: int
+    number: int
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class FinishedImage:
+    """Image `index` of an order."""
+
+    index: int
+    generated: GeneratedImage
+
+
+@dataclass(frozen=True)
+class FailedImage:
+    """Image `index` could not be generated; `expected` tells an error of cascadekit from an unexpected one."""
+
+    index: int
+    message: str
+    expected: bool = True
+
+
+@dataclass(eq=False)
+class Order:
+    """The images of one caller. `publish` is called in the queue's thread, with one final event for each image.
+
+    `partials` is the number of previews of each image. The caller sets `cancelled` when it no longer waits."""
+
+    requests: tuple[Request, ...]
+    publish: Callable[[PartialImage | FinishedImage | FailedImage], object]
+    partials: int = 0
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedImage:
+    """One image of an order."""
+
+    order: Order
+    index: int
+
+    @property
+    def request(self) -> Request:
+        return self.order.requests[self.index]
+
+
+class _NobodyWaitsError(Exception):
+    """Raised in the sampling loop when all callers of a batch have left."""
+
+
+class ImageQueue:
+    """Generates the images of orders in the order of their arrival, as long as the queue's context lasts."""
+
+    def __init__(self, cascade: Cascade, metrics: Metrics, *, most_waiting: int, together: int | None = None) -> None:
+        """At most `most_waiting` images wait; `together` are computed at once (None: as `images_together` returns)."""
+        self._cascade = cascade
+        self._metrics = metrics
+        self._most_waiting = most_waiting
+        self._together = together
+        self._changed = Condition()
+        self._waiting: deque[OrderedImage] = deque()
+        self._seconds = 1.0  # of an image, recently
+        self._closing = False
+        self._thread = Thread(target=self._run, name="images", daemon=True)
+        metrics.watch_queue(lambda: float(len(self._waiting)))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Stops after the step that is being computed; images that are not finished fail."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def submit(self, order: Order) -> None:
+        """Queue an order. Raises QueueFullError when too many images wait, and when the server ends."""
+        with self._changed:
+            if self._closing or len(self._waiting) + len(order.requests) > self._most_waiting:
+                raise QueueFullError(max(1, math.ceil(len(self._waiting) * self._seconds)))
+            self._waiting += [OrderedImage(order, index) for index in range(len(order.requests))]
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if self._closing:
+                    break
+            self._generate(self._next())
+        for image in self._waiting:
+            self._fail(image, ENDING)
+
+    def _next(self) -> list[OrderedImage]:
+        """Take the first image out of the queue, and those that can be computed with it. Drops what was cancelled."""
+        with self._changed:
+            waiting = [image for image in self._waiting if not image.order.cancelled]
+        alike = [image for image in waiting if image.request.group == waiting[0].request.group]
+        groups = request_groups([image.request for image in alike], self._together, self._text_length)
+        taken = alike[: len(next(groups, []))]
+        with self._changed:
+            gone = set(taken)
+            for image in self._waiting:
+                if image.order.cancelled and image not in gone:
+                    self._metrics.image("cancelled")
+            self._waiting = deque(image for image in self._waiting if image not in gone and not image.order.cancelled)
+        return taken
+
+    def _text_length(self, request: Request) -> int:
+        with suppress(CascadeError):  # reported when the image is generated
+            return text_length(self._cascade, request)
+        return 0
+
+    def _generate(self, images: Sequence[OrderedImage]) -> None:
+        """Generate images together, and each alone if that fails; an error becomes the event of its image."""
+        if not images:
+            return
+        began = time.monotonic()
+        try:
+            found = generate_requests(
+                self._cascade, [image.request for image in images], lambda stage, step: self._step(images, stage, step)
+            )
+        except _NobodyWaitsError:
+            for image in images:
+                self._fail(image, ENDING)
+        except (CascadeError, MemoryError) as error:
+            if len(images) > 1:
+                for image in images:
+                    self._generate([image])
+                return
+            self._fail(images[0], str(error) or "not enough memory; ask for a smaller image")
+        except Exception as error:
+            traceback.print_exc()
+            for image in images:
+                self._fail(image, f"an unexpected error ({type(error).__name__})", expected=False)
+        else:
+            seconds = time.monotonic() - began
+            self._seconds += RECENT * (seconds / len(images) - self._seconds)
+            self._metrics.computed(len(images), seconds)
+            for image, generated in zip(images, found, strict=True):
+                self._metrics.image("cancelled" if image.order.cancelled else "done")
+                image.order.publish(FinishedImage(image.index, generated))
+
+    def _fail(self, image: OrderedImage, message: str, *, expected: bool = True) -> None:
+        self._metrics.image("cancelled" if image.order.cancelled else "failed")
+        image.order.publish(FailedImage(image.index, message, expected))
+
+    def _step(self, images: Sequence[OrderedImage], stage: Stage, step: Step) -> None:
+        """Publish the previews of a step to those who asked for them."""
+        if self._closing or all(image.order.cancelled for image in images):
+            raise _NobodyWaitsError
+        shown_stage = Stage.PRIOR if Stage.PREVIEWER in self._cascade.manifest.stages else Stage.DECODER
+        numbers = [partial_number(image.order.partials, step) for image in images]
+        if stage is not shown_stage or all(number is None for number in numbers):
+            return
+        for image, number, picture in zip(images, numbers, step.preview(), strict=True):
+            if number is not None and not image.order.cancelled:
+                image.order.publish(PartialImage(image.index, number, picture))
+
+
+def partial_number(partials: int, step: Step) -> int | None:
+    """The number of the preview after this step, when `partials` previews are spread over a stage; None for none."""
+    ends = sorted({(part + 1) * step.steps // (partials + 1) for part in range(partials)} - {0})
+    return ends.index(step.index + 1) if step.index + 1 in ends else None
+
+
+def require_served(request: Request, *, pixels: int, steps: int) -> None:
+    """Raise UsageError for an image of more `pixels`, or more `steps` of a stage, than one caller may ask for."""
+    settings = request.settings
+    if settings.width * settings.height > pixels:
+        raise UsageError(f"size: {settings.width}x{settings.height}: expected at most {pixels} pixels")
+    asked = max(settings.prior_steps, settings.decoder_steps)
+    asked = max(asked, len(settings.prior_timesteps) - 1, len(settings.decoder_timesteps) - 1)
+    if asked > steps:
+        raise UsageError(f"steps: {asked}: expected at most {steps}")
