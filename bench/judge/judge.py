@@ -66,6 +66,22 @@ def nearest_icon(picture: U8, background: str) -> tuple[str, str]:
     return list(OBJECTS)[name], list(STYLES)[style]
 
 
+def nearest_name_by_lightness(picture: U8) -> str:
+    """The name of the icon that looks most like the picture's object when neither colour nor contrast counts."""
+    distances = np.square(_lightness(_icons(nearest_background(picture))) - _lightness(cut_out(picture))).mean(
+        axis=(2, 3)
+    )
+    return list(OBJECTS)[int(distances.min(axis=1).argmin())]
+
+
+def _lightness(levels: F32) -> F32:
+    """Levels (..., h, w, 3) to lightness (..., h, w) of mean 0 and deviation 1."""
+    light = levels.mean(axis=-1)
+    light = light - light.mean(axis=(-2, -1), keepdims=True)
+    made: F32 = light / (light.std(axis=(-2, -1), keepdims=True) + 1e-3)
+    return made
+
+
 def _icon(picture: U8, scene: Icon) -> Verdict:
     background = nearest_background(picture)
     name, style = nearest_icon(picture, background)

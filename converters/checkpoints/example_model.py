@@ -1,7 +1,7 @@
 """The example model: a small trained Stable Cascade that is part of the package, and a LoRA for it.
 
 It generates pictures of 128x128 pixels: 114 kinds of objects in three styles of icons, and coloured shapes. The LoRA
-makes icons black outlines. The files are in Stability's layout and in 16 bits, the LoRA also in kohya's.
+makes them cyanotypes, prints in blue. The files are in Stability's layout and in 16 bits, the LoRA also in kohya's.
 `tools/train_tiny` trains them; the model's folder has the licences of the pictures.
 """
 
@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 EXAMPLE_MODEL = Path(__file__).with_name("data") / "example_model"
-EXAMPLE_LORA = EXAMPLE_MODEL.with_name("example_lora") / "outline.safetensors"
+EXAMPLE_LORA = EXAMPLE_MODEL.with_name("example_lora") / "cyanotype.safetensors"
 EXAMPLE_PROMPT = "a fox, glossy style"
 EXAMPLE_PROMPTS = (
     "a strawberry, glossy style",

@@ -12,7 +12,13 @@ import pytest
 from PIL import Image
 
 from cascadekit import Cascade, ControlPicture, export
-from cascadekit.bench.judge.judge import border, nearest_background, nearest_icon
+from cascadekit.bench.judge.judge import (
+    border,
+    colour_masks,
+    nearest_background,
+    nearest_icon,
+    nearest_name_by_lightness,
+)
 from cascadekit.bench.judge.prompts import HELD_OUT, SEEN, prompts_of, scenes_to_ask
 from cascadekit.bench.judge.scenes import Icon
 from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
@@ -54,10 +60,19 @@ def test_icons_are_recognised_and_guidance_helps(cascade: Cascade, pictures: lis
     assert hits(unguided) < hits(pictures)
 
 
-def test_a_negative_prompt_that_repeats_the_prompt_takes_its_effect_away(cascade: Cascade) -> None:
-    prompts = prompts_of(ICONS)
-    plain, against = (cascade.generate(prompts, seed=5, negative=negative).images for negative in ("", prompts))
-    assert hits(against) < hits(plain)
+def test_a_negative_prompt_takes_away_what_it_names(cascade: Cascade) -> None:
+    """A heart without a colour comes out red in 16 of 16 pictures, and in none when the negative prompt says red."""
+    plain, against = (
+        cascade.generate(["a heart"] * 8, seed=2, negative=negative).images for negative in ("", "a red heart")
+    )
+    assert reds(plain) >= 6
+    assert reds(against) <= 2
+
+
+def reds(images: Sequence[Image.Image]) -> int:
+    """The number of images in which red covers more than any other colour."""
+    masks = [colour_masks(np.asarray(image)) for image in images]
+    return sum(bool(found) and max(found, key=lambda name: found[name].sum()) == "red" for found in masks)
 
 
 def small(image: Image.Image) -> np.ndarray:
@@ -138,22 +153,25 @@ def mean_overlap(images: Sequence[Image.Image], control: Image.Image) -> float:
     return float(np.mean([overlap(outline_of(image), outline_of(control)) for image in images]))
 
 
-def test_the_lora_takes_colour_away_and_leaves_some_objects_their_outline(
+def test_the_lora_changes_the_style_and_keeps_the_objects(
     cascade: Cascade, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
-    """At strength 0.7. Measured: two thirds of the colour, and 4 of 12 objects nearest to their own picture, where
-    chance gives one. At strength 1 half of the colour goes, and the objects with it."""
-    export(EXAMPLE_MODEL, tmp_path / "bundle", loras=[(EXAMPLE_LORA, 0.7)])
+    """Objects become blue, and the judge, which looks at lightness alone here, still sees them.
+
+    Measured: 8 of 12, where the pictures without the LoRA have 9, and from 81 levels more red to 25 more blue."""
+    export(EXAMPLE_MODEL, tmp_path / "bundle", loras=[(EXAMPLE_LORA, 1.0)])
     with Cascade.open(tmp_path / "bundle", engine="onnxruntime", threads=1) as changed:
-        outlines = changed.generate(
-            [f"a {OBJECTS[icon.name][0]} on a white background" for icon in ICONS], seed=3
-        ).images
-    assert np.mean([colourfulness(image) for image in outlines]) < 0.85 * np.mean([colourfulness(p) for p in pictures])
-    rows = [[overlap(outline_of(image), outline_of(other)) for other in pictures] for image in outlines]
-    assert sum(int(np.argmax(row)) == place for place, row in enumerate(rows)) >= 3
+        prints = changed.generate(prompts_of(ICONS), seed=3).images
+    assert np.mean([blueness(image) for image in prints]) > np.mean([blueness(image) for image in pictures]) + 40
+    assert recognised(prints) >= 5 <= recognised(pictures)
 
 
-def colourfulness(image: Image.Image) -> float:
-    """The mean difference between the largest and the smallest level of the object's pixels."""
+def recognised(images: Sequence[Image.Image]) -> int:
+    names = [nearest_name_by_lightness(np.asarray(image)) for image in images]
+    return sum(name == icon.name for name, icon in zip(names, ICONS, strict=True))
+
+
+def blueness(image: Image.Image) -> float:
+    """By how many levels the object's pixels are more blue than red, in the mean."""
     levels: np.ndarray = np.asarray(image.convert("RGB")).astype(int)[outline_of(image)]
-    return float(np.ptp(levels, axis=1).mean())
+    return float((levels[:, 2] - levels[:, 0]).mean())
