@@ -18,12 +18,13 @@ from ..runtime.sampling.noise import Noise
 from ..runtime.text.prompt_weights import check_length
 from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import MissingPackageError
+from ..schemas.folders import MODEL_INDEX
 from ..schemas.layouts import Layout
 from ..schemas.manifest import MANIFEST_NAME
 from ..schemas.messages import known_keywords
 from ..storage.atomic_output import check_output, staged_output
 from ..storage.install_hint import install_hint
-from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
+from ..storage.replaceable_folders import DEMO, DEMO_REPORT, files_in
 from .results import Report
 from .verify import verify
 

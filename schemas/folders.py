@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from .stages import Stage
 
+# The files that mark a model folder, whole or modular (of diffusers).
+MODEL_INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines
+MODULAR_FILES = (MODULAR_INDEX, "modular_config.json", "block.py")
+MODEL_INDEXES = (MODEL_INDEX, MODULAR_INDEX)
+
 
 @dataclass(frozen=True)
 class ComponentFolder:

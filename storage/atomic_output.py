@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
+from ..schemas.folders import MODEL_INDEXES
 from ..schemas.manifest import MANIFEST_NAME
 from ..schemas.messages import listed
 from .atomic_file import hidden_name
@@ -19,7 +20,7 @@ from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all,
 from .bundle import is_bundle, locked_bundle
 from .locks import holder_of, locked
 from .output_rules import locate, require_apart, require_free, require_writable
-from .replaceable_folders import MODEL_INDEXES, files_in, has_component, owned, stale_weights
+from .replaceable_folders import files_in, has_component, owned, stale_weights
 
 NOTE = "fingerprint"  # a file in the scratch folder that identifies the work in it
 RESERVED = (NOTE, REPLACED, JOURNAL, f"{JOURNAL}.new")

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..schemas.errors import CascadeError
-from ..schemas.folders import PLACES, STEMS
+from ..schemas.folders import MODEL_INDEX, MODULAR_FILES, MODULAR_INDEX, PLACES, STEMS
 from ..schemas.json_text import load_object
 from ..schemas.manifest import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.stages import Stage
 
-MODEL_INDEX = "model_index.json"
-MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines
-MODULAR_FILES = (MODULAR_INDEX, "modular_config.json", "block.py")
-MODEL_INDEXES = (MODEL_INDEX, MODULAR_INDEX)
 DEMO_REPORT = "parity.json"  # the report of a demo
 DEMO = "demo"  # the key of the report that lists the files of the demo
 

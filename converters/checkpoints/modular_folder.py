@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CheckpointError
+from ...schemas.folders import MODULAR_FILES
 from ...schemas.layouts import Layout
 from ...schemas.messages import listed
 from ...schemas.stages import Stage
-from ...storage.replaceable_folders import MODULAR_FILES
 from .find_weights import read_json
 from .identify import FileContents
 from .model_folder import INDEX_ENTRIES, OPTIONAL, write_json

@@ -6,16 +6,19 @@ A path may be a weights file, a folder of Stability's single files, a model fold
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
-from ...schemas.folders import PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
+from ...schemas.folders import MODULAR_INDEX, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
 from .find_weights import open_component_folder, open_single_files, weights_sets
 from .identify import FileContents, identify_all
-from .modular_folder import read_modular_folder
+
+if TYPE_CHECKING:
+    from .modular_folder import ModularFolder
 
 ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
@@ -146,7 +149,7 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     _require_exists(source)
     if source.is_file():
         return [_open_file(path, without=without) for path in (source, *_side_files(source))]
-    modular = read_modular_folder(source, without)
+    modular = _modular(source, without)
     is_pipeline = bool(modular) or (source / PIPELINE_INDEX).is_file()
     if not is_pipeline and _is_component_folder(source):
         contents, variant = open_component_folder(source, None, choice.variant, without)
@@ -168,6 +171,15 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     # A download of a whole repository has the folders of a pipeline and the same weights as single files beside them.
     taken = {component.stage for contents in opened for component in contents.components} if is_pipeline else set()
     return [_choose_files(single, choice, taken), *opened, FileContents((), tuple(notes))]
+
+
+def _modular(source: Path, without: Collection[Stage]) -> "ModularFolder | None":
+    """What a folder of diffusers' modular pipelines says; None for others, which need not wait for the import."""
+    if not (source / MODULAR_INDEX).is_file():
+        return None
+    from .modular_folder import read_modular_folder
+
+    return read_modular_folder(source, without)
 
 
 def _open_folders(

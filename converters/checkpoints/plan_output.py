@@ -16,13 +16,12 @@ from typing import Any
 
 from ...schemas.block_types import BLOCK_TYPES, WRITTEN
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.folders import shard_name, weights_names
+from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import FOLDERS, Layout, to_diffusers
 from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
-from ...storage.replaceable_folders import MODEL_INDEX, MODULAR_FILES
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from ...storage.safetensors_reader import TensorRange
 from .comfyui_types import ScaledTypes, described

@@ -4,9 +4,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from ...schemas.errors import UsageError
-from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
+from ...schemas.folders import (
+    COMBINED_FOLDERS,
+    MODEL_INDEXES,
+    MODULAR_FILES,
+    PLACES,
+    TOKENIZER_FOLDERS,
+    preferred_variants,
+    read_weights_name,
+)
 from ...schemas.messages import listed
-from ...storage.replaceable_folders import MODEL_INDEXES, MODULAR_FILES
 from ..checkpoints.provenance import is_provenance_name
 from .source import GGUF, PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
