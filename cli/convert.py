@@ -7,14 +7,17 @@ from typing import Any
 import click
 
 from ..schemas.block_types import WRITTEN
+from ..schemas.comfy_formats import CHOICES
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
-from .console import finish, note
+from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, volume_options
 from .progress import byte_progress
+
+TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -27,7 +30,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.command(cls=HelpfulCommand)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors or .gguf file.")
-@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
+@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help=TO)
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder: a Hugging Face folder or file.")
 @click.option("--image-encoder", type=PATH, help="CLIP L image encoder: a Hugging Face folder or file.")
 @click.option(
@@ -35,8 +38,8 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 )
 @click.option(
     "--quantize",
-    type=click.Choice([name.lower() for name in WRITTEN]),
-    help="Store most Linears of GGUF files in 8 to 4 bits; rows that do not fit get the next wider type.",
+    type=click.Choice([name.lower() for name in (*WRITTEN, *CHOICES)]),
+    help="Store most Linears of prior and decoder in 8 to 4 bits: q types for gguf, others for comfyui and split.",
 )
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
 @click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")
@@ -73,6 +76,8 @@ def convert(
     options |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         done = run(sources, output, to, **options, say=note, start_file=start_file, on_plan=on_plan)
+    for text in done.details:
+        detail(text)
     for text in done.notes:
         note(text)
     sizes = {str(file): (output / file).stat().st_size for file in done.files or [Path()]}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import FAILED, note, say, show_table
+from .console import FAILED, note, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import PATH
 
@@ -43,7 +43,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
     found = contents_of(path, note)
     if as_json:
-        say(json.dumps(found.to_json(), indent=2))
+        say_json(found.to_json())
     elif isinstance(found, BundleContents):
         _show_bundle(found)
     elif isinstance(found, ImageContents):
@@ -102,7 +102,7 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
 
 
 def _quantised(component: "Component") -> str:
-    """A line on the types of GGUF's blocks among the weights; "" where there are none."""
+    """A line on the quantised types among the weights; "" where there are none."""
     from ..schemas.block_types import quantised_facts
 
     facts = quantised_facts(component.dtypes)
@@ -110,8 +110,8 @@ def _quantised(component: "Component") -> str:
     for name, fact in facts.items():
         error = f", error {fact['error']:.1%}" if fact["error"] else ""
         kinds.append(f"{fact['tensors']} {name} ({fact['bits']:.3g} bits{error})")
-    architecture = component.metadata.get("general.architecture", "none")
-    return f"GGUF architecture {architecture}, quantised: {'; '.join(kinds)}" if facts else ""
+    gguf = f"GGUF architecture {component.metadata.get('general.architecture', 'none')}, "
+    return f"{gguf if component.layout == 'gguf' else ''}quantised: {'; '.join(kinds)}" if facts else ""
 
 
 def _component_row(c: "Component", root: Path) -> tuple[str, ...]:

@@ -8,9 +8,8 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ..schemas.block_types import BLOCK_TYPES, GGML_TYPES, PLAIN_TYPES, nbytes_of
 from ..schemas.errors import CheckpointError
@@ -35,9 +34,10 @@ AGAIN = "download or save the file again"
 
 
 class _Reader:
-    """Takes values from the beginning of a file. Raises ValueError where the file or the header's limit ends."""
+    """Takes values from the beginning of a file. Raises ValueError where the file or the header's limit ends, and
+    EOFError where only the beginning of the file is at hand and ends."""
 
-    def __init__(self, file: BufferedReader, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._limit = file, min(size, MAX_HEADER_BYTES)
         self._items = 0
 
@@ -47,7 +47,10 @@ class _Reader:
     def take(self, nbytes: int) -> bytes:
         if self.at() + nbytes > self._limit:
             raise ValueError(f"it goes on after byte {self._limit}, where the file or what is read of it ends")
-        return self._file.read(nbytes)
+        data = self._file.read(nbytes)
+        if len(data) < nbytes:
+            raise EOFError(f"it has {self.at()} bytes")
+        return data
 
     def number(self, form: str = "<Q") -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -76,24 +79,33 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> Header:
-    """Read the header of a GGUF file. Texts of its metadata become the header's metadata, tensors keep their order.
-
-    Raises CheckpointError for a file that is damaged, truncated, or of a version or type that is not known."""
+    """Read the header of a GGUF file, as `gguf_header_in` does."""
     with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        reader = _Reader(file, size)
         try:
-            metadata, entries = _read_parts(reader)
-            alignment = metadata.get("general.alignment", ALIGNMENT)
-            if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
-                raise ValueError(f"general.alignment is {alignment!r}, expected a power of two")
-            start = -(-reader.at() // alignment) * alignment
-            tensors = {}
-            for name, entry in entries.items():
-                tensors[name] = _tensor(path, name, entry, start)
-                _check_place(name, tensors[name], alignment, size)
-        except (ValueError, struct.error) as error:
-            raise CheckpointError(f"{path}: damaged GGUF file: {error}; {AGAIN}") from error
+            return gguf_header_in(file, path, os.fstat(file.fileno()).st_size)
+        except EOFError as error:
+            raise CheckpointError(f"{path}: became shorter while it was read; {AGAIN}") from error
+
+
+def gguf_header_in(file: BinaryIO, path: Path, size: int) -> Header:
+    """Read the header at the beginning of `file` and check it against the file's `size` in bytes; no tensor is read.
+
+    Texts of the metadata become the header's metadata, tensors keep their order. Raises CheckpointError for a file that
+    is damaged, truncated, or of a version or type that is not known. Raises EOFError when `file` has less than its
+    `size` and ends within the header."""
+    reader = _Reader(file, size)
+    try:
+        metadata, entries = _read_parts(reader)
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
+            raise ValueError(f"general.alignment is {alignment!r}, expected a power of two")
+        start = -(-reader.at() // alignment) * alignment
+        tensors = {}
+        for name, entry in entries.items():
+            tensors[name] = _tensor(path, name, entry, start)
+            _check_place(name, tensors[name], alignment, size)
+    except (ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: damaged GGUF file: {error}; {AGAIN}") from error
     for name, shape in metadata.items():
         tensor = tensors.get(name.removeprefix(ORIGINAL_SHAPE))
         if name.startswith(ORIGINAL_SHAPE) and tensor is not None:

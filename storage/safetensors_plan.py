@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.block_types import count_of, nbytes_of
@@ -19,10 +20,11 @@ class CalculatedRange:
     """Values that are calculated while the file is written, instead of being read from another file.
 
     `blocks` is called once, when these values are due. It yields contiguous arrays of `nbytes` bytes in all, in the
-    dtype of the file, little endian."""
+    dtype of the file, little endian. `sources` are the ranges that it reads, where a plan must name them."""
 
     nbytes: int
     blocks: Callable[[], "Iterable[NDArray[Any]]"]
+    sources: tuple[TensorRange, ...] = ()
 
 
 Range = TensorRange | CalculatedRange
@@ -41,8 +43,14 @@ class TensorPlan:
 
     @property
     def source_ranges(self) -> tuple[TensorRange, ...]:
-        """The ranges that lie in other files."""
+        """The ranges that lie in other files, and are copied or cast."""
         return tuple(each for each in self.ranges if isinstance(each, TensorRange))
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files whose values make the tensor."""
+        calculated = (each.sources for each in self.ranges if isinstance(each, CalculatedRange))
+        return frozenset(part.path for parts in (self.source_ranges, *calculated) for part in parts)
 
     @property
     def nbytes(self) -> int:

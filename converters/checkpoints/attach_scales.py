@@ -8,8 +8,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from ...schemas.comfy_formats import FORMATS, METADATA, OVERALL, QUANT, SCALE, WEIGHT, ComfyFormat
 from ...schemas.dtypes import FLOATS
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.json_text import load_object
@@ -18,31 +19,10 @@ from ...schemas.scale_tiles import tiled_size
 from ...storage.safetensors_reader import Header, Scale, TensorRange
 
 MARKER = "scaled_fp8"  # a tensor of at most two values
-METADATA = "_quantization_metadata"
-WEIGHT, QUANT, OLD_SCALE = ".weight", ".comfy_quant", ".scale_weight"
-SCALE, OVERALL = ".weight_scale", ".weight_scale_2"
+OLD_SCALE = ".scale_weight"
 INPUTS = (".scale_input", ".input_scale")  # for products with rounded inputs only
 OTHER_DTYPES = "get the checkpoint in bf16, fp16 or fp8"
 MAX_JSON_BYTES = 4096  # of the description of one layer
-
-
-class QuantizedFormat(NamedTuple):
-    """A format of quantised weights: dtype in the file, dtype as it is read, the values that share a factor (0: all or
-    those of a row), and the dtypes of the factors."""
-
-    stored: str
-    dtype: str
-    group: int = 0
-    scales: tuple[str, ...] = FLOATS
-
-
-FORMATS: Mapping[str, QuantizedFormat] = {
-    "float8_e4m3fn": QuantizedFormat("F8_E4M3", "F8_E4M3"),
-    "float8_e5m2": QuantizedFormat("F8_E5M2", "F8_E5M2"),
-    "int8_tensorwise": QuantizedFormat("I8", "INT8"),
-    "mxfp8": QuantizedFormat("F8_E4M3", "F8_E4M3", 32, ("U8", "F8_E8M0")),
-    "nvfp4": QuantizedFormat("U8", "FP4", 16, ("F8_E4M3",)),
-}
 
 
 def attach_scales(header: Header) -> tuple[Header, list[str]]:
@@ -57,7 +37,7 @@ def attach_scales(header: Header) -> tuple[Header, list[str]]:
     for name in [name for name in tensors if name.endswith((SCALE, OLD_SCALE))]:
         layer = name.rpartition(".")[0]
         if layer + WEIGHT in tensors and layer not in formats:
-            formats[layer] = {"format": _guessed(tensors[layer + WEIGHT])}
+            formats[layer] = {"format": _guessed(tensors, layer)}
     for layer, settings in formats.items():
         kind, weight, taken = _scaled(header, layer, settings)
         tensors[layer + WEIGHT] = weight
@@ -80,9 +60,15 @@ def _is_marker(name: str, tensor: TensorRange) -> bool:
     return name.rpartition(".")[2] == MARKER and math.prod(tensor.shape) <= 2
 
 
-def _guessed(weight: TensorRange) -> str:
-    """The format of a weight that has a scale and no description, as in older files."""
-    return {"F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}.get(weight.dtype, "float8_e4m3fn")
+def _guessed(tensors: Mapping[str, TensorRange], layer: str) -> str:
+    """The format of a layer without a description at hand: in older files, and in headers from the Hub."""
+    scale = tensors.get(layer + SCALE)
+    if layer + OVERALL in tensors:
+        return "nvfp4"
+    if scale is not None and scale.dtype in FORMATS["mxfp8"].scales:
+        return "mxfp8"
+    dtype = tensors[layer + WEIGHT].dtype
+    return {"F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}.get(dtype, "float8_e4m3fn")
 
 
 def _formats(header: Header) -> dict[str, dict[str, Any]]:
@@ -136,9 +122,7 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
     return str(kind), replace(weight, dtype=dtype, shape=shape, scale=scale), names
 
 
-def _scale(
-    names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: QuantizedFormat
-) -> Scale:
+def _scale(names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: ComfyFormat) -> Scale:
     """Return the factors of a weight. Raises LayoutError for factors of another dtype or number."""
     factors = tensors[names[0]]
     count, columns = math.prod(factors.shape), math.prod(shape[1:])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...schemas.block_types import WRITTEN
 from ...schemas.callbacks import Say, StartFile
+from ...schemas.comfy_formats import CHOICES
 from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
@@ -41,11 +42,13 @@ WEIGHTS_ALONE = (Layout.COMFYUI, Layout.GGUF)  # without configs and tokenizers
 class Conversion:
     """The result of a conversion: the output, its weights files by their paths below it, and notes for the user.
 
-    `files` is empty when the output is a single file."""
+    `files` is empty when the output is a single file. `details` has a line for each weights file: its sources, and how
+    many of its tensors were copied or cast."""
 
     output: Path
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+    details: tuple[str, ...] = ()
 
 
 @known_keywords
@@ -89,7 +92,8 @@ def convert(
         shard_size: Cut diffusers components above this size into shards: bytes, or text such as "10GB".
         combined: Use the folder names of StableCascadeCombinedPipeline (diffusers).
         canonical: Order tensors as the safetensors library does, instead of as the source does.
-        quantize: The type of blocks for most Linears of GGUF files, such as "Q8_0" or "Q4_K".
+        quantize: The type of most Linears of prior and decoder: blocks such as "Q8_0" in GGUF files; "fp8",
+            "fp8_e5m2", "int8", "mxfp8" or "nvfp4" in the layouts comfyui and split, for ComfyUI.
         force: Replace files of the same names, or an earlier output.
         say: Called with a line of text for each download.
         start_file: Called with the name and size of each file before it is written.
@@ -146,7 +150,13 @@ def convert(
         if not single:
             _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
-    return Conversion(output, () if single else tuple(file.path for file in plan.files), tuple(notes))
+    written = () if single else tuple(file.path for file in plan.files)
+    return Conversion(output, written, tuple(notes), tuple(map(_detail, plan.files)))
+
+
+def _detail(file: FilePlan) -> str:
+    sources = sorted({source.path.name for plan in file.tensors.values() for source in plan.source_ranges})
+    return f"{file.path}: {file.described}, from {', '.join(sources)}"
 
 
 def _forecast(output: Path, plan: OutputPlan, notes: Sequence[str]) -> Forecast:
@@ -171,8 +181,8 @@ def _parse_shard_size(size: int | str | None) -> int | None:
 
 
 def _parse_type(quantize: str | None) -> str | None:
-    if quantize is not None and quantize.upper() not in WRITTEN:
-        raise UsageError(f"quantize={quantize!r}: expected one of {', '.join(WRITTEN)}")
+    if quantize is not None and quantize.upper() not in (*WRITTEN, *CHOICES):
+        raise UsageError(f"quantize={quantize!r}: expected one of {', '.join((*WRITTEN, *CHOICES))}")
     return quantize and quantize.upper()
 
 
@@ -189,8 +199,7 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     for component in model.components.values():
         component.require_sound()
     is_gguf = options.layout is Layout.GGUF
-    if options.quantize and not is_gguf:
-        raise UsageError(f'quantize="{options.quantize}": only to="gguf" has these types, not to="{options.layout}"')
+    _require_home(options)
     if options.combined and options.layout is Layout.MODULAR:
         raise UsageError('combined=True: the modular layout has no such folders; leave it out, or take to="diffusers"')
     if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
@@ -201,6 +210,14 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     if _is_single(output):
         plan = replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
     return plan
+
+
+def _require_home(options: OutputOptions) -> None:
+    """Raise UsageError when the layout does not have the type to quantise to."""
+    homes = (Layout.GGUF,) if options.quantize in WRITTEN else (Layout.COMFYUI, Layout.SPLIT)
+    if options.quantize and options.layout not in homes:
+        places = " and ".join(f'to="{layout}"' for layout in homes)
+        raise UsageError(f'quantize="{options.quantize}": only {places} has this type, not to="{options.layout}"')
 
 
 def _require_space(output: Path, plan: OutputPlan) -> None:

@@ -24,6 +24,8 @@ from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
 from ...storage.replaceable_folders import MODEL_INDEX, MODULAR_FILES
 from ...storage.safetensors_plan import TensorPlan, canonical_order
+from ...storage.safetensors_reader import TensorRange
+from .comfyui_types import ScaledTypes, described
 from .component import Component
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
@@ -53,7 +55,7 @@ class OutputOptions:
         shard_size: Bytes above which a diffusers component is cut into shards; None for no limit.
         combined: True for the folder names of the combined pipeline.
         canonical: True to order tensors as the safetensors library does, False to keep the source's order.
-        quantize: The type of blocks for most Linears of a GGUF file, such as "Q8_0"; None keeps each tensor's type.
+        quantize: The type of most Linears of prior and decoder, such as "Q8_0" or "FP8"; None keeps each tensor's type.
     """
 
     layout: Layout
@@ -82,9 +84,21 @@ class FilePlan:
         return sum(plan.nbytes for plan in self.tensors.values())
 
     @property
+    def described(self) -> str:
+        """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        kinds = Counter(
+            " and ".join(sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})) + f" to {plan.dtype}"
+            if any(source.dtype != plan.dtype for source in plan.source_ranges)
+            else f"copied ({plan.dtype})"
+            for plan in self.tensors.values()
+        )
+        return f"{len(self.tensors)} tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+    @property
     def is_copied(self) -> bool:
         """True when every value is copied without a cast."""
-        return all(source.dtype == plan.dtype for plan in self.tensors.values() for source in plan.source_ranges)
+        ranges = [(plan.dtype, each) for plan in self.tensors.values() for each in plan.ranges]
+        return all(isinstance(each, TensorRange) and each.dtype == dtype for dtype, each in ranges)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class OutputPlan:
     def sources(self) -> list[Path]:
         """The files that hold the values of the output, sorted."""
         tensors = (tensor for file in self.files for tensor in file.tensors.values())
-        return sorted({source.path for tensor in tensors for source in tensor.source_ranges})
+        return sorted({path for tensor in tensors for path in tensor.files})
 
     @property
     def names(self) -> list[str]:
@@ -131,6 +145,8 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
     joined."""
     if options.layout is Layout.COMFYUI:
         return _plan_comfyui(components, options)
+    if options.layout is Layout.SPLIT and options.quantize:
+        return _plan_scaled(components, options)
     if options.layout is Layout.GGUF:
         return _plan_gguf(components, options)
     files: list[FilePlan] = []
@@ -146,16 +162,26 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
     return OutputPlan(options, tuple(files), indexes)
 
 
-def plan_tensors(component: Component, options: OutputOptions, prefix: str = "") -> dict[str, TensorPlan]:
+def plan_tensors(
+    component: Component, options: OutputOptions, prefix: str = "", scaled: ScaledTypes | None = None
+) -> dict[str, TensorPlan]:
     """Plan each tensor of `component` under its name in the output, in the order of the source.
+
+    The modules that `scaled` quantises get codes and factors. Their names are those of the split layout, in which each
+    of q, k and v is a matrix.
 
     Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans = {}
     types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
-    for name, mapped in to_diffusers(component.stage, options.layout).inverse.apply(shapes).items():
+    spelling = Layout.SPLIT if scaled else options.layout
+    for name, mapped in to_diffusers(component.stage, spelling).inverse.apply(shapes).items():
         # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
         ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
+        module, _, part = mapped.rows[0].name.rpartition(".")
+        if scaled and part == "weight" and module in scaled.factors:
+            plans |= scaled.plan(prefix + name, module, ranges[0])
+            continue
         if types:
             dtypes = types.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
         else:
@@ -234,11 +260,14 @@ def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions)
             continue
         present = [stage for stage in stages if stage in components]
         absent = [str(stage) for stage in stages if stage not in components]
-        tensors: dict[str, TensorPlan] = {}
-        for stage in present:
-            tensors |= plan_tensors(components[stage], options, COMFYUI_PREFIXES[stage])
         path = Path(f"{COMFYUI_NAMES[head]}{_lite(components[head])}.safetensors")
-        files.append(_file(path, tensors, components[head].metadata, options))
+        file, lines = _plan_scaled_file(path, components[head], options, COMFYUI_PREFIXES[head])
+        tensors = dict(file.tensors)
+        for stage in present:
+            if stage is not head:
+                tensors |= plan_tensors(components[stage], options, COMFYUI_PREFIXES[stage])
+        files.append(_file(path, tensors, file.metadata, options))
+        notes += lines
         planned.update(present)
         if absent:
             notes.append(f"{path}: without {', '.join(absent)}, which ComfyUI's own file has")
@@ -256,6 +285,28 @@ def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions)
     if others:
         notes.append(f"no place in these ComfyUI files for {', '.join(others)}; left out")
     return OutputPlan(options, tuple(files), {}, tuple(notes))
+
+
+def _plan_scaled(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan files of the split layout, of which prior and decoder are quantised."""
+    files, notes = [], []
+    for component in components.values():
+        (path,) = _paths(component, options)
+        file, lines = _plan_scaled_file(path, component, options)
+        files.append(file)
+        notes += lines
+    return OutputPlan(options, tuple(files), {}, tuple(notes))
+
+
+def _plan_scaled_file(
+    path: Path, component: Component, options: OutputOptions, prefix: str = ""
+) -> tuple[FilePlan, list[str]]:
+    """Plan the file of a component, quantised if `options` ask for it and it is a prior or decoder; and notes."""
+    if not options.quantize or component.stage not in STAGES:
+        return _file(path, plan_tensors(component, options, prefix), component.metadata, options), []
+    scaled = ScaledTypes.of(component, options.quantize)
+    tensors = plan_tensors(component, options, prefix, scaled)
+    return _file(path, tensors, component.metadata | described(tensors, scaled.kind), options), [scaled.note(component)]
 
 
 def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:

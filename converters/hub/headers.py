@@ -1,4 +1,4 @@
-"""Headers of safetensors files on the Hub, read by range requests without the rest of the files.
+"""Headers of safetensors and GGUF files on the Hub, read by range requests without the rest of the files.
 
 huggingface_hub's own reader (`parse_safetensors_file_metadata`) is not used. It does not check a header against the
 size of its file, and it reads the whole file from a server without range requests.
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.limits import MAX_HEADER_BYTES
-from ...storage.safetensors_reader import Header, header_in, read_header
+from ...storage.gguf_file import MAGIC, gguf_header_in
+from ...storage.safetensors_reader import Header, header_in
+from ...storage.weights_file import read_weights
 from .hub_errors import explaining, unreachable
 from .repository import from_cache, list_files
 from .select import weights_below
@@ -19,11 +21,12 @@ from .source import WEIGHTS, HubPath, HubSource, is_weights, parse
 from .transfer import ask, blocks
 
 FIRST_BYTES = 64  # the header's length, and enough bytes to recognise a file of another format
+GGUF_BYTES = 1 << 17  # of the header of a GGUF file, which does not state its length; each further request has as many
 MAX_SIZE = 1 << 63  # bytes; a larger file does not exist
 
 
 def remote_header(source: str | Path) -> Header:
-    """Return the header of one safetensors file on the Hub, checked as strictly as a local one.
+    """Return the header of one safetensors or GGUF file on the Hub, checked as strictly as a local one.
 
     Only the bytes of the header are transferred. Without a connection, the file in the cache is read. Raises UsageError
     when there is no such file, CheckpointError when it cannot be read or is damaged."""
@@ -34,7 +37,7 @@ def remote_header(source: str | Path) -> Header:
 
 
 def remote_headers(source: str | Path) -> tuple[Header, ...]:
-    """Return the headers of all safetensors files at a source on the Hub, in the order of their names.
+    """Return the headers of all safetensors and GGUF files at a source on the Hub, in the order of their names.
 
     Raises UsageError when there is none or there are more than MAX_HEADERS, CheckpointError as `remote_header` does."""
     wanted = parse(source)
@@ -46,7 +49,7 @@ def remote_headers(source: str | Path) -> tuple[Header, ...]:
         except unreachable() as error:
             found = from_cache(wanted, error)
             paths = sorted(path for path in found.rglob("*") if is_weights(path.name)) if found.is_dir() else [found]
-            return tuple(map(read_header, paths))
+            return tuple(map(read_weights, paths))
 
 
 def _read_remote(wanted: HubSource) -> Header:
@@ -54,6 +57,8 @@ def _read_remote(wanted: HubSource) -> Header:
     head, size = _read_range(wanted, 0, FIRST_BYTES)
     if size >= MAX_SIZE:
         raise CheckpointError(f"{wanted}: the server states a size of {size} bytes; check HF_ENDPOINT")
+    if head.startswith(MAGIC):
+        return _read_gguf(wanted, head, size)
     length = int.from_bytes(head[:8], "little")
     if FIRST_BYTES < 8 + length <= min(size, 8 + MAX_HEADER_BYTES):
         rest, size_then = _read_range(wanted, FIRST_BYTES, 8 + length)
@@ -61,6 +66,19 @@ def _read_remote(wanted: HubSource) -> Header:
             raise CheckpointError(f"{wanted}: changed or was cut off while it was read; try again")
         head += rest
     return header_in(BytesIO(head), HubPath(str(wanted)), size)
+
+
+def _read_gguf(wanted: HubSource, head: bytes, size: int) -> Header:
+    """Return the header of a GGUF file of `size` bytes that begins with `head`; more is read as needed."""
+    while True:
+        try:
+            return gguf_header_in(BytesIO(head), HubPath(str(wanted)), size)
+        except EOFError as error:
+            stop = min(size, len(head) + max(len(head), GGUF_BYTES))
+            rest, size_then = _read_range(wanted, len(head), stop)
+            if size_then != size or not rest:
+                raise CheckpointError(f"{wanted}: changed or was cut off while it was read; try again") from error
+            head += rest
 
 
 def _read_range(wanted: HubSource, start: int, stop: int) -> tuple[bytes, int]:

@@ -8,7 +8,7 @@ from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, pref
 from ...schemas.messages import listed
 from ...storage.replaceable_folders import MODEL_INDEXES, MODULAR_FILES
 from ..checkpoints.provenance import is_provenance_name
-from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
+from .source import GGUF, PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
 OTHER_FOLDERS = (
     *TOKENIZER_FOLDERS,
@@ -80,7 +80,8 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
     # Single files beside the index of a pipeline are the same weights in another layout.
     if "" not in folders and not any(index in names for index in MODEL_INDEXES):
-        yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
+        single = [name for name in names if _folder(name) in ("", "controlnet") and is_weights(name)]
+        yield from [name for name in single if not name.lower().endswith(GGUF)] or single
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
         index = ".index" in name  # the index of the shards that are taken was yielded above

@@ -9,6 +9,7 @@ from ...schemas.errors import UsageError
 
 FORM = "hf://owner/repo[@revision][/path]"
 WEIGHTS = ".safetensors"
+GGUF = ".gguf"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -64,8 +65,8 @@ def parse(source: str | Path) -> HubSource:
 
 
 def is_weights(name: str) -> bool:
-    """Return whether a file has a safetensors name. Before a download, only the name is known."""
-    return name.lower().endswith(WEIGHTS)
+    """Return whether a file has the name of a safetensors or GGUF file. Before a download, only the name is known."""
+    return name.lower().endswith((WEIGHTS, GGUF))
 
 
 def is_plain(path: str) -> bool:

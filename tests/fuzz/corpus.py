@@ -16,6 +16,7 @@ from cascadekit import convert, export
 from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 from cascadekit.schemas.lora_keys import lora_modules
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
+from cascadekit.storage.gguf_file import read_gguf
 
 from .mutate import split_safetensors
 
@@ -77,6 +78,16 @@ class Corpus:
         file = io.BytesIO()
         torch.save(content, file)
         return file.getvalue()
+
+    @cached_property
+    def gguf(self) -> list[tuple[bytes, int]]:
+        """GGUF files of the prior, and where their headers end: as floats, and in blocks of two types."""
+        files = []
+        for quantize in (None, "q8_0", "q4_k"):
+            path = self.scratch / f"{quantize}.gguf"
+            convert(self.root / "original" / "stage_c.safetensors", path, "gguf", quantize=quantize)
+            files.append((path.read_bytes(), min(tensor.offset for tensor in read_gguf(path).tensors.values())))
+        return files
 
     @cached_property
     def tokenizer(self) -> tuple[Any, dict[str, str]]:

@@ -172,10 +172,29 @@ def _other_pickle(rng: Random) -> bytes:
     return pickle.dumps(value, protocol=rng.choice((2, 2, 4)))
 
 
+def gguf(rng: Random, corpus: Corpus, folder: Path) -> Call:
+    """Cut, with odd bytes in the header or its counts, or with odd bytes anywhere."""
+    whole, header = rng.choice(corpus.gguf)
+    roll = rng.random()
+    if roll < 0.2:
+        odd = whole[: rng.randrange(len(whole))]
+    elif roll < 0.4:
+        at = rng.choice((4, 8, 16, 24, 32))  # version, counts, and the first key's length
+        odd = whole[:at] + rng.choice(LENGTHS).to_bytes(8, "little") + whole[at + 8 :]
+    else:
+        odd = odd_bytes(whole, rng, header if roll < 0.9 else None)
+    source = folder / "odd.gguf"
+    source.write_bytes(odd)
+    look = command("inspect", source, *rng.choice(([], ["--json"])))
+    to = rng.choice((*LAYOUTS[:2], "gguf"))
+    return several(look, command("convert", source, "-o", folder / "out", "--to", to, "--dtype", "fp32"))
+
+
 KINDS: dict[str, Kind] = {
     "safetensors": weights,
     "config": config,
     "index": index,
     "lora": lora,
     "pickle": pickled,
+    "gguf": gguf,
 }

@@ -1,7 +1,9 @@
-"""diffusers' modular pipelines: diffusers loads the folder, runs its block.py, and generates what our runtime generates."""
+"""diffusers' modular pipelines: diffusers loads the folder and generates what our runtime generates."""
 
 import ast
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,9 +30,9 @@ from cascadekit.schemas.errors import CheckpointError, UsageError
 from cascadekit.schemas.stages import Stage
 from helpers.whole import LITE_PRIOR, _write_unet, picture
 
-LEAST_PSNR = 100.0  # dB; measured 110 and more
+LEAST_PSNR = 80.0  # dB; measured 98 and more
 PROMPTS = ["a strawberry, glossy style", "a red heart above a blue square"]
-SIZE = {"height": 200, "width": 136}  # odd latents for stage C (5 x 4), and 50 x 34 for stage B
+SIZE = {"height": 120, "width": 88}  # 30 x 22 latents for stage B, whose halves are odd
 OTHER_GUIDERS = (
     AdaptiveProjectedGuidance,
     AdaptiveProjectedMixGuidance,
@@ -48,7 +50,7 @@ def load(folder: Path) -> Any:
 
 def generate(pipe: Any, seed: int = 11, **options: Any) -> Any:
     """(B, 3, height, width) in 0..1."""
-    options = {"prior_num_inference_steps": 4, "num_inference_steps": 3, "output_type": "pt", **SIZE, **options}
+    options = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "output_type": "pt", **SIZE, **options}
     return pipe(**options, generator=torch.Generator().manual_seed(seed), output="images").numpy()
 
 
@@ -109,14 +111,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_same_pictures(pipe: Any, cascade: Cascade, case: Case) -> None:
     guidance = {"prior_guidance": case.prior_guidance, "decoder_guidance": case.decoder_guidance}
-    ours = cascade.generate(PROMPTS, seed=11, prior_steps=4, decoder_steps=3, **SIZE, **guidance, **case.ours).pixels
+    ours = cascade.generate(PROMPTS, seed=11, prior_steps=3, decoder_steps=2, **SIZE, **guidance, **case.ours).pixels
     pipe.update_components(
         prior_guider=ClassifierFreeGuidance(guidance_scale=case.prior_guidance),
         decoder_guider=ClassifierFreeGuidance(guidance_scale=case.decoder_guidance),
     )
     theirs = generate(pipe, prompt=PROMPTS, **case.theirs)
     assert ours is not None
-    assert ours.shape == theirs.shape == (2 * case.theirs.get("num_images_per_prompt", 1), 3, 200, 136)
+    assert ours.shape == theirs.shape == (2 * case.theirs.get("num_images_per_prompt", 1), 3, 120, 88)
     assert psnr(ours, theirs) >= LEAST_PSNR
 
 
@@ -129,11 +131,23 @@ def test_a_lite_prior_with_another_decoder(original: Path, tmp_path: Path) -> No
     with Cascade.open(tmp_path / "bundle", threads=1) as cascade:
         ours = cascade.generate("a cat", seed=3, prior_steps=3, decoder_steps=2, **SIZE).pixels
     pipe = load(tmp_path / "model")
-    theirs = generate(pipe, 3, prompt="a cat", prior_num_inference_steps=3, num_inference_steps=2)
+    theirs = generate(pipe, 3, prompt="a cat")
     assert psnr(ours, theirs) >= LEAST_PSNR
     assert pipe.image_encoder is None
     with pytest.raises(ValueError, match="no image_encoder"):
         generate(pipe, prompt="a cat", images=picture(8, 8))
+
+
+def test_the_code_of_the_page_runs(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, at a small size."""
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    convert(original, "modular", "modular")
+    values: dict[str, Any] = {}
+    exec(compile(block.replace("1024", "64"), "checkpoints.md", "exec"), values)
+    assert [image.size for image in values["images"]] == [(64, 64)]
+    assert values["pipe"].dtype is torch.bfloat16
 
 
 def test_guiders_of_diffusers(folder: Path) -> None:
@@ -168,9 +182,8 @@ def test_every_byte_comes_back(tmp_path: Path, variant: str) -> None:
 def test_a_folder_that_diffusers_saved(pipe: Any, folder: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
     pipe.blocks.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "modular_config.json").read_text() and json.loads(
-        (tmp_path / "saved" / "modular_config.json").read_text()
-    ) == json.loads((folder / "modular_config.json").read_text())
+    saved, ours = (json.loads((path / "modular_config.json").read_text()) for path in (tmp_path / "saved", folder))
+    assert saved == ours
     assert any("block.py: missing" in note for note in inspect(tmp_path / "saved").notes)
     shutil.copyfile(folder / "block.py", tmp_path / "saved" / "block.py")
     found = inspect(tmp_path / "saved")
@@ -182,8 +195,8 @@ def test_a_folder_that_diffusers_saved(pipe: Any, folder: Path, tmp_path: Path) 
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """The folder's small files; its weights are links."""
-    shutil.copytree(folder, target, copy_function=lambda a, b: Path(b).symlink_to(a), dirs_exist_ok=True)
+    """A folder of hard links, with files of its own in place of the pipeline's."""
+    shutil.copytree(folder, target, copy_function=os.link)
     for name in ("block.py", "modular_config.json", "modular_model_index.json"):
         (target / name).unlink()
         shutil.copyfile(folder / name, target / name)
@@ -195,10 +208,8 @@ def test_other_code_is_named_and_not_run(folder: Path, tmp_path: Path) -> None:
     text = (folder / "block.py").read_text()
     (other / "block.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{text}")
     (note,) = inspect(other).notes
-    assert (
-        note
-        == f"{other / 'block.py'}: is not the code that cascadekit writes; it is not run here, but diffusers would run it"
-    )
+    what = "is not the code that cascadekit writes; it is not run here, but diffusers would run it"
+    assert note == f"{other / 'block.py'}: {what}"
     assert note in convert(other, tmp_path / "again", "modular").notes
     assert (tmp_path / "again" / "block.py").read_text() == text
     (other / "block.py").write_text(text.replace("0.42", "0.43"))  # of the same size
@@ -257,13 +268,13 @@ def test_what_may_be_replaced(folder: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "out", "modular")
     convert(source, tmp_path / "out", "diffusers", force=True)
     assert not (tmp_path / "out" / "block.py").exists()
-    (tmp_path / "out" / "block.py").write_text("mine")
+    (tmp_path / "out" / "mine.py").write_text("mine")
     with pytest.raises(UsageError, match=r"model_index\.json of another model"):
         convert(source, tmp_path / "out", "modular", force=True)
-    assert (tmp_path / "out" / "block.py").read_text() == "mine"
+    assert (tmp_path / "out" / "mine.py").read_text() == "mine"
 
 
 def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for options in ({"output": tmp_path / "x", "combined": True}, {"output": tmp_path / "x.safetensors"}):
-        with pytest.raises(UsageError, match="combined=True|one file cannot hold"):
+        with pytest.raises(UsageError, match=r"combined=True|one file cannot hold"):
             convert(folder, to="modular", **options)

@@ -25,6 +25,7 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
+from cascadekit import convert, inspect
 from cascadekit.cli import main
 from cascadekit.converters import hub as hub_module
 from cascadekit.converters.checkpoints.identify import identify
@@ -40,7 +41,10 @@ from cascadekit.converters.hub import (
     select,
     transfer,
 )
+from cascadekit.converters.hub import headers as headers_module
 from cascadekit.schemas.errors import CheckpointError, UsageError
+from cascadekit.schemas.stages import Stage
+from cascadekit.storage.gguf_file import read_gguf
 from cascadekit.storage.safetensors_reader import read_header
 
 MAIN, OTHER = "1" * 40, "2" * 40  # commits
@@ -903,3 +907,35 @@ def test_commands_take_hub_sources(hub: Hub, original: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(main, ["inspect", "hf://owner/none"])
     assert result.exit_code in (1, 2)
     assert "hf://owner/none" in result.stderr
+
+
+def test_gguf_files_are_read_by_their_headers(hub: Hub, original: Path, tmp_path: Path, unplug: Any) -> None:
+    """A header does not state its length: it is read in parts. Then the file is downloaded, and read from the cache."""
+    for quantize in ("q8_0", "q4_k"):
+        convert(original / "stage_c.safetensors", tmp_path / f"{quantize}.gguf", "gguf", quantize=quantize)
+        hub.add(f"stage_c-{quantize}.gguf", (tmp_path / f"{quantize}.gguf").read_bytes())
+    source = "hf://owner/repo/stage_c-q8_0.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(headers_module, "GGUF_BYTES", 1000)
+        header = remote_header(source)
+    local = read_gguf(tmp_path / "q8_0.gguf")
+    assert header.gguf
+    assert (header.shapes, header.metadata) == (local.shapes, local.metadata)
+    assert [t.offset for t in header.tensors.values()] == [t.offset for t in local.tensors.values()]
+    assert len(remote_headers("hf://owner/repo")) == 2
+    assert hub.sent < 3 * (headers_module.GGUF_BYTES + 1000)
+    first = {tensor.dtype for tensor in inspect("hf://owner/repo").components[Stage.PRIOR].tensors.values()}
+    assert "Q4_K" in first or "Q5_0" in first
+    done = convert(source, tmp_path / "c.safetensors", "split", dtype="bf16")
+    assert done.output.is_file()
+    with pytest.raises(UsageError, match=r"stage_c-q4_k.gguf, stage_c-q8_0.gguf are all the same stage"):
+        convert("hf://owner/repo", tmp_path / "x", "split", dtype="bf16")
+    unplug()
+    assert remote_header(source).shapes == local.shapes
+
+
+def test_a_truncated_gguf_file_on_the_hub(hub: Hub, original: Path, tmp_path: Path) -> None:
+    convert(original / "stage_c.safetensors", tmp_path / "c.gguf", "gguf")
+    hub.add("c.gguf", (tmp_path / "c.gguf").read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match=r"hf://owner/repo/c.gguf: damaged GGUF file: truncated"):
+        remote_header("hf://owner/repo/c.gguf")

@@ -1,0 +1,190 @@
+"""Chooses the weights of prior and decoder to quantise for ComfyUI, and plans their tensors.
+
+Every candidate is measured: the largest magnitude of the whole matrix, and the relative L2 error of rows spread over
+it. On activations of equal variance that is the error of the layer's product. A matrix whose error exceeds TOLERATED
+times that of normal numbers has outliers, and stays float. The network is not run, so that memory stays bounded."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.comfy_formats import CHOICES, FORMATS, METADATA, OVERALL, QUANT, SCALE, WEIGHT
+from ...schemas.errors import ConversionError
+from ...schemas.messages import listed
+from ...schemas.quantization import candidates
+from ...schemas.scale_tiles import TILE
+from ...schemas.stages import Stage
+from ...schemas.tensors import Shape, expected_tensors
+from ...storage.float_rows import float_rows
+from ...storage.safetensors_plan import CalculatedRange, TensorPlan
+from ...storage.safetensors_reader import TensorRange
+from ...storage.scaled_codes import codes, group_factors, overall_factor, tiled, worth
+from .component import Component
+from .gguf_types import RECOGNISED_BY
+
+TOLERATED = 2.0  # as `export` does: this many times the error of normal numbers
+BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays of them
+SAMPLE = 16  # parts of a matrix whose error is measured
+SAMPLE_ROWS = 32  # of each
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ScaledTypes:
+    """The decision on every candidate of a component: the factor of all values of each module that is quantised, and
+    why each other module stays float. `worst` is the largest error among those quantised, `tolerated` its limit."""
+
+    kind: str
+    factors: dict[str, np.float32]
+    floats: dict[str, str]
+    worst: float
+    tolerated: float
+
+    @classmethod
+    def of(cls, component: Component, choice: str) -> "ScaledTypes":
+        """Measure every candidate. Raises ConversionError for weights with NaN or infinities."""
+        kind = CHOICES[choice]
+        factors: dict[str, np.float32] = {}
+        floats: dict[str, str] = {}
+        worst = tolerated = 0.0
+        for module, shape in candidates(component.stage, expected_tensors(component.config)).items():
+            matrix = component.tensors[f"{module}.weight"]
+            if reason := _unfit(component.stage, module, shape, matrix, kind):
+                floats[module] = reason
+                continue
+            overall = overall_factor(kind, _largest(matrix, module))
+            error, limit = _error(matrix, kind, overall), TOLERATED * normal_error(kind, shape[1])
+            if error > limit:
+                floats[module] = f"error {error:.1%}, tolerated {limit:.1%}"
+                continue
+            factors[module] = overall
+            worst, tolerated = max((worst, tolerated), (error, limit))
+        return cls(kind, factors, floats, worst, tolerated)
+
+    def plan(self, name: str, module: str, matrix: TensorRange) -> dict[str, TensorPlan]:
+        """Plan the tensors of a module that is quantised; `name` is that of its weight in the file."""
+        form, overall, layer = FORMATS[self.kind], self.factors[module], name.removesuffix(WEIGHT)
+        rows, columns = matrix.shape[:2]
+        width = columns // 2 if form.dtype == "FP4" else columns
+        planned = {name: _calculated(form.stored, (rows, width), matrix, _Codes(matrix, self.kind, overall))}
+        single = TensorPlan("F32", (), (_constant(np.array(overall, "<f4")),))
+        if form.group:
+            shape = tuple(
+                -(-size // step) * step for size, step in zip((rows, columns // form.group), TILE, strict=True)
+            )
+            blocks = _Factors(matrix, self.kind, overall)
+            planned[layer + SCALE] = _calculated(form.scales[0], shape, matrix, blocks)
+        if not form.group or self.kind == "nvfp4":
+            planned[layer + (OVERALL if form.group else SCALE)] = single
+        text = np.frombuffer(json.dumps({"format": self.kind}).encode(), np.uint8)
+        return planned | {layer + QUANT: TensorPlan("U8", text.shape, (_constant(text),))}
+
+    def note(self, component: Component) -> str:
+        """Return a line on how many modules are quantised, the worst error, and why others stay float."""
+        total = len(self.factors) + len(self.floats)
+        kept = [f"{module} ({reason})" for module, reason in self.floats.items()]
+        rest = f"; in float: {listed(kept, 4)}" if kept else ""
+        error = f", worst error {self.worst:.1%} of {self.tolerated:.1%} tolerated" if self.factors else ""
+        return f"{component.stage}: {len(self.factors)} of {total} Linears in {self.kind}{error}{rest}"
+
+
+def described(tensors: Mapping[str, TensorPlan], kind: str) -> dict[str, str]:
+    """Return the metadata that names the format of every quantised layer among `tensors`, as ComfyUI reads it."""
+    layers = {name.removesuffix(QUANT): {"format": kind} for name in tensors if name.endswith(QUANT)}
+    return {METADATA: json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}
+
+
+def _unfit(stage: Stage, module: str, shape: Shape, matrix: TensorRange, kind: str) -> str | None:
+    multiple = FORMATS[kind].multiple
+    if module == RECOGNISED_BY.get(stage):
+        return "ComfyUI recognises the model by it"
+    if matrix.transposed or len(matrix.shape) != 2:
+        return "it is no plain matrix in the file"
+    if any(size % multiple for size in shape):
+        return f"its shape {list(shape)} is no multiple of {multiple}"
+    return None
+
+
+def _height(columns: int) -> int:
+    """Rows to read at a time: whole tiles of factors."""
+    return max(1, BLOCK_VALUES // columns // TILE[0]) * TILE[0]
+
+
+def _largest(matrix: TensorRange, module: str) -> np.float32:
+    largest = np.float32(0)
+    for rows in float_rows(matrix, _height(matrix.shape[1])):
+        largest = np.maximum(largest, np.maximum(rows.max(), -rows.min()))  # which keeps a NaN
+    if not np.isfinite(largest):
+        raise ConversionError(
+            f"{matrix.path}: {module}.weight holds NaN or infinities, which have no code; write it as float"
+        )
+    return largest
+
+
+def _error(matrix: TensorRange, kind: str, overall: np.float32) -> float:
+    """The relative L2 error of SAMPLE parts of SAMPLE_ROWS rows, spread over the matrix; 0 if all of them are 0."""
+    step = max(SAMPLE_ROWS, matrix.shape[0] // SAMPLE)
+    lost = whole = 0.0
+    for rows in float_rows(matrix, SAMPLE_ROWS, step=step):
+        lost += float(np.square(rows - _as_stored(rows, kind, overall), dtype=np.float64).sum())
+        whole += float(np.square(rows, dtype=np.float64).sum())
+    return float(np.sqrt(lost / whole)) if whole else 0.0
+
+
+def _as_stored(rows: Floats, kind: str, overall: np.float32) -> Floats:
+    factors = group_factors(rows, kind, overall) if FORMATS[kind].group else None
+    return worth(codes(rows, kind, overall), kind, overall, factors)
+
+
+@cache
+def normal_error(kind: str, columns: int) -> float:
+    """The relative L2 error of normal numbers, which have no outliers."""
+    rows = np.random.default_rng(0).standard_normal((64, columns), np.float32)
+    stored = _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max()))
+    return float(np.sqrt(np.square(rows - stored).sum() / np.square(rows).sum()))
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Calculates the codes of a matrix, some rows at a time."""
+
+    matrix: TensorRange
+    kind: str
+    overall: np.float32
+
+    def __call__(self) -> Iterator[NDArray[Any]]:
+        for rows in float_rows(self.matrix, _height(self.matrix.shape[1])):
+            yield codes(rows, self.kind, self.overall)
+
+
+class _Factors(_Codes):
+    """Calculates the factors of the groups of a matrix, in tiles."""
+
+    def __call__(self) -> Iterator[NDArray[Any]]:
+        for rows in float_rows(self.matrix, _height(self.matrix.shape[1])):
+            yield tiled(group_factors(rows, self.kind, self.overall))
+
+
+def _calculated(dtype: str, shape: Shape, matrix: TensorRange, blocks: _Codes) -> TensorPlan:
+    return TensorPlan(dtype, shape, (CalculatedRange(int(np.prod(shape)), blocks, (matrix,)),))
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """Values that are known already; their bytes stand for them in the plan's fingerprint."""
+
+    dtype: str
+    data: bytes
+
+    def __call__(self) -> list[NDArray[Any]]:
+        return [np.frombuffer(self.data, self.dtype)]
+
+
+def _constant(values: NDArray[Any]) -> CalculatedRange:
+    return CalculatedRange(values.nbytes, _Constant(values.dtype.str, values.tobytes()))

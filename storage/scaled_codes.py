@@ -1,0 +1,133 @@
+"""Float32 rows as the codes and factors of ComfyUI's formats, in numpy, and what the codes are worth.
+
+Codes and factors equal those of comfy-kitchen's eager backend bit for bit, with two exceptions. A matrix of zeros has
+the factor 1, where comfy-kitchen would divide by zero. The exponents of mxfp8 are exact, where comfy-kitchen rounds a
+logarithm.
+
+| format | factor of all values | factor of a group |
+|---|---|---|
+| float8_e4m3fn, float8_e5m2, int8_tensorwise | largest magnitude / largest code | |
+| mxfp8 | | the least power of two that is not below largest magnitude / 448 |
+| nvfp4 | largest magnitude / (6 * 448) | largest magnitude / 6 / the factor of all values, in E4M3 |
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from ml_dtypes import float4_e2m1fn, float8_e4m3fn, float8_e5m2
+from numpy.typing import NDArray
+
+from ..schemas.comfy_formats import FORMATS
+from ..schemas.scale_tiles import TILE
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+
+E4M3_MAX = np.float32(448)
+LEAST_INT8_FACTOR = np.float32(1e-30)
+_BIAS = 127  # of the exponents of mxfp8
+
+
+def overall_factor(kind: str, largest: np.float32) -> np.float32:
+    """Return the factor of all values of a matrix whose largest magnitude is `largest`; mxfp8 has none: 1."""
+    if kind == "mxfp8" or not largest:
+        return np.float32(1)
+    if kind == "nvfp4":
+        return np.float32(largest / np.float32(FORMATS[kind].top * E4M3_MAX))
+    factor = np.float32(largest / np.float32(FORMATS[kind].top))
+    return max(factor, LEAST_INT8_FACTOR) if kind == "int8_tensorwise" else factor
+
+
+def group_factors(rows: Floats, kind: str, overall: np.float32) -> Array:
+    """Return the factor of each group of mxfp8 or nvfp4 as a byte, (rows, groups)."""
+    largest = np.abs(rows).reshape(len(rows), -1, FORMATS[kind].group).max(axis=2)
+    if kind == "nvfp4":
+        wanted = largest / np.float32(FORMATS[kind].top) / overall
+        return np.minimum(wanted, E4M3_MAX).astype(float8_e4m3fn).view(np.uint8)
+    mantissa, exponent = np.frexp(largest / E4M3_MAX)
+    least = exponent - (mantissa == 0.5) + _BIAS
+    return np.where(largest == 0, 0, least.clip(0, 254)).astype(np.uint8)
+
+
+def tiled(factors: Array) -> Array:
+    """Return factors (rows, groups) in the tiles in which cuBLAS reads them, padded with zeros to whole tiles."""
+    (rows, columns), (height, width) = factors.shape, TILE
+    padded = np.pad(factors, ((0, -rows % height), (0, -columns % width)))
+    tiles = padded.reshape(padded.shape[0] // height, 4, 32, padded.shape[1] // width, width)
+    return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4)).reshape(padded.shape)
+
+
+def codes(rows: Floats, kind: str, overall: np.float32) -> Array:
+    """Return the codes of finite rows as bytes, (rows, bytes of a row)."""
+    with np.errstate(all="ignore"):
+        return _CODES[kind](rows, overall)
+
+
+def worth(packed: Array, kind: str, overall: np.float32, factors: Array | None = None) -> Floats:
+    """Return the float32 values of `codes`; `factors` are those of `group_factors`, for formats with groups."""
+    values: Floats = _VALUES[kind](packed)
+    if factors is None:
+        return values * overall
+    scale = _group_scale(kind, factors, overall)
+    return (values.reshape(*factors.shape, -1) * scale[:, :, None]).reshape(len(values), -1)
+
+
+def _group_scale(kind: str, factors: Array, overall: np.float32) -> Floats:
+    if kind == "nvfp4":
+        return factors.view(float8_e4m3fn).astype(np.float32) * overall
+    return np.ldexp(np.float32(1), factors.astype(np.int32) - _BIAS)
+
+
+def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
+    def encode(rows: Floats, overall: np.float32) -> Array:
+        scaled = rows * (np.float32(1) / overall)
+        encoded: Array = scaled.clip(-top, top, out=scaled).astype(dtype).view(np.uint8)
+        return encoded
+
+    return encode
+
+
+def _int8(rows: Floats, overall: np.float32) -> Array:
+    return np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8)
+
+
+def _in_groups(rows: Floats, kind: str, overall: np.float32) -> Floats:
+    """Values divided by the factors of their groups; groups of factor 0 become zeros."""
+    scale = _group_scale(kind, group_factors(rows, kind, overall), overall)
+    grouped = rows.reshape(len(rows), -1, FORMATS[kind].group)
+    top = np.float32(FORMATS[kind].top)
+    scaled = grouped / np.where(scale == 0, np.float32(np.inf), scale)[:, :, None]
+    return scaled.clip(-top, top, out=scaled).reshape(rows.shape)
+
+
+def _mxfp8(rows: Floats, overall: np.float32) -> Array:
+    return _in_groups(rows, "mxfp8", overall).astype(float8_e4m3fn).view(np.uint8)
+
+
+def _nvfp4(rows: Floats, overall: np.float32) -> Array:
+    four = _in_groups(rows, "nvfp4", overall).astype(float4_e2m1fn).view(np.uint8)
+    return four[:, 0::2] << 4 | four[:, 1::2] & 15
+
+
+_CODES: Mapping[str, Callable[[Floats, np.float32], Array]] = {
+    "float8_e4m3fn": _fp8(float8_e4m3fn, 448),
+    "float8_e5m2": _fp8(float8_e5m2, 57344),
+    "int8_tensorwise": _int8,
+    "mxfp8": _mxfp8,
+    "nvfp4": _nvfp4,
+}
+
+
+def _four(packed: Array) -> Floats:
+    pairs = np.stack([packed >> 4, packed & 15], axis=2).reshape(len(packed), -1)
+    return pairs.view(float4_e2m1fn).astype(np.float32)
+
+
+_VALUES: Mapping[str, Callable[[Array], Floats]] = {
+    "float8_e4m3fn": lambda packed: packed.view(float8_e4m3fn).astype(np.float32),
+    "float8_e5m2": lambda packed: packed.view(float8_e5m2).astype(np.float32),
+    "int8_tensorwise": lambda packed: packed.view(np.int8).astype(np.float32),
+    "mxfp8": lambda packed: packed.view(float8_e4m3fn).astype(np.float32),
+    "nvfp4": _four,
+}
