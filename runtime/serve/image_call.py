@@ -87,7 +87,14 @@ def parse_image_call(
     if first.seed + count > 2**64:
         raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
     requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
-    return ImageCall(requests, format, quality, as_url and not streamed, streamed, partials if streamed else 0)
+    return ImageCall(
+        requests,
+        format=format,
+        quality=quality,
+        as_url=as_url and not streamed,
+        streamed=streamed,
+        partials=partials if streamed else 0,
+    )
 
 
 def edited_pictures(images: Sequence[Path], mask: Path | None) -> dict[str, Any]:
