@@ -86,10 +86,10 @@ def fit_vqgan(ranges: Mapping[str, float], *, fixed: int | None = None, margin_b
     hidden = {name: value for name, value in ranges.items() if name.endswith(VQGAN_HIDDEN)}
     peak = max((value for name, value in ranges.items() if name not in hidden), default=0.0)
     exponent = fixed if fixed is not None else _exponent(peak, limit)
-    largest = max(hidden, key=hidden.__getitem__, default="")
-    if not 0 <= exponent <= MAX_EXPONENT or hidden.get(largest, 0.0) > limit:
+    inside = max(hidden.values(), default=0.0)
+    if not 0 <= exponent <= MAX_EXPONENT or inside > limit:
         raise ExportError(
-            f"{Stage.VQGAN}: its image reaches {peak:.3g}, its hidden values {hidden.get(largest, 0.0):.3g} ({largest}), "
+            f"{Stage.VQGAN}: its image reaches {peak:.3g}, its hidden values {inside:.3g}, "
             "which do not fit into fp16; export it with --precision vqgan=fp32"
         )
     margins = {name: _bits(value * (1 if name in hidden else 2.0**-exponent)) for name, value in ranges.items()}

@@ -58,7 +58,8 @@ def _constants_first(model: onnx.ModelProto) -> onnx.ModelProto:
     product is due. Elsewhere, all casts would come first, and be in memory together."""
     nodes = model.graph.node
     constants = {tensor.name for tensor in model.graph.initializer}
-    first, others = [], []
+    first: list[onnx.NodeProto] = []
+    others: list[onnx.NodeProto] = []
     for node in nodes:
         alone = all(name in constants for name in node.input)
         (first if alone else others).append(node)

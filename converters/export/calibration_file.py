@@ -16,7 +16,9 @@ from ...storage.atomic_file import whole_file
 FORMAT, VERSION = "cascadekit-calibration", 1
 
 
-def ranges_of(path: Path | None, config: UNetConfig | VQGANConfig, measure: Callable[[], dict[str, float]]) -> Mapping[str, float]:
+def ranges_of(
+    path: Path | None, config: UNetConfig | VQGANConfig, measure: Callable[[], dict[str, float]]
+) -> Mapping[str, float]:
     """The magnitudes of the stage's values by name, from the file at `path`.
 
     They are measured, and added to the file, if it does not exist or has none of the stage. None stands for no file.

@@ -49,7 +49,7 @@ def derive_graph_options(
     derived = GraphOptions(options.precision_of(stage), options.target)
     if not isinstance(config, UNetConfig | VQGANConfig):
         return DerivedOptions(derived)
-    if options.controlnet and stage is Stage.PRIOR:
+    if options.controlnet and isinstance(config, UNetConfig) and stage is Stage.PRIOR:
         controlled_blocks(config, control)
         derived = replace(derived, control=tuple(control))
     if derived.precision is not Precision.FP16:

@@ -89,7 +89,7 @@ class GraphBuilder:
         return self._append(op, name + self._suffix, inputs, **attributes)
 
     def nodes(self, op: str, names: Sequence[str], *inputs: str, **attributes: Any) -> list[str]:
-        """Append a node with the outputs `names`, called like the first; an empty name is an output that is left out."""
+        """Append a node with the outputs `names`, called like the first. An output with an empty name is left out."""
         outputs = [name and name + self._suffix for name in names]
         inner = [self._inner.get(i, i) for i in inputs]
         self._nodes.append(helper.make_node(op, inner, outputs, outputs[0], **attributes))

@@ -59,7 +59,7 @@ class GraphOptions:
 
     @property
     def modulation_rows(self) -> int | str:
-        """Rows of `modulation` in a step graph. One row for all samples lets ONNX Runtime add it in a norm's operator."""
+        """Rows of `modulation` in a step graph. One row for all samples can be added in ONNX Runtime's norm."""
         return 1 if self.target is Target.ORT else "batch"
 
     @property

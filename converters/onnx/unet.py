@@ -192,7 +192,7 @@ def _layers_of_perceptron(
 
 
 def _timestep_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:
-    """x * (1 + a) + b, with a and b from the timestep. ONNX Runtime adds b in the norm of an attention block after it."""
+    """x * (1 + a) + b, with a and b from the timestep. ONNX Runtime adds b in the norm of an attention block."""
     graph, name, conditions = pyramid.graph, block.name, pyramid.conditions
     gain, shift = conditions.modulation(name, image.channels)
     scaled = graph.node("Mul", f"{name}/scaled", image.last, gain)
@@ -201,7 +201,9 @@ def _timestep_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip
     if pixel is None or after is None:
         return image.with_last(graph.node("Add", name, scaled, shift))
     exponent = pyramid.streams.of_block(name)
-    normed, total = normalised_sum(graph, (f"{after.name}.norm", name), image.with_last(scaled), pixel, exponent=exponent)
+    normed, total = normalised_sum(
+        graph, (f"{after.name}.norm", name), image.with_last(scaled), pixel, exponent=exponent
+    )
     return total.with_norm(normed)
 
 

@@ -83,8 +83,16 @@ def _block(graph: Graph, name: str, image: Image, k: int = 0) -> Image:
         gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
     spatial = _modulated(graph, f"{name}.norm1", image, (gammas[0], gammas[1]), k)
     padded = edge_padded(graph, f"{name}.depthwise.0", spatial)
-    alike = {"size": image.size, "group": image.channels, "exponent": k, "bias_exponent": k}
-    spatial = convolution(graph, f"{name}.depthwise.1", padded, image.channels, **alike)
+    spatial = convolution(
+        graph,
+        f"{name}.depthwise.1",
+        padded,
+        image.channels,
+        size=image.size,
+        exponent=k,
+        bias_exponent=k,
+        group=image.channels,
+    )
     graph.probe(spatial.first)
     image = _added(graph, f"{name}/mixed", image, spatial, gammas[2])
     graph.probe(image.last)

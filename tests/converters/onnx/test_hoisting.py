@@ -42,7 +42,10 @@ def hoisted(graph: Any, inputs: dict[str, np.ndarray], options: GraphOptions) ->
     if rows == "batch":
         return np.asarray(run(step, {**given, MODULATION: modulation})["noise_pred"])
     # One row for all samples: each sample has its own ratio, and goes alone.
-    alone = [{name: value[i : i + 1] for name, value in {**given, MODULATION: modulation}.items()} for i in range(len(ratios))]
+    alone = [
+        {name: value[i : i + 1] for name, value in {**given, MODULATION: modulation}.items()}
+        for i in range(len(ratios))
+    ]
     return np.concatenate([run(step, each)["noise_pred"] for each in alone])
 
 

@@ -52,7 +52,8 @@ def beside_convolutions(model: onnx.ModelProto) -> int:
     given, made = {node.input[0] for node in convolutions}, {node.output[0] for node in convolutions}
     users = Counter(name for node in model.graph.node for name in node.input)
     return sum(
-        node.op_type == "Transpose" and (node.input[0] in made or node.output[0] in given and users[node.output[0]] == 1)
+        node.op_type == "Transpose"
+        and (node.input[0] in made or (node.output[0] in given and users[node.output[0]] == 1))
         for node in model.graph.node
     )
 
