@@ -61,7 +61,8 @@ def test_an_exponent_keeps_the_image_in_fp16(tensors: dict[str, Any], weights: A
     assert min(fit.margins.values()) >= 2
     half = GraphOptions(Precision.FP16, target)
     safe = images(weights, GraphOptions(Precision.FP16, target, exponents=fit.exponents), latents)
-    assert np.linalg.norm(safe - expected) <= 5e-3 * np.linalg.norm(expected)
+    # The weights of the last Linear are below fp16's normal numbers, and lose digits.
+    assert np.linalg.norm(safe - expected) <= 3e-2 * np.linalg.norm(expected)
     plain = images(weights, half, latents)
     assert not np.linalg.norm(plain - expected) <= 0.1 * np.linalg.norm(expected)  # NaN, or another image
     wide = images(weights, GraphOptions(target=target, exponents=fit.exponents), latents)
