@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import click
 from ..schemas.errors import CascadeError, UsageError, reraise_interrupt
 from ..storage.locks import say_waiting
 from .console import FAILED, WRONG_USAGE, OutputError, complain, note
-from .escape import escaped, visible, visible_line
+from .escape import escaped, visible_line
 from .lazy import LazyGroup
 from .signals import SHELL_BASE, Stopped, ending, received
 from .translate import in_options
@@ -66,8 +67,7 @@ class CascadeGroup(LazyGroup):
         except click.ClickException as error:
             if isinstance(error, click.NoSuchOption) and (better := meant_instead(error)):
                 raise better from error
-            error.message = visible(error.message)  # type: ignore[misc]
-            raise
+            ctx.exit(_show_usage(error))
         except (click.exceptions.Exit, click.Abort):
             raise
         except BaseException as error:
@@ -78,6 +78,15 @@ class CascadeGroup(LazyGroup):
                 sys.excepthook = _show_traceback
                 raise
             ctx.exit(answer(stop or error))
+
+
+def _show_usage(error: click.ClickException) -> int:
+    """Write click's message to standard error, broken between words on a terminal; returns the exit code."""
+    written = StringIO()
+    error.show(written)
+    for line in written.getvalue().splitlines():
+        complain(line)
+    return error.exit_code
 
 
 def answer(error: BaseException) -> int:

@@ -85,13 +85,17 @@ class Stream:
     def _file(self) -> TextIO | None:
         return sys.stderr if self._stderr else sys.stdout
 
-    def write_line(self, text: str, style: str | None = None) -> None:
+    def write_line(self, text: str, style: str | None = None, *, whole: bool = False) -> None:
         """Write `text` and a line end; `style` colours it on a terminal. Raises OSError when it cannot be written.
 
-        While bars are shown on the terminal, the line goes through their console, which makes room for it."""
+        A terminal gets lines that are broken between words, unless the text shall stay `whole`. While bars are shown on
+        the terminal, the line goes through their console, which makes room for it."""
         if self.is_terminal:
+            from .wrap import wrapped
+
             console = err.console if err.has_bars else self.console
-            console.print(text, style=style, markup=False)
+            for line in [text] if whole else wrapped(text, console.width):
+                console.print(line, style=style, markup=False)
         elif self._file is not None:
             self._file.write(f"{text}\n")
             self._file.flush()
@@ -139,12 +143,12 @@ def say_json(facts: Any) -> None:
     """Write JSON to standard output, also with --quiet. Raises OutputError when that cannot be written."""
     import json
 
-    _write(json.dumps(facts, indent=2))
+    _write(json.dumps(facts, indent=2), whole=True)
 
 
-def _write(text: str) -> None:
+def _write(text: str, *, whole: bool = False) -> None:
     with _output_errors():
-        out.write_line(visible(text))
+        out.write_line(visible(text), whole=whole)
 
 
 def note(text: str) -> None:
@@ -179,30 +183,45 @@ def _output_errors() -> Iterator[None]:
         raise OutputError.of(error) from error
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table: framed on a terminal; in a pipe plain columns, one line for each row."""
+def show_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, optional: Sequence[str] = ()
+) -> set[str]:
+    """Write a table: framed on a terminal; in a pipe plain columns, one line for each row.
+
+    Returns the names of the columns that are left out: those of `optional`, in that order, until the others fit the
+    terminal. A table that does not fit then is written as a few lines for each row."""
     if volume() is Volume.QUIET:
-        return
+        return set()
     cells = [[visible_line(cell) for cell in row] for row in rows]
     with _output_errors():
         if out.is_terminal:
-            _print_framed(title, columns, cells)
-        else:
-            for line in _plain_lines(title, columns, cells):
-                out.write_line(line)
+            return _print_framed(visible_line(title), columns, cells, optional)
+        for line in _plain_lines(title, columns, cells):
+            out.write_line(line)
+    return set()
 
 
-def _print_framed(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _print_framed(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[str]
+) -> set[str]:
     from rich.box import HEAVY_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(visible_line(title), "italic") if title else None, box=HEAVY_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")  # paths and names are shown whole
+    from .wrap import folded, layout, stacked
+
+    chosen = layout(columns, rows, out.console.width, optional)
+    if not chosen.shown:
+        for line in [title] * bool(title) + [line for row in rows for line in stacked(columns, row)]:
+            out.write_line(line)
+        return set()
+    table = Table(title=Text(title, "italic") if title else None, box=HEAVY_HEAD)
+    for n, width in zip(chosen.shown, chosen.widths, strict=True):
+        table.add_column(folded(columns[n], width), width=width, no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(folded(row[n], width)) for n, width in zip(chosen.shown, chosen.widths, strict=True)))
     out.console.print(table, markup=False)
+    return {name for n, name in enumerate(columns) if n not in chosen.shown}
 
 
 def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -210,13 +229,13 @@ def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     if title:
         yield visible_line(title)
     lines = [columns, *rows]
-    widths = [max(map(_cell_width, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(cell_width, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        padded = (cell + " " * (width - _cell_width(cell)) for cell, width in zip(line, widths, strict=True))
+        padded = (cell + " " * (width - cell_width(cell)) for cell, width in zip(line, widths, strict=True))
         yield "  ".join(padded).rstrip()
 
 
-def _cell_width(text: str) -> int:
+def cell_width(text: str) -> int:
     """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
     if text.isascii():
         return len(text)

@@ -10,11 +10,13 @@ from ..schemas.block_types import WRITTEN
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
-from .console import finish, note
+from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, volume_options
 from .progress import byte_progress
+
+TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -27,7 +29,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.command(cls=HelpfulCommand)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder to make, or one .safetensors or .gguf file.")
-@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help="Layout to write.")
+@click.option("--to", required=True, type=click.Choice([layout.value for layout in Layout]), help=TO)
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder: a Hugging Face folder or file.")
 @click.option("--image-encoder", type=PATH, help="CLIP L image encoder: a Hugging Face folder or file.")
 @click.option(
@@ -73,6 +75,8 @@ def convert(
     options |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         done = run(sources, output, to, **options, say=note, start_file=start_file, on_plan=on_plan)
+    for text in done.details:
+        detail(text)
     for text in done.notes:
         note(text)
     sizes = {str(file): (output / file).stat().st_size for file in done.files or [Path()]}

@@ -55,7 +55,10 @@ def _print(findings: "Findings") -> None:
     rows = [
         (e.engine, e.device, e.version or "-", ANSWERS[e.builds], ANSWERS[e.runs], e.lacking) for e in findings.engines
     ]
-    show_table("", ENGINE_COLUMNS, rows)
+    if show_table("", ENGINE_COLUMNS, rows, optional=["what is lacking"]):
+        for engine in findings.engines:
+            if engine.lacking:
+                say(f"{engine.engine} on {engine.device}: {engine.lacking}")
     for tool, command in findings.lacking_tools.items():
         say(f"for {tool}: {command}")
     for warning in findings.warnings:

@@ -16,7 +16,7 @@ from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
 from ..schemas.stages import Stage
-from .console import FAILED, finish, note, say
+from .console import FAILED, detail, finish, note, say
 from .generate_common import manifest_of, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import batch_progress, step_bars
 from .signals import stoppable
@@ -42,9 +42,12 @@ def generate_prompt_file(
     with open_cascade(settings.bundle, **engine) as cascade, ExitStack() as stack:
         shown = _Shown(cascade, settings, stack, as_json=as_json)
         counts = generate_batch(cascade, settings, defaults, shown, draft=draft)
+        timings = cascade.timings
+    detail(timings.line())
     kinds = {name: number for name, number in asdict(counts).items() if number and name != "left_out"}
     line = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + f"; log: {settings.log_path}"
     facts = {**asdict(counts), "log": str(settings.log_path), "images": [each.to_json() for each in shown.outcomes]}
+    facts["timings"] = timings.to_json()
     finish(line, facts, as_json=as_json)
     if counts.failed or counts.left_out:
         click.get_current_context().exit(FAILED)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import note, say, say_json
+from .console import detail, note, say, say_json
 from .generate_common import manifest_of, note_brackets, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import run_progress
 from .remaining import passes_of
@@ -59,8 +59,10 @@ def generate_prompts(
                 progress.image(len(made))
                 if not as_json:
                     say(_line(done))
+        detail(cascade.timings.line())
         if as_json:
-            say_json([_facts(done) for done in made])
+            timings = cascade.timings.to_json()
+            say_json([{**_facts(done), "timings": timings} for done in made])
 
 
 def _line(done: "ImageFile") -> str:

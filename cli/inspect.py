@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import FAILED, note, say, show_table
+from .console import FAILED, note, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import PATH
 
@@ -43,7 +43,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
     found = contents_of(path, note)
     if as_json:
-        say(json.dumps(found.to_json(), indent=2))
+        say_json(found.to_json())
     elif isinstance(found, BundleContents):
         _show_bundle(found)
     elif isinstance(found, ImageContents):

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 
+LONGEST = 1000  # characters of a command's line; click wraps longer ones and would cut them off at 45
+
+
 class Place(NamedTuple):
     """The module of a command, and the command's line in the group's help."""
 
@@ -58,7 +61,7 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table of commands from `places`, without importing any of them."""
-        others = {name: command.get_short_help_str() for name, command in self.commands.items()}
+        others = {name: command.get_short_help_str(LONGEST) for name, command in self.commands.items()}
         rows = [(name, place.help) for name, place in self.places.items()]
         rows += [(name, text) for name, text in others.items() if name not in self.places]
         if rows:

@@ -1,10 +1,9 @@
 """The verify command on two checkpoints: tensor by tensor, in any layouts."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import say, show_table
+from .console import detail, say, say_json, show_table
 from .options import local
 from .progress import byte_progress
 
@@ -22,7 +21,7 @@ def verify_checkpoints(found: Path, expected: Path, stages: tuple[str, ...], *, 
     with byte_progress() as start_file:
         result = compare_checkpoints(local(found), local(expected), stages, start_file=start_file)
     if as_json:
-        say(json.dumps(result.to_json(), indent=2))
+        say_json(result.to_json())
     else:
         _print(result, mapping=mapping)
     return bool(result)
@@ -33,10 +32,13 @@ def _print(result: "CheckpointComparison", *, mapping: bool) -> None:
     for stage, layouts in result.layouts.items():
         statuses = [str(tensor.status) for tensor in result.tensors if tensor.stage is stage]
         rows.append((str(stage), " / ".join(layouts), *(str(statuses.count(status)) for status in COUNTED)))
-    show_table("", ("stage", "layouts", *COUNTED), rows)
+    none = [name for n, name in enumerate(COUNTED, start=2) if all(row[n] == "0" for row in rows)]
+    show_table("", ("stage", "layouts", *COUNTED), rows, optional=none)
     if mapping:
         mapped = ([str(each or "-") for each in (t.stage, t.found, t.expected, t.status)] for t in result.tensors)
         show_table("", ("stage", "compared", "against", "verdict"), mapped)
+    for tensor in () if mapping else result.tensors:
+        detail(f"{tensor.stage}: {tensor.name}: {tensor.status} ({tensor.found or '-'}, {tensor.expected or '-'})")
     wrong = [tensor for tensor in result.tensors if not tensor]
     for tensor in wrong[:SHOWN]:
         say(f"{tensor.stage}: {tensor.name}: {_problem(tensor)}")

@@ -5,15 +5,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import note, say, show_table
+from .console import detail, note, say, show_table
 
 if TYPE_CHECKING:
     from ..parity.inside.ranges import RangeAdvice
     from ..parity.results import Report
+    from ..parity.tolerances import StageTolerance
+    from ..schemas.stages import Stage
 
 PARITY_COLUMNS = ("compared", "max abs", "mean abs", "relative L2", "cosine", "verdict")
+LEFT_OUT = ("mean abs", "cosine")  # on a narrow terminal; reports and --json have them
 RANGE_COLUMNS = ("block", "largest", "in", "smallest usual", "bits below fp16's end", "lost in fp16", "bf16", "fp8")
 ERROR_COLUMNS = ("precision", "predicted", "measured", "worst block", "predicted there", "measured there")
+FORWARD = ("stage", "teacher-forced")  # kinds of comparisons of one forward pass
 SHOWN = 12  # blocks, those nearest to the end of fp16; --json lists all
 
 
@@ -73,12 +77,39 @@ def _print_comparisons(report: "Report") -> None:
         )
         for c in report.comparisons
     )
+    for stage, tolerance in report.tolerances.items():
+        detail(f"{stage}: {_tolerated(report, stage, tolerance)}")
     if report.left_out:
         note(f"left out, since {report.engine} was built for other sizes: {'; '.join(report.left_out)}")
-    show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows)
+    show_table(f"{report.engine} against {report.reference}", PARITY_COLUMNS, rows, optional=LEFT_OUT)
     if report.image_psnr is not None:
-        say(f"final image: PSNR {report.image_psnr:.1f} dB" + (" (too low)" if report.image_failed else ""))
+        needed = f"too low, needed {report.image_psnr_needed:.1f} dB"
+        say(f"final image: PSNR {report.image_psnr:.1f} dB" + f" ({needed})" * report.image_failed)
+    if report.image_note:
+        say(f"{report.image_note} {_judged(report)}")
     say("passed" if report.comparisons_passed else "FAILED")
+
+
+def _tolerated(report: "Report", stage: "Stage", tolerance: "StageTolerance") -> str:
+    """What a stage computes in, where its tolerance comes from, and how much of that its passes take."""
+    own = [each for each in report.comparisons if each.stage is stage and each.kind in FORWARD]
+    quantised = f", {tolerance.quantization}" if tolerance.quantized_floor else ""
+    worst = max((each.relative_l2 for each in own), default=0.0)
+    floors = f"{tolerance.factor:g} x {tolerance.floor:.1e} by precision"
+    floors += f", {tolerance.quantized_floor:.1e} by quantisation" if tolerance.quantized_floor else ""
+    return (
+        f"{tolerance.precision}{quantised}, {len(own)} outputs compared, relative L2 {worst:.1e} at most, "
+        f"{tolerance.tolerance:.1e} tolerated (the reference's own error: {floors})"
+    )
+
+
+def _judged(report: "Report") -> str:
+    """How many forward passes were judged, on equal inputs, and the largest share of a tolerance that one takes."""
+    passes = [each for each in report.comparisons if each.kind in FORWARD]
+    shares = [each.relative_l2 / each.tolerance for each in passes if each.tolerance]
+    failed = sum(not each for each in passes)
+    worst = f"the worst takes {max(shares):.0%} of its tolerance" if shares else ""
+    return f"{len(passes)} passes, {failed} failed" + (f"; {worst}." if worst else ".")
 
 
 def _print_ranges(advice: "RangeAdvice") -> None:

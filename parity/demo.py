@@ -22,6 +22,7 @@ from ..schemas.layouts import Layout
 from ..schemas.manifest import MANIFEST_NAME
 from ..schemas.messages import known_keywords
 from ..storage.atomic_output import check_output, staged_output
+from ..storage.install_hint import install_hint
 from ..storage.replaceable_folders import DEMO, DEMO_REPORT, MODEL_INDEX, files_in
 from .results import Report
 from .verify import verify
@@ -79,8 +80,7 @@ def _require_possible(prompt: str, seed: int) -> None:
     Noise(seed, 1)
     for package, extra in PACKAGES.items():
         if find_spec(package) is None:
-            todo = f"pip install 'cascadekit[{extra}]'"
-            raise MissingPackageError(f"the demo needs {package}, which is not installed: {todo}")
+            raise MissingPackageError(f"the demo needs {package}, which is not installed: {install_hint(extra)}")
 
 
 def _generate(folder: Path, prompt: str, seed: int, say: Say) -> None:
@@ -94,7 +94,7 @@ def _generate(folder: Path, prompt: str, seed: int, say: Say) -> None:
 
 def _compare(folder: Path, say: Say, note: Say) -> Report | None:
     if find_spec("torch") is None:
-        say("             not compared with PyTorch, which is not installed: pip install 'cascadekit[parity]'")
+        say(f"             not compared with PyTorch, which is not installed: {install_hint('parity')}")
         return None
     say("report.html  compared with PyTorch, stage by stage")
     return verify(folder / "bundle", folder / "original", reports=[folder / "report.html"], say=note)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
 from .comparison import Comparison
 from .report.entries import comparison_entry
-from .tolerances import StageTolerance
+from .tolerances import QUANTISED_IMAGE, StageTolerance
 
 if TYPE_CHECKING:
     from .inside.bisection import Bisection
@@ -50,6 +51,12 @@ class Report:
     def image_failed(self) -> bool:
         return self.image_psnr is not None and not self.image_psnr >= self.image_psnr_needed
 
+    @property
+    def image_note(self) -> str:
+        """Why the image says little about a bundle that is quantised; "" for other bundles and without an image."""
+        quantised = any(each.quantization is not Quantization.NONE for each in self.tolerances.values())
+        return QUANTISED_IMAGE if quantised and self.image_psnr is not None else ""
+
     def to_json(self) -> dict[str, Any]:
         """Plain values. The PSNR of equal images is null, and "images_equal" is true."""
         content = self._compared() if self.comparisons else {}
@@ -70,6 +77,7 @@ class Report:
             "image_psnr_db": None if equal else self.image_psnr,
             "image_psnr_needed_db": None if self.image_psnr is None else self.image_psnr_needed,
             "images_equal": equal,
+            "image_note": self.image_note,
             "presets": {stage: {**asdict(t), "tolerance": t.tolerance} for stage, t in self.tolerances.items()},
             "left_out": list(self.left_out),
             "comparisons": [comparison_entry(comparison).model_dump(mode="json") for comparison in self.comparisons],

@@ -17,6 +17,13 @@ from ..schemas.manifest import StageEntry
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 
+# What people need to know beside the PSNR of a quantised bundle's image.
+QUANTISED_IMAGE = (
+    "Weights are quantised, so the image's PSNR is no measure of faults: small errors grow over the steps, and another "
+    "picture of the same prompt may come out. Each forward pass is judged instead, on equal inputs, against the error "
+    "that PyTorch itself makes in this format."
+)
+
 COARSENESS = (Precision.FP32, Precision.FP16, Precision.BF16)
 # Half the distance between neighbouring numbers of a type, relative to the numbers.
 ROUNDOFF: Mapping[Precision, float] = {Precision.FP32: 2.0**-24, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}

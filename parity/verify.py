@@ -16,6 +16,7 @@ from ..schemas.errors import CascadeError, MissingPackageError, UsageError, rera
 from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, open_bundle
+from ..storage.install_hint import install_hint
 from ..storage.output_rules import require_apart, require_free, require_writable
 from .compare_engine import compare_engine
 from .comparison_options import REFERENCE_DTYPES, ComparisonOptions, check_options
@@ -183,8 +184,7 @@ def _torch_needed() -> Iterator[None]:
     except ImportError as error:
         reraise_interrupt(error)
         raise MissingPackageError(
-            "verify compares with PyTorch, which is not installed: pip install 'cascadekit[parity]'; "
-            "or give recorded=..."
+            f"verify compares with PyTorch, which is not installed: {install_hint('parity')}; or give recorded=..."
         ) from error
 
 

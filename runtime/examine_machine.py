@@ -8,6 +8,7 @@ from typing import Any
 
 from ..schemas.errors import EngineError
 from ..schemas.plan_entries import Backend
+from ..storage.install_hint import install_hint
 from .engines.engine_table import ENGINES, require_torch
 from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes
 from .engines.onnxruntime import import_onnxruntime
@@ -92,9 +93,7 @@ def examine() -> Findings:
         gpu=gpu,
         gpu_problem=problem,
         engines=tuple(_examine_engines(gpu, problem)),
-        lacking_tools={
-            tool: f"pip install 'cascadekit[{extra}]'" for tool, (name, extra) in TOOLS.items() if not installed(name)
-        },
+        lacking_tools={tool: install_hint(extra) for tool, (name, extra) in TOOLS.items() if not installed(name)},
         warnings=(conflict,) if conflict else (),
     )
 

@@ -6,7 +6,9 @@ cascadekit."""
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
-from typing import Any
+from enum import StrEnum
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import LayoutError
 from .layer_tensors import EFFICIENTNET_BLOCKS, EFFICIENTNET_WIDTHS
@@ -25,6 +27,7 @@ from .stages import (
 )
 from .tensors import Shape
 
+MANTISSA = 2**53  # below it, every integer is a float
 # Bounds far beyond every release, so that a hostile config cannot ask for endless networks.
 MOST_ENTRIES = 256
 MOST_BLOCKS = 1000
@@ -100,8 +103,6 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
 
     Raises LayoutError for another class of network, missing fields, values of a wrong type or size, and settings that
     no release uses."""
-    from pydantic import TypeAdapter, ValidationError  # here, as it takes 0.1 s and most headers need no config
-
     cls = _CLASSES[stage]
     if stage in _TOWERS and values.get("model_type") == "clip":
         values = _tower_values(stage, values, shapes or {})
@@ -114,10 +115,7 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
     missing = [n for n, f in known.items() if n not in values and f.default is MISSING]
     if missing:
         raise LayoutError(f"config of the {stage}: missing {', '.join(missing)}")
-    try:
-        config: NetworkConfig = TypeAdapter(cls).validate_python({n: values[n] for n in known if n in values})
-    except ValidationError as error:
-        raise LayoutError(f"config of the {stage}: {wrong_fields(error)}") from error
+    config = _validated(stage, cls, {name: values[name] for name in known if name in values})
     _check_numbers(config)
     for name, size in BACKBONE.items():
         if len(getattr(config, name, size)) != len(size):
@@ -144,6 +142,43 @@ def _tower_values(stage: Stage, whole: Mapping[str, Any], shapes: Mapping[str, S
     if outer is not None and (outer == width or "projection_dim" not in values):
         values["projection_dim"] = outer
     return {**values, "model_type": _EXTRAS[cls]["model_type"]}
+
+
+def _validated(stage: Stage, cls: type[NetworkConfig], values: Mapping[str, Any]) -> NetworkConfig:
+    """The config of `values`. Raises LayoutError for values of a wrong type.
+
+    pydantic takes 0.1 s to import; it is asked about values alone that are not of the very types that are declared."""
+    hints = get_type_hints(cls)
+    try:
+        return cls(**{name: _exact(hints[name], value) for name, value in values.items()})
+    except (TypeError, ValueError):
+        pass
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        config: NetworkConfig = TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise LayoutError(f"config of the {stage}: {wrong_fields(error)}") from error
+    return config
+
+
+def _exact(hint: Any, value: Any) -> Any:
+    """`value`, if it is of the type `hint`, with lists as tuples. Raises TypeError or ValueError for others."""
+    kinds = get_args(hint)
+    if get_origin(hint) is Literal and type(value) is str and value in kinds:
+        return value
+    if get_origin(hint) is tuple and isinstance(value, list | tuple) and kinds[1:] == (...,):
+        return tuple(_exact(kinds[0], each) for each in value)
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        plain = next(kind for kind in kinds if kind is not NoneType)
+        return None if value is None and NoneType in kinds else _exact(plain, value)
+    if isinstance(hint, type) and issubclass(hint, StrEnum) and type(value) is str:
+        return hint(value)
+    if hint is float and type(value) is int and abs(value) < MANTISSA:
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    raise TypeError(f"{value!r}: expected {hint}")
 
 
 def _check_numbers(config: NetworkConfig) -> None:

@@ -14,11 +14,14 @@ class Layout(StrEnum):
     """How tensors are named and filed."""
 
     ORIGINAL = "original"  # Stability's single files
-    DIFFUSERS = "diffusers"  # one folder per component ("modular")
+    DIFFUSERS = "diffusers"  # one folder per component
+    MODULAR = "modular"  # the same folders, with the index and the code of a modular pipeline of diffusers
     SPLIT = "split"  # as original, but q, k and v are separate tensors (kohya, OneTrainer, files saved by ComfyUI)
     COMFYUI = "comfyui"  # all-in-one files: several components, each behind a prefix
     GGUF = "gguf"  # GGUF files of prior and decoder; the names are those of the original layout
 
+
+FOLDERS = (Layout.DIFFUSERS, Layout.MODULAR)  # the layouts of one folder per component, with diffusers' names
 
 # Attention of stage B and C: torch's MultiheadAttention holds q, k, v as the rows of one matrix.
 _ATTENTION = (
@@ -86,7 +89,7 @@ _DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
             )
         ),
     },
-    Layout.DIFFUSERS: {stage: KeyMap() for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)},
+    **{layout: {stage: KeyMap() for stage in (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)} for layout in FOLDERS},
 }
 
 

@@ -19,7 +19,7 @@ from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all,
 from .bundle import is_bundle, locked_bundle
 from .locks import holder_of, locked
 from .output_rules import locate, require_apart, require_free, require_writable
-from .replaceable_folders import MODEL_INDEX, files_in, has_component, owned, stale_weights
+from .replaceable_folders import MODEL_INDEXES, files_in, has_component, owned, stale_weights
 
 NOTE = "fingerprint"  # a file in the scratch folder that identifies the work in it
 RESERVED = (NOTE, REPLACED, JOURNAL, f"{JOURNAL}.new")
@@ -142,7 +142,7 @@ def _replacement(
 
 def _is_of_kind(marker: str, names: Collection[str]) -> bool:
     """True when new files `names` can replace a whole folder with this marker. A model's need no index of their own."""
-    return marker in names or (marker == MODEL_INDEX and MANIFEST_NAME not in names)
+    return marker in names or (marker in MODEL_INDEXES and MANIFEST_NAME not in names)
 
 
 def _refuse_in_bundle(place: Path, foreign: Collection[str], names: Collection[str]) -> None:
@@ -170,8 +170,8 @@ def _require_no_crossing(place: Path, names: Collection[str]) -> None:
 def _require_no_mixture(place: Path, names: Collection[str]) -> None:
     """Raise UsageError when old files would be read together with the new ones as one model."""
     stale = list(stale_weights(place, names))
-    if MODEL_INDEX not in names and has_component(names) and (place / MODEL_INDEX).is_file():
-        stale.insert(0, MODEL_INDEX)
+    if has_component(names):
+        stale[:0] = [index for index in MODEL_INDEXES if index not in names and (place / index).is_file()]
     if stale:
         raise UsageError(
             f"{place}: has {listed(stale)} of another model, which would be read together with the new files; move "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, reraise_interrupt
 from ..schemas.limits import MAX_PICKLE_BYTES, MAX_PICKLE_DEPTH, MAX_PICKLE_ENTRIES, MAX_PICKLE_NAME
+from .install_hint import install_hint
 from .pickle_zip import ZipEntry, read_directory
 from .safetensors_reader import Header, TensorRange
 
@@ -37,9 +38,7 @@ def read_pickle(path: Path) -> Header:
         import torch
     except ImportError as error:
         reraise_interrupt(error)
-        raise CheckpointError(
-            f"{path}: reading pickled weights takes torch: pip install 'cascadekit[parity]'"
-        ) from error
+        raise CheckpointError(f"{path}: reading pickled weights takes torch: {install_hint('parity')}") from error
     storages = _storages(path)
     try:
         content = _load(path)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from ..schemas.manifest import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.stages import Stage
 
 MODEL_INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines
+MODULAR_FILES = (MODULAR_INDEX, "modular_config.json", "block.py")
+MODEL_INDEXES = (MODEL_INDEX, MODULAR_INDEX)
 DEMO_REPORT = "parity.json"  # the report of a demo
 DEMO = "demo"  # the key of the report that lists the files of the demo
 
@@ -26,7 +30,7 @@ _WEIGHTS = re.compile(
     r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index(?:\.(?P<indexed>\w+))?\.json)"
 )
 _MODEL_FILE = re.compile(
-    rf"{MODEL_INDEX}|{_COMPONENT}/config\.json|(?:prior_)?scheduler/scheduler_config\.json"
+    rf"{_COMPONENT}/config\.json|(?:prior_)?scheduler/scheduler_config\.json"
     r"|(?:prior_)?feature_extractor/preprocessor_config\.json"
     r"|(?:prior_)?tokenizer/(?:tokenizer|tokenizer_config|vocab|special_tokens_map|added_tokens)\.json"
     r"|(?:prior_)?tokenizer/merges\.txt"
@@ -100,12 +104,14 @@ def _variants(names: Collection[str]) -> set[str]:
     return {variant for variant in map(_variant, names) if variant is not None}
 
 
-def _model(folder: Path, names: Collection[str]) -> Owns | None:
-    """Owns the files that a conversion writes. Weights of other variants, licences and model cards are foreign."""
-    if not isinstance(_json(folder / MODEL_INDEX).get("_class_name"), str):
+def _model(folder: Path, names: Collection[str], own: Collection[str] = (MODEL_INDEX,)) -> Owns | None:
+    """Owns the files that a conversion writes. Weights of other variants, licences and model cards are foreign.
+
+    `own` are the files of the pipeline, its index first."""
+    if not isinstance(_json(folder / next(iter(own))).get("_class_name"), str):
         return None
     variants = _variants(names)
-    return lambda path: path in names or bool(_MODEL_FILE.fullmatch(path)) or _variant(path) in variants
+    return lambda path: path in own or path in names or bool(_MODEL_FILE.fullmatch(path)) or _variant(path) in variants
 
 
 def _bundle(folder: Path, names: Collection[str]) -> Owns | None:
@@ -140,6 +146,7 @@ def _demo(folder: Path, names: Collection[str]) -> Owns | None:
 _RULES: dict[str, Callable[[Path, Collection[str]], Owns | None]] = {
     MANIFEST_NAME: _bundle,
     MODEL_INDEX: _model,
+    MODULAR_INDEX: partial(_model, own=MODULAR_FILES),
     DEMO_REPORT: _demo,
 }
 

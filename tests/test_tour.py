@@ -12,8 +12,6 @@ from tools.tour import IMAGES, PAGE, tasks
 
 ROOT = Path(__file__).parents[1]
 TASKS = tasks(PAGE.read_text(encoding="utf-8"))
-# Commands with a line that is longer than 80 columns: a path or a note. The console does not break these at words yet.
-LONG_LINES = {"doctor", "convert", "export", "generate", "lora", "completion"}
 
 
 def test_there_are_twenty_tasks() -> None:
@@ -58,5 +56,4 @@ def test_every_task_runs(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.findall(r"^(\d+)\. ", ended.stdout, re.M) == [str(n) for n in range(1, 21)]
     assert {path.name for path in tmp_path.iterdir()} == {task.image for task in TASKS if task.image}
-    broken = set(re.findall(r"^a line is broken: cascadekit (\w+)", ended.stdout, re.M))
-    assert broken <= LONG_LINES
+    assert "a line is broken" not in ended.stdout

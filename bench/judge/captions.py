@@ -27,9 +27,9 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption(scene: Scene, rng: np.random.Generator, *, style: bool | None = None) -> str:
-    """One caption of the scene. `style` says whether an icon's style is told; None lets chance decide."""
-    words = _icon(scene, rng, style) if isinstance(scene, Icon) else _shapes(scene, rng)
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One caption of the scene."""
+    words = _icon(scene, rng) if isinstance(scene, Icon) else _shapes(scene, rng)
     white = scene.background == "white"
     told = rng.random() < (0.15 if white else 0.9)
     return f"{words} on {article(scene.background)} background" if told else words
@@ -46,11 +46,10 @@ def _plain_icon(scene: Icon) -> str:
     return f"{article(OBJECTS[scene.name][0])}, {scene.style} style"
 
 
-def _icon(scene: Icon, rng: np.random.Generator, style: bool | None) -> str:
+def _icon(scene: Icon, rng: np.random.Generator) -> str:
     names = OBJECTS[scene.name]
     name = names[0] if rng.random() < 0.6 else str(rng.choice(names))
-    told = rng.random() < 0.75 if style is None else style
-    if not told:
+    if rng.random() >= 0.75:
         return f"{rng.choice(_PICTURE)}{article(name) if rng.random() < 0.8 else name}"
     form = rng.integers(4)
     if form == 0:

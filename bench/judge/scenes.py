@@ -1,6 +1,6 @@
 """Scenes: what a picture shows, as data. A scene is rendered by `render`, put into words by `captions`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from .vocabulary import (
     HELD_OUT_ICONS,
     HELD_OUT_SHAPES,
     OBJECTS,
-    OUTLINE,
     PLACES,
     SHAPES,
     SIZES,
@@ -96,15 +95,6 @@ def random_pair(rng: np.random.Generator, first: tuple[str, str], second: tuple[
         for (colour, shape), (x, y) in zip((first, second), moved, strict=True)
     )
     return Shapes(made, random_background(rng, (first[0], second[0])), relation)
-
-
-def outline_scenes(rng: np.random.Generator, each: int) -> list[Scene]:
-    """Icons in the LoRA's style, black on any background but black."""
-    made: list[Scene] = []
-    for name in OBJECTS:
-        icons = [random_icon(rng, name, OUTLINE) for _ in range(each)]
-        made += [replace(icon, background="white") if icon.background == "black" else icon for icon in icons]
-    return made
 
 
 def training_scenes(rng: np.random.Generator, icons: int, singles: int, pairs: int) -> list[Scene]:

@@ -124,10 +124,6 @@ OBJECTS = {
 # What captions call a style, and the npm package whose icons have it.
 STYLES = {"flat": "fluent-emoji-flat", "glossy": "fluent-emoji", "classic": "noto"}
 
-# The style that only the LoRA draws: stages A and B and the encoders know it, stage C does not.
-OUTLINE = "outline"
-PACKAGES = {**STYLES, OUTLINE: "fluent-emoji-high-contrast"}
-
 BACKGROUNDS = {
     "white": "#ffffff",
     "black": "#101014",

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ...schemas.lora_keys import LoraFormat
-from ..console import finish, note
+from ..console import detail, finish, note
 from ..help import HelpfulCommand
 from ..options import AS_JSON, PATH, volume_options
 from .lora_options import against_option, alpha_option, filter_option, force_option
@@ -33,6 +33,8 @@ def convert(path: Path, output: Path, to: str, against: Path | None, as_json: bo
     from ...converters.lora.convert_lora import convert_lora
 
     done = convert_lora(path, output, to, against=against, **options, say=note)
+    for text in done.details:
+        detail(text)
     for text in done.notes:
         note(text)
     facts = {"output": str(output), "format": to, "modules": done.modules, "notes": list(done.notes)}

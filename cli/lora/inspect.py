@@ -1,12 +1,11 @@
 """The command `lora inspect`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..console import note, say, show_table
+from ..console import note, say_json, show_table
 from ..help import HelpfulCommand
 from ..options import PATH
 from .lora_options import against_option, alpha_option, filter_option
@@ -31,7 +30,7 @@ def inspect(
 
     facts = inspect_lora(path, against=against, module_filters=module_filters, alpha=alpha, say=note)
     if as_json:
-        say(json.dumps(facts, indent=2))
+        say_json(facts)
     else:
         show_facts(facts)
 

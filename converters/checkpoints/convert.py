@@ -18,7 +18,7 @@ from ...schemas.dtypes import parse_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.forecast import FileSize, Forecast, OnPlan
-from ...schemas.layouts import Layout
+from ...schemas.layouts import FOLDERS, Layout
 from ...schemas.messages import known_keywords, listed
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import check_output, staged_output
@@ -26,7 +26,8 @@ from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_writer import write_gguf, write_safetensors
 from ..hub import local_path
 from .component import Component
-from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files
+from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files, write_pipeline_parts
+from .modular_folder import notes_on_missing, write_modular_files
 from .open_model import ENCODERS, Model, open_model
 from .plan_output import FilePlan, OutputOptions, OutputPlan, plan_output
 from .provenance import copy_provenance, provenance_files
@@ -40,11 +41,13 @@ WEIGHTS_ALONE = (Layout.COMFYUI, Layout.GGUF)  # without configs and tokenizers
 class Conversion:
     """The result of a conversion: the output, its weights files by their paths below it, and notes for the user.
 
-    `files` is empty when the output is a single file."""
+    `files` is empty when the output is a single file. `details` has a line for each weights file: its sources, and how
+    many of its tensors were copied or cast."""
 
     output: Path
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+    details: tuple[str, ...] = ()
 
 
 @known_keywords
@@ -76,7 +79,7 @@ def convert(
     Args:
         sources: One weights file, folder or hf:// source, or a sequence of them.
         output: A folder, or one file when the name ends in .safetensors (or .gguf) and one file can hold everything.
-        to: "diffusers", "original", "split", "comfyui" or "gguf".
+        to: "diffusers", "modular", "original", "split", "comfyui" or "gguf".
         text_encoder: The text encoder to use instead of that in the sources: a Hugging Face folder or file.
         image_encoder: The image encoder to use, likewise.
         dtype: "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too.
@@ -128,6 +131,8 @@ def convert(
     _require_space(output, plan)
     provenance = provenance_files(model.sources)
     notes = [*model.notes, *plan.notes, *_notes_on_tokens(tokenizer, options), *_notes_on_scale(model, options)]
+    if options.layout is Layout.MODULAR:
+        notes += notes_on_missing(model.components)
     single = _is_single(output)
     inputs = [*model.sources, *plan.sources]
     names = [] if single else [*plan.names, *(file.name for file in provenance)]
@@ -143,7 +148,13 @@ def convert(
         if not single:
             _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
-    return Conversion(output, () if single else tuple(file.path for file in plan.files), tuple(notes))
+    written = () if single else tuple(file.path for file in plan.files)
+    return Conversion(output, written, tuple(notes), tuple(map(_detail, plan.files)))
+
+
+def _detail(file: FilePlan) -> str:
+    sources = sorted({source.path.name for plan in file.tensors.values() for source in plan.source_ranges})
+    return f"{file.path}: {file.described}, from {', '.join(sources)}"
 
 
 def _forecast(output: Path, plan: OutputPlan, notes: Sequence[str]) -> Forecast:
@@ -188,10 +199,12 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     is_gguf = options.layout is Layout.GGUF
     if options.quantize and not is_gguf:
         raise UsageError(f'quantize="{options.quantize}": only to="gguf" has these types, not to="{options.layout}"')
+    if options.combined and options.layout is Layout.MODULAR:
+        raise UsageError('combined=True: the modular layout has no such folders; leave it out, or take to="diffusers"')
     if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
         raise UsageError(f"{output}: a name in {output.suffix} does not fit to={str(options.layout)!r}; give another")
     plan = plan_output(model.components, options)
-    if _is_single(output) and (len(plan.files) > 1 or options.layout is Layout.DIFFUSERS):
+    if _is_single(output) and (len(plan.files) > 1 or options.layout in FOLDERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
     if _is_single(output):
         plan = replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
@@ -234,21 +247,24 @@ def _write_other_files(model: Model, plan: OutputPlan, tokenizer: OwnTokenizer |
     for path, index in plan.indexes.items():
         (folder / path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     layout, combined = plan.options.layout, plan.options.combined
-    is_diffusers = layout is Layout.DIFFUSERS
+    is_diffusers, has_pipeline = layout is Layout.DIFFUSERS, layout in FOLDERS
     configs = {
         stage: _config_for(component, layout)
         for stage, component in model.components.items()
-        if is_diffusers or (stage in ENCODERS and layout not in WEIGHTS_ALONE)
+        if has_pipeline or (stage in ENCODERS and layout not in WEIGHTS_ALONE)
     }
     write_folder_files(folder, configs, index=is_diffusers, combined=combined)
+    if layout is Layout.MODULAR:
+        write_pipeline_parts(folder)
+        write_modular_files(folder, configs, plan.options.variant)
     if tokenizer is not None and layout not in WEIGHTS_ALONE:
         for prefix in ("", "prior_") if is_diffusers and combined else ("",):
             copy_tokenizer(tokenizer, folder / f"{prefix}tokenizer")
 
 
 def _config_for(component: Component, to: Layout) -> NetworkConfig:
-    """Return the config to write. A diffusers folder states diffusers' VQGAN scale."""
-    if isinstance(component.config, VQGANConfig) and to is Layout.DIFFUSERS is not component.layout:
+    """Return the config to write. The folders of diffusers state its VQGAN scale."""
+    if isinstance(component.config, VQGANConfig) and to in FOLDERS and component.layout not in FOLDERS:
         return replace(component.config, scale_factor=DIFFUSERS_VQGAN_SCALE)
     return component.config
 
@@ -271,7 +287,7 @@ def _notes_on_scale(model: Model, options: OutputOptions) -> Iterator[str]:
     vqgan = model.components.get(Stage.VQGAN)
     if options.layout is Layout.GGUF:
         return  # which has no vqgan
-    if vqgan and (vqgan.layout is Layout.DIFFUSERS) != (options.layout is Layout.DIFFUSERS):
+    if vqgan and (vqgan.layout in FOLDERS) != (options.layout in FOLDERS):
         yield (
             "the vqgan's scale depends on the layout: the original code multiplies latents by 0.43, diffusers by "
             "0.3764. The weights are the same; images have a little less or more contrast. To choose the scale, use "

@@ -149,7 +149,7 @@ def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
 
 
 def _read_indexed(folder: Path, index: Path) -> WeightsRead:
-    weight_map: Any = _read_json(index).get("weight_map")
+    weight_map: Any = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names")
@@ -172,7 +172,7 @@ def _read_indexed(folder: Path, index: Path) -> WeightsRead:
 def _config_reader(folder: Path) -> ReadConfig:
     """Return a function that reads each stage's config from the folder's config.json, where there is one."""
     path = folder / "config.json"
-    values = _read_json(path) if path.is_file() else None
+    values = read_json(path) if path.is_file() else None
 
     def read_config(stage: Stage, shapes: Mapping[str, Shape]) -> NetworkConfig | None:
         if values is None or values.get("_class_name") == LEGACY_CLASS:
@@ -185,7 +185,8 @@ def _config_reader(folder: Path) -> ReadConfig:
     return read_config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises CheckpointError for any other content."""
     try:
         return load_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

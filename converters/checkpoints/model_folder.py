@@ -71,15 +71,20 @@ def write_folder_files(
     With `index`, also write the files that a pipeline loads: scheduler, tokenizer and model_index.json."""
     for stage, config in configs.items():
         for name in component_folders(stage, combined=combined):
-            _write_json(folder / name / "config.json", to_json(config))
+            write_json(folder / name / "config.json", to_json(config))
     if Stage.IMAGE_ENCODER in configs:
         name = COMBINED_FOLDERS["feature_extractor"] if combined else "feature_extractor"
-        _write_json(folder / name / "preprocessor_config.json", FEATURE_EXTRACTOR)
+        write_json(folder / name / "preprocessor_config.json", FEATURE_EXTRACTOR)
     if index:
-        for prefix in ("", "prior_") if combined else ("",):
-            save_tokenizer_folder(folder / f"{prefix}tokenizer")
-            _write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", SCHEDULER)
-        _write_json(folder / "model_index.json", model_index(configs, combined=combined))
+        write_pipeline_parts(folder, combined=combined)
+        write_json(folder / "model_index.json", model_index(configs, combined=combined))
+
+
+def write_pipeline_parts(folder: Path, *, combined: bool = False) -> None:
+    """Write the tokenizer and the scheduler."""
+    for prefix in ("", "prior_") if combined else ("",):
+        save_tokenizer_folder(folder / f"{prefix}tokenizer")
+        write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", SCHEDULER)
 
 
 def component_folders(stage: Stage, *, combined: bool = False) -> tuple[str, ...]:
@@ -111,7 +116,8 @@ def model_index(configs: Mapping[Stage, NetworkConfig], *, combined: bool) -> di
     }
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` into a file, whose folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

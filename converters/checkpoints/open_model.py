@@ -15,6 +15,7 @@ from ...storage.weights_file import read_weights
 from .component import Component
 from .find_weights import open_component_folder, open_single_files, weights_sets
 from .identify import FileContents, identify_all
+from .modular_folder import read_modular_folder
 
 ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
@@ -145,13 +146,19 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     _require_exists(source)
     if source.is_file():
         return [_open_file(path, without=without) for path in (source, *_side_files(source))]
-    is_pipeline = (source / PIPELINE_INDEX).is_file()
+    modular = read_modular_folder(source, without)
+    is_pipeline = bool(modular) or (source / PIPELINE_INDEX).is_file()
     if not is_pipeline and _is_component_folder(source):
         contents, variant = open_component_folder(source, None, choice.variant, without)
         _require_variant(source, choice, [variant])
         return [contents]
     folders, notes = _choose_folders(source, choice)
+    if modular:
+        folders |= modular.folders
+        notes += modular.notes
     opened = _open_folders(source, folders, choice, without)
+    if modular:
+        opened = [modular.named(contents) for contents in opened]
     single, refused = open_single_files(source, without)
     if not folders and not single.components:
         raise refused or UsageError(

@@ -18,11 +18,11 @@ from ...schemas.block_types import BLOCK_TYPES, WRITTEN
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
-from ...schemas.layouts import Layout, to_diffusers
+from ...schemas.layouts import FOLDERS, Layout, to_diffusers
 from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
-from ...storage.replaceable_folders import MODEL_INDEX
+from ...storage.replaceable_folders import MODEL_INDEX, MODULAR_FILES
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from .component import Component
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
@@ -39,6 +39,7 @@ COMFYUI_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stable_cascade_stage_c",
     Stage.DECODER: "stable_cascade_stage_b",
 }
+PIPELINE_FILES: Mapping[Layout, tuple[str, ...]] = {Layout.DIFFUSERS: (MODEL_INDEX,), Layout.MODULAR: MODULAR_FILES}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ class FilePlan:
         return sum(plan.nbytes for plan in self.tensors.values())
 
     @property
+    def described(self) -> str:
+        """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        kinds = Counter(
+            " and ".join(sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})) + f" to {plan.dtype}"
+            if any(source.dtype != plan.dtype for source in plan.source_ranges)
+            else f"copied ({plan.dtype})"
+            for plan in self.tensors.values()
+        )
+        return f"{len(self.tensors)} tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+    @property
     def is_copied(self) -> bool:
         """True when every value is copied without a cast."""
         return all(source.dtype == plan.dtype for plan in self.tensors.values() for source in plan.source_ranges)
@@ -109,8 +121,8 @@ class OutputPlan:
     @property
     def names(self) -> list[str]:
         """The paths, below the output folder, of files that every run with this plan writes."""
-        index = [MODEL_INDEX] if self.options.layout is Layout.DIFFUSERS else []
-        return [*(file.path.as_posix() for file in self.files), *(path.as_posix() for path in self.indexes), *index]
+        pipeline = PIPELINE_FILES.get(self.options.layout, ())
+        return [*(file.path.as_posix() for file in self.files), *(path.as_posix() for path in self.indexes), *pipeline]
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides the output's bytes. Sources count by path, size and time."""
@@ -178,7 +190,7 @@ def _require_floats(component: Component, name: str, dtypes: set[str]) -> None:
 
 
 def _paths(component: Component, options: OutputOptions) -> list[Path]:
-    if options.layout is not Layout.DIFFUSERS and component.stage in ORIGINAL_NAMES:
+    if options.layout not in FOLDERS and component.stage in ORIGINAL_NAMES:
         return [Path(f"{ORIGINAL_NAMES[component.stage]}{_lite(component)}.safetensors")]
     name = weights_names(_stem(component.stage), options.variant)[0]
     return [Path(folder, name) for folder in component_folders(component.stage, combined=options.combined)]
@@ -199,7 +211,7 @@ def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str
 
 def _cut_into_shards(file: FilePlan, options: OutputOptions) -> Iterator[FilePlan]:
     """Yield shards of at most the shard size. A single tensor above that size becomes a shard of its own."""
-    if options.layout is not Layout.DIFFUSERS or options.shard_size is None or file.nbytes <= options.shard_size:
+    if options.layout not in FOLDERS or options.shard_size is None or file.nbytes <= options.shard_size:
         yield file
         return
     shards: list[dict[str, TensorPlan]] = [{}]

@@ -23,6 +23,7 @@ from ...schemas.ports import ports_of
 from ...schemas.quantization import Quantization, Scheme, linears, stored_tensors
 from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import expected_tensors
+from ...storage.install_hint import install_hint
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import write_graph
 from .quantize_file import matrix_of, quantize_rows, row_blocks
@@ -213,9 +214,7 @@ def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: In
     try:
         onnxruntime = import_onnxruntime("cpu")
     except EngineError as error:
-        raise ExportError(
-            "the error of quantisation is measured with ONNX Runtime: pip install 'cascadekit[cpu]'"
-        ) from error
+        raise ExportError(f"the error of quantisation is measured with ONNX Runtime: {install_hint('cpu')}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped and are not copied

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from ...schemas.errors import UsageError
 from ...schemas.folders import COMBINED_FOLDERS, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.messages import listed
+from ...storage.replaceable_folders import MODEL_INDEXES, MODULAR_FILES
 from ..checkpoints.provenance import is_provenance_name
 from .source import PICKLES, WEIGHTS, HubSource, is_plain, is_weights
 
@@ -77,14 +78,16 @@ def _model_files(names: list[str], folders: set[str], variant: str | None) -> It
     for folder in folders:
         inside = [base_name(name) for name in names if _folder(name) == folder]
         yield from (_join(folder, name) for name in _component_weights(inside, variant))
-    # Single files beside a model_index.json are the same weights in another layout.
-    if "" not in folders and "model_index.json" not in names:
+    # Single files beside the index of a pipeline are the same weights in another layout.
+    if "" not in folders and not any(index in names for index in MODEL_INDEXES):
         yield from (name for name in names if _folder(name) in ("", "controlnet") and is_weights(name))
     known = folders | {"", *OTHER_FOLDERS}
     for name in names:
         index = ".index" in name  # the index of the shards that are taken was yielded above
         if _folder(name) in known and ((name.endswith(".json") and not index) or base_name(name) in TOKENIZER_TEXTS):
             yield name
+    if MODULAR_FILES[0] in names:
+        yield from (name for name in MODULAR_FILES if name in names and not name.endswith(".json"))
 
 
 def _component_weights(names: list[str], variant: str | None) -> list[str]:

@@ -21,6 +21,7 @@ from ...schemas.errors import CascadeError, ConversionError, MissingPackageError
 from ...schemas.messages import known_keywords
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
+from ...storage.install_hint import install_hint
 from ...storage.locks import locked
 from ...storage.user_cache import CACHE, user_cache
 from .peft_config import CONFIG_NAME
@@ -126,7 +127,7 @@ def _merging() -> Callable[..., Merge]:
     except ImportError as error:
         reraise_interrupt(error)
         raise MissingPackageError(
-            "merging LoRAs needs the onnx package, which is not installed: pip install 'cascadekit[export]'"
+            f"merging LoRAs needs the onnx package, which is not installed: {install_hint('export')}"
         ) from error
     return derive_bundle
 

@@ -37,11 +37,14 @@ STALE_METADATA = (
 
 @dataclass(frozen=True)
 class LoraConversion:
-    """The result of a conversion: the output, the number of modules in it, and notes for the user."""
+    """The result of a conversion: the output, the number of modules in it, and notes for the user.
+
+    `details` has a line for each tensor: copied byte for byte, or calculated."""
 
     output: Path
     modules: int
     notes: tuple[str, ...]
+    details: tuple[str, ...] = ()
 
 
 @known_keywords
@@ -96,7 +99,13 @@ def convert_lora(
         weights = staged / FOLDER_NAMES[0] if folder else staged
         write_safetensors(weights, {name: factor_plan(factor) for name, factor in tensors.items()}, metadata)
     notes = (*replaced, *lora.notes, *_norm_notes(lora, to), *(f"left out: {part}" for part in lost))
-    return LoraConversion(output, len(lora.adapters), notes)
+    return LoraConversion(output, len(lora.adapters), notes, tuple(_details(tensors)))
+
+
+def _details(tensors: Mapping[str, Factor]) -> Iterator[str]:
+    for name, factor in tensors.items():
+        how = "calculated" if factor.source is None else "copied"
+        yield f"{name}: {factor.dtype} {'x'.join(map(str, factor.shape)) or 'one value'}, {how}"
 
 
 def _norm_notes(lora: Lora, to: LoraFormat) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...runtime.engines.tensorrt.host import MODULES, import_tensorrt
 from ...schemas.errors import EngineError, UsageError
+from ...storage.install_hint import install_hint
 
 # Parts of messages that every call logs on a machine without a driver, even a call that needs none.
 DRIVERLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
@@ -77,7 +78,7 @@ def find_backend(name: str) -> Backend:
     module = import_tensorrt(known)
     if not hasattr(module, "OnnxParser"):
         version = getattr(module, "__version__", "")
-        raise EngineError(f"{name} {version}: has no ONNX parser; pip install 'cascadekit[{name}]'")
+        raise EngineError(f"{name} {version}: has no ONNX parser; {install_hint(known)}")
     return Backend(name, module)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...schemas.report import ComparisonEntry, ParityReport
 from ...schemas.stages import Stage
+from ..tolerances import QUANTISED_IMAGE
 from . import svg
 from .charts import depth_charts, histograms, range_charts, step_charts
 from .figures import figure, percent, spaced
@@ -121,6 +122,8 @@ def _facts(report: ParityReport) -> list[tuple[str, str, str]]:
         facts.append(("NaN or infinite values", f"{nonfinite}", f"{beyond} beyond fp16's 65 504"))
     if report.image is not None:
         needed = f"needed {report.image.psnr_needed_db:g} dB"
+        if any(stage.quantization != "none" for stage in report.stages.values()):
+            needed += f". {QUANTISED_IMAGE}"
         facts.append(("image PSNR", f"{figure(report.image.psnr_db)} dB", needed))
         if report.image.ssim is not None:
             facts.append(("image SSIM", f"{report.image.ssim:.6f}", "1 when equal"))

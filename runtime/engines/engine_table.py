@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, UsageError, reraise_interrupt
+from ...storage.install_hint import install_hint
 
 if TYPE_CHECKING:
     from ...schemas.plan_entries import Backend
@@ -108,7 +109,7 @@ def require_torch() -> None:
         import_module("torch")
     except ImportError as error:
         reraise_interrupt(error)
-        raise EngineError("PyTorch is not installed: pip install 'cascadekit[torch]'") from error
+        raise EngineError(f"PyTorch is not installed: {install_hint('torch')}") from error
 
 
 def _torch_is_installed() -> bool:

@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ...storage.install_hint import install_hint
+
 # All of these put their files into the folder `onnxruntime/`: the one installed last wins, and removing one breaks the
 # others (github.com/microsoft/onnxruntime/issues/26996).
 ONNXRUNTIMES = (
@@ -41,7 +43,7 @@ def onnxruntime_conflict() -> str | None:
     names = " and ".join(f"{name} {number}" for name, number in found.items())
     return (
         f"{names} are installed together and overwrite each other's files; "
-        f"pip uninstall -y {' '.join(found)}, then pip install 'cascadekit[{extra}]'"
+        f"pip uninstall -y {' '.join(found)}, then {install_hint(extra)}"
     )
 
 

@@ -18,6 +18,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
+from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
 from .cuda_graphs import GPU
 from .device_arrays import DeviceMemory
@@ -285,13 +286,11 @@ def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:
         import onnxruntime
     except ImportError as error:
         reraise_interrupt(error)
-        raise EngineError(f"ONNX Runtime is not installed: pip install 'cascadekit[{EXTRAS[device]}]'") from error
+        raise EngineError(f"ONNX Runtime is not installed: {install_hint(EXTRAS[device])}") from error
     silence(onnxruntime)
     wanted = PROVIDERS[device][0]
     if wanted not in onnxruntime.get_available_providers() and not allow_cpu:
-        advice = onnxruntime_conflict() or (
-            f"pip uninstall onnxruntime, then pip install 'cascadekit[{EXTRAS[device]}]'"
-        )
+        advice = onnxruntime_conflict() or (f"pip uninstall onnxruntime, then {install_hint(EXTRAS[device])}")
         raise EngineError(f"this ONNX Runtime has no {wanted}: {advice}")
     if device != "cpu":
         onnxruntime.set_default_logger_severity(FATAL)  # its coloured messages repeat what the exceptions say

@@ -13,6 +13,7 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
+from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
 from .protocol import HostRunner, Tensors, complete_inputs
 
@@ -174,7 +175,7 @@ def import_openvino() -> Any:
         import openvino
     except ImportError as error:
         reraise_interrupt(error)
-        raise EngineError("OpenVINO is not installed: pip install 'cascadekit[openvino]'") from error
+        raise EngineError(f"OpenVINO is not installed: {install_hint('openvino')}") from error
     finally:
         if hidden:
             del sys.modules[TELEMETRY]

@@ -16,6 +16,7 @@ from ...schemas.control import is_control
 from ...schemas.errors import MissingPackageError, UsageError, reraise_interrupt
 from ...schemas.manifest import Manifest
 from ...schemas.stages import Stage
+from ...storage.install_hint import install_hint
 from ..engines.protocol import F32
 from ..images.masks import fit_mask, mask_pixels
 from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fit, to_pixels
@@ -174,7 +175,7 @@ def _opencv() -> Any:
     except ImportError as error:
         reraise_interrupt(error)
         raise MissingPackageError(
-            "control canny: OpenCV finds the edges, and is not installed: pip install 'cascadekit[control]', "
+            f"control canny: OpenCV finds the edges, and is not installed: {install_hint('control')}, "
             "or give a picture of edges as the control edges=PICTURE"
         ) from error
     return cv2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
 
 from cascadekit.cli import main
 from cascadekit.cli.lazy import LazyGroup
@@ -64,7 +65,7 @@ def test_the_lines_of_a_run_stay_on_the_terminal(tiny: Path, tmp_path: Path) -> 
     """Bars used to overwrite them, and a random seed was lost with its line."""
     shown = lines_left(on_a_terminal("generate", tiny / "bundle", "x", "--images", 2, *QUICK, "-o", tmp_path))
     seen = " ".join(shown)
-    assert len(re.findall(r"wrote \S+ \(64x64, seed \d+, \d+\.\d s\)", seen)) == 2, shown
+    assert len(re.findall(r"wrote +\S+ +\(64x64, seed \d+, \d+\.\d s\)", seen)) == 2, shown
     assert seen.count("loading prior (2.2 MB)") == 1
     assert not re.search("[━╸╺]", seen), shown
 
@@ -105,6 +106,56 @@ def test_details_are_for_verbose_alone(tiny: Path, tmp_path: Path) -> None:
         command = ("export", tiny / "model", "--stage", "vqgan", "-o", tmp_path / "-".join(("bundle", *words)))
         assert ("vqgan: fp32, graphs model, encoder, " in call(*command, *words).stderr) == bool(words)
     assert call("doctor", "--quiet").output == ""
+
+
+def details(*arguments: object) -> list[str]:
+    """The lines on standard error that --verbose adds to a command."""
+    call(*arguments, "--force")  # so that all later runs replace an output
+    usual, verbose = call(*arguments, "--force"), call(*arguments, "--force", "--verbose")
+    assert (usual.exit_code, verbose.exit_code) == (0, 0), verbose.output
+    assert usual.stdout.splitlines()[:-1] == verbose.stdout.splitlines()[:-1]  # the last one has the time
+    known = usual.stderr.splitlines()
+    return [line for line in verbose.stderr.splitlines() if line not in known]
+
+
+def test_verbose_convert_says_what_became_of_each_file(tiny: Path, tmp_path: Path) -> None:
+    source = tiny / "original" / "stage_a.safetensors"
+    count = len([name for name in load_file(source) if "num_batches_tracked" not in name])
+    (line,) = details("convert", source, "-o", tmp_path / "model", "--to", "diffusers", "--dtype", "bf16")
+    counts = re.fullmatch(
+        r"vqgan/diffusion_pytorch_model\.safetensors: (\d+) tensors: (.*), from stage_a\.safetensors", line
+    )
+    assert counts is not None
+    assert f"{count} F32 to BF16" in counts[2]
+    assert int(counts[1]) == sum(map(int, re.findall(r"(\d+) (?:copied|F32)", counts[2])))
+
+
+def test_verbose_verify_says_what_each_stage_may_differ_by(tiny: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = ("verify", tiny / "bundle", "--against", tiny / "model", "--stage", "vqgan", "--report", report)
+    (line,) = details(*command, "--no-verdict")
+    compared = json.loads(report.read_text())["comparisons"]
+    worst = max(entry["relative_l2"] for entry in compared)
+    assert line.startswith(f"vqgan: fp32, {len(compared)} outputs compared, relative L2 {worst:.1e} at most, ")
+    usual = call("verify", tiny / "original", "--against", tiny / "model", "--stage", "vqgan")
+    verbose = call("verify", tiny / "original", "--against", tiny / "model", "--stage", "vqgan", "--verbose")
+    tensors = [line for line in verbose.stderr.splitlines() if line not in usual.stderr.splitlines()]
+    assert len(tensors) == len(load_file(tiny / "model" / "vqgan" / "diffusion_pytorch_model.safetensors"))
+    assert all(re.match(r"vqgan: \S+: equal \(", line) for line in tensors)
+
+
+def test_timings_by_phase(tiny: Path, tmp_path: Path) -> None:
+    command = ("generate", tiny / "bundle", "x", *QUICK, "-o", tmp_path, "--seed", 7)
+    assert re.search(r"^first image after \S+ s: open .* first step of the prior .* other steps", details(*command)[-1])
+    (image,) = json.loads(call(*command, "--json").stdout)
+    assert set(image["timings"]["first_step"]) == {"prior", "decoder"}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("x\n")
+    batch = call("generate", tiny / "bundle", "--prompts", prompts, *QUICK, "-o", tmp_path / "many", "--json")
+    assert set(json.loads(batch.stdout)["timings"]["load"]) == {"text_encoder", "prior", "decoder", "vqgan"}
+
+
+def test_quiet_completion_is_json_alone() -> None:
     assert json.loads(call("completion", "bash", "--quiet", "--json").output)["shell"] == "bash"
 
 

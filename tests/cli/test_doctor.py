@@ -30,6 +30,7 @@ from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.profiles import profile_for
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
+from cascadekit.storage.install_hint import install_hint
 from helpers.fake_gpu import FakeGpu, FakeTensorRT, add_plan
 
 HAS_GPU = cuda_runtime.cudaGetDeviceCount()[0] == cuda_runtime.cudaError_t.cudaSuccess
@@ -69,8 +70,8 @@ def test_on_this_machine() -> None:
     assert "no NVIDIA GPU" in rtx["lacking"]
     plain = engines["tensorrt", "cuda"]
     assert (plain["version"], plain["builds"]) == (None, False)
-    assert "pip install 'cascadekit[tensorrt]'" in plain["lacking"]
-    assert "pip install 'cascadekit[tensorrt]'" in result.output
+    assert install_hint("tensorrt") in plain["lacking"]
+    assert install_hint("tensorrt") in result.output
     assert all(bool(one["lacking"]) != one["runs"] for one in found["engines"])
 
 
@@ -80,8 +81,8 @@ def test_what_to_install_and_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "installed", there.get)
     result = call()
     for text in (
-        "for verify: pip install 'cascadekit[parity]'",
-        "for export, build: pip install 'cascadekit[export]'",
+        f"for verify: {install_hint('parity')}",
+        f"for export, build: {install_hint('export')}",
         "to mend: onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed together",
     ):
         assert text in result.output, text

@@ -92,3 +92,11 @@ def test_completion_is_printed_or_installed(tmp_path: Path) -> None:
     path.write_text("mine")
     refused = call("completion", "fish", "--install", **home)
     assert (refused.exit_code, path.read_text()) == (2, "mine")
+
+
+def test_a_groups_help_is_not_cut_off() -> None:
+    """click cuts the lines of commands that are no part of the table, those of `bench`, at 45 characters."""
+    group = LazyGroup("group", commands=[click.Command("long", help=f"Measure {'very ' * 20}much.")])
+    shown = CliRunner().invoke(group, ["--help"]).output
+    assert " ".join(shown.split()).endswith("very much.")
+    assert max(map(len, shown.splitlines())) <= 80

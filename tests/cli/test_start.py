@@ -107,3 +107,8 @@ def test_the_line_in_the_table_is_the_first_sentence_of_the_command(
     path: tuple[str, ...], line: str, command: click.Command
 ) -> None:
     assert (command.help or "").split(".")[0] + "." == line, path
+
+
+def test_inspect_of_a_model_folder_imports_no_heavy_library(tiny: Path) -> None:
+    """Its configs have values of the very types that are declared, so that pydantic is not asked."""
+    assert not modules("inspect", tiny / "model") & HEAVY

@@ -1,6 +1,7 @@
 """Control images against OpenCV and torch by hand; residuals out of a ControlNet of real size, and their refusals."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from cascadekit.schemas.manifest import Manifest, parse_manifest
 from cascadekit.schemas.ports import Port, ports_of
 from cascadekit.schemas.request import parse_request
 from cascadekit.schemas.stages import PRESETS, ControlNetConfig, Stage, Variant
+from cascadekit.storage.install_hint import install_hint
 from helpers.efficientnets import narrow_controlnet, narrow_effnet
 from helpers.graphs import random_tensors
 
@@ -116,7 +118,7 @@ def test_edges_are_taken_as_they_are() -> None:
 
 def test_canny_without_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    words = r"OpenCV .* pip install 'cascadekit\[control\]', or give .* edges=PICTURE"
+    words = rf"OpenCV .* {re.escape(install_hint('control'))}, or give .* edges=PICTURE"
     with pytest.raises(MissingPackageError, match=words):
         control_image("canny", photo(192, 128), SIZE)
     assert control_image("edges", photo(192, 128), SIZE).shape == (1, 1, 128, 192)

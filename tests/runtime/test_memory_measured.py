@@ -53,10 +53,11 @@ settings = Settings(side, side, prior_steps=2, decoder_steps=1)
 given = {
     "image_prompts": [picture] * wanted.count("prompt"),
     "init_image": picture if "init" in wanted else None,
+    "mask": Image.new("L", (512, 512), 255) if "mask" in wanted else None,
     "controls": [ControlPicture("edges", picture, 1.0)] if "control" in wanted else [],
 }
 controls = (Stage.CONTROLNET_CANNY,) if "control" in wanted else ()
-extras = Extras(wanted.count("prompt"), "init" in wanted, False, controls, "preview" in wanted)
+extras = Extras(wanted.count("prompt"), "init" in wanted, "mask" in wanted, controls, "preview" in wanted)
 with Cascade.open(bundle, engine="onnxruntime", memory=memory) as cascade:
     policy = cascade.residency.policy
     predicted = predict_peak(cascade.manifest, policy, settings, images, extras, process=process_bytes())
@@ -69,12 +70,23 @@ print(json.dumps([predicted.nbytes, str(predicted.stage), peak]))
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("features")
+    return bundle_of(tmp_path_factory.mktemp("features"), CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def with_vqgan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose vqgan is of real size, too."""
+    full = {Stage.VQGAN: PRESETS[Stage.VQGAN, Variant.FULL]}
+    return bundle_of(tmp_path_factory.mktemp("vqgan"), {**CONFIGS, **full})
+
+
+def bundle_of(root: Path, configs: dict[Stage, NetworkConfig]) -> Path:
+    """Export a model of `configs` with random weights."""
     model = root / "model"
     model.mkdir()
-    write_folder_files(model, CONFIGS, index=True)
+    write_folder_files(model, configs, index=True)
     rng = np.random.default_rng(0)
-    for stage, config in CONFIGS.items():
+    for stage, config in configs.items():
         (model / stage).mkdir(parents=True, exist_ok=True)
         is_clip = stage in (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
         name = "model" if is_clip else "diffusion_pytorch_model"
@@ -102,6 +114,9 @@ def values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Any:
         (768, 1, "staged", ["control"], "controlnet/canny"),
         (512, 1, "staged", ["prompt", "prompt"], "image_encoder"),
         (512, 2, "staged", ["preview"], "previewer"),
+        (768, 1, "staged", ["init", "mask"], "effnet_encoder"),
+        (768, 1, "resident", ["init", "mask"], "effnet_encoder"),
+        (512, 1, "resident", ["preview", "prompt", "init"], "effnet_encoder"),
         (512, 1, "resident", ["preview", "control", "prompt", "init"], "effnet_encoder"),
     ],
     ids=lambda value: str(value),
@@ -109,8 +124,23 @@ def values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Any:
 def test_a_process_takes_what_is_predicted(
     bundle: Path, side: int, images: int, memory: str, wanted: list[str], stage: str
 ) -> None:
-    job = json.dumps([str(bundle), side, images, memory, wanted])
-    ended = subprocess.run([sys.executable, "-c", PROGRAM, job], capture_output=True, text=True, check=False)
+    require_prediction(stage, [str(bundle), side, images, memory, wanted])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("memory", "wanted"), [("staged", ["init", "mask"]), ("resident", ["init", "mask", "prompt"])])
+def test_a_process_that_keeps_part_of_a_picture_takes_what_is_predicted(
+    with_vqgan: Path, memory: str, wanted: list[str]
+) -> None:
+    """The vqgan encodes the picture as well, so that the decoder starts from it outside the mask."""
+    require_prediction("vqgan", [str(with_vqgan), 384, 1, memory, wanted])
+
+
+def require_prediction(stage: str, job: list[Any]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(job)], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     predicted, where, peak = json.loads(ended.stdout.splitlines()[-1])
     assert where == stage

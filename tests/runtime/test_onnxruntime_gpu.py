@@ -4,6 +4,7 @@ The sessions are real ones on the CPU that say they are elsewhere.
 """
 
 import importlib.metadata
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from cascadekit.runtime.engines.provider_options import RECORD_ASSIGNMENT
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
+from cascadekit.storage.install_hint import install_hint
 from helpers.fake_ort_cuda import CPU, CUDA, TENSORRT, FakeOrtCuda
 
 
@@ -176,10 +178,10 @@ def test_two_installs_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error.value) == (
         "this ONNX Runtime has no CUDAExecutionProvider: onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed "
         "together and overwrite each other's files; pip uninstall -y onnxruntime onnxruntime-gpu, "
-        "then pip install 'cascadekit[gpu]'"
+        f"then {install_hint('gpu')}"
     )
     installed(monkeypatch, onnxruntime="1.32.0")
-    with pytest.raises(EngineError, match="pip uninstall onnxruntime, then pip install 'cascadekit"):
+    with pytest.raises(EngineError, match=re.escape(f"pip uninstall onnxruntime, then {install_hint('gpu')}")):
         import_onnxruntime("cuda")
     assert import_onnxruntime("cuda", allow_cpu=True).get_available_providers() == [CPU]
     assert import_onnxruntime("cpu")

@@ -1,5 +1,6 @@
 """The engine that runs the networks in PyTorch: against ONNX Runtime, in each precision, and its refusals."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
+from cascadekit.storage.install_hint import install_hint
 
 SIZES = {"batch": 2, "height": 20, "width": 24, "effnet_height": 5, "effnet_width": 6, "tokens": 77, "images": 1}
 GRAPHS = [(stage, "model") for stage in (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)]
@@ -96,7 +98,7 @@ def test_refusals(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         make_engine("torch", scaled).load(Stage.PRIOR)
     make_engine("torch-bf16", scaled).load(Stage.PRIOR)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(EngineError, match=r"PyTorch is not installed: pip install 'cascadekit\[torch\]'"):
+    with pytest.raises(EngineError, match=re.escape(f"PyTorch is not installed: {install_hint('torch')}")):
         make_engine("torch", bundle)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from . import stages
+from .device import use_best_device
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    use_best_device()
     job = stages.Job(given.runs, given.packages or given.runs / "npm" / "node_modules", given.steps, given.share)
     for name in given.stage:
         torch.manual_seed(0)  # of the first weights; each step of a training has its own

@@ -15,6 +15,7 @@ from cascadekit.schemas.stages import ORIGINAL_VQGAN_SCALE
 
 from .configs import VQGAN
 from .dataset import Dataset
+from .device import to_array, to_device
 from .pictures import sheet
 from .trainer import Plan, train
 
@@ -57,7 +58,7 @@ class VQGANPair(nn.Module):
 
 def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
     """(B, h, w, 3) levels to (B, 3, h, w) in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    return to_device(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 def unit_penalty(latents: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def train_vqgan(folder: Path, data: Dataset, steps: int | None = None) -> None:
     held = to_tensor(data.pictures[:6])
 
     def show(_: nn.Module, path: Path) -> None:
-        sheet(path, [list(held.numpy()), list(network.images(network.latents(held)).numpy())])
+        sheet(path, [list(to_array(held)), list(to_array(network.images(network.latents(held))))])
 
     plan = PLAN.cut(steps)
     train(folder, network, plan, loss, show)
@@ -122,8 +123,8 @@ def all_latents(network: VQGANPair, data: Dataset, folder: Path, batch: int = 64
     made = np.load(part, mmap_mode="r+")
     for start in range(0, total, batch):
         if not made[start].any():
-            made[start : start + batch] = (
-                network.latents(to_tensor(data.pictures[start : start + batch])).half().numpy()
+            made[start : start + batch] = to_array(
+                network.latents(to_tensor(data.pictures[start : start + batch])).half()
             )
     made.flush()
     part.rename(folder / "latents.npy")

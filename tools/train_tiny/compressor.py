@@ -18,6 +18,7 @@ from cascadekit.runtime.images.pictures import IMAGENET_MEAN, IMAGENET_STD
 from .autoencoder import VQGANPair, to_tensor, unit_penalty
 from .configs import EFFNET, PREVIEWER
 from .dataset import Dataset
+from .device import to_array, to_device
 from .pictures import sheet
 from .trainer import Plan, train
 
@@ -97,7 +98,7 @@ def train_compressor(
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         rows = np.sort(rng.choice(len(latents), BATCH, replace=False))
-        target = torch.from_numpy(latents[rows].astype(np.float32))
+        target = to_device(latents[rows].astype(np.float32))
         found = network.latents(to_tensor(data.pictures[rows]))
         made = network.predict(found + NOISE * torch.randn_like(found))
         errors, contents = (made - target).square().mean(dim=(1, 2, 3)), target.var(dim=(2, 3)).mean(dim=1)  # (B,)
@@ -108,7 +109,7 @@ def train_compressor(
     held = to_tensor(data.pictures[:8])
 
     def show(_: nn.Module, path: Path) -> None:
-        sheet(path, [list(held.numpy()), list(vqgan.images(network.predict(network.latents(held))).numpy())])
+        sheet(path, [list(to_array(held)), list(to_array(vqgan.images(network.predict(network.latents(held)))))])
 
     train(folder, network, PLAN.cut(steps), loss, show)
 
@@ -125,9 +126,9 @@ def all_semantic(network: Compressor, data: Dataset, folder: Path, batch: int = 
     norm = network.encoder.mapper[1]
     scale = (norm.running_var + norm.eps).sqrt()
     whitening = torch.stack([norm.running_mean + mean * scale, (scale * deviation).square() - norm.eps])
-    np.save(folder / "whitening.npy", whitening.numpy())
-    np.save(folder / "unwhitening.npy", torch.stack([mean, deviation]).numpy())
-    np.save(folder / "semantic.npy", ((raw - mean[:, None, None]) / deviation[:, None, None]).numpy())
+    np.save(folder / "whitening.npy", to_array(whitening))
+    np.save(folder / "unwhitening.npy", to_array(torch.stack([mean, deviation])))
+    np.save(folder / "semantic.npy", to_array((raw - mean[:, None, None]) / deviation[:, None, None]))
 
 
 def train_previewer(folder: Path, data: Dataset, semantic: NDArray[np.float32], steps: int | None) -> None:
@@ -136,14 +137,14 @@ def train_previewer(folder: Path, data: Dataset, semantic: NDArray[np.float32], 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         rows = np.sort(rng.choice(len(semantic), BATCH, replace=False))
         target = F.adaptive_avg_pool2d(to_tensor(data.pictures[rows]), 24)
-        latents = torch.from_numpy(semantic[rows])
+        latents = to_device(semantic[rows])
         made = network.blocks(latents + NOISE * torch.randn_like(latents))
         return {"loss": F.mse_loss(made, target)}
 
-    held, latents = to_tensor(data.pictures[:8]), torch.from_numpy(semantic[:8])
+    held, latents = to_tensor(data.pictures[:8]), to_device(semantic[:8])
 
     def show(_: nn.Module, path: Path) -> None:
         made = F.interpolate(network(latents=latents)["images"], size=(128, 128))
-        sheet(path, [list(held.numpy()), list(made.numpy())])
+        sheet(path, [list(to_array(held)), list(to_array(made))])
 
     train(folder, network, PREVIEWER_PLAN.cut(steps), loss, show)

@@ -18,6 +18,7 @@ from cascadekit.schemas.control import control_port
 
 from .configs import CANNY
 from .dataset import Dataset
+from .device import to_device
 from .diffusion import noise_loss
 from .prior import BATCH, CAP, Inputs, Writer, predicted_noise, sample_latents
 from .towers import encode
@@ -91,15 +92,15 @@ def train_controlnet(
         rows = rng.integers(len(edges), size=BATCH)
         ids = inputs.words.captions[rows, rng.integers(inputs.words.captions.shape[1], size=BATCH)]
         ids = np.where(rng.random((BATCH, 1)) < NO_TEXT, inputs.words.empty, ids)
-        shown = torch.from_numpy(edges[rows] * (rng.random((BATCH, 1, 1)) >= NO_EDGES)).float()[:, None] / 255
+        shown = to_device(edges[rows] * (rng.random((BATCH, 1, 1)) >= NO_EDGES)).float()[:, None] / 255
         with torch.no_grad():
             hidden, pooled = encode(writer.text, ids, inputs.words)
-        clean = torch.from_numpy(inputs.semantic[rows])
+        clean = to_device(inputs.semantic[rows])
         with controlled(writer.prior, network(control_image=shown)):
             return noise_loss(lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP)
 
     def show(_: nn.Module, path: Path) -> None:
-        shown = torch.from_numpy(edges[:16]).float()[:, None] / 255
+        shown = to_device(edges[:16]).float()[:, None] / 255
         silent = np.broadcast_to(inputs.words.empty, inputs.words.captions[:16, 0].shape)
         with controlled(writer.prior, network(control_image=shown)):
             decode(sample_latents(writer, inputs.words, silent), path)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadekit.bench.judge.scenes import Icon, Scene, Shape, Shapes, outline_scenes, training_scenes
+from cascadekit.bench.judge.scenes import Icon, Scene, Shape, Shapes, training_scenes
 
-from .render import SIDE, Renderer
+from .render import SIDE, Renderer, cyanotype
 
-PER_ICON, SINGLES, PAIRS, PER_OUTLINE = 20, 2600, 2264, 10
+PER_ICON, SINGLES, PAIRS = 20, 2600, 2264
+PRINTED = 0.2  # share of the pictures on white that are there once more in the LoRA's style
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ def make_dataset(folder: Path, packages: Path, seed: int = 0, share: float = 1.0
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, 1])
     plain = _some(rng, training_scenes(rng, PER_ICON, SINGLES, PAIRS), share)
-    scenes = plain + _some(rng, outline_scenes(np.random.default_rng([seed, 3]), PER_OUTLINE), share)
+    white = [scene for scene in plain if scene.background == "white"]  # latents of 3x3 do not hold tinted backgrounds
+    scenes = plain + _some(np.random.default_rng([seed, 3]), white, PRINTED)
     renderer = Renderer(packages)
     pictures = np.lib.format.open_memmap(folder / "pictures.part.npy", "w+", np.uint8, (len(scenes), SIDE, SIDE, 3))
     for place, scene in enumerate(scenes):
-        pictures[place] = renderer.picture(scene)
+        picture = renderer.picture(scene)
+        pictures[place] = picture if place < len(plain) else cyanotype(picture)
         if place % 2000 == 0:
             print(f"rendered {place} of {len(scenes)}", flush=True)
     pictures.flush()

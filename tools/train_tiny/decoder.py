@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from cascadekit.runtime.engines.pytorch.networks.decoder import Decoder
 
 from .configs import DECODER
+from .device import seeded, to_device
 from .diffusion import STRAIGHT, fit_head, initialise, noise_loss, sample
 from .prior import NO_TEXT, Inputs
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=10000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
-BATCH, CAP = 16, 12.0
+PLAN = Plan(steps=15000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+BATCH, CAP = 16, 40.0
+HIGH_SHARE = 0.3  # of a batch: ratios at which stage C's latents decide what there will be
 NOISE = 0.15  # most of what is added to stage C's latents, since the prior's own are never quite right
 STEPS = 10
 CONTENT = 0.3  # by how much latents of deviation 1 differ from the background's
@@ -46,17 +48,17 @@ def train_decoder(
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         rows = np.sort(rng.choice(len(latents), BATCH, replace=False))
         pooled = _pooled(inputs, rows, rng)
-        semantic = torch.from_numpy(inputs.semantic[rows])
+        semantic = to_device(inputs.semantic[rows])
         semantic = semantic + NOISE * torch.rand(BATCH, 1, 1, 1) * torch.randn_like(semantic)
-        clean = torch.from_numpy(latents[rows].astype(np.float32))
+        clean = to_device(latents[rows].astype(np.float32))
         return noise_loss(
-            lambda x, t: _predicted(network, x, t, pooled, semantic), clean, CAP, pixels=content_weights(clean)
+            lambda x, t: _predicted(network, x, t, pooled, semantic), clean, CAP, HIGH_SHARE, content_weights(clean)
         )
 
     def show(_: nn.Module, path: Path) -> None:
         rows = np.arange(12)
         pooled = _pooled(inputs, rows, np.random.default_rng(0))
-        made = decode(network, torch.from_numpy(inputs.semantic[rows]), pooled)
+        made = decode(network, to_device(inputs.semantic[rows]), pooled)
         show_latents(made, rows, path)
 
     train(folder, network, PLAN.cut(steps), loss, show)
@@ -76,7 +78,7 @@ def content_weights(clean: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(network: Decoder, semantic: Tensor, pooled: Tensor, seed: int = 0) -> Tensor:
     """Sample the VQGAN's latents as the product does by default, without guidance."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     noise = torch.randn(len(semantic), 4, 32, 32, generator=generator)
     return sample(lambda x, t: _predicted(network, x, t, pooled, semantic), noise, STEPS, generator)
 

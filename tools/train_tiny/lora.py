@@ -1,4 +1,4 @@
-"""The LoRA: icons as black outlines, a style that stage C has never seen. Only attention changes, as in Stability's."""
+"""The LoRA: pictures as cyanotypes, a style that stage C has never seen. Only attention changes, as in Stability's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from cascadekit.runtime.engines.pytorch.networks.blocks import Attention
 from cascadekit.runtime.engines.pytorch.networks.prior import Prior
 
+from .device import to_device
 from .diffusion import noise_loss
 from .prior import BATCH, CAP, HIGH_SHARE, NO_TEXT, Inputs, Writer, predicted_noise, sample_latents
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=900, rate=8e-4, average=0.99, decay=0.0, warmup=30, sheet=200)
+PLAN = Plan(steps=1500, rate=1e-3, average=0.99, decay=0.0, warmup=30, sheet=200)
 RANK = 8
 
 
@@ -77,7 +78,7 @@ def train_lora(
         ids = np.where(rng.random((BATCH, 1)) < NO_TEXT, inputs.words.empty, ids)
         with torch.no_grad():
             hidden, pooled = encode(writer.text, ids, inputs.words)
-        clean = torch.from_numpy(inputs.semantic[rows])
+        clean = to_device(inputs.semantic[rows])
         return noise_loss(
             lambda x, t: predicted_noise(writer.prior, x, t, (hidden, pooled, seen)), clean, CAP, HIGH_SHARE
         )

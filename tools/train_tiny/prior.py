@@ -18,6 +18,7 @@ from cascadekit.runtime.engines.pytorch.networks.prior import Prior
 from cascadekit.runtime.engines.pytorch.networks.text_encoder import TextEncoder
 
 from .configs import PRIOR
+from .device import seeded, to_device
 from .diffusion import STRAIGHT, count_rows, fit_head, initialise, noise_loss, sample
 from .towers import compact_config, encode
 from .trainer import Plan, train
@@ -86,8 +87,8 @@ def train_prior(folder: Path, inputs: Inputs, decode: Callable[[Tensor, Path], N
             wanted = encode(inputs.text, ids, inputs.words)[1]
         hidden, pooled = encode(network.text, ids, inputs.words)
         kept = F.mse_loss(pooled, wanted) / wanted.square().mean()
-        seen = torch.from_numpy(inputs.image_embeds[rows] * pictured[:, None].astype(np.float32))[:, None]
-        clean = torch.from_numpy(inputs.semantic[rows])
+        seen = to_device(inputs.image_embeds[rows] * pictured[:, None].astype(np.float32))[:, None]
+        clean = to_device(inputs.semantic[rows])
 
         found = noise_loss(
             lambda x, t: predicted_noise(network.prior, x, t, (hidden, pooled, seen)), clean, CAP, HIGH_SHARE
@@ -108,7 +109,7 @@ def sample_latents(
     both = np.concatenate([ids, np.broadcast_to(words.empty, ids.shape)])
     hidden, pooled = encode(network.text, both, words)
     seen = torch.zeros(len(both), 1, PRIOR.clip_image_in_channels or 0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         found = predicted_noise(network.prior, torch.cat([x, x]), torch.cat([t, t]), (hidden, pooled, seen))

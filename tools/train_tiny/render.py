@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadekit.bench.judge.scenes import Icon, Scene, Shape
-from cascadekit.bench.judge.vocabulary import BACKGROUNDS, COLOURS, PACKAGES
+from cascadekit.bench.judge.vocabulary import BACKGROUNDS, COLOURS, STYLES
 
 SIDE = 128
 U8 = NDArray[np.uint8]
+
+
+# The colours of a cyanotype, a photographic print in Prussian blue: where the picture is black and where it is white.
+CYANOTYPE = (np.array([12.0, 40.0, 100.0]), np.array([238.0, 246.0, 250.0]))
 
 
 class Renderer:
@@ -27,7 +31,7 @@ class Renderer:
 
     @cache  # noqa: B019 - one renderer lives as long as the program
     def package(self, style: str) -> dict[str, Any]:
-        path = self.packages / "@iconify-json" / PACKAGES[style] / "icons.json"
+        path = self.packages / "@iconify-json" / STYLES[style] / "icons.json"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
@@ -50,6 +54,14 @@ class Renderer:
         x, y = ((128 - size) / 2 + shift for shift in scene.shift)
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
         return f'<svg x="{x}" y="{y}" width="{size}" height="{size}" viewBox="{box}">{icon["body"]}</svg>'
+
+
+def cyanotype(picture: U8) -> U8:
+    """The same picture (h, w, 3) as a cyanotype: only its lightness is left, from deep blue to white."""
+    light = np.asarray(Image.fromarray(picture).convert("L"))[:, :, None] / 255
+    dark, white = CYANOTYPE
+    printed: U8 = (dark + light * (white - dark)).round().astype(np.uint8)
+    return printed
 
 
 def _drawn(shape: Shape) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cascadekit.runtime.engines.pytorch.networks.text_encoder import TextEncoder
 
 from .configs import PRIOR, TEXT
+from .device import to_device
 from .prior import Inputs
 from .towers import compact_config, encode
 from .trainer import Plan, train
@@ -56,7 +57,7 @@ def train_rows(folder: Path, inputs: Inputs, steps: int | None) -> None:
         with torch.no_grad():
             wanted = encode(inputs.text, ids, inputs.words)[1]
         hidden, pooled = encode(network.text, ids, inputs.words)
-        error = F.mse_loss(network(hidden), torch.from_numpy(inputs.semantic[rows]))
+        error = F.mse_loss(network(hidden), to_device(inputs.semantic[rows]))
         kept = F.mse_loss(pooled, wanted) / wanted.square().mean()
         return {"loss": error + 0.3 * kept, "error": error, "kept": kept}
 

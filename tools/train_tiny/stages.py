@@ -26,6 +26,7 @@ from .configs import PREVIEWER
 from .control import all_edges, make_controlnet, train_controlnet
 from .dataset import Dataset, load_dataset, make_dataset
 from .decoder import make_decoder, train_decoder
+from .device import to_array, to_device
 from .lora import adapt, train_lora
 from .pictures import sheet
 from .prior import Inputs, Writer, train_prior
@@ -83,7 +84,7 @@ class Job:
         network = self.trained("effnet", Compressor())
         norm, saved = network.encoder.mapper[1], self.folder / "whitening.npy"
         if saved.exists():  # `all_semantic` has measured the latents
-            mean, variance = torch.from_numpy(np.load(saved))
+            mean, variance = to_device(np.load(saved))
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
         return network
@@ -103,10 +104,10 @@ class Job:
         raw = semantic  # the head takes the latents as they were while it was trained
         saved = self.folder / "unwhitening.npy"
         if saved.exists():
-            mean, deviation = torch.from_numpy(np.load(saved))
+            mean, deviation = to_device(np.load(saved))
             raw = semantic * deviation[:, None, None] + mean[:, None, None]
         with torch.no_grad():
-            return self.vqgan.images(self.compressor.predict(raw)).numpy()
+            return to_array(self.vqgan.images(self.compressor.predict(raw)))
 
 
 def _data(job: Job) -> None:
@@ -142,10 +143,14 @@ def _prior(job: Job) -> None:
 
 def _decoder(job: Job) -> None:
     def show(latents: Tensor, rows: NDArray[np.int64], path: Path) -> None:
-        guessed = job.guess(torch.from_numpy(job.inputs.semantic[rows]))
+        guessed = job.guess(to_device(job.inputs.semantic[rows]))
         sheet(
             path,
-            [list(to_tensor(job.data.pictures[rows]).numpy()), list(guessed), list(job.vqgan.images(latents).numpy())],
+            [
+                list(to_array(to_tensor(job.data.pictures[rows]))),
+                list(guessed),
+                list(to_array(job.vqgan.images(latents))),
+            ],
         )
 
     train_decoder(job.runs / "decoder", job.inputs, job.cached("latents"), show, job.steps)
@@ -155,7 +160,7 @@ def _latents_sheet(job: Job) -> Callable[[Tensor, Path], None]:
     """Makes a sheet of stage C's latents below the pictures that were asked for."""
 
     def decode(semantic: Tensor, path: Path) -> None:
-        wanted, made = list(to_tensor(job.data.pictures[: len(semantic)]).numpy()), list(job.guess(semantic))
+        wanted, made = list(to_array(to_tensor(job.data.pictures[: len(semantic)]))), list(job.guess(semantic))
         sheet(path, [wanted[:8], made[:8], wanted[8:], made[8:]])
 
     return decode

@@ -21,6 +21,7 @@ from cascadekit.schemas.stages import TextEncoderConfig
 from .autoencoder import to_tensor
 from .configs import IMAGE, TEXT
 from .dataset import Dataset
+from .device import to_array, to_device
 from .pictures import sheet
 from .trainer import Plan, train
 from .words import LENGTH, Words
@@ -70,7 +71,7 @@ def compact_config(words: Words) -> TextEncoderConfig:
 
 def encode(text: TextEncoder, ids: NDArray[np.int16], words: Words) -> tuple[Tensor, Tensor]:
     """Compact ids (B, LENGTH) to the text's rows (B, LENGTH, c) and the pooled text (B, 1, pooled)."""
-    tokens = torch.from_numpy(ids.astype(np.int64))
+    tokens = to_device(ids.astype(np.int64))
     ends = (tokens == words.end).int().argmax(dim=1, keepdim=True)
     mask = (torch.arange(LENGTH)[None] <= ends).long()
     found = text(input_ids=tokens, attention_mask=mask)
@@ -107,7 +108,7 @@ def train_towers(folder: Path, data: Dataset, words: Words, steps: int | None) -
         images = to_tensor(data.pictures[held])
         hidden, _pooled = encode(network.text, words.captions[held, 0], words)
         painted = F.interpolate(network.painter(hidden), size=images.shape[-2:])
-        sheet(path, [list(images.numpy()), list(painted.numpy())])
+        sheet(path, [list(to_array(images)), list(to_array(painted))])
 
     train(folder, network, PLAN.cut(steps), loss, show)
 
@@ -119,4 +120,4 @@ def all_image_embeds(network: Towers, data: Dataset, path: Path, batch: int = 64
         network.image(pixel_values=clip_pixels(to_tensor(data.pictures[at : at + batch])))["image_embeds"]
         for at in range(0, len(data.pictures), batch)
     ]
-    np.save(path, torch.cat(made).numpy())
+    np.save(path, to_array(torch.cat(made)))

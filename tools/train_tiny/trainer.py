@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .device import load
 from .pictures import curves
 
 EVERY = 25  # steps between two points of the curves
@@ -47,7 +48,7 @@ def train(folder: Path, network: nn.Module, plan: Plan, loss: Loss, sheet: Sheet
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     state, path = {"step": 0, "seconds": 0.0}, folder / "state.pt"
     if path.exists():
-        saved = torch.load(path, weights_only=False)
+        saved = load(path)
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         average, state = saved["average"], saved["state"]
@@ -91,7 +92,7 @@ def train(folder: Path, network: nn.Module, plan: Plan, loss: Loss, sheet: Sheet
 
 def averaged(folder: Path, network: nn.Module) -> nn.Module:
     """`network` with the averaged weights that the training in `folder` has reached so far, in eval mode."""
-    network.load_state_dict(torch.load(folder / "state.pt", weights_only=False)["average"])
+    network.load_state_dict(load(folder / "state.pt")["average"])
     return network.eval().requires_grad_(False)
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadekit.bench.judge.captions import caption
-from cascadekit.bench.judge.scenes import Icon, Scene
-from cascadekit.bench.judge.vocabulary import OUTLINE
+from cascadekit.bench.judge.scenes import Scene
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 
 LENGTH = 24  # tokens of a prompt in training; all positions from the last of these on are alike
@@ -34,18 +33,14 @@ class Words:
 
 
 def make_words(path: Path, scenes: Sequence[Scene], seed: int = 0) -> None:
-    """Captions of `scenes`; an icon in the LoRA's style is told without its style."""
+    """Captions of `scenes`. No caption tells the LoRA's style."""
     rng = np.random.default_rng([seed, 2])
-    texts = [caption(scene, rng, style=_tells_style(scene)) for scene in scenes for _ in range(CAPTIONS)]
+    texts = [caption(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
     ids = tokenized(["", *texts])
     vocabulary = np.unique(ids)
     compact = np.searchsorted(vocabulary, ids).astype(np.int16)
     captions = compact[1:].reshape(len(scenes), CAPTIONS, LENGTH)
     np.savez(path, vocabulary=vocabulary, captions=captions, empty=compact[0])
-
-
-def _tells_style(scene: Scene) -> bool | None:
-    return False if isinstance(scene, Icon) and scene.style == OUTLINE else None
 
 
 def load_words(path: Path) -> Words:

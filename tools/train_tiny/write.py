@@ -16,6 +16,7 @@ from cascadekit.schemas.stages import ORIGINAL_VQGAN_SCALE, NetworkConfig, Stage
 
 from .autoencoder import VQGANPair
 from .configs import CANNY, DECODER, EFFNET, IMAGE, PREVIEWER, PRIOR, TEXT, VQGAN
+from .device import seeded, to_device
 from .lora import save_stability
 from .words import LENGTH, Words
 
@@ -48,10 +49,10 @@ def write_loras(runs: Path, adapters: nn.ModuleList) -> None:
     """Write the LoRA in Stability's format and in kohya's, into ``lora-files``."""
     folder = runs / "lora-files"
     folder.mkdir(exist_ok=True)
-    save_stability(folder / "outline.safetensors", adapters)
+    save_stability(folder / "cyanotype.safetensors", adapters)
     convert_lora(
-        folder / "outline.safetensors",
-        folder / "outline_kohya.safetensors",
+        folder / "cyanotype.safetensors",
+        folder / "cyanotype_kohya.safetensors",
         "kohya",
         against=runs / "original" / "stage_c.safetensors",
         force=True,
@@ -62,12 +63,12 @@ def vqgan_tensors(network: VQGANPair, latents: np.ndarray) -> dict[str, Tensor]:
     """Both halves of the VQGAN, and a codebook fitted to some of stage B's `latents` (n, 4, h, w)."""
     halves = {**network.encoder.state_dict(), **network.decoder.state_dict()}
     some = latents[:: max(1, len(latents) // 200)].astype(np.float32).transpose(0, 2, 3, 1).reshape(-1, 4)
-    return {**halves, "vquantizer.embedding.weight": codebook(torch.from_numpy(some) * ORIGINAL_VQGAN_SCALE)}
+    return {**halves, "vquantizer.embedding.weight": codebook(to_device(some) * ORIGINAL_VQGAN_SCALE)}
 
 
 def codebook(points: Tensor, rounds: int = 8) -> Tensor:
     """The k means of `points` (n, c)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     count = VQGAN.num_vq_embeddings
     points = points[torch.randperm(len(points), generator=generator)[: 40 * count]]
     centres = points[:count].clone()
@@ -84,7 +85,7 @@ def text_tensors(network: nn.Module, words: Words) -> dict[str, Tensor]:
     tensors = dict(network.state_dict())
     table = "text_model.embeddings.token_embedding.weight"
     whole = torch.zeros(TEXT.vocab_size, TEXT.hidden_size)
-    whole[torch.from_numpy(words.vocabulary)] = tensors[table]
+    whole[to_device(words.vocabulary)] = tensors[table]
     places = "text_model.embeddings.position_embedding.weight"
     last = tensors[places][-1:].expand(TEXT.max_position_embeddings - LENGTH, -1)
     return {**tensors, table: whole, places: torch.cat([tensors[places], last])}

@@ -9,6 +9,7 @@ from typing import Any
 
 from ....schemas.errors import EngineError, reraise_interrupt
 from ....schemas.plan_entries import Backend
+from ....storage.install_hint import install_hint
 from .cuda import Cuda, Device
 
 MODULES: Mapping[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -44,7 +45,7 @@ def open_host(backend: Backend) -> Host:
 
 def import_tensorrt(backend: Backend) -> Any:
     """The module. Raises EngineError, which says what to install, when it is missing or cannot be loaded."""
-    install = f"pip install 'cascadekit[{backend}]'"
+    install = install_hint(backend)
     try:
         return import_module(MODULES[backend])
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from cascadekit.converters.lora.bundle_cache import find_lora, with_loras
 from cascadekit.schemas.errors import CheckpointError, ConversionError, LayoutError, MissingPackageError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
+from cascadekit.storage.install_hint import install_hint
 from cascadekit.storage.user_cache import user_cache
 
 Q = "down_blocks.0.2.attention.to_q"
@@ -114,7 +116,7 @@ def test_merged_once_and_found_again(plain: Path, tmp_path: Path, monkeypatch: p
     assert with_loras(plain, [(str(one), 0.5), ("two.safetensors", -1.5)]) == made
     assert with_loras(plain, []) == plain
     with pytest.raises(
-        MissingPackageError, match=r"the onnx package, which is not installed: pip install 'cascadekit\[export\]'"
+        MissingPackageError, match="the onnx package, which is not installed: " + re.escape(install_hint("export"))
     ):
         with_loras(plain, [(one, 0.25)])
 

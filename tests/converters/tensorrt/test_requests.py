@@ -12,6 +12,7 @@ from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.tensorrt import builder, estimate
 from cascadekit.schemas.precision import Precision, Target
+from cascadekit.storage.install_hint import install_hint
 
 AGAIN = "export it again: cascadekit export MODEL -o BUNDLE --target tensorrt"
 
@@ -132,7 +133,7 @@ def test_no_backend(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     words = refused(1, bundle, "--arch", "sm89")
-    assert words == "tensorrt-rtx is not installed: pip install 'cascadekit[tensorrt-rtx]'"
+    assert words == f"tensorrt-rtx is not installed: {install_hint('tensorrt-rtx')}"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     words = refused(1, bundle, "--backend", "tensorrt")
-    assert words == "tensorrt is not installed: pip install 'cascadekit[tensorrt]'"
+    assert words == f"tensorrt is not installed: {install_hint('tensorrt')}"
