@@ -1,4 +1,4 @@
-"""Fits a prior or decoder into fp16: exponents for its streams, and blocks that must compute in fp32."""
+"""Fits a prior, decoder or VQGAN into fp16: exponents for its streams, and blocks that must compute in fp32."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from .errors import ExportError
 from .precision import FP16_MAX
-from .stages import Block, UNetConfig
+from .stages import Block, Stage, UNetConfig
 from .unet_blocks import blocks_of, stream_of, streams_of
 
 MARGIN_BITS = 2  # a value may grow fourfold beyond what calibration has seen
 # Values inside a block. The norm is over all pixels; graphs for ONNX Runtime compute it in fp16.
 INSIDE = ("channelwise.0", "channelwise.1", "channelwise.2/norm", "attention/scores")
+VQGAN_HIDDEN = ("channelwise.0", "channelwise.1")
+VQGAN_STREAM = "up_blocks"  # the image on its way through the VQGAN's decoder
 MAX_EXPONENT = 12  # 2^-12 of a value of size 1 is still a normal fp16 number
 
 
@@ -45,9 +47,7 @@ def fit_fp16(
     largest value stays `margin_bits` below the end of the range.
 
     Raises ExportError when no exponent helps, or a measured value is infinite or NaN."""
-    broken = [name for name, value in ranges.items() if not math.isfinite(value)]
-    if broken:
-        raise ExportError(f"{config.stage}: calibration met infinite values at {broken[0]}; are the weights sound?")
+    _require_finite(config.stage, ranges)
     limit = FP16_MAX / 2**margin_bits
     peaks = dict.fromkeys(streams_of(config), 0.0)
     for block in blocks_of(config):
@@ -74,6 +74,32 @@ def fit_fp16(
             f"{config.stage}: values of {scores[0]} reach beyond fp16 whatever the exponent; export it as bf16"
         )
     return Fp16Fit({s: e for s, e in exponents.items() if e}, frozenset(wide), margins)
+
+
+def fit_vqgan(ranges: Mapping[str, float], *, fixed: int | None = None, margin_bits: int = MARGIN_BITS) -> Fp16Fit:
+    """The exponent of the VQGAN's image for measured magnitudes; `ranges` and `fixed` as for `fit_fp16`.
+
+    Hidden values of its perceptrons have no exponent. Raises ExportError when these are too large, when no exponent
+    helps, or when a measured value is infinite or NaN."""
+    _require_finite(Stage.VQGAN, ranges)
+    limit = FP16_MAX / 2**margin_bits
+    hidden = {name: value for name, value in ranges.items() if name.endswith(VQGAN_HIDDEN)}
+    peak = max((value for name, value in ranges.items() if name not in hidden), default=0.0)
+    exponent = fixed if fixed is not None else _exponent(peak, limit)
+    inside = max(hidden.values(), default=0.0)
+    if not 0 <= exponent <= MAX_EXPONENT or inside > limit:
+        raise ExportError(
+            f"{Stage.VQGAN}: its image reaches {peak:.3g}, its hidden values {inside:.3g}, "
+            "which do not fit into fp16; export it with --precision vqgan=fp32"
+        )
+    margins = {name: _bits(value * (1 if name in hidden else 2.0**-exponent)) for name, value in ranges.items()}
+    return Fp16Fit({VQGAN_STREAM: exponent} if exponent else {}, frozenset(), margins)
+
+
+def _require_finite(stage: Stage, ranges: Mapping[str, float]) -> None:
+    broken = [name for name, value in ranges.items() if not math.isfinite(value)]
+    if broken:
+        raise ExportError(f"{stage}: calibration met infinite values at {broken[0]}; are the weights sound?")
 
 
 def _stream(config: UNetConfig, block: str) -> str:

@@ -6,6 +6,7 @@ has one stream for its way down and its way up.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .stages import Block, UNetConfig
 
@@ -26,6 +27,12 @@ def blocks_of(config: UNetConfig) -> Iterator[UNetBlock]:
     for position in range(config.levels):
         level = config.levels - 1 - position
         yield from _level(config, "up_blocks", position, level, config.up_num_layers_per_block[position])
+
+
+def next_blocks(config: UNetConfig) -> dict[str, UNetBlock]:
+    """The block after each block in the same level, by the name of the first. The last of a level has none."""
+    pairs = pairwise(blocks_of(config))
+    return {one.name: two for one, two in pairs if one.name.rpartition(".")[0] == two.name.rpartition(".")[0]}
 
 
 def _level(config: UNetConfig, way: str, position: int, level: int, layers: int) -> Iterator[UNetBlock]:

@@ -69,7 +69,7 @@ def export_bundle(job: GpuJob, phase: Phase) -> Result:
     """A bundle for ONNX Runtime. The VQGAN and the text encoder, which run once an image, stay in fp32 beside bf16."""
     assert phase.precision is not None
     stay = (Stage.VQGAN, Stage.TEXT_ENCODER) if phase.precision is Precision.BF16 else ()
-    target = Target.ORT if job.device == "cuda" else Target.PORTABLE
+    target = Target.PORTABLE if (job.device, phase.precision) == ("cpu", Precision.BF16) else Target.ORT
     began = perf_counter()
     export(
         job.model(phase),

@@ -3,20 +3,22 @@
 {"format": "cascadekit-calibration", "version": 1, "stages": {"prior": {"up_blocks.1.0": 812.5, ...}}}
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import ExportError
 from ...schemas.json_text import dump_json, load_object
-from ...schemas.stages import UNetConfig
+from ...schemas.stages import Stage, UNetConfig, VQGANConfig
 from ...schemas.unet_blocks import blocks_of
 from ...storage.atomic_file import whole_file
 
 FORMAT, VERSION = "cascadekit-calibration", 1
 
 
-def ranges_of(path: Path | None, config: UNetConfig, measure: Callable[[], dict[str, float]]) -> Mapping[str, float]:
+def ranges_of(
+    path: Path | None, config: UNetConfig | VQGANConfig, measure: Callable[[], dict[str, float]]
+) -> Mapping[str, float]:
     """The magnitudes of the stage's values by name, from the file at `path`.
 
     They are measured, and added to the file, if it does not exist or has none of the stage. None stands for no file.
@@ -49,8 +51,8 @@ def _read(path: Path) -> dict[str, Any]:
     return stages
 
 
-def _checked(path: Path, config: UNetConfig, ranges: Any) -> Mapping[str, float]:
-    names = {block.name for block in blocks_of(config)}
+def _checked(path: Path, config: UNetConfig | VQGANConfig, ranges: Any) -> Mapping[str, float]:
+    names = set(_always_measured(config))
     if not isinstance(ranges, dict) or not all(type(value) in (int, float) and value >= 0 for value in ranges.values()):
         raise ExportError(f"{path}: stages.{config.stage} does not map names to magnitudes; name another file")
     missing = sorted(names - ranges.keys())
@@ -60,3 +62,12 @@ def _checked(path: Path, config: UNetConfig, ranges: Any) -> Mapping[str, float]
             "name a new file to measure this one"
         )
     return ranges
+
+
+def _always_measured(config: UNetConfig | VQGANConfig) -> Iterator[str]:
+    """Yield values that every calibration of the network has."""
+    if isinstance(config, UNetConfig):
+        yield from (block.name for block in blocks_of(config))
+        return
+    assert config.stage is Stage.VQGAN
+    yield from (f"up_blocks.{index}" for index in range(1, config.bottleneck_blocks + 1))

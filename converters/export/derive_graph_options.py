@@ -11,9 +11,9 @@ from ...runtime.engines.onnxruntime import open_session
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.callbacks import Say
 from ...schemas.control import controlled_blocks
-from ...schemas.fp16 import Fp16Fit, fit_fp16
+from ...schemas.fp16 import Fp16Fit, fit_fp16, fit_vqgan
 from ...schemas.precision import Precision
-from ...schemas.stages import NetworkConfig, Stage, UNetConfig
+from ...schemas.stages import NetworkConfig, Stage, UNetConfig, VQGANConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions
 from .calibrate_fp16 import Inputs, measure_ranges
@@ -47,24 +47,27 @@ def derive_graph_options(
     Raises ExportError when the network does not fit into fp16, or takes no ControlNet."""
     stage = config.stage
     derived = GraphOptions(options.precision_of(stage), options.target)
-    if not isinstance(config, UNetConfig):
+    if not isinstance(config, UNetConfig | VQGANConfig):
         return DerivedOptions(derived)
-    if options.controlnet and stage is Stage.PRIOR:
+    if options.controlnet and isinstance(config, UNetConfig) and stage is Stage.PRIOR:
         controlled_blocks(config, control)
         derived = replace(derived, control=tuple(control))
     if derived.precision is not Precision.FP16:
         return DerivedOptions(derived)
     safe = options.fp16_safe
     if safe == "off" or (safe is None and options.calibration is None and find_spec("onnxruntime") is None):
-        say(overflow_warning(stage, tensors))
+        if isinstance(config, UNetConfig):
+            say(overflow_warning(stage, tensors))
         return DerivedOptions(derived)
 
     def measure() -> dict[str, float]:
         say(f"{stage}: measuring how large its values grow")
-        return measure_ranges(config, tensors, _embeddings(bundle, say))
+        embeddings = _embeddings(bundle, say) if isinstance(config, UNetConfig) else None
+        return measure_ranges(config, tensors, embeddings)
 
     ranges = ranges_of(Path(options.calibration) if options.calibration else None, config, measure)
-    fit = fit_fp16(config, ranges, fixed=safe if isinstance(safe, int) else None)
+    fixed = safe if isinstance(safe, int) else None
+    fit = fit_fp16(config, ranges, fixed=fixed) if isinstance(config, UNetConfig) else fit_vqgan(ranges, fixed=fixed)
     for line in describe_fit(stage, fit):
         say(line)
     return DerivedOptions(replace(derived, exponents=fit.exponents, fp32_blocks=fit.fp32_blocks), fit)

@@ -4,21 +4,23 @@ Timestep blocks ask for a gain and a shift, attention blocks for keys and values
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
 
 import numpy as np
 
 from ...schemas.hoisted import MODULATION, modulation_width, timestep_blocks
+from ...schemas.precision import Target
 from ...schemas.stages import Block, UNetConfig
-from ...schemas.unet_blocks import blocks_of
+from ...schemas.unet_blocks import UNetBlock, blocks_of, next_blocks
 from .graph import Graph
+from .response_norm import deferred_bias
 from .streams import NORM_EPS, Streams
 
 # CUDA's Split of more than 32 parts, or of unequal ones, sends their addresses from the host in each run. A replay of a
 # captured CUDA graph would use those of the first run.
-AT_ONCE = 16  # blocks whose gains and shifts one Split yields
+PARTS = 32
 MAX_POSITIONS = 10000.0
 # Entries at which torch's float32 exp (MKL, hence x86) is not the float nearest to the true value, and the difference
 # in units in the last place; by size of the embedding. The releases have size 64. With AVX2 entry 22 differs too.
@@ -36,8 +38,16 @@ class Conditions(Protocol):
 
         The queries of `own` are (B*n, c). Keys and values of own and conditioning tokens are (B, n + tokens, c)."""
 
+    def one_shift(self, name: str, width: int) -> str | None:
+        """The shift of a timestep block as one pixel (1, 1, c), if all samples have the same."""
+        return None
 
-class Computed:
+    def defers(self, block: str) -> bool:
+        """True if the shift of the next timestep block has the bias of the residual block `block` in it."""
+        return False
+
+
+class Computed(Conditions):
     """Conditions that the graph computes; passes over the same blocks share them.
 
     `timestep` is the embedding (B, e). `tokens` are the conditioning tokens (B*tokens, channels), normalised and after
@@ -101,24 +111,72 @@ class Computed:
         return self._given[name]
 
 
-class Fed:
-    """Conditions that are inputs of the graph: the ports of ``schemas.hoisted``."""
+class Fed(Conditions):
+    """Conditions that are inputs of the graph: the ports of ``schemas.hoisted``.
 
-    def __init__(self, graph: Graph, config: UNetConfig) -> None:
-        self._graph = graph
+    For ONNX Runtime, all samples have one modulation, and the product of a residual block adds the block's input in
+    place of its bias b. The timestep block after it makes up for that: (x + b) * gain + shift is
+    x * gain + (shift + b * gain)."""
+
+    def __init__(self, graph: Graph, config: UNetConfig, streams: Streams) -> None:
+        self._graph, self._config, self._streams = graph, config, streams
+        self._shared = graph.options.target is Target.ORT
+        self._before = dict(self._deferred()) if self._shared else {}
+        self._deferring = frozenset(self._before.values())
         blocks = timestep_blocks(config)
         alike = [list(run) for _, run in groupby(blocks, lambda block: config.block_out_channels[block.level])]
+        at_once = PARTS if self._before else PARTS // 2  # two Splits of each run, or one
         start = 0
-        for run in (blocks[i : i + AT_ONCE] for blocks in alike for i in range(0, len(blocks), AT_ONCE)):
+        for run in (blocks[i : i + at_once] for blocks in alike for i in range(0, len(blocks), at_once)):
             end = start + 2 * config.block_out_channels[run[0].level] * len(run)
             columns = MODULATION
             if len(run) < len(blocks):
                 bounds = (graph.integers(value) for value in (start, end, 1))
                 columns = graph.node("Slice", f"{MODULATION}/{run[0].name}", MODULATION, *bounds)
-            parts = [f"{block.name}/{part}_row" for block in run for part in ("gain", "shift")]
-            graph.split_equally(f"{MODULATION}/{run[0].name}/parts", columns, 1, parts)
+            self._split(run, columns)
             start = end
         assert start == modulation_width(config)
+
+    def _deferred(self) -> Iterator[tuple[str, str]]:
+        """Yield timestep blocks, each with the residual block before it that can leave its bias to them."""
+        options, following = self._graph.options, next_blocks(self._config)
+        for block in blocks_of(self._config):
+            after = following.get(block.name)
+            alone = block.name in options.fp32_blocks or f"{block.name}.channelwise.4" in options.quantized
+            if block.kind is Block.RES and after and after.kind is Block.TIMESTEP and not alone:
+                yield after.name, block.name
+
+    def _split(self, run: Sequence[UNetBlock], columns: str) -> None:
+        """Write the rows of `run`, blocks of one width, from the columns of the modulation that are theirs."""
+        graph, name = self._graph, f"{MODULATION}/{run[0].name}"
+        if not self._before:
+            parts = [f"{block.name}/{part}_row" for block in run for part in ("gain", "shift")]
+            graph.split_equally(f"{name}/parts", columns, 1, parts)
+            return
+        width = self._config.block_out_channels[run[0].level]
+        table = graph.node("Reshape", f"{name}/table", columns, graph.integers(len(run), 2 * width))
+        gains, shifts = graph.split(f"{name}/halves", table, axis=1, parts=2)
+        biases = [self._bias(block.name, width) for block in run]
+        bias = graph.node("Concat", f"{name}/biases", *biases, axis=0)
+        gained = graph.node("Mul", f"{name}/gained", gains, bias)
+        shifts = graph.node("Add", f"{name}/shifted", shifts, gained)
+        for part, rows in (("gain", gains), ("shift", shifts)):
+            graph.split_equally(f"{name}/{part}s", rows, 0, [f"{block.name}/{part}_row" for block in run])
+
+    def _bias(self, name: str, width: int) -> str:
+        """(1, width): what the residual block before the timestep block `name` leaves to it."""
+        before = self._before.get(name)
+        if before is None:
+            return self._graph.full_row(width, 0.0)
+        return deferred_bias(self._graph, before, self._streams.of_block(before))
+
+    def one_shift(self, name: str, width: int) -> str | None:
+        if not self._shared:
+            return None
+        return self._graph.once("Reshape", f"{name}/pixel", f"{name}/shift_row", self._graph.integers(1, 1, width))
+
+    def defers(self, block: str) -> bool:
+        return block in self._deferring
 
     def modulation(self, name: str, width: int) -> tuple[str, str]:
         graph, shape = self._graph, self._graph.integers(-1, 1, 1, width)

@@ -41,7 +41,7 @@ def write_decoder_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     streams = _streams(graph, config)
     image = embed(graph, config, streams, "sample")
     image = _with_effnet(graph, image, EFFNET_MAP)
-    return _finish(Pyramid(graph, config, streams, Fed(graph, config)), image, "decoder_step")
+    return _finish(Pyramid(graph, config, streams, Fed(graph, config, streams)), image, "decoder_step")
 
 
 def _streams(graph: Graph, config: UNetConfig) -> Streams:

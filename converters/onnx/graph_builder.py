@@ -88,6 +88,13 @@ class GraphBuilder:
         """Append a node with one output; returns the output's name, which is the node's: `name`."""
         return self._append(op, name + self._suffix, inputs, **attributes)
 
+    def nodes(self, op: str, names: Sequence[str], *inputs: str, **attributes: Any) -> list[str]:
+        """Append a node with the outputs `names`, called like the first. An output with an empty name is left out."""
+        outputs = [name and name + self._suffix for name in names]
+        inner = [self._inner.get(i, i) for i in inputs]
+        self._nodes.append(helper.make_node(op, inner, outputs, outputs[0], **attributes))
+        return outputs
+
     def once(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Like `node`, for a value that passes and callers share: a second call with the same name adds nothing."""
         if name not in self._written:

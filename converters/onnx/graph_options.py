@@ -58,6 +58,11 @@ class GraphOptions:
         return "float16" if (self.precision, self.target) == (Precision.FP16, Target.ORT) else "float32"
 
     @property
+    def modulation_rows(self) -> int | str:
+        """Rows of `modulation` in a step graph. One row for all samples can be added in ONNX Runtime's norm."""
+        return 1 if self.target is Target.ORT else "batch"
+
+    @property
     def opset(self) -> int:
         """The lowest opset that has every operator and type of graphs with these options."""
         if self.target is Target.TENSORRT:

@@ -28,6 +28,7 @@ class Image:
         self._first = first
         self._last = last
         self._size = size
+        self.norm: Image | None = None  # the affine-free LayerNorm of this image, if an operator gave both
 
     @property
     def first(self) -> str:
@@ -59,6 +60,12 @@ class Image:
         """True when this image has `size` for all inputs of the graph."""
         return self._size == size
 
+    def with_norm(self, norm: "Image") -> "Image":
+        """The same image, with its norm known."""
+        made = Image(self.graph, self.channels, first=self._first, last=self._last, size=self._size)
+        made.norm = norm
+        return made
+
     def with_last(self, value: str, channels: int | None = None) -> "Image":
         """Another image of this size: `value` is (B, h, w, channels)."""
         return Image(self.graph, channels or self.channels, last=value, size=self.size)
@@ -70,9 +77,11 @@ class Image:
         return self.with_last(self.graph.once("Reshape", f"{value}/last", value, shape), channels)
 
 
-def pointwise(graph: Graph, name: str, image: Image, *, bias: bool = True, bias_exponent: int = 0) -> Image:
-    """The 1x1 convolution `name`, as the matrix product it is."""
-    rows = graph.linear(name, image.rows, bias=bias, bias_exponent=bias_exponent)
+def pointwise(
+    graph: Graph, name: str, image: Image, *, bias: bool = True, bias_exponent: int = 0, **factors: Any
+) -> Image:
+    """The 1x1 convolution `name`, as the matrix product it is; `factors` are `alpha` and `exponent` of a Linear."""
+    rows = graph.linear(name, image.rows, bias=bias, bias_exponent=bias_exponent, **factors)
     return image.with_rows(rows, graph.width(name))
 
 
@@ -86,15 +95,16 @@ def convolution(
     dims: Shape | None = None,
     size: str | None = None,
     bias: bool = True,
+    exponent: int = 0,
     bias_exponent: int = 0,
     **attributes: Any,
 ) -> Image:
     """The convolution `name` of `value` (B, c, h, w); its weight is read as `dims` when they are given.
 
-    The result has `channels`, and `size` when it is known. The bias is multiplied by 2^-`bias_exponent`. `weights` is
-    the module whose weights are used, if `name` is none."""
+    The result has `channels`, and `size` when it is known. The weight is multiplied by 2^-`exponent`, the bias by
+    2^-`bias_exponent`. `weights` is the module whose weights are used, if `name` is none."""
     module = weights or name
-    inputs = [value, graph.weight(f"{module}.weight", dims)]
+    inputs = [value, graph.scaled_weight(f"{module}.weight", exponent, dims)]
     if bias:
         inputs.append(graph.scaled_weight(f"{module}.bias", bias_exponent))
     return Image(graph, channels, first=graph.node("Conv", name, *inputs, **attributes), size=size)
@@ -145,13 +155,25 @@ def normalised_convolution(
     )
     if not fused:
         return normalised(graph, norm, made, exponent=exponent, out=out)
+    bias = graph.scaled_weight(f"{name}.bias", exponent, (1, 1, made.channels))
+    return normalised_sum(graph, (norm, ""), made, bias, exponent=exponent, out=out)[0]
+
+
+def normalised_sum(
+    graph: Graph, names: tuple[str, str], image: Image, summand: str, *, exponent: int, out: int = 0
+) -> tuple[Image, Image]:
+    """The norm ``names[0]`` of the sum ``names[1]`` of an image and one pixel, `summand` (1, 1, c), and that sum.
+
+    It is one operator of ONNX Runtime. Exponents are those of `normalised`. The sum is left out if it has no name."""
     # Each pixel is a batch of its own: what is added may be broadcast along the batch only.
-    channels = made.channels
-    pixels = graph.node("Reshape", f"{norm}/pixels", made.last, graph.integers(-1, 1, channels))
-    bias = graph.scaled_weight(f"{name}.bias", exponent, (1, 1, channels))
-    operands = (pixels, bias, graph.full(channels, 2.0**-out))
+    norm, total = names
+    pixels = graph.node("Reshape", f"{norm}/pixels", image.last, graph.integers(-1, 1, image.channels))
+    operands = (pixels, summand, graph.full(image.channels, 2.0**-out))
     eps = {"epsilon": NORM_EPS * 4.0**-exponent, "domain": ORT_DOMAIN}
-    return made.with_rows(graph.node("SkipLayerNormalization", norm, *operands, **eps))
+    outputs = [norm, "", "", f"{total}/pixels"] if total else [norm]
+    made = graph.nodes("SkipLayerNormalization", outputs, *operands, **eps)
+    normed = image.with_rows(made[0])
+    return normed, image.with_rows(made[-1]) if total else normed
 
 
 def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:

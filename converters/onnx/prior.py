@@ -37,7 +37,8 @@ def write_prior_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProt
 
 def write_prior_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """The rest of the prior."""
-    return _finish(graph, config, _streams(graph, config), Fed(graph, config), "prior_step")
+    streams = _streams(graph, config)
+    return _finish(graph, config, streams, Fed(graph, config, streams), "prior_step")
 
 
 def _streams(graph: Graph, config: UNetConfig) -> Streams:

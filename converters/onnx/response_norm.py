@@ -11,10 +11,13 @@ from .graph import Graph
 from .streams import NORM_EPS
 
 
-def responding_linear(graph: Graph, names: tuple[str, str], rows: str, size: str, exponent: int) -> str:
+def responding_linear(
+    graph: Graph, names: tuple[str, str], rows: str, size: str, *, exponent: int, residual: str | None = None
+) -> str:
     """The response norm ``names[0]`` and the Linear ``names[1]`` of its result, for a map of `size` (h, w).
 
-    (B*h*w, c) gives 2^-`exponent` of (B*h*w, out)."""
+    (B*h*w, c) gives 2^-`exponent` of (B*h*w, out). With `residual` (B*h*w, out), for ONNX Runtime alone, the product
+    adds that in place of its bias, which is then `deferred_bias`."""
     norm, linear = names
     width = graph.shape_of(f"{linear}.weight")[1]
     if graph.options.target is not Target.ORT or linear in graph.options.quantized:
@@ -22,8 +25,14 @@ def responding_linear(graph: Graph, names: tuple[str, str], rows: str, size: str
         graph.probe(rows)
         return graph.linear(linear, rows, bias_exponent=exponent)
     rows = graph.rows(_without_beta(graph, norm, _tokens(graph, norm, rows, width), size, exponent), width)
-    bias = _bias_with_beta(graph, norm, linear, width, exponent)
-    return graph.gemm(linear, rows, graph.weight(f"{linear}.weight", graph.shape_of(f"{linear}.weight")[:2]), bias)
+    added = residual or _bias_with_beta(graph, norm, linear, width, exponent)
+    return graph.gemm(linear, rows, graph.weight(f"{linear}.weight", graph.shape_of(f"{linear}.weight")[:2]), added)
+
+
+def deferred_bias(graph: Graph, block: str, exponent: int) -> str:
+    """2^-`exponent` of what the perceptron of a residual block adds to each pixel beside its product: (1, out)."""
+    norm, linear = f"{block}.channelwise.2", f"{block}.channelwise.4"
+    return _bias_with_beta(graph, norm, linear, graph.shape_of(f"{linear}.weight")[1], exponent)
 
 
 def _in_parts(graph: Graph, name: str, rows: str, width: int, exponent: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ...schemas.errors import ExportError
 from ...schemas.stages import Block, UNetConfig
-from ...schemas.unet_blocks import UNetBlock, blocks_of
+from ...schemas.unet_blocks import UNetBlock, blocks_of, next_blocks
 from .conditions import Conditions
 from .graph import Graph
 from .layers import (
@@ -18,6 +18,7 @@ from .layers import (
     convolution,
     normalised,
     normalised_convolution,
+    normalised_sum,
     pixel_shuffle,
     pointwise,
     resized,
@@ -150,6 +151,8 @@ def _res_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | No
     if skip is not None:
         joined = graph.node("Concat", f"{name}/joined", hidden.last, skip.image.last, axis=3)
         hidden = hidden.with_last(joined, hidden.channels + skip.image.channels)
+    if pyramid.conditions.defers(name):
+        return image.with_rows(_layers_of_perceptron(graph, f"{name}.channelwise", hidden, small, exponent, image.rows))
     rows = _perceptron(pyramid, name, hidden, small, exponent)
     return image.with_last(graph.node("Add", name, image.with_rows(rows).last, image.last))
 
@@ -179,24 +182,36 @@ def _perceptron(pyramid: Pyramid, name: str, image: Image, small: int, exponent:
     return _layers_of_perceptron(graph, layer, image, small, exponent)
 
 
-def _layers_of_perceptron(graph: Graph, layer: str, image: Image, small: int, exponent: int) -> str:
+def _layers_of_perceptron(
+    graph: Graph, layer: str, image: Image, small: int, exponent: int, residual: str | None = None
+) -> str:
     rows = graph.activated(f"{layer}.0", f"{layer}.1", image.rows, alpha=2.0**small)
     graph.probe(rows)
-    return responding_linear(graph, (f"{layer}.2", f"{layer}.4"), rows, image.size, exponent)
+    norm_and_linear = (f"{layer}.2", f"{layer}.4")
+    return responding_linear(graph, norm_and_linear, rows, image.size, exponent=exponent, residual=residual)
 
 
 def _timestep_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:
-    """x * (1 + a) + b, with a and b from the timestep."""
-    graph, name = pyramid.graph, block.name
-    gain, shift = pyramid.conditions.modulation(name, image.channels)
-    return image.with_last(graph.node("Add", name, graph.node("Mul", f"{name}/scaled", image.last, gain), shift))
+    """x * (1 + a) + b, with a and b from the timestep. ONNX Runtime adds b in the norm of an attention block."""
+    graph, name, conditions = pyramid.graph, block.name, pyramid.conditions
+    gain, shift = conditions.modulation(name, image.channels)
+    scaled = graph.node("Mul", f"{name}/scaled", image.last, gain)
+    after = next_blocks(pyramid.config).get(name)
+    pixel = conditions.one_shift(name, image.channels) if after and after.kind is Block.ATTENTION else None
+    if pixel is None or after is None:
+        return image.with_last(graph.node("Add", name, scaled, shift))
+    exponent = pyramid.streams.of_block(name)
+    normed, total = normalised_sum(
+        graph, (f"{after.name}.norm", name), image.with_last(scaled), pixel, exponent=exponent
+    )
+    return total.with_norm(normed)
 
 
 def _attention_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | None) -> Image:
     """Image tokens attend to themselves and to the conditioning tokens, in one softmax."""
     graph, name, width = pyramid.graph, block.name, image.channels
     exponent = pyramid.streams.of_block(name)
-    own = normalised(graph, f"{name}.norm", image, exponent=exponent).rows
+    own = (image.norm or normalised(graph, f"{name}.norm", image, exponent=exponent)).rows
     heads = pyramid.config.num_attention_heads[block.level]
     inputs = AttentionInputs(pyramid.conditions.attended(name, width, own), width, heads)
     mixed = attend(graph, f"{name}.attention", inputs)

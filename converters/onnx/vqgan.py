@@ -6,6 +6,7 @@ Semantics: diffusers ``PaellaVQModel`` (pipelines/deprecated/wuerstchen/modeling
 
 import onnx
 
+from ...schemas.fp16 import VQGAN_STREAM
 from ...schemas.stages import VQGANConfig
 from .graph import Graph
 from .layers import (
@@ -24,20 +25,25 @@ NORM_EPS = 1e-6
 def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
     """latents (B, 4, h, w) -> images in 0..1, 4 times as high and wide in the releases.
 
-    Raises ExportError for missing weights of the decoder; those of the encoder are not needed."""
+    With an exponent k, the image holds 2^-k of its values from the first to the last Linear. Raises ExportError for
+    missing weights of the decoder; those of the encoder are not needed."""
+    k = graph.options.exponents.get(VQGAN_STREAM, 0)
     scaled = graph.node("Mul", "latents/scaled", "latents", graph.scalar(config.scale_factor))
-    image = pointwise(graph, "up_blocks.0.0", Image(graph, config.latent_channels, first=scaled))
+    latents = Image(graph, config.latent_channels, first=scaled)
+    image = pointwise(graph, "up_blocks.0.0", latents, exponent=k, bias_exponent=k)
     index = 1
     for level in reversed(range(config.levels)):
         for _ in range(config.bottleneck_blocks if level == config.levels - 1 else 1):
-            image = _block(graph, f"up_blocks.{index}", image)
+            image = _block(graph, f"up_blocks.{index}", image, k)
             index += 1
         if level > 0:
-            image = transposed_convolution(
-                graph, f"up_blocks.{index}", image, config.widths[level - 1], strides=[2, 2], pads=[1] * 4
-            )
+            shape = {"strides": [2, 2], "pads": [1] * 4}
+            name, width = f"up_blocks.{index}", config.widths[level - 1]
+            image = transposed_convolution(graph, name, image, width, bias_exponent=k, **shape)
+            graph.probe(image.first)
             index += 1
-    decoded = pixel_shuffle(graph, "out_block.1", pointwise(graph, "out_block.0", image), config.up_down_scale_factor)
+    pixels = pointwise(graph, "out_block.0", image, alpha=2.0**k)
+    decoded = pixel_shuffle(graph, "out_block.1", pixels, config.up_down_scale_factor)
     graph.float_output("Clip", "images", decoded, 0.0, 1.0)
     return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
 
@@ -69,23 +75,41 @@ def _unshuffled(graph: Graph, name: str, config: VQGANConfig) -> Image:
     return convolution(graph, name, "images", width, dims=dims, strides=[patch, patch])
 
 
-def _block(graph: Graph, name: str, image: Image) -> Image:
-    """MixingResidualBlock: a depthwise and a channelwise branch, modulated by six learned numbers."""
+def _block(graph: Graph, name: str, image: Image, k: int = 0) -> Image:
+    """MixingResidualBlock: a depthwise and a channelwise branch, modulated by six learned numbers.
+
+    The image and the results of both branches hold 2^-`k` of their values."""
     with graph.island():  # constants: ONNX Runtime folds them in fp32 only
         gammas = graph.split(f"{name}/gammas", graph.weight(f"{name}.gammas"), axis=0, parts=6)
-    spatial = _modulated(graph, f"{name}.norm1", image, gammas[0], gammas[1])
+    spatial = _modulated(graph, f"{name}.norm1", image, (gammas[0], gammas[1]), k)
     padded = edge_padded(graph, f"{name}.depthwise.0", spatial)
-    spatial = convolution(graph, f"{name}.depthwise.1", padded, image.channels, size=image.size, group=image.channels)
+    spatial = convolution(
+        graph,
+        f"{name}.depthwise.1",
+        padded,
+        image.channels,
+        size=image.size,
+        exponent=k,
+        bias_exponent=k,
+        group=image.channels,
+    )
+    graph.probe(spatial.first)
     image = _added(graph, f"{name}/mixed", image, spatial, gammas[2])
+    graph.probe(image.last)
 
-    channels = _modulated(graph, f"{name}.norm2", image, gammas[3], gammas[4])
+    channels = _modulated(graph, f"{name}.norm2", image, (gammas[3], gammas[4]), k)
     rows = graph.activated(f"{name}.channelwise.0", f"{name}.channelwise.1", channels.rows)
-    rows = graph.linear(f"{name}.channelwise.2", rows)
-    return _added(graph, name, image, image.with_rows(rows), gammas[5])
+    graph.probe(rows)
+    rows = graph.linear(f"{name}.channelwise.2", rows, exponent=k, bias_exponent=k)
+    graph.probe(rows)
+    image = _added(graph, name, image, image.with_rows(rows), gammas[5])
+    graph.probe(image.last)
+    return image
 
 
-def _modulated(graph: Graph, name: str, image: Image, gain: str, shift: str) -> Image:
-    """norm(x) * (1 + gain) + shift, as scale and shift of the LayerNorm itself."""
+def _modulated(graph: Graph, name: str, image: Image, gammas: tuple[str, str], k: int) -> Image:
+    """norm(x) * (1 + gain) + shift, as scale and shift of the LayerNorm itself; `gammas` are gain and shift."""
+    gain, shift = gammas
     with graph.island():
         ones = graph.full(image.channels)
         one_more = graph.node("Add", f"{name}/one_more", gain, graph.scalar(1.0))
@@ -94,7 +118,8 @@ def _modulated(graph: Graph, name: str, image: Image, gain: str, shift: str) -> 
             graph.node("Mul", f"{name}/shift", ones, shift),
         )
     scale, shift = graph.to_compute(scale), graph.to_compute(shift)
-    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=NORM_EPS, scale=scale, shift=shift))
+    eps = NORM_EPS * 4.0**-k
+    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps, scale=scale, shift=shift))
 
 
 def _added(graph: Graph, name: str, image: Image, branch: Image, factor: str) -> Image:

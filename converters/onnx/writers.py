@@ -76,11 +76,17 @@ def write_graphs(
 
 def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MODEL) -> StagePorts:
     """Inputs and outputs of the graph `name`."""
-    ports = PORTS[name](config, options.between) if name in (CONDITIONING, STEP) else PORTS[name](config)
+    ports = _plain_ports(config, options, name)
     if not isinstance(config, UNetConfig) or not options.control or name == CONDITIONING:
         return ports
     control = control_ports(config, options.control)
     return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **control_ranges(control)})
+
+
+def _plain_ports(config: NetworkConfig, options: GraphOptions, name: str) -> StagePorts:
+    if name == STEP:
+        return PORTS[name](config, options.between, options.modulation_rows)
+    return PORTS[name](config, options.between) if name == CONDITIONING else PORTS[name](config)
 
 
 def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:

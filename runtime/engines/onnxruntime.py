@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, reraise_interrupt
+from ...schemas.hoisted import FASTER_IN_PARTS, FEWER_KERNELS_IN_PARTS
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
@@ -91,6 +92,7 @@ class OnnxRuntimeEngine:
         self.threads = threads
         self.allow_cpu = allow_cpu
         self.cuda_graph = cuda_graph and device == "cuda"
+        self.in_parts = FEWER_KERNELS_IN_PARTS if device == "cuda" else FASTER_IN_PARTS
         self.tf32 = tf32
         self._say = say
         self._memories: dict[Stage, DeviceMemory] = {}
@@ -111,7 +113,8 @@ class OnnxRuntimeEngine:
         with GPU if self.device != "cpu" else contextlib.nullcontext():
             with without_links(self.bundle.graph(stage, graph)) as path:
                 require_inputs_named(path)
-                session, captures = self._start(stage, path, captures=captures)
+                nhwc = entry.precision is Precision.FP16
+                session, captures = self._start(stage, path, captures=captures, nhwc=nhwc)
             on_device = self._check_placement(stage, session)
         give_back_memory()
         if not on_device:
@@ -120,12 +123,13 @@ class OnnxRuntimeEngine:
         how: dict[str, Any] = {"ort": self._ort, "captures": captures, "say": self._say}
         return GpuStage(stage, entry.graphs[graph], session, memory, **how)
 
-    def _start(self, stage: Stage, path: Path, *, captures: bool) -> tuple[Any, bool]:
+    def _start(self, stage: Stage, path: Path, *, captures: bool, nhwc: bool) -> tuple[Any, bool]:
         """A session on the device, and whether it is made for CUDA graphs: if it refuses them, it is made without.
 
         With `allow_cpu` the session is on the CPU if it cannot be on the device."""
         attempts = [
-            (self._providers(cuda_graph=wanted), wanted) for wanted in ((True, False) if captures else (False,))
+            (self._providers(cuda_graph=wanted, nhwc=nhwc), wanted)
+            for wanted in ((True, False) if captures else (False,))
         ]
         if self.allow_cpu:
             attempts.append(([(CPU, {})], False))
@@ -159,12 +163,12 @@ class OnnxRuntimeEngine:
             return options, []
         return options, keep_mapped(options)
 
-    def _providers(self, *, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
+    def _providers(self, *, cuda_graph: bool, nhwc: bool) -> list[tuple[str, dict[str, str]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
         wanted = [*PROVIDERS[self.device], *([CPU] if self.allow_cpu and self.device != "cpu" else [])]
         available = {*self._ort.get_available_providers(), CPU}
         return [
-            (name, provider_options(name, tf32=self.tf32, cuda_graph=cuda_graph))
+            (name, provider_options(name, tf32=self.tf32, cuda_graph=cuda_graph, nhwc=nhwc))
             for name in wanted
             if name in available
         ]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError
+from ...schemas.hoisted import MODULATION
 from ...schemas.manifest import MAIN_GRAPH
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
@@ -78,10 +79,21 @@ class Engine(Protocol):
 
 
 def complete_inputs(stage: Stage, ports: Sequence[PortSpec], inputs: Tensors) -> Tensors:
-    """`inputs` with zeros for the ControlNet ports that it leaves out. Raises EngineError as `check_inputs` does."""
-    inputs = with_absent_control(ports, inputs)
+    """`inputs` with zeros for the ControlNet ports that it leaves out, and with one row where a port of the modulation
+    takes one for all samples. Raises EngineError as `check_inputs` does."""
+    inputs = with_one_modulation(stage, ports, with_absent_control(ports, inputs))
     check_inputs(stage, ports, inputs)
     return inputs
+
+
+def with_one_modulation(stage: Stage, ports: Iterable[PortSpec], inputs: Tensors) -> Tensors:
+    """`inputs` with the first row of the modulation, if its port takes one row. Raises EngineError if rows differ."""
+    rows = inputs.get(MODULATION)
+    if rows is None or len(rows) == 1 or not any(port.name == MODULATION and port.dims[0] == 1 for port in ports):
+        return inputs
+    if (rows != rows[:1]).any():
+        raise EngineError(f"{stage}, input {MODULATION}: the samples of a batch must have the same timestep ratio")
+    return {**inputs, MODULATION: rows[:1]}
 
 
 def with_absent_control(ports: Iterable[PortSpec], inputs: Tensors) -> Tensors:

@@ -19,6 +19,9 @@ Options = dict[str, str]
 # reserve up to twice what a stage needs.
 CUDA: Mapping[str, str] = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
 TF32: Mapping[bool, Mapping[str, str]] = {False: {"use_tf32": "0"}, True: {"use_tf32": "1"}}
+# Convolutions on channels last, which the graphs have: the two transposes around each convolution go. There are kernels
+# in fp32 and fp16; in fp32 others measured slower convolutions.
+NHWC: Mapping[str, str] = {"prefer_nhwc": "1"}
 CUDA_GRAPH: Mapping[str, str] = {"enable_cuda_graph": "1"}
 TENSORRT: Mapping[str, str] = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
 TENSORRT_FOLDERS = ("trt_engine_cache_path", "trt_timing_cache_path")
@@ -32,10 +35,10 @@ GPU_SESSION: Mapping[str, str] = {RECORD_ASSIGNMENT: "1", "session.use_device_al
 CAPTURED = ((Stage.PRIOR, MAIN_GRAPH), (Stage.PRIOR, STEP), (Stage.DECODER, MAIN_GRAPH), (Stage.DECODER, STEP))
 
 
-def provider_options(provider: str, *, tf32: bool, cuda_graph: bool) -> Options:
-    """The options of one execution provider; the CPU has none. `cuda_graph` concerns the CUDA provider alone."""
+def provider_options(provider: str, *, tf32: bool, cuda_graph: bool, nhwc: bool = False) -> Options:
+    """The options of one execution provider; the CPU has none. `cuda_graph` and `nhwc` concern the CUDA provider."""
     if provider == CUDA_PROVIDER:
-        return {**CUDA, **TF32[tf32], **(CUDA_GRAPH if cuda_graph else {})}
+        return {**CUDA, **TF32[tf32], **(NHWC if nhwc else {}), **(CUDA_GRAPH if cuda_graph else {})}
     if provider == TENSORRT_PROVIDER:
         cache = str(user_cache("onnxruntime"))
         return {**TENSORRT, **dict.fromkeys(TENSORRT_FOLDERS, cache)}

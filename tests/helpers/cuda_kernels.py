@@ -78,7 +78,8 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
     copy.CopyFrom(model)
     for node in model.graph.node:
         if node.domain == ORT:
-            copy.graph.value_info.append(helper.make_tensor_value_info(node.output[0], followed[node.input[0]], None))
+            made = (helper.make_tensor_value_info(name, followed[node.input[0]], None) for name in node.output if name)
+            copy.graph.value_info.extend(made)
     inferred = shape_inference.infer_shapes(copy).graph
     found = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):

@@ -41,8 +41,12 @@ class SkipLayerNormalization(_Ort):
         assert (x.shape[1:], skip.shape[0]) == (skip.shape[1:], 1)  # only the batch may be broadcast
         total = np.add(*_wide(x, skip))
         centred = total - total.mean(-1, keepdims=True)
-        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-        return ((normed * _wide(gamma)[0]).astype(x.dtype),)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+        normed = (centred / deviation * _wide(gamma)[0]).astype(x.dtype)
+        if len(self.onnx_node.output) == 1:
+            return (normed,)
+        assert list(self.onnx_node.output[1:3]) == ["", ""]
+        return normed, total.mean(-1, keepdims=True), 1 / deviation, total.astype(x.dtype)
 
 
 class MultiHeadAttention(_Ort):

@@ -89,7 +89,7 @@ class _Packages:
                 package.load_constants(
                     {name: self._weight(name, path) for name in names}, check_full_update=True, user_managed=True
                 )
-            except (RuntimeError, OSError, ValueError) as error:
+            except (RuntimeError, OSError, ValueError, TypeError) as error:  # TypeError: of an older torch
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise EngineError(f"{path}: torch cannot load the package: {reason}") from error
         return package

@@ -35,10 +35,18 @@ def hoisted(graph: Any, inputs: dict[str, np.ndarray], options: GraphOptions) ->
     given = {**inputs, RATIOS: schedule}
     conditions = run(conditioning, {name: given[name] for name in wanted})
     assert conditions[MODULATION].shape == (len(schedule), modulation_width(graph.config))
-    conditions[MODULATION] = conditions[MODULATION][2 : 2 + len(ratios)]
     step = open_session(graph.write(options, "step"))
-    prediction: np.ndarray = run(step, {"sample": inputs["sample"], **conditions})["noise_pred"]
-    return prediction
+    (rows,) = [port.dims[0] for port in graph_ports(graph.config, options, "step").inputs if port.name == MODULATION]
+    modulation = conditions.pop(MODULATION)[2 : 2 + len(ratios)]
+    given = {"sample": inputs["sample"], **conditions}
+    if rows == "batch":
+        return np.asarray(run(step, {**given, MODULATION: modulation})["noise_pred"])
+    # One row for all samples: each sample has its own ratio, and goes alone.
+    alone = [
+        {name: value[i : i + 1] for name, value in {**given, MODULATION: modulation}.items()}
+        for i in range(len(ratios))
+    ]
+    return np.concatenate([run(step, each)["noise_pred"] for each in alone])
 
 
 @pytest.mark.parametrize(("config", "sizes"), CASES, ids=lambda v: v.stage if isinstance(v, UNetConfig) else str(v))

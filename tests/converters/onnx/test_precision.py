@@ -112,19 +112,30 @@ def test_as_close_to_fp32_as_pytorch_in_the_same_type(
 def test_hoisting_changes_nothing_in_half_precision(
     export: Callable[..., Any],
     evaluate: Callable[..., Any],
+    difference: Callable[..., float],
     config: NetworkConfig,
     target: Target,
     precision: Precision,
 ) -> None:
-    """The ports between the graphs are float32, which holds every half exactly, or float16."""
+    """The ports between the graphs are float32, which holds every half exactly, or float16.
+
+    For ONNX Runtime, the step adds biases in another order, and takes one timestep for all samples."""
     graph = export(config)
     inputs, options = inputs_of(graph), GraphOptions(precision=precision, target=target)
+    if target is Target.ORT:
+        inputs["timestep_ratio"][:] = inputs["timestep_ratio"][0]
     plain = evaluate(graph.write(options), inputs)["noise_pred"]
     wanted = [port.name for port in graph_ports(config, options, "conditioning").inputs]
     given = {**inputs, "timestep_ratios": inputs["timestep_ratio"]}
     conditions = evaluate(graph.write(options, "conditioning"), {name: given[name] for name in wanted})
+    if target is Target.ORT:
+        conditions["modulation"] = conditions["modulation"][:1]
     stepped = evaluate(graph.write(options, "step"), {"sample": inputs["sample"], **conditions})["noise_pred"]
-    np.testing.assert_array_equal(stepped, plain)
+    if target is Target.PORTABLE:
+        np.testing.assert_array_equal(stepped, plain)
+        return
+    exact = graph.run(inputs)["noise_pred"]  # fp32
+    assert difference(stepped, exact) <= 1.3 * difference(plain, exact)
 
 
 @pytest.mark.parametrize("precision", HALVES)
