@@ -32,8 +32,8 @@ FORMATS: Mapping[str, ComfyFormat] = {
     "float8_e4m3fn": ComfyFormat("F8_E4M3", "F8_E4M3", 448),
     "float8_e5m2": ComfyFormat("F8_E5M2", "F8_E5M2", 57344),
     "int8_tensorwise": ComfyFormat("I8", "INT8", 127),
-    "mxfp8": ComfyFormat("F8_E4M3", "F8_E4M3", 448, 32, ("U8", "F8_E8M0"), 32),
-    "nvfp4": ComfyFormat("U8", "FP4", 6, 16, ("F8_E4M3",), 16),
+    "mxfp8": ComfyFormat("F8_E4M3", "F8_E4M3", 448, 32, ("U8", "F8_E8M0"), multiple=32),
+    "nvfp4": ComfyFormat("U8", "FP4", 6, 16, ("F8_E4M3",), multiple=16),
 }
 
 # The formats by the names that users choose them by.
