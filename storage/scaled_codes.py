@@ -89,7 +89,7 @@ def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
 
 
 def _int8(rows: Floats, overall: np.float32) -> Array:
-    return np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8)
+    return np.asarray(np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8))
 
 
 def _in_groups(rows: Floats, kind: str, overall: np.float32) -> Floats:
