@@ -44,7 +44,7 @@ def group_factors(rows: Floats, kind: str, overall: np.float32) -> Array:
     largest = np.abs(rows).reshape(len(rows), -1, FORMATS[kind].group).max(axis=2)
     if kind == "nvfp4":
         wanted = largest / np.float32(FORMATS[kind].top) / overall
-        return np.minimum(wanted, E4M3_MAX).astype(float8_e4m3fn).view(np.uint8)
+        return np.asarray(np.minimum(wanted, E4M3_MAX).astype(float8_e4m3fn).view(np.uint8))
     mantissa, exponent = np.frexp(largest / E4M3_MAX)
     least = exponent - (mantissa == 0.5) + _BIAS
     return np.where(largest == 0, 0, least.clip(0, 254)).astype(np.uint8)
@@ -75,8 +75,8 @@ def worth(packed: Array, kind: str, overall: np.float32, factors: Array | None =
 
 def _group_scale(kind: str, factors: Array, overall: np.float32) -> Floats:
     if kind == "nvfp4":
-        return factors.view(float8_e4m3fn).astype(np.float32) * overall
-    return np.ldexp(np.float32(1), factors.astype(np.int32) - _BIAS)
+        return np.asarray(factors.view(float8_e4m3fn).astype(np.float32) * overall, np.float32)
+    return np.asarray(np.ldexp(np.float32(1), factors.astype(np.int32) - _BIAS), np.float32)
 
 
 def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
@@ -89,7 +89,7 @@ def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
 
 
 def _int8(rows: Floats, overall: np.float32) -> Array:
-    return np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8)
+    return np.asarray(np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8))
 
 
 def _in_groups(rows: Floats, kind: str, overall: np.float32) -> Floats:
@@ -98,16 +98,16 @@ def _in_groups(rows: Floats, kind: str, overall: np.float32) -> Floats:
     grouped = rows.reshape(len(rows), -1, FORMATS[kind].group)
     top = np.float32(FORMATS[kind].top)
     scaled = grouped / np.where(scale == 0, np.float32(np.inf), scale)[:, :, None]
-    return scaled.clip(-top, top, out=scaled).reshape(rows.shape)
+    return np.asarray(scaled.clip(-top, top, out=scaled).reshape(rows.shape), np.float32)
 
 
 def _mxfp8(rows: Floats, overall: np.float32) -> Array:
-    return _in_groups(rows, "mxfp8", overall).astype(float8_e4m3fn).view(np.uint8)
+    return np.asarray(_in_groups(rows, "mxfp8", overall).astype(float8_e4m3fn).view(np.uint8))
 
 
 def _nvfp4(rows: Floats, overall: np.float32) -> Array:
     four = _in_groups(rows, "nvfp4", overall).astype(float4_e2m1fn).view(np.uint8)
-    return four[:, 0::2] << 4 | four[:, 1::2] & 15
+    return np.asarray(four[:, 0::2] << 4 | four[:, 1::2] & 15)
 
 
 _CODES: Mapping[str, Callable[[Floats, np.float32], Array]] = {
@@ -121,7 +121,7 @@ _CODES: Mapping[str, Callable[[Floats, np.float32], Array]] = {
 
 def _four(packed: Array) -> Floats:
     pairs = np.stack([packed >> 4, packed & 15], axis=2).reshape(len(packed), -1)
-    return pairs.view(float4_e2m1fn).astype(np.float32)
+    return np.asarray(pairs.view(float4_e2m1fn).astype(np.float32))
 
 
 _VALUES: Mapping[str, Callable[[Array], Floats]] = {

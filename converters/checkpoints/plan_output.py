@@ -171,7 +171,7 @@ def plan_tensors(
 
     Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
-    plans = {}
+    plans: dict[str, TensorPlan] = {}
     types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
     spelling = Layout.SPLIT if scaled else options.layout
     for name, mapped in to_diffusers(component.stage, spelling).inverse.apply(shapes).items():
