@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..schemas.errors import MissingPackageError, UsageError, reraise_interrupt
+from ..storage.install_hint import install_hint
 from .console import say
 from .generate_common import open_cascade
 from .generate_options import machinery
@@ -61,7 +62,7 @@ def serve(
         from ..runtime.serve.api_server import ServeOptions, api_server
     except ImportError as error:
         reraise_interrupt(error)
-        raise MissingPackageError(f"serve: {error.name} is not installed: pip install 'cascadekit[serve]'") from error
+        raise MissingPackageError(f"serve: {error.name} is not installed: {install_hint('serve')}") from error
     if not api_key and not _is_loopback(host):
         raise UsageError(f"{host}: whoever reaches this address could generate images; give api_key=... too")
     chosen = ServeOptions(

@@ -32,6 +32,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 from cascadekit.runtime.serve.api_server import ApiServer, ServeOptions, api_server  # noqa: E402
 from cascadekit.runtime.serve.guard import MOST_BODY  # noqa: E402
+from cascadekit.storage.install_hint import install_hint  # noqa: E402
 from helpers.page import Gate  # noqa: E402
 
 QUICK = {"prior_steps": 3, "decoder_steps": 2}
@@ -345,7 +346,7 @@ def test_the_command_finishes_what_runs_when_it_is_ended(bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "missing", "words"),
-    [(["--host", "0.0.0.0"], None, "--api-key"), ([], "starlette", "pip install 'cascadekit[serve]'")],
+    [(["--host", "0.0.0.0"], None, "--api-key"), ([], "starlette", install_hint("serve"))],
 )
 def test_the_command_refuses(
     bundle: Path, options: list[str], missing: str | None, words: str, monkeypatch: pytest.MonkeyPatch
