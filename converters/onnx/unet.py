@@ -152,7 +152,9 @@ def _res_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Skip | No
         joined = graph.node("Concat", f"{name}/joined", hidden.last, skip.image.last, axis=3)
         hidden = hidden.with_last(joined, hidden.channels + skip.image.channels)
     if pyramid.conditions.defers(name):
-        return image.with_rows(_layers_of_perceptron(graph, f"{name}.channelwise", hidden, small, exponent, image.rows))
+        layer = f"{name}.channelwise"
+        rows = _layers_of_perceptron(graph, layer, hidden, small, exponent=exponent, residual=image.rows)
+        return image.with_rows(rows)
     rows = _perceptron(pyramid, name, hidden, small, exponent)
     return image.with_last(graph.node("Add", name, image.with_rows(rows).last, image.last))
 
