@@ -25,7 +25,7 @@ from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
 from cascadekit.bench.quality import judge_cascade
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 
-SEEN_SHARE, HELD_OUT_SHARE = 0.65, 0.45
+SEEN_SHARE, HELD_OUT_SHARE = 0.7, 0.55
 ICONS = [Icon(name, list(STYLES)[place % 3], "white") for place, name in enumerate(list(OBJECTS)[::9][:12])]
 
 
