@@ -73,7 +73,7 @@ def show_merge(output: Path, done: "Merge", *, as_json: bool) -> None:
     for part in done.unapplied:
         note(f"not applied: {part}")
     for effect in done.effects:
-        detail(f"{effect.name}: {effect.dtype}, {effect.changes} changes, by {effect.largest_change:.3g} at most")
+        detail(f"{effect.name}: {effect.dtype}, changed by {effect.largest_change:.3g} at most")
     facts = {
         "output": str(output),
         "changed": len(done.effects),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.fp16 import VQGAN_STREAM
 from ...schemas.stages import Block, NetworkConfig, UNetConfig
 from ...schemas.unet_blocks import blocks_of, stream_of
 
@@ -27,6 +28,8 @@ PICKED = ("text_model.final_layer_norm",)
 IN_BLOCK = re.compile(r"^(?P<way>down|up)_blocks\.(?P<position>\d+)\.\d+")
 # The parts of a block that write to its stream, the block itself among them.
 IN_STREAM = ("", ".depthwise", ".channelwise.2", ".channelwise.4", ".attention.to_out.0")
+# The values of the VQGAN's image on its way through the decoder: blocks, their branches and what is between blocks.
+IN_VQGAN = re.compile(rf"{VQGAN_STREAM}\.\d+(?:\.0|\.depthwise\.1|\.channelwise\.2)?")
 BETWEEN = re.compile(r"^(?P<way>down_downscalers|up_upscalers)\.(?P<position>\d+)\.")
 MAPPERS = re.compile(r"^(?P<way>down|up)_repeat_mappers\.(?P<position>\d+)\.")
 EMBEDDINGS = ("embedding.2", "effnet_mapper.3", "pixels_mapper.3")
@@ -79,7 +82,7 @@ def match(
     for name, shape in shapes.items():
         if name not in dims or name in PICKED or (conditioned and WITH_CONDITIONS.search(PASS.sub("", name))):
             continue
-        exponent = exponent_of(config, exponents, name) if isinstance(config, UNetConfig) and exponents else 0
+        exponent = exponent_of(config, exponents, name) if exponents else 0
         value = np.broadcast_to(np.float32(0), shape)
         if _laid(value, dims[name], one_row=bool(ONE_ROW.search(name))) is not None:
             found.append(MappedValue(name, shape, dims[name], exponent))
@@ -109,9 +112,11 @@ def _fits(shape: Shape, dims: Dims) -> bool:
     return len(shape) == len(dims) and all(want in (None, size) for size, want in zip(shape, dims, strict=True))
 
 
-def exponent_of(config: UNetConfig, exponents: Mapping[str, int], name: str) -> int:
+def exponent_of(config: NetworkConfig, exponents: Mapping[str, int], name: str) -> int:
     """The k of 2^-k that a graph with `exponents` keeps the module `name` at; see ``converters.onnx.streams``."""
     name = PASS.sub("", name)
+    if not isinstance(config, UNetConfig):
+        return exponents.get(VQGAN_STREAM, 0) if IN_VQGAN.fullmatch(name) else 0
     if block := IN_BLOCK.match(name):
         rest = name.removeprefix(block[0])
         blocks = f"{block['way']}_blocks.{block['position']}"

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from cascadekit.cli import main
 from cascadekit.cli.lazy import LazyGroup
 from cascadekit.cli.remaining import Remaining, StagePass
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 from cascadekit.schemas.stages import Stage
 
 QUICK = ["--size", "64x64", "--prior-steps", "2", "--decoder-steps", "1"]
@@ -64,7 +65,7 @@ def lines_left(written: str) -> list[str]:
 def test_the_lines_of_a_run_stay_on_the_terminal(tiny: Path, tmp_path: Path) -> None:
     """Bars used to overwrite them, and a random seed was lost with its line."""
     shown = lines_left(on_a_terminal("generate", tiny / "bundle", "x", "--images", 2, *QUICK, "-o", tmp_path))
-    seen = " ".join(shown)
+    seen = re.sub("/ +", "/", " ".join(shown))  # a long path goes on in the next line
     assert len(re.findall(r"wrote +\S+ +\(64x64, seed \d+, \d+\.\d s\)", seen)) == 2, shown
     assert seen.count("loading prior (2.2 MB)") == 1
     assert not re.search("[━╸╺]", seen), shown
@@ -194,3 +195,14 @@ def test_the_time_left_is_that_of_the_whole_run() -> None:
     remaining.decoded(now + 3)
     remaining.decoded(now + 3)
     assert remaining.seconds(now + 3) == pytest.approx(one_image + 4)
+
+
+def test_verbose_lora_commands_name_each_module(tmp_path: Path) -> None:
+    """Six attentions with four weights each; every weight has two factors and an alpha in kohya's spelling."""
+    stage_c = EXAMPLE_MODEL / "stage_c.safetensors"
+    merged = details("lora", "merge", stage_c, EXAMPLE_LORA, "-o", tmp_path / "merged.safetensors")
+    assert len(merged) == 6 * 4
+    assert all(re.search(r"attention\.to_\S+: F16, changed by 0\.\d+ at most$", line) for line in merged)
+    converted = details("lora", "convert", EXAMPLE_LORA, "--to", "comfyui", "-o", tmp_path / "comfyui.safetensors")
+    assert len(converted) == 6 * 4 * 3
+    assert sum(line.endswith(": F32 one value, calculated") for line in converted) == 6 * 4

@@ -25,7 +25,10 @@ from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.svg import decade
 from cascadekit.parity.report.write_report import write_report
 from cascadekit.parity.results import Report
+from cascadekit.parity.tolerances import StageTolerance
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.precision import Precision
+from cascadekit.schemas.quantization import Quantization
 from cascadekit.schemas.report import ParityReport, report_schema
 from cascadekit.schemas.stages import Stage
 from helpers.reports import IMAGE, Images, alone, along, comparison, healthy, made_report, noise_images, report
@@ -276,3 +279,14 @@ def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
         write_report(tmp_path / "taken.html", whole)
     assert [path.name for path in tmp_path.iterdir()] == ["taken.html"]
+
+
+def test_the_image_of_a_quantised_bundle_is_explained() -> None:
+    """Its PSNR says little; that of other bundles, and a report without an image, need no explanation."""
+    floors = {"precision": Precision.FP32, "floor": 1e-6, "factor": 3.0}
+    int8 = StageTolerance(quantization=Quantization.INT8, quantized_floor=0.02, **floors)
+    plain = StageTolerance(quantization=Quantization.NONE, **floors)
+    made = Report("engine", "reference", image_psnr=7.1, tolerances={Stage.PRIOR: int8, Stage.VQGAN: plain})
+    assert "another picture of the same prompt may come out" in made.image_note
+    assert replace(made, tolerances={Stage.PRIOR: plain}).image_note == ""
+    assert replace(made, image_psnr=None).image_note == ""

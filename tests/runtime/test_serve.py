@@ -318,6 +318,7 @@ def cancelled(metrics: str) -> float:
 
 def test_the_log_has_prompts_only_when_asked(cascade: Cascade, served: Served) -> None:
     generate(served, "a secret")
+    wait_for(lambda: served.log[-1].endswith("seed=5"))  # a line is written after its answer
     assert not any("secret" in line for line in served.log)
     assert re.fullmatch(r"POST /v1/images/generations 200 \d+\.\d\ds n=1 64x64 seed=5", served.log[-1])
     with serving(cascade, log_prompts=True) as telling:
