@@ -244,9 +244,9 @@ async def _collected(inbox: "asyncio.Queue[Event]", count: int) -> list[Finished
 
 async def _saved(upload: UploadFile, folder: str) -> Path:
     """Write an uploaded file into `folder`, under a name of its own."""
-    path = Path(tempfile.mkstemp(dir=folder, prefix="picture-")[1])
-    path.write_bytes(await upload.read())
-    return path
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="picture-", delete=False) as file:
+        file.write(await upload.read())
+    return Path(file.name)
 
 
 def _encoded(call: ImageCall, image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
