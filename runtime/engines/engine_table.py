@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, UsageError, reraise_interrupt
 from ...storage.install_hint import install_hint
+from . import cpu_flags
 
 if TYPE_CHECKING:
     from ...schemas.plan_entries import Backend
@@ -175,16 +176,13 @@ def _has_packages(bundle: "Bundle", device: str) -> bool:
 
 
 def _torch_computes_bf16(bundle: "Bundle") -> bool:
-    """True if torch is installed, the CPU multiplies bf16, and no stage is quantised."""
+    """True if the CPU multiplies bf16, no stage is quantised, and torch is installed.
+
+    torch comes last, because importing it takes seconds."""
     from ...schemas.quantization import Quantization
 
-    if any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values()):
-        return False
-    if not _torch_is_installed():
-        return False
-    from .pytorch.device import multiplies_bf16
-
-    return multiplies_bf16()
+    quantised = any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values())
+    return cpu_flags.multiplies_bf16() and not quantised and _torch_is_installed()
 
 
 @dataclass(frozen=True)

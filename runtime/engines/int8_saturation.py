@@ -5,23 +5,18 @@ from pathlib import Path
 
 from ...schemas.manifest import Manifest
 from ...schemas.quantization import Quantization
+from .cpu_flags import cpu_flags
 
 EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # flags of x86 CPUs that add the products in 32 bits
 
 
-def int8_saturates(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+def int8_saturates(cpu_info: Path | None = None) -> bool:
     """True if ONNX Runtime's products of unsigned and signed 8-bit integers saturate on this CPU.
 
     Its kernels for x86 CPUs without VNNI add two products in 16 bits, and large values overflow there. See "When and
     why do I need to try U8U8?" in ONNX Runtime's documentation. False where the CPU's features are unknown."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    try:
-        lines = cpu_info.read_text().splitlines()
-    except OSError:
-        return False
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return bool(flags) and not EXACT & set(flags)
+    flags = cpu_flags(cpu_info) if platform.machine() in ("x86_64", "AMD64") else frozenset()
+    return bool(flags) and not EXACT & flags
 
 
 def int8_warning(manifest: Manifest, engine: str) -> str | None:

@@ -17,11 +17,10 @@ from cascadekit import Cascade, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.runtime.engines import engine_table, openvino
+from cascadekit.runtime.engines import cpu_flags, engine_table, openvino
 from cascadekit.runtime.engines.engine_table import ENGINES, EngineChoice, make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
-from cascadekit.runtime.engines.pytorch import device
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -114,7 +113,7 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
     bundle = open_bundle(tiny / "bundle")
-    monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
     for has, name in ((True, "openvino-bf16"), (False, "onnxruntime")):
         monkeypatch.setattr(openvino, "multiplies_bf16", lambda has=has: has)
         assert make_engine("auto", bundle).name == name
@@ -123,12 +122,23 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
         make_engine("auto", bundle, "cuda")
 
 
+def test_auto_asks_torch_for_nothing_where_the_cpu_has_no_bf16(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
+) -> None:
+    """Importing torch took three of the four seconds of a small image."""
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(cpu_flags, "CPUINFO", tiny / "missing")
+    monkeypatch.setattr(engine_table, "require_torch", lambda: pytest.fail("torch was imported"))
+    assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
+
+
 def test_auto_does_without_openvino(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
     assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
     with pytest.raises(EngineError, match=re.escape(install_hint("openvino"))):
         Cascade.open(tiny / "bundle", engine="openvino")

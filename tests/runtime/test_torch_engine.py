@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cascadekit import export
-from cascadekit.runtime.engines import engine_table
+from cascadekit.runtime.engines import cpu_flags, engine_table
 from cascadekit.runtime.engines.engine_table import EngineChoice, make_engine
-from cascadekit.runtime.engines.pytorch import captured_calls, device
+from cascadekit.runtime.engines.pytorch import captured_calls
 from cascadekit.runtime.engines.pytorch.captured_calls import CapturedCalls
 from cascadekit.runtime.engines.pytorch.tensors import bundle_tensors, read_tensor
 from cascadekit.schemas.errors import EngineError
@@ -123,7 +123,7 @@ def test_auto_takes_torch_in_bf16_where_openvino_is_missing(
     monkeypatch.setitem(sys.modules, "openvino", None)
     bundle = open_bundle(tiny / "bundle")
     for has, name in ((True, "torch-bf16"), (False, "onnxruntime")):
-        monkeypatch.setattr(device, "multiplies_bf16", lambda has=has: has)
+        monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda has=has: has)
         assert make_engine("auto", bundle).name == name
     monkeypatch.setitem(sys.modules, "torch", None)
     assert make_engine("auto", bundle).name == "onnxruntime"

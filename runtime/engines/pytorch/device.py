@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from ....schemas.errors import EngineError
 
 HOST = "cpu"
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def gpu_problem(device: str) -> str | None:
@@ -57,19 +55,3 @@ def free_device(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def multiplies_bf16() -> bool:
-    """True if the CPU multiplies bf16. On others torch computes it, slower than float32."""
-    flags = cpu_flags()
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
-
-
-def cpu_flags() -> frozenset[str]:
-    """The CPU's features as Linux names them; empty on other systems."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(found, ()))

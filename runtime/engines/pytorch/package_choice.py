@@ -10,8 +10,9 @@ from ....schemas.manifest import MAIN_GRAPH, StageEntry
 from ....schemas.plan_entries import DeviceEntry, PlanEntry
 from ....schemas.stages import EVERY_IMAGE, Stage
 from ....storage.bundle import Bundle
+from ..cpu_flags import cpu_flags
 from .built_here import NOT_BUILT_HERE, is_built_here
-from .device import HOST, cpu_flags, require_device
+from .device import HOST, require_device
 
 BACKEND = "aotinductor"
 CPU_CAPABILITY = "cpu"
