@@ -36,6 +36,18 @@ def volume_options(command: Command) -> Command:
     )
 
 
+def listen_options(port: int, who: str) -> Callable[[Command], Command]:
+    """Put --port, which is `port` by default, and --host on a command; `who` says who may reach other hosts."""
+
+    def decorate(command: Command) -> Command:
+        host_text, port_text = f"Address to listen on; {who}.", "Port to listen on; 0 takes a free one."
+        host = click.option("--host", default="127.0.0.1", show_default=True, help=host_text)
+        number = click.IntRange(0, 65535)
+        return click.option("--port", type=number, default=port, show_default=True, help=port_text)(host(command))
+
+    return decorate
+
+
 def local(source: Path) -> Path:
     """The path of a source on this machine; a source named hf://... is downloaded first."""
     from ..converters.hub import local_path

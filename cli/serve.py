@@ -1,6 +1,5 @@
 """The command `serve`."""
 
-import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,12 @@ from .console import say
 from .generate_common import open_cascade
 from .generate_options import machinery
 from .help import HelpfulCommand
-from .options import PATH, volume_options
+from .options import PATH, listen_options, volume_options
 
 
 @click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="Port to listen on; 0 takes a free one.",
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --api-key.")
+@listen_options(8000, "others need --api-key")
 @click.option(
     "--api-key",
     envvar="CASCADEKIT_API_KEY",
@@ -58,12 +50,14 @@ def serve(
 
     Example: cascadekit serve bundle
     """
+    from ..runtime.server_address import is_loopback
+
     try:
         from ..runtime.serve.api_server import ServeOptions, api_server
     except ImportError as error:
         reraise_interrupt(error)
         raise MissingPackageError(f"serve: {error.name} is not installed: {install_hint('serve')}") from error
-    if not api_key and not _is_loopback(host):
+    if not api_key and not is_loopback(host):
         raise UsageError(f"{host}: whoever reaches this address could generate images; give api_key=... too")
     chosen = ServeOptions(
         host=host,
@@ -81,10 +75,3 @@ def serve(
             server.serve_forever()
         except KeyboardInterrupt:
             say("ended; requests that ran were answered")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

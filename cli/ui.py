@@ -1,6 +1,5 @@
 """The command `ui`."""
 
-import ipaddress
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from .desktop import has_screen, is_terminal, show_folder, show_page
 from .generate_common import open_cascade
 from .generate_options import machinery
 from .help import HelpfulCommand
-from .options import PATH, volume_options
+from .options import PATH, listen_options, volume_options
 
 if TYPE_CHECKING:
     from ..runtime.ui.models import Models
@@ -21,14 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=7860,
-    show_default=True,
-    help="Port to listen on; 0 takes a free one.",
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the page has no login.")
+@listen_options(7860, "the page has no login")
 @click.option("-o", "--output", type=PATH, default=Path("images"), show_default=True, help="Folder for the images.")
 @click.option(
     "--lora-folder",
@@ -62,18 +54,19 @@ def ui(
 
     Example: cascadekit ui bundle
     """
+    from ..runtime.server_address import is_loopback
     from ..runtime.ui.page_server import page_server
     from ..storage.output_rules import require_apart, require_writable
 
     with _models(bundle, lora_folders, options) as models:
         require_writable(output)
         require_apart(output / "0000.png", models.paths())
-        seen = _is_loopback(host) and has_screen()
+        seen = is_loopback(host) and has_screen()
         show = partial(show_folder, output.absolute()) if seen else None
         page = page_server(models, output, host=host, port=port, batch=batch, open_folder=show, say=say)
         with page as server:  # it listens, and answers nobody yet
             models.cascade(models.first)  # what cannot be opened is refused here
-            if not _is_loopback(host):
+            if not is_loopback(host):
                 note("whoever reaches this address can generate, see and delete images; use 127.0.0.1 to be alone")
             say(f"{server.url}  images go to {output}, Ctrl+C ends")
             if opens and seen and is_terminal():
@@ -100,10 +93,3 @@ def _models(bundle: Path, lora_folders: Sequence[Path], options: dict[str, Any])
         loras=partial(listed_loras, lora_folders),
         stages=options["stages"],
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -25,12 +25,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ...schemas.callbacks import Say, ignored
-from ...schemas.errors import UsageError
 from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_BACKLOG, MAX_CONNECTIONS, MAX_HEAD
 from ..batch.picture_hashes import PICTURE_FIELDS
 from ..cascade import Cascade
 from ..images.png import write_image
+from ..server_address import address_family, cannot_listen, server_url
 from .guard import DESCRIBED, EXPECTED, ApiError, Guard, error_reply, reply_to
 from .image_call import ImageCall, edited_pictures, parse_image_call
 from .image_queue import FailedImage, FinishedImage, ImageQueue, Order, PartialImage
@@ -289,8 +289,7 @@ class ApiServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, listening: socket.socket) -> None:
         super().__init__(config)
         self._listening = listening
-        host, port = listening.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.url = server_url(*listening.getsockname()[:2])
 
     def serve_forever(self) -> None:
         self.run(sockets=[self._listening])
@@ -337,9 +336,7 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=MAX_BACKLOG)
+        return socket.create_server((host, port), family=address_family(host), backlog=MAX_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{host}, port {port}: cannot listen there: {reason}; give another port=...") from error
+        raise cannot_listen(host, port, error) from error

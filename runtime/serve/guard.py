@@ -1,17 +1,13 @@
 """Checks every request before its route sees it, bounds its body, and records how it was answered.
 
-Without an API key the server is for one machine. A request must then name the server by an address or as localhost, and
-must not come from another web site: a browser could be led here by both.
+Without an API key the server is for one machine; `runtime/server_address.py` says which requests it then answers.
 """
 
 import asyncio
 import hmac
-import ipaddress
-import socket
 import time
 import traceback
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -21,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import CascadeError
+from ..server_address import is_for_server, is_other_site, own_names
 from .image_queue import QueueFullError
 from .metrics import Metrics
 
@@ -57,7 +54,7 @@ class Guard:
         """`routes` are the paths that metrics name; `say` is called with a line for each request."""
         self._app, self._metrics, self._key, self._say = app, metrics, key, say
         self._routes = routes
-        self._names = {"localhost", host.lower(), socket.gethostname().lower()}
+        self._names = own_names(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,18 +88,11 @@ class Guard:
                     401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "invalid_api_key"
                 )
             return
-        host, origin = headers.get("Host", ""), headers.get("Origin")
-        if not self._knows(host):
+        host = headers.get("Host", "")
+        if not is_for_server(host, self._names):
             raise ApiError(403, "unknown host; ask by the address or as localhost, or start the server with an API key")
-        if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        if is_other_site(headers.get("Origin"), host):
             raise ApiError(403, "requests from other web sites are refused")
-
-    def _knows(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name in self._names or bool(ipaddress.ip_address(name))
-        except ValueError:
-            return False
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]

@@ -12,7 +12,6 @@ memory, and the time until a request has arrived are bounded.
 """
 
 import http.client
-import ipaddress
 import re
 import socket
 import sys
@@ -26,8 +25,9 @@ from threading import BoundedSemaphore, Lock
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from ...schemas.errors import CascadeError, UsageError
+from ...schemas.errors import CascadeError
 from ...schemas.limits import MAX_BACKLOG, MAX_BODIES, MAX_CONNECTIONS, MAX_FIELDS, MAX_HEAD
+from ..server_address import address_family, cannot_listen, is_for_server, is_other_site, own_names, server_url
 from .http_messages import Call, RefusedError, Reply, Route, json_reply
 
 PATIENCE = 60  # seconds until a request has arrived as a whole, and between two of one connection
@@ -56,9 +56,9 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, routes: Sequence[Route], app: Any) -> None:
         """Raises UsageError when it cannot listen there."""
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.address_family = address_family(host)
         self.routes, self.app = routes, app
-        self.names = {"localhost", host.lower(), socket.gethostname().lower()}
+        self.names = own_names(host)
         self._places = BoundedSemaphore(MAX_CONNECTIONS)
         self._lock = Lock()  # held while one of the next two attributes changes
         self._held = 0  # bytes of all bodies in memory
@@ -66,21 +66,12 @@ class PageServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{host}, port {port}: cannot listen there: {reason}; give another port=...") from error
+            raise cannot_listen(host, port, error) from error
 
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]
-        return f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
-
-    def knows(self, host: str) -> bool:
-        """True if a Host header names this server by an address or by one of its own names."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return name in self.names or _is_address(name)
+        return server_url(str(host), port)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread of its own, unless there are MAX_CONNECTIONS already."""
@@ -229,10 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _require_ours(self) -> None:
         hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or not self.server.knows(hosts[0]):
+        if len(hosts) != 1 or not is_for_server(hosts[0], self.server.names):
             raise RefusedError(HTTPStatus.FORBIDDEN, "unknown host; open the page by its address or as localhost")
-        origin = self.headers.get("Origin")
-        if self.command != "GET" and origin is not None and origin.partition("://")[2].lower() != hosts[0].lower():
+        if self.command != "GET" and is_other_site(self.headers.get("Origin"), hosts[0]):
             raise RefusedError(HTTPStatus.FORBIDDEN, "requests from other web sites are refused")
 
     def _find(self) -> tuple[Route, dict[str, str], dict[str, str]]:
@@ -312,11 +302,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the terminal shows images and errors."""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
