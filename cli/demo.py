@@ -13,7 +13,7 @@ from .verify_print import print_report, report_json
 NEXT = (
     "Try next:",
     '  cascadekit generate {demo}/bundle "a purple star above a red heart" -o star.png',
-    '  cascadekit generate {demo}/bundle "a fox" --lora {demo}/lora/cyanotype.safetensors -o blue.png',
+    '  cascadekit generate {demo}/bundle "a strawberry" --lora {demo}/lora/cyanotype.safetensors -o blue.png',
     "  cascadekit ui {demo}/bundle",
     "  cascadekit inspect {demo}/original",
 )
