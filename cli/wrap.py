@@ -110,6 +110,6 @@ def folded(cell: str, width: int) -> str:
 def stacked(columns: Sequence[str], row: Sequence[str]) -> Iterator[str]:
     """A row of a table that is too wide: its first cell, then a line for each other cell."""
     yield row[0]
-    yield from (
-        f"  {name}: {cell}".replace(" : ", " ") for name, cell in zip(columns[1:], row[1:], strict=True) if cell
-    )
+    for name, cell in zip(columns[1:], row[1:], strict=True):
+        if cell:
+            yield f"  {name}: {cell}" if name else f"  {cell}"

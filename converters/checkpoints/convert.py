@@ -155,7 +155,7 @@ def convert(
 
 
 def _detail(file: FilePlan) -> str:
-    sources = sorted({source.path.name for plan in file.tensors.values() for source in plan.source_ranges})
+    sources = sorted({path.name for plan in file.tensors.values() for path in plan.files})
     return f"{file.path}: {file.described}, from {', '.join(sources)}"
 
 
@@ -199,7 +199,7 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     for component in model.components.values():
         component.require_sound()
     is_gguf = options.layout is Layout.GGUF
-    _require_home(options)
+    _require_layout_of_type(options)
     if options.combined and options.layout is Layout.MODULAR:
         raise UsageError('combined=True: the modular layout has no such folders; leave it out, or take to="diffusers"')
     if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
@@ -212,11 +212,11 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     return plan
 
 
-def _require_home(options: OutputOptions) -> None:
+def _require_layout_of_type(options: OutputOptions) -> None:
     """Raise UsageError when the layout does not have the type to quantise to."""
-    homes = (Layout.GGUF,) if options.quantize in WRITTEN else (Layout.COMFYUI, Layout.SPLIT)
-    if options.quantize and options.layout not in homes:
-        places = " and ".join(f'to="{layout}"' for layout in homes)
+    layouts = (Layout.GGUF,) if options.quantize in WRITTEN else (Layout.COMFYUI, Layout.SPLIT)
+    if options.quantize and options.layout not in layouts:
+        places = " and ".join(f'to="{layout}"' for layout in layouts)
         raise UsageError(f'quantize="{options.quantize}": only {places} has this type, not to="{options.layout}"')
 
 

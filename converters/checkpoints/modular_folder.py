@@ -88,13 +88,11 @@ def notes_on_missing(stages: Collection[Stage]) -> Iterator[str]:
         yield f"the pipeline also needs {listed(missing)}; load these with `pipe.update_components` (diffusers)"
 
 
-def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> ModularFolder | None:
-    """Read the index and the config of a modular folder, except for stages `without`; None for any other folder.
+def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> ModularFolder:
+    """Read the index and the config of a modular folder, except for stages `without`.
 
     Raises CheckpointError for wrong JSON, and for a component of the cascade whose folder is missing."""
     path = folder / INDEX
-    if not path.is_file():
-        return None
     folders: dict[Stage, Path] = {}
     notes = []
     for name, entry in read_json(path).items():

@@ -85,12 +85,7 @@ class FilePlan:
     @property
     def described(self) -> str:
         """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
-        kinds = Counter(
-            " and ".join(sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})) + f" to {plan.dtype}"
-            if any(source.dtype != plan.dtype for source in plan.source_ranges)
-            else f"copied ({plan.dtype})"
-            for plan in self.tensors.values()
-        )
+        kinds = Counter(map(_became, self.tensors.values()))
         return f"{len(self.tensors)} tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
     @property
@@ -98,6 +93,14 @@ class FilePlan:
         """True when every value is copied without a cast."""
         ranges = [(plan.dtype, each) for plan in self.tensors.values() for each in plan.ranges]
         return all(isinstance(each, TensorRange) and each.dtype == dtype for dtype, each in ranges)
+
+
+def _became(plan: TensorPlan) -> str:
+    """What becomes of the values of a tensor."""
+    if len(plan.source_ranges) < len(plan.ranges):
+        return f"calculated ({plan.dtype})"
+    others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})
+    return f"{' and '.join(others)} to {plan.dtype}" if others else f"copied ({plan.dtype})"
 
 
 @dataclass(frozen=True)

@@ -192,3 +192,12 @@ def test_the_header_alone_tells_the_format(original: Path, tmp_path: Path, choic
     assert remote.components[0].dtypes == local.components[Stage.PRIOR].dtypes
     assert not remote.components[0].problems
     assert any(f"weights in {CHOICES[choice]} have scales" in note for note in remote.notes)
+
+
+def test_codes_are_not_called_copies(original: Path, tmp_path: Path) -> None:
+    (line,) = convert(original / "stage_c.safetensors", tmp_path / "c.safetensors", "split", quantize="fp8").details
+    tensors = load_file(tmp_path / "c.safetensors")
+    codes = sum(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
+    assert f", {codes} calculated (F8_E4M3)" in line
+    assert "copied (F8_E4M3)" not in line
+    assert line.endswith(", from stage_c.safetensors")
