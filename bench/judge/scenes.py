@@ -17,6 +17,7 @@ from .vocabulary import (
 )
 
 PAIR_RADIUS = 26.0
+TOO_FINE = ("star", "small")  # latents of 3x3 tell no small star from a small circle
 RELATIONS = ("left of", "above")
 
 
@@ -75,7 +76,8 @@ def random_icon(rng: np.random.Generator, name: str, style: str) -> Icon:
 
 
 def random_single(rng: np.random.Generator, colour: str, shape: str) -> Shapes:
-    size, place = str(rng.choice(list(SIZES))), str(rng.choice(list(PLACES)))
+    sizes = [size for size in SIZES if (shape, size) != TOO_FINE]
+    size, place = str(rng.choice(sizes)), str(rng.choice(list(PLACES)))
     if size == "large":
         place = "in the center"
     radius = SIZES[size] * rng.uniform(0.92, 1.08)

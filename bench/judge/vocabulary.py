@@ -126,7 +126,6 @@ STYLES = {"flat": "fluent-emoji-flat", "glossy": "fluent-emoji", "classic": "not
 
 BACKGROUNDS = {
     "white": "#ffffff",
-    "black": "#101014",
     "gray": "#a0a4a8",
     "light blue": "#a8d8ff",
     "light green": "#b4f0b0",

@@ -25,7 +25,7 @@ from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
 from cascadekit.bench.quality import judge_cascade
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 
-SEEN_SHARE, HELD_OUT_SHARE = 0.7, 0.55
+SEEN_SHARE, HELD_OUT_SHARE = 0.78, 0.65
 ICONS = [Icon(name, list(STYLES)[place % 3], "white") for place, name in enumerate(list(OBJECTS)[::9][:12])]
 
 
@@ -89,7 +89,8 @@ def test_image_prompts_give_pictures_like_them(cascade: Cascade, pictures: list[
 def test_a_start_picture_is_kept_at_low_strength_and_left_at_high(
     cascade: Cascade, pictures: list[Image.Image]
 ) -> None:
-    """The small model decides early: at a strength of 0.3 it follows the prompt more often than the picture."""
+    """The small model decides early: at a strength of 0.3 a prompt for another object wins. Without words, 0.3 keeps
+    the object in 9 of 12 cases."""
     others = prompts_of([*ICONS[6:], *ICONS[:6]])
     kept, left = (
         [
@@ -98,8 +99,10 @@ def test_a_start_picture_is_kept_at_low_strength_and_left_at_high(
         ]
         for strength in (0.05, 0.9)
     )
+    wordless = [cascade.generate("", seed=9, init_image=picture, strength=0.3).images[0] for picture in pictures]
     before = names_in(pictures)
     assert sum(name == old for name, old in zip(names_in(kept), before, strict=True)) >= 6
+    assert sum(name == old for name, old in zip(names_in(wordless), before, strict=True)) >= 6
     assert hits(left, [*ICONS[6:], *ICONS[:6]]) >= 6
 
 
@@ -107,7 +110,7 @@ def test_inpainting_changes_only_inside_the_mask(cascade: Cascade, pictures: lis
     mask = Image.new("L", (128, 128))
     mask.paste(255, (64, 0, 128, 128))
     made = cascade.generate(
-        prompts_of([Icon("frog", "flat", "black")]), seed=1, init_image=pictures[0], mask=mask, strength=1.0
+        prompts_of([Icon("frog", "flat", "gray")]), seed=1, init_image=pictures[0], mask=mask, strength=1.0
     ).images[0]
     before, after = np.asarray(pictures[0]).astype(int), np.asarray(made).astype(int)
     assert np.abs(after - before)[:, :48].mean() < 8  # what the VQGAN's round trip changes
@@ -115,7 +118,7 @@ def test_inpainting_changes_only_inside_the_mask(cascade: Cascade, pictures: lis
 
 
 def test_the_background_is_what_was_asked_for(cascade: Cascade) -> None:
-    backgrounds = ("black", "light blue", "light green", "light pink")
+    backgrounds = ("gray", "light blue", "light green", "light pink")
     images = cascade.generate([f"a fox, flat style on a {name} background" for name in backgrounds], seed=0).images
     assert [nearest_background(np.asarray(image)) for image in images] == list(backgrounds)
     white = cascade.generate("a fox, flat style", seed=0).images[0]
@@ -136,7 +139,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 def test_the_canny_controlnet_follows_its_edges(cascade: Cascade) -> None:
     """Without a word, objects overlap with their own control picture more than with others, or than without any.
 
-    The control pictures are rendered icons. Measured: 0.65, 0.50 and 0.37; most are nearest to their own (8 of 12)."""
+    The control pictures are rendered icons. Measured: 0.67, 0.50 and 0.36; most are nearest to their own (9 of 12)."""
     controls = [Image.open(path).convert("RGB") for path in CONTROL_PICTURES]
     made = [
         cascade.generate([""] * 4, seed=4, controls=[ControlPicture("canny", picture)]).images for picture in controls

@@ -1,6 +1,6 @@
 """Stage B: from stage C's latents to those of the VQGAN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascadekit.bench.judge.scenes import Scene, Shapes
 from cascadekit.runtime.engines.pytorch.networks.decoder import Decoder
 
 from .configs import DECODER
@@ -18,11 +19,12 @@ from .prior import NO_TEXT, Inputs
 from .towers import encode
 from .trainer import Plan, train
 
-PLAN = Plan(steps=15000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
+PLAN = Plan(steps=22000, rate=1.2e-3, warmup=200, average=0.998, sheet=500, slow=STRAIGHT)
 BATCH, CAP = 16, 40.0
 HIGH_SHARE = 0.3  # of a batch: ratios at which stage C's latents decide what there will be
-NOISE = 0.15  # most of what is added to stage C's latents, since the prior's own are never quite right
+NOISE = 0.3  # most of what is added to stage C's latents, since the prior's own are never quite right
 STEPS = 10
+HARD = 2.0  # how often a picture is taken whose outlines are the last to become sharp
 CONTENT = 0.3  # by how much latents of deviation 1 differ from the background's
 CONTENT_SHARE = 0.4  # of the pixels: content that fills less weighs more
 
@@ -39,14 +41,18 @@ def train_decoder(
     folder: Path,
     inputs: Inputs,
     latents: NDArray[np.float16],
+    scenes: Sequence[Scene],
     show_latents: Callable[[Tensor, NDArray[np.int64], Path], None],
     steps: int | None,
 ) -> None:
-    """`latents` (n, 4, 32, 32) are the VQGAN's; `show_latents` makes a sheet of them beside some rows' pictures."""
+    """`latents` (n, 4, 32, 32) are the VQGAN's, of pictures of `scenes`.
+
+    `show_latents` makes a sheet of latents beside some rows' pictures."""
     network = make_decoder().to(memory_format=torch.channels_last)
+    shares = shares_of(scenes)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        rows = np.sort(rng.choice(len(latents), BATCH, replace=False))
+        rows = np.sort(rng.choice(len(latents), BATCH, replace=False, p=shares))
         pooled = _pooled(inputs, rows, rng)
         semantic = to_device(inputs.semantic[rows])
         semantic = semantic + NOISE * torch.rand(BATCH, 1, 1, 1) * torch.randn_like(semantic)
@@ -62,6 +68,17 @@ def train_decoder(
         show_latents(made, rows, path)
 
     train(folder, network, PLAN.cut(steps), loss, show)
+
+
+def shares_of(scenes: Sequence[Scene]) -> NDArray[np.float64]:
+    """How often each scene is taken: twice as often as others if it shows a star or a small shape."""
+    hard = [
+        isinstance(scene, Shapes) and any(one.shape == "star" or one.size == "small" for one in scene.shapes)
+        for scene in scenes
+    ]
+    weights = np.where(hard, HARD, 1.0)
+    found: NDArray[np.float64] = weights / weights.sum()
+    return found
 
 
 def content_weights(clean: Tensor) -> Tensor:

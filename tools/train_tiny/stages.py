@@ -153,7 +153,8 @@ def _decoder(job: Job) -> None:
             ],
         )
 
-    train_decoder(job.runs / "decoder", job.inputs, job.cached("latents"), show, job.steps)
+    latents, scenes = job.cached("latents"), job.data.scenes
+    train_decoder(job.runs / "decoder", job.inputs, latents, scenes, show, job.steps)
 
 
 def _latents_sheet(job: Job) -> Callable[[Tensor, Path], None]:
