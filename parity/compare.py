@@ -1,7 +1,7 @@
 """Compares an array with its reference: error figures, and whether they are within a tolerance.
 
-Arrays are read in slices, so the memory that a comparison takes does not grow with them. Every sum is in float64 and
-values are scaled before they are squared, so squares neither overflow nor vanish.
+Arrays are read in slices, so the memory that a comparison takes does not grow with them. Every sum is in float64, in
+which squares of float32 values neither overflow nor vanish.
 """
 
 import math
@@ -25,7 +25,9 @@ Array = NDArray[Any]
 def compare(
     subject: Subject | str, found: Array, reference: Array, tolerance: float, ulp_of: Precision | None = None
 ) -> Comparison:
-    """Compare two arrays of one shape and of any float dtypes; `tolerance` is the largest relative L2 that passes.
+    """Compare two arrays of one shape; `tolerance` is the largest relative L2 that passes.
+
+    Their dtypes may be any float type; values that only float64 has are too large or too small to be compared.
 
     `subject` says which array it is; a plain name will do for an array of no stage. With `ulp_of`, also count how many
     values of that type lie between each pair of values, both rounded to it. Raises ParityError when the shapes differ.
@@ -37,13 +39,13 @@ def compare(
             f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}; "
             "export the bundle again"
         )
-    scales = _scales(found, reference)
-    sums = _Sums(found.size, scales, ulp_of)
+    extent = _extent(found, reference)
+    sums = _Sums(found.size, extent.rms, ulp_of)
     specials = SpecialCounts()
     for start, x, r in _slices(found, reference):
         specials.add(start, x, r)
         sums.add(start, x, r)
-    return _comparison(subject, found.shape, tolerance, sums, specials)
+    return _comparison(subject, found.shape, tolerance, sums, specials, extent=extent)
 
 
 def relative_l2(found: Array, reference: Array) -> float:
@@ -60,64 +62,38 @@ def relative_l2(found: Array, reference: Array) -> float:
 
 
 @dataclass(frozen=True)
-class _Scales:
-    """Figures of two arrays that are taken before they are compared.
+class _Extent:
+    """The largest magnitudes of two arrays, and the root mean square of the reference, over values finite in both."""
 
-    `found`, `reference` and `both` are powers of two that bring the largest value of each array, and of both, below 1.
-    They are zero where squares stay in the range of float64, which is always so for float32 arrays. `rms` is the root
-    mean square of the reference."""
-
-    found: int
-    reference: int
-    both: int
-    rms: float
     found_max: float
     reference_max: float
+    rms: float
     constant: bool  # only the found array is
 
 
-def _scales(found: Array, reference: Array) -> _Scales:
+def _extent(found: Array, reference: Array) -> _Extent:
     peaks, equal = [0.0, 0.0], [found.size > 1, found.size > 1]
     firsts = [array.flat[0] if array.size else 0.0 for array in (found, reference)]
     squares, count = 0.0, 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for _, *pair in _slices(found, reference):
-            for index, values in enumerate(pair):
-                equal[index] = equal[index] and bool((values == firsts[index]).all())
-            finite_x, finite_r = _finite_pair(*pair)
-            squares, count = squares + float(finite_r @ finite_r), count + finite_r.size
-            peaks = [max(peak, _peak(values)) for peak, values in zip(peaks, (finite_x, finite_r), strict=True)]
-    exponents = [_exponent(peak) for peak in peaks]
-    if exponents[1]:
-        scaled = (_scale(_finite_pair(*pair)[1], exponents[1]) for _, *pair in _slices(found, reference))
-        squares = sum(float(r @ r) for r in scaled)
-    both = max(exponents) if any(exponents) else 0
-    rms = _unscale(math.sqrt(squares / max(count, 1)), exponents[1])
-    return _Scales(
-        found=exponents[0],
-        reference=exponents[1],
-        both=both,
-        rms=rms,
-        found_max=peaks[0],
-        reference_max=peaks[1],
-        constant=equal[0] and not equal[1],
-    )
+    for _, *pair in _slices(found, reference):
+        for index, values in enumerate(pair):
+            equal[index] = equal[index] and bool((values == firsts[index]).all())
+        finite_x, finite_r = _finite_pair(*pair)
+        squares, count = squares + float(finite_r @ finite_r), count + finite_r.size
+        peaks = [max(peak, _peak(values)) for peak, values in zip(peaks, (finite_x, finite_r), strict=True)]
+    rms = math.sqrt(squares / max(count, 1))
+    return _Extent(found_max=peaks[0], reference_max=peaks[1], rms=rms, constant=equal[0] and not equal[1])
 
 
 def _peak(values: Array) -> float:
     return float(max(values.max(initial=0), -values.min(initial=0)))
 
 
-def _exponent(peak: float) -> int:
-    return 0 if peak == 0 or 2.0**-400 < peak < 2.0**400 else math.frexp(peak)[1]
-
-
 class _Sums:
     """Figures that add up over slices. `worst` is the largest error and its flat index."""
 
-    def __init__(self, size: int, scales: _Scales, ulp_of: Precision | None) -> None:
-        self.scales, self.ulp_of = scales, ulp_of
-        self.unit = scales.rms or 1.0
+    def __init__(self, size: int, rms: float, ulp_of: Precision | None) -> None:
+        self.unit, self.ulp_of = rms or 1.0, ulp_of
         self.count = self.count_rel = self.off_zero = 0
         self.squares_x = self.squares_r = self.squares_error = self.dot = 0.0
         self.total_abs = self.total_rel = self.max_rel = 0.0
@@ -134,11 +110,11 @@ class _Sums:
             x, r = x[places], r[places]
         if not x.size:
             return
-        scaled = _scale(x, self.scales.both)
-        error = np.abs(scaled - _scale(r, self.scales.both))
-        self._norms(x, r, error)
-        with np.errstate(over="ignore"):  # the difference of two of the largest float64 values
-            error = np.ldexp(error, self.scales.both) if self.scales.both else error
+        error = np.abs(x - r)
+        self.squares_x += float(x @ x)
+        self.squares_r += float(r @ r)
+        self.dot += float(x @ r)
+        self.squares_error += float(error @ error)
         self.total_abs += float(error.sum())
         self.largest_abs.add(error)
         peak = int(error.argmax())
@@ -151,13 +127,6 @@ class _Sums:
             self.ulp_max = max(self.ulp_max, int(distance.max()))
             self.ulp_total += int(distance.sum())
         self.count += x.size
-
-    def _norms(self, x: Array, r: Array, error: Array) -> None:
-        x, r = _scale(x, self.scales.found), _scale(r, self.scales.reference)
-        self.squares_x += float(x @ x)
-        self.squares_r += float(r @ r)
-        self.dot += float(x @ r)
-        self.squares_error += float(error @ error)
 
     def _relative(self, x: Array, r: Array, error: Array) -> None:
         size = np.abs(r)
@@ -174,12 +143,10 @@ class _Sums:
 
 
 def _comparison(
-    subject: Subject, shape: tuple[int, ...], tolerance: float, sums: _Sums, specials: SpecialCounts
+    subject: Subject, shape: tuple[int, ...], tolerance: float, sums: _Sums, specials: SpecialCounts, *, extent: _Extent
 ) -> Comparison:
-    scales = sums.scales
     norm_x, norm_r = math.sqrt(sums.squares_x), math.sqrt(sums.squares_r)
-    error = math.sqrt(sums.squares_error)
-    relative = _ratio(_unscale(error, scales.both - scales.reference), norm_r)
+    relative = _ratio(math.sqrt(sums.squares_error), norm_r)
     ulp = sums.ulp_of is not None
     return Comparison(
         **vars(subject),
@@ -189,7 +156,7 @@ def _comparison(
         relative_l2=relative,
         cosine=sums.dot / (norm_x * norm_r) if norm_x * norm_r else float(norm_x == norm_r),
         nonfinite=specials.nan.count + specials.positive.count + specials.negative.count,
-        constant=scales.constant,
+        constant=extent.constant,
         tolerance=tolerance,
         p999_abs=sums.largest_abs.quantile(sums.count),
         max_rel=sums.max_rel,
@@ -200,9 +167,9 @@ def _comparison(
         ulp_max=sums.ulp_max if ulp else None,
         ulp_mean=sums.ulp_total / max(sums.count, 1) if ulp else None,
         ulp_of=sums.ulp_of,
-        reference_rms=scales.rms,
-        reference_max=scales.reference_max,
-        found_max=scales.found_max,
+        reference_rms=extent.rms,
+        reference_max=extent.reference_max,
+        found_max=extent.found_max,
         nan=specials.nan.at(shape),
         positive_infinity=specials.positive.at(shape),
         negative_infinity=specials.negative.at(shape),
@@ -225,17 +192,6 @@ def _slices(found: Array, reference: Array) -> Iterator[tuple[int, Array, Array]
 def _finite_pair(x: Array, r: Array) -> tuple[Array, Array]:
     finite = np.isfinite(x) & np.isfinite(r)
     return (x, r) if finite.all() else (x[finite], r[finite])
-
-
-def _scale(values: Array, exponent: int) -> Array:
-    return np.ldexp(values, -exponent) if exponent else values
-
-
-def _unscale(value: float, exponent: int) -> float:
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.inf
 
 
 def _decibels(relative: float) -> float:

@@ -7,6 +7,7 @@ the network has such a block. So names are looked up in tables that are made fro
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from .layouts import ORIGINAL_TO_DIFFUSERS
@@ -202,8 +203,13 @@ def _renamed(stage: Stage, module: str) -> str:
     return made.removesuffix(".weight")
 
 
-def spelling_table(config: NetworkConfig) -> dict[str, tuple[str, ...]]:
-    """Map every spelling of every module to the modules it means: one, or three for attention's joined matrix."""
+@lru_cache(maxsize=32)  # every file is tried with every released network
+def spelling_table(config: NetworkConfig, *, flat: bool = False) -> Mapping[str, tuple[str, ...]]:
+    """Map every spelling of every module to the modules it means: one, or three for attention's joined matrix.
+
+    The names of a `flat` table have "_" for ".". In the released networks no two names become the same so."""
+    if flat:
+        return {name.replace(".", "_"): modules for name, modules in spelling_table(config).items()}
     table: dict[str, tuple[str, ...]] = {}
     for module in (name.removesuffix(".weight") for name in changeable(config) if name.endswith(".weight")):
         for name in _spellings(config.stage, module):
@@ -214,11 +220,6 @@ def spelling_table(config: NetworkConfig) -> dict[str, tuple[str, ...]]:
             for joined in ("in_proj", "in_proj_weight"):
                 table[f"{block}{_ATTENTION}attn.{joined}"] = modules
     return table
-
-
-def flattened(table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return the same table by flattened names. In the released networks no two names flatten to the same."""
-    return {name.replace(".", "_"): modules for name, modules in table.items()}
 
 
 @dataclass(frozen=True)

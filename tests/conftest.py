@@ -3,12 +3,14 @@
 Each fixture imports what it needs: tests of schemas/ and storage/ run without torch and onnx.
 """
 
+import fcntl
 import gc
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from cascadekit.parity.reference_run import ReferenceOutputs
     from cascadekit.runtime.engines.engine_table import EngineChoice
     from helpers.whole import Whole
 
@@ -79,6 +82,21 @@ def server() -> ForkServerContext:
     return context
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills: the processes of a run share the one of whichever comes first."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    complete = folder.with_suffix(".complete")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            complete.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def catalog_folder() -> Path:
     return DATA / "catalog"
@@ -99,11 +117,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_outputs(tiny: Path) -> "ReferenceOutputs":
+    """What the reference gives for every stage of the tiny bundle and for its image, with the floors of every type."""
+    from cascadekit.converters.checkpoints.open_model import open_model
+    from cascadekit.parity.reference.loading import reference_engine
+    from cascadekit.parity.reference_run import run_reference
+    from cascadekit.storage.bundle import open_bundle
+
+    opened = open_bundle(tiny / "bundle")
+    return run_reference(reference_engine(open_model([tiny / "model"]), tuple(opened.manifest.stages)), opened)
+
+
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> "Whole":
     """A cascade of all stages, and lite ones beside it; read only."""
-    from helpers.whole import make_whole
+    from helpers.whole import Whole, make_whole
 
-    return make_whole(tmp_path_factory.mktemp("whole"))
+    return Whole(made_once(tmp_path_factory, "whole", make_whole))
 
 
 @pytest.fixture(scope="session")
@@ -121,4 +151,4 @@ def bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of TensorRT's bindings by version, and of empty libraries by major version; read only."""
     from helpers.tensorrt_bindings_of import unpack_bindings
 
-    return unpack_bindings(tmp_path_factory.mktemp("tensorrt"))
+    return made_once(tmp_path_factory, "tensorrt", unpack_bindings)

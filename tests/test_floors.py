@@ -1,6 +1,7 @@
 """The house has floors: a module imports from its own floor or from those below, by relative imports alone."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import cascadekit
@@ -12,7 +13,8 @@ MODULES = [*ROOT.glob("*.py"), *(path for floor in (*FLOORS, "cli") for path in 
 TORCH_ALLOWED = ("converters/aotinductor/", "parity/reference/", "runtime/engines/pytorch/", "storage/pickles.py")
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Dotted paths below the package, or the top-level names of other packages."""
     names = set()
     package = path.relative_to(ROOT).parts[:-1]
@@ -24,7 +26,7 @@ def imported(path: Path) -> set[str]:
             names.add("." + ".".join([*base, node.module or ""]))
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
-    return names
+    return frozenset(names)
 
 
 def test_no_import_leads_upwards() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _best(source: Source, networks: Sequence[NetworkConfig]) -> Attempt:
 
 def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) -> Attempt:
     names = NameTable(unet, text_encoder)
-    shapes = _shapes(unet) | _shapes(text_encoder)
+    shapes = {**_shapes(unet), **_shapes(text_encoder)}
     result, network = Attempt(unet), describe(unet)
     claimed: dict[LoraTarget, str] = {}
     for name, group in source.keys.groups.items():
@@ -150,7 +151,8 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
     return result
 
 
-def _shapes(config: NetworkConfig) -> dict[LoraTarget, Shape]:
+@lru_cache(maxsize=32)
+def _shapes(config: NetworkConfig) -> Mapping[LoraTarget, Shape]:
     """Return the shape of every weight and bias of a network."""
     parts = ((name.rpartition("."), shape) for name, shape in changeable(config).items())
     return {LoraTarget(config.stage, module, parameter): shape for (module, _, parameter), shape in parts}

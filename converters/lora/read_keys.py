@@ -14,7 +14,6 @@ from ...schemas.lora_keys import (
     LoraFormat,
     LoraTarget,
     Prefix,
-    flattened,
     spelling_table,
     split_key,
 )
@@ -132,9 +131,8 @@ class NameTable:
 
     def __init__(self, unet: NetworkConfig, text_encoder: NetworkConfig) -> None:
         self._networks = (unet, text_encoder)
-        dotted = [spelling_table(config) for config in self._networks]
         self._tables = {
-            (flat, of_text): flattened(dotted[of_text]) if flat else dotted[of_text]
+            (flat, of_text): spelling_table(self._networks[of_text], flat=flat)
             for flat in (False, True)
             for of_text in (False, True)
         }
@@ -143,8 +141,7 @@ class NameTable:
         """Return the prefix of `name` and the modules after it: one, or q, k and v. Returns None for unknown names."""
         for prefix in PREFIXES:
             if name.startswith(prefix.text):
-                table = self._tables[prefix.flat, prefix.text_encoder]
-                modules = table.get(name[len(prefix.text) :])
+                modules = self._tables[prefix.flat, prefix.text_encoder].get(name[len(prefix.text) :])
                 if modules:
                     stage = self._networks[prefix.text_encoder].stage
                     return prefix, tuple(LoraTarget(stage, module) for module in modules)

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 import cascadekit
 from cascadekit.cli import main
-from cascadekit.cli.words_elsewhere import ARGUMENTS_ELSEWHERE, IMAGE_OPTIONS, OPTIONS_ELSEWHERE
+from cascadekit.cli.words_elsewhere import ARGUMENTS_ELSEWHERE, IMAGE_OPTIONS
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.messages import NAMES_ELSEWHERE
 
 
 def every_command(group: click.Group) -> list[click.Command]:
@@ -29,7 +30,14 @@ def test_every_word_of_the_tables_leads_somewhere() -> None:
     generate = main.get_command(click.Context(main), "generate")
     assert generate is not None
     assert set(IMAGE_OPTIONS) <= {name for param in generate.params for name in param.opts}
-    assert {name for names in OPTIONS_ELSEWHERE.values() for name in names} <= options
+    functions = [getattr(cascadekit, name) for name in cascadekit.__all__]
+    keywords = {name for each in functions if inspect.isfunction(each) for name in inspect.signature(each).parameters}
+    for kind in (cascadekit.Settings, cascadekit.ExportOptions, cascadekit.BuildOptions, cascadekit.Cascade.generate):
+        keywords |= inspect.signature(kind).parameters.keys()
+    for word, names in NAMES_ELSEWHERE.items():
+        assert keywords.intersection(names) or options.intersection(f"--{name.replace('_', '-')}" for name in names), (
+            word
+        )
     assert {name for names in ARGUMENTS_ELSEWHERE.values() for name in names} <= arguments
 
 

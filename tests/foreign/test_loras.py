@@ -51,7 +51,7 @@ def stage_of(row: Written) -> Stage:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_merged_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
+def test_merged_and_converted_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
     row, weights = written(name)
     base = bases / f"{stage_of(row)}.safetensors"
     lora = row.write(tmp_path / "lora")
@@ -71,6 +71,10 @@ def test_merged_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
         )
     for tensor, value in row.expected.items():
         assert np.abs(value - weights[tensor]).max() > 100 * TOLERANCE, f"{tensor}: the row changes nothing"
+    for to in READERS:
+        output = tmp_path / f"{to}.safetensors"
+        if holds_something(lora, output, to, base):
+            require_same_changes(output, row, weights)
 
 
 def holds_something(lora: Path, output: Path, to: str, base: Path) -> bool:
@@ -84,14 +88,8 @@ def holds_something(lora: Path, output: Path, to: str, base: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("to", READERS)
-@pytest.mark.parametrize("name", [name for name in ROWS if not written(name)[0].refusal])
-def test_converted_or_refused(name: str, to: str, bases: Path, tmp_path: Path) -> None:
-    """What a format cannot hold is named; what is written does to the weights what the program's own file does."""
-    row, weights = written(name)
-    lora, output = row.write(tmp_path / "lora"), tmp_path / "converted.safetensors"
-    if not holds_something(lora, output, to, bases / f"{stage_of(row)}.safetensors"):
-        return
+def require_same_changes(output: Path, row: Written, weights: Arrays) -> None:
+    """What a converted file has does to the weights what the program's own file does."""
     for target, adapter in open_lora(output).adapters.items():
         rows = weights[target.tensor].reshape(len(weights[target.tensor]), -1)
         found = applied(lambda start, stop, rows=rows: rows[start:stop], adapter, 1.0, np.float32)(0, len(rows))  # type: ignore[misc]

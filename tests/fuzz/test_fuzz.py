@@ -8,7 +8,7 @@ import pytest
 
 from fuzz.harness import KINDS, Fuzzer
 
-SOME, ALL = 660, 20_000  # inputs of all kinds together; ALL are those of `make fuzz`
+SOME, ALL = 360, 20_000  # inputs of all kinds together; ALL are those of `make fuzz`
 SHOWN = 10  # findings of a kind, after which it is over
 
 

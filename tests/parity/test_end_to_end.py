@@ -16,7 +16,7 @@ from cascadekit.parity.compare import compare
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.image_metrics import psnr
 from cascadekit.parity.reference.loading import reference_engine
-from cascadekit.parity.reference_run import ReferenceOutputs, run_reference
+from cascadekit.parity.reference_run import ReferenceOutputs
 from cascadekit.runtime.engines.int8_saturation import int8_saturates
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import multiplies_bf16
@@ -77,11 +77,9 @@ def test_psnr() -> None:
     assert psnr(reference + np.float32(0.1), reference) == pytest.approx(10 * math.log10(1 / mse), rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def expected(tiny: Path) -> ReferenceOutputs:
-    """What the reference gives for every stage of the tiny bundle and for its image, with the floors of every type."""
-    opened = open_bundle(tiny / "bundle")
-    return run_reference(reference_engine(open_model([tiny / "model"]), tuple(opened.manifest.stages)), opened)
+@pytest.fixture
+def expected(tiny_outputs: ReferenceOutputs) -> ReferenceOutputs:
+    return tiny_outputs
 
 
 def test_a_healthy_bundle_passes(tiny: Path, expected: ReferenceOutputs) -> None:

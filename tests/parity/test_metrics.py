@@ -61,27 +61,15 @@ def test_errors_are_numpys_and_torchs(scale: float) -> None:
     assert relative_l2(found, reference) == pytest.approx(c.relative_l2)
 
 
-@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e200, 1e307])
-def test_float64_of_any_size_neither_overflows_nor_vanishes(scale: float) -> None:
-    reference = RNG.integers(1, 9, 50) * scale
-    found = reference.copy()
-    found[3] = 0
-    c = compare("x", found, reference, 1.0)
-    x, r = found / scale, reference / scale  # exact enough: subnormals keep three digits
-    assert c.relative_l2 == pytest.approx(np.linalg.norm(x - r) / np.linalg.norm(r), rel=1e-3)
-    assert c.cosine == pytest.approx(x @ r / (np.linalg.norm(x) * np.linalg.norm(r)), rel=1e-3)
-    assert c.max_abs == reference[3]
-    assert c.reference_rms == pytest.approx(scale * np.sqrt(np.mean(r * r)), rel=1e-3)
-
-
 def test_arrays_of_unlike_sizes_and_signs() -> None:
-    tiny, huge = np.full(4, 1e-300), np.full(4, 1e300)
+    """The ends of float32, subnormal numbers included."""
+    tiny, huge = np.full(4, 1e-45, np.float32), np.full(4, 3e38, np.float32)
     assert compare("x", tiny, huge, 2.0).relative_l2 == 1
-    assert compare("x", huge, tiny, 2.0).relative_l2 == math.inf
-    assert compare("x", huge, tiny, 2.0).cosine == 1
-    assert compare("x", -tiny, huge, 2.0).cosine == -1
-    opposite = compare("x", np.full(4, -1.7e308), np.full(4, 1.7e308), 3.0)
-    assert (opposite.relative_l2, opposite.max_abs) == (2, math.inf)
+    assert compare("x", huge, tiny, 2.0).relative_l2 == pytest.approx(float(huge[0]) / float(tiny[0]))
+    assert compare("x", huge, tiny, 2.0).cosine == pytest.approx(1)
+    assert compare("x", -tiny, huge, 2.0).cosine == pytest.approx(-1)
+    opposite = compare("x", -huge, huge, 3.0)
+    assert (opposite.relative_l2, opposite.max_abs) == (2, 2 * float(huge[0]))
 
 
 @pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001, 5003])

@@ -48,10 +48,10 @@ def recording(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def expected(tiny: Path) -> ReferenceOutputs:
+@pytest.fixture
+def expected(tiny_outputs: ReferenceOutputs) -> ReferenceOutputs:
     """What the recording should hold, by the reference in this process."""
-    return run_reference(reference_engine(open_model([tiny / "model"]), ALL), open_bundle(tiny / "bundle"))
+    return tiny_outputs
 
 
 # Inputs

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from cascadekit import Cascade, export
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.reference.loading import reference_engine
+from cascadekit.parity.reference_run import ReferenceOutputs, run_reference
 from cascadekit.runtime.engines import cpu_flags, engine_table, openvino
 from cascadekit.runtime.engines.engine_table import ENGINES, EngineChoice, make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
 from cascadekit.schemas.errors import EngineError, UsageError
+from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 from cascadekit.storage.install_hint import install_hint
@@ -32,26 +35,31 @@ ON_THE_CPU = [name for name in ENGINES if not {"tensorrt", "aotinductor", "compi
 BF16_ERROR = 0.02  # eight bits in every product and sum; what was measured is 0.009
 
 
-def errors(engine: object, source: Path, stages: list[Stage]) -> dict[str, float]:
-    """Relative L2 against the fp32 reference for everything that verify compares."""
-    bundle = engine.bundle  # type: ignore[attr-defined]
-    reference = reference_engine(open_model([source]), stages or list(bundle.manifest.stages))
-    report = compare_engine(engine, reference, bundle, stages)  # type: ignore[arg-type]
+def errors(engine: object, expected: ReferenceOutputs, stages: Sequence[Stage] = ()) -> dict[str, float]:
+    """Relative L2 against the outputs of the fp32 reference for everything that verify compares."""
+    report = compare_engine(engine, expected, engine.bundle, stages)  # type: ignore[arg-type,attr-defined]
     return {comparison.name: comparison.relative_l2 for comparison in report.comparisons}
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-mapped", "openvino"])
-def test_fp32_engines_equal_the_reference(tiny: Path, name: str) -> None:
+def test_fp32_engines_equal_the_reference(tiny: Path, tiny_outputs: ReferenceOutputs, name: str) -> None:
     engine = make_engine(name, open_bundle(tiny / "bundle"), threads=1)
     assert engine.name == name
-    found = errors(engine, tiny / "model", [])
+    found = errors(engine, tiny_outputs)
     assert max(found.values()) < 1e-5, found
     assert any("trajectory" in compared for compared in found)
 
 
-@pytest.mark.parametrize("stage", FILES)
 @pytest.mark.parametrize(
-    ("dtype", "remainder"), [(torch.float32, 1), (torch.float32, 6), (torch.bfloat16, 3), (torch.float16, 5)]
+    ("stage", "dtype", "remainder"),
+    [
+        (Stage.PRIOR, torch.float32, 1),
+        (Stage.PRIOR, torch.bfloat16, 3),
+        (Stage.DECODER, torch.float32, 6),
+        (Stage.DECODER, torch.float16, 5),
+        (Stage.VQGAN, torch.bfloat16, 5),
+        (Stage.VQGAN, torch.float16, 3),
+    ],
 )
 def test_linked_weights_at_any_byte(
     original: Path, tmp_path: Path, stage: Stage, dtype: torch.dtype, remainder: int
@@ -66,22 +74,22 @@ def test_linked_weights_at_any_byte(
     source.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
     export(source, tmp_path / "bundle", weights="link")
     bundle = open_bundle(tmp_path / "bundle")
+    expected = run_reference(reference_engine(open_model([source]), [stage]), bundle, [stage], kinds=[Precision.FP32])
     for engine in (
         OpenVinoEngine(bundle),
         OnnxRuntimeEngine(bundle, memory="mapped"),
     ):
-        found = errors(engine, source, [stage])
+        found = errors(engine, expected, [stage])
         assert max(found.values()) < 1e-5, (engine.name, found)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])
-def test_bf16_is_near(tiny: Path, precision: str) -> None:
+def test_bf16_is_near(tiny: Path, tiny_outputs: ReferenceOutputs, precision: str) -> None:
     """Timesteps too: with their sines in bf16, stages B and C are off by a third."""
     engine = OpenVinoEngine(open_bundle(tiny / "bundle"), precision=precision, threads=1)
     assert engine.name == f"openvino-{precision}"
-    for stage in Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER:
-        found = errors(engine, tiny / "model", [stage])
-        assert max(found.values()) < BF16_ERROR, found
+    found = errors(engine, tiny_outputs, [Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER])
+    assert max(found.values()) < BF16_ERROR, found
 
 
 @pytest.mark.parametrize("engine", ON_THE_CPU)

@@ -10,9 +10,9 @@ from cascadekit.runtime.sampling.samplers import Wuerstchen, alpha_bar, ddpm_ste
 from cascadekit.schemas.errors import UsageError
 
 
-@pytest.mark.parametrize("steps", [*range(1, 130), 200, 333, 500, 999, 1000])
-def test_timesteps_equal_torch_bit_for_bit(steps: int) -> None:
-    assert np.array_equal(timesteps(steps), torch.linspace(1, 0, steps + 1).numpy())
+def test_timesteps_equal_torch_bit_for_bit() -> None:
+    for steps in (*range(1, 130), 200, 333, 500, 999, 1000):
+        assert np.array_equal(timesteps(steps), torch.linspace(1, 0, steps + 1).numpy()), steps
 
 
 def test_no_steps() -> None:

@@ -13,17 +13,14 @@ import cascadekit
 from helpers.whole import Whole
 
 ROOT = Path(cascadekit.__file__).parent
-COMMAND = """
+LIBRARY_AND_COMMAND = """
 import sys
+from cascadekit import Cascade
+with Cascade.open(sys.argv[2], threads=1) as cascade:
+    cascade.generate("a cat", width=64, height=64, prior_steps=1, decoder_steps=1, seed=0)
 sys.argv[0] = "cascadekit"
 from cascadekit.cli import main
 main()
-"""
-LIBRARY = """
-import sys
-from cascadekit import Cascade
-with Cascade.open(sys.argv[1], threads=1) as cascade:
-    cascade.generate("a cat", width=64, height=64, prior_steps=1, decoder_steps=1, seed=0)
 """
 SMALL = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--engine", "onnxruntime", "--threads", "1"]
 
@@ -42,16 +39,12 @@ def alone(home: Path, code: str, *arguments: str) -> list[str]:
     return [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()]
 
 
-def test_the_command_leaves_nothing_in_the_home_folder(whole: Whole, tmp_path: Path) -> None:
+def test_library_and_command_leave_nothing_in_the_home_folder(whole: Whole, tmp_path: Path) -> None:
     image = tmp_path / "x.png"
-    left = alone(tmp_path / "home", COMMAND, "generate", str(whole.bundle), "x", "-o", str(image), *SMALL)
+    left = alone(tmp_path / "home", LIBRARY_AND_COMMAND, "generate", str(whole.bundle), "x", "-o", str(image), *SMALL)
     # A name that says: the note about this bundle, never verified, was shown.
     assert [path for path in left if not path.startswith(".cache/cascadekit/unverified/")] == []
     assert image.is_file()
-
-
-def test_the_library_leaves_nothing_in_the_home_folder(whole: Whole, tmp_path: Path) -> None:
-    assert alone(tmp_path / "home", LIBRARY, str(whole.bundle)) == []
 
 
 def test_huggingface_hub_reports_nothing() -> None:

@@ -22,10 +22,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascadekit.runtime.text import tokenizer_file
 from cascadekit.runtime.text.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError, UsageError
 
-COUNT, SOME = 10_000, 2_500  # different strings; `make test-slow` takes them all
+COUNT, SOME = 10_000, 1_200  # different strings; `make test-slow` takes them all
 FILES = ("vocab.json", "merges.txt")
 
 WORDS = """a an the of photo painting portrait astronaut riding horse cat cats dog's it's we're they'll I'd you've can't
@@ -313,6 +314,25 @@ def test_cut_text_is_the_end_of_the_prompt(ours: ClipTokenizer, prompt: str, len
 
 
 # Opening files.
+
+
+def test_the_shipped_text_is_not_parsed_to_be_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it gives what reading the same content in another text gives, and tokens beside it are seen."""
+    save_tokenizer_folder(tmp_path)
+    whole, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_file, "_merged", lambda *arguments: pytest.fail("it was parsed"))
+        found = tokenizer_file.read_tokenizer(tmp_path)
+    whole.write_text(found.text + " ", encoding="utf-8")
+    checked = tokenizer_file.read_tokenizer(tmp_path)
+    assert (found.name, found.added, json.loads(found.text)) == (checked.name, checked.added, json.loads(checked.text))
+    whole.write_text(found.text, encoding="utf-8")
+    stated = json.loads(config.read_text())
+    config.write_text(json.dumps({**stated, "added_tokens_decoder": {"49408": {"content": "<new>"}}}))
+    assert tokenizer_file.read_tokenizer(tmp_path).added == {"<new>": 49408}
+    config.write_text(json.dumps({**stated, "added_tokens_decoder": {"5": {"content": "<|endoftext|>"}}}))
+    with pytest.raises(ValueError, match="two ids"):
+        tokenizer_file.read_tokenizer(tmp_path)
 
 
 def test_opens_file_folder_and_older_files(

@@ -88,30 +88,33 @@ def test_one_tensor_of_ranges_of_several_dtypes(mixed: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("block", [1, 24, 100, 200, 1 << 23])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (5, 7), (3, 40), (40, 3), (16, 16), (0, 4), (4, 0)])
 @pytest.mark.parametrize(("source", "target"), [("F32", "F32"), ("F32", "F16"), ("BF16", "F32"), ("I64", "I64")])
-def test_transposing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str, shape: tuple[int, int], block: int
-) -> None:
+def test_transposing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str, block: int) -> None:
+    """Every shape between two tensors that are copied."""
     monkeypatch.setattr(computing, "CAST_BLOCK", block)
     kinds = FLOAT_TENSORS | {"I64": torch.int64}
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(6)).mul(1000).to(kinds[source])
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(1, 1), (1, 9), (9, 1), (5, 7), (3, 40), (40, 3), (16, 16), (0, 4), (4, 0)]
+    values = {str(shape): torch.randn(shape, generator=generator).mul(1000).to(kinds[source]) for shape in shapes}
     path = tmp_path / "in"
-    stored = {"a": torch.zeros(3, dtype=kinds[source]), "turned": values.T.contiguous()}
-    path.write_bytes(unaligned(safetensors_torch.save(stored)))
+    copies = {f"before {name}": torch.zeros(3, dtype=kinds[source]) for name in values}
+    path.write_bytes(
+        unaligned(safetensors_torch.save(copies | {name: value.T.contiguous() for name, value in values.items()}))
+    )
     tensors = read_header(path).tensors
-    turned = replace(tensors["turned"], shape=shape, transposed=True)
-    plans = {
-        "before": TensorPlan(source, (3,), (tensors["a"],)),
-        "turned": TensorPlan(target, shape, (turned,)),
-        "after": TensorPlan(source, (3,), (tensors["a"],)),
-    }
+    plans = {}
+    for shape in shapes:
+        before, name = f"before {shape}", str(shape)
+        plans[before] = TensorPlan(source, (3,), (tensors[before],))
+        plans[name] = TensorPlan(target, shape, (replace(tensors[name], shape=shape, transposed=True),))
+    plans["after"] = TensorPlan(source, (3,), (tensors[before],))
     done: list[int] = []
     write_safetensors(tmp_path / "out", plans, {}, done.append)
     written = safetensors_torch.load_file(tmp_path / "out")
-    assert_same(written["turned"], values.to(kinds[target]))
-    assert_same(written["before"], stored["a"])
-    assert_same(written["after"], stored["a"])
+    for name, value in values.items():
+        assert_same(written[name], value.to(kinds[target]))
+        assert_same(written[f"before {name}"], copies[f"before {name}"])
+    assert_same(written["after"], torch.zeros(3, dtype=kinds[source]))
     assert sum(done) == sum(plan.nbytes for plan in plans.values())
 
 

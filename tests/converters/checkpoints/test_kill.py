@@ -23,7 +23,7 @@ from cascadekit.cli import main
 from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 
 # Kills of a run. The marker `slow` has more of them, at other moments.
-FEW, MANY = 4, pytest.param(25, marks=pytest.mark.slow)
+FEW, MANY = 3, pytest.param(25, marks=pytest.mark.slow)
 BEFORE_THE_THIRD_RENAME = "event == 'os.rename' and seen[event] == 3"
 NEVER = "False"
 

@@ -15,6 +15,10 @@ from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
 from cascadekit.converters.tensorrt import BuildOptions, Built, build, builder
+from cascadekit.converters.tensorrt.builder import require_machine
+from cascadekit.converters.tensorrt.plans_to_build import plans_to_build
+from cascadekit.converters.tensorrt.worker_process import BuildOutcome
+from cascadekit.converters.tensorrt.worker_request import WorkerRequest
 from cascadekit.schemas.plan_entries import PlanEntry
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.profiles import Bounds, parse_image_size
@@ -62,6 +66,28 @@ def no_build(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(builder, "run_build", started)
 
 
+@pytest.fixture
+def built_from_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build writes the plan of `built` again, without TensorRT."""
+    (plan,) = open_bundle(built).entry(Stage.VQGAN).plans
+    content = (built / plan.path).read_bytes()
+
+    def write(request: WorkerRequest, *arguments: Any) -> BuildOutcome:
+        Path(request.output).write_bytes(content)
+        return BuildOutcome(
+            bytes=plan.bytes,
+            sha256=plan.sha256,
+            version=plan.backend_version,
+            seconds=1,
+            cpu_seconds=1,
+            peak_rss=plan.peak_rss,
+            peak_own=0,
+            layers=1,
+        )
+
+    monkeypatch.setattr(builder, "run_build", write)
+
+
 def test_a_second_build_is_none(built: Path, no_build: Callable[[], None]) -> None:
     (plan,) = open_bundle(built).entry(Stage.VQGAN).plans
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
@@ -88,6 +114,7 @@ def test_a_forced_build_makes_the_plan_again(bundle: Path, stage: Stage) -> None
         assert hashlib.sha256((bundle / built.plan.path).read_bytes()).hexdigest() == built.plan.sha256
 
 
+@pytest.mark.usefixtures("built_from_memory")
 @pytest.mark.parametrize("fault", ["one bit", "cut short", "another plan", "no note", "a note that is none"])
 def test_damaged_plans_are_built_again(built: Path, fault: str) -> None:
     bundle = built
@@ -116,21 +143,28 @@ def test_damaged_plans_are_built_again(built: Path, fault: str) -> None:
     assert [note.startswith(reasons[fault]) for note in notes] == [True] * (fault in reasons)
 
 
-def test_what_decides_a_plan(built: Path, exported: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_decides_a_plan(built: Path, exported: Callable[[str], Path]) -> None:
     """Every one of these has a plan of its own, and none takes another's."""
-    paths = [plan.path for plan in open_bundle(built).entry(Stage.VQGAN).plans]
-    paths += [
-        one(built, wishes).plan.path
-        for wishes in (
-            changed(VQGAN, targets=("sm86",)),
-            changed(VQGAN, targets=("sm86", "sm89")),
-            changed(VQGAN, graphs=("encoder",)),
-            changed(VQGAN, profiles=(Bounds(*[parse_image_size("256x320")] * 3),)),
-        )
-    ]
-    other = shutil.copytree(exported("fp16"), tmp_path / "fp16")
-    assert len({*paths, one(other, VQGAN).plan.path}) == 6
-    assert [plan.path for plan in open_bundle(built).entry(Stage.VQGAN).plans] == paths
+
+    def planned(bundle: Path, wishes: BuildOptions) -> str:
+        backend, device = require_machine(wishes)
+        (plan,) = plans_to_build(open_bundle(bundle), wishes, backend.version, device)
+        return plan.path.relative_to(bundle).as_posix()
+
+    first = [plan.path for plan in open_bundle(built).entry(Stage.VQGAN).plans]
+    both = changed(VQGAN, targets=("sm86", "sm89"))
+    wishes = (
+        VQGAN,
+        both,
+        changed(VQGAN, targets=("sm86",)),
+        changed(VQGAN, graphs=("encoder",)),
+        changed(VQGAN, profiles=(Bounds(*[parse_image_size("256x320")] * 3),)),
+    )
+    paths = [planned(built, each) for each in wishes]
+    assert paths[:1] == first
+    assert len({*paths, planned(exported("fp16"), VQGAN)}) == 6
+    assert one(built, both).how == "built"
+    assert [plan.path for plan in open_bundle(built).entry(Stage.VQGAN).plans] == paths[:2]
 
 
 def test_a_shared_cache(original: Path, bundle: Path, tmp_path: Path, no_build: Callable[[], None]) -> None:

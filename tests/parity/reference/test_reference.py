@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -39,16 +40,20 @@ def preset(request: pytest.FixtureRequest) -> NetworkConfig:
     return PRESETS[request.param]
 
 
-def test_keys_and_shapes_are_those_of_the_layout(preset: NetworkConfig) -> None:
+@cache
+def without_values(preset: NetworkConfig) -> Any:
+    """The network of a preset on the meta device."""
     with torch.device("meta"):
-        network = build_reference(preset)
+        return build_reference(preset).eval()
+
+
+def test_keys_and_shapes_are_those_of_the_layout(preset: NetworkConfig) -> None:
+    network = without_values(preset)
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == needed(preset)
 
 
 def test_inputs_and_outputs_are_the_ports(preset: NetworkConfig) -> None:
-    ports = ports_of(preset)
-    with torch.device("meta"):
-        network = build_reference(preset).eval()
+    ports, network = ports_of(preset), without_values(preset)
     assert list(inspect.signature(network.forward).parameters) == [port.name for port in ports.inputs]
 
     def shape(dims: tuple[int | str, ...]) -> list[int]:
