@@ -24,7 +24,8 @@ from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from ...storage.safetensors_reader import TensorRange
-from .comfyui_types import ScaledTypes, described
+from .comfyui_copy import can_copy, copied, described, keeps_codes
+from .comfyui_types import ScaledTypes
 from .component import Component
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
@@ -97,7 +98,7 @@ class FilePlan:
 
 def _became(plan: TensorPlan) -> str:
     """What becomes of the values of a tensor."""
-    if len(plan.source_ranges) < len(plan.ranges):
+    if plan.calculated:
         return f"calculated ({plan.dtype})"
     others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})
     return f"{' and '.join(others)} to {plan.dtype}" if others else f"copied ({plan.dtype})"
@@ -176,13 +177,17 @@ def plan_tensors(
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans: dict[str, TensorPlan] = {}
     types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
-    spelling = Layout.SPLIT if scaled else options.layout
+    keeps = keeps_codes(component, options.layout, options.dtype)
+    spelling = Layout.SPLIT if scaled or keeps else options.layout
     for name, mapped in to_diffusers(component.stage, spelling).inverse.apply(shapes).items():
         # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
         ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
         module, _, part = mapped.rows[0].name.rpartition(".")
         if scaled and part == "weight" and module in scaled.factors:
             plans |= scaled.plan(prefix + name, module, ranges[0])
+            continue
+        if (keeps or (scaled and module in scaled.copies)) and can_copy(ranges[0]):
+            plans |= copied(prefix + name, ranges[0])
             continue
         if types:
             dtypes = types.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
@@ -223,7 +228,7 @@ def _lite(component: Component) -> str:
 
 def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str], options: OutputOptions) -> FilePlan:
     ordered = canonical_order(tensors) if options.canonical else tensors
-    return FilePlan(path, ordered, {"format": "pt", **metadata})
+    return FilePlan(path, ordered, {"format": "pt", **metadata, **described(tensors)})
 
 
 def _cut_into_shards(file: FilePlan, options: OutputOptions) -> Iterator[FilePlan]:
@@ -305,10 +310,11 @@ def _plan_scaled_file(
 ) -> tuple[FilePlan, list[str]]:
     """Plan the file of a component, quantised if `options` ask for it and it is a prior or decoder; and notes."""
     if not options.quantize or component.stage not in STAGES:
-        return _file(path, plan_tensors(component, options, prefix), component.metadata, options), []
+        tensors = plan_tensors(component, options, prefix)
+        return _file(path, tensors, component.metadata, options), []
     scaled = ScaledTypes.of(component, options.quantize)
     tensors = plan_tensors(component, options, prefix, scaled)
-    return _file(path, tensors, component.metadata | described(tensors, scaled.kind), options), [scaled.note(component)]
+    return _file(path, tensors, component.metadata, options), [scaled.note(component)]
 
 
 def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
