@@ -108,12 +108,3 @@ def type_for(wanted: str, columns: int) -> str | None:
     if kind is None or columns % kind.values == 0:
         return wanted if kind else None
     return type_for(kind.fallback, columns)
-
-
-def quantised_facts(dtypes: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
-    """Return, for each type of blocks among the counted `dtypes`: its tensors, bits a value, and relative error."""
-    return {
-        name: {"tensors": count, "bits": _ALL_BLOCKS[name].bits, "error": _ALL_BLOCKS[name].error}
-        for name, count in dtypes.items()
-        if name in _ALL_BLOCKS
-    }

@@ -72,6 +72,13 @@ class Scale:
         """True when a value is the stored number times its factor."""
         return not (self.table or self.minus or self.plus or self.last != 1 or self.added or self.rounded)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors and of all other numbers that belong to the tensor's values."""
+        tensors = (self.factors, self.overall, self.minus, self.plus)
+        own = sum(tensor.nbytes for tensor in tensors if tensor)
+        return own + (self.factors.scale.nbytes if self.factors.scale else 0)
+
 
 @dataclass(frozen=True)
 class TensorRange:

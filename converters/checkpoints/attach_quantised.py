@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...schemas.errors import CheckpointError, LayoutError
+from ...schemas.folders import QUANTIZATION
 from ...schemas.json_text import load_object
 from ...storage.safetensors_reader import Header
 from .attach_bitsandbytes import attach_bitsandbytes
@@ -13,7 +14,6 @@ from .attach_sdnq import attach_sdnq
 from .attach_torchao import attach_torchao
 
 CONFIG, OWN_CONFIG = "config.json", "quantization_config.json"
-KEY = "quantization_config"
 METHODS: Mapping[str, str] = {"sdnq": "SDNQ", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}  # quant_method
 
 
@@ -26,8 +26,8 @@ def attach_quantised(header: Header) -> tuple[Header, list[str]]:
     method = settings.get("quant_method") if settings else None
     if settings and method not in METHODS:
         raise LayoutError(
-            f"{header.path}: quantised by {method}, which is not supported ({KEY} of {CONFIG}); expected one of "
-            f"{', '.join(METHODS)}; get the checkpoint in bf16, fp16 or fp32"
+            f"{header.path}: quantised by {method}, which is not supported ({QUANTIZATION} of {CONFIG}); expected one "
+            f"of {', '.join(METHODS)}; get the checkpoint in bf16, fp16 or fp32"
         )
     header, notes = attach_scales(header)
     for attach in (attach_torchao, attach_bitsandbytes):
@@ -52,7 +52,7 @@ def _settings(header: Header) -> dict[str, Any] | None:
             content = load_object(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-        settings = content if name == OWN_CONFIG else content.get(KEY)
+        settings = content if name == OWN_CONFIG else content.get(QUANTIZATION)
         if isinstance(settings, dict):
             return settings
     return None

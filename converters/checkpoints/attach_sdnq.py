@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...schemas.block_types import SCALED_TYPES
-from ...schemas.dtypes import DTYPES, FLOATS
+from ...schemas.dtypes import DTYPES, FLOATS, FP8
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header, Scale, TensorRange
 from .layer_parts import LayerParts
@@ -18,6 +18,7 @@ from .layer_parts import LayerParts
 PROGRAM = "SDNQ"
 WEIGHT, SCALE = ".weight", ".scale"
 PACKED = "U8"
+CODES = (PACKED, "I8", *FP8)  # dtypes of weights in the file
 # Codes with a dtype of safetensors -> as they are read. All others are packed.
 PLAIN: Mapping[str, tuple[str, str]] = {
     "int8": ("I8", "INT8"),
@@ -70,10 +71,11 @@ def attach_sdnq(header: Header, settings: Mapping[str, Any] | None) -> tuple[Hea
 
 
 def _layers(header: Header, settings: Mapping[str, Any] | None) -> list[str]:
-    """Return the layers with a scale; where no settings name SDNQ, only those whose weight is no float."""
-    layers = [name.removesuffix(SCALE) for name in header.tensors if name.endswith(SCALE)]
-    found = ((layer, header.tensors.get(layer + WEIGHT)) for layer in layers)
-    return [layer for layer, weight in found if weight is not None and (settings or weight.dtype not in FLOATS)]
+    """Return the layers whose weight is no float; and those of floats that have a scale, where settings name SDNQ."""
+    weights = {name.removesuffix(WEIGHT): tensor for name, tensor in header.tensors.items() if name.endswith(WEIGHT)}
+    scaled = {layer for layer in weights if layer + SCALE in header.tensors}
+    codes = {layer for layer in weights if weights[layer].dtype in CODES and weights[layer].scale is None}
+    return [layer for layer in weights if layer in (scaled | codes if settings else scaled & codes)]
 
 
 def _type(parts: LayerParts, settings: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import FOLDERS, Layout, to_diffusers
+from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
@@ -30,6 +31,7 @@ from .component import Component
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
 from .open_model import ENCODERS
+from .sdnq_types import SdnqTypes
 
 ORIGINAL_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stage_c",
@@ -106,12 +108,15 @@ def _became(plan: TensorPlan) -> str:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user."""
+    """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user.
+
+    `quantization` has the settings of quantised stages for their config.json."""
 
     options: OutputOptions
     files: tuple[FilePlan, ...]
     indexes: dict[Path, dict[str, Any]]
     notes: tuple[str, ...] = ()
+    quantization: dict[Stage, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -154,15 +159,22 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
         return _plan_gguf(components, options)
     files: list[FilePlan] = []
     indexes: dict[Path, dict[str, Any]] = {}
+    quantization: dict[Stage, dict[str, Any]] = {}
+    notes = []
     for component in components.values():
         tensors = plan_tensors(component, options)
+        if options.quantize in SDNQ_CHOICES and component.stage in STAGES:
+            types = SdnqTypes.of(component, options.quantize)
+            tensors = types.quantised(tensors, component)
+            quantization[component.stage] = types.settings
+            notes.append(types.note(component))
         for path in _paths(component, options):
             shards = list(_cut_into_shards(_file(path, tensors, component.metadata, options), options))
             files += shards
             if len(shards) > 1:
                 name = weights_names(_stem(component.stage), options.variant)[1]
                 indexes[path.with_name(name)] = _index(shards)
-    return OutputPlan(options, tuple(files), indexes)
+    return OutputPlan(options, tuple(files), indexes, tuple(notes), quantization)
 
 
 def plan_tensors(

@@ -15,32 +15,15 @@ from typing import Any
 
 os.environ["SDNQ_USE_TORCH_COMPILE"] = "0"
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
 from safetensors.torch import save_file
 
+from helpers.quantised import EVEN, linears
+
 FOLDER = Path(__file__).with_name("quantised")
-# Names and shapes are those of the network in tests/helpers/quantised.py.
-# SDNQ packs whole groups of 8 values, the others an odd number of values too.
-SHAPES = {"clip_txt_mapper": (21, 39), "down_blocks.0.0.channelwise.4": (12, 48), "clip_txt_pooled_mapper": (84, 10)}
-ODD, EVEN = (
-    ("clip_txt_mapper", "down_blocks.0.0.channelwise.4"),
-    ("clip_txt_pooled_mapper", "down_blocks.0.0.channelwise.4"),
-)
 Tensors = dict[str, torch.Tensor]
-
-
-def linears(dtype: torch.dtype, names: tuple[str, ...] = ODD) -> torch.nn.ModuleDict:
-    """Linears with random weights; one value in each is large."""
-    generator = torch.Generator().manual_seed(3)
-    layers = {}
-    for name in names:
-        rows, columns = SHAPES[name]
-        layer = torch.nn.Linear(columns, rows)
-        layer.weight.data = torch.randn(rows, columns, generator=generator) * 0.05
-        layer.weight.data[rows // 2, columns // 3] = 0.7
-        layer.bias.data = torch.randn(rows, generator=generator)
-        layers[name.replace(".", "/")] = layer.to(dtype)
-    return torch.nn.ModuleDict(layers)
 
 
 def write(name: str, stored: Tensors, values: Tensors, metadata: dict[str, str] | None = None) -> None:
