@@ -1,4 +1,4 @@
-"""Folders quantised as SDNQ does: its own code gives the same codes, and diffusers loads the folder with its package."""
+"""Folders quantised as SDNQ does: its code gives the same codes, and diffusers loads the folder with its package."""
 
 import json
 import os
