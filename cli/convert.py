@@ -40,7 +40,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option(
     "--quantize",
     type=click.Choice([name.lower() for name in (*WRITTEN, *CHOICES, *SDNQ_CHOICES)]),
-    help="Store most Linears of prior and decoder in few bits: q for gguf, sdnq for diffusers, others for comfyui, split.",
+    help="Store most Linears of prior and decoder in few bits: q for gguf, sdnq for diffusers, else for ComfyUI.",
 )
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
 @click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")

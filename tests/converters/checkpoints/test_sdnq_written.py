@@ -36,7 +36,8 @@ def test_codes_and_factors_are_those_that_sdnq_recorded(choice: str, name: str) 
 @pytest.mark.parametrize("choice", SDNQ_CHOICES)
 def test_a_folder_is_written_and_read_back(original: Path, tmp_path: Path, choice: str) -> None:
     form = SDNQ_CHOICES[choice]
-    done = convert(original, tmp_path / "model", "diffusers", quantize=choice.lower())
+    sources = [original / "stage_b.safetensors", original / "stage_c.safetensors"]
+    done = convert(sources, tmp_path / "model", "diffusers", quantize=choice.lower())
     exact, found = inspect(original).components, inspect(tmp_path / "model").components
     for stage in STAGES:
         config = json.loads((tmp_path / "model" / stage / "config.json").read_text())["quantization_config"]
