@@ -43,16 +43,18 @@ def _notes(header: Header, program: str, kinds: Mapping[str, str]) -> list[str]:
 
 
 def _settings(header: Header) -> dict[str, Any] | None:
-    """Return the settings of a quantisation in the files beside the weights; None where there are none."""
+    """Return the settings of a quantisation in the files beside the weights; None where there are none.
+
+    A config.json that cannot be read is refused where the network's config is read from it."""
     for name in (OWN_CONFIG, CONFIG):
         path = header.path.with_name(name)
-        if not path.is_file():
-            continue
         try:
-            content = load_object(path.read_text(encoding="utf-8"))
+            content = load_object(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+            if name == OWN_CONFIG:
+                raise CheckpointError(f"{path}: not readable as JSON: {error}; download it again") from error
+            continue
         settings = content if name == OWN_CONFIG else content.get(QUANTIZATION)
-        if isinstance(settings, dict):
+        if settings and isinstance(settings, dict):
             return settings
     return None

@@ -73,7 +73,7 @@ class ScaledTypes:
                 continue
             factors[module] = overall
             worst, tolerated = max((worst, tolerated), (error, limit))
-        return cls(kind, factors, floats, worst, tolerated, frozenset(copies))
+        return cls(kind, factors, floats, worst, tolerated, copies=frozenset(copies))
 
     def plan(self, name: str, module: str, matrix: TensorRange) -> dict[str, TensorPlan]:
         """Plan the tensors of a module that is quantised; `name` is that of its weight in the file."""
