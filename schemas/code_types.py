@@ -10,6 +10,7 @@
 import re
 from collections.abc import Mapping
 from functools import cache
+from math import ldexp
 from typing import NamedTuple
 
 LARGEST = 8  # bits of a code
@@ -126,4 +127,5 @@ def _float_value(code: int, bits: int, exponent: int, mantissa: int, *, signed: 
     power = (code >> mantissa) & (2**exponent - 1)
     fraction = (code & (2**mantissa - 1)) / 2**mantissa
     bias = 2 ** (exponent - 1) - 1
-    return 0.0 + sign * (fraction * 2.0 ** (1 - bias) if power == 0 else (1 + fraction) * 2.0 ** (power - bias))
+    size = ldexp(fraction, 1 - bias) if power == 0 else ldexp(1 + fraction, power - bias)
+    return sign * size if size else 0.0

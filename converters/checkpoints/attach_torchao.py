@@ -68,7 +68,7 @@ def _entries(header: Header) -> dict[str, dict[str, Any]]:
 
 
 def _weight(parts: LayerParts, entry: Mapping[str, Any]) -> TensorRange:
-    kind, data = entry.get("_type"), entry.get("_data")
+    kind, data = str(entry.get("_type")), entry.get("_data")
     if kind not in CLASSES or not isinstance(data, dict):
         raise parts.error(f"its class {kind} is not supported; expected one of {', '.join(CLASSES)}", ADVICE)
     if parts.has("act_pre_scale"):
