@@ -163,7 +163,7 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
     notes = []
     for component in components.values():
         tensors = plan_tensors(component, options)
-        if options.quantize in SDNQ_CHOICES and component.stage in STAGES:
+        if options.quantize and options.quantize in SDNQ_CHOICES and component.stage in STAGES:
             types = SdnqTypes.of(component, options.quantize)
             tensors = types.quantised(tensors, component)
             quantization[component.stage] = types.settings

@@ -105,7 +105,7 @@ def quantised(rows: Floats, form: SdnqFormat) -> dict[str, NDArray[Any]]:
     span = groups.max(axis=2, keepdims=True) - least if form.zero else np.abs(groups).max(axis=2, keepdims=True)
     scale = span / np.float32(form.top)
     scaled = (groups - least) / np.where(scale == 0, np.float32(np.inf), scale)
-    return {"codes": _codes(scaled, form), "scale": scale, "zero_point": least}
+    return {"codes": _codes(np.asarray(scaled, np.float32), form), "scale": scale, "zero_point": least}
 
 
 def _codes(scaled: Floats, form: SdnqFormat) -> NDArray[Any]:
