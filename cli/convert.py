@@ -11,6 +11,7 @@ from ..schemas.comfy_formats import CHOICES
 from ..schemas.dtypes import DTYPE_OPTIONS
 from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
+from ..schemas.sdnq_formats import SDNQ_CHOICES
 from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
@@ -38,8 +39,8 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 )
 @click.option(
     "--quantize",
-    type=click.Choice([name.lower() for name in (*WRITTEN, *CHOICES)]),
-    help="Store most Linears of prior and decoder in 8 to 4 bits: q types for gguf, others for comfyui and split.",
+    type=click.Choice([name.lower() for name in (*WRITTEN, *CHOICES, *SDNQ_CHOICES)]),
+    help="Store most Linears of prior and decoder in few bits: q for gguf, sdnq for diffusers, else for ComfyUI.",
 )
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become infinite.")
 @click.option("--variant", help="Weights to take from a folder that has several, such as bf16.")

@@ -102,16 +102,13 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
 
 
 def _quantised(component: "Component") -> str:
-    """A line on the quantised types among the weights; "" where there are none."""
-    from ..schemas.block_types import quantised_facts
-
-    facts = quantised_facts(component.dtypes)
+    """A line on the formats of quantised weights; "" where there are none."""
     kinds = []
-    for name, fact in facts.items():
-        error = f", error {fact['error']:.1%}" if fact["error"] else ""
-        kinds.append(f"{fact['tensors']} {name} ({fact['bits']:.3g} bits{error})")
+    for name, facts in component.quantised.items():
+        error = f", error {facts.error:.1%}" if facts.error else ""
+        kinds.append(f"{facts.tensors} {name} ({facts.bits:.3g} bits{error}), read by {facts.readers}")
     gguf = f"GGUF architecture {component.metadata.get('general.architecture', 'none')}, "
-    return f"{gguf if component.layout == 'gguf' else ''}quantised: {'; '.join(kinds)}" if facts else ""
+    return f"{gguf if component.layout == 'gguf' else ''}quantised: {'; '.join(kinds)}" if kinds else ""
 
 
 def _component_row(c: "Component", root: Path) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..schemas.block_types import quantised_facts
 from ..schemas.callbacks import Say
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.layouts import can_become
@@ -119,7 +118,7 @@ def component_facts(component: "Component") -> dict[str, Any]:
         "dtypes": component.dtypes,
         "tensors": len(component.tensors),
         "parameters": component.parameters,
-        "quantised": quantised_facts(component.dtypes),
+        "quantised": {name: facts._asdict() for name, facts in component.quantised.items()},
         "problems": component.problems.lines(),
         "can_become": can_become(component.stage),
         "config": to_json(component.config),

@@ -5,6 +5,7 @@ Names and numbers are those of ggml (gguf-py's GGMLQuantizationType, GGML_QUANT_
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from .code_types import NAMES, bits_of, packing_of
 from .dtypes import DTYPE_SIZES
 
 
@@ -87,22 +88,18 @@ GGML_TYPES: Mapping[int, tuple[str, BlockType]] = {
 }
 
 
-# Codes whose factors are in other tensors, as ComfyUI stores them: signed bytes, and two E2M1 numbers in a byte.
-SCALED_TYPES: Mapping[str, BlockType] = {"INT8": BlockType(-1, 1, 1), "FP4": BlockType(-1, 2, 1)}
+# Codes whose factors are in other tensors; a group of bytes has whole codes.
+SCALED_TYPES: Mapping[str, BlockType] = {
+    name: BlockType(-1, len(packing_of(name)), len(packing_of(name)) * bits_of(name) // 8) for name in NAMES
+}
 _ALL_BLOCKS = {**BLOCK_TYPES, **SCALED_TYPES}
 QUANTISED = tuple(_ALL_BLOCKS)  # all types that are read and are neither floats nor integers
 
 
 def nbytes_of(dtype: str, count: int) -> int:
-    """Return the bytes of `count` values, which are whole blocks. Raises KeyError for a dtype that is not read."""
+    """Return the bytes of `count` values, in whole blocks. Raises KeyError for a dtype that is not read."""
     kind = _ALL_BLOCKS.get(dtype)
-    return count * DTYPE_SIZES[dtype] if kind is None else count // kind.values * kind.nbytes
-
-
-def count_of(dtype: str, nbytes: int) -> int:
-    """Return how many values `nbytes` bytes hold. Raises KeyError for a dtype that is not read."""
-    kind = _ALL_BLOCKS.get(dtype)
-    return nbytes // DTYPE_SIZES[dtype] if kind is None else nbytes // kind.nbytes * kind.values
+    return count * DTYPE_SIZES[dtype] if kind is None else -(-count // kind.values) * kind.nbytes
 
 
 def type_for(wanted: str, columns: int) -> str | None:
@@ -111,12 +108,3 @@ def type_for(wanted: str, columns: int) -> str | None:
     if kind is None or columns % kind.values == 0:
         return wanted if kind else None
     return type_for(kind.fallback, columns)
-
-
-def quantised_facts(dtypes: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
-    """Return, for each type of blocks among the counted `dtypes`: its tensors, bits a value, and relative error."""
-    return {
-        name: {"tensors": count, "bits": _ALL_BLOCKS[name].bits, "error": _ALL_BLOCKS[name].error}
-        for name, count in dtypes.items()
-        if name in _ALL_BLOCKS
-    }

@@ -8,6 +8,7 @@ from .stages import Stage
 
 # The files that mark a model folder, whole or modular (of diffusers).
 MODEL_INDEX = "model_index.json"
+QUANTIZATION = "quantization_config"  # the key of a config.json
 MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines
 MODULAR_FILES = (MODULAR_INDEX, "modular_config.json", "block.py")
 MODEL_INDEXES = (MODEL_INDEX, MODULAR_INDEX)

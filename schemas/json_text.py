@@ -30,6 +30,14 @@ def load_object(text: str | bytes, *, strict: bool = False, **parsers: Any) -> d
     return value
 
 
+def load_strings(text: str) -> list[str]:
+    """The list of strings in `text`, read as by `load_json`. Raises ValueError for any other value."""
+    value = load_json(text)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("JSON that is not a list of strings")
+    return value
+
+
 def well_formed(text: str) -> str:
     """`text` with lone surrogates as escapes (\\udcff), which UTF-8 can encode."""
     return text.encode("utf-8", "backslashreplace").decode()

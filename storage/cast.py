@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..schemas.block_types import BLOCK_TYPES, QUANTISED, SCALED_TYPES, WRITTEN
 from ..schemas.dtypes import DTYPES, FLOATS, FP8
 from ..schemas.errors import ConversionError, UsageError
+from .codes import code_values
 from .gguf_blocks import pack, unpack
 
 Array = NDArray[Any]
@@ -32,8 +33,6 @@ _NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that 
 
 # Where rounding begins to give infinity: half a step above the target's largest value.
 _LIMIT = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf, "F64": math.inf}
-
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], "<f4")  # of the codes of FP4
 
 _CHUNK = 1 << 18  # elements per step: the scratch space of a step stays in a core's cache
 
@@ -83,7 +82,7 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: Scal
     if source in BLOCK_TYPES:
         data, source = unpack(np.frombuffer(data, np.uint8), source).data, "F32"
     if source in SCALED_TYPES:
-        data, source = _codes(np.frombuffer(data, np.uint8), source).data, "F32"
+        data, source = code_values(np.frombuffer(data, np.uint8), source).data, "F32"
     if target in BLOCK_TYPES:
         return _pack(cast_counted(data, source, "F32", scale).values, target)
     values = np.frombuffer(data, DTYPES[source].numpy)
@@ -104,13 +103,6 @@ def cast_counted(data: bytes | memoryview, source: str, target: str, scale: Scal
             counts = _cast(values[part], out[part], room, source=source, target=target, scale=factor)
             overflow, not_finite = overflow + counts[0], not_finite + counts[1]
     return Cast(out, overflow, not_finite)
-
-
-def _codes(data: Array, source: str) -> Array:
-    """The float32 values of codes before they are scaled; the first of two codes in a byte has its upper bits."""
-    if source == "INT8":
-        return data.view(np.int8).astype("<f4")
-    return _E2M1[np.stack([data >> 4, data & 15], axis=1).reshape(-1)]
 
 
 def _pack(values: Array, target: str) -> Cast:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..schemas.block_types import QUANTISED, count_of, nbytes_of
+from ..schemas.block_types import QUANTISED, nbytes_of
 from ..schemas.callbacks import Progress
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
 from .cast import Cast, cast_counted
 from .file_ranges import read_exactly, read_lines, write_all, write_lines
-from .read_scale import Factors, read_scale
+from .read_scale import Factors, cast_scaled, read_scale
 from .safetensors_plan import PlacedRange
 
 CAST_BLOCK = 1 << 22  # bytes that a thread casts at a time; memory of larger blocks is paged in anew each time
@@ -99,7 +99,7 @@ def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:
         for rows, columns in _tiles(source.shape, limit):
             yield partial(_transpose_tile, work, rows, columns)
     else:
-        for span in _cuts(count_of(source.dtype, source.nbytes), limit):
+        for span in _cuts(math.prod(source.shape), limit):
             yield partial(_cast_span, work, span)
 
 
@@ -139,8 +139,7 @@ def _cast_span(work: _Work, span: range) -> Done:
     with source.path.open("rb", buffering=0) as file:
         data = read_exactly(file, source.offset + start, nbytes)
     try:
-        scale = None if work.scale is None else work.scale.of(span)
-        values, overflow, not_finite = cast_counted(data, source.dtype, dtype, scale)
+        values, overflow, not_finite = cast_scaled(data, source.dtype, dtype, work.scale, span)
     except ConversionError as error:
         raise ConversionError(f"{source.path}: {work.placed.name} {error}") from error
     write_all(work.target, values, work.placed.at + nbytes_of(dtype, span.start))

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.block_types import nbytes_of
-from .cast import cast_counted
 from .file_ranges import read_exactly
-from .read_scale import read_scale
+from .read_scale import cast_scaled, read_scale
 from .safetensors_reader import TensorRange
 
 Floats = NDArray[np.float32]
@@ -27,5 +26,5 @@ def float_rows(matrix: TensorRange, height: int, *, step: int = 0) -> Iterator[F
             span = range(start * columns, min(start + height, rows) * columns)
             nbytes = nbytes_of(matrix.dtype, len(span))
             data = read_exactly(file, matrix.offset + nbytes_of(matrix.dtype, span.start), nbytes)
-            values = cast_counted(data, matrix.dtype, "F32", None if scale is None else scale.of(span)).values
+            values = cast_scaled(data, matrix.dtype, "F32", scale, span).values
             yield values.reshape(-1, columns)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..schemas.block_types import count_of, nbytes_of
+from ..schemas.block_types import nbytes_of
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.tensors import Shape
 from .safetensors_reader import TensorRange
@@ -47,9 +47,14 @@ class TensorPlan:
         return tuple(each for each in self.ranges if isinstance(each, TensorRange))
 
     @property
+    def calculated(self) -> tuple[CalculatedRange, ...]:
+        """The ranges that are calculated."""
+        return tuple(each for each in self.ranges if isinstance(each, CalculatedRange))
+
+    @property
     def files(self) -> frozenset[Path]:
         """The files whose values make the tensor."""
-        calculated = (each.sources for each in self.ranges if isinstance(each, CalculatedRange))
+        calculated = (each.sources for each in self.calculated)
         return frozenset(part.path for parts in (self.source_ranges, *calculated) for part in parts)
 
     @property
@@ -64,7 +69,7 @@ def _nbytes_as(values: Range, dtype: str) -> int:
     """Size of a range's values in `dtype`."""
     if isinstance(values, CalculatedRange) or values.dtype == dtype:
         return values.nbytes
-    return nbytes_of(dtype, count_of(values.dtype, values.nbytes))
+    return nbytes_of(dtype, math.prod(values.shape))
 
 
 def canonical_order(plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..schemas.block_types import BLOCK_TYPES
+from ..schemas.block_types import BLOCK_TYPES, SCALED_TYPES
 from ..schemas.dtypes import DTYPES
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.json_text import load_object
@@ -41,14 +41,43 @@ STARTS: Mapping[bytes, str] = {
 class Scale:
     """The factors of a tensor's values: one for every `group` values in their order, or a single one (group 0).
 
+    A stored value is looked up in `table`, if there is one; less `minus`, times its factor, times `last`, plus `plus`
+    and `added`. `minus` and `plus` have a number for each factor. The result is rounded to `rounded`, if that names a
+    dtype.
+
     With `tiles` (rows, factors of a row), factors are stored in the tiles of cuBLAS. `overall` is a further factor of
-    all values. `first` is the number of the tensor's first value among those that `factors` are for."""
+    all values. `first` is the number of the tensor's first value among those that `factors` are for. Factors may have
+    a scale themselves.
+
+    `kind` names the format. `parts` has the tensors to copy with the weight where the format is kept, by what they add
+    to the layer's name, and `settings` is the JSON that describes the layer."""
 
     factors: "TensorRange"
     group: int = 0
     tiles: tuple[int, int] | None = None
     overall: "TensorRange | None" = None
     first: int = 0
+    table: "TensorRange | None" = None
+    minus: "TensorRange | None" = None
+    plus: "TensorRange | None" = None
+    added: float = 0.0
+    last: float = 1.0
+    rounded: str = ""
+    kind: str = ""
+    parts: tuple[tuple[str, "TensorRange"], ...] = ()
+    settings: str = ""
+
+    @property
+    def is_product(self) -> bool:
+        """True when a value is the stored number times its factor."""
+        return not (self.table or self.minus or self.plus or self.last != 1 or self.added or self.rounded)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors and of all other numbers that belong to the tensor's values."""
+        tensors = (self.factors, self.overall, self.minus, self.plus)
+        own = sum(tensor.nbytes for tensor in tensors if tensor)
+        return own + (self.factors.scale.nbytes if self.factors.scale else 0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,8 @@ class TensorRange:
                 f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
             )
         row = self.nbytes // self.shape[0]
-        if self.dtype in BLOCK_TYPES and row % BLOCK_TYPES[self.dtype].nbytes:
+        kind = BLOCK_TYPES.get(self.dtype) or SCALED_TYPES.get(self.dtype)
+        if kind and (self.nbytes % self.shape[0] or row % kind.nbytes):
             raise ConversionError(f"{self.path}: blocks of {self.dtype} go beyond the rows of shape {list(self.shape)}")
         values = math.prod(self.shape[1:])
         scale = self.scale and replace(self.scale, first=self.scale.first + start * values)

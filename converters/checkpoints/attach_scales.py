@@ -4,6 +4,7 @@ A layer X is quantised in one of FORMATS, which is named in the header's metadat
 `X.comfy_quant`. Its scales are `X.weight_scale` and, in nvfp4, `X.weight_scale_2`. Older files have fp8 alone, with
 `X.scale_weight` and a tensor `scaled_fp8`."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from ...storage.safetensors_reader import Header, Scale, TensorRange
 
 MARKER = "scaled_fp8"  # a tensor of at most two values
 OLD_SCALE = ".scale_weight"
-INPUTS = (".scale_input", ".input_scale")  # for products with rounded inputs only
+INPUT = ".input_scale"
+INPUTS = (".scale_input", INPUT)  # for products with rounded inputs only
 OTHER_DTYPES = "get the checkpoint in bf16, fp16 or fp8"
 MAX_JSON_BYTES = 4096  # of the description of one layer
 
@@ -40,7 +42,7 @@ def attach_scales(header: Header) -> tuple[Header, list[str]]:
             formats[layer] = {"format": _guessed(tensors, layer)}
     for layer, settings in formats.items():
         kind, weight, taken = _scaled(header, layer, settings)
-        tensors[layer + WEIGHT] = weight
+        tensors[layer + WEIGHT] = _with_parts(header, layer, weight, settings, taken)
         used += taken
         counts[kind] += 1
     inputs = [name for name in tensors if name.endswith(INPUTS) and name.rpartition(".")[0] in formats]
@@ -50,7 +52,9 @@ def attach_scales(header: Header) -> tuple[Header, list[str]]:
         notes.append(f"{header.path}: quantised by ComfyUI: {shown} have scales, which a cast multiplies in")
     if inputs:
         kind = inputs[0].rpartition(".")[2]
-        notes.append(f"{header.path}: left out {len(inputs)} {kind}, which only products of rounded inputs use")
+        notes.append(
+            f"{header.path}: a cast leaves out {len(inputs)} {kind}, which only products of rounded inputs use"
+        )
     left = {name: tensor for name, tensor in tensors.items() if name not in {*used, *inputs}}
     metadata = {key: text for key, text in header.metadata.items() if key != METADATA}
     return replace(header, tensors=left, metadata=metadata), notes
@@ -120,6 +124,20 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
     scale = _scale(names, tensors, shape, form)
     dtype = form.dtype if weight.dtype == form.stored else weight.dtype
     return str(kind), replace(weight, dtype=dtype, shape=shape, scale=scale), names
+
+
+def _with_parts(
+    header: Header, layer: str, weight: TensorRange, settings: Mapping[str, Any], names: list[str]
+) -> TensorRange:
+    """Return the weight with what a file in the same format has beside it, under the names of newer files."""
+    parts = dict(zip((SCALE, OVERALL), (header.tensors[name] for name in names), strict=False))
+    for name in (layer + each for each in INPUTS):
+        if name in header.tensors:
+            parts[INPUT] = header.tensors[name]
+    scale = weight.scale and replace(
+        weight.scale, kind=settings["format"], parts=tuple(parts.items()), settings=json.dumps(settings)
+    )
+    return replace(weight, scale=scale)
 
 
 def _scale(names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: ComfyFormat) -> Scale:

@@ -5,7 +5,7 @@ it. On activations of equal variance that is the error of the layer's product. A
 times that of normal numbers has outliers, and stays float. The network is not run, so that memory stays bounded."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.comfy_formats import CHOICES, FORMATS, METADATA, OVERALL, QUANT, SCALE, WEIGHT
+from ...schemas.comfy_formats import CHOICES, FORMATS, OVERALL, QUANT, SCALE, WEIGHT
 from ...schemas.errors import ConversionError
 from ...schemas.messages import listed
 from ...schemas.quantization import candidates
@@ -24,7 +24,9 @@ from ...storage.float_rows import float_rows
 from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import codes, group_factors, overall_factor, tiled, worth
+from .comfyui_copy import can_copy
 from .component import Component
+from .constant_values import constant, constant_text
 from .gguf_types import RECOGNISED_BY
 
 TOLERATED = 2.0  # as `export` does: this many times the error of normal numbers
@@ -38,13 +40,15 @@ Floats = NDArray[np.float32]
 @dataclass(frozen=True)
 class ScaledTypes:
     """The decision on every candidate of a component: the factor of all values of each module that is quantised, and
-    why each other module stays float. `worst` is the largest error among those quantised, `tolerated` its limit."""
+    why each other module stays float. `worst` is the largest error among those quantised, `tolerated` its limit.
+    `copies` are modules that have the format already."""
 
     kind: str
     factors: dict[str, np.float32]
     floats: dict[str, str]
     worst: float
     tolerated: float
+    copies: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, component: Component, choice: str) -> "ScaledTypes":
@@ -52,9 +56,13 @@ class ScaledTypes:
         kind = CHOICES[choice]
         factors: dict[str, np.float32] = {}
         floats: dict[str, str] = {}
+        copies: list[str] = []
         worst = tolerated = 0.0
         for module, shape in candidates(component.stage, expected_tensors(component.config)).items():
             matrix = component.tensors[f"{module}.weight"]
+            if matrix.scale and matrix.scale.kind == kind and can_copy(matrix):
+                copies.append(module)
+                continue
             if reason := _unfit(component.stage, module, shape, matrix, kind):
                 floats[module] = reason
                 continue
@@ -65,7 +73,7 @@ class ScaledTypes:
                 continue
             factors[module] = overall
             worst, tolerated = max((worst, tolerated), (error, limit))
-        return cls(kind, factors, floats, worst, tolerated)
+        return cls(kind, factors, floats, worst, tolerated, copies=frozenset(copies))
 
     def plan(self, name: str, module: str, matrix: TensorRange) -> dict[str, TensorPlan]:
         """Plan the tensors of a module that is quantised; `name` is that of its weight in the file."""
@@ -73,7 +81,7 @@ class ScaledTypes:
         rows, columns = matrix.shape[:2]
         width = columns // 2 if form.dtype == "FP4" else columns
         planned = {name: _calculated(form.stored, (rows, width), matrix, _Codes(matrix, self.kind, overall))}
-        single = TensorPlan("F32", (), (_constant(np.array(overall, "<f4")),))
+        single = TensorPlan("F32", (), (constant(np.array(overall, "<f4")),))
         if form.group:
             shape = tuple(
                 -(-size // step) * step for size, step in zip((rows, columns // form.group), TILE, strict=True)
@@ -82,22 +90,16 @@ class ScaledTypes:
             planned[layer + SCALE] = _calculated(form.scales[0], shape, matrix, blocks)
         if not form.group or self.kind == "nvfp4":
             planned[layer + (OVERALL if form.group else SCALE)] = single
-        text = np.frombuffer(json.dumps({"format": self.kind}).encode(), np.uint8)
-        return planned | {layer + QUANT: TensorPlan("U8", text.shape, (_constant(text),))}
+        return planned | {layer + QUANT: constant_text(json.dumps({"format": self.kind}))}
 
     def note(self, component: Component) -> str:
         """Return a line on how many modules are quantised, the worst error, and why others stay float."""
-        total = len(self.factors) + len(self.floats)
+        total = len(self.factors) + len(self.floats) + len(self.copies)
         kept = [f"{module} ({reason})" for module, reason in self.floats.items()]
         rest = f"; in float: {listed(kept, 4)}" if kept else ""
         error = f", worst error {self.worst:.1%} of {self.tolerated:.1%} tolerated" if self.factors else ""
-        return f"{component.stage}: {len(self.factors)} of {total} Linears in {self.kind}{error}{rest}"
-
-
-def described(tensors: Mapping[str, TensorPlan], kind: str) -> dict[str, str]:
-    """Return the metadata that names the format of every quantised layer among `tensors`, as ComfyUI reads it."""
-    layers = {name.removesuffix(QUANT): {"format": kind} for name in tensors if name.endswith(QUANT)}
-    return {METADATA: json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}
+        copies = f" and {len(self.copies)} copied" if self.copies else ""
+        return f"{component.stage}: {len(self.factors)} of {total} Linears in {self.kind}{copies}{error}{rest}"
 
 
 def _unfit(stage: Stage, module: str, shape: Shape, matrix: TensorRange, kind: str) -> str | None:
@@ -173,18 +175,3 @@ class _Factors(_Codes):
 
 def _calculated(dtype: str, shape: Shape, matrix: TensorRange, blocks: _Codes) -> TensorPlan:
     return TensorPlan(dtype, shape, (CalculatedRange(int(np.prod(shape)), blocks, (matrix,)),))
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """Values that are known already; their bytes stand for them in the plan's fingerprint."""
-
-    dtype: str
-    data: bytes
-
-    def __call__(self) -> list[NDArray[Any]]:
-        return [np.frombuffer(self.data, self.dtype)]
-
-
-def _constant(values: NDArray[Any]) -> CalculatedRange:
-    return CalculatedRange(values.nbytes, _Constant(values.dtype.str, values.tobytes()))

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8
 from ...schemas.errors import LayoutError
 from ...schemas.layouts import Layout, foreign_name
 from ...schemas.messages import listed
+from ...schemas.quantised_facts import QuantisedFacts, facts_of, format_name
 from ...schemas.stages import NetworkConfig, Stage, Variant, variant_of
 from ...schemas.tensors import Shape, expected_tensors, is_counter
 from ...storage.safetensors_reader import TensorRange
@@ -110,6 +111,15 @@ class Component:
         return Counter(tensor.dtype for name, tensor in self.tensors.items() if not is_counter(name))
 
     @property
+    def quantised(self) -> dict[str, QuantisedFacts]:
+        """The formats of quantised weights, and what is known of each."""
+        groups: defaultdict[str, list[TensorRange]] = defaultdict(list)
+        for tensor in self.tensors.values():
+            if name := format_name(tensor.scale.kind if tensor.scale else "", tensor.dtype):
+                groups[name].append(tensor)
+        return {name: facts_of(name, len(tensors), _bits(tensors)) for name, tensors in groups.items()}
+
+    @property
     def parameters(self) -> int:
         """The number of learned values, which excludes the statistics of BatchNorm."""
         buffers = ("running_mean", "running_var", "num_batches_tracked")
@@ -125,6 +135,12 @@ class Component:
     def describe(self) -> str:
         """Return a few words, such as "prior (lite, original layout)"."""
         return f"{self.stage} ({self.variant}, {self.layout} layout)"
+
+
+def _bits(tensors: Iterable[TensorRange]) -> float:
+    """Bits of a value, with its share of the factors."""
+    stored = sum(tensor.nbytes + (tensor.scale.nbytes if tensor.scale else 0) for tensor in tensors)
+    return 8 * stored / max(1, sum(math.prod(tensor.shape) for tensor in tensors))
 
 
 def find_problems(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> Problems:

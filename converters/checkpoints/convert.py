@@ -21,6 +21,7 @@ from ...schemas.folders import parse_size
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.layouts import FOLDERS, Layout
 from ...schemas.messages import known_keywords, listed
+from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.file_sizes import sizes_of
@@ -93,7 +94,8 @@ def convert(
         combined: Use the folder names of StableCascadeCombinedPipeline (diffusers).
         canonical: Order tensors as the safetensors library does, instead of as the source does.
         quantize: The type of most Linears of prior and decoder: blocks such as "Q8_0" in GGUF files; "fp8",
-            "fp8_e5m2", "int8", "mxfp8" or "nvfp4" in the layouts comfyui and split, for ComfyUI.
+            "fp8_e5m2", "int8", "mxfp8" or "nvfp4" in the layouts comfyui and split, for ComfyUI; "sdnq_int8",
+            "sdnq_fp8" or "sdnq_uint4" in the layout diffusers, for its quantisation by SDNQ.
         force: Replace files of the same names, or an earlier output.
         say: Called with a line of text for each download.
         start_file: Called with the name and size of each file before it is written.
@@ -181,8 +183,9 @@ def _parse_shard_size(size: int | str | None) -> int | None:
 
 
 def _parse_type(quantize: str | None) -> str | None:
-    if quantize is not None and quantize.upper() not in (*WRITTEN, *CHOICES):
-        raise UsageError(f"quantize={quantize!r}: expected one of {', '.join((*WRITTEN, *CHOICES))}")
+    known = (*WRITTEN, *CHOICES, *SDNQ_CHOICES)
+    if quantize is not None and quantize.upper() not in known:
+        raise UsageError(f"quantize={quantize!r}: expected one of {', '.join(known)}")
     return quantize and quantize.upper()
 
 
@@ -214,7 +217,8 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
 
 def _require_layout_of_type(options: OutputOptions) -> None:
     """Raise UsageError when the layout does not have the type to quantise to."""
-    layouts = (Layout.GGUF,) if options.quantize in WRITTEN else (Layout.COMFYUI, Layout.SPLIT)
+    kinds = ((WRITTEN, (Layout.GGUF,)), (SDNQ_CHOICES, (Layout.DIFFUSERS,)), (CHOICES, (Layout.COMFYUI, Layout.SPLIT)))
+    layouts = next((layouts for names, layouts in kinds if options.quantize in names), ())
     if options.quantize and options.layout not in layouts:
         places = " and ".join(f'to="{layout}"' for layout in layouts)
         raise UsageError(f'quantize="{options.quantize}": only {places} has this type, not to="{options.layout}"')
@@ -262,7 +266,7 @@ def _write_other_files(model: Model, plan: OutputPlan, tokenizer: OwnTokenizer |
         for stage, component in model.components.items()
         if has_pipeline or (stage in ENCODERS and layout not in WEIGHTS_ALONE)
     }
-    write_folder_files(folder, configs, index=is_diffusers, combined=combined)
+    write_folder_files(folder, configs, index=is_diffusers, combined=combined, quantization=plan.quantization)
     if layout is Layout.MODULAR:
         write_pipeline_parts(folder)
         write_modular_files(folder, configs, plan.options.variant)

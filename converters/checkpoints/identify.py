@@ -13,7 +13,7 @@ from ...schemas.stages import ORIGINAL_VQGAN_SCALE, PRESETS, NetworkConfig, Stag
 from ...schemas.tensors import Shape, expected_tensors
 from ...storage.renamed_tensors import diffusers_tensors, shapes_of
 from ...storage.safetensors_reader import Header
-from .attach_scales import attach_scales
+from .attach_quantised import attach_quantised
 from .component import Component, find_problems, missing_counters
 
 # Returns the config in a file beside a stage's tensors, which have these shapes; None when there is no such file.
@@ -48,7 +48,7 @@ def identify_all(
     Raises ForeignError when the file holds no component, and LayoutError when it does not hold `only` or when a
     network's config cannot be read. Missing, unexpected and misshapen tensors are no error here: they are listed in
     `Component.problems`."""
-    header, notes = attach_scales(header)
+    header, notes = attach_quantised(header)
     components: list[Component] = []
     others: list[Stage] = []
     refused: list[LayoutError] = []

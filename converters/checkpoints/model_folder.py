@@ -10,7 +10,7 @@ from ...runtime.text.tokenizer import read_checked, save_tokenizer_folder
 from ...runtime.text.tokenizer_file import LIST_NAMES, NAMES, WHOLE_NAME, TokenizerFile
 from ...schemas.config_json import DIFFUSERS_VERSION, to_json
 from ...schemas.errors import CheckpointError, ConversionError
-from ...schemas.folders import COMBINED_FOLDERS
+from ...schemas.folders import COMBINED_FOLDERS, QUANTIZATION
 from ...schemas.limits import MAX_TOKENIZER_BYTES
 from ...schemas.messages import listed
 from ...schemas.stages import NetworkConfig, Stage
@@ -64,14 +64,22 @@ COMBINED: Mapping[str, str] = {
 
 
 def write_folder_files(
-    folder: Path, configs: Mapping[Stage, NetworkConfig], *, index: bool, combined: bool = False
+    folder: Path,
+    configs: Mapping[Stage, NetworkConfig],
+    *,
+    index: bool,
+    combined: bool = False,
+    quantization: Mapping[Stage, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write config.json for each stage, and the feature extractor's settings for an image encoder.
 
+    `quantization` has the settings of stages whose weights are quantised.
     With `index`, also write the files that a pipeline loads: scheduler, tokenizer and model_index.json."""
     for stage, config in configs.items():
         for name in component_folders(stage, combined=combined):
-            write_json(folder / name / "config.json", to_json(config))
+            settings = (quantization or {}).get(stage)
+            extra = {QUANTIZATION: dict(settings)} if settings else {}
+            write_json(folder / name / "config.json", to_json(config) | extra)
     if Stage.IMAGE_ENCODER in configs:
         name = COMBINED_FOLDERS["feature_extractor"] if combined else "feature_extractor"
         write_json(folder / name / "preprocessor_config.json", FEATURE_EXTRACTOR)

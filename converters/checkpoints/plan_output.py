@@ -19,16 +19,19 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import FOLDERS, Layout, to_diffusers
+from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from ...storage.safetensors_reader import TensorRange
-from .comfyui_types import ScaledTypes, described
+from .comfyui_copy import can_copy, copied, described, keeps_codes
+from .comfyui_types import ScaledTypes
 from .component import Component
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
 from .open_model import ENCODERS
+from .sdnq_types import SdnqTypes
 
 ORIGINAL_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stage_c",
@@ -97,7 +100,7 @@ class FilePlan:
 
 def _became(plan: TensorPlan) -> str:
     """What becomes of the values of a tensor."""
-    if len(plan.source_ranges) < len(plan.ranges):
+    if plan.calculated:
         return f"calculated ({plan.dtype})"
     others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})
     return f"{' and '.join(others)} to {plan.dtype}" if others else f"copied ({plan.dtype})"
@@ -105,12 +108,15 @@ def _became(plan: TensorPlan) -> str:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user."""
+    """All weights files of an output, the JSON indexes of sharded components by path, and notes for the user.
+
+    `quantization` has the settings of quantised stages for their config.json."""
 
     options: OutputOptions
     files: tuple[FilePlan, ...]
     indexes: dict[Path, dict[str, Any]]
     notes: tuple[str, ...] = ()
+    quantization: dict[Stage, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -153,15 +159,22 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
         return _plan_gguf(components, options)
     files: list[FilePlan] = []
     indexes: dict[Path, dict[str, Any]] = {}
+    quantization: dict[Stage, dict[str, Any]] = {}
+    notes = []
     for component in components.values():
         tensors = plan_tensors(component, options)
+        if options.quantize and options.quantize in SDNQ_CHOICES and component.stage in STAGES:
+            types = SdnqTypes.of(component, options.quantize)
+            tensors = types.quantised(tensors, component)
+            quantization[component.stage] = types.settings
+            notes.append(types.note(component))
         for path in _paths(component, options):
             shards = list(_cut_into_shards(_file(path, tensors, component.metadata, options), options))
             files += shards
             if len(shards) > 1:
                 name = weights_names(_stem(component.stage), options.variant)[1]
                 indexes[path.with_name(name)] = _index(shards)
-    return OutputPlan(options, tuple(files), indexes)
+    return OutputPlan(options, tuple(files), indexes, tuple(notes), quantization)
 
 
 def plan_tensors(
@@ -176,13 +189,17 @@ def plan_tensors(
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans: dict[str, TensorPlan] = {}
     types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
-    spelling = Layout.SPLIT if scaled else options.layout
+    keeps = keeps_codes(component, options.layout, options.dtype)
+    spelling = Layout.SPLIT if scaled or keeps else options.layout
     for name, mapped in to_diffusers(component.stage, spelling).inverse.apply(shapes).items():
         # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
         ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
         module, _, part = mapped.rows[0].name.rpartition(".")
         if scaled and part == "weight" and module in scaled.factors:
             plans |= scaled.plan(prefix + name, module, ranges[0])
+            continue
+        if (keeps or (scaled and module in scaled.copies)) and can_copy(ranges[0]):
+            plans |= copied(prefix + name, ranges[0])
             continue
         if types:
             dtypes = types.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
@@ -223,7 +240,7 @@ def _lite(component: Component) -> str:
 
 def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str], options: OutputOptions) -> FilePlan:
     ordered = canonical_order(tensors) if options.canonical else tensors
-    return FilePlan(path, ordered, {"format": "pt", **metadata})
+    return FilePlan(path, ordered, {"format": "pt", **metadata, **described(tensors)})
 
 
 def _cut_into_shards(file: FilePlan, options: OutputOptions) -> Iterator[FilePlan]:
@@ -305,10 +322,11 @@ def _plan_scaled_file(
 ) -> tuple[FilePlan, list[str]]:
     """Plan the file of a component, quantised if `options` ask for it and it is a prior or decoder; and notes."""
     if not options.quantize or component.stage not in STAGES:
-        return _file(path, plan_tensors(component, options, prefix), component.metadata, options), []
+        tensors = plan_tensors(component, options, prefix)
+        return _file(path, tensors, component.metadata, options), []
     scaled = ScaledTypes.of(component, options.quantize)
     tensors = plan_tensors(component, options, prefix, scaled)
-    return _file(path, tensors, component.metadata | described(tensors, scaled.kind), options), [scaled.note(component)]
+    return _file(path, tensors, component.metadata, options), [scaled.note(component)]
 
 
 def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:

@@ -1,9 +1,10 @@
 """Predicts the files of an export and their sizes, from headers alone."""
 
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ...schemas.block_types import count_of, nbytes_of
+from ...schemas.block_types import nbytes_of
 from ...schemas.forecast import FileSize, Forecast
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
@@ -44,8 +45,7 @@ def forecast_export(
 def _bytes(component: Component, dtype: str | None) -> int:
     """Bytes of the weights once they are stored as `dtype`; None keeps each tensor's own."""
     return sum(
-        nbytes_of(target_dtype(tensor.dtype, dtype), count_of(tensor.dtype, tensor.nbytes))
-        for tensor in component.tensors.values()
+        nbytes_of(target_dtype(tensor.dtype, dtype), math.prod(tensor.shape)) for tensor in component.tensors.values()
     )
 
 

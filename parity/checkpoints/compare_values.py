@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ...schemas.block_types import BLOCK_TYPES, nbytes_of
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8, INTEGERS
 from ...schemas.errors import CheckpointError
-from ...storage.cast import cast_block, cast_counted, castable
-from ...storage.read_scale import Factors, read_scale
+from ...storage.cast import cast_block, castable
+from ...storage.read_scale import Factors, cast_scaled, read_scale
 from ...storage.safetensors_reader import TensorRange
 
 BLOCK = 1 << 22  # values that one task of a thread compares
@@ -123,8 +123,7 @@ def _values(files: MappedFiles, tensor: TensorRange, part: range, factors: Facto
     stored = _bytes(files, tensor, part)
     if read_as(tensor) == tensor.dtype:
         return stored
-    scale = None if factors is None else factors.of(part)
-    return cast_counted(stored.tobytes(), tensor.dtype, "F32", scale).values.view(np.uint8)
+    return cast_scaled(stored.tobytes(), tensor.dtype, "F32", factors, part).values.view(np.uint8)
 
 
 def _bytes(files: MappedFiles, tensor: TensorRange, part: range) -> Array:

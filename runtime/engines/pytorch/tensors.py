@@ -15,8 +15,7 @@ from ....schemas.layouts import layout_of, stage_of
 from ....schemas.stages import Stage
 from ....schemas.tensors import expected_tensors
 from ....storage.bundle import Bundle
-from ....storage.cast import cast_counted
-from ....storage.read_scale import read_scale
+from ....storage.read_scale import cast_scaled, read_scale
 from ....storage.renamed_tensors import diffusers_tensors, shapes_of
 from ....storage.safetensors_reader import Header, TensorRange, read_header
 
@@ -28,9 +27,8 @@ def read_tensor(tensor: TensorRange) -> torch.Tensor:
 
     Raises ExportError for a dtype that torch lacks, ConversionError for a scale that is no number."""
     if tensor.dtype in (*FP8, *BLOCK_TYPES) or tensor.scale is not None:
-        factors = read_scale(tensor)
-        scale = None if factors is None else factors.of(range(math.prod(tensor.shape)))
-        values = cast_counted(memoryview(_bytes(tensor)), tensor.dtype, "F32", scale).values
+        span, factors = range(math.prod(tensor.shape)), read_scale(tensor)
+        values = cast_scaled(memoryview(_bytes(tensor)), tensor.dtype, "F32", factors, span).values
         return _shaped(torch.from_numpy(values), tensor)
     if tensor.dtype not in TORCH_DTYPES:
         raise ExportError(

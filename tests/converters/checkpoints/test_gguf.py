@@ -224,7 +224,8 @@ def test_metadata_and_inspection(original: Path, tmp_path: Path) -> None:
     facts = component_facts(component)
     assert facts["layout"] == "gguf"
     assert facts["licence"]["modelspec.license"] == "mine"
-    assert facts["quantised"]["Q5_K"] == {"tensors": 4, "bits": 5.5, "error": BLOCK_TYPES["Q5_K"].error}
+    expected = {"tensors": 4, "bits": 5.5, "error": BLOCK_TYPES["Q5_K"].error}
+    assert facts["quantised"]["Q5_K"].items() >= expected.items()
     assert not component.problems
 
 

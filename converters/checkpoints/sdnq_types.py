@@ -1,0 +1,118 @@
+"""Quantises the Linears of prior and decoder as SDNQ does, and plans their tensors.
+
+Codes and factors equal those of SDNQ bit for bit. In a group of equal values the code is 0 here, where SDNQ divides
+zero by zero."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_dtypes import float8_e4m3fn
+from numpy.typing import NDArray
+
+from ...schemas.errors import ConversionError
+from ...schemas.quantization import candidates
+from ...schemas.sdnq_formats import SDNQ_CHOICES, SdnqFormat, group_of, settings_of
+from ...schemas.tensors import Shape, expected_tensors
+from ...storage.float_rows import float_rows
+from ...storage.safetensors_plan import CalculatedRange, TensorPlan
+from ...storage.safetensors_reader import TensorRange
+from .component import Component
+
+BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SdnqTypes:
+    """The modules of a component that are quantised, and the settings that describe them."""
+
+    form: SdnqFormat
+    modules: frozenset[str]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, component: Component, choice: str) -> "SdnqTypes":
+        form, shapes = SDNQ_CHOICES[choice], expected_tensors(component.config)
+        linears = candidates(component.stage, shapes)
+        modules = {module for module, shape in linears.items() if _fits(component, module, shape, form)}
+        others = (name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight"))
+        return cls(form, frozenset(modules), settings_of(form, (module for module in others if module not in modules)))
+
+    def quantised(self, plans: Mapping[str, TensorPlan], component: Component) -> dict[str, TensorPlan]:
+        """Return the plans of a file of `component` in the diffusers layout with the modules that are quantised."""
+        changed: dict[str, TensorPlan] = {}
+        for name, plan in plans.items():
+            module, _, part = name.rpartition(".")
+            quantise = part == "weight" and module in self.modules
+            changed |= self._plan(name, component.tensors[name]) if quantise else {name: plan}
+        return changed
+
+    def note(self, component: Component) -> str:
+        """Return a line on how many modules are quantised."""
+        total = len(candidates(component.stage, expected_tensors(component.config)))
+        return f"{component.stage}: {len(self.modules)} of {total} Linears in SDNQ's {self.form.name}"
+
+    def _plan(self, name: str, matrix: TensorRange) -> dict[str, TensorPlan]:
+        """Plan the tensors of a weight that is quantised."""
+        form, (rows, columns) = self.form, matrix.shape
+        group, layer = group_of(form, columns), name.removesuffix("weight")
+        groups = columns // group
+        shape: Shape = (rows, groups, group) if groups > 1 else (rows, columns)
+        if form.bits < 8:
+            shape = (rows * columns * form.bits // 8,)
+        factors = (rows, groups, 1) if groups > 1 else (rows, 1)
+        plans = {name: _planned(form.stored, shape, _Part(matrix, form, "codes"))}
+        for part in ("scale", "zero_point") if form.zero else ("scale",):
+            plans[layer + part] = _planned("F32", factors, _Part(matrix, form, part))
+        return plans
+
+
+def _fits(component: Component, module: str, shape: Shape, form: SdnqFormat) -> bool:
+    matrix = component.tensors[f"{module}.weight"]
+    return not matrix.transposed and len(matrix.shape) == 2 and shape[1] * form.bits % 8 == 0
+
+
+def _planned(dtype: str, shape: Shape, part: "_Part") -> TensorPlan:
+    nbytes = int(np.prod(shape)) * (4 if dtype == "F32" else 1)
+    return TensorPlan(dtype, shape, (CalculatedRange(nbytes, part, (part.matrix,)),))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Calculates the codes, factors or zero points of a matrix, some rows at a time."""
+
+    matrix: TensorRange
+    form: SdnqFormat
+    part: str
+
+    def __call__(self) -> Iterator[NDArray[Any]]:
+        columns = self.matrix.shape[1]
+        for rows in float_rows(self.matrix, max(1, BLOCK_VALUES // columns)):
+            if not np.isfinite(rows).all():
+                raise ConversionError(
+                    f"{self.matrix.path}: the weight at byte {self.matrix.offset} holds NaN or infinities, which have "
+                    "no code; write it as float"
+                )
+            yield np.ascontiguousarray(quantised(rows, self.form)[self.part])
+
+
+def quantised(rows: Floats, form: SdnqFormat) -> dict[str, NDArray[Any]]:
+    """Return the codes, and for each group its factor and (where the format has them) its zero point."""
+    groups = rows.reshape(len(rows), -1, group_of(form, rows.shape[1]))
+    least = groups.min(axis=2, keepdims=True) if form.zero else np.zeros((1, 1, 1), np.float32)
+    span = groups.max(axis=2, keepdims=True) - least if form.zero else np.abs(groups).max(axis=2, keepdims=True)
+    scale = span / np.float32(form.top)
+    scaled = (groups - least) / np.where(scale == 0, np.float32(np.inf), scale)
+    return {"codes": _codes(np.asarray(scaled, np.float32), form), "scale": scale, "zero_point": least}
+
+
+def _codes(scaled: Floats, form: SdnqFormat) -> NDArray[Any]:
+    if form.stored == "F8_E4M3":
+        return np.asarray(scaled.clip(-form.top, form.top).astype(float8_e4m3fn).view(np.uint8))
+    whole = np.rint(scaled).clip(0 if form.zero else -form.top - 1, form.top)
+    if form.bits == 8:
+        return whole.astype(np.int8)
+    pairs = whole.astype(np.uint8).reshape(-1, 2)
+    return np.asarray(pairs[:, 0] | pairs[:, 1] << 4)
