@@ -1,4 +1,6 @@
-"""Compares files with their passports: weights files, ONNX graphs, and the other files of a model folder."""
+"""Compares files with their passports: weights files, ONNX graphs, and the other files of a model folder.
+
+What hashes is imported where there is a passport: most files that are inspected have none."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,10 +12,9 @@ from ..schemas.folders import MODEL_INDEXES
 from ..schemas.json_text import load_object
 from ..schemas.messages import listed
 from ..schemas.passport_keys import FOLDER_KEY, KEY, load_passport
-from ..storage.content_digest import content_of
-from ..storage.file_hashes import SHOWN_DIGITS, WHOLE_BELOW, sha256_of
 from ..storage.weights_file import is_pickle, read_weights
 
+SHOWN_DIGITS = 12  # of a digest
 SAME, NOT_COMPARED = "every byte is as it was written", "its bytes were not compared"
 
 
@@ -44,13 +45,15 @@ def check_passport(path: Path, text: str | None, *, hash: bool) -> PassportState
     """Return the state of a file whose passport is `text`. Of a file elsewhere, nothing is compared."""
     if text is None:
         return PassportState(path, None, not hash, "it has no passport to compare its bytes with")
+    from ..storage.file_hashes import WHOLE_BELOW
+
     try:
         passport = load_passport(text)
     except ValueError as error:
         return PassportState(path, None, False, f"changed: {error}")
     if not path.is_file() or (not hash and path.stat().st_size >= WHOLE_BELOW):
         return PassportState(path, passport, True, NOT_COMPARED)
-    problem = _differs(passport["content"], content_of(path, passport["content"]))
+    problem = _changed(path, passport)
     return PassportState(path, passport, problem is None, problem or SAME)
 
 
@@ -69,12 +72,14 @@ def check_folder(folder: Path, *, hash: bool) -> tuple[PassportState, ...]:
         return (PassportState(index, None, False, f"changed: {error}"),)
     if passport is None:
         return (check_passport(index, None, hash=hash),) if hash else ()
-    problem = _differs(passport["content"], content_of(index, passport["content"]))
+    problem = _changed(index, passport)
     problems = [problem] if problem else [*_changed_files(folder, passport)]
     return (PassportState(index, passport, not problems, "; ".join(problems) or SAME),)
 
 
 def _changed_files(folder: Path, passport: dict[str, Any]) -> Iterator[str]:
+    from ..storage.file_hashes import sha256_of
+
     files = passport.get("files", {})
     for name, known in files.items():
         try:
@@ -86,7 +91,11 @@ def _changed_files(folder: Path, passport: dict[str, Any]) -> Iterator[str]:
             yield f"{name} was changed"
 
 
-def _differs(stated: str, found: str) -> str | None:
+def _changed(path: Path, passport: dict[str, Any]) -> str | None:
+    from ..storage.content_digest import content_of
+
+    stated = passport["content"]
+    found = content_of(path, stated)
     if found == stated:
         return None
     digits = (text.rpartition(":")[2][:SHOWN_DIGITS] for text in (stated, found))
