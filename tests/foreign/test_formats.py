@@ -53,7 +53,7 @@ def from_single_files(output: Path, model: Path) -> Networks:
     """Weights in Stability's names, or GGUF, by diffusers' loader of single files."""
     found = {}
     for stage, letter in UNETS.items():
-        (path,) = (path for path in output.iterdir() if path.stem.startswith(letter))
+        (path,) = output.glob(f"{letter}*")
         settings = {"quantization_config": GGUFQuantizationConfig(torch.float32)} if path.suffix == ".gguf" else {}
         found[stage] = StableCascadeUNet.from_single_file(str(path), config=str(model / stage), **settings).eval()
     return found
@@ -151,7 +151,7 @@ def our_reading(name: str, output: Path, model: Path, tmp_path: Path) -> np.ndar
         return ours(output)
     sources = [output]
     if name.startswith("gguf"):
-        sources = [*output.iterdir(), *(model / stage for stage in ("vqgan", "text_encoder"))]
+        sources = [*output.glob("*.gguf"), *(model / stage for stage in ("vqgan", "text_encoder"))]
     convert(sources, tmp_path / "read", "diffusers", dtype="fp32")
     export(tmp_path / "read", tmp_path / "bundle")
     return ours(tmp_path / "bundle")
