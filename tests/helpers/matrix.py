@@ -31,7 +31,6 @@ COLUMNS: Mapping[str, Kind] = {
     "judged": Kind("judged right", "of 2", lambda found, known: found == known),
     "read": Kind("read; written by", "", lambda found, known: True),
     "error": Kind("error of what is read", "relative L2", lambda found, known: found <= 1.25 * known + 1e-6),
-    "memory": Kind("memory for 2 GB", "MB", lambda found, known: found <= known + 50),
 }
 
 
