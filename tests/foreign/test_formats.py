@@ -112,11 +112,11 @@ FORMATS: dict[str, tuple[Writer, str, Reader]] = {
     "comfyui": (to("comfyui"), "safetensors", from_comfyui),
     **{
         f"gguf {kind}": (to("gguf", quantize=kind), "diffusers with gguf", from_single_files)
-        for kind in ("q8_0", "q4_k")
+        for kind in ("q8_0", "q6_k", "q5_k", "q4_k")
     },
     **{
         f"comfyui {kind}": (to("comfyui", quantize=kind), "comfy-kitchen", from_comfyui)
-        for kind in ("fp8", "int8", "mxfp8", "nvfp4")
+        for kind in ("fp8", "fp8_e5m2", "int8", "mxfp8", "nvfp4")
     },
     "bundle fp32": (bundle(), "onnxruntime", from_graphs),
     "bundle fp16": (bundle(precision="fp16"), "onnxruntime", from_graphs),
