@@ -11,11 +11,11 @@ import click
 from .console import FAILED, note, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import PATH
-from .passport_print import show_passports
 
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
     from ..converters.contents import BundleContents, CheckpointContents, GraphContents, ImageContents
+    from ..converters.passport_check import PassportState
     from ..schemas.manifest import StageEntry
     from ..schemas.plan_entries import PlanEntry
 
@@ -55,7 +55,7 @@ def inspect(path: Path, hash: bool, as_json: bool) -> None:
         from .lora.inspect import show_facts
 
         show_facts(found.facts)
-        show_passports(found.passports, path)
+        _passports(found.passports, path)
     elif isinstance(found, GraphContents):
         _show_graph(found, path)
     else:
@@ -105,7 +105,13 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
             say(f"{component.path}: {line}")
         for key, text in licence_fields(component.metadata).items():
             say(f"{component.stage}: {key}: {text}")
-    show_passports(found.passports, root)
+    _passports(found.passports, root)
+
+
+def _passports(states: "Iterable[PassportState]", root: Path) -> None:
+    from .passport_print import show_passports
+
+    show_passports(states, root)
 
 
 def _show_graph(found: "GraphContents", path: Path) -> None:
@@ -119,7 +125,7 @@ def _show_graph(found: "GraphContents", path: Path) -> None:
     show_table("", ("", "port", "dtype", "shape"), ports)
     for key, text in facts["metadata"].items():
         say(f"{key}: {text}")
-    show_passports([found.passport], path)
+    _passports([found.passport], path)
 
 
 def _quantised(component: "Component") -> str:

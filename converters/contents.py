@@ -11,7 +11,6 @@ from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import MODEL_INDEXES
 from ..schemas.layouts import can_become
 from ..schemas.passport_keys import KEY, without_passport
-from .passport_check import PassportState, check_folder, check_passport, check_passports
 
 if TYPE_CHECKING:
     from ..runtime.images.png_text import ImageText
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ..schemas.plan_entries import PlanEntry
     from ..storage.bundle import Bundle
     from .checkpoints.component import Component
+    from .passport_check import PassportState
 
 MANIFEST_NAME = "cascade.json"  # as in `schemas.manifest`, which takes 0.2 s to import
 
@@ -29,7 +29,7 @@ class CheckpointContents:
     tensors, and no file differs from its passport."""
 
     components: "tuple[Component, ...]"
-    passports: tuple[PassportState, ...] = ()
+    passports: "tuple[PassportState, ...]" = ()
 
     def __bool__(self) -> bool:
         sound = not any(component.problems for component in self.components)
@@ -42,7 +42,7 @@ class CheckpointContents:
             for component in self.components
         ]
 
-    def passports_of(self, component: "Component") -> list[PassportState]:
+    def passports_of(self, component: "Component") -> "list[PassportState]":
         """The passports of the component's files, and of the folder that it is in."""
         files = {tensor.path for tensor in component.tensors.values()}
         parents = {*component.path.parents}
@@ -58,7 +58,7 @@ class LoraContents:
     """The facts of a LoRA, those of `converters.lora.inspect_lora`. True when its file is as its passport says."""
 
     facts: dict[str, Any]
-    passports: tuple[PassportState, ...] = ()
+    passports: "tuple[PassportState, ...]" = ()
 
     def __bool__(self) -> bool:
         return all(state.good for state in self.passports)
@@ -73,7 +73,7 @@ class GraphContents:
     """An ONNX graph: its facts as plain values, and its passport. True when the file is as its passport says."""
 
     facts: dict[str, Any]
-    passport: PassportState
+    passport: "PassportState"
 
     def __bool__(self) -> bool:
         return self.passport.good
@@ -244,6 +244,8 @@ def _model_contents(path: Path, say: Say, *, hash: bool) -> CheckpointContents |
         facts = _lora_facts(path)
         if facts is None:
             raise
+        from .passport_check import check_passports
+
         return LoraContents(facts, check_passports([Path(facts["path"])], hash=hash))
     for text in model.notes:
         say(text)
@@ -251,8 +253,10 @@ def _model_contents(path: Path, say: Say, *, hash: bool) -> CheckpointContents |
     return CheckpointContents(components, _passports(path, components, hash=hash))
 
 
-def _passports(path: Path, components: "Iterable[Component]", *, hash: bool) -> tuple[PassportState, ...]:
+def _passports(path: Path, components: "Iterable[Component]", *, hash: bool) -> "tuple[PassportState, ...]":
     """The passports of the files of `components`. Of files on the Hub, only headers are here to look at."""
+    from .passport_check import check_folder, check_passport, check_passports
+
     files = sorted({tensor.path for component in components for tensor in component.tensors.values()})
     if not path.exists():
         if hash:
