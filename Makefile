@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WHEEL_BIN := .venv-wheel/bin
 unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
-.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test gpu-kit clean
+.PHONY: demo test test-light test-slow matrix fuzz lint types docs wheel-test gpu-kit clean
 
 demo: .venv/demo.stamp ## the example model through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
@@ -19,6 +19,11 @@ test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, 
 
 test-slow: .venv/dev.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
+
+matrix: .venv/dev.stamp ## the cells of docs/formats.md, recorded anew: minutes; ARGS="-k gguf" for some of them
+	mkdir -p build && rm -f build/matrix.jsonl
+	CASCADEKIT_MATRIX=build/matrix.jsonl $(BIN)/python -m pytest -m matrix $(ARGS)
+	$(BIN)/python tools/formats_matrix.py build/matrix.jsonl
 
 fuzz: .venv/dev.stamp ## 20,000 odd inputs, each from a seed; `python -m tests.fuzz KIND SEED` runs one again
 	$(BIN)/python -m pytest -m fuzz -n auto tests/fuzz

@@ -20,6 +20,8 @@ from .progress import byte_progress
 
 TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
 
+NO_PASSPORT = "Leave out what each file was made of, as in files by the safetensors library."
+
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     try:
@@ -50,6 +52,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option("--shard-size", callback=_parse_shard_size, help="Cut larger diffusers components, e.g. 10GB.")
 @click.option("--combined", is_flag=True, help="Write the folders of StableCascadeCombinedPipeline (diffusers).")
 @click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
+@click.option("--no-passport", "passport", is_flag=True, default=True, flag_value=False, help=NO_PASSPORT)
 @click.option("--force", is_flag=True, help="Replace files of the same names, or an earlier output.")
 @DRY_RUN
 @AS_JSON

@@ -14,7 +14,8 @@ from .options import PATH
 
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
-    from ..converters.contents import BundleContents, CheckpointContents, ImageContents
+    from ..converters.contents import BundleContents, CheckpointContents, GraphContents, ImageContents
+    from ..converters.passport_check import PassportState
     from ..schemas.manifest import StageEntry
     from ..schemas.plan_entries import PlanEntry
 
@@ -27,21 +28,23 @@ PLAN_COLUMNS = ("stage", "graph", "for", "precision", "images: min, opt, max", "
 
 @click.command(cls=HelpfulCommand)
 @click.argument("path", type=PATH)
+@click.option("--hash", is_flag=True, help="Compare every byte with the passports, also of files above 64 MiB.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, hash: bool, as_json: bool) -> None:
     """Show what a file or folder holds.
 
     Only headers are read, also on the Hub: cascadekit inspect hf://stabilityai/stable-cascade
     A bundle is shown with its GPU engines, a LoRA as `cascadekit lora inspect` shows it.
     An image by cascadekit (PNG, JPEG, WebP) is shown with the prompt, the seed and all settings that made it.
-    Exit code 1 when tensors are missing or unexpected, or a GPU engine is damaged.
+    Files by cascadekit have a passport: what they were made of, and a digest that shows a changed byte.
+    Exit code 1 when tensors are missing or unexpected, a GPU engine is damaged, or a file is not as its passport says.
 
     Example: cascadekit inspect stage_c_lite_bf16.safetensors
     The settings in an image: cascadekit inspect shiba.png
     """
-    from ..converters.contents import BundleContents, ImageContents, LoraContents, contents_of
+    from ..converters.contents import BundleContents, GraphContents, ImageContents, LoraContents, contents_of
 
-    found = contents_of(path, note)
+    found = contents_of(path, note, hash=hash)
     if as_json:
         say_json(found.to_json())
     elif isinstance(found, BundleContents):
@@ -52,6 +55,9 @@ def inspect(path: Path, as_json: bool) -> None:
         from .lora.inspect import show_facts
 
         show_facts(found.facts)
+        _passports(found.passports, path)
+    elif isinstance(found, GraphContents):
+        _show_graph(found, path)
     else:
         _show_components(found, path)
     if not found:
@@ -99,6 +105,27 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
             say(f"{component.path}: {line}")
         for key, text in licence_fields(component.metadata).items():
             say(f"{component.stage}: {key}: {text}")
+    _passports(found.passports, root)
+
+
+def _passports(states: "Iterable[PassportState]", root: Path) -> None:
+    from .passport_print import show_passports
+
+    show_passports(states, root)
+
+
+def _show_graph(found: "GraphContents", path: Path) -> None:
+    facts = found.facts
+    say(f"{path}: an ONNX graph, opset {facts['opset']}, by {facts['producer'] or 'unknown'}")
+    ports = (
+        (kind, port["name"], port["dtype"], "x".join(map(str, port["dims"])))
+        for kind in ("inputs", "outputs")
+        for port in facts[kind]
+    )
+    show_table("", ("", "port", "dtype", "shape"), ports)
+    for key, text in facts["metadata"].items():
+        say(f"{key}: {text}")
+    _passports([found.passport], path)
 
 
 def _quantised(component: "Component") -> str:
@@ -132,6 +159,8 @@ def _show_bundle(found: "BundleContents") -> None:
         )
     else:
         say("no GPU engines; make them with `cascadekit build`")
+    for name, text in found.changed.items():
+        say(f"{name}: {text}")
 
 
 def _stage_row(stage: str, entry: "StageEntry") -> tuple[str, ...]:

@@ -1,13 +1,15 @@
 """Reads the headers at a path and describes its contents: checkpoints, a LoRA, a bundle, or a generated image."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.callbacks import Say
 from ..schemas.errors import LayoutError, UsageError
+from ..schemas.folders import MODEL_INDEXES
 from ..schemas.layouts import can_become
+from ..schemas.passport_keys import KEY, without_passport
 
 if TYPE_CHECKING:
     from ..runtime.images.png_text import ImageText
@@ -15,33 +17,69 @@ if TYPE_CHECKING:
     from ..schemas.plan_entries import PlanEntry
     from ..storage.bundle import Bundle
     from .checkpoints.component import Component
+    from .passport_check import PassportState
 
 MANIFEST_NAME = "cascade.json"  # as in `schemas.manifest`, which takes 0.2 s to import
 
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """The components found. True when none has missing, unexpected or wrongly shaped tensors."""
+    """The components found, and the passports of their files. True when none has missing, unexpected or wrongly shaped
+    tensors, and no file differs from its passport."""
 
     components: "tuple[Component, ...]"
+    passports: "tuple[PassportState, ...]" = ()
 
     def __bool__(self) -> bool:
-        return not any(component.problems for component in self.components)
+        sound = not any(component.problems for component in self.components)
+        return sound and all(state.good for state in self.passports)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The facts of each component, as plain values."""
-        return list(map(component_facts, self.components))
+        """The facts of each component, as plain values, with the passports of its files and of its folder."""
+        return [
+            {**component_facts(component), "passports": [state.to_json() for state in self.passports_of(component)]}
+            for component in self.components
+        ]
+
+    def passports_of(self, component: "Component") -> "list[PassportState]":
+        """The passports of the component's files, and of the folder that it is in."""
+        files = {tensor.path for tensor in component.tensors.values()}
+        parents = {*component.path.parents}
+        return [
+            state
+            for state in self.passports
+            if state.path in files or (state.path.name in MODEL_INDEXES and state.path.parent in parents)
+        ]
 
 
 @dataclass(frozen=True)
 class LoraContents:
-    """The facts of a LoRA, those of `converters.lora.inspect_lora`. Always true."""
+    """The facts of a LoRA, those of `converters.lora.inspect_lora`. True when its file is as its passport says."""
 
     facts: dict[str, Any]
+    passports: "tuple[PassportState, ...]" = ()
+
+    def __bool__(self) -> bool:
+        return all(state.good for state in self.passports)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The facts as the only item of a list, named a LoRA."""
-        return [{"component": "lora", **self.facts}]
+        return [{"component": "lora", **self.facts, "passports": [state.to_json() for state in self.passports]}]
+
+
+@dataclass(frozen=True)
+class GraphContents:
+    """An ONNX graph: its facts as plain values, and its passport. True when the file is as its passport says."""
+
+    facts: dict[str, Any]
+    passport: "PassportState"
+
+    def __bool__(self) -> bool:
+        return self.passport.good
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts and the passport, as plain values."""
+        return {**self.facts, "passports": [self.passport.to_json()]}
 
 
 @dataclass(frozen=True)
@@ -68,41 +106,50 @@ class PlanState:
 
 @dataclass(frozen=True)
 class BundleContents:
-    """A bundle's manifest, and the state of each plan by its path. True when every plan agrees with the manifest."""
+    """A bundle's manifest, the state of each plan by its path, and how other files differ from the manifest, likewise.
+
+    True when all files agree with the manifest. The verdict is that of `verify`, on any engine."""
 
     manifest: "Manifest"
     plan_states: Mapping[str, PlanState]
+    changed: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return all(state.good for state in self.plan_states.values())
+        return not self.changed and all(state.good for state in self.plan_states.values())
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain values; each plan has its state in addition."""
-        content: dict[str, Any] = self.manifest.model_dump(mode="json")
+        content: dict[str, Any] = {**self.manifest.model_dump(mode="json"), "changed": dict(self.changed)}
         for stage in content["stages"].values():
             for plan in stage["plans"]:
                 plan["state"] = self.plan_states[plan["path"]].text
         return content
 
 
-Contents = BundleContents | CheckpointContents | ImageContents | LoraContents
+Contents = BundleContents | CheckpointContents | GraphContents | ImageContents | LoraContents
 
 # How the files of pictures begin; a WebP file names its kind after eight bytes.
 PICTURES = {b"\x89PNG\r\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP"}
 
 
-def contents_of(path: str | Path, say: Say = lambda text: None) -> Contents:
-    """Find out what `path` holds: a bundle, a LoRA, a generated image, or components of the cascade, on disk or as ``hf://...``.
+def contents_of(path: str | Path, say: Say = lambda text: None, *, hash: bool = False) -> Contents:
+    """Find out what `path` holds: a bundle, a LoRA, a generated image, an ONNX graph, or components of the cascade, on
+    disk or as ``hf://...``.
 
-    `say` is called with each line that the user should know, such as files that were passed over.
+    `say` is called with each line that the user should know, such as files that were passed over. With `hash`, every
+    byte is compared with the passports of files, or with the manifest of a bundle.
     Raises CheckpointError for a damaged file or manifest, LayoutError when no component is found, UsageError when
     there is nothing at `path`."""
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
-        return _bundle_contents(path)
+        return _bundle_contents(path, hash=hash)
     if kind := _picture_kind(path):
         return _image_contents(path, kind)
-    return _model_contents(path, say)
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        from .graph_contents import graph_facts
+
+        return GraphContents(*graph_facts(path, hash=hash))
+    return _model_contents(path, say, hash=hash)
 
 
 def component_facts(component: "Component") -> dict[str, Any]:
@@ -123,7 +170,7 @@ def component_facts(component: "Component") -> dict[str, Any]:
         "can_become": can_become(component.stage),
         "config": to_json(component.config),
         "licence": licence_fields(component.metadata),
-        "metadata": component.metadata,
+        "metadata": without_passport(component.metadata),
     }
 
 
@@ -166,12 +213,16 @@ def _photo_text(path: Path) -> "ImageText":
         raise ValueError("it is damaged, or cut short") from error  # by Pillow's reading
 
 
-def _bundle_contents(path: Path) -> BundleContents:
+def _bundle_contents(path: Path, *, hash: bool) -> BundleContents:
     from ..storage.bundle import open_bundle
+    from ..storage.file_hashes import find_change
 
     bundle = open_bundle(path)
-    plans = [(entry, plan) for entry in bundle.manifest.stages.values() for plan in entry.plans]
-    return BundleContents(bundle.manifest, {plan.path: _plan_state(bundle, entry, plan) for entry, plan in plans})
+    stages = bundle.manifest.stages.values()
+    files = [*bundle.manifest.files, *(file for entry in stages for file in entry.files)]
+    changes = {file.path: find_change(bundle.root / file.path, file, always_hash=hash) for file in files}
+    plans = {plan.path: _plan_state(bundle, entry, plan) for entry in stages for plan in entry.plans}
+    return BundleContents(bundle.manifest, plans, {name: text for name, text in changes.items() if text})
 
 
 def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> PlanState:
@@ -183,7 +234,7 @@ def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> Pla
     return PlanState(True, "ok" if entry.is_current(plan) else "of other weights than the stage has now")
 
 
-def _model_contents(path: Path, say: Say) -> CheckpointContents | LoraContents:
+def _model_contents(path: Path, say: Say, *, hash: bool) -> CheckpointContents | LoraContents:
     from .checkpoints.inspect_checkpoint import inspect
 
     try:
@@ -192,10 +243,25 @@ def _model_contents(path: Path, say: Say) -> CheckpointContents | LoraContents:
         facts = _lora_facts(path)
         if facts is None:
             raise
-        return LoraContents(facts)
+        from .passport_check import check_passports
+
+        return LoraContents(facts, check_passports([Path(facts["path"])], hash=hash))
     for text in model.notes:
         say(text)
-    return CheckpointContents((*model.components.values(), *model.alternatives))
+    components = (*model.components.values(), *model.alternatives)
+    return CheckpointContents(components, _passports(path, components, hash=hash))
+
+
+def _passports(path: Path, components: "Iterable[Component]", *, hash: bool) -> "tuple[PassportState, ...]":
+    """The passports of the files of `components`. Of files on the Hub, only headers are here to look at."""
+    from .passport_check import check_folder, check_passport, check_passports
+
+    files = sorted({tensor.path for component in components for tensor in component.tensors.values()})
+    if not path.exists():
+        if hash:
+            raise UsageError(f"{path}: only its headers are read here; download it, then compare its bytes")
+        return tuple(check_passport(c.path, c.metadata[KEY], hash=False) for c in components if KEY in c.metadata)
+    return (*check_folder(path, hash=hash), *check_passports(files, hash=hash))
 
 
 def _lora_facts(path: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import ConversionError
 from ..schemas.tensors import Shape
 from .cast import Cast, cast_counted
-from .file_ranges import read_exactly, read_lines, write_all, write_lines
+from .file_ranges import Wrote, read_exactly, read_lines, write_all, write_lines
 from .read_scale import Factors, cast_scaled, read_scale
 from .safetensors_plan import PlacedRange
 
@@ -56,37 +56,43 @@ class Counts:
         )
 
 
-def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress | None) -> Counts:
+def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress | None, wrote: Wrote) -> Counts:
     """Cast, scale and transpose into the open file `target` those `ranges` that are not copied as they are.
+
+    `wrote` is not called for transposed ranges, which are not written in their order.
 
     Raises ConversionError for an fp8 scale that is not finite, OSError if a source ends too early."""
     counts = Counts()
-    tasks = ((placed.name, task) for placed in ranges if placed.computed for task in _tasks(placed, target))
+    tasks = ((placed, task) for placed in ranges if placed.computed for task in _tasks(placed, target))
+    done: Counter[int] = Counter()  # bytes of each range, by the byte at which the range begins
     # Whatever ends this block waits for the workers: none may write once the file is closed.
     with ThreadPoolExecutor(CAST_THREADS) as pool:
-        for name, (nbytes, overflow, not_finite) in _run(pool, tasks):
+        for placed, (nbytes, overflow, not_finite) in _run(pool, tasks):
             if overflow:
-                counts.overflows[name] += overflow
+                counts.overflows[placed.name] += overflow
             if not_finite:
-                counts.not_finite[name] += not_finite
+                counts.not_finite[placed.name] += not_finite
+            if not placed.range.transposed:
+                wrote(placed.at + done[placed.at], nbytes)
+                done[placed.at] += nbytes
             if progress:
                 progress(nbytes)
     return counts
 
 
-def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[str, Task]]) -> Iterator[tuple[str, Done]]:
+def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[PlacedRange, Task]]) -> Iterator[tuple[PlacedRange, Done]]:
     """Run the tasks in worker threads and yield their results in order.
 
     Each task reads, computes and writes at its own place, so no block waits for another. Only as many tasks are
     submitted as keep the workers busy."""
-    waiting: deque[tuple[str, Future[Done]]] = deque()
-    for name, task in tasks:
-        waiting.append((name, pool.submit(task)))
+    waiting: deque[tuple[PlacedRange, Future[Done]]] = deque()
+    for placed, task in tasks:
+        waiting.append((placed, pool.submit(task)))
         if len(waiting) > 2 * CAST_THREADS:
             first, future = waiting.popleft()
             yield first, future.result()
-    for name, future in waiting:
-        yield name, future.result()
+    for placed, future in waiting:
+        yield placed, future.result()
 
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:

@@ -16,6 +16,9 @@ from .safetensors_plan import PlacedRange
 
 COPY_BLOCK = 1 << 24  # most bytes of one system call
 
+Wrote = Callable[[int, int], None]
+"""Called with a byte of the target and a count, once these bytes have their final values."""
+
 
 @dataclass(frozen=True)
 class CopiedRange:
@@ -49,7 +52,11 @@ def merged(ranges: Iterable[PlacedRange]) -> Iterator[CopiedRange]:
         yield current
 
 
-def copy_range(copied: CopiedRange, target: int, progress: Progress | None) -> None:
+def _nothing(at: int, nbytes: int) -> None:
+    """Where nobody follows what is written."""
+
+
+def copy_range(copied: CopiedRange, target: int, progress: Progress | None, wrote: Wrote = _nothing) -> None:
     """Copy a range into the open file `target`. Raises OSError, EIO if the source ends too early."""
     os.lseek(target, copied.at, os.SEEK_SET)
     offset, left = copied.offset, copied.nbytes
@@ -65,6 +72,7 @@ def copy_range(copied: CopiedRange, target: int, progress: Progress | None) -> N
                 continue
             if not done:
                 raise ended_early(copied.source, left)
+            wrote(copied.at + copied.nbytes - left, done)
             offset, left = offset + done, left - done
             if progress:
                 progress(done)

@@ -38,7 +38,7 @@ class _Reader:
     EOFError where only the beginning of the file is at hand and ends."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._limit = file, min(size, MAX_HEADER_BYTES)
+        self._file, self._size, self._limit = file, size, min(size, MAX_HEADER_BYTES)
         self._items = 0
 
     def at(self) -> int:
@@ -46,7 +46,9 @@ class _Reader:
 
     def take(self, nbytes: int) -> bytes:
         if self.at() + nbytes > self._limit:
-            raise ValueError(f"it goes on after byte {self._limit}, where the file or what is read of it ends")
+            if self._limit < self._size:
+                raise ValueError(f"its header has more than {self._limit} bytes, which are not read")
+            raise ValueError(f"truncated: its header goes on after byte {self._limit}, where the file ends")
         data = self._file.read(nbytes)
         if len(data) < nbytes:
             raise EOFError(f"it has {self.at()} bytes")

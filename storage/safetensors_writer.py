@@ -11,7 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -25,6 +25,7 @@ from ..schemas.messages import listed
 from ..schemas.tensors import Shape
 from .cast import Array, castable
 from .cast_ranges import Counts, cast_placed
+from .content_digest import EMPTY, PieceDigests
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .gguf_file import encode_gguf
 from .safetensors_plan import PlacedCalculatedRange, PlacedRange, TensorPlan, placed
@@ -93,8 +94,8 @@ def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Pr
     ranges = list(placed(tensors, out.places))
     from_files = [each for each in ranges if isinstance(each, PlacedRange)]
     for copied in merged(from_files):
-        copy_range(copied, out.file, progress)
-    counts = cast_placed(from_files, out.file, progress)
+        copy_range(copied, out.file, progress, out.wrote)
+    counts = cast_placed(from_files, out.file, progress, out.wrote)
     for each in ranges:
         if isinstance(each, PlacedCalculatedRange):
             _write_calculated(each, out, progress)
@@ -103,11 +104,18 @@ def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Pr
 
 @dataclass(frozen=True)
 class NewSafetensors:
-    """A weights file in the making: its descriptor, and the byte at which each tensor begins."""
+    """A weights file in the making: its descriptor, the byte at which each tensor begins, and the digest of its
+    passport."""
 
     path: Path
     file: int
     places: Mapping[str, int]
+    pieces: PieceDigests | None = None
+
+    def wrote(self, at: int, nbytes: int) -> None:
+        """Let bytes with their final values be hashed while others are written. Calling this is optional."""
+        if self.pieces:
+            self.pieces.wrote(at, nbytes)
 
     def write(self, name: str, values: Array, at: int = 0) -> None:
         """Write a contiguous array `at` bytes after the beginning of the tensor `name`."""
@@ -124,8 +132,9 @@ def new_safetensors(
 ) -> Iterator[NewSafetensors]:
     """A new file with its header. The caller writes the values of the `tensors`; unwritten values are zero.
 
-    Disk space is reserved at once, and a thread flushes written data meanwhile. The file is on disk (fsync) when the
-    block ends. Raises ConversionError for every OSError in the block: the disk is full, or a source cannot be read."""
+    Disk space is reserved at once, and a thread flushes written data meanwhile. Where the header has a passport, its
+    digest is filled in. The file is on disk (fsync) when the block ends. Raises ConversionError for every OSError in
+    the block: the disk is full, or a source cannot be read."""
     header = encode_header(tensors, metadata)
     places, end = {}, len(header)
     for name, tensor in tensors.items():
@@ -138,16 +147,22 @@ def new_safetensors(
 def _new_file(path: Path, header: bytes, places: Mapping[str, int], end: int) -> Iterator[NewSafetensors]:
     """A new file of `end` bytes that begins with `header`; see `new_safetensors`."""
     try:
-        with path.open("wb") as out:
+        with path.open("w+b") as out:
             reserve(out.fileno(), end)
             out.truncate(end)  # so that zeros need not be written, where nothing could be reserved
             out.write(header)
             out.flush()
-            with _flushing(out.fileno()):
-                yield NewSafetensors(path, out.fileno(), places)
+            with _flushing(out.fileno()), _hashing(out.fileno(), header, end) as pieces:
+                yield NewSafetensors(path, out.fileno(), places, pieces)
+                if pieces:
+                    pieces.fill_in()
             os.fsync(out.fileno())
     except OSError as error:
         raise ConversionError(what_failed(path, end, error)) from error
+
+
+def _hashing(file: int, header: bytes, end: int) -> AbstractContextManager[PieceDigests | None]:
+    return PieceDigests(file, len(header), end) if EMPTY in header else nullcontext()
 
 
 def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
@@ -167,6 +182,7 @@ def _write_calculated(placed_range: PlacedCalculatedRange, out: NewSafetensors, 
     at = placed_range.at
     for block in placed_range.range.blocks():
         write_all(out.file, block.reshape(-1), at)
+        out.wrote(at, block.nbytes)
         at += block.nbytes
         if progress:
             progress(block.nbytes)

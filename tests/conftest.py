@@ -20,6 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from cascadekit.parity.reference_run import ReferenceOutputs
     from cascadekit.runtime.engines.engine_table import EngineChoice
+    from helpers.matrix import Matrix
     from helpers.whole import Whole
 
 DATA = Path(__file__).parent / "data"
@@ -36,6 +37,22 @@ def pytest_configure() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `-m matrix` choose the tests that record cells of docs/formats.md."""
+    for item in items:
+        if "matrix" in getattr(item, "fixturenames", ()):
+            item.add_marker("matrix")
+
+
+@pytest.fixture
+def matrix(request: pytest.FixtureRequest) -> "Matrix":
+    """Records cells of docs/formats.md, and compares them with the committed ones."""
+    from helpers.matrix import Matrix
+
+    return Matrix(request.node.nodeid.partition("[")[0])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,7 +31,8 @@ from .component import Component
 from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files, write_pipeline_parts
 from .modular_folder import notes_on_missing, write_modular_files
 from .open_model import ENCODERS, Model, open_model
-from .plan_output import FilePlan, OutputOptions, OutputPlan, plan_output
+from .output_passports import with_passports, write_folder_passport
+from .plan_output import PIPELINE_FILES, FilePlan, OutputOptions, OutputPlan, plan_output
 from .provenance import copy_provenance, provenance_files
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
@@ -70,6 +71,7 @@ def convert(
     combined: bool = False,
     canonical: bool = False,
     quantize: str | None = None,
+    passport: bool = True,
     force: bool = False,
     say: Say | None = None,
     start_file: StartFile | None = None,
@@ -96,6 +98,7 @@ def convert(
         quantize: The type of most Linears of prior and decoder: blocks such as "Q8_0" in GGUF files; "fp8",
             "fp8_e5m2", "int8", "mxfp8" or "nvfp4" in the layouts comfyui and split, for ComfyUI; "sdnq_int8",
             "sdnq_fp8" or "sdnq_uint4" in the layout diffusers, for its quantisation by SDNQ.
+        passport: Put into the output what it was made of, and a digest that shows a changed byte (docs/passports.md).
         force: Replace files of the same names, or an earlier output.
         say: Called with a line of text for each download.
         start_file: Called with the name and size of each file before it is written.
@@ -143,6 +146,7 @@ def convert(
     if on_plan:
         check_output(output, force=force, sources=inputs, files=names)
         on_plan(_forecast(output, plan, notes))
+    plan = with_passports(plan, notes.append) if passport else plan
     with staged_output(
         output, force=force, fingerprint=plan.fingerprint(), sources=inputs, files=names, say=notes.append
     ) as staged:
@@ -152,6 +156,8 @@ def convert(
         if not single:
             _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
+            if passport and options.layout in PIPELINE_FILES:
+                write_folder_passport(staged / PIPELINE_FILES[options.layout][0], plan, notes.append)
     written = () if single else tuple(file.path for file in plan.files)
     return Conversion(output, written, tuple(notes), tuple(map(_detail, plan.files)))
 

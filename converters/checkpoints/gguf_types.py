@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ...schemas.block_types import BLOCK_TYPES, FILE_TYPES, SCALED_TYPES, type_for
 from ...schemas.dtypes import FP8
+from ...schemas.passport_keys import without_passport
 from ...schemas.quantization import candidates
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
@@ -61,7 +62,7 @@ class GGUFTypes:
 
 def file_metadata(component: Component, title: str) -> dict[str, str]:
     """Return the texts of a GGUF file's metadata: the source's, and the keys that GGUF prescribes."""
-    kept = {key: text for key, text in component.metadata.items() if key != "format"}
+    kept = {key: text for key, text in without_passport(component.metadata).items() if key != "format"}
     named = {"general.name": component.metadata.get("modelspec.title", title)}
     return named | kept | {"general.architecture": ARCHITECTURE, "general.type": "model"}
 

@@ -19,6 +19,7 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import FOLDERS, Layout, to_diffusers
+from ...schemas.passport_keys import without_passport
 from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
@@ -73,12 +74,14 @@ class OutputOptions:
 class FilePlan:
     """A weights file to write: its path below the output, its tensors in their order, and its metadata.
 
-    `numbers` is the part of a GGUF file's metadata that is not text."""
+    `numbers` is the part of a GGUF file's metadata that is not text. `restored` files get back the header of a file
+    that their sources were made of."""
 
     path: Path
     tensors: dict[str, TensorPlan]
     metadata: dict[str, str]
     numbers: dict[str, int] = field(default_factory=dict)
+    restored: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +92,13 @@ class FilePlan:
     def described(self) -> str:
         """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
         kinds = Counter(map(_became, self.tensors.values()))
-        return f"{len(self.tensors)} tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        header = "; the header of the file that the sources were made of" if self.restored else ""
+        return f"{len(self.tensors)} tensors: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}{header}"
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that hold its values, sorted."""
+        return sorted({path for tensor in self.tensors.values() for path in tensor.files})
 
     @property
     def is_copied(self) -> bool:
@@ -126,8 +135,7 @@ class OutputPlan:
     @property
     def sources(self) -> list[Path]:
         """The files that hold the values of the output, sorted."""
-        tensors = (tensor for file in self.files for tensor in file.tensors.values())
-        return sorted({path for tensor in tensors for path in tensor.files})
+        return sorted({path for file in self.files for path in file.sources})
 
     @property
     def names(self) -> list[str]:
@@ -240,7 +248,7 @@ def _lite(component: Component) -> str:
 
 def _file(path: Path, tensors: dict[str, TensorPlan], metadata: Mapping[str, str], options: OutputOptions) -> FilePlan:
     ordered = canonical_order(tensors) if options.canonical else tensors
-    return FilePlan(path, ordered, {"format": "pt", **metadata, **described(tensors)})
+    return FilePlan(path, ordered, {"format": "pt", **without_passport(metadata), **described(tensors)})
 
 
 def _cut_into_shards(file: FilePlan, options: OutputOptions) -> Iterator[FilePlan]:

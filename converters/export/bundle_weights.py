@@ -12,6 +12,7 @@ from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import ExportError
 from ...schemas.manifest import Placement
+from ...schemas.passport_keys import without_passport
 from ...schemas.paths import problem_of_name
 from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan
@@ -142,7 +143,7 @@ def copy_weights(
     }
     total = sum(plan.nbytes for plan in plans.values())
     progress = start_file(f"{component.stage}/{WEIGHTS_NAME}", total) if start_file else None
-    metadata = {"format": "pt", **component.metadata}
+    metadata = {"format": "pt", **without_passport(component.metadata)}  # cascade.json says what a bundle is made of
     counts = write_safetensors(path, plans, metadata, progress, overflow_advice=OVERFLOW_ADVICE)
     notes = counts.notes(f"{component.stage}/{WEIGHTS_NAME}")
     return StageWeights("copy", read_header(path).tensors, (path,), notes)

@@ -15,11 +15,14 @@ from ...schemas.config_json import to_json
 from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError
 from ...schemas.manifest import FileEntry, GraphEntry, SourceEntry, StageEntry
+from ...schemas.passport import Passport, of_generations, passport_text
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
+from ...storage.content_digest import fill_in_digest
 from ...storage.file_hashes import Hashing, describe_file, fingerprint
 from ..checkpoints.component import Component
 from ..onnx import GraphOptions, write_graphs
+from ..passports import created_by, in_order, made_of
 from .bundle_weights import StageWeights, add_weights, copy_weights, source_files
 from .derive_graph_options import derive_graph_options
 from .export_options import ExportOptions
@@ -91,8 +94,9 @@ class StageExporter:
                 self.hashes.start(path)
         sources = tuple(_source(path, component) for path in source_files(component))
         models = write_graphs(component.config, weights.tensors, options)
+        passport = self._passport(component, options)
         for name, model in models.items():
-            stamp(model, _facts(component, options, sources, name), version("cascadekit"))
+            stamp(model, {**_facts(component, options, sources, name), "passport": passport}, version("cascadekit"))
         graphs = _save_graphs(models, self.root, folder, weights)
         for path in graphs:
             self.hashes.start(path)
@@ -114,6 +118,20 @@ class StageExporter:
             files=tuple(describe_file(self.root, path, None) for path in files),
         )
         return ExportedStage(files, entry)
+
+    def _passport(self, component: Component, options: GraphOptions) -> str:
+        """What the stage's graphs are made of; the digest of each is filled in when its file is written."""
+        merged = self.loras is not None and bool(self.loras.of(component.stage))
+        passport = Passport(
+            created_by=created_by(),
+            layout=component.layout,
+            precision=str(options.precision),
+            quantization=None if options.quantization is Quantization.NONE else str(options.quantization),
+            exponents=dict(options.exponents),
+            loras=tuple(self.loras.entries) if self.loras and merged else (),
+            sources=in_order(made_of(source_files(component), self.say).values()),
+        )
+        return passport_text(of_generations(passport))
 
     def _weights(self, component: Component, folder: Path) -> StageWeights:
         """Bring the weights into `folder`, with the LoRAs merged; weights that will change are copied."""
@@ -178,6 +196,7 @@ def _save_graphs(
             onnx.save_model(model, scratch / path.name)
             _check(scratch / path.name, f"{folder.name}/{path.name}")
             (scratch / path.name).rename(path)
+            fill_in_digest(path)
             entries[path] = GraphEntry(
                 path=path.relative_to(root).as_posix(),
                 opset=opset_of(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations  # help() shows the types as they are written here
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from ...schemas.callbacks import Say
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.messages import known_keywords, listed_below
+from ...schemas.passport import Passport
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.safetensors_writer import write_safetensors
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
+from ..passports import created_by, in_order, made_of, stamped
 from .adapters import Adapter, Axis
 from .factors import Factor, factor_plan
 from .lora_file import Embedding, Lora
@@ -97,7 +100,8 @@ def convert_lora(
             staged.mkdir()
             (staged / CONFIG_NAME).write_text(metadata[METADATA_KEY] + "\n", encoding="utf-8")
         weights = staged / FOLDER_NAMES[0] if folder else staged
-        write_safetensors(weights, {name: factor_plan(factor) for name, factor in tensors.items()}, metadata)
+        plans = {name: factor_plan(factor) for name, factor in tensors.items()}
+        write_safetensors(weights, plans, stamped(plans, metadata, _passport(lora, tensors, replaced.append))[0])
     notes = (*replaced, *lora.notes, *_norm_notes(lora, to), *(f"left out: {part}" for part in lost))
     return LoraConversion(output, len(lora.adapters), notes, tuple(_details(tensors)))
 
@@ -182,6 +186,16 @@ def _embedding_tensors(lora: Lora, embedding: Embedding, to: LoraFormat) -> dict
     if to is LoraFormat.ONETRAINER and embedding.indices is None:
         return {f"bundle_emb.{embedding.name}.clip_g{'_out' if embedding.output else ''}": embedding.rows}
     return {}
+
+
+def _passport(lora: Lora, tensors: Mapping[str, Factor], say: Say) -> Passport:
+    is_copied = all(factor.source is not None for factor in tensors.values())
+    return Passport(
+        created_by=created_by(),
+        values="copied" if is_copied else "calculated",
+        dtypes=dict(Counter(factor.dtype for factor in tensors.values())),
+        sources=in_order(made_of([lora.path], say).values()),
+    )
 
 
 def _metadata(lora: Lora, to: LoraFormat) -> dict[str, str]:

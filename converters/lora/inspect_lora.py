@@ -11,6 +11,7 @@ from typing import Any
 from ...schemas.callbacks import Say
 from ...schemas.lora_keys import LoraTarget
 from ...schemas.messages import known_keywords
+from ...schemas.passport_keys import without_passport
 from ...schemas.stages import Stage, variant_of
 from ..hub import local_path
 from .adapters import Adapter
@@ -63,7 +64,7 @@ def summary(lora: Lora) -> dict[str, Any]:
         "targets": dict(sorted(Counter(_block(target) for target in lora.adapters).items())),
         "embeddings": [_embedding(embedding) for embedding in lora.embeddings],
         "dtypes": dict(lora.dtypes),
-        "metadata": lora.metadata,
+        "metadata": without_passport(lora.metadata),
         "notes": list(lora.notes),
     }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations  # help() shows the types as they are written here
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.errors import UsageError
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.messages import known_keywords
+from ...schemas.passport import Passport, of_generations, passport_text
+from ...schemas.passport_keys import KEY
 from ...storage.atomic_output import check_output, staged_output
 from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_plan import CalculatedRange
@@ -18,6 +20,7 @@ from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
+from ..passports import created_by, in_order, made_of
 from .changed_tensors import Effect, changed, rewritten
 from .merge_plan import LoraPlan, Merge, check_numbers, plan_loras
 from .merged_files import OutputTree, output_tree
@@ -88,7 +91,15 @@ def merge_loras(
     check_output(target, force=force, sources=sources, files=_names(plan, files))
     if on_plan:
         on_plan(_forecast(plan, files, target, [Path(lora) for lora in loras]))
-    effects, skipped = _write(plan, files, target, sources=sources, record=record, force=force, start_file=start_file)
+    sign = -1 if unmerge else 1
+    merged = tuple(
+        e.model_copy(update={"strength": sign * e.strength, "text_encoder_strength": sign * e.text_encoder_strength})
+        for e in plan.entries
+    )
+    passport = Passport(created_by=created_by(), values="calculated", loras=merged)
+    effects, skipped = _write(
+        plan, files, target, sources=sources, record=record, passport=passport, force=force, start_file=start_file
+    )
     return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))
 
 
@@ -99,6 +110,7 @@ def _write(
     *,
     sources: Sequence[Path],
     record: list[list[object]] | None,
+    passport: Passport,
     force: bool,
     start_file: StartFile | None,
 ) -> tuple[list[Effect], list[str]]:
@@ -117,7 +129,9 @@ def _write(
             place = files.place(staged, path)
             if place != staged and is_pickle(path):
                 place = place.with_suffix(".safetensors")
-            _rewrite(path, place, calculated, record, start_file)
+            made = in_order(made_of([path], replaced.append).values())
+            text = passport_text(of_generations(passport.model_copy(update={"sources": made})))
+            _rewrite(path, place, calculated, _metadata(path, record, text), start_file)
     return effects, [*replaced, *skipped]
 
 
@@ -141,20 +155,25 @@ def _forecast(plan: LoraPlan, files: OutputTree, output: Path, loras: Sequence[P
     return Forecast(output, sizes_of([*loras, *touched, *copied]), writes, notes=notes)
 
 
+def _metadata(source: Path, record: list[list[object]] | None, passport: str) -> dict[str, str]:
+    """Return the metadata of the merged file, which is the source's and `record`, with a `passport` of its own."""
+    stale = (*STALE_METADATA, KEY)
+    metadata = {key: text for key, text in read_weights(source).metadata.items() if key not in stale}
+    if record is not None:
+        earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""
+        metadata[MERGED_KEY] = earlier + json.dumps(record)
+    return {"format": "pt", **metadata, KEY: passport}
+
+
 def _rewrite(
     source: Path,
     place: Path,
     calculated: dict[TensorRange, CalculatedRange],
-    record: list[list[object]] | None,
+    metadata: Mapping[str, str],
     start_file: StartFile | None,
 ) -> None:
-    header = read_weights(source)
-    plans = rewritten(header, calculated)
+    plans = rewritten(read_weights(source), calculated)
     if is_pickle(source):  # a pickle nests dictionaries, safetensors has names only
         plans = {name.removeprefix(PICKLED_PREFIX): plan for name, plan in plans.items()}
-    metadata = {key: text for key, text in header.metadata.items() if key not in STALE_METADATA}
-    if record is not None:
-        earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""
-        metadata[MERGED_KEY] = earlier + json.dumps(record)
     progress = start_file(place.name, sum(plan.nbytes for plan in plans.values())) if start_file else None
-    write_safetensors(place, plans, {"format": "pt", **metadata}, progress)
+    write_safetensors(place, plans, metadata, progress)

@@ -19,7 +19,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from cascadekit import Cascade, convert, export
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 from cascadekit.parity.image_metrics import psnr
-from helpers.stability import ddpm
+from helpers.stability_pictures import STABILITY, by_stability
 
 PROMPTS = ["a strawberry, glossy style", "a red heart above a blue square"]
 LEAST_PSNR = 50.0  # dB
@@ -73,53 +73,9 @@ def test_the_same_pictures_by_the_pipelines_of_diffusers(model: Path, bundle: Pa
     assert psnr(ours, theirs) >= LEAST_PSNR
 
 
-@torch.no_grad()
-def by_stability(model: Path, prompts: Sequence[str], seed: int) -> np.ndarray:
-    """(B, 3, 128, 128) in 0..1, with the settings of Stability's notebooks and the networks of diffusers."""
-    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    text_encoder = CLIPTextModelWithProjection.from_pretrained(model / "text_encoder").eval()
-    prior, decoder = (StableCascadeUNet.from_pretrained(model / stage).eval() for stage in ("prior", "decoder"))
-    vqgan = PaellaVQModel.from_pretrained(model / "vqgan").eval()
-
-    def encoded(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
-        found = text_encoder(**tokens, output_hidden_states=True)
-        return found.hidden_states[-1], found.text_embeds.unsqueeze(1)
-
-    asked, empty = encoded(prompts), encoded([""] * len(prompts))
-    generator = torch.Generator().manual_seed(seed)
-
-    def in_prior(x: torch.Tensor, r: torch.Tensor, conditional: bool) -> torch.Tensor:
-        hidden, pooled = asked if conditional else empty
-        text = {"clip_text": hidden, "clip_text_pooled": pooled, "clip_img": torch.zeros(len(x), 1, 64)}
-        found: torch.Tensor = prior(sample=x, timestep_ratio=r, **text).sample
-        return found
-
-    first = torch.randn(len(prompts), 16, 3, 3, generator=generator)
-    effnet = ddpm(in_prior, first, generator, steps=20, cfg=4.0, shift=2.0, rho=0.7).latents[-1]
-
-    def in_decoder(x: torch.Tensor, r: torch.Tensor, conditional: bool) -> torch.Tensor:
-        seen, pooled = (effnet, asked[1]) if conditional else (torch.zeros_like(effnet), empty[1])
-        found: torch.Tensor = decoder(sample=x, timestep_ratio=r, clip_text_pooled=pooled, effnet=seen).sample
-        return found
-
-    first = torch.randn(len(prompts), 4, 32, 32, generator=generator)
-    latents = ddpm(in_decoder, first, generator, steps=10, cfg=1.1, shift=1.0, rho=0.7).latents[-1]
-    return vqgan.decode(latents * vqgan.config.scale_factor).sample.clamp(0, 1).numpy()
-
-
 def test_the_same_pictures_by_the_sampler_of_stability(model: Path, bundle: Path) -> None:
     with Cascade.open(bundle) as cascade:
-        ours = cascade.generate(
-            PROMPTS,
-            seed=11,
-            size_policy="diffusers",
-            sampler="gdf",
-            prior_guidance=4.0,
-            decoder_guidance=1.1,
-            prior_shift=2.0,
-            decoder_shift=1.0,
-            rescale=0.7,
-        ).pixels
+        ours = cascade.generate(PROMPTS, seed=11, **STABILITY).pixels
     assert ours is not None
-    assert psnr(ours, by_stability(model, PROMPTS, 11)) >= LEAST_PSNR
+    prior, decoder = (StableCascadeUNet.from_pretrained(model / stage).eval() for stage in ("prior", "decoder"))
+    assert psnr(ours, by_stability(model, PROMPTS, 11, prior=prior, decoder=decoder)) >= LEAST_PSNR

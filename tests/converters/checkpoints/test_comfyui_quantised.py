@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, export, inspect
 from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
+from cascadekit.schemas.comfy_formats import CHOICES
 from cascadekit.schemas.errors import CascadeError, CheckpointError, ConversionError, LayoutError
 from cascadekit.schemas.stages import Stage
+from helpers.matrix import Matrix
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,7 +81,9 @@ def quantised(original: Path, path: Path, name: str, *, header: bool, prefix: st
 
 @pytest.mark.parametrize("header", [True, False], ids=["header", "tensors"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_read_as_comfy_kitchen_does(original: Path, tmp_path: Path, name: str, header: bool) -> None:
+def test_every_format_is_read_as_comfy_kitchen_does(
+    original: Path, tmp_path: Path, name: str, header: bool, matrix: Matrix
+) -> None:
     path = tmp_path / "c.safetensors"
     worth = quantised(original, path, name, header=header, prefix="" if header else "model.diffusion_model.")
     for dtype, cast in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -93,6 +97,9 @@ def test_every_format_is_read_as_comfy_kitchen_does(original: Path, tmp_path: Pa
     assert compare_checkpoints(inspect(path), inspect(tmp_path / "fp32.safetensors"))
     with pytest.raises(ConversionError, match='dtype="bf16"'):
         convert(path, tmp_path / "kept.safetensors", "original")
+    choice = next(choice for choice, kind in CHOICES.items() if kind == FORMATS[name][0])
+    matrix.record(f"comfyui {choice.lower()}", "read", by="comfy-kitchen")
+    matrix.record(f"comfyui {choice.lower()}", "error", 0, by="comfy-kitchen")
 
 
 def test_a_bundle_and_a_gguf_file_of_nvfp4(original: Path, tmp_path: Path) -> None:

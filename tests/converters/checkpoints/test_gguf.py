@@ -295,7 +295,7 @@ def test_a_file_cut_anywhere_is_refused(original: Path, tmp_path: Path) -> None:
     data = (tmp_path / "c.gguf").read_bytes()
     for size in (4, 7, 20, 24, 40, 1000, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
-        with pytest.raises(CheckpointError, match="damaged GGUF file"):
+        with pytest.raises(CheckpointError, match="damaged GGUF file: truncated: "):
             inspect(tmp_path / "cut.gguf")
 
 

@@ -12,6 +12,7 @@ from cascadekit.converters.lora.convert_lora import convert_lora
 from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.stages import PRESETS, Stage, Variant
+from helpers.matrix import Matrix
 
 peft = pytest.importorskip("peft")
 
@@ -62,7 +63,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_adapter_saved_by_peft(checkpoint: Path, tmp_path: Path, name: str) -> None:
+def test_adapter_saved_by_peft(checkpoint: Path, tmp_path: Path, name: str, matrix: Matrix) -> None:
     weights = checkpoint / "diffusion_pytorch_model.safetensors"
     model = peft.get_peft_model(unet(weights), peft.LoraConfig(**{"target_modules": TARGETS, **SETTINGS[name]}))
     torch.manual_seed(1)
@@ -83,6 +84,7 @@ def test_adapter_saved_by_peft(checkpoint: Path, tmp_path: Path, name: str) -> N
     convert_lora(tmp_path / "kohya.safetensors", tmp_path / "back", "peft")
     back = peft.PeftModel.from_pretrained(unet(weights), tmp_path / "back").merge_and_unload()
     _assert_same(back.state_dict(), theirs)
+    matrix.record("lora peft", "read", by="peft")
 
 
 def _assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -122,7 +124,7 @@ def test_other_adapters_saved_by_peft(checkpoint: Path, tmp_path: Path, name: st
     assert sum(not torch.equal(theirs[key], tensor) for key, tensor in load_file(weights).items()) > 3
 
 
-def test_our_folder_is_a_peft_adapter(checkpoint: Path, tmp_path: Path) -> None:
+def test_our_folder_is_a_peft_adapter(checkpoint: Path, tmp_path: Path, matrix: Matrix) -> None:
     generator = torch.Generator().manual_seed(2)
     key = "lora_unet_down_blocks_0_2_attention_attn_to_q"
     down, up = torch.randn(3, 64, generator=generator), torch.randn(64, 3, generator=generator)
@@ -136,3 +138,4 @@ def test_our_folder_is_a_peft_adapter(checkpoint: Path, tmp_path: Path) -> None:
     merged = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
     after = merged.state_dict()["down_blocks.0.2.attention.to_q.weight"]
     torch.testing.assert_close(after, before + up @ down * (2 / 3), rtol=1e-6, atol=1e-5)
+    matrix.record("lora peft", "opened", by="peft")

@@ -1,0 +1,132 @@
+"""Compares files with their passports: weights files, ONNX graphs, and the other files of a model folder.
+
+What hashes is imported where there is a passport: most files that are inspected have none."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..schemas.errors import CheckpointError
+from ..schemas.folders import MODEL_INDEXES
+from ..schemas.json_text import load_object
+from ..schemas.messages import listed
+from ..schemas.passport_keys import FOLDER_KEY, KEY, load_passport
+from ..storage.weights_file import is_pickle, read_weights
+
+SHOWN_DIGITS = 12  # of a digest
+SAME, NOT_COMPARED = "every byte is as it was written", "its bytes were not compared"
+
+
+@dataclass(frozen=True)
+class PassportState:
+    """A file's passport as plain values, None when it has none, and the result of comparing the two in words."""
+
+    path: Path
+    passport: dict[str, Any] | None
+    good: bool
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain values."""
+        return {"path": str(self.path), "passport": self.passport, "good": self.good, "state": self.text}
+
+
+def check_passports(files: Iterable[Path], *, hash: bool) -> tuple[PassportState, ...]:
+    """Return the state of each weights file that has a passport; with `hash`, of the others too.
+
+    With `hash`, every byte is compared, else those of files below 64 MiB. Raises CheckpointError for a file that cannot
+    be read."""
+    texts = ((path, None if is_pickle(path) else read_weights(path).metadata.get(KEY)) for path in files)
+    return tuple(check_passport(path, text, hash=hash) for path, text in texts if hash or text is not None)
+
+
+def check_passport(path: Path, text: str | None, *, hash: bool) -> PassportState:
+    """Return the state of a file whose passport is `text`. Of a file elsewhere, nothing is compared."""
+    if text is None:
+        return PassportState(path, None, not hash, "it has no passport to compare its bytes with")
+    from ..storage.file_hashes import WHOLE_BELOW
+
+    try:
+        passport = load_passport(text)
+    except ValueError as error:
+        return PassportState(path, None, False, f"changed: {error}")
+    if not path.is_file() or (not hash and path.stat().st_size >= WHOLE_BELOW):
+        return PassportState(path, passport, True, NOT_COMPARED)
+    problem = _changed(path, passport)
+    return PassportState(path, passport, problem is None, problem or SAME)
+
+
+def check_folder(folder: Path, *, hash: bool) -> tuple[PassportState, ...]:
+    """Return the state of a model folder's index, which has the passport of the folder's other files; none without it.
+
+    These files are small, and always compared."""
+    index = next((folder / name for name in MODEL_INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        return ()
+    try:
+        values = load_object(index.read_bytes())
+        found = values.get(FOLDER_KEY)
+        passport = None if found is None else load_passport(found)
+    except ValueError as error:
+        return (PassportState(index, None, False, f"changed: {error}"),)
+    if passport is None:
+        return (check_passport(index, None, hash=hash),) if hash else ()
+    problem = _changed(index, passport)
+    problems = [problem] if problem else [*_changed_files(folder, passport)]
+    return (PassportState(index, passport, not problems, "; ".join(problems) or SAME),)
+
+
+def _changed_files(folder: Path, passport: dict[str, Any]) -> Iterator[str]:
+    from ..storage.file_hashes import sha256_of
+
+    files = passport.get("files", {})
+    for name, known in files.items():
+        try:
+            found = sha256_of(folder / name)
+        except CheckpointError:
+            yield f"{name} is missing"
+            continue
+        if found != known:
+            yield f"{name} was changed"
+
+
+def _changed(path: Path, passport: dict[str, Any]) -> str | None:
+    from ..storage.content_digest import content_of
+
+    stated = passport["content"]
+    found = content_of(path, stated)
+    if found == stated:
+        return None
+    digits = (text.rpartition(":")[2][:SHOWN_DIGITS] for text in (stated, found))
+    return "changed since it was written: expected {}..., found {}...".format(*digits)
+
+
+def described(passport: dict[str, Any]) -> str:
+    """Return in words what an output was made of, as in "cascadekit 0.1.0, copied from stage_c.safetensors (1f3a...)".
+
+    Nothing but the form of its digest is known of the passport, which may come from anywhere."""
+    facts = [str(passport.get("created_by", "unknown")), *_facts(passport)]
+    sources = [_source(each) for each in _list(passport, "sources")]
+    how = "copied from" if passport.get("values") == "copied" else "made of"
+    return ", ".join(facts) + (f", {how} {listed(sources)}" if sources else "")
+
+
+def _facts(passport: dict[str, Any]) -> Iterator[str]:
+    for key in ("layout", "precision", "quantization"):
+        if isinstance(passport.get(key), str):
+            yield passport[key]
+    for lora in _list(passport, "loras"):
+        yield f"LoRA {lora.get('name')} ({lora.get('strength')})"
+    exponents = passport.get("exponents")
+    if isinstance(exponents, dict) and exponents:
+        yield f"exponents {', '.join(f'{name} {value}' for name, value in exponents.items())}"
+
+
+def _source(source: dict[str, Any]) -> str:
+    return f"{source.get('name')} ({str(source.get('fingerprint'))[:SHOWN_DIGITS]}...)"
+
+
+def _list(passport: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    found = passport.get(key)
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
