@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from cascadekit import Cascade, UsageError, export, validate
+from cascadekit.cli import main
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 from cascadekit.converters.export.export_options import ExportOptions
 from cascadekit.converters.site import write_site as module
@@ -156,3 +158,12 @@ def test_a_tokenizer_with_further_tokens_is_refused(site_bundle: Path, package: 
     (site / MANIFEST_NAME).write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="1 tokens beside CLIP's, such as '<cat>'"):
         write_site(site, tmp_path / "other", package)
+
+
+def test_the_command_says_what_it_wrote(site_bundle: Path, package: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    arguments = ["site", str(site_bundle), "-o", str(site), "--onnxruntime-web", str(package), "--json"]
+    facts = json.loads(CliRunner().invoke(main, arguments, catch_exceptions=False).stdout)
+    sizes = [path.stat().st_size for path in site.rglob("*.*")]
+    assert facts["files"] == len(sizes)
+    assert facts["bytes"] == sum(sizes) - (site / MANIFEST_NAME).stat().st_size
