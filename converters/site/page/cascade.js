@@ -43,7 +43,7 @@ export class Cascade {
       input_ids: [joined(encoded.map(({input_ids}) => input_ids)), dims],
       attention_mask: [joined(encoded.map(({attention_mask}) => attention_mask)), dims],
     });
-    await this.networks.done_with("text_encoder");
+    await this.networks.leave("text_encoder");
     return {
       hidden: rowsOf(prompt_embeds, prompts.length, LENGTH),
       pooled: rowsOf(pooled, prompts.length, 1),
@@ -69,14 +69,14 @@ export class Cascade {
       latents = step(latents, predicted, generator.normal(count), ratios[index], ratios[index + 1]);
       await onStep(stage, index, steps);
     }
-    await this.networks.done_with(stage);
+    await this.networks.leave(stage);
     return latents;
   }
 
   async #pixels(latents, height, width) {
     const dims = [1, this.networks.size("vqgan", "latents", 1), height / VQGAN_COMPRESSION, width / VQGAN_COMPRESSION];
     const {images} = await this.networks.run("vqgan", {latents: [latents, dims]});
-    await this.networks.done_with("vqgan");
+    await this.networks.leave("vqgan");
     const area = height * width, pixels = new Uint8ClampedArray(4 * area).fill(255);
     for (let i = 0; i < area; i++) for (let c = 0; c < 3; c++) pixels[4 * i + c] = Math.fround(images[c * area + i] * 255);
     return pixels;

@@ -15,8 +15,7 @@ export class Networks {
   /** `manifest` is the content of cascade.json; `onBytes(done, all)` is called while files arrive. */
   constructor(manifest, onBytes) {
     this.manifest = manifest;
-    const files = STAGES.flatMap(stage => manifest.stages[stage].files);
-    this.total = files.reduce((sum, {bytes}) => sum + bytes, 0);
+    this.total = STAGES.reduce((sum, stage) => sum + bytesOf(manifest.stages[stage]), 0);
     this.keeps = this.total <= KEPT_BYTES;
     this.done = 0;
     this.onBytes = onBytes;
@@ -40,11 +39,12 @@ export class Networks {
     return Object.fromEntries(Object.entries(outputs).map(([name, {data}]) => [name, data]));
   }
 
-  /** Called when a stage is not needed any more for this image. */
-  async done_with(stage) {
+  /** Take a stage out of memory, unless all fit there. */
+  async leave(stage) {
     if (this.keeps) return;
-    await this.#sessions.get(stage)?.release();
+    await this.#sessions.get(stage).release();
     this.#sessions.delete(stage);
+    this.done -= bytesOf(this.manifest.stages[stage]);
   }
 
   #ports(stage) {
@@ -85,6 +85,8 @@ export class Networks {
     return content;
   }
 }
+
+const bytesOf = ({files}) => files.reduce((sum, {bytes}) => sum + bytes, 0);
 
 function tensor(data, dims) {
   return new ort.Tensor(data instanceof BigInt64Array ? "int64" : "float32", data, dims);
