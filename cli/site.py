@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from ..schemas.manifest import MANIFEST_NAME
 from .console import finish, note
 from .help import HelpfulCommand
 from .options import AS_JSON, PATH, volume_options
@@ -36,5 +35,4 @@ def site(bundle: Path, output: Path, onnxruntime_web: Path, force: bool, as_json
     listed = [*manifest.files, *(file for entry in manifest.stages.values() for file in entry.files)]
     size = sum(file.bytes for file in listed)
     line = f"wrote {output} ({len(listed) + 1} files, {size / 1e6:.1f} MB); try it: python -m http.server -d {output}"
-    facts = {"output": str(output), "manifest": str(output / MANIFEST_NAME), "files": len(listed) + 1, "bytes": size}
-    finish(line, facts, as_json=as_json)
+    finish(line, {"output": str(output), "files": len(listed) + 1, "bytes": size}, as_json=as_json)
