@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WHEEL_BIN := .venv-wheel/bin
+EXAMPLE_MODEL := converters/checkpoints/data/example_model
+# The WebAssembly that websites compute with. Without npm or its registry, tests and pages of it are left out.
+ONNXRUNTIME_WEB := onnxruntime-web-1.30.0.tgz
+NPM_PACK := npm pack --silent onnxruntime-web@1.30.0 --pack-destination
 unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
 .PHONY: demo test test-light test-slow matrix fuzz lint types docs wheel-test gpu-kit clean
@@ -40,8 +44,13 @@ types: .venv/dev.stamp ## mypy strict alone
 docs: ## the documentation site, into build/site; a warning is an error
 	$(PYTHON) -m venv .venv-docs
 	# Not editable: mkdocstrings would otherwise read the environments inside the checkout too.
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs]'
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[docs,export]'
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	if $(NPM_PACK) build; then \
+		.venv-docs/bin/cascadekit export $(EXAMPLE_MODEL) -o build/browser --storage fp16 --force && \
+		.venv-docs/bin/cascadekit site build/browser -o build/site/browser/live \
+			--onnxruntime-web build/$(ONNXRUNTIME_WEB) --force; \
+	else echo "no npm here: docs/browser.md is without its live page"; fi
 
 wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, without torch and onnx
 	rm -rf dist .venv-wheel
@@ -62,12 +71,14 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 # - open_clip checks the tokenizer. Its requirements would install torchvision.
 # - torchvision checks the EfficientNet. In the environment, transformers would use it for other things.
 # - polygraphy checks GPU engines. In the environment, `validate` would start it for every graph of every test.
+# - onnxruntime-web runs websites in Chromium.
 # - tensorrt-stubs has the types of TensorRT's calls. In the environment, one of its folders looks like TensorRT.
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch
 	$(PIP) --no-deps --upgrade --target .venv/oracles torchvision polygraphy
 	$(PIP) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
+	-$(NPM_PACK) .venv/oracles
 	touch $@
 
 .venv-light/stamp: pyproject.toml constraints.txt

@@ -20,6 +20,8 @@ COMMANDS = {
     "generate": Place(".generate:generate", "Generate images from an exported bundle."),
     "ui": Place(".ui:ui", "Generate images on a page in the browser."),
     "serve": Place(".serve:serve", "Serve a bundle to programs, through OpenAI's images API."),
+    "ir": Place(".ir:ir", "Write a bundle's graphs as OpenVINO IR."),
+    "site": Place(".site:site", "Write a static website that generates images in the browser."),
     "verify": Place(".verify:verify", "Compare a bundle with PyTorch, or two checkpoints."),
     "demo": Place(".demo:demo", "Run every step once on a small trained cascade that is part of cascadekit."),
     "doctor": Place(".doctor:doctor", "Show which engines can be built and run here."),

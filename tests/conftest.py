@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from helpers.matrix import Matrix
     from helpers.whole import Whole
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DATA = Path(__file__).parent / "data"
 # What commands that tests kill import when they are called.
 PRELOADED = (
@@ -161,6 +162,18 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     write_tiny_cascade(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Any]":
+    """Headless Chromium; without it or playwright the test is skipped."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ class OpenVinoEngine:
                 )
                 body = self._core.compile_model(model, "CPU", self._options)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
-            raise EngineError(f"{path}: openvino cannot load the {stage}: {_reason(error)}") from error
+            raise EngineError(f"{path}: openvino cannot load the {stage}: {one_line(error)}") from error
         give_back_memory()
         return OpenVinoStage(stage, entry.graphs[graph], head, body)
 
@@ -100,7 +100,7 @@ class OpenVinoStage(HostRunner):
             outputs = self._body(fed)
             return {port.name: outputs[port.name] for port in self.entry.outputs}
         except Exception as error:
-            raise EngineError(f"{self.stage}: openvino failed: {_reason(error)}") from error
+            raise EngineError(f"{self.stage}: openvino failed: {one_line(error)}") from error
 
     def close(self) -> None:
         self._head = self._body = None
@@ -150,7 +150,7 @@ def _parameters_above(nodes: list[Any]) -> list[Any]:
     return list(found.values())
 
 
-def _reason(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The start of OpenVINO's message in one line: the message has a line for each node."""
     return " ".join(str(error).split())[:REASON_LENGTH]
 

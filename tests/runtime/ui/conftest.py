@@ -1,6 +1,5 @@
 """The tiny cascade that has all stages, served to tests, and a browser that visits its page."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from cascadekit.runtime.ui.http_server import PageServer
 from cascadekit.schemas.stages import Stage
 from helpers.page import DESKTOP, Gate, Visit, serving
 from helpers.whole import Whole
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +41,6 @@ def gate(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(cascade, "preview", gated)
     yield gate
     gate.opened.set()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
