@@ -359,8 +359,8 @@ def _constants_first(nodes: Iterable[onnx.NodeProto], initializers: Iterable[str
     """The same nodes, those that read weights alone at the beginning.
 
     Of the inputs of a node, ONNX Runtime computes that of the latest node first. So a weight that is not folded, as in
-    the engine onnxruntime-mapped, is cast when its product is due. Elsewhere, all casts would come first, and would be
-    in memory together."""
+    the engine onnxruntime-mapped, is cast when its product is due. Elsewhere, many casts would come long before, and
+    would be in memory together."""
     constants = set(initializers)
     first: list[onnx.NodeProto] = []
     others: list[onnx.NodeProto] = []

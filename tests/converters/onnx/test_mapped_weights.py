@@ -1,4 +1,4 @@
-"""Weights that stay in their file are cast to fp32 when their product is due, and not all at the beginning."""
+"""Weights that stay in their file are cast to fp32 when their product is due, and not long before."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ CONFIG = PRESETS[Stage.DECODER, Variant.TINY]
 
 
 def test_a_weight_is_cast_when_its_product_is_due(tmp_path: Path) -> None:
-    """In ONNX Runtime's own order of execution. It used to begin with the casts of all weights."""
+    """In ONNX Runtime's own order of execution."""
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in random_tensors(CONFIG, 0).items()}
     save_file(tensors, tmp_path / "weights.safetensors")
     onnx.save(write_graph(CONFIG, read_header(tmp_path / "weights.safetensors").tensors), tmp_path / "model.onnx")
@@ -36,5 +36,5 @@ def test_a_weight_is_cast_when_its_product_is_due(tmp_path: Path) -> None:
     casts = [position for position, kind in enumerate(ran) if kind == "Cast"]
     assert len(casts) > 50
     before = [sum(kind == "Gemm" for kind in ran[:position]) for position in casts]  # products that ran before each
-    assert before[len(casts) // 2] > 0.25 * before[-1]
+    assert before[len(casts) * 3 // 4] > ran.count("Gemm") / 2  # 0.7 of them; 0.4 in the order of the modules
     assert before[-1] >= ran.count("Gemm") - 2
