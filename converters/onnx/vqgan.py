@@ -60,8 +60,8 @@ def write_vqgan_encoder(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
     index = 0
     for level, width in enumerate(config.widths):
         if level > 0:
-            shape = {"strides": [2, 2], "pads": [1] * 4}
-            image = convolution(graph, f"down_blocks.{index}", image.first, width, bias_exponent=k, **shape)
+            name = f"down_blocks.{index}"
+            image = convolution(graph, name, image.first, width, bias_exponent=k, strides=[2, 2], pads=[1] * 4)
             graph.probe(image.first)
             index += 1
         image = _block(graph, f"down_blocks.{index}", image, k)
@@ -78,8 +78,8 @@ def _unshuffled(graph: Graph, name: str, config: VQGANConfig, k: int) -> Image:
     The unshuffled channels count (in, dy, dx), which is the order of the weight's bytes."""
     patch, width = config.up_down_scale_factor, config.widths[0]
     dims = (width, config.in_channels, patch, patch)
-    scaled = {"exponent": k, "bias_exponent": k}
-    return convolution(graph, name, "images", width, dims=dims, strides=[patch, patch], **scaled)
+    strides = [patch, patch]
+    return convolution(graph, name, "images", width, dims=dims, exponent=k, bias_exponent=k, strides=strides)
 
 
 def _block(graph: Graph, name: str, image: Image, k: int = 0) -> Image:

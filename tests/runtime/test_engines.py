@@ -157,7 +157,12 @@ def test_auto_imports_openvino_only_for_a_cpu_that_may_have_bf16(
     monkeypatch.setattr(cpu_flags, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     questions: list[bool] = []
-    monkeypatch.setattr(openvino, "multiplies_bf16", lambda: bool(questions.append(True)))
+
+    def ask() -> bool:
+        questions.append(True)
+        return False
+
+    monkeypatch.setattr(openvino, "multiplies_bf16", ask)
     assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
     assert bool(questions) is asked
 

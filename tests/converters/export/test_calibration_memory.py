@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from cascadekit.converters.export import calibrate_fp16
-from cascadekit.schemas.stages import PRESETS, Stage, Variant
+from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant
 from cascadekit.storage.safetensors_reader import read_header
 from helpers.graphs import random_tensors
 from helpers.peak_memory import status
 
 WIDTH, LAYERS = 512, (4, 4)  # 56 million weights
+TINY = PRESETS[Stage.PRIOR, Variant.TINY]
+assert isinstance(TINY, UNetConfig)
 CONFIG = replace(
-    PRESETS[Stage.PRIOR, Variant.TINY],
+    TINY,
     block_out_channels=(WIDTH, WIDTH),
     num_attention_heads=(8, 8),
     down_num_layers_per_block=LAYERS,

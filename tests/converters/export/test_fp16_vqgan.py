@@ -105,7 +105,8 @@ def test_the_encoder_has_an_exponent_of_its_own(
 def test_it_is_measured_on_the_gpu_where_there_is_one(
     weights: Any, measured: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ort, said = FakeOrtCuda(), []  # type: ignore[var-annotated]
+    ort = FakeOrtCuda()
+    said: list[str] = []
     monkeypatch.setitem(sys.modules, "onnxruntime", ort)
     assert measure_ranges(CONFIG, weights, say=said.append) == measured
     assert [wishes["providers"][0][0] for wishes in ort.asked[1:]] == [CUDA, CUDA]  # after a probe: both halves
@@ -116,7 +117,7 @@ def test_it_is_measured_on_the_gpu_where_there_is_one(
     start = ort.InferenceSession
 
     def fail(path: Any, options: Any, **wishes: Any) -> Any:
-        session = start(path, options, **wishes)
+        session: Any = start(path, options, **wishes)
         if isinstance(path, Path) and wishes["providers"][0][0] == CUDA:
             session.run = lambda *given: [][1]
         return session
