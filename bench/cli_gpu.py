@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .gpu import GpuBenchReport
 
 SIZES = ("lite", "full")
-DEFAULT_PRECISIONS = "fp16,fp32"
+DEFAULT_PRECISIONS = "fp16,fp32,bf16"
 ON_GPUS = [name for name, engine in ENGINES.items() if "cuda" in engine.devices]
 
 

@@ -1,6 +1,7 @@
 """Fits a prior, decoder or VQGAN into fp16: exponents for its streams, and blocks that must compute in fp32."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,11 @@ from .unet_blocks import blocks_of, stream_of, streams_of
 MARGIN_BITS = 2  # a value may grow fourfold beyond what calibration has seen
 # Values inside a block. The norm is over all pixels; graphs for ONNX Runtime compute it in fp16.
 INSIDE = ("channelwise.0", "channelwise.1", "channelwise.2/norm", "attention/scores")
-VQGAN_HIDDEN = ("channelwise.0", "channelwise.1")
 VQGAN_STREAM = "up_blocks"  # the image on its way through the VQGAN's decoder
+VQGAN_ENCODER_STREAM = "down_blocks"  # and through its encoder
+VQGAN_PARTS = {VQGAN_STREAM: ("up_blocks.", "out_block."), VQGAN_ENCODER_STREAM: ("in_block.", "down_blocks.")}
+# Values that have no exponent: inside perceptrons, and the encoder's last product.
+VQGAN_HIDDEN = re.compile(r".*\.channelwise\.[01]|down_blocks\.\d+\.0")
 MAX_EXPONENT = 12  # 2^-12 of a value of size 1 is still a normal fp16 number
 
 
@@ -77,23 +81,29 @@ def fit_fp16(
 
 
 def fit_vqgan(ranges: Mapping[str, float], *, fixed: int | None = None, margin_bits: int = MARGIN_BITS) -> Fp16Fit:
-    """The exponent of the VQGAN's image for measured magnitudes; `ranges` and `fixed` as for `fit_fp16`.
+    """The exponents of the image in both halves of the VQGAN for measured magnitudes; `ranges` and `fixed` as for
+    `fit_fp16`.
 
     Hidden values of its perceptrons have no exponent. Raises ExportError when these are too large, when no exponent
     helps, or when a measured value is infinite or NaN."""
     _require_finite(Stage.VQGAN, ranges)
     limit = FP16_MAX / 2**margin_bits
-    hidden = {name: value for name, value in ranges.items() if name.endswith(VQGAN_HIDDEN)}
-    peak = max((value for name, value in ranges.items() if name not in hidden), default=0.0)
-    exponent = fixed if fixed is not None else _exponent(peak, limit)
-    inside = max(hidden.values(), default=0.0)
-    if not 0 <= exponent <= MAX_EXPONENT or inside > limit:
-        raise ExportError(
-            f"{Stage.VQGAN}: its image reaches {peak:.3g}, its hidden values {inside:.3g}, "
-            "which do not fit into fp16; export it with --precision vqgan=fp32"
-        )
-    margins = {name: _bits(value * (1 if name in hidden else 2.0**-exponent)) for name, value in ranges.items()}
-    return Fp16Fit({VQGAN_STREAM: exponent} if exponent else {}, frozenset(), margins)
+    exponents: dict[str, int] = {}
+    margins: dict[str, float] = {}
+    for stream, prefixes in VQGAN_PARTS.items():
+        own = {name: value for name, value in ranges.items() if name.startswith(prefixes)}
+        hidden = {name: value for name, value in own.items() if VQGAN_HIDDEN.fullmatch(name)}
+        peak = max((value for name, value in own.items() if name not in hidden), default=0.0)
+        inside = max(hidden.values(), default=0.0)
+        exponent = fixed if fixed is not None else _exponent(peak, limit)
+        if not 0 <= exponent <= MAX_EXPONENT or inside > limit:
+            raise ExportError(
+                f"{Stage.VQGAN}: in its {stream} the image reaches {peak:.3g}, hidden values {inside:.3g}, "
+                "which do not fit into fp16; export it with --precision vqgan=fp32"
+            )
+        exponents |= {stream: exponent} if exponent else {}
+        margins |= {name: _bits(value * (1 if name in hidden else 2.0**-exponent)) for name, value in own.items()}
+    return Fp16Fit(exponents, frozenset(), margins)
 
 
 def _require_finite(stage: Stage, ranges: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ class GpuBenchReport:
         return found
 
     def tables(self) -> Iterator[Table]:
-        """Milliseconds of a pass, distances to fp32, and cold starts, of each variant."""
+        """Milliseconds of a pass, distances to fp32, memory, and cold starts, of each variant."""
         engines = self._named("engine")
         for variant in dict.fromkeys(name.split()[1] for name in self.content["phases"]):
             kinds = dict.fromkeys(_kind(name) for name in engines if name.split()[1] == variant)
@@ -49,6 +49,10 @@ class GpuBenchReport:
                 for kind in kinds:
                     rows.append([" ".join(kind), *(self._engine(variant, kind, stage, figure) for stage in STAGES)])
                 yield f"{title}: {text}", PASS_COLUMNS, rows
+            rows = [["diffusers, all types", *(self._diffusers_memory(variant, stage) for stage in STAGES)]]
+            for kind in kinds:
+                rows.append([" ".join(kind), *(self._engine(variant, kind, stage, "memory_mb") for stage in STAGES)])
+            yield f"{title}: MiB of GPU memory", PASS_COLUMNS, rows
             yield f"{title}: seconds of a cold start", IMAGE_COLUMNS, [*self._images(variant)]
 
     def _against(self, variant: str) -> str:
@@ -66,6 +70,9 @@ class GpuBenchReport:
 
     def _eager(self, variant: str, stage: str, mode: str, figure: str) -> str:
         return _shown(self._result(f"diffusers {variant} {stage}").get(mode, {}).get(figure))
+
+    def _diffusers_memory(self, variant: str, stage: str) -> str:
+        return _shown(self._result(f"diffusers {variant} {stage}").get("memory_mb"))
 
     def _compiled(self, variant: str, stage: str) -> str:
         return _shown(self._result(f"compile {variant} {stage}").get("ms") if stage in SAMPLED else None)

@@ -38,7 +38,7 @@ class GpuBench:
     work: Path
     device: str = "cuda"
     variants: Sequence[Variant] = SIZES
-    precisions: Sequence[Precision] = (Precision.FP16, Precision.FP32)
+    precisions: Sequence[Precision] = (Precision.FP16, Precision.FP32, Precision.BF16)
     engines: Sequence[str] = (ENGINE,)
     tiny: bool = False
     minutes: float = 8

@@ -66,9 +66,8 @@ def make(job: GpuJob, phase: Phase) -> Result:
 
 
 def export_bundle(job: GpuJob, phase: Phase) -> Result:
-    """A bundle for ONNX Runtime. The VQGAN and the text encoder, which run once an image, stay in fp32 beside bf16."""
+    """A bundle for ONNX Runtime, all stages in one precision."""
     assert phase.precision is not None
-    stay = (Stage.VQGAN, Stage.TEXT_ENCODER) if phase.precision is Precision.BF16 else ()
     target = Target.PORTABLE if (job.device, phase.precision) == ("cpu", Precision.BF16) else Target.ORT
     began = perf_counter()
     export(
@@ -76,7 +75,6 @@ def export_bundle(job: GpuJob, phase: Phase) -> Result:
         job.bundle(phase),
         stages=STAGES,
         precision=phase.precision,
-        precisions=dict.fromkeys(stay, Precision.FP32),
         storage=phase.precision if phase.precision is Precision.FP32 else None,
         target=target,
         hash=False,

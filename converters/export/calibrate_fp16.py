@@ -1,8 +1,9 @@
-"""Measures how large the values of a prior, decoder or VQGAN grow: a short run of its fp32 graph with probes."""
+"""Measures how large the values of a prior, decoder or VQGAN grow: short runs of its fp32 graphs with probes."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,16 @@ import onnx
 
 from ...runtime.engines.onnxruntime import open_session
 from ...runtime.engines.protocol import F32
+from ...runtime.engines.provider_probe import why_not
 from ...runtime.sampling.loop import sample
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...runtime.sampling.torch_generator import TorchGenerator
+from ...schemas.callbacks import Say
+from ...schemas.errors import EngineError
 from ...schemas.stages import Stage, UNetConfig, VQGANConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions, write_graph
+from ..onnx.writers import ENCODER, MODEL
 
 STEPS = 8
 GUIDANCE = {Stage.PRIOR: 4.0, Stage.DECODER: 1.5}
@@ -27,82 +32,106 @@ PASS = re.compile(r"@\d+")  # the suffix of values of a further pass over the sa
 FLAT = (-4.0, 4.0)
 VQGAN_SIDE = 32
 
+REASON_LENGTH = 300
+
 Inputs = Mapping[str, F32]
+Predict = Callable[[Inputs], Inputs]
 
 
 def measure_ranges(
-    config: UNetConfig | VQGANConfig, tensors: Mapping[str, TensorRange], embeddings: Inputs | None = None
+    config: UNetConfig | VQGANConfig,
+    tensors: Mapping[str, TensorRange],
+    embeddings: Inputs | None = None,
+    *,
+    say: Say = lambda text: None,
 ) -> dict[str, float]:
     """The largest magnitude that each probed value reaches while one image is sampled with guidance, by value. The
-    VQGAN decodes normal noise and flat areas.
+    VQGAN decodes normal noise and flat areas, and encodes pictures of noise and of one colour.
 
-    Weights stay in their files: beside them, the run takes memory for the values of one pass. `tensors` are in files of
-    one folder. The graph is written into that folder and removed after the run.
+    It runs on a GPU where ONNX Runtime can use one, else on the CPU; `say` is told when a GPU fails. Weights stay in
+    their files, or go to the GPU as they are stored: beside them, the run takes memory for the values of one pass.
+    `tensors` are in files of one folder. The graphs are written into that folder and removed after the run.
     `embeddings` are clip_text (2, tokens, c) and clip_text_pooled (2, 1, c) of a prompt and its negative, float32.
     Normal noise takes their place when they are None. Raises EngineError without ONNX Runtime."""
-    path = next(iter(tensors.values())).path.with_name("calibration.onnx")
-    try:
-        onnx.save(_constants_first(write_graph(config, tensors, GraphOptions(probes=True))), path)
-        session = open_session(path)
-        if isinstance(config, VQGANConfig):
-            return _decode(config, session)
-        return _run(config, session, _conditions(config, embeddings))
-    finally:
-        path.unlink(missing_ok=True)
+    folder = next(iter(tensors.values())).path.parent
+    if why_not("cuda") == "":
+        try:
+            return _measured(config, tensors, embeddings, folder, device="cuda")
+        except EngineError as error:
+            say(f"{config.stage}: measured on the CPU, because the GPU failed: {error}")
+    return _measured(config, tensors, embeddings, folder, device="cpu")
 
 
-def _constants_first(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with the nodes that read weights alone at its beginning; returns `model`, changed.
+def _measured(
+    config: UNetConfig | VQGANConfig,
+    tensors: Mapping[str, TensorRange],
+    embeddings: Inputs | None,
+    folder: Path,
+    *,
+    device: str,
+) -> dict[str, float]:
+    def run(name: str, passes: Callable[[Predict], object]) -> dict[str, float]:
+        """The ranges that the graph `name` reaches in `passes`, which call it."""
+        path = folder / f"calibration-{name}.onnx"
+        try:
+            model = write_graph(config, tensors, GraphOptions(probes=True), name)
+            onnx.save(model, path)
+            probed = Probed(open_session(path, device), [output.name for output in model.graph.output])
+            passes(probed)
+        finally:
+            path.unlink(missing_ok=True)
+        return dict(probed.ranges)
 
-    Of the inputs of a node, ONNX Runtime computes that of the latest node first. So a weight is cast to fp32 when its
-    product is due. Elsewhere, all casts would come first, and be in memory together."""
-    nodes = model.graph.node
-    constants = {tensor.name for tensor in model.graph.initializer}
-    first: list[onnx.NodeProto] = []
-    others: list[onnx.NodeProto] = []
-    for node in nodes:
-        alone = all(name in constants for name in node.input)
-        (first if alone else others).append(node)
-        constants.update(node.output if alone else ())
-    ordered = [*first, *others]
-    del nodes[:]
-    nodes.extend(ordered)
-    return model
+    if isinstance(config, UNetConfig):
+        return run(MODEL, lambda predict: _sample(config, predict, _conditions(config, embeddings)))
+    return run(MODEL, lambda predict: _decode(config, predict)) | run(ENCODER, lambda predict: _encode(config, predict))
 
 
-def _run(config: UNetConfig, session: Any, conditions: Inputs) -> dict[str, float]:
-    names = [output.name for output in session.get_outputs()]
-    ranges: dict[str, float] = defaultdict(float)
+class Probed:
+    """A session of a graph with probes: it returns the other outputs, and keeps the largest magnitudes in `ranges`."""
+
+    def __init__(self, session: Any, names: list[str]) -> None:
+        self.ranges: dict[str, float] = defaultdict(float)
+        self._session, self._names = session, names
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        try:
+            found = self._session.run(self._names, dict(inputs))
+        except Exception as error:  # onnxruntime has an exception class for each status code
+            raise EngineError(" ".join(str(error).split())[:REASON_LENGTH]) from error
+        outputs = dict(zip(self._names, found, strict=True))
+        for name, value in outputs.items():
+            if name.endswith("/max"):
+                probed = PASS.sub("", name.removesuffix("/max").removesuffix("/rows").removesuffix("/last"))
+                self.ranges[probed] = max(self.ranges[probed], float(value))
+        return outputs
+
+
+def _sample(config: UNetConfig, predict: Predict, conditions: Inputs) -> None:
     generator = TorchGenerator(0)
     shape = (1, config.in_channels, SIDES[config.stage], SIDES[config.stage])
 
-    def predict(latents: F32, t: np.float32) -> F32:
+    def guided_noise(latents: F32, t: np.float32) -> F32:
         fed = {"sample": np.repeat(latents, 2, axis=0), "timestep_ratio": np.full(2, t, np.float32), **conditions}
-        outputs = dict(zip(names, session.run(names, fed), strict=True))
-        _note(ranges, outputs)
-        return guided(outputs["noise_pred"], GUIDANCE[config.stage])
+        return guided(predict(fed)["noise_pred"], GUIDANCE[config.stage])
 
     schedule = Wuerstchen(timesteps(STEPS))
-    for _ in sample(predict, generator.randn(shape), schedule, lambda: generator.randn(shape)):
+    for _ in sample(guided_noise, generator.randn(shape), schedule, lambda: generator.randn(shape)):
         pass
-    return dict(ranges)
 
 
-def _decode(config: VQGANConfig, session: Any) -> dict[str, float]:
-    names = [output.name for output in session.get_outputs()]
-    ranges: dict[str, float] = defaultdict(float)
+def _decode(config: VQGANConfig, predict: Predict) -> None:
     shape = (1, config.latent_channels, VQGAN_SIDE, VQGAN_SIDE)
     for latents in (TorchGenerator(0).randn(shape), *(np.full(shape, value, np.float32) for value in FLAT)):
-        _note(ranges, dict(zip(names, session.run(names, {"latents": latents}), strict=True)))
-    return dict(ranges)
+        predict({"latents": latents})
 
 
-def _note(ranges: dict[str, float], outputs: Mapping[str, Any]) -> None:
-    """Raise `ranges` to what the probes among `outputs` have seen."""
-    for name, value in outputs.items():
-        if name.endswith("/max"):
-            probed = PASS.sub("", name.removesuffix("/max").removesuffix("/rows").removesuffix("/last"))
-            ranges[probed] = max(ranges[probed], float(value))
+def _encode(config: VQGANConfig, predict: Predict) -> None:
+    side = VQGAN_SIDE * config.compression
+    noise = TorchGenerator(0).randn((1, config.in_channels, side, side))
+    colours = (np.full(noise.shape, value, np.float32) for value in (0, 0.5, 1))
+    for images in (np.clip(0.5 + 0.25 * noise, 0, 1), (noise > 0).astype(np.float32), *colours):
+        predict({"images": images})
 
 
 def _conditions(config: UNetConfig, embeddings: Inputs | None) -> dict[str, F32]:

@@ -71,3 +71,4 @@ def _always_measured(config: UNetConfig | VQGANConfig) -> Iterator[str]:
         return
     assert config.stage is Stage.VQGAN
     yield from (f"up_blocks.{index}" for index in range(1, config.bottleneck_blocks + 1))
+    yield from (f"down_blocks.{2 * level}" for level in range(config.levels))

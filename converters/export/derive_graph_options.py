@@ -63,7 +63,7 @@ def derive_graph_options(
     def measure() -> dict[str, float]:
         say(f"{stage}: measuring how large its values grow")
         embeddings = _embeddings(bundle, say) if isinstance(config, UNetConfig) else None
-        return measure_ranges(config, tensors, embeddings)
+        return measure_ranges(config, tensors, embeddings, say=say)
 
     ranges = ranges_of(Path(options.calibration) if options.calibration else None, config, measure)
     fixed = safe if isinstance(safe, int) else None

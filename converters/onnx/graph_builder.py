@@ -1,7 +1,7 @@
 """The graph under construction: nodes named after PyTorch modules, and weights that stay in their files."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ ORT_DOMAIN = "com.microsoft"
 PORT_TYPES: Mapping[str, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
 }
 COMPUTE_TYPES: Mapping[Precision, int] = {
@@ -331,7 +332,10 @@ class GraphBuilder:
         outputs += [helper.make_tensor_value_info(probe, TensorProto.FLOAT, ()) for probe in self._probes]
         given = (port.name for port in self._ports.outputs if port.name in self._inner)
         graph = helper.make_graph(
-            [*self._nodes, *(_cast(self._inner[port], port, TensorProto.FLOAT) for port in given)],
+            [
+                *_constants_first(self._nodes, self._initializers),
+                *(_cast(self._inner[port], port, TensorProto.FLOAT) for port in given),
+            ],
             name,
             [_value_info(port) for port in self._ports.inputs],
             outputs,
@@ -349,6 +353,22 @@ class GraphBuilder:
     def _opsets(self) -> list[tuple[str, int]]:
         domains = {node.domain for node in self._nodes}
         return [("", self.options.opset), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
+
+
+def _constants_first(nodes: Iterable[onnx.NodeProto], initializers: Iterable[str]) -> list[onnx.NodeProto]:
+    """The same nodes, those that read weights alone at the beginning.
+
+    Of the inputs of a node, ONNX Runtime computes that of the latest node first. So a weight that is not folded, as in
+    the engine onnxruntime-mapped, is cast when its product is due. Elsewhere, many casts would come long before, and
+    would be in memory together."""
+    constants = set(initializers)
+    first: list[onnx.NodeProto] = []
+    others: list[onnx.NodeProto] = []
+    for node in nodes:
+        alone = all(name in constants for name in node.input)
+        (first if alone else others).append(node)
+        constants.update(node.output if alone else ())
+    return [*first, *others]
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ Semantics: diffusers ``PaellaVQModel`` (pipelines/deprecated/wuerstchen/modeling
 
 import onnx
 
-from ...schemas.fp16 import VQGAN_STREAM
+from ...schemas.fp16 import VQGAN_ENCODER_STREAM, VQGAN_STREAM
 from ...schemas.stages import VQGANConfig
 from .graph import Graph
 from .layers import (
@@ -51,28 +51,35 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
 def write_vqgan_encoder(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
     """images (B, 3, H, W) in 0..1 -> latents, 4 times smaller in the releases.
 
-    The latents of stage B are these, divided by the scale factor. Raises ExportError for missing weights of the
-    encoder; those of the decoder are not needed."""
-    image = _unshuffled(graph, "in_block.1", config)
+    The latents of stage B are these, divided by the scale factor. With an exponent k, the image holds 2^-k of its
+    values from the first convolution to the last Linear. Raises ExportError for missing weights of the encoder; those
+    of the decoder are not needed."""
+    k = graph.options.exponents.get(VQGAN_ENCODER_STREAM, 0)
+    image = _unshuffled(graph, "in_block.1", config, k)
+    graph.probe(image.first)
     index = 0
     for level, width in enumerate(config.widths):
         if level > 0:
-            image = convolution(graph, f"down_blocks.{index}", image.first, width, strides=[2, 2], pads=[1] * 4)
+            name = f"down_blocks.{index}"
+            image = convolution(graph, name, image.first, width, bias_exponent=k, strides=[2, 2], pads=[1] * 4)
+            graph.probe(image.first)
             index += 1
-        image = _block(graph, f"down_blocks.{index}", image)
+        image = _block(graph, f"down_blocks.{index}", image, k)
         index += 1
-    latents = pointwise(graph, f"down_blocks.{index}.0", image, bias=False)
+    latents = pointwise(graph, f"down_blocks.{index}.0", image, bias=False, alpha=2.0**k)
+    graph.probe(latents.last)
     graph.node("Identity", "latents", batch_normalised(graph, f"down_blocks.{index}.1", latents).first)
     return graph.model("vqgan_encoder", "Stable Cascade stage A (VQGAN encoder): images in 0..1 to unscaled latents")
 
 
-def _unshuffled(graph: Graph, name: str, config: VQGANConfig) -> Image:
-    """PixelUnshuffle and the 1x1 convolution `name` after it, as one convolution with a stride.
+def _unshuffled(graph: Graph, name: str, config: VQGANConfig, k: int) -> Image:
+    """PixelUnshuffle and the 1x1 convolution `name` after it, as one convolution with a stride, times 2^-`k`.
 
     The unshuffled channels count (in, dy, dx), which is the order of the weight's bytes."""
     patch, width = config.up_down_scale_factor, config.widths[0]
     dims = (width, config.in_channels, patch, patch)
-    return convolution(graph, name, "images", width, dims=dims, strides=[patch, patch])
+    strides = [patch, patch]
+    return convolution(graph, name, "images", width, dims=dims, exponent=k, bias_exponent=k, strides=strides)
 
 
 def _block(graph: Graph, name: str, image: Image, k: int = 0) -> Image:

@@ -245,16 +245,20 @@ def keep_mapped(options: Any) -> list[str]:
     return ["ConstantFolding"]  # folding would cast the weights for good
 
 
-def open_session(path: Path) -> Any:
-    """A session of any graph on the CPU, for a short run: its weights stay in their files.
+def open_session(path: Path, device: str = "cpu") -> Any:
+    """A session of any graph for a short run, on "cpu" or "cuda": its weights stay in their files, or go to the GPU as
+    they are stored.
 
     Raises EngineError when it cannot be loaded."""
-    ort = import_onnxruntime("cpu")
+    ort = import_onnxruntime(device)
     options = quiet_options(ort)
     disabled = keep_mapped(options)
     require_inputs_named(path)
+    providers = [(name, provider_options(name, tf32=False, cuda_graph=False)) for name in (*PROVIDERS[device], CPU)]
     try:
-        return ort.InferenceSession(path, options, providers=[CPU], disabled_optimizers=disabled)
+        return ort.InferenceSession(
+            path, options, providers=list(dict(providers).items()), disabled_optimizers=disabled, enable_fallback=0
+        )
     except Exception as error:
         raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
 

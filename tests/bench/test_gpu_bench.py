@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.bench.commands import bench as bench_command
-from cascadekit.bench.gpu import GpuBench, bench_gpu, run, work
+from cascadekit.bench.gpu import GpuBench, GpuBenchReport, bench_gpu, run, work
 from cascadekit.bench.gpu.job import GpuJob
 from cascadekit.bench.gpu.kit import BENCH, INSTALLER, pack
 from cascadekit.bench.gpu.phases import Phase, plan
@@ -34,7 +34,8 @@ def here(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> GpuBench:
     """Everything but images in fresh processes."""
-    bench = GpuBench(tmp_path_factory.mktemp("gpu"), "cpu", precisions=(FP32,), tiny=True, names=NAMES)
+    how: dict[str, Any] = {"precisions": (FP32,), "tiny": True, "names": NAMES, "minutes": 60}
+    bench = GpuBench(tmp_path_factory.mktemp("gpu"), "cpu", **how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run_phase", here)
         bench_gpu(bench)
@@ -63,16 +64,33 @@ def test_the_rehearsal(done: GpuBench) -> None:
     assert phases["compile tiny prior"]["result"] == {"missing": "a GPU"}
 
 
+def rows_of_engines(rows: list[list[str]]) -> list[list[str]]:
+    return [row for row in rows if not row[0].startswith("diffusers")]
+
+
+def test_memory_of_the_gpu_is_in_a_table() -> None:
+    phases = {
+        "diffusers lite prior": {"seconds": 1, "result": {"memory_mb": 12000}},
+        "engine lite fp16 onnxruntime prior": {"seconds": 1, "result": {"memory_mb": 3456}},
+    }
+    report = GpuBenchReport({"job": {"side": 1024}, "phases": phases})
+    rows = {title: rows for title, _, rows in report.tables()}["lite, 1024 pixels a side: MiB of GPU memory"]
+    nothing = ["not measured"] * 3
+    assert rows == [["diffusers, all types", "12000", *nothing], ["fp16 onnxruntime", "3456", *nothing]]
+
+
 def test_the_tables(done: GpuBench) -> None:
     report = bench_gpu(replace(done, names=("make",)))
     tables = {title: (columns, rows) for title, columns, rows in report.tables()}
-    passes, distances, images = tables.values()
+    passes, distances, memory, images = tables.values()
     assert next(iter(tables)) == "tiny, 64 pixels a side: milliseconds of a pass"
     rows = {row[0]: row[1:] for row in passes[1]}
     assert rows["diffusers float16 CUDA graph"] == ["not measured"] * 4
     assert all(float(cell) > 0 for cell in rows["fp32 onnxruntime"])
     assert {row[0] for row in distances[1]} >= {"diffusers bfloat16 eager", "fp32 onnxruntime with TF32"}
     assert images[1] == []
+    assert {row[0] for row in memory[1]} == {"diffusers, all types", *(row[0] for row in rows_of_engines(passes[1]))}
+    assert {cell for row in memory[1] for cell in row[1:]} == {"not measured"}  # there is no GPU
     assert report.failed["compile tiny decoder"] == "not installed: a GPU"
 
 

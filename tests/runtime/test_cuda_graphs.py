@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -384,8 +385,38 @@ def test_keys_and_values_in_half_precision(tmp_path: Path) -> None:
         stages[1].bind({"keys": text})({"sample": sample})
 
 
+def test_keys_and_values_in_bf16(tmp_path: Path) -> None:
+    """NumPy and ONNX Runtime's Python have no arrays of bf16, so these ports stay in the device's memory. The bindings
+    are ONNX Runtime's own, in the host's memory."""
+    wide, narrow = TensorProto.FLOAT, TensorProto.BFLOAT16
+    writes = _graph([("text", wide)], [("keys", narrow)], ("Cast", ["text"], ["keys"], {"to": narrow}))
+    reads = _graph(
+        [("sample", wide), ("keys", narrow)],
+        [("noise_pred", wide)],
+        ("Cast", ["keys"], ["wide"], {"to": wide}),
+        ("Mul", ["sample", "wide"], ["noise_pred"], {}),
+    )
+    memory, stages = DeviceMemory(onnxruntime, "cpu"), []
+    for graph in (writes, reads):
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=[CPU])
+        ports = [
+            tuple(PortEntry(name=p.name, dtype=NAMES[p.type.tensor_type.elem_type], dims=("batch", 4)) for p in each)
+            for each in (graph.graph.input, graph.graph.output)
+        ]
+        entry = GraphEntry(path="graph", opset=20, inputs=ports[0], outputs=ports[1])
+        how: dict[str, Any] = {"ort": onnxruntime, "captures": False, "say": pytest.fail}
+        stages.append(GpuStage(Stage.PRIOR, entry, session, memory, **how))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        text, sample = rng.standard_normal((2, 2, 4), dtype=np.float32)
+        kept = stages[0].keep({"text": text}, ())
+        assert kept["keys"].dtype == ml_dtypes.bfloat16
+        wanted = sample * text.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(stages[1].bind(kept)({"sample": sample})["noise_pred"], wanted)
+
+
 NodeParts = tuple[str, list[str], list[str], dict[str, Any]]  # operator, inputs, outputs, attributes
-NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
 
 def _graph(

@@ -122,6 +122,7 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
     monkeypatch.setattr(engine_table, "CHOICES", choices)
     bundle = open_bundle(tiny / "bundle")
     monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: True)
     for has, name in ((True, "openvino-bf16"), (False, "onnxruntime")):
         monkeypatch.setattr(openvino, "multiplies_bf16", lambda has=has: has)
         assert make_engine("auto", bundle).name == name
@@ -139,6 +140,39 @@ def test_auto_asks_torch_for_nothing_where_the_cpu_has_no_bf16(
     monkeypatch.setattr(cpu_flags, "CPUINFO", tiny / "missing")
     monkeypatch.setattr(engine_table, "require_torch", lambda: pytest.fail("torch was imported"))
     assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("flags\t\t: fpu avx512_bf16", True),
+        ("flags\t\t: fpu avx2 avx_ne_convert", True),
+        ("Features\t: fp asimd bf16", True),
+        ("vendor_id\t: none", True),  # nothing is known
+    ],
+)
+def test_auto_imports_openvino_only_for_a_cpu_that_may_have_bf16(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: tuple[EngineChoice, ...],
+    line: str,
+    asked: bool,
+) -> None:
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(cpu_flags, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    questions: list[bool] = []
+
+    def ask() -> bool:
+        questions.append(True)
+        return False
+
+    monkeypatch.setattr(openvino, "multiplies_bf16", ask)
+    assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
+    assert bool(questions) is asked
 
 
 def test_auto_does_without_openvino(

@@ -13,7 +13,7 @@ from cascadekit import Cascade, Settings
 from cascadekit.converters.export.validate import validate
 from cascadekit.converters.lora.merge_bundle import apply_loras, derive_bundle
 from cascadekit.parity.verdict import record_verdict
-from cascadekit.runtime.engines import engine_table, openvino
+from cascadekit.runtime.engines import cpu_flags, engine_table, openvino
 from cascadekit.runtime.engines.engine_table import EngineChoice, make_engine
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.manifest import VerdictEntry
@@ -102,6 +102,7 @@ def test_a_folder_of_real_files_is_made_where_one_can_be(
         assert path == graph
     assert not can_do_without(graph)
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: True)
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: True)
     assert make_engine("auto", open_bundle(snapshot)).name == "onnxruntime"
 

@@ -15,9 +15,11 @@ from cascadekit.runtime.engines.engine_table import EngineChoice, make_engine
 from cascadekit.runtime.engines.pytorch import captured_calls
 from cascadekit.runtime.engines.pytorch.captured_calls import CapturedCalls
 from cascadekit.runtime.engines.pytorch.tensors import bundle_tensors, read_tensor
+from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.stages import Stage
+from cascadekit.schemas.stages import Block, Stage, UNetConfig
+from cascadekit.schemas.unet_blocks import blocks_of
 from cascadekit.storage.bundle import Bundle, open_bundle
 from cascadekit.storage.install_hint import install_hint
 
@@ -41,6 +43,28 @@ def inputs_of(bundle: Bundle, stage: Stage, graph: str = "model") -> dict[str, A
 
 def off(found: Any, expected: Any) -> float:
     return max(float(np.linalg.norm(found[n] - expected[n]) / np.linalg.norm(expected[n])) for n in expected)
+
+
+def test_blocks_that_repeat_are_compiled_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling is left out: it takes minutes. What is handed to torch.compile is counted, and computes the same."""
+    compiled: list[Any] = []
+
+    def compile_module(module: torch.nn.Module, **how: Any) -> None:
+        assert how == {"dynamic": False}
+        compiled.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    bundle = open_bundle(tiny / "bundle")
+    inputs = inputs_of(bundle, Stage.DECODER)
+    expected = make_engine("torch", bundle).load(Stage.DECODER)(inputs)
+    assert compiled == []
+    engine = make_engine("torch-compiled", bundle)
+    assert engine.name == "torch-compiled"
+    assert off(engine.load(Stage.DECODER)(inputs), expected) == 0
+    config = from_json(Stage.DECODER, bundle.entry(Stage.DECODER).config)
+    assert isinstance(config, UNetConfig)
+    wanted = sum(block.kind in (Block.RES, Block.ATTENTION) for block in blocks_of(config))
+    assert len({id(module) for module in compiled}) == len(compiled) == wanted > 4
 
 
 @pytest.mark.parametrize(("stage", "graph"), [*GRAPHS, (Stage.VQGAN, "encoder")])

@@ -117,7 +117,7 @@ def test_hoisting_changes_nothing_in_half_precision(
     target: Target,
     precision: Precision,
 ) -> None:
-    """The ports between the graphs are float32, which holds every half exactly, or float16.
+    """The ports between the graphs are float32, which holds every half exactly, or have the type of the graphs.
 
     For ONNX Runtime, the step adds biases in another order, and takes one timestep for all samples."""
     graph = export(config)
