@@ -20,7 +20,7 @@ from ..batch.image_jobs import ImageJob
 from ..batch.job_groups import job_groups, windows
 from ..memory.prediction import loaded_bytes
 from .actor_pools import WRITE_CPUS, ActorPool
-from .stage_actors import ACTORS, PIECES, ClusterBundle, Piece, write_files
+from .stage_actors import ACTORS, PIECES, ClusterBundle, Piece, StageActor, write_files
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies
@@ -40,6 +40,7 @@ class ClusterGroups:
     together: int = 1
     check: Callable[[], object] = lambda: None
     report: StageReport = field(default_factory=StageReport)
+    actors: Mapping[Stage, type[StageActor]] = field(default_factory=lambda: ACTORS)
 
     def __call__(self, jobs: Sequence[ImageJob]) -> Iterator[GeneratedGroup]:
         """Yield each group once its images are computed, in the order in which that happens.
@@ -72,7 +73,7 @@ class ClusterGroups:
         context = data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         dataset = data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
-        for stage, actor in ACTORS.items():
+        for stage, actor in self.actors.items():
             pool = self.pools[stage]
             weights = sum(loaded_bytes(self.manifest, each) for each in (stage, *BESIDE.get(stage, ())))
             dataset = dataset.map(

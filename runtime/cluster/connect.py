@@ -6,8 +6,10 @@ Nothing is reported to others: Ray's usage statistics and its dashboard are off 
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ...schemas.callbacks import Say, ignored
@@ -50,11 +52,11 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    _pass_on_messages(ray, say)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     own = {"include_dashboard": False, "num_cpus": max(LEAST_CPUS, _cpus()), "object_store_memory": store_bytes()}
     if address != LOCAL:
         _require_answer(address)
+    _pass_on_messages(ray, say)
     try:
         ray.init(address=address, **(own if address == LOCAL else {}), **quiet)
     except Exception as error:
@@ -113,4 +115,5 @@ def _refusal(ray: Any, address: str, error: Exception) -> CascadeError:
             f"ray {address}: the cluster does not take this token, or there is none: {said}; put the cluster's token "
             "into $RAY_AUTH_TOKEN, or into ~/.ray/auth_token"
         )
-    return EngineError(f"ray {address}: no connection: {said}; look into Ray's logs, /tmp/ray/session_latest/logs")
+    logs = Path(tempfile.gettempdir(), "ray", "session_latest", "logs")
+    return EngineError(f"ray {address}: no connection: {said}; look into Ray's logs, {logs}")
