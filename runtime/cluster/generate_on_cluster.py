@@ -42,8 +42,8 @@ def generate_on_cluster(
     """Generate the images of `draft` that are not there yet, and count how each of them ended.
 
     This process plans, and writes the files and the log into its own folder; nodes need the bundle under the same path.
-    One image at a time goes through a stage unless `settings.batch` says more: then an image has the same bytes on
-    every road, here and with a batch of the same size in one process. `say` is called with lines for the user.
+    One image at a time goes through a stage unless `settings.batch` says more: then an image has the same bytes as
+    with a batch of the same size in one process. `say` is called with lines for the user.
 
     Raises what `generate_batch` raises, and UsageError for a cluster that cannot be reached or is too small."""
     observer = observer or BatchObserver()
@@ -60,8 +60,8 @@ def generate_on_cluster(
             ClusterBundle(settings.bundle.resolve(), dict(cluster.options), identity),
             draft.manifest,
             pools,
-            settings.batch or 1,
-            observer.check,
+            together=settings.batch or 1,
+            check=observer.check,
         )
         counts = run_batch(
             draft,
