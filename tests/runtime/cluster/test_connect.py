@@ -3,12 +3,13 @@
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.runtime.cluster.connect import connected, store_bytes
+from cascadekit.runtime.cluster.connect import _pass_on_messages, connected, store_bytes
 from cascadekit.schemas.errors import MissingPackageError, UsageError
 
 
@@ -48,6 +49,19 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingPackageError, match=r"ray is not installed: pip install .*\[ray\]"), connected("local"):
         pass
+
+
+def test_messages_of_ray_are_said_once_and_shortly(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray would print them to standard output, where `--json` has its report."""
+    worker = SimpleNamespace(print_to_stdstream=print)
+    said: list[str] = []
+    _pass_on_messages(SimpleNamespace(_private=SimpleNamespace(worker=worker)), said.append)
+    for lease in range(3):
+        worker.print_to_stdstream(
+            {"pid": "raylet", "is_err": False, "lines": [f"A worker died. Lease ID: {lease}", ""]}, ignore_prefix=False
+        )
+    assert said == ["Ray: A worker died"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
