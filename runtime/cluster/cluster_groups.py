@@ -52,9 +52,8 @@ class ClusterGroups:
             if not left.issuperset(job.number for job in piece.jobs):
                 continue
             left.difference_update(job.number for job in piece.jobs)
-            files = [each for each in piece.made or () if isinstance(each, bytes)] if piece.error is None else []
             self.report.add(piece.busy, perf_counter() - began)
-            yield GeneratedGroup(piece.jobs, files, piece.seconds, piece.error)
+            yield GeneratedGroup(piece.jobs, piece.files, piece.seconds, piece.error)
             self.check()
         if left:
             raise EngineError(f"Ray returned no result for {len(left)} images; run the same command again")
@@ -72,6 +71,7 @@ class ClusterGroups:
         data = self.ray.data
         context = data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
+        context.raise_original_map_exception = True
         dataset = data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
         for stage, actor in self.actors.items():
             pool = self.pools[stage]
@@ -94,10 +94,8 @@ def _length(numbers: "count[int]") -> Callable[[Request], int]:
 
 def _reason(error: BaseException) -> CascadeError:
     """The error of ours that ended the work, or what Ray says."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, CascadeError):
-            return found
-        found = found.__cause__ or getattr(found, "cause", None)
+    cause = getattr(error, "cause", None)  # what an actor raised; Ray's error is one of its class with a traceback
+    if isinstance(cause, CascadeError):
+        return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return EngineError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}; finished images are kept")

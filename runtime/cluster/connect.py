@@ -62,8 +62,8 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
     except Exception as error:
         ray.shutdown()
         raise _refusal(ray, address, error) from error
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises, with tracebacks
     try:
         yield ray
     finally:

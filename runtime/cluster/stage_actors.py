@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
-from ...schemas.errors import CascadeError, CheckpointError, EngineError, UsageError
+from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.stages import Stage
 from ..batch.generate_requests import GeneratedImage, generate_prior, generate_requests
 from ..batch.image_jobs import KEY, ImageJob, bundle_identity
@@ -53,14 +53,16 @@ class Piece:
     """Jobs whose images are computed together, and what the last stage made of them, or their error."""
 
     jobs: Sequence[ImageJob]
-    made: PromptEmbeds | Result | Sequence[GeneratedImage] | Sequence[bytes] | None = None
+    made: PromptEmbeds | Result | None = None
+    images: Sequence[GeneratedImage] = ()
+    files: Sequence[bytes] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     busy: tuple[BusyTime, ...] = ()
     error: str | None = None
 
     def alone(self, number: int) -> "Piece":
         """The piece for job `number` alone."""
-        made = self.made.row(number) if isinstance(self.made, PromptEmbeds | Result) else None
+        made = None if self.made is None else self.made.row(number)
         return replace(self, jobs=self.jobs[number : number + 1], made=made)
 
     def pack(self) -> bytes:
@@ -170,7 +172,7 @@ class DecoderActor(StageActor):
         clock, requests = Stopwatch(), [job.request for job in piece.jobs]
         images = generate_requests(self.cascade, requests, lambda stage, step: clock.lap(stage), after=piece.made)
         clock.lap(Stage.VQGAN)
-        return replace(piece, made=images, seconds={**piece.seconds, **clock.rounded()})
+        return replace(piece, made=None, images=images, seconds={**piece.seconds, **clock.rounded()})
 
 
 def write_files(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,16 +181,13 @@ def write_files(row: Mapping[str, Any]) -> dict[str, Any]:
     for piece in map(Piece.unpack, row[PIECES]):
         began = perf_counter()
         if piece.error is None:
-            files = [_file(job, one) for job, one in zip(piece.jobs, piece.made or (), strict=True)]
-            piece = timed(replace(piece, made=files), "write", began)
+            files = [
+                image_bytes(job.path, one.image, {**one.metadata, KEY: job.key})
+                for job, one in zip(piece.jobs, piece.images, strict=True)
+            ]
+            piece = timed(replace(piece, images=(), files=files), "write", began)
         pieces.append(piece.pack())
     return {PIECES: pieces}
-
-
-def _file(job: ImageJob, one: object) -> bytes:
-    if not isinstance(one, GeneratedImage):
-        raise EngineError(f"line {job.line}: expected an image from the decoder, found {type(one).__name__}")
-    return image_bytes(job.path, one.image, {**one.metadata, KEY: job.key})
 
 
 ACTORS: Mapping[Stage, type[StageActor]] = {actor.stage: actor for actor in (TextActor, PriorActor, DecoderActor)}

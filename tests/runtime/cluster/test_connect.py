@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
+from cascadekit.runtime.cluster.cluster_groups import _reason
 from cascadekit.runtime.cluster.connect import _pass_on_messages, connected, store_bytes
 from cascadekit.schemas.errors import MissingPackageError, UsageError
 
@@ -83,3 +84,13 @@ def test_options_that_do_not_fit(
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+def test_the_error_of_an_actor_is_that_of_the_batch() -> None:
+    class OfTheirs(Exception):
+        cause: Exception | None = None
+
+    theirs = OfTheirs("ray::MapWorker() (pid=1)\n  File ...\nno more memory")
+    assert str(_reason(theirs)) == "Ray gave up: no more memory; finished images are kept"
+    theirs.cause = UsageError("node a: bundle: not a bundle")
+    assert _reason(theirs) is theirs.cause

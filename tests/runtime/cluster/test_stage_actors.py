@@ -97,7 +97,7 @@ def test_the_same_bytes_as_without_a_cluster(
         for piece in through(actors, group):
             assert piece.error is None
             assert {busy.stage for busy in piece.busy} == {"text_encoder", "prior", "decoder", "write"}
-            found |= dict(zip((job.number for job in piece.jobs), piece.made or (), strict=True))
+            found |= dict(zip((job.number for job in piece.jobs), piece.files, strict=True))
     for number, file in expected.items():
         assert found[number] == file, rows
 
@@ -119,7 +119,7 @@ def test_what_fails_together_is_tried_alone(
 
     monkeypatch.setattr(actors[2].cascade, "decode", failing)
     images = through(actors, jobs)
-    assert [piece.made == [alone[piece.jobs[0].number]] for piece in images] == [True] * 3
+    assert [piece.files == [alone[piece.jobs[0].number]] for piece in images] == [True] * 3
     prior = actors[1].cascade.prior
 
     def never_b(embeds: PromptEmbeds, **more: Any) -> Any:
@@ -130,7 +130,7 @@ def test_what_fails_together_is_tried_alone(
     monkeypatch.setattr(actors[1].cascade, "prior", never_b)
     pieces = through(actors, jobs)
     assert [(piece.jobs[0].number, piece.error) for piece in pieces] == [(0, None), (1, "out of memory"), (2, None)]
-    assert pieces[2].made == [alone[2]]
+    assert pieces[2].files == [alone[2]]
 
 
 def test_the_decoder_gets_little(bundle: ClusterBundle, cascade: Cascade, tmp_path: Path) -> None:
