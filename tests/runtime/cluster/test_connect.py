@@ -87,10 +87,10 @@ def test_options_that_do_not_fit(
 
 
 def test_the_error_of_an_actor_is_that_of_the_batch() -> None:
-    class OfTheirs(Exception):
+    class TheirError(Exception):
         cause: Exception | None = None
 
-    theirs = OfTheirs("ray::MapWorker() (pid=1)\n  File ...\nno more memory")
+    theirs = TheirError("ray::MapWorker() (pid=1)\n  File ...\nno more memory")
     assert str(_reason(theirs)) == "Ray gave up: no more memory; finished images are kept"
     theirs.cause = UsageError("node a: bundle: not a bundle")
     assert _reason(theirs) is theirs.cause
