@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = 500
 MAKING = "--size 64x64 --prior-steps 2 --decoder-steps 1 --engine onnxruntime --threads 1 --seed 7 --batch 1".split()
-ACTORS = ("text_encoder=1,cpus=0.1", "prior=2,cpus=0.2", "decoder=2,cpus=0.2")
+# More than a node of one CPU holds: both nodes have actors.
+ACTORS = ("text_encoder=1,cpus=0.1", "prior=2,cpus=0.4", "decoder=2,cpus=0.4")
 PATIENCE = 1800.0  # seconds for the whole batch
 
 
@@ -92,11 +93,12 @@ def test_an_actor_and_a_node_die(tiny: Path, tmp_path: Path, cluster: Any) -> No
         return len(list(output.glob("*.png"))) >= images
 
     waits_for(lambda: has(60))
-    (victim, *_) = actors_of(second, "PriorActor") or actors_of(second, "DecoderActor")
+    victim = waits_for(lambda: actors_of(second, "MapWorker"))[0]
     victim.kill()
     waits_for(lambda: has(200))
     waits_for(lambda: has(200) and actors_of(second, "ray::Map"))  # the node works for the batch
     cluster.remove_node(second, allow_graceful=False)
+    cluster.add_node(**node())  # in its place, as the first node is full
     died_at = len(list(output.glob("*.png")))
     _, said = batch.communicate(timeout=PATIENCE)
     assert batch.returncode == 0, said
@@ -114,18 +116,3 @@ def test_an_actor_and_a_node_die(tiny: Path, tmp_path: Path, cluster: Any) -> No
     assert (facts["generated"], facts["failed"]) == (PROMPTS, 0)
     assert facts["on_stages"]["prior"]["images"] == PROMPTS
     print(json.dumps(facts["on_stages"]), f"node killed at {died_at}")
-
-
-def test_tokens(tiny: Path, tmp_path: Path, cluster: Any) -> None:
-    """A wrong token and none are refused in one line; nothing is written."""
-    (tmp_path / "p.txt").write_text("a\n")
-    arguments = command(tiny / "bundle", tmp_path / "p.txt", tmp_path / "out", "--ray", cluster.address)
-    right = os.environ["RAY_AUTH_TOKEN"]
-    for token in ("0" * len(right), None):
-        told = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
-        told |= {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": token} if token else {})
-        result = subprocess.run(arguments, capture_output=True, text=True, env=told, timeout=PATIENCE)
-        assert result.returncode == 2, result.stderr
-        assert "$RAY_AUTH_TOKEN" in result.stderr
-        assert "Traceback" not in result.stderr
-    assert [path.name for path in tmp_path.iterdir() if path.name == "out"] == []
