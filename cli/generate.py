@@ -55,6 +55,8 @@ def generate(
     name: str | None,
     log: Path | None,
     keep_going: bool,
+    ray: str | None,
+    actors: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -67,6 +69,7 @@ def generate(
     Another size, with a LoRA: cascadekit generate bundle "a fox" --size 1024x768 --lora style.safetensors:0.8
     A variation of a picture: cascadekit generate bundle "oil painting" --init-image photo.jpg --strength 0.6
     All prompts of a file: cascadekit generate bundle --prompts prompts.txt -o images
+    The same on a cluster: cascadekit generate bundle --prompts prompts.txt -o images --ray head:6379
     An image again, with one change: cascadekit generate bundle --like shiba.png --prior-steps 30 -o more.png
     """
     from ..runtime.images.png import require_settings
@@ -86,13 +89,16 @@ def generate(
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         fields |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
         batch: dict[str, Any] = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}
-        generate_prompt_file(engine, BatchSettings(prompt_file, **files, **batch), fields, as_json=as_json)
+        settings = BatchSettings(prompt_file, **files, **batch)
+        if actors and not ray:
+            raise click.UsageError("--actors: are for --ray.")
+        generate_prompt_file(engine, settings, fields, as_json=as_json, ray=ray, actors=actors)
         return
     _require_one_prompt(prompts)
     if strength is not None and not fields.get("init_image"):
         raise click.UsageError("--strength: says how much of --init-image changes; give that picture, too.")
-    if name or log or keep_going:
-        raise click.UsageError("--name, --log and --keep-going are for --prompts FILE.")
+    if name or log or keep_going or ray or actors:
+        raise click.UsageError("--name, --log, --keep-going, --ray and --actors are for --prompts FILE.")
     if not prompts and "prompt" not in fields:
         raise click.UsageError("Missing argument 'PROMPT...', or --like with an image to generate again, or --prompts.")
     generate_prompts(bundle, engine, prompts, fields, seeds=seeds, like=like, as_json=as_json, **files)

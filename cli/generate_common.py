@@ -14,6 +14,7 @@ from .progress import byte_progress
 if TYPE_CHECKING:
     from ..runtime.cascade import Cascade
     from ..runtime.memory.prediction import Extras
+    from ..runtime.text.tokenizer import ClipTokenizer
     from ..schemas.manifest import Manifest
     from ..schemas.request import Request
 
@@ -140,10 +141,10 @@ def _extras(request: "Request", *, previews: bool) -> "Extras":
     )
 
 
-def note_cut_prompts(requests: "Sequence[Request]", cascade: "Cascade") -> None:
+def note_cut_prompts(requests: "Sequence[Request]", tokenizer: "ClipTokenizer") -> None:
     """Note the end of each prompt that CLIP does not read; with --long-prompts nothing is cut off."""
     texts = {text for each in requests if not each.settings.long_prompts for text in (each.prompt, each.negative)}
-    for text, cut in zip(sorted(texts), cascade.tokenizer(sorted(texts)).truncated, strict=True):
+    for text, cut in zip(sorted(texts), tokenizer(sorted(texts)).truncated, strict=True):
         if cut:
             note(f"{text[:30]!r}...: CLIP reads 77 tokens; cut off: {cut.strip()!r}; --long-prompts reads all")
 

@@ -149,7 +149,7 @@ BATCH: Sequence[Option] = (
         "prompt_file",
         type=click.Path(path_type=Path, allow_dash=True),
         metavar="FILE",
-        help=".txt with a prompt a line, - for standard input; .jsonl with a request a line; .csv with a header. Other "
+        help=".txt with a prompt a line, - for standard input; .jsonl with a request a line; .csv or .parquet. Other "
         "options fill in the fields that lines leave out. A second run goes on with the images that are not finished.",
     ),
     click.option(
@@ -165,6 +165,19 @@ BATCH: Sequence[Option] = (
     ),
     click.option(
         "--keep-going", is_flag=True, help="Generate the correct lines of --prompts and leave wrong lines out."
+    ),
+    click.option(
+        "--ray",
+        metavar="local|HOST:PORT",
+        help="Generate the images of --prompts on a Ray cluster, with actors for each stage; local starts one here. "
+        "The nodes need the bundle under the same path. Images go through the stages one by one, or --batch together.",
+    ),
+    click.option(
+        "--actors",
+        metavar="STAGE=N[,cpus=N][,gpus=N]",
+        multiple=True,
+        help="Actors of text_encoder, prior or decoder on --ray, and what each takes (repeatable).  [default: as many "
+        "as find room and work; a prior and a decoder share a GPU]",
     ),
 )
 
@@ -186,7 +199,7 @@ HELP_GROUPS = {
         "decoder_timesteps",
         "size_policy",
     ),
-    "Many prompts from a file": ("prompt_file", "name", "log", "keep_going"),
+    "Many prompts from a file": ("prompt_file", "name", "log", "keep_going", "ray", "actors"),
     "Engine and memory": ("device", "engine", "threads", "memory", "vram", "allow_cpu", "batch", "stages"),
 }
 

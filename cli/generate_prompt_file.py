@@ -1,7 +1,7 @@
 """The part of `generate` that generates the images of a file of prompts (`--prompts`)."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,37 +29,53 @@ PIXEL_BYTES = 3  # the most that one pixel takes in a PNG
 
 
 def generate_prompt_file(
-    engine: Mapping[str, Any], settings: BatchSettings, defaults: Mapping[str, Any], *, as_json: bool
+    engine: Mapping[str, Any],
+    settings: BatchSettings,
+    defaults: Mapping[str, Any],
+    *,
+    as_json: bool,
+    ray: str | None = None,
+    actors: Sequence[str] = (),
 ) -> None:
     """Generate the images of a file of prompts that do not exist yet, and print a line for each, or JSON at the end.
 
-    `defaults` has the fields that lines of the file leave out. The command ends with exit code 1 when an image failed
-    or a line was left out."""
+    `defaults` has the fields that lines of the file leave out. `ray` is a cluster that generates them, with `actors`.
+    The command ends with exit code 1 when an image failed or a line was left out."""
     assert settings.bundle is not None
     manifest = manifest_of(settings.bundle, engine)
     require_previewer(manifest, settings.preview_every)
-    draft = draft_batch(manifest, settings, defaults)
-    with open_cascade(settings.bundle, **engine) as cascade, ExitStack() as stack:
-        shown = _Shown(cascade, settings, stack, as_json=as_json)
-        counts = generate_batch(cascade, settings, defaults, shown, draft=draft)
-        timings = cascade.timings
-    detail(timings.line())
+    with ExitStack() as stack:
+        shown = _Shown(settings, stack, as_json=as_json)
+        if ray:
+            from .generate_on_ray import on_ray
+
+            draft = draft_batch(manifest, settings, defaults)
+            counts, more = on_ray(draft, settings, engine, defaults, address=ray, actors=actors, observer=shown)
+        else:
+            draft = draft_batch(manifest, settings, defaults)
+            cascade = stack.enter_context(open_cascade(settings.bundle, **engine))
+            shown.notes = lambda jobs: _note_needs(cascade, jobs, settings)
+            counts = generate_batch(cascade, settings, defaults, shown, draft=draft)
+            detail(cascade.timings.line())
+            more = {"timings": cascade.timings.to_json()}
     kinds = {name: number for name, number in asdict(counts).items() if number and name != "left_out"}
     line = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + f"; log: {settings.log_path}"
     facts = {**asdict(counts), "log": str(settings.log_path), "images": [each.to_json() for each in shown.outcomes]}
-    facts["timings"] = timings.to_json()
-    finish(line, facts, as_json=as_json)
+    finish(line, {**facts, **more}, as_json=as_json)
     if counts.failed or counts.left_out:
         click.get_current_context().exit(FAILED)
 
 
 class _Shown(BatchObserver):
-    """Shows a batch on the terminal, and previews beside the images in work. `stack` ends both."""
+    """Shows a batch on the terminal, and previews beside the images in work. `stack` ends both.
 
-    def __init__(self, cascade: "Cascade", settings: BatchSettings, stack: ExitStack, *, as_json: bool) -> None:
+    `notes` is called with the jobs of images that are not there yet."""
+
+    notes: Callable[[Sequence[ImageJob]], object] = staticmethod(lambda jobs: None)
+
+    def __init__(self, settings: BatchSettings, stack: ExitStack, *, as_json: bool) -> None:
         self.outcomes: list[Outcome] = []
         self._prints = not as_json
-        self._cascade = cascade
         self._settings = settings
         self._stack = stack
         self._in_work: list[Path] = []
@@ -68,7 +84,9 @@ class _Shown(BatchObserver):
     def planned(self, plan: BatchPlan) -> None:
         for problem in plan.problems:
             note(f"left out: {problem}")
-        _note_needs(self._cascade, plan.jobs, self._settings)
+        if left := [job for job in plan.jobs if self._settings.force or not job.path.exists()]:
+            self.notes(left)
+            _note_disk(left, self._settings)
         self._total = len(plan.jobs)
         self._stack.callback(self._remove_previews)
         self._stop = self._stack.enter_context(stoppable())
@@ -110,18 +128,18 @@ def _line(outcome: Outcome) -> str | None:
 
 
 def _note_needs(cascade: "Cascade", jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
-    """Note prompts that are cut off, the memory that will be needed, and a disk that may become full.
+    """Note prompts that are cut off, and the memory that will be needed."""
+    requests = [job.request for job in jobs]
+    note_cut_prompts(requests, cascade.tokenizer)
+    together = settings.batch or min(images_together(request.settings) for request in requests)
+    note_memory(requests, cascade, together, previews=bool(settings.preview_every))
 
-    The estimate of the disk is an upper bound: most images are smaller than their pixels."""
-    left = [job.request for job in jobs if settings.force or not job.path.exists()]
-    if not left:
-        return
-    note_cut_prompts(left, cascade)
-    sizes = [request.settings for request in left]
-    together = settings.batch or min(map(images_together, sizes))
-    note_memory(left, cascade, together, previews=bool(settings.preview_every))
+
+def _note_disk(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
+    """Note a disk that may become full. The estimate is an upper bound: most images are smaller than their pixels."""
+    sizes = [job.request.settings for job in jobs]
     needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
     free = shutil.disk_usage(settings.output).free
     if needed > free:
-        text = f"up to {needed / 1e9:.1f} GB are needed for {len(left)} images, {free / 1e9:.1f} GB are free"
+        text = f"up to {needed / 1e9:.1f} GB are needed for {len(jobs)} images, {free / 1e9:.1f} GB are free"
         note(f"{settings.output}: {text}")

@@ -45,7 +45,7 @@ def generate_prompts(
     with open_cascade(bundle, **engine) as cascade:
         if like and (other := changes(fields, cascade.engine, cascade.manifest)):
             note(f"{like} was made with {', '.join(other)}: pixels may differ")
-        note_cut_prompts(requests, cascade)
+        note_cut_prompts(requests, cascade.tokenizer)
         together = most_together(requests[0].settings, files["batch"])
         note_memory(requests, cascade, together, previews=bool(files["preview_every"]))
         groups = [

@@ -150,6 +150,7 @@ class Cascade(CascadeStages):
         controls: Sequence[ControlPicture] = (),
         latents: F32 | None = None,
         output: Output = "images",
+        after: Result | None = None,
         on_step: OnStep = ignored,
         **overrides: Unpack[SettingsOptions],
     ) -> Result:
@@ -166,8 +167,9 @@ class Cascade(CascadeStages):
         generated anew; `init_image` is kept elsewhere. `controls` are pictures for ControlNets; the inpainting
         ControlNet takes the mask too. `latents` (B, 16, h, w) float32 replace the prior's first noise.
 
-        `output` ends early: "latents" makes no images, "prior" runs no decoder. `on_step` is called after every step;
-        it may replace the latents of the step, and raise an exception to cancel.
+        `output` ends early: "latents" makes no images, "prior" runs no decoder. `after` goes on from there: it is the
+        result of such a call, perhaps in another process, whose other arguments were the same. `on_step` is called
+        after every step; it may replace the latents of the step, and raise an exception to cancel.
 
         Raises UsageError for an argument out of range, a picture that cannot be read, an unknown setting, or a stage
         that the bundle lacks; UnsoundError when a stage's output is no image or no latents."""
@@ -175,7 +177,9 @@ class Cascade(CascadeStages):
         check_settings(chosen, varies=init_image is not None)
         if num_images < 1:
             raise UsageError(f"num_images={num_images}: expected at least 1")
-        if (prompt is None) == (embeds is None):
+        if after is not None:
+            embeds, num_images = after.embeds, 1
+        elif (prompt is None) == (embeds is None):
             raise UsageError("prompt and embeds: give one of them")
         prompts = [] if prompt is None else as_texts(prompt)
         require_room(num_images * len(prompts if embeds is None else embeds), chosen)
@@ -184,26 +188,29 @@ class Cascade(CascadeStages):
         pictures = open_pictures(chosen, init_image=init_image, mask=mask, controls=controls)
         if embeds is None:
             embeds = self.encode_prompt(prompts, negative, weighted=chosen.weighted, long_prompts=chosen.long_prompts)
-        embeds = embeds.repeated(num_images)
-        noise = Noise(secrets.randbelow(1 << 32) if seed is None else seed, len(embeds))
-        start, decoder_start = self._starts(pictures, chosen, decoder=output != "prior")
-        prior = self.prior(
-            embeds,
-            height=chosen.height,
-            width=chosen.width,
-            seed=noise,
-            image_embeds=self.encode_images(image_prompts) if image_prompts else image_embeds,
-            latents=latents,
-            start=start,
-            control=self.residuals(pictures.controls, height=chosen.height, width=chosen.width, mask=pictures.mask),
-            sampling=chosen.prior,
-        )
-        prior_latents = _run(Stage.PRIOR, prior, on_step)
+        start, decoder_start = self._starts(pictures, chosen, prior=after is None, decoder=output != "prior")
+        if after is None:
+            embeds = embeds.repeated(num_images)
+            noise = Noise(secrets.randbelow(1 << 32) if seed is None else seed, len(embeds))
+            prior = self.prior(
+                embeds,
+                height=chosen.height,
+                width=chosen.width,
+                seed=noise,
+                image_embeds=self.encode_images(image_prompts) if image_prompts else image_embeds,
+                latents=latents,
+                start=start,
+                control=self.residuals(pictures.controls, height=chosen.height, width=chosen.width, mask=pictures.mask),
+                sampling=chosen.prior,
+            )
+            prior_latents = _run(Stage.PRIOR, prior, on_step)
+        else:
+            noise, prior_latents = after.noise_after_prior(), after.prior_latents
         described = image_settings(
             self.engine, self.manifest, chosen, prompts=prompts, negatives=as_texts(negative), seeds=noise.places
         )
         if output == "prior":
-            return Result(prior_latents, None, None, described, embeds)
+            return Result(prior_latents, None, None, described, embeds, _noise=noise)
         decoder = self.decode(
             prior_latents,
             embeds,
@@ -236,24 +243,24 @@ class Cascade(CascadeStages):
         return replace(settings, **overrides)
 
     def _starts(
-        self, pictures: OpenedPictures, chosen: Settings, *, decoder: bool
+        self, pictures: OpenedPictures, chosen: Settings, *, prior: bool, decoder: bool
     ) -> tuple[Start | None, Start | None]:
-        """The starts of prior and decoder for an initial picture.
+        """The starts of `prior` and `decoder` for an initial picture; None for a stage that is not run.
 
         The decoder follows the prior's latents anyway. It has a start only to keep what is outside a mask, and then its
         sampling begins with noise alone."""
         if pictures.init is None:
             return None, None
-        latents = self.encode_picture(pictures.init, height=chosen.height, width=chosen.width)
-        if pictures.kept is None:
-            return Start(latents, chosen.strength), None
         sizes = latent_sizes(chosen.height, chosen.width, chosen.size_policy)
-        mask = pictures.kept[1]
-        start = Start(latents, chosen.strength, latent_mask(mask, sizes.prior))
-        if not decoder:
-            return start, None
-        details = self.encode_details(pictures.init, height=sizes.image[0], width=sizes.image[1])
-        return start, Start(details, 1.0, latent_mask(mask, sizes.decoder))
+        mask = None if pictures.kept is None else pictures.kept[1]
+        start = decoder_start = None
+        if prior:
+            latents = self.encode_picture(pictures.init, height=chosen.height, width=chosen.width)
+            start = Start(latents, chosen.strength, None if mask is None else latent_mask(mask, sizes.prior))
+        if decoder and mask is not None:
+            details = self.encode_details(pictures.init, height=sizes.image[0], width=sizes.image[1])
+            decoder_start = Start(details, 1.0, latent_mask(mask, sizes.decoder))
+        return start, decoder_start
 
 
 def _run(stage: Stage, steps: Iterator[Step], on_step: OnStep) -> F32:

@@ -1,6 +1,7 @@
 """The result of `Cascade.generate`: latents, pixels, images and their settings."""
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from ..schemas.errors import UsageError
 from .engines.protocol import F32
 from .images.masks import composite
 from .images.png import to_images
+from .sampling.noise import Noise
 from .text.prompts import PromptEmbeds
 
 Output = Literal["images", "latents", "prior"]
@@ -26,12 +28,27 @@ class Result:
     pixels: F32 | None  # (B, 3, height, width) in 0..1
     settings: list[dict[str, Any]]
     embeds: PromptEmbeds  # of the B images, as `generate` takes them
+    _noise: Noise | None = field(default=None, repr=False)  # as the prior left it, when only its latents were asked for
     _kept: tuple[Image.Image, Image.Image] | None = None  # picture and mask: outside the mask the picture stays
 
     @property
     def truncated(self) -> tuple[str, ...]:
         """The text that did not fit 77 tokens, of each prompt and then of each negative prompt."""
         return self.embeds.truncated
+
+    def row(self, number: int) -> "Result":
+        """The result for image `number` alone, of one that holds the prior's latents only."""
+        rows = slice(number, number + 1)
+        noise = self.noise_after_prior().row(number)
+        return Result(self.prior_latents[rows], None, None, self.settings[rows], self.embeds.row(number), _noise=noise)
+
+    def noise_after_prior(self) -> Noise:
+        """The noise that the decoder goes on with, in a copy of its own.
+
+        Raises UsageError unless the result holds the prior's latents only."""
+        if self._noise is None:
+            raise UsageError('this result has its decoder latents already: generate with output="prior"')
+        return deepcopy(self._noise)
 
     @cached_property
     def images(self) -> list[Image.Image]:

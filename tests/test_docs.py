@@ -160,6 +160,7 @@ RUN_ELSEWHERE = {
     "^doctor --gpu": "tests/cli",
     "--recorded|^generate rtx": "needs the GPU that the plans are for",
     "--device cuda": "needs a GPU",
+    "--ray": "tests/runtime/cluster; it needs ray and a cluster",
     "--engine aotinductor": "tests/runtime; it needs a package, whose build takes minutes",
     "^completion": "tests/test_tour.py; it writes into the home folder",
 }

@@ -1,7 +1,8 @@
 """Generates all images of a file of prompts; a second run generates only the images that are not finished."""
 
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,16 @@ from ..cascade import Cascade
 from ..images.photo import FORMATS, OTHERS
 from ..images.png import require_free_previews
 from .batch_log import BatchLog
-from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
+from .batch_runner import BatchRunner, GenerateGroups, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
 from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity
+from .local_groups import LocalGroups
 from .picture_hashes import pictures_of
 from .prompt_files import PromptFile, read_prompt_file
 
 LOG_NAME = "log.jsonl"
 SHOWN = 20  # problems that a message lists
+ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/")  # as s3://bucket, which Path shortens to s3:/bucket
 UNSHARED = ("seed", "index", "batch")  # fields of a request that differ between the images of a batch
 
 
@@ -119,35 +122,43 @@ def generate_batch(
         draft = draft_batch(cascade.manifest, settings, given)
     elif draft.manifest != cascade.manifest:  # LoRAs were merged since, which the keys of images tell
         draft = _drafted(cascade.manifest, settings, given, draft.file, draft.seed)
-    plan = draft.plan
+    groups = LocalGroups(cascade, settings.batch, observer.step, observer.check)
+    return run_batch(draft, settings, groups, {"settings": given, "engine": cascade.engine.name}, observer=observer)
+
+
+def run_batch(
+    draft: BatchDraft,
+    settings: BatchSettings,
+    generate: GenerateGroups,
+    started: Mapping[str, Any],
+    *,
+    observer: BatchObserver,
+    ended: Callable[[], Mapping[str, Any]] = dict,
+) -> BatchCounts:
+    """Take the images of `draft` from `generate`, wherever it computes them, and keep them as `generate_batch` does.
+
+    `started` and `ended` are further fields of the log's first and last line. Raises what `generate_batch` raises."""
+    plan, manifest = draft.plan, draft.manifest
     with locked_folder(settings.output), BatchLog(settings.log_path) as log:
         if not settings.force and (others := foreign_files(plan.jobs)):
             todo = "move them away, choose another output or name, or replace what is there with force=True"
             raise UsageError(f"{len(others)} files are in the way; {todo}:{listed_below(others, SHOWN)}")
-        started = {"prompts": str(settings.prompt_file), "bundle": str(settings.bundle), "images": len(plan.jobs)}
-        log.write("started", {**started, "base_seed": draft.seed, **_used(cascade, given)})
+        begun = {"prompts": str(settings.prompt_file), "bundle": str(settings.bundle), "images": len(plan.jobs)}
+        made_with = {"stages": bundle_identity(manifest), "created_by": manifest.created_by}
+        log.write("started", {**begun, "base_seed": draft.seed, **made_with, **started})
         log.write("failed", *({"error": problem} for problem in plan.problems))
         observer.planned(plan)
-        runner = BatchRunner(
-            cascade, log, settings.batch, force=settings.force, on_step=observer.step, check=observer.check
-        )
-        counts = _run(runner, plan.jobs, observer)
+        counts = {"generated": 0, "copied": 0, "skipped": 0, "failed": 0}
+        try:
+            for outcome in BatchRunner(generate, log, settings.force).run(plan.jobs):
+                counts[outcome.kind] += 1
+                observer.finished(outcome)
+        except BaseException as error:
+            with suppress(CascadeError):
+                log.write("stopped", {**counts, **ended(), "reason": str(error) or type(error).__name__})
+            raise
+        log.write("finished", {**counts, **ended()})
     return BatchCounts(**counts, left_out=len(plan.problems))
-
-
-def _run(runner: BatchRunner, jobs: Sequence[ImageJob], observer: BatchObserver) -> dict[str, int]:
-    """Generate the images of `jobs`; return the number of outcomes of each kind. The log says how the batch ended."""
-    counts = {"generated": 0, "copied": 0, "skipped": 0, "failed": 0}
-    try:
-        for outcome in runner.run(jobs):
-            counts[outcome.kind] += 1
-            observer.finished(outcome)
-    except BaseException as error:
-        with suppress(CascadeError):
-            runner.log.write("stopped", {**counts, "reason": str(error) or type(error).__name__})
-        raise
-    runner.log.write("finished", counts)
-    return counts
 
 
 def draft_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[str, Any]) -> BatchDraft:
@@ -164,6 +175,8 @@ def draft_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[s
 
 
 def _require_folder(output: Path) -> None:
+    if ADDRESS.match(str(output)):
+        raise UsageError(f"{output}: images are written into a folder; mount the bucket, or copy the folder afterwards")
     if output.suffix.lower() in (".png", *FORMATS, *OTHERS) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder for the images; choose another output")
     require_writable(output)
@@ -195,13 +208,3 @@ def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) ->
             require_apart(path, [settings.bundle])
     if settings.preview_every:
         require_free_previews(job.path for job in jobs)
-
-
-def _used(cascade: Cascade, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the log that describe the cascade and the settings of the batch."""
-    return {
-        "settings": dict(defaults),
-        "stages": bundle_identity(cascade.manifest),
-        "engine": cascade.engine.name,
-        "created_by": cascade.manifest.created_by,
-    }

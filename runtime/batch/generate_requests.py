@@ -1,6 +1,7 @@
 """Generates the images of requests, and describes their pictures and LoRAs in the metadata."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -11,9 +12,11 @@ from ...schemas.errors import UnsoundError
 from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ..cascade import Cascade
+from ..result import Result
 from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep
 from ..sampling.noise import PlacedSeed
+from ..text.prompts import PromptEmbeds
 from ..text.tokenizer import LENGTH
 from .picture_hashes import PICTURE_FIELDS, with_hashes
 
@@ -29,13 +32,43 @@ class GeneratedImage:
     metadata: dict[str, Any]
 
 
-def generate_requests(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) -> list[GeneratedImage]:
-    """Generate the images of requests of one group together.
+def generate_requests(
+    cascade: Cascade, requests: Sequence[Request], on_step: OnStep, *, after: Result | None = None
+) -> list[GeneratedImage]:
+    """Generate the images of requests of one group together. `after` is what `generate_prior` returned for them.
 
     Raises UsageError for a picture that cannot be opened or has another SHA-256 than the request says. Raises
     UnsoundError, which names the requests concerned, when values of images are not finite."""
+    shared = with_hashes(requests[0])
+    with _named(requests):
+        prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
+        how: dict[str, Any] = {"negative": negatives, "after": after, "on_step": on_step}
+        result = cascade.generate(prompts, **how, **_shared(shared, requests))
+        images = result.images
+    fields = shared.to_json()
+    used = {
+        name: list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
+        for name in (*PICTURE_FIELDS, "loras")
+        if name in fields
+    }
+    return [
+        GeneratedImage(request, image, {**described, **used})
+        for request, image, described in zip(requests, images, result.settings, strict=True)
+    ]
+
+
+def generate_prior(cascade: Cascade, requests: Sequence[Request], embeds: PromptEmbeds) -> Result:
+    """The prior's latents of requests of one group, whose prompts have these `embeds`. Raises what `generate_requests`
+    raises."""
+    with _named(requests):
+        return cascade.generate(embeds=embeds, output="prior", **_shared(with_hashes(requests[0]), requests))
+
+
+@contextmanager
+def _named(requests: Sequence[Request]) -> Iterator[None]:
+    """Name the requests that an UnsoundError concerns."""
     try:
-        return _generate(cascade, requests, on_step)
+        yield
     except UnsoundError as error:
         if len(requests) == 1 or not error.images:
             raise
@@ -45,29 +78,16 @@ def generate_requests(cascade: Cascade, requests: Sequence[Request], on_step: On
         raise UnsoundError(f"{error} ({which})", error.images) from error
 
 
-def _generate(cascade: Cascade, requests: Sequence[Request], on_step: OnStep) -> list[GeneratedImage]:
-    shared = with_hashes(requests[0])
-    result = cascade.generate(
-        [request.prompt for request in requests],
-        negative=[request.negative for request in requests],
-        seed=[PlacedSeed(request.seed, request.index, request.batch) for request in requests],
-        settings=shared.settings,
-        image_prompts=[picture.path for picture in shared.image_prompts],
-        init_image=shared.init_image.path if shared.init_image else None,
-        mask=shared.mask.path if shared.mask else None,
-        controls=[ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
-        on_step=on_step,
-    )
-    fields = shared.to_json()
-    used = {
-        name: list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
-        for name in (*PICTURE_FIELDS, "loras")
-        if name in fields
+def _shared(shared: Request, requests: Sequence[Request]) -> dict[str, Any]:
+    """The arguments of `Cascade.generate` from `shared`, the first request with its pictures' hashes, and all seeds."""
+    return {
+        "seed": [PlacedSeed(request.seed, request.index, request.batch) for request in requests],
+        "settings": shared.settings,
+        "image_prompts": [picture.path for picture in shared.image_prompts],
+        "init_image": shared.init_image.path if shared.init_image else None,
+        "mask": shared.mask.path if shared.mask else None,
+        "controls": [ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
     }
-    return [
-        GeneratedImage(request, image, {**described, **used})
-        for request, image, described in zip(requests, result.images, result.settings, strict=True)
-    ]
 
 
 def request_groups(

@@ -1,4 +1,5 @@
-"""Reads files of prompts: .txt (a prompt a line), .jsonl (a request a line), .csv (a request's fields in its header).
+"""Reads files of prompts: .txt (a prompt a line), .jsonl (a request a line), .csv and .parquet (a request a row, with
+its fields as columns).
 
 Only the form is checked here. An entry that cannot be read has a message, so that all messages can be shown together.
 """
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...schemas.errors import UsageError
+from ...schemas.errors import MissingPackageError, UsageError, reraise_interrupt
 from ...schemas.json_text import load_json
 from ...schemas.limits import MAX_PROMPT_FILE_BYTES, MAX_PROMPT_LINE
+from ...storage.install_hint import install_hint
 
 STDIN = "-"
 COMMENT = "#"
@@ -55,12 +57,18 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         raise UsageError(f"{name}: expected a name ending in {', '.join(READERS)}; rename the file after what it holds")
     if len(content) > MAX_PROMPT_FILE_BYTES:
         raise UsageError(f"{name}: more than {MAX_PROMPT_FILE_BYTES >> 20} MiB; divide it into several files")
-    # Bytes that are no UTF-8 become lone surrogates, which `_checked` finds in the entry that has them.
-    text = content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
-    entries = tuple(_checked(entry) for entry in READERS[kind](text))
+    try:
+        entries = tuple(_checked(entry) for entry in READERS[kind](content))
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
     if not entries:
         raise UsageError(f"{name}: holds no prompts; write one a line")
     return PromptFile(name, folder, entries)
+
+
+def _text(content: bytes) -> str:
+    """The text of a file. Bytes that are no UTF-8 become lone surrogates; `_checked` finds the entry that has them."""
+    return content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
 
 
 def _content(path: Path) -> bytes:
@@ -72,31 +80,33 @@ def _content(path: Path) -> bytes:
 
 
 def _checked(entry: PromptEntry) -> PromptEntry:
-    """The entry unless its text cannot be written as UTF-8."""
+    """The entry unless it cannot be written as JSON in UTF-8."""
     try:
         json.dumps(entry.given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return PromptEntry(entry.line, problem="its text is not UTF-8; save the file in that encoding")
+    except TypeError:  # a column of a table may hold dates or bytes
+        return PromptEntry(entry.line, problem="expected text, numbers and lists; leave other columns out")
     return entry
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def _lines(content: bytes) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers.
 
     Lines end as in an editor; Python's splitlines() would also end them at other characters."""
-    for number, line in enumerate(io.StringIO(text, newline=None), FIRST_LINE):
+    for number, line in enumerate(io.StringIO(_text(content), newline=None), FIRST_LINE):
         if line.strip():
             yield number, line.strip()
 
 
-def _txt(text: str) -> Iterator[PromptEntry]:
-    for number, line in _lines(text):
+def _txt(content: bytes) -> Iterator[PromptEntry]:
+    for number, line in _lines(content):
         if not line.startswith(COMMENT):
             yield PromptEntry(number, {"prompt": line})
 
 
-def _jsonl(text: str) -> Iterator[PromptEntry]:
-    for number, line in _lines(text):
+def _jsonl(content: bytes) -> Iterator[PromptEntry]:
+    for number, line in _lines(content):
         if len(line) > MAX_PROMPT_LINE:
             yield PromptEntry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
             continue
@@ -113,8 +123,8 @@ def _jsonl(text: str) -> Iterator[PromptEntry]:
             yield PromptEntry(number, problem=f"expected an object or a prompt in quotes, found {line[:40]}")
 
 
-def _csv(text: str) -> Iterator[PromptEntry]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv(content: bytes) -> Iterator[PromptEntry]:
+    reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
     header: list[str] | None = None
     begins = FIRST_LINE
     while True:
@@ -149,4 +159,26 @@ def _numbers(cell: str) -> list[str]:
     return [part.strip() for part in cell.replace(",", ";").split(";")]
 
 
-READERS: Mapping[str, Callable[[str], Iterator[PromptEntry]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}
+def _parquet(content: bytes) -> Iterator[PromptEntry]:
+    """The rows of a table; empty cells leave their fields out. A row counts as a line."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        reraise_interrupt(error)
+        raise MissingPackageError(f"a .parquet file: {error.name} is not installed: {install_hint('ray')}") from error
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"cannot be read as Parquet: {said}; write the table again") from error
+    for number, row in enumerate(rows, FIRST_LINE):
+        yield PromptEntry(number, {name: value for name, value in row.items() if value is not None})
+
+
+READERS: Mapping[str, Callable[[bytes], Iterator[PromptEntry]]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -6,8 +6,10 @@ A file appears whole or not at all, see `storage.atomic_file`.
 from __future__ import annotations  # help() shows the types as they are written here
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +39,19 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, for
 
     Without `force` no file is replaced, even one that has just appeared. Raises UsageError when the file cannot be
     written, or exists without `force`."""
-    with _unplaced_png(path, image, settings) as scratch:
-        if force:
-            scratch.replace(path)
-        elif not claim(scratch, path):
-            raise UsageError(f"{path}: exists, another process has just written it; choose another output")
+    _save(path, partial(write_image, path=path, image=image, settings=settings), force=force)
+
+
+def save_bytes(path: Path, content: bytes, *, force: bool = True) -> None:
+    """Write the bytes of an image, as `image_bytes` makes them, on the terms of `save_png`."""
+    _save(path, lambda file: file.write(content), force=force)
+
+
+def image_bytes(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+    """The bytes that `save_png` writes to `path`."""
+    file = BytesIO()
+    write_image(file, path, image, settings)
+    return file.getvalue()
 
 
 def write_image(file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
@@ -58,7 +68,7 @@ def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -
     """Write `image` as `save_png` does, and return its path: `path`, or the next free number if that one was taken.
 
     Raises UsageError when the file cannot be written."""
-    with _unplaced_png(path, image, settings) as scratch:
+    with _unplaced(path, partial(write_image, path=path, image=image, settings=settings)) as scratch:
         while not claim(scratch, path):
             path = path.with_name(f"{int(path.stem) + 1:04d}.png")
     return path
@@ -99,13 +109,21 @@ def _is_preview(path: Path) -> bool:
         return False
 
 
+def _save(path: Path, write: Callable[[IO[bytes]], object], *, force: bool) -> None:
+    with _unplaced(path, write) as scratch:
+        if force:
+            scratch.replace(path)
+        elif not claim(scratch, path):
+            raise UsageError(f"{path}: exists, another process has just written it; choose another output")
+
+
 @contextmanager
-def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Iterator[Path]:
-    """Write the image to a hidden file beside `path`; the caller gives that file its name."""
+def _unplaced(path: Path, write: Callable[[IO[bytes]], object]) -> Iterator[Path]:
+    """Write an image to a hidden file beside `path`; the caller gives that file its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
-            write_image(file, path, image, settings)
+            write(file)
             finish(file)
             yield scratch
     except OSError as error:

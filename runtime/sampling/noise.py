@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -37,6 +38,13 @@ class Noise:
         Raises UsageError unless there is one seed, or one for each of `count` images, and for a seed out of range."""
         self.places = _placed(seeds, count)  # of the images, in their order
         self._generators = {(place.seed, place.batch): TorchGenerator(place.seed) for place in self.places}
+
+    def row(self, number: int) -> Self:
+        """The noise of image `number` alone, which shares its generator with this noise."""
+        place = self.places[number]
+        alone = type(self)(place, 1)
+        alone._generators = {(place.seed, place.batch): self._generators[place.seed, place.batch]}
+        return alone
 
     def draw(self, shape: tuple[int, ...]) -> F32:
         """Draw float32 noise of `shape` (B, ...); a generator draws once for all of its images."""

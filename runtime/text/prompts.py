@@ -55,6 +55,12 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return len(self.clip_text)
 
+    def row(self, number: int) -> "PromptEmbeds":
+        """The embeddings of prompt `number` and its negative prompt alone."""
+        rows, text = slice(number, number + 1), self.truncated[number :: len(self)]
+        pair = self.negative_clip_text[rows], self.negative_pooled[rows]
+        return PromptEmbeds(self.clip_text[rows], self.pooled[rows], *pair, text)
+
     def repeated(self, count: int) -> "PromptEmbeds":
         """Every prompt `count` times in a row: embeddings of B * count prompts."""
         rows = np.repeat(np.arange(len(self)), count)

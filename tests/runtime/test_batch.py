@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
 from cascadekit.runtime.batch.batch_log import BatchLog, read_log
-from cascadekit.runtime.batch.batch_runner import BatchRunner, last_seed, windows
+from cascadekit.runtime.batch.batch_runner import BatchRunner, last_seed
 from cascadekit.runtime.batch.file_names import NameTemplate, slug
 from cascadekit.runtime.batch.image_jobs import (
     BatchPlan,
@@ -27,6 +27,8 @@ from cascadekit.runtime.batch.image_jobs import (
     content_key,
     output_state,
 )
+from cascadekit.runtime.batch.job_groups import windows
+from cascadekit.runtime.batch.local_groups import LocalGroups
 from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.schemas.errors import EngineError, UsageError
@@ -329,7 +331,7 @@ class TestRun:
             BatchLog(tmp_path / "log") as log_file,
         ):
             jobs = plan(staged, tmp_path, [{"prompt": f"p{n}", "negative": f"n{n}"} for n in range(6)]).jobs
-            outcomes = list(BatchRunner(staged, log_file, together=3).run(jobs))
+            outcomes = list(BatchRunner(LocalGroups(staged, 3), log_file).run(jobs))
         assert loaded == {Stage.TEXT_ENCODER: 1, Stage.PRIOR: 2, Stage.DECODER: 2, Stage.VQGAN: 2}
         assert [outcome.kind for outcome in outcomes] == ["generated"] * 6
         assert all(outcome.seconds.keys() >= {"prior", "decoder", "vqgan"} for outcome in outcomes)
@@ -357,7 +359,7 @@ class TestRun:
         monkeypatch.setattr(cascade, "generate", failing)
         with BatchLog(tmp_path / "log") as log_file:
             outcomes = list(
-                BatchRunner(cascade, log_file, together=3).run(plan(cascade, tmp_path, ["a", "b", "c"]).jobs)
+                BatchRunner(LocalGroups(cascade, 3), log_file).run(plan(cascade, tmp_path, ["a", "b", "c"]).jobs)
             )
         assert calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
         assert [(outcome.kind, outcome.error) for outcome in outcomes] == [
@@ -376,6 +378,6 @@ class TestRun:
         alone = plan(cascade, tmp_path / "alone", rows[1:], common=common)
         with BatchLog(tmp_path / "log") as log_file:
             for made in (together, alone):
-                list(BatchRunner(cascade, log_file, together=2).run(made.jobs))
+                list(BatchRunner(LocalGroups(cascade, 2), log_file).run(made.jobs))
         one, other = (np.asarray(Image.open(made.jobs[-1].path), np.int16) for made in (together, alone))
         assert abs(one - other).max() <= 1

@@ -1,0 +1,116 @@
+"""Generates the images of jobs in this process."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from ...schemas.errors import CascadeError, CheckpointError, UsageError
+from ...schemas.request import Request
+from ...schemas.stages import Stage
+from ..cascade import Cascade
+from ..images.png import image_bytes
+from ..sampling.loop import Step
+from .batch_runner import GeneratedGroup
+from .generate_requests import generate_requests, text_length
+from .image_jobs import KEY, ImageJob
+from .job_groups import job_groups, windows
+
+PROMPTS_AT_ONCE = 8  # encoded with their negatives between two calls of `check`
+
+OnStep = Callable[[Sequence[ImageJob], Stage, Step], object]
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by the name of what took them."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last call to `name`."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+    def rounded(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in self.seconds.items()}
+
+
+@dataclass(frozen=True)
+class LocalGroups:
+    """Generates the images of jobs with `cascade`, `together` at once (None: see `images_together`).
+
+    `on_step` is called after every step, with the jobs whose images are being generated. `check` is called wherever the
+    run can stop without loss. Both may raise an exception to stop the run, other than CascadeError, OSError and
+    MemoryError, which mean that an image failed."""
+
+    cascade: Cascade
+    together: int | None = None
+    on_step: OnStep = lambda jobs, stage, step: None
+    check: Callable[[], object] = lambda: None
+
+    def __call__(self, jobs: Sequence[ImageJob]) -> Iterator[GeneratedGroup]:
+        """Yield each group once its images are computed. Raises CheckpointError when the bundle is damaged."""
+        for window in windows(jobs):
+            clock = Stopwatch()
+            self._encode(window)  # all of them first: the text encoder is loaded once
+            groups = list(job_groups(window, self.together, self._tokens))
+            clock.lap(Stage.TEXT_ENCODER)
+            for group in groups:
+                self.check()
+                yield from self._generated(group, clock)
+                clock = Stopwatch()
+
+    def _encode(self, jobs: Sequence[ImageJob]) -> None:
+        def how(job: ImageJob) -> tuple[bool, bool]:
+            return job.request.settings.weighted, job.request.settings.long_prompts
+
+        for (weighted, long), alike in groupby(sorted(jobs, key=how), key=how):
+            members = list(alike)
+            for start in range(0, len(members), PROMPTS_AT_ONCE):
+                self.check()
+                requests = [job.request for job in members[start : start + PROMPTS_AT_ONCE]]
+                prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
+                with suppress(UsageError):  # reported with the image
+                    self.cascade.encode_prompt(prompts, negatives, weighted=weighted, long_prompts=long)
+
+    def _tokens(self, request: Request) -> int:
+        with suppress(UsageError):  # reported when the image is generated
+            return text_length(self.cascade, request)
+        return 0
+
+    def _generated(self, group: Sequence[ImageJob], clock: Stopwatch) -> Iterator[GeneratedGroup]:
+        """Yield the images of a group. If the group fails, yield the images or the error of each of its jobs alone."""
+
+        def on_step(stage: Stage, step: Step) -> None:
+            clock.lap(stage)
+            self.on_step(group, stage, step)
+
+        try:
+            images = generate_requests(self.cascade, [job.request for job in group], on_step)
+        except CheckpointError:
+            raise
+        except (CascadeError, OSError, MemoryError) as error:
+            if len(group) == 1:
+                yield GeneratedGroup(group, error=one_line(error))
+                return
+        else:
+            clock.lap(Stage.VQGAN)
+            files = [
+                image_bytes(job.path, one.image, {**one.metadata, KEY: job.key})
+                for job, one in zip(group, images, strict=True)
+            ]
+            yield GeneratedGroup(group, files, clock.rounded())
+            return
+        for job in group:
+            self.check()
+            yield from self._generated([job], clock)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line; the name of its class when it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
