@@ -79,7 +79,7 @@ def content_of(path: Path, stated: str) -> str:
         if slot < 0:
             raise CheckpointError(f"{path}: its passport does not state its digest plainly; save the file again")
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            return _combined(pool.map(lambda piece: _sha256_of_range(file.fileno(), *piece, slot), _pieces(size)))
+            return _combined(pool.map(lambda cut: _sha256_of_range(file.fileno(), cut[0], cut[1], slot), _pieces(size)))
 
 
 def _pieces(size: int) -> Iterator[tuple[int, int]]:
