@@ -11,6 +11,8 @@ MODEL_INDEX = "model_index.json"
 MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines
 MODULAR_FILES = (MODULAR_INDEX, "modular_config.json", "block.py")
 MODEL_INDEXES = (MODEL_INDEX, MODULAR_INDEX)
+TRITON_INDEX = "cascadekit-triton.json"  # marks a model repository for Triton, and lists its files
+TRITON_FORMAT = "cascadekit-triton"
 
 
 @dataclass(frozen=True)
