@@ -20,8 +20,8 @@ from .progress import byte_progress
     type=click.Choice(["onnxruntime", "tensorrt", "python"]),
     default="onnxruntime",
     show_default=True,
-    help="What runs the stages: a backend of Triton's, or ONNX Runtime in Python. tensorrt needs plans of whole graphs, "
-    "which `build --graph model` makes.",
+    help="What runs the stages: a backend of Triton's, or ONNX Runtime in Python. tensorrt needs plans of whole "
+    "graphs, which `build --graph model` makes.",
 )
 @click.option(
     "--device",
