@@ -138,13 +138,15 @@ def _models(bundle: Bundle, options: TritonOptions, say: Say) -> list[ModelFolde
         bundle.graph(stage)  # checks the stage's files
         if options.backend != "tensorrt" and options.device == "cpu":
             _require_cpu_kernels(bundle, stage)
-    rows = 1 if options.exact else options.batch
+    batch, rows = options.batch, 1 if options.exact else options.batch
     if plans:
-        rows = _rows(plans, exact=options.exact, most=options.batch)
+        rows = _rows(plans, options)
+        batch = min([batch, *(found.most for stage, found in plans.items() if stage is Stage.PREVIEWER)])
+    shared = _CascadeParts(bundle, stages, rows=rows, batch=batch, instances=options.instances)
     return [
         *(_stage_model(bundle, stage, options, plans.get(stage)) for stage in stages),
-        _cascade_model(bundle, stages, options, rows, streams=False),
-        _cascade_model(bundle, stages, options, rows, streams=True),
+        _cascade_model(shared, streams=False),
+        _cascade_model(shared, streams=True),
     ]
 
 
@@ -156,15 +158,18 @@ def _require_cpu_kernels(bundle: Bundle, stage: Stage) -> None:
         )
 
 
-def _rows(plans: dict[Stage, StagePlans], *, exact: bool, most: int) -> int:
-    """The rows that all plans take at once. Raises ExportError when `exact` needs one row, and a plan needs more."""
+def _rows(plans: dict[Stage, StagePlans], options: TritonOptions) -> int:
+    """The rows that all sampled stages and the text encoder take at once.
+
+    Raises ExportError when an exact image needs one row, and a plan needs more."""
     needs_more = [stage for stage, found in plans.items() if found.least > 1]
-    if exact and needs_more:
+    if options.exact and needs_more:
         raise ExportError(
             f"the plans of the {', '.join(needs_more)} take no single row, which exact=True needs; set exact=False, or "
             "build them for one image: cascadekit build BUNDLE --backend tensorrt --graph model --min WxH"
         )
-    return 1 if exact else min(most, *(found.most for stage, found in plans.items() if stage is not Stage.VQGAN))
+    limits = [plans[stage].most for stage in (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER)]
+    return 1 if options.exact else min(options.batch, *limits)
 
 
 def _stage_model(bundle: Bundle, stage: Stage, options: TritonOptions, plans: StagePlans | None) -> ModelFolder:
@@ -206,25 +211,35 @@ def _stage_model(bundle: Bundle, stage: Stage, options: TritonOptions, plans: St
     )
 
 
-def _cascade_model(
-    bundle: Bundle, stages: list[Stage], options: TritonOptions, rows: int, *, streams: bool
-) -> ModelFolder:
+@dataclass(frozen=True)
+class _CascadeParts:
+    """What `cascade` and `cascade_stream` share: at most `batch` images together, `rows` through a stage at once."""
+
+    bundle: Bundle
+    stages: list[Stage]
+    rows: int
+    batch: int
+    instances: int
+
+
+def _cascade_model(shared: _CascadeParts, *, streams: bool) -> ModelFolder:
+    bundle = shared.bundle
     config: dict[str, Any] = {
         "name": "cascade_stream" if streams else "cascade",
         "backend": "python",
-        "max_batch_size": options.batch,
+        "max_batch_size": shared.batch,
         "input": row_tensors(STREAM_INPUTS if streams else INPUTS, inputs=True),
         "output": row_tensors(STREAM_OUTPUTS if streams else OUTPUTS, inputs=False),
-        "instance_group": {"count": options.instances, "kind": Word("KIND_CPU")},
+        "instance_group": {"count": shared.instances, "kind": Word("KIND_CPU")},
         "dynamic_batching": {
             "max_queue_delay_microseconds": GATHERING,
             "default_queue_policy": {"max_queue_size": MOST_WAITING},
         },
-        "parameters": string_map({"rows": str(rows)}, "string_value"),
+        "parameters": string_map({"rows": str(shared.rows)}, "string_value"),
     }
     if streams:
         config["model_transaction_policy"] = {"decoupled": True}
-    entries = {stage: entry for stage, entry in bundle.manifest.stages.items() if stage in stages}
+    entries = {stage: entry for stage, entry in bundle.manifest.stages.items() if stage in shared.stages}
     manifest = bundle.manifest.model_copy(update={"stages": entries})
     about = "Images of prompts, with previews." if streams else "Images of prompts."
     content: dict[str, str | Path] = {

@@ -5,6 +5,7 @@ models of the server, asked in every step (in Triton's words: business logic scr
 """
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ class Answer:
             requests, previews = parse_rows(tensors, manifest), parse_previews(tensors)
         except CascadeError as error:
             self._fail(str(error), pb_utils.TritonError.INVALID_ARG)
+            return None
+        except Exception as error:  # raised here, it would fail the calls beside this one
+            traceback.print_exc()
+            self._fail(f"an unexpected error ({type(error).__name__})", pb_utils.TritonError.INTERNAL)
             return None
         self._left = len(requests)
         return Order(requests, self.take, previews, has_left=self.is_cancelled)

@@ -57,6 +57,8 @@ def parse_rows(tensors: Mapping[str, NDArray[Any]], manifest: Manifest) -> tuple
     """The requests in the inputs (rows, 1) of one call; `PREVIEWS` is left to `parse_previews`.
 
     Raises UsageError for what cannot be generated, and for rows whose images would differ in size."""
+    if "prompt" not in tensors:  # the server does not ask for it where other inputs are optional
+        raise UsageError("prompt: expected a text for each image, found none")
     given = {name: array for name, array in tensors.items() if name in INPUTS}
     requests = tuple(
         _parse_row({name: array[row, 0] for name, array in given.items()}, manifest)

@@ -6,7 +6,7 @@ import json
 import queue
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,21 @@ def counts(url: str, model: str) -> tuple[int, int]:
     return int(found["inference_count"]), int(found["execution_count"])
 
 
-def concurrent(web: str, remote: str, folder: Path) -> dict[str, Any]:
-    """Good and bad calls at the same time, over HTTP."""
-    asked = [*map(fields_of, range(len(PROMPTS))), *MALFORMED.values()]
-    before = counts(web, "cascade")
+def together(url: str, asked: Sequence[dict[str, Any]]) -> list[Any]:
     with ThreadPoolExecutor(len(asked)) as callers:
-        found = list(callers.map(lambda fields: ask(web, fields), asked))
+        return list(callers.map(lambda fields: ask(url, fields), asked))
+
+
+def concurrent(web: str, remote: str, folder: Path) -> dict[str, Any]:
+    """Good calls at the same time over HTTP, and again among bad ones."""
+    good = [fields_of(number) for number in range(len(PROMPTS))]
+    before = counts(web, "cascade")
+    first = together(web, good)
     after = counts(web, "cascade")
-    images = dict(zip(PROMPTS, found, strict=False))
-    np.savez(folder / "images.npz", **{str(number): images[prompt] for number, prompt in enumerate(PROMPTS)})
-    errors = dict(zip(MALFORMED, found[len(PROMPTS) :], strict=True))
+    second = together(web, [*MALFORMED.values(), *good])
+    bad, again = second[: len(MALFORMED)], second[len(MALFORMED) :]
+    np.savez(folder / "images.npz", first=np.concatenate(first), again=np.concatenate(again))
+    errors = dict(zip(MALFORMED, bad, strict=True))
     return {"images": after[0] - before[0], "batches": after[1] - before[1], "errors": errors}
 
 
@@ -103,14 +108,14 @@ def stream(web: str, remote: str, folder: Path) -> dict[str, Any]:
     answers: queue.Queue[Any] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
     kept, shapes, errors = {}, [], []
-    for number, fields in enumerate(({**fields_of(0), "previews": 2}, {**fields_of(0), "previews": 9})):
-        client.async_stream_infer("cascade_stream", inputs(grpc, fields), str(number), enable_empty_final_response=True)
+    for previews in (2, 9):
+        fields = {**fields_of(0), "previews": previews}
+        client.async_stream_infer("cascade_stream", inputs(grpc, fields), enable_empty_final_response=True)
     ended = 0
     while ended < 2:
         result, error = answers.get(timeout=200)
         if error:
             errors.append(str(error))
-            ended += 1
             continue
         ended += result.get_response().parameters["triton_final_response"].bool_param
         if result.as_numpy("image") is not None:

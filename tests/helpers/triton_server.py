@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-triton"
 PYTHON = VENV / "bin" / "python"
-CALLS = Path(__file__).with_name("triton_calls.py")
+CALLS, ALONE = (Path(__file__).with_name(f"triton_{name}.py") for name in ("calls", "alone"))
 START, END = 120, 20  # seconds that the server may take on a busy machine
 
 
@@ -41,12 +41,18 @@ class Served:
     def call(self, name: str, folder: Path) -> dict[str, Any]:
         return run_calls(name, self.http, self.grpc, folder)
 
-    def processes(self) -> list[str]:
-        """The command lines of the server's Python models that still run."""
-        found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        return [
-            line for line in found.splitlines() if "triton_python_backend_stub" in line and str(self.log.parent) in line
-        ]
+    def processes(self) -> list[int]:
+        """The processes of the server's Python models."""
+        words = ["ps", "-o", "pid=", "--ppid", str(self.process.pid)]
+        return [int(pid) for pid in subprocess.run(words, capture_output=True, text=True).stdout.split()]
+
+
+def is_running(pid: int) -> bool:
+    """False for a process that has ended, also where nobody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

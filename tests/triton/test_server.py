@@ -12,11 +12,8 @@ import pytest
 from cascadekit import Cascade
 from cascadekit.converters.triton.repository import export_triton
 from cascadekit.converters.triton.triton_options import TritonOptions
-from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.runtime.text.tokenizer import ClipTokenizer
-from cascadekit.storage.bundle import open_bundle
 from helpers.triton_prompts import PROMPTS, QUICK
-from helpers.triton_server import END, PYTHON, ROOT, Served, serving
+from helpers.triton_server import ALONE, END, PYTHON, ROOT, Served, is_running, serving
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +25,19 @@ def served(bundle: Path, environment: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def expected(bundle: Path) -> dict[int, Any]:
+def expected(bundle: Path, environment: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """Each prompt's image, generated alone, without a server, by the same whole graphs."""
-    opened = open_bundle(bundle)
-    engine = OnnxRuntimeEngine(opened)
-    engine.in_parts = ()
-    found = {}
-    with Cascade(engine, opened.manifest, ClipTokenizer.open(None), rows=1) as cascade:
-        for number, prompt in enumerate(PROMPTS):
-            image = cascade.generate(prompt, negative="gray", seed=[number], **QUICK).images[0]
-            found[number] = np.asarray(image)
-    return found
+    path = tmp_path_factory.mktemp("alone") / "images.npz"
+    subprocess.run([environment, ALONE, bundle, path], check=True, timeout=300)
+    with np.load(path) as images:
+        return {number: images[str(number)] for number in range(len(PROMPTS))}
+
+
+def test_numpy_1_changes_no_more_than_the_last_bit(bundle: Path, expected: dict[int, Any]) -> None:
+    """The server of the wheel needs numpy 1; the images are those of this environment, but for rounding."""
+    with Cascade.open(bundle, engine="onnxruntime", rows=1) as cascade:
+        image = cascade.generate(PROMPTS[0], negative="gray", seed=[0], **QUICK).images[0]
+    assert np.abs(np.asarray(image).astype(int) - expected[0]).max() <= 2
 
 
 def test_callers_share_batches_and_wrong_calls_fail_alone(
@@ -46,15 +45,16 @@ def test_callers_share_batches_and_wrong_calls_fail_alone(
 ) -> None:
     found = served.call("concurrent", tmp_path)
     with np.load(tmp_path / "images.npz") as images:
-        for number, image in expected.items():
-            assert np.array_equal(images[str(number)][0], image), PROMPTS[number]
-    assert found["images"] > len(PROMPTS)  # those that were wrong reached the model, too
+        alone = np.stack([expected[number] for number in range(len(PROMPTS))])
+        assert np.array_equal(images["first"], alone)
+        assert np.array_equal(images["again"], alone)
+    assert found["images"] == len(PROMPTS)
     assert found["batches"] < len(PROMPTS)
     said = {
         "a size that is no multiple of 8": "width 63: expected a multiple of 8",
         "an unknown sampler": "sampler 'euler': expected",
         "steps beyond the limit": "steps: 101: expected at most 100",
-        "no prompt": "prompt",
+        "no prompt": "prompt: expected a text for each image, found none",
         "other bytes than UTF-8": "prompt: expected text in UTF-8",
         "rows of two sizes": "rows of 128x96 and 64x96: expected one size",
     }
@@ -75,7 +75,7 @@ def test_grpc_takes_rows_and_stops_what_is_cancelled(served: Served, expected: d
 
 def test_previews_come_before_the_image(served: Served, expected: dict[int, Any], tmp_path: Path) -> None:
     found = served.call("stream", tmp_path)
-    assert [answer[0] for answer in found["answers"]] == [1, 2, 0][-len(found["answers"]) :]
+    assert [answer[0] for answer in found["answers"]] == [1, 2, 0]
     assert found["answers"][-1] == [0, 1, *expected[0].shape]
     with np.load(tmp_path / "images.npz") as images:
         assert np.array_equal(images["0"][0], expected[0])
@@ -105,10 +105,11 @@ def _run_example(words: list[str], folder: Path) -> str:
 
 def test_it_ends_when_it_is_told(served: Served) -> None:
     """The last test of the server."""
-    assert served.processes()
+    models = served.processes()
+    assert models
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(END) == 0, served.log.read_text()[-4000:]
-    assert not served.processes()
+    assert not [pid for pid in models if is_running(pid)]
     log = served.log.read_text()
     assert "Traceback" not in log
     assert "failed to stop" not in log
