@@ -9,17 +9,20 @@ ONNXRUNTIME_WEB := onnxruntime-web-1.30.0.tgz
 NPM_PACK := npm pack --silent onnxruntime-web@1.30.0 --pack-destination
 unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
-.PHONY: demo test test-light test-slow matrix fuzz lint types docs wheel-test gpu-kit clean
+.PHONY: demo test test-light test-triton test-slow matrix fuzz lint types docs wheel-test gpu-kit clean
 
 demo: .venv/demo.stamp ## the example model through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
 
 test: export OMP_NUM_THREADS := 1 # the networks are tiny: a second thread costs more than it does
-test: .venv/dev.stamp ## every test without a marker; ARGS="-k name" is passed to pytest
+test: .venv/dev.stamp .venv-triton/stamp ## every test without a marker; ARGS="-k name" is passed to pytest
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, diffusers, transformers and onnx
 	.venv-light/bin/python -m pytest -q tests/schemas tests/storage $(ARGS)
+
+test-triton: .venv/dev.stamp .venv-triton/stamp ## tests of export-triton alone, with a real server
+	$(BIN)/python -m pytest tests/triton $(ARGS)
 
 test-slow: .venv/dev.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
@@ -87,9 +90,20 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 		--editable '.[test-light]'
 	touch $@
 
+# A Triton server and its clients, over the packages of .venv. The wheel is 55 MB and bundles the server; its own
+# requirements are those of another API. Its version 2.51 was built for numpy 1, and the clients need an older protobuf.
+.venv-triton/stamp: .venv/dev.stamp
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check \
+		'numpy==1.26.4' 'tritonclient[grpc,http]==2.73.0'
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> "$$(.venv-triton/bin/python -c 'import site; print(site.getsitepackages()[0])')/cascadekit_packages.pth"
+	touch $@
+
 gpu-kit: .venv/demo.stamp ## what a machine with CUDA, Python and no network needs for `bench gpu`, into build/gpu-kit
 	rm -rf build/gpu-kit && mkdir -p build # ARGS="--part-mib 60 --python 3.12 --onnxruntime onnxruntime-gpu==1.31.1"
 	$(BIN)/cascadekit bench gpu-kit -o build/gpu-kit $(ARGS)
 
 clean:
-	rm -rf .venv .venv-light .venv-wheel .venv-docs build dist demo *.egg-info
+	rm -rf .venv .venv-light .venv-triton .venv-wheel .venv-docs build dist demo *.egg-info

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schemas.errors import CascadeError
-from ..schemas.folders import MODEL_INDEX, MODULAR_FILES, MODULAR_INDEX, PLACES, STEMS
+from ..schemas.folders import MODEL_INDEX, MODULAR_FILES, MODULAR_INDEX, PLACES, STEMS, TRITON_FORMAT, TRITON_INDEX
 from ..schemas.json_text import load_object
 from ..schemas.manifest import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.stages import Stage
@@ -38,6 +38,8 @@ _PLAN = re.compile(  # plans, and leftovers of a killed build or verify
 _BUNDLE_FILE = re.compile(  # of a bundle whose manifest is of another version
     rf"{MANIFEST_NAME}|{_STAGE}/[^/]+\.(?:onnx|safetensors)|tokenizer/tokenizer\.json|.+\.before-lora"
 )
+
+_COMPILED = re.compile(r"[^/]+/1/__pycache__/model\.[^/]+\.pyc")  # of a repository for Triton
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,21 @@ def _demo(folder: Path, names: Collection[str]) -> Owns | None:
     return lambda path: path in made or (path.startswith("bundle/") and grown(path.removeprefix("bundle/")))
 
 
+def _triton(folder: Path, names: Collection[str]) -> Owns | None:
+    """Owns the files that the index lists, and what Python compiles from them while a server runs."""
+    index = _json(folder / TRITON_INDEX)
+    made = index.get("files")
+    if index.get("format") != TRITON_FORMAT or not isinstance(made, list):
+        return None
+    return lambda path: path in made or bool(_COMPILED.fullmatch(path))
+
+
 _RULES: dict[str, Callable[[Path, Collection[str]], Owns | None]] = {
     MANIFEST_NAME: _bundle,
     MODEL_INDEX: _model,
     MODULAR_INDEX: partial(_model, own=MODULAR_FILES),
     DEMO_REPORT: _demo,
+    TRITON_INDEX: _triton,
 }
 
 

@@ -164,7 +164,7 @@ RUN_ELSEWHERE = {
     "--engine aotinductor": "tests/runtime; it needs a package, whose build takes minutes",
     "^completion": "tests/test_tour.py; it writes into the home folder",
 }
-PLANNED = ("convert", "export", "build", "lora merge")  # these run with --dry-run; tests/test_tour.py writes files
+PLANNED = ("convert", "export", "export-triton", "build", "lora merge")  # --dry-run; tests/test_tour.py writes files
 QUICK = "--size 64x64 --prior-steps 1 --decoder-steps 1 --prior-timesteps 1,0 --decoder-timesteps 1,0 --force".split()
 
 

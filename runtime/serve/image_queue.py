@@ -8,7 +8,7 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Condition, Thread
@@ -23,10 +23,22 @@ from ...schemas.stages import Stage
 from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups, text_length
 from ..cascade import Cascade
 from ..sampling.loop import Step
-from .metrics import Metrics
 
 RECENT = 0.2  # weight of the last batch in the mean time of an image
 ENDING = "the server is ending; ask again when it is back"
+
+
+class QueueMetrics:
+    """What a queue reports, here to nobody; `metrics.Metrics` shows it to Prometheus."""
+
+    def watch_queue(self, waiting: Callable[[], float]) -> None:
+        """Report what `waiting` returns as the length of the queue."""
+
+    def computed(self, images: int, seconds: float) -> None:
+        """`images` were computed together in `seconds`."""
+
+    def image(self, result: str) -> None:
+        """An image is "done", "failed" or "cancelled"."""
 
 
 class QueueFullError(Exception):
@@ -67,12 +79,14 @@ class FailedImage:
 class Order:
     """The images of one caller. `publish` is called in the queue's thread, with one final event for each image.
 
-    `partials` is the number of previews of each image. The caller sets `cancelled` when it no longer waits."""
+    `partials` is the number of previews of each image. The caller sets `cancelled` when it no longer waits, or gives
+    `has_left`, which is asked before every batch and after every step."""
 
     requests: tuple[Request, ...]
     publish: Callable[[PartialImage | FinishedImage | FailedImage], object]
     partials: int = 0
     cancelled: bool = False
+    has_left: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +108,17 @@ class _NobodyWaitsError(Exception):
 class ImageQueue:
     """Generates the images of orders in the order of their arrival, as long as the queue's context lasts."""
 
-    def __init__(self, cascade: Cascade, metrics: Metrics, *, most_waiting: int, together: int | None = None) -> None:
+    def __init__(
+        self,
+        cascade: Cascade,
+        metrics: QueueMetrics | None = None,
+        *,
+        most_waiting: int,
+        together: int | None = None,
+    ) -> None:
         """At most `most_waiting` images wait; `together` are computed at once (None: as `images_together` returns)."""
         self._cascade = cascade
-        self._metrics = metrics
+        self._metrics = metrics or QueueMetrics()
         self._most_waiting = most_waiting
         self._together = together
         self._changed = Condition()
@@ -105,7 +126,7 @@ class ImageQueue:
         self._seconds = 1.0  # of an image, recently
         self._closing = False
         self._thread = Thread(target=self._run, name="images", daemon=True)
-        metrics.watch_queue(lambda: float(len(self._waiting)))
+        self._metrics.watch_queue(lambda: float(len(self._waiting)))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -126,6 +147,11 @@ class ImageQueue:
             self._waiting += [OrderedImage(order, index) for index in range(len(order.requests))]
             self._changed.notify_all()
 
+    def generate_all(self) -> None:
+        """Generate everything that waits in the caller's thread, for a queue whose context was not entered."""
+        while self._waiting:
+            self._generate(self._next())
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -139,6 +165,7 @@ class ImageQueue:
     def _next(self) -> list[OrderedImage]:
         """Take the first image out of the queue, and those that can be computed with it. Drops what was cancelled."""
         with self._changed:
+            _notice_who_left(self._waiting)
             waiting = [image for image in self._waiting if not image.order.cancelled]
         alike = [image for image in waiting if image.request.group == waiting[0].request.group]
         groups = request_groups([image.request for image in alike], self._together, self._text_length)
@@ -192,6 +219,7 @@ class ImageQueue:
 
     def _step(self, images: Sequence[OrderedImage], stage: Stage, step: Step) -> None:
         """Publish the previews of a step to those who asked for them."""
+        _notice_who_left(images)
         if self._closing or all(image.order.cancelled for image in images):
             raise _NobodyWaitsError
         shown_stage = Stage.PRIOR if Stage.PREVIEWER in self._cascade.manifest.stages else Stage.DECODER
@@ -201,6 +229,11 @@ class ImageQueue:
         for image, number, picture in zip(images, numbers, step.preview(), strict=True):
             if number is not None and not image.order.cancelled:
                 image.order.publish(PartialImage(image.index, number, picture))
+
+
+def _notice_who_left(images: Iterable[OrderedImage]) -> None:
+    for order in {image.order for image in images}:
+        order.cancelled = order.cancelled or order.has_left()
 
 
 def partial_number(partials: int, step: Step) -> int | None:

@@ -5,12 +5,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .image_queue import QueueMetrics
+
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
+class Metrics(QueueMetrics):
     """What one server has done. Every method may be called from any thread."""
 
     def __init__(self) -> None:

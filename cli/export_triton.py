@@ -1,0 +1,74 @@
+"""The command `export-triton`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import finish, note
+from .dry_run import plan_only
+from .help import HelpfulCommand
+from .options import AS_JSON, DRY_RUN, PATH, volume_options
+from .progress import byte_progress
+
+
+@click.command("export-triton", cls=HelpfulCommand)
+@click.argument("bundle", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="Folder of the repository to make.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt", "python"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the stages: a backend of Triton's, or ONNX Runtime in Python. tensorrt needs plans of whole "
+    "graphs, which `build --graph model` makes.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the stages run; auto is each GPU that the server has, else the CPU.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 64), default=8, show_default=True, help="Most images of a call, and of a stage."
+)
+@click.option(
+    "--exact/--no-exact",
+    default=True,
+    show_default=True,
+    help="Give each image the same bytes alone and in a batch; with --no-exact stages take several rows at once.",
+)
+@click.option(
+    "--instances",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Batches that are generated at the same time; take one for each GPU.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "link", "copy"]),
+    default="auto",
+    show_default=True,
+    help="auto: clones of the bundle's files where the file system has them, else copies. link: hard links.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier repository; other files stay.")
+@DRY_RUN
+@AS_JSON
+@volume_options
+def export_triton(bundle: Path, output: Path, dry_run: bool, as_json: bool, **chosen: Any) -> None:
+    """Write a bundle as a model repository for Triton Inference Server.
+
+    Each stage becomes a model; two models in Python generate images with them.
+
+    Example: cascadekit export-triton bundle -o repository
+    """
+    from ..converters.triton.repository import export_triton as run
+    from ..converters.triton.triton_options import TritonOptions
+
+    options = TritonOptions(**chosen)
+    with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+        made = run(bundle, output, options, start_file=start_file, say=note, on_plan=on_plan)
+    size = sum(file.bytes for file in made.files) / 1e6
+    finish(f"wrote {output} ({', '.join(made.models)}; {size:.1f} MB)", made.to_json(), as_json=as_json)

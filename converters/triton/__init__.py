@@ -1,0 +1,1 @@
+"""Writes model repositories for Triton Inference Server."""

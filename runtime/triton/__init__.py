@@ -1,0 +1,1 @@
+"""The Python models of a repository for Triton Inference Server; `converters.triton` writes such repositories."""
