@@ -21,6 +21,7 @@ from cascadekit.cli import main
 from cascadekit.converters.checkpoints.example_model import copy_example_model
 from cascadekit.runtime.images.png import save_png
 from cascadekit.schemas import errors, messages
+from helpers.npm import packed
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -194,6 +195,7 @@ def lay_out(root: Path) -> None:
     for name in ("photo", "mask", "style", "image", "shiba", "apple", "out/0003", "demo/image"):
         save_png(root / f"{name}.png", made.images[0], made.settings[0])
     (root / "prompts.csv").write_text("prompt\na fox\n")
+    packed(root / "onnxruntime-web-1.30.0.tgz")
 
 
 def runnable(page: str, seen: set[str], made: list[set[str]]) -> Iterator[list[str]]:

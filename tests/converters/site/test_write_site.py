@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +20,14 @@ from cascadekit.schemas.manifest import MANIFEST_NAME, StageVerdict, VerdictEntr
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle, update_manifest
 from cascadekit.storage.safetensors_reader import read_header
+from helpers.npm import packed
 
 STAGES = {Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN}
 
 
-def packed(folder: Path, name: str = "onnxruntime-web", files: tuple[str, ...] = FILES) -> Path:
-    """An archive with the names of npm's, and stand-ins for their content."""
-    (folder / "package" / "dist").mkdir(parents=True)
-    (folder / "package" / "package.json").write_text(json.dumps({"name": name, "version": "1.0.0"}))
-    for file in files:
-        (folder / "package" / "dist" / file).write_text(file)
-    with tarfile.open(folder / "package.tgz", "w:gz") as archive:
-        archive.add(folder / "package", "package")
-    return folder / "package.tgz"
-
-
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("npm"))
+    return packed(tmp_path_factory.mktemp("npm") / "package.tgz")
 
 
 def test_the_website_is_a_sound_bundle_of_four_stages_in_fp16(site_bundle: Path, package: Path, tmp_path: Path) -> None:
@@ -131,11 +120,15 @@ def test_what_is_too_large(
 
 
 def test_other_packages_are_refused(site_bundle: Path, tmp_path: Path) -> None:
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return tmp_path / name / "package.tgz"
+
     broken = tmp_path / "broken.tgz"
     broken.write_bytes(b"\x1f\x8b and no more")
     given = {
-        "not the package onnxruntime-web": packed(tmp_path / "a", name="onnxruntime-node"),
-        rf"has no dist/{FILES[1]}": packed(tmp_path / "b", files=FILES[:1]),
+        "not the package onnxruntime-web": packed(folder("a"), name="onnxruntime-node"),
+        rf"has no dist/{FILES[1]}": packed(folder("b"), files=FILES[:1]),
         "broken.tgz: cannot be read": broken,
         "nothing.tgz: cannot be read": tmp_path / "nothing.tgz",
     }
