@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WHEEL_BIN := .venv-wheel/bin
 unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
-.PHONY: demo test test-light test-slow fuzz lint types docs wheel-test gpu-kit clean
+.PHONY: demo test test-light test-slow fuzz soak lint types docs wheel-test gpu-kit clean
 
 demo: .venv/demo.stamp ## the example model through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
@@ -22,6 +22,9 @@ test-slow: .venv/dev.stamp ## weights of real size and further combinations: man
 
 fuzz: .venv/dev.stamp ## 20,000 odd inputs, each from a seed; `python -m tests.fuzz KIND SEED` runs one again
 	$(BIN)/python -m pytest -m fuzz -n auto tests/fuzz
+
+soak: .venv/dev.stamp ## ten minutes of mixed calls of `serve`, over loopback
+	$(BIN)/python -m pytest -m soak -s tests/runtime/test_serve_traffic.py
 
 lint: .venv/dev.stamp ## ruff and mypy strict
 	$(BIN)/ruff check .

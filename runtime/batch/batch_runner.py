@@ -22,7 +22,7 @@ from ...schemas.stages import Stage
 from ...storage.atomic_file import remove_leftovers as remove_files
 from ...storage.locks import locked
 from ..cascade import Cascade
-from ..images.png import read_settings, save_png
+from ..images.png import Sign, read_settings, save_png
 from ..sampling.loop import Step
 from ..text.prompts import CACHED_ROWS
 from .batch_log import BatchLog, read_log
@@ -85,14 +85,15 @@ class BatchRunner:
     """Generates the images of jobs.
 
     `together` images are computed at once (None: see `images_together`). `force` generates finished images
-    again. `on_step` is called after every step, with the jobs whose images are being generated. `check` is called
-    wherever the run can stop without loss. Both may raise an exception to stop the run, other than CascadeError,
-    OSError and MemoryError, which mean that an image failed."""
+    again. `sign` signs each file, see `images.provenance`. `on_step` is called after every step, with the jobs whose
+    images are being generated. `check` is called wherever the run can stop without loss. Both may raise an exception
+    to stop the run, other than CascadeError, OSError and MemoryError, which mean that an image failed."""
 
     cascade: Cascade
     log: BatchLog
     together: int | None = None
     force: bool = False
+    sign: Sign | None = None
     on_step: OnStep = lambda jobs, stage, step: None
     check: Callable[[], object] = lambda: None
 
@@ -212,7 +213,8 @@ class BatchRunner:
             found = output_state(job)
             if found is OutputState.OTHER and not self.force:
                 raise UsageError(f"{job.path}: another process has written an image there; move it away")
-            save_png(job.path, picture, metadata, force=self.force or found is not OutputState.NOTHING)
+            replaces = self.force or found is not OutputState.NOTHING
+            save_png(job.path, picture, metadata, force=replaces, sign=self.sign)
         except UsageError as error:
             failed = Outcome(job, "failed", error=str(error))
             with suppress(CascadeError):  # the log is perhaps on the same disk

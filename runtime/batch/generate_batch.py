@@ -15,7 +15,7 @@ from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is, require_writable
 from ..cascade import Cascade
 from ..images.photo import FORMATS, OTHERS
-from ..images.png import require_free_previews
+from ..images.png import Sign, require_free_previews
 from .batch_log import BatchLog
 from .batch_runner import BatchRunner, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
@@ -36,8 +36,9 @@ class BatchSettings:
     the images' names (see `NameTemplate`). `log` is a file of JSON lines (None: log.jsonl in `output`). `images` is the
     number of images of each prompt that gives no number. `batch` images are computed together (None: as many as 4 of
     1024x1024). `preview_every` is the number of steps between previews, which the observer writes. `force` replaces
-    finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `bundle` is
-    the folder of the cascade's bundle: the log names it, and nothing is written into it."""
+    finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `sign` signs
+    each file, see `images.provenance`. `bundle` is the folder of the cascade's bundle: the log names it, and nothing
+    is written into it."""
 
     prompt_file: Path
     output: Path
@@ -48,6 +49,7 @@ class BatchSettings:
     preview_every: int | None = None
     force: bool = False
     keep_going: bool = False
+    sign: Sign | None = None
     bundle: Path | None = None
 
     @property
@@ -129,7 +131,7 @@ def generate_batch(
         log.write("failed", *({"error": problem} for problem in plan.problems))
         observer.planned(plan)
         runner = BatchRunner(
-            cascade, log, settings.batch, force=settings.force, on_step=observer.step, check=observer.check
+            cascade, log, settings.batch, settings.force, settings.sign, on_step=observer.step, check=observer.check
         )
         counts = _run(runner, plan.jobs, observer)
     return BatchCounts(**counts, left_out=len(plan.problems))

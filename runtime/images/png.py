@@ -5,8 +5,9 @@ A file appears whole or not at all, see `storage.atomic_file`.
 
 from __future__ import annotations  # help() shows the types as they are written here
 
+import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,7 @@ from .photo import FORMATS, OTHERS, is_photo, read_photo_text, write_photo
 from .png_text import METADATA_KEY, read_png_text
 
 PREVIEW_KEY = "cascadekit.preview"
+Sign = Callable[[bytes, Path, Mapping[str, Any]], bytes]  # an image file, its name and settings to the signed file
 MOST_DIGITS = 9  # of an image's number; a longer name is no number
 
 
@@ -32,20 +34,29 @@ def to_images(pixels: F32) -> list[Image.Image]:
     return [Image.fromarray(one) for one in rounded]
 
 
-def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True) -> None:
+def save_png(
+    path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True, sign: Sign | None = None
+) -> None:
     """Write `image` with `settings` as JSON in its text chunk "cascadekit"; `photo.write_photo` writes other formats.
 
-    Without `force` no file is replaced, even one that has just appeared. Raises UsageError when the file cannot be
-    written, or exists without `force`."""
-    with _unplaced_png(path, image, settings) as scratch:
+    `sign` signs the file, see `provenance`. Without `force` no file is replaced, even one that has just appeared.
+    Raises UsageError when the file cannot be written, or exists without `force`."""
+    with _unplaced_png(path, image, settings, sign) as scratch:
         if force:
             scratch.replace(path)
         elif not claim(scratch, path):
             raise UsageError(f"{path}: exists, another process has just written it; choose another output")
 
 
-def write_image(file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Write `image` with `settings` into `file`, in the format that the name of `path` ends in."""
+def write_image(
+    file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any], sign: Sign | None = None
+) -> None:
+    """Write `image` with `settings` into `file`, in the format that the name of `path` ends in; `sign` signs it."""
+    if sign is not None:
+        unsigned = io.BytesIO()
+        write_image(unsigned, path, image, settings)
+        file.write(sign(unsigned.getvalue(), path, settings))
+        return
     if path.suffix.lower() in FORMATS:
         write_photo(file, path, image, settings)
         return
@@ -54,11 +65,11 @@ def write_image(file: IO[bytes], path: Path, image: Image.Image, settings: Mappi
     image.save(file, format="PNG", pnginfo=info)
 
 
-def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
+def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any], *, sign: Sign | None = None) -> Path:
     """Write `image` as `save_png` does, and return its path: `path`, or the next free number if that one was taken.
 
     Raises UsageError when the file cannot be written."""
-    with _unplaced_png(path, image, settings) as scratch:
+    with _unplaced_png(path, image, settings, sign) as scratch:
         while not claim(scratch, path):
             path = path.with_name(f"{int(path.stem) + 1:04d}.png")
     return path
@@ -100,12 +111,12 @@ def _is_preview(path: Path) -> bool:
 
 
 @contextmanager
-def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Iterator[Path]:
+def _unplaced_png(path: Path, image: Image.Image, settings: Mapping[str, Any], sign: Sign | None) -> Iterator[Path]:
     """Write the image to a hidden file beside `path`; the caller gives that file its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
-            write_image(file, path, image, settings)
+            write_image(file, path, image, settings, sign)
             finish(file)
             yield scratch
     except OSError as error:
