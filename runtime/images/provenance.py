@@ -147,7 +147,7 @@ def _certificates(path: Path, text: bytes) -> list[Any]:
     from cryptography import x509
 
     try:
-        return x509.load_pem_x509_certificates(text)
+        return list(x509.load_pem_x509_certificates(text))
     except ValueError as error:
         raise UsageError(
             f"{path}: no certificates in PEM form: {error}; expected the signer's and its chain"

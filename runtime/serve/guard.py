@@ -72,23 +72,21 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, ended = time.monotonic(), LEFT, False
+        began, status = time.monotonic(), LEFT
         most = MOST_BODY if scope["path"] in self._forms else MOST_JSON
 
         async def sending(message: Message) -> None:
-            nonlocal status, ended
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
-            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             self._require_allowed(scope)
             await self._app(scope, _Body(receive, Headers(scope=scope), most), sending)
         except Exception as error:
-            reply = None if ended else reply_to(error)
-            if reply and status == LEFT:  # else the answer has begun, and is cut short
-                await reply(scope, receive, sending)
+            if status == LEFT:  # else the application has answered, and reported the error
+                await reply_to(error)(scope, receive, sending)
         finally:
             self._record(scope, status, time.monotonic() - began)
 

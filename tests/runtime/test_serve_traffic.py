@@ -21,6 +21,9 @@ from helpers.traffic import GENERATIONS, KINDS, Expected, Traffic, expected, mes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 GROWTH = 1.02  # of the memory after the first calls
+# Memory grew by 7% in the first 700 calls and by 0.1% in the next 300. Until then the server keeps less than its 64
+# files, and there is always a thread that does something for the first time.
+WARM_UP = 700
 HELD = 90  # seconds until the server has ended connections that wait for their clients
 
 
@@ -114,14 +117,14 @@ def test_a_thousand_mixed_calls(bundle: Path, alone: Expected, tmp_path: Path) -
             body.sendall(message(GENERATIONS, b"{}")[:-1])
             head.sendall(message(GENERATIONS, b"{}")[:20])
             answer.sendall(message("/v1/models", method="GET", Connection=""))
-            traffic.run(300, seed=2, callers=16)
+            traffic.run(WARM_UP, seed=2, callers=16)
             before = settled(server)
-            traffic.run(700, seed=3, callers=16)
+            traffic.run(1000, seed=3, callers=16)
             assert reply_of(body).status == 408
             assert head.recv(1) == b""
             assert reply_of(answer).status == 200
         after = settled(server)
-        assert traffic.done.total() == 1000
+        assert traffic.done.total() == WARM_UP + 1000
         print(
             f"\n{dict(traffic.done)}, {traffic.images} images, {traffic.refused} calls came back; {before} {after} kB"
         )
@@ -141,9 +144,9 @@ def test_ten_minutes_of_mixed_calls(bundle: Path, alone: Expected, tmp_path: Pat
     with served(bundle, tmp_path) as server:
         traffic, found, seed = Traffic(server.port, alone), [], 100
         while time.monotonic() < until:
-            traffic.run(200, seed, callers=16, until=until)
+            traffic.run(WARM_UP if not found else 200, seed, callers=16, until=until)
             found.append(settled(server))
             seed += 1
         print(f"\n{traffic.done.total()} calls, {traffic.images} images, {traffic.refused} came back; {found} kB")
         check_ended_well(server, traffic)
-        assert found[-1] <= GROWTH * found[1]
+        assert found[-1] <= GROWTH * found[0]
