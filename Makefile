@@ -9,7 +9,7 @@ ONNXRUNTIME_WEB := onnxruntime-web-1.30.0.tgz
 NPM_PACK := npm pack --silent onnxruntime-web@1.30.0 --pack-destination
 unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
-.PHONY: demo test test-light test-triton test-slow matrix fuzz lint types docs wheel-test gpu-kit clean
+.PHONY: demo test test-light test-triton test-slow matrix fuzz soak lint types docs wheel-test gpu-kit clean
 
 demo: .venv/demo.stamp ## the example model through every command, into demo/
 	$(BIN)/cascadekit demo -o demo --force
@@ -34,6 +34,9 @@ matrix: .venv/dev.stamp ## the cells of docs/formats.md, recorded anew: minutes;
 
 fuzz: .venv/dev.stamp ## 20,000 odd inputs, each from a seed; `python -m tests.fuzz KIND SEED` runs one again
 	$(BIN)/python -m pytest -m fuzz -n auto tests/fuzz
+
+soak: .venv/dev.stamp ## ten minutes of mixed calls of `serve`, over loopback
+	$(BIN)/python -m pytest -m soak -s tests/runtime/test_serve_traffic.py
 
 lint: .venv/dev.stamp ## ruff and mypy strict
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from .generate_common import OPENING, request_fields
 from .generate_options import BATCH, HELP_GROUPS, looks, machinery, together
 from .generate_prompts import generate_prompts
 from .help import HelpfulCommand
-from .options import AS_JSON, PATH, SEED, volume_options
+from .options import AS_JSON, C2PA, PATH, SEED, volume_options
 
 UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgotten
 
@@ -44,6 +44,7 @@ UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgot
 @click.option("--preview-every", type=click.IntRange(1), metavar="N", help="Save NAME.preview.png every N steps.")
 @click.option("--force", is_flag=True, help="Replace an existing image file; generate all images of --prompts again.")
 @together(BATCH)
+@C2PA
 @AS_JSON
 @volume_options
 def generate(
@@ -80,6 +81,7 @@ def generate(
     engine["loras"] = engine["loras"] or [(lora.name, lora.strength) for lora in loras_of(base)]
     strength = options["strength"]
     files = {key: options.pop(key) for key in ("output", "images", "batch", "preview_every", "force")}
+    files["sign"] = options.pop("c2pa")
     fields = {**base, **request_fields(options, engine["loras"])}
     if prompt_file is not None:
         from ..runtime.batch.generate_batch import BatchSettings

@@ -36,6 +36,24 @@ def volume_options(command: Command) -> Command:
     )
 
 
+def _open_signer(ctx: click.Context, param: click.Parameter, given: Path | None) -> Any:
+    if given is None:
+        return None
+    from ..runtime.images.provenance import open_signer
+
+    return open_signer(given)
+
+
+C2PA = click.option(
+    "--c2pa",
+    type=PATH,
+    envvar="CASCADEKIT_C2PA",
+    callback=_open_signer,
+    metavar="PEM",
+    help="Sign each image as AI-generated (C2PA) with this file's certificates and key; also $CASCADEKIT_C2PA.",
+)
+
+
 def listen_options(port: int, who: str) -> Callable[[Command], Command]:
     """Put --port, which is `port` by default, and --host on a command; `who` says who may reach other hosts."""
 

@@ -11,7 +11,7 @@ from .console import say
 from .generate_common import open_cascade
 from .generate_options import machinery
 from .help import HelpfulCommand
-from .options import PATH, listen_options, volume_options
+from .options import C2PA, PATH, listen_options, volume_options
 
 
 @click.command(cls=HelpfulCommand)
@@ -33,6 +33,7 @@ from .options import PATH, listen_options, volume_options
     help="Give each image the same bytes alone and in a batch; --no-exact is faster on a GPU, and images of a batch "
     "differ by rounding.",
 )
+@click.option("--open-metrics", is_flag=True, help="Answer /metrics without the key, as scrapers have none.")
 @click.option("--log-prompts", is_flag=True, help="Put prompts into the request log.")
 @click.option(
     "--patience",
@@ -42,6 +43,7 @@ from .options import PATH, listen_options, volume_options
     help="Seconds that running requests have to finish when the server ends.",
 )
 @machinery
+@C2PA
 @volume_options
 def serve(
     bundle: Path, host: str, port: int, api_key: str | None, name: str | None, queue: int, exact: bool, **options: Any
@@ -66,7 +68,9 @@ def serve(
         queue=queue,
         together=options.pop("batch"),
         log_prompts=options.pop("log_prompts"),
+        open_metrics=options.pop("open_metrics"),
         patience=options.pop("patience"),
+        sign=options.pop("c2pa"),
     )
     model, rows = name or bundle.resolve().name, 1 if exact else None
     with open_cascade(bundle, rows=rows, **options) as cascade, api_server(cascade, model, chosen, say) as server:

@@ -12,7 +12,7 @@ from .desktop import has_screen, is_terminal, show_folder, show_page
 from .generate_common import open_cascade
 from .generate_options import machinery
 from .help import HelpfulCommand
-from .options import PATH, listen_options, volume_options
+from .options import C2PA, PATH, listen_options, volume_options
 
 if TYPE_CHECKING:
     from ..runtime.ui.models import Models
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     help="Open the page in the browser; never in a pipe, through ssh or without a screen.  [default: open]",
 )
 @machinery
+@C2PA
 @volume_options
 def ui(
     bundle: Path,
@@ -45,6 +46,7 @@ def ui(
     lora_folders: Sequence[Path],
     opens: bool,
     batch: int | None,
+    c2pa: Any,
     **options: Any,
 ) -> None:
     """Generate images on a page in the browser.
@@ -63,8 +65,8 @@ def ui(
         require_apart(output / "0000.png", models.paths())
         seen = is_loopback(host) and has_screen()
         show = partial(show_folder, output.absolute()) if seen else None
-        page = page_server(models, output, host=host, port=port, batch=batch, open_folder=show, say=say)
-        with page as server:  # it listens, and answers nobody yet
+        shown: dict[str, Any] = {"batch": batch, "open_folder": show, "sign": c2pa, "say": say}
+        with page_server(models, output, host=host, port=port, **shown) as server:  # it listens, and answers nobody yet
             models.cascade(models.first)  # what cannot be opened is refused here
             if not is_loopback(host):
                 note("whoever reaches this address can generate, see and delete images; use 127.0.0.1 to be alone")

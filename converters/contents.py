@@ -13,6 +13,7 @@ from ..schemas.passport_keys import KEY, without_passport
 
 if TYPE_CHECKING:
     from ..runtime.images.png_text import ImageText
+    from ..runtime.images.provenance import ManifestFacts
     from ..schemas.manifest import Manifest, StageEntry
     from ..schemas.plan_entries import PlanEntry
     from ..storage.bundle import Bundle
@@ -84,16 +85,20 @@ class GraphContents:
 
 @dataclass(frozen=True)
 class ImageContents:
-    """An image that cascadekit generated: its size in pixels and the settings in it. Always true."""
+    """An image that cascadekit generated: its size in pixels, the settings in it, and its C2PA manifest if it has one.
+
+    Always true."""
 
     path: Path
     width: int
     height: int
     settings: dict[str, Any]
+    c2pa: "ManifestFacts | None" = None
 
     def to_json(self) -> dict[str, Any]:
-        """The size and the settings, as plain values."""
-        return {"path": str(self.path), "width": self.width, "height": self.height, "settings": self.settings}
+        """The size, the settings and the manifest, as plain values."""
+        size = {"path": str(self.path), "width": self.width, "height": self.height}
+        return {**size, "settings": self.settings, "c2pa": self.c2pa and self.c2pa.to_json()}
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ def _picture_kind(path: Path) -> str | None:
 def _image_contents(path: Path, kind: str) -> ImageContents:
     """The image at `path`. Raises LayoutError for one without settings of cascadekit."""
     from ..runtime.images.png_text import METADATA_KEY, read_png_text
+    from ..runtime.images.provenance import read_manifest
 
     try:
         found = read_png_text(path, METADATA_KEY) if kind == "PNG" else _photo_text(path)
@@ -198,7 +204,7 @@ def _image_contents(path: Path, kind: str) -> ImageContents:
             f"{path}: a {kind} file without settings of cascadekit; editors and messengers drop them, give the file as "
             "`cascadekit generate` wrote it"
         )
-    return ImageContents(path, found.width, found.height, settings)
+    return ImageContents(path, found.width, found.height, settings, read_manifest(path))
 
 
 def _photo_text(path: Path) -> "ImageText":

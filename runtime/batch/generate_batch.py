@@ -16,7 +16,7 @@ from ...schemas.stages import Stage
 from ...storage.output_rules import require_apart, require_none_is, require_writable
 from ..cascade import Cascade
 from ..images.photo import FORMATS, OTHERS
-from ..images.png import require_free_previews
+from ..images.png import Sign, require_free_previews
 from .batch_log import BatchLog
 from .batch_runner import BatchRunner, GenerateGroups, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
@@ -39,8 +39,9 @@ class BatchSettings:
     the images' names (see `NameTemplate`). `log` is a file of JSON lines (None: log.jsonl in `output`). `images` is the
     number of images of each prompt that gives no number. `batch` images are computed together (None: as many as 4 of
     1024x1024). `preview_every` is the number of steps between previews, which the observer writes. `force` replaces
-    finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `bundle` is
-    the folder of the cascade's bundle: the log names it, and nothing is written into it."""
+    finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `sign` signs
+    each file, see `images.provenance`. `bundle` is the folder of the cascade's bundle: the log names it, and nothing
+    is written into it."""
 
     prompt_file: Path
     output: Path
@@ -51,6 +52,7 @@ class BatchSettings:
     preview_every: int | None = None
     force: bool = False
     keep_going: bool = False
+    sign: Sign | None = None
     bundle: Path | None = None
 
     @property
@@ -122,7 +124,7 @@ def generate_batch(
         draft = draft_batch(cascade.manifest, settings, given)
     elif draft.manifest != cascade.manifest:  # LoRAs were merged since, which the keys of images tell
         draft = _drafted(cascade.manifest, settings, given, draft.file, draft.seed)
-    groups = LocalGroups(cascade, settings.batch, observer.step, observer.check)
+    groups = LocalGroups(cascade, settings.batch, settings.sign, observer.step, observer.check)
     return run_batch(draft, settings, groups, {"settings": given, "engine": cascade.engine.name}, observer=observer)
 
 

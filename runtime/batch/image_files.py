@@ -14,7 +14,7 @@ from ...schemas.stages import Stage
 from ..cascade import Cascade
 from ..generate_inputs import check_settings, open_pictures
 from ..images.pictures import as_picture
-from ..images.png import image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
+from ..images.png import Sign, image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
 from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep, Step
 from .generate_requests import GeneratedImage, generate_requests, images_together, request_groups, text_length
@@ -40,10 +40,12 @@ def generate_files(
     batch: int | None = None,
     preview_every: int | None = None,
     force: bool = False,
+    sign: Sign | None = None,
 ) -> Iterator[ImageFile]:
     """Generate the images into `output`, a folder or a .png file, and yield each once it is on disk.
 
     `batch` images are generated together. A preview appears beside each image every `preview_every` steps of the prior.
+    `sign` signs each file, see `images.provenance`.
 
     Raises UsageError before anything is generated: when a file exists and `force` is not set, and when a file is one of
     `sources` or a picture of a request. A file in the way of a preview raises it too."""
@@ -60,9 +62,9 @@ def generate_files(
             seconds = (perf_counter() - start) / len(group)
             for path, image in zip(here, images, strict=True):
                 if paths == [output]:
-                    save_png(path, image.image, image.metadata, force=force)
+                    save_png(path, image.image, image.metadata, force=force, sign=sign)
                 else:
-                    path = save_numbered(path, image.image, image.metadata)
+                    path = save_numbered(path, image.image, image.metadata, sign=sign)
                 yield ImageFile(path, image, seconds)
         finally:
             for path in here if preview_every else ():

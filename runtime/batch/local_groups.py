@@ -11,7 +11,7 @@ from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.request import Request
 from ...schemas.stages import Stage
 from ..cascade import Cascade
-from ..images.png import image_bytes
+from ..images.png import Sign, image_bytes
 from ..sampling.loop import Step
 from .batch_runner import GeneratedGroup
 from .generate_requests import generate_requests, text_length
@@ -44,12 +44,13 @@ class Stopwatch:
 class LocalGroups:
     """Generates the images of jobs with `cascade`, `together` at once (None: see `images_together`).
 
-    `on_step` is called after every step, with the jobs whose images are being generated. `check` is called wherever the
-    run can stop without loss. Both may raise an exception to stop the run, other than CascadeError, OSError and
-    MemoryError, which mean that an image failed."""
+    `sign` signs each file, see `images.provenance`. `on_step` is called after every step, with the jobs whose images are
+    being generated. `check` is called wherever the run can stop without loss. Both may raise an exception to stop the
+    run, other than CascadeError, OSError and MemoryError, which mean that an image failed."""
 
     cascade: Cascade
     together: int | None = None
+    sign: Sign | None = None
     on_step: OnStep = lambda jobs, stage, step: None
     check: Callable[[], object] = lambda: None
 
@@ -101,7 +102,7 @@ class LocalGroups:
         else:
             clock.lap(Stage.VQGAN)
             files = [
-                image_bytes(job.path, one.image, {**one.metadata, KEY: job.key})
+                image_bytes(job.path, one.image, {**one.metadata, KEY: job.key}, self.sign)
                 for job, one in zip(group, images, strict=True)
             ]
             yield GeneratedGroup(group, files, clock.rounded())

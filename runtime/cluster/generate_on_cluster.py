@@ -51,6 +51,8 @@ def generate_on_cluster(
         raise UsageError("a batch on a cluster: expected the path of the bundle; give bundle=...")
     if settings.preview_every:
         raise UsageError("preview_every: a batch on a cluster shows no previews; leave it out")
+    if settings.sign:
+        raise UsageError("sign: a batch on a cluster is not signed; leave it out")
     with connected(cluster.address, say) as ray:
         use_gpus = cluster.options.get("device") != CPU
         pools = fitted_pools(cluster.pools, ray.cluster_resources(), use_gpus=use_gpus)

@@ -25,6 +25,7 @@ from .photo import FORMATS, OTHERS, is_photo, read_photo_text, write_photo
 from .png_text import METADATA_KEY, read_png_text
 
 PREVIEW_KEY = "cascadekit.preview"
+Sign = Callable[[bytes, Path, Mapping[str, Any]], bytes]  # an image file, its name and settings to the signed file
 MOST_DIGITS = 9  # of an image's number; a longer name is no number
 
 
@@ -34,12 +35,14 @@ def to_images(pixels: F32) -> list[Image.Image]:
     return [Image.fromarray(one) for one in rounded]
 
 
-def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True) -> None:
+def save_png(
+    path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True, sign: Sign | None = None
+) -> None:
     """Write `image` with `settings` as JSON in its text chunk "cascadekit"; `photo.write_photo` writes other formats.
 
-    Without `force` no file is replaced, even one that has just appeared. Raises UsageError when the file cannot be
-    written, or exists without `force`."""
-    _save(path, partial(write_image, path=path, image=image, settings=settings), force=force)
+    `sign` signs the file, see `provenance`. Without `force` no file is replaced, even one that has just appeared.
+    Raises UsageError when the file cannot be written, or exists without `force`."""
+    _save(path, partial(write_image, path=path, image=image, settings=settings, sign=sign), force=force)
 
 
 def save_bytes(path: Path, content: bytes, *, force: bool = True) -> None:
@@ -47,15 +50,20 @@ def save_bytes(path: Path, content: bytes, *, force: bool = True) -> None:
     _save(path, lambda file: file.write(content), force=force)
 
 
-def image_bytes(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+def image_bytes(path: Path, image: Image.Image, settings: Mapping[str, Any], sign: Sign | None = None) -> bytes:
     """The bytes that `save_png` writes to `path`."""
     file = BytesIO()
-    write_image(file, path, image, settings)
+    write_image(file, path, image, settings, sign)
     return file.getvalue()
 
 
-def write_image(file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Write `image` with `settings` into `file`, in the format that the name of `path` ends in."""
+def write_image(
+    file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any], sign: Sign | None = None
+) -> None:
+    """Write `image` with `settings` into `file`, in the format that the name of `path` ends in; `sign` signs it."""
+    if sign is not None:
+        file.write(sign(image_bytes(path, image, settings), path, settings))
+        return
     if path.suffix.lower() in FORMATS:
         write_photo(file, path, image, settings)
         return
@@ -64,11 +72,11 @@ def write_image(file: IO[bytes], path: Path, image: Image.Image, settings: Mappi
     image.save(file, format="PNG", pnginfo=info)
 
 
-def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> Path:
+def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any], *, sign: Sign | None = None) -> Path:
     """Write `image` as `save_png` does, and return its path: `path`, or the next free number if that one was taken.
 
     Raises UsageError when the file cannot be written."""
-    with _unplaced(path, partial(write_image, path=path, image=image, settings=settings)) as scratch:
+    with _unplaced(path, partial(write_image, path=path, image=image, settings=settings, sign=sign)) as scratch:
         while not claim(scratch, path):
             path = path.with_name(f"{int(path.stem) + 1:04d}.png")
     return path

@@ -29,9 +29,11 @@ from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_BACKLOG, MAX_CONNECTIONS, MAX_HEAD
 from ..batch.picture_hashes import PICTURE_FIELDS
 from ..cascade import Cascade
-from ..images.png import write_image
+from ..images.png import Sign, write_image
+from ..images.provenance import MEDIA
 from ..server_address import address_family, cannot_listen, server_url
-from .guard import DESCRIBED, EXPECTED, ApiError, Guard, error_reply, reply_to
+from .connections import SilentConnections
+from .guard import DESCRIBED, EXPECTED, OPEN, ApiError, Guard, error_reply, reply_to
 from .image_call import ImageCall, edited_pictures, parse_image_call
 from .image_queue import FailedImage, FinishedImage, ImageQueue, Order, PartialImage
 from .metrics import TYPE, Metrics
@@ -40,8 +42,8 @@ KEPT_FILES = 64  # images that callers asked for as url; older ones are forgotte
 MOST_FILES, MOST_FIELDS = 17, 64  # of a form
 BEAT = 10.0  # seconds without an event until a stream sends a comment
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+METRICS = "/metrics"
 NAMES = {GENERATIONS: "image_generation", EDITS: "image_edit"}  # of the events of a stream
-MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 NO_USAGE = {  # clients of other languages expect the field
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -55,20 +57,22 @@ Event = PartialImage | FinishedImage | FailedImage
 
 @dataclass
 class ImagesApi:
-    """The routes of one cascade, which callers know as `model`. `log_prompts` puts prompts into the request log."""
+    """The routes of one cascade, which callers know as `model`. `log_prompts` puts prompts into the request log. `sign`
+    signs each finished image."""
 
     cascade: Cascade
     model: str
     queue: ImageQueue
     metrics: Metrics
     log_prompts: bool = False
+    sign: Sign | None = None
     _files: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
     _created: int = field(default_factory=lambda: int(time.time()))
 
     def routes(self) -> list[Route]:
         return [
             Route("/health", self.health),
-            Route("/metrics", self.show_metrics),
+            Route(METRICS, self.show_metrics),
             Route("/v1/models", self.models),
             Route("/v1/models/{name}", self.model_called),
             Route(GENERATIONS, self.generate, methods=["POST"]),
@@ -161,7 +165,7 @@ class ImagesApi:
         return order, inbox
 
     def _entry(self, request: HttpRequest, call: ImageCall, image: FinishedImage) -> dict[str, Any]:
-        content = _encoded(call, image.generated.image, image.generated.metadata)
+        content = _encoded(call, image.generated.image, image.generated.metadata, self.sign)
         seed = {"seed": image.generated.request.seed}
         if not call.as_url:
             return {"b64_json": base64.b64encode(content).decode(), **seed}
@@ -189,13 +193,13 @@ class ImagesApi:
                     except TimeoutError:
                         yield b": waiting\n\n"
                         continue
-                    yield await run_in_threadpool(_sent, NAMES[request.url.path], call, event)
+                    yield await run_in_threadpool(_sent, NAMES[request.url.path], call, event, self.sign)
                     left = 0 if isinstance(event, FailedImage) else left - isinstance(event, FinishedImage)
             finally:
                 order.cancelled = True  # without effect on finished images
 
 
-def _sent(name: str, call: ImageCall, event: Event) -> bytes:
+def _sent(name: str, call: ImageCall, event: Event, sign: Sign | None) -> bytes:
     """An event of an order as a server-sent event; `name` is "image_generation" or "image_edit"."""
     if isinstance(event, FailedImage):
         error = error_reply(400 if event.expected else 500, event.message)
@@ -206,7 +210,7 @@ def _sent(name: str, call: ImageCall, event: Event) -> bytes:
         data |= {"type": f"{name}.partial_image", "partial_image_index": event.number}
     else:
         generated = event.generated
-        content = _encoded(call, generated.image, generated.metadata)
+        content = _encoded(call, generated.image, generated.metadata, sign)
         data |= {"type": f"{name}.completed", "usage": NO_USAGE, "seed": generated.request.seed}
     data["b64_json"] = base64.b64encode(content).decode()
     return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
@@ -249,10 +253,10 @@ async def _saved(upload: UploadFile, folder: str) -> Path:
     return Path(file.name)
 
 
-def _encoded(call: ImageCall, image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
+def _encoded(call: ImageCall, image: Image.Image, metadata: Mapping[str, Any], sign: Sign | None = None) -> bytes:
     """The image file, with its settings, in which pictures have no paths: those of the server are nobody's business."""
     content = io.BytesIO()
-    write_image(content, Path(f"image{call.suffix}"), image, _without_paths(metadata))
+    write_image(content, Path(f"image{call.suffix}"), image, _without_paths(metadata), sign)
     return content.getvalue()
 
 
@@ -272,7 +276,8 @@ class ServeOptions:
     """Where and for whom the server works.
 
     `port=0` takes a free one. `queue` images wait at most. `together` are computed at once (None: as
-    `images_together` returns). `patience` are the seconds that running requests have when the server ends."""
+    `images_together` returns). `open_metrics` answers /metrics without the key. `patience` are the seconds that running
+    requests have when the server ends. `sign` signs each finished image, see `images.provenance`."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -280,7 +285,9 @@ class ServeOptions:
     queue: int = 64
     together: int | None = None
     log_prompts: bool = False
+    open_metrics: bool = False
     patience: int = 30
+    sign: Sign | None = None
 
 
 class ApiServer(uvicorn.Server):
@@ -289,10 +296,15 @@ class ApiServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, listening: socket.socket) -> None:
         super().__init__(config)
         self._listening = listening
+        self._silent = SilentConnections()
         self.url = server_url(*listening.getsockname()[:2])
 
     def serve_forever(self) -> None:
         self.run(sockets=[self._listening])
+
+    async def on_tick(self, counter: int) -> bool:
+        self._silent.end(self.server_state.connections, time.monotonic())
+        return await super().on_tick(counter)
 
 
 @contextmanager
@@ -304,7 +316,7 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
     Raises UsageError when it cannot listen at `options.host` and `options.port`."""
     metrics = Metrics()
     queue = ImageQueue(cascade, metrics, most_waiting=options.queue, together=options.together)
-    api = ImagesApi(cascade, model, queue, metrics, options.log_prompts)
+    api = ImagesApi(cascade, model, queue, metrics, log_prompts=options.log_prompts, sign=options.sign)
     routes = api.routes()
 
     @asynccontextmanager
@@ -316,7 +328,16 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
         routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys((*EXPECTED, ApiError, Exception), _failed)
     )
     paths = [route.path for route in routes if "{" not in route.path] + ["/v1/files"]
-    guard = Guard(app, metrics=metrics, host=options.host, key=options.key, routes=paths, say=say)
+    guard = Guard(
+        app,
+        metrics=metrics,
+        host=options.host,
+        key=options.key,
+        routes=paths,
+        forms=[EDITS],
+        free=[*OPEN, METRICS] if options.open_metrics else OPEN,
+        say=say,
+    )
     config = uvicorn.Config(
         guard,
         http="h11",

@@ -22,7 +22,7 @@ from .image_queue import QueueFullError
 from .metrics import Metrics
 
 PATIENCE = 60  # seconds until the body has arrived
-MOST_BODY = 64 << 20  # bytes
+MOST_BODY, MOST_JSON = 64 << 20, 1 << 20  # bytes of a form, which is kept on disk, and of any other body
 OPEN = ("/health", "/v1/files/")  # need no key: probes have none, and files have names that nobody guesses
 DESCRIBED = "cascadekit"  # key of the scope under which a route leaves words for the log
 LEFT = 499  # the status that the log shows when the client left before the answer, as nginx does
@@ -50,10 +50,22 @@ def error_reply(status: int, message: str, code: str | None = None, seconds: int
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, host: str, key: str | None, routes: Sequence[str], say: Say):
-        """`routes` are the paths that metrics name; `say` is called with a line for each request."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        host: str,
+        key: str | None,
+        routes: Sequence[str],
+        forms: Sequence[str],
+        free: Sequence[str],
+        say: Say,
+    ) -> None:
+        """`routes` are the paths that metrics name, those in `forms` take large bodies, and those that begin like one
+        of `free` need no key. `say` is called with a line for each request."""
         self._app, self._metrics, self._key, self._say = app, metrics, key, say
-        self._routes = routes
+        self._routes, self._forms, self._free = routes, forms, tuple(free)
         self._names = own_names(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,6 +73,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         began, status = time.monotonic(), LEFT
+        most = MOST_BODY if scope["path"] in self._forms else MOST_JSON
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -70,20 +83,20 @@ class Guard:
 
         try:
             self._require_allowed(scope)
-            await self._app(scope, _Body(receive, Headers(scope=scope)), sending)
+            await self._app(scope, _Body(receive, Headers(scope=scope), most), sending)
         except Exception as error:
-            if status == LEFT:  # else the application has answered
+            if status == LEFT:  # else the application has answered, and reported the error
                 await reply_to(error)(scope, receive, sending)
         finally:
             self._record(scope, status, time.monotonic() - began)
 
     def _require_allowed(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if scope["path"].startswith(OPEN):
+        if scope["path"].startswith(self._free):
             return
         if self._key is not None:
             given = headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
                 raise ApiError(
                     401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "invalid_api_key"
                 )
@@ -106,12 +119,12 @@ class Guard:
 class _Body:
     """`receive` with a bound on the body's bytes and on the time until they have arrived."""
 
-    def __init__(self, receive: Receive, headers: Headers) -> None:
-        self._receive, self._left, self._whole = receive, MOST_BODY, False
+    def __init__(self, receive: Receive, headers: Headers, most: int) -> None:
+        self._receive, self._most, self._left, self._whole = receive, most, most, False
         self._until = time.monotonic() + PATIENCE
         length = headers.get("Content-Length", "0")
-        if length.isdecimal() and int(length[:20]) > MOST_BODY:
-            raise ApiError(413, f"too large: expected at most {MOST_BODY >> 20} MB")
+        if length.isdecimal() and int(length[:20]) > most:
+            raise self._too_large()
 
     async def __call__(self) -> Message:
         if self._whole:
@@ -124,8 +137,11 @@ class _Body:
         self._left -= len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         if self._left < 0:
-            raise ApiError(413, f"too large: expected at most {MOST_BODY >> 20} MB")
+            raise self._too_large()
         return message
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"too large: expected at most {self._most >> 20} MB")
 
 
 def reply_to(error: Exception) -> Response:

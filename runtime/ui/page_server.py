@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...schemas.callbacks import Say
+from ..images.png import Sign
 from .gallery import Gallery
 from .http_server import PageServer
 from .models import Models
@@ -26,19 +27,21 @@ def page_server(
     port: int = 7860,
     batch: int | None = None,
     open_folder: Callable[[], None] | None = None,
+    sign: Sign | None = None,
     say: Say = lambda text: None,
 ) -> Iterator[PageServer]:
     """A server that listens on `host` and `port` (0: a free one) until the context ends; `serve_forever` answers.
 
     `models` opens the bundle that a job chooses. Images go to the folder `output`; `open_folder` shows it on this
-    machine's screen, None where that is not possible. `batch` images are computed together. `say` is called with a line
-    for each image. Raises UsageError when the server cannot listen there or `output` is no folder.
+    machine's screen, None where that is not possible. `batch` images are computed together. `sign` signs each
+    file. `say` is called with a line for each image. Raises UsageError when the server cannot listen there or `output`
+    is no folder.
 
     Example: `with page_server(models, Path("images")) as server: server.serve_forever()`"""
     with tempfile.TemporaryDirectory(prefix="cascadekit-") as scratch:
         pictures = Uploads(Path(scratch), output / KEPT)
         gallery = Gallery(output, pictures)
-        queue = JobQueue(models, gallery, pictures, batch=batch, say=say)
+        queue = JobQueue(models, gallery, pictures, batch=batch, sign=sign, say=say)
         app = App(
             models=models,
             queue=queue,

@@ -16,7 +16,7 @@ from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
 from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups
 from ..cascade import Cascade
-from ..images.png import image_paths, save_numbered
+from ..images.png import Sign, image_paths, save_numbered
 from ..sampling.loop import OnStep, Step
 from .gallery import Gallery
 from .models import Models
@@ -54,14 +54,16 @@ class JobQueue:
         pictures: Uploads,
         *,
         batch: int | None = None,
+        sign: Sign | None = None,
         say: Say = lambda text: None,
     ) -> None:
-        """`batch` images are computed together (None: as many as `images_together` returns). `say` is called with a
-        line for each saved image."""
+        """`batch` images are computed together (None: as many as `images_together` returns). `sign` signs each file.
+        `say` is called with a line for each saved image."""
         self._models = models
         self._gallery = gallery
         self._pictures = pictures
         self._batch = batch
+        self._sign = sign
         self._say = say
         self._changed = Condition()
         self._waiting: deque[QueuedJob] = deque()
@@ -169,7 +171,7 @@ class JobQueue:
 
     def _save(self, job: QueuedJob, generated: GeneratedImage) -> None:
         (path,) = image_paths(self._gallery.folder, 1)
-        path = save_numbered(path, generated.image, self._pictures.keep(generated.metadata))
+        path = save_numbered(path, generated.image, self._pictures.keep(generated.metadata), sign=self._sign)
         described = self._gallery.describe(path)
         assert described is not None
         job.images.append(described)

@@ -10,12 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +27,10 @@ from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
-from cascadekit.runtime.serve.api_server import ApiServer, ServeOptions, api_server  # noqa: E402
-from cascadekit.runtime.serve.guard import MOST_BODY  # noqa: E402
+from cascadekit.runtime.serve.guard import MOST_JSON  # noqa: E402
 from cascadekit.storage.install_hint import install_hint  # noqa: E402
 from helpers.page import Gate  # noqa: E402
+from helpers.serve import Served, serving, wait_for  # noqa: E402
 
 QUICK = {"prior_steps": 3, "decoder_steps": 2}
 PROMPTS = ("a red circle", "a fox, flat style", "a blue star", "a rocket, glossy style")
@@ -50,46 +47,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cascade(bundle: Path) -> Iterator[Cascade]:
     with Cascade.open(bundle, threads=1, rows=1) as opened:
         yield opened
-
-
-@dataclass
-class Served:
-    server: ApiServer
-    log: list[str] = field(default_factory=list)
-
-    @property
-    def port(self) -> int:
-        return int(self.server.url.rpartition(":")[2])
-
-    def client(self, key: str = "none") -> Any:
-        return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def metrics(self) -> str:
-        return self.ask("GET", "/metrics")[1].decode()
-
-    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        reply = connection.getresponse()
-        found = reply.status, reply.read(), dict(reply.getheaders())
-        connection.close()
-        assert b"Traceback" not in found[1]
-        return found
-
-
-@contextmanager
-def serving(cascade: Cascade, **options: Any) -> Iterator[Served]:
-    log: list[str] = []
-    with api_server(cascade, "example", ServeOptions(port=0, **options), log.append) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        wait_for(lambda: server.started)
-        try:
-            yield Served(server, log)
-        finally:
-            server.should_exit = True
-            thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +68,6 @@ def gate(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(cascade, "generate", gated)
     yield gate
     gate.opened.set()
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def generate(served: Served, prompt: str = PROMPTS[0], *, extra: dict[str, Any] | None = None, **more: Any) -> Any:
@@ -258,7 +208,7 @@ def test_pictures_that_are_none_are_refused(served: Served) -> None:
     [
         ({"Host": "evil.example"}, 403),
         ({"Origin": "http://evil.example"}, 403),
-        ({"Content-Length": str(MOST_BODY + 1)}, 413),
+        ({"Content-Length": str(MOST_JSON + 1)}, 413),
         ({"Host": "localhost:1"}, 400),
     ],
 )
