@@ -125,7 +125,8 @@ def _bundle(folder: Path, names: Collection[str]) -> Owns | None:
 
 
 def _listed(manifest: Manifest) -> set[str]:
-    files = {file.path for entry in (manifest, *manifest.stages.values()) for file in entry.files}
+    stages = (file for entry in manifest.stages.values() for file in entry.files)
+    files = {file.path for file in (*manifest.files, *stages)}
     plans = {plan.path for entry in manifest.stages.values() for plan in entry.plans}
     kept = {file.path for file in manifest.lora.kept} if manifest.lora else set()
     return {MANIFEST_NAME, *files, *plans, *kept, *filter(None, [manifest.tokenizer])}
