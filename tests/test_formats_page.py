@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 CELLS = json.loads(RECORDS.read_text(encoding="utf-8"))
 
 
-def tests_in(path: Path) -> set[str]:
+def functions_in(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
@@ -31,7 +31,7 @@ def test_the_page_shows_the_records() -> None:
 def test_each_cell_has_a_test_that_takes_the_fixture() -> None:
     for cell in CELLS:
         path, _, name = cell["test"].partition("::")
-        assert name in tests_in(ROOT / path), cell
+        assert name in functions_in(ROOT / path), cell
         assert "matrix: Matrix" in (ROOT / path).read_text(), cell
 
 

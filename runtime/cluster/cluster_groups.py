@@ -20,7 +20,7 @@ from ..batch.image_jobs import ImageJob
 from ..batch.job_groups import job_groups, windows
 from ..memory.prediction import loaded_bytes
 from .actor_pools import WRITE_CPUS, ActorPool
-from .stage_actors import ACTORS, PIECES, ClusterBundle, Piece, StageActor, write_files
+from .stage_actors import ACTORS, PIECES, ClusterBundle, BatchPiece, StageActor, write_files
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies
@@ -58,12 +58,12 @@ class ClusterGroups:
         if left:
             raise EngineError(f"Ray returned no result for {len(left)} images; run the same command again")
 
-    def _pieces(self, jobs: Sequence[ImageJob]) -> Iterator[Piece]:
+    def _pieces(self, jobs: Sequence[ImageJob]) -> Iterator[BatchPiece]:
         groups = [group for window in windows(jobs) for group in job_groups(window, self.together, _length(count(1)))]
-        dataset = self._dataset([{PIECES: [Piece(tuple(group)).pack()]} for group in groups])
+        dataset = self._dataset([{PIECES: [BatchPiece(tuple(group)).pack()]} for group in groups])
         try:
             for row in dataset.iter_rows():
-                yield from map(Piece.unpack, row[PIECES])
+                yield from map(BatchPiece.unpack, row[PIECES])
         except self.ray.exceptions.RayError as error:
             raise _reason(error) from error
 

@@ -49,7 +49,7 @@ class ClusterBundle:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BatchPiece:
     """Jobs whose images are computed together, and what the last stage made of them, or their error."""
 
     jobs: Sequence[ImageJob]
@@ -60,7 +60,7 @@ class Piece:
     busy: tuple[BusyTime, ...] = ()
     error: str | None = None
 
-    def alone(self, number: int) -> "Piece":
+    def alone(self, number: int) -> "BatchPiece":
         """The piece for job `number` alone."""
         made = None if self.made is None else self.made.row(number)
         return replace(self, jobs=self.jobs[number : number + 1], made=made)
@@ -69,7 +69,7 @@ class Piece:
         return pickle.dumps(self, protocol=pickle.HIGHEST_PROTOCOL)
 
     @classmethod
-    def unpack(cls, packed: bytes) -> "Piece":
+    def unpack(cls, packed: bytes) -> "BatchPiece":
         piece = pickle.loads(packed)
         assert isinstance(piece, cls)
         return piece
@@ -100,13 +100,13 @@ class StageActor:
             )
         return cascade
 
-    def work(self, piece: Piece) -> Piece:
+    def work(self, piece: BatchPiece) -> BatchPiece:
         """The piece with what this stage makes of it."""
         raise NotImplementedError
 
-    def _done(self, packed: bytes) -> Iterator[Piece]:
+    def _done(self, packed: bytes) -> Iterator[BatchPiece]:
         """Yield the piece after this stage. If it fails, yield the piece of each of its jobs alone, or its error."""
-        piece = Piece.unpack(packed)
+        piece = BatchPiece.unpack(packed)
         if piece.error is not None:
             yield piece
             return
@@ -123,12 +123,12 @@ class StageActor:
         else:
             yield timed(done, str(self.stage), began)
             return
-        fresh = Piece.unpack(packed)  # what was begun may have changed the noise
+        fresh = BatchPiece.unpack(packed)  # what was begun may have changed the noise
         for number in range(len(fresh.jobs)):
             yield from self._done(fresh.alone(number).pack())
 
 
-def timed(piece: Piece, stage: str, began: float) -> Piece:
+def timed(piece: BatchPiece, stage: str, began: float) -> BatchPiece:
     """The piece with the time that this process worked for it since `began`."""
     worker = f"{socket.gethostname()}/{os.getpid()}"
     return replace(piece, busy=(*piece.busy, BusyTime(stage, worker, perf_counter() - began, len(piece.jobs))))
@@ -139,7 +139,7 @@ class TextActor(StageActor):
 
     stage = Stage.TEXT_ENCODER
 
-    def work(self, piece: Piece) -> Piece:
+    def work(self, piece: BatchPiece) -> BatchPiece:
         clock, requests = Stopwatch(), [job.request for job in piece.jobs]
         how = requests[0].settings
         prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
@@ -153,7 +153,7 @@ class PriorActor(StageActor):
 
     stage = Stage.PRIOR
 
-    def work(self, piece: Piece) -> Piece:
+    def work(self, piece: BatchPiece) -> BatchPiece:
         assert isinstance(piece.made, PromptEmbeds)
         clock, embeds = Stopwatch(), piece.made
         result = generate_prior(self.cascade, [job.request for job in piece.jobs], embeds)
@@ -167,7 +167,7 @@ class DecoderActor(StageActor):
 
     stage = Stage.DECODER
 
-    def work(self, piece: Piece) -> Piece:
+    def work(self, piece: BatchPiece) -> BatchPiece:
         assert isinstance(piece.made, Result)
         clock, requests = Stopwatch(), [job.request for job in piece.jobs]
         images = generate_requests(self.cascade, requests, lambda stage, step: clock.lap(stage), after=piece.made)
@@ -178,7 +178,7 @@ class DecoderActor(StageActor):
 def write_files(row: Mapping[str, Any]) -> dict[str, Any]:
     """Make the bytes of the PNG files, in a task that needs no GPU."""
     pieces = []
-    for piece in map(Piece.unpack, row[PIECES]):
+    for piece in map(BatchPiece.unpack, row[PIECES]):
         began = perf_counter()
         if piece.error is None:
             files = [

@@ -23,7 +23,7 @@ SAME = {("generate", "images"): "num_images", ("build", "profiles"): "", ("gener
 OWN = {
     *("as_json", "dry_run", "help", "pruned", "precision", "text_encoder", "mapping", "record", "undo", "size"),
     *("prompt_file", "name", "log", "keep_going", "preview_every", "force", "batch", "like", "loras", "seeds"),
-    *("output", "profiles", "min_size", "opt_size", "max_size", "statics"),
+    *("output", "profiles", "min_size", "opt_size", "max_size", "statics", "ray", "actors", "c2pa"),
 }
 
 

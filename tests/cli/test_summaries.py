@@ -40,7 +40,7 @@ def test_inspect_of_other_pictures_says_what_they_lack(tmp_path: Path) -> None:
 
 def test_tables_fit_80_columns(tiny: Path) -> None:
     for path in (tiny / "original", tiny / "model", tiny / "bundle"):
-        lines = call("inspect", path).stdout.splitlines()
+        lines = [line for line in call("inspect", path).stdout.splitlines() if not line.startswith("passport of ")]
         assert max(map(len, lines)) <= 80, lines
     assert call("inspect", tiny / "model").stdout.startswith("all: layout diffusers, variant tiny, dtype F32\n")
 

@@ -69,7 +69,7 @@ def test_inspect(file: Path) -> None:
 def test_the_plain_inspect_shows_a_lora_too(file: Path, tmp_path: Path) -> None:
     assert invoke("inspect", file).output == run("inspect", file).output
     (facts,) = json.loads(invoke("inspect", file, "--json").stdout)
-    assert facts == {"component": "lora", **json.loads(run("inspect", file, "--json").stdout)}
+    assert facts == {"component": "lora", "passports": [], **json.loads(run("inspect", file, "--json").stdout)}
     folder = tmp_path / "adapter"
     folder.mkdir()
     file.rename(folder / "adapter_model.safetensors")

@@ -22,7 +22,7 @@ from cascadekit.runtime.cluster.stage_actors import (
     ACTORS,
     PIECES,
     ClusterBundle,
-    Piece,
+    BatchPiece,
     PriorActor,
     write_files,
 )
@@ -56,12 +56,12 @@ def planned(manifest: Manifest, folder: Path, rows: Sequence[object]) -> Sequenc
     return plan.jobs
 
 
-def through(actors: Sequence[Any], group: Sequence[ImageJob]) -> list[Piece]:
+def through(actors: Sequence[Any], group: Sequence[ImageJob]) -> list[BatchPiece]:
     """The pieces that come out of the actors and the task that writes; each takes what the one before gave as bytes."""
-    row: dict[str, Any] = {PIECES: [Piece(group).pack()]}
+    row: dict[str, Any] = {PIECES: [BatchPiece(group).pack()]}
     for actor in (*actors, write_files):
         row = actor(pickle.loads(pickle.dumps(row)))
-    return [Piece.unpack(packed) for packed in row[PIECES]]
+    return [BatchPiece.unpack(packed) for packed in row[PIECES]]
 
 
 @pytest.mark.parametrize("together", [1, 3])
@@ -136,17 +136,17 @@ def test_what_fails_together_is_tried_alone(
 def test_the_decoder_gets_little(bundle: ClusterBundle, cascade: Cascade, tmp_path: Path) -> None:
     """No hidden states of the text go from prior to decoder: latents and pooled vectors."""
     jobs = planned(cascade.manifest, tmp_path, ["a"])
-    row: dict[str, Any] = {PIECES: [Piece(jobs).pack()]}
+    row: dict[str, Any] = {PIECES: [BatchPiece(jobs).pack()]}
     for actor in list(ACTORS.values())[:2]:
         row = actor(bundle)(row)
-    made = Piece.unpack(row[PIECES][0]).made
+    made = BatchPiece.unpack(row[PIECES][0]).made
     assert isinstance(made, Result)
     assert made.embeds.clip_text.size == made.embeds.negative_clip_text.size == 0
     assert made.prior_latents.shape[:2] == (1, 16)
 
 
 def test_another_bundle_on_a_node(bundle: ClusterBundle, cascade: Cascade, tmp_path: Path) -> None:
-    row = {PIECES: [Piece(planned(cascade.manifest, tmp_path, ["a"])).pack()]}
+    row = {PIECES: [BatchPiece(planned(cascade.manifest, tmp_path, ["a"])).pack()]}
     with pytest.raises(UsageError, match="another bundle than on the machine"):
         PriorActor(replace(bundle, identity={}))(row)
     with pytest.raises(UsageError, match=r"node .*none"):
