@@ -18,7 +18,9 @@ COMMANDS = {
     "validate": Place(".validate:validate", "Check a bundle's graphs, weights and files."),
     "build": Place(".build:build", "Build GPU engines of a bundle's graphs."),
     "many": Place(".many:many", "Run many convert, export and build commands on a Ray cluster."),
-    "export-triton": Place(".export_triton:export_triton", "Write a bundle as a model repository for Triton."),
+    "export-triton": Place(
+        ".export_triton:export_triton", "Write a bundle as a model repository for Triton Inference Server."
+    ),
     "generate": Place(".generate:generate", "Generate images from an exported bundle."),
     "ui": Place(".ui:ui", "Generate images on a page in the browser."),
     "serve": Place(".serve:serve", "Serve a bundle to programs, through OpenAI's images API."),

@@ -44,9 +44,9 @@ class Stopwatch:
 class LocalGroups:
     """Generates the images of jobs with `cascade`, `together` at once (None: see `images_together`).
 
-    `sign` signs each file, see `images.provenance`. `on_step` is called after every step, with the jobs whose images are
-    being generated. `check` is called wherever the run can stop without loss. Both may raise an exception to stop the
-    run, other than CascadeError, OSError and MemoryError, which mean that an image failed."""
+    `sign` signs each file, see `images.provenance`. `on_step` is called after every step, with the jobs whose images
+    are being generated. `check` is called wherever the run can stop without loss. Both may raise an exception to stop
+    the run, other than CascadeError, OSError and MemoryError, which mean that an image failed."""
 
     cascade: Cascade
     together: int | None = None

@@ -20,7 +20,7 @@ from ..batch.image_jobs import ImageJob
 from ..batch.job_groups import job_groups, windows
 from ..memory.prediction import loaded_bytes
 from .actor_pools import WRITE_CPUS, ActorPool
-from .stage_actors import ACTORS, PIECES, ClusterBundle, BatchPiece, StageActor, write_files
+from .stage_actors import ACTORS, PIECES, BatchPiece, ClusterBundle, StageActor, write_files
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies

@@ -21,8 +21,8 @@ from cascadekit.runtime.cluster.actor_pools import DEFAULT_POOLS, fitted_pools, 
 from cascadekit.runtime.cluster.stage_actors import (
     ACTORS,
     PIECES,
-    ClusterBundle,
     BatchPiece,
+    ClusterBundle,
     PriorActor,
     write_files,
 )
