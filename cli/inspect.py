@@ -12,6 +12,7 @@ from ..storage.install_hint import install_hint
 from .console import FAILED, note, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import PATH
+from .plan_print import show_plans
 
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
     from ..converters.passport_check import PassportState
     from ..runtime.images.provenance import ManifestFacts
     from ..schemas.manifest import StageEntry
-    from ..schemas.plan_entries import PlanEntry
 
 COMPONENT_COLUMNS = ("component", "layout", "variant", "dtype", "parameters", "problems", "file")
 STAGE_COLUMNS = ("stage", "variant", "precision", "graphs", "weights", "MB", "target", "quantization")
 USUAL = {"problems": "none", "target": "portable", "quantization": "none"}  # columns that are left out if all are so
 HASH_DIGITS, HASH_SHOWN = 64, 12
-PLAN_COLUMNS = ("stage", "graph", "for", "precision", "images: min, opt, max", "by", "MB", "s", "plan", "")
 
 
 @click.command(cls=HelpfulCommand)
@@ -165,13 +164,7 @@ def _show_bundle(found: "BundleContents") -> None:
     say(f"bundle by {manifest.created_by}; {width}x{height} by default; vqgan scale {manifest.vqgan_scale}")
     say(f"LoRAs merged in: {loras}")
     _show_briefly(STAGE_COLUMNS, (_stage_row(name, entry) for name, entry in manifest.stages.items()))
-    plans = [(stage, plan) for stage, entry in manifest.stages.items() for plan in entry.plans]
-    if plans:
-        show_table(
-            "", PLAN_COLUMNS, (_plan_row(stage, plan, found.plan_states[plan.path].text) for stage, plan in plans)
-        )
-    else:
-        say("no GPU engines; make them with `cascadekit build`")
+    show_plans(found)
     for name, text in found.changed.items():
         say(f"{name}: {text}")
 
@@ -181,26 +174,3 @@ def _stage_row(stage: str, entry: "StageEntry") -> tuple[str, ...]:
     graphs = ", ".join(entry.graphs)
     kinds = map(str, (entry.target, entry.quantization))
     return (stage, str(entry.variant), str(entry.precision), graphs, entry.weights, f"{size:.1f}", *kinds)
-
-
-def _plan_row(stage: str, plan: "PlanEntry", state: str) -> tuple[str, ...]:
-    from ..schemas.profiles import shown
-
-    sizes = "; ".join(
-        shown(profile.opt)
-        if profile.min == profile.opt == profile.max
-        else ", ".join(map(shown, (profile.min, profile.opt, profile.max)))
-        for profile in plan.profiles
-    )
-    return (
-        stage,
-        plan.graph,
-        " ".join(plan.targets) or (f"{plan.device.name} ({plan.device.capability})" if plan.device else ""),
-        plan.precision,
-        sizes,
-        f"{plan.backend} {plan.backend_version}",
-        f"{plan.bytes / 1e6:.1f}",
-        f"{plan.seconds:.1f}",
-        plan.path,
-        state,
-    )

@@ -64,7 +64,7 @@ def test_jpeg_and_webp_lead_to_the_same_image(tiny: Path, tmp_path: Path) -> Non
         settings = json.loads(comment.removeprefix(b"ASCII\0\0\0cascadekit "))
         assert settings["prompt"] == "ein Käfer \U0001f41e"
         shown = CliRunner().invoke(main, ["inspect", str(path), "--json"])
-        found = {"path": str(path), "width": 64, "height": 64, "settings": settings}
+        found = {"path": str(path), "width": 64, "height": 64, "settings": settings, "c2pa": None}
         assert (shown.exit_code, json.loads(shown.stdout)) == (0, found)
 
 
