@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from anyio import to_thread
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -40,6 +41,7 @@ from .metrics import TYPE, Metrics
 
 KEPT_FILES = 64  # images that callers asked for as url; older ones are forgotten
 MOST_FILES, MOST_FIELDS = 17, 64  # of a form
+THREADS = 4  # that encode images and keep uploads; memory grows with their number, as each has some of its own
 BEAT = 10.0  # seconds without an event until a stream sends a comment
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 METRICS = "/metrics"
@@ -321,6 +323,7 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
         with queue:
             yield
 
