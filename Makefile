@@ -22,7 +22,7 @@ test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, 
 	.venv-light/bin/python -m pytest -q tests/schemas tests/storage $(ARGS)
 
 test-triton: .venv/dev.stamp .venv-triton/stamp ## tests of export-triton alone, with a real server
-	$(BIN)/python -m pytest tests/triton_repository $(ARGS)
+	$(BIN)/python -m pytest tests/converters/triton $(ARGS)
 
 test-slow: .venv/dev.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s

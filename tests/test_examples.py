@@ -19,7 +19,7 @@ ARGUMENTS = {
     "many_prompts": ("{tiny}/bundle", "{new}/images"),
     "make_lora": ("{tiny}/original/stage_c.safetensors", "{new}/style.safetensors"),
 }
-RUN_ELSEWHERE = {"triton_client", "triton_load"}  # tests/triton_repository; they need a server and its clients
+RUN_ELSEWHERE = {"triton_client", "triton_load"}  # tests/converters/triton; they need a server and its clients
 MADE = {"convert_checkpoint": "model/model_index.json", "export_bundle": "bundle/cascade.json"}
 
 
