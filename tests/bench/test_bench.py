@@ -159,6 +159,7 @@ def test_a_file_of_ones_own(original: Path, tmp_path: Path, commands: list[tuple
     assert sum(str(source) in command for command in commands) == 6
 
 
+@pytest.mark.slow
 def test_peer(tmp_path: Path, commands: list[tuple[str, ...]]) -> None:
     result = call(tmp_path, "--network", "tiny", "--dtype", "fp32", "--runs", 1, "--peer", "--json")
     assert result.exit_code == 0, result.output

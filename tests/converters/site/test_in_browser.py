@@ -158,6 +158,7 @@ def test_the_image_is_that_of_the_runtime(page: Any, site_bundle: Path) -> None:
     assert psnr(found / 255, expected / 255) >= 50
 
 
+@pytest.mark.slow
 def test_networks_that_are_loaded_one_at_a_time_give_the_same_image(
     address: str, browser: Any, site_bundle: Path
 ) -> None:
