@@ -9,13 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engines.openvino import import_openvino, one_line
+from ..runtime.engines.openvino import REASON_LENGTH, import_openvino
 from ..runtime.text.tokenizer_file import WHOLE_NAME, shipped
 from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import ConversionError, EngineError, UsageError
 from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.json_text import dump_json
 from ..schemas.manifest import Manifest
+from ..schemas.messages import one_line
 from ..schemas.stages import Stage
 from ..storage.atomic_output import staged_output
 from ..storage.bundle import Bundle, open_bundle
@@ -67,13 +68,13 @@ def _write(openvino: Any, bundle: Bundle, stage: Stage, graph: str, path: Path) 
         with without_links(source) as alone:
             model = openvino.Core().read_model(str(alone))
     except Exception as error:  # OpenVINO raises RuntimeError for everything
-        raise EngineError(f"{source}: openvino cannot read the {stage}: {one_line(error)}") from error
+        raise EngineError(f"{source}: openvino cannot read the {stage}: {one_line(error, REASON_LENGTH)}") from error
     for name, value in _facts(bundle.manifest, stage).items():
         model.set_rt_info(value, [METADATA, name])
     try:
         openvino.save_model(model, str(path), compress_to_fp16=False)
     except Exception as error:
-        raise ConversionError(f"{path}: openvino cannot write the {stage}: {one_line(error)}") from error
+        raise ConversionError(f"{path}: openvino cannot write the {stage}: {one_line(error, REASON_LENGTH)}") from error
 
 
 def _facts(manifest: Manifest, stage: Stage) -> dict[str, str]:

@@ -89,6 +89,13 @@ def listed(items: Sequence[str], most: int = 6) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """The message of an error, or another text, in one line of at most `most` characters.
+
+    An error without a message is named by its class."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 def listed_below(items: Sequence[str], most: int = 6) -> str:
     """Return the first `most` of `items`, each on an indented line, and how many more there are."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []

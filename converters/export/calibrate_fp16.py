@@ -17,6 +17,7 @@ from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...runtime.sampling.torch_generator import TorchGenerator
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
+from ...schemas.messages import one_line
 from ...schemas.stages import Stage, UNetConfig, VQGANConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions, write_graph
@@ -32,7 +33,7 @@ PASS = re.compile(r"@\d+")  # the suffix of values of a further pass over the sa
 FLAT = (-4.0, 4.0)
 VQGAN_SIDE = 32
 
-REASON_LENGTH = 300
+REASON_LENGTH = 300  # characters of an error of onnxruntime in a message
 
 Inputs = Mapping[str, F32]
 Predict = Callable[[Inputs], Inputs]
@@ -98,7 +99,7 @@ class Probed:
         try:
             found = self._session.run(self._names, dict(inputs))
         except Exception as error:  # onnxruntime has an exception class for each status code
-            raise EngineError(" ".join(str(error).split())[:REASON_LENGTH]) from error
+            raise EngineError(one_line(error, REASON_LENGTH)) from error
         outputs = dict(zip(self._names, found, strict=True))
         for name, value in outputs.items():
             if name.endswith("/max"):

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError, reraise_interrupt
+from ...schemas.messages import one_line
 from .source import FORM, HubSource
+
+LONGEST = 200  # characters of what a library or a server says
 
 
 @contextmanager
@@ -54,7 +57,8 @@ def _explained(wanted: HubSource, error: Exception) -> CascadeError:
             return explained
     if isinstance(error, OSError):
         hint = "; make room, then try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return CheckpointError(f"{wanted}: cannot be stored in the cache: {error.strerror or _line(error)}{hint}")
+        problem = error.strerror or one_line(error, LONGEST)
+        return CheckpointError(f"{wanted}: cannot be stored in the cache: {problem}{hint}")
     return _not_a_hub(wanted, error)
 
 
@@ -63,7 +67,8 @@ def _not_a_hub(wanted: HubSource, error: object) -> CheckpointError:
     from huggingface_hub import constants
 
     return CheckpointError(
-        f"{wanted}: {constants.ENDPOINT} does not answer as a Hub does: {_line(error)}; check HF_ENDPOINT and the proxy"
+        f"{wanted}: {constants.ENDPOINT} does not answer as a Hub does: {one_line(error, LONGEST)}; check HF_ENDPOINT "
+        "and the proxy"
     )
 
 
@@ -75,16 +80,11 @@ def reason(error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if not isinstance(error, HfHubHTTPError):
-        return f"the connection to {constants.ENDPOINT} failed ({_line(error) or type(error).__name__})"
+        return f"the connection to {constants.ENDPOINT} failed ({one_line(error, LONGEST)})"
     status = error.response.status_code
     advice = {401: "`hf auth login` again", 403: "`hf auth login` again", 429: "try again later, or `hf auth login`"}
-    said = f" ({_line(error.server_message)})" if error.server_message else ""
+    said = f" ({one_line(error.server_message, LONGEST)})" if error.server_message else ""
     return f"the Hub answers with status {status}{said}; {advice.get(status, 'try again later')}"
-
-
-def _line(text: object) -> str:
-    """Return the text of a library or a server on one line of at most 200 characters."""
-    return " ".join(str(text).split())[:200]
 
 
 def http_error() -> type[Exception]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
+from ...schemas.messages import one_line
 from ...schemas.request import Request
 from ...schemas.stages import Stage
 from ..cascade import Cascade
@@ -110,8 +111,3 @@ class LocalGroups:
         for job in group:
             self.check()
             yield from self._generated([job], clock)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line; the name of its class when it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

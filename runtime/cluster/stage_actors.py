@@ -15,10 +15,11 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
+from ...schemas.messages import one_line
 from ...schemas.stages import Stage
 from ..batch.generate_requests import GeneratedImage, generate_prior, generate_requests
 from ..batch.image_jobs import KEY, ImageJob, bundle_identity
-from ..batch.local_groups import Stopwatch, one_line
+from ..batch.local_groups import Stopwatch
 from ..cascade import Cascade
 from ..images.png import image_bytes
 from ..result import Result

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
 from ...schemas.manifest import GraphEntry
+from ...schemas.messages import one_line
 from .device_arrays import DeviceArray, DeviceMemory, resolved, spec_of
 
 GPU = threading.RLock()  # held while ONNX Runtime uses CUDA: a capture ends with error 900 if another thread does
@@ -154,7 +155,7 @@ class Slots:
             self._run(slot, str(slot.graph_id))
             slot.captured = True
         except Exception as error:  # onnxruntime has an exception class for each status code
-            self._stop(" ".join(str(error).split())[:REASON_LENGTH])
+            self._stop(one_line(error, REASON_LENGTH))
             self._run(slot, UNCAPTURED)
 
     def _prove(self, slot: Slot) -> None:

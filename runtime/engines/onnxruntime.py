@@ -14,6 +14,7 @@ from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.hoisted import FASTER_IN_PARTS, FEWER_KERNELS_IN_PARTS
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
+from ...schemas.messages import one_line
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
@@ -141,7 +142,7 @@ class OnnxRuntimeEngine:
                     path, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
                 )
             except Exception as error:  # onnxruntime has an exception class for each status code
-                failed, reason = error, " ".join(str(error).split())[:REASON_LENGTH]
+                failed, reason = error, one_line(error, REASON_LENGTH)
                 refused = reason if cuda_graph else refused
                 continue
             if refused:

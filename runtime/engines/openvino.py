@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
+from ...schemas.messages import one_line
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
@@ -76,7 +77,7 @@ class OpenVinoEngine:
                 )
                 body = self._core.compile_model(model, "CPU", self._options)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
-            raise EngineError(f"{path}: openvino cannot load the {stage}: {one_line(error)}") from error
+            raise EngineError(f"{path}: openvino cannot load the {stage}: {one_line(error, REASON_LENGTH)}") from error
         give_back_memory()
         return OpenVinoStage(stage, entry.graphs[graph], head, body)
 
@@ -100,7 +101,7 @@ class OpenVinoStage(HostRunner):
             outputs = self._body(fed)
             return {port.name: outputs[port.name] for port in self.entry.outputs}
         except Exception as error:
-            raise EngineError(f"{self.stage}: openvino failed: {one_line(error)}") from error
+            raise EngineError(f"{self.stage}: openvino failed: {one_line(error, REASON_LENGTH)}") from error
 
     def close(self) -> None:
         self._head = self._body = None
@@ -148,11 +149,6 @@ def _parameters_above(nodes: list[Any]) -> list[Any]:
             found[node.get_name()] = node
         nodes += [value.get_node() for value in node.input_values()]
     return list(found.values())
-
-
-def one_line(error: Exception) -> str:
-    """The start of OpenVINO's message in one line: the message has a line for each node."""
-    return " ".join(str(error).split())[:REASON_LENGTH]
 
 
 def multiplies_bf16() -> bool:

@@ -1,6 +1,7 @@
 """Tries whether an execution provider of ONNX Runtime starts here. ONNX Runtime lists providers that cannot start."""
 
 from ...schemas.errors import EngineError
+from ...schemas.messages import one_line
 from .installed_packages import provider_problem
 from .onnxruntime import FATAL, PROVIDERS, import_onnxruntime, quiet_options
 
@@ -23,7 +24,7 @@ def why_not(device: str) -> str:
     try:
         session = ort.InferenceSession(PROBE, options, providers=[wanted], enable_fallback=0)
     except Exception as error:  # onnxruntime has an exception class for each status code
-        return provider_problem(ort, wanted) or " ".join(str(error).split())
+        return provider_problem(ort, wanted) or one_line(error)
     if wanted in session.get_providers():
         return ""
     return provider_problem(ort, wanted) or f"its {wanted} does not start; see nvidia-smi"
