@@ -5,13 +5,13 @@ to load them.
 """
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..runtime.engines.openvino import REASON_LENGTH, import_openvino
 from ..runtime.text.tokenizer_file import WHOLE_NAME, shipped
 from ..schemas.callbacks import Say, ignored
+from ..schemas.created_by import created_by
 from ..schemas.errors import ConversionError, EngineError, UsageError
 from ..schemas.hoisted import CONDITIONING, STEP
 from ..schemas.json_text import dump_json
@@ -86,4 +86,4 @@ def _facts(manifest: Manifest, stage: Stage) -> dict[str, str]:
         "loras": [lora.model_dump(mode="json") for lora in manifest.lora.loras] if manifest.lora else [],
     }
     described = {name: dump_json(value) for name, value in facts.items()}
-    return {"created_by": f"cascadekit {version('cascadekit')}", **described}
+    return {"created_by": created_by(), **described}

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from ..schemas.callbacks import Say
@@ -13,11 +12,6 @@ from ..storage.file_hashes import fingerprint, header_sha256
 from ..storage.safetensors_plan import TensorPlan
 from ..storage.safetensors_writer import encode_header
 from ..storage.weights_file import is_pickle, read_weights
-
-
-def created_by() -> str:
-    """Return the program and its version, as passports and manifests name it."""
-    return f"cascadekit {version('cascadekit')}"
 
 
 def made_of(paths: Iterable[Path], say: Say) -> dict[Path, PassportSource]:

@@ -5,11 +5,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
 from ..runtime.examine_machine import Findings
+from ..schemas.created_by import created_by
 from ..schemas.errors import CascadeError
 
 PASSED, FAILED, NOT_CHECKED = "passed", "failed", "not checked"
@@ -78,7 +78,7 @@ class CheckRecorder:
 
     def report(self, *, finished: bool) -> GpuReport:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        made_by = f"cascadekit {version('cascadekit')}, Python {platform.python_version()}"
+        made_by = f"{created_by()}, Python {platform.python_version()}"
         report = GpuReport(created, made_by, self.findings, tuple(self.checks), finished)
         self._keep(report)
         return report

@@ -5,13 +5,13 @@ from __future__ import annotations  # help() shows the types as they are written
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say, ignored
+from ..schemas.created_by import created_by
 from ..schemas.errors import CascadeError, MissingPackageError, UsageError, reraise_interrupt
 from ..schemas.messages import known_keywords
 from ..schemas.stages import Stage
@@ -287,9 +287,8 @@ class _Verification:
 
     def record_verdict(self, report: Report) -> None:
         """Record the verdict. When the manifest cannot be written, the user is told and the report stays valid."""
-        made_by = f"cascadekit {version('cascadekit')}"
         try:
-            record_verdict(self.bundle, make_verdict(report, self.bundle.manifest, made_by))
+            record_verdict(self.bundle, make_verdict(report, self.bundle.manifest, created_by()))
         except CascadeError as error:
             self.say(str(error))
 

@@ -27,6 +27,7 @@ from ...storage.atomic_output import check_output, staged_output
 from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_writer import write_gguf, write_safetensors
 from ..hub import local_path
+from ..passports import made_of
 from .component import Component
 from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files, write_pipeline_parts
 from .modular_folder import notes_on_missing, write_modular_files
@@ -146,7 +147,8 @@ def convert(
     if on_plan:
         check_output(output, force=force, sources=inputs, files=names)
         on_plan(_forecast(output, plan, notes))
-    plan = with_passports(plan, notes.append) if passport else plan
+    made = made_of(plan.sources, notes.append) if passport else {}
+    plan = with_passports(plan, made) if passport else plan
     with staged_output(
         output, force=force, fingerprint=plan.fingerprint(), sources=inputs, files=names, say=notes.append
     ) as staged:
@@ -157,7 +159,7 @@ def convert(
             _write_other_files(model, plan, tokenizer, staged)
             copy_provenance(provenance, staged)
             if passport and options.layout in PIPELINE_FILES:
-                write_folder_passport(staged / PIPELINE_FILES[options.layout][0], plan, notes.append)
+                write_folder_passport(staged / PIPELINE_FILES[options.layout][0], options.layout, made)
     written = () if single else tuple(file.path for file in plan.files)
     return Conversion(output, written, tuple(notes), tuple(map(_detail, plan.files)))
 

@@ -4,12 +4,12 @@ from __future__ import annotations  # help() shows the types as they are written
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...schemas.callbacks import Say, StartFile, ignored
+from ...schemas.created_by import created_by
 from ...schemas.errors import ExportError, LayoutError, UsageError
 from ...schemas.forecast import OnPlan
 from ...schemas.infer_config import infer_config
@@ -113,7 +113,7 @@ def export(
         )
         exported = {stage: exporter.export(component) for stage, component in components.items()}
         manifest = Manifest(
-            created_by=f"cascadekit {version('cascadekit')}",
+            created_by=created_by(),
             default_size=(side, side),
             vqgan_scale=next((config.scale_factor for config in configs if isinstance(config, VQGANConfig)), None),
             tokenizer=words.relative_to(staged).as_posix() if words else None,

@@ -12,17 +12,18 @@ import onnx
 from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import Say, StartFile
 from ...schemas.config_json import to_json
+from ...schemas.created_by import created_by
 from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError
 from ...schemas.manifest import FileEntry, GraphEntry, SourceEntry, StageEntry
-from ...schemas.passport import Passport, of_generations, passport_text
+from ...schemas.passport import Passport, PassportSource, of_generations, passport_text
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
 from ...storage.content_digest import fill_in_digest
-from ...storage.file_hashes import Hashing, describe_file, fingerprint
+from ...storage.file_hashes import Hashing, describe_file
 from ..checkpoints.component import Component
 from ..onnx import GraphOptions, write_graphs
-from ..passports import created_by, in_order, made_of
+from ..passports import in_order, made_of
 from .bundle_weights import StageWeights, add_weights, copy_weights, source_files
 from .derive_graph_options import derive_graph_options
 from .export_options import ExportOptions
@@ -92,9 +93,10 @@ class StageExporter:
         if self.options.hash:
             for path in weights.files:
                 self.hashes.start(path)
-        sources = tuple(_source(path, component) for path in source_files(component))
+        made = made_of(source_files(component), self.say)
+        sources = tuple(_source(each, component) for each in made.values())
         models = write_graphs(component.config, weights.tensors, options)
-        passport = self._passport(component, options)
+        passport = self._passport(component, options, in_order(made.values()))
         for name, model in models.items():
             stamp(model, {**_facts(component, options, sources, name), "passport": passport}, version("cascadekit"))
         graphs = _save_graphs(models, self.root, folder, weights)
@@ -119,7 +121,7 @@ class StageExporter:
         )
         return ExportedStage(files, entry)
 
-    def _passport(self, component: Component, options: GraphOptions) -> str:
+    def _passport(self, component: Component, options: GraphOptions, sources: tuple[PassportSource, ...]) -> str:
         """What the stage's graphs are made of; the digest of each is filled in when its file is written."""
         merged = self.loras is not None and bool(self.loras.of(component.stage))
         passport = Passport(
@@ -129,7 +131,7 @@ class StageExporter:
             quantization=None if options.quantization is Quantization.NONE else str(options.quantization),
             exponents=dict(options.exponents),
             loras=tuple(self.loras.entries) if self.loras and merged else (),
-            sources=in_order(made_of(source_files(component), self.say).values()),
+            sources=sources,
         )
         return passport_text(of_generations(passport))
 
@@ -213,11 +215,11 @@ def _check(path: Path, name: str) -> None:
         raise ExportError(f"{name}: refused by onnx: {first_line(error)}; this is a bug, report it") from error
 
 
-def _source(path: Path, component: Component) -> SourceEntry:
+def _source(file: PassportSource, component: Component) -> SourceEntry:
     return SourceEntry(
-        name=path.name,
-        bytes=path.stat().st_size,
-        fingerprint=fingerprint(path),
+        name=file.name,
+        bytes=file.bytes,
+        fingerprint=file.fingerprint,
         sha256=None,
         layout=component.layout,
     )

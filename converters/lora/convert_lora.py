@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.callbacks import Say
+from ...schemas.created_by import created_by
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.lora_keys import LoraFormat, LoraTarget
 from ...schemas.messages import known_keywords, listed_below
@@ -19,7 +20,7 @@ from ...storage.atomic_output import check_output, staged_output
 from ...storage.safetensors_writer import write_safetensors
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
-from ..passports import created_by, in_order, made_of, stamped
+from ..passports import made_of, stamped
 from .adapters import Adapter, Axis
 from .factors import Factor, factor_plan
 from .lora_file import Embedding, Lora
@@ -194,7 +195,7 @@ def _passport(lora: Lora, tensors: Mapping[str, Factor], say: Say) -> Passport:
         created_by=created_by(),
         values="copied" if is_copied else "calculated",
         dtypes=dict(Counter(factor.dtype for factor in tensors.values())),
-        sources=in_order(made_of([lora.path], say).values()),
+        sources=tuple(made_of([lora.path], say).values()),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...schemas.callbacks import Say, StartFile
+from ...schemas.created_by import created_by
 from ...schemas.errors import UsageError
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.messages import known_keywords
@@ -20,7 +21,7 @@ from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
-from ..passports import created_by, in_order, made_of
+from ..passports import made_of
 from .changed_tensors import Effect, changed, rewritten
 from .merge_plan import LoraPlan, Merge, check_numbers, plan_loras
 from .merged_files import OutputTree, output_tree
@@ -129,7 +130,7 @@ def _write(
             place = files.place(staged, path)
             if place != staged and is_pickle(path):
                 place = place.with_suffix(".safetensors")
-            made = in_order(made_of([path], replaced.append).values())
+            made = tuple(made_of([path], replaced.append).values())
             text = passport_text(of_generations(passport.model_copy(update={"sources": made})))
             _rewrite(path, place, calculated, _metadata(path, record, text), start_file)
     return effects, [*replaced, *skipped]

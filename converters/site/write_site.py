@@ -6,7 +6,6 @@ website, `generate` runs it, and `force` may replace it.
 
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ...runtime.memory.prediction import loaded_bytes
 from ...runtime.text.tokenizer import read_checked
 from ...runtime.text.tokenizer_file import WHOLE_NAME, shipped
 from ...schemas.callbacks import Say, ignored
+from ...schemas.created_by import created_by
 from ...schemas.errors import UsageError
 from ...schemas.manifest import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, StageEntry, VerdictEntry, to_text
 from ...schemas.precision import Precision
@@ -60,7 +60,7 @@ def write_site(
             (staged / path).write_bytes(content)
         manifest = opened.manifest.model_copy(
             update={
-                "created_by": f"cascadekit {version('cascadekit')}",
+                "created_by": created_by(),
                 "tokenizer": tokenizer_path,
                 "stages": {stage: _described(staged, entry) for stage, entry in entries.items()},
                 "files": tuple(describe_file(staged, staged / path, sha256_of(staged / path)) for path in written),

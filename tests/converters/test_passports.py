@@ -15,7 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from cascadekit import convert, merge_loras
 from cascadekit.cli import main
@@ -31,6 +31,7 @@ from cascadekit.storage.content_digest import content_of
 from cascadekit.storage.safetensors_plan import TensorPlan
 from cascadekit.storage.safetensors_reader import read_header
 from cascadekit.storage.safetensors_writer import write_safetensors
+from helpers.files import flip
 
 SCHEMA = (files("cascadekit.schemas") / "passport.schema.json").read_text(encoding="utf-8")
 
@@ -151,16 +152,8 @@ def test_one_changed_byte_shows_in_a_bundle(tiny: Path, tmp_path: Path) -> None:
     assert contents_of(tmp_path / "bundle", hash=True)
     for name in ("decoder/model.onnx", "prior/weights.safetensors"):
         path = tmp_path / "bundle" / name
-        flip(path, path.stat().st_size - 5)
+        flip(path, path.stat().st_size - 5, touched=False)
         assert name in contents_of(tmp_path / "bundle", hash=True).to_json()["changed"]
-
-
-def flip(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_one_changed_byte_shows_anywhere_in_a_file(tmp_path: Path) -> None:
@@ -233,7 +226,7 @@ def test_inspect_says_so(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(path)])
     assert shown.exit_code == 0
     assert "every byte is as it was written" in shown.output
-    flip(path, path.stat().st_size - 1)
+    flip(path, path.stat().st_size - 1, touched=False)
     shown = CliRunner().invoke(main, ["inspect", str(path), "--json"])
     assert shown.exit_code == 1
     (state,) = json.loads(shown.output)[0]["passports"]
@@ -256,6 +249,16 @@ def test_a_passport_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (state,) = check_passports([path], hash=False)
     assert not state.good
     assert state.text.startswith("changed: ")
+
+
+def test_a_source_with_a_passport_that_cannot_be_read_is_noted_once(tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLE_MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "stage_a.safetensors"
+    save_file(load_file(path), path, {KEY: "{}"})
+    notes = convert(tmp_path / "model", tmp_path / "out", "diffusers", dtype="fp32").notes
+    (note,) = [note for note in notes if note.endswith("it is left out")]
+    assert note.startswith(f"{path}: its passport cannot be read")
+    assert contents_of(tmp_path / "out", hash=True)
 
 
 def test_names_of_a_passport_stay_in_the_folder(tmp_path: Path) -> None:
