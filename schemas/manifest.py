@@ -152,6 +152,13 @@ class StageEntry(FrozenModel):
     def graph_paths(self) -> frozenset[str]:
         return frozenset(graph.path for graph in self.graphs.values())
 
+    def with_main_graph_alone(self) -> Self:
+        """The same stage with the graph "model" alone: without the files of other graphs, and without plans."""
+        main = self.graphs[MAIN_GRAPH]
+        unused = self.graph_paths - {main.path}
+        files = tuple(file for file in self.files if file.path not in unused)
+        return self.model_copy(update={"graphs": {MAIN_GRAPH: main}, "files": files, "plans": ()})
+
 
 def _same(source: PlanSource, file: FileEntry) -> bool:
     if source.sha256 and file.sha256:

@@ -15,7 +15,7 @@ from ...runtime.text.tokenizer_file import WHOLE_NAME, shipped
 from ...schemas.callbacks import Say, ignored
 from ...schemas.created_by import created_by
 from ...schemas.errors import UsageError
-from ...schemas.manifest import MAIN_GRAPH, MANIFEST_NAME, FileEntry, Manifest, StageEntry, VerdictEntry, to_text
+from ...schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, StageEntry, VerdictEntry, to_text
 from ...schemas.precision import Precision
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
@@ -75,15 +75,13 @@ def write_site(
 def _slimmed(bundle: Bundle, stage: Stage) -> StageEntry:
     """The entry of a stage with its main graph alone. Raises UsageError when no browser can run it."""
     bundle.check(stage)
-    entry = bundle.entry(stage)
-    unused = entry.graph_paths - {entry.graphs[MAIN_GRAPH].path}
-    kept = tuple(file for file in entry.files if file.path not in unused)
+    entry = bundle.entry(stage).with_main_graph_alone()
     if entry.precision is Precision.BF16:
         raise UsageError(
             f"{bundle.root}: its {stage} computes in bf16, which {NAME} cannot; export it with --precision "
             f"{stage}=fp32 --storage fp16"
         )
-    for file in kept:
+    for file in entry.files:
         if file.bytes > MAX_FILE_BYTES:
             raise UsageError(
                 f"{bundle.root / file.path}: {file.bytes / 1e9:.2f} GB; expected at most {MAX_FILE_BYTES / 1e9:.2f} "
@@ -95,9 +93,7 @@ def _slimmed(bundle: Bundle, stage: Stage) -> StageEntry:
             f"{bundle.root}: the weights of its {stage} take {needed / 1e9:.2f} GB in memory; expected at most "
             f"{MAX_MEMORY / 1e9:.2f} GB, what WebAssembly can address; {SMALLER}"
         )
-    return entry.model_copy(
-        update={"graphs": {MAIN_GRAPH: entry.graphs[MAIN_GRAPH]}, "files": kept, "plans": (), "weights": "copy"}
-    )
+    return entry.model_copy(update={"weights": "copy"})
 
 
 def _tokenizer(bundle: Bundle) -> str:

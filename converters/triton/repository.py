@@ -17,7 +17,7 @@ from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import ExportError
 from ...schemas.folders import TRITON_FORMAT, TRITON_INDEX
 from ...schemas.forecast import FileSize, Forecast, OnPlan
-from ...schemas.manifest import MAIN_GRAPH, MANIFEST_NAME, Manifest, to_text
+from ...schemas.manifest import MANIFEST_NAME, Manifest, to_text
 from ...schemas.precision import Precision
 from ...schemas.stages import EVERY_IMAGE, Stage
 from ...storage.atomic_output import check_output, staged_output
@@ -173,7 +173,7 @@ def _rows(plans: dict[Stage, StagePlans], options: TritonOptions) -> int:
 
 
 def _stage_model(bundle: Bundle, stage: Stage, options: TritonOptions, plans: StagePlans | None) -> ModelFolder:
-    entry = bundle.entry(stage)
+    entry = bundle.entry(stage).with_main_graph_alone()
     config: dict[str, Any] = {
         "name": str(stage),
         "backend": options.backend,
@@ -184,22 +184,13 @@ def _stage_model(bundle: Bundle, stage: Stage, options: TritonOptions, plans: St
     }
     if not options.exact:  # a batch of several calls rounds differently
         config["dynamic_batching"] = {}
-    graphs = {bundle.root / graph.path for graph in entry.graphs.values()}
-    files = [bundle.root / entry.graphs[MAIN_GRAPH].path]
-    files += [path for path in (bundle.root / file.path for file in entry.files) if path not in graphs]
+    files = [bundle.root / file.path for file in entry.files]
     if plans:
         config |= plans.config()
         return ModelFolder(config, dict(plans.files))
     if options.backend == "onnxruntime":  # several files of one graph lie in a folder of the graph's name
         return ModelFolder(config, {f"model.onnx/{path.name}": path for path in files})
-    alone = entry.model_copy(
-        update={
-            "graphs": {MAIN_GRAPH: entry.graphs[MAIN_GRAPH]},
-            "files": tuple(file for file in entry.files if bundle.root / file.path in files),
-            "plans": (),
-        }
-    )
-    manifest = bundle.manifest.model_copy(update={"stages": {stage: alone}, "tokenizer": None, "files": ()})
+    manifest = bundle.manifest.model_copy(update={"stages": {stage: entry}, "tokenizer": None, "files": ()})
     about = f"The {stage} as a model that runs ONNX Runtime in Python."
     return ModelFolder(
         config,
