@@ -44,15 +44,14 @@ def generate_prompt_file(
     assert settings.bundle is not None
     manifest = manifest_of(settings.bundle, engine)
     require_previewer(manifest, settings.preview_every)
+    draft = draft_batch(manifest, settings, defaults)
     with ExitStack() as stack:
         shown = _Shown(settings, stack, as_json=as_json)
         if ray:
             from .generate_on_ray import on_ray
 
-            draft = draft_batch(manifest, settings, defaults)
             counts, more = on_ray(draft, settings, engine, defaults, address=ray, actors=actors, observer=shown)
         else:
-            draft = draft_batch(manifest, settings, defaults)
             cascade = stack.enter_context(open_cascade(settings.bundle, **engine))
             shown.notes = lambda jobs: _note_needs(cascade, jobs, settings)
             counts = generate_batch(cascade, settings, defaults, shown, draft=draft)

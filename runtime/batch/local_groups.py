@@ -15,7 +15,7 @@ from ..cascade import Cascade
 from ..images.png import Sign, image_bytes
 from ..sampling.loop import Step
 from .batch_runner import GeneratedGroup
-from .generate_requests import generate_requests, text_length
+from .generate_requests import GeneratedImage, generate_requests, text_length
 from .image_jobs import KEY, ImageJob
 from .job_groups import job_groups, windows
 
@@ -102,12 +102,16 @@ class LocalGroups:
                 return
         else:
             clock.lap(Stage.VQGAN)
-            files = [
-                image_bytes(job.path, one.image, {**one.metadata, KEY: job.key}, self.sign)
-                for job, one in zip(group, images, strict=True)
-            ]
-            yield GeneratedGroup(group, files, clock.rounded())
+            yield GeneratedGroup(group, png_files(group, images, self.sign), clock.rounded())
             return
         for job in group:
             self.check()
             yield from self._generated([job], clock)
+
+
+def png_files(jobs: Sequence[ImageJob], images: Sequence[GeneratedImage], sign: Sign | None = None) -> list[bytes]:
+    """The bytes of each job's file. Its key is in the metadata, so that a later run sees that the job is done."""
+    return [
+        image_bytes(job.path, one.image, {**one.metadata, KEY: job.key}, sign)
+        for job, one in zip(jobs, images, strict=True)
+    ]

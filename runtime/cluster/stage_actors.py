@@ -18,10 +18,9 @@ from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.messages import one_line
 from ...schemas.stages import Stage
 from ..batch.generate_requests import GeneratedImage, generate_prior, generate_requests
-from ..batch.image_jobs import KEY, ImageJob, bundle_identity
-from ..batch.local_groups import Stopwatch
+from ..batch.image_jobs import ImageJob, bundle_identity
+from ..batch.local_groups import Stopwatch, png_files
 from ..cascade import Cascade
-from ..images.png import image_bytes
 from ..result import Result
 from ..text.prompts import PromptEmbeds
 from .actor_pools import ActorPool
@@ -182,11 +181,7 @@ def write_files(row: Mapping[str, Any]) -> dict[str, Any]:
     for piece in map(BatchPiece.unpack, row[PIECES]):
         began = perf_counter()
         if piece.error is None:
-            files = [
-                image_bytes(job.path, one.image, {**one.metadata, KEY: job.key})
-                for job, one in zip(piece.jobs, piece.images, strict=True)
-            ]
-            piece = timed(replace(piece, images=(), files=files), "write", began)
+            piece = timed(replace(piece, images=(), files=png_files(piece.jobs, piece.images)), "write", began)
         pieces.append(piece.pack())
     return {PIECES: pieces}
 
