@@ -113,7 +113,7 @@ class PlanState:
 class BundleContents:
     """A bundle's manifest, the state of each plan by its path, and how other files differ from the manifest, likewise.
 
-    True when all files agree with the manifest. The verdict is that of `verify`, on any engine."""
+    True when all files agree with the manifest."""
 
     manifest: "Manifest"
     plan_states: Mapping[str, PlanState]

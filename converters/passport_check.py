@@ -1,6 +1,6 @@
 """Compares files with their passports: weights files, ONNX graphs, and the other files of a model folder.
 
-What hashes is imported where there is a passport: most files that are inspected have none."""
+Most files that are inspected have no passport, so the modules that hash are imported when one is found."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -223,7 +223,8 @@ def _check_castable(tensors: Mapping[str, TensorPlan]) -> None:
             if source.scale is not None and plan.dtype not in (*FLOATS, *WRITTEN):
                 raise ConversionError(
                     f"{source.path}: {name}: {'scaled fp8' if source.dtype in FP8 else source.dtype} (a weight and the "
-                    'scales to multiply it by) has no place here; choose a float dtype, such as dtype="bf16"'
+                    "scales to multiply it by) cannot be stored in this layout; choose a float dtype, such as "
+                    'dtype="bf16"'
                 )
             if source.transposed and (
                 (source.scale and source.scale.group) or {source.dtype, plan.dtype} & {*BLOCK_TYPES}

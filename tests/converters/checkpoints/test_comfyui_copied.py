@@ -74,5 +74,7 @@ def test_the_format_it_has_already_is_copied_and_the_rest_quantised(original: Pa
 @pytest.mark.parametrize("to", ["original", "diffusers"])
 def test_other_layouts_need_a_dtype(original: Path, tmp_path: Path, to: str) -> None:
     nvfp4(original, tmp_path / SPLIT)
-    with pytest.raises(ConversionError, match=r'FP4 .* has no place here; choose a float dtype, such as dtype="bf16"'):
+    with pytest.raises(
+        ConversionError, match=r'FP4 .* cannot be stored in this layout; choose a float dtype, such as dtype="bf16"'
+    ):
         convert(tmp_path / SPLIT, tmp_path / "out", to)
