@@ -135,6 +135,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the example model; read only."""
+    from cascadekit import export
+    from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
+
+    folder = tmp_path_factory.mktemp("model") / "example"
+    export(EXAMPLE_MODEL, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_outputs(tiny: Path) -> "ReferenceOutputs":
     """What the reference gives for every stage of the tiny bundle and for its image, with the floors of every type."""
     from cascadekit.converters.checkpoints.open_model import open_model

@@ -14,9 +14,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cascadekit import Cascade, export
+from cascadekit import Cascade
 from cascadekit.cli import main
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.images.provenance import AI_GENERATED, open_signer, read_manifest
 from cascadekit.schemas.errors import UsageError
@@ -43,13 +42,6 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     path = tmp_path_factory.mktemp("c2pa") / "signer.pem"
     path.write_bytes(certificates + key_pem(key))
     return path, root
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("provenance") / "example"
-    export(EXAMPLE_MODEL, folder)
-    return folder
 
 
 def noise(width: int = 61, height: int = 43) -> Image.Image:
@@ -178,11 +170,11 @@ def quick() -> list[str]:
 
 
 def test_the_commands_sign_and_inspect_says_so(
-    tmp_path: Path, bundle: Path, certified: tuple[Path, bytes], quick: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, example: Path, certified: tuple[Path, bytes], quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, one, many = tmp_path / "plain.png", tmp_path / "one.jpg", tmp_path / "many"
     (tmp_path / "prompts.txt").write_text("a star\n")
-    run = ["generate", str(bundle), *quick]
+    run = ["generate", str(example), *quick]
     assert CliRunner().invoke(main, [*run, "a star", "-o", str(plain)]).exit_code == 0
     assert CliRunner().invoke(main, [*run, "a star", "-o", str(one), "--c2pa", str(certified[0])]).exit_code == 0
     monkeypatch.setenv("CASCADEKIT_C2PA", str(certified[0]))
@@ -205,9 +197,9 @@ def test_the_commands_sign_and_inspect_says_so(
     assert (refused.exit_code, install_hint("c2pa") in refused.output) == (1, True)
 
 
-def test_the_page_and_the_server_sign(bundle: Path, tmp_path: Path, certified: tuple[Path, bytes]) -> None:
+def test_the_page_and_the_server_sign(example: Path, tmp_path: Path, certified: tuple[Path, bytes]) -> None:
     sign, quick = open_signer(certified[0]), {"prompt": "a star", "prior_steps": 1, "decoder_steps": 1}
-    with Cascade.open(bundle, threads=1) as cascade:
+    with Cascade.open(example, threads=1) as cascade:
         with page.serving(cascade, tmp_path, sign=sign) as server:
             job = page.call(server, "POST", "/api/jobs", {**quick, "width": 64, "height": 64}).json["id"]
             page.events(server, job)

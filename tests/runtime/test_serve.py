@@ -21,9 +21,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cascadekit import Cascade, export
+from cascadekit import Cascade
 from cascadekit.cli import main
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -37,15 +36,8 @@ PROMPTS = ("a red circle", "a fox, flat style", "a blue star", "a rocket, glossy
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "example"
-    export(EXAMPLE_MODEL, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cascade(bundle: Path) -> Iterator[Cascade]:
-    with Cascade.open(bundle, threads=1, rows=1) as opened:
+def cascade(example: Path) -> Iterator[Cascade]:
+    with Cascade.open(example, threads=1, rows=1) as opened:
         yield opened
 
 
@@ -279,10 +271,10 @@ def test_the_log_has_prompts_only_when_asked(cascade: Cascade, served: Served) -
         assert telling.log[-1].endswith('"a secret"')
 
 
-def test_the_command_finishes_what_runs_when_it_is_ended(bundle: Path) -> None:
+def test_the_command_finishes_what_runs_when_it_is_ended(example: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "cascadekit", "serve", str(bundle), "--port", str(port), "--threads", "1"]
+    command = [sys.executable, "-m", "cascadekit", "serve", str(example), "--port", str(port), "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert f":{port}/v1  serves example" in process.stdout.readline()
@@ -302,7 +294,7 @@ def test_the_command_finishes_what_runs_when_it_is_ended(bundle: Path) -> None:
     [(["--host", "0.0.0.0"], None, "--api-key"), ([], "starlette", install_hint("serve"))],
 )
 def test_the_command_refuses(
-    bundle: Path, options: list[str], missing: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+    example: Path, options: list[str], missing: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CASCADEKIT_API_KEY", raising=False)
     if missing:
@@ -310,6 +302,6 @@ def test_the_command_refuses(
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, f"{missing}.datastructures", None)
         monkeypatch.setitem(sys.modules, missing, None)
-    found = CliRunner().invoke(main, ["serve", str(bundle), *options])
+    found = CliRunner().invoke(main, ["serve", str(example), *options])
     assert found.exit_code in (1, 2)
     assert words in found.output

@@ -4,12 +4,12 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cascadekit import Cascade, export
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
+from cascadekit import Cascade
 
 pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -23,10 +23,8 @@ CALL = {"prompt": "a red circle", "size": "64x64", "prior_steps": 1, "decoder_st
 
 
 @pytest.fixture(scope="module")
-def cascade(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cascade]:
-    folder = tmp_path_factory.mktemp("clients") / "example"
-    export(EXAMPLE_MODEL, folder)
-    with Cascade.open(folder, threads=1, rows=1) as opened:
+def cascade(example: Path) -> Iterator[Cascade]:
+    with Cascade.open(example, threads=1, rows=1) as opened:
         yield opened
 
 

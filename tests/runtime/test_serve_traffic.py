@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cascadekit import Cascade, export
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
+from cascadekit import Cascade
 
 pytest.importorskip("starlette")
 from helpers.traffic import GENERATIONS, KINDS, Expected, Traffic, expected, message, reply_of
@@ -27,15 +26,8 @@ HELD = 90  # seconds until the server has ended connections that wait for their 
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("traffic") / "example"
-    export(EXAMPLE_MODEL, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(bundle: Path) -> Expected:
-    with Cascade.open(bundle, threads=1, rows=1) as cascade:
+def alone(example: Path) -> Expected:
+    with Cascade.open(example, threads=1, rows=1) as cascade:
         return expected(cascade)
 
 
@@ -58,10 +50,10 @@ class Process:
 
 
 @contextmanager
-def served(bundle: Path, folder: Path) -> Iterator[Process]:
+def served(example: Path, folder: Path) -> Iterator[Process]:
     log, scratch = folder / "log", folder / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "cascadekit", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "cascadekit", "serve", str(example), "--port", "0", "--threads", "1"]
     command += ["--engine", "onnxruntime", "--queue", "12"]
     with (
         log.open("wb") as output,
@@ -99,8 +91,8 @@ def check_ended_well(server: Process, traffic: Traffic) -> None:
     assert "cascadekit_waiting_images 0.0" in metrics
 
 
-def test_mixed_calls(bundle: Path, alone: Expected, tmp_path: Path) -> None:
-    with served(bundle, tmp_path) as server:
+def test_mixed_calls(example: Path, alone: Expected, tmp_path: Path) -> None:
+    with served(example, tmp_path) as server:
         traffic = Traffic(server.port, alone)
         traffic.run(45, seed=1, callers=8)
         assert set(traffic.done) == {kind.__name__ for kind in KINDS}
@@ -108,8 +100,8 @@ def test_mixed_calls(bundle: Path, alone: Expected, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_mixed_calls(bundle: Path, alone: Expected, tmp_path: Path) -> None:
-    with served(bundle, tmp_path) as server:
+def test_a_thousand_mixed_calls(example: Path, alone: Expected, tmp_path: Path) -> None:
+    with served(example, tmp_path) as server:
         traffic = Traffic(server.port, alone)
         held = [traffic.connected() for _ in range(3)]
         with held[0] as body, held[1] as head, held[2] as answer:
@@ -138,9 +130,9 @@ def settled(server: Process) -> int:
 
 
 @pytest.mark.soak
-def test_ten_minutes_of_mixed_calls(bundle: Path, alone: Expected, tmp_path: Path) -> None:
+def test_ten_minutes_of_mixed_calls(example: Path, alone: Expected, tmp_path: Path) -> None:
     until = time.monotonic() + 600
-    with served(bundle, tmp_path) as server:
+    with served(example, tmp_path) as server:
         traffic, found, seed = Traffic(server.port, alone), [], 100
         while time.monotonic() < until:
             traffic.run(WARM_UP if not found else 200, seed, callers=16, until=until)
