@@ -10,7 +10,6 @@ from ...schemas.stages import Stage
 
 FIELDS = ("cpus", "gpus")
 NUMBER = re.compile(r"\d{1,6}(\.\d{1,4})?")
-WRITE_CPUS = 0.25  # of a task that encodes a PNG
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,14 @@ def fitted_pools(
     fitted = {
         stage: replace(pool, gpus=shares[stage] if pool.gpus is None else pool.gpus) for stage, pool in pools.items()
     }
-    needed = {"CPU": WRITE_CPUS, "GPU": 0.0}
+    needed = {"CPU": 0.0, "GPU": 0.0}
     for pool in fitted.values():
         needed["CPU"] += (pool.size or 1) * pool.cpus
         needed["GPU"] += (pool.size or 1) * (pool.gpus or 0.0)
     for name, number in needed.items():
         if number > cluster.get(name, 0.0) + 1e-6:
             raise UsageError(
-                f"actors: they need {number:g} {name}s with the task that writes, the cluster has "
+                f"actors: they need {number:g} {name}s, the cluster has "
                 f"{cluster.get(name, 0.0):g}; give fewer actors, or smaller shares, as in actors=prior=1,cpus=0.5"
             )
     return fitted

@@ -19,11 +19,12 @@ from ..batch.batch_runner import GeneratedGroup
 from ..batch.image_jobs import ImageJob
 from ..batch.job_groups import job_groups, windows
 from ..memory.prediction import loaded_bytes
-from .actor_pools import WRITE_CPUS, ActorPool
+from .actor_pools import ActorPool
 from .stage_actors import ACTORS, PIECES, BatchPiece, ClusterBundle, StageActor, write_files
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies
+WRITERS = 4  # tasks that encode PNG files at a time
 BESIDE = {Stage.DECODER: (Stage.VQGAN,)}  # stages that an actor runs too
 
 
@@ -84,7 +85,8 @@ class ClusterGroups:
                 num_gpus=pool.gpus or None,
                 memory=weights,
             )
-        return dataset.map(write_files, num_cpus=WRITE_CPUS)
+        # Without a share of a CPU: tasks that asked for one would wait until actors end, where these fill all nodes.
+        return dataset.map(write_files, num_cpus=0, compute=data.TaskPoolStrategy(size=WRITERS))
 
 
 def _length(numbers: "count[int]") -> Callable[[Request], int]:

@@ -88,15 +88,13 @@ def test_an_actor_and_a_node_die(tiny: Path, tmp_path: Path, cluster: Any) -> No
     with (tmp_path / "report").open("w") as report:
         batch = subprocess.Popen(arguments, stdout=report, stderr=subprocess.PIPE, text=True)
 
-    def has(images: int) -> bool:
+    def working(images: int, actor: str) -> list[Any]:
+        """The second node's actors, once there are `images`."""
         assert batch.poll() is None, batch.stderr and batch.stderr.read()
-        return len(list(output.glob("*.png"))) >= images
+        return actors_of(second, actor) if len(list(output.glob("*.png"))) >= images else []
 
-    waits_for(lambda: has(60))
-    victim = waits_for(lambda: actors_of(second, "MapWorker"))[0]
-    victim.kill()
-    waits_for(lambda: has(200))
-    waits_for(lambda: has(200) and actors_of(second, "ray::Map"))  # the node works for the batch
+    waits_for(lambda: working(20, "MapWorker"))[0].kill()
+    waits_for(lambda: working(60, "MapWorker"))
     cluster.remove_node(second, allow_graceful=False)
     cluster.add_node(**node())  # in its place, as the first node is full
     died_at = len(list(output.glob("*.png")))
