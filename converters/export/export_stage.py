@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +15,10 @@ from ...schemas.config_json import to_json
 from ...schemas.created_by import created_by
 from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError
+from ...schemas.folded_biases import BIASES_NAME
 from ...schemas.manifest import FileEntry, GraphEntry, SourceEntry, StageEntry
 from ...schemas.passport import Passport, PassportSource, of_generations, passport_text
+from ...schemas.precision import Target
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
 from ...storage.content_digest import fill_in_digest
@@ -27,6 +29,7 @@ from ..passports import in_order, made_of
 from .bundle_weights import StageWeights, add_weights, copy_weights, source_files
 from .derive_graph_options import derive_graph_options
 from .export_options import ExportOptions
+from .fold_biases import fold_biases
 from .graph_files import beside_holes, check_graph, first_line, opset_of, port_entries, stamp
 from .quantize_choice import QuantizationChoice
 from .quantize_stage import quantize_stage
@@ -90,6 +93,8 @@ class StageExporter:
             quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)
             weights, options = StageWeights("copy", quantized.tensors, quantized.files), quantized.options
             self.on_quantized(component.stage, quantized.choice)
+        if options.target is Target.ORT:
+            weights = _with_biases(component, weights, options, folder)
         if self.options.hash:
             for path in weights.files:
                 self.hashes.start(path)
@@ -160,6 +165,14 @@ class StageExporter:
         exact = {*FP8, "BF16"}  # what BF16 holds exactly; GGUF's blocks need the digits of scale times code
         tensors = component.tensors.values()
         return "BF16" if all(tensor.dtype in exact and not tensor.scale for tensor in tensors) else "F32"
+
+
+def _with_biases(component: Component, weights: StageWeights, options: GraphOptions, folder: Path) -> StageWeights:
+    """`weights` and the biases that are computed from them for ONNX Runtime."""
+    path = folder / BIASES_NAME
+    biases = fold_biases(component.config, weights.tensors, path, quantized=options.quantized)
+    files = (*weights.files, path) if biases else weights.files
+    return replace(weights, tensors={**weights.tensors, **biases}, files=files)
 
 
 def _require_floats(component: Component) -> None:

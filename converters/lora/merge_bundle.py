@@ -7,12 +7,13 @@ Files that are shared with the model are therefore never written to, and undoing
 
 from __future__ import annotations  # help() shows the types as they are written here
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...schemas.callbacks import StartFile
 from ...schemas.errors import CheckpointError, ConversionError, UsageError
+from ...schemas.folded_biases import BIASES_NAME
 from ...schemas.manifest import MANIFEST_NAME, FileEntry, LoraState, Placement, StageEntry, to_text
 from ...schemas.messages import known_keywords, listed_below
 from ...schemas.quantization import Quantization
@@ -21,6 +22,7 @@ from ...storage.atomic_output import staged_output
 from ...storage.bundle import Bundle, locked_bundle, open_bundle
 from ...storage.file_hashes import describe_file, find_change, sha256_of
 from ..checkpoints.component import Component
+from ..export.fold_biases import depends_on, fold_biases
 from .bundle_components import bundle_component
 from .bundle_files import copy, link, link_others, share_others
 from .changed_tensors import Changes, Effect, overwrite
@@ -143,7 +145,15 @@ class _BundleMerge:
     def replaced(self) -> set[Path]:
         """The files that change: the manifest, and the weights that hold changed tensors."""
         tensors = (self.plan.components[stage].tensors[name] for stage, names in self.changes.items() for name in names)
-        return {self.bundle.root / MANIFEST_NAME, *(tensor.path for tensor in tensors)}
+        biases = (path for stage in self.changes for path in self._stale_biases(stage))
+        return {self.bundle.root / MANIFEST_NAME, *(tensor.path for tensor in tensors), *biases}
+
+    def _stale_biases(self, stage: Stage) -> Iterator[Path]:
+        """Yield the file of biases that were computed from weights that change, if the stage has one."""
+        path = self.bundle.root / stage / BIASES_NAME
+        has_one = any(self.bundle.root / file.path == path for file in self.bundle.entry(stage).files)
+        if has_one and depends_on(self.plan.components[stage].config, self.changes[stage].keys()):
+            yield path
 
     def write(
         self,
@@ -164,6 +174,8 @@ class _BundleMerge:
         }
         for stage, changes in self.changes.items():
             effects += self._rewrite(stage, changes, staged, start)
+            for path in self._stale_biases(stage):
+                self._fold_again(stage, staged, path)
             stages[stage] = self._with_new_files(stages[stage], staged)
         state = LoraState(loras=tuple(self.plan.entries), kept=tuple(kept))
         manifest = self.bundle.manifest.model_copy(update={"stages": stages, "lora": state})
@@ -182,6 +194,15 @@ class _BundleMerge:
                 copy(tensor.path, path, start(label, tensor.path.stat().st_size) if start else None)
         return overwrite(tensors, changes)
 
+    def _fold_again(self, stage: Stage, staged: Path, biases: Path) -> None:
+        """Write the biases of a stage from its weights in `staged`."""
+        root, component = self.bundle.root, self.plan.components[stage]
+        here = {
+            name: replace(tensor, path=staged / tensor.path.relative_to(root))
+            for name, tensor in component.tensors.items()
+        }
+        fold_biases(component.config, here, staged / biases.relative_to(root))
+
     def _with_new_files(self, entry: StageEntry, staged: Path) -> StageEntry:
         """Return the stage's entry with the sizes and hashes of the files that changed."""
         root, replaced = self.bundle.root, self.replaced
@@ -191,8 +212,13 @@ class _BundleMerge:
             else file
             for file in entry.files
         )
-        weights = {root / file.path for file in entry.files if file.path not in entry.graph_paths}
+        weights = {root / file.path for file in entry.files if _is_weights(file, entry)}
         return entry.model_copy(update={"files": files, "weights": "copy" if weights <= replaced else entry.weights})
+
+
+def _is_weights(file: FileEntry, entry: StageEntry) -> bool:
+    """True for the files that came from a model: no graph, and no biases that were computed."""
+    return file.path not in entry.graph_paths and not file.path.endswith(f"/{BIASES_NAME}")
 
 
 def _open_plain(root: str | Path) -> Bundle:
@@ -245,7 +271,7 @@ def _keep(bundle: Bundle, staged: Path, name: str) -> FileEntry:
 
 def _with_placement(entry: StageEntry, staged: Path, placements: Mapping[Path, Placement]) -> StageEntry:
     """Return the stage's entry with the placement of its weights; of several, the one that shares most."""
-    paths = (staged / file.path for file in entry.files if file.path not in entry.graph_paths)
+    paths = (staged / file.path for file in entry.files if _is_weights(file, entry))
     found = {placements[path] for path in paths if path in placements}
     placement = next((one for one in ("link", "reflink", "copy") if one in found), entry.weights)
     return entry.model_copy(update={"weights": placement})

@@ -249,6 +249,10 @@ class GraphBuilder:
             self._initializers[name] = external_tensor(name, dims, weight, data_type)
         return name
 
+    def has(self, name: str) -> bool:
+        """True if there is a tensor `name` to read."""
+        return name in self._weights
+
     def shape_of(self, name: str) -> Shape:
         """Shape of the tensor `name` before quantisation."""
         return self._expected[name]

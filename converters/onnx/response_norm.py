@@ -6,6 +6,7 @@ the pixels, divided by its mean over the channels.
 
 from onnx import TensorProto
 
+from ...schemas.folded_biases import folded_name
 from ...schemas.precision import Target
 from .graph import Graph
 from .streams import NORM_EPS
@@ -96,7 +97,14 @@ def _norms(graph: Graph, name: str, tokens: str, size: str) -> str:
 
 
 def _bias_with_beta(graph: Graph, norm: str, linear: str, width: int, exponent: int) -> str:
-    """2^-exponent of the bias plus the weight times beta: (1, out). Runtimes fold it when they load the graph."""
+    """2^-exponent of the bias plus the weight times beta: (1, out), see ``schemas.folded_biases``.
+
+    Runtimes fold it when they load the graph, where no export has computed it."""
+    out = graph.shape_of(f"{linear}.weight")[0]
+    if graph.has(folded_name(linear)):
+        for part in (f"{norm}.beta", f"{linear}.bias"):  # no node reads them; LoRAs that change them find them here
+            graph.stored(part)
+        return graph.scaled_weight(folded_name(linear), exponent, (1, out))
     inside = graph.type
     with graph.island():
         beta = graph.weight(f"{norm}.beta", (1, width))

@@ -8,6 +8,7 @@ import onnx
 
 from ...schemas.control import control_ports, control_ranges
 from ...schemas.errors import UsageError
+from ...schemas.folded_biases import folded_shapes
 from ...schemas.hoisted import conditioning_ports, step_ports
 from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
 from ...schemas.quantization import Quantization, candidates
@@ -64,7 +65,8 @@ def write_graph(
     be written for; UsageError for options that exclude each other."""
     writer = WRITERS[config.stage][name]
     _check_quantized(config, options)
-    return writer(Graph(graph_ports(config, options, name), expected_tensors(config), weights, options), config)
+    expected = expected_tensors(config) | folded_shapes(config)
+    return writer(Graph(graph_ports(config, options, name), expected, weights, options), config)
 
 
 def write_graphs(

@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 from cascadekit.converters.export.bundle_weights import projections_together
 from cascadekit.converters.onnx import GraphOptions, write_graph
 from cascadekit.parity.reference import load_reference
+from cascadekit.schemas.folded_biases import BIASES_NAME, folded_shapes
 from cascadekit.schemas.ports import ports_of
 from cascadekit.schemas.stages import NetworkConfig
 from cascadekit.schemas.tensors import expected_tensors, is_counter
@@ -109,14 +110,17 @@ def random_tensors(config: NetworkConfig, seed: int) -> dict[str, Any]:
     return tensors
 
 
-def places_of(config: NetworkConfig, dtype: str = "F32") -> dict[str, TensorRange]:
-    """Places of the weights in a file that is not there, in the order of `export`."""
+def places_of(config: NetworkConfig, dtype: str = "F32", *, biases: bool = False) -> dict[str, TensorRange]:
+    """Places of the weights in a file that is not there, in the order of `export`; with `biases` also of those that
+    `export` computes for ONNX Runtime."""
     shapes = expected_tensors(config)
     found, offset = {}, 0
     for name in projections_together(list(shapes)):
         nbytes = math.prod(shapes[name]) * (4 if dtype == "F32" else 2)
         found[name] = TensorRange(Path("weights.safetensors"), dtype, shapes[name], offset, nbytes)
         offset += nbytes
+    for name, shape in folded_shapes(config).items() if biases else ():
+        found[name] = TensorRange(Path(BIASES_NAME), "F32", shape, 0, 4 * math.prod(shape))
     return found
 
 
