@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ...runtime.engines.onnxruntime import import_onnxruntime
+from ...runtime.engines.onnxruntime import import_onnxruntime, keep_mapped
 from ...schemas.errors import EngineError, ExportError
 from ...schemas.ports import ports_of
 from ...schemas.quantization import Quantization, Scheme, linears, stored_tensors
@@ -217,13 +217,13 @@ def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: In
         raise ExportError(f"the error of quantisation is measured with ONNX Runtime: {install_hint('cpu')}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped and are not copied
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # freed memory goes back to the system
+    disabled = keep_mapped(options)
+    options.enable_mem_pattern = False  # freed memory goes back to the system
     path = folder / GRAPH_NAME
     try:
         onnx.save_model(model, path)
         session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
         return dict(zip(values, session.run(list(values), dict(inputs)), strict=True))
     except Exception as error:  # onnxruntime has a class of its own for each status code

@@ -45,6 +45,8 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
+# The optimizers that would cast weights for good. The second does so for weights in fp16 alone.
+FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory with its weights in files
 
 # The operators that take the time of a network. Others may run on the CPU, where ONNX Runtime computes shapes.
@@ -243,7 +245,7 @@ def keep_mapped(options: Any) -> list[str]:
     """Set `options` to leave weights in their files; returns the names of the optimizers to switch off."""
     options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are copies in memory
     options.enable_cpu_mem_arena = False  # an arena would keep the casts of all weights
-    return ["ConstantFolding"]  # folding would cast the weights for good
+    return list(FOLDING)
 
 
 def open_session(path: Path, device: str = "cpu") -> Any:
