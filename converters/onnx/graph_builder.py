@@ -336,10 +336,11 @@ class GraphBuilder:
         outputs += [helper.make_tensor_value_info(probe, TensorProto.FLOAT, ()) for probe in self._probes]
         given = (port.name for port in self._ports.outputs if port.name in self._inner)
         graph = helper.make_graph(
-            [
-                *_constants_first(self._nodes, self._initializers),
-                *(_cast(self._inner[port], port, TensorProto.FLOAT) for port in given),
-            ],
+            _in_order(
+                [*self._nodes, *(_cast(self._inner[port], port, TensorProto.FLOAT) for port in given)],
+                self._initializers,
+                self._probes,
+            ),
             name,
             [_value_info(port) for port in self._ports.inputs],
             outputs,
@@ -359,20 +360,23 @@ class GraphBuilder:
         return [("", self.options.opset), *([(ORT_DOMAIN, 1)] if ORT_DOMAIN in domains else [])]
 
 
-def _constants_first(nodes: Iterable[onnx.NodeProto], initializers: Iterable[str]) -> list[onnx.NodeProto]:
-    """The same nodes, those that read weights alone at the beginning.
+def _in_order(
+    nodes: Iterable[onnx.NodeProto], initializers: Iterable[str], probes: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """The same nodes: those that read weights alone first, probes last, and the earliest probe at the end.
 
-    Of the inputs of a node, ONNX Runtime computes that of the latest node first. So a weight that is not folded, as in
-    the engine onnxruntime-mapped, is cast when its product is due. Elsewhere, many casts would come long before, and
-    would be in memory together."""
-    constants = set(initializers)
+    ONNX Runtime computes the inputs of a node from the latest to the earliest, and likewise the outputs of a graph. So
+    a weight that is not folded, as in the engine onnxruntime-mapped, is cast when its product is due. A probe is
+    computed as soon as its value. In another order, many casts and probed values would be in memory together."""
+    constants, probed = set(initializers), set(probes)
     first: list[onnx.NodeProto] = []
     others: list[onnx.NodeProto] = []
+    last: list[onnx.NodeProto] = []
     for node in nodes:
         alone = all(name in constants for name in node.input)
-        (first if alone else others).append(node)
+        (first if alone else last if node.output[0] in probed else others).append(node)
         constants.update(node.output if alone else ())
-    return [*first, *others]
+    return [*first, *others, *reversed(last)]
 
 
 def _inner_names(ports: StagePorts, to: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Calibration takes little memory beside the weights, which stay in their file.
 
-Of the weights, only those whose product is due are in memory in fp32. The values of one pass come on top. The quick
-test holds a proportion, with small values. The slow one holds the bound for the full prior."""
+Of the weights, only those whose product is due are in memory in fp32; of the probed values, only those of one block.
+The quick test holds a proportion: each of the two would break it. The slow one holds the bound for the full prior."""
 
 import threading
 import time
@@ -63,7 +63,7 @@ def test_weights_are_in_memory_a_few_at_a_time(
 ) -> None:
     """In the types that a bundle in fp16 may store: its own, or that of the model with linked weights."""
     monkeypatch.setattr(calibrate_fp16, "STEPS", 2)
-    monkeypatch.setattr(calibrate_fp16, "SIDES", {Stage.PRIOR: 2})
+    monkeypatch.setattr(calibrate_fp16, "SIDES", {Stage.PRIOR: 8})
     tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(CONFIG, 0).items()}
     save_file(tensors, tmp_path / "weights.safetensors")
     del tensors
