@@ -13,7 +13,7 @@ from ..schemas.stages import Variant
 from .cli import AS_JSON, names_option, show, show_progress
 
 if TYPE_CHECKING:
-    from .gpu import GpuBenchReport
+    from .gpu.report import GpuBenchReport
 
 SIZES = ("lite", "full")
 DEFAULT_PRECISIONS = "fp16,fp32,bf16"
@@ -42,7 +42,7 @@ def gpu(
 
     Example: cascadekit bench gpu --work /dev/shm --sizes lite
     """
-    from .gpu import GpuBench, bench_gpu
+    from .gpu.run import GpuBench, bench_gpu
 
     bench = GpuBench(
         variants=tuple(Variant(size) for size in sizes),

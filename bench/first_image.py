@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -11,9 +10,8 @@ from typing import Any
 
 from ..runtime.cascade import Cascade
 from ..schemas.callbacks import Say
-from ..storage.bundle import open_bundle
 from .machine import describe_machine
-from .process import WorkerJob, bring_into_cache
+from .process import WorkerJob, bring_into_cache, bundle_files
 
 PROMPT = "an image of a shiba inu, donning a spacesuit and helmet"
 
@@ -56,12 +54,6 @@ def bench_first_image(job: FirstImageJob, rounds: int = 3, say: Say = lambda tex
     machine["load_average"]["after"] = os.getloadavg()[0]
     described = {name: value for name, value in asdict(job).items() if name != "bundle"}
     return FirstImageReport(machine, described, tuple(found))
-
-
-def bundle_files(root: Path) -> Sequence[Path]:
-    """The graphs and weights of a bundle."""
-    entries = open_bundle(root).manifest.stages.values()
-    return sorted({root / file.path for entry in entries for file in entry.files})
 
 
 def main() -> None:

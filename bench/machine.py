@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..parity.report.circumstances import cpu_model
-
 
 def describe_machine(folder: Path, *, peer: bool = False) -> dict[str, Any]:
     """The facts that measured numbers depend on: processor, memory, the disk below `folder`, versions."""
+    from ..parity.report.circumstances import cpu_model  # the floor of parity: processes that measure do without
+
     kind, device = _file_system(folder)
     libraries = ("cascadekit", "numpy", *(("diffusers", "torch", "safetensors", "accelerate") if peer else ()))
     return {

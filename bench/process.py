@@ -14,6 +14,7 @@ from typing import Any
 
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
+from ..storage.bundle import open_bundle
 from .machine import describe_machine
 from .report import Case, Run
 
@@ -141,6 +142,12 @@ def bring_into_cache(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         while file.read(BLOCK):
             pass
+
+
+def bundle_files(root: Path) -> Sequence[Path]:
+    """The graphs and weights of a bundle."""
+    entries = open_bundle(root).manifest.stages.values()
+    return sorted({root / file.path for entry in entries for file in entry.files})
 
 
 def cached_share(path: Path) -> float | None:

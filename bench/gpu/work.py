@@ -1,4 +1,6 @@
-"""The process of one phase: makes files, exports, or measures a stage or an image. It prints one line of JSON."""
+"""The process of one phase: makes files, exports, or measures a stage or an image. It prints one line of JSON.
+
+What makes and exports is imported by these phases alone; the others start in a part of the time."""
 
 import json
 import shutil
@@ -12,9 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ...converters.checkpoints.convert import convert
-from ...converters.checkpoints.tiny_cascade import write_tiny_cascade
-from ...converters.export.export import export
 from ...runtime.engines.engine_table import make_engine
 from ...runtime.engines.protocol import Engine, Run, Tensors
 from ...runtime.sampling.denoiser import HoistedStage, is_hoisted, prepare
@@ -23,9 +22,7 @@ from ...schemas.layouts import Layout
 from ...schemas.precision import Precision, Target
 from ...schemas.stages import PRESETS, Stage, Variant
 from ...storage.bundle import open_bundle
-from ..first_image import FirstImageJob, bundle_files
-from ..process import bring_into_cache
-from ..standins import require_space, write_stand_in
+from ..process import bring_into_cache, bundle_files
 from .job import RATIO, Arrays, GpuJob, gpu_megabytes, inputs_of, relative_l2
 from .phases import ENGINE, SAMPLED, STAGES, Phase
 
@@ -43,6 +40,10 @@ RATIOS = np.linspace(1, 0.05, 20, dtype=np.float32)  # a schedule; RATIO is put 
 
 def make(job: GpuJob, phase: Phase) -> Result:
     """A model folder with random weights of real size."""
+    from ...converters.checkpoints.convert import convert
+    from ...converters.checkpoints.tiny_cascade import write_tiny_cascade
+    from ..standins import require_space, write_stand_in
+
     root = job.root(phase)
     shutil.rmtree(root, ignore_errors=True)
     original = root / "original"
@@ -67,6 +68,8 @@ def make(job: GpuJob, phase: Phase) -> Result:
 
 def export_bundle(job: GpuJob, phase: Phase) -> Result:
     """A bundle for ONNX Runtime, all stages in one precision."""
+    from ...converters.export.export import export
+
     assert phase.precision is not None
     target = Target.PORTABLE if (job.device, phase.precision) == ("cpu", Precision.BF16) else Target.ORT
     began = perf_counter()
@@ -168,6 +171,8 @@ def _parity(job: GpuJob, phase: Phase, outputs: Arrays) -> Result:
 
 def image(job: GpuJob, phase: Phase) -> Result:
     """A cold start: a fresh process that generates an image, and then two more."""
+    from ..first_image import FirstImageJob
+
     start = FirstImageJob(
         threads=0,
         runs=2,

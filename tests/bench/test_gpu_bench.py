@@ -14,10 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.bench.commands import bench as bench_command
-from cascadekit.bench.gpu import GpuBench, GpuBenchReport, bench_gpu, run, work
+from cascadekit.bench.gpu import run, work
 from cascadekit.bench.gpu.job import GpuJob
 from cascadekit.bench.gpu.kit import BENCH, INSTALLER, pack
 from cascadekit.bench.gpu.phases import Phase, plan
+from cascadekit.bench.gpu.report import GpuBenchReport
+from cascadekit.bench.gpu.run import GpuBench, bench_gpu
 from cascadekit.bench.gpu.state import BenchState
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.precision import Precision
