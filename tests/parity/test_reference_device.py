@@ -1,15 +1,19 @@
 """The reference on another device. No GPU is here: torch's device without storage stands in, and its own switches."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 import cascadekit
 from cascadekit.cli import main
+from cascadekit.converters.checkpoints.component import Component
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.reference import build_reference
+from cascadekit.parity.reference import build_reference, loading
 from cascadekit.parity.reference.loading import load_component, reference_engine
 from cascadekit.runtime.engines.pytorch.device import computing_on
 from cascadekit.schemas.errors import UsageError
@@ -98,3 +102,31 @@ def test_a_gpu_computes_without_tf32_and_its_memory_is_freed(tiny: Path, monkeyp
     runner.close()
     assert freed == [True]
     assert reference_engine(open_model([tiny / "model"]), [], device="cuda").name == "torch on cuda"
+
+
+def test_a_whole_verification(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option reaches every network of the reference. Their GPU is the CPU here."""
+    placed = []
+
+    def load_here(component: Component, dtype: torch.dtype, device: str) -> nn.Module:
+        placed.append((component.stage, device))
+        return load_component(component, dtype)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading, "load_component", load_here)
+    shutil.copytree(tiny / "bundle", tmp_path / "bundle")
+    stages = ("--stage", "vqgan", "--stage", "text_encoder")
+    arguments = [
+        "verify",
+        tmp_path / "bundle",
+        "--against",
+        tiny / "model",
+        "--reference-device",
+        "cuda",
+        *stages,
+        "--json",
+    ]
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    assert set(placed) == {(Stage.VQGAN, "cuda"), (Stage.TEXT_ENCODER, "cuda")}
+    assert json.loads(result.stdout)["passed"]
