@@ -1,6 +1,7 @@
 """How many kernels a step launches on a GPU, by the nodes of the written graphs of real size."""
 
 from collections import Counter
+from itertools import pairwise
 
 import onnx
 import pytest
@@ -64,12 +65,13 @@ def beside_convolutions(model: onnx.ModelProto) -> int:
 def step_of(stage: Stage, variant: Variant, precision: Precision) -> onnx.ModelProto:
     config = PRESETS[stage, variant]
     options = GraphOptions(precision=precision, target=Target.ORT)
-    return write_graph(config, places_of(config, STORED[precision]), options, "step")
+    return write_graph(config, places_of(config, STORED[precision], biases=True), options, "step")
 
 
 @pytest.mark.parametrize(("stage", "variant", "precision"), LAUNCHES, ids=str)
 def test_launches_of_a_step(stage: Stage, variant: Variant, precision: Precision) -> None:
-    weights, model = places_of(PRESETS[stage, variant], STORED[precision]), step_of(stage, variant, precision)
+    weights = places_of(PRESETS[stage, variant], STORED[precision], biases=True)
+    model = step_of(stage, variant, precision)
     found = launches(model).total() - (beside_convolutions(model) if precision is FP16 else 0)
     assert found == LAUNCHES[stage, variant, precision]
     if precision is FP16:
@@ -81,6 +83,17 @@ def test_launches_of_a_step(stage: Stage, variant: Variant, precision: Precision
             assert "channelwise" not in node.name or node.input[0] in weights or "/bias" in node.name
 
 
+@pytest.mark.parametrize("precision", [FP16, BF16])
+def test_images_are_resized_where_their_sizes_may_differ(precision: Precision) -> None:
+    """The decoder halves its sides three times and doubles them: 135 of an image of 1080 pixels comes back as 134."""
+    sides = [1080 // 8]
+    while len(sides) < 4:
+        sides.append(sides[-1] // 2)
+    assert all(2 * small < large for large, small in pairwise(sides))
+    assert launches(step_of(DECODER, FULL, precision))["Resize"] == 3
+    assert launches(step_of(PRIOR, FULL, precision))["Resize"] == 0
+
+
 def test_what_bf16_launches_more() -> None:
     """The step in bf16 has the operators of fp16, but for the norm over pixels, which has no kernel in bf16. It also
     keeps its transposes, as there are no convolutions on channels last in bf16."""
@@ -90,5 +103,5 @@ def test_what_bf16_launches_more() -> None:
     assert launches(narrow) - launches(wide) == {"ReduceL2": blocks}
     transposes = beside_convolutions(narrow)
     assert LAUNCHES[PRIOR, LITE, BF16] == LAUNCHES[PRIOR, LITE, FP16] + transposes + 2 * blocks + 1
-    # Three more operators of ONNX Runtime 1.31 would save one launch a block each, see docs/gpu.md: not enough.
+    # Three more operators of ONNX Runtime 1.31 would save one launch a block each, see docs/graph.md: not enough.
     assert LAUNCHES[PRIOR, LITE, BF16] - 3 * blocks > BEFORE[PRIOR, LITE] / 2
