@@ -44,7 +44,7 @@ class FakeOrtCuda:
         self.has, self.starts, self.parts = list(has), list(starts), parts
         self.refuses, self.fails_to_capture, self.stale, self.releases = refuses, fails_to_capture, set(stale), releases
         self.asked: list[dict[str, Any]] = []
-        self.entries: list[dict[str, str]] = []  # of each session's options
+        self.opened: list[tuple[Path, Any]] = []  # the graph and the options of each session
         self.sessions: list[FakeSession] = []
         self.memory: dict[int, Any] = {}  # arrays by address
         self.uploads: list[int] = []  # bytes of each copy from the host
@@ -65,6 +65,7 @@ class FakeOrtCuda:
     def InferenceSession(self, path: Path, options: Any, **wishes: Any) -> "FakeSession":  # noqa: N802
         self.call()
         self.asked.append(wishes)
+        self.opened.append((path, options))
         chosen = dict(each if isinstance(each, tuple) else (each, {}) for each in wishes["providers"])
         graphs = chosen.get(CUDA, {}).get("enable_cuda_graph") == "1"
         if graphs and self.refuses:

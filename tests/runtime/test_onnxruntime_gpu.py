@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
+from cascadekit import export
 from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import (
@@ -64,6 +66,31 @@ def test_a_session_on_the_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
     assert asked["providers"] == [(CUDA, fast)]  # the vqgan runs once for an image: no CUDA graph
     OnnxRuntimeEngine(bundle, "cuda", tf32=True).load(Stage.DECODER)
     assert ort.asked[-1]["providers"] == [(CUDA, {**fast, "use_tf32": "1", "enable_cuda_graph": "1"})]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_weights_go_from_their_file_to_the_device(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """ONNX Runtime reads them by itself, in the type that they are stored and computed in, into blocks of their size.
+    Matrices have no cast, but for the constants of conditions that are always 0. Graphs
+    in fp16 get convolutions on channels last."""
+    safe = {"fp16_safe": "off"} if precision == "fp16" else {}
+    export(tiny / "model", tmp_path / "bundle", precision=precision, target="ort", **safe)
+    made = open_bundle(tmp_path / "bundle")
+    ort = use(monkeypatch)
+    engine = OnnxRuntimeEngine(made, "cuda")
+    for stage in made.manifest.stages:
+        for name in made.entry(stage).graphs:
+            engine.load(stage, name).close()
+            path, options = ort.opened[-1]
+            assert path == made.root / made.entry(stage).graphs[name].path
+            assert options.get_session_config_entry("session.use_device_allocator_for_initializers") == "1"
+            assert (ort.asked[-1]["providers"][0][1].get("prefer_nhwc") == "1") == (precision == "fp16")
+            graph = onnx.load(path, load_external_data=False).graph
+            cast = {node.input[0] for node in graph.node if node.op_type == "Cast"}
+            matrices = {each.name for each in graph.initializer if len(each.dims) == 2 and min(each.dims) > 1}
+            assert {each for each in matrices & cast if ".mapper_" not in each and "pixels_" not in each} == set()
 
 
 def test_the_tensorrt_provider(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
