@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit import export
 from cascadekit.cli import main
 from cascadekit.converters.lora.merge_bundle import apply_loras, undo_loras
-from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.schemas.folded_biases import BIASES_NAME
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -47,8 +47,8 @@ def inputs(bundle: Path) -> dict[str, np.ndarray]:
     return {**given, "timestep_ratio": np.full(2, 0.4, np.float32)}
 
 
-def computed(bundle: Path) -> np.ndarray:
-    return OnnxRuntimeEngine(open_bundle(bundle)).load(Stage.PRIOR)(inputs(bundle))["noise_pred"]
+def computed(bundle: Path, engine: str = "onnxruntime") -> np.ndarray:
+    return np.asarray(make_engine(engine, open_bundle(bundle)).load(Stage.PRIOR)(inputs(bundle))["noise_pred"])
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -98,6 +98,8 @@ def test_linked_weights_of_another_layout(tiny: Path, tmp_path: Path) -> None:
     """Their file is beside links, and holds the same."""
     export(tiny / "original" / "stage_c.safetensors", tmp_path / "linked", target="ort", weights="link")
     export(tiny / "model", tmp_path / "copied", stages=[Stage.PRIOR], target="ort", weights="copy")
+    for bundle in (tmp_path / "linked", tmp_path / "copied"):  # PyTorch's engine takes the weights beside them
+        assert distance(computed(bundle, "torch"), computed(bundle)) < 1e-5
     found, wanted = (load_file(tmp_path / name / "prior" / BIASES_NAME) for name in ("linked", "copied"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
