@@ -17,6 +17,7 @@ import numpy as np
 from ...runtime.engines.engine_table import make_engine
 from ...runtime.engines.protocol import Engine, Run, Tensors
 from ...runtime.sampling.denoiser import HoistedStage, is_hoisted, prepare
+from ...schemas.errors import CascadeError
 from ...schemas.hoisted import CONDITIONING, STEP
 from ...schemas.layouts import Layout
 from ...schemas.precision import Precision, Target
@@ -224,7 +225,10 @@ WORK: Mapping[str, Callable[[GpuJob, Phase], Result]] = {
 def main() -> None:
     given = json.loads(sys.argv[1])
     job, phase = GpuJob(**given["job"]), _phase(given["phase"])
-    print(json.dumps(WORK[phase.work](job, phase)))
+    try:
+        print(json.dumps(WORK[phase.work](job, phase)))
+    except CascadeError as error:
+        sys.exit(str(error))  # the reason, without a traceback
 
 
 def _phase(values: dict[str, Any]) -> Phase:

@@ -23,12 +23,12 @@ class Graph(GraphBuilder):
         """(n, in) -> (n, out): a Linear or a 1x1 convolution, its weight in torch's orientation.
 
         The product without the bias is multiplied by `alpha`, the weight by 2^-`exponent`, and the bias by
-        2^-`bias_exponent`. ONNX Runtime multiplies the product by both: its products add in fp32, and folding a scaled
-        weight would take it through the host."""
+        2^-`bias_exponent`. ONNX Runtime multiplies the product by both where the weight needs no cast: its products add
+        in fp32, and folding a scaled weight would take it through the host."""
         biases = [self.scaled_weight(f"{name}.bias", bias_exponent)] if bias else []
         if name in self.options.quantized:
             return quantized_linear(self, name, rows, *biases, factor=alpha * 2.0**-exponent)
-        if self.options.target is Target.ORT:
+        if self.options.target is Target.ORT and self.is_stored_as_computed(f"{name}.weight"):
             alpha, exponent = alpha * 2.0**-exponent, 0
         weight = self.scaled_weight(f"{name}.weight", exponent, self._expected[f"{name}.weight"][:2])
         return self.gemm(name, rows, weight, *biases, alpha=alpha)

@@ -253,6 +253,10 @@ class GraphBuilder:
         """True if there is a tensor `name` to read."""
         return name in self._weights
 
+    def is_stored_as_computed(self, name: str) -> bool:
+        """True if the tensor `name` is stored in the current type, and so within its range."""
+        return self.has(name) and STORAGE_TYPES.get(self._weights[name].dtype) == self.type
+
     def shape_of(self, name: str) -> Shape:
         """Shape of the tensor `name` before quantisation."""
         return self._expected[name]
