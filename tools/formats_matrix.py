@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.matrix import COLUMNS, RECORDS  # noqa: E402
+from helpers.matrix import COLUMNS, RECORDS, UNOPENED  # noqa: E402
 
 PAGE = ROOT / "docs" / "formats.md"
 BEGIN, END = "<!-- from here on written by tools/formats_matrix.py -->\n", "<!-- to here -->\n"
@@ -56,14 +56,15 @@ def merged(known: list[Cell], found: list[Cell]) -> list[Cell]:
 
 def table(cells: list[Cell]) -> str:
     """The table of the page: a row for each format, a column for each kind of cell."""
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {name: {} for name in UNOPENED}
     for cell in cells:
         rows.setdefault(cell["format"], {})[cell["column"]] = shown(cell)
     headings = [f"{kind.heading} ({kind.unit})" if kind.unit else kind.heading for kind in COLUMNS.values()]
     aligned = ["---:" if kind.unit else "---" for kind in COLUMNS.values()]
     lines = [["format", *headings], ["---", *aligned]]
-    lines += [[name, *(row.get(column, "") for column in COLUMNS)] for name, row in rows.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines += [[name, *(row.get(column, "") for column in COLUMNS)] for name, row in sorted(rows.items())]
+    reasons = [f"- *{name}* has no cell: {reason}." for name, reason in UNOPENED.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + "".join(f"{line}\n" for line in reasons)
 
 
 def uses(cells: list[Cell]) -> str:

@@ -52,11 +52,14 @@ def record_pictures(
     unquantised: np.ndarray | None = None,
     version: str = "",
 ) -> None:
-    """Record that a program opened our file of a format, and its pictures."""
-    agreement, cost = psnr(ours, theirs), math.inf if unquantised is None else psnr(unquantised, theirs)
+    """Record that a program opened our file of a format, and its pictures.
+
+    `unquantised` is our picture of the model as it was; a LoRA, which changes what is drawn, has none."""
+    cost = math.inf if unquantised is None else psnr(unquantised, theirs)
+    agreement = psnr(ours, theirs)
     assert agreement >= min(LEAST_PSNR, cost), (agreement, cost)
     matrix.record(name, "opened", by=by, version=version)
     matrix.record(name, "picture", agreement, by=by, version=version)
     if unquantised is not None:
         matrix.record(name, "cost", cost, by=by, version=version)
-    matrix.record(name, "judged", right(theirs), by=by, version=version)
+        matrix.record(name, "judged", right(theirs), by=by, version=version)

@@ -34,6 +34,15 @@ COLUMNS: Mapping[str, Kind] = {
     "error": Kind("error of what is read", "relative L2", lambda found, known: found <= 1.25 * known + 1e-6),
 }
 
+# Rows without cells: what is written, and why no foreign program opened it in a test.
+UNOPENED: Mapping[str, str] = {
+    "bundle bf16": "ONNX Runtime computes bf16 on GPUs alone",
+    "lora diffusers": "its reader is OneTrainer, which no test runs",
+    "lora stability": "its reader is Stability's trainer, which no test runs",
+    "plan of tensorrt": "TensorRT writes and opens it on the machine's GPU",
+    "plan of tensorrt-rtx": "TensorRT-RTX opens it on a GPU alone",
+}
+
 
 class Matrix:
     """Records cells of one test."""
