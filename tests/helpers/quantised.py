@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cascadekit.schemas.code_types import values_of
 from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.quantization import candidates
-from cascadekit.schemas.stages import PRESETS, Stage, Variant, prior_config
+from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors
 from helpers.standins import Content, write_holes
 
@@ -119,27 +119,39 @@ def torchao_entry(shape: tuple[int, ...]) -> dict[str, Any]:
     return {"_type": "Int8Tensor", "_data": data, "_tensor_data_names": ["zero_point", "qdata", "scale"]}
 
 
-FULL: dict[str, Callable[[str, tuple[int, ...]], Content]] = {
-    "bitsandbytes_nf4": bitsandbytes_nf4,
-    "bitsandbytes_int8": bitsandbytes_int8,
-    "torchao_int8": torchao_int8,
+FULL: dict[str, tuple[Variant, Callable[[str, tuple[int, ...]], Content]]] = {
+    "bitsandbytes_nf4": (Variant.FULL, bitsandbytes_nf4),
+    "bitsandbytes_int8": (Variant.LITE, bitsandbytes_int8),
+    "torchao_int8": (Variant.LITE, torchao_int8),
 }
 
 
 def full_decoder(name: str, place: Path) -> None:
-    """Write the folder of a full stage B as a program in FULL would, which takes little disk."""
-    config = PRESETS[Stage.DECODER, Variant.FULL]
+    """Write the folder of a stage B as a program in FULL would, which takes little disk; 0.7 GB and more."""
+    variant, quantised = FULL[name]
+    config = PRESETS[Stage.DECODER, variant]
     shapes = expected_tensors(config)
     linears = candidates(Stage.DECODER, shapes)
     content: Content = {key: ("BF16", shape, b"") for key, shape in shapes.items()}
     for module, shape in linears.items():
         del content[f"{module}.weight"]
-        content |= FULL[name](module, shape)
+        content |= quantised(module, shape)
     metadata = {}
     if name.startswith("torchao"):
         entries = {f"{module}.weight": torchao_entry(shape) for module, shape in linears.items()}
         entries |= {key: {"_type": "Tensor"} for key in shapes.keys() - entries.keys()}
         metadata = {key: json.dumps(entry) for key, entry in entries.items()} | {"tensor_names": json.dumps([*shapes])}
+    write_decoder(place, config, content, metadata)
+
+
+def short_decoder(place: Path) -> None:
+    """Write the folder of a stage B with layers of real size, but with few of them: 0.74 GB in fp32."""
+    lite = PRESETS[Stage.DECODER, Variant.LITE]
+    config = replace(lite, down_num_layers_per_block=(1, 1, 3, 1), up_num_layers_per_block=(1, 3, 1, 1))
+    write_decoder(place, config, {key: ("F32", shape, b"") for key, shape in expected_tensors(config).items()}, {})
+
+
+def write_decoder(place: Path, config: UNetConfig, content: Content, metadata: dict[str, str]) -> None:
     place.mkdir()
     (place / "config.json").write_text(json.dumps(to_json(config)))
     write_holes(place / "diffusion_pytorch_model.safetensors", content, metadata)
