@@ -150,7 +150,7 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
-    "original": Format(to("original"), "diffusers", from_single_files),
+    "original in diffusers": Format(to("original"), "diffusers", from_single_files),
     "diffusers": Format(to("diffusers"), "diffusers", from_folder),
     "diffusers in shards": Format(to("diffusers", shard_size="1MB"), "diffusers", from_folder),
     **{

@@ -38,7 +38,6 @@ COLUMNS: Mapping[str, Kind] = {
 UNOPENED: Mapping[str, str] = {
     "bundle bf16": "ONNX Runtime computes bf16 on GPUs alone",
     "lora diffusers": "its reader is OneTrainer, which no test runs",
-    "lora stability": "its reader is Stability's trainer, which no test runs",
     "plan of tensorrt": "TensorRT writes and opens it on the machine's GPU",
     "plan of tensorrt-rtx": "TensorRT-RTX opens it on a GPU alone",
 }

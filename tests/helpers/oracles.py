@@ -9,15 +9,17 @@ from pathlib import Path
 
 ORACLES = Path(sys.prefix) / "oracles"
 QUANTISERS = ORACLES / "quantisers"  # torchao, bitsandbytes and LyCORIS, as `make matrix` installs them
-COMFYUI = ORACLES / "ComfyUI"  # a checkout of ComfyUI, where somebody has put one
+# Checkouts of programs that are no packages, where somebody has put them.
+COMFYUI, STABILITY = ORACLES / "ComfyUI", ORACLES / "StableCascade"
 TESTS = Path(__file__).parents[1]
 
 
-def comfyui() -> str:
-    """The version of the checkout of ComfyUI, or ""."""
+def checkouts() -> dict[str, str]:
+    """The checkouts that are there, and their versions; Stability's repository has none."""
     path = COMFYUI / "comfyui_version.py"
-    found = re.search(r'__version__ = "(.+)"', path.read_text()) if path.is_file() else None
-    return found[1] if found else ""
+    version = re.search(r'__version__ = "(.+)"', path.read_text()) if path.is_file() else None
+    found = {"ComfyUI": version[1]} if version else {}
+    return found | ({"StableCascade": "of 2024"} if (STABILITY / "modules" / "lora.py").is_file() else {})
 
 
 def quantiser(package: str) -> str:
