@@ -38,6 +38,7 @@ COLUMNS: Mapping[str, Kind] = {
 UNOPENED: Mapping[str, str] = {
     "bundle bf16": "ONNX Runtime computes bf16 on GPUs alone",
     "lora diffusers": "its reader is OneTrainer, which no test runs",
+    "package of aotinductor": "torch opens it through cascadekit's own engine alone",
     "plan of tensorrt": "TensorRT writes and opens it on the machine's GPU",
     "plan of tensorrt-rtx": "TensorRT-RTX opens it on a GPU alone",
 }
