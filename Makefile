@@ -24,10 +24,10 @@ test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, 
 test-triton: .venv/dev.stamp .venv-triton/stamp ## tests of export-triton alone, with a real server
 	$(BIN)/python -m pytest tests/converters/triton $(ARGS)
 
-test-slow: .venv/dev.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
+test-slow: .venv/dev.stamp .venv/quantisers.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
 
-matrix: .venv/dev.stamp ## the cells of docs/formats.md, recorded anew: minutes; ARGS="-k gguf" for some of them
+matrix: .venv/dev.stamp .venv/quantisers.stamp .venv-triton/stamp ## the cells of docs/formats.md, recorded anew: minutes; ARGS="-k gguf" for some of them
 	mkdir -p build && rm -f build/matrix.jsonl
 	CASCADEKIT_MATRIX=build/matrix.jsonl $(BIN)/python -m pytest -m matrix $(ARGS)
 	$(BIN)/python tools/formats_matrix.py build/matrix.jsonl
@@ -85,6 +85,12 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 	$(PIP) --no-deps --upgrade --target .venv/oracles torchvision polygraphy
 	$(PIP) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
 	-$(NPM_PACK) .venv/oracles
+	touch $@
+
+# What quantises weights and writes LoRAs for tests of docs/formats.md alone. In the environment, transformers and
+# diffusers would import torchao.
+.venv/quantisers.stamp: .venv/dev.stamp
+	$(PIP) --no-deps --upgrade --target .venv/oracles/quantisers torchao bitsandbytes lycoris_lora
 	touch $@
 
 .venv-light/stamp: pyproject.toml constraints.txt

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers.matrix import COLUMNS, RECORDS, Matrix
+from cascadekit.cli.lora.convert import WRITTEN as WRITTEN_LORAS
+from cascadekit.schemas.block_types import WRITTEN
+from cascadekit.schemas.comfy_formats import CHOICES
+from cascadekit.schemas.layouts import Layout
+from cascadekit.schemas.precision import Precision
+from cascadekit.schemas.quantization import Quantization
+from cascadekit.schemas.sdnq_formats import SDNQ_CHOICES
+from helpers.matrix import COLUMNS, RECORDS, UNOPENED, Matrix
 
 ROOT = Path(__file__).parents[1]
 CELLS = json.loads(RECORDS.read_text(encoding="utf-8"))
@@ -36,9 +43,27 @@ def test_each_cell_has_a_test_that_takes_the_fixture() -> None:
 
 
 def test_no_cell_without_a_foreign_program() -> None:
-    for cell in CELLS:
+    """Memory is that of our own process; its format has other cells."""
+    foreign = [cell for cell in CELLS if cell["column"] != "memory"]
+    for cell in foreign:
         assert cell["by"].split(" ")[0] not in ("", "cascadekit"), cell
         assert cell["column"] in COLUMNS
+    assert {cell["format"] for cell in CELLS} == {cell["format"] for cell in foreign}
+
+
+def test_every_format_that_is_written_has_a_row() -> None:
+    """A cell may be empty; a choice of the command line without a row would be forgotten."""
+    known = {cell["format"] for cell in CELLS}
+    shown = {
+        *(str(layout) for layout in Layout),
+        *(f"gguf {kind.lower()}" for kind in WRITTEN),
+        *(f"comfyui {kind.lower()}" for kind in CHOICES),
+        *(f"diffusers {kind.lower()}" for kind in SDNQ_CHOICES),
+        *(f"bundle {kind}" for kind in (*Precision, *Quantization) if kind is not Quantization.NONE),
+        *(f"lora {form}" for form in WRITTEN_LORAS),
+    }
+    assert shown <= known | UNOPENED.keys()
+    assert not known & UNOPENED.keys()
 
 
 def test_what_differs_from_the_page_fails(monkeypatch: pytest.MonkeyPatch) -> None:

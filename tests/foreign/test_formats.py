@@ -4,11 +4,12 @@ The networks are the foreign program's, or diffusers' with the weights that it r
 judge looks at the foreign pictures.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -17,22 +18,23 @@ import torch
 from diffusers import GGUFQuantizationConfig, ModularPipeline, StableCascadeUNet
 from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers as renamed
 from diffusers.utils import dynamic_modules_utils
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from cascadekit import Cascade, convert, export
-from cascadekit.bench.judge.judge import judge
-from cascadekit.bench.judge.scenes import Icon
-from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
-from cascadekit.parity.image_metrics import psnr
+from cascadekit import convert, export
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
+from cascadekit.converters.lora.convert_lora import convert_lora
+from cascadekit.converters.lora.merge_checkpoint import merge_loras
+from cascadekit.converters.openvino_ir import write_openvino_ir
+from cascadekit.schemas.block_types import WRITTEN
+from cascadekit.schemas.comfy_formats import CHOICES
+from cascadekit.schemas.sdnq_formats import SDNQ_CHOICES
 from helpers.comfy_files import opened
+from helpers.format_pictures import PROMPTS, SEED, of_checkpoints, ours, record_pictures
 from helpers.matrix import Matrix
-from helpers.stability_pictures import STABILITY, by_stability
+from helpers.stability_pictures import by_stability
 
-SCENES = (Icon("strawberry", "glossy", "white"), Icon("fox", "flat", "white"))
-PROMPTS = [f"a {scene.name}, {scene.style} style" for scene in SCENES]
-SEED = 11
 UNETS = {"prior": "stage_c", "decoder": "stage_b"}
-LEAST_PSNR = 40.0  # dB; of two readings of the same file
 
 Networks = Mapping[str, Callable[..., Any]]
 Writer = Callable[[Path, Path], object]  # called with the output to make, and a diffusers folder of the model
@@ -86,6 +88,28 @@ def together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return joined
 
 
+def from_sdnq(output: Path, model: Path) -> Networks:
+    """diffusers finds the package by the config, once it is imported."""
+    os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
+    pytest.importorskip("sdnq", reason="pip install sdnq")
+    return {
+        stage: StableCascadeUNet.from_pretrained(output / stage, torch_dtype=torch.float32).eval() for stage in UNETS
+    }
+
+
+def from_ir(output: Path, model: Path) -> Networks:
+    """The .xml files, by OpenVINO in the precision of their graphs."""
+    core = pytest.importorskip("openvino").Core()
+    precise = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    paths = {stage: output / stage / "model.xml" for stage in UNETS}
+    return {stage: partial(run_ir, core.compile_model(str(path), "CPU", precise)) for stage, path in paths.items()}
+
+
+def run_ir(compiled: Any, **values: torch.Tensor) -> SimpleNamespace:
+    feeds = {port.any_name: np.ascontiguousarray(values[port.any_name].numpy()) for port in compiled.inputs}
+    return SimpleNamespace(sample=torch.from_numpy(compiled(feeds)[compiled.outputs[0]].copy()))
+
+
 def from_graphs(output: Path, model: Path) -> Networks:
     """The graphs of a bundle in plain sessions of ONNX Runtime."""
     return {stage: partial(run_graph, onnxruntime.InferenceSession(output / stage / "model.onnx")) for stage in UNETS}
@@ -104,22 +128,54 @@ def bundle(**options: Any) -> Writer:
     return lambda output, model: export(model, output, **options)
 
 
-# Format -> how it is written, the program that reads it, and how that is called.
-FORMATS: dict[str, tuple[Writer, str, Reader]] = {
-    "original": (to("original"), "diffusers", from_single_files),
-    "diffusers": (to("diffusers"), "diffusers", from_folder),
-    "modular": (to("modular"), "diffusers modular", from_modular),
-    "comfyui": (to("comfyui"), "safetensors", from_comfyui),
+def of_gguf(output: Path, model: Path) -> np.ndarray:
+    others = [model / stage for stage in ("vqgan", "text_encoder")]
+    return of_checkpoints([*output.glob("*.gguf"), *others], output.with_name("read"))
+
+
+def of_bundle(output: Path, model: Path) -> np.ndarray:
+    return ours(output)
+
+
+def ir(output: Path, model: Path) -> None:
+    export(model, output.with_name("exported"))
+    write_openvino_ir(output.with_name("exported"), output)
+
+
+class Format(NamedTuple):
+    write: Writer
+    program: str
+    read: Reader
+    ours: Callable[[Path, Path], np.ndarray] = lambda output, model: of_checkpoints([output], output.with_name("read"))
+
+
+FORMATS: dict[str, Format] = {
+    "original in diffusers": Format(to("original"), "diffusers", from_single_files),
+    "diffusers": Format(to("diffusers"), "diffusers", from_folder),
+    "diffusers in shards": Format(to("diffusers", shard_size="1MB"), "diffusers", from_folder),
     **{
-        f"gguf {kind}": (to("gguf", quantize=kind), "diffusers with gguf", from_single_files)
-        for kind in ("q8_0", "q6_k", "q5_k", "q4_k")
+        f"diffusers {kind.lower()}": Format(to("diffusers", quantize=kind.lower()), "diffusers with sdnq", from_sdnq)
+        for kind in SDNQ_CHOICES
+    },
+    "modular": Format(to("modular"), "diffusers modular", from_modular),
+    "gguf": Format(to("gguf"), "diffusers with gguf", from_single_files, of_gguf),
+    **{
+        f"gguf {kind.lower()}": Format(
+            to("gguf", quantize=kind.lower()), "diffusers with gguf", from_single_files, of_gguf
+        )
+        for kind in WRITTEN
     },
     **{
-        f"comfyui {kind}": (to("comfyui", quantize=kind), "comfy-kitchen", from_comfyui)
-        for kind in ("fp8", "fp8_e5m2", "int8", "mxfp8", "nvfp4")
+        f"comfyui {kind.lower()}": Format(to("comfyui", quantize=kind.lower()), "comfy-kitchen", from_comfyui)
+        for kind in CHOICES
     },
-    "bundle fp32": (bundle(), "onnxruntime", from_graphs),
-    "bundle fp16": (bundle(precision="fp16"), "onnxruntime", from_graphs),
+    "bundle fp32": Format(bundle(), "onnxruntime", from_graphs, of_bundle),
+    "bundle fp16": Format(bundle(precision="fp16"), "onnxruntime", from_graphs, of_bundle),
+    **{
+        f"bundle {kind}": Format(bundle(quantize=kind), "onnxruntime", from_graphs, of_bundle)
+        for kind in ("int8", "int4", "int8-dynamic", "fp8")
+    },
+    "openvino ir": Format(ir, "openvino", from_ir, lambda output, model: ours(output.with_name("exported"))),
 }
 
 
@@ -138,42 +194,25 @@ def unquantised(model: Path) -> np.ndarray:
     return ours(model.with_name("bundle"))
 
 
-def ours(folder: Path) -> np.ndarray:
-    with Cascade.open(folder, threads=1) as cascade:
-        pixels = cascade.generate(PROMPTS, seed=SEED, **STABILITY).pixels
-    assert pixels is not None
-    return pixels
-
-
-def our_reading(name: str, output: Path, model: Path, tmp_path: Path) -> np.ndarray:
-    """Our pictures from the UNets in `output`, with the other networks of `model`."""
-    if name.startswith("bundle"):
-        return ours(output)
-    sources = [output]
-    if name.startswith("gguf"):
-        sources = [*output.glob("*.gguf"), *(model / stage for stage in ("vqgan", "text_encoder"))]
-    convert(sources, tmp_path / "read", "diffusers", dtype="fp32")
-    export(tmp_path / "read", tmp_path / "bundle")
-    return ours(tmp_path / "bundle")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_foreign_program_generates_the_same_pictures(
     name: str, model: Path, unquantised: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: Matrix
 ) -> None:
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "code"))
-    write, program, read = FORMATS[name]
+    write, program, read, our_pictures = FORMATS[name]
     output = tmp_path / "output"
     write(output, model)
     networks = read(output, model)
     theirs = by_stability(model, PROMPTS, SEED, prior=networks["prior"], decoder=networks["decoder"])
-    found = our_reading(name, output, model, tmp_path)
-    agreement = psnr(found, theirs)
-    assert agreement >= LEAST_PSNR
-    levels = (theirs.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-    right = sum(judge(picture, scene).right for picture, scene in zip(levels, SCENES, strict=True))
-    matrix.record(name, "opened", by=program)
-    matrix.record(name, "picture", agreement, by=program)
-    matrix.record(name, "cost", psnr(unquantised, theirs), by=program)
-    matrix.record(name, "judged", right, by=program)
+    record_pictures(matrix, name, program, theirs, our_pictures(output, model), unquantised=unquantised)
+
+
+@pytest.mark.slow
+def test_peft_generates_the_same_pictures_with_our_adapter(model: Path, tmp_path: Path, matrix: Matrix) -> None:
+    convert_lora(EXAMPLE_LORA, tmp_path / "adapter", "peft", against=EXAMPLE_MODEL / "stage_c.safetensors")
+    networks = from_folder(model, model)
+    prior = PeftModel.from_pretrained(networks["prior"], tmp_path / "adapter").merge_and_unload()
+    theirs = by_stability(model, PROMPTS, SEED, prior=prior, decoder=networks["decoder"])
+    merge_loras(model, [EXAMPLE_LORA], tmp_path / "merged")
+    record_pictures(matrix, "lora peft", "peft", theirs, of_checkpoints([tmp_path / "merged"], tmp_path / "ours"))

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,18 @@ COLUMNS: Mapping[str, Kind] = {
     "picture": Kind("its picture against ours", "dB", lambda found, known: found >= min(known - 6, 90)),
     "cost": Kind("against the model before", "dB", lambda found, known: abs(found - known) <= 1.5),
     "judged": Kind("judged right", "of 2", lambda found, known: found == known),
+    "memory": Kind("peak memory", "MB", lambda found, known: found <= 1.25 * known + 10),
     "read": Kind("read; written by", "", lambda found, known: True),
     "error": Kind("error of what is read", "relative L2", lambda found, known: found <= 1.25 * known + 1e-6),
+}
+
+# Rows without cells: what is written, and why no foreign program opened it in a test.
+UNOPENED: Mapping[str, str] = {
+    "bundle bf16": "ONNX Runtime computes bf16 on GPUs alone",
+    "lora diffusers": "its reader is OneTrainer, which no test runs",
+    "package of aotinductor": "torch opens it through cascadekit's own engine alone",
+    "plan of tensorrt": "TensorRT writes and opens it on the machine's GPU",
+    "plan of tensorrt-rtx": "TensorRT-RTX opens it on a GPU alone",
 }
 
 
@@ -42,12 +52,13 @@ class Matrix:
         known = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.is_file() else []
         self._known = {(cell["format"], cell["column"]): cell for cell in known}
 
-    def record(self, format: str, column: str, value: float | None = None, *, by: str = "") -> None:
+    def record(self, format: str, column: str, value: float | None = None, *, by: str = "", version: str = "") -> None:
         """Record that the program `by` did what `column` says with files of the `format`; `value` is what was measured.
 
-        `by` is the name of an installed package, whose version is recorded, with words after a space if needed."""
+        `by` is the name of an installed package, with words after a space if needed; of any other program give the
+        `version`."""
         name, _, words = by.partition(" ")
-        program = f"{name} {version(name)}{f' {words}' if words else ''}" if name else ""
+        program = f"{name} {version or installed(name)}{f' {words}' if words else ''}" if name else ""
         found = {"format": format, "column": column, "value": _plain(value), "by": program, "test": self._test}
         if os.environ.get(WRITING):
             with open(os.environ[WRITING], "a", encoding="utf-8") as file:

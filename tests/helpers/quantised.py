@@ -1,17 +1,23 @@
 """Checkpoints with weights that other programs quantised, as tests/data/make_quantised.py recorded them."""
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cascadekit.schemas.code_types import values_of
 from cascadekit.schemas.config_json import to_json
-from cascadekit.schemas.stages import prior_config
+from cascadekit.schemas.quantization import candidates
+from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant, prior_config
 from cascadekit.schemas.tensors import expected_tensors
+from helpers.standins import Content, write_holes
 
 FOLDER = Path(__file__).parents[1] / "data" / "quantised"
 CONFIG = replace(
@@ -22,6 +28,8 @@ CONFIG = replace(
 )
 # SDNQ packs whole groups of 8 values, the others an odd number of values too.
 SHAPES = {"clip_txt_mapper": (21, 39), "down_blocks.0.0.channelwise.4": (12, 48), "clip_txt_pooled_mapper": (84, 10)}
+# The programs that wrote what is recorded, with the versions of tests/data/make_quantised.py.
+PROGRAMS = {"torchao": "0.18.0", "bitsandbytes": "0.50.2", "sdnq": "0.2.8"}
 ODD, EVEN = (
     ("clip_txt_mapper", "down_blocks.0.0.channelwise.4"),
     ("clip_txt_pooled_mapper", "down_blocks.0.0.channelwise.4"),
@@ -72,3 +80,78 @@ def folder(name: str, place: Path) -> Tensors:
     (place / "config.json").write_text(json.dumps(config))
     save_file(plain | stored, place / "diffusion_pytorch_model.safetensors", metadata)
     return plain | biases | values
+
+
+# The same formats at full size, with holes in place of most weights.
+
+
+def bitsandbytes_nf4(module: str, shape: tuple[int, ...]) -> Content:
+
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+    text, values = json.dumps(state).encode(), np.array(values_of("NF4"), "<f4")
+    weight, count = f"{module}.weight", math.prod(shape)
+    return {
+        weight: ("U8", (count // 2, 1), b""),
+        f"{weight}.absmax": ("F32", (count // 64,), b""),
+        f"{weight}.quant_map": ("F32", (16,), values.tobytes()),
+        f"{weight}.quant_state.bitsandbytes__nf4": ("U8", (len(text),), text),
+    }
+
+
+def bitsandbytes_int8(module: str, shape: tuple[int, ...]) -> Content:
+    return {
+        f"{module}.weight": ("I8", shape, b""),
+        f"{module}.SCB": ("F32", shape[:1], b""),
+        f"{module}.weight_format": ("U8", (), b""),
+    }
+
+
+def torchao_int8(module: str, shape: tuple[int, ...]) -> Content:
+    return {
+        f"{module}._weight_qdata": ("I8", shape, b""),
+        f"{module}._weight_scale": ("F32", (shape[0], 1), b""),
+        f"{module}._weight_zero_point": ("I8", (shape[0], 1), b""),
+    }
+
+
+def torchao_entry(shape: tuple[int, ...]) -> dict[str, Any]:
+    data = {"block_size": [1, shape[1]], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    return {"_type": "Int8Tensor", "_data": data, "_tensor_data_names": ["zero_point", "qdata", "scale"]}
+
+
+FULL: dict[str, tuple[Variant, Callable[[str, tuple[int, ...]], Content]]] = {
+    "bitsandbytes_nf4": (Variant.FULL, bitsandbytes_nf4),
+    "bitsandbytes_int8": (Variant.LITE, bitsandbytes_int8),
+    "torchao_int8": (Variant.LITE, torchao_int8),
+}
+
+
+def full_decoder(name: str, place: Path) -> None:
+    """Write the folder of a stage B as a program in FULL would, which takes little disk; 0.7 GB and more."""
+    variant, quantised = FULL[name]
+    config = PRESETS[Stage.DECODER, variant]
+    shapes = expected_tensors(config)
+    linears = candidates(Stage.DECODER, shapes)
+    content: Content = {key: ("BF16", shape, b"") for key, shape in shapes.items()}
+    for module, shape in linears.items():
+        del content[f"{module}.weight"]
+        content |= quantised(module, shape)
+    metadata = {}
+    if name.startswith("torchao"):
+        entries = {f"{module}.weight": torchao_entry(shape) for module, shape in linears.items()}
+        entries |= {key: {"_type": "Tensor"} for key in shapes.keys() - entries.keys()}
+        metadata = {key: json.dumps(entry) for key, entry in entries.items()} | {"tensor_names": json.dumps([*shapes])}
+    write_decoder(place, config, content, metadata)
+
+
+def short_decoder(place: Path) -> None:
+    """Write the folder of a stage B with layers of real size, but with few of them: 0.74 GB in fp32."""
+    lite = PRESETS[Stage.DECODER, Variant.LITE]
+    config = replace(lite, down_num_layers_per_block=(1, 1, 3, 1), up_num_layers_per_block=(1, 3, 1, 1))
+    write_decoder(place, config, {key: ("F32", shape, b"") for key, shape in expected_tensors(config).items()}, {})
+
+
+def write_decoder(place: Path, config: UNetConfig, content: Content, metadata: dict[str, str]) -> None:
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(to_json(config)))
+    write_holes(place / "diffusion_pytorch_model.safetensors", content, metadata)

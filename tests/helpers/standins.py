@@ -8,12 +8,14 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SIZES = {"F32": 4, "BF16": 2, "I64": 8}
+SIZES = {"F32": 4, "BF16": 2, "I64": 8, "I8": 1, "U8": 1}
+Content = dict[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape, and the bytes, or b"" for a hole
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -45,6 +47,24 @@ def write_stand_in(catalog: Path, target: Path, dtype: str = "F32", *, holes: bo
                 values = _values(name, spec["shape"], generator).to(TORCH[dtype])
             file.write(values.reshape(-1).view(torch.uint8).numpy())
     return content
+
+
+def write_holes(target: Path, content: Content, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose tensors are holes, but for those with bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position, given = 0, {}
+    for name, (dtype, shape, data) in content.items():
+        nbytes = math.prod(shape) * SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + nbytes]}
+        given[position] = data
+        position += nbytes
+    text = json.dumps(header).encode()
+    with target.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + position)
+        for start, data in given.items():
+            file.seek(8 + len(text) + start)
+            file.write(data)
 
 
 def accept_changes(bundle: Path) -> None:

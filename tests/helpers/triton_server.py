@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def _command(folder: Path, ports: list[int]) -> list[str]:
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={END // 2}",
     ]
+
+
+def pytriton() -> str:
+    """The version of the wheel."""
+    (found,) = distributions(name="nvidia-pytriton", path=[str(_package().parent)])
+    return found.version
 
 
 def _package() -> Path:

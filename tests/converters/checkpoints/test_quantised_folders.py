@@ -19,10 +19,14 @@ from cascadekit.schemas.code_types import bits_of, values_of
 from cascadekit.schemas.errors import CascadeError
 from cascadekit.schemas.quantised_facts import ERRORS
 from cascadekit.schemas.stages import Stage
-from helpers.quantised import Tensors, folder, names
+from helpers.matrix import Matrix
+from helpers.quantised import PROGRAMS, Tensors, folder, names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Rows of docs/formats.md with other names: what we write too, and what is read alone.
+ROWS = {name: "sdnq, other types" for name in names() if name.startswith("sdnq")}
+ROWS |= {"sdnq_int8": "sdnq_int8", "sdnq_float8": "sdnq_fp8", "sdnq_uint4": "sdnq_uint4"}
 
 
 def test_every_format_is_recorded() -> None:
@@ -30,7 +34,7 @@ def test_every_format_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_values_are_those_of_the_program(tmp_path: Path, name: str) -> None:
+def test_values_are_those_of_the_program(tmp_path: Path, name: str, matrix: Matrix) -> None:
     values = folder(name, tmp_path / "model")
     prior = inspect(tmp_path / "model").components[Stage.PRIOR]
     assert not prior.problems
@@ -43,6 +47,9 @@ def test_values_are_those_of_the_program(tmp_path: Path, name: str) -> None:
         assert not differing
     assert all(torch.equal(read_tensor(prior.tensors[key]).float(), values[key].float()) for key in values)
     assert compare_checkpoints(inspect(tmp_path / "model"), inspect(tmp_path / "fp32.safetensors"))
+    program, row = name.partition("_")[0], f"diffusers {ROWS.get(name, name)}"
+    matrix.record(row, "read", by=program, version=PROGRAMS[program])
+    matrix.record(row, "error", 0, by=program, version=PROGRAMS[program])
 
 
 def test_inspect_names_format_bits_error_and_readers(tmp_path: Path) -> None:

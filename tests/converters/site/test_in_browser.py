@@ -24,6 +24,7 @@ from cascadekit.converters.site.write_site import write_site
 from cascadekit.parity.image_metrics import psnr
 from cascadekit.runtime.sampling.samplers import ddpm_step, guided, timesteps
 from cascadekit.runtime.text.tokenizer import save_tokenizer_folder
+from helpers.matrix import Matrix
 
 PACKAGES = sorted((Path(sys.prefix) / "oracles").glob("onnxruntime-web-*.tgz"))
 pytestmark = pytest.mark.skipif(not PACKAGES, reason="onnxruntime-web is not installed: there was no npm")
@@ -145,7 +146,7 @@ def generated(page: Any, fields: Mapping[str, object]) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
 
-def test_the_image_is_that_of_the_runtime(page: Any, site_bundle: Path) -> None:
+def test_the_image_is_that_of_the_runtime(page: Any, site_bundle: Path, matrix: Matrix) -> None:
     fields = {"negative": "flat style", "seed": 7, "width": 136, "height": 120}
     fields |= {"prior_steps": 6, "prior_guidance": 3.5, "decoder_steps": 3, "decoder_guidance": 1.5}
     found = generated(page, fields)
@@ -155,7 +156,11 @@ def test_the_image_is_that_of_the_runtime(page: Any, site_bundle: Path) -> None:
     with Cascade.open(site_bundle, engine="onnxruntime", threads=1) as cascade:
         expected = np.asarray(cascade.generate("a turtle", **fields).images[0])  # type: ignore[arg-type]
     assert found.shape == expected.shape == (120, 136, 3)
-    assert psnr(found / 255, expected / 255) >= 50
+    agreement = psnr(found / 255, expected / 255)
+    assert agreement >= 50
+    version = PACKAGES[-1].stem.removeprefix("onnxruntime-web-")
+    matrix.record("website", "opened", by="onnxruntime-web in Chromium", version=version)
+    matrix.record("website", "picture", agreement, by="onnxruntime-web in Chromium", version=version)
 
 
 @pytest.mark.slow

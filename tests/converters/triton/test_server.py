@@ -12,8 +12,9 @@ import pytest
 from cascadekit import Cascade
 from cascadekit.converters.triton.repository import export_triton
 from cascadekit.converters.triton.triton_options import TritonOptions
+from helpers.matrix import Matrix
 from helpers.triton_prompts import PROMPTS, QUICK
-from helpers.triton_server import ALONE, END, PYTHON, ROOT, Served, is_running, serving
+from helpers.triton_server import ALONE, END, PYTHON, ROOT, Served, is_running, pytriton, serving
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_numpy_1_changes_no_more_than_the_last_bit(bundle: Path, expected: dict[
 
 
 def test_callers_share_batches_and_wrong_calls_fail_alone(
-    served: Served, expected: dict[int, Any], tmp_path: Path
+    served: Served, expected: dict[int, Any], tmp_path: Path, matrix: Matrix
 ) -> None:
     found = served.call("concurrent", tmp_path)
     with np.load(tmp_path / "images.npz") as images:
@@ -50,6 +51,7 @@ def test_callers_share_batches_and_wrong_calls_fail_alone(
         assert np.array_equal(images["again"], alone)
     assert found["images"] == len(PROMPTS)
     assert found["batches"] < len(PROMPTS)
+    matrix.record("triton repository", "opened", by="nvidia-pytriton with Triton", version=pytriton())
     said = {
         "a size that is no multiple of 8": "width 63: expected a multiple of 8",
         "an unknown sampler": "sampler 'euler': expected",
