@@ -3,13 +3,16 @@
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.manifest import Manifest, StageEntry, StageVerdict, VerdictEntry
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle, update_manifest
-from .comparison import Comparison
-from .results import Report
+
+if TYPE_CHECKING:  # of the modules that compare, which import numpy: `inspect` only reads verdicts
+    from .comparison import Comparison
+    from .results import Report
 
 KEPT = 16  # the most verdicts in a manifest; the oldest are removed first
 
@@ -23,7 +26,7 @@ class Verdict(StrEnum):
     PASSED = "passed"
 
 
-def make_verdict(report: Report, manifest: Manifest, created_by: str, date: str = "") -> VerdictEntry:
+def make_verdict(report: "Report", manifest: Manifest, created_by: str, date: str = "") -> VerdictEntry:
     """The entry that the manifest keeps of a parity run; an empty `date` stands for today in UTC."""
     return VerdictEntry(
         engine=report.engine,
@@ -56,8 +59,13 @@ def verdict_of(manifest: Manifest, engine: str | None = None) -> Verdict:
     """The verdict on the bundle run by `engine`, or by any engine when left out.
 
     The latest verdict on each stage counts. The verdict on the bundle is the worst of its stages'."""
-    found = [_of_stage(stage, entry, manifest.parity, engine) for stage, entry in manifest.stages.items()]
+    found = stage_verdicts(manifest, engine).values()
     return next((verdict for verdict in Verdict if verdict in found), Verdict.NEVER)
+
+
+def stage_verdicts(manifest: Manifest, engine: str | None = None) -> dict[Stage, Verdict]:
+    """The latest verdict on each stage run by `engine`, or by any engine when left out."""
+    return {stage: _of_stage(stage, entry, manifest.parity, engine) for stage, entry in manifest.stages.items()}
 
 
 def warning(manifest: Manifest, engine: str | None = None) -> str | None:
@@ -74,7 +82,7 @@ def warning(manifest: Manifest, engine: str | None = None) -> str | None:
     return None
 
 
-def _stages(comparisons: Iterable[Comparison], manifest: Manifest) -> dict[Stage, StageVerdict]:
+def _stages(comparisons: "Iterable[Comparison]", manifest: Manifest) -> dict[Stage, StageVerdict]:
     by_stage: dict[Stage, list[Comparison]] = {}
     for comparison in comparisons:
         if comparison.stage is not None and comparison.stage in manifest.stages:
