@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Done(NamedTuple):
 
 
 Task = Callable[[], Done]
+Subject, Result = TypeVar("Subject"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress |
     done: Counter[int] = Counter()  # bytes of each range, by the byte at which the range begins
     # Whatever ends this block waits for the workers: none may write once the file is closed.
     with ThreadPoolExecutor(CAST_THREADS) as pool:
-        for placed, (nbytes, overflow, not_finite) in _run(pool, tasks):
+        for placed, (nbytes, overflow, not_finite) in run_in_order(pool, tasks):
             if overflow:
                 counts.overflows[placed.name] += overflow
             if not_finite:
@@ -80,19 +81,21 @@ def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress |
     return counts
 
 
-def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[PlacedRange, Task]]) -> Iterator[tuple[PlacedRange, Done]]:
-    """Run the tasks in worker threads and yield their results in order.
+def run_in_order(
+    pool: ThreadPoolExecutor, tasks: Iterable[tuple[Subject, Callable[[], Result]]]
+) -> Iterator[tuple[Subject, Result]]:
+    """Run the tasks in worker threads and yield their results in order, each with the subject that came with its task.
 
     Each task reads, computes and writes at its own place, so no block waits for another. Only as many tasks are
     submitted as keep the workers busy."""
-    waiting: deque[tuple[PlacedRange, Future[Done]]] = deque()
-    for placed, task in tasks:
-        waiting.append((placed, pool.submit(task)))
+    waiting: deque[tuple[Subject, Future[Result]]] = deque()
+    for subject, task in tasks:
+        waiting.append((subject, pool.submit(task)))
         if len(waiting) > 2 * CAST_THREADS:
             first, future = waiting.popleft()
             yield first, future.result()
-    for placed, future in waiting:
-        yield placed, future.result()
+    for subject, future in waiting:
+        yield subject, future.result()
 
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:

@@ -9,10 +9,11 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
 from .cast import Array, castable
-from .cast_ranges import Counts, cast_placed
+from .cast_ranges import CAST_THREADS, Counts, cast_placed, run_in_order
 from .content_digest import EMPTY, PieceDigests
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .gguf_file import encode_gguf
@@ -57,7 +58,7 @@ def write_safetensors(
 
     Returns by tensor how many values became infinite by a cast, and how many were NaN or infinite before. The file is
     on disk (fsync) when this function returns. `progress` is called with bytes of tensors. The function takes about
-    100 MB of memory, and the largest calculated block.
+    100 MB of memory, and the two largest calculated blocks.
 
     Raises ConversionError if the disk is full, a source cannot be read, or a dtype cannot be cast; the caller then
     removes the file. Finite values that became infinite are such an error too unless `allow_overflow` is set.
@@ -96,9 +97,7 @@ def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Pr
     for copied in merged(from_files):
         copy_range(copied, out.file, progress, out.wrote)
     counts = cast_placed(from_files, out.file, progress, out.wrote)
-    for each in ranges:
-        if isinstance(each, PlacedCalculatedRange):
-            _write_calculated(each, out, progress)
+    _calculate([each for each in ranges if isinstance(each, PlacedCalculatedRange)], out, progress)
     return counts
 
 
@@ -178,19 +177,28 @@ def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str])
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_calculated(placed_range: PlacedCalculatedRange, out: NewSafetensors, progress: Progress | None) -> None:
+def _calculate(ranges: Iterable[PlacedCalculatedRange], out: NewSafetensors, progress: Progress | None) -> None:
+    """Calculate and write ranges in worker threads, each of which has one range at a time."""
+    tasks = ((each, partial(_write_blocks, each, out)) for each in ranges)
+    with ThreadPoolExecutor(CAST_THREADS) as pool:
+        for each, nbytes in run_in_order(pool, tasks):
+            out.wrote(each.at, nbytes)
+            if progress:
+                progress(nbytes)
+
+
+def _write_blocks(placed_range: PlacedCalculatedRange, out: NewSafetensors) -> int:
+    """Write the blocks of a range; returns their bytes."""
     at = placed_range.at
     for block in placed_range.range.blocks():
         write_all(out.file, block.reshape(-1), at)
-        out.wrote(at, block.nbytes)
         at += block.nbytes
-        if progress:
-            progress(block.nbytes)
     if (found := at - placed_range.at) != placed_range.range.nbytes:
         raise ConversionError(
             f"{out.path}: {placed_range.name}: {found} bytes were calculated instead of {placed_range.range.nbytes}; "
             "this is a bug, report it"
         )
+    return found
 
 
 @contextmanager
