@@ -33,7 +33,8 @@ class Done(NamedTuple):
 
 
 Task = Callable[[], Done]
-Subject, Result = TypeVar("Subject"), TypeVar("Result")
+Subject = TypeVar("Subject")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,13 @@ class ScaledTypes:
             found = dict(run_in_order(pool, tasks))
         floats |= {module: each.reason for module, each in found.items() if each.error > each.limit}
         kept = {module: each for module, each in found.items() if module not in floats}
+        worst, tolerated = max(((each.error, each.limit) for each in kept.values()), default=(0.0, 0.0))
         return cls(
             kind,
-            {module: each.overall for module, each in kept.items()},
-            {module: floats[module] for module in linears if module in floats},
-            *max(((each.error, each.limit) for each in kept.values()), default=(0.0, 0.0)),
+            factors={module: each.overall for module, each in kept.items()},
+            floats={module: floats[module] for module in linears if module in floats},
+            worst=worst,
+            tolerated=tolerated,
             copies=frozenset(copies),
         )
 
