@@ -12,7 +12,7 @@ from ..storage.install_hint import install_hint
 from .console import FAILED, note, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import PATH
-from .plan_print import show_plans
+from .plan_print import show_plans, show_verdicts
 
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
@@ -122,7 +122,7 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
 def _show_layouts(components: "Iterable[Component]") -> None:
     """A line for each set of layouts, with the components that can be written in them."""
     from ..schemas.layouts import can_become
-    from .passport_print import say_wrapped
+    from .wrap import say_wrapped
 
     stages: dict[tuple[str, ...], list[str]] = {}
     for component in components:
@@ -169,8 +169,6 @@ def _component_row(c: "Component", root: Path) -> tuple[str, ...]:
 
 
 def _show_bundle(found: "BundleContents") -> None:
-    from .passport_print import show_verdicts
-
     manifest = found.manifest
     width, height = manifest.default_size
     loras = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in manifest.lora.loras) if manifest.lora else "none"

@@ -1,4 +1,4 @@
-"""Prints the passports of files and the verdicts on bundles, for the commands that inspect."""
+"""Prints the passports of files, for the commands that inspect."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..schemas.messages import listed
-from .console import say
-from .escape import visible_line
-from .wrap import wrapped
+from .wrap import say_wrapped
 
 if TYPE_CHECKING:
     from ..converters.passport_check import PassportState
-    from ..schemas.manifest import Manifest
-
-WIDTH = 100  # columns of a line; on a narrower terminal it is broken once more
-UNPROVED = {"never": "not verified", "stale": "changed since they were verified"}  # by verdicts of `parity.verdict`
-
-
-def say_wrapped(text: str) -> None:
-    """Write a line of the result in lines of at most WIDTH columns."""
-    for line in wrapped(visible_line(text), WIDTH):
-        say(line)
 
 
 def show_passports(states: "Iterable[PassportState]", root: Path) -> None:
@@ -35,26 +23,6 @@ def show_passports(states: "Iterable[PassportState]", root: Path) -> None:
     for (_, text), alike in sorted(by_state.items()):
         for line in _lines(text, alike, states, root):
             say_wrapped(line)
-
-
-def show_verdicts(manifest: "Manifest") -> None:
-    """Print what a bundle was made of, and what its verifications found."""
-    from ..converters.passport_check import shown_source
-    from ..parity.verdict import stage_verdicts
-
-    found = {source.fingerprint: source for stage in manifest.stages.values() for source in stage.sources}
-    sources = [shown_source(source.name, source.fingerprint) for source in found.values()]
-    if sources:
-        say_wrapped(f"made from {listed(sources, 8)}")
-    for entry in manifest.parity:
-        image = "" if entry.image_psnr_db is None else f", image {entry.image_psnr_db:.1f} dB"
-        result = "agrees" if entry.passed else "does not agree"
-        about = f"{entry.engine} {result} with {entry.reference} in {', '.join(entry.stages)}{image}"
-        say_wrapped(f"verified {entry.date}: {about}")
-    now = stage_verdicts(manifest)
-    for verdict, said in UNPROVED.items():
-        if stages := [stage for stage, found in now.items() if found == verdict]:
-            say_wrapped(f"{said}: {', '.join(stages)}; cascadekit verify BUNDLE --against MODEL")
 
 
 def _lines(text: str, states: "Sequence[PassportState]", every: "Sequence[PassportState]", root: Path) -> Iterator[str]:

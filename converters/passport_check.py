@@ -10,10 +10,9 @@ from typing import Any
 from ..schemas.errors import CheckpointError
 from ..schemas.folders import MODEL_INDEXES
 from ..schemas.json_text import load_object
-from ..schemas.passport_keys import FOLDER_KEY, KEY, load_passport
+from ..schemas.passport_keys import FOLDER_KEY, KEY, SHOWN_DIGITS, load_passport, shown_source
 from ..storage.weights_file import is_pickle, read_weights
 
-SHOWN_DIGITS = 12  # of a digest
 SAID = {"layout": "layout ", "precision": "precision ", "quantization": "quantized to "}  # before texts of a passport
 COUNTERS = "I64"  # the dtype of the counters of batch norms, beside weights of any dtype
 SAME, NOT_COMPARED = "every byte is as it was written", "its bytes were not compared"
@@ -128,11 +127,6 @@ def facts_of(passport: dict[str, Any]) -> dict[str, str]:
 def sources_of(passport: dict[str, Any] | None) -> list[str]:
     """Return the sources by name and the beginning of their fingerprints, as in "stage_c.safetensors (1f3a...)"."""
     return [shown_source(each.get("name"), each.get("fingerprint")) for each in _list(passport or {}, "sources")]
-
-
-def shown_source(name: object, fingerprint: object) -> str:
-    """Return the name of a source and the beginning of its fingerprint."""
-    return f"{name} ({str(fingerprint)[:SHOWN_DIGITS]})"
 
 
 def _dict(passport: dict[str, Any], key: str) -> dict[str, Any]:

@@ -9,27 +9,30 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..schemas.block_types import BLOCK_TYPES, WRITTEN
 from ..schemas.callbacks import Progress
+from ..schemas.casts import castable
 from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
-from .cast import Array, castable
-from .cast_ranges import CAST_THREADS, Counts, cast_placed, run_in_order
 from .content_digest import EMPTY, PieceDigests
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .gguf_file import encode_gguf
-from .safetensors_plan import PlacedCalculatedRange, PlacedRange, TensorPlan, placed
+from .safetensors_plan import Counts, PlacedCalculatedRange, PlacedRange, TensorPlan, placed
+from .threads import CAST_THREADS, run_in_order
+
+if TYPE_CHECKING:  # numpy is not needed to copy
+    from .cast import Array
 
 FLUSH_PAUSE = 0.05  # seconds between two flushes
 
@@ -96,9 +99,17 @@ def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Pr
     from_files = [each for each in ranges if isinstance(each, PlacedRange)]
     for copied in merged(from_files):
         copy_range(copied, out.file, progress, out.wrote)
-    counts = cast_placed(from_files, out.file, progress, out.wrote)
+    counts = _cast([each for each in from_files if each.computed], out, progress)
     _calculate([each for each in ranges if isinstance(each, PlacedCalculatedRange)], out, progress)
     return counts
+
+
+def _cast(ranges: Sequence[PlacedRange], out: "NewSafetensors", progress: Progress | None) -> Counts:
+    if not ranges:
+        return Counts()
+    from .cast_ranges import cast_placed  # imports numpy
+
+    return cast_placed(ranges, out.file, progress, out.wrote)
 
 
 @dataclass(frozen=True)
@@ -116,11 +127,11 @@ class NewSafetensors:
         if self.pieces:
             self.pieces.wrote(at, nbytes)
 
-    def write(self, name: str, values: Array, at: int = 0) -> None:
+    def write(self, name: str, values: "Array", at: int = 0) -> None:
         """Write a contiguous array `at` bytes after the beginning of the tensor `name`."""
         write_all(self.file, values.reshape(-1), self.places[name] + at)
 
-    def write_lines(self, name: str, lines: Array, at: int, stride: int) -> None:
+    def write_lines(self, name: str, lines: "Array", at: int, stride: int) -> None:
         """Write the rows of a contiguous matrix, each `stride` bytes after the row before it."""
         write_lines(self.file, lines, self.places[name] + at, stride)
 

@@ -21,11 +21,11 @@ from ...schemas.quantization import candidates
 from ...schemas.scale_tiles import TILE
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
-from ...storage.cast_ranges import CAST_THREADS, run_in_order
 from ...storage.float_rows import float_rows
 from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import codes, group_factors, overall_factor, tiled, worth
+from ...storage.threads import CAST_THREADS, run_in_order
 from .comfyui_copy import can_copy
 from .component import Component
 from .constant_values import constant, constant_text
