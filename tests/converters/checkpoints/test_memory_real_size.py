@@ -2,7 +2,7 @@
 
 Sources are holes in the page cache; outputs are real. The peak is VmHWM, the resident memory of the process, with its
 mapped files. 200 MB come on top of what the process has once its modules are imported. Run with `-s`, the test prints
-peaks and seconds. It needs 40 GB of disk.
+peaks and seconds. It needs 25 GB of disk.
 """
 
 import json
