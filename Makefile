@@ -24,7 +24,7 @@ test-light: .venv-light/stamp ## tests of schemas/ and storage/, without torch, 
 test-triton: .venv/dev.stamp .venv-triton/stamp ## tests of export-triton alone, with a real server
 	$(BIN)/python -m pytest tests/converters/triton $(ARGS)
 
-test-slow: .venv/dev.stamp .venv/quantisers.stamp ## weights of real size and further combinations: many minutes, 15 GB of disk, 10 GB of memory
+test-slow: .venv/dev.stamp .venv/quantisers.stamp ## weights of real size and further combinations: many minutes, 25 GB of disk, 10 GB of memory
 	$(BIN)/python -m pytest -m slow -s
 
 matrix: .venv/dev.stamp .venv/quantisers.stamp .venv-triton/stamp ## the cells of docs/formats.md, recorded anew: minutes; ARGS="-k gguf" for some of them

@@ -69,7 +69,8 @@ def convert(
 ) -> None:
     """Rewrite checkpoints in another layout.
 
-    Without --dtype, the weights stay the same bit for bit.
+    Without --dtype, the weights stay the same bit for bit; what torchao, bitsandbytes or SDNQ quantised gets its
+    dtype back.
 
     Example: cascadekit convert stage_a.safetensors stage_b.safetensors stage_c.safetensors
     --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers

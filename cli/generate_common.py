@@ -45,7 +45,8 @@ def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, f
 
 def _verdict_note(manifest: "Manifest", engine: str) -> str | None:
     """The warning about the bundle's verdict. That it was never verified is said once for each bundle."""
-    from ..parity.verdict import Verdict, verdict_of, warning
+    from ..parity.verdict import warning
+    from ..schemas.verdicts import Verdict, verdict_of
 
     if verdict_of(manifest, engine) is Verdict.NEVER and not _first_time(manifest):
         return None

@@ -12,7 +12,7 @@ from ..storage.install_hint import install_hint
 from .console import FAILED, note, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import PATH
-from .plan_print import show_plans
+from .plan_print import show_plans, show_verdicts
 
 if TYPE_CHECKING:
     from ..converters.checkpoints.component import Component
@@ -106,11 +106,10 @@ def _show_briefly(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None
 
 def _show_components(found: "CheckpointContents", root: Path) -> None:
     from ..converters.checkpoints.provenance import licence_fields
-    from ..schemas.layouts import can_become
 
     _show_briefly(COMPONENT_COLUMNS, (_component_row(component, root) for component in found.components))
+    _show_layouts(found.components)
     for component in found.components:
-        say(f"{component.stage}: can become {', '.join(can_become(component.stage))}")
         if text := _quantised(component):
             say(f"{component.stage}: {text}")
         for line in component.problems.lines():
@@ -118,6 +117,18 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
         for key, text in licence_fields(component.metadata).items():
             say(f"{component.stage}: {key}: {text}")
     _passports(found.passports, root)
+
+
+def _show_layouts(components: "Iterable[Component]") -> None:
+    """A line for each set of layouts, with the components that can be written in them."""
+    from ..schemas.layouts import can_become
+    from .wrap import say_wrapped
+
+    stages: dict[tuple[str, ...], list[str]] = {}
+    for component in components:
+        stages.setdefault(tuple(can_become(component.stage)), []).append(component.stage)
+    for layouts, names in stages.items():
+        say_wrapped(f"{', '.join(names)}: can become {', '.join(layouts)}")
 
 
 def _passports(states: "Iterable[PassportState]", root: Path) -> None:
@@ -165,6 +176,7 @@ def _show_bundle(found: "BundleContents") -> None:
     say(f"LoRAs merged in: {loras}")
     _show_briefly(STAGE_COLUMNS, (_stage_row(name, entry) for name, entry in manifest.stages.items()))
     show_plans(found)
+    show_verdicts(manifest)
     for name, text in found.changed.items():
         say(f"{name}: {text}")
 

@@ -99,7 +99,7 @@ def verify(
 
     Example: cascadekit verify bundle --against model --report report.html
     """
-    from ..storage.bundle import is_bundle
+    from ..storage.bundle_lock import is_bundle
 
     _check_options(bundle, against, record, options)
     if not is_bundle(bundle):

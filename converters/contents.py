@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..schemas.callbacks import Say
 from ..schemas.errors import LayoutError, UsageError
-from ..schemas.folders import MODEL_INDEXES
+from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.layouts import can_become
 from ..schemas.passport_keys import KEY, without_passport
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..storage.bundle import Bundle
     from .checkpoints.component import Component
     from .passport_check import PassportState
-
-MANIFEST_NAME = "cascade.json"  # as in `schemas.manifest`, which takes 0.2 s to import
 
 
 @dataclass(frozen=True)

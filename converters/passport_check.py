@@ -10,11 +10,11 @@ from typing import Any
 from ..schemas.errors import CheckpointError
 from ..schemas.folders import MODEL_INDEXES
 from ..schemas.json_text import load_object
-from ..schemas.messages import listed
-from ..schemas.passport_keys import FOLDER_KEY, KEY, load_passport
+from ..schemas.passport_keys import FOLDER_KEY, KEY, SHOWN_DIGITS, load_passport, shown_source
 from ..storage.weights_file import is_pickle, read_weights
 
-SHOWN_DIGITS = 12  # of a digest
+SAID = {"layout": "layout ", "precision": "precision ", "quantization": "quantized to "}  # before texts of a passport
+COUNTERS = "I64"  # the dtype of the counters of batch norms, beside weights of any dtype
 SAME, NOT_COMPARED = "every byte is as it was written", "its bytes were not compared"
 
 
@@ -102,29 +102,36 @@ def _changed(path: Path, passport: dict[str, Any]) -> str | None:
     return "changed since it was written: expected {}..., found {}...".format(*digits)
 
 
-def described(passport: dict[str, Any]) -> str:
-    """Return in words what an output was made of, as in "cascadekit 0.1.0, copied from stage_c.safetensors (1f3a...)".
+def facts_of(passport: dict[str, Any]) -> dict[str, str]:
+    """Return by whom and how a file was made, as in {"by": "by cascadekit 0.1.0", "dtypes": "dtype F16"}.
 
     Nothing but the form of its digest is known of the passport, which may come from anywhere."""
-    facts = [str(passport.get("created_by", "unknown")), *_facts(passport)]
-    sources = [_source(each) for each in _list(passport, "sources")]
-    how = "copied from" if passport.get("values") == "copied" else "made of"
-    return ", ".join(facts) + (f", {how} {listed(sources)}" if sources else "")
-
-
-def _facts(passport: dict[str, Any]) -> Iterator[str]:
-    for key in ("layout", "precision", "quantization"):
+    facts = {"by": f"by {passport.get('created_by', 'unknown')}"}
+    for key, said in SAID.items():
         if isinstance(passport.get(key), str):
-            yield passport[key]
-    for lora in _list(passport, "loras"):
-        yield f"LoRA {lora.get('name')} ({lora.get('strength')})"
-    exponents = passport.get("exponents")
-    if isinstance(exponents, dict) and exponents:
-        yield f"exponents {', '.join(f'{name} {value}' for name, value in exponents.items())}"
+            facts[key] = said + passport[key]
+    dtypes, exponents, files = (_dict(passport, key) for key in ("dtypes", "exponents", "files"))
+    if floats := [dtype for dtype in dtypes if dtype != COUNTERS]:
+        facts["dtypes"] = f"dtype {'+'.join(floats)}"
+    if loras := _list(passport, "loras"):
+        facts["loras"] = ", ".join(f"LoRA {lora.get('name')} ({lora.get('strength')})" for lora in loras)
+    if exponents:
+        facts["exponents"] = f"exponents {', '.join(f'{name} {value}' for name, value in exponents.items())}"
+    if files:
+        facts["files"] = f"for {len(files)} files without weights"
+    if isinstance(passport.get("values"), str):
+        facts["values"] = passport["values"]  # at the end, where "from" follows
+    return facts
 
 
-def _source(source: dict[str, Any]) -> str:
-    return f"{source.get('name')} ({str(source.get('fingerprint'))[:SHOWN_DIGITS]}...)"
+def sources_of(passport: dict[str, Any] | None) -> list[str]:
+    """Return the sources by name and the beginning of their fingerprints, as in "stage_c.safetensors (1f3a...)"."""
+    return [shown_source(each.get("name"), each.get("fingerprint")) for each in _list(passport or {}, "sources")]
+
+
+def _dict(passport: dict[str, Any], key: str) -> dict[str, Any]:
+    found = passport.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _list(passport: dict[str, Any], key: str) -> list[dict[str, Any]]:

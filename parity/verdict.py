@@ -2,25 +2,16 @@
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from enum import StrEnum
 
 from ..schemas.errors import CheckpointError, ConversionError
-from ..schemas.manifest import Manifest, StageEntry, StageVerdict, VerdictEntry
+from ..schemas.manifest import Manifest, StageVerdict, VerdictEntry
 from ..schemas.stages import Stage
+from ..schemas.verdicts import Verdict, files_of, verdict_of
 from ..storage.bundle import Bundle, update_manifest
 from .comparison import Comparison
 from .results import Report
 
 KEPT = 16  # the most verdicts in a manifest; the oldest are removed first
-
-
-class Verdict(StrEnum):
-    """The state of a bundle's verification, the worst first."""
-
-    FAILED = "failed"
-    STALE = "stale"  # the bundle was verified, and its files have changed since
-    NEVER = "never"
-    PASSED = "passed"
 
 
 def make_verdict(report: Report, manifest: Manifest, created_by: str, date: str = "") -> VerdictEntry:
@@ -52,14 +43,6 @@ def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
         raise CheckpointError(f"{error}, so the verdict is not recorded; give verdict=False to leave it out") from error
 
 
-def verdict_of(manifest: Manifest, engine: str | None = None) -> Verdict:
-    """The verdict on the bundle run by `engine`, or by any engine when left out.
-
-    The latest verdict on each stage counts. The verdict on the bundle is the worst of its stages'."""
-    found = [_of_stage(stage, entry, manifest.parity, engine) for stage, entry in manifest.stages.items()]
-    return next((verdict for verdict in Verdict if verdict in found), Verdict.NEVER)
-
-
 def warning(manifest: Manifest, engine: str | None = None) -> str | None:
     """A line to show before a bundle is used; None when the bundle was verified and passed."""
     on = f" on {engine}" if engine else ""
@@ -83,31 +66,12 @@ def _stages(comparisons: Iterable[Comparison], manifest: Manifest) -> dict[Stage
         stage: StageVerdict(
             passed=all(found),
             worst_relative_l2=max(comparison.relative_l2 for comparison in found),
-            files=_files(manifest.stages[stage]),
+            files=files_of(manifest.stages[stage]),
         )
         for stage, found in by_stage.items()
     }
 
 
-def _files(entry: StageEntry) -> dict[str, str]:
-    return {file.path: file.fingerprint for file in entry.files}
-
-
 def _obsolete(old: VerdictEntry, new: VerdictEntry) -> bool:
     """True when `new` is about the same engine and reference, and about every stage of `old`."""
     return (old.engine, old.reference) == (new.engine, new.reference) and old.stages.keys() <= new.stages.keys()
-
-
-def _of_stage(stage: Stage, entry: StageEntry, verdicts: Iterable[VerdictEntry], engine: str | None) -> Verdict:
-    latest = None
-    for verdict in verdicts:
-        if stage in verdict.stages and engine in (None, verdict.engine):
-            latest = verdict
-    if latest is None:
-        return Verdict.NEVER
-    found = latest.stages[stage]
-    if found.files != _files(entry):
-        return Verdict.STALE
-    # A verdict whose stages all passed has failed elsewhere, such as in the final image.
-    elsewhere = not latest.passed and all(other.passed for other in latest.stages.values())
-    return Verdict.PASSED if found.passed and not elsewhere else Verdict.FAILED

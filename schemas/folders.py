@@ -12,6 +12,8 @@ QUANTIZATION = "quantization_config"  # the key of a config.json
 MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines
 MODULAR_FILES = (MODULAR_INDEX, "modular_config.json", "block.py")
 MODEL_INDEXES = (MODEL_INDEX, MODULAR_INDEX)
+MANIFEST_NAME = "cascade.json"  # of a bundle, see `manifest`
+BUNDLE_FORMAT = "cascadekit-bundle"
 TRITON_INDEX = "cascadekit-triton.json"  # marks a model repository for Triton, and lists its files
 TRITON_FORMAT = "cascadekit-triton"
 

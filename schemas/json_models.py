@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
+from .fp16 import MAX_EXPONENT
 from .json_text import well_formed
 from .limits import MAX_DIMENSION, MAX_FILE_BYTES, MAX_SIDE
 
@@ -28,6 +29,7 @@ Number = Annotated[float, PlainSerializer(_plain, when_used="json"), WithJsonSch
 
 Bytes = Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
 Dimension = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
+Exponent = Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -37,6 +39,15 @@ Capability = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
 # The name of a file outside the bundle, for people to read. Bytes that are not UTF-8 become escapes, because the
 # manifest is UTF-8.
 FileName = Annotated[str, BeforeValidator(lambda value: well_formed(value) if isinstance(value, str) else value)]
+
+
+class LoraEntry(FrozenModel):
+    """A LoRA that is merged into the weights, with its strengths in the UNets and in the text encoder."""
+
+    name: FileName
+    fingerprint: Sha256
+    strength: Finite
+    text_encoder_strength: Finite
 
 
 def finite(value: Any) -> Any:

@@ -7,8 +7,21 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from .errors import CheckpointError
-from .fp16 import MAX_EXPONENT
-from .json_models import Bytes, Dimension, FileName, Finite, FrozenModel, Number, Sha256, Side, finite
+from .folders import BUNDLE_FORMAT as FORMAT
+from .folders import MANIFEST_NAME as MANIFEST_NAME
+from .json_models import (
+    Bytes,
+    Dimension,
+    Exponent,
+    FileName,
+    Finite,
+    FrozenModel,
+    LoraEntry,
+    Number,
+    Sha256,
+    Side,
+    finite,
+)
 from .json_text import load_object
 from .layouts import Layout
 from .limits import MAX_FILE_BYTES, VQGAN_SCALES
@@ -19,10 +32,8 @@ from .precision import Precision, Target
 from .quantization import Quantization
 from .stages import Stage, Variant
 
-MANIFEST_NAME = "cascade.json"
 MAIN_GRAPH = "model"  # the graph every stage has
 ENCODER_GRAPH = "encoder"  # the second graph of a vqgan: from images to latents
-FORMAT = "cascadekit-bundle"
 VERSION = 2
 
 Placement = Literal["copy", "link", "reflink"]
@@ -35,7 +46,6 @@ DOMAINS: Mapping[Target, tuple[str, ...]] = {
 }
 
 Scale = Annotated[float, Field(ge=VQGAN_SCALES[0], le=VQGAN_SCALES[1])]
-Exponent = Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
 
 
 class FileEntry(FrozenModel):
@@ -166,15 +176,6 @@ def _same(source: PlanSource, file: FileEntry) -> bool:
     return source.fingerprint == file.fingerprint
 
 
-class LoraEntry(FrozenModel):
-    """A LoRA that is merged into the weights, with its strengths in the UNets and in the text encoder."""
-
-    name: FileName
-    fingerprint: Sha256
-    strength: Finite
-    text_encoder_strength: Finite
-
-
 class LoraState(FrozenModel):
     """The LoRAs in the weights, in the order they were merged.
 
@@ -220,7 +221,7 @@ class Manifest(FrozenModel):
     files: tuple[FileEntry, ...] = ()  # files that belong to no stage: the tokenizer; earlier versions list none
     lora: LoraState | None = None
     engines: tuple[str, ...] = ("onnxruntime",)  # engines that can run the bundle, the preferred one first
-    parity: tuple[VerdictEntry, ...] = ()  # the newest last, see `parity.verdict`
+    parity: tuple[VerdictEntry, ...] = ()  # the newest last, see `verdicts`
 
     @model_validator(mode="after")
     def _lists_the_tokenizer(self) -> Self:

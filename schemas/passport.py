@@ -18,9 +18,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from .errors import CheckpointError
-from .json_models import Bytes, FileName, FrozenModel, Sha256
+from .json_models import Bytes, Exponent, FileName, FrozenModel, LoraEntry, Sha256
 from .layouts import Layout
-from .manifest import Exponent, LoraEntry
 from .messages import wrong_fields
 from .passport_keys import CONTENT, SLOT
 from .paths import RelativePath

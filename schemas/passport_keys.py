@@ -12,6 +12,7 @@ FORMAT = "cascadekit-passport"
 KEY = "cascadekit.passport"  # in the metadata of a file
 FOLDER_KEY = "_cascadekit_passport"  # in the index of a model folder; diffusers passes over keys that begin with "_"
 
+SHOWN_DIGITS = 12  # of a digest
 ALGORITHM = "sha256-pieces"
 SLOT = f"{ALGORITHM}:{'0' * 64}"  # the content of a passport whose file is still being written
 CONTENT = rf"^{ALGORITHM}:[0-9a-f]{{64}}$"
@@ -37,3 +38,8 @@ def load_passport(found: Any) -> dict[str, Any]:
     if outside := next((name for name in files if name.startswith("/") or ".." in name.split("/")), None):
         raise ValueError(f"its passport lists {outside!r}, which is not in the folder")
     return values
+
+
+def shown_source(name: object, fingerprint: object) -> str:
+    """Return the name of a source and the beginning of its fingerprint, as in "a.safetensors (1f3aac3c25b4)"."""
+    return f"{name} ({str(fingerprint)[:SHOWN_DIGITS]})"

@@ -10,5 +10,7 @@
 | `atomic_file`, `atomic_output`, `atomic_moves` | no half-written files: one file; any output; a journal of moves |
 | `locks` | locks of files and folders between processes |
 | `output_rules`, `replaceable_folders` | the places that an output may take; the folders that it may replace |
-| `bundle`, `file_hashes`, `hub_cache_links` | bundles opened, checked, updated; hashes; links of the Hub's cache |
+| `threads` | runs tasks in a few threads, in order |
+| `bundle`, `bundle_lock` | bundles opened, checked, updated; recognised and locked |
+| `file_hashes`, `content_digest`, `hub_cache_links` | hashes; digests of passports; links of the Hub's cache |
 """

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
-from ..schemas.folders import MODEL_INDEXES
-from ..schemas.manifest import MANIFEST_NAME
+from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.messages import listed
 from .atomic_file import hidden_name
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
-from .bundle import is_bundle, locked_bundle
+from .bundle_lock import is_bundle, locked_bundle
 from .locks import holder_of, locked
 from .output_rules import locate, require_apart, require_free, require_writable
 from .replaceable_folders import files_in, has_component, owned, stale_weights

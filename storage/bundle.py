@@ -1,8 +1,6 @@
 """Opens bundles: reads and updates the manifest, and checks that the files are there, whole and unchanged."""
 
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from ..schemas.manifest import (
 )
 from ..schemas.stages import Stage
 from .atomic_file import whole_file
+from .bundle_lock import locked_bundle, require_manifest
 from .file_hashes import find_change
-from .locks import locked
 
 DAMAGED = "the bundle is damaged, export it again"
 PUT_BACK = "put it back, or export the model again"
@@ -30,11 +28,6 @@ SHARED: dict[Placement, str] = {
     "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
     'with weights="copy" if the model is to go on changing',
 }
-
-
-def is_bundle(path: Path) -> bool:
-    """True when the folder at `path` has a bundle's manifest; the manifest is not read."""
-    return (path / MANIFEST_NAME).is_file()
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def require_utf8(path: Path) -> None:
 def open_bundle(root: Path) -> Bundle:
     """The bundle at `root`. Raises UsageError when there is none, CheckpointError when its manifest is wrong."""
     require_utf8(root)
-    _require_manifest(root)
+    require_manifest(root)
     path = root / MANIFEST_NAME
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -112,11 +105,6 @@ def open_bundle(root: Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Bundle(root, parse_manifest(text, str(path)))
-
-
-def _require_manifest(root: Path) -> None:
-    if not is_bundle(root):
-        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
 
 
 def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
@@ -136,11 +124,3 @@ def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manif
         except OSError as error:
             raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
     return new
-
-
-def locked_bundle(root: Path) -> AbstractContextManager[None]:
-    """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
-
-    Who waits says so after a second, see `locked`. Nothing is locked on a file system without locks for folders, such
-    as some network drives. Raises UsageError when there is no bundle."""
-    return locked(Path(os.path.realpath(root)), lambda: _require_manifest(root), wait=True, output=root)

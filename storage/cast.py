@@ -19,9 +19,10 @@ import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 
-from ..schemas.block_types import BLOCK_TYPES, QUANTISED, SCALED_TYPES, WRITTEN
+from ..schemas.block_types import BLOCK_TYPES, SCALED_TYPES
+from ..schemas.casts import castable
 from ..schemas.dtypes import DTYPES, FLOATS, FP8
-from ..schemas.errors import ConversionError, UsageError
+from ..schemas.errors import ConversionError
 from .codes import code_values
 from .gguf_blocks import pack, unpack
 
@@ -35,23 +36,6 @@ _NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that 
 _LIMIT = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf, "F64": math.inf}
 
 _CHUNK = 1 << 18  # elements per step: the scratch space of a step stays in a core's cache
-
-
-def target_dtype(source: str, wanted: str | None) -> str:
-    """The dtype in which a tensor of dtype `source` is written if the user asks for `wanted`.
-
-    Floats become `wanted`; integers and booleans keep their dtype, and so does every tensor if `wanted` is None.
-    Raises UsageError when `wanted` is not one of FLOATS."""
-    if wanted is None:
-        return source
-    if wanted not in FLOATS:
-        raise UsageError(f"dtype={wanted!r}: expected one of {', '.join(FLOATS)}")
-    return wanted if source.startswith(("F", "BF")) or source in QUANTISED else source
-
-
-def castable(source: str, target: str) -> bool:
-    """True when `cast_block` can cast from `source` to `target`."""
-    return source in (*FLOATS, *FP8, *QUANTISED) and target in (*FLOATS, *WRITTEN)
 
 
 class Cast(NamedTuple):

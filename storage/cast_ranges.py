@@ -1,10 +1,10 @@
 """Casts and transposes ranges of files into another file, block by block in worker threads."""
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,10 +18,10 @@ from ..schemas.tensors import Shape
 from .cast import Cast, cast_counted
 from .file_ranges import Wrote, read_exactly, read_lines, write_all, write_lines
 from .read_scale import Factors, cast_scaled, read_scale
-from .safetensors_plan import PlacedRange
+from .safetensors_plan import Counts, PlacedRange
+from .threads import CAST_THREADS, run_in_order
 
 CAST_BLOCK = 1 << 22  # bytes that a thread casts at a time; memory of larger blocks is paged in anew each time
-CAST_THREADS = 2
 
 
 class Done(NamedTuple):
@@ -35,27 +35,6 @@ class Done(NamedTuple):
 Task = Callable[[], Done]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Counts by tensor: finite values that became infinite, and values that were NaN or infinite before the cast."""
-
-    overflows: Counter[str] = field(default_factory=Counter)
-    not_finite: Counter[str] = field(default_factory=Counter)
-
-    def notes(self, file: str) -> tuple[str, ...]:
-        """One line for the user on values of `file` that became infinite, and one on values that were not finite."""
-        kinds = {
-            "became infinite in the new dtype": self.overflows,
-            "were NaN or infinite before the cast, and still are": self.not_finite,
-        }
-        return tuple(
-            f"{file}: {found.total()} values in {len(found)} tensors {what}, most in "
-            + ", ".join(f"{name} ({count})" for name, count in found.most_common(5))
-            for what, found in kinds.items()
-            if found
-        )
-
-
 def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress | None, wrote: Wrote) -> Counts:
     """Cast, scale and transpose into the open file `target` those `ranges` that are not copied as they are.
 
@@ -67,7 +46,7 @@ def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress |
     done: Counter[int] = Counter()  # bytes of each range, by the byte at which the range begins
     # Whatever ends this block waits for the workers: none may write once the file is closed.
     with ThreadPoolExecutor(CAST_THREADS) as pool:
-        for placed, (nbytes, overflow, not_finite) in _run(pool, tasks):
+        for placed, (nbytes, overflow, not_finite) in run_in_order(pool, tasks):
             if overflow:
                 counts.overflows[placed.name] += overflow
             if not_finite:
@@ -78,21 +57,6 @@ def cast_placed(ranges: Iterable[PlacedRange], target: int, progress: Progress |
             if progress:
                 progress(nbytes)
     return counts
-
-
-def _run(pool: ThreadPoolExecutor, tasks: Iterable[tuple[PlacedRange, Task]]) -> Iterator[tuple[PlacedRange, Done]]:
-    """Run the tasks in worker threads and yield their results in order.
-
-    Each task reads, computes and writes at its own place, so no block waits for another. Only as many tasks are
-    submitted as keep the workers busy."""
-    waiting: deque[tuple[PlacedRange, Future[Done]]] = deque()
-    for placed, task in tasks:
-        waiting.append((placed, pool.submit(task)))
-        if len(waiting) > 2 * CAST_THREADS:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for placed, future in waiting:
-        yield placed, future.result()
 
 
 def _tasks(placed: PlacedRange, target: int) -> Iterator[Task]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ..schemas.callbacks import Progress
 from .safetensors_plan import PlacedRange
+
+if TYPE_CHECKING:  # numpy is not needed to copy
+    from numpy.typing import NDArray
 
 COPY_BLOCK = 1 << 24  # most bytes of one system call
 
@@ -118,15 +118,15 @@ def read_lines(file: FileIO, offset: int, stride: int, count: int, nbytes: int) 
     return b"".join(read_exactly(file, offset + index * stride, nbytes) for index in range(count))
 
 
-def write_all(target: int, values: NDArray[Any], at: int) -> None:
+def write_all(target: int, values: "NDArray[Any]", at: int) -> None:
     """Write a contiguous 1-D array at byte `at`."""
-    data = values.view(np.uint8).data
+    data = values.view("u1").data
     while data:
         done = os.pwrite(target, data, at)
         data, at = data[done:], at + done
 
 
-def write_lines(target: int, lines: NDArray[Any], at: int, stride: int) -> None:
+def write_lines(target: int, lines: "NDArray[Any]", at: int, stride: int) -> None:
     """Write the rows of a contiguous matrix; the first at byte `at`, each next one `stride` bytes later."""
     if lines.nbytes == stride * len(lines):
         lines = lines.reshape(1, -1)

@@ -6,13 +6,25 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import CascadeError
-from ..schemas.folders import MODEL_INDEX, MODULAR_FILES, MODULAR_INDEX, PLACES, STEMS, TRITON_FORMAT, TRITON_INDEX
+from ..schemas.folders import (
+    BUNDLE_FORMAT,
+    MANIFEST_NAME,
+    MODEL_INDEX,
+    MODULAR_FILES,
+    MODULAR_INDEX,
+    PLACES,
+    STEMS,
+    TRITON_FORMAT,
+    TRITON_INDEX,
+)
 from ..schemas.json_text import load_object
-from ..schemas.manifest import FORMAT, MANIFEST_NAME, Manifest, parse_manifest
 from ..schemas.stages import Stage
+
+if TYPE_CHECKING:
+    from ..schemas.manifest import Manifest
 
 DEMO_REPORT = "parity.json"  # the report of a demo
 DEMO = "demo"  # the key of the report that lists the files of the demo
@@ -115,8 +127,10 @@ def _model(folder: Path, names: Collection[str], own: Collection[str] = (MODEL_I
 def _bundle(folder: Path, names: Collection[str]) -> Owns | None:
     """Owns the files that the manifest lists, and plans, which a killed build may have left unlisted."""
     path = folder / MANIFEST_NAME
-    if _json(path).get("format") != FORMAT:
+    if _json(path).get("format") != BUNDLE_FORMAT:
         return None
+    from ..schemas.manifest import parse_manifest  # imports pydantic
+
     try:
         known = _listed(parse_manifest(path.read_text(encoding="utf-8"), str(path)))
     except CascadeError:
@@ -124,7 +138,7 @@ def _bundle(folder: Path, names: Collection[str]) -> Owns | None:
     return lambda path: path in known or bool(_PLAN.fullmatch(path))
 
 
-def _listed(manifest: Manifest) -> set[str]:
+def _listed(manifest: "Manifest") -> set[str]:
     stages = (file for entry in manifest.stages.values() for file in entry.files)
     files = {file.path for file in (*manifest.files, *stages)}
     plans = {plan.path for entry in manifest.stages.values() for plan in entry.plans}

@@ -1,8 +1,9 @@
 """Describes a weights file before it is written: dtypes, shapes, and the sources of the values."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ Range = TensorRange | CalculatedRange
 class TensorPlan:
     """A tensor to write: dtype (in safetensors' spelling, or a type of GGUF's blocks), shape, and ranges of values.
 
-    The ranges are in the order of their values. A range of another dtype is cast if `cast.castable` allows the pair. A
+    The ranges are in the order of their values. A range of another dtype is cast if `schemas.casts` allows the pair. A
     transposed range is transposed back. A plan without ranges is a tensor of zeros."""
 
     dtype: str
@@ -115,3 +116,24 @@ def placed(
             else:
                 yield PlacedCalculatedRange(name, each, at)
             at += _nbytes_as(each, plan.dtype)  # a plan without ranges is zeros, which the empty file has already
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts by tensor: finite values that became infinite, and values that were NaN or infinite before the cast."""
+
+    overflows: Counter[str] = field(default_factory=Counter)
+    not_finite: Counter[str] = field(default_factory=Counter)
+
+    def notes(self, file: str) -> tuple[str, ...]:
+        """One line for the user on values of `file` that became infinite, and one on values that were not finite."""
+        kinds = {
+            "became infinite in the new dtype": self.overflows,
+            "were NaN or infinite before the cast, and still are": self.not_finite,
+        }
+        return tuple(
+            f"{file}: {found.total()} values in {len(found)} tensors {what}, most in "
+            + ", ".join(f"{name} ({count})" for name, count in found.most_common(5))
+            for what, found in kinds.items()
+            if found
+        )

@@ -9,26 +9,30 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..schemas.block_types import BLOCK_TYPES, WRITTEN
 from ..schemas.callbacks import Progress
+from ..schemas.casts import castable
 from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
-from .cast import Array, castable
-from .cast_ranges import Counts, cast_placed
 from .content_digest import EMPTY, PieceDigests
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .gguf_file import encode_gguf
-from .safetensors_plan import PlacedCalculatedRange, PlacedRange, TensorPlan, placed
+from .safetensors_plan import Counts, PlacedCalculatedRange, PlacedRange, TensorPlan, placed
+from .threads import CAST_THREADS, run_in_order
+
+if TYPE_CHECKING:  # numpy is not needed to copy
+    from .cast import Array
 
 FLUSH_PAUSE = 0.05  # seconds between two flushes
 
@@ -57,7 +61,7 @@ def write_safetensors(
 
     Returns by tensor how many values became infinite by a cast, and how many were NaN or infinite before. The file is
     on disk (fsync) when this function returns. `progress` is called with bytes of tensors. The function takes about
-    100 MB of memory, and the largest calculated block.
+    100 MB of memory, and the two largest calculated blocks.
 
     Raises ConversionError if the disk is full, a source cannot be read, or a dtype cannot be cast; the caller then
     removes the file. Finite values that became infinite are such an error too unless `allow_overflow` is set.
@@ -95,11 +99,17 @@ def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Pr
     from_files = [each for each in ranges if isinstance(each, PlacedRange)]
     for copied in merged(from_files):
         copy_range(copied, out.file, progress, out.wrote)
-    counts = cast_placed(from_files, out.file, progress, out.wrote)
-    for each in ranges:
-        if isinstance(each, PlacedCalculatedRange):
-            _write_calculated(each, out, progress)
+    counts = _cast([each for each in from_files if each.computed], out, progress)
+    _calculate([each for each in ranges if isinstance(each, PlacedCalculatedRange)], out, progress)
     return counts
+
+
+def _cast(ranges: Sequence[PlacedRange], out: "NewSafetensors", progress: Progress | None) -> Counts:
+    if not ranges:
+        return Counts()
+    from .cast_ranges import cast_placed  # imports numpy
+
+    return cast_placed(ranges, out.file, progress, out.wrote)
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,11 @@ class NewSafetensors:
         if self.pieces:
             self.pieces.wrote(at, nbytes)
 
-    def write(self, name: str, values: Array, at: int = 0) -> None:
+    def write(self, name: str, values: "Array", at: int = 0) -> None:
         """Write a contiguous array `at` bytes after the beginning of the tensor `name`."""
         write_all(self.file, values.reshape(-1), self.places[name] + at)
 
-    def write_lines(self, name: str, lines: Array, at: int, stride: int) -> None:
+    def write_lines(self, name: str, lines: "Array", at: int, stride: int) -> None:
         """Write the rows of a contiguous matrix, each `stride` bytes after the row before it."""
         write_lines(self.file, lines, self.places[name] + at, stride)
 
@@ -178,19 +188,28 @@ def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str])
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_calculated(placed_range: PlacedCalculatedRange, out: NewSafetensors, progress: Progress | None) -> None:
+def _calculate(ranges: Iterable[PlacedCalculatedRange], out: NewSafetensors, progress: Progress | None) -> None:
+    """Calculate and write ranges in worker threads, each of which has one range at a time."""
+    tasks = ((each, partial(_write_blocks, each, out)) for each in ranges)
+    with ThreadPoolExecutor(CAST_THREADS) as pool:
+        for each, nbytes in run_in_order(pool, tasks):
+            out.wrote(each.at, nbytes)
+            if progress:
+                progress(nbytes)
+
+
+def _write_blocks(placed_range: PlacedCalculatedRange, out: NewSafetensors) -> int:
+    """Write the blocks of a range; returns their bytes."""
     at = placed_range.at
     for block in placed_range.range.blocks():
         write_all(out.file, block.reshape(-1), at)
-        out.wrote(at, block.nbytes)
         at += block.nbytes
-        if progress:
-            progress(block.nbytes)
     if (found := at - placed_range.at) != placed_range.range.nbytes:
         raise ConversionError(
             f"{out.path}: {placed_range.name}: {found} bytes were calculated instead of {placed_range.range.nbytes}; "
             "this is a bug, report it"
         )
+    return found
 
 
 @contextmanager

@@ -12,6 +12,7 @@ logarithm.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ Floats = NDArray[np.float32]
 E4M3_MAX = np.float32(448)
 LEAST_INT8_FACTOR = np.float32(1e-30)
 _BIAS = 127  # of the exponents of mxfp8
+_STEP = 1 << 16  # values at a time, so that the scratch space of a step stays in a core's cache
 
 
 def overall_factor(kind: str, largest: np.float32) -> np.float32:
@@ -41,6 +43,16 @@ def overall_factor(kind: str, largest: np.float32) -> np.float32:
 
 def group_factors(rows: Floats, kind: str, overall: np.float32) -> Array:
     """Return the factor of each group of mxfp8 or nvfp4 as a byte, (rows, groups)."""
+    return _in_steps(lambda part: _group_factors(part, kind, overall), rows)
+
+
+def _in_steps(function: Callable[[Floats], Array], rows: Floats) -> Array:
+    """Apply a function to a few rows at a time, and join what it returns."""
+    height = max(1, _STEP // rows.shape[1])
+    return np.concatenate([function(rows[start : start + height]) for start in range(0, len(rows), height)])
+
+
+def _group_factors(rows: Floats, kind: str, overall: np.float32) -> Array:
     largest = np.abs(rows).reshape(len(rows), -1, FORMATS[kind].group).max(axis=2)
     if kind == "nvfp4":
         wanted = largest / np.float32(FORMATS[kind].top) / overall
@@ -61,7 +73,7 @@ def tiled(factors: Array) -> Array:
 def codes(rows: Floats, kind: str, overall: np.float32) -> Array:
     """Return the codes of finite rows as bytes, (rows, bytes of a row)."""
     with np.errstate(all="ignore"):
-        return _CODES[kind](rows, overall)
+        return _in_steps(lambda part: _CODES[kind](part, overall), rows)
 
 
 def worth(packed: Array, kind: str, overall: np.float32, factors: Array | None = None) -> Floats:
@@ -79,13 +91,25 @@ def _group_scale(kind: str, factors: Array, overall: np.float32) -> Floats:
     return np.asarray(np.ldexp(np.float32(1), factors.astype(np.int32) - _BIAS), np.float32)
 
 
-def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
-    def encode(rows: Floats, overall: np.float32) -> Array:
-        scaled = rows * (np.float32(1) / overall)
-        encoded: Array = scaled.clip(-top, top, out=scaled).astype(dtype).view(np.uint8)
-        return encoded
+def rounded(values: Floats, dtype: Any, top: float) -> Array:
+    """Return the codes of values in a float type of at most 8 bits: those of `values.clip(-top, top).astype(dtype)`.
 
-    return encode
+    A code depends on the upper 16 bits of a float32, and on whether any lower bit is set. The lowest of the 16 bits is
+    set where that is so, and the code is looked up: values are rounded once, to nearest, ties to even."""
+    halves = np.ascontiguousarray(values).view("<u2").reshape(*values.shape, 2)
+    return np.asarray(_table(dtype, top)[halves[..., 1] | (halves[..., 0] != 0)])
+
+
+@cache
+def _table(dtype: Any, top: float) -> Array:
+    """The code of every float32 whose lower 16 bits are 0."""
+    with np.errstate(all="ignore"):
+        values = (np.arange(1 << 16, dtype="<u4") << 16).view("<f4").clip(-top, top)
+        return np.asarray(values.astype(dtype).view(np.uint8))
+
+
+def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
+    return lambda rows, overall: rounded(rows * (np.float32(1) / overall), dtype, top)
 
 
 def _int8(rows: Floats, overall: np.float32) -> Array:
@@ -94,19 +118,17 @@ def _int8(rows: Floats, overall: np.float32) -> Array:
 
 def _in_groups(rows: Floats, kind: str, overall: np.float32) -> Floats:
     """Values divided by the factors of their groups; groups of factor 0 become zeros."""
-    scale = _group_scale(kind, group_factors(rows, kind, overall), overall)
+    scale = _group_scale(kind, _group_factors(rows, kind, overall), overall)
     grouped = rows.reshape(len(rows), -1, FORMATS[kind].group)
-    top = np.float32(FORMATS[kind].top)
-    scaled = grouped / np.where(scale == 0, np.float32(np.inf), scale)[:, :, None]
-    return np.asarray(scaled.clip(-top, top, out=scaled).reshape(rows.shape), np.float32)
+    return np.asarray((grouped / np.where(scale == 0, np.float32(np.inf), scale)[:, :, None]).reshape(rows.shape))
 
 
 def _mxfp8(rows: Floats, overall: np.float32) -> Array:
-    return np.asarray(_in_groups(rows, "mxfp8", overall).astype(float8_e4m3fn).view(np.uint8))
+    return rounded(_in_groups(rows, "mxfp8", overall), float8_e4m3fn, FORMATS["mxfp8"].top)
 
 
 def _nvfp4(rows: Floats, overall: np.float32) -> Array:
-    four = _in_groups(rows, "nvfp4", overall).astype(float4_e2m1fn).view(np.uint8)
+    four = rounded(_in_groups(rows, "nvfp4", overall), float4_e2m1fn, FORMATS["nvfp4"].top)
     return np.asarray(four[:, 0::2] << 4 | four[:, 1::2] & 15)
 
 

@@ -6,9 +6,10 @@ times that of normal numbers has outliers, and stays float. The network is not r
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from ...storage.float_rows import float_rows
 from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import codes, group_factors, overall_factor, tiled, worth
+from ...storage.threads import CAST_THREADS, run_in_order
 from .comfyui_copy import can_copy
 from .component import Component
 from .constant_values import constant, constant_text
@@ -54,26 +56,32 @@ class ScaledTypes:
     def of(cls, component: Component, choice: str) -> "ScaledTypes":
         """Measure every candidate. Raises ConversionError for weights with NaN or infinities."""
         kind = CHOICES[choice]
-        factors: dict[str, np.float32] = {}
+        linears = candidates(component.stage, expected_tensors(component.config))
         floats: dict[str, str] = {}
         copies: list[str] = []
-        worst = tolerated = 0.0
-        for module, shape in candidates(component.stage, expected_tensors(component.config)).items():
+        to_measure: dict[str, TensorRange] = {}
+        for module, shape in linears.items():
             matrix = component.tensors[f"{module}.weight"]
             if matrix.scale and matrix.scale.kind == kind and can_copy(matrix):
                 copies.append(module)
-                continue
-            if reason := _unfit(component.stage, module, shape, matrix, kind):
+            elif reason := _unfit(component.stage, module, shape, matrix, kind):
                 floats[module] = reason
-                continue
-            overall = overall_factor(kind, _largest(matrix, module))
-            error, limit = _error(matrix, kind, overall), TOLERATED * normal_error(kind, shape[1])
-            if error > limit:
-                floats[module] = f"error {error:.1%}, tolerated {limit:.1%}"
-                continue
-            factors[module] = overall
-            worst, tolerated = max((worst, tolerated), (error, limit))
-        return cls(kind, factors, floats, worst, tolerated, copies=frozenset(copies))
+            else:
+                to_measure[module] = matrix
+        with ThreadPoolExecutor(CAST_THREADS) as pool:
+            tasks = ((module, partial(_measured, matrix, module, kind)) for module, matrix in to_measure.items())
+            found = dict(run_in_order(pool, tasks))
+        floats |= {module: each.reason for module, each in found.items() if each.error > each.limit}
+        kept = {module: each for module, each in found.items() if module not in floats}
+        worst, tolerated = max(((each.error, each.limit) for each in kept.values()), default=(0.0, 0.0))
+        return cls(
+            kind,
+            factors={module: each.overall for module, each in kept.items()},
+            floats={module: floats[module] for module in linears if module in floats},
+            worst=worst,
+            tolerated=tolerated,
+            copies=frozenset(copies),
+        )
 
     def plan(self, name: str, module: str, matrix: TensorRange) -> dict[str, TensorPlan]:
         """Plan the tensors of a module that is quantised; `name` is that of its weight in the file."""
@@ -100,6 +108,23 @@ class ScaledTypes:
         error = f", worst error {self.worst:.1%} of {self.tolerated:.1%} tolerated" if self.factors else ""
         copies = f" and {len(self.copies)} copied" if self.copies else ""
         return f"{component.stage}: {len(self.factors)} of {total} Linears in {self.kind}{copies}{error}{rest}"
+
+
+class Measured(NamedTuple):
+    """The factor of all values of a matrix, the relative L2 error of its codes, and the largest that is tolerated."""
+
+    overall: np.float32
+    error: float
+    limit: float
+
+    @property
+    def reason(self) -> str:
+        return f"error {self.error:.1%}, tolerated {self.limit:.1%}"
+
+
+def _measured(matrix: TensorRange, module: str, kind: str) -> Measured:
+    overall = overall_factor(kind, _largest(matrix, module))
+    return Measured(overall, _error(matrix, kind, overall), TOLERATED * normal_error(kind, matrix.shape[1]))
 
 
 def _unfit(stage: Stage, module: str, shape: Shape, matrix: TensorRange, kind: str) -> str | None:

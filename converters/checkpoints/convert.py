@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...schemas.block_types import WRITTEN
 from ...schemas.callbacks import Say, StartFile
@@ -27,14 +28,15 @@ from ...storage.atomic_output import check_output, staged_output
 from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_writer import write_gguf, write_safetensors
 from ..hub import local_path
-from ..passports import made_of
 from .component import Component
 from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files, write_pipeline_parts
 from .modular_folder import notes_on_missing, write_modular_files
 from .open_model import ENCODERS, Model, open_model
-from .output_passports import with_passports, write_folder_passport
 from .plan_output import PIPELINE_FILES, FilePlan, OutputOptions, OutputPlan, plan_output
 from .provenance import copy_provenance, provenance_files
+
+if TYPE_CHECKING:
+    from ...schemas.passport import PassportSource
 
 DIFFUSERS_VQGAN_SCALE = 0.3764
 GGUF = ".gguf"
@@ -87,7 +89,8 @@ def convert(
         to: "diffusers", "modular", "original", "split", "comfyui" or "gguf".
         text_encoder: The text encoder to use instead of that in the sources: a Hugging Face folder or file.
         image_encoder: The image encoder to use, likewise.
-        dtype: "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too.
+        dtype: "keep", "fp32", "bf16" or "fp16"; safetensors' spelling ("BF16") is accepted too. "keep" gives weights
+            that torchao, bitsandbytes or SDNQ quantised the dtype that they had before.
         allow_overflow: Let values that are too large for the dtype become infinite.
         variant: The weights to read from a folder with several variants, such as "bf16".
         lite: Read prior_lite/ and decoder_lite/ where a folder has both sizes.
@@ -147,8 +150,13 @@ def convert(
     if on_plan:
         check_output(output, force=force, sources=inputs, files=names)
         on_plan(_forecast(output, plan, notes))
-    made = made_of(plan.sources, notes.append) if passport else {}
-    plan = with_passports(plan, made) if passport else plan
+    made: dict[Path, PassportSource] = {}
+    if passport:
+        from ..passports import made_of  # imports pydantic
+        from .output_passports import with_passports, write_folder_passport
+
+        made = made_of(plan.sources, notes.append)
+        plan = with_passports(plan, made)
     with staged_output(
         output, force=force, fingerprint=plan.fingerprint(), sources=inputs, files=names, say=notes.append
     ) as staged:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...schemas.block_types import BLOCK_TYPES, FILE_TYPES, SCALED_TYPES, type_for
+from ...schemas.casts import target_dtype
 from ...schemas.dtypes import FP8
 from ...schemas.passport_keys import without_passport
 from ...schemas.quantization import candidates
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
-from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from .component import Component

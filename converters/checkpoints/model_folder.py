@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.text.tokenizer import read_checked, save_tokenizer_folder
-from ...runtime.text.tokenizer_file import LIST_NAMES, NAMES, WHOLE_NAME, TokenizerFile
+from ...runtime.text.tokenizer_file import LIST_NAMES, NAMES, WHOLE_NAME, TokenizerFile, save_tokenizer_folder
 from ...schemas.config_json import DIFFUSERS_VERSION, to_json
 from ...schemas.errors import CheckpointError, ConversionError
 from ...schemas.folders import COMBINED_FOLDERS, QUANTIZATION
@@ -156,6 +155,8 @@ def check_tokenizer(folder: Path | None, rows: int | None) -> OwnTokenizer | Non
             )
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CheckpointError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, it has {path.stat().st_size}")
+    from ...runtime.text.tokenizer import read_checked  # imports numpy and tokenizers
+
     content = read_checked(folder, rows)
     return OwnTokenizer(content, files, (*_notes_on_other_files(folder), *_notes_on_rows(folder, content, rows)))
 

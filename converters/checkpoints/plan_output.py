@@ -10,11 +10,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...schemas.block_types import BLOCK_TYPES, WRITTEN
+from ...schemas.casts import target_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
@@ -23,16 +24,17 @@ from ...schemas.passport_keys import without_passport
 from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import CONTROLNETS, Stage, Variant
 from ...schemas.tensors import Shape
-from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from ...storage.safetensors_reader import TensorRange
 from .comfyui_copy import can_copy, copied, described, keeps_codes
-from .comfyui_types import ScaledTypes
 from .component import Component
+from .dtype_before import dtype_before, notes_on_dtypes
 from .gguf_types import STAGES, GGUFTypes, file_metadata, file_numbers, main_type
 from .model_folder import component_folders
 from .open_model import ENCODERS
-from .sdnq_types import SdnqTypes
+
+if TYPE_CHECKING:  # numpy is not needed to plan copies
+    from .comfyui_types import ScaledTypes
 
 ORIGINAL_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stage_c",
@@ -159,6 +161,15 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
 
     Raises UsageError when the layout has no place for any of them, ConversionError for tensors that cannot be
     joined."""
+    plan = _plan(components, options)
+    if options.dtype is not None:
+        return plan
+    tensors = [each for file in plan.files for each in file.tensors.values()]
+    notes = [line for component in components.values() for line in notes_on_dtypes(component, tensors)]
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _plan(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
     if options.layout is Layout.COMFYUI:
         return _plan_comfyui(components, options)
     if options.layout is Layout.SPLIT and options.quantize:
@@ -172,6 +183,8 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
     for component in components.values():
         tensors = plan_tensors(component, options)
         if options.quantize and options.quantize in SDNQ_CHOICES and component.stage in STAGES:
+            from .sdnq_types import SdnqTypes
+
             types = SdnqTypes.of(component, options.quantize)
             tensors = types.quantised(tensors, component)
             quantization[component.stage] = types.settings
@@ -186,7 +199,7 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
 
 
 def plan_tensors(
-    component: Component, options: OutputOptions, prefix: str = "", scaled: ScaledTypes | None = None
+    component: Component, options: OutputOptions, prefix: str = "", scaled: "ScaledTypes | None" = None
 ) -> dict[str, TensorPlan]:
     """Plan each tensor of `component` under its name in the output, in the order of the source.
 
@@ -212,7 +225,8 @@ def plan_tensors(
         if types:
             dtypes = types.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
         else:
-            dtypes = {target_dtype(tensor.dtype, options.dtype) for tensor in ranges}
+            wanted = options.dtype
+            dtypes = {target_dtype(each.dtype, wanted or dtype_before(each, component)) for each in ranges}
             _require_floats(component, name, dtypes)
         if len(dtypes) > 1:
             raise ConversionError(
@@ -332,6 +346,8 @@ def _plan_scaled_file(
     if not options.quantize or component.stage not in STAGES:
         tensors = plan_tensors(component, options, prefix)
         return _file(path, tensors, component.metadata, options), []
+    from .comfyui_types import ScaledTypes
+
     scaled = ScaledTypes.of(component, options.quantize)
     tensors = plan_tensors(component, options, prefix, scaled)
     return _file(path, tensors, component.metadata, options), [scaled.note(component)]

@@ -18,9 +18,10 @@ from ...schemas.tensors import Shape, expected_tensors
 from ...storage.float_rows import float_rows
 from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
+from ...storage.scaled_codes import rounded
 from .component import Component
 
-BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time
+BLOCK_VALUES = 1 << 16  # of rows at a time, so that the scratch space of a step stays in a core's cache
 Floats = NDArray[np.float32]
 
 
@@ -95,22 +96,26 @@ class _Part:
                     f"{self.matrix.path}: the weight at byte {self.matrix.offset} holds NaN or infinities, which have "
                     "no code; write it as float"
                 )
-            yield np.ascontiguousarray(quantised(rows, self.form)[self.part])
+            yield np.ascontiguousarray(quantised(rows, self.form, self.part))
 
 
-def quantised(rows: Floats, form: SdnqFormat) -> dict[str, NDArray[Any]]:
-    """Return the codes, and for each group its factor and (where the format has them) its zero point."""
+def quantised(rows: Floats, form: SdnqFormat, part: str) -> NDArray[Any]:
+    """Return the "codes" of rows, or the "scale" or "zero_point" of each group."""
     groups = rows.reshape(len(rows), -1, group_of(form, rows.shape[1]))
     least = groups.min(axis=2, keepdims=True) if form.zero else np.zeros((1, 1, 1), np.float32)
+    if part == "zero_point":
+        return least
     span = groups.max(axis=2, keepdims=True) - least if form.zero else np.abs(groups).max(axis=2, keepdims=True)
     scale = span / np.float32(form.top)
+    if part == "scale":
+        return np.asarray(scale)
     scaled = (groups - least) / np.where(scale == 0, np.float32(np.inf), scale)
-    return {"codes": _codes(np.asarray(scaled, np.float32), form), "scale": scale, "zero_point": least}
+    return _codes(np.asarray(scaled, np.float32), form)
 
 
 def _codes(scaled: Floats, form: SdnqFormat) -> NDArray[Any]:
     if form.stored == "F8_E4M3":
-        return np.asarray(scaled.clip(-form.top, form.top).astype(float8_e4m3fn).view(np.uint8))
+        return rounded(scaled, float8_e4m3fn, form.top)
     whole = np.rint(scaled).clip(0 if form.zero else -form.top - 1, form.top)
     if form.bits == 8:
         return whole.astype(np.int8)

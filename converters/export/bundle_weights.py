@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import StartFile
+from ...schemas.casts import target_dtype
 from ...schemas.errors import ExportError
 from ...schemas.manifest import Placement
 from ...schemas.passport_keys import without_passport
 from ...schemas.paths import problem_of_name
-from ...storage.cast import target_dtype
 from ...storage.safetensors_plan import TensorPlan
 from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import write_safetensors

@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ...schemas.block_types import nbytes_of
+from ...schemas.casts import target_dtype
 from ...schemas.forecast import FileSize, Forecast
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
-from ...storage.cast import target_dtype
 from ...storage.file_sizes import sizes_of
 from ..checkpoints.component import Component
 from .bundle_weights import WEIGHTS_NAME, source_files

@@ -19,7 +19,8 @@ from ...schemas.messages import known_keywords, listed_below
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...storage.atomic_output import staged_output
-from ...storage.bundle import Bundle, locked_bundle, open_bundle
+from ...storage.bundle import Bundle, open_bundle
+from ...storage.bundle_lock import locked_bundle
 from ...storage.file_hashes import describe_file, find_change, sha256_of
 from ..checkpoints.component import Component
 from ..export.fold_biases import depends_on, fold_biases

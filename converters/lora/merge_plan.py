@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...schemas.errors import ConversionError, UsageError
+from ...schemas.json_models import LoraEntry
 from ...schemas.lora_keys import LoraTarget
-from ...schemas.manifest import LoraEntry
 from ...schemas.messages import listed_below
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint

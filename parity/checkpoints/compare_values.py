@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schemas.block_types import BLOCK_TYPES, nbytes_of
+from ...schemas.casts import castable
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8, INTEGERS
 from ...schemas.errors import CheckpointError
-from ...storage.cast import cast_block, castable
+from ...storage.cast import cast_block
 from ...storage.read_scale import Factors, cast_scaled, read_scale
 from ...storage.safetensors_reader import TensorRange
 

@@ -17,7 +17,6 @@ CLIP was trained with open_clip's SimpleTokenizer. It cuts text into the same id
 Characters newer than the Unicode tables of Python or of either library may be letters to one of them only.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,14 +31,14 @@ from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.limits import MAX_PROMPT_CHARACTERS
 from .tokenizer_file import (
     END,
-    END_TEXT,
+    LENGTH,
     START,
-    START_TEXT,
     VOCAB_SIZE,
     TokenizerFile,
     name_of,
     read_tokenizer,
     require_rows,
+    save_tokenizer_folder,
     shipped,
 )
 
@@ -55,7 +54,6 @@ __all__ = [
     "token_rows",
 ]
 
-LENGTH = 77  # positions of the text encoder
 PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
 _NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."
 
@@ -161,29 +159,6 @@ def token_rows(rows: Sequence[Sequence[int]], length: int = LENGTH) -> tuple[NDA
         input_ids[row, 1 : 1 + len(ids)] = ids
         attention_mask[row, : len(ids) + 2] = 1
     return input_ids, attention_mask
-
-
-def save_tokenizer_folder(folder: Path) -> None:
-    """Write the shipped tokenizer as the `tokenizer` folder of a diffusers repository, making `folder` if need be.
-
-    transformers 4 and 5 open it as CLIPTokenizer. Raises OSError when the files cannot be written.
-    """
-    text = shipped()
-    model = json.loads(text)["model"]
-    special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END_TEXT) | {"bos_token": START_TEXT}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {str(i): {"content": t, **flags} for i, t in ((START, START_TEXT), (END, END_TEXT))}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "added_tokens_decoder": added, **special}
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "tokenizer.json": text,
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
-        "merges.txt": "\n".join(["#version: 0.2", *model["merges"], ""]),
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-    }
-    for name, content in contents.items():
-        (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
 @lru_cache(maxsize=1)  # parsing takes 0.1 s; export and verify need the same tokenizer several times

@@ -16,6 +16,7 @@ from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_ADDED_TOKENS, MAX_TOKENIZER_BYTES
 from ...storage.open_file import require_regular
 
+LENGTH = 77  # positions of the text encoder
 VOCAB_SIZE = 49408  # tokens of CLIP's own
 START, END = 49406, 49407
 START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
@@ -212,3 +213,26 @@ def require_rows(tokenizer: TokenizerFile, rows: int | None) -> None:
             f"below {rows}, the rows of the text encoder; take the text encoder that was trained with its "
             f"{len(tokenizer.added)} added tokens, or a tokenizer without them"
         )
+
+
+def save_tokenizer_folder(folder: Path) -> None:
+    """Write the shipped tokenizer as the `tokenizer` folder of a diffusers repository, making `folder` if need be.
+
+    transformers 4 and 5 open it as CLIPTokenizer. Raises OSError when the files cannot be written.
+    """
+    text = shipped()
+    model = json.loads(text)["model"]
+    special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END_TEXT) | {"bos_token": START_TEXT}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = {str(i): {"content": t, **flags} for i, t in ((START, START_TEXT), (END, END_TEXT))}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "added_tokens_decoder": added, **special}
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "tokenizer.json": text,
+        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
+        "merges.txt": "\n".join(["#version: 0.2", *model["merges"], ""]),
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8", newline="\n")

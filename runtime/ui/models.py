@@ -18,7 +18,8 @@ from ...schemas.limits import MAX_WEIGHT
 from ...schemas.manifest import Manifest
 from ...schemas.messages import shown
 from ...schemas.stages import Stage
-from ...storage.bundle import is_bundle, open_bundle
+from ...storage.bundle import open_bundle
+from ...storage.bundle_lock import is_bundle
 from ..cascade import Cascade
 from ..engines.engine_table import AUTO, ENGINES, EngineInfo
 

@@ -23,7 +23,7 @@ from cascadekit.cli.escape import visible, visible_line
 from cascadekit.converters.checkpoints import inspect_checkpoint
 from cascadekit.runtime.batch.batch_log import read_log
 from cascadekit.runtime.images.png import read_settings
-from cascadekit.schemas.manifest import LoraEntry
+from cascadekit.schemas.json_models import LoraEntry
 
 PROGRAM = [sys.executable, "-m", "cascadekit"]
 QUICK = "--size 64x64 --prior-steps 1 --decoder-steps 1 --seed 0 --engine onnxruntime --threads 1".split()

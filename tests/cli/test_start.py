@@ -47,6 +47,13 @@ def test_help_imports_no_command_and_no_heavy_library() -> None:
     assert {name for name in loaded if name.startswith("cascadekit")} == OF_HELP
 
 
+def test_a_copy_into_another_layout_imports_little(original: Path, tmp_path: Path) -> None:
+    """numpy and tokenizers are for casts and for a model's own tokenizer, pydantic is for passports."""
+    command = ("convert", original / "stage_c.safetensors", "--to", "diffusers", "-o")
+    assert modules(*command, tmp_path / "a") & HEAVY <= {"pydantic"}
+    assert not modules(*command, tmp_path / "b", "--no-passport") & HEAVY
+
+
 # The help of each command that is an argument, one after the other.
 HELPS = """
 from cascadekit.__main__ import main

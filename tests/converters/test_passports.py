@@ -144,7 +144,7 @@ def test_graphs_of_a_bundle(tiny: Path) -> None:
     assert [one["name"] for one in found["sources"]] == ["diffusion_pytorch_model.safetensors"]
     assert contents_of(graph)
     shown = CliRunner().invoke(main, ["inspect", str(graph)]).output
-    assert "passport of model.onnx: cascadekit" in " ".join(shown.split())
+    assert "passport of model.onnx: every byte is as it was written by cascadekit" in " ".join(shown.split())
 
 
 def test_one_changed_byte_shows_in_a_bundle(tiny: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints with weights that other programs quantised, as tests/data/make_quantised.py recorded them."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant, prior
 from cascadekit.schemas.tensors import expected_tensors
 from helpers.standins import Content, write_holes
 
+SAVED = Path(__file__).parents[1] / "data" / "quantised_folders"  # whole folders, by make_quantised_folders.py
 FOLDER = Path(__file__).parents[1] / "data" / "quantised"
 CONFIG = replace(
     prior_config((12, 16), (2, 2), (1, 1), text=39, pooled=10, image=5),
@@ -49,6 +51,13 @@ def linears(dtype: torch.dtype, names: tuple[str, ...] = ODD) -> torch.nn.Module
         layer.bias.data = torch.randn(rows, generator=generator)
         layers[name.replace(".", "/")] = layer.to(dtype)
     return torch.nn.ModuleDict(layers)
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """The SHA-256 of dtype, shape and values; a zero has no sign."""
+    values = (tensor.detach() + 0.0).contiguous().cpu()
+    described = f"{values.dtype} {list(values.shape)} ".encode()
+    return hashlib.sha256(described + values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def names() -> list[str]:

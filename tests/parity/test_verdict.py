@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from cascadekit.cli import main
 from cascadekit.parity.comparison import Comparison
 from cascadekit.parity.results import Report
-from cascadekit.parity.verdict import KEPT, Verdict, make_verdict, record_verdict, verdict_of, warning
+from cascadekit.parity.verdict import KEPT, make_verdict, record_verdict, warning
 from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.manifest import MANIFEST_NAME, parse_manifest, to_text
 from cascadekit.schemas.stages import Stage
+from cascadekit.schemas.verdicts import Verdict, verdict_of
 from cascadekit.storage.bundle import Bundle, open_bundle
 from helpers.reports import IMAGE, alone, along, comparison, made_report
 from helpers.standins import accept_changes

@@ -6,10 +6,11 @@ import struct
 import numpy as np
 import pytest
 
+from cascadekit.schemas.casts import castable, target_dtype
 from cascadekit.schemas.dtypes import FLOATS
 from cascadekit.schemas.errors import UsageError
 from cascadekit.storage import cast
-from cascadekit.storage.cast import Array, cast_block, castable, target_dtype
+from cascadekit.storage.cast import Array, cast_block
 
 torch = pytest.importorskip("torch")
 

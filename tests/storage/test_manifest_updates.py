@@ -9,7 +9,8 @@ import pytest
 
 from cascadekit.schemas.errors import ConversionError, UsageError
 from cascadekit.schemas.manifest import MANIFEST_NAME, Manifest, to_text
-from cascadekit.storage.bundle import locked_bundle, open_bundle, update_manifest
+from cascadekit.storage.bundle import open_bundle, update_manifest
+from cascadekit.storage.bundle_lock import locked_bundle
 
 WRITER = """
 import sys

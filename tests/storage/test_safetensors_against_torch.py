@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cascadekit.schemas.casts import target_dtype
 from cascadekit.schemas.dtypes import DTYPE_SIZES
 from cascadekit.storage import cast_ranges as computing
-from cascadekit.storage.cast import target_dtype
-from cascadekit.storage.cast_ranges import Counts
-from cascadekit.storage.safetensors_plan import TensorPlan, canonical_order
+from cascadekit.storage.safetensors_plan import Counts, TensorPlan, canonical_order
 from cascadekit.storage.safetensors_reader import read_header
 from cascadekit.storage.safetensors_writer import write_safetensors
 from helpers.safetensors_bytes import copied

@@ -7,8 +7,9 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,6 +306,32 @@ def test_parts_may_be_calculated(two: Path, tmp_path: Path) -> None:
     assert loaded["mixed"].tolist() == [[0, 1], [8, 9], [4, 5]]
     assert loaded["made"].tolist() == [1, 2, 3]
     assert sum(done) == 30
+
+
+def test_two_ranges_are_calculated_at_a_time(tmp_path: Path) -> None:
+    """Each waits for another one. Never are there more than two, whose blocks are in memory."""
+    pairs, lock, at_work, most = threading.Barrier(2, timeout=20), threading.Lock(), [0], [0]
+
+    def blocks(value: int) -> Iterator[np.ndarray]:
+        with lock:
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+        pairs.wait()
+        yield np.full(3, value, "u1")
+        with lock:
+            at_work[0] -= 1
+        pairs.wait()
+
+    names = "abcdef"
+    plans = {
+        name: TensorPlan("U8", (3,), (CalculatedRange(3, partial(blocks, number)),))
+        for number, name in enumerate(names)
+    }
+    done: list[int] = []
+    write_safetensors(tmp_path / "out", plans, {}, done.append)
+    loaded = safetensors.numpy.load_file(tmp_path / "out")
+    assert {name: loaded[name].tolist() for name in names} == {name: [n] * 3 for n, name in enumerate(names)}
+    assert (most, done) == ([2], [3] * 6)
 
 
 def test_too_few_calculated_bytes_are_noticed(tmp_path: Path) -> None:

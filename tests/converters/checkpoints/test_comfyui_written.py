@@ -2,11 +2,13 @@
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import comfy_kitchen.backends.eager.quantization as kitchen
 import numpy as np
 import pytest
 import torch
+from ml_dtypes import float4_e2m1fn, float8_e4m3fn, float8_e5m2
 from safetensors.torch import load_file, save_file
 
 from cascadekit import convert, inspect
@@ -16,14 +18,15 @@ from cascadekit.schemas.comfy_formats import CHOICES, FORMATS
 from cascadekit.schemas.errors import ConversionError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.safetensors_reader import header_in
-from cascadekit.storage.scaled_codes import codes, group_factors, overall_factor, tiled
+from cascadekit.storage.scaled_codes import codes, group_factors, overall_factor, rounded, tiled
 from helpers.comfy_files import opened
 
 RECOGNISED = "down_blocks.1.0.channelwise.0"  # comfy/model_detection.py reads the columns of this weight
 
 
-def matrix(rows: int = 160, columns: int = 192) -> torch.Tensor:
-    """Normal numbers; some groups are zero, tiny, equal, or have one large value. Rows are no whole tile."""
+def matrix(rows: int = 160, columns: int = 1344) -> torch.Tensor:
+    """Normal numbers; some groups are zero, tiny, equal, or have one large value. Rows are no whole tile, and more
+    than a step of ours has."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(4)) * 0.03
     x[0, :64], x[1, :64], x[2, :32] = 0, 0.25, 1e-9
     x[3, ::48] = 1.5
@@ -57,6 +60,20 @@ def test_codes_and_factors_are_those_of_comfy_kitchen(kind: str) -> None:
     if factors.numel():
         found = tiled(group_factors(x.numpy(), kind, ours))
         np.testing.assert_array_equal(found, factors.view(torch.uint8).numpy().reshape(found.shape))
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(float8_e4m3fn, 448), (float8_e5m2, 57344), (float4_e2m1fn, 6)])
+def test_values_are_rounded_as_ml_dtypes_does(dtype: Any, top: float) -> None:
+    """Every sign, exponent and leading bit, with ties and with the numbers beside them."""
+    bits = np.arange(1 << 16, dtype="<u4") << 16 | np.array([[0], [1], [0x7FFF], [0x8000], [0xFFFF]], "<u4")
+    values = bits.view("<f4")
+    with np.errstate(invalid="ignore"):
+        expected = values.clip(-top, top).astype(dtype).view(np.uint8)
+    np.testing.assert_array_equal(rounded(values, dtype, top), expected)
+    if top > 6:  # which torch has, too
+        numbers = ~np.isnan(values)
+        theirs = torch.from_numpy(values[numbers].clip(-top, top)).to(getattr(torch, np.dtype(dtype).name))
+        np.testing.assert_array_equal(rounded(values[numbers], dtype, top), theirs.view(torch.uint8).numpy())
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -17,10 +17,11 @@ from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.code_types import bits_of, values_of
 from cascadekit.schemas.errors import CascadeError
+from cascadekit.schemas.passport_keys import KEY
 from cascadekit.schemas.quantised_facts import ERRORS
 from cascadekit.schemas.stages import Stage
 from helpers.matrix import Matrix
-from helpers.quantised import PROGRAMS, Tensors, folder, names
+from helpers.quantised import PROGRAMS, Tensors, folder, names, recorded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -173,10 +174,45 @@ def test_sdnq_without_its_config_is_named(tmp_path: Path) -> None:
     refused(path, "put config.json beside the file")
 
 
-def test_a_dtype_is_asked_for(tmp_path: Path) -> None:
-    folder("bitsandbytes_nf4", tmp_path / "model")
-    with pytest.raises(CascadeError, match=r'NF4 .*choose a float dtype, such as dtype="bf16"'):
-        convert(tmp_path / "model", tmp_path / "out", "original")
+@pytest.mark.parametrize("name", names())
+def test_without_a_dtype_weights_become_what_they_were(tmp_path: Path, name: str) -> None:
+    """The dtype that a weight states, and else that of all other floats: bf16 here, as in a folder of one dtype."""
+    values = folder(name, tmp_path / "model")
+    states_dtype = name.startswith(("torchao", "bitsandbytes_nf4", "bitsandbytes_fp4"))
+    if not states_dtype:  # the recorded biases have another dtype than the random weights
+        change(tmp_path / "model", lambda tensors, _: tensors.update(biases(tensors)))
+        values |= {key: tensor.bfloat16() for key, tensor in values.items() if key.endswith(".bias")}
+    done = convert(tmp_path / "model", tmp_path / "out", "diffusers")
+    stored = load_file(tmp_path / "out" / "prior" / WEIGHTS)
+    recorded_keys = recorded(name)[2]
+    for key, tensor in values.items():
+        dtype = tensor.dtype if states_dtype or key not in recorded_keys else torch.bfloat16
+        assert stored[key].dtype == dtype
+        assert torch.equal(stored[key], tensor.to(dtype))
+    (note,) = [note for note in done.notes if "as before they were quantised" in note]
+    assert note.startswith("prior: ")
+    assert ("BF16" in note) == any(stored[key.replace("/", ".")].dtype == torch.bfloat16 for key in recorded_keys)
+    passport = inspect(tmp_path / "out").components[Stage.PRIOR].metadata[KEY]
+    assert json.loads(passport)["values"] == "calculated"
+
+
+def biases(tensors: Tensors) -> Tensors:
+    return {key: tensor.bfloat16() for key, tensor in tensors.items() if key.endswith(".bias")}
+
+
+def test_where_other_weights_differ_in_dtype_nothing_is_rounded(tmp_path: Path) -> None:
+    values = folder("sdnq_int8", tmp_path / "model")
+    change(tmp_path / "model", lambda tensors, _: tensors.update(clip_norm(tensors)))
+    convert(tmp_path / "model", tmp_path / "out", "diffusers")
+    stored = load_file(tmp_path / "out" / "prior" / WEIGHTS)
+    for key in recorded("sdnq_int8")[2]:
+        assert stored[key].dtype == torch.float32
+        assert torch.equal(stored[key], values[key].float())
+
+
+def clip_norm(tensors: Tensors) -> Tensors:
+    name = next(key for key in tensors if key.endswith("mapper.bias") and "txt" not in key)
+    return {name: tensors[name].half()}
 
 
 @pytest.mark.parametrize("kind", [name for name in ERRORS if name.startswith(("SDNQ", "bitsandbytes nf4"))])

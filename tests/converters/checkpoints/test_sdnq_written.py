@@ -27,10 +27,11 @@ def test_codes_and_factors_are_those_that_sdnq_recorded(choice: str, name: str) 
     stored, _, values = recorded(name)
     for key, layer in linears(torch.float32, tuple(key.removesuffix(".weight") for key in values)).items():
         module = key.replace("/", ".")
-        found = quantised(layer.weight.detach().numpy(), SDNQ_CHOICES[choice])
+        rows, form = layer.weight.detach().numpy(), SDNQ_CHOICES[choice]
         codes = stored[f"{module}.weight"].view(torch.uint8).numpy()
-        np.testing.assert_array_equal(found["codes"].view(np.uint8).reshape(SHAPES[module]), codes)
-        np.testing.assert_array_equal(found["scale"].reshape(-1), stored[f"{module}.scale"].numpy().reshape(-1))
+        np.testing.assert_array_equal(quantised(rows, form, "codes").view(np.uint8).reshape(SHAPES[module]), codes)
+        factors = quantised(rows, form, "scale").reshape(-1)
+        np.testing.assert_array_equal(factors, stored[f"{module}.scale"].numpy().reshape(-1))
 
 
 @pytest.mark.parametrize("choice", SDNQ_CHOICES)

@@ -15,9 +15,9 @@ from cascadekit.converters.export.export_options import ExportOptions
 from cascadekit.converters.site import write_site as module
 from cascadekit.converters.site.onnxruntime_web import FILES
 from cascadekit.converters.site.write_site import write_site
-from cascadekit.parity.verdict import Verdict, verdict_of
 from cascadekit.schemas.manifest import MANIFEST_NAME, StageVerdict, VerdictEntry
 from cascadekit.schemas.stages import Stage
+from cascadekit.schemas.verdicts import Verdict, verdict_of
 from cascadekit.storage.bundle import open_bundle, update_manifest
 from cascadekit.storage.safetensors_reader import read_header
 from helpers.npm import packed

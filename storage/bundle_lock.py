@@ -1,0 +1,28 @@
+"""Recognises bundles and locks them, without reading the manifest."""
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ..schemas.errors import UsageError
+from ..schemas.folders import MANIFEST_NAME
+from .locks import locked
+
+
+def is_bundle(path: Path) -> bool:
+    """True when the folder at `path` has a bundle's manifest; the manifest is not read."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def require_manifest(root: Path) -> None:
+    """Raise UsageError when there is no bundle at `root`."""
+    if not is_bundle(root):
+        raise UsageError(f"{root}: not a bundle, it has no {MANIFEST_NAME}; make one with `cascadekit export`")
+
+
+def locked_bundle(root: Path) -> AbstractContextManager[None]:
+    """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
+
+    Who waits says so after a second, see `locked`. Nothing is locked on a file system without locks for folders, such
+    as some network drives. Raises UsageError when there is no bundle."""
+    return locked(Path(os.path.realpath(root)), lambda: require_manifest(root), wait=True, output=root)
