@@ -36,6 +36,7 @@ USES = (
     Use("diffusers 0.42, as a pipeline", "modular", "convert model -o modular --to modular"),
     Use("diffusers, as networks", "diffusers", "convert model -o folder --to diffusers"),
     Use("diffusers, in 8 bits", "diffusers sdnq_int8", "convert model -o sdnq --to diffusers --quantize sdnq_int8"),
+    Use("diffusers, in 4 bits", "diffusers sdnq_uint4", "convert model -o sdnq4 --to diffusers --quantize sdnq_uint4"),
     Use("diffusers, in GGUF", "gguf q8_0", "convert model -o gguf --to gguf --quantize q8_0"),
     Use("Stability's code", "original", "convert model -o original --to original"),
     Use("programs with ONNX Runtime", "bundle fp32", "export model -o bundle"),

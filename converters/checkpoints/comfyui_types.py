@@ -1,8 +1,7 @@
 """Chooses the weights of prior and decoder to quantise for ComfyUI, and plans their tensors.
 
-Every candidate is measured: the largest magnitude of the whole matrix, and the relative L2 error of rows spread over
-it. On activations of equal variance that is the error of the layer's product. A matrix whose error exceeds TOLERATED
-times that of normal numbers has outliers, and stays float. The network is not run, so that memory stays bounded."""
+Every candidate is measured: the largest magnitude of the whole matrix, and the error of some of its rows. A matrix with
+outliers stays float."""
 
 import json
 from collections.abc import Iterator
@@ -30,13 +29,9 @@ from .comfyui_copy import can_copy
 from .component import Component
 from .constant_values import constant, constant_text
 from .gguf_types import RECOGNISED_BY
+from .sampled_error import Floats, SampledError, normal_numbers, relative_error, sampled_error
 
-TOLERATED = 2.0  # as `export` does: this many times the error of normal numbers
 BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays of them
-SAMPLE = 16  # parts of a matrix whose error is measured
-SAMPLE_ROWS = 32  # of each
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,9 @@ class ScaledTypes:
         with ThreadPoolExecutor(CAST_THREADS) as pool:
             tasks = ((module, partial(_measured, matrix, module, kind)) for module, matrix in to_measure.items())
             found = dict(run_in_order(pool, tasks))
-        floats |= {module: each.reason for module, each in found.items() if each.error > each.limit}
+        floats |= {module: str(each.error) for module, each in found.items() if not each.error.tolerated}
         kept = {module: each for module, each in found.items() if module not in floats}
-        worst, tolerated = max(((each.error, each.limit) for each in kept.values()), default=(0.0, 0.0))
+        worst, tolerated = max((each.error for each in kept.values()), default=SampledError(0.0, 0.0))
         return cls(
             kind,
             factors={module: each.overall for module, each in kept.items()},
@@ -111,20 +106,16 @@ class ScaledTypes:
 
 
 class Measured(NamedTuple):
-    """The factor of all values of a matrix, the relative L2 error of its codes, and the largest that is tolerated."""
+    """The factor of all values of a matrix, and what its codes lose."""
 
     overall: np.float32
-    error: float
-    limit: float
-
-    @property
-    def reason(self) -> str:
-        return f"error {self.error:.1%}, tolerated {self.limit:.1%}"
+    error: SampledError
 
 
 def _measured(matrix: TensorRange, module: str, kind: str) -> Measured:
     overall = overall_factor(kind, _largest(matrix, module))
-    return Measured(overall, _error(matrix, kind, overall), TOLERATED * normal_error(kind, matrix.shape[1]))
+    as_stored = partial(_as_stored, kind=kind, overall=overall)
+    return Measured(overall, sampled_error(matrix, as_stored, normal_error(kind, matrix.shape[1])))
 
 
 def _unfit(stage: Stage, module: str, shape: Shape, matrix: TensorRange, kind: str) -> str | None:
@@ -154,16 +145,6 @@ def _largest(matrix: TensorRange, module: str) -> np.float32:
     return largest
 
 
-def _error(matrix: TensorRange, kind: str, overall: np.float32) -> float:
-    """The relative L2 error of SAMPLE parts of SAMPLE_ROWS rows, spread over the matrix; 0 if all of them are 0."""
-    step = max(SAMPLE_ROWS, matrix.shape[0] // SAMPLE)
-    lost = whole = 0.0
-    for rows in float_rows(matrix, SAMPLE_ROWS, step=step):
-        lost += float(np.square(rows - _as_stored(rows, kind, overall), dtype=np.float64).sum())
-        whole += float(np.square(rows, dtype=np.float64).sum())
-    return float(np.sqrt(lost / whole)) if whole else 0.0
-
-
 def _as_stored(rows: Floats, kind: str, overall: np.float32) -> Floats:
     factors = group_factors(rows, kind, overall) if FORMATS[kind].group else None
     return worth(codes(rows, kind, overall), kind, overall, factors)
@@ -172,9 +153,8 @@ def _as_stored(rows: Floats, kind: str, overall: np.float32) -> Floats:
 @cache
 def normal_error(kind: str, columns: int) -> float:
     """The relative L2 error of normal numbers, which have no outliers."""
-    rows = np.random.default_rng(0).standard_normal((64, columns), np.float32)
-    stored = _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max()))
-    return float(np.sqrt(np.square(rows - stored).sum() / np.square(rows).sum()))
+    rows = normal_numbers(columns)
+    return relative_error(rows, _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max())))
 
 
 @dataclass(frozen=True)

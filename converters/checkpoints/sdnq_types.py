@@ -5,6 +5,7 @@ zero by zero."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 
 from ...schemas.errors import ConversionError
+from ...schemas.messages import listed
 from ...schemas.quantization import candidates
 from ...schemas.sdnq_formats import SDNQ_CHOICES, SdnqFormat, group_of, settings_of
 from ...schemas.tensors import Shape, expected_tensors
@@ -20,9 +22,9 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import rounded
 from .component import Component
+from .sampled_error import Floats, normal_numbers, relative_error, sampled_error
 
 BLOCK_VALUES = 1 << 16  # of rows at a time, so that the scratch space of a step stays in a core's cache
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,17 @@ class SdnqTypes:
     form: SdnqFormat
     modules: frozenset[str]
     settings: dict[str, Any]
+    floats: Mapping[str, str]  # why each other candidate stays float
 
     @classmethod
     def of(cls, component: Component, choice: str) -> "SdnqTypes":
         form, shapes = SDNQ_CHOICES[choice], expected_tensors(component.config)
         linears = candidates(component.stage, shapes)
-        modules = {module for module, shape in linears.items() if _fits(component, module, shape, form)}
+        weights = ((module, component.tensors[f"{module}.weight"]) for module in linears)
+        floats = {module: reason for module, matrix in weights if (reason := _unfit(matrix, linears[module], form))}
+        modules = frozenset(linears.keys() - floats.keys())
         others = (name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight"))
-        return cls(form, frozenset(modules), settings_of(form, (module for module in others if module not in modules)))
+        return cls(form, modules, settings_of(form, (module for module in others if module not in modules)), floats)
 
     def quantised(self, plans: Mapping[str, TensorPlan], component: Component) -> dict[str, TensorPlan]:
         """Return the plans of a file of `component` in the diffusers layout with the modules that are quantised."""
@@ -51,9 +56,11 @@ class SdnqTypes:
         return changed
 
     def note(self, component: Component) -> str:
-        """Return a line on how many modules are quantised."""
-        total = len(candidates(component.stage, expected_tensors(component.config)))
-        return f"{component.stage}: {len(self.modules)} of {total} Linears in SDNQ's {self.form.name}"
+        """Return a line on how many modules are quantised, and why others stay float."""
+        total = len(self.modules) + len(self.floats)
+        kept = [f"{module} ({reason})" for module, reason in self.floats.items()]
+        rest = f"; in float: {listed(kept, 4)}" if kept else ""
+        return f"{component.stage}: {len(self.modules)} of {total} Linears in SDNQ's {self.form.name}{rest}"
 
     def _plan(self, name: str, matrix: TensorRange) -> dict[str, TensorPlan]:
         """Plan the tensors of a weight that is quantised."""
@@ -70,9 +77,21 @@ class SdnqTypes:
         return plans
 
 
-def _fits(component: Component, module: str, shape: Shape, form: SdnqFormat) -> bool:
-    matrix = component.tensors[f"{module}.weight"]
-    return not matrix.transposed and len(matrix.shape) == 2 and shape[1] * form.bits % 8 == 0
+def _unfit(matrix: TensorRange, shape: Shape, form: SdnqFormat) -> str | None:
+    """Why a matrix is not quantised: outliers, or what the format cannot hold."""
+    if matrix.transposed or len(matrix.shape) != 2:
+        return "it is no plain matrix in the file"
+    if shape[1] * form.bits % 8:
+        return f"its rows of {shape[1]} values do not fill bytes"
+    lost = sampled_error(matrix, lambda rows: as_stored(_finite(rows, matrix), form), normal_error(form, shape[1]))
+    return None if lost.tolerated else str(lost)
+
+
+@cache
+def normal_error(form: SdnqFormat, columns: int) -> float:
+    """The relative L2 error of normal numbers, which have no outliers."""
+    rows = normal_numbers(columns)
+    return relative_error(rows, as_stored(rows, form))
 
 
 def _planned(dtype: str, shape: Shape, part: "_Part") -> TensorPlan:
@@ -91,12 +110,17 @@ class _Part:
     def __call__(self) -> Iterator[NDArray[Any]]:
         columns = self.matrix.shape[1]
         for rows in float_rows(self.matrix, max(1, BLOCK_VALUES // columns)):
-            if not np.isfinite(rows).all():
-                raise ConversionError(
-                    f"{self.matrix.path}: the weight at byte {self.matrix.offset} holds NaN or infinities, which have "
-                    "no code; write it as float"
-                )
-            yield np.ascontiguousarray(quantised(rows, self.form, self.part))
+            yield np.ascontiguousarray(quantised(_finite(rows, self.matrix), self.form, self.part))
+
+
+def _finite(rows: Floats, matrix: TensorRange) -> Floats:
+    """Return `rows` of `matrix`. Raises ConversionError for values that have no code."""
+    if not np.isfinite(rows).all():
+        raise ConversionError(
+            f"{matrix.path}: the weight at byte {matrix.offset} holds NaN or infinities, which have no code; write it "
+            "as float"
+        )
+    return rows
 
 
 def quantised(rows: Floats, form: SdnqFormat, part: str) -> NDArray[Any]:
@@ -111,6 +135,17 @@ def quantised(rows: Floats, form: SdnqFormat, part: str) -> NDArray[Any]:
         return np.asarray(scale)
     scaled = (groups - least) / np.where(scale == 0, np.float32(np.inf), scale)
     return _codes(np.asarray(scaled, np.float32), form)
+
+
+def as_stored(rows: Floats, form: SdnqFormat) -> Floats:
+    """Return the values that a reader gets of rows."""
+    groups = (len(rows), -1, group_of(form, rows.shape[1]))
+    stored = quantised(rows, form, "codes")
+    if form.bits < 8:
+        stored = np.stack([stored & 15, stored >> 4], axis=-1)
+    values = (stored.view(float8_e4m3fn) if form.stored == "F8_E4M3" else stored).reshape(groups).astype(np.float32)
+    found = values * quantised(rows, form, "scale") + (quantised(rows, form, "zero_point") if form.zero else 0)
+    return np.asarray(found, np.float32).reshape(rows.shape)
 
 
 def _codes(scaled: Floats, form: SdnqFormat) -> NDArray[Any]:

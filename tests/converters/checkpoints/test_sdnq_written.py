@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,19 @@ def test_a_folder_is_written_and_read_back(original: Path, tmp_path: Path, choic
             bound = step[:, None] * 0.5001 if form.stored != "F8_E4M3" else groups.abs() / 16 + step[:, None] * 2**-9
             assert bool((off <= bound + 1e-9).all())
     assert any("Linears in SDNQ's" in note for note in done.notes)
+
+
+def test_a_matrix_with_outliers_stays_float(original: Path, tmp_path: Path) -> None:
+    name, tensors = "down_blocks.0.0.channelwise.4.weight", load_file(original / "stage_c.safetensors")
+    matrix = tensors[name]
+    group, largest = group_of(SDNQ_CHOICES["SDNQ_UINT4"], matrix.shape[1]), 40 * matrix.abs().max()
+    matrix[:, ::group], matrix[:, 1::group] = largest, -largest
+    save_file(tensors, tmp_path / "c.safetensors")
+    done = convert(tmp_path / "c.safetensors", tmp_path / "model", "diffusers", quantize="sdnq_uint4")
+    assert any(re.search(r"in float: down_blocks\.0\.0\.channelwise\.4 \(error", note) for note in done.notes)
+    config = json.loads((tmp_path / "model" / "prior" / "config.json").read_text())["quantization_config"]
+    assert name in config["modules_to_not_convert"]
+    assert torch.equal(read_tensor(inspect(tmp_path / "model").components[Stage.PRIOR].tensors[name]), matrix)
 
 
 def test_what_cannot_be_written_is_named(original: Path, tmp_path: Path) -> None:
