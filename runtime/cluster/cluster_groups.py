@@ -24,7 +24,7 @@ from .stage_actors import ACTORS, PIECES, BatchPiece, ClusterBundle, StageActor,
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies
-WRITERS = 4  # tasks that encode PNG files at a time
+WRITERS = 8  # tasks at most that encode PNG files; together they are faster than the driver keeps images
 BESIDE = {Stage.DECODER: (Stage.VQGAN,)}  # stages that an actor runs too
 
 
@@ -85,8 +85,9 @@ class ClusterGroups:
                 num_gpus=pool.gpus or None,
                 memory=weights,
             )
+        writers = max(1, min(WRITERS, int(self.ray.cluster_resources().get("CPU", 1))))
         # Without a share of a CPU: tasks that asked for one would wait until actors end, where these fill all nodes.
-        return dataset.map(write_files, num_cpus=0, compute=data.TaskPoolStrategy(size=WRITERS))
+        return dataset.map(write_files, num_cpus=0, compute=data.TaskPoolStrategy(size=writers))
 
 
 def _length(numbers: "count[int]") -> Callable[[Request], int]:
