@@ -85,9 +85,8 @@ class ClusterGroups:
                 num_gpus=pool.gpus or None,
                 memory=weights,
             )
-        writers = max(1, min(WRITERS, int(self.ray.cluster_resources().get("CPU", 1))))
         # Without a share of a CPU: tasks that asked for one would wait until actors end, where these fill all nodes.
-        return dataset.map(write_files, num_cpus=0, compute=data.TaskPoolStrategy(size=writers))
+        return dataset.map(write_files, num_cpus=0, compute=data.TaskPoolStrategy(size=WRITERS))
 
 
 def _length(numbers: "count[int]") -> Callable[[Request], int]:
