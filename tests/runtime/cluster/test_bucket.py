@@ -122,8 +122,9 @@ def test_files_of_others_stay(tiny: Path, prompts: Path, store: Any) -> None:
 
 
 @pytest.mark.slow
-def test_on_a_cluster(tiny: Path, prompts: Path, store: Any, tmp_path: Path) -> None:
+def test_on_a_cluster(tiny: Path, prompts: Path, store: Any, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
+    environment.setenv("RAY_worker_niceness", "0")  # Ray gives its workers little of a busy machine
     assert run(tiny / "bundle", prompts, str(tmp_path / "here"), "--seed", "7").exit_code == 0
     result = run(tiny / "bundle", prompts, "s3://images/ray", "--seed", "7", "--ray", "local", "--json")
     assert result.exit_code == 0, result.output
