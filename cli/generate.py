@@ -24,7 +24,7 @@ UNQUOTED_WORDS = 3  # single words from which on the quotes were probably forgot
     type=PATH,
     default=Path("images"),
     show_default=True,
-    help="Folder, or a .png, .jpg or .webp file.",
+    help="Folder, or a .png, .jpg or .webp file; with --prompts also s3://BUCKET/FOLDER.",
 )
 @click.option(
     "--like", type=PATH, help="Generate the image of this file by cascadekit again; other options change its settings."
@@ -75,6 +75,7 @@ def generate(
     """
     from ..runtime.images.png import require_settings
     from ..schemas.request import loras_of
+    from ..storage.bucket import BucketPath, output_folder
 
     base = require_settings(like) if like else {}
     engine = {key: options.pop(key) for key in OPENING}
@@ -90,6 +91,7 @@ def generate(
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
         fields |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
+        files["output"], log = output_folder(files["output"]), log and output_folder(log)
         batch: dict[str, Any] = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}
         settings = BatchSettings(prompt_file, **files, **batch)
         if actors and not ray:
@@ -97,6 +99,8 @@ def generate(
         generate_prompt_file(engine, settings, fields, as_json=as_json, ray=ray, actors=actors)
         return
     _require_one_prompt(prompts)
+    if isinstance(output_folder(files["output"]), BucketPath):
+        raise click.UsageError("-o: an address of a bucket is for --prompts FILE.")
     if strength is not None and not fields.get("init_image"):
         raise click.UsageError("--strength: says how much of --init-image changes; give that picture, too.")
     if name or log or keep_going or ray or actors:

@@ -16,6 +16,7 @@ from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
 from ..schemas.stages import Stage
+from ..storage.bucket import BucketPath
 from .console import FAILED, detail, finish, note, say
 from .generate_common import manifest_of, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import batch_progress, step_bars
@@ -83,7 +84,9 @@ class _Shown(BatchObserver):
     def planned(self, plan: BatchPlan) -> None:
         for problem in plan.problems:
             note(f"left out: {problem}")
-        if left := [job for job in plan.jobs if self._settings.force or not job.path.exists()]:
+        if isinstance(self._settings.output, BucketPath):  # asking it for each image would take long
+            self.notes(plan.jobs)
+        elif left := [job for job in plan.jobs if self._settings.force or not job.path.exists()]:
             self.notes(left)
             _note_disk(left, self._settings)
         self._total = len(plan.jobs)

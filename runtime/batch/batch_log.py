@@ -1,14 +1,22 @@
 """A log of JSON lines; the lines written before a crash stay readable."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.json_text import dump_json, load_object
+from ...storage.bucket import BucketPath
+
+PUT_EVERY = 60.0  # seconds between two puts of a log into a bucket
+PUT_SHARE = 20  # at most one part in so many of the time goes into them
 
 
 class BatchLog:
@@ -51,12 +59,48 @@ class BatchLog:
         os.close(self._descriptor)
 
 
+class BucketLog(BatchLog):
+    """The log of a batch in a bucket, which cannot be appended to: a local file that is put there whole, again and
+    again. A killed process loses the lines of the last minute or so; the images have all that a second run needs."""
+
+    def __init__(self, place: BucketPath) -> None:
+        """Continue the log at `place`, or begin it. Raises CascadeError when the bucket does not give it."""
+        self._place, self._due = place, 0.0
+        self._folder = Path(tempfile.mkdtemp(prefix="cascadekit-log-"))
+        with suppress(FileNotFoundError):
+            (self._folder / place.name).write_bytes(place.read_bytes())
+        super().__init__(self._folder / place.name)
+
+    def write(self, event: str, *fields: Mapping[str, Any]) -> None:
+        super().write(event, *fields)
+        if (began := monotonic()) >= self._due:
+            self._place.put(self.path.read_bytes())
+            self._due = monotonic() + max(PUT_EVERY, PUT_SHARE * (monotonic() - began))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)
+        try:
+            self._place.put(self.path.read_bytes())
+        except CascadeError:
+            if error is None:  # what ended the batch is said before what became of its log
+                raise
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def open_log(path: Path) -> BatchLog:
+    """The log at `path`, in a folder or a bucket, to append to it."""
+    return BucketLog(path) if isinstance(path, BucketPath) else BatchLog(path)
+
+
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """The events of a log, in order, without incomplete lines. A missing log has no events.
 
     Raises UsageError when it cannot be read."""
     try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError as error:
         raise UsageError(f"{path}: the log cannot be read: {error.strerror}; choose another file as log=...") from error
     for line in lines:

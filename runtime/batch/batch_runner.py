@@ -6,7 +6,7 @@ programs. A batch without a seed reads the seed of an earlier run from the log, 
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -17,10 +17,11 @@ from PIL import Image
 
 from ...schemas.errors import CascadeError, UsageError
 from ...storage.atomic_file import remove_leftovers as remove_files
+from ...storage.bucket import BucketPath
 from ...storage.locks import locked
 from ..images.png import save_bytes
 from .batch_log import BatchLog, read_log
-from .image_jobs import ImageJob, OutputState, output_state
+from .image_jobs import ImageJob, OutputState, output_state, output_states
 
 Kind = Literal["generated", "copied", "skipped", "failed"]
 
@@ -83,7 +84,7 @@ class BatchRunner:
         A job that fails does not stop the others. Raises CascadeError when an image or the log cannot be written, or
         the bundle is damaged. A later run of the same jobs continues with the unfinished ones."""
         remove_leftovers(jobs)
-        done = [] if self.force else [job for job in jobs if output_state(job) is OutputState.DONE]
+        done = [] if self.force else _with_state(jobs, OutputState.DONE)
         yield from self._logged("skipped", [Outcome(job, "skipped") for job in done])
         finished = {job.number for job in done}
         left: dict[str, list[ImageJob]] = defaultdict(list)  # by key; the first is generated, the others copy it
@@ -124,8 +125,11 @@ class BatchRunner:
             found = output_state(job)
             if found is OutputState.OTHER and not self.force:
                 raise UsageError(f"{job.path}: another process has written an image there; move it away")
-            save_bytes(job.path, content, force=self.force or found is not OutputState.NOTHING)
-        except UsageError as error:
+            if isinstance(job.path, BucketPath):
+                job.path.put(content)
+            else:
+                save_bytes(job.path, content, force=self.force or found is not OutputState.NOTHING)
+        except CascadeError as error:
             failed = Outcome(job, "failed", error=str(error))
             with suppress(CascadeError):  # the log is perhaps on the same disk
                 self.log.write("failed", failed.to_json())
@@ -143,9 +147,13 @@ def last_seed(log: Path) -> int | None:
     return next((seed for seed in reversed(seeds) if isinstance(seed, int)), None)
 
 
-def foreign_files(jobs: Iterable[ImageJob]) -> list[str]:
+def foreign_files(jobs: Sequence[ImageJob]) -> list[str]:
     """A message for each file at the path of an image that is not the image of its job."""
-    return [f"{job.path}: not the image of line {job.line}" for job in jobs if output_state(job) is OutputState.OTHER]
+    return [f"{job.path}: not the image of line {job.line}" for job in _with_state(jobs, OutputState.OTHER)]
+
+
+def _with_state(jobs: Sequence[ImageJob], wanted: OutputState) -> list[ImageJob]:
+    return [job for job, found in zip(jobs, output_states(jobs), strict=True) if found is wanted]
 
 
 def remove_leftovers(jobs: Sequence[ImageJob]) -> None:
@@ -159,9 +167,13 @@ def remove_leftovers(jobs: Sequence[ImageJob]) -> None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it, so that no other batch writes into it. The lock ends with the process.
+    """Make `folder` and lock it, so that no other batch writes into it. The lock ends with the process. A bucket has
+    neither folders nor locks.
 
     Raises UsageError when another batch has the lock, or the folder cannot be made."""
+    if isinstance(folder, BucketPath):
+        yield
+        return
     real = Path(os.path.realpath(folder))
     with ExitStack() as held:
         try:

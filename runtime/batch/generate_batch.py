@@ -1,6 +1,5 @@
 """Generates all images of a file of prompts; a second run generates only the images that are not finished."""
 
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,11 +12,12 @@ from ...schemas.manifest import Manifest
 from ...schemas.messages import listed_below
 from ...schemas.request import parse_request
 from ...schemas.stages import Stage
+from ...storage.bucket import BucketPath, on_disk
 from ...storage.output_rules import require_apart, require_none_is, require_writable
 from ..cascade import Cascade
 from ..images.photo import FORMATS, OTHERS
 from ..images.png import Sign, require_free_previews
-from .batch_log import BatchLog
+from .batch_log import open_log
 from .batch_runner import BatchRunner, GenerateGroups, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
 from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity
@@ -27,7 +27,6 @@ from .prompt_files import PromptFile, read_prompt_file
 
 LOG_NAME = "log.jsonl"
 SHOWN = 20  # problems that a message lists
-ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/")  # as s3://bucket, which Path shortens to s3:/bucket
 UNSHARED = ("seed", "index", "batch")  # fields of a request that differ between the images of a batch
 
 
@@ -35,13 +34,13 @@ UNSHARED = ("seed", "index", "batch")  # fields of a request that differ between
 class BatchSettings:
     """The settings of a batch. Its fields are the options of `cascadekit generate`.
 
-    `prompt_file` ends in .txt, .jsonl or .csv; "-" is standard input. `output` is a folder. `name` is the template of
-    the images' names (see `NameTemplate`). `log` is a file of JSON lines (None: log.jsonl in `output`). `images` is the
-    number of images of each prompt that gives no number. `batch` images are computed together (None: as many as 4 of
-    1024x1024). `preview_every` is the number of steps between previews, which the observer writes. `force` replaces
-    finished images and other files. `keep_going` generates the good entries of a file that has bad ones. `sign` signs
-    each file, see `images.provenance`. `bundle` is the folder of the cascade's bundle: the log names it, and nothing
-    is written into it."""
+    `prompt_file` ends in .txt, .jsonl or .csv; "-" is standard input. `output` is a folder, or one in a bucket, a
+    `BucketPath`. `name` is the template of the images' names (see `NameTemplate`). `log` is a file of JSON lines (None:
+    log.jsonl in `output`). `images` is the number of images of each prompt that gives no number. `batch` images are
+    computed together (None: as many as 4 of 1024x1024). `preview_every` is the number of steps between previews, which
+    the observer writes. `force` replaces finished images and other files. `keep_going` generates the good entries of a
+    file that has bad ones. `sign` signs each file, see `images.provenance`. `bundle` is the folder of the cascade's
+    bundle: the log names it, and nothing is written into it."""
 
     prompt_file: Path
     output: Path
@@ -141,7 +140,7 @@ def run_batch(
 
     `started` and `ended` are further fields of the log's first and last line. Raises what `generate_batch` raises."""
     plan, manifest = draft.plan, draft.manifest
-    with locked_folder(settings.output), BatchLog(settings.log_path) as log:
+    with locked_folder(settings.output), open_log(settings.log_path) as log:
         if not settings.force and (others := foreign_files(plan.jobs)):
             todo = "move them away, choose another output or name, or replace what is there with force=True"
             raise UsageError(f"{len(others)} files are in the way; {todo}:{listed_below(others, SHOWN)}")
@@ -177,8 +176,9 @@ def draft_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[s
 
 
 def _require_folder(output: Path) -> None:
-    if ADDRESS.match(str(output)):
-        raise UsageError(f"{output}: images are written into a folder; mount the bucket, or copy the folder afterwards")
+    if isinstance(output, BucketPath):
+        output.names()  # keys, bucket and store are there
+        return
     if output.suffix.lower() in (".png", *FORMATS, *OTHERS) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder for the images; choose another output")
     require_writable(output)
@@ -204,9 +204,12 @@ def _drafted(
 def _require_outputs_apart(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
     """Raise UsageError when an image, a preview or the log would replace an input of the batch."""
     sources: list[str | Path] = [settings.prompt_file, *pictures_of(job.request for job in jobs)]
-    require_none_is([settings.log_path, *(job.path for job in jobs)], sources)
+    images, log = [job.path for job in jobs], settings.log_path
+    require_none_is(on_disk([log, *images]), sources)
     if settings.bundle is not None:
-        for path in (*{job.path.parent: job.path for job in jobs}.values(), settings.log_path):
+        for path in on_disk([*{path.parent: path for path in images}.values(), log]):
             require_apart(path, [settings.bundle])
     if settings.preview_every:
+        if isinstance(settings.output, BucketPath):
+            raise UsageError("preview_every: previews are not put into a bucket; leave it out")
         require_free_previews(job.path for job in jobs)

@@ -7,6 +7,7 @@ bad entry is corrected, all other jobs are the same as before.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,7 @@ from ...schemas.limits import MAX_IMAGES
 from ...schemas.manifest import ENCODER_GRAPH, Manifest
 from ...schemas.request import Request, parse_request
 from ...schemas.stages import EVERY_IMAGE, Stage
+from ...storage.bucket import BucketPath
 from ..generate_inputs import check_settings
 from ..images.png_text import BEGINS, METADATA_KEY, read_png_text
 from ..sampling.controlnets import INPAINTING, require_control
@@ -27,6 +29,7 @@ from .picture_hashes import PICTURE_FIELDS, with_hashes
 from .prompt_files import PromptEntry, PromptFile
 
 KEY = "key"  # in an image's metadata
+ASKED_TOGETHER = 32  # files of a bucket
 MAX_DIGITS = 20  # of a count of images; Python refuses to read numbers of thousands
 
 
@@ -206,11 +209,30 @@ def output_state(job: ImageJob) -> OutputState:
     try:
         png = read_png_text(job.path, METADATA_KEY)
         settings = png.settings()
-    except (OSError, ValueError):
+    except OSError:  # what cannot be read may be whole
+        return OutputState.OTHER
+    except ValueError:
         return OutputState.DAMAGED
     if not png.whole:
         return OutputState.DAMAGED
     return OutputState.DONE if settings and settings.get(KEY) == job.key else OutputState.OTHER
+
+
+def output_states(jobs: Sequence[ImageJob]) -> list[OutputState]:
+    """The state of the file of each job. A bucket is listed first, and then asked for many files at a time.
+
+    Raises CascadeError when a bucket does not answer."""
+    folders = {job.path.parent for job in jobs}
+    there = {name for folder in folders if isinstance(folder, BucketPath) for name in folder.names()}
+    if not any(isinstance(folder, BucketPath) for folder in folders):
+        return [output_state(job) for job in jobs]
+
+    def state(job: ImageJob) -> OutputState:
+        assert isinstance(job.path, BucketPath)
+        return output_state(job) if job.path.key in there else OutputState.NOTHING
+
+    with ThreadPoolExecutor(ASKED_TOGETHER) as pool:
+        return list(pool.map(state, jobs))
 
 
 def _fingerprints(manifest: Manifest, stage: Stage) -> list[str]:

@@ -24,7 +24,7 @@ from .stage_actors import ACTORS, PIECES, BatchPiece, ClusterBundle, StageActor,
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies
-WRITERS = 4  # tasks that encode PNG files at a time
+WRITERS = 8  # tasks at most that encode PNG files; together they are faster than the driver keeps images
 BESIDE = {Stage.DECODER: (Stage.VQGAN,)}  # stages that an actor runs too
 
 

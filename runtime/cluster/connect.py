@@ -19,6 +19,9 @@ from ..memory.free_memory import free_memory
 
 LOCAL = "local"
 PATIENCE = 5.0  # seconds for a first connection to the address
+TRIES = 1  # of Ray to talk to what answers there, about 45 seconds each
+TOKEN_PLACES = "into $RAY_AUTH_TOKEN, or into ~/.ray/auth_token"
+STDERR = 2  # its file descriptor
 LEAST_CPUS = 2  # that a cluster of our own says it has: an actor of each stage must find room
 STORE_BYTES, LEAST_STORE_BYTES = 1 << 30, 80 << 20  # of the object store of a cluster of our own
 LONGEST = 300  # characters of a message
@@ -56,9 +59,11 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
     own = {"include_dashboard": False, "num_cpus": max(LEAST_CPUS, _cpus()), "object_store_memory": store_bytes()}
     if address != LOCAL:
         _require_answer(address)
+        _prepare_to_join(ray)
     _pass_on_messages(ray, say)
     try:
-        ray.init(address=address, **(own if address == LOCAL else {}), **quiet)
+        with _silent_stderr():
+            ray.init(address=address, **(own if address == LOCAL else {}), **quiet)
     except Exception as error:
         ray.shutdown()
         raise _refusal(ray, address, error) from error
@@ -68,6 +73,28 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _prepare_to_join(ray: Any) -> None:
+    """Let Ray send the token that it finds, which it does not do for an address, and give up within a minute."""
+    from ray._private.authentication import authentication_token_setup as tokens
+
+    tokens.logger.setLevel(logging.ERROR)
+    tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray._private.ray_constants.NUM_REDIS_GET_RETRIES = TRIES  # its 20 would take a quarter of an hour
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ parts write lines about their log and each try to connect; what ends a connection is raised."""
+    kept, nothing = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _pass_on_messages(ray: Any, say: Say) -> None:
@@ -110,10 +137,13 @@ def _require_answer(address: str) -> None:
 
 def _refusal(ray: Any, address: str, error: Exception) -> CascadeError:
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if isinstance(error, ray.exceptions.AuthenticationError):
-        return UsageError(
-            f"ray {address}: the cluster does not take this token, or there is none: {said}; put the cluster's token "
-            "into $RAY_AUTH_TOKEN, or into ~/.ray/auth_token"
-        )
-    logs = Path(tempfile.gettempdir(), "ray", "session_latest", "logs")
-    return EngineError(f"ray {address}: no connection: {said}; look into Ray's logs, {logs}")
+    if isinstance(error, ray.exceptions.AuthenticationError) or "uthenticat" in str(error):
+        said = said.partition(". ")[0]
+        return UsageError(f"ray {address}: the cluster does not take this token: {said}; put its token {TOKEN_PLACES}")
+    if address == LOCAL:
+        logs = Path(tempfile.gettempdir(), "ray", "session_latest", "logs")
+        return EngineError(f"ray {address}: no cluster could be started: {said}; look into Ray's logs, {logs}")
+    return UsageError(
+        f"ray {address}: something answers there, but no cluster that takes this machine: {said}; check that this is "
+        f"the address that `ray start --head` printed, and put the token of that cluster {TOKEN_PLACES}"
+    )

@@ -3,8 +3,11 @@
     python tools/scaling/measure.py demo/bundle results.json --actors 1,2,4 --prior 0.54 --decoder 0.38
 
 Stages compute the example model and then wait until the time of a GPU's stage is over, which `--prior` and `--decoder`
-give in seconds for an image. What is measured is therefore the road: Ray, queues, copies, files. With 0 for both,
-stages only compute. Runs of different numbers of actors alternate.
+give in seconds for an image. What is measured is therefore the road: Ray, queues, copies, files. Runs of different
+numbers of actors alternate. With 0 for both, stages only compute. On few cores let one stage be slow and grow then:
+
+    python tools/scaling/measure.py demo/bundle results.json --actors 1,2 --prior 0 --decoder 0 --grow decoder \
+        --size 512 --decoder-steps 20 --images 12 --rounds 3
 """
 
 import argparse
@@ -14,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +29,13 @@ from cascadekit.runtime.batch.image_jobs import bundle_identity
 from cascadekit.runtime.cluster.actor_pools import ActorPool
 from cascadekit.runtime.cluster.cluster_groups import ClusterGroups
 from cascadekit.runtime.cluster.connect import connected
-from cascadekit.runtime.cluster.stage_actors import ClusterBundle, DecoderActor, Piece, PriorActor, TextActor
+from cascadekit.runtime.cluster.stage_actors import BatchPiece, ClusterBundle, DecoderActor, PriorActor, TextActor
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 
-SETTINGS = {"width": 64, "height": 64, "prior_steps": 2, "decoder_steps": 1, "seed": 3}
+SETTINGS = {"prior_steps": 2, "seed": 3}
 OPTIONS = {"engine": "onnxruntime", "device": "cpu", "threads": 1, "memory": "resident"}
-ENDED, BY = "prior_ended", "prior_process"  # beside the seconds of an image: when its prior ended, and where
+GROW = (Stage.PRIOR, Stage.DECODER)
 PRIOR_SECONDS, DECODER_SECONDS = "CASCADEKIT_PRIOR_SECONDS", "CASCADEKIT_DECODER_SECONDS"
 
 
@@ -39,54 +43,60 @@ def rest(began: float, seconds: float) -> None:
     time.sleep(max(0.0, began + seconds - time.perf_counter()))
 
 
+def ended(stage: Stage) -> dict[str, float]:
+    """Beside the seconds of an image: when the stage ended, and in which process."""
+    return {f"{stage}_ended": time.time(), f"{stage}_process": os.getpid()}
+
+
 class WaitingPrior(PriorActor):
     """Computes, then waits until a GPU would be done."""
 
-    def work(self, piece: Piece) -> Piece:
+    def work(self, piece: BatchPiece) -> BatchPiece:
         began = time.perf_counter()
         done = super().work(piece)
         rest(began, float(os.environ[PRIOR_SECONDS]))
-        return replace(done, seconds={**done.seconds, ENDED: time.time(), BY: os.getpid()})
+        return replace(done, seconds={**done.seconds, **ended(Stage.PRIOR)})
 
 
 class WaitingDecoder(DecoderActor):
     """Computes, then waits until a GPU would be done."""
 
-    def work(self, piece: Piece) -> Piece:
+    def work(self, piece: BatchPiece) -> BatchPiece:
         began = time.perf_counter()
         done = super().work(piece)
         rest(began, float(os.environ[DECODER_SECONDS]))
-        return done
+        return replace(done, seconds={**done.seconds, **ended(Stage.DECODER)})
 
 
 ACTORS = {Stage.TEXT_ENCODER: TextActor, Stage.PRIOR: WaitingPrior, Stage.DECODER: WaitingDecoder}
 
 
-def one_run(ray: Any, bundle: Path, actors: int, images: int) -> dict[str, Any]:
-    """Generate the images with `actors` priors and as many decoders.
+def one_run(
+    ray: Any, bundle: Path, actors: int, images: int, grow: Sequence[Stage], making: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Generate the images with `actors` actors of each stage in `grow`, and one of the others.
 
-    The rate is that of the priors, which are the slowest stage, while all of them have work."""
+    The rate is that of the first of these stages, the slowest, while all its actors have work."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "p.txt").write_text("\n".join(f"picture {number}" for number in range(images)))
         manifest = open_bundle(bundle).manifest
-        draft = draft_batch(manifest, BatchSettings(folder / "p.txt", folder / "out"), SETTINGS)
-        pools = {stage: ActorPool(actors, 0.05, 0.0) for stage in ACTORS}
-        pools[Stage.TEXT_ENCODER] = replace(pools[Stage.TEXT_ENCODER], size=1)
+        draft = draft_batch(manifest, BatchSettings(folder / "p.txt", folder / "out"), making)
+        pools = {stage: ActorPool(actors if stage in grow else 1, 0.05, 0.0) for stage in ACTORS}
         opened = ClusterBundle(bundle.resolve(), OPTIONS, bundle_identity(manifest))
         groups = ClusterGroups(ray, opened, manifest, pools, actors=ACTORS)
-        ends, worked, priors = [], [], defaultdict(list)  # seconds and CPU seconds of this process after each image
+        ends, worked, slowest = [], [], defaultdict(list)  # seconds and CPU seconds of this process after each image
         began = time.perf_counter()
         with BatchLog(folder / "log") as log:
             for outcome in BatchRunner(groups, log).run(draft.plan.jobs):
-                priors[outcome.seconds[BY]].append(outcome.seconds[ENDED])
+                slowest[outcome.seconds[f"{grow[0]}_process"]].append(outcome.seconds[f"{grow[0]}_ended"])
                 ends.append(time.perf_counter() - began)
                 worked.append(time.process_time())
         assert len(list((folder / "out").glob("*.png"))) == images
         shutil.rmtree(folder / "out")
-    assert len(priors) == actors
-    first, last = max(map(min, priors.values())), min(map(max, priors.values()))
-    between = [end for mine in priors.values() for end in mine if first < end <= last]
+    assert len(slowest) == actors
+    first, last = max(map(min, slowest.values())), min(map(max, slowest.values()))
+    between = [end for mine in slowest.values() for end in mine if first < end <= last]
     found = groups.report.to_json()
     return {
         "actors": actors,
@@ -110,13 +120,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prior", type=float, default=0.54)
     parser.add_argument("--decoder", type=float, default=0.38)
+    parser.add_argument("--grow", action="append", choices=GROW, help="stages with more actors, the slowest first")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--decoder-steps", type=int, default=1)
     given = parser.parse_args()
+    making = {**SETTINGS, "width": given.size, "height": given.size, "decoder_steps": given.decoder_steps}
     os.environ[PRIOR_SECONDS], os.environ[DECODER_SECONDS] = str(given.prior), str(given.decoder)
     runs = []
     with connected("local") as ray:
         for _ in range(given.rounds):
             for actors in map(int, given.actors.split(",")):
-                runs.append(one_run(ray, given.bundle, actors, given.images * actors))
+                runs.append(one_run(ray, given.bundle, actors, given.images * actors, given.grow or GROW, making))
                 print(json.dumps({name: value for name, value in runs[-1].items() if name != "ends"}), flush=True)
     facts = {"prior": given.prior, "decoder": given.decoder, "cores": len(os.sched_getaffinity(0)), "runs": runs}
     given.output.write_text(json.dumps(facts, indent=1))

@@ -72,7 +72,9 @@ def test_messages_of_ray_are_said_once_and_shortly(capsys: pytest.CaptureFixture
         (["--prompts", "p.txt", "--actors", "prior=1"], "are for --ray"),
         (["--prompts", "p.txt", "--ray", "local", "--actors", "vqgan=1"], "expected one of the stages text_encoder"),
         (["--prompts", "p.txt", "--ray", "local", "--preview-every", "1"], "no previewer"),
-        (["--prompts", "p.txt", "--ray", "local", "-o", "s3://bucket/x"], "mount the bucket"),
+        (["a", "-o", "s3://bucket/x"], "is for --prompts"),
+        (["--prompts", "p.txt", "-o", "gs://bucket/x"], "expected a folder, or s3://BUCKET/FOLDER"),
+        (["--prompts", "p.txt", "-o", "s3://KEY:SECRET@bucket/x"], "without keys and options"),
     ],
 )
 def test_options_that_do_not_fit(
