@@ -23,6 +23,7 @@ import click
 from ..schemas.errors import CascadeError
 from .escape import visible, visible_line
 from .translate import in_options
+from .wrap import cell_width, folded, layout, stacked, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,8 +92,6 @@ class Stream:
         A terminal gets lines that are broken between words, unless the text shall stay `whole`. While bars are shown on
         the terminal, the line goes through their console, which makes room for it."""
         if self.is_terminal:
-            from .wrap import wrapped
-
             console = err.console if err.has_bars else self.console
             for line in [text] if whole else wrapped(text, console.width):
                 console.print(line, style=style, markup=False)
@@ -208,8 +207,6 @@ def _print_framed(
     from rich.table import Table
     from rich.text import Text
 
-    from .wrap import folded, layout, stacked
-
     chosen = layout(columns, rows, out.console.width, optional)
     if not chosen.shown:
         for line in [title] * bool(title) + [line for row in rows for line in stacked(columns, row)]:
@@ -233,12 +230,3 @@ def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     for line in lines:
         padded = (cell + " " * (width - cell_width(cell)) for cell, width in zip(line, widths, strict=True))
         yield "  ".join(padded).rstrip()
-
-
-def cell_width(text: str) -> int:
-    """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)

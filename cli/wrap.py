@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .console import cell_width
-
 HANGING = 2  # columns by which the further lines of a text are indented
 FRAME = 3  # columns that a frame takes for each column of a table, and 1 more for the table
 TALL = 2  # lines of a cell; a table with taller cells leaves out columns that it can do without
@@ -113,3 +111,12 @@ def stacked(columns: Sequence[str], row: Sequence[str]) -> Iterator[str]:
     for name, cell in zip(columns[1:], row[1:], strict=True):
         if cell:
             yield f"  {name}: {cell}" if name else f"  {cell}"
+
+
+def cell_width(text: str) -> int:
+    """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
