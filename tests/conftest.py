@@ -116,7 +116,9 @@ def catalog_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds original/, model/ and bundle/ of the tiny cascade; read only."""
+    """Holds original/, model/ and bundle/ of the tiny cascade; read only.
+
+    Each process has a copy: tests make hard links to its files, and record verdicts in its bundle."""
     pytest.importorskip("onnx")
     from cascadekit import convert, export
     from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
@@ -126,7 +128,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         convert([root / "original"], root / "model", "diffusers")
         export(root / "model", root / "bundle", weights="copy")
 
-    return made_once(tmp_path_factory, "tiny", make)
+    return shutil.copytree(made_once(tmp_path_factory, "tiny-of-all", make), tmp_path_factory.mktemp("copy") / "tiny")
 
 
 @pytest.fixture(scope="session")
