@@ -23,7 +23,6 @@ import click
 from ..schemas.errors import CascadeError
 from .escape import visible, visible_line
 from .translate import in_options
-from .wrap import cell_width, folded, layout, stacked, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,6 +91,8 @@ class Stream:
         A terminal gets lines that are broken between words, unless the text shall stay `whole`. While bars are shown on
         the terminal, the line goes through their console, which makes room for it."""
         if self.is_terminal:
+            from .wrap import wrapped
+
             console = err.console if err.has_bars else self.console
             for line in [text] if whole else wrapped(text, console.width):
                 console.print(line, style=style, markup=False)
@@ -207,6 +208,8 @@ def _print_framed(
     from rich.table import Table
     from rich.text import Text
 
+    from .wrap import folded, layout, stacked
+
     chosen = layout(columns, rows, out.console.width, optional)
     if not chosen.shown:
         for line in [title] * bool(title) + [line for row in rows for line in stacked(columns, row)]:
@@ -223,6 +226,8 @@ def _print_framed(
 
 def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """The title, the names of the columns, and the rows; each column is as wide as its widest cell."""
+    from .wrap import cell_width
+
     if title:
         yield visible_line(title)
     lines = [columns, *rows]
