@@ -7,7 +7,6 @@ EXAMPLE_MODEL := converters/checkpoints/data/example_model
 # The WebAssembly that websites compute with. Without npm or its registry, tests and pages of it are left out.
 ONNXRUNTIME_WEB := onnxruntime-web-1.30.0.tgz
 NPM_PACK := npm pack --silent onnxruntime-web@1.30.0 --pack-destination
-unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile this package again
 
 .PHONY: demo test test-light test-triton test-slow matrix fuzz soak lint types docs wheel-test gpu-kit clean
 

@@ -18,9 +18,9 @@ from ..storage.locks import say_waiting
 from .console import FAILED, WRONG_USAGE, OutputError, complain, note
 from .escape import escaped, visible_line
 from .lazy import LazyGroup
+from .options_elsewhere import meant_instead
 from .signals import SHELL_BASE, Stopped, ending, received
 from .translate import in_options
-from .words_elsewhere import meant_instead
 
 UNREAD = SHELL_BASE + signal.SIGPIPE  # the exit code that shells show for a program whose reader went away
 PANIC = "pyo3_runtime"  # the module of the BaseException that a panic in a Rust library becomes

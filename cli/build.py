@@ -14,7 +14,7 @@ from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_si
 from .console import detail, note, say_json, show_table
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, PATH, STAGES, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, choice_option, volume_options
 from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
@@ -28,21 +28,14 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 
 @click.command(cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
-@click.option(
+@choice_option(
     "--backend",
-    type=click.Choice([RTX, PLAIN, AOTINDUCTOR]),
-    default=RTX,
-    show_default=True,
-    help="tensorrt-rtx needs no GPU and builds for those of --arch; tensorrt builds for the GPU of this machine, "
+    [RTX, PLAIN, AOTINDUCTOR],
+    "tensorrt-rtx needs no GPU and builds for those of --arch; tensorrt builds for the GPU of this machine, "
     "aotinductor for its --device.",
+    default=RTX,
 )
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Device of this machine to build for (aotinductor only).",
-)
+@choice_option("--device", ["cpu", "cuda"], "Device of this machine to build for (aotinductor only).", default="cpu")
 @click.option(
     "--arch",
     "targets",

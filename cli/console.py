@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_USAGE = 1, 2
 _VOLUME = "cascadekit.volume"  # the key of `click.Context.meta` for how much a command writes
+WIDTH = 100  # columns of a line of the result; on a narrower terminal it is broken once more
 
 
 class Volume(IntEnum):
@@ -131,6 +132,14 @@ def say(text: str) -> None:
         _write(text)
 
 
+def say_wrapped(text: str) -> None:
+    """Write a line of the result in lines of at most WIDTH columns."""
+    from .wrap import wrapped
+
+    for line in wrapped(visible_line(text), WIDTH):
+        say(line)
+
+
 def finish(text: str, facts: Any, *, as_json: bool) -> None:
     """Write the result of a command as a line, or `facts` as JSON. Raises OutputError when that cannot be written."""
     if as_json:
@@ -226,6 +235,8 @@ def _print_framed(
 
 def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """The title, the names of the columns, and the rows; each column is as wide as its widest cell."""
+    from .wrap import cell_width
+
     if title:
         yield visible_line(title)
     lines = [columns, *rows]
@@ -233,12 +244,3 @@ def _plain_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     for line in lines:
         padded = (cell + " " * (width - cell_width(cell)) for cell, width in zip(line, widths, strict=True))
         yield "  ".join(padded).rstrip()
-
-
-def cell_width(text: str) -> int:
-    """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)

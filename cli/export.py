@@ -19,6 +19,7 @@ from .options import (
     PATH,
     STAGES,
     WEIGHTS,
+    choice_option,
     parse_loras,
     volume_options,
 )
@@ -59,14 +60,13 @@ def _parse_fp16_safe(
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Bundle folder to make.")
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")
-@click.option(
+@choice_option(
     "--weights",
-    type=click.Choice(["auto", "link", "copy"]),
-    default="auto",
-    show_default=True,
-    help="auto: clones of the model's files where the file system has them (Btrfs, XFS), else copies. copy: copies. "
+    ["auto", "link", "copy"],
+    "auto: clones of the model's files where the file system has them (Btrfs, XFS), else copies. copy: copies. "
     "link: hard links, which take no disk. No other program can open the graphs then (onnx.load refuses hard links), "
     "and the model's files must not change in place (replacing or deleting them is fine).",
+    default="auto",
 )
 @click.option(
     "--precision",
@@ -76,12 +76,11 @@ def _parse_fp16_safe(
     callback=_parse_precisions,
     help="Precision that graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
 )
-@click.option(
+@choice_option(
     "--target",
-    type=click.Choice([target.value for target in Target]),
+    Target,
+    "Operators to use: those of any runtime, ONNX Runtime's own as well, or those that suit TensorRT (opset 23).",
     default=Target.PORTABLE.value,
-    show_default=True,
-    help="Operators to use: those of any runtime, ONNX Runtime's own as well, or those that suit TensorRT (opset 23).",
 )
 @click.option(
     "--storage",
@@ -100,12 +99,11 @@ def _parse_fp16_safe(
     type=PATH,
     help="File of what the calibration run measured: used if it exists, else written. It is for the same weights only.",
 )
-@click.option(
+@choice_option(
     "--quantize",
-    type=click.Choice([str(kind) for kind in Quantization]),
+    Quantization,
+    "Store Linears of prior, decoder and text encoder in 8 or 4 bits, where the error is small enough.",
     default="none",
-    show_default=True,
-    help="Store Linears of prior, decoder and text encoder in 8 or 4 bits, where the error is small enough.",
 )
 @click.option(
     "--quantize-threshold",

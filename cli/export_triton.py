@@ -8,27 +8,25 @@ import click
 from .console import finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, PATH, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, choice_option, volume_options
 from .progress import byte_progress
 
 
 @click.command("export-triton", cls=HelpfulCommand)
 @click.argument("bundle", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder of the repository to make.")
-@click.option(
+@choice_option(
     "--backend",
-    type=click.Choice(["onnxruntime", "tensorrt", "python"]),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the stages: a backend of Triton's, or ONNX Runtime in Python. tensorrt needs plans of whole "
+    ["onnxruntime", "tensorrt", "python"],
+    "What runs the stages: a backend of Triton's, or ONNX Runtime in Python. tensorrt needs plans of whole "
     "graphs, which `build --graph model` makes.",
+    default="onnxruntime",
 )
-@click.option(
+@choice_option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    ["auto", "cpu", "cuda"],
+    "Where the stages run; auto is each GPU that the server has, else the CPU.",
     default="auto",
-    show_default=True,
-    help="Where the stages run; auto is each GPU that the server has, else the CPU.",
 )
 @click.option(
     "--batch", type=click.IntRange(1, 64), default=8, show_default=True, help="Most images of a call, and of a stage."
@@ -46,12 +44,11 @@ from .progress import byte_progress
     show_default=True,
     help="Batches that are generated at the same time; take one for each GPU.",
 )
-@click.option(
+@choice_option(
     "--weights",
-    type=click.Choice(["auto", "link", "copy"]),
+    ["auto", "link", "copy"],
+    "auto: clones of the bundle's files where the file system has them, else copies. link: hard links.",
     default="auto",
-    show_default=True,
-    help="auto: clones of the bundle's files where the file system has them, else copies. link: hard links.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier repository; other files stay.")
 @DRY_RUN

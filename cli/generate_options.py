@@ -10,7 +10,7 @@ from ..runtime.engines.engine_table import AUTO, ENGINES
 from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .options import parse_loras, parse_size
+from .options import choice_option, parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -86,21 +86,16 @@ LOOKS: Sequence[Option] = (
 
 # Options that choose engine, device and memory.
 MACHINERY: Sequence[Option] = (
-    click.option(
-        "--device",
-        type=click.Choice([AUTO, "cpu", "cuda"]),
-        default=AUTO,
-        show_default=True,
-        help="auto is the GPU where there is one that works, else the CPU.",
+    choice_option(
+        "--device", [AUTO, "cpu", "cuda"], "auto is the GPU where there is one that works, else the CPU.", default=AUTO
     ),
-    click.option(
+    choice_option(
         "--engine",
-        type=click.Choice([AUTO, *ENGINES]),
-        default=AUTO,
-        show_default=True,
-        help="auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU "
+        [AUTO, *ENGINES],
+        "auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU "
         "that multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime. Images in bf16 differ "
         "slightly from those in fp32, the precision of all others; -mapped needs little memory.",
+        default=AUTO,
     ),
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
     click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..storage.install_hint import install_hint
-from .console import FAILED, note, say, say_json, show_table
+from .console import FAILED, note, say, say_json, say_wrapped, show_table
 from .help import HelpfulCommand
 from .options import PATH
 from .plan_print import show_plans, show_verdicts
@@ -122,7 +122,6 @@ def _show_components(found: "CheckpointContents", root: Path) -> None:
 def _show_layouts(components: "Iterable[Component]") -> None:
     """A line for each set of layouts, with the components that can be written in them."""
     from ..schemas.layouts import can_become
-    from .wrap import say_wrapped
 
     stages: dict[tuple[str, ...], list[str]] = {}
     for component in components:

@@ -1,6 +1,6 @@
 """Option types that several commands share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bu
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
+
+
+def choice_option(
+    flag: str, names: Iterable[object], text: str | None = None, *, default: str
+) -> Callable[[Command], Command]:
+    """An option that takes one of `names`."""
+    chosen = click.Choice([str(name) for name in names])
+    return click.option(flag, type=chosen, default=default, show_default=True, help=text)
 
 
 def _volume_option(flags: Sequence[str], chosen: Volume, text: str) -> Callable[[Command], Command]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..schemas.messages import listed
-from .wrap import say_wrapped
+from .console import say_wrapped
 
 if TYPE_CHECKING:
     from ..converters.passport_check import PassportState

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..schemas.messages import listed
 from ..schemas.passport_keys import shown_source
-from .console import say, show_table
-from .wrap import say_wrapped
+from .console import say, say_wrapped, show_table
 
 if TYPE_CHECKING:
     from ..converters.contents import BundleContents

@@ -9,7 +9,7 @@ from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
 from .console import FAILED, finish, note, say, say_json
 from .help import HelpfulCommand
-from .options import AS_JSON, PATH, STAGES, parse_size, volume_options
+from .options import AS_JSON, PATH, STAGES, choice_option, parse_size, volume_options
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import next_steps, print_report, report_json
 
@@ -27,36 +27,24 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
 @click.option(
     "--stage", "stages", multiple=True, type=STAGES, help="Compare this stage only (repeatable), and no trajectory."
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--engine", type=click.Choice([*ENGINES]), default="onnxruntime", show_default=True)
-@click.option(
+@choice_option("--device", ["cpu", "cuda"], default="cpu")
+@choice_option("--engine", [*ENGINES], default="onnxruntime")
+@choice_option(
     "--reference",
-    type=click.Choice(REFERENCES),
+    REFERENCES,
+    "PyTorch modules of cascadekit, or those of diffusers and transformers.",
     default=REFERENCES[0],
-    show_default=True,
-    help="PyTorch modules of cascadekit, or those of diffusers and transformers.",
 )
-@click.option(
-    "--reference-precision",
-    type=click.Choice(list(REFERENCE_DTYPES)),
-    default="fp32",
-    show_default=True,
-    help="Precision that the reference computes in.",
+@choice_option(
+    "--reference-precision", list(REFERENCE_DTYPES), "Precision that the reference computes in.", default="fp32"
 )
-@click.option(
-    "--reference-device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Device that the reference computes on.",
-)
+@choice_option("--reference-device", ["cpu", "cuda"], "Device that the reference computes on.", default="cpu")
 @click.option("--size", metavar="WxH", callback=parse_size, help="Also compare at the latents of images of this size.")
-@click.option(
+@choice_option(
     "--sizes",
-    type=click.Choice(["small", "all"]),
+    ["small", "all"],
+    "The plans' image sizes to compare: up to 640x640 plus each profile's minimum, or all.",
     default="small",
-    show_default=True,
-    help="The plans' image sizes to compare: up to 640x640 plus each profile's minimum, or all.",
 )
 @click.option(
     "--record", type=PATH, help="Write the reference's outputs to this file, to compare elsewhere; no engine runs."

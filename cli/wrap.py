@@ -7,21 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .console import cell_width, say
-from .escape import visible_line
-
-WIDTH = 100  # columns of a line of the result; on a narrower terminal it is broken once more
 HANGING = 2  # columns by which the further lines of a text are indented
 FRAME = 3  # columns that a frame takes for each column of a table, and 1 more for the table
 TALL = 2  # lines of a cell; a table with taller cells leaves out columns that it can do without
 PARTS = re.compile(r"[^/\s]*/|[^/\s]+")  # of paths, and words
 COMMAND = re.compile(r"\s*cascadekit [a-z]")
-
-
-def say_wrapped(text: str) -> None:
-    """Write a line of the result in lines of at most WIDTH columns."""
-    for line in wrapped(visible_line(text), WIDTH):
-        say(line)
 
 
 def wrapped(text: str, width: int) -> Iterator[str]:
@@ -121,3 +111,12 @@ def stacked(columns: Sequence[str], row: Sequence[str]) -> Iterator[str]:
     for name, cell in zip(columns[1:], row[1:], strict=True):
         if cell:
             yield f"  {name}: {cell}" if name else f"  {cell}"
+
+
+def cell_width(text: str) -> int:
+    """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)

@@ -41,18 +41,16 @@ class Fp16Fit:
         return sorted(self.margins.items(), key=lambda item: item[1])[:count]
 
 
-def fit_fp16(
-    config: UNetConfig, ranges: Mapping[str, float], *, fixed: int | None = None, margin_bits: int = MARGIN_BITS
-) -> Fp16Fit:
+def fit_fp16(config: UNetConfig, ranges: Mapping[str, float], *, fixed: int | None = None) -> Fp16Fit:
     """Choose exponents and fp32 blocks for measured magnitudes.
 
     `ranges` maps a value's name, such as "up_blocks.1.0", to the largest magnitude that was measured. `fixed` is one
-    exponent for every stream; None gives each stream the least exponent that fits. The
-    largest value stays `margin_bits` below the end of the range.
+    exponent for every stream; None gives each stream the least exponent that fits. The largest value stays MARGIN_BITS
+    below the end of the range.
 
     Raises ExportError when no exponent helps, or a measured value is infinite or NaN."""
     _require_finite(config.stage, ranges)
-    limit = FP16_MAX / 2**margin_bits
+    limit = FP16_MAX / 2**MARGIN_BITS
     peaks = dict.fromkeys(streams_of(config), 0.0)
     for block in blocks_of(config):
         stream = _stream(config, block.name)
@@ -80,14 +78,14 @@ def fit_fp16(
     return Fp16Fit({s: e for s, e in exponents.items() if e}, frozenset(wide), margins)
 
 
-def fit_vqgan(ranges: Mapping[str, float], *, fixed: int | None = None, margin_bits: int = MARGIN_BITS) -> Fp16Fit:
+def fit_vqgan(ranges: Mapping[str, float], *, fixed: int | None = None) -> Fp16Fit:
     """The exponents of the image in both halves of the VQGAN for measured magnitudes; `ranges` and `fixed` as for
     `fit_fp16`.
 
     Hidden values of its perceptrons have no exponent. Raises ExportError when these are too large, when no exponent
     helps, or when a measured value is infinite or NaN."""
     _require_finite(Stage.VQGAN, ranges)
-    limit = FP16_MAX / 2**margin_bits
+    limit = FP16_MAX / 2**MARGIN_BITS
     exponents: dict[str, int] = {}
     margins: dict[str, float] = {}
     for stream, prefixes in VQGAN_PARTS.items():

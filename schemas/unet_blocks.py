@@ -4,8 +4,9 @@ A *stream* is the sum that residual blocks add to, from an embedding or a resamp
 has one stream for its way down and its way up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from .stages import Block, UNetConfig
@@ -29,7 +30,8 @@ def blocks_of(config: UNetConfig) -> Iterator[UNetBlock]:
         yield from _level(config, "up_blocks", position, level, config.up_num_layers_per_block[position])
 
 
-def next_blocks(config: UNetConfig) -> dict[str, UNetBlock]:
+@cache
+def next_blocks(config: UNetConfig) -> Mapping[str, UNetBlock]:
     """The block after each block in the same level, by the name of the first. The last of a level has none."""
     pairs = pairwise(blocks_of(config))
     return {one.name: two for one, two in pairs if one.name.rpartition(".")[0] == two.name.rpartition(".")[0]}

@@ -84,9 +84,9 @@ def remove_leftovers(folder: Path, chosen: Callable[[str], bool]) -> None:
                 _remove_unless_locked(Path(entry.path))
 
 
-def hidden_name(name: str, tail: str = TAIL) -> str:
+def hidden_name(name: str) -> str:
     """The hidden name that something has until it becomes `name`, cut to the longest name allowed."""
-    return f".{_shortened(name, len(os.fsencode(tail)))}{tail}"
+    return f".{_shortened(name, len(TAIL))}{TAIL}"
 
 
 _RANDOM = len(".12345678" + TAIL)

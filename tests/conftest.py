@@ -3,19 +3,21 @@
 Each fixture imports what it needs: tests of schemas/ and storage/ run without torch and onnx.
 """
 
-import fcntl
 import gc
 import importlib.util
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from helpers.made_once import made_once
 
 if TYPE_CHECKING:
     from cascadekit.parity.reference_run import ReferenceOutputs
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from helpers.whole import Whole
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DATA = Path(__file__).parent / "data"
+TESTS = Path(__file__).parent
+DATA = TESTS / "data"
 # What commands that tests kill import when they are called.
 PRELOADED = (
     "pytest onnxruntime cascadekit.cli.convert cascadekit.converters.checkpoints.convert cascadekit.cli.lora.apply "
@@ -38,11 +41,17 @@ def pytest_configure() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+    # Tests start hundreds of processes, and each would compile this package again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `-m matrix` choose the tests that record cells of docs/formats.md."""
+    """Let `-m matrix` choose the tests that record cells of docs/formats.md.
+
+    Tests of whole pages take long, so they come first: at the end, one of two processes would wait for them."""
+    items.sort(key=lambda item: item.path.parent != TESTS)
     for item in items:
         if "matrix" in getattr(item, "fixturenames", ()):
             item.add_marker("matrix")
@@ -100,21 +109,6 @@ def server() -> ForkServerContext:
     return context
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills: the processes of a run share the one of whichever comes first."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    complete = folder.with_suffix(".complete")
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not complete.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            make(folder)
-            complete.touch()
-    return folder
-
-
 @pytest.fixture(scope="session")
 def catalog_folder() -> Path:
     return DATA / "catalog"
@@ -122,16 +116,19 @@ def catalog_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds original/, model/ and bundle/ of the tiny cascade; read only."""
+    """Holds original/, model/ and bundle/ of the tiny cascade; read only.
+
+    Each process has a copy: tests make hard links to its files, and record verdicts in its bundle."""
     pytest.importorskip("onnx")
     from cascadekit import convert, export
     from cascadekit.converters.checkpoints.tiny_cascade import write_tiny_cascade
 
-    root = tmp_path_factory.mktemp("tiny")
-    write_tiny_cascade(root / "original")
-    convert([root / "original"], root / "model", "diffusers")
-    export(root / "model", root / "bundle", weights="copy")
-    return root
+    def make(root: Path) -> None:
+        write_tiny_cascade(root / "original")
+        convert([root / "original"], root / "model", "diffusers")
+        export(root / "model", root / "bundle", weights="copy")
+
+    return shutil.copytree(made_once(tmp_path_factory, "tiny-of-all", make), tmp_path_factory.mktemp("copy") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -140,9 +137,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cascadekit import export
     from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 
-    folder = tmp_path_factory.mktemp("model") / "example"
-    export(EXAMPLE_MODEL, folder)
-    return folder
+    return made_once(tmp_path_factory, "example", lambda folder: export(EXAMPLE_MODEL, folder / "bundle")) / "bundle"
 
 
 @pytest.fixture(scope="session")

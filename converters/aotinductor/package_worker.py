@@ -22,6 +22,7 @@ SETTINGS: Mapping[str, Any] = {
     "cpp.dynamic_threads": True,  # a package built with two threads runs with any number
     "fx_graph_cache": False,  # nothing is taken from earlier builds but what our own cache of plans has
 }
+HEADERS = "aot_inductor.precompile_headers"
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def build(request: PackageRequest, answer: Answer) -> dict[str, Any]:
         answer(phase="compiling")
         _keep_small_weights_out()
         made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(output.with_suffix(SUFFIX)), inductor_configs=dict(SETTINGS)
+            program, package_path=str(output.with_suffix(SUFFIX)), inductor_configs=_settings()
         )
     _require_all_weights(torch._inductor.aoti_load_package(made).get_constant_fqns(), request)
     Path(made).rename(output)
@@ -123,6 +124,14 @@ def _dim(name: str, least: int, most: int, steps: Mapping[str, int]) -> Any:
     step = steps.get(name, 1)
     dim: Any = Dim(f"n_{name}", min=-(-least // step), max=most // step)
     return dim if step == 1 else step * dim
+
+
+def _settings() -> dict[str, Any]:
+    """SETTINGS without precompiled headers, where this torch has the option. To compile the headers takes longer than
+    one package saves by them, and they would lie in a folder in /tmp whose name everybody knows."""
+    import torch
+
+    return {**SETTINGS, **({HEADERS: False} if HEADERS in torch._inductor.list_options() else {})}
 
 
 def _keep_small_weights_out() -> None:

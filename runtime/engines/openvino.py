@@ -1,7 +1,6 @@
 """Runs the graphs of a bundle with OpenVINO on the CPU."""
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
 from .protocol import HostRunner, Tensors, complete_inputs
 
-# The value of INFERENCE_PRECISION_HINT. Without one, OpenVINO takes bf16 where the CPU multiplies it.
-PRECISIONS: Mapping[str, str | None] = {"f32": "f32", "bf16": "bf16", "auto": None}
+PRECISIONS = ("f32", "bf16")  # values of INFERENCE_PRECISION_HINT
 PERIODIC = ("Sin", "Cos")
 TELEMETRY = "openvino_telemetry"
 REASON_LENGTH = 400
@@ -28,8 +26,8 @@ REASON_LENGTH = 400
 class OpenVinoEngine:
     """An engine for every stage of `bundle`, on the CPU.
 
-    `precision` is "f32" (the graphs' own), "bf16" or "auto" (OpenVINO's choice). `threads=None` leaves their number to
-    OpenVINO. The files of the weights are mapped into memory."""
+    `precision` is "f32" (the graphs' own) or "bf16". `threads=None` leaves their number to OpenVINO. The files of the
+    weights are mapped into memory."""
 
     def __init__(
         self,
@@ -50,9 +48,7 @@ class OpenVinoEngine:
         self._core = self._ov.Core()
         self._precise = precision == "f32"
         self.precision: Precision | None = None if self._precise else Precision.BF16
-        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if hint := PRECISIONS[precision]:
-            self._options["INFERENCE_PRECISION_HINT"] = hint
+        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
 

@@ -226,6 +226,7 @@ def test_what_fails_is_told(trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, 
     def fail(root: Path, wishes: BuildOptions) -> list[Built]:
         raise EngineError("no kernel") if root.name == "fp32" else KeyError("x")
 
+    monkeypatch.setattr(gpu_check, "_prepare", lambda files: {})  # nothing of it is reached
     monkeypatch.setattr(gpu_check, "build", fail)
     monkeypatch.setattr(gpu_check, "PRECISIONS", (Precision.FP32, Precision.BF16))
     kept: list[GpuReport] = []

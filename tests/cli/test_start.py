@@ -21,7 +21,7 @@ OF_HELP = {
     "cascadekit.__main__",
     "cascadekit.cli",
     *(f"cascadekit.cli.{name}" for name in ("boundary", "console", "escape", "lazy", "signals", "translate")),
-    "cascadekit.cli.words_elsewhere",
+    "cascadekit.cli.options_elsewhere",
     "cascadekit.runtime",
     "cascadekit.runtime.engines",
     "cascadekit.runtime.engines.telemetry",

@@ -49,8 +49,13 @@ def off(found: Any, expected: Any) -> float:
 def test_a_package_is_built_kept_trusted_and_right(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (built,) = build(bundle, VQGAN)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        (built,) = build(bundle, VQGAN)
     assert built.how == "built"
+    assert not list(temporary.rglob("*.h*")), "a compiler was given headers from a folder that others can write to"
     assert (bundle / built.plan.path).stat().st_size < 4e6, "the weights are in it"
     assert not list(bundle.rglob(".*"))
     assert build(bundle, VQGAN)[0].how == "kept"

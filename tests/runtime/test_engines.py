@@ -54,11 +54,11 @@ def test_fp32_engines_equal_the_reference(tiny: Path, tiny_outputs: ReferenceOut
     ("stage", "dtype", "remainder"),
     [
         (Stage.PRIOR, torch.float32, 1),
-        (Stage.PRIOR, torch.bfloat16, 3),
-        (Stage.DECODER, torch.float32, 6),
         (Stage.DECODER, torch.float16, 5),
         (Stage.VQGAN, torch.bfloat16, 5),
-        (Stage.VQGAN, torch.float16, 3),
+        pytest.param(Stage.PRIOR, torch.bfloat16, 3, marks=pytest.mark.slow),
+        pytest.param(Stage.DECODER, torch.float32, 6, marks=pytest.mark.slow),
+        pytest.param(Stage.VQGAN, torch.float16, 3, marks=pytest.mark.slow),
     ],
 )
 def test_linked_weights_at_any_byte(
@@ -83,11 +83,10 @@ def test_linked_weights_at_any_byte(
         assert max(found.values()) < 1e-5, (engine.name, found)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "auto"])
-def test_bf16_is_near(tiny: Path, tiny_outputs: ReferenceOutputs, precision: str) -> None:
+def test_bf16_is_near(tiny: Path, tiny_outputs: ReferenceOutputs) -> None:
     """Timesteps too: with their sines in bf16, stages B and C are off by a third."""
-    engine = OpenVinoEngine(open_bundle(tiny / "bundle"), precision=precision, threads=1)
-    assert engine.name == f"openvino-{precision}"
+    engine = OpenVinoEngine(open_bundle(tiny / "bundle"), precision="bf16", threads=1)
+    assert engine.name == "openvino-bf16"
     found = errors(engine, tiny_outputs, [Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER])
     assert max(found.values()) < BF16_ERROR, found
 
@@ -194,7 +193,7 @@ def test_refusals(tiny: Path) -> None:
         make_engine("onnxruntime", bundle, threads=0)
     with pytest.raises(EngineError, match="openvino runs on cpu only"):
         make_engine("openvino", bundle, "cuda")
-    with pytest.raises(EngineError, match="precision 'fp8': expected one of f32, bf16, auto"):
+    with pytest.raises(EngineError, match="precision 'fp8': expected one of f32, bf16"):
         OpenVinoEngine(bundle, precision="fp8")
     with pytest.raises(EngineError, match="memory 'huge': expected one of fast, mapped"):
         OnnxRuntimeEngine(bundle, memory="huge")

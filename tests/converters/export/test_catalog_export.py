@@ -40,8 +40,16 @@ CASES = [
 ]
 
 
+# Every network once, and every layout; the marker `slow` has the networks in their other layouts.
+OTHER_LAYOUTS = ("diffusers_prior", "diffusers_decoder", "diffusers_decoder_lite", "comfyui_stage_c")
+
+
 @pytest.mark.parametrize("dtype", ["BF16", pytest.param("F32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "stage"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in OTHER_LAYOUTS)) for case in CASES],
+    ids=str,
+)
 def test_weights_by_reference(catalog_folder: Path, tmp_path: Path, name: str, stage: Stage, dtype: str) -> None:
     """Up to 18 GB of holes: without hashes, neither export nor validate reads the weights."""
     source = tmp_path / f"{name}.safetensors"

@@ -15,6 +15,7 @@ from cascadekit.converters.checkpoints.model_folder import write_folder_files
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.stages import ImageEncoderConfig, NetworkConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
+from helpers.made_once import made_once
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +24,11 @@ def exported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     @cache
     def made(precision: str) -> Path:
-        bundle = tmp_path_factory.mktemp("bundles") / precision
-        export(original, bundle, weights="copy", precision=Precision(precision), target=Target.TENSORRT)
-        return bundle
+        def write(folder: Path) -> None:
+            options = {"precision": Precision(precision), "target": Target.TENSORRT}
+            export(original, folder / "bundle", weights="copy", **options)
+
+        return made_once(tmp_path_factory, f"tensorrt-{precision}", write) / "bundle"
 
     return made
 

@@ -57,7 +57,7 @@ def call(*arguments: object) -> Result:
 @pytest.mark.parametrize(
     ("precision", "targets", "bounds"),
     [
-        ("bf16", "sm80 sm89", STATIC),
+        ("bf16", "sm89", STATIC),
         pytest.param("fp16", "sm75", DEFAULT, marks=pytest.mark.slow),
         pytest.param("bf16", "sm120", DEFAULT, marks=pytest.mark.slow),
         pytest.param("fp16", "sm75", STATIC, marks=pytest.mark.slow),

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import cascadekit
 from cascadekit.cli import main
-from cascadekit.cli.words_elsewhere import ARGUMENTS_ELSEWHERE, IMAGE_OPTIONS
+from cascadekit.cli.options_elsewhere import ARGUMENTS_ELSEWHERE, IMAGE_OPTIONS
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.messages import NAMES_ELSEWHERE
 
