@@ -137,7 +137,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cascadekit import export
     from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 
-    return made_once(tmp_path_factory, "example", lambda folder: export(EXAMPLE_MODEL, folder / "bundle")) / "bundle"
+    return made_once(tmp_path_factory, "models", lambda folder: export(EXAMPLE_MODEL, folder / "example")) / "example"
 
 
 @pytest.fixture(scope="session")
