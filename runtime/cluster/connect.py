@@ -59,10 +59,11 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
     own = {"include_dashboard": False, "num_cpus": max(LEAST_CPUS, _cpus()), "object_store_memory": store_bytes()}
     if address != LOCAL:
         _require_answer(address)
-        _prepare_to_join(ray)
     _pass_on_messages(ray, say)
     try:
         with _silent_stderr():
+            if address != LOCAL:
+                _prepare_to_join(ray, address)
             ray.init(address=address, **(own if address == LOCAL else {}), **quiet)
     except Exception as error:
         ray.shutdown()
@@ -75,13 +76,21 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _prepare_to_join(ray: Any) -> None:
-    """Let Ray send the token that it finds, which it does not do for an address, and give up within a minute."""
-    from ray._private.authentication import authentication_token_setup as tokens
+def _prepare_to_join(ray: Any, address: str) -> None:
+    """Let Ray send the token that it finds to a cluster that asks for one, and give up within a minute.
 
-    tokens.logger.setLevel(logging.ERROR)
-    tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    Ray sends none to an address by itself. Where none is asked for, actors of who sends one never start. Raises what
+    Ray raises for an address without a cluster, and for a token that the cluster does not take."""
+    from ray._private.authentication import authentication_token_setup as tokens
+    from ray._raylet import GcsClient
+
     ray._private.ray_constants.NUM_REDIS_GET_RETRIES = TRIES  # its 20 would take a quarter of an hour
+    try:
+        GcsClient(address=address)
+    except ray.exceptions.AuthenticationError:
+        tokens.logger.setLevel(logging.ERROR)
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        GcsClient(address=address)
 
 
 @contextmanager
@@ -139,7 +148,10 @@ def _refusal(ray: Any, address: str, error: Exception) -> CascadeError:
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if isinstance(error, ray.exceptions.AuthenticationError) or "uthenticat" in str(error):
         said = said.partition(". ")[0]
-        return UsageError(f"ray {address}: the cluster does not take this token: {said}; put its token {TOKEN_PLACES}")
+        return UsageError(
+            f"ray {address}: the cluster does not take this token, or there is none: {said}; put its token "
+            f"{TOKEN_PLACES}"
+        )
     if address == LOCAL:
         logs = Path(tempfile.gettempdir(), "ray", "session_latest", "logs")
         return EngineError(f"ray {address}: no cluster could be started: {said}; look into Ray's logs, {logs}")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cascadekit import export
 from cascadekit.bench.standins import write_stand_in
+from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.converters.export import calibrate_fp16
 from cascadekit.runtime.memory.give_back import give_back_memory
 from cascadekit.schemas.stages import PRESETS, Stage, UNetConfig, Variant
@@ -79,14 +79,16 @@ def test_weights_are_in_memory_a_few_at_a_time(
 @pytest.mark.slow
 def test_the_full_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights and 2 GB, at the size and with the guidance of every calibration, in one of its 8 steps. The quick
-    test has two: nothing is kept from one to the next."""
+    test has two: nothing is kept from one to the next. Random weights may give values that no exponent fits, so the
+    ranges alone are asked for."""
     monkeypatch.setattr(calibrate_fp16, "STEPS", 1)
     config = PRESETS[Stage.PRIOR, Variant.FULL]
     weights = write_stand_in(tmp_path / "stage_c_bf16.safetensors", config, "BF16")
-    stored = sum(tensor.nbytes for tensor in read_header(weights).tensors.values())
+    (prior,) = open_model([weights]).components.values()
+    stored = sum(tensor.nbytes for tensor in prior.tensors.values())
     with Peak("VmRSS") as whole, Peak() as own:
-        manifest = export(weights, tmp_path / "bundle", precision="fp16", hash=False)
+        ranges = calibrate_fp16.measure_ranges(config, prior.tensors)
     print(f"stored {stored / 1e9:.2f} GB, peak {whole.most / 1e9:.2f} GB, {own.most / 1e9:.2f} GB without files")
-    assert manifest.stages[Stage.PRIOR].fp16_margins
+    assert len(ranges) > 200
     assert whole.most < stored + 2e9
     assert own.most < 2e9

@@ -71,7 +71,7 @@ def test_who_is_refused(cluster: Any, tmp_path: Path) -> None:
     with silent() as other:
         at_other = f"127.0.0.1:{other.getsockname()[1]}"
         for address, env, said in (
-            (cluster.address, users(tmp_path), "put the token of that cluster into $RAY_AUTH_TOKEN"),
+            (cluster.address, users(tmp_path), "put its token into $RAY_AUTH_TOKEN"),
             (cluster.address, users(tmp_path, RAY_AUTH_TOKEN=secrets.token_hex(32)), "into $RAY_AUTH_TOKEN"),
             (at_other, users(tmp_path, RAY_AUTH_TOKEN=token), "something answers there, but no cluster"),
             ("127.0.0.1:1", users(tmp_path, RAY_AUTH_TOKEN=token), "no cluster answers there"),
