@@ -78,13 +78,16 @@ class BatchRunner:
     log: BatchLog
     force: bool = False
 
-    def run(self, jobs: Sequence[ImageJob]) -> Iterator[Outcome]:
+    def run(self, jobs: Sequence[ImageJob], states: Sequence[OutputState] | None = None) -> Iterator[Outcome]:
         """Yield the outcome of each job once it is on disk and in the log.
 
+        `states` are those of the jobs' files; None reads them, unless finished images are generated again.
         A job that fails does not stop the others. Raises CascadeError when an image or the log cannot be written, or
         the bundle is damaged. A later run of the same jobs continues with the unfinished ones."""
         remove_leftovers(jobs)
-        done = [] if self.force else _with_state(jobs, OutputState.DONE)
+        done = (
+            [] if self.force else _with_state(jobs, output_states(jobs) if states is None else states, OutputState.DONE)
+        )
         yield from self._logged("skipped", [Outcome(job, "skipped") for job in done])
         finished = {job.number for job in done}
         left: dict[str, list[ImageJob]] = defaultdict(list)  # by key; the first is generated, the others copy it
@@ -147,13 +150,13 @@ def last_seed(log: Path) -> int | None:
     return next((seed for seed in reversed(seeds) if isinstance(seed, int)), None)
 
 
-def foreign_files(jobs: Sequence[ImageJob]) -> list[str]:
+def foreign_files(jobs: Sequence[ImageJob], states: Sequence[OutputState]) -> list[str]:
     """A message for each file at the path of an image that is not the image of its job."""
-    return [f"{job.path}: not the image of line {job.line}" for job in _with_state(jobs, OutputState.OTHER)]
+    return [f"{job.path}: not the image of line {job.line}" for job in _with_state(jobs, states, OutputState.OTHER)]
 
 
-def _with_state(jobs: Sequence[ImageJob], wanted: OutputState) -> list[ImageJob]:
-    return [job for job, found in zip(jobs, output_states(jobs), strict=True) if found is wanted]
+def _with_state(jobs: Sequence[ImageJob], states: Sequence[OutputState], wanted: OutputState) -> list[ImageJob]:
+    return [job for job, found in zip(jobs, states, strict=True) if found is wanted]
 
 
 def remove_leftovers(jobs: Sequence[ImageJob]) -> None:

@@ -20,7 +20,7 @@ from ..images.png import Sign, require_free_previews
 from .batch_log import open_log
 from .batch_runner import BatchRunner, GenerateGroups, Outcome, foreign_files, last_seed, locked_folder
 from .file_names import DEFAULT_NAME, NameTemplate
-from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity
+from .image_jobs import BatchPlan, BatchPlanner, ImageJob, bundle_identity, output_states
 from .local_groups import LocalGroups
 from .picture_hashes import pictures_of
 from .prompt_files import PromptFile, read_prompt_file
@@ -141,7 +141,8 @@ def run_batch(
     `started` and `ended` are further fields of the log's first and last line. Raises what `generate_batch` raises."""
     plan, manifest = draft.plan, draft.manifest
     with locked_folder(settings.output), open_log(settings.log_path) as log:
-        if not settings.force and (others := foreign_files(plan.jobs)):
+        states = [] if settings.force else output_states(plan.jobs)
+        if not settings.force and (others := foreign_files(plan.jobs, states)):
             todo = "move them away, choose another output or name, or replace what is there with force=True"
             raise UsageError(f"{len(others)} files are in the way; {todo}:{listed_below(others, SHOWN)}")
         begun = {"prompts": str(settings.prompt_file), "bundle": str(settings.bundle), "images": len(plan.jobs)}
@@ -151,7 +152,7 @@ def run_batch(
         observer.planned(plan)
         counts = {"generated": 0, "copied": 0, "skipped": 0, "failed": 0}
         try:
-            for outcome in BatchRunner(generate, log, settings.force).run(plan.jobs):
+            for outcome in BatchRunner(generate, log, settings.force).run(plan.jobs, states):
                 counts[outcome.kind] += 1
                 observer.finished(outcome)
         except BaseException as error:

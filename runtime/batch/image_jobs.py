@@ -222,10 +222,10 @@ def output_states(jobs: Sequence[ImageJob]) -> list[OutputState]:
     """The state of the file of each job. A bucket is listed first, and then asked for many files at a time.
 
     Raises CascadeError when a bucket does not answer."""
-    folders = {job.path.parent for job in jobs}
-    there = {name for folder in folders if isinstance(folder, BucketPath) for name in folder.names()}
-    if not any(isinstance(folder, BucketPath) for folder in folders):
+    buckets = [folder for folder in {job.path.parent for job in jobs} if isinstance(folder, BucketPath)]
+    if not buckets:
         return [output_state(job) for job in jobs]
+    there = {name for folder in buckets for name in folder.names()}
 
     def state(job: ImageJob) -> OutputState:
         assert isinstance(job.path, BucketPath)
