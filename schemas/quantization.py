@@ -30,6 +30,9 @@ class Quantization(StrEnum):
     FP8 = "fp8"
 
 
+# A quantised Linear may have this many times the error that rounding causes on normal numbers. A larger error means
+# that a few outliers decide the scale of all other values.
+TOLERATED = 2.0
 BLOCK_SIZES = (32, 64, 128)
 BLOCKWISE = frozenset({Quantization.INT8, Quantization.INT4})
 

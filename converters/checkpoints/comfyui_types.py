@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ...schemas.comfy_formats import CHOICES, FORMATS, OVERALL, QUANT, SCALE, WEIGHT
 from ...schemas.errors import ConversionError
-from ...schemas.messages import listed
 from ...schemas.quantization import candidates
 from ...schemas.scale_tiles import TILE
 from ...schemas.stages import Stage
@@ -29,7 +28,7 @@ from .comfyui_copy import can_copy
 from .component import Component
 from .constant_values import constant, constant_text
 from .gguf_types import RECOGNISED_BY
-from .sampled_error import Floats, SampledError, normal_numbers, relative_error, sampled_error
+from .sampled_error import Floats, SampledError, in_float, normal_numbers, relative_error, sampled_error
 
 BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays of them
 
@@ -98,11 +97,10 @@ class ScaledTypes:
     def note(self, component: Component) -> str:
         """Return a line on how many modules are quantised, the worst error, and why others stay float."""
         total = len(self.factors) + len(self.floats) + len(self.copies)
-        kept = [f"{module} ({reason})" for module, reason in self.floats.items()]
-        rest = f"; in float: {listed(kept, 4)}" if kept else ""
         error = f", worst error {self.worst:.1%} of {self.tolerated:.1%} tolerated" if self.factors else ""
         copies = f" and {len(self.copies)} copied" if self.copies else ""
-        return f"{component.stage}: {len(self.factors)} of {total} Linears in {self.kind}{copies}{error}{rest}"
+        quantised = f"{len(self.factors)} of {total} Linears in {self.kind}{copies}{error}"
+        return f"{component.stage}: {quantised}{in_float(self.floats)}"
 
 
 class Measured(NamedTuple):

@@ -3,16 +3,17 @@
 On activations of equal variance, this is the error of the layer's product. A matrix that loses more than TOLERATED
 times what normal numbers lose has outliers. The network is not run, so that memory stays bounded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.messages import listed
+from ...schemas.quantization import TOLERATED
 from ...storage.float_rows import float_rows
 from ...storage.safetensors_reader import TensorRange
 
-TOLERATED = 2.0  # as `export` does: this many times the error of normal numbers
 SAMPLE = 16  # parts of a matrix whose error is measured
 SAMPLE_ROWS = 32  # of each
 
@@ -44,6 +45,12 @@ def sampled_error(matrix: TensorRange, as_stored: AsStored, normal_error: float)
         lost += float(np.square(rows - as_stored(rows), dtype=np.float64).sum())
         whole += float(np.square(rows, dtype=np.float64).sum())
     return SampledError(float(np.sqrt(lost / whole)) if whole else 0.0, TOLERATED * normal_error)
+
+
+def in_float(floats: Mapping[str, str]) -> str:
+    """Return the end of a note: the modules that stay float, each with its reason."""
+    kept = [f"{module} ({reason})" for module, reason in floats.items()]
+    return f"; in float: {listed(kept, 4)}" if kept else ""
 
 
 def normal_numbers(columns: int) -> Floats:

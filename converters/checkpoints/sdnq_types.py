@@ -6,14 +6,13 @@ zero by zero."""
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 
 from ...schemas.errors import ConversionError
-from ...schemas.messages import listed
 from ...schemas.quantization import candidates
 from ...schemas.sdnq_formats import SDNQ_CHOICES, SdnqFormat, group_of, settings_of
 from ...schemas.tensors import Shape, expected_tensors
@@ -22,7 +21,7 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import rounded
 from .component import Component
-from .sampled_error import Floats, normal_numbers, relative_error, sampled_error
+from .sampled_error import Floats, in_float, normal_numbers, relative_error, sampled_error
 
 BLOCK_VALUES = 1 << 16  # of rows at a time, so that the scratch space of a step stays in a core's cache
 
@@ -58,9 +57,8 @@ class SdnqTypes:
     def note(self, component: Component) -> str:
         """Return a line on how many modules are quantised, and why others stay float."""
         total = len(self.modules) + len(self.floats)
-        kept = [f"{module} ({reason})" for module, reason in self.floats.items()]
-        rest = f"; in float: {listed(kept, 4)}" if kept else ""
-        return f"{component.stage}: {len(self.modules)} of {total} Linears in SDNQ's {self.form.name}{rest}"
+        quantised = f"{len(self.modules)} of {total} Linears in SDNQ's {self.form.name}"
+        return f"{component.stage}: {quantised}{in_float(self.floats)}"
 
     def _plan(self, name: str, matrix: TensorRange) -> dict[str, TensorPlan]:
         """Plan the tensors of a weight that is quantised."""
@@ -123,28 +121,41 @@ def _finite(rows: Floats, matrix: TensorRange) -> Floats:
     return rows
 
 
+class Groups(NamedTuple):
+    """The groups of rows, (rows, groups, values), and of each its factor and least code's value, (rows, groups, 1)."""
+
+    values: Floats
+    scale: Floats
+    zero_point: Floats
+
+    @classmethod
+    def of(cls, rows: Floats, form: SdnqFormat) -> "Groups":
+        values = rows.reshape(len(rows), -1, group_of(form, rows.shape[1]))
+        if form.zero:
+            least = values.min(axis=2, keepdims=True)
+            return cls(values, (values.max(axis=2, keepdims=True) - least) / np.float32(form.top), least)
+        scale = np.abs(values).max(axis=2, keepdims=True) / np.float32(form.top)
+        return cls(values, scale, np.zeros((1, 1, 1), np.float32))
+
+    def codes(self, form: SdnqFormat) -> NDArray[Any]:
+        scaled = (self.values - self.zero_point) / np.where(self.scale == 0, np.float32(np.inf), self.scale)
+        return _codes(np.asarray(scaled, np.float32), form)
+
+
 def quantised(rows: Floats, form: SdnqFormat, part: str) -> NDArray[Any]:
     """Return the "codes" of rows, or the "scale" or "zero_point" of each group."""
-    groups = rows.reshape(len(rows), -1, group_of(form, rows.shape[1]))
-    least = groups.min(axis=2, keepdims=True) if form.zero else np.zeros((1, 1, 1), np.float32)
-    if part == "zero_point":
-        return least
-    span = groups.max(axis=2, keepdims=True) - least if form.zero else np.abs(groups).max(axis=2, keepdims=True)
-    scale = span / np.float32(form.top)
-    if part == "scale":
-        return np.asarray(scale)
-    scaled = (groups - least) / np.where(scale == 0, np.float32(np.inf), scale)
-    return _codes(np.asarray(scaled, np.float32), form)
+    groups = Groups.of(rows, form)
+    return groups.codes(form) if part == "codes" else np.asarray(getattr(groups, part))
 
 
 def as_stored(rows: Floats, form: SdnqFormat) -> Floats:
     """Return the values that a reader gets of rows."""
-    groups = (len(rows), -1, group_of(form, rows.shape[1]))
-    stored = quantised(rows, form, "codes")
+    groups = Groups.of(rows, form)
+    codes = groups.codes(form)
     if form.bits < 8:
-        stored = np.stack([stored & 15, stored >> 4], axis=-1)
-    values = (stored.view(float8_e4m3fn) if form.stored == "F8_E4M3" else stored).reshape(groups).astype(np.float32)
-    found = values * quantised(rows, form, "scale") + (quantised(rows, form, "zero_point") if form.zero else 0)
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    values = codes.view(float8_e4m3fn) if form.stored == "F8_E4M3" else codes
+    found = values.reshape(groups.values.shape).astype(np.float32) * groups.scale + groups.zero_point
     return np.asarray(found, np.float32).reshape(rows.shape)
 
 

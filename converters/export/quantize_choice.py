@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from ...runtime.engines.onnxruntime import import_onnxruntime, keep_mapped
 from ...schemas.errors import EngineError, ExportError
 from ...schemas.ports import ports_of
-from ...schemas.quantization import Quantization, Scheme, linears, stored_tensors
+from ...schemas.quantization import TOLERATED, Quantization, Scheme, linears, stored_tensors
 from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import expected_tensors
 from ...storage.install_hint import install_hint
@@ -28,10 +28,6 @@ from ...storage.safetensors_reader import TensorRange
 from ..onnx import write_graph
 from .quantize_file import matrix_of, quantize_rows, row_blocks
 from .quantize_values import Floats, dequantize, quantize
-
-# A layer may have this many times the error that rounding causes on normal numbers, both weights and activations. A
-# larger error means that a few outliers decide the scale of all other values.
-TOLERATED = 2.0
 
 MAX_ROWS = 512  # rows of activations that a product is measured on
 SEEDS = (0,)
