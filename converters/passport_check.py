@@ -13,7 +13,7 @@ from ..schemas.json_text import load_object
 from ..schemas.passport_keys import FOLDER_KEY, KEY, SHOWN_DIGITS, load_passport, shown_source
 from ..storage.weights_file import is_pickle, read_weights
 
-SAID = {"layout": "layout ", "precision": "precision ", "quantization": "quantized to "}  # before texts of a passport
+SAID = {"layout": "layout ", "precision": "precision ", "quantization": "quantized to "}  # words before a value
 COUNTERS = "I64"  # the dtype of the counters of batch norms, beside weights of any dtype
 SAME, NOT_COMPARED = "every byte is as it was written", "its bytes were not compared"
 

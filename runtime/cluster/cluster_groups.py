@@ -24,7 +24,7 @@ from .stage_actors import ACTORS, PIECES, BatchPiece, ClusterBundle, StageActor,
 from .stage_report import StageReport
 
 MOST_BLOCKS = 10_000  # that Ray schedules in each stage; a block of one group is repeated alone when an actor dies
-WRITERS = 8  # tasks at most that encode PNG files; together they are faster than the driver keeps images
+WRITERS = 8  # most tasks that encode PNG files at a time; the driver stores images more slowly than these encode them
 BESIDE = {Stage.DECODER: (Stage.VQGAN,)}  # stages that an actor runs too
 
 
@@ -85,7 +85,7 @@ class ClusterGroups:
                 num_gpus=pool.gpus or None,
                 memory=weights,
             )
-        # Without a share of a CPU: tasks that asked for one would wait until actors end, where these fill all nodes.
+        # These tasks reserve no CPU: where actors fill all nodes, there is none left until the actors end.
         return dataset.map(write_files, num_cpus=0, compute=data.TaskPoolStrategy(size=WRITERS))
 
 

@@ -19,7 +19,6 @@ from ..memory.free_memory import free_memory
 
 LOCAL = "local"
 PATIENCE = 5.0  # seconds for a first connection to the address
-TRIES = 1  # of Ray to talk to what answers there, about 45 seconds each
 TOKEN_PLACES = "into $RAY_AUTH_TOKEN, or into ~/.ray/auth_token"
 STDERR = 2  # its file descriptor
 LEAST_CPUS = 2  # that a cluster of our own says it has: an actor of each stage must find room
@@ -77,14 +76,13 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
 
 
 def _prepare_to_join(ray: Any, address: str) -> None:
-    """Let Ray send the token that it finds to a cluster that asks for one, and give up within a minute.
+    """Let Ray send the token that it finds to a cluster that asks for one.
 
-    Ray sends none to an address by itself. Where none is asked for, actors of who sends one never start. Raises what
-    Ray raises for an address without a cluster, and for a token that the cluster does not take."""
+    Ray sends none to an address by itself. A cluster that asks for none never starts the actors of a client with one.
+    Raises what Ray raises for an address without a cluster, and for a token that the cluster does not take."""
     from ray._private.authentication import authentication_token_setup as tokens
     from ray._raylet import GcsClient
 
-    ray._private.ray_constants.NUM_REDIS_GET_RETRIES = TRIES  # its 20 would take a quarter of an hour
     try:
         GcsClient(address=address)
     except ray.exceptions.AuthenticationError:
@@ -146,7 +144,7 @@ def _require_answer(address: str) -> None:
 
 def _refusal(ray: Any, address: str, error: Exception) -> CascadeError:
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if isinstance(error, ray.exceptions.AuthenticationError) or "uthenticat" in str(error):
+    if isinstance(error, ray.exceptions.AuthenticationError):
         said = said.partition(". ")[0]
         return UsageError(
             f"ray {address}: the cluster does not take this token, or there is none: {said}; put its token "
