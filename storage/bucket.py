@@ -82,7 +82,10 @@ def output_folder(path: Path) -> Path:
     if isinstance(path, BucketPath) or not ADDRESS.match(str(path)):
         return path
     if not BUCKET.fullmatch(str(path)):
-        raise UsageError("the address of the output: expected a folder, or s3://BUCKET/FOLDER without keys and options")
+        raise UsageError(
+            "the address of the output: expected a folder, or s3://BUCKET/FOLDER without keys and options; names of "
+            "buckets have 3 to 63 small letters, digits, dots and hyphens"
+        )
     return BucketPath(path)
 
 

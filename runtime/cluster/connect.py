@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,8 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
         raise _refusal(ray, address, error) from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises, with tracebacks
+    # It warns of batches with fewer images than actors or tasks, and advises an option of its own.
+    warnings.filterwarnings("ignore", "The (min|max)imum number of concurrent", UserWarning, r"ray\.data\.")
     try:
         yield ray
     finally:

@@ -46,7 +46,11 @@ class StageReport:
 
     def lines(self) -> list[str]:
         return [
-            f"{stage}: {found['images']:.0f} images by {found['workers']:.0f} workers, "
+            f"{stage}: {_counted(found['images'], 'image')} by {_counted(found['workers'], 'worker')}, "
             f"{found['images_per_second']:.2f} images/s each, busy {found['utilisation']:.0%} of {self.wall:.0f} s"
             for stage, found in self.to_json().items()
         ]
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:.0f} {noun}{'s' * (number != 1)}"
