@@ -143,8 +143,9 @@ def generated(page: Any, fields: Mapping[str, object]) -> NDArray[np.uint8]:
         page.click("summary")
     for name, value in fields.items():
         page.fill(f"[name={name}]", str(value))
+    before = page.get_attribute("#download", "href")
     page.click("#generate")
-    page.wait_for_selector("#download:visible")
+    page.wait_for_function("before => document.querySelector('#download').getAttribute('href') !== before", arg=before)
     content = page.get_attribute("#download", "href").removeprefix("data:image/png;base64,")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
