@@ -71,8 +71,8 @@ class Trajectory:
 class ReferenceOutputs:
     """The outputs of a reference that an engine is compared with.
 
-    `floors` are the errors of the reference in each precision and quantisation against float64: relative L2 of the
-    worst output of each stage."""
+    `floors` are the errors of the reference in each precision, against float64, and in each quantisation, against
+    `outputs`: relative L2 of the worst output of each stage."""
 
     reference: str
     inputs: tuple[StageInput, ...]
@@ -97,8 +97,8 @@ def run_reference(
     """Run the reference on the sample inputs of `stages`, or of all stages of the bundle when none are named.
 
     Inputs at `sizes` are added. A trajectory is run when no stage was named and the bundle has the stages it takes.
-    Floors are measured in each of `kinds`, on the first input of a stage. One stage is in memory at a time. Raises
-    EngineError when a stage cannot be loaded or run."""
+    Floors are measured in each of `kinds`: of precisions on the first input of a stage, of quantisations on all. One
+    stage is in memory at a time. Raises EngineError when a stage cannot be loaded or run."""
     sizes = sizes or SizeChoice()
     manifest, tokenizer = bundle.manifest, ClipTokenizer.open(bundle.tokenizer)
     embedded = embed_prompts(reference, tokenizer)
@@ -111,7 +111,7 @@ def run_reference(
         with reference.load(stage) as runner:
             inputs += found
             outputs += [dict(runner(each.inputs)) for each in found]
-            floors[stage] = _floors(runner, found[0].inputs, kinds)
+            floors[stage] = _floors(runner, [each.inputs for each in found], outputs[-len(found) :], kinds)
     trajectory = None
     if not stages and set(EVERY_IMAGE) <= set(manifest.stages):
         trajectory = _trajectory(reference, bundle, sizes.image, say)
@@ -124,17 +124,26 @@ def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return value if np.isfinite(value) else float("inf")
 
 
-def _floors(runner: Any, inputs: Tensors, kinds: Collection[Precision | Quantization]) -> Floors:
-    """Errors against float64 in each of `kinds`; empty for a reference that computes in one precision only."""
+def _floors(
+    runner: Any, inputs: Sequence[Tensors], outputs: Sequence[Outputs], kinds: Collection[Precision | Quantization]
+) -> Floors:
+    """Errors in each of `kinds`; empty for a reference that computes in one precision only.
+
+    The error of a precision is against float64, on the first of `inputs`. That of a quantisation is against `outputs`,
+    the largest on all inputs: a decoder in 4 bits has ten times the error in its last step that it has in its first."""
     if not hasattr(runner, "compute"):
         return {}
     versatile: TorchStage = runner
-    exact = versatile(inputs, "float64")
-    found = {}
-    for kind in kinds:
-        rough = versatile(inputs, COMPUTE_DTYPES[kind])
-        found[kind] = max(relative(rough[name], exact[name]) for name in exact)
-    return found
+    exact = [(inputs[0], versatile(inputs[0], "float64"))]
+    given = list(zip(inputs, outputs, strict=True))
+    return {
+        kind: max(
+            relative(found, expected[name])
+            for values, expected in (given if isinstance(kind, Quantization) else exact)
+            for name, found in versatile(values, COMPUTE_DTYPES[kind]).items()
+        )
+        for kind in kinds
+    }
 
 
 def embed_prompts(reference: Engine, tokenizer: ClipTokenizer) -> EmbeddedPrompts | None:

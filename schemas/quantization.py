@@ -164,6 +164,11 @@ _UNET = (
     (r"(effnet|pixels)_mapper\.[02]", "its output is added to the embedding: its error is in every block"),
     (r"\w+_repeat_mappers\..*|\w+scalers\..*", "the stream itself goes through it, not a part that is added"),
 )
+# All decoders have four levels. The deeper ones are too coarse for the finest part of the noise that is predicted.
+_DECODER = (
+    (r"up_blocks\.3\.\d+\.channelwise\.[04]", "the outermost level: small, and the output has all of its error"),
+    *_UNET,
+)
 _CLIP = (
     (r".*\.self_attn\.\w+_proj|.*\.mlp\.fc[12]", None),
     (r"\w+_projection", "makes the pooled embedding from one row: small, and there is nothing after it"),
@@ -172,7 +177,7 @@ _CLIP = (
 # Patterns of modules -> why the weight stays float, or None when it may be quantised. The first that fits counts.
 RULES: Mapping[Stage, tuple[tuple[str, str | None], ...]] = {
     Stage.PRIOR: _UNET,
-    Stage.DECODER: _UNET,
+    Stage.DECODER: _DECODER,
     Stage.TEXT_ENCODER: _CLIP,
     Stage.IMAGE_ENCODER: _CLIP,
 }

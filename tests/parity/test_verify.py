@@ -15,6 +15,7 @@ from transformers import CLIPTextModelWithProjection
 
 import cascadekit
 from cascadekit.cli import main
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare_engine import compare_engine
 from cascadekit.parity.recording import read_recording
@@ -128,6 +129,18 @@ def test_floors_are_the_errors_of_the_reference_itself(tiny: Path) -> None:
     measured = expected.floors[Stage.VQGAN]
     for precision, floor in zip((Precision.FP32, Precision.FP16, Precision.BF16), floors, strict=True):
         assert measured[precision] == pytest.approx(floor, rel=1e-2)
+
+
+def test_the_floor_of_a_quantisation_is_that_of_the_worst_input(example: Path) -> None:
+    """A decoder in 4 bits has ten times the error late in an image: by the first input, right graphs would fail."""
+    engine, kind = reference_engine(open_model([EXAMPLE_MODEL]), ALL), Quantization.INT4
+    expected = run_reference(engine, open_bundle(example), [Stage.DECODER], kinds=[kind])
+    with engine.load(Stage.DECODER) as runner:
+        rough = [runner(each.inputs, kind)["noise_pred"] for each in expected.inputs]
+    exact = [output["noise_pred"] for output in expected.outputs]
+    errors = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(rough, exact, strict=True)]
+    assert max(errors) > 5 * errors[0]
+    assert expected.floors[Stage.DECODER][kind] == pytest.approx(max(errors), rel=1e-4)
 
 
 def test_tolerances_are_floors_times_factors(tiny: Path) -> None:

@@ -322,6 +322,18 @@ def test_every_matrix_product_has_a_rule(stage: Stage) -> None:
     assert can / sum(np.prod(shape) for shape in expected.values()) > 0.8
 
 
+@pytest.mark.parametrize("variant", [Variant.FULL, Variant.LITE])
+def test_the_level_that_writes_the_decoders_output_costs_little_in_float(variant: Variant) -> None:
+    config = PRESETS[Stage.DECODER, variant]
+    level = f"up_blocks.{config.levels - 1}."
+    shapes = expected_tensors(config)
+    perceptrons = {module: shape for module, shape, _ in linears(config.stage, shapes) if ".channelwise." in module}
+    kept = {module for module in perceptrons if module not in candidates(config.stage, shapes)}
+    assert kept == {module for module in perceptrons if module.startswith(level)}
+    values = sum(np.prod(perceptrons[module]) for module in kept)
+    assert 0 < values < 0.004 * sum(np.prod(shape) for shape in candidates(config.stage, shapes).values())
+
+
 def test_arrays_of_the_file_are_read_alike_by_numpy(source: dict[str, Any], tmp_path: Path) -> None:
     quantize_weights(source, "a", Scheme(INT4, ORT), tmp_path / "q.safetensors")
     arrays = load_arrays(tmp_path / "q.safetensors")

@@ -166,7 +166,7 @@ def rounded_activations(module: torch.nn.Module, arguments: tuple[torch.Tensor, 
     [
         (PRIOR, ("down_blocks.0.2.attention.to_k", "down_blocks.0.2.attention.to_v")),
         (PRIOR, ("up_blocks.1.2.kv_mapper.1",)),
-        (DECODER, ("up_blocks.3.0.channelwise.0",)),  # three passes
+        (DECODER, ("up_blocks.0.0.channelwise.0",)),  # three passes
         (TEXT, tuple(f"text_model.encoder.layers.1.self_attn.{part}_proj" for part in "qkv")),
         (TEXT, ("text_model.encoder.layers.1.mlp.fc2",)),
     ],
