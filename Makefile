@@ -89,7 +89,7 @@ wheel-test: .venv/dev.stamp demo ## the wheel generates the demo's image, withou
 # What quantises weights and writes LoRAs for tests of docs/formats.md alone. In the environment, transformers and
 # diffusers would import torchao.
 .venv/quantisers.stamp: .venv/dev.stamp
-	$(PIP) --no-deps --upgrade --target .venv/oracles/quantisers torchao bitsandbytes lycoris_lora
+	$(PIP) --no-deps --upgrade --target .venv/oracles/quantisers torchao bitsandbytes lycoris_lora einops
 	touch $@
 
 .venv-light/stamp: pyproject.toml constraints.txt

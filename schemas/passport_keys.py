@@ -13,7 +13,7 @@ KEY = "cascadekit.passport"  # in the metadata of a file
 FOLDER_KEY = "_cascadekit_passport"  # in the index of a model folder; diffusers passes over keys that begin with "_"
 
 SHOWN_DIGITS = 12  # of a digest
-ALGORITHM = "sha256-pieces"
+ALGORITHM = "crc32-blocks"
 SLOT = f"{ALGORITHM}:{'0' * 64}"  # the content of a passport whose file is still being written
 CONTENT = rf"^{ALGORITHM}:[0-9a-f]{{64}}$"
 

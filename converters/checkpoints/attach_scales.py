@@ -102,7 +102,7 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
     """Return the format of a layer, its weight with its scales, and the names of the scales."""
     tensors, kind = header.tensors, settings.get("format")
     form = FORMATS.get(kind) if isinstance(kind, str) else None
-    if form is None or settings.get("convrot") or f"{layer}.pre_quant_scale" in tensors:
+    if form is None or _is_rotated(settings) or f"{layer}.pre_quant_scale" in tensors:
         what = "rotated or scaled weights" if form else kind
         raise LayoutError(
             f"{header.path}: {layer}: quantised by ComfyUI as {what}, which is not supported yet; expected one of "
@@ -124,6 +124,12 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
     scale = _scale(names, tensors, shape, form)
     dtype = form.dtype if weight.dtype == form.stored else weight.dtype
     return str(kind), replace(weight, dtype=dtype, shape=shape, scale=scale), names
+
+
+def _is_rotated(settings: Mapping[str, Any]) -> bool:
+    """Whether the columns of a weight were mixed before rounding; ComfyUI looks in two places."""
+    nested = settings.get("params")
+    return bool(settings.get("convrot") or (isinstance(nested, dict) and nested.get("convrot")))
 
 
 def _with_parts(

@@ -20,6 +20,7 @@ from helpers.format_pictures import PROMPTS, SEED
 from helpers.stability_pictures import by_stability
 
 STAGES = ("prior", "decoder")
+BLOCK = 64  # values with one scale
 
 
 def by_torchao(source: Path, folder: Path) -> StableCascadeUNet:
@@ -38,7 +39,8 @@ def by_bitsandbytes(source: Path, folder: Path, kind: str) -> StableCascadeUNet:
 
     network = StableCascadeUNet.from_pretrained(source, torch_dtype=torch.float32)
     for name, layer in [*network.named_modules()]:
-        if not isinstance(layer, torch.nn.Linear):
+        # On CPUs that multiply bf16, bitsandbytes takes rows of whole blocks alone.
+        if not isinstance(layer, torch.nn.Linear) or layer.in_features % BLOCK:
             continue
         four = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, quant_type=kind)
         four.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=kind)

@@ -13,17 +13,19 @@ from cascadekit import convert
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 from cascadekit.converters.lora.convert_lora import convert_lora
 from cascadekit.converters.lora.merge_checkpoint import merge_loras
+from cascadekit.schemas.comfy_formats import CHOICES
 from helpers.format_pictures import of_checkpoints, record_pictures
 from helpers.matrix import Matrix
 from helpers.oracles import COMFYUI, STABILITY, checkouts, run_alone
 
 pytestmark = pytest.mark.slow
 RUN = {"ComfyUI": ("foreign.comfyui_alone", COMFYUI), "StableCascade": ("foreign.stability_alone", STABILITY)}
-# Layout -> the program, and its files of stage C and B.
+# Layout, and what it is quantised to -> the program, and the start of the names of its files of stage C and B.
 CHECKPOINTS = {
-    "comfyui": ("ComfyUI", "stable_cascade_stage_c.safetensors", "stable_cascade_stage_b.safetensors"),
-    "split": ("ComfyUI", "stage_c.safetensors", "stage_b.safetensors"),
-    "original": ("StableCascade", "stage_c.safetensors", "stage_b.safetensors"),
+    "comfyui": ("ComfyUI", "stable_cascade_"),
+    **{f"comfyui {kind.lower()}": ("ComfyUI", "stable_cascade_") for kind in CHOICES},
+    "split": ("ComfyUI", ""),
+    "original": ("StableCascade", ""),
 }
 # Format of a LoRA -> the program, and the layout of the checkpoint that it is for.
 LORAS = {
@@ -39,10 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(EXAMPLE_MODEL, place / "model", "diffusers", dtype="fp32")
     jobs: dict[str, list[dict[str, Path]]] = {program: [] for program in RUN}
     files = {}
-    for layout, (program, prior, decoder) in CHECKPOINTS.items():
-        convert(EXAMPLE_MODEL, place / layout, layout)
-        files[layout] = {"prior": place / layout / prior, "decoder": place / layout / decoder}
-        jobs[program].append({**files[layout], "out": place / f"{layout}.npy"})
+    for name, (program, start) in CHECKPOINTS.items():
+        layout, _, kind = name.partition(" ")
+        convert(EXAMPLE_MODEL, place / name, layout, quantize=kind or None)
+        files[name] = {
+            stage: place / name / f"{start}{letter}.safetensors"
+            for stage, letter in (("prior", "stage_c"), ("decoder", "stage_b"))
+        }
+        jobs[program].append({**files[name], "out": place / f"{name}.npy"})
     for form, (program, layout) in LORAS.items():
         lora = place / f"lora_{form}.safetensors"
         convert_lora(EXAMPLE_LORA, lora, form, against=EXAMPLE_MODEL / "stage_c.safetensors")
@@ -73,12 +79,12 @@ def version(program: str) -> str:
     return checkouts()[program]
 
 
-@pytest.mark.parametrize("layout", CHECKPOINTS)
-def test_checkpoints(layout: str, folder: Path, unquantised: np.ndarray, tmp_path: Path, matrix: Matrix) -> None:
-    program = CHECKPOINTS[layout][0]
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(name: str, folder: Path, unquantised: np.ndarray, tmp_path: Path, matrix: Matrix) -> None:
+    program = CHECKPOINTS[name][0]
     found = version(program)
-    theirs, ours = np.load(folder / f"{layout}.npy"), of_checkpoints([folder / layout], tmp_path)
-    record_pictures(matrix, layout, program, theirs, ours, unquantised=unquantised, version=found)
+    theirs, ours = np.load(folder / f"{name}.npy"), of_checkpoints([folder / name], tmp_path)
+    record_pictures(matrix, name, program, theirs, ours, unquantised=unquantised, version=found)
 
 
 @pytest.mark.parametrize("form", LORAS)

@@ -16,10 +16,8 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import GGUFQuantizationConfig, ModularPipeline, StableCascadeUNet
-from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers as renamed
 from diffusers.utils import dynamic_modules_utils
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from cascadekit import convert, export
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
@@ -27,9 +25,7 @@ from cascadekit.converters.lora.convert_lora import convert_lora
 from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.openvino_ir import write_openvino_ir
 from cascadekit.schemas.block_types import WRITTEN
-from cascadekit.schemas.comfy_formats import CHOICES
 from cascadekit.schemas.sdnq_formats import SDNQ_CHOICES
-from helpers.comfy_files import opened
 from helpers.format_pictures import PROMPTS, SEED, of_checkpoints, ours, record_pictures
 from helpers.matrix import Matrix
 from helpers.stability_pictures import by_stability
@@ -59,33 +55,6 @@ def from_single_files(output: Path, model: Path) -> Networks:
         settings = {"quantization_config": GGUFQuantizationConfig(torch.float32)} if path.suffix == ".gguf" else {}
         found[stage] = StableCascadeUNet.from_single_file(str(path), config=str(model / stage), **settings).eval()
     return found
-
-
-def from_comfyui(output: Path, model: Path) -> Networks:
-    """Weights of ComfyUI's all-in-one files, unpacked by comfy-kitchen where they are quantised."""
-    found = {}
-    prefix = "model.diffusion_model."
-    for stage, letter in UNETS.items():
-        path = output / f"stable_cascade_{letter}.safetensors"
-        tensors = {k.removeprefix(prefix): t.float() for k, t in load_file(path).items() if k.startswith(prefix)}
-        if any(key.endswith(".comfy_quant") for key in tensors):
-            layers = opened(path, prefix)
-            tensors |= {f"{layer}.weight": weight.dequantize() for layer, weight in layers.items()}
-            tensors = {key: t for key, t in tensors.items() if not key.endswith(("_scale", "_scale_2", ".comfy_quant"))}
-        network = StableCascadeUNet.from_config(StableCascadeUNet.load_config(model / stage)).eval()
-        network.load_state_dict(renamed(together(tensors)))
-        found[stage] = network
-    return found
-
-
-def together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Join q, k and v, as PyTorch's attention has them."""
-    joined = dict(tensors)
-    for key in tensors:
-        if ".to_q." in key:
-            parts = [joined.pop(key.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
-            joined[key.replace("to_q.", "in_proj_")] = torch.cat(parts)
-    return joined
 
 
 def from_sdnq(output: Path, model: Path) -> Networks:
@@ -164,10 +133,6 @@ FORMATS: dict[str, Format] = {
             to("gguf", quantize=kind.lower()), "diffusers with gguf", from_single_files, of_gguf
         )
         for kind in WRITTEN
-    },
-    **{
-        f"comfyui {kind.lower()}": Format(to("comfyui", quantize=kind.lower()), "comfy-kitchen", from_comfyui)
-        for kind in CHOICES
     },
     "bundle fp32": Format(bundle(), "onnxruntime", from_graphs, of_bundle),
     "bundle fp16": Format(bundle(precision="fp16"), "onnxruntime", from_graphs, of_bundle),

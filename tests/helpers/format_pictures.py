@@ -1,8 +1,9 @@
 """Pictures of the example model from files of any format: ours, and what is recorded of a foreign program's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,17 @@ def ours(bundle: Path) -> np.ndarray:
         pixels = cascade.generate(PROMPTS, seed=SEED, **STABILITY).pixels
     assert pixels is not None
     return pixels
+
+
+def one_by_one(bundle: Path, settings: Mapping[str, Any]) -> np.ndarray:
+    """The pictures of a bundle, each generated alone, for programs that have a sampler of their own."""
+    with Cascade.open(bundle, engine="onnxruntime", threads=1) as cascade:
+        return pixels([np.asarray(cascade.generate(prompt, **settings).images[0]) for prompt in PROMPTS])
+
+
+def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, 3, h, w) in 0..1 of images (h, w, 3) in 8 bits."""
+    return np.stack(images).transpose(0, 3, 1, 2) / 255
 
 
 def of_checkpoints(sources: Sequence[Path], place: Path) -> np.ndarray:

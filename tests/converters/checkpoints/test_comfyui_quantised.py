@@ -131,6 +131,7 @@ BAD: dict[str, Callable[[Tensors, str, dict[str, Any]], object]] = {
         format="svdquant_w4a4"
     ),
     "rotated or scaled weights": lambda t, x, s: s.update(convrot=True),
+    "as rotated or scaled": lambda t, x, s: s.update(params={"convrot": True}),
     "weight: nvfp4 expected U8, found I8": lambda t, x, _: t.update({f"{x}.weight": t[f"{x}.weight"].view(torch.int8)}),
     r"weight_scale is F8_E4M3 \[3\]; expected one number, or \d+ of F8_E4M3": lambda t, x, _: t.update(
         {f"{x}.weight_scale": torch.zeros(3, dtype=torch.float8_e4m3fn)}

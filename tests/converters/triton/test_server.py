@@ -1,5 +1,6 @@
 """The server of the nvidia-pytriton wheel, on the CPU, over a repository whose stages run in Python."""
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 from cascadekit import Cascade
 from cascadekit.converters.triton.repository import export_triton
 from cascadekit.converters.triton.triton_options import TritonOptions
+from helpers.format_pictures import PROMPTS as JUDGED
+from helpers.format_pictures import SEED, one_by_one, pixels, record_pictures
 from helpers.matrix import Matrix
 from helpers.triton_prompts import PROMPTS, QUICK
 from helpers.triton_server import ALONE, END, PYTHON, ROOT, Served, is_running, pytriton, serving
@@ -42,7 +45,7 @@ def test_numpy_1_changes_no_more_than_the_last_bit(bundle: Path, expected: dict[
 
 
 def test_callers_share_batches_and_wrong_calls_fail_alone(
-    served: Served, expected: dict[int, Any], tmp_path: Path, matrix: Matrix
+    served: Served, expected: dict[int, Any], tmp_path: Path
 ) -> None:
     found = served.call("concurrent", tmp_path)
     with np.load(tmp_path / "images.npz") as images:
@@ -51,7 +54,6 @@ def test_callers_share_batches_and_wrong_calls_fail_alone(
         assert np.array_equal(images["again"], alone)
     assert found["images"] == len(PROMPTS)
     assert found["batches"] < len(PROMPTS)
-    matrix.record("triton repository", "opened", by="nvidia-pytriton with Triton", version=pytriton())
     said = {
         "a size that is no multiple of 8": "width 63: expected a multiple of 8",
         "an unknown sampler": "sampler 'euler': expected",
@@ -63,6 +65,18 @@ def test_callers_share_batches_and_wrong_calls_fail_alone(
     assert found["errors"].keys() == said.keys()
     for name, words in said.items():
         assert words in found["errors"][name], name
+
+
+@pytest.mark.slow
+def test_the_judge_sees_what_was_asked_for(served: Served, bundle: Path, tmp_path: Path, matrix: Matrix) -> None:
+    calls = [{"prompt": prompt, "seed": SEED} for prompt in JUDGED]
+    (tmp_path / "calls.json").write_text(json.dumps(calls))
+    served.call("listed", tmp_path)
+    with np.load(tmp_path / "images.npz") as images:
+        theirs = pixels(images["images"])
+    ours = one_by_one(bundle, {"seed": SEED})
+    program = "nvidia-pytriton with Triton"
+    record_pictures(matrix, "triton repository", program, theirs, ours, unquantised=ours, version=pytriton())
 
 
 def test_grpc_takes_rows_and_stops_what_is_cancelled(served: Served, expected: dict[int, Any], tmp_path: Path) -> None:
