@@ -1,12 +1,15 @@
 """The GPU benchmark, rehearsed on the CPU with the tiny cascade; and its kit, packed, cut and unpacked."""
 
+import ctypes
 import json
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +17,15 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.bench.commands import bench as bench_command
-from cascadekit.bench.gpu import run, work
+from cascadekit.bench.gpu import memory, run, work
 from cascadekit.bench.gpu.job import GpuJob
 from cascadekit.bench.gpu.kit import BENCH, INSTALLER, pack
 from cascadekit.bench.gpu.phases import Phase, plan
 from cascadekit.bench.gpu.report import GpuBenchReport
 from cascadekit.bench.gpu.run import GpuBench, bench_gpu
 from cascadekit.bench.gpu.state import BenchState
-from cascadekit.schemas.errors import UsageError
+from cascadekit.runtime.engines.nvidia_driver import DriverGpu
+from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage, Variant
 
@@ -73,12 +77,16 @@ def rows_of_engines(rows: list[list[str]]) -> list[list[str]]:
 def test_memory_of_the_gpu_is_in_a_table() -> None:
     phases = {
         "diffusers lite prior": {"seconds": 1, "result": {"memory_mb": 12000}},
-        "engine lite fp16 onnxruntime prior": {"seconds": 1, "result": {"memory_mb": 3456}},
+        "engine lite fp16 onnxruntime prior": {"seconds": 1, "result": {"memory_mb": 3456, "predicted_mb": 3210}},
+        "engine lite fp16 onnxruntime decoder": {"seconds": 1, "error": "out of memory"},
     }
     report = GpuBenchReport({"job": {"side": 1024}, "phases": phases})
     rows = {title: rows for title, _, rows in report.tables()}["lite, 1024 pixels a side: MiB of GPU memory"]
-    nothing = ["not measured"] * 3
-    assert rows == [["diffusers, all types", "12000", *nothing], ["fp16 onnxruntime", "3456", *nothing]]
+    assert rows == [
+        ["diffusers, all types", "12000", "not measured"],
+        ["fp16 onnxruntime measured", "3456", "not measured"],
+        ["fp16 onnxruntime predicted", "3210", "not measured"],
+    ]
 
 
 def test_the_tables(done: GpuBench) -> None:
@@ -91,8 +99,12 @@ def test_the_tables(done: GpuBench) -> None:
     assert all(float(cell) > 0 for cell in rows["fp32 onnxruntime"])
     assert {row[0] for row in distances[1]} >= {"diffusers bfloat16 eager", "fp32 onnxruntime with TF32"}
     assert images[1] == []
-    assert {row[0] for row in memory[1]} == {"diffusers, all types", *(row[0] for row in rows_of_engines(passes[1]))}
-    assert {cell for row in memory[1] for cell in row[1:]} == {"not measured"}  # there is no GPU
+    kinds = [row[0] for row in rows_of_engines(passes[1])]
+    predicted = {f"{kind} predicted" for kind in kinds}
+    assert {row[0] for row in memory[1]} == {"diffusers, all types", *predicted, *(f"{kind} measured" for kind in kinds)}
+    cells = {row[0]: row[1:] for row in memory[1]}  # there is no GPU, whose memory is predicted all the same
+    assert min(float(cell) for cell in cells["fp32 onnxruntime predicted"]) >= 600
+    assert {cell for name in cells.keys() - predicted for cell in cells[name]} == {"not measured"}
     assert report.failed["compile tiny decoder"] == "not installed: a GPU"
 
 
@@ -131,6 +143,11 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
         bench_gpu(replace(done, names=("none",)))
     with pytest.raises(UsageError, match="has results of other settings"):
         bench_gpu(replace(done, device="cuda"))
+    state = json.loads(kept)
+    state["machine"]["gpu"] = "NVIDIA H200"
+    done.state_path.write_text(json.dumps(state))
+    with pytest.raises(UsageError, match="has results of NVIDIA H200, and this is there is no NVIDIA driver; give"):
+        bench_gpu(replace(done, names=("make",)))
     done.state_path.write_text(kept)
 
 
@@ -151,20 +168,97 @@ def test_a_phase_in_its_own_process(tmp_path: Path) -> None:
 
 
 def test_the_plan() -> None:
-    names = [phase.name for phase in plan((Variant.LITE, Variant.FULL), (FP32, Precision.FP16), ("onnxruntime",))]
+    """What decides comes first: the first precision of both sizes."""
+    both, bf16, fp16 = (Variant.LITE, Variant.FULL), Precision.BF16, Precision.FP16
+    names = [phase.name for phase in plan(both, (fp16, FP32, bf16), ("onnxruntime", "aotinductor"))]
     assert len(set(names)) == len(names)
-    lite, full = names.index("image lite fp16 onnxruntime"), names.index("export full fp32")
-    assert names.index("make full") < full < lite < names.index("remove lite fp16") < names.index("compile lite prior")
-    assert "engine full fp16 onnxruntime decoder without CUDA graph" in names
+    order = [
+        "make lite",
+        "image lite fp16 onnxruntime",
+        "build lite fp16",
+        "engine lite fp16 aotinductor prior",
+        "engine lite fp16 onnxruntime prior without CUDA graph",
+        "remove lite fp16",
+        "image full fp16 onnxruntime",
+        "image lite fp32 onnxruntime",
+        "image lite bf16 onnxruntime",
+        "image full fp32 onnxruntime",
+        "compile lite prior",
+    ]
+    assert sorted(order, key=names.index) == order
+    shared = [name for name in names if "vqgan" in name or "text_encoder" in name]
+    assert {name.split()[1] for name in shared} == {"lite"}  # they are the same networks in the full cascade
+    without = [name for name in names if name.endswith("without CUDA graph")]
+    assert {name.split()[2] for name in without} == {"fp16"}
     assert [name for name in names if "TF32" in name] == [
         f"engine {variant} fp32 onnxruntime {stage} with TF32"
         for variant in ("lite", "full")
         for stage in ("prior", "decoder")
     ]
     listed = CliRunner().invoke(bench_command, ["gpu", "--list", "--sizes", "lite", "--precisions", "fp16"])
-    assert listed.output.splitlines() == [
-        phase.name for phase in plan((Variant.LITE,), (Precision.FP16,), ("onnxruntime",))
+    assert listed.output.splitlines() == [phase.name for phase in plan((Variant.LITE,), (fp16,), ("onnxruntime",))]
+
+
+def test_files_that_are_gone_are_made_again(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a fresh machine, with the results of another: what the phases without a result read, and no more."""
+    made: list[str] = []
+
+    def note(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
+        made.append(phase.name)
+        for path in (job.model(phase), job.bundle(phase)):
+            path.mkdir(parents=True, exist_ok=True)
+        state.keep(phase.name, seconds=0, result={})
+
+    monkeypatch.setattr(run, "run_phase", note)
+    state = json.loads(done.state_path.read_text())
+    for stage in ("vqgan", "prior"):
+        del state["phases"][f"engine tiny fp32 onnxruntime {stage}"]
+    state["job"]["folder"] = str(done.work / "elsewhere")
+    (done.work / "elsewhere").mkdir()
+    (done.work / "elsewhere" / "gpu-bench.json").write_text(json.dumps(state))
+    bench_gpu(replace(done, work=done.work / "elsewhere"))
+    assert made == [
+        "make tiny",
+        "diffusers tiny prior",
+        "diffusers tiny vqgan",
+        "export tiny fp32",
+        "engine tiny fp32 onnxruntime prior",
+        "engine tiny fp32 onnxruntime vqgan",
     ]
+
+
+def test_without_a_gpu_nothing_is_started(done: GpuBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "run_phase", lambda *given: pytest.fail("a phase was started"))
+    with pytest.raises(EngineError, match="there is no NVIDIA driver; --tiny --device cpu rehearses"):
+        bench_gpu(GpuBench(tmp_path, tiny=True))
+    monkeypatch.setattr(run, "first_gpu", lambda: DriverGpu("NVIDIA H200", 1 << 37))
+    with pytest.raises(EngineError, match="onnxruntime cannot use the GPU: this ONNX Runtime has no CUDAExecution"):
+        bench_gpu(GpuBench(tmp_path, tiny=True))
+    monkeypatch.setattr(run, "run_phase", lambda job, phase, state, seconds: state.keep(phase.name, error="", seconds=0))
+    bench_gpu(GpuBench(tmp_path, tiny=True, names=("make",)))  # what does not need ONNX Runtime goes on
+
+
+def test_the_memory_of_a_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's calls, by their names and the layout of nvmlMemory_t: the most in use, less what was before."""
+    used = [1000 << 20]
+
+    def information(device: Any, found: Any) -> int:
+        total = ctypes.cast(found, ctypes.POINTER(ctypes.c_ulonglong))
+        total[0], total[1], total[2] = 1 << 37, (1 << 37) - used[0], used[0]
+        return 0
+
+    calls = {"nvmlInit_v2": lambda: 0, "nvmlDeviceGetHandleByIndex_v2": lambda index, device: 0}
+    library = SimpleNamespace(**calls, nvmlDeviceGetMemoryInfo=information)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    with memory.GpuMemory() as watched:
+        used[0] = 5000 << 20
+        time.sleep(0.1)
+        used[0] = 3000 << 20
+    assert watched.megabytes == 4000
+    library.nvmlInit_v2 = lambda: 999  # NVML_ERROR_UNKNOWN
+    with memory.GpuMemory() as watched:
+        pass
+    assert watched.megabytes is None
 
 
 def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
