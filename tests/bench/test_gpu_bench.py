@@ -1,12 +1,9 @@
-"""The GPU benchmark, rehearsed on the CPU with the tiny cascade; and its kit, packed, cut and unpacked."""
+"""The GPU benchmark, rehearsed on the CPU with the tiny cascade."""
 
 import ctypes
 import json
 import shutil
-import subprocess
-import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +16,6 @@ from click.testing import CliRunner
 from cascadekit.bench.commands import bench as bench_command
 from cascadekit.bench.gpu import memory, run, work
 from cascadekit.bench.gpu.job import GpuJob
-from cascadekit.bench.gpu.kit import BENCH, INSTALLER, pack
 from cascadekit.bench.gpu.phases import Phase, plan
 from cascadekit.bench.gpu.report import GpuBenchReport
 from cascadekit.bench.gpu.run import GpuBench, bench_gpu
@@ -271,47 +267,3 @@ def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
     twice = {"images": 2 * values["images"]}
     assert work._parity(job, phase, twice) == {"finite": True, "relative_l2": 1.0, "against": "own fp32"}
     assert not work._parity(job, phase, {"images": values["images"] * np.nan})["finite"]
-
-
-@pytest.fixture
-def wheels(tmp_path: Path) -> list[Path]:
-    """Two wheels, one of which is cut into parts."""
-    made = []
-    for name, size in (("small-1-py3-none-any.whl", 10), ("large-1-py3-none-any.whl", 5000)):
-        path = tmp_path / name
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"{name[:5]}/data.bin", np.random.default_rng(0).bytes(size))
-        made.append(path)
-    return made
-
-
-def test_the_kit(tmp_path: Path, wheels: list[Path]) -> None:
-    kit, site = tmp_path / "kit", tmp_path / "site"
-    index = pack(kit, wheels, part_bytes=1000)
-    parts = next(file["parts"] for file in index["files"] if file["name"].startswith("large"))
-    assert len(parts) == 6
-    assert max((kit / part).stat().st_size for file in index["files"] for part in file["parts"]) <= 1000
-    assert _install(kit, site) == ""
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                assert (site / name).read_bytes() == archive.read(name)
-    ours = {path.relative_to(BENCH) for path in BENCH.rglob("*.py")}
-    assert {path.relative_to(site / "cascadekit/bench") for path in (site / "cascadekit").rglob("*.py")} == ours
-    (kit / parts[2]).write_bytes(b"x" * 1000)
-    assert "large-1-py3-none-any.whl: damaged; expected SHA-256" in _install(kit, site)
-    (kit / parts[2]).unlink()
-    assert f"not there: {parts[2]}; copy them" in _install(kit, site)
-
-
-def test_a_kit_in_whole_files(tmp_path: Path, wheels: list[Path]) -> None:
-    pack(tmp_path / "kit", wheels)
-    names = {path.name for path in (tmp_path / "kit").iterdir()}
-    assert names == {*(wheel.name for wheel in wheels), "kit.json", INSTALLER.name, "cascadekit-bench.zip"}
-
-
-def _install(kit: Path, site: Path) -> str:
-    """What `install.py` complains about, in a Python without packages."""
-    return subprocess.run(
-        [sys.executable, "-I", "-S", str(kit / "install.py"), str(site)], capture_output=True, text=True, check=False
-    ).stderr
