@@ -8,7 +8,7 @@ from .phases import SAMPLED, STAGES
 
 NOTHING = "not measured"
 FIRST_STEPS = tuple(f"first step, {stage}" for stage in SAMPLED)
-OF_A_START = ("open", "load", *FIRST_STEPS, "other steps", "other stages", "first image", "later images")
+OF_A_START = ("open", "load", *FIRST_STEPS, "other steps", "rest", "first image", "later images")
 IMAGE_COLUMNS = ("", *OF_A_START, "MiB of GPU memory", "predicted MiB")
 MEMORY = {"memory_mb": "measured", "predicted_mb": "predicted"}
 MODES = ("float32 eager", "bfloat16 eager", "float16 eager", "bfloat16 CUDA graph", "float16 CUDA graph")

@@ -267,3 +267,20 @@ def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
     twice = {"images": 2 * values["images"]}
     assert work._parity(job, phase, twice) == {"finite": True, "relative_l2": 1.0, "against": "own fp32"}
     assert not work._parity(job, phase, {"images": values["images"] * np.nan})["finite"]
+
+
+@pytest.mark.slow
+def test_packages_are_built_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VQGAN alone: the compiler takes half a minute of processor time for it, and minutes for all stages."""
+    monkeypatch.setenv("CASCADEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(work, "STAGES", (Stage.VQGAN,))
+    monkeypatch.setattr(run, "run_phase", here)
+    names = ("make", "export", "build", "engine tiny fp32 torch vqgan", "engine tiny fp32 aotinductor vqgan")
+    how: dict[str, Any] = {"engines": ("torch", "aotinductor"), "precisions": (FP32,), "tiny": True, "names": names}
+    bench = GpuBench(tmp_path, "cpu", minutes=60, **how)
+    said: list[str] = []
+    bench_gpu(bench, said.append)
+    phases = phases_of(bench)
+    assert phases["build tiny fp32"]["result"]["packages"] == 1
+    for engine in ("torch", "aotinductor"):
+        assert phases[f"engine tiny fp32 {engine} vqgan"]["result"]["ms"] > 0
