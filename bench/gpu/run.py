@@ -77,11 +77,12 @@ def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
     end = perf_counter() + 60 * bench.minutes
     phases = bench.phases()
     gpu = first_gpu()
+    if bench.device == "cuda":
+        _require_gpu(gpu, probe=any(phase.work == "engine" and phase.engine == ENGINE for phase in phases))
     machine = {**describe_machine(bench.work, peer=True), "gpu": gpu if isinstance(gpu, str) else gpu.name}
     machine["libraries"] |= onnxruntimes()
     state = BenchState.open(bench.state_path, bench.job, machine)
-    if bench.device == "cuda":
-        _require_gpu(gpu, probe=any(phase.work == "engine" and phase.engine == ENGINE for phase in phases))
+    state.write()  # a file that cannot be written is an error now, and not after the first phase
     for phase in phases:
         missing = bench.job.lacks_files(phase) and any(_needs(each, phase, state) for each in phases)
         if state.done(phase.name) and not missing and not bench.again:

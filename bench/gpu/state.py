@@ -24,7 +24,9 @@ class BenchState:
 
     @classmethod
     def open(cls, path: Path, job: GpuJob, machine: dict[str, Any]) -> "BenchState":
-        """The state in `path`, or a new one. Raises UsageError for another file, and for results of other settings or another GPU."""
+        """The state in `path`, or a new one.
+
+        Raises UsageError for another file, and for results of other settings or another GPU."""
         state = cls(path, job, machine)
         if not path.exists():
             return state
@@ -39,7 +41,8 @@ class BenchState:
         if written != json.loads(json.dumps(asdict(job))):
             raise UsageError(f"{path}: has results of other settings: {written}; give another file as state")
         if gpu != machine.get("gpu"):
-            raise UsageError(f"{path}: has results of {gpu}, and this is {machine.get('gpu')}; give another file as state")
+            here = machine.get("gpu")
+            raise UsageError(f"{path}: has results of another GPU ({gpu}; here: {here}); give another file as state")
         state.phases = phases
         return state
 
@@ -51,6 +54,7 @@ class BenchState:
         self.write()
 
     def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path) as file:
             file.write((json.dumps(self.to_json(), indent=2) + "\n").encode())
 

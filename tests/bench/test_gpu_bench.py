@@ -97,7 +97,8 @@ def test_the_tables(done: GpuBench) -> None:
     assert images[1] == []
     kinds = [row[0] for row in rows_of_engines(passes[1])]
     predicted = {f"{kind} predicted" for kind in kinds}
-    assert {row[0] for row in memory[1]} == {"diffusers, all types", *predicted, *(f"{kind} measured" for kind in kinds)}
+    measured = {f"{kind} measured" for kind in kinds}
+    assert {row[0] for row in memory[1]} == {"diffusers, all types", *predicted, *measured}
     cells = {row[0]: row[1:] for row in memory[1]}  # there is no GPU, whose memory is predicted all the same
     assert min(float(cell) for cell in cells["fp32 onnxruntime predicted"]) >= 600
     assert {cell for name in cells.keys() - predicted for cell in cells[name]} == {"not measured"}
@@ -138,11 +139,13 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="no phase is called none: make tiny, "):
         bench_gpu(replace(done, names=("none",)))
     with pytest.raises(UsageError, match="has results of other settings"):
-        bench_gpu(replace(done, device="cuda"))
+        bench_gpu(replace(done, tiny=False))
     state = json.loads(kept)
     state["machine"]["gpu"] = "NVIDIA H200"
     done.state_path.write_text(json.dumps(state))
-    with pytest.raises(UsageError, match="has results of NVIDIA H200, and this is there is no NVIDIA driver; give"):
+    with pytest.raises(
+        UsageError, match=r"has results of another GPU \(NVIDIA H200; here: there is no NVIDIA driver\)"
+    ):
         bench_gpu(replace(done, names=("make",)))
     done.state_path.write_text(kept)
 
@@ -230,8 +233,16 @@ def test_without_a_gpu_nothing_is_started(done: GpuBench, tmp_path: Path, monkey
     monkeypatch.setattr(run, "first_gpu", lambda: DriverGpu("NVIDIA H200", 1 << 37))
     with pytest.raises(EngineError, match="onnxruntime cannot use the GPU: this ONNX Runtime has no CUDAExecution"):
         bench_gpu(GpuBench(tmp_path, tiny=True))
-    monkeypatch.setattr(run, "run_phase", lambda job, phase, state, seconds: state.keep(phase.name, error="", seconds=0))
-    bench_gpu(GpuBench(tmp_path, tiny=True, names=("make",)))  # what does not need ONNX Runtime goes on
+    kept: list[str] = []
+
+    def note(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
+        kept.append(state.path.read_text())
+        state.keep(phase.name, error="")
+
+    monkeypatch.setattr(run, "run_phase", note)
+    # What does not need ONNX Runtime goes on; the file is there before the first phase.
+    bench_gpu(GpuBench(tmp_path, tiny=True, names=("make",), state=tmp_path / "results" / "gpu.json"))
+    assert [json.loads(text)["phases"] for text in kept] == [{}]
 
 
 def test_the_memory_of_a_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
