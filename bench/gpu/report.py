@@ -11,7 +11,8 @@ FIRST_STEPS = tuple(f"first step, {stage}" for stage in SAMPLED)
 OF_A_START = ("open", "load", *FIRST_STEPS, "other steps", "rest", "first image", "later images")
 IMAGE_COLUMNS = ("", *OF_A_START, "MiB of GPU memory", "predicted MiB")
 MEMORY = {"memory_mb": "measured", "predicted_mb": "predicted"}
-MODES = ("float32 eager", "bfloat16 eager", "float16 eager", "bfloat16 CUDA graph", "float16 CUDA graph")
+EAGER = ("float32 eager", "bfloat16 eager", "float16 eager")
+MODES = (*EAGER, "bfloat16 CUDA graph", "float16 CUDA graph")
 
 Table = tuple[str, Sequence[str], list[list[str]]]  # title, columns, rows
 
@@ -52,7 +53,10 @@ class GpuBenchReport:
                 for kind in kinds:
                     rows.append([" ".join(kind), *(self._engine(variant, kind, stage, figure) for stage in stages)])
                 yield f"{title}: {text}", columns, rows
-            rows = [["diffusers, all types", *(self._diffusers_memory(variant, stage) for stage in stages)]]
+            rows = [
+                ["diffusers " + mode, *(self._eager(variant, stage, mode, "memory_mb") for stage in stages)]
+                for mode in EAGER
+            ]
             for kind in kinds:
                 for figure, text in MEMORY.items():
                     cells = (self._engine(variant, kind, stage, figure) for stage in stages)
@@ -80,9 +84,6 @@ class GpuBenchReport:
 
     def _eager(self, variant: str, stage: str, mode: str, figure: str) -> str:
         return _shown(self._result(f"diffusers {variant} {stage}").get(mode, {}).get(figure))
-
-    def _diffusers_memory(self, variant: str, stage: str) -> str:
-        return _shown(self._result(f"diffusers {variant} {stage}").get("memory_mb"))
 
     def _compiled(self, variant: str, stage: str) -> str:
         return _shown(self._result(f"compile {variant} {stage}").get("ms") if stage in SAMPLED else None)

@@ -26,6 +26,7 @@ CALL = f"from {__package__}.work import main; main()"
 PROBE = "from cascadekit.runtime.engines.provider_probe import why_not; print(why_not('cuda'))"
 PROBE_SECONDS = 120
 OF_BUNDLES = ("build", "engine", "image")  # works that read a bundle
+MEASURING = ("engine", "image", "compile")  # works that no other needs
 SHORTEST = 20  # seconds that must be left for a phase to start
 REASON_LENGTH = 500
 TINY_JOB = {"side": 64, "runs": 2, "prior_steps": 2, "decoder_steps": 2}
@@ -69,9 +70,9 @@ class GpuBench:
 def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
     """Run the phases that the state lacks, and report all that the state has.
 
-    A phase that fails or takes too long is noted with its reason, and the others go on; a later run tries it again.
-    Raises UsageError when `work` is no folder, or the state has other settings. Raises EngineError when the GPU or ONNX
-    Runtime's provider for it cannot start: most phases would fail."""
+    A phase that fails or takes too long is noted with its reason, and the others go on. A later run tries it again,
+    last if no other needs it. Raises UsageError when `work` is no folder, or the state has other settings. Raises
+    EngineError when the GPU or ONNX Runtime's provider for it cannot start: most phases would fail."""
     if not bench.work.is_dir():
         raise UsageError(f"{bench.work}: not a folder; give one on a fast disk, or in memory")
     end = perf_counter() + 60 * bench.minutes
@@ -83,7 +84,7 @@ def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
     machine["libraries"] |= onnxruntimes()
     state = BenchState.open(bench.state_path, bench.job, machine)
     state.write()  # a file that cannot be written is an error now, and not after the first phase
-    for phase in phases:
+    for phase in sorted(phases, key=lambda phase: phase.work in MEASURING and state.failed(phase.name)):
         missing = bench.job.lacks_files(phase) and any(_needs(each, phase, state) for each in phases)
         if state.done(phase.name) and not missing and not bench.again:
             continue

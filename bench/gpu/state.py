@@ -49,6 +49,9 @@ class BenchState:
     def done(self, name: str) -> bool:
         return "result" in self.phases.get(name, {})
 
+    def failed(self, name: str) -> bool:
+        return "error" in self.phases.get(name, {})
+
     def keep(self, name: str, **result: Any) -> None:
         self.phases[name] = result
         self.write()

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.bench.commands import bench as bench_command
-from cascadekit.bench.gpu import memory, run, work
+from cascadekit.bench.gpu import diffusers_work, memory, run, work
 from cascadekit.bench.gpu.job import GpuJob
 from cascadekit.bench.gpu.phases import Phase, plan
 from cascadekit.bench.gpu.report import GpuBenchReport
@@ -72,14 +72,16 @@ def rows_of_engines(rows: list[list[str]]) -> list[list[str]]:
 
 def test_memory_of_the_gpu_is_in_a_table() -> None:
     phases = {
-        "diffusers lite prior": {"seconds": 1, "result": {"memory_mb": 12000}},
+        "diffusers lite prior": {"seconds": 1, "result": {"bfloat16 eager": {"memory_mb": 12000}}},
         "engine lite fp16 onnxruntime prior": {"seconds": 1, "result": {"memory_mb": 3456, "predicted_mb": 3210}},
         "engine lite fp16 onnxruntime decoder": {"seconds": 1, "error": "out of memory"},
     }
     report = GpuBenchReport({"job": {"side": 1024}, "phases": phases})
     rows = {title: rows for title, _, rows in report.tables()}["lite, 1024 pixels a side: MiB of GPU memory"]
     assert rows == [
-        ["diffusers, all types", "12000", "not measured"],
+        ["diffusers float32 eager", "not measured", "not measured"],
+        ["diffusers bfloat16 eager", "12000", "not measured"],
+        ["diffusers float16 eager", "not measured", "not measured"],
         ["fp16 onnxruntime measured", "3456", "not measured"],
         ["fp16 onnxruntime predicted", "3210", "not measured"],
     ]
@@ -98,7 +100,8 @@ def test_the_tables(done: GpuBench) -> None:
     kinds = [row[0] for row in rows_of_engines(passes[1])]
     predicted = {f"{kind} predicted" for kind in kinds}
     measured = {f"{kind} measured" for kind in kinds}
-    assert {row[0] for row in memory[1]} == {"diffusers, all types", *predicted, *measured}
+    eager = {f"diffusers {dtype} eager" for dtype in ("float32", "bfloat16", "float16")}
+    assert {row[0] for row in memory[1]} == {*eager, *predicted, *measured}
     cells = {row[0]: row[1:] for row in memory[1]}  # there is no GPU, whose memory is predicted all the same
     assert min(float(cell) for cell in cells["fp32 onnxruntime predicted"]) >= 600
     assert {cell for name in cells.keys() - predicted for cell in cells[name]} == {"not measured"}
@@ -116,10 +119,12 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
     state = json.loads(done.state_path.read_text())
     kept = done.state_path.read_text()
     state["phases"]["engine tiny fp32 onnxruntime prior"] = {"seconds": 1, "error": "out of memory"}
-    del state["phases"]["diffusers tiny vqgan"]
+    for name in ("diffusers tiny vqgan", "engine tiny fp32 onnxruntime text_encoder"):
+        del state["phases"][name]
     done.state_path.write_text(json.dumps(state))
     bench_gpu(replace(done, state=done.state_path))
-    assert made == ["diffusers tiny vqgan", "engine tiny fp32 onnxruntime prior"]
+    names = ["diffusers tiny vqgan", "engine tiny fp32 onnxruntime text_encoder", "engine tiny fp32 onnxruntime prior"]
+    assert made == names  # what failed before comes last: it may fail again, and take its time
     made.clear()
     bench_gpu(replace(done, names=("make",), again=True))
     assert made == ["make tiny"]
@@ -266,6 +271,22 @@ def test_the_memory_of_a_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None
     with memory.GpuMemory() as watched:
         pass
     assert watched.megabytes is None
+
+
+def test_a_type_that_fails_leaves_the_others(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = diffusers_work._network
+
+    def network(torch: Any, job: GpuJob, phase: Phase, dtype: str) -> Any:
+        if dtype == "float32":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 14 GB")
+        return make(torch, job, phase, dtype)
+
+    monkeypatch.setattr(diffusers_work, "_network", network)
+    phase = next(phase for phase in done.phases() if phase.name == "diffusers tiny vqgan")
+    found = diffusers_work.measure_diffusers(done.job, phase)
+    assert found["float32 eager"] == {"error": "CUDA out of memory. Tried to allocate 14 GB"}
+    assert found["bfloat16 eager"]["ms"] > 0
+    assert found["bfloat16 eager"]["relative_l2"] is None
 
 
 def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
