@@ -211,6 +211,7 @@ def image(job: GpuJob, phase: Phase) -> Result:
         memory="resident",
         size=(job.side, job.side),
         steps=(job.prior_steps, job.decoder_steps),
+        checked=False,
     )
     for path in bundle_files(Path(start.bundle)):
         bring_into_cache(path)

@@ -24,6 +24,7 @@ from cascadekit.runtime.engines.nvidia_driver import DriverGpu
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage, Variant
+from helpers.standins import accept_changes
 
 FP32 = Precision.FP32
 
@@ -106,6 +107,21 @@ def test_the_tables(done: GpuBench) -> None:
     assert min(float(cell) for cell in cells["fp32 onnxruntime predicted"]) >= 600
     assert {cell for name in cells.keys() - predicted for cell in cells[name]} == {"not measured"}
     assert report.failed["compile tiny decoder"] == "not installed: a GPU"
+
+
+def test_an_image_of_random_weights_may_be_anything(done: GpuBench, tmp_path: Path) -> None:
+    """It takes the same time. Weights of real size may overflow in fp16."""
+    phase = Phase("image tiny fp32 onnxruntime", "image", 60, Variant.TINY, precision=FP32)
+    job = replace(done.job, folder=str(tmp_path))
+    shutil.copytree(done.job.bundle(phase), job.bundle(phase))
+    (weights,) = (job.bundle(phase) / "vqgan").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    np.frombuffer(content, "<f4", offset=8 + int.from_bytes(content[:8], "little"))[:] = np.nan
+    weights.write_bytes(content)
+    accept_changes(job.bundle(phase))
+    found = work.image(job, phase)
+    assert found["open"] < found["first_image"]
+    assert len(found["images"]) == 2
 
 
 def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
