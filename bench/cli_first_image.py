@@ -14,7 +14,7 @@ from .cli import AS_JSON, machine_lines, runs_option, show, show_progress
 if TYPE_CHECKING:
     from .first_image import FirstImageReport
 
-COLUMNS = ("process", "open", "load", "first steps", "other steps", "other stages", "first image", "later images")
+COLUMNS = ("process", "open", "load", "first steps", "other steps", "rest", "first image", "later images")
 
 
 @click.command("first-image")
@@ -57,7 +57,8 @@ def _print_rounds(report: "FirstImageReport") -> None:
     for line in machine_lines(report.machine):
         say(line)
     say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.job.items()))
-    say("Seconds. open: from the start of the process until the bundle is open; load: of all stages.")
+    say("Seconds. open: from the start of the process until the bundle is open; load: of all stages;")
+    say("rest: of the other stages, and of prior and decoder between their steps.")
     say("")
     show_table("", COLUMNS, (_row(number, each) for number, each in enumerate(report.rounds, 1)))
     for text in dict.fromkeys(text for each in report.rounds for text in each["said"]):

@@ -74,15 +74,17 @@ def _print(report: "GpuBenchReport") -> None:
 @click.option("--python", default="3.12", show_default=True, help="Python of the machine with the GPU.")
 @click.option("--onnxruntime", default="onnxruntime-gpu", show_default=True, help="Such as onnxruntime-gpu==1.31.1.")
 @click.option("--with", "more", multiple=True, metavar="PACKAGE", help="A further package (repeatable).")
+@click.option("--without", multiple=True, metavar="PACKAGE", help="Leave out what is there already (repeatable).")
+@click.option("--sm", type=click.IntRange(50), help="Keep the code of this GPU architecture alone, such as 90.")
 @click.option("--part-mib", type=click.IntRange(0), default=0, help="Cut larger files into parts of so many MiB.")
-def gpu_kit(output: Path, python: str, onnxruntime: str, more: tuple[str, ...], part_mib: int) -> None:
+def gpu_kit(output: Path, **how: Any) -> None:
     """Pack what a machine with CUDA and Python, without a network, needs for `bench gpu`.
 
     Wheels for Linux on x86-64 are downloaded with pip, and a wheel of this checkout is built.
 
-    Example: cascadekit bench gpu-kit -o kit --part-mib 60
+    Example: cascadekit bench gpu-kit -o kit --sm 90 --part-mib 60
     """
-    from .gpu.kit import make_kit
+    from .gpu.kit import Kit, make_kit
 
-    names = make_kit(output, python=python, onnxruntime=onnxruntime, more=more, part_mib=part_mib)
+    names = make_kit(output, Kit(**how))
     say(f"wrote {output} ({len(names)} files); on the other machine: python install.py SITE")

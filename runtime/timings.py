@@ -1,4 +1,4 @@
-"""Where the time until the first image goes: opening, loading, the first step of each stage, and the other steps."""
+"""Where the time until the first image goes: opening, loading, the first step of each stage, the others, the rest."""
 
 import os
 import time
@@ -58,8 +58,8 @@ class Timings:
             self.first_image = since_start()
 
     def to_json(self) -> dict[str, Any]:
-        """Seconds, ready for json.dumps. "run" has the stages without steps, "step" the median of all steps but the
-        first, "steps" their sum."""
+        """Seconds, ready for json.dumps. "step" is the median of all steps but the first, "steps" their sum. "run" is
+        what else a stage computed: all of one without steps, conditions and the sampler of one with steps."""
         later = {stage: steps[1:] for stage, steps in self._steps.items() if len(steps) > 1}
         found: dict[str, Any] = {
             "open": self.opened,
@@ -67,7 +67,7 @@ class Timings:
             "first_step": {stage: steps[0] for stage, steps in self._steps.items()},
             "step": {stage: median(steps) for stage, steps in later.items()},
             "steps": {stage: sum(steps) for stage, steps in later.items()},
-            "run": {stage: seconds for stage, seconds in self._run.items() if stage not in self._steps},
+            "run": self._rest(),
             "first_image": self.first_image,
         }
         return {name: _rounded(value) for name, value in found.items()}
@@ -77,9 +77,13 @@ class Timings:
         phases = {"open": self.opened or 0.0, "load": sum(self._load.values())}
         phases |= {f"first step of the {stage}": steps[0] for stage, steps in self._steps.items()}
         phases["other steps"] = sum(sum(steps[1:]) for steps in self._steps.values())
-        phases["other stages"] = sum(seconds for stage, seconds in self._run.items() if stage not in self._steps)
+        phases["the rest of the stages"] = sum(self._rest().values())
         total = "" if self.first_image is None else f"first image after {self.first_image:.2f} s: "
         return total + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
+
+    def _rest(self) -> dict[Stage, float]:
+        """Seconds that each stage computed beside its steps."""
+        return {stage: seconds - sum(self._steps.get(stage, ())) for stage, seconds in self._run.items()}
 
 
 def _rounded(value: Any) -> Any:

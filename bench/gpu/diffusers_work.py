@@ -10,38 +10,55 @@ import numpy as np
 
 from ...schemas.config_json import from_json
 from ...schemas.manifest import PortEntry
+from ...schemas.messages import one_line
 from ...schemas.ports import ports_of
 from ...schemas.stages import Stage
 from .job import Arrays, GpuJob, relative_l2, stage_inputs
 from .phases import SAMPLED, Phase
 
 Pass = Callable[[], dict[str, Any]]
-TYPES = ("bfloat16", "float16")  # beside float32, the reference
+REFERENCE = "float32"
+TYPES = ("bfloat16", "float16")
+REASON_LENGTH = 300
 WARM = 2
 
 
 def measure_diffusers(job: GpuJob, phase: Phase) -> dict[str, Any]:
-    """Milliseconds of one pass by type and mode, and the distance of each to fp32 without TF32."""
+    """Milliseconds of one pass by type and mode, the distance of each to fp32 without TF32, and the allocator's peak.
+
+    A type that fails, as fp32 on a small card does, leaves the results of the others."""
     torch = import_module("torch")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found: dict[str, Any] = {"version": import_module("diffusers").__version__, "torch": torch.__version__}
-    reference: Arrays = {}
-    for dtype in ("float32", *(TYPES if job.device == "cuda" else TYPES[:1])):
-        with torch.inference_mode():
-            run = _network(torch, job, phase, dtype)
-            outputs = _arrays(run())
-            if not reference:
-                reference = outputs
-                np.savez(job.reference(phase), **outputs)  # type: ignore[arg-type]
-            found[f"{dtype} eager"] = {
-                "ms": _milliseconds(torch, run, job),
-                "relative_l2": _distance(outputs, reference),
-            }
-            if job.device == "cuda" and dtype != "float32" and phase.stage in SAMPLED:
-                found[f"{dtype} CUDA graph"] = _captured(torch, run, job)
-    if job.device == "cuda":
-        found["memory_mb"] = torch.cuda.max_memory_allocated() >> 20
+    reference: Arrays | None = None
+    for dtype in (REFERENCE, *(TYPES if job.device == "cuda" else TYPES[:1])):
+        try:
+            with torch.inference_mode():
+                outputs, eager, captured = _measured(torch, job, phase, dtype)
+        except RuntimeError as error:
+            found[f"{dtype} eager"] = {"error": one_line(error, REASON_LENGTH)}
+            continue
+        if dtype == REFERENCE:
+            reference = outputs
+            np.savez(job.reference(phase), **outputs)  # type: ignore[arg-type]
+        eager["relative_l2"] = None if reference is None else _distance(outputs, reference)
+        found |= {f"{dtype} eager": eager} | ({f"{dtype} CUDA graph": captured} if captured else {})
     return found
+
+
+def _measured(torch: Any, job: GpuJob, phase: Phase, dtype: str) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
+    """The outputs, and what was measured eager and as a CUDA graph; the network is freed."""
+    on_gpu = job.device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run = _network(torch, job, phase, dtype)
+    outputs = _arrays(run())
+    eager = {"ms": _milliseconds(torch, run, job)}
+    if on_gpu:
+        eager["memory_mb"] = torch.cuda.max_memory_allocated() >> 20
+    captures = on_gpu and dtype != REFERENCE and phase.stage in SAMPLED
+    return outputs, eager, _captured(torch, run, job) if captures else {}
 
 
 def measure_compiled(job: GpuJob, phase: Phase) -> dict[str, Any]:
@@ -110,7 +127,7 @@ def _captured(torch: Any, run: Pass, job: GpuJob) -> dict[str, Any]:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError as error:
-        return {"error": str(error)[:300]}
+        return {"error": one_line(error, REASON_LENGTH)}
     return {"ms": _milliseconds(torch, graph.replay, job)}
 
 

@@ -1,7 +1,6 @@
 """What a phase's process is given, the folders it works in, and the inputs of the stages."""
 
 import json
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ Arrays = dict[str, NDArray[Any]]
 
 TOKENS, WORDS = 77, 20  # of a prompt
 RATIO = 0.5  # the timestep ratio at which outputs are compared
-SMI = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True)
@@ -42,18 +40,27 @@ class GpuJob:
     def bundle(self, phase: Phase) -> Path:
         return self.root(phase) / f"bundle-{phase.precision}"
 
+    def packages(self, phase: Phase) -> Path:
+        """The folder of the first packages that `build` makes."""
+        return self.bundle(phase) / Stage.PRIOR / "plans"
+
     def reference(self, phase: Phase, *, own: bool = False) -> Path:
         """The outputs to compare with: of diffusers in fp32, or our `own` in fp32 where diffusers is not installed."""
         return self.root(phase) / f"{'own' if own else 'diffusers'}-{phase.stage}.npz"
 
     def lacks_files(self, phase: Phase) -> bool:
         """True if the phase writes files and they are not there."""
-        written = {"make": self.model, "export": self.bundle}.get(phase.work)
-        return written is not None and not written(phase).is_dir()
+        written = {
+            "make": self.model(phase),
+            "diffusers": self.reference(phase),
+            "export": self.bundle(phase),
+            "build": self.packages(phase),
+        }.get(phase.work)
+        return written is not None and not written.exists()
 
     def reads(self, phase: Phase) -> Path | None:
         """The folder that a phase cannot do without."""
-        if phase.work in ("engine", "image"):
+        if phase.work in ("build", "engine", "image"):
             return self.bundle(phase)
         return self.model(phase) if phase.work in ("diffusers", "compile", "export") else None
 
@@ -95,11 +102,3 @@ def relative_l2(found: Arrays, expected: Arrays) -> float:
     """The largest relative L2 of the outputs."""
     wide = {name: array.astype(np.float64) for name, array in expected.items()}
     return max(float(np.linalg.norm(found[name] - each) / np.linalg.norm(each)) for name, each in wide.items())
-
-
-def gpu_megabytes() -> int | None:
-    """Used memory of the first GPU by all processes, as nvidia-smi says; None without it."""
-    try:
-        return int(subprocess.run(SMI, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None

@@ -7,16 +7,19 @@ them.
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...schemas.errors import ConversionError, UsageError
+from .one_architecture import slim_wheel
 
 BENCH = Path(__file__).parents[1]
 INSTALLER = Path(__file__).with_name("install.py")
@@ -90,14 +93,49 @@ def download(folder: Path, python: str, onnxruntime: str, more: Sequence[str]) -
     return sorted(folder.glob("*.whl"))
 
 
-def make_kit(output: Path, *, python: str, onnxruntime: str, more: Sequence[str] = (), part_mib: int = 0) -> list[str]:
-    """Download for that `python`, and pack. Returns the names of the files. Raises UsageError if `output` exists, and
-    ConversionError if pip fails, whose reason it has printed."""
+@dataclass(frozen=True)
+class Kit:
+    """What a kit is for, and what goes into it.
+
+    Attributes:
+        python: Version of Python on the machine with the GPU.
+        onnxruntime: The requirement for pip, such as "onnxruntime-gpu==1.31.1".
+        more: Further packages.
+        without: Packages that are there already.
+        part_mib: Files above this size are cut; 0 leaves them whole.
+        sm: The GPU's architecture, such as 90, if onnxruntime is to have code for it alone; None keeps all.
+    """
+
+    python: str
+    onnxruntime: str
+    more: Sequence[str] = ()
+    without: Sequence[str] = ()
+    part_mib: int = 0
+    sm: int | None = None
+
+
+def make_kit(output: Path, kit: Kit) -> list[str]:
+    """Download what the kit needs, and pack it. Returns the names of the files.
+
+    Raises UsageError if `output` exists or a name of `without` is of no package, and ConversionError if pip fails,
+    whose reason it has printed."""
     if output.exists():
         raise UsageError(f"{output}: exists already; remove it, or give another output")
     with TemporaryDirectory() as folder:
         try:
-            wheels = download(Path(folder), python, onnxruntime, more)
+            found = download(Path(folder), kit.python, kit.onnxruntime, kit.more)
         except subprocess.CalledProcessError as error:
             raise ConversionError(f"{' '.join(error.cmd)[:200]}: failed with status {error.returncode}") from error
-        return [file["name"] for file in pack(output, wheels, part_mib << 20)["files"]]
+        wheels = {package_of(wheel.name): wheel for wheel in found}
+        if unknown := sorted(set(kit.without) - wheels.keys()):
+            raise UsageError(f"without {', '.join(unknown)}: expected names of {', '.join(wheels)}")
+        ort = package_of(kit.onnxruntime)
+        if kit.sm is not None:
+            wheels[ort] = slim_wheel(wheels[ort], kit.sm, Path(folder))
+        chosen = [wheel for name, wheel in wheels.items() if name not in kit.without]
+        return [file["name"] for file in pack(output, chosen, kit.part_mib << 20)["files"]]
+
+
+def package_of(text: str) -> str:
+    """The package's name, of a wheel's file name or of a requirement with "==", as the registry spells it."""
+    return re.split(r"==|-(?=\d)", text)[0].replace("_", "-").lower()

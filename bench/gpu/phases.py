@@ -1,7 +1,7 @@
 """The phases of the GPU benchmark, in the order of their worth: what comes last is left out if time is short."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage, Variant
@@ -10,6 +10,7 @@ STAGES = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER)
 SAMPLED = (Stage.PRIOR, Stage.DECODER)
 SIZES = (Variant.LITE, Variant.FULL)
 ENGINE = "onnxruntime"
+PACKAGES = "aotinductor"  # an engine whose packages are built first
 
 
 @dataclass(frozen=True)
@@ -30,39 +31,52 @@ class Phase:
 
 
 def plan(variants: Sequence[Variant], precisions: Sequence[Precision], engines: Sequence[str]) -> tuple[Phase, ...]:
-    """All phases: the first precision of every variant, then the next, and torch.compile, which takes longest."""
-    made = {variant: tuple(_made(variant)) for variant in variants}
-    measured = [(variant, tuple(_measured(variant, each, engines))) for each in precisions for variant in variants]
-    first = [phase for variant, phases in measured[: len(variants)] for phase in (*made[variant], *phases)]
-    others = [phase for _, phases in measured[len(variants) :] for phase in phases]
-    return (*first, *others, *(phase for variant in variants for phase in _compiled(variant)))
+    """All phases: the first precision of every variant, the others of the first variant, of the next, torch.compile.
+
+    VQGAN and text encoder are the same in all variants, and are measured with the first."""
+    stages = {variant: SAMPLED if number else STAGES for number, variant in enumerate(variants)}
+    phases: list[Phase] = []
+    for variant in variants:
+        phases += _made(variant, stages[variant])
+        phases += _measured(variant, stages[variant], precisions[0], engines, graphs=True)
+    for variant in variants:
+        for precision in precisions[1:]:
+            phases += _measured(variant, stages[variant], precision, engines, graphs=False)
+    return (*phases, *(phase for variant in variants for phase in _compiled(variant)))
 
 
-def _made(variant: Variant) -> Iterator[Phase]:
+def _made(variant: Variant, stages: Sequence[Stage]) -> Iterator[Phase]:
     yield Phase(f"make {variant}", "make", 120, variant)
-    for stage in STAGES:
+    for stage in stages:
         yield Phase(f"diffusers {variant} {stage}", "diffusers", 90, variant, stage)
 
 
-def _measured(variant: Variant, precision: Precision, engines: Sequence[str]) -> Iterator[Phase]:
-    """The phases of one bundle, from its export until its files are removed."""
+def _measured(
+    variant: Variant, stages: Sequence[Stage], precision: Precision, engines: Sequence[str], *, graphs: bool
+) -> Iterator[Phase]:
+    """The phases of one bundle, from its export until its files are removed: what `generate` runs, then variations.
+
+    With `graphs` one of them shows what CUDA graphs save."""
     yield Phase(f"export {variant} {precision}", "export", 120, variant, precision=precision)
     for engine in engines:
-        for stage in STAGES:
-            yield from _engine(variant, stage, precision, engine)
+        if engine == PACKAGES:
+            yield Phase(f"build {variant} {precision}", "build", 300, variant, precision=precision, engine=engine)
+        for stage in stages:
+            yield _engine(variant, stage, precision, engine)
         name = f"image {variant} {precision} {engine}"
         yield Phase(name, "image", 120, variant, precision=precision, engine=engine)
+    for stage in SAMPLED if ENGINE in engines else ():
+        phase = _engine(variant, stage, precision, ENGINE)
+        if graphs:
+            yield replace(phase, name=f"{phase.name} without CUDA graph", cuda_graph=False)
+        if precision is Precision.FP32:
+            yield replace(phase, name=f"{phase.name} with TF32", tf32=True)
     yield Phase(f"remove {variant} {precision}", "remove", 30, variant, precision=precision)
 
 
-def _engine(variant: Variant, stage: Stage, precision: Precision, engine: str) -> Iterator[Phase]:
-    """The stage as `generate` runs it, then with one thing changed."""
-    name = f"engine {variant} {precision} {engine} {stage}"
-    yield Phase(name, "engine", 90, variant, stage, precision, engine)
-    if stage in SAMPLED and engine == ENGINE:
-        yield Phase(f"{name} without CUDA graph", "engine", 90, variant, stage, precision, engine, cuda_graph=False)
-        if precision is Precision.FP32:
-            yield Phase(f"{name} with TF32", "engine", 90, variant, stage, precision, engine, tf32=True)
+def _engine(variant: Variant, stage: Stage, precision: Precision, engine: str) -> Phase:
+    """The stage as `generate` runs it."""
+    return Phase(f"engine {variant} {precision} {engine} {stage}", "engine", 90, variant, stage, precision, engine)
 
 
 def _compiled(variant: Variant) -> Iterator[Phase]:

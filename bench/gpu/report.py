@@ -7,9 +7,12 @@ from typing import Any
 from .phases import SAMPLED, STAGES
 
 NOTHING = "not measured"
-PASS_COLUMNS = ("", *(str(stage) for stage in STAGES))
-IMAGE_COLUMNS = ("", "open", "load", "first steps", "first image", "later images")
-MODES = ("float32 eager", "bfloat16 eager", "float16 eager", "bfloat16 CUDA graph", "float16 CUDA graph")
+FIRST_STEPS = tuple(f"first step, {stage}" for stage in SAMPLED)
+OF_A_START = ("open", "load", *FIRST_STEPS, "other steps", "rest", "first image", "later images")
+IMAGE_COLUMNS = ("", *OF_A_START, "MiB of GPU memory", "predicted MiB")
+MEMORY = {"memory_mb": "measured", "predicted_mb": "predicted"}
+EAGER = ("float32 eager", "bfloat16 eager", "float16 eager")
+MODES = (*EAGER, "bfloat16 CUDA graph", "float16 CUDA graph")
 
 Table = tuple[str, Sequence[str], list[list[str]]]  # title, columns, rows
 
@@ -35,25 +38,36 @@ class GpuBenchReport:
 
     def tables(self) -> Iterator[Table]:
         """Milliseconds of a pass, distances to fp32, memory, and cold starts, of each variant."""
-        engines = self._named("engine")
         for variant in dict.fromkeys(name.split()[1] for name in self.content["phases"]):
-            kinds = dict.fromkeys(_kind(name) for name in engines if name.split()[1] == variant)
+            kinds = dict.fromkeys(_kind(name) for name in self._named("engine") if name.split()[1] == variant)
             title = f"{variant}, {self.content['job']['side']} pixels a side"
+            stages = self._stages(variant)
+            columns = ("", *stages)
             for figure, text in (("ms", "milliseconds of a pass"), ("relative_l2", self._against(variant))):
                 rows = [
-                    ["diffusers " + mode, *(self._eager(variant, stage, mode, figure) for stage in STAGES)]
+                    ["diffusers " + mode, *(self._eager(variant, stage, mode, figure) for stage in stages)]
                     for mode in MODES
                 ]
                 if figure == "ms":
-                    rows.append(["diffusers bfloat16 compiled", *(self._compiled(variant, stage) for stage in STAGES)])
+                    rows.append(["diffusers bfloat16 compiled", *(self._compiled(variant, stage) for stage in stages)])
                 for kind in kinds:
-                    rows.append([" ".join(kind), *(self._engine(variant, kind, stage, figure) for stage in STAGES)])
-                yield f"{title}: {text}", PASS_COLUMNS, rows
-            rows = [["diffusers, all types", *(self._diffusers_memory(variant, stage) for stage in STAGES)]]
+                    rows.append([" ".join(kind), *(self._engine(variant, kind, stage, figure) for stage in stages)])
+                yield f"{title}: {text}", columns, rows
+            rows = [
+                ["diffusers " + mode, *(self._eager(variant, stage, mode, "memory_mb") for stage in stages)]
+                for mode in EAGER
+            ]
             for kind in kinds:
-                rows.append([" ".join(kind), *(self._engine(variant, kind, stage, "memory_mb") for stage in STAGES)])
-            yield f"{title}: MiB of GPU memory", PASS_COLUMNS, rows
+                for figure, text in MEMORY.items():
+                    cells = (self._engine(variant, kind, stage, figure) for stage in stages)
+                    rows.append([" ".join((*kind, text)), *cells])
+            yield f"{title}: MiB of GPU memory", columns, rows
             yield f"{title}: seconds of a cold start", IMAGE_COLUMNS, [*self._images(variant)]
+
+    def _stages(self, variant: str) -> list[str]:
+        """The stages that are measured with a variant: those that all share, with the first alone."""
+        words = {word for name in self.content["phases"] if name.split()[1] == variant for word in name.split()[2:]}
+        return [str(stage) for stage in STAGES if stage in words]
 
     def _against(self, variant: str) -> str:
         """What the distances of the engines are to: diffusers, or our own graph, in fp32."""
@@ -71,9 +85,6 @@ class GpuBenchReport:
     def _eager(self, variant: str, stage: str, mode: str, figure: str) -> str:
         return _shown(self._result(f"diffusers {variant} {stage}").get(mode, {}).get(figure))
 
-    def _diffusers_memory(self, variant: str, stage: str) -> str:
-        return _shown(self._result(f"diffusers {variant} {stage}").get("memory_mb"))
-
     def _compiled(self, variant: str, stage: str) -> str:
         return _shown(self._result(f"compile {variant} {stage}").get("ms") if stage in SAMPLED else None)
 
@@ -86,10 +97,12 @@ class GpuBenchReport:
             found = self._result(name)
             if name.split()[1] != variant or not found:
                 continue
-            sums = [sum(found[part].values()) for part in ("load", "first_step")]
-            later = ", ".join(f"{seconds:.2f}" for seconds in found["images"])
-            seconds = [found["open"], *sums, found["first_image"]]
-            yield [" ".join(name.split()[2:]), *(f"{each:.2f}" for each in seconds), later]
+            load, steps, run = (sum(found[part].values()) for part in ("load", "steps", "run"))
+            first = [found["first_step"].get(stage, 0.0) for stage in SAMPLED]
+            seconds = [found["open"], load, *first, steps, run, found["first_image"]]
+            later = ", ".join(f"{each:.2f}" for each in found["images"])
+            memory = [_shown(found.get(figure)) for figure in MEMORY]
+            yield [" ".join(name.split()[2:]), *(f"{each:.2f}" for each in seconds), later, *memory]
 
 
 def _kind(name: str) -> tuple[str, ...]:

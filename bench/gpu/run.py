@@ -11,9 +11,9 @@ from pathlib import Path
 from time import perf_counter
 
 from ...runtime.engines.installed_packages import onnxruntimes
-from ...runtime.engines.nvidia_driver import first_gpu
+from ...runtime.engines.nvidia_driver import DriverGpu, first_gpu
 from ...schemas.callbacks import Say
-from ...schemas.errors import UsageError
+from ...schemas.errors import EngineError, UsageError
 from ...schemas.precision import Precision
 from ...schemas.stages import Variant
 from ..machine import describe_machine
@@ -23,6 +23,10 @@ from .report import GpuBenchReport
 from .state import BenchState
 
 CALL = f"from {__package__}.work import main; main()"
+PROBE = "from cascadekit.runtime.engines.provider_probe import why_not; print(why_not('cuda'))"
+PROBE_SECONDS = 120
+OF_BUNDLES = ("build", "engine", "image")  # works that read a bundle
+MEASURING = ("engine", "image", "compile")  # works that no other needs
 SHORTEST = 20  # seconds that must be left for a phase to start
 REASON_LENGTH = 500
 TINY_JOB = {"side": 64, "runs": 2, "prior_steps": 2, "decoder_steps": 2}
@@ -66,17 +70,21 @@ class GpuBench:
 def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
     """Run the phases that the state lacks, and report all that the state has.
 
-    A phase that fails or takes too long is noted with its reason, and the others go on; a later run tries it again.
-    Raises UsageError when `work` is no folder, or the state has other settings."""
+    A phase that fails or takes too long is noted with its reason, and the others go on. A later run tries it again,
+    last if no other needs it. Raises UsageError when `work` is no folder, or the state has other settings. Raises
+    EngineError when the GPU or ONNX Runtime's provider for it cannot start: most phases would fail."""
     if not bench.work.is_dir():
         raise UsageError(f"{bench.work}: not a folder; give one on a fast disk, or in memory")
+    end = perf_counter() + 60 * bench.minutes
+    phases = bench.phases()
     gpu = first_gpu()
+    if bench.device == "cuda":
+        _require_gpu(gpu, probe=any(phase.work == "engine" and phase.engine == ENGINE for phase in phases))
     machine = {**describe_machine(bench.work, peer=True), "gpu": gpu if isinstance(gpu, str) else gpu.name}
     machine["libraries"] |= onnxruntimes()
     state = BenchState.open(bench.state_path, bench.job, machine)
-    end = perf_counter() + 60 * bench.minutes
-    phases = bench.phases()
-    for phase in phases:
+    state.write()  # a file that cannot be written is an error now, and not after the first phase
+    for phase in sorted(phases, key=lambda phase: phase.work in MEASURING and state.failed(phase.name)):
         missing = bench.job.lacks_files(phase) and any(_needs(each, phase, state) for each in phases)
         if state.done(phase.name) and not missing and not bench.again:
             continue
@@ -94,11 +102,38 @@ def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
     return GpuBenchReport(state.to_json())
 
 
+def _require_gpu(gpu: DriverGpu | str, *, probe: bool) -> None:
+    """Raise EngineError without a GPU. With `probe`, also where ONNX Runtime cannot use it: a process of its own tries,
+    since what it takes of the GPU's memory would stay."""
+    if isinstance(gpu, str):
+        raise EngineError(f"{gpu}; --tiny --device cpu rehearses without")
+    if not probe:
+        return
+    try:
+        tried = subprocess.run((sys.executable, "-c", PROBE), capture_output=True, text=True, timeout=PROBE_SECONDS)
+        reason = tried.stdout.strip() or (tried.stderr if tried.returncode else "")
+    except subprocess.TimeoutExpired:
+        reason = f"it did not answer within {PROBE_SECONDS} s"
+    if reason:
+        raise EngineError(f"onnxruntime cannot use the GPU: {' '.join(reason.split())[-REASON_LENGTH:]}")
+
+
 def _needs(other: Phase, phase: Phase, state: BenchState) -> bool:
     """True if `other` has no result yet and reads the files of `phase`."""
     if state.done(other.name) or other.variant != phase.variant:
         return False
-    return phase.work == "make" or (other.work in ("engine", "image") and other.precision == phase.precision)
+    readers = {
+        "make": ("diffusers", "compile", "export", *OF_BUNDLES),
+        "diffusers": ("engine",),
+        "export": OF_BUNDLES,
+        "build": OF_BUNDLES,
+    }
+    same = {
+        "diffusers": other.stage == phase.stage,
+        "export": other.precision == phase.precision,
+        "build": (other.precision, other.engine) == (phase.precision, phase.engine),
+    }
+    return other.work in readers[phase.work] and same.get(phase.work, True)
 
 
 def run_phase(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:

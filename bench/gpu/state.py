@@ -24,31 +24,40 @@ class BenchState:
 
     @classmethod
     def open(cls, path: Path, job: GpuJob, machine: dict[str, Any]) -> "BenchState":
-        """The state in `path`, or a new one. Raises UsageError for another file, and for results of other settings."""
+        """The state in `path`, or a new one.
+
+        Raises UsageError for another file, and for results of other settings or another GPU."""
         state = cls(path, job, machine)
         if not path.exists():
             return state
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            written, phases = found["job"], found["phases"]
+            written, phases, gpu = found["job"], found["phases"], found["machine"].get("gpu")
             known = (found["format"], found["version"]) == (FORMAT, VERSION)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: is no state of this benchmark; give another file as state") from error
         if not known:
             raise UsageError(f"{path}: {found['format']} {found['version']}, expected {FORMAT} {VERSION}")
         if written != json.loads(json.dumps(asdict(job))):
             raise UsageError(f"{path}: has results of other settings: {written}; give another file as state")
+        if gpu != machine.get("gpu"):
+            here = machine.get("gpu")
+            raise UsageError(f"{path}: has results of another GPU ({gpu}; here: {here}); give another file as state")
         state.phases = phases
         return state
 
     def done(self, name: str) -> bool:
         return "result" in self.phases.get(name, {})
 
+    def failed(self, name: str) -> bool:
+        return "error" in self.phases.get(name, {})
+
     def keep(self, name: str, **result: Any) -> None:
         self.phases[name] = result
         self.write()
 
     def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path) as file:
             file.write((json.dumps(self.to_json(), indent=2) + "\n").encode())
 

@@ -16,16 +16,21 @@ import numpy as np
 
 from ...runtime.engines.engine_table import make_engine
 from ...runtime.engines.protocol import Engine, Run, Tensors
+from ...runtime.memory.prediction import predict_peak
+from ...runtime.memory.residency import RESIDENT, STAGED, MemoryPolicy
 from ...runtime.sampling.denoiser import HoistedStage, is_hoisted, prepare
 from ...schemas.errors import CascadeError
 from ...schemas.hoisted import CONDITIONING, STEP
 from ...schemas.layouts import Layout
+from ...schemas.manifest import Manifest
 from ...schemas.precision import Precision, Target
+from ...schemas.settings import Settings
 from ...schemas.stages import PRESETS, Stage, Variant
 from ...storage.bundle import open_bundle
 from ..process import bring_into_cache, bundle_files
-from .job import RATIO, Arrays, GpuJob, gpu_megabytes, inputs_of, relative_l2
-from .phases import ENGINE, SAMPLED, STAGES, Phase
+from .job import RATIO, Arrays, GpuJob, inputs_of, relative_l2
+from .memory import GpuMemory
+from .phases import ENGINE, PACKAGES, SAMPLED, STAGES, Phase
 
 Result = dict[str, Any]
 
@@ -87,6 +92,19 @@ def export_bundle(job: GpuJob, phase: Phase) -> Result:
     return {"seconds": perf_counter() - began, "target": str(target)}
 
 
+def build_packages(job: GpuJob, phase: Phase) -> Result:
+    """Packages of every stage for the size that is measured."""
+    from ...converters.tensorrt import build
+    from ...schemas.profiles import Bounds, parse_image_size
+
+    began = perf_counter()
+    size = parse_image_size(f"{job.side}x{job.side}")
+    built = build(
+        job.bundle(phase), backend=PACKAGES, stages=STAGES, profiles=(Bounds(size, size, size),), device=job.device
+    )
+    return {"seconds": perf_counter() - began, "packages": len(built)}
+
+
 def remove_bundle(job: GpuJob, phase: Phase) -> Result:
     """Make room: the bundles of the full cascade in fp16 and fp32 take 36 GB."""
     shutil.rmtree(job.bundle(phase), ignore_errors=True)
@@ -100,14 +118,16 @@ def engine_stage(job: GpuJob, phase: Phase) -> Result:
     bundle = open_bundle(job.bundle(phase))
     for path in bundle_files(bundle.root):
         bring_into_cache(path)
-    inputs, before = inputs_of(bundle, phase.stage, job.side), gpu_megabytes()
+    inputs = inputs_of(bundle, phase.stage, job.side)
     how: dict[str, Any] = {"cuda_graph": phase.cuda_graph, "tf32": phase.tf32, "say": said.append}
-    engine = make_engine(phase.engine, bundle, job.device, **how)
-    began = perf_counter()
-    run, changing = _loaded(engine, phase.stage, inputs)
-    loaded = perf_counter()
-    outputs = run({name: inputs[name] for name in changing})
-    first = perf_counter() - loaded
+    with GpuMemory() as memory:
+        engine = make_engine(phase.engine, bundle, job.device, **how)
+        began = perf_counter()
+        run, changing = _loaded(engine, phase.stage, inputs)
+        loaded = perf_counter()
+        outputs = run({name: inputs[name] for name in changing})
+        first = perf_counter() - loaded
+        run({name: inputs[name] for name in changing})  # the first replay of a CUDA graph is compared with a run
     seconds = []
     for number in range(job.runs):
         given = _varied({name: inputs[name] for name in changing}, number)
@@ -115,16 +135,24 @@ def engine_stage(job: GpuJob, phase: Phase) -> Result:
         run(given)
         seconds.append(perf_counter() - started)
     again = run({name: inputs[name] for name in changing})
-    after = gpu_megabytes()
     return {
         "load_s": loaded - began,
         "first_s": first,
         "ms": 1e3 * median(seconds),
         **_parity(job, phase, again),
         "first_equals_later": relative_l2(outputs, again),
-        "memory_mb": None if before is None or after is None else after - before,
+        "memory_mb": memory.megabytes,
+        "predicted_mb": _predicted(bundle.manifest, job, STAGED, phase.stage),
         "said": said,
     }
+
+
+def _predicted(manifest: Manifest, job: GpuJob, policy: MemoryPolicy, stage: Stage | None = None) -> int:
+    """The GPU memory in MiB that `generate` predicts for an image: of all stages, or with `stage` alone."""
+    stages = {stage: manifest.stages[stage]} if stage else manifest.stages
+    settings = Settings(job.side, job.side)
+    chosen = manifest.model_copy(update={"stages": stages})
+    return predict_peak(chosen, policy, settings, 1, device="cuda").nbytes >> 20
 
 
 def _loaded(engine: Engine, stage: Stage, inputs: Arrays) -> tuple[Run, tuple[str, ...]]:
@@ -183,10 +211,14 @@ def image(job: GpuJob, phase: Phase) -> Result:
         memory="resident",
         size=(job.side, job.side),
         steps=(job.prior_steps, job.decoder_steps),
+        checked=False,
     )
     for path in bundle_files(Path(start.bundle)):
         bring_into_cache(path)
-    return start.work(phase.name)
+    with GpuMemory() as memory:
+        found = start.work(phase.name)
+    predicted = _predicted(open_bundle(job.bundle(phase)).manifest, job, RESIDENT)
+    return {**found, "memory_mb": memory.megabytes, "predicted_mb": predicted}
 
 
 def needs(work: Callable[[GpuJob, Phase], Result], *packages: str) -> Callable[[GpuJob, Phase], Result]:
@@ -214,6 +246,7 @@ def _compiled(job: GpuJob, phase: Phase) -> Result:
 WORK: Mapping[str, Callable[[GpuJob, Phase], Result]] = {
     "make": make,
     "export": export_bundle,
+    "build": needs(build_packages, "torch"),
     "engine": engine_stage,
     "image": image,
     "remove": remove_bundle,

@@ -12,6 +12,7 @@ import onnx
 from ...runtime.engines.onnxruntime import open_session
 from ...runtime.engines.protocol import F32
 from ...runtime.engines.provider_probe import why_not
+from ...runtime.memory.give_back import large_blocks_given_back
 from ...runtime.sampling.loop import sample
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...runtime.sampling.torch_generator import TorchGenerator
@@ -77,8 +78,9 @@ def _measured(
         try:
             model = write_graph(config, tensors, GraphOptions(probes=True), name)
             onnx.save(model, path)
-            probed = Probed(open_session(path, device), [output.name for output in model.graph.output])
-            passes(probed)
+            with large_blocks_given_back():  # a cast weight is freed after its product
+                probed = Probed(open_session(path, device), [output.name for output in model.graph.output])
+                passes(probed)
         finally:
             path.unlink(missing_ok=True)
         return dict(probed.ranges)

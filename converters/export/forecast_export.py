@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ...schemas.block_types import nbytes_of
 from ...schemas.casts import target_dtype
+from ...schemas.folded_biases import BIASES_NAME, folded_biases
 from ...schemas.forecast import FileSize, Forecast
+from ...schemas.precision import Target
 from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
 from ...storage.file_sizes import sizes_of
@@ -30,6 +32,9 @@ def forecast_export(
         shared = options.weights != "copy" and not quantized and component.stage not in changed
         nbytes = _bytes(component, _stored_as(component, options))
         writes.append(FileSize(f"{component.stage}/{WEIGHTS_NAME}", nbytes, about=True))
+        widths = [folded.width for folded in folded_biases(component.config)]
+        if widths and options.target is Target.ORT:
+            writes.append(FileSize(f"{component.stage}/{BIASES_NAME}", 4 * sum(widths), about=True))
         if quantized:
             notes.append(f"{component.stage}: at most; Linears become smaller where their error is small enough")
         elif shared and nbytes == _bytes(component, None):

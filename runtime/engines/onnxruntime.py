@@ -45,8 +45,9 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
-# The optimizers that would cast weights for good. The second does so for weights in fp16 alone.
-FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
+# The optimizers that would cast weights for good, the second those in fp16 alone; and the one that would cast a weight
+# of a module that runs again only once, and keep it meanwhile.
+FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination")
 IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory with its weights in files
 
 # The operators that take the time of a network. Others may run on the CPU, where ONNX Runtime computes shapes.

@@ -1,12 +1,12 @@
-"""The GPU benchmark, rehearsed on the CPU with the tiny cascade; and its kit, packed, cut and unpacked."""
+"""The GPU benchmark, rehearsed on the CPU with the tiny cascade."""
 
+import ctypes
 import json
 import shutil
-import subprocess
-import sys
-import zipfile
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,17 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.bench.commands import bench as bench_command
-from cascadekit.bench.gpu import run, work
+from cascadekit.bench.gpu import diffusers_work, memory, run, work
 from cascadekit.bench.gpu.job import GpuJob
-from cascadekit.bench.gpu.kit import BENCH, INSTALLER, pack
 from cascadekit.bench.gpu.phases import Phase, plan
 from cascadekit.bench.gpu.report import GpuBenchReport
 from cascadekit.bench.gpu.run import GpuBench, bench_gpu
 from cascadekit.bench.gpu.state import BenchState
-from cascadekit.schemas.errors import UsageError
+from cascadekit.runtime.engines.nvidia_driver import DriverGpu
+from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage, Variant
+from helpers.standins import accept_changes
 
 FP32 = Precision.FP32
 
@@ -72,13 +73,19 @@ def rows_of_engines(rows: list[list[str]]) -> list[list[str]]:
 
 def test_memory_of_the_gpu_is_in_a_table() -> None:
     phases = {
-        "diffusers lite prior": {"seconds": 1, "result": {"memory_mb": 12000}},
-        "engine lite fp16 onnxruntime prior": {"seconds": 1, "result": {"memory_mb": 3456}},
+        "diffusers lite prior": {"seconds": 1, "result": {"bfloat16 eager": {"memory_mb": 12000}}},
+        "engine lite fp16 onnxruntime prior": {"seconds": 1, "result": {"memory_mb": 3456, "predicted_mb": 3210}},
+        "engine lite fp16 onnxruntime decoder": {"seconds": 1, "error": "out of memory"},
     }
     report = GpuBenchReport({"job": {"side": 1024}, "phases": phases})
     rows = {title: rows for title, _, rows in report.tables()}["lite, 1024 pixels a side: MiB of GPU memory"]
-    nothing = ["not measured"] * 3
-    assert rows == [["diffusers, all types", "12000", *nothing], ["fp16 onnxruntime", "3456", *nothing]]
+    assert rows == [
+        ["diffusers float32 eager", "not measured", "not measured"],
+        ["diffusers bfloat16 eager", "12000", "not measured"],
+        ["diffusers float16 eager", "not measured", "not measured"],
+        ["fp16 onnxruntime measured", "3456", "not measured"],
+        ["fp16 onnxruntime predicted", "3210", "not measured"],
+    ]
 
 
 def test_the_tables(done: GpuBench) -> None:
@@ -91,9 +98,30 @@ def test_the_tables(done: GpuBench) -> None:
     assert all(float(cell) > 0 for cell in rows["fp32 onnxruntime"])
     assert {row[0] for row in distances[1]} >= {"diffusers bfloat16 eager", "fp32 onnxruntime with TF32"}
     assert images[1] == []
-    assert {row[0] for row in memory[1]} == {"diffusers, all types", *(row[0] for row in rows_of_engines(passes[1]))}
-    assert {cell for row in memory[1] for cell in row[1:]} == {"not measured"}  # there is no GPU
+    kinds = [row[0] for row in rows_of_engines(passes[1])]
+    predicted = {f"{kind} predicted" for kind in kinds}
+    measured = {f"{kind} measured" for kind in kinds}
+    eager = {f"diffusers {dtype} eager" for dtype in ("float32", "bfloat16", "float16")}
+    assert {row[0] for row in memory[1]} == {*eager, *predicted, *measured}
+    cells = {row[0]: row[1:] for row in memory[1]}  # there is no GPU, whose memory is predicted all the same
+    assert min(float(cell) for cell in cells["fp32 onnxruntime predicted"]) >= 600
+    assert {cell for name in cells.keys() - predicted for cell in cells[name]} == {"not measured"}
     assert report.failed["compile tiny decoder"] == "not installed: a GPU"
+
+
+def test_an_image_of_random_weights_may_be_anything(done: GpuBench, tmp_path: Path) -> None:
+    """It takes the same time. Weights of real size may overflow in fp16."""
+    phase = Phase("image tiny fp32 onnxruntime", "image", 60, Variant.TINY, precision=FP32)
+    job = replace(done.job, folder=str(tmp_path))
+    shutil.copytree(done.job.bundle(phase), job.bundle(phase))
+    (weights,) = (job.bundle(phase) / "vqgan").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    np.frombuffer(content, "<f4", offset=8 + int.from_bytes(content[:8], "little"))[:] = np.nan
+    weights.write_bytes(content)
+    accept_changes(job.bundle(phase))
+    found = work.image(job, phase)
+    assert found["open"] < found["first_image"]
+    assert len(found["images"]) == 2
 
 
 def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +135,12 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
     state = json.loads(done.state_path.read_text())
     kept = done.state_path.read_text()
     state["phases"]["engine tiny fp32 onnxruntime prior"] = {"seconds": 1, "error": "out of memory"}
-    del state["phases"]["diffusers tiny vqgan"]
+    for name in ("diffusers tiny vqgan", "engine tiny fp32 onnxruntime text_encoder"):
+        del state["phases"][name]
     done.state_path.write_text(json.dumps(state))
     bench_gpu(replace(done, state=done.state_path))
-    assert made == ["diffusers tiny vqgan", "engine tiny fp32 onnxruntime prior"]
+    names = ["diffusers tiny vqgan", "engine tiny fp32 onnxruntime text_encoder", "engine tiny fp32 onnxruntime prior"]
+    assert made == names  # what failed before comes last: it may fail again, and take its time
     made.clear()
     bench_gpu(replace(done, names=("make",), again=True))
     assert made == ["make tiny"]
@@ -130,7 +160,14 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="no phase is called none: make tiny, "):
         bench_gpu(replace(done, names=("none",)))
     with pytest.raises(UsageError, match="has results of other settings"):
-        bench_gpu(replace(done, device="cuda"))
+        bench_gpu(replace(done, tiny=False))
+    state = json.loads(kept)
+    state["machine"]["gpu"] = "NVIDIA H200"
+    done.state_path.write_text(json.dumps(state))
+    with pytest.raises(
+        UsageError, match=r"has results of another GPU \(NVIDIA H200; here: there is no NVIDIA driver\)"
+    ):
+        bench_gpu(replace(done, names=("make",)))
     done.state_path.write_text(kept)
 
 
@@ -151,20 +188,121 @@ def test_a_phase_in_its_own_process(tmp_path: Path) -> None:
 
 
 def test_the_plan() -> None:
-    names = [phase.name for phase in plan((Variant.LITE, Variant.FULL), (FP32, Precision.FP16), ("onnxruntime",))]
+    """What decides comes first: the first precision of both sizes."""
+    both, bf16, fp16 = (Variant.LITE, Variant.FULL), Precision.BF16, Precision.FP16
+    names = [phase.name for phase in plan(both, (fp16, FP32, bf16), ("onnxruntime", "aotinductor"))]
     assert len(set(names)) == len(names)
-    lite, full = names.index("image lite fp16 onnxruntime"), names.index("export full fp32")
-    assert names.index("make full") < full < lite < names.index("remove lite fp16") < names.index("compile lite prior")
-    assert "engine full fp16 onnxruntime decoder without CUDA graph" in names
+    order = [
+        "make lite",
+        "image lite fp16 onnxruntime",
+        "build lite fp16",
+        "engine lite fp16 aotinductor prior",
+        "engine lite fp16 onnxruntime prior without CUDA graph",
+        "remove lite fp16",
+        "image full fp16 onnxruntime",
+        "image lite fp32 onnxruntime",
+        "image lite bf16 onnxruntime",
+        "image full fp32 onnxruntime",
+        "compile lite prior",
+    ]
+    assert sorted(order, key=names.index) == order
+    shared = [name for name in names if "vqgan" in name or "text_encoder" in name]
+    assert {name.split()[1] for name in shared} == {"lite"}  # they are the same networks in the full cascade
+    without = [name for name in names if name.endswith("without CUDA graph")]
+    assert {name.split()[2] for name in without} == {"fp16"}
     assert [name for name in names if "TF32" in name] == [
         f"engine {variant} fp32 onnxruntime {stage} with TF32"
         for variant in ("lite", "full")
         for stage in ("prior", "decoder")
     ]
     listed = CliRunner().invoke(bench_command, ["gpu", "--list", "--sizes", "lite", "--precisions", "fp16"])
-    assert listed.output.splitlines() == [
-        phase.name for phase in plan((Variant.LITE,), (Precision.FP16,), ("onnxruntime",))
+    assert listed.output.splitlines() == [phase.name for phase in plan((Variant.LITE,), (fp16,), ("onnxruntime",))]
+
+
+def test_files_that_are_gone_are_made_again(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a fresh machine, with the results of another: what the phases without a result read, and no more."""
+    made: list[str] = []
+
+    def note(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
+        made.append(phase.name)
+        for path in (job.model(phase), job.bundle(phase)):
+            path.mkdir(parents=True, exist_ok=True)
+        state.keep(phase.name, seconds=0, result={})
+
+    monkeypatch.setattr(run, "run_phase", note)
+    state = json.loads(done.state_path.read_text())
+    for stage in ("vqgan", "prior"):
+        del state["phases"][f"engine tiny fp32 onnxruntime {stage}"]
+    state["job"]["folder"] = str(done.work / "elsewhere")
+    (done.work / "elsewhere").mkdir()
+    (done.work / "elsewhere" / "gpu-bench.json").write_text(json.dumps(state))
+    bench_gpu(replace(done, work=done.work / "elsewhere"))
+    assert made == [
+        "make tiny",
+        "diffusers tiny prior",
+        "diffusers tiny vqgan",
+        "export tiny fp32",
+        "engine tiny fp32 onnxruntime prior",
+        "engine tiny fp32 onnxruntime vqgan",
     ]
+
+
+def test_without_a_gpu_nothing_is_started(done: GpuBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "run_phase", lambda *given: pytest.fail("a phase was started"))
+    with pytest.raises(EngineError, match="there is no NVIDIA driver; --tiny --device cpu rehearses"):
+        bench_gpu(GpuBench(tmp_path, tiny=True))
+    monkeypatch.setattr(run, "first_gpu", lambda: DriverGpu("NVIDIA H200", 1 << 37))
+    with pytest.raises(EngineError, match="onnxruntime cannot use the GPU: this ONNX Runtime has no CUDAExecution"):
+        bench_gpu(GpuBench(tmp_path, tiny=True))
+    kept: list[str] = []
+
+    def note(job: GpuJob, phase: Phase, state: BenchState, seconds: float) -> None:
+        kept.append(state.path.read_text())
+        state.keep(phase.name, error="")
+
+    monkeypatch.setattr(run, "run_phase", note)
+    # What does not need ONNX Runtime goes on; the file is there before the first phase.
+    bench_gpu(GpuBench(tmp_path, tiny=True, names=("make",), state=tmp_path / "results" / "gpu.json"))
+    assert [json.loads(text)["phases"] for text in kept] == [{}]
+
+
+def test_the_memory_of_a_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's calls, by their names and the layout of nvmlMemory_t: the most in use, less what was before."""
+    used = [1000 << 20]
+
+    def information(device: Any, found: Any) -> int:
+        total = ctypes.cast(found, ctypes.POINTER(ctypes.c_ulonglong))
+        total[0], total[1], total[2] = 1 << 37, (1 << 37) - used[0], used[0]
+        return 0
+
+    calls = {"nvmlInit_v2": lambda: 0, "nvmlDeviceGetHandleByIndex_v2": lambda index, device: 0}
+    library = SimpleNamespace(**calls, nvmlDeviceGetMemoryInfo=information)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    with memory.GpuMemory() as watched:
+        used[0] = 5000 << 20
+        time.sleep(0.1)
+        used[0] = 3000 << 20
+    assert watched.megabytes == 4000
+    library.nvmlInit_v2 = lambda: 999  # NVML_ERROR_UNKNOWN
+    with memory.GpuMemory() as watched:
+        pass
+    assert watched.megabytes is None
+
+
+def test_a_type_that_fails_leaves_the_others(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = diffusers_work._network
+
+    def network(torch: Any, job: GpuJob, phase: Phase, dtype: str) -> Any:
+        if dtype == "float32":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 14 GB")
+        return make(torch, job, phase, dtype)
+
+    monkeypatch.setattr(diffusers_work, "_network", network)
+    phase = next(phase for phase in done.phases() if phase.name == "diffusers tiny vqgan")
+    found = diffusers_work.measure_diffusers(done.job, phase)
+    assert found["float32 eager"] == {"error": "CUDA out of memory. Tried to allocate 14 GB"}
+    assert found["bfloat16 eager"]["ms"] > 0
+    assert found["bfloat16 eager"]["relative_l2"] is None
 
 
 def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
@@ -179,45 +317,18 @@ def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
     assert not work._parity(job, phase, {"images": values["images"] * np.nan})["finite"]
 
 
-@pytest.fixture
-def wheels(tmp_path: Path) -> list[Path]:
-    """Two wheels, one of which is cut into parts."""
-    made = []
-    for name, size in (("small-1-py3-none-any.whl", 10), ("large-1-py3-none-any.whl", 5000)):
-        path = tmp_path / name
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"{name[:5]}/data.bin", np.random.default_rng(0).bytes(size))
-        made.append(path)
-    return made
-
-
-def test_the_kit(tmp_path: Path, wheels: list[Path]) -> None:
-    kit, site = tmp_path / "kit", tmp_path / "site"
-    index = pack(kit, wheels, part_bytes=1000)
-    parts = next(file["parts"] for file in index["files"] if file["name"].startswith("large"))
-    assert len(parts) == 6
-    assert max((kit / part).stat().st_size for file in index["files"] for part in file["parts"]) <= 1000
-    assert _install(kit, site) == ""
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                assert (site / name).read_bytes() == archive.read(name)
-    ours = {path.relative_to(BENCH) for path in BENCH.rglob("*.py")}
-    assert {path.relative_to(site / "cascadekit/bench") for path in (site / "cascadekit").rglob("*.py")} == ours
-    (kit / parts[2]).write_bytes(b"x" * 1000)
-    assert "large-1-py3-none-any.whl: damaged; expected SHA-256" in _install(kit, site)
-    (kit / parts[2]).unlink()
-    assert f"not there: {parts[2]}; copy them" in _install(kit, site)
-
-
-def test_a_kit_in_whole_files(tmp_path: Path, wheels: list[Path]) -> None:
-    pack(tmp_path / "kit", wheels)
-    names = {path.name for path in (tmp_path / "kit").iterdir()}
-    assert names == {*(wheel.name for wheel in wheels), "kit.json", INSTALLER.name, "cascadekit-bench.zip"}
-
-
-def _install(kit: Path, site: Path) -> str:
-    """What `install.py` complains about, in a Python without packages."""
-    return subprocess.run(
-        [sys.executable, "-I", "-S", str(kit / "install.py"), str(site)], capture_output=True, text=True, check=False
-    ).stderr
+@pytest.mark.slow
+def test_packages_are_built_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VQGAN alone: the compiler takes half a minute of processor time for it, and minutes for all stages."""
+    monkeypatch.setenv("CASCADEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(work, "STAGES", (Stage.VQGAN,))
+    monkeypatch.setattr(run, "run_phase", here)
+    names = ("make", "export", "build", "engine tiny fp32 torch vqgan", "engine tiny fp32 aotinductor vqgan")
+    how: dict[str, Any] = {"engines": ("torch", "aotinductor"), "precisions": (FP32,), "tiny": True, "names": names}
+    bench = GpuBench(tmp_path, "cpu", minutes=60, **how)
+    said: list[str] = []
+    bench_gpu(bench, said.append)
+    phases = phases_of(bench)
+    assert phases["build tiny fp32"]["result"]["packages"] == 1
+    for engine in ("torch", "aotinductor"):
+        assert phases[f"engine tiny fp32 {engine} vqgan"]["result"]["ms"] > 0

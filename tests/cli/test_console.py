@@ -161,10 +161,11 @@ def test_quiet_completion_is_json_alone() -> None:
 
 
 def test_dry_runs_write_nothing_and_know_the_sizes(tiny: Path, tmp_path: Path) -> None:
-    """The sizes are compared with those of the files that the real run writes, less their headers."""
+    """Names and sizes are compared with those of the weights that the real run writes, less their headers."""
     for command in (
         ("convert", tiny / "original", "-o", tmp_path / "model", "--to", "diffusers", "--dtype", "bf16"),
         ("export", tiny / "model", "-o", tmp_path / "bundle", "--precision", "fp16"),
+        ("export", tiny / "model", "-o", tmp_path / "ort", "--target", "ort", "--weights", "copy"),
     ):
         plan = json.loads(call(*command, "--dry-run", "--json").stdout)
         assert not list(tmp_path.glob(f"{Path(plan['output']).name}*"))
@@ -173,6 +174,8 @@ def test_dry_runs_write_nothing_and_know_the_sizes(tiny: Path, tmp_path: Path) -
         for file in plan["writes"]:
             written = (Path(plan["output"]) / file["path"]).stat().st_size
             assert 0 < written - file["bytes"] < 50_000, file
+        weights = {path.relative_to(plan["output"]).as_posix() for path in Path(plan["output"]).rglob("*.safetensors")}
+        assert weights == {file["path"] for file in plan["writes"] if file["path"].endswith(".safetensors")}
         refused = call(*command, "--dry-run")  # as the real run would be
         assert (refused.exit_code, "exists already" in refused.stderr) == (2, True)
 

@@ -16,9 +16,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from cascadekit import Cascade
+from cascadekit.cli import main
 from cascadekit.runtime.engines import cuda_graphs
 from cascadekit.runtime.engines.device_arrays import DeviceMemory, resolved
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -229,6 +231,17 @@ def test_without_cuda_graphs(bundle: Bundle) -> None:
             run(changing)
     assert "enable_cuda_graph" not in ort.asked[0]["providers"][0][1]
     assert ort.sessions[0].passes == {"-1": 3}
+
+
+@pytest.mark.parametrize("option", ["--cuda-graph", "--no-cuda-graph"])
+def test_the_option_of_generate(tiny: Path, tmp_path: Path, option: str) -> None:
+    words = "--device cuda --engine onnxruntime --size 64x64 --prior-steps 1 --decoder-steps 1 --seed 0".split()
+    with gpu() as ort:
+        bundle, output = str(tiny / "bundle"), str(tmp_path / "x.png")
+        result = CliRunner().invoke(main, ["generate", bundle, "a cat", *words, option, "-o", output])
+    assert result.exit_code == 0, result.output
+    captured = [session.graphs for session in ort.sessions]
+    assert (len(captured), sum(captured)) == (6, 2 * (option == "--cuda-graph"))  # the steps of prior and decoder
 
 
 def test_keys_and_values_stay_on_the_device(bundle: Bundle) -> None:

@@ -16,15 +16,16 @@ from cascadekit.schemas.stages import Stage
 
 
 def test_phases_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 4.0, 4.0, 5.0, 5.0, 8.0, 10.0, 16.0, 20.0, 20.5])
+    ticks = iter([-1.0, 0.0, 4.0, 4.0, 5.0, 5.0, 8.0, 10.0, 16.0, 18.0, 20.0, 20.5])
     monkeypatch.setattr(timings.time, "perf_counter", lambda: next(ticks))
     found = Timings()
     found.opened = 1.5
     found.loaded(Stage.PRIOR, 2.0)
     found.loaded(Stage.PRIOR, 1.0)
-    for _ in range(4):  # 4, 1, 3 and 6 seconds
-        with found.step(Stage.PRIOR):
-            pass
+    with found.running(Stage.PRIOR):  # 19 seconds, of which steps take 4, 1, 3 and 6
+        for _ in range(4):
+            with found.step(Stage.PRIOR):
+                pass
     with found.running(Stage.VQGAN):
         pass
     monkeypatch.setattr(timings, "since_start", lambda: 99.0)
@@ -37,12 +38,12 @@ def test_phases_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "first_step": {"prior": 4.0},
         "step": {"prior": 3.0},
         "steps": {"prior": 10.0},
-        "run": {"vqgan": 0.5},
+        "run": {"prior": 5.0, "vqgan": 0.5},
         "first_image": 99.0,
     }
     assert found.line() == (
         "first image after 99.00 s: open 1.50 s, load 3.00 s, first step of the prior 4.00 s, other steps 10.00 s, "
-        "other stages 0.50 s"
+        "the rest of the stages 5.50 s"
     )
 
 
@@ -62,8 +63,9 @@ def test_the_phases_of_a_cascade(tiny: Path) -> None:
     assert found["load"].keys() == {"text_encoder", "prior", "decoder", "vqgan"}
     assert found["first_step"].keys() == {"prior", "decoder"}
     assert found["steps"].keys() == {"prior"}
-    assert found["run"].keys() == {"text_encoder", "vqgan"}
+    assert found["run"].keys() == found["load"].keys()
     assert 0 < found["open"] < found["first_image"]
+    assert min(found["run"].values()) > 0  # the prior's conditions, the decoder's sampler
 
 
 def test_a_fresh_process(tiny: Path) -> None:

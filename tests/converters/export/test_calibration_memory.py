@@ -73,7 +73,8 @@ def test_weights_are_in_memory_a_few_at_a_time(
     with Peak() as peak:
         ranges = calibrate_fp16.measure_ranges(CONFIG, weights)
     assert len(ranges) > 50
-    assert peak.most < stored * 2 / 3, peak.most / stored  # all weights in fp32 would be twice as much as stored
+    # Measured 0.37 to 0.71, by what ran before in this process; 1.58 with probes last, 2.8 with casts in no order.
+    assert peak.most < stored, peak.most / stored
 
 
 @pytest.mark.slow

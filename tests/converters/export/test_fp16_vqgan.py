@@ -111,8 +111,7 @@ def test_it_is_measured_on_the_gpu_where_there_is_one(
     assert measure_ranges(CONFIG, weights, say=said.append) == measured
     assert [wishes["providers"][0][0] for wishes in ort.asked[1:]] == [CUDA, CUDA]  # after a probe: both halves
     assert ort.asked[1]["providers"][0][1]["use_tf32"] == "0"
-    unfolded = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]  # weights go there as they are stored
-    assert ort.asked[1]["disabled_optimizers"] == unfolded
+    assert {"ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"} <= {*ort.asked[1]["disabled_optimizers"]}
     assert said == []
 
     start = ort.InferenceSession

@@ -2,6 +2,8 @@
 there: neither is in memory for long."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,25 @@ def test_a_weight_is_cast_when_its_product_is_due(tmp_path: Path) -> None:
     before = [sum(kind == "Gemm" for kind in kinds[:position]) for position in casts]  # products that ran before each
     assert before[len(casts) * 3 // 4] > kinds.count("Gemm") / 2  # 0.7 of them; 0.4 in the order of the modules
     assert before[-1] >= kinds.count("Gemm") - 2
+
+
+def test_a_weight_is_cast_for_each_pass_over_its_module(tmp_path: Path) -> None:
+    """The tiny decoder runs the blocks of a level twice: their weights do not stay in fp32 from one pass to the other.
+    Where casts are folded, each weight is there once."""
+    kinds, passes = ran(tmp_path), CONFIG.up_blocks_repeat_mappers
+    weights = read_header(tmp_path / "weights.safetensors").tensors
+    cast = [node.input[0] for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "Cast"]
+    assert kinds.count("Cast") == len(cast)  # as ONNX Runtime ran them
+    products = [name for name in weights if re.fullmatch(r"up_blocks.*\.channelwise\.[04]\.weight", name)]
+    assert {cast.count(name) - passes[int(name.split(".")[1])] for name in products} == {0}
+    assert min(passes) > 1
+    how = onnxruntime.SessionOptions()
+    how.log_severity_level, how.optimized_model_filepath = 3, str(tmp_path / "folded.onnx")
+    how.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", how, providers=[CPU])
+    folded = onnx.load(tmp_path / "folded.onnx").graph.initializer
+    wanted = sum(math.prod(weight.shape) for weight in weights.values())
+    assert sum(math.prod(each.dims) for each in folded) < 1.05 * wanted
 
 
 def test_a_value_is_probed_once_it_is_there(tmp_path: Path) -> None:
