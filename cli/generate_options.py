@@ -97,7 +97,11 @@ MACHINERY: Sequence[Option] = (
         "slightly from those in fp32, the precision of all others; -mapped needs little memory.",
         default=AUTO,
     ),
-    click.option("--threads", type=click.IntRange(1, 4096), help="Threads of the CPU.  [default: the engine's choice]"),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, 4096),
+        help="Threads of the CPU.  [default: OMP_NUM_THREADS, else the engine's choice]",
+    ),
     click.option(
         "--memory",
         metavar="auto|resident|staged|N GB",

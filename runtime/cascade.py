@@ -91,7 +91,7 @@ class Cascade(CascadeStages):
 
         `engine` is a name from `engine_table`. "auto" takes the fastest engine that is installed; it may compute in
         bf16, and then images differ slightly: "onnxruntime" computes in the bundle's precision. `threads=None` leaves
-        the number to the engine.
+        the number to OMP_NUM_THREADS, and without it to the engine.
 
         `memory` is "resident", "staged" or a size such as "8GB". "auto" keeps all stages loaded if they fit into half
         of the free memory, or 80% of the GPU's, and else one at a time. `vram` bounds the bytes of GPU memory that

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ...runtime.engines.onnxruntime import import_onnxruntime, keep_mapped
+from ...runtime.engines.onnxruntime import import_onnxruntime, keep_mapped, quiet_options
 from ...schemas.errors import EngineError, ExportError
 from ...schemas.ports import ports_of
 from ...schemas.quantization import TOLERATED, Quantization, Scheme, linears, stored_tensors
@@ -211,8 +211,7 @@ def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: In
         onnxruntime = import_onnxruntime("cpu")
     except EngineError as error:
         raise ExportError(f"the error of quantisation is measured with ONNX Runtime: {install_hint('cpu')}") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = quiet_options(onnxruntime)
     disabled = keep_mapped(options)
     options.enable_mem_pattern = False  # freed memory goes back to the system
     path = folder / GRAPH_NAME

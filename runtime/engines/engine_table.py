@@ -28,10 +28,10 @@ AUTO = "auto"  # the name that stands for the first engine of CHOICES that can r
 class EngineOptions:
     """The options of all engines; an engine ignores those that it does not have.
 
-    `device` is "cpu" or "cuda". `threads=None` leaves the number to the engine. `allow_cpu` lets ONNX Runtime compute
-    on the CPU what it cannot compute on the GPU. `memory_budget` is the GPU memory in bytes that all stages in TensorRT
-    may take together; None means all that is free. With `refit`, TensorRT also runs plans built from other weights.
-    `cuda_graph`, `tf32` and `say` are those of `OnnxRuntimeEngine`."""
+    `device` is "cpu" or "cuda". `threads=None` leaves the number to OMP_NUM_THREADS, and without it to the engine.
+    `allow_cpu` lets ONNX Runtime compute on the CPU what it cannot compute on the GPU. `memory_budget` is the GPU
+    memory in bytes that all stages in TensorRT may take together; None means all that is free. With `refit`, TensorRT
+    also runs plans built from other weights. `cuda_graph`, `tf32` and `say` are those of `OnnxRuntimeEngine`."""
 
     device: str = "cpu"
     threads: int | None = None

@@ -23,6 +23,7 @@ from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
 from .cuda_graphs import GPU
 from .device_arrays import DeviceMemory
+from .environment_threads import environment_threads
 from .installed_packages import onnxruntime_conflict, provider_problem
 from .omitted_inputs import require_inputs_named, require_inputs_named_in
 from .onnxruntime_gpu import GpuStage
@@ -66,8 +67,8 @@ class OnnxRuntimeEngine:
     leaves them in their files, which the system reads and drops as it likes. Weights stored in 16 bits are then cast in
     every pass, and memory is returned to the system after each operation.
 
-    `threads=None` leaves their number to ONNX Runtime. With `allow_cpu` the CPU runs operators that the GPU cannot run;
-    without it they are an error.
+    `threads=None` leaves their number to OMP_NUM_THREADS, and without it to ONNX Runtime. With `allow_cpu` the CPU runs
+    operators that the GPU cannot run; without it they are an error.
 
     With `cuda_graph` the steps of prior and decoder are captured as CUDA graphs on "cuda". `tf32` lets the GPU multiply
     fp32 in ten bits. `say` is called with a line for the user."""
@@ -236,9 +237,12 @@ def operators_on_cpu(session: Any) -> Counter[str]:
 
 
 def quiet_options(ort: Any) -> Any:
-    """Session options that log errors alone: everything that matters is raised as an exception."""
+    """Session options that log errors alone: everything that matters is raised as an exception.
+
+    A session has the threads that the environment allows, else as many as ONNX Runtime likes."""
     options = ort.SessionOptions()
     options.log_severity_level = ERROR
+    options.intra_op_num_threads = environment_threads() or 0
     return options
 
 

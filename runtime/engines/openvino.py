@@ -15,6 +15,7 @@ from ...storage.bundle import Bundle
 from ...storage.hub_cache_links import without_links
 from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
+from .environment_threads import environment_threads
 from .protocol import HostRunner, Tensors, complete_inputs
 
 PRECISIONS = ("f32", "bf16")  # values of INFERENCE_PRECISION_HINT
@@ -26,8 +27,8 @@ REASON_LENGTH = 400
 class OpenVinoEngine:
     """An engine for every stage of `bundle`, on the CPU.
 
-    `precision` is "f32" (the graphs' own) or "bf16". `threads=None` leaves their number to OpenVINO. The files of the
-    weights are mapped into memory."""
+    `precision` is "f32" (the graphs' own) or "bf16". `threads=None` leaves their number to OMP_NUM_THREADS, and
+    without it to OpenVINO. The files of the weights are mapped into memory."""
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class OpenVinoEngine:
         self._precise = precision == "f32"
         self.precision: Precision | None = None if self._precise else Precision.BF16
         self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
-        if threads is not None:
-            self._options["INFERENCE_NUM_THREADS"] = threads
+        if allowed := threads or environment_threads():
+            self._options["INFERENCE_NUM_THREADS"] = allowed
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         return tuple(self.bundle.entry(stage).graphs)

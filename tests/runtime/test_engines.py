@@ -102,6 +102,17 @@ def test_a_cascade_on_any_engine(tiny: Path, engine: str) -> None:
     assert np.abs(image - expected).mean() < (2 if engine.endswith("bf16") else 0.01)
 
 
+def test_engines_have_the_threads_of_the_environment(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch and numpy have them. With 0, an engine decides itself."""
+    bundle = open_bundle(tiny / "bundle")
+    for variable, asked, expected in (("1", None, 1), ("1,2", None, 1), ("3", 1, 1), ("0", None, 0), ("two", None, 0)):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        session = OnnxRuntimeEngine(bundle, threads=asked).load(Stage.VQGAN)._session
+        assert session.get_session_options().intra_op_num_threads == expected
+        compiled = OpenVinoEngine(bundle, threads=asked).load(Stage.VQGAN)._body
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == expected or not expected  # at most one a core
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_openvino_refuses_bf16_graphs(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool, choices: tuple[EngineChoice, ...]

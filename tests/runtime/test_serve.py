@@ -275,7 +275,8 @@ def test_the_log_has_prompts_only_when_asked(cascade: Cascade, served: Served) -
 def test_the_command_finishes_what_runs_when_it_is_ended(example: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "cascadekit", "serve", str(example), "--port", str(port), "--threads", "1"]
+    command = [sys.executable, "-m", "cascadekit", "serve", str(example), "--port", str(port)]
+    command += ["--engine", "onnxruntime", "--threads", "1"]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
         ExitStack() as held,
