@@ -39,7 +39,7 @@ def _gdf(**settings: float) -> Variant:
     return Variant(settings={"sampler": "gdf", **settings})
 
 
-# ONNX Runtime has no bf16 kernels on CPUs, and OpenVINO computes bf16 graphs wrongly. PyTorch computes in bf16 anywhere.
+# ONNX Runtime has no bf16 kernels on CPUs, and OpenVINO computes bf16 graphs wrongly. PyTorch has bf16 anywhere.
 VARIANTS: Mapping[str, Mapping[str, Variant]] = {
     "precision": {
         "fp32": Variant(),
