@@ -10,7 +10,7 @@ from typing import Any
 from ..schemas.errors import CheckpointError
 from ..schemas.folders import MODEL_INDEXES
 from ..schemas.json_text import load_object
-from ..schemas.passport_keys import FOLDER_KEY, KEY, SHOWN_DIGITS, load_passport, shown_source
+from ..schemas.passport_keys import ALGORITHM, FOLDER_KEY, KEY, SHOWN_DIGITS, load_passport, shown_source
 from ..storage.weights_file import is_pickle, read_weights
 
 SAID = {"layout": "layout ", "precision": "precision ", "quantization": "quantized to "}  # words before a value
@@ -51,6 +51,8 @@ def check_passport(path: Path, text: str | None, *, hash: bool) -> PassportState
         passport = load_passport(text)
     except ValueError as error:
         return PassportState(path, None, False, f"changed: {error}")
+    if unknown := _unknown_digest(passport):
+        return PassportState(path, passport, not hash, unknown)
     if not path.is_file() or (not hash and path.stat().st_size >= WHOLE_BELOW):
         return PassportState(path, passport, True, NOT_COMPARED)
     problem = _changed(path, passport)
@@ -72,6 +74,8 @@ def check_folder(folder: Path, *, hash: bool) -> tuple[PassportState, ...]:
         return (PassportState(index, None, False, f"changed: {error}"),)
     if passport is None:
         return (check_passport(index, None, hash=hash),) if hash else ()
+    if unknown := _unknown_digest(passport):
+        return (PassportState(index, passport, not hash, unknown),)
     problem = _changed(index, passport)
     problems = [problem] if problem else [*_changed_files(folder, passport)]
     return (PassportState(index, passport, not problems, "; ".join(problems) or SAME),)
@@ -89,6 +93,13 @@ def _changed_files(folder: Path, passport: dict[str, Any]) -> Iterator[str]:
             continue
         if found != known:
             yield f"{name} was changed"
+
+
+def _unknown_digest(passport: dict[str, Any]) -> str | None:
+    algorithm = str(passport["content"]).partition(":")[0]
+    if algorithm == ALGORITHM:
+        return None
+    return f"its digest is of the kind {algorithm}, which this version of cascadekit does not calculate"
 
 
 def _changed(path: Path, passport: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ FOLDER_KEY = "_cascadekit_passport"  # in the index of a model folder; diffusers
 SHOWN_DIGITS = 12  # of a digest
 ALGORITHM = "crc32-blocks"
 SLOT = f"{ALGORITHM}:{'0' * 64}"  # the content of a passport whose file is still being written
-CONTENT = rf"^{ALGORITHM}:[0-9a-f]{{64}}$"
+CONTENT = r"^[a-z0-9-]{1,32}:[0-9a-f]{64}$"  # another version may have another algorithm
 
 
 def without_passport(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -32,7 +32,7 @@ def load_passport(found: Any) -> dict[str, Any]:
         raise ValueError(f'its passport is not of the format "{FORMAT}"')
     content, files = values.get("content"), values.get("files", {})
     if not isinstance(content, str) or not re.fullmatch(CONTENT, content):
-        raise ValueError(f"its passport has no digest, expected {ALGORITHM}:... with 64 digits")
+        raise ValueError(f"its passport has no digest, expected one such as {ALGORITHM}:... with 64 digits")
     if not isinstance(files, dict):
         raise ValueError("its passport lists no files, expected an object of names and SHA-256s")
     if outside := next((name for name in files if name.startswith("/") or ".." in name.split("/")), None):

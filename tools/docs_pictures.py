@@ -125,7 +125,7 @@ def picture_report(browser: Any) -> None:
 
 def picture_page(browser: Any) -> None:
     """The page with an image that was generated on it, and a gallery of others."""
-    models = Models(BUNDLE, lambda path, engine, loras: Cascade.open(path))
+    models = Models(BUNDLE, lambda path, engine, loras: Cascade.open(path, engine="onnxruntime"))
     with page_server(models, Path("images"), port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cascadekit.cli import main as cascadekit
 from cascadekit.converters.checkpoints.example_model import copy_example_model
+from cascadekit.runtime.engines import cpu_flags
 
 from .terminal import Screen, picture, terminal
 
@@ -74,6 +75,7 @@ def main(images: Path = IMAGES) -> None:
     with tempfile.TemporaryDirectory(prefix="tour-") as folder:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         os.environ.update(HOME=folder, TERM="xterm-256color", COLORTERM="truecolor", PATH=path)
+        cpu_flags.BF16 = cpu_flags.BF16_CONVERTED = frozenset()  # every CPU's pictures show the engine that all have
         prepare(Path(folder))
         os.chdir(folder)
         for task in tasks(PAGE.read_text(encoding="utf-8")):

@@ -153,18 +153,20 @@ def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
 
 
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
-    """True if the CPU multiplies bf16 and OpenVINO can read the weights, which must be files beside their graphs.
+    """True if the CPU multiplies bf16, no graph does, and OpenVINO can read the weights, files beside their graphs.
 
     OpenVINO knows what its kernels can do, but importing it takes half a second."""
     if not cpu_flags.may_compute_bf16():
         return False
     from ...schemas.manifest import MAIN_GRAPH
+    from ...schemas.precision import Precision
     from ...storage.hub_cache_links import can_do_without
     from . import openvino
 
     entries = bundle.manifest.stages.values()
     return openvino.multiplies_bf16() and all(
-        can_do_without(bundle.root / entry.graphs[MAIN_GRAPH].path) for entry in entries
+        entry.precision is not Precision.BF16 and can_do_without(bundle.root / entry.graphs[MAIN_GRAPH].path)
+        for entry in entries
     )
 
 

@@ -59,11 +59,11 @@ class OpenVinoEngine:
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "OpenVinoStage":
         entry = self.bundle.entry(stage)
         path = self.bundle.graph(stage, graph)
-        if entry.precision is Precision.BF16 and not multiplies_bf16():
-            # OpenVINO 2026.4 loads it, and its results are noise.
+        if entry.precision is Precision.BF16:
+            # OpenVINO 2026.4 loads it, and its results are noise, on CPUs with and without bf16 units.
             raise EngineError(
-                f"{stage}: its graphs compute in bf16, and openvino computes these wrongly on a CPU without bf16; "
-                f"export it again: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
+                f"{stage}: its graphs compute in bf16, and openvino computes such graphs wrongly; export it again, for "
+                f"openvino-bf16 too: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
             )
         try:
             with without_links(path) as alone:

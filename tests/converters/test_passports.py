@@ -24,7 +24,7 @@ from cascadekit.cli import main
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 from cascadekit.converters.contents import contents_of
 from cascadekit.converters.lora.convert_lora import convert_lora
-from cascadekit.converters.passport_check import check_passport, check_passports
+from cascadekit.converters.passport_check import check_folder, check_passport, check_passports
 from cascadekit.schemas.errors import CascadeError
 from cascadekit.schemas.passport import Passport, passport_schema, passport_text
 from cascadekit.schemas.passport_keys import FOLDER_KEY, KEY
@@ -251,6 +251,21 @@ def test_a_passport_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (state,) = check_passports([path], hash=False)
     assert not state.good
     assert state.text.startswith("changed: ")
+
+
+def test_the_digest_of_another_version_is_not_called_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    passport = {"format": "cascadekit-passport", "content": f"sha512-tree:{'1' * 64}", "created_by": "cascadekit 9"}
+    save_file({"a": np.zeros(3, np.float32)}, path, {KEY: json.dumps(passport)})
+    for hash in (False, True):
+        (state,) = check_passports([path], hash=hash)
+        assert state.good is not hash
+        assert (
+            state.text == "its digest is of the kind sha512-tree, which this version of cascadekit does not calculate"
+        )
+    (tmp_path / "model_index.json").write_text(json.dumps({FOLDER_KEY: passport}))
+    (state,) = check_folder(tmp_path, hash=False)
+    assert "sha512-tree" in state.text
 
 
 def test_a_source_with_a_passport_that_cannot_be_read_is_noted_once(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cascadekit.bench.judge.vocabulary import OBJECTS, STYLES
 from cascadekit.bench.quality import judge_cascade
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
 
-SEEN_SHARE, HELD_OUT_SHARE = 0.78, 0.65
+SEEN_SHARE, HELD_OUT_SHARE = 0.82, 0.72
 ICONS = [Icon(name, list(STYLES)[place % 3], "white") for place, name in enumerate(list(OBJECTS)[::9][:12])]
 
 
@@ -56,7 +56,7 @@ def test_many_prompts_are_right(cascade: Cascade) -> None:
 
 def test_icons_are_recognised_and_guidance_helps(cascade: Cascade, pictures: list[Image.Image]) -> None:
     unguided = cascade.generate(prompts_of(ICONS), seed=3, prior_guidance=1.0).images
-    assert hits(pictures) >= 7
+    assert hits(pictures) >= 9
     assert hits(unguided) < hits(pictures)
 
 
@@ -90,7 +90,7 @@ def test_a_start_picture_is_kept_at_low_strength_and_left_at_high(
     cascade: Cascade, pictures: list[Image.Image]
 ) -> None:
     """The small model decides early: at a strength of 0.3 a prompt for another object wins. Without words, 0.3 keeps
-    the object in 9 of 12 cases."""
+    the object in 12 of 12 cases."""
     others = prompts_of([*ICONS[6:], *ICONS[:6]])
     kept, left = (
         [
@@ -100,9 +100,14 @@ def test_a_start_picture_is_kept_at_low_strength_and_left_at_high(
         for strength in (0.05, 0.9)
     )
     wordless = [cascade.generate("", seed=9, init_image=picture, strength=0.3).images[0] for picture in pictures]
+    restyled = [
+        cascade.generate(f"a {icon.name}, classic style", seed=9, init_image=picture, strength=0.3).images[0]
+        for icon, picture in zip(ICONS, pictures, strict=True)
+    ]
     before = names_in(pictures)
     assert sum(name == old for name, old in zip(names_in(kept), before, strict=True)) >= 6
-    assert sum(name == old for name, old in zip(names_in(wordless), before, strict=True)) >= 6
+    assert sum(name == old for name, old in zip(names_in(wordless), before, strict=True)) >= 9
+    assert sum(name == old for name, old in zip(names_in(restyled), before, strict=True)) >= 6
     assert hits(left, [*ICONS[6:], *ICONS[:6]]) >= 6
 
 
@@ -139,7 +144,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 def test_the_canny_controlnet_follows_its_edges(cascade: Cascade) -> None:
     """Without a word, objects overlap with their own control picture more than with others, or than without any.
 
-    The control pictures are rendered icons. Measured: 0.67, 0.50 and 0.36; most are nearest to their own (9 of 12)."""
+    The control pictures are rendered icons. Measured: 0.69, 0.47 and 0.36; most are nearest to their own (10 of 12)."""
     controls = [Image.open(path).convert("RGB") for path in CONTROL_PICTURES]
     made = [
         cascade.generate([""] * 4, seed=4, controls=[ControlPicture("canny", picture)]).images for picture in controls
@@ -161,12 +166,12 @@ def test_the_lora_changes_the_style_and_keeps_the_objects(
 ) -> None:
     """Objects become blue, and the judge, which looks at lightness alone here, still sees them.
 
-    Measured: 6 of 12, where the pictures without the LoRA have 10, and from 84 levels more red to 25 more blue."""
+    Measured: 10 of 12, where the pictures without the LoRA have 9, and from 75 levels more red to 21 more blue."""
     export(EXAMPLE_MODEL, tmp_path / "bundle", loras=[(EXAMPLE_LORA, 1.0)])
     with Cascade.open(tmp_path / "bundle", engine="onnxruntime", threads=1) as changed:
         prints = changed.generate(prompts_of(ICONS), seed=3).images
     assert np.mean([blueness(image) for image in prints]) > np.mean([blueness(image) for image in pictures]) + 40
-    assert recognised(prints) >= 5 <= recognised(pictures)
+    assert recognised(prints) >= 7 <= recognised(pictures)
 
 
 def recognised(images: Sequence[Image.Image]) -> int:

@@ -103,6 +103,7 @@ def test_a_folder_of_real_files_is_made_where_one_can_be(
     assert not can_do_without(graph)
     monkeypatch.setattr(engine_table, "CHOICES", choices)
     monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: True)
+    monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)  # torch-bf16 reads weights behind links
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: True)
     assert make_engine("auto", open_bundle(snapshot)).name == "onnxruntime"
 

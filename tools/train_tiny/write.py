@@ -42,7 +42,8 @@ def write_original(output: Path, networks: Mapping[Stage, Mapping[str, Tensor]])
             path.parent.mkdir(parents=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
         write_folder_files(model, {stage: CONFIGS[stage] for stage in networks}, index=True)
-        convert([model], output, "original", dtype="fp16", force=True)
+        # The passport would name the temporary folder's files.
+        convert([model], output, "original", dtype="fp16", force=True, passport=False)
 
 
 def write_loras(runs: Path, adapters: nn.ModuleList) -> None:

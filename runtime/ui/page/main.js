@@ -19,9 +19,9 @@ async function start() {
   recall();
   changed();
   await recallPictures();
+  await findJobs();  // before there can be a new one, which the answer would not have
   $("generate").disabled = false;
   await loadGallery();
-  await findJobs();
 }
 
 form.addEventListener("input", event => {

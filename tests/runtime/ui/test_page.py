@@ -30,7 +30,7 @@ def test_generating(
     scheme: str,
 ) -> None:
     page = visit(served, size, color_scheme=scheme)
-    assert page.is_visible("#nothing")
+    page.wait_for_selector("#nothing")
     fill(page, prompt="a <b>cat</b>", seed=2**64 - 1, **QUICK)
     page.keyboard.press("Control+Enter")
     wait_for_text(page, "#steps", "prior 1 of 3 · decoder 0 of 2")
