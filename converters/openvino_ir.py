@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engines.openvino import REASON_LENGTH, import_openvino
+from ..runtime.engines.openvino import REASON_LENGTH, import_openvino, require_no_bf16
 from ..runtime.text.tokenizer_file import WHOLE_NAME, shipped
 from ..schemas.callbacks import Say, ignored
 from ..schemas.created_by import created_by
@@ -36,12 +36,14 @@ def write_openvino_ir(
     the size of each file by its path.
 
     Raises UsageError and ConversionError as `staged_output` does, CheckpointError when a file of the bundle is damaged,
-    and EngineError when OpenVINO is not installed or cannot read a graph."""
+    and EngineError when OpenVINO is not installed, or cannot read a graph or computes it wrongly."""
     opened, output = open_bundle(Path(bundle)), Path(output)
     openvino = import_openvino()
     graphs = dict(_graphs(opened))
     if not graphs:
         raise UsageError(f"{opened.root}: has no stages to write")
+    for stage, entry in opened.manifest.stages.items():
+        require_no_bf16(stage, entry.precision)
     tokenizer = f"{TOKENIZER_FOLDER}/{WHOLE_NAME}"
     names = [tokenizer, *(f"{place}{suffix}" for place in graphs for suffix in (".xml", ".bin"))]
     with staged_output(output, force=force, sources=[opened.root], files=names, say=say) as staged:

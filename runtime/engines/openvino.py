@@ -59,12 +59,7 @@ class OpenVinoEngine:
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "OpenVinoStage":
         entry = self.bundle.entry(stage)
         path = self.bundle.graph(stage, graph)
-        if entry.precision is Precision.BF16:
-            # OpenVINO 2026.4 loads it, and its results are noise, on CPUs with and without bf16 units.
-            raise EngineError(
-                f"{stage}: its graphs compute in bf16, and openvino computes such graphs wrongly; export it again, for "
-                f"openvino-bf16 too: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
-            )
+        require_no_bf16(stage, entry.precision)
         try:
             with without_links(path) as alone:
                 model = self._core.read_model(str(alone))
@@ -146,6 +141,17 @@ def _parameters_above(nodes: list[Any]) -> list[Any]:
             found[node.get_name()] = node
         nodes += [value.get_node() for value in node.input_values()]
     return list(found.values())
+
+
+def require_no_bf16(stage: Stage, precision: Precision) -> None:
+    """Raise EngineError for graphs that compute in bf16.
+
+    OpenVINO 2026.4 loads them, and its results are noise, on CPUs with and without bf16 units."""
+    if precision is Precision.BF16:
+        raise EngineError(
+            f"{stage}: its graphs compute in bf16, and openvino computes such graphs wrongly; export it again, for "
+            f"openvino-bf16 too: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
+        )
 
 
 def multiplies_bf16() -> bool:

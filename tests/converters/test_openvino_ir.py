@@ -106,3 +106,11 @@ def test_damaged_graphs_are_refused(halved: Path, tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match=r"vqgan/model\.onnx"):
         write_openvino_ir(tmp_path / "bundle", tmp_path / "ir")
     assert not (tmp_path / "ir").exists()
+
+
+def test_graphs_in_bf16_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """OpenVINO would read them, and return noise."""
+    export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], precision="bf16")
+    with pytest.raises(CascadeError, match=r"vqgan: its graphs compute in bf16.* --precision vqgan=fp32"):
+        write_openvino_ir(tmp_path / "bundle", tmp_path / "ir")
+    assert not (tmp_path / "ir").exists()
