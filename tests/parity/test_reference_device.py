@@ -78,8 +78,9 @@ def test_networks_compute_where_their_inputs_are(tiny: Path) -> None:
 
 def test_a_gpu_computes_without_tf32_and_its_memory_is_freed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = [part.allow_tf32 for part in parts]
     for part in parts:
-        monkeypatch.setattr(part, "allow_tf32", True)  # whatever ran before in this process
+        part.allow_tf32 = True  # whatever ran before in this process
 
     def fail() -> None:
         with computing_on(torch.device("cuda")):
@@ -89,6 +90,8 @@ def test_a_gpu_computes_without_tf32_and_its_memory_is_freed(tiny: Path, monkeyp
     with pytest.raises(KeyError):
         fail()
     assert all(part.allow_tf32 for part in parts)
+    for part, allowed in zip(parts, found, strict=True):
+        part.allow_tf32 = allowed
 
     freed = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
