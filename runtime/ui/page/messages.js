@@ -27,9 +27,15 @@ function say(box, text, button = null) {
   box.hidden = !text;
 }
 
+let answer = null;  // resolves the question that was asked last
+
+// The browser tells of a closed dialog a moment later. By then the next question may be open.
+$("question").addEventListener("close", () => { if (!$("question").open) answer($("question").returnValue === "yes"); });
+
 /** Ask a question in a dialog. Resolves to whether `yes` was pressed; Escape means no. */
 export function confirmed(title, text, yes, {no = "Cancel", danger = false} = {}) {
   const dialog = $("question");
+  answer?.(false);
   $("question-title").textContent = title;
   $("question-text").textContent = text;
   $("question-yes").textContent = yes;
@@ -37,6 +43,5 @@ export function confirmed(title, text, yes, {no = "Cancel", danger = false} = {}
   $("question-yes").className = danger ? "danger" : "primary";
   dialog.returnValue = "";
   dialog.showModal();
-  return new Promise(resolve =>
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), {once: true}));
+  return new Promise(resolve => { answer = resolve; });
 }

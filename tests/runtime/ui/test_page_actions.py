@@ -83,8 +83,7 @@ def test_an_empty_prompt_asks_first(served: PageServer, visit: Visit, tmp_path: 
     page.keyboard.press("Control+Enter")
     wait_for_text(page, "#question", "Generate without a prompt?")
     page.keyboard.press("Escape")
-    page.wait_for_selector("#question", state="hidden")
-    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.wait_for_function("document.activeElement.id === 'prompt'")
     page.click("#generate")
     page.click("#question-yes")
     page.wait_for_selector("#shown button")
@@ -145,6 +144,22 @@ def test_the_gallery_has_captions_a_search_and_a_trash(served: PageServer, visit
     page.wait_for_selector("#viewer", state="hidden")
     page.wait_for_function("() => document.querySelectorAll('#grid .thumb').length === 2")
     assert {path.name for path in (tmp_path / "images" / "trash").iterdir()} == {"0002.png"}
+
+
+def test_a_question_that_is_asked_again_at_once_waits_for_its_own_answer(served: PageServer, visit: Visit) -> None:
+    """The browser tells that the first one was closed when the second one is open already."""
+    page = visit(served)
+    asked = """async () => {
+        const {confirmed} = await import("/page/messages.js");
+        const dialog = document.getElementById("question");
+        const first = confirmed("First?", "", "Yes");
+        dialog.close();
+        const second = confirmed("Second?", "", "Yes");
+        await new Promise(resolve => setTimeout(resolve, 50));
+        document.getElementById("question-yes").click();
+        return [await first, await second];
+    }"""
+    assert page.evaluate(asked) == [False, True]
 
 
 def test_bundle_engine_and_loras_are_chosen(whole: Whole, tiny: Path, visit: Visit, tmp_path: Path) -> None:
