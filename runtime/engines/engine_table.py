@@ -153,7 +153,7 @@ def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
 
 
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
-    """True if the CPU multiplies bf16, no graph does, and OpenVINO can read the weights, files beside their graphs.
+    """True if the CPU multiplies bf16, the graphs are not in bf16, and their weights are files beside them.
 
     OpenVINO knows what its kernels can do, but importing it takes half a second."""
     if not cpu_flags.may_compute_bf16():

@@ -46,8 +46,8 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 MEMORY_POLICIES = ("fast", "mapped")
-# The optimizers that would cast weights for good, the second those in fp16 alone; and the one that would cast a weight
-# of a module that runs again only once, and keep it meanwhile.
+# The first two optimizers would cast weights for good, the second those in fp16 alone. The third would cast the weight
+# of a module that runs twice once, and keep the result meanwhile.
 FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination")
 IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory with its weights in files
 

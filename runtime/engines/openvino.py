@@ -149,8 +149,8 @@ def require_no_bf16(stage: Stage, precision: Precision) -> None:
     OpenVINO 2026.4 loads them, and its results are noise, on CPUs with and without bf16 units."""
     if precision is Precision.BF16:
         raise EngineError(
-            f"{stage}: its graphs compute in bf16, and openvino computes such graphs wrongly; export it again, for "
-            f"openvino-bf16 too: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
+            f"{stage}: its graphs compute in bf16, which OpenVINO does wrongly; export it in fp32, which the engine "
+            f"openvino-bf16 computes in bf16: cascadekit export MODEL -o BUNDLE --precision {stage}=fp32"
         )
 
 

@@ -19,7 +19,7 @@ async function start() {
   recall();
   changed();
   await recallPictures();
-  await findJobs();  // before there can be a new one, which the answer would not have
+  await findJobs();  // before the button works: a job posted meanwhile would be missing from the list
   $("generate").disabled = false;
   await loadGallery();
 }
