@@ -356,13 +356,13 @@ PRESETS: dict[tuple[Stage, Variant], NetworkConfig] = {
         backbone_widths=(8, 8, 16, 32, 64, 64, 128, 256), backbone_blocks=(1, 1, 1, 2, 2, 1)
     ),
     (Stage.PREVIEWER, Variant.FULL): PreviewerConfig(),
-    (Stage.PREVIEWER, Variant.ICONS): PreviewerConfig(c_hidden=128),
+    (Stage.PREVIEWER, Variant.ICONS): PreviewerConfig(c_hidden=32),
     (Stage.CONTROLNET_CANNY, Variant.FULL): ControlNetConfig(1, PROJ_BLOCKS_ENDS),
     (Stage.CONTROLNET_CANNY, Variant.ICONS): ControlNetConfig(
         1,
         PROJ_BLOCKS_ICONS,
         c_proj=128,
-        backbone_widths=(8, 8, 16, 32, 64, 64, 128, 128),
+        backbone_widths=(8, 8, 8, 16, 24, 24, 32, 32),
         backbone_blocks=(1, 1, 1, 1, 1, 1),
     ),
     (Stage.CONTROLNET_INPAINTING, Variant.FULL): ControlNetConfig(4, PROJ_BLOCKS_ENDS),

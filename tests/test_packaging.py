@@ -33,3 +33,11 @@ def test_dir_shows_the_public_names_and_each_can_be_had() -> None:
     assert set(cascadekit.__all__) == {name for name in dir(cascadekit) if not name.startswith("_")}
     for name in cascadekit.__all__:
         assert getattr(cascadekit, name).__doc__, name
+
+
+def test_the_example_model_and_its_loras_stay_small() -> None:
+    """The wheel must stay below 20 MB; the example model has 14 MB of that."""
+    data = ROOT / "converters" / "checkpoints" / "data"
+    files = [path for name in ("example_model", "example_lora") for path in (data / name).rglob("*") if path.is_file()]
+    assert len(files) >= 12
+    assert sum(path.stat().st_size for path in files) <= 14_000_000

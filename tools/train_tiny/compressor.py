@@ -23,7 +23,7 @@ from .pictures import sheet
 from .trainer import Plan, train
 
 PLAN = Plan(steps=4600, rate=2.5e-3, warmup=100, average=0.995, sheet=400)
-PREVIEWER_PLAN = Plan(steps=700, rate=3e-3, warmup=50, average=0.99, sheet=350)
+PREVIEWER_PLAN = Plan(steps=6000, rate=4e-3, warmup=100, average=0.995, sheet=1500)
 BATCH = 32
 LEAST_CONTENT = 0.1  # variance within a picture's latents that counts as some content
 NOISE = 0.1  # added to the latents, whose deviation is 1: neighbours must mean nearly the same

@@ -18,7 +18,7 @@ from .towers import encode
 from .trainer import Plan, train
 
 PLAN = Plan(steps=1500, rate=1e-3, average=0.99, decay=0.0, warmup=30, sheet=200)
-RANK = 8
+RANK = 2
 
 
 class Adapter(nn.Module):
