@@ -41,10 +41,14 @@ class Graph(GraphBuilder):
             value = self.linear(linear, rows, alpha=alpha)
             self.probe(value)
             return self.node("Gelu", gelu, value)
-        weight = self.weight(f"{linear}.weight", self._expected[f"{linear}.weight"][:2])
-        attributes = {"alpha": alpha, "transB": 1, "domain": ORT_DOMAIN}
-        product = self.node("FusedMatMul", f"{linear}/product", rows, weight, **attributes)
+        product = self.product(linear, rows, alpha=alpha)
         return self.node("BiasGelu", gelu, product, self.weight(f"{linear}.bias"), domain=ORT_DOMAIN)
+
+    def product(self, linear: str, rows: str, *, alpha: float) -> str:
+        """`alpha` times the Linear `linear` without its bias, (n, in) -> (n, out), for ONNX Runtime alone."""
+        weight = self.weight(f"{linear}.weight", self.shape_of(f"{linear}.weight")[:2])
+        attributes = {"alpha": alpha, "transB": 1, "domain": ORT_DOMAIN}
+        return self.node("FusedMatMul", f"{linear}/product", rows, weight, **attributes)
 
     def linears(self, prefix: str, parts: Sequence[str], rows: str) -> list[str]:
         """The Linears ``prefix.part`` of the same rows, in one product if their weights are adjacent in one file."""

@@ -176,6 +176,22 @@ def normalised_sum(
     return normed, image.with_rows(made[-1]) if total else normed
 
 
+def linear_sum(graph: Graph, names: tuple[str, str], rows: str, image: Image, *, exponent: int) -> Image:
+    """The image plus the Linear ``names[0]`` of `rows` (B*h*w, in), named ``names[1]``.
+
+    Image and result hold 2^-`exponent` of their values. On a GPU, ONNX Runtime adds the bias of a Gemm in a launch of
+    its own. Its norm of sums adds the bias and the image in one; the graph reads the sum alone."""
+    name, total = names
+    if graph.options.target is not Target.ORT or name in graph.options.quantized:
+        made = image.with_rows(graph.linear(name, rows, exponent=exponent, bias_exponent=exponent))
+        return image.with_last(graph.node("Add", total, image.last, made.last))
+    product = graph.product(name, rows, alpha=2.0**-exponent)
+    ones, zeros = graph.full(image.channels), graph.full(image.channels, 0.0)
+    operands = (product, image.rows, ones, zeros, graph.scaled_weight(f"{name}.bias", exponent))
+    outputs = [f"{total}/norm", "", "", f"{total}/rows"]
+    return image.with_rows(graph.nodes("SkipLayerNormalization", outputs, *operands, domain=ORT_DOMAIN)[-1])
+
+
 def batch_normalised(graph: Graph, name: str, image: Image, eps: float = 1e-5, *, learned: bool = True) -> Image:
     """The BatchNorm2d `name` with its stored statistics; affine-free unless its weight and bias are `learned`.
 

@@ -16,6 +16,7 @@ from .layers import (
     Image,
     attend,
     convolution,
+    linear_sum,
     normalised,
     normalised_convolution,
     normalised_sum,
@@ -217,9 +218,8 @@ def _attention_block(pyramid: Pyramid, block: UNetBlock, image: Image, skip: Ski
     heads = pyramid.config.num_attention_heads[block.level]
     inputs = AttentionInputs(pyramid.conditions.attended(name, width, own), width, heads)
     mixed = attend(graph, f"{name}.attention", inputs)
-    out = f"{name}.attention.to_out.0"
-    rows = graph.linear(out, graph.rows(mixed, width), exponent=exponent, bias_exponent=exponent)
-    return image.with_last(graph.node("Add", name, image.last, image.with_rows(rows).last))
+    names = (f"{name}.attention.to_out.0", name)
+    return linear_sum(graph, names, graph.rows(mixed, width), image, exponent=exponent)
 
 
 BLOCKS: Mapping[Block, Callable[[Pyramid, UNetBlock, Image, Skip | None], Image]] = {

@@ -36,10 +36,13 @@ class BiasGelu(_Ort):
 
 
 class SkipLayerNormalization(_Ort):
-    def _run(self, x: Any, skip: Any, gamma: Any, *rest: Any, epsilon: float = 1e-12) -> Any:
-        assert not [value for value in rest if value is not None]
-        assert (x.shape[1:], skip.shape[0]) == (skip.shape[1:], 1)  # only the batch may be broadcast
-        total = np.add(*_wide(x, skip))
+    def _run(
+        self, x: Any, skip: Any, gamma: Any, beta: Any = None, bias: Any = None, *, epsilon: float = 1e-12
+    ) -> Any:
+        assert beta is None or not beta.any()
+        assert x.shape[1:] == skip.shape[1:]
+        assert skip.shape[0] in (1, x.shape[0])  # only the batch may be broadcast
+        total = np.add(*_wide(x, skip)) + (0 if bias is None else _wide(bias)[0])
         centred = total - total.mean(-1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
         normed = (centred / deviation * _wide(gamma)[0]).astype(x.dtype)
