@@ -36,9 +36,7 @@ class BiasGelu(_Ort):
 
 
 class SkipLayerNormalization(_Ort):
-    def _run(
-        self, x: Any, skip: Any, gamma: Any, beta: Any = None, bias: Any = None, *, epsilon: float = 1e-12
-    ) -> Any:
+    def _run(self, x: Any, skip: Any, gamma: Any, beta: Any = None, bias: Any = None, *, epsilon: float = 1e-12) -> Any:
         assert beta is None or not beta.any()
         assert x.shape[1:] == skip.shape[1:]
         assert skip.shape[0] in (1, x.shape[0])  # only the batch may be broadcast
