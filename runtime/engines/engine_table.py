@@ -123,9 +123,10 @@ def _torch_is_installed() -> bool:
 
 def _tensorrt(backend: "Backend") -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
-        from .tensorrt.tensorrt_engine import make_tensorrt
+        from .tensorrt.host import open_host
+        from .tensorrt.tensorrt_engine import TensorRTEngine
 
-        return make_tensorrt(bundle, backend, given.memory_budget, given.refit)
+        return TensorRTEngine(bundle, open_host(backend), memory_budget=given.memory_budget, refit=given.refit)
 
     return make
 
@@ -146,10 +147,22 @@ ENGINES: Mapping[str, EngineInfo] = {
 }
 
 
-def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
-    from .tensorrt.tensorrt_engine import has_plans
+def _has_plans(bundle: "Bundle", backend: "Backend", device: str = "cuda") -> bool:
+    """True if every stage that `generate` needs has plans of `backend` that can run on `device` here."""
+    if not any(plan.backend == backend for entry in bundle.manifest.stages.values() for plan in entry.plans):
+        return False
+    try:
+        if backend != "aotinductor":
+            from .tensorrt.host import open_host
+            from .tensorrt.tensorrt_engine import plans_on
 
-    return has_plans(bundle, backend)
+            return plans_on(bundle, open_host(backend)).make_images()
+        require_torch()
+        from .pytorch.package_choice import packages_on
+
+        return packages_on(bundle, device).make_images()
+    except EngineError:
+        return False
 
 
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
@@ -168,17 +181,6 @@ def _openvino_computes_bf16(bundle: "Bundle") -> bool:
         entry.precision is not Precision.BF16 and can_do_without(bundle.root / entry.graphs[MAIN_GRAPH].path)
         for entry in entries
     )
-
-
-def _has_packages(bundle: "Bundle", device: str) -> bool:
-    """True if every stage that `generate` needs has packages of AOTInductor that can be loaded here."""
-    if not any(plan.backend == "aotinductor" for entry in bundle.manifest.stages.values() for plan in entry.plans):
-        return False
-    if not _torch_is_installed():
-        return False
-    from .pytorch.package_choice import has_packages
-
-    return has_packages(bundle, device)
 
 
 def _torch_computes_bf16(bundle: "Bundle") -> bool:
@@ -208,9 +210,9 @@ UNMEASURED = "nothing yet; who built plans wants them"
 CHOICES: tuple[EngineChoice, ...] = (
     EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt"), UNMEASURED),
     EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx"), UNMEASURED),
-    EngineChoice("aotinductor", "cuda", partial(_has_packages, device="cuda"), UNMEASURED),
+    EngineChoice("aotinductor", "cuda", partial(_has_plans, backend="aotinductor"), UNMEASURED),
     EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16, "11.7 s for an image where onnxruntime took 22.8 s"),
-    EngineChoice("aotinductor", "cpu", partial(_has_packages, device="cpu"), UNMEASURED),
+    EngineChoice("aotinductor", "cpu", partial(_has_plans, backend="aotinductor", device="cpu"), UNMEASURED),
     EngineChoice("torch-bf16", "cpu", _torch_computes_bf16, "3.95 s for a prior step where openvino-bf16 took 2.90 s"),
 )
 DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run

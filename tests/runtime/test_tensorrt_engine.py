@@ -15,12 +15,12 @@ from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.engines.engine_table import make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.plan_choice import choose
 from cascadekit.runtime.engines.tensorrt import cuda
 from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.runtime.engines.tensorrt.execution import Execution
 from cascadekit.runtime.engines.tensorrt.host import Host, open_host
-from cascadekit.runtime.engines.tensorrt.plan_choice import choose
 from cascadekit.runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError
@@ -491,10 +491,12 @@ def test_weights_are_streamed(bundle: Bundle, trt: FakeTensorRT, make: Make, wis
 
 
 def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage in (Stage.TEXT_ENCODER, Stage.DECODER, Stage.VQGAN, Stage.PRIOR):
+    parts = [(Stage.PRIOR, "conditioning"), (Stage.PRIOR, "step")]
+    others = [(Stage.TEXT_ENCODER, "model"), (Stage.DECODER, "model"), (Stage.VQGAN, "encoder"), (Stage.VQGAN, "model")]
+    for stage, graph in (*parts, *others):
         with pytest.raises(EngineError, match="CUDAExecutionProvider"):
             make_engine("auto", bundle, "cuda")
-        bundle = with_plan(bundle, stage)
+        bundle = with_plan(bundle, stage, graph)
     engine = make_engine("auto", bundle, "cuda", memory_budget=1 << 20)
     assert (engine.name, engine.room.budget) == ("tensorrt-rtx", 1 << 20)  # type: ignore[attr-defined]
     assert make_engine("tensorrt-rtx", bundle).name == "tensorrt-rtx"

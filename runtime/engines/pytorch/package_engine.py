@@ -12,11 +12,11 @@ from ....schemas.plan_entries import PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
-from ..tensorrt.plan_choice import check_plan, choose
+from ..plan_choice import check_plan, choose
 from .built_here import private_copy
 from .captured_calls import captured_on_gpu
-from .device import HOST, require_device
-from .package_choice import graphs_with_packages, loadable_packages, present_device
+from .device import HOST
+from .package_choice import BACKEND, packages_on
 from .stage_runner import RATIO, TIME, TensorStage
 from .tensors import bundle_tensors, read_tensor
 from .torch_engine import DTYPES, computed_precision
@@ -33,20 +33,20 @@ class PackageEngine:
 
     def __init__(self, bundle: Bundle, device: str = HOST, *, threads: int | None = None) -> None:
         """Raises EngineError when torch finds no GPU for the device "cuda"."""
-        require_device(device, "aotinductor")
         if threads is not None:
             torch.set_num_threads(threads)
         self.bundle = bundle
         self.device = device
-        self.name = "aotinductor"
+        self.name: str = BACKEND
+        self.plans = packages_on(bundle, device)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        return graphs_with_packages(self.bundle.entry(stage), present_device(self.device))
+        return self.plans.graphs(stage)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> TensorStage:
         """Raises EngineError, with the reason and the command that builds a package, when none can be loaded here."""
         entry = self.bundle.entry(stage)
-        plans = loadable_packages(self.bundle, stage, graph, self.device)
+        plans = self.plans.of_graph(stage, graph)
         dtype = DTYPES[computed_precision(stage, entry, None)]
         packages = _Packages(self.bundle, stage, plans, dtype=dtype, device=self.device)
         compute = captured_on_gpu(packages, stage, self.device)

@@ -1,6 +1,7 @@
 """Runs the plans of a bundle with TensorRT or TensorRT-RTX, on numpy arrays."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,19 +10,19 @@ from weakref import finalize
 from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError
-from ....schemas.manifest import MAIN_GRAPH
-from ....schemas.plan_entries import Backend, PlanEntry
+from ....schemas.manifest import MAIN_GRAPH, StageEntry
+from ....schemas.plan_entries import PlanEntry
 from ....schemas.precision import Precision
-from ....schemas.stages import EVERY_IMAGE, Stage
+from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.user_cache import user_cache
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
+from ..plan_choice import RunnablePlans, check_plan, choose, targets_of
 from ..protocol import StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution
-from .host import Host, make_runtime, open_host
-from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
+from .host import Host, make_runtime
 
 Outputs = dict[str, NDArray[Any]]
 Refit = Callable[[Any, Path], object]  # takes an engine of TensorRT and the ONNX file of its new weights
@@ -57,12 +58,13 @@ class TensorRTEngine:
         self.host = host
         self.name: str = host.backend
         self.refit = refit
+        self.plans = plans_on(bundle, host, refits=refit is not None)
         self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
         self.cache = cache or user_cache("tensorrt-rtx")
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        return graphs_with_plans(self.bundle.entry(stage), self.host, refits=self.refit is not None)
+        return self.plans.graphs(stage)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TensorRTStage":
         return TensorRTStage(self, stage, graph)
@@ -75,7 +77,7 @@ class TensorRTStage(StageRunner):
         """Raises EngineError, with the reason and the command that builds a plan, when no plan can run here."""
         self.stage = stage
         self._engine = engine
-        self._plans = runnable_plans(engine.bundle, stage, graph, engine.host, refits=engine.refit is not None)
+        self._plans = engine.plans.of_graph(stage, graph)
         self._entry = engine.bundle.entry(stage).graphs[graph]
         self._execution: Execution | None = None
         if len(self._plans) == 1:  # of several plans, the sizes of the first inputs decide
@@ -219,20 +221,25 @@ class BoundStage:
         return self._stage.run(inputs, self._constants, self._key)
 
 
-def make_tensorrt(
-    bundle: Bundle, backend: Backend, memory_budget: int | None = None, refit: Refit | None = None
-) -> TensorRTEngine:
-    """The engine on this machine's GPU. Raises EngineError when TensorRT, a driver or a GPU are missing."""
-    return TensorRTEngine(bundle, open_host(backend), memory_budget=memory_budget, refit=refit)
+def plans_on(bundle: Bundle, host: Host, *, refits: bool = False) -> RunnablePlans:
+    """The plans of `bundle` that can run on `host`; see `refusal`."""
+    return RunnablePlans(bundle, host.backend, host.device.capability, partial(refusal, host=host, refits=refits))
 
 
-def has_plans(bundle: Bundle, backend: Backend) -> bool:
-    """True if every stage that `generate` needs has plans of `backend` that can run here."""
-    entries = [bundle.manifest.stages.get(stage) for stage in EVERY_IMAGE]
-    if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
-        return False
-    try:
-        host = open_host(backend)
-    except EngineError:
-        return False
-    return all(entry and graphs_with_plans(entry, host) for entry in entries)
+def refusal(entry: StageEntry, plan: PlanEntry, host: Host, *, refits: bool = False) -> str | None:
+    """Why `plan` of a stage cannot run on `host`; None when it can. With `refits`, a refittable plan may have been
+    built from other weights."""
+    version, device = host.version, host.device
+    if not entry.is_current(plan) and not (refits and plan.refittable and _is_of_graph(entry, plan)):
+        return "was built from other weights or graphs than the bundle has now"
+    if plan.backend_version != version:
+        return f"was built with {plan.backend} {plan.backend_version}, installed is {version}"
+    if device.capability not in targets_of(plan):
+        return f"was built for {', '.join(targets_of(plan))}, this GPU is {device.capability} ({device.name})"
+    return None
+
+
+def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
+    """True if the plan was built from the present graph, with any weights."""
+    graph = tuple(source for source in plan.sources if source.path == entry.graphs[plan.graph].path)
+    return bool(graph) and entry.is_current(plan.model_copy(update={"sources": graph}))
