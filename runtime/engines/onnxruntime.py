@@ -45,7 +45,6 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "tensorrt": ("TensorrtExecutionProvider", CUDA_PROVIDER),
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
-MEMORY_POLICIES = ("fast", "mapped")
 # The first two optimizers would cast weights for good, the second those in fp16 alone. The third would cast the weight
 # of a module that runs twice once, and keep the result meanwhile.
 FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination")
@@ -63,9 +62,9 @@ class OnnxRuntimeEngine:
     `device` is "cpu", "cuda" or "tensorrt". The last is the GPU through ONNX Runtime's TensorRT provider, which builds
     engines of its own, minutes each, and keeps them in the user's cache folder.
 
-    `memory` says where the weights are. "fast" keeps one copy in memory, cast and rearranged for the kernels. "mapped"
-    leaves them in their files, which the system reads and drops as it likes. Weights stored in 16 bits are then cast in
-    every pass, and memory is returned to the system after each operation.
+    One copy of the weights is in memory, cast and rearranged for the kernels. With `mapped` they stay in their files,
+    which the system reads and drops as it likes. Weights stored in 16 bits are then cast in every pass, and memory is
+    returned to the system after each operation.
 
     `threads=None` leaves their number to OMP_NUM_THREADS, and without it to ONNX Runtime. With `allow_cpu` the CPU runs
     operators that the GPU cannot run; without it they are an error.
@@ -78,22 +77,20 @@ class OnnxRuntimeEngine:
         bundle: Bundle,
         device: str = "cpu",
         *,
-        memory: str = "fast",
+        mapped: bool = False,
         threads: int | None = None,
         allow_cpu: bool = False,
         cuda_graph: bool = True,
         tf32: bool = False,
         say: Say = lambda text: None,
     ) -> None:
-        """Raises EngineError for an unknown device or policy, or without ONNX Runtime or the provider of `device`."""
+        """Raises EngineError for an unknown device, or without ONNX Runtime or the provider of `device`."""
         if device not in PROVIDERS:
             raise EngineError(f"device {device!r}: expected one of {', '.join(PROVIDERS)}")
-        if memory not in MEMORY_POLICIES:
-            raise EngineError(f"memory {memory!r}: expected one of {', '.join(MEMORY_POLICIES)}")
         self.bundle = bundle
         self.device = device
         self.precision: Precision | None = None
-        self.memory = memory
+        self.mapped = mapped
         self.threads = threads
         self.allow_cpu = allow_cpu
         self.cuda_graph = cuda_graph and device == "cuda"
@@ -101,7 +98,7 @@ class OnnxRuntimeEngine:
         self.tf32 = tf32
         self._say = say
         self._memories: dict[Stage, DeviceMemory] = {}
-        self.name = "-".join(("onnxruntime", *[part for part in (memory, device) if part in ("mapped", "tensorrt")]))
+        self.name = "onnxruntime" + "-mapped" * mapped + "-tensorrt" * (device == "tensorrt")
         self._ort = import_onnxruntime(device, allow_cpu=allow_cpu)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
@@ -164,9 +161,7 @@ class OnnxRuntimeEngine:
                 options.add_session_config_entry(name, value)
         # Each session has an arena of its own. A shared arena would keep what a stage needed after the stage is
         # closed: 2.4 GB of a vqgan at 1024x1024.
-        if self.memory == "fast":
-            return options, []
-        return options, keep_mapped(options)
+        return options, keep_mapped(options) if self.mapped else []
 
     def _providers(self, *, cuda_graph: bool, nhwc: bool) -> list[tuple[str, dict[str, str]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
