@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ...schemas.callbacks import Say
 from ...schemas.manifest import GraphEntry
 from ...schemas.messages import one_line
-from .device_arrays import DeviceArray, DeviceMemory, resolved, spec_of
+from .device_arrays import ArraySpec, DeviceArray, DeviceMemory, resolved, spec_of
 
 GPU = threading.RLock()  # held while ONNX Runtime uses CUDA: a capture ends with error 900 if another thread does
 
@@ -45,11 +45,10 @@ class Slot:
 
     def __init__(self, session: Any, memory: DeviceMemory, entry: GraphEntry, given: Inputs) -> None:
         """Outputs whose shape does not follow from those of `given` get a new array on the host in every run."""
-        self.specs = {name: spec_of(array) for name, array in given.items()}
-        self.lent = {name: array.value for name, array in given.items() if isinstance(array, DeviceArray)}
+        self._places = _places_of(given)
         self.inputs = {
-            name: DeviceArray(self.lent[name], spec) if name in self.lent else memory.array(spec)
-            for name, spec in self.specs.items()
+            name: memory.array(spec) if value is None else DeviceArray(value, spec)
+            for name, (spec, value) in self._places.items()
         }
         self.graph_id: int | None = None
         self.captured = self.proved = False
@@ -76,12 +75,7 @@ class Slot:
 
     def fits(self, given: Inputs) -> bool:
         """True if `given` has the slot's shapes, and its device arrays lie at the slot's addresses."""
-        lent = {name: array.value for name, array in given.items() if isinstance(array, DeviceArray)}
-        return (
-            self.specs == {name: spec_of(array) for name, array in given.items()}
-            and lent.keys() == self.lent.keys()
-            and all(value is self.lent[name] for name, value in lent.items())
-        )
+        return self._places == _places_of(given)
 
     def read(self) -> dict[str, NDArray[Any]]:
         """The outputs of the last run, on the host."""
@@ -190,6 +184,13 @@ class Slots:
             self._slots.remove(oldest)
             if oldest.captured:
                 self._release(oldest.graph_id)
+
+
+def _places_of(given: Inputs) -> dict[str, tuple[ArraySpec, Any]]:
+    """The shape and dtype of each input, and its OrtValue if it is on the device. OrtValues are equal if identical."""
+    return {
+        name: (spec_of(array), array.value if isinstance(array, DeviceArray) else None) for name, array in given.items()
+    }
 
 
 def sizes_of(entry: GraphEntry, given: Inputs) -> dict[str, int]:

@@ -46,13 +46,7 @@ def read_value(value: Any) -> NDArray[Any]:
 
 
 class Loan:
-    """A set of device arrays, by port. Its memory is lent again once nothing refers to the loan or its arrays."""
-
-    def __init__(self, values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> None:
-        self._values, self._specs = values, specs
-
-    def arrays(self) -> dict[str, DeviceArray]:
-        return {name: DeviceArray(value, self._specs[name], self) for name, value in self._values.items()}
+    """What all arrays of a set refer to: the set's memory is lent again once none of them is in use."""
 
 
 class DeviceMemory:
@@ -65,27 +59,26 @@ class DeviceMemory:
         """`ort` is the module onnxruntime; `device` is a name that its OrtValue takes."""
         self._ort = ort
         self.device = device
-        self._free: list[tuple[dict[str, ArraySpec], dict[str, Any]]] = []  # in the order of their return
+        self._free: list[tuple[Mapping[str, ArraySpec], dict[str, Any]]] = []  # in the order of their return
 
     def array(self, spec: ArraySpec) -> DeviceArray:
         return DeviceArray(self._allocate(spec), spec)
 
     def lend(self, specs: Mapping[str, ArraySpec]) -> dict[str, DeviceArray]:
         """An array for each port, at addresses that no other loan has now. The content is what was left there."""
-        wanted = dict(specs)
-        found = next((entry for entry in self._free if entry[0] == wanted), None)
+        found = next((entry for entry in self._free if entry[0] == specs), None)
         if found:
             self._free.remove(found)
-        values = found[1] if found else {name: self._allocate(spec) for name, spec in wanted.items()}
-        loan = Loan(values, wanted)
-        weakref.finalize(loan, self._take_back, wanted, values)
-        return loan.arrays()
+        values = found[1] if found else {name: self._allocate(spec) for name, spec in specs.items()}
+        loan = Loan()
+        weakref.finalize(loan, self._take_back, specs, values)
+        return {name: DeviceArray(value, specs[name], loan) for name, value in values.items()}
 
     def forget(self) -> None:
         """Free the arrays that are not lent."""
         self._free.clear()
 
-    def _take_back(self, specs: dict[str, ArraySpec], values: dict[str, Any]) -> None:
+    def _take_back(self, specs: Mapping[str, ArraySpec], values: dict[str, Any]) -> None:
         self._free.append((specs, values))
         del self._free[:-MOST_KEPT]
 

@@ -257,11 +257,9 @@ def open_session(path: Path, device: str = "cpu") -> Any:
     options = quiet_options(ort)
     disabled = keep_mapped(options)
     require_inputs_named(path)
-    providers = [(name, provider_options(name, tf32=False, cuda_graph=False)) for name in (*PROVIDERS[device], CPU)]
+    providers = [(name, provider_options(name)) for name in dict.fromkeys((*PROVIDERS[device], CPU))]
     try:
-        return ort.InferenceSession(
-            path, options, providers=list(dict(providers).items()), disabled_optimizers=disabled, enable_fallback=0
-        )
+        return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0)
     except Exception as error:
         raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
 
