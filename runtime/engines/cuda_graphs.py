@@ -25,6 +25,7 @@ from ...schemas.callbacks import Say
 from ...schemas.manifest import GraphEntry
 from ...schemas.messages import one_line
 from .device_arrays import ArraySpec, DeviceArray, DeviceMemory, resolved, spec_of
+from .protocol import REASON_LENGTH, Outputs
 
 GPU = threading.RLock()  # held while ONNX Runtime uses CUDA: a capture ends with error 900 if another thread does
 
@@ -33,7 +34,6 @@ UNCAPTURED = "-1"  # the id of runs without capture and replay
 MOST_GRAPHS = 4  # of a session that are kept
 MOST_CAPTURES = 32  # of a session in all: a provider may ignore that a graph is released
 REPLAY_TOLERANCE = 1e-2  # relative L2 between a replay and a run; kernels that add in another order differ by 1e-3
-REASON_LENGTH = 300
 
 Inputs = Mapping[str, "NDArray[Any] | DeviceArray"]
 
@@ -77,7 +77,7 @@ class Slot:
         """True if `given` has the slot's shapes, and its device arrays lie at the slot's addresses."""
         return self._places == _places_of(given)
 
-    def read(self) -> dict[str, NDArray[Any]]:
+    def read(self) -> Outputs:
         """The outputs of the last run, on the host."""
         if self.fixed:
             return {port.name: self.outputs[port.name].read() for port in self._ports}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, reraise_interrupt
@@ -27,14 +26,12 @@ from .environment_threads import environment_threads
 from .installed_packages import onnxruntime_conflict, provider_problem
 from .omitted_inputs import require_inputs_named, require_inputs_named_in
 from .onnxruntime_gpu import GpuStage
-from .protocol import HostRunner, StageRunner, Tensors, complete_inputs
+from .protocol import REASON_LENGTH, HostRunner, Outputs, StageRunner, Tensors, complete_inputs
 from .provider_options import CAPTURED, CUDA_PROVIDER, GPU_SESSION, provider_options
 from .telemetry import silence, switch_off_telemetry
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-Outputs = dict[str, NDArray[Any]]
 
 CPU = "CPUExecutionProvider"
 # The execution providers of a device: the first runs the graph, the second the operators that the first does not know.
@@ -53,7 +50,6 @@ IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory wi
 # The operators that take the time of a network. Others may run on the CPU, where ONNX Runtime computes shapes.
 HEAVY = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MultiHeadAttention")
 ERROR, FATAL = 3, 4  # severities of ONNX Runtime's log
-REASON_LENGTH = 400
 
 
 class OnnxRuntimeEngine:
@@ -211,7 +207,7 @@ class OnnxRuntimeStage(HostRunner):
         try:
             found = self._session.run(self._outputs, dict(given))
         except Exception as error:
-            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+            raise EngineError(f"{self.stage}: onnxruntime failed: {one_line(error, REASON_LENGTH)}") from error
         # An array lies in the session's arena and keeps all of it in memory, also after the session is closed.
         return {name: np.array(value) for name, value in zip(self._outputs, found, strict=True)}
 
@@ -261,7 +257,7 @@ def open_session(path: Path, device: str = "cpu") -> Any:
     try:
         return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0)
     except Exception as error:
-        raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
+        raise EngineError(f"{path}: onnxruntime cannot load it: {one_line(error, REASON_LENGTH)}") from error
 
 
 def open_proto(model: "ModelProto", folder: Path) -> Any:
@@ -280,7 +276,8 @@ def open_proto(model: "ModelProto", folder: Path) -> Any:
             raise EngineError(
                 f"onnxruntime {ort.__version__} cannot load parts of a graph: pip install 'onnxruntime>=1.21'"
             ) from error
-        raise EngineError(f"{folder}: onnxruntime cannot load a part of its graph: {error}") from error
+        reason = one_line(error, REASON_LENGTH)
+        raise EngineError(f"{folder}: onnxruntime cannot load a part of its graph: {reason}") from error
 
 
 def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:

@@ -5,18 +5,16 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.manifest import GraphEntry
+from ...schemas.messages import one_line
 from ...schemas.stages import Stage
 from ..memory.give_back import give_back_memory
 from .cuda_graphs import GPU, Slot, Slots
 from .device_arrays import ArraySpec, DeviceMemory, read_value, spec_of
-from .protocol import Run, StageRunner, Tensors, complete_inputs
-
-Outputs = dict[str, NDArray[Any]]
+from .protocol import REASON_LENGTH, Outputs, Run, StageRunner, Tensors, complete_inputs
 
 
 class GpuStage(StageRunner):
@@ -77,7 +75,7 @@ class GpuStage(StageRunner):
             with GPU:
                 yield
         except Exception as error:
-            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+            raise EngineError(f"{self.stage}: onnxruntime failed: {one_line(error, REASON_LENGTH)}") from error
 
     def _measured(self, binding: Any, read: Collection[str]) -> dict[str, ArraySpec]:
         """Run once to learn the shapes of the outputs other than `read`, which no port's dims have to tell."""

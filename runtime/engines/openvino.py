@@ -4,7 +4,6 @@ import sys
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
@@ -16,11 +15,10 @@ from ...storage.hub_cache_links import without_links
 from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
 from .environment_threads import environment_threads
-from .protocol import HostRunner, Tensors, complete_inputs
+from .protocol import REASON_LENGTH, HostRunner, Outputs, Tensors, complete_inputs
 
 PERIODIC = ("Sin", "Cos")
 TELEMETRY = "openvino_telemetry"
-REASON_LENGTH = 400
 
 
 class OpenVinoEngine:
@@ -74,7 +72,7 @@ class OpenVinoStage(HostRunner):
         self._head = head
         self._body = body
 
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def __call__(self, inputs: Tensors) -> Outputs:
         inputs = complete_inputs(self.stage, self.entry.inputs, inputs)
         try:
             fed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
@@ -121,17 +119,13 @@ def _cut_at_sines(ov: Any, model: Any) -> Any:
 
 def _parameters_above(nodes: list[Any]) -> list[Any]:
     """The inputs of the graph from which the values of `nodes` are computed."""
-    found: dict[str, Any] = {}
-    seen: set[str] = set()
+    seen: dict[str, Any] = {}
     while nodes:
         node = nodes.pop()
-        if node.get_name() in seen:
-            continue
-        seen.add(node.get_name())
-        if node.get_type_name() == "Parameter":
-            found[node.get_name()] = node
-        nodes += [value.get_node() for value in node.input_values()]
-    return list(found.values())
+        if node.get_name() not in seen:
+            seen[node.get_name()] = node
+            nodes += [value.get_node() for value in node.input_values()]
+    return [node for node in seen.values() if node.get_type_name() == "Parameter"]
 
 
 def require_no_bf16(stage: Stage, precision: Precision) -> None:

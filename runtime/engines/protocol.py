@@ -15,8 +15,11 @@ from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
 Tensors = Mapping[str, NDArray[Any]]
+Outputs = dict[str, NDArray[Any]]
 F32 = NDArray[np.float32]
-Run = Callable[[Tensors], dict[str, NDArray[Any]]]
+Run = Callable[[Tensors], Outputs]
+
+REASON_LENGTH = 400  # characters of what an engine's library says, in an error's message
 
 
 class PortSpec(Protocol):
@@ -35,7 +38,7 @@ class StageRunner(Protocol):
 
     It is called with an array for each input port and returns an array for each output port."""
 
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
+    def __call__(self, inputs: Tensors) -> Outputs: ...
 
     def bind(self, constants: Tensors) -> Run:
         """The stage with the inputs `constants` fixed: a function of the other inputs.

@@ -197,6 +197,20 @@ def test_outputs_of_another_size(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
         assert bound(latents(side=side))["images"].shape == (1, 3, 4 * side, 4 * side)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_failed_run_is_told_in_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def fail(*given: Any) -> None:
+        raise RuntimeError("CUDA failure 2: out of memory ;\n\texpr=cudaMalloc;\n")
+
+    use(monkeypatch)
+    runner: Any = OnnxRuntimeEngine(bundle, device).load(Stage.VQGAN)
+    runner._session.run = fail
+    with pytest.raises(
+        EngineError, match=r"^vqgan: onnxruntime failed: CUDA failure 2: out of memory ; expr=cuda\w+;$"
+    ):
+        runner(latents())
+
+
 def test_two_installs_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, has=(CPU,))
     installed(monkeypatch, onnxruntime="1.32.0", onnxruntime_gpu="1.31.1")

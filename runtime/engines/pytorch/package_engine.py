@@ -8,11 +8,13 @@ import torch
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH
+from ....schemas.messages import one_line
 from ....schemas.plan_entries import PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ..plan_choice import check_plan, choose
+from ..protocol import REASON_LENGTH
 from .built_here import private_copy
 from .captured_calls import captured_on_gpu
 from .device import HOST
@@ -90,7 +92,7 @@ class _Packages:
                     {name: self._weight(name, path) for name in names}, check_full_update=True, user_managed=True
                 )
             except (RuntimeError, OSError, ValueError, TypeError) as error:  # TypeError: of an older torch
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = one_line(error, REASON_LENGTH)
                 raise EngineError(f"{path}: torch cannot load the package: {reason}") from error
         return package
 

@@ -10,9 +10,10 @@ from ....schemas.config_json import from_json
 from ....schemas.control import is_control
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH, StageEntry
+from ....schemas.messages import one_line
 from ....schemas.stages import NetworkConfig, Stage, UNetConfig
 from ...memory.give_back import give_back_memory
-from ..protocol import Run, StageRunner, Tensors, complete_inputs
+from ..protocol import REASON_LENGTH, Outputs, Run, StageRunner, Tensors, complete_inputs
 from .captured_calls import Compute
 from .device import HOST, computing_on, free_device, to_host
 from .networks.unet import embed_ratio
@@ -44,20 +45,20 @@ class TensorStage(StageRunner):
         self._dtype = dtype
         self._device = torch.device(device)
 
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def __call__(self, inputs: Tensors) -> Outputs:
         return self.bind({})(inputs)
 
     def bind(self, constants: Tensors) -> Run:
         fixed = self._fed(constants)
 
-        def run(inputs: Tensors) -> dict[str, NDArray[Any]]:
+        def run(inputs: Tensors) -> Outputs:
             given = complete_inputs(self.stage, self._ports, {**constants, **inputs})
             fed = self._fed({name: array for name, array in given.items() if name not in constants})
             return self._run({**fixed, **fed})
 
         return run
 
-    def _run(self, fed: Fed) -> dict[str, NDArray[Any]]:
+    def _run(self, fed: Fed) -> Outputs:
         if self._compute is None:
             raise EngineError(f"{self.stage}: closed already; load it again")
         try:
@@ -66,8 +67,7 @@ class TensorStage(StageRunner):
         except EngineError:
             raise
         except Exception as error:  # torch raises RuntimeError, its compiler classes of its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise EngineError(f"{self.stage}: torch failed: {reason}") from error
+            raise EngineError(f"{self.stage}: torch failed: {one_line(error, REASON_LENGTH)}") from error
 
     def _fed(self, inputs: Tensors) -> Fed:
         """Inputs as tensors on the device, the timestep embedded and zeros for a ControlNet left out."""

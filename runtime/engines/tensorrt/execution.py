@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import GraphEntry
 from ....schemas.plan_entries import PlanEntry
-from ..protocol import Tensors
+from ..protocol import Outputs, Tensors
 from .cuda import Cuda, DeviceBuffer, DeviceMemoryError
 from .host import Host
 from .plan_ports import PlanPorts
@@ -106,7 +105,7 @@ class Execution:
         for buffer in self._held.pop(key, {}).values():
             buffer.free()
 
-    def run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
+    def run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> Outputs:
         """The outputs for `inputs` and for the constants on the device under `key`, which `held` has on the host.
 
         Raises EngineError when CUDA or TensorRT fail."""
@@ -117,7 +116,7 @@ class Execution:
             self._last = None  # the context may have taken some of the addresses
             raise
 
-    def _run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
+    def _run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> Outputs:
         self._select(profile)
         arrays = {name: self._ports.to_plan(name, array) for name, array in inputs.items()}
         placed = {name: Placed(array.shape, self._held[key][name].address) for name, array in held.items()}

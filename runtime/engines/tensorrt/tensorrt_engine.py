@@ -1,13 +1,11 @@
 """Runs the plans of a bundle with TensorRT or TensorRT-RTX, on numpy arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import finalize
-
-from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH, StageEntry
@@ -19,12 +17,11 @@ from ....storage.user_cache import user_cache
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
 from ..plan_choice import RunnablePlans, check_plan, choose, targets_of
-from ..protocol import StageRunner, Tensors, complete_inputs
+from ..protocol import Outputs, StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution
 from .host import Host, make_runtime
 
-Outputs = dict[str, NDArray[Any]]
 Refit = Callable[[Any, Path], object]  # takes an engine of TensorRT and the ONNX file of its new weights
 T = TypeVar("T")
 
@@ -213,7 +210,7 @@ class BoundStage:
 
     def __init__(self, stage: TensorRTStage, constants: Tensors) -> None:
         self._stage = stage
-        self._constants: Mapping[str, NDArray[Any]] = dict(constants)
+        self._constants = dict(constants)
         self._key = next(_keys)
         finalize(self, stage.release, self._key).atexit = False  # the driver may be gone by then
 
