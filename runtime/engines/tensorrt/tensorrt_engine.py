@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import finalize
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH, StageEntry
@@ -24,9 +22,6 @@ from .host import Host, make_runtime
 
 Refit = Callable[[Any, Path], object]  # takes an engine of TensorRT and the ONNX file of its new weights
 T = TypeVar("T")
-
-NOTHING_HELD = 0  # the key of calls without constants
-_keys = count(NOTHING_HELD + 1)
 
 
 class TensorRTEngine:
@@ -81,14 +76,14 @@ class TensorRTStage(StageRunner):
             self._with_room(lambda: self._ready(self._plans[0]))
 
     def __call__(self, inputs: Tensors) -> Outputs:
-        return self.run(inputs, {}, NOTHING_HELD)
+        return self.run(inputs, {}, self)
 
     def bind(self, constants: Tensors) -> "BoundStage":
         """The stage with the inputs `constants` fixed, which are copied to the device once."""
         return BoundStage(self, constants)
 
-    def run(self, inputs: Tensors, constants: Tensors, key: int) -> Outputs:
-        """The outputs for `inputs` and `constants`, which are held on the device under `key`."""
+    def run(self, inputs: Tensors, constants: Tensors, owner: object) -> Outputs:
+        """The outputs for `inputs` and `constants`, which stay on the device for as long as `owner` lives."""
         twice = inputs.keys() & constants.keys()
         if twice:
             raise EngineError(f"{self.stage}: {', '.join(sorted(twice))} given, though bound already")
@@ -98,17 +93,10 @@ class TensorRTStage(StageRunner):
         plan, profile = choose(self._engine.bundle, self.stage, self._plans, shapes, loaded)
 
         def attempt() -> Outputs:
-            execution = self._ready(plan, profile)
-            execution.hold(key, constants)
             rest = {name: array for name, array in everything.items() if name not in constants}
-            return execution.run(profile, rest, constants, key)
+            return self._ready(plan, profile).run(profile, rest, constants, owner)
 
         return self._with_room(attempt)
-
-    def release(self, key: int) -> None:
-        """Forget the constants held under `key`."""
-        if self._execution:
-            self._execution.release(key)
 
     def close(self) -> None:
         self._engine.room.forget(self)
@@ -211,11 +199,9 @@ class BoundStage:
     def __init__(self, stage: TensorRTStage, constants: Tensors) -> None:
         self._stage = stage
         self._constants = dict(constants)
-        self._key = next(_keys)
-        finalize(self, stage.release, self._key).atexit = False  # the driver may be gone by then
 
     def __call__(self, inputs: Tensors) -> Outputs:
-        return self._stage.run(inputs, self._constants, self._key)
+        return self._stage.run(inputs, self._constants, self)
 
 
 def plans_on(bundle: Bundle, host: Host, *, refits: bool = False) -> RunnablePlans:
