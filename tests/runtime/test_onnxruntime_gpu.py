@@ -17,6 +17,7 @@ import pytest
 from cascadekit import export
 from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines.mixed_bundles import MixedEngine
 from cascadekit.runtime.engines.onnxruntime import (
     OnnxRuntimeEngine,
     import_onnxruntime,
@@ -24,6 +25,7 @@ from cascadekit.runtime.engines.onnxruntime import (
     provider_problem,
 )
 from cascadekit.runtime.engines.provider_options import RECORD_ASSIGNMENT
+from cascadekit.runtime.sampling.denoiser import is_hoisted
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
@@ -188,6 +190,16 @@ def test_constants_stay_on_the_device(bundle: Bundle, monkeypatch: pytest.Monkey
     assert set(ort.downloads) == {wanted["noise_pred"].nbytes}
     with pytest.raises(EngineError, match=r"decoder, input clip_text_pooled: expected float32 \[batch=1, 1, 12\]"):
         bound({"sample": cases[0]["sample"][:1], "timestep_ratio": np.zeros(1, np.float32)})
+
+
+def test_a_decoder_of_another_bundle_runs_in_parts_too(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step then launches a quarter less kernels than the whole graph, as that of a bundle by itself."""
+    use(monkeypatch)
+    gpu, cpu = OnnxRuntimeEngine(bundle, "cuda"), OnnxRuntimeEngine(bundle)
+    assert is_hoisted(gpu, Stage.DECODER)
+    assert is_hoisted(MixedEngine(cpu, {Stage.DECODER: gpu}), Stage.DECODER)
+    assert not is_hoisted(MixedEngine(gpu, {Stage.DECODER: cpu}), Stage.DECODER)
+    assert is_hoisted(MixedEngine(gpu, {Stage.DECODER: cpu}), Stage.PRIOR)
 
 
 def test_outputs_of_another_size(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
