@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -78,19 +77,14 @@ def bundle_tensors(bundle: Bundle, stage: Stage) -> dict[str, TensorRange]:
     entry = bundle.entry(stage)
     expected = expected_tensors(from_json(stage, entry.config))
     found: dict[str, TensorRange] = {}
-    for path in _weights(bundle, stage):
-        header = read_header(path)
+    for file in [file for file in entry.files if file.path not in entry.graph_paths]:
+        header = read_header(bundle.root / file.path)
         named = {name: tensor for name, tensor in header.tensors.items() if expected.get(name) == tensor.shape}
         if len(named) < len(expected):  # a shard, or another layout, which shares some names
             renamed = _renamed(header, stage)
             named = {**{name: tensor for name, tensor in renamed.items() if name in expected}, **named}
         found |= named
     return found
-
-
-def _weights(bundle: Bundle, stage: Stage) -> Iterator[Path]:
-    entry = bundle.entry(stage)
-    yield from (bundle.root / file.path for file in entry.files if file.path not in entry.graph_paths)
 
 
 def _renamed(header: Header, stage: Stage) -> dict[str, TensorRange]:

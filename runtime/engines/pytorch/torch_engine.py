@@ -1,8 +1,5 @@
 """Runs the networks in PyTorch on the weights of a bundle, on the CPU or on a GPU."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -104,13 +101,12 @@ def load_network(bundle: Bundle, stage: Stage, graph: str, *, dtype: torch.dtype
 def with_embedded_time(network: nn.Module) -> nn.Module:
     """The same network, which takes ``time`` in place of ``timestep_ratio`` if it has a timestep."""
     if isinstance(network, UNet):
-        changed: Any = network
-        changed.forward = changed.predict
+        network.forward = network.predict  # type: ignore[assignment]
     return network
 
 
 def _compile_regions(network: nn.Module) -> None:
     """Have torch.compile make kernels of the blocks that repeat: one compilation serves all blocks of a width."""
-    regions: list[Callable[..., None]] = [part.compile for part in network.modules() if isinstance(part, REGIONS)]
-    for region in regions:
-        region(dynamic=False)
+    for part in network.modules():
+        if isinstance(part, REGIONS):
+            part.compile(dynamic=False)
