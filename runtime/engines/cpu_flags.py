@@ -4,14 +4,13 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last one is that of Arm
-
 BF16_CONVERTED = frozenset({"avx_ne_convert"})  # of x86 CPUs without AVX-512 that OpenVINO computes bf16 on
 
 
-def cpu_flags(cpu_info: Path | None = None) -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """The CPU's features as Linux names them; empty on other systems."""
     try:
-        lines = (cpu_info or CPUINFO).read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))

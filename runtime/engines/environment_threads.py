@@ -6,9 +6,9 @@ VARIABLE = "OMP_NUM_THREADS"
 MOST = 4096
 
 
-def environment_threads() -> int | None:
+def environment_threads() -> int:
     """The number in OMP_NUM_THREADS, which numpy and torch follow, too; the first one of a list.
 
-    None where the variable is not set or is no positive number."""
+    0 where the variable is not set or is no positive number."""
     first = os.environ.get(VARIABLE, "").partition(",")[0].strip()
-    return min(int(first), MOST) or None if first.isdecimal() else None
+    return min(int(first), MOST) if first.isdecimal() else 0

@@ -233,7 +233,7 @@ def quiet_options(ort: Any) -> Any:
     A session has the threads that the environment allows, else as many as ONNX Runtime likes."""
     options = ort.SessionOptions()
     options.log_severity_level = ERROR
-    options.intra_op_num_threads = environment_threads() or 0
+    options.intra_op_num_threads = environment_threads()
     return options
 
 
