@@ -92,10 +92,10 @@ class Slot:
 class Slots:
     """The slots of one session, and its CUDA graphs."""
 
-    def __init__(self, session: Any, ort: Any, memory: DeviceMemory, *, captures: bool, say: Say) -> None:
+    def __init__(self, session: Any, memory: DeviceMemory, *, captures: bool, say: Say) -> None:
         """`captures` says that the session was created for CUDA graphs. `say` is called with a line when it turns out
         that they cannot be used."""
-        self._session, self._ort, self._memory, self._say = session, ort, memory, say
+        self._session, self._memory, self._say = session, memory, say
         self._for_graphs = captures
         self.capturing = captures
         self._slots: list[Slot] = []  # in the order of their last use
@@ -134,7 +134,7 @@ class Slots:
         """The options of a run; None for a session without CUDA graphs."""
         if not self._for_graphs:
             return None
-        options = self._ort.RunOptions()
+        options = self._memory.ort.RunOptions()
         options.add_run_config_entry(GRAPH_ID, graph_id)
         return options
 

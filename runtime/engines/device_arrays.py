@@ -57,7 +57,7 @@ class DeviceMemory:
 
     def __init__(self, ort: Any, device: str = "cuda") -> None:
         """`ort` is the module onnxruntime; `device` is a name that its OrtValue takes."""
-        self._ort = ort
+        self.ort = ort
         self.device = device
         self._free: list[tuple[Mapping[str, ArraySpec], dict[str, Any]]] = []  # in the order of their return
 
@@ -85,7 +85,7 @@ class DeviceMemory:
     def _allocate(self, spec: ArraySpec) -> Any:
         shape, dtype = spec
         kind = BF16_NUMBER if dtype == BF16 else np.dtype(dtype).type
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
+        return self.ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
 
 def spec_of(array: "NDArray[Any] | DeviceArray") -> ArraySpec:

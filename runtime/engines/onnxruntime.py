@@ -118,8 +118,7 @@ class OnnxRuntimeEngine:
         if not on_device:
             return OnnxRuntimeStage(stage, entry.graphs[graph], session)
         memory = self._memories.setdefault(stage, DeviceMemory(self._ort))
-        how: dict[str, Any] = {"ort": self._ort, "captures": captures, "say": self._say}
-        return GpuStage(stage, entry.graphs[graph], session, memory, **how)
+        return GpuStage(stage, entry.graphs[graph], session, memory, captures=captures, say=self._say)
 
     def _start(self, stage: Stage, path: Path, *, captures: bool, nhwc: bool) -> tuple[Any, bool]:
         """A session on the device, and whether it is made for CUDA graphs: if it refuses them, it is made without.

@@ -21,14 +21,14 @@ class GpuStage(StageRunner):
     """The session of one graph of a stage on a GPU. `memory` is shared by the graphs of the stage."""
 
     def __init__(
-        self, stage: Stage, entry: GraphEntry, session: Any, memory: DeviceMemory, *, ort: Any, captures: bool, say: Say
+        self, stage: Stage, entry: GraphEntry, session: Any, memory: DeviceMemory, *, captures: bool, say: Say
     ) -> None:
         """`captures` says that the session was created for CUDA graphs; `say` is called if they cannot be used."""
         self.stage = stage
         self.entry = entry
         self._session = session
         self._memory = memory
-        self.slots = Slots(session, ort, memory, captures=captures, say=lambda text: say(f"{stage}: {text}"))
+        self.slots = Slots(session, memory, captures=captures, say=lambda text: say(f"{stage}: {text}"))
         self._outputs = [port.name for port in entry.outputs]
         self._kept: dict[tuple[Any, ...], dict[str, ArraySpec]] = {}  # of the outputs of `keep`, by shapes of inputs
 
