@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, UsageError, reraise_interrupt
@@ -183,25 +183,22 @@ def _torch_computes_bf16(bundle: "Bundle") -> bool:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine that "auto" considers on a device if `can_run` the bundle here. `measured` is what its place in the
-    table rests on."""
+    """An engine that "auto" considers on a device, if it can run the bundle here."""
 
     name: str
     device: str
     can_run: Callable[["Bundle"], bool]
-    measured: str
 
 
-UNMEASURED = "nothing yet; who built plans wants them"
-
-# The fastest first, for each device. docs/gpu.md and docs/generate.md have the figures.
+# The fastest first, for each device, as far as it was measured; docs/gpu.md and docs/generate.md have the figures.
+# Plans and packages were not compared: a user who built them wants them to be used.
 CHOICES: tuple[EngineChoice, ...] = (
-    EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt"), UNMEASURED),
-    EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx"), UNMEASURED),
-    EngineChoice("aotinductor", "cuda", partial(_has_plans, backend="aotinductor"), UNMEASURED),
-    EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16, "11.7 s for an image where onnxruntime took 22.8 s"),
-    EngineChoice("aotinductor", "cpu", partial(_has_plans, backend="aotinductor", device="cpu"), UNMEASURED),
-    EngineChoice("torch-bf16", "cpu", _torch_computes_bf16, "3.95 s for a prior step where openvino-bf16 took 2.90 s"),
+    EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt")),
+    EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx")),
+    EngineChoice("aotinductor", "cuda", partial(_has_plans, backend="aotinductor")),
+    EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16),  # 11.7 s for an image; onnxruntime took 22.8 s
+    EngineChoice("aotinductor", "cpu", partial(_has_plans, backend="aotinductor", device="cpu")),
+    EngineChoice("torch-bf16", "cpu", _torch_computes_bf16),  # 3.95 s for a prior step; openvino-bf16 took 2.90 s
 )
 DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 
@@ -232,5 +229,7 @@ def make_engine(
     if name == AUTO:
         able = (choice.name for choice in CHOICES if choice.device == device and choice.can_run(bundle))
         name = next(able, DEFAULT)
-    wishes: dict[str, Any] = {"refit": refit, "cuda_graph": cuda_graph, "tf32": tf32, "say": say}
-    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, **wishes))
+    options = EngineOptions(
+        device, threads, allow_cpu, memory_budget, refit=refit, cuda_graph=cuda_graph, tf32=tf32, say=say
+    )
+    return ENGINES[name].make(bundle, options)
