@@ -47,8 +47,8 @@ class Execution:
         self._config: Any = None
         self._runtime_cache: Any = None
         self.profile: int | None = None  # the profile whose scratch memory is allocated
-        self._stream = self._cuda.create_stream()
         self._ports = PlanPorts(self.engine, path, plan, graph)
+        self._stream = self._cuda.create_stream()
         self._buffers = {name: DeviceBuffer(self._cuda) for name in self._ports.types}
         self._held: WeakKeyDictionary[object, dict[str, DeviceBuffer]] = WeakKeyDictionary()
         self._last: Mapping[str, Placed] | None = None
