@@ -8,16 +8,14 @@ import torch
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH
-from ....schemas.messages import one_line
 from ....schemas.plan_entries import PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ..plan_choice import check_plan, choose
-from ..protocol import REASON_LENGTH
 from .built_here import private_copy
 from .captured_calls import captured_on_gpu
-from .device import HOST
+from .device import HOST, torch_errors
 from .package_choice import BACKEND, packages_on
 from .stage_runner import RATIO, TIME, TensorStage
 from .tensors import bundle_tensors, read_tensor
@@ -83,18 +81,12 @@ class _Packages:
         return self._loaded[plan.path]
 
     def _load(self, path: Path, plan: PlanEntry) -> Any:
-        with private_copy(path, plan.sha256) as copy:
+        with private_copy(path, plan.sha256) as copy, torch_errors(f"{path}: torch cannot load the package"):
             index = -1 if self._device == HOST else torch.cuda.current_device()
-            try:
-                package = torch._inductor.aoti_load_package(str(copy), run_single_threaded=True, device_index=index)
-                names = package.get_constant_fqns()
-                package.load_constants(
-                    {name: self._weight(name, path) for name in names}, check_full_update=True, user_managed=True
-                )
-            except (RuntimeError, OSError, ValueError, TypeError) as error:  # TypeError: of an older torch
-                reason = one_line(error, REASON_LENGTH)
-                raise EngineError(f"{path}: torch cannot load the package: {reason}") from error
-        return package
+            package = torch._inductor.aoti_load_package(str(copy), run_single_threaded=True, device_index=index)
+            weights = {name: self._weight(name, path) for name in package.get_constant_fqns()}
+            package.load_constants(weights, check_full_update=True, user_managed=True)
+            return package
 
     def _weight(self, name: str, path: Path) -> torch.Tensor:
         """A weight on the device, which stays there for as long as this object: packages do not copy weights."""

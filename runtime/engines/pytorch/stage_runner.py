@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 from ....schemas.config_json import from_json
 from ....schemas.control import is_control
 from ....schemas.errors import EngineError
-from ....schemas.manifest import MAIN_GRAPH, StageEntry
-from ....schemas.messages import one_line
+from ....schemas.manifest import StageEntry
 from ....schemas.stages import NetworkConfig, Stage, UNetConfig
 from ...memory.give_back import give_back_memory
-from ..protocol import REASON_LENGTH, Outputs, Run, StageRunner, Tensors, complete_inputs
+from ..protocol import Outputs, Run, StageRunner, Tensors, complete_inputs
 from .captured_calls import Compute
-from .device import HOST, computing_on, free_device, to_host
+from .device import HOST, computing_on, free_device, to_host, torch_errors
 from .networks.unet import embed_ratio
 
 RATIO, TIME = "timestep_ratio", "time"  # a port, and the input of a network that takes the embedded ratio instead
@@ -32,7 +31,7 @@ class TensorStage(StageRunner):
         self,
         stage: Stage,
         entry: StageEntry,
-        graph: str = MAIN_GRAPH,
+        graph: str,
         *,
         compute: Compute,
         dtype: torch.dtype,
@@ -49,25 +48,19 @@ class TensorStage(StageRunner):
         return self.bind({})(inputs)
 
     def bind(self, constants: Tensors) -> Run:
-        fixed = self._fed(constants)
+        with torch_errors(f"{self.stage}: torch failed"):
+            fixed = self._fed(constants)
 
         def run(inputs: Tensors) -> Outputs:
             given = complete_inputs(self.stage, self._ports, {**constants, **inputs})
-            fed = self._fed({name: array for name, array in given.items() if name not in constants})
-            return self._run({**fixed, **fed})
+            if self._compute is None:
+                raise EngineError(f"{self.stage}: closed already; load it again")
+            with torch_errors(f"{self.stage}: torch failed"):
+                fed = self._fed({name: array for name, array in given.items() if name not in constants})
+                with torch.inference_mode(), computing_on(self._device):
+                    return {name: to_host(value) for name, value in self._compute(**fixed, **fed).items()}
 
         return run
-
-    def _run(self, fed: Fed) -> Outputs:
-        if self._compute is None:
-            raise EngineError(f"{self.stage}: closed already; load it again")
-        try:
-            with torch.inference_mode(), computing_on(self._device):
-                return {name: to_host(value) for name, value in self._compute(**fed).items()}
-        except EngineError:
-            raise
-        except Exception as error:  # torch raises RuntimeError, its compiler classes of its own
-            raise EngineError(f"{self.stage}: torch failed: {one_line(error, REASON_LENGTH)}") from error
 
     def _fed(self, inputs: Tensors) -> Fed:
         """Inputs as tensors on the device, the timestep embedded and zeros for a ControlNet left out."""

@@ -11,7 +11,7 @@ from ....schemas.quantization import Quantization
 from ....schemas.stages import Stage, VQGANConfig
 from ....storage.bundle import Bundle
 from .captured_calls import captured_on_gpu
-from .device import HOST, require_device
+from .device import HOST, require_device, torch_errors
 from .networks import load_reference, load_vqgan_encoder
 from .networks.blocks import AttentionBlock, ResBlock
 from .networks.clip import EncoderLayer
@@ -61,7 +61,8 @@ class PyTorchEngine:
                 f"{stage}: engine {self.name} has no graph {graph!r}, only {', '.join(self.graphs(stage))}"
             )
         dtype = DTYPES[computed_precision(stage, entry, self.precision)]
-        network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
+        with torch_errors(f"{stage}: torch cannot load it"):
+            network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
         if self._compiled:
             _compile_regions(network)
         compute = captured_on_gpu(network, stage, self.device)
