@@ -44,7 +44,7 @@ class Slot:
     `graph_id` is None if the slot is never captured."""
 
     def __init__(self, session: Any, memory: DeviceMemory, entry: GraphEntry, given: Inputs) -> None:
-        """Outputs whose shape does not follow from those of `given` get a new array on the host in every run."""
+        """Raises KeyError when the shape of an output does not follow from those of `given`."""
         self._places = _places_of(given)
         self.inputs = {
             name: memory.array(spec) if value is None else DeviceArray(value, spec)
@@ -56,18 +56,10 @@ class Slot:
         self.binding = session.io_binding()
         for name, array in self.inputs.items():
             self.binding.bind_ortvalue_input(name, array.value)
-        self._ports = entry.outputs
-        self.outputs: dict[str, DeviceArray] = {}
-        sizes = sizes_of(entry, given)
-        for port in self._ports:
-            if shape := resolved(port.dims, sizes):
-                self.outputs[port.name] = memory.array((shape, port.dtype))
-                self.binding.bind_ortvalue_output(port.name, self.outputs[port.name].value)
-
-    @property
-    def fixed(self) -> bool:
-        """True if all outputs have buffers."""
-        return len(self.outputs) == len(self._ports)
+        sizes = _sizes_of(entry, given)
+        self.outputs = {port.name: memory.array((resolved(port.dims, sizes), port.dtype)) for port in entry.outputs}
+        for name, array in self.outputs.items():
+            self.binding.bind_ortvalue_output(name, array.value)
 
     @property
     def idle(self) -> bool:
@@ -79,14 +71,7 @@ class Slot:
 
     def read(self) -> Outputs:
         """The outputs of the last run, on the host."""
-        if self.fixed:
-            return {port.name: self.outputs[port.name].read() for port in self._ports}
-        return dict(zip((port.name for port in self._ports), self.binding.copy_outputs_to_cpu(), strict=True))
-
-    def bind_free_outputs(self) -> None:
-        for port in self._ports:
-            if port.name not in self.outputs:
-                self.binding.bind_output(port.name)
+        return {name: array.read() for name, array in self.outputs.items()}
 
 
 class Slots:
@@ -110,7 +95,7 @@ class Slots:
         if slot is None:
             self._make_room()
             slot = Slot(self._session, self._memory, entry, given)
-            if slot.fixed and self._may_capture() and self._captures < MOST_CAPTURES and self._kept() < MOST_GRAPHS:
+            if self._may_capture() and self._captures < MOST_CAPTURES and self._kept() < MOST_GRAPHS:
                 slot.graph_id = next(self._ids)
         else:
             self._slots.remove(slot)
@@ -120,7 +105,6 @@ class Slots:
 
     def run(self, slot: Slot) -> None:
         """Run the session on the slot's buffers: by its graph if it has one that this thread may use."""
-        slot.bind_free_outputs()
         if slot.graph_id is None or not self._may_capture():
             self._run(slot, UNCAPTURED)
         elif not slot.captured:
@@ -193,7 +177,7 @@ def _places_of(given: Inputs) -> dict[str, tuple[ArraySpec, Any]]:
     }
 
 
-def sizes_of(entry: GraphEntry, given: Inputs) -> dict[str, int]:
+def _sizes_of(entry: GraphEntry, given: Inputs) -> dict[str, int]:
     """The sizes of the named dims of a graph's inputs."""
     return {
         dim: size

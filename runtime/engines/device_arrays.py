@@ -92,12 +92,9 @@ def spec_of(array: "NDArray[Any] | DeviceArray") -> ArraySpec:
     return tuple(array.shape), array.dtype.name
 
 
-def resolved(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The shape of a port whose named dims have `sizes`; a dim may be a multiple, as in "4*height". None if unknown."""
-    found = []
-    for dim in dims:
-        factors = str(dim).split("*")
-        if not all(factor.isdecimal() or factor in sizes for factor in factors):
-            return None
-        found.append(prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in factors))
-    return tuple(found)
+def resolved(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a port whose named dims have `sizes`; a dim may be a multiple, as in "4*height".
+
+    Raises KeyError for a dim without a size."""
+    factors = (str(dim).split("*") for dim in dims)
+    return tuple(prod(int(name) if name.isdecimal() else sizes[name] for name in names) for names in factors)

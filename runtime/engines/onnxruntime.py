@@ -27,7 +27,7 @@ from .installed_packages import onnxruntime_conflict, provider_problem
 from .omitted_inputs import require_inputs_named, require_inputs_named_in
 from .onnxruntime_gpu import GpuStage
 from .protocol import REASON_LENGTH, HostRunner, Outputs, StageRunner, Tensors, complete_inputs
-from .provider_options import CAPTURED, CUDA_PROVIDER, GPU_SESSION, provider_options
+from .provider_options import CAPTURED, CUDA_PROVIDER, GPU_SESSION, TENSORRT_PROVIDER, provider_options
 from .telemetry import silence, switch_off_telemetry
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ CPU = "CPUExecutionProvider"
 PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": (CPU,),
     "cuda": (CUDA_PROVIDER,),
-    "tensorrt": ("TensorrtExecutionProvider", CUDA_PROVIDER),
+    "tensorrt": (TENSORRT_PROVIDER, CUDA_PROVIDER),
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
 # The first two optimizers would cast weights for good, the second those in fp16 alone. The third would cast the weight

@@ -354,7 +354,8 @@ def test_real_values_are_lent_again() -> None:
 
 def test_shapes_of_ports() -> None:
     assert resolved(("batch", 3, "4*height", "width"), {"batch": 2, "height": 5, "width": 7}) == (2, 3, 20, 7)
-    assert resolved(("batch", "context", 8), {"batch": 2}) is None
+    with pytest.raises(KeyError, match="context"):
+        resolved(("batch", "context", 8), {"batch": 2})
 
 
 def test_keys_and_values_in_half_precision(tmp_path: Path) -> None:
