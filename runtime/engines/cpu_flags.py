@@ -1,10 +1,10 @@
-"""What the CPU can multiply, from the features that Linux lists; asking torch would take seconds."""
+"""Finds out whether the CPU multiplies bf16, from the features that Linux lists. Asking torch would take seconds."""
 
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last one is that of Arm
-BF16_CONVERTED = frozenset({"avx_ne_convert"})  # of x86 CPUs without AVX-512 that OpenVINO computes bf16 on
+BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # two features of x86 CPUs, and Arm's
+BF16_CONVERTED = frozenset({"avx_ne_convert"})  # x86 CPUs without AVX-512, on which OpenVINO computes bf16
 
 
 def cpu_flags() -> frozenset[str]:

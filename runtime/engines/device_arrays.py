@@ -46,13 +46,13 @@ def read_value(value: Any) -> NDArray[Any]:
 
 
 class Loan:
-    """What all arrays of a set refer to: the set's memory is lent again once none of them is in use."""
+    """A token that all arrays of a set refer to: when none of them is in use, the set's memory is lent again."""
 
 
 class DeviceMemory:
     """Allocates arrays on a device, and lends sets of them at addresses that come back.
 
-    A CUDA graph reads the addresses that it was captured with. What one graph of a stage writes for another must
+    A CUDA graph reads the addresses that it was captured with. Arrays that one graph of a stage writes for another must
     therefore lie at the same addresses for every image of one size."""
 
     def __init__(self, ort: Any, device: str = "cuda") -> None:

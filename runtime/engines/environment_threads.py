@@ -7,8 +7,8 @@ MOST = 4096
 
 
 def environment_threads() -> int:
-    """The number in OMP_NUM_THREADS, which numpy and torch follow, too; the first one of a list.
+    """The first number in OMP_NUM_THREADS, which numpy and torch follow, too.
 
-    0 where the variable is not set or is no positive number."""
+    The result is 0 where the variable is not set or is no positive number."""
     first = os.environ.get(VARIABLE, "").partition(",")[0].strip()
     return min(int(first), MOST) if first.isdecimal() else 0

@@ -36,9 +36,9 @@ MAX_SHOWN = 100  # characters of a name in a message
 def require_inputs_named(path: Path) -> None:
     """Scan the ONNX graph in the file at `path`, mapped into memory.
 
-    Raises EngineError for a node that leaves out an input which `OMITTED` does not list, for local functions (their
-    nodes can leave out inputs, too) and for bytes that are no protobuf. Raises CheckpointError for a file that cannot
-    be read."""
+    Raises EngineError for a node that leaves out an input which `OMITTED` does not list, and for bytes that are no
+    protobuf. Local functions are refused as well, as their nodes can leave out inputs, too. Raises CheckpointError for
+    a file that cannot be read."""
     with opened(path) as file:
         try:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -42,8 +42,8 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "tensorrt": (TENSORRT_PROVIDER, CUDA_PROVIDER),
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
-# The first two optimizers would cast weights for good, the second those in fp16 alone. The third would cast the weight
-# of a module that runs twice once, and keep the result meanwhile.
+# The first two optimizers would keep weights that they have cast; the second casts fp16 alone. The third merges equal
+# casts: the weight of a module that runs twice would be cast once, and kept in between.
 FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination")
 IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory with its weights in files
 
@@ -55,8 +55,8 @@ ERROR, FATAL = 3, 4  # severities of ONNX Runtime's log
 class OnnxRuntimeEngine:
     """An engine for every stage of `bundle`.
 
-    `device` is "cpu", "cuda" or "tensorrt". The last is the GPU through ONNX Runtime's TensorRT provider, which builds
-    engines of its own, minutes each, and keeps them in the user's cache folder.
+    `device` is "cpu", "cuda" or "tensorrt". The last is the GPU through ONNX Runtime's TensorRT provider. It builds
+    engines of its own, which takes minutes for each, and keeps them in the user's cache folder.
 
     One copy of the weights is in memory, cast and rearranged for the kernels. With `mapped` they stay in their files,
     which the system reads and drops as it likes. Weights stored in 16 bits are then cast in every pass, and memory is
@@ -244,8 +244,9 @@ def keep_mapped(options: Any) -> list[str]:
 
 
 def open_session(path: Path, device: str = "cpu") -> Any:
-    """A session of any graph for a short run, on "cpu" or "cuda": its weights stay in their files, or go to the GPU as
-    they are stored.
+    """A session of any graph for a short run, on "cpu" or "cuda".
+
+    On the CPU its weights stay in their files; on the GPU they are as they were stored.
 
     Raises EngineError when it cannot be loaded."""
     ort = import_onnxruntime(device)

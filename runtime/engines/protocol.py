@@ -48,7 +48,7 @@ class StageRunner(Protocol):
     def keep(self, inputs: Tensors, read: Collection[str]) -> Mapping[str, Any]:
         """Run the stage, and leave every output but `read` in the engine's own memory if it has one.
 
-        What is returned can be given to `bind` of another graph of the same stage and engine."""
+        The outputs can be given to `bind` of another graph of the same stage and engine."""
         return self(inputs)
 
     def close(self) -> None:
@@ -82,8 +82,8 @@ class Engine(Protocol):
 
 
 def complete_inputs(stage: Stage, ports: Sequence[PortSpec], inputs: Tensors) -> Tensors:
-    """`inputs` with zeros for the ControlNet ports that it leaves out, and with one row where a port of the modulation
-    takes one for all samples. Raises EngineError as `check_inputs` does."""
+    """`inputs` with zeros for the ControlNet ports that it leaves out. The modulation has one row if its port takes one
+    for all samples. Raises EngineError as `check_inputs` does."""
     inputs = with_one_modulation(stage, ports, with_absent_control(ports, inputs))
     check_inputs(stage, ports, inputs)
     return inputs

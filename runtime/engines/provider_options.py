@@ -24,7 +24,7 @@ RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 GPU_SESSION: Mapping[str, str] = {RECORD_ASSIGNMENT: "1", "session.use_device_allocator_for_initializers": "1"}
 
 # The graphs that run once for a step. The others run once for an image or a prompt, where capturing costs more than it
-# saves; the text encoder has a GatherND, which was reported to be unsafe in a CUDA graph.
+# saves. The text encoder also has a GatherND, which was reported to be unsafe in a CUDA graph.
 CAPTURED = ((Stage.PRIOR, MAIN_GRAPH), (Stage.PRIOR, STEP), (Stage.DECODER, MAIN_GRAPH), (Stage.DECODER, STEP))
 
 
@@ -34,7 +34,7 @@ def provider_options(
     """The options of one execution provider; the CPU has none. The three switches concern the CUDA provider.
 
     `nhwc` asks for convolutions on channels last, which the graphs have: the two transposes around each convolution go.
-    There are kernels in fp32 and fp16; in fp32 others measured slower convolutions."""
+    There are kernels in fp32 and fp16. In fp32 the convolutions were slower where others measured them."""
     if provider == CUDA_PROVIDER:
         switched_on = [name for name, on in (("prefer_nhwc", nhwc), ("enable_cuda_graph", cuda_graph)) if on]
         return {**CUDA, "use_tf32": str(int(tf32)), **dict.fromkeys(switched_on, "1")}

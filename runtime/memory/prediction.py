@@ -47,8 +47,8 @@ PAGE = 4096  # bytes; /proc/self/statm counts pages
 CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
-# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are in memory twice, cast
-# and not yet rearranged. The first factor is for the policy "resident", the second for the others.
+# The memory that a stage takes while it is loaded, as a factor of its weights. Some weights are in memory twice: cast,
+# and also rearranged. The first factor is for the policy "resident", the second for the others.
 LOADING: Mapping[Stage, tuple[float, float]] = {Stage.DECODER: (1.45, 1.35)}
 LOADING_ELSE = (1.17, 1.05)  # of the other stages
 
@@ -66,7 +66,7 @@ VISION = 16  # of the image encoder, for each token of a picture and each channe
 
 @dataclass(frozen=True)
 class Extras:
-    """What an image is generated from besides text, as far as it takes memory.
+    """The inputs of an image besides text, as far as they take memory.
 
     `image_prompts` is the number of pictures. `controls` are the ControlNets. `masks` means inpainting. `previews` are
     made between the steps of the prior."""

@@ -25,9 +25,9 @@ from .torch_engine import DTYPES, computed_precision
 class PackageEngine:
     """An engine for the stages of `bundle` that have packages for this machine.
 
-    Packages hold code and no weights: these are read from the bundle when a stage is loaded, so packages of a model
-    serve it with any LoRA merged. `threads=None` leaves their number to torch. On a GPU, prior and decoder are replayed
-    as CUDA graphs."""
+    Packages hold code and no weights. Weights are read from the bundle when a stage is loaded, so the packages of a
+    model serve it with any LoRA merged. `threads=None` leaves their number to torch. On a GPU, prior and decoder are
+    replayed as CUDA graphs."""
 
     precision: Precision | None = None  # a package computes as the graph says
 

@@ -72,8 +72,8 @@ class PyTorchEngine:
 def computed_precision(stage: Stage, entry: StageEntry, asked: Precision | None) -> Precision:
     """The precision that torch computes a stage in: `asked`, or that of the stage's graphs.
 
-    Raises EngineError for a stage whose graphs do what the networks in PyTorch do not: for quantised weights, and for
-    fp16 with scaled streams or blocks in fp32."""
+    Raises EngineError for a stage whose graphs do what the networks in PyTorch do not. These are graphs with quantised
+    weights, and graphs in fp16 with scaled streams or blocks in fp32."""
     if entry.quantization is not Quantization.NONE:
         raise EngineError(
             f"{stage}: its weights are {entry.quantization}, which torch does not multiply; "

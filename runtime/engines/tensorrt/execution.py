@@ -132,7 +132,7 @@ class Execution:
             yield from buffers.values()
 
     def _upload(self, inputs: Tensors, buffers: Mapping[str, DeviceBuffer]) -> Tensors:
-        """Begin to copy `inputs` into `buffers`. What is returned has to live until the stream is synchronised."""
+        """Begin to copy `inputs` into `buffers`. The returned arrays have to live until the stream is synchronised."""
         arrays = {name: self._ports.to_plan(name, array) for name, array in inputs.items()}
         for name, array in arrays.items():
             self._cuda.upload(buffers[name].fit(array.nbytes), array, self._stream)

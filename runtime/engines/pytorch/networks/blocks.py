@@ -87,7 +87,7 @@ class TimestepBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with queries `x` (B, n, c) and keys `context` (B, m, c), without a mask.
 
-    So padding tokens take part."""
+    Padding tokens therefore take part."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
