@@ -14,7 +14,6 @@ from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ..plan_choice import check_plan, choose
 from .built_here import private_copy
-from .captured_calls import captured_on_gpu
 from .device import HOST, torch_errors
 from .package_choice import BACKEND, packages_on
 from .stage_runner import RATIO, TIME, TensorStage
@@ -49,8 +48,7 @@ class PackageEngine:
         plans = self.plans.of_graph(stage, graph)
         dtype = DTYPES[computed_precision(stage, entry, None)]
         packages = _Packages(self.bundle, stage, plans, dtype=dtype, device=self.device)
-        compute = captured_on_gpu(packages, stage, self.device)
-        return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
+        return TensorStage(stage, entry, graph, compute=packages, dtype=dtype, device=self.device)
 
 
 class _Packages:

@@ -13,7 +13,7 @@ from ....schemas.manifest import StageEntry
 from ....schemas.stages import NetworkConfig, Stage, UNetConfig
 from ...memory.give_back import give_back_memory
 from ..protocol import Outputs, Run, StageRunner, Tensors, complete_inputs
-from .captured_calls import Compute
+from .captured_calls import Compute, captured_on_gpu
 from .device import HOST, computing_on, free_device, to_host, torch_errors
 from .networks.unet import embed_ratio
 
@@ -40,7 +40,7 @@ class TensorStage(StageRunner):
         self.stage = stage
         self._ports = entry.graphs[graph].inputs
         self._config: NetworkConfig = from_json(stage, entry.config)
-        self._compute: Compute | None = compute
+        self._compute: Compute | None = captured_on_gpu(compute, stage, device)
         self._dtype = dtype
         self._device = torch.device(device)
 
@@ -67,7 +67,10 @@ class TensorStage(StageRunner):
         fed: Fed = {}
         for name, array in inputs.items():
             if is_control(name):
-                self._require_zero(name, array)
+                if np.any(array):
+                    raise EngineError(
+                        f'{self.stage}: engine torch does not add {name} of a ControlNet; set engine="onnxruntime"'
+                    )
             elif name == RATIO and isinstance(self._config, UNetConfig):
                 fed[TIME] = self._on_device(embed_ratio(self._config, _tensor(array)))
             else:
@@ -76,12 +79,6 @@ class TensorStage(StageRunner):
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
-
-    def _require_zero(self, name: str, array: NDArray[Any]) -> None:
-        if np.any(array):
-            raise EngineError(
-                f'{self.stage}: engine torch does not add {name} of a ControlNet; set engine="onnxruntime"'
-            )
 
     def close(self) -> None:
         self._compute = None

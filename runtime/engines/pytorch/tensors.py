@@ -1,7 +1,8 @@
 """Reads weights from safetensors files, of a model or of a bundle, as tensors of PyTorch."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from typing import Any
 
 import torch
 
@@ -50,23 +51,11 @@ def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
     return values.reshape(tensor.shape[::-1]).T.contiguous() if tensor.transposed else values.reshape(tensor.shape)
 
 
-class LazyTensors(Mapping[str, torch.Tensor]):
+class LazyTensors(UserDict[str, Any]):
     """Tensors by name, each read from its file when it is needed, so that there is no second copy of the weights."""
 
-    def __init__(self, ranges: Mapping[str, TensorRange]) -> None:
-        self._ranges = ranges
-
     def __getitem__(self, name: str) -> torch.Tensor:
-        return read_tensor(self._ranges[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._ranges
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ranges)
-
-    def __len__(self) -> int:
-        return len(self._ranges)
+        return read_tensor(self.data[name])
 
 
 def bundle_tensors(bundle: Bundle, stage: Stage) -> dict[str, TensorRange]:

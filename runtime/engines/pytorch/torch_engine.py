@@ -10,7 +10,6 @@ from ....schemas.precision import Precision
 from ....schemas.quantization import Quantization
 from ....schemas.stages import Stage, VQGANConfig
 from ....storage.bundle import Bundle
-from .captured_calls import captured_on_gpu
 from .device import HOST, require_device, torch_errors
 from .networks import load_reference, load_vqgan_encoder
 from .networks.blocks import AttentionBlock, ResBlock
@@ -51,8 +50,7 @@ class PyTorchEngine:
         self._compiled = compiled
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        names = (MAIN_GRAPH, *((ENCODER_GRAPH,) if stage is Stage.VQGAN else ()))
-        return tuple(name for name in names if name in self.bundle.entry(stage).graphs)
+        return tuple(name for name in (MAIN_GRAPH, ENCODER_GRAPH) if name in self.bundle.entry(stage).graphs)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> TensorStage:
         entry = self.bundle.entry(stage)
@@ -65,8 +63,7 @@ class PyTorchEngine:
             network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
         if self._compiled:
             _compile_regions(network)
-        compute = captured_on_gpu(network, stage, self.device)
-        return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
+        return TensorStage(stage, entry, graph, compute=network, dtype=dtype, device=self.device)
 
 
 def computed_precision(stage: Stage, entry: StageEntry, asked: Precision | None) -> Precision:
