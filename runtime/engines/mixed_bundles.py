@@ -9,10 +9,11 @@ from ...schemas.manifest import MAIN_GRAPH, Manifest
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from .protocol import Engine, StageRunner
+from .tensorrt.tensorrt_engine import TensorRTEngine
 
 
 class MixedEngine:
-    """An engine that hands some stages to other engines."""
+    """An engine that hands some stages to other engines. Those of TensorRT share one budget of GPU memory."""
 
     def __init__(self, main: Engine, others: Mapping[Stage, Engine]) -> None:
         self.name = main.name
@@ -20,6 +21,9 @@ class MixedEngine:
         self._main = main
         self._others = others
         self.in_parts = {stage for stage in Stage if stage in getattr(self._of(stage), "in_parts", FASTER_IN_PARTS)}
+        with_plans = [engine for engine in (main, *others.values()) if isinstance(engine, TensorRTEngine)]
+        for engine in with_plans:
+            engine.room = with_plans[0].room
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         return self._of(stage).graphs(stage)

@@ -14,6 +14,7 @@ from cuda.bindings import runtime as real_cuda
 from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines.mixed_bundles import MixedEngine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.plan_choice import choose
 from cascadekit.runtime.engines.tensorrt import cuda
@@ -434,6 +435,18 @@ def test_stages_leave_under_a_budget_and_come_back(bundle: Bundle, gpu: FakeGpu,
         assert [bool(stage.device_bytes) for stage in (vqgan, decoder, text)] == [True, True, False]
         text._ready(text._plans[0])
         assert [bool(stage.device_bytes) for stage in (vqgan, decoder, text)] == [False, True, True]
+
+
+def test_stages_of_several_bundles_share_the_budget(bundle: Bundle, gpu: FakeGpu, make: Make) -> None:
+    for stage in (Stage.TEXT_ENCODER, Stage.VQGAN, Stage.DECODER):
+        bundle = with_plan(bundle, stage, weights=1_000_000)
+    engines = [make(bundle, memory_budget=2_500_000) for _ in range(2)]
+    mixed = MixedEngine(engines[0], {Stage.DECODER: engines[1]})
+    loaded: Any = [mixed.load(stage) for stage in (Stage.VQGAN, Stage.DECODER, Stage.TEXT_ENCODER)]
+    assert [bool(stage.device_bytes) for stage in loaded] == [False, True, True]
+    assert gpu.taken <= 2_500_000
+    loaded[0](latents())
+    assert [bool(stage.device_bytes) for stage in loaded] == [True, False, True]
 
 
 def test_a_full_gpu_makes_room_too(bundle: Bundle, gpu: FakeGpu, make: Make) -> None:
