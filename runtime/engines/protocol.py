@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import MODULATION
-from ...schemas.manifest import MAIN_GRAPH
+from ...schemas.manifest import MAIN_GRAPH, PortEntry
+from ...schemas.ports import Port
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
@@ -18,19 +19,9 @@ Tensors = Mapping[str, NDArray[Any]]
 Outputs = dict[str, NDArray[Any]]
 F32 = NDArray[np.float32]
 Run = Callable[[Tensors], Outputs]
+PortSpec = Port | PortEntry
 
 REASON_LENGTH = 400  # characters of what an engine's library says, in an error's message
-
-
-class PortSpec(Protocol):
-    """The fields of a port that are checked; `schemas.ports.Port` and `schemas.manifest.PortEntry` have them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def dims(self) -> tuple[int | str, ...]: ...
 
 
 class StageRunner(Protocol):
