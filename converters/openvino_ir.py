@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engines.openvino import REASON_LENGTH, import_openvino, require_no_bf16
+from ..runtime.engines.openvino import import_openvino, require_no_bf16
+from ..runtime.engines.protocol import REASON_LENGTH
 from ..runtime.text.tokenizer_file import WHOLE_NAME, shipped
 from ..schemas.callbacks import Say, ignored
 from ..schemas.created_by import created_by

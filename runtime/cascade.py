@@ -25,7 +25,7 @@ from ..storage.bundle import open_bundle
 from .cascade_stages import CascadeStages
 from .engines.choose_device import choose_device
 from .engines.engine_table import make_engine
-from .engines.mixed_bundles import with_stages_of
+from .engines.mixed_bundles import MixedEngine, manifest_with_stages_of
 from .engines.protocol import F32, Engine
 from .engines.tensorrt.tensorrt_engine import Refit
 from .generate_inputs import OpenedPictures, check_settings, open_pictures, require_room
@@ -126,8 +126,8 @@ class Cascade(CascadeStages):
         manifest = opened.manifest
         if stages:
             others = {stage: open_bundle(Path(path)) for stage, path in stages.items()}
-            engines = {stage: make(other) for stage, other in others.items()}
-            runs, manifest = with_stages_of(runs, opened, engines, others)
+            manifest = manifest_with_stages_of(opened, others)
+            runs = MixedEngine(runs, {stage: make(other) for stage, other in others.items()})
         tokenizer = ClipTokenizer.open(opened.tokenizer, manifest.text_rows)
         cascade = cls(runs, manifest, tokenizer, memory=chosen_policy(policy, manifest, device), rows=rows)
         cascade.device = device

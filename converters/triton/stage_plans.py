@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.engines.tensorrt.plan_choice import build_command, check_plan
+from ...runtime.engines.plan_choice import build_command, check_plan
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.manifest import MAIN_GRAPH, StageEntry

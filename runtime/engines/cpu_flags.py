@@ -1,17 +1,16 @@
-"""What the CPU can multiply, from the features that Linux lists; asking torch would take seconds."""
+"""Finds out whether the CPU multiplies bf16, from the features that Linux lists. Asking torch would take seconds."""
 
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last one is that of Arm
+BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # two features of x86 CPUs, and Arm's
+BF16_CONVERTED = frozenset({"avx_ne_convert"})  # x86 CPUs without AVX-512, on which OpenVINO computes bf16
 
-BF16_CONVERTED = frozenset({"avx_ne_convert"})  # of x86 CPUs without AVX-512 that OpenVINO computes bf16 on
 
-
-def cpu_flags(cpu_info: Path | None = None) -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """The CPU's features as Linux names them; empty on other systems."""
     try:
-        lines = (cpu_info or CPUINFO).read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))

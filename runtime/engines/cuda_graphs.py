@@ -1,6 +1,6 @@
 """Runs a session of ONNX Runtime on buffers at fixed addresses, and captures the runs as CUDA graphs.
 
-A captured graph launches the kernels of a whole run at once. What it needs, and what happens otherwise:
+A captured graph launches the kernels of a whole run at once. The table says what it needs, and what follows:
 
 | a captured graph                                       | therefore                                                 |
 |--------------------------------------------------------|-----------------------------------------------------------|
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from ...schemas.callbacks import Say
 from ...schemas.manifest import GraphEntry
 from ...schemas.messages import one_line
-from .device_arrays import DeviceArray, DeviceMemory, resolved, spec_of
+from .device_arrays import ArraySpec, DeviceArray, DeviceMemory, resolved, spec_of
+from .protocol import REASON_LENGTH, Outputs
 
 GPU = threading.RLock()  # held while ONNX Runtime uses CUDA: a capture ends with error 900 if another thread does
 
@@ -33,7 +34,6 @@ UNCAPTURED = "-1"  # the id of runs without capture and replay
 MOST_GRAPHS = 4  # of a session that are kept
 MOST_CAPTURES = 32  # of a session in all: a provider may ignore that a graph is released
 REPLAY_TOLERANCE = 1e-2  # relative L2 between a replay and a run; kernels that add in another order differ by 1e-3
-REASON_LENGTH = 300
 
 Inputs = Mapping[str, "NDArray[Any] | DeviceArray"]
 
@@ -44,12 +44,11 @@ class Slot:
     `graph_id` is None if the slot is never captured."""
 
     def __init__(self, session: Any, memory: DeviceMemory, entry: GraphEntry, given: Inputs) -> None:
-        """Outputs whose shape does not follow from those of `given` get a new array on the host in every run."""
-        self.specs = {name: spec_of(array) for name, array in given.items()}
-        self.lent = {name: array.value for name, array in given.items() if isinstance(array, DeviceArray)}
+        """Raises KeyError when the shape of an output does not follow from those of `given`."""
+        self._places = _places_of(given)
         self.inputs = {
-            name: DeviceArray(self.lent[name], spec) if name in self.lent else memory.array(spec)
-            for name, spec in self.specs.items()
+            name: memory.array(spec) if value is None else DeviceArray(value, spec)
+            for name, (spec, value) in self._places.items()
         }
         self.graph_id: int | None = None
         self.captured = self.proved = False
@@ -57,18 +56,10 @@ class Slot:
         self.binding = session.io_binding()
         for name, array in self.inputs.items():
             self.binding.bind_ortvalue_input(name, array.value)
-        self._ports = entry.outputs
-        self.outputs: dict[str, DeviceArray] = {}
-        sizes = sizes_of(entry, given)
-        for port in self._ports:
-            if shape := resolved(port.dims, sizes):
-                self.outputs[port.name] = memory.array((shape, port.dtype))
-                self.binding.bind_ortvalue_output(port.name, self.outputs[port.name].value)
-
-    @property
-    def fixed(self) -> bool:
-        """True if all outputs have buffers."""
-        return len(self.outputs) == len(self._ports)
+        sizes = _sizes_of(entry, given)
+        self.outputs = {port.name: memory.array((resolved(port.dims, sizes), port.dtype)) for port in entry.outputs}
+        for name, array in self.outputs.items():
+            self.binding.bind_ortvalue_output(name, array.value)
 
     @property
     def idle(self) -> bool:
@@ -76,32 +67,20 @@ class Slot:
 
     def fits(self, given: Inputs) -> bool:
         """True if `given` has the slot's shapes, and its device arrays lie at the slot's addresses."""
-        lent = {name: array.value for name, array in given.items() if isinstance(array, DeviceArray)}
-        return (
-            self.specs == {name: spec_of(array) for name, array in given.items()}
-            and lent.keys() == self.lent.keys()
-            and all(value is self.lent[name] for name, value in lent.items())
-        )
+        return self._places == _places_of(given)
 
-    def read(self) -> dict[str, NDArray[Any]]:
+    def read(self) -> Outputs:
         """The outputs of the last run, on the host."""
-        if self.fixed:
-            return {port.name: self.outputs[port.name].read() for port in self._ports}
-        return dict(zip((port.name for port in self._ports), self.binding.copy_outputs_to_cpu(), strict=True))
-
-    def bind_free_outputs(self) -> None:
-        for port in self._ports:
-            if port.name not in self.outputs:
-                self.binding.bind_output(port.name)
+        return {name: array.read() for name, array in self.outputs.items()}
 
 
 class Slots:
     """The slots of one session, and its CUDA graphs."""
 
-    def __init__(self, session: Any, ort: Any, memory: DeviceMemory, *, captures: bool, say: Say) -> None:
+    def __init__(self, session: Any, memory: DeviceMemory, *, captures: bool, say: Say) -> None:
         """`captures` says that the session was created for CUDA graphs. `say` is called with a line when it turns out
         that they cannot be used."""
-        self._session, self._ort, self._memory, self._say = session, ort, memory, say
+        self._session, self._memory, self._say = session, memory, say
         self._for_graphs = captures
         self.capturing = captures
         self._slots: list[Slot] = []  # in the order of their last use
@@ -116,7 +95,7 @@ class Slots:
         if slot is None:
             self._make_room()
             slot = Slot(self._session, self._memory, entry, given)
-            if slot.fixed and self._may_capture() and self._captures < MOST_CAPTURES and self._kept() < MOST_GRAPHS:
+            if self._may_capture() and self._captures < MOST_CAPTURES and self._kept() < MOST_GRAPHS:
                 slot.graph_id = next(self._ids)
         else:
             self._slots.remove(slot)
@@ -126,7 +105,6 @@ class Slots:
 
     def run(self, slot: Slot) -> None:
         """Run the session on the slot's buffers: by its graph if it has one that this thread may use."""
-        slot.bind_free_outputs()
         if slot.graph_id is None or not self._may_capture():
             self._run(slot, UNCAPTURED)
         elif not slot.captured:
@@ -140,7 +118,7 @@ class Slots:
         """The options of a run; None for a session without CUDA graphs."""
         if not self._for_graphs:
             return None
-        options = self._ort.RunOptions()
+        options = self._memory.ort.RunOptions()
         options.add_run_config_entry(GRAPH_ID, graph_id)
         return options
 
@@ -192,7 +170,14 @@ class Slots:
                 self._release(oldest.graph_id)
 
 
-def sizes_of(entry: GraphEntry, given: Inputs) -> dict[str, int]:
+def _places_of(given: Inputs) -> dict[str, tuple[ArraySpec, Any]]:
+    """The shape and dtype of each input, and its OrtValue if it is on the device. OrtValues are equal if identical."""
+    return {
+        name: (spec_of(array), array.value if isinstance(array, DeviceArray) else None) for name, array in given.items()
+    }
+
+
+def _sizes_of(entry: GraphEntry, given: Inputs) -> dict[str, int]:
     """The sizes of the named dims of a graph's inputs."""
     return {
         dim: size

@@ -46,65 +46,55 @@ def read_value(value: Any) -> NDArray[Any]:
 
 
 class Loan:
-    """A set of device arrays, by port. Its memory is lent again once nothing refers to the loan or its arrays."""
-
-    def __init__(self, values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> None:
-        self._values, self._specs = values, specs
-
-    def arrays(self) -> dict[str, DeviceArray]:
-        return {name: DeviceArray(value, self._specs[name], self) for name, value in self._values.items()}
+    """A token that all arrays of a set refer to: when none of them is in use, the set's memory is lent again."""
 
 
 class DeviceMemory:
     """Allocates arrays on a device, and lends sets of them at addresses that come back.
 
-    A CUDA graph reads the addresses that it was captured with. What one graph of a stage writes for another must
+    A CUDA graph reads the addresses that it was captured with. Arrays that one graph of a stage writes for another must
     therefore lie at the same addresses for every image of one size."""
 
     def __init__(self, ort: Any, device: str = "cuda") -> None:
         """`ort` is the module onnxruntime; `device` is a name that its OrtValue takes."""
-        self._ort = ort
+        self.ort = ort
         self.device = device
-        self._free: list[tuple[dict[str, ArraySpec], dict[str, Any]]] = []  # in the order of their return
+        self._free: list[tuple[Mapping[str, ArraySpec], dict[str, Any]]] = []  # in the order of their return
 
     def array(self, spec: ArraySpec) -> DeviceArray:
         return DeviceArray(self._allocate(spec), spec)
 
     def lend(self, specs: Mapping[str, ArraySpec]) -> dict[str, DeviceArray]:
         """An array for each port, at addresses that no other loan has now. The content is what was left there."""
-        wanted = dict(specs)
-        found = next((entry for entry in self._free if entry[0] == wanted), None)
+        found = next((entry for entry in self._free if entry[0] == specs), None)
         if found:
             self._free.remove(found)
-        values = found[1] if found else {name: self._allocate(spec) for name, spec in wanted.items()}
-        loan = Loan(values, wanted)
-        weakref.finalize(loan, self._take_back, wanted, values)
-        return loan.arrays()
+        values = found[1] if found else {name: self._allocate(spec) for name, spec in specs.items()}
+        loan = Loan()
+        weakref.finalize(loan, self._take_back, specs, values)
+        return {name: DeviceArray(value, specs[name], loan) for name, value in values.items()}
 
     def forget(self) -> None:
         """Free the arrays that are not lent."""
         self._free.clear()
 
-    def _take_back(self, specs: dict[str, ArraySpec], values: dict[str, Any]) -> None:
+    def _take_back(self, specs: Mapping[str, ArraySpec], values: dict[str, Any]) -> None:
         self._free.append((specs, values))
         del self._free[:-MOST_KEPT]
 
     def _allocate(self, spec: ArraySpec) -> Any:
         shape, dtype = spec
         kind = BF16_NUMBER if dtype == BF16 else np.dtype(dtype).type
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
+        return self.ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
 
 def spec_of(array: "NDArray[Any] | DeviceArray") -> ArraySpec:
     return tuple(array.shape), array.dtype.name
 
 
-def resolved(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The shape of a port whose named dims have `sizes`; a dim may be a multiple, as in "4*height". None if unknown."""
-    found = []
-    for dim in dims:
-        factors = str(dim).split("*")
-        if not all(factor.isdecimal() or factor in sizes for factor in factors):
-            return None
-        found.append(prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in factors))
-    return tuple(found)
+def resolved(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a port whose named dims have `sizes`; a dim may be a multiple, as in "4*height".
+
+    Raises KeyError for a dim without a size."""
+    factors = (str(dim).split("*") for dim in dims)
+    return tuple(prod(int(name) if name.isdecimal() else sizes[name] for name in names) for names in factors)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, UsageError, reraise_interrupt
+from ...schemas.precision import Precision
 from ...storage.install_hint import install_hint
 from . import cpu_flags
 
@@ -57,44 +58,36 @@ class EngineInfo:
     probed: bool = True
 
 
-def _onnxruntime(memory: str = "fast", device: str | None = None) -> MakeEngine:
-    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
-        from .onnxruntime import OnnxRuntimeEngine
+def _onnxruntime(
+    bundle: "Bundle", given: EngineOptions, *, mapped: bool = False, device: str | None = None
+) -> "Engine":
+    from .onnxruntime import OnnxRuntimeEngine
 
-        where = device or given.device
-        return OnnxRuntimeEngine(
-            bundle,
-            where,
-            memory=memory,
-            threads=given.threads,
-            allow_cpu=given.allow_cpu,
-            cuda_graph=given.cuda_graph,
-            tf32=given.tf32,
-            say=given.say,
-        )
-
-    return make
+    return OnnxRuntimeEngine(
+        bundle,
+        device or given.device,
+        mapped=mapped,
+        threads=given.threads,
+        allow_cpu=given.allow_cpu,
+        cuda_graph=given.cuda_graph,
+        tf32=given.tf32,
+        say=given.say,
+    )
 
 
-def _openvino(precision: str) -> MakeEngine:
-    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
-        from .openvino import OpenVinoEngine
+def _openvino(bundle: "Bundle", given: EngineOptions, *, precision: Precision | None = None) -> "Engine":
+    from .openvino import OpenVinoEngine
 
-        return OpenVinoEngine(bundle, given.device, precision=precision, threads=given.threads)
-
-    return make
+    return OpenVinoEngine(bundle, given.device, precision=precision, threads=given.threads)
 
 
-def _torch(precision: str | None = None, *, compiled: bool = False) -> MakeEngine:
-    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
-        require_torch()
-        from ...schemas.precision import Precision
-        from .pytorch.torch_engine import PyTorchEngine
+def _torch(
+    bundle: "Bundle", given: EngineOptions, *, precision: Precision | None = None, compiled: bool = False
+) -> "Engine":
+    require_torch()
+    from .pytorch.torch_engine import PyTorchEngine
 
-        chosen = Precision(precision) if precision else None
-        return PyTorchEngine(bundle, given.device, precision=chosen, compiled=compiled, threads=given.threads)
-
-    return make
+    return PyTorchEngine(bundle, given.device, precision=precision, compiled=compiled, threads=given.threads)
 
 
 def _aotinductor(bundle: "Bundle", given: EngineOptions) -> "Engine":
@@ -102,6 +95,13 @@ def _aotinductor(bundle: "Bundle", given: EngineOptions) -> "Engine":
     from .pytorch.package_engine import PackageEngine
 
     return PackageEngine(bundle, given.device, threads=given.threads)
+
+
+def _tensorrt(bundle: "Bundle", given: EngineOptions, *, backend: "Backend") -> "Engine":
+    from .tensorrt.host import open_host
+    from .tensorrt.tensorrt_engine import TensorRTEngine
+
+    return TensorRTEngine(bundle, open_host(backend), memory_budget=given.memory_budget, refit=given.refit)
 
 
 def require_torch() -> None:
@@ -113,43 +113,38 @@ def require_torch() -> None:
         raise EngineError(f"PyTorch is not installed: {install_hint('torch')}") from error
 
 
-def _torch_is_installed() -> bool:
-    try:
-        require_torch()
-    except EngineError:
-        return False
-    return True
-
-
-def _tensorrt(backend: "Backend") -> MakeEngine:
-    def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
-        from .tensorrt.tensorrt_engine import make_tensorrt
-
-        return make_tensorrt(bundle, backend, given.memory_budget, given.refit)
-
-    return make
-
-
 # TensorRT runs on the GPU whatever `EngineOptions.device` is.
 ENGINES: Mapping[str, EngineInfo] = {
-    "onnxruntime": EngineInfo("onnxruntime", ("cpu", "cuda"), _onnxruntime()),
-    "onnxruntime-mapped": EngineInfo("onnxruntime", ("cpu", "cuda"), _onnxruntime("mapped"), probed=False),
-    "onnxruntime-tensorrt": EngineInfo("onnxruntime", ("cuda",), _onnxruntime(device="tensorrt")),
-    "openvino": EngineInfo("openvino", ("cpu",), _openvino("f32")),
-    "openvino-bf16": EngineInfo("openvino", ("cpu",), _openvino("bf16")),
-    "torch": EngineInfo("torch", ("cpu", "cuda"), _torch()),
-    "torch-bf16": EngineInfo("torch", ("cpu", "cuda"), _torch("bf16"), probed=False),
-    "torch-compiled": EngineInfo("torch", ("cpu", "cuda"), _torch(compiled=True), probed=False),
+    "onnxruntime": EngineInfo("onnxruntime", ("cpu", "cuda"), _onnxruntime),
+    "onnxruntime-mapped": EngineInfo("onnxruntime", ("cpu", "cuda"), partial(_onnxruntime, mapped=True), probed=False),
+    "onnxruntime-tensorrt": EngineInfo("onnxruntime", ("cuda",), partial(_onnxruntime, device="tensorrt")),
+    "openvino": EngineInfo("openvino", ("cpu",), _openvino),
+    "openvino-bf16": EngineInfo("openvino", ("cpu",), partial(_openvino, precision=Precision.BF16)),
+    "torch": EngineInfo("torch", ("cpu", "cuda"), _torch),
+    "torch-bf16": EngineInfo("torch", ("cpu", "cuda"), partial(_torch, precision=Precision.BF16), probed=False),
+    "torch-compiled": EngineInfo("torch", ("cpu", "cuda"), partial(_torch, compiled=True), probed=False),
     "aotinductor": EngineInfo("torch", ("cpu", "cuda"), _aotinductor),
-    "tensorrt-rtx": EngineInfo("tensorrt-rtx", ("cuda",), _tensorrt("tensorrt-rtx")),
-    "tensorrt": EngineInfo("tensorrt", ("cuda",), _tensorrt("tensorrt")),
+    "tensorrt-rtx": EngineInfo("tensorrt-rtx", ("cuda",), partial(_tensorrt, backend="tensorrt-rtx")),
+    "tensorrt": EngineInfo("tensorrt", ("cuda",), partial(_tensorrt, backend="tensorrt")),
 }
 
 
-def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
-    from .tensorrt.tensorrt_engine import has_plans
+def _has_plans(bundle: "Bundle", backend: "Backend", device: str = "cuda") -> bool:
+    """True if every stage that `generate` needs has plans of `backend` that can run on `device` here."""
+    if not any(plan.backend == backend for entry in bundle.manifest.stages.values() for plan in entry.plans):
+        return False
+    try:
+        if backend != "aotinductor":
+            from .tensorrt.host import open_host
+            from .tensorrt.tensorrt_engine import plans_on
 
-    return has_plans(bundle, backend)
+            return plans_on(bundle, open_host(backend)).make_images()
+        require_torch()
+        from .pytorch.package_choice import packages_on
+
+        return packages_on(bundle, device).make_images()
+    except EngineError:
+        return False
 
 
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
@@ -159,7 +154,6 @@ def _openvino_computes_bf16(bundle: "Bundle") -> bool:
     if not cpu_flags.may_compute_bf16():
         return False
     from ...schemas.manifest import MAIN_GRAPH
-    from ...schemas.precision import Precision
     from ...storage.hub_cache_links import can_do_without
     from . import openvino
 
@@ -170,48 +164,41 @@ def _openvino_computes_bf16(bundle: "Bundle") -> bool:
     )
 
 
-def _has_packages(bundle: "Bundle", device: str) -> bool:
-    """True if every stage that `generate` needs has packages of AOTInductor that can be loaded here."""
-    if not any(plan.backend == "aotinductor" for entry in bundle.manifest.stages.values() for plan in entry.plans):
-        return False
-    if not _torch_is_installed():
-        return False
-    from .pytorch.package_choice import has_packages
-
-    return has_packages(bundle, device)
-
-
 def _torch_computes_bf16(bundle: "Bundle") -> bool:
     """True if the CPU multiplies bf16, no stage is quantised, and torch is installed.
 
     torch comes last, because importing it takes seconds."""
     from ...schemas.quantization import Quantization
 
-    quantised = any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values())
-    return cpu_flags.multiplies_bf16() and not quantised and _torch_is_installed()
+    if not cpu_flags.multiplies_bf16():
+        return False
+    if any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values()):
+        return False
+    try:
+        require_torch()
+    except EngineError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine that "auto" considers on a device if `can_run` the bundle here. `measured` is what its place in the
-    table rests on."""
+    """An engine that "auto" considers on a device, if it can run the bundle here."""
 
     name: str
     device: str
     can_run: Callable[["Bundle"], bool]
-    measured: str
 
 
-UNMEASURED = "nothing yet; who built plans wants them"
-
-# The fastest first, for each device. docs/gpu.md and docs/generate.md have the figures.
+# The fastest first, for each device, as far as it was measured; docs/gpu.md and docs/generate.md have the figures.
+# Plans and packages were not compared: a user who built them wants them to be used.
 CHOICES: tuple[EngineChoice, ...] = (
-    EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt"), UNMEASURED),
-    EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx"), UNMEASURED),
-    EngineChoice("aotinductor", "cuda", partial(_has_packages, device="cuda"), UNMEASURED),
-    EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16, "11.7 s for an image where onnxruntime took 22.8 s"),
-    EngineChoice("aotinductor", "cpu", partial(_has_packages, device="cpu"), UNMEASURED),
-    EngineChoice("torch-bf16", "cpu", _torch_computes_bf16, "3.95 s for a prior step where openvino-bf16 took 2.90 s"),
+    EngineChoice("tensorrt", "cuda", partial(_has_plans, backend="tensorrt")),
+    EngineChoice("tensorrt-rtx", "cuda", partial(_has_plans, backend="tensorrt-rtx")),
+    EngineChoice("aotinductor", "cuda", partial(_has_plans, backend="aotinductor")),
+    EngineChoice("openvino-bf16", "cpu", _openvino_computes_bf16),  # 11.7 s for an image; onnxruntime took 22.8 s
+    EngineChoice("aotinductor", "cpu", partial(_has_plans, backend="aotinductor", device="cpu")),
+    EngineChoice("torch-bf16", "cpu", _torch_computes_bf16),  # 3.95 s for a prior step; openvino-bf16 took 2.90 s
 )
 DEFAULT = "onnxruntime"  # the engine of "auto" if none of CHOICES can run
 
@@ -242,5 +229,7 @@ def make_engine(
     if name == AUTO:
         able = (choice.name for choice in CHOICES if choice.device == device and choice.can_run(bundle))
         name = next(able, DEFAULT)
-    wishes: dict[str, Any] = {"refit": refit, "cuda_graph": cuda_graph, "tf32": tf32, "say": say}
-    return ENGINES[name].make(bundle, EngineOptions(device, threads, allow_cpu, memory_budget, **wishes))
+    options = EngineOptions(
+        device, threads, allow_cpu, memory_budget, refit=refit, cuda_graph=cuda_graph, tf32=tf32, say=say
+    )
+    return ENGINES[name].make(bundle, options)

@@ -6,9 +6,9 @@ VARIABLE = "OMP_NUM_THREADS"
 MOST = 4096
 
 
-def environment_threads() -> int | None:
-    """The number in OMP_NUM_THREADS, which numpy and torch follow, too; the first one of a list.
+def environment_threads() -> int:
+    """The first number in OMP_NUM_THREADS, which numpy and torch follow, too.
 
-    None where the variable is not set or is no positive number."""
+    The result is 0 where the variable is not set or is no positive number."""
     first = os.environ.get(VARIABLE, "").partition(",")[0].strip()
-    return min(int(first), MOST) or None if first.isdecimal() else None
+    return min(int(first), MOST) if first.isdecimal() else 0

@@ -1,7 +1,6 @@
 """CPUs on which ONNX Runtime multiplies 8-bit integers inexactly."""
 
 import platform
-from pathlib import Path
 
 from ...schemas.manifest import Manifest
 from ...schemas.quantization import Quantization
@@ -10,12 +9,12 @@ from .cpu_flags import cpu_flags
 EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # flags of x86 CPUs that add the products in 32 bits
 
 
-def int8_saturates(cpu_info: Path | None = None) -> bool:
+def int8_saturates() -> bool:
     """True if ONNX Runtime's products of unsigned and signed 8-bit integers saturate on this CPU.
 
     Its kernels for x86 CPUs without VNNI add two products in 16 bits, and large values overflow there. See "When and
     why do I need to try U8U8?" in ONNX Runtime's documentation. False where the CPU's features are unknown."""
-    flags = cpu_flags(cpu_info) if platform.machine() in ("x86_64", "AMD64") else frozenset()
+    flags = cpu_flags() if platform.machine() in ("x86_64", "AMD64") else frozenset()
     return bool(flags) and not EXACT & flags
 
 

@@ -4,20 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...schemas.errors import UsageError
+from ...schemas.hoisted import FASTER_IN_PARTS
 from ...schemas.manifest import MAIN_GRAPH, Manifest
 from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
 from .protocol import Engine, StageRunner
+from .tensorrt.tensorrt_engine import TensorRTEngine
 
 
 class MixedEngine:
-    """An engine that hands some stages to other engines."""
+    """An engine that hands some stages to other engines. Those of TensorRT share one budget of GPU memory."""
 
     def __init__(self, main: Engine, others: Mapping[Stage, Engine]) -> None:
         self.name = main.name
         self.precision = main.precision
         self._main = main
         self._others = others
+        self.in_parts = {stage for stage in Stage if stage in getattr(self._of(stage), "in_parts", FASTER_IN_PARTS)}
+        with_plans = [engine for engine in (main, *others.values()) if isinstance(engine, TensorRTEngine)]
+        for engine in with_plans:
+            engine.room = with_plans[0].room
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
         return self._of(stage).graphs(stage)
@@ -29,18 +35,10 @@ class MixedEngine:
         return self._others.get(stage, self._main)
 
 
-def with_stages_of(
-    main: Engine, bundle: Bundle, engines: Mapping[Stage, Engine], others: Mapping[Stage, Bundle]
-) -> tuple[MixedEngine, Manifest]:
-    """The engine and the manifest of `bundle` with the stages of `others` in place of its own.
+def manifest_with_stages_of(bundle: Bundle, others: Mapping[Stage, Bundle]) -> Manifest:
+    """The manifest of `bundle` with the stages of `others` in place of its own.
 
     Raises UsageError when one of `others` lacks its stage, or the stages take embeddings of different widths."""
-    manifest = manifest_with_stages_of(bundle, others)
-    return MixedEngine(main, engines), manifest
-
-
-def manifest_with_stages_of(bundle: Bundle, others: Mapping[Stage, Bundle]) -> Manifest:
-    """The manifest of `bundle` with the stages of `others`. Raises UsageError as `with_stages_of` does."""
     entries = {stage: other.entry(stage) for stage, other in others.items()}
     changes: dict[str, Any] = {"stages": {**bundle.manifest.stages, **entries}}
     if Stage.VQGAN in others:

@@ -10,7 +10,6 @@ Field numbers are those of onnx.proto.
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.errors import EngineError
@@ -28,7 +27,6 @@ SUBGRAPHS = (6, 11)  # of AttributeProto: one graph, and a list of graphs
 
 VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # wire types
 FIXED = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
-NODE_TAG = NODE << 3 | DELIMITED
 MAX_VARINT_BYTES = 10
 SMALL = 4096  # bytes of a message in which a search costs less than reading its fields
 EMPTY_NAME = re.compile(rb"(?:\x0a|\x8a\x80*\x00)\x80*\x00")  # the tag of an input and the length 0, in every encoding
@@ -38,9 +36,9 @@ MAX_SHOWN = 100  # characters of a name in a message
 def require_inputs_named(path: Path) -> None:
     """Scan the ONNX graph in the file at `path`, mapped into memory.
 
-    Raises EngineError for a node that leaves out an input which `OMITTED` does not list, for local functions (their
-    nodes can leave out inputs, too) and for bytes that are no protobuf. Raises CheckpointError for a file that cannot
-    be read."""
+    Raises EngineError for a node that leaves out an input which `OMITTED` does not list, and for bytes that are no
+    protobuf. Local functions are refused as well, as their nodes can leave out inputs, too. Raises CheckpointError for
+    a file that cannot be read."""
     with opened(path) as file:
         try:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -62,52 +60,15 @@ def require_inputs_named_in(content: Content, where: str) -> None:
             if field == GRAPH:
                 graphs.append((start, end))
         while graphs:
-            for start, end in _suspects(content, *graphs.pop()):
-                node = _read_node(content, start, end)
-                _require_named(node, where)
-                graphs += node.graphs
+            for field, start, end in _delimited(content, *graphs.pop()):
+                if field == NODE and _may_have_empty_names(content, start, end):
+                    graphs += _subgraphs_of(content, start, end, where)
     except _DamagedError as error:
         raise EngineError(f"{where}: no ONNX graph: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Node:
-    """A node's name, its operator, which inputs have empty names, and the byte ranges of its subgraphs."""
-
-    name: str
-    operator: str
-    empty: tuple[int, ...]
-    graphs: tuple[tuple[int, int], ...]
-
-
 class _DamagedError(Exception):
     """Bytes that are no protobuf; the message says where."""
-
-
-def _suspects(content: Content, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The nodes of a graph that may have empty names.
-
-    A graph has thousands of nodes and tensors. The usual ones, whose tag has one byte and their length one or two, are
-    therefore read here without a call for each; others are read as everywhere."""
-    at, find = start, content.find
-    while at < end:
-        tag, length, first = content[at], -1, 0
-        if tag & 7 == DELIMITED and tag < 0x80 and at + 3 < end:
-            low, high = content[at + 1], content[at + 2]
-            if low < 0x80:
-                length, first = low, at + 2
-            elif high < 0x80:
-                length, first = low & 0x7F | high << 7, at + 3
-        if length < 0:
-            field, begin, at = _field(content, at, end)
-            if field == NODE and begin is not None and _may_have_empty_names(content, begin, at):
-                yield begin, at
-            continue
-        at = first + length
-        if at > end:
-            raise _beyond(tag >> 3, first, end)
-        if tag == NODE_TAG and find(b"\0", first, at) != -1 and _may_have_empty_names(content, first, at):
-            yield first, at
 
 
 def _may_have_empty_names(content: Content, start: int, end: int) -> bool:
@@ -116,66 +77,50 @@ def _may_have_empty_names(content: Content, start: int, end: int) -> bool:
     return end - start > SMALL or EMPTY_NAME.search(content, start, end) is not None
 
 
-def _read_node(content: Content, start: int, end: int) -> _Node:
-    name = operator = ""
+def _subgraphs_of(content: Content, start: int, end: int, where: str) -> list[tuple[int, int]]:
+    """The byte ranges of a node's subgraphs. Raises EngineError if the node leaves out an input that it may not."""
+    texts = {NAME: "", OPERATOR: ""}
     lengths: list[int] = []
     graphs: list[tuple[int, int]] = []
     for field, first, last in _delimited(content, start, end):
         if field == INPUT:
             lengths.append(last - first)
-        elif field == NAME:
-            name = _text(content, first, last)
-        elif field == OPERATOR:
-            operator = _text(content, first, last)
+        elif field in texts:
+            texts[field] = content[first : min(last, first + MAX_SHOWN)].decode(errors="replace")
         elif field == ATTRIBUTE and _may_have_empty_names(content, first, last):
             graphs += ((a, b) for inner, a, b in _delimited(content, first, last) if inner in SUBGRAPHS)
-    return _Node(name, operator, tuple(n for n, length in enumerate(lengths) if not length), tuple(graphs))
-
-
-def _text(content: Content, start: int, end: int) -> str:
-    return content[start : min(end, start + MAX_SHOWN)].decode(errors="replace")
-
-
-def _require_named(node: _Node, where: str) -> None:
-    for number in node.empty:
-        if number not in OMITTED.get(node.operator, ()):
+    name, operator = texts[NAME], texts[OPERATOR]
+    for number, length in enumerate(lengths):
+        if not length and number not in OMITTED.get(operator, ()):
             raise EngineError(
-                f"{where}: node {node.name!r} ({node.operator}) leaves out input {number} by an empty name, which no "
-                "graph of cascadekit does and on which ONNX Runtime may crash; export the model again"
+                f"{where}: node {name!r} ({operator}) leaves out input {number} by an empty name, which no graph of "
+                "cascadekit does and on which ONNX Runtime may crash; export the model again"
             )
+    return graphs
 
 
 def _delimited(content: Content, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The fields of a message that have a length: the number of each, and the range of its bytes.
 
     Raises _DamagedError for a field that does not end within the message, and for the wire types of groups."""
-    at = start
-    while at < end:
-        field, first, at = _field(content, at, end)
-        if first is not None:
-            yield field, first, at
-
-
-def _field(content: Content, at: int, end: int) -> tuple[int, int | None, int]:
-    """The number of the field at `at`, the place of its content if it has a length, and the place after it."""
-    tag, after = _varint(content, at, end)
-    field, kind, first = tag >> 3, tag & 7, None
-    if kind == VARINT:
-        _, after = _varint(content, after, end)
-    elif kind == DELIMITED:
-        length, first = _varint(content, after, end)
-        after = first + length
-    elif kind in FIXED:
-        after += FIXED[kind]
-    else:
-        raise _DamagedError(f"wire type {kind} at byte {at}")
-    if after > end:
-        raise _beyond(field, at, end)
-    return field, first, after
-
-
-def _beyond(field: int, at: int, end: int) -> _DamagedError:
-    return _DamagedError(f"field {field} at byte {at} ends after byte {end}, where its message ends")
+    after = start
+    while after < end:
+        at = after
+        tag, first = _varint(content, at, end)
+        kind = tag & 7
+        if kind == DELIMITED:
+            length, first = _varint(content, first, end)
+            after = first + length
+        elif kind == VARINT:
+            _, after = _varint(content, first, end)
+        elif kind in FIXED:
+            after = first + FIXED[kind]
+        else:
+            raise _DamagedError(f"wire type {kind} at byte {at}")
+        if after > end:
+            raise _DamagedError(f"field {tag >> 3} at byte {at} ends after byte {end}, where its message ends")
+        if kind == DELIMITED:
+            yield tag >> 3, first, after
 
 
 def _varint(content: Content, start: int, end: int) -> tuple[int, int]:

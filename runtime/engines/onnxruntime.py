@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError, reraise_interrupt
@@ -27,14 +26,12 @@ from .environment_threads import environment_threads
 from .installed_packages import onnxruntime_conflict, provider_problem
 from .omitted_inputs import require_inputs_named, require_inputs_named_in
 from .onnxruntime_gpu import GpuStage
-from .protocol import HostRunner, StageRunner, Tensors, complete_inputs
-from .provider_options import CAPTURED, CUDA_PROVIDER, GPU_SESSION, provider_options
+from .protocol import REASON_LENGTH, HostRunner, Outputs, StageRunner, Tensors, complete_inputs
+from .provider_options import CAPTURED, CUDA_PROVIDER, GPU_SESSION, TENSORRT_PROVIDER, provider_options
 from .telemetry import silence, switch_off_telemetry
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-Outputs = dict[str, NDArray[Any]]
 
 CPU = "CPUExecutionProvider"
 # The execution providers of a device: the first runs the graph, the second the operators that the first does not know.
@@ -42,30 +39,28 @@ CPU = "CPUExecutionProvider"
 PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": (CPU,),
     "cuda": (CUDA_PROVIDER,),
-    "tensorrt": ("TensorrtExecutionProvider", CUDA_PROVIDER),
+    "tensorrt": (TENSORRT_PROVIDER, CUDA_PROVIDER),
 }
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu"}
-MEMORY_POLICIES = ("fast", "mapped")
-# The first two optimizers would cast weights for good, the second those in fp16 alone. The third would cast the weight
-# of a module that runs twice once, and keep the result meanwhile.
+# The first two optimizers would keep weights that they have cast; the second casts fp16 alone. The third merges equal
+# casts: the weight of a module that runs twice would be cast once, and kept in between.
 FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination")
 IN_MEMORY_SINCE = (1, 21)  # the version that first loads a graph from memory with its weights in files
 
 # The operators that take the time of a network. Others may run on the CPU, where ONNX Runtime computes shapes.
 HEAVY = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MultiHeadAttention")
 ERROR, FATAL = 3, 4  # severities of ONNX Runtime's log
-REASON_LENGTH = 400
 
 
 class OnnxRuntimeEngine:
     """An engine for every stage of `bundle`.
 
-    `device` is "cpu", "cuda" or "tensorrt". The last is the GPU through ONNX Runtime's TensorRT provider, which builds
-    engines of its own, minutes each, and keeps them in the user's cache folder.
+    `device` is "cpu", "cuda" or "tensorrt". The last is the GPU through ONNX Runtime's TensorRT provider. It builds
+    engines of its own, which takes minutes for each, and keeps them in the user's cache folder.
 
-    `memory` says where the weights are. "fast" keeps one copy in memory, cast and rearranged for the kernels. "mapped"
-    leaves them in their files, which the system reads and drops as it likes. Weights stored in 16 bits are then cast in
-    every pass, and memory is returned to the system after each operation.
+    One copy of the weights is in memory, cast and rearranged for the kernels. With `mapped` they stay in their files,
+    which the system reads and drops as it likes. Weights stored in 16 bits are then cast in every pass, and memory is
+    returned to the system after each operation.
 
     `threads=None` leaves their number to OMP_NUM_THREADS, and without it to ONNX Runtime. With `allow_cpu` the CPU runs
     operators that the GPU cannot run; without it they are an error.
@@ -78,22 +73,20 @@ class OnnxRuntimeEngine:
         bundle: Bundle,
         device: str = "cpu",
         *,
-        memory: str = "fast",
+        mapped: bool = False,
         threads: int | None = None,
         allow_cpu: bool = False,
         cuda_graph: bool = True,
         tf32: bool = False,
         say: Say = lambda text: None,
     ) -> None:
-        """Raises EngineError for an unknown device or policy, or without ONNX Runtime or the provider of `device`."""
+        """Raises EngineError for an unknown device, or without ONNX Runtime or the provider of `device`."""
         if device not in PROVIDERS:
             raise EngineError(f"device {device!r}: expected one of {', '.join(PROVIDERS)}")
-        if memory not in MEMORY_POLICIES:
-            raise EngineError(f"memory {memory!r}: expected one of {', '.join(MEMORY_POLICIES)}")
         self.bundle = bundle
         self.device = device
         self.precision: Precision | None = None
-        self.memory = memory
+        self.mapped = mapped
         self.threads = threads
         self.allow_cpu = allow_cpu
         self.cuda_graph = cuda_graph and device == "cuda"
@@ -101,7 +94,7 @@ class OnnxRuntimeEngine:
         self.tf32 = tf32
         self._say = say
         self._memories: dict[Stage, DeviceMemory] = {}
-        self.name = "-".join(("onnxruntime", *[part for part in (memory, device) if part in ("mapped", "tensorrt")]))
+        self.name = "onnxruntime" + "-mapped" * mapped + "-tensorrt" * (device == "tensorrt")
         self._ort = import_onnxruntime(device, allow_cpu=allow_cpu)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
@@ -125,8 +118,7 @@ class OnnxRuntimeEngine:
         if not on_device:
             return OnnxRuntimeStage(stage, entry.graphs[graph], session)
         memory = self._memories.setdefault(stage, DeviceMemory(self._ort))
-        how: dict[str, Any] = {"ort": self._ort, "captures": captures, "say": self._say}
-        return GpuStage(stage, entry.graphs[graph], session, memory, **how)
+        return GpuStage(stage, entry.graphs[graph], session, memory, captures=captures, say=self._say)
 
     def _start(self, stage: Stage, path: Path, *, captures: bool, nhwc: bool) -> tuple[Any, bool]:
         """A session on the device, and whether it is made for CUDA graphs: if it refuses them, it is made without.
@@ -164,9 +156,7 @@ class OnnxRuntimeEngine:
                 options.add_session_config_entry(name, value)
         # Each session has an arena of its own. A shared arena would keep what a stage needed after the stage is
         # closed: 2.4 GB of a vqgan at 1024x1024.
-        if self.memory == "fast":
-            return options, []
-        return options, keep_mapped(options)
+        return options, keep_mapped(options) if self.mapped else []
 
     def _providers(self, *, cuda_graph: bool, nhwc: bool) -> list[tuple[str, dict[str, str]]]:
         """The device's providers that this ONNX Runtime has, with their options."""
@@ -216,7 +206,7 @@ class OnnxRuntimeStage(HostRunner):
         try:
             found = self._session.run(self._outputs, dict(given))
         except Exception as error:
-            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+            raise EngineError(f"{self.stage}: onnxruntime failed: {one_line(error, REASON_LENGTH)}") from error
         # An array lies in the session's arena and keeps all of it in memory, also after the session is closed.
         return {name: np.array(value) for name, value in zip(self._outputs, found, strict=True)}
 
@@ -242,7 +232,7 @@ def quiet_options(ort: Any) -> Any:
     A session has the threads that the environment allows, else as many as ONNX Runtime likes."""
     options = ort.SessionOptions()
     options.log_severity_level = ERROR
-    options.intra_op_num_threads = environment_threads() or 0
+    options.intra_op_num_threads = environment_threads()
     return options
 
 
@@ -254,21 +244,20 @@ def keep_mapped(options: Any) -> list[str]:
 
 
 def open_session(path: Path, device: str = "cpu") -> Any:
-    """A session of any graph for a short run, on "cpu" or "cuda": its weights stay in their files, or go to the GPU as
-    they are stored.
+    """A session of any graph for a short run, on "cpu" or "cuda".
+
+    On the CPU its weights stay in their files; on the GPU they are as they were stored.
 
     Raises EngineError when it cannot be loaded."""
     ort = import_onnxruntime(device)
     options = quiet_options(ort)
     disabled = keep_mapped(options)
     require_inputs_named(path)
-    providers = [(name, provider_options(name, tf32=False, cuda_graph=False)) for name in (*PROVIDERS[device], CPU)]
+    providers = [(name, provider_options(name)) for name in dict.fromkeys((*PROVIDERS[device], CPU))]
     try:
-        return ort.InferenceSession(
-            path, options, providers=list(dict(providers).items()), disabled_optimizers=disabled, enable_fallback=0
-        )
+        return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0)
     except Exception as error:
-        raise EngineError(f"{path}: onnxruntime cannot load it: {error}") from error
+        raise EngineError(f"{path}: onnxruntime cannot load it: {one_line(error, REASON_LENGTH)}") from error
 
 
 def open_proto(model: "ModelProto", folder: Path) -> Any:
@@ -287,7 +276,8 @@ def open_proto(model: "ModelProto", folder: Path) -> Any:
             raise EngineError(
                 f"onnxruntime {ort.__version__} cannot load parts of a graph: pip install 'onnxruntime>=1.21'"
             ) from error
-        raise EngineError(f"{folder}: onnxruntime cannot load a part of its graph: {error}") from error
+        reason = one_line(error, REASON_LENGTH)
+        raise EngineError(f"{folder}: onnxruntime cannot load a part of its graph: {reason}") from error
 
 
 def import_onnxruntime(device: str, *, allow_cpu: bool = False) -> Any:

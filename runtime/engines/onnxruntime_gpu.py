@@ -5,32 +5,30 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
 from ...schemas.manifest import GraphEntry
+from ...schemas.messages import one_line
 from ...schemas.stages import Stage
 from ..memory.give_back import give_back_memory
 from .cuda_graphs import GPU, Slot, Slots
 from .device_arrays import ArraySpec, DeviceMemory, read_value, spec_of
-from .protocol import Run, StageRunner, Tensors, complete_inputs
-
-Outputs = dict[str, NDArray[Any]]
+from .protocol import REASON_LENGTH, Outputs, Run, StageRunner, Tensors, complete_inputs
 
 
 class GpuStage(StageRunner):
     """The session of one graph of a stage on a GPU. `memory` is shared by the graphs of the stage."""
 
     def __init__(
-        self, stage: Stage, entry: GraphEntry, session: Any, memory: DeviceMemory, *, ort: Any, captures: bool, say: Say
+        self, stage: Stage, entry: GraphEntry, session: Any, memory: DeviceMemory, *, captures: bool, say: Say
     ) -> None:
         """`captures` says that the session was created for CUDA graphs; `say` is called if they cannot be used."""
         self.stage = stage
         self.entry = entry
         self._session = session
         self._memory = memory
-        self.slots = Slots(session, ort, memory, captures=captures, say=lambda text: say(f"{stage}: {text}"))
+        self.slots = Slots(session, memory, captures=captures, say=lambda text: say(f"{stage}: {text}"))
         self._outputs = [port.name for port in entry.outputs]
         self._kept: dict[tuple[Any, ...], dict[str, ArraySpec]] = {}  # of the outputs of `keep`, by shapes of inputs
 
@@ -77,7 +75,7 @@ class GpuStage(StageRunner):
             with GPU:
                 yield
         except Exception as error:
-            raise EngineError(f"{self.stage}: onnxruntime failed: {error}") from error
+            raise EngineError(f"{self.stage}: onnxruntime failed: {one_line(error, REASON_LENGTH)}") from error
 
     def _measured(self, binding: Any, read: Collection[str]) -> dict[str, ArraySpec]:
         """Run once to learn the shapes of the outputs other than `read`, which no port's dims have to tell."""

@@ -4,7 +4,6 @@ import sys
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
@@ -16,40 +15,30 @@ from ...storage.hub_cache_links import without_links
 from ...storage.install_hint import install_hint
 from ..memory.give_back import give_back_memory
 from .environment_threads import environment_threads
-from .protocol import HostRunner, Tensors, complete_inputs
+from .protocol import REASON_LENGTH, HostRunner, Outputs, Tensors, complete_inputs
 
-PRECISIONS = ("f32", "bf16")  # values of INFERENCE_PRECISION_HINT
 PERIODIC = ("Sin", "Cos")
 TELEMETRY = "openvino_telemetry"
-REASON_LENGTH = 400
 
 
 class OpenVinoEngine:
     """An engine for every stage of `bundle`, on the CPU.
 
-    `precision` is "f32" (the graphs' own) or "bf16". `threads=None` leaves their number to OMP_NUM_THREADS, and
+    Graphs are computed in fp32, or in `precision`. `threads=None` leaves their number to OMP_NUM_THREADS, and
     without it to OpenVINO. The files of the weights are mapped into memory."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        device: str = "cpu",
-        *,
-        precision: str = "f32",
-        threads: int | None = None,
+        self, bundle: Bundle, device: str = "cpu", *, precision: Precision | None = None, threads: int | None = None
     ) -> None:
-        """Raises EngineError for an unknown device or precision, or when OpenVINO is not installed."""
+        """Raises EngineError for another device, or when OpenVINO is not installed."""
         if device != "cpu":
             raise EngineError(f'device {device!r}: engine openvino runs on cpu only; for cuda set engine="onnxruntime"')
-        if precision not in PRECISIONS:
-            raise EngineError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self.bundle = bundle
-        self.name = "openvino" if precision == "f32" else f"openvino-{precision}"
+        self.name = f"openvino-{precision}" if precision else "openvino"
+        self.precision = precision
         self._ov = import_openvino()
         self._core = self._ov.Core()
-        self._precise = precision == "f32"
-        self.precision: Precision | None = None if self._precise else Precision.BF16
-        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision or "f32"}
         if allowed := threads or environment_threads():
             self._options["INFERENCE_NUM_THREADS"] = allowed
 
@@ -63,7 +52,7 @@ class OpenVinoEngine:
         try:
             with without_links(path) as alone:
                 model = self._core.read_model(str(alone))
-                head = None if self._precise else _cut_at_sines(self._ov, model)
+                head = _cut_at_sines(self._ov, model) if self.precision else None
                 head = head and self._core.compile_model(
                     head, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": "f32"}
                 )
@@ -83,7 +72,7 @@ class OpenVinoStage(HostRunner):
         self._head = head
         self._body = body
 
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def __call__(self, inputs: Tensors) -> Outputs:
         inputs = complete_inputs(self.stage, self.entry.inputs, inputs)
         try:
             fed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
@@ -130,17 +119,13 @@ def _cut_at_sines(ov: Any, model: Any) -> Any:
 
 def _parameters_above(nodes: list[Any]) -> list[Any]:
     """The inputs of the graph from which the values of `nodes` are computed."""
-    found: dict[str, Any] = {}
-    seen: set[str] = set()
+    seen: dict[str, Any] = {}
     while nodes:
         node = nodes.pop()
-        if node.get_name() in seen:
-            continue
-        seen.add(node.get_name())
-        if node.get_type_name() == "Parameter":
-            found[node.get_name()] = node
-        nodes += [value.get_node() for value in node.input_values()]
-    return list(found.values())
+        if node.get_name() not in seen:
+            seen[node.get_name()] = node
+            nodes += [value.get_node() for value in node.input_values()]
+    return [node for node in seen.values() if node.get_type_name() == "Parameter"]
 
 
 def require_no_bf16(stage: Stage, precision: Precision) -> None:

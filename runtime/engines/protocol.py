@@ -10,24 +10,18 @@ from numpy.typing import NDArray
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import MODULATION
-from ...schemas.manifest import MAIN_GRAPH
+from ...schemas.manifest import MAIN_GRAPH, PortEntry
+from ...schemas.ports import Port
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 
 Tensors = Mapping[str, NDArray[Any]]
+Outputs = dict[str, NDArray[Any]]
 F32 = NDArray[np.float32]
-Run = Callable[[Tensors], dict[str, NDArray[Any]]]
+Run = Callable[[Tensors], Outputs]
+PortSpec = Port | PortEntry
 
-
-class PortSpec(Protocol):
-    """The fields of a port that are checked; `schemas.ports.Port` and `schemas.manifest.PortEntry` have them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def dims(self) -> tuple[int | str, ...]: ...
+REASON_LENGTH = 400  # characters of what an engine's library says, in an error's message
 
 
 class StageRunner(Protocol):
@@ -35,7 +29,7 @@ class StageRunner(Protocol):
 
     It is called with an array for each input port and returns an array for each output port."""
 
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
+    def __call__(self, inputs: Tensors) -> Outputs: ...
 
     def bind(self, constants: Tensors) -> Run:
         """The stage with the inputs `constants` fixed: a function of the other inputs.
@@ -45,7 +39,7 @@ class StageRunner(Protocol):
     def keep(self, inputs: Tensors, read: Collection[str]) -> Mapping[str, Any]:
         """Run the stage, and leave every output but `read` in the engine's own memory if it has one.
 
-        What is returned can be given to `bind` of another graph of the same stage and engine."""
+        The outputs can be given to `bind` of another graph of the same stage and engine."""
         return self(inputs)
 
     def close(self) -> None:
@@ -79,8 +73,8 @@ class Engine(Protocol):
 
 
 def complete_inputs(stage: Stage, ports: Sequence[PortSpec], inputs: Tensors) -> Tensors:
-    """`inputs` with zeros for the ControlNet ports that it leaves out, and with one row where a port of the modulation
-    takes one for all samples. Raises EngineError as `check_inputs` does."""
+    """`inputs` with zeros for the ControlNet ports that it leaves out. The modulation has one row if its port takes one
+    for all samples. Raises EngineError as `check_inputs` does."""
     inputs = with_one_modulation(stage, ports, with_absent_control(ports, inputs))
     check_inputs(stage, ports, inputs)
     return inputs

@@ -8,8 +8,8 @@ from .free_memory import free_memory
 from .prediction import SESSION, Extras, predict_peak
 from .residency import AUTO, RESIDENT, STAGED, MemoryPolicy
 
-# The share of the memory that "auto" may fill: of what is free in the machine, where other programs need some, too, and
-# of all that a GPU has, where the screen and the driver take some.
+# The share of memory that "auto" may fill. On a CPU it is a share of what is free: other programs need some, too. On a
+# GPU it is a share of all: the screen and the driver take some.
 SHARES = {"cpu": 0.5, "cuda": 0.8}
 EVERYTHING = Extras(image_prompts=1, varies=True, masks=True, controls=CONTROLNETS, previews=True)
 

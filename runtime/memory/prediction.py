@@ -47,8 +47,8 @@ PAGE = 4096  # bytes; /proc/self/statm counts pages
 CONDITIONING_ONLY = ("kv_mapper", "clip_", ".mapper")
 CONDITIONING_TOO = ("to_k", "to_v")
 
-# The memory that a stage takes while it is loaded, as a factor of its weights: some weights are in memory twice, cast
-# and not yet rearranged. The first factor is for the policy "resident", the second for the others.
+# The memory that a stage takes while it is loaded, as a factor of its weights. Some weights are in memory twice: cast,
+# and also rearranged. The first factor is for the policy "resident", the second for the others.
 LOADING: Mapping[Stage, tuple[float, float]] = {Stage.DECODER: (1.45, 1.35)}
 LOADING_ELSE = (1.17, 1.05)  # of the other stages
 
@@ -66,7 +66,7 @@ VISION = 16  # of the image encoder, for each token of a picture and each channe
 
 @dataclass(frozen=True)
 class Extras:
-    """What an image is generated from besides text, as far as it takes memory.
+    """The inputs of an image besides text, as far as they take memory.
 
     `image_prompts` is the number of pictures. `controls` are the ControlNets. `masks` means inpainting. `previews` are
     made between the steps of the prior."""
@@ -159,18 +159,20 @@ def _runs(manifest: Manifest, extras: Extras) -> Iterator[_GraphRun]:
     if extras.masks:
         yield _GraphRun(Stage.VQGAN, ENCODER_GRAPH)
     yield from map(_GraphRun, extras.controls)
-    if Stage.PRIOR in manifest.stages:
-        graphs = _graphs(manifest, Stage.PRIOR)
-        yield from (_GraphRun(Stage.PRIOR, graph) for graph in graphs)
-        if extras.previews:  # while the prior is in use
-            yield _GraphRun(Stage.PREVIEWER, beside=loaded_bytes(manifest, Stage.PRIOR, graphs[-1]))
+    graphs = _prior_graphs(manifest)
+    yield from (_GraphRun(Stage.PRIOR, graph) for graph in graphs)
+    if graphs and extras.previews:  # while the prior is in use
+        yield _GraphRun(Stage.PREVIEWER, beside=loaded_bytes(manifest, Stage.PRIOR, graphs[-1]))
     yield _GraphRun(Stage.DECODER)
     yield _GraphRun(Stage.VQGAN)
 
 
-def _graphs(manifest: Manifest, stage: Stage) -> tuple[str, ...]:
-    has_parts = stage is Stage.PRIOR and {CONDITIONING, STEP} <= manifest.stages[stage].graphs.keys()
-    return (CONDITIONING, STEP) if has_parts else (MAIN_GRAPH,)
+def _prior_graphs(manifest: Manifest) -> tuple[str, ...]:
+    """The graphs that a generation runs of the prior; none without a prior."""
+    entry = manifest.stages.get(Stage.PRIOR)
+    if entry is None:
+        return ()
+    return (CONDITIONING, STEP) if {CONDITIONING, STEP} <= entry.graphs.keys() else (MAIN_GRAPH,)
 
 
 def _is_in(stage: Stage, graph: str, name: str) -> bool:
@@ -192,7 +194,7 @@ def _loading(stage: Stage, policy: MemoryPolicy) -> float:
 
 def _kept(manifest: Manifest, settings: Settings, images: int) -> int:
     """Bytes of the keys and values that the prior's conditioning graph leaves on the GPU; 0 without that graph."""
-    if Stage.PRIOR not in manifest.stages or STEP not in _graphs(manifest, Stage.PRIOR):
+    if STEP not in _prior_graphs(manifest):
         return 0
     config = from_json(Stage.PRIOR, manifest.stages[Stage.PRIOR].config)
     assert isinstance(config, UNetConfig)

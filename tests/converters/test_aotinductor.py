@@ -17,8 +17,11 @@ from cascadekit.cli import main
 from cascadekit.converters.aotinductor.packages_to_build import packages_to_build
 from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines.plan_choice import check_plan
+from cascadekit.runtime.engines.pytorch import package_choice
 from cascadekit.runtime.engines.pytorch.built_here import private_copy, remember_built
 from cascadekit.schemas.errors import EngineError, OutsideProfileError, UsageError
+from cascadekit.schemas.plan_entries import DeviceEntry
 from cascadekit.schemas.profiles import Bounds, parse_image_size
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
@@ -162,6 +165,20 @@ def test_a_package_of_somebody_else_is_not_loaded(bundle: Path, monkeypatch: pyt
         assert copy.read_bytes() == b"code"
     with pytest.raises(EngineError, match="it changed while it was loaded"), private_copy(planned.path, sha256):
         pass
+
+
+def test_the_advised_command_builds_what_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_bundle(bundle)
+    with pytest.raises(EngineError, match=r"--backend aotinductor --stage vqgan --graph encoder$"):
+        make_engine("aotinductor", opened).load(Stage.VQGAN, "encoder")
+    (planned,) = packages_to_build(opened, VQGAN)
+    plan = _list_plan(bundle, planned, "0" * 64).entry(Stage.VQGAN).plans[0]
+    h100 = DeviceEntry(name="NVIDIA H100", capability="sm90")
+    with pytest.raises(EngineError, match=r"the plan is missing; .* --stage vqgan --device cuda$"):
+        check_plan(opened, Stage.VQGAN, plan.model_copy(update={"device": h100}))
+    monkeypatch.setattr(package_choice, "present_device", lambda device: h100)
+    with pytest.raises(EngineError, match=r"no aotinductor plan .* --stage prior --device cuda$"):
+        package_choice.packages_on(opened, "cuda").of_graph(Stage.PRIOR, "model")
 
 
 def _list_plan(bundle: Path, planned: Any, sha256: str) -> Bundle:

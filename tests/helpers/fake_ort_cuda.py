@@ -150,9 +150,6 @@ class FakeBinding:
     def get_outputs(self) -> list[Any]:
         return [self.found[name] for name in self.outputs]
 
-    def copy_outputs_to_cpu(self) -> list[Any]:
-        return [value.numpy() for value in self.get_outputs()]
-
 
 class FakeSession:
     """A session; `captured` has the id and the shapes of each capture, `passes` counts runs by id, `replays` too."""

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cascadekit.runtime.engines import cpu_flags
 from cascadekit.runtime.engines import int8_saturation as int8
 from cascadekit.runtime.engines.int8_saturation import int8_saturates, int8_warning
 from cascadekit.runtime.engines.onnxruntime import import_onnxruntime
@@ -41,8 +42,10 @@ def test_the_flags_tell_what_onnxruntime_computes() -> None:
 def test_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, saturates: bool) -> None:
     monkeypatch.setattr(int8.platform, "machine", lambda: "x86_64")
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: {flags}\n")
-    assert int8_saturates(tmp_path / "cpuinfo") == saturates
-    assert not int8_saturates(tmp_path / "missing")
+    monkeypatch.setattr(cpu_flags, "CPUINFO", tmp_path / "cpuinfo")
+    assert int8_saturates() == saturates
+    monkeypatch.setattr(cpu_flags, "CPUINFO", tmp_path / "missing")
+    assert not int8_saturates()
 
 
 def test_the_warning_names_the_stages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

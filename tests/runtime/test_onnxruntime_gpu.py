@@ -17,6 +17,7 @@ import pytest
 from cascadekit import export
 from cascadekit.runtime.engines import installed_packages as installs
 from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines.mixed_bundles import MixedEngine
 from cascadekit.runtime.engines.onnxruntime import (
     OnnxRuntimeEngine,
     import_onnxruntime,
@@ -24,6 +25,7 @@ from cascadekit.runtime.engines.onnxruntime import (
     provider_problem,
 )
 from cascadekit.runtime.engines.provider_options import RECORD_ASSIGNMENT
+from cascadekit.runtime.sampling.denoiser import is_hoisted
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
@@ -190,11 +192,35 @@ def test_constants_stay_on_the_device(bundle: Bundle, monkeypatch: pytest.Monkey
         bound({"sample": cases[0]["sample"][:1], "timestep_ratio": np.zeros(1, np.float32)})
 
 
+def test_a_decoder_of_another_bundle_runs_in_parts_too(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step then launches a quarter less kernels than the whole graph, as that of a bundle by itself."""
+    use(monkeypatch)
+    gpu, cpu = OnnxRuntimeEngine(bundle, "cuda"), OnnxRuntimeEngine(bundle)
+    assert is_hoisted(gpu, Stage.DECODER)
+    assert is_hoisted(MixedEngine(cpu, {Stage.DECODER: gpu}), Stage.DECODER)
+    assert not is_hoisted(MixedEngine(gpu, {Stage.DECODER: cpu}), Stage.DECODER)
+    assert is_hoisted(MixedEngine(gpu, {Stage.DECODER: cpu}), Stage.PRIOR)
+
+
 def test_outputs_of_another_size(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch)
     bound = OnnxRuntimeEngine(bundle, "cuda").load(Stage.VQGAN).bind({})
     for side in (16, 20, 12):
         assert bound(latents(side=side))["images"].shape == (1, 3, 4 * side, 4 * side)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_failed_run_is_told_in_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def fail(*given: Any) -> None:
+        raise RuntimeError("CUDA failure 2: out of memory ;\n\texpr=cudaMalloc;\n")
+
+    use(monkeypatch)
+    runner: Any = OnnxRuntimeEngine(bundle, device).load(Stage.VQGAN)
+    runner._session.run = fail
+    with pytest.raises(
+        EngineError, match=r"^vqgan: onnxruntime failed: CUDA failure 2: out of memory ; expr=cuda\w+;$"
+    ):
+        runner(latents())
 
 
 def test_two_installs_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_tensorrt_rtx_takes_a_mapped_file(tmp_path: Path) -> None:
 
     path = tmp_path / "junk.plan"
     path.write_bytes(b"junk" * 100)
-    host = nvidia.Host("tensorrt-rtx", tensorrt_rtx, None, None, nvidia._messages("tensorrt-rtx"))  # type: ignore[arg-type]
+    host = nvidia.Host("tensorrt-rtx", tensorrt_rtx, None, None)  # type: ignore[arg-type]
     runtime = nvidia.make_runtime(host)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         assert runtime.deserialize_cuda_engine(content) is None

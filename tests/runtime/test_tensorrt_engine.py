@@ -14,13 +14,14 @@ from cuda.bindings import runtime as real_cuda
 from cascadekit.converters.tensorrt import BuildOptions, build
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.engines.engine_table import make_engine
+from cascadekit.runtime.engines.mixed_bundles import MixedEngine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cascadekit.runtime.engines.plan_choice import choose
 from cascadekit.runtime.engines.tensorrt import cuda
 from cascadekit.runtime.engines.tensorrt import host as nvidia
 from cascadekit.runtime.engines.tensorrt.cuda import Cuda
 from cascadekit.runtime.engines.tensorrt.execution import Execution
 from cascadekit.runtime.engines.tensorrt.host import Host, open_host
-from cascadekit.runtime.engines.tensorrt.plan_choice import choose
 from cascadekit.runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.errors import EngineError
@@ -261,7 +262,7 @@ def test_a_plan_of_another_graph(bundle: Bundle, gpu: FakeGpu, make: Make) -> No
     with pytest.raises(EngineError, match=r"not the plan .*prompt_embeds and 1 profiles, found .*; build it again"):
         make(bundle).load(Stage.TEXT_ENCODER)
     gc.collect()
-    assert gpu.taken == 0
+    assert (gpu.taken, gpu._pending) == (0, {})
 
 
 def test_the_nearest_profile_is_chosen(bundle: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +437,18 @@ def test_stages_leave_under_a_budget_and_come_back(bundle: Bundle, gpu: FakeGpu,
         assert [bool(stage.device_bytes) for stage in (vqgan, decoder, text)] == [False, True, True]
 
 
+def test_stages_of_several_bundles_share_the_budget(bundle: Bundle, gpu: FakeGpu, make: Make) -> None:
+    for stage in (Stage.TEXT_ENCODER, Stage.VQGAN, Stage.DECODER):
+        bundle = with_plan(bundle, stage, weights=1_000_000)
+    engines = [make(bundle, memory_budget=2_500_000) for _ in range(2)]
+    mixed = MixedEngine(engines[0], {Stage.DECODER: engines[1]})
+    loaded: Any = [mixed.load(stage) for stage in (Stage.VQGAN, Stage.DECODER, Stage.TEXT_ENCODER)]
+    assert [bool(stage.device_bytes) for stage in loaded] == [False, True, True]
+    assert gpu.taken <= 2_500_000
+    loaded[0](latents())
+    assert [bool(stage.device_bytes) for stage in loaded] == [True, False, True]
+
+
 def test_a_full_gpu_makes_room_too(bundle: Bundle, gpu: FakeGpu, make: Make) -> None:
     for stage in (Stage.TEXT_ENCODER, Stage.VQGAN):
         bundle = with_plan(bundle, stage, weights=1_000_000)
@@ -491,10 +504,12 @@ def test_weights_are_streamed(bundle: Bundle, trt: FakeTensorRT, make: Make, wis
 
 
 def test_make_engine_and_auto(bundle: Bundle, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage in (Stage.TEXT_ENCODER, Stage.DECODER, Stage.VQGAN, Stage.PRIOR):
+    parts = [(Stage.PRIOR, "conditioning"), (Stage.PRIOR, "step")]
+    others = [(Stage.TEXT_ENCODER, "model"), (Stage.DECODER, "model"), (Stage.VQGAN, "encoder"), (Stage.VQGAN, "model")]
+    for stage, graph in (*parts, *others):
         with pytest.raises(EngineError, match="CUDAExecutionProvider"):
             make_engine("auto", bundle, "cuda")
-        bundle = with_plan(bundle, stage)
+        bundle = with_plan(bundle, stage, graph)
     engine = make_engine("auto", bundle, "cuda", memory_budget=1 << 20)
     assert (engine.name, engine.room.budget) == ("tensorrt-rtx", 1 << 20)  # type: ignore[attr-defined]
     assert make_engine("tensorrt-rtx", bundle).name == "tensorrt-rtx"

@@ -107,8 +107,17 @@ def test_refusals(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(EngineError, match="expected inputs latents, found x"):
         runner({"x": np.zeros(1, np.float32)})
     monkeypatch.setattr(runner, "_compute", lambda **given: given["latents"] @ torch.zeros(7, 7))
+    given = {"latents": np.zeros((1, 4, 8, 8), np.float32)}
     with pytest.raises(EngineError, match=r"^vqgan: torch failed: [^\n]*$"):
-        runner({"latents": np.zeros((1, 4, 8, 8), np.float32)})
+        runner(given)
+    monkeypatch.setattr(runner, "_device", torch.device("cuda:99"))  # which no machine has
+    for fails in (lambda: runner(given), lambda: runner.bind(given)):
+        with pytest.raises(EngineError, match=r"^vqgan: torch failed: [^\n]*$"):
+            fails()
+    engine: Any = make_engine("torch", bundle)
+    engine.device = "cuda:99"
+    with pytest.raises(EngineError, match=r"^vqgan: torch cannot load it: [^\n]*$"):
+        engine.load(Stage.VQGAN)
 
     def changed(**fields: Any) -> Bundle:
         entry = bundle.entry(Stage.PRIOR).model_copy(update=fields)

@@ -1,8 +1,8 @@
 """Remembers which packages of AOTInductor this user built on this machine.
 
 A package is machine code that runs with the user's rights as soon as it is loaded. The SHA-256 in a bundle's manifest
-shows that a package is whole, and not where it comes from: whoever made the bundle wrote both. So a list of what was
-built here is kept outside of all bundles, in the user's cache folder.
+shows that a package is whole, and not where it comes from: whoever made the bundle wrote both. A list of what
+was built here is therefore kept outside of all bundles, in the user's cache folder.
 """
 
 import hashlib

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from ....schemas.errors import EngineError
+from ....schemas.errors import CascadeError, EngineError
+from ....schemas.messages import one_line
+from ..protocol import REASON_LENGTH
 
 HOST = "cpu"
 
@@ -43,6 +45,17 @@ def computing_on(device: torch.device) -> Iterator[None]:
     finally:
         for part, value in zip(parts, before, strict=True):
             part.allow_tf32 = value
+
+
+@contextmanager
+def torch_errors(problem: str) -> Iterator[None]:
+    """Inside, exceptions of torch become EngineError: `problem`, and what torch says."""
+    try:
+        yield
+    except CascadeError:
+        raise
+    except Exception as error:  # torch raises RuntimeError and others, its compiler classes of its own
+        raise EngineError(f"{problem}: {one_line(error, REASON_LENGTH)}") from error
 
 
 def to_host(tensor: torch.Tensor) -> NDArray[Any]:

@@ -12,11 +12,10 @@ from ....schemas.plan_entries import PlanEntry
 from ....schemas.precision import Precision
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
-from ..tensorrt.plan_choice import check_plan, choose
+from ..plan_choice import check_plan, choose
 from .built_here import private_copy
-from .captured_calls import captured_on_gpu
-from .device import HOST, require_device
-from .package_choice import graphs_with_packages, loadable_packages, present_device
+from .device import HOST, torch_errors
+from .package_choice import BACKEND, packages_on
 from .stage_runner import RATIO, TIME, TensorStage
 from .tensors import bundle_tensors, read_tensor
 from .torch_engine import DTYPES, computed_precision
@@ -25,32 +24,31 @@ from .torch_engine import DTYPES, computed_precision
 class PackageEngine:
     """An engine for the stages of `bundle` that have packages for this machine.
 
-    Packages hold code and no weights: these are read from the bundle when a stage is loaded, so packages of a model
-    serve it with any LoRA merged. `threads=None` leaves their number to torch. On a GPU, prior and decoder are replayed
-    as CUDA graphs."""
+    Packages hold code and no weights. Weights are read from the bundle when a stage is loaded, so the packages of a
+    model serve it with any LoRA merged. `threads=None` leaves their number to torch. On a GPU, prior and decoder are
+    replayed as CUDA graphs."""
 
     precision: Precision | None = None  # a package computes as the graph says
 
     def __init__(self, bundle: Bundle, device: str = HOST, *, threads: int | None = None) -> None:
         """Raises EngineError when torch finds no GPU for the device "cuda"."""
-        require_device(device, "aotinductor")
         if threads is not None:
             torch.set_num_threads(threads)
         self.bundle = bundle
         self.device = device
-        self.name = "aotinductor"
+        self.name: str = BACKEND
+        self.plans = packages_on(bundle, device)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        return graphs_with_packages(self.bundle.entry(stage), present_device(self.device))
+        return self.plans.graphs(stage)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> TensorStage:
         """Raises EngineError, with the reason and the command that builds a package, when none can be loaded here."""
         entry = self.bundle.entry(stage)
-        plans = loadable_packages(self.bundle, stage, graph, self.device)
+        plans = self.plans.of_graph(stage, graph)
         dtype = DTYPES[computed_precision(stage, entry, None)]
         packages = _Packages(self.bundle, stage, plans, dtype=dtype, device=self.device)
-        compute = captured_on_gpu(packages, stage, self.device)
-        return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
+        return TensorStage(stage, entry, graph, compute=packages, dtype=dtype, device=self.device)
 
 
 class _Packages:
@@ -81,18 +79,12 @@ class _Packages:
         return self._loaded[plan.path]
 
     def _load(self, path: Path, plan: PlanEntry) -> Any:
-        with private_copy(path, plan.sha256) as copy:
+        with private_copy(path, plan.sha256) as copy, torch_errors(f"{path}: torch cannot load the package"):
             index = -1 if self._device == HOST else torch.cuda.current_device()
-            try:
-                package = torch._inductor.aoti_load_package(str(copy), run_single_threaded=True, device_index=index)
-                names = package.get_constant_fqns()
-                package.load_constants(
-                    {name: self._weight(name, path) for name in names}, check_full_update=True, user_managed=True
-                )
-            except (RuntimeError, OSError, ValueError, TypeError) as error:  # TypeError: of an older torch
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise EngineError(f"{path}: torch cannot load the package: {reason}") from error
-        return package
+            package = torch._inductor.aoti_load_package(str(copy), run_single_threaded=True, device_index=index)
+            weights = {name: self._weight(name, path) for name in package.get_constant_fqns()}
+            package.load_constants(weights, check_full_update=True, user_managed=True)
+            return package
 
     def _weight(self, name: str, path: Path) -> torch.Tensor:
         """A weight on the device, which stays there for as long as this object: packages do not copy weights."""

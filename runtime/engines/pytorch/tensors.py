@@ -1,8 +1,8 @@
 """Reads weights from safetensors files, of a model or of a bundle, as tensors of PyTorch."""
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections import UserDict
+from typing import Any
 
 import torch
 
@@ -51,23 +51,11 @@ def _shaped(values: torch.Tensor, tensor: TensorRange) -> torch.Tensor:
     return values.reshape(tensor.shape[::-1]).T.contiguous() if tensor.transposed else values.reshape(tensor.shape)
 
 
-class LazyTensors(Mapping[str, torch.Tensor]):
+class LazyTensors(UserDict[str, Any]):
     """Tensors by name, each read from its file when it is needed, so that there is no second copy of the weights."""
 
-    def __init__(self, ranges: Mapping[str, TensorRange]) -> None:
-        self._ranges = ranges
-
     def __getitem__(self, name: str) -> torch.Tensor:
-        return read_tensor(self._ranges[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._ranges
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ranges)
-
-    def __len__(self) -> int:
-        return len(self._ranges)
+        return read_tensor(self.data[name])
 
 
 def bundle_tensors(bundle: Bundle, stage: Stage) -> dict[str, TensorRange]:
@@ -78,19 +66,14 @@ def bundle_tensors(bundle: Bundle, stage: Stage) -> dict[str, TensorRange]:
     entry = bundle.entry(stage)
     expected = expected_tensors(from_json(stage, entry.config))
     found: dict[str, TensorRange] = {}
-    for path in _weights(bundle, stage):
-        header = read_header(path)
+    for file in [file for file in entry.files if file.path not in entry.graph_paths]:
+        header = read_header(bundle.root / file.path)
         named = {name: tensor for name, tensor in header.tensors.items() if expected.get(name) == tensor.shape}
         if len(named) < len(expected):  # a shard, or another layout, which shares some names
             renamed = _renamed(header, stage)
             named = {**{name: tensor for name, tensor in renamed.items() if name in expected}, **named}
         found |= named
     return found
-
-
-def _weights(bundle: Bundle, stage: Stage) -> Iterator[Path]:
-    entry = bundle.entry(stage)
-    yield from (bundle.root / file.path for file in entry.files if file.path not in entry.graph_paths)
 
 
 def _renamed(header: Header, stage: Stage) -> dict[str, TensorRange]:

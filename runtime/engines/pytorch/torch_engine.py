@@ -1,8 +1,5 @@
 """Runs the networks in PyTorch on the weights of a bundle, on the CPU or on a GPU."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -13,8 +10,7 @@ from ....schemas.precision import Precision
 from ....schemas.quantization import Quantization
 from ....schemas.stages import Stage, VQGANConfig
 from ....storage.bundle import Bundle
-from .captured_calls import captured_on_gpu
-from .device import HOST, require_device
+from .device import HOST, require_device, torch_errors
 from .networks import load_reference, load_vqgan_encoder
 from .networks.blocks import AttentionBlock, ResBlock
 from .networks.clip import EncoderLayer
@@ -54,8 +50,7 @@ class PyTorchEngine:
         self._compiled = compiled
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        names = (MAIN_GRAPH, *((ENCODER_GRAPH,) if stage is Stage.VQGAN else ()))
-        return tuple(name for name in names if name in self.bundle.entry(stage).graphs)
+        return tuple(name for name in (MAIN_GRAPH, ENCODER_GRAPH) if name in self.bundle.entry(stage).graphs)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> TensorStage:
         entry = self.bundle.entry(stage)
@@ -64,18 +59,18 @@ class PyTorchEngine:
                 f"{stage}: engine {self.name} has no graph {graph!r}, only {', '.join(self.graphs(stage))}"
             )
         dtype = DTYPES[computed_precision(stage, entry, self.precision)]
-        network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
+        with torch_errors(f"{stage}: torch cannot load it"):
+            network = load_network(self.bundle, stage, graph, dtype=dtype, device=self.device)
         if self._compiled:
             _compile_regions(network)
-        compute = captured_on_gpu(network, stage, self.device)
-        return TensorStage(stage, entry, graph, compute=compute, dtype=dtype, device=self.device)
+        return TensorStage(stage, entry, graph, compute=network, dtype=dtype, device=self.device)
 
 
 def computed_precision(stage: Stage, entry: StageEntry, asked: Precision | None) -> Precision:
     """The precision that torch computes a stage in: `asked`, or that of the stage's graphs.
 
-    Raises EngineError for a stage whose graphs do what the networks in PyTorch do not: for quantised weights, and for
-    fp16 with scaled streams or blocks in fp32."""
+    Raises EngineError for a stage whose graphs do what the networks in PyTorch do not. These are graphs with quantised
+    weights, and graphs in fp16 with scaled streams or blocks in fp32."""
     if entry.quantization is not Quantization.NONE:
         raise EngineError(
             f"{stage}: its weights are {entry.quantization}, which torch does not multiply; "
@@ -104,13 +99,12 @@ def load_network(bundle: Bundle, stage: Stage, graph: str, *, dtype: torch.dtype
 def with_embedded_time(network: nn.Module) -> nn.Module:
     """The same network, which takes ``time`` in place of ``timestep_ratio`` if it has a timestep."""
     if isinstance(network, UNet):
-        changed: Any = network
-        changed.forward = changed.predict
+        network.forward = network.predict  # type: ignore[assignment]
     return network
 
 
 def _compile_regions(network: nn.Module) -> None:
     """Have torch.compile make kernels of the blocks that repeat: one compilation serves all blocks of a width."""
-    regions: list[Callable[..., None]] = [part.compile for part in network.modules() if isinstance(part, REGIONS)]
-    for region in regions:
-        region(dynamic=False)
+    for part in network.modules():
+        if isinstance(part, REGIONS):
+            part.compile(dynamic=False)

@@ -1,18 +1,18 @@
 """A plan on the device: TensorRT's engine and context, a buffer for every port, and a captured CUDA graph."""
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import GraphEntry
 from ....schemas.plan_entries import PlanEntry
-from ..protocol import Tensors
+from ..protocol import Outputs, Tensors
 from .cuda import Cuda, DeviceBuffer, DeviceMemoryError
 from .host import Host
 from .plan_ports import PlanPorts
@@ -47,10 +47,10 @@ class Execution:
         self._config: Any = None
         self._runtime_cache: Any = None
         self.profile: int | None = None  # the profile whose scratch memory is allocated
-        self._stream = self._cuda.create_stream()
         self._ports = PlanPorts(self.engine, path, plan, graph)
+        self._stream = self._cuda.create_stream()
         self._buffers = {name: DeviceBuffer(self._cuda) for name in self._ports.types}
-        self._held: dict[int, dict[str, DeviceBuffer]] = {}
+        self._held: WeakKeyDictionary[object, dict[str, DeviceBuffer]] = WeakKeyDictionary()
         self._last: Mapping[str, Placed] | None = None
         self._captured: Any = None
         self._captures = not hasattr(host.trt, "CudaGraphStrategy")
@@ -83,48 +83,31 @@ class Execution:
 
     @property
     def device_bytes(self) -> int:
-        held = (buffer for buffers in self._held.values() for buffer in buffers.values())
-        ports = sum(buffer.nbytes for buffer in (*self._buffers.values(), *held))
+        ports = sum(buffer.nbytes for buffer in self._all_buffers())
         return self.weights_on_device + ports + (0 if self.profile is None else self.scratch(self.profile))
 
-    def hold(self, key: int, constants: Tensors) -> None:
-        """Copy `constants` to the device and keep them under `key` until `release`, unless `key` has them already."""
-        if key in self._held:
-            return
-        buffers = self._held[key] = {name: DeviceBuffer(self._cuda) for name in constants}
-        try:
-            arrays = {name: self._ports.to_plan(name, array) for name, array in constants.items()}
-            for name, array in arrays.items():
-                self._cuda.upload(buffers[name].fit(array.nbytes), array, self._stream)
-            self._cuda.synchronize(self._stream)
-        except EngineError:
-            self.release(key)
-            raise
-
-    def release(self, key: int) -> None:
-        """Free the constants that are held under `key`."""
-        for buffer in self._held.pop(key, {}).values():
-            buffer.free()
-
-    def run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
-        """The outputs for `inputs` and for the constants on the device under `key`, which `held` has on the host.
+    def run(self, profile: int, inputs: Tensors, constants: Tensors, owner: object) -> Outputs:
+        """The outputs for `inputs` and `constants`. The constants of an owner are the same in every call: they stay on
+        the device for as long as `owner` lives.
 
         Raises EngineError when CUDA or TensorRT fail."""
         try:
-            return self._run(profile, inputs, held, key)
+            return self._run(profile, inputs, constants, owner)
         except EngineError:
             self._drop_capture()
             self._last = None  # the context may have taken some of the addresses
             raise
 
-    def _run(self, profile: int, inputs: Tensors, held: Tensors, key: int) -> dict[str, NDArray[Any]]:
+    def _run(self, profile: int, inputs: Tensors, constants: Tensors, owner: object) -> Outputs:
+        if owner not in self._held:
+            buffers = {name: DeviceBuffer(self._cuda) for name in constants}
+            arrays = self._upload(constants, buffers)
+            self._cuda.synchronize(self._stream)
+            self._held[owner] = buffers
         self._select(profile)
-        arrays = {name: self._ports.to_plan(name, array) for name, array in inputs.items()}
-        placed = {name: Placed(array.shape, self._held[key][name].address) for name, array in held.items()}
-        for name, array in arrays.items():
-            address = self._buffers[name].fit(array.nbytes)
-            self._cuda.upload(address, array, self._stream)
-            placed[name] = Placed(array.shape, address)
+        placed = {name: Placed(array.shape, self._held[owner][name].address) for name, array in constants.items()}
+        arrays = self._upload(inputs, self._buffers)
+        placed |= {name: Placed(array.shape, self._buffers[name].address) for name, array in arrays.items()}
         outputs = self._place(placed)
         self._launch({**placed, **outputs})
         results = {name: np.empty(spot.shape, self._ports.host_type(name)) for name, spot in outputs.items()}
@@ -140,11 +123,20 @@ class Execution:
         self._save_cache()
         # In this order: each depends on the next.
         self._context = self._config = self._runtime_cache = self.engine = None
-        for key in list(self._held):
-            self.release(key)
-        for buffer in self._buffers.values():
+        for buffer in self._all_buffers():
             buffer.free()
         self._cuda.destroy_stream(self._stream)
+
+    def _all_buffers(self) -> Iterator[DeviceBuffer]:
+        for buffers in (self._buffers, *self._held.values()):
+            yield from buffers.values()
+
+    def _upload(self, inputs: Tensors, buffers: Mapping[str, DeviceBuffer]) -> Tensors:
+        """Begin to copy `inputs` into `buffers`. The returned arrays have to live until the stream is synchronised."""
+        arrays = {name: self._ports.to_plan(name, array) for name, array in inputs.items()}
+        for name, array in arrays.items():
+            self._cuda.upload(buffers[name].fit(array.nbytes), array, self._stream)
+        return arrays
 
     def _select(self, profile: int) -> None:
         if self._context is None:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -18,17 +18,22 @@ KEPT_MESSAGES = 20
 
 @dataclass(frozen=True)
 class Host:
-    """A GPU and the TensorRT that runs on it. `trt` is the module, `messages` are its latest errors."""
+    """A GPU and the TensorRT that runs on it, whose module is `trt`."""
 
     backend: Backend
     trt: Any
     cuda: Cuda
     device: Device
-    messages: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_MESSAGES))
 
     @property
     def version(self) -> str:
         return str(self.trt.__version__)
+
+    @property
+    def messages(self) -> deque[str]:
+        """The latest errors of this TensorRT."""
+        messages: deque[str] = _logger(self.trt).messages
+        return messages
 
     @property
     def reason(self) -> str:
@@ -40,7 +45,7 @@ def open_host(backend: Backend) -> Host:
     """The first GPU. Raises EngineError, which names what is missing: TensorRT, CUDA's bindings, a driver or a GPU."""
     trt = import_tensorrt(backend)
     cuda = Cuda()
-    return Host(backend, trt, cuda, cuda.device(), _messages(backend))
+    return Host(backend, trt, cuda, cuda.device())
 
 
 def import_tensorrt(backend: Backend) -> Any:
@@ -58,24 +63,20 @@ def import_tensorrt(backend: Backend) -> Any:
 
 def make_runtime(host: Host) -> Any:
     """TensorRT's runtime, which turns plans into engines. Its logger fills `host.messages`."""
-    return host.trt.Runtime(_logger(host.trt, host.backend))
+    return host.trt.Runtime(_logger(host.trt))
 
 
 @cache
-def _messages(backend: Backend) -> deque[str]:
-    return deque(maxlen=KEPT_MESSAGES)
-
-
-@cache
-def _logger(trt: Any, backend: Backend) -> Any:
+def _logger(trt: Any) -> Any:
     """The logger of this process: TensorRT ignores a second one while the first is alive."""
 
     class ErrorLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.messages: deque[str] = deque(maxlen=KEPT_MESSAGES)
 
         def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                _messages(backend).append(text)
+                self.messages.append(text)
 
     return ErrorLogger()

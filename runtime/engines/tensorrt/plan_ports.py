@@ -28,8 +28,8 @@ class PlanPorts:
     has for each output."""
 
     def __init__(self, engine: Any, path: Path, plan: PlanEntry, graph: GraphEntry) -> None:
-        """`engine` was read from `path`. Raises EngineError when it has other ports or profiles than `plan` and
-        `graph`, or a port of a type that has no counterpart on the host."""
+        """`engine` was read from `path`. Raises EngineError when its ports or profiles are not those of `plan` and
+        `graph`, or when a port has a type that the host lacks."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         expected = {port.name for port in (*graph.inputs, *graph.outputs)}
         if set(names) != expected or engine.num_optimization_profiles != len(plan.profiles):

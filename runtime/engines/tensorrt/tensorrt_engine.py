@@ -1,34 +1,27 @@
 """Runs the plans of a bundle with TensorRT or TensorRT-RTX, on numpy arrays."""
 
-from collections.abc import Callable, Mapping
-from itertools import count
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import finalize
-
-from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError
-from ....schemas.manifest import MAIN_GRAPH
-from ....schemas.plan_entries import Backend, PlanEntry
+from ....schemas.manifest import MAIN_GRAPH, StageEntry
+from ....schemas.plan_entries import PlanEntry
 from ....schemas.precision import Precision
-from ....schemas.stages import EVERY_IMAGE, Stage
+from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.user_cache import user_cache
 from ...memory.give_back import give_back_memory
 from ...memory.gpu_budget import DeviceBudget, gib
-from ..protocol import StageRunner, Tensors, complete_inputs
+from ..plan_choice import RunnablePlans, check_plan, choose, targets_of
+from ..protocol import Outputs, StageRunner, Tensors, complete_inputs
 from .cuda import DeviceMemoryError
 from .execution import Execution
-from .host import Host, make_runtime, open_host
-from .plan_choice import check_plan, choose, graphs_with_plans, runnable_plans
+from .host import Host, make_runtime
 
-Outputs = dict[str, NDArray[Any]]
 Refit = Callable[[Any, Path], object]  # takes an engine of TensorRT and the ONNX file of its new weights
 T = TypeVar("T")
-
-NOTHING_HELD = 0  # the key of calls without constants
-_keys = count(NOTHING_HELD + 1)
 
 
 class TensorRTEngine:
@@ -57,12 +50,13 @@ class TensorRTEngine:
         self.host = host
         self.name: str = host.backend
         self.refit = refit
+        self.plans = plans_on(bundle, host, refits=refit is not None)
         self.room = DeviceBudget(host.cuda.free_memory, memory_budget)
         self.cache = cache or user_cache("tensorrt-rtx")
         self.runtime = make_runtime(host)
 
     def graphs(self, stage: Stage) -> tuple[str, ...]:
-        return graphs_with_plans(self.bundle.entry(stage), self.host, refits=self.refit is not None)
+        return self.plans.graphs(stage)
 
     def load(self, stage: Stage, graph: str = MAIN_GRAPH) -> "TensorRTStage":
         return TensorRTStage(self, stage, graph)
@@ -75,21 +69,21 @@ class TensorRTStage(StageRunner):
         """Raises EngineError, with the reason and the command that builds a plan, when no plan can run here."""
         self.stage = stage
         self._engine = engine
-        self._plans = runnable_plans(engine.bundle, stage, graph, engine.host, refits=engine.refit is not None)
+        self._plans = engine.plans.of_graph(stage, graph)
         self._entry = engine.bundle.entry(stage).graphs[graph]
         self._execution: Execution | None = None
         if len(self._plans) == 1:  # of several plans, the sizes of the first inputs decide
             self._with_room(lambda: self._ready(self._plans[0]))
 
     def __call__(self, inputs: Tensors) -> Outputs:
-        return self.run(inputs, {}, NOTHING_HELD)
+        return self.run(inputs, {}, self)
 
     def bind(self, constants: Tensors) -> "BoundStage":
         """The stage with the inputs `constants` fixed, which are copied to the device once."""
         return BoundStage(self, constants)
 
-    def run(self, inputs: Tensors, constants: Tensors, key: int) -> Outputs:
-        """The outputs for `inputs` and `constants`, which are held on the device under `key`."""
+    def run(self, inputs: Tensors, constants: Tensors, owner: object) -> Outputs:
+        """The outputs for `inputs` and `constants`, which stay on the device for as long as `owner` lives."""
         twice = inputs.keys() & constants.keys()
         if twice:
             raise EngineError(f"{self.stage}: {', '.join(sorted(twice))} given, though bound already")
@@ -99,17 +93,10 @@ class TensorRTStage(StageRunner):
         plan, profile = choose(self._engine.bundle, self.stage, self._plans, shapes, loaded)
 
         def attempt() -> Outputs:
-            execution = self._ready(plan, profile)
-            execution.hold(key, constants)
             rest = {name: array for name, array in everything.items() if name not in constants}
-            return execution.run(profile, rest, constants, key)
+            return self._ready(plan, profile).run(profile, rest, constants, owner)
 
         return self._with_room(attempt)
-
-    def release(self, key: int) -> None:
-        """Forget the constants held under `key`."""
-        if self._execution:
-            self._execution.release(key)
 
     def close(self) -> None:
         self._engine.room.forget(self)
@@ -211,28 +198,31 @@ class BoundStage:
 
     def __init__(self, stage: TensorRTStage, constants: Tensors) -> None:
         self._stage = stage
-        self._constants: Mapping[str, NDArray[Any]] = dict(constants)
-        self._key = next(_keys)
-        finalize(self, stage.release, self._key).atexit = False  # the driver may be gone by then
+        self._constants = dict(constants)
 
     def __call__(self, inputs: Tensors) -> Outputs:
-        return self._stage.run(inputs, self._constants, self._key)
+        return self._stage.run(inputs, self._constants, self)
 
 
-def make_tensorrt(
-    bundle: Bundle, backend: Backend, memory_budget: int | None = None, refit: Refit | None = None
-) -> TensorRTEngine:
-    """The engine on this machine's GPU. Raises EngineError when TensorRT, a driver or a GPU are missing."""
-    return TensorRTEngine(bundle, open_host(backend), memory_budget=memory_budget, refit=refit)
+def plans_on(bundle: Bundle, host: Host, *, refits: bool = False) -> RunnablePlans:
+    """The plans of `bundle` that can run on `host`; see `refusal`."""
+    return RunnablePlans(bundle, host.backend, host.device.capability, partial(refusal, host=host, refits=refits))
 
 
-def has_plans(bundle: Bundle, backend: Backend) -> bool:
-    """True if every stage that `generate` needs has plans of `backend` that can run here."""
-    entries = [bundle.manifest.stages.get(stage) for stage in EVERY_IMAGE]
-    if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
-        return False
-    try:
-        host = open_host(backend)
-    except EngineError:
-        return False
-    return all(entry and graphs_with_plans(entry, host) for entry in entries)
+def refusal(entry: StageEntry, plan: PlanEntry, host: Host, *, refits: bool = False) -> str | None:
+    """Why `plan` of a stage cannot run on `host`; None when it can. With `refits`, a refittable plan may have been
+    built from other weights."""
+    version, device = host.version, host.device
+    if not entry.is_current(plan) and not (refits and plan.refittable and _is_of_graph(entry, plan)):
+        return "was built from other weights or graphs than the bundle has now"
+    if plan.backend_version != version:
+        return f"was built with {plan.backend} {plan.backend_version}, installed is {version}"
+    if device.capability not in targets_of(plan):
+        return f"was built for {', '.join(targets_of(plan))}, this GPU is {device.capability} ({device.name})"
+    return None
+
+
+def _is_of_graph(entry: StageEntry, plan: PlanEntry) -> bool:
+    """True if the plan was built from the present graph, with any weights."""
+    graph = tuple(source for source in plan.sources if source.path == entry.graphs[plan.graph].path)
+    return bool(graph) and entry.is_current(plan.model_copy(update={"sources": graph}))

@@ -1,7 +1,6 @@
 """The networks in PyTorch, one file each, with keys named as in the diffusers layout. Importing it imports torch."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .....schemas.stages import (
     UNetConfig,
     VQGANConfig,
 )
-from .....schemas.tensors import Shape, expected_tensors, is_counter
+from .....schemas.tensors import expected_tensors, is_counter
 from .controlnet import ControlNet
 from .decoder import Decoder
 from .effnet_encoder import EffnetEncoder
@@ -28,22 +27,6 @@ from .previewer import Previewer
 from .prior import Prior
 from .text_encoder import TextEncoder
 from .vqgan import VQGANDecoder, VQGANEncoder
-
-__all__ = [
-    "ControlNet",
-    "Decoder",
-    "EffnetEncoder",
-    "ImageEncoder",
-    "Previewer",
-    "Prior",
-    "TextEncoder",
-    "VQGANDecoder",
-    "VQGANEncoder",
-    "build_reference",
-    "load_reference",
-    "load_vqgan_encoder",
-]
-
 
 NETWORKS: Mapping[type[NetworkConfig], Callable[[Any], nn.Module]] = {
     VQGANConfig: VQGANDecoder,
@@ -83,7 +66,7 @@ def load_reference(
 
     Raises LayoutError naming every tensor that is missing, unexpected or of a wrong shape.
     """
-    return _load(lambda: build_reference(config), config, tensors, partial(_cast, dtype=dtype, device=device))
+    return _load(build_reference, config, tensors, dtype=dtype, device=device)
 
 
 def load_vqgan_encoder(
@@ -93,38 +76,36 @@ def load_vqgan_encoder(
     device: str = "cpu",
 ) -> nn.Module:
     """The encoder half of the vqgan, loaded as `load_reference` does; its ports are ``vqgan_encoder_ports(config)``."""
-    return _load(lambda: VQGANEncoder(config), config, tensors, partial(_cast, dtype=dtype, device=device))
+    return _load(VQGANEncoder, config, tensors, dtype=dtype, device=device)
 
 
 def _load(
-    build: Callable[[], nn.Module],
+    build: Callable[[Any], nn.Module],
     config: NetworkConfig,
     tensors: Mapping[str, torch.Tensor],
-    cast: Callable[[str, torch.Tensor], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    device: str,
 ) -> nn.Module:
     with torch.device("meta"):
-        network = build()
+        network = build(config)
     shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     known = expected_tensors(config)
-    weights = {name: cast(name, tensors[name]) for name in shapes if name in tensors}  # one by one, as read
+    weights = {
+        name: tensors[name].to(device, None if is_counter(name) else dtype)  # one by one, as each is read
+        for name in shapes
+        if name in tensors
+    }
     problems = [
         *(f"missing {name}" for name in shapes if name not in tensors),
         *(f"unexpected {name}" for name in tensors if name not in known),
-        *_wrong_shapes(shapes, weights),
+        *(
+            f"{name} expected shape {list(shapes[name])}, found {list(tensor.shape)}"
+            for name, tensor in weights.items()
+            if tuple(tensor.shape) != shapes[name]
+        ),
     ]
     if problems:
         raise LayoutError(f"tensors of the {config.stage}: {'; '.join(problems)}")
     network.load_state_dict(weights, assign=True)
     return network.requires_grad_(False).eval()
-
-
-def _cast(name: str, tensor: torch.Tensor, *, dtype: torch.dtype, device: str) -> torch.Tensor:
-    return tensor.to(device) if is_counter(name) else tensor.to(device, dtype)
-
-
-def _wrong_shapes(shapes: Mapping[str, Shape], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    return [
-        f"{name} expected shape {list(shapes[name])}, found {list(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if tuple(tensor.shape) != shapes[name]
-    ]

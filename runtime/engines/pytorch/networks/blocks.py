@@ -80,17 +80,14 @@ class TimestepBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         parts = time.chunk(len(self.names), dim=1)
         mapped: list[Tensor] = [self.get_submodule(name)(part) for name, part in zip(self.names, parts, strict=True)]
-        total = mapped[0]
-        for other in mapped[1:]:
-            total = total + other
-        scale, shift = total[:, :, None, None].chunk(2, dim=1)  # (B, c, 1, 1)
+        scale, shift = sum(mapped[1:], mapped[0])[:, :, None, None].chunk(2, dim=1)  # (B, c, 1, 1)
         return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
     """Multi-head attention with queries `x` (B, n, c) and keys `context` (B, m, c), without a mask.
 
-    So padding tokens take part."""
+    Padding tokens therefore take part."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """The transformer of the CLIP models, text and vision; attribute names are the key names of transformers."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -36,18 +38,11 @@ class SelfAttention(nn.Module):
         return y
 
 
-class MLP(nn.Module):
+def _perceptron(config: ClipConfig) -> nn.Sequential:
     """The perceptron per token: (B, n, c) to (B, n, c)."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]()
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return y
+    wide = nn.Linear(config.hidden_size, config.intermediate_size)
+    narrow = nn.Linear(config.intermediate_size, config.hidden_size)
+    return nn.Sequential(OrderedDict(fc1=wide, activation=ACTIVATIONS[config.hidden_act](), fc2=narrow))
 
 
 class EncoderLayer(nn.Module):
@@ -58,7 +53,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = _perceptron(config)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask)

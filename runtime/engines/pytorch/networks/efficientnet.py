@@ -4,11 +4,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from .....schemas.layer_tensors import (
-    EFFICIENTNET_EPSILON,
-    InvertedResidual,
-    inverted_residuals,
-)
+from .....schemas.layer_tensors import EFFICIENTNET_EPSILON, InvertedResidual, inverted_residuals
 
 
 class ConvNorm(nn.Sequential):

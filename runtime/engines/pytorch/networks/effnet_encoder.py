@@ -11,7 +11,6 @@ class EffnetEncoder(nn.Module):
 
     def __init__(self, config: EffnetEncoderConfig) -> None:
         super().__init__()
-        self.config = config
         self.backbone = efficientnet_v2(3, config.backbone_widths, config.backbone_blocks)
         self.mapper = nn.Sequential(
             nn.Conv2d(config.backbone_widths[-1], config.c_latent, kernel_size=1, bias=False),

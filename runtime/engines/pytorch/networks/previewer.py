@@ -14,7 +14,6 @@ class Previewer(nn.Module):
 
     def __init__(self, config: PreviewerConfig) -> None:
         super().__init__()
-        self.config = config
         widths = config.widths
         layers = [*_layer(nn.Conv2d(config.c_in, widths[0], kernel_size=1)), *_smoothing(widths[0])]
         for wide, narrow in pairwise(widths):

@@ -43,12 +43,17 @@ class UNet(nn.Module):
             ChannelNorm(width),
         )
         inwards, outwards = range(config.levels), range(config.levels)[::-1]
-        self.down_downscalers = nn.ModuleList(_downscaler(config, level) for level in inwards)
-        self.down_blocks = nn.ModuleList(_down_blocks(config, level) for level in inwards)
+        self.down_downscalers = nn.ModuleList(_scaler(config, level, up=False) for level in inwards)
+        self.down_blocks = nn.ModuleList(
+            _blocks(config, level, config.down_num_layers_per_block[level]) for level in inwards
+        )
         self.down_repeat_mappers = _repeat_mappers(config.block_out_channels, config.down_blocks_repeat_mappers)
-        self.up_blocks = nn.ModuleList(_up_blocks(config, level) for level in outwards)
+        self.up_blocks = nn.ModuleList(
+            _blocks(config, level, layers, has_skip=level < config.levels - 1)
+            for level, layers in zip(outwards, config.up_num_layers_per_block, strict=True)
+        )
         self.up_repeat_mappers = _repeat_mappers(config.block_out_channels[::-1], config.up_blocks_repeat_mappers)
-        self.up_upscalers = nn.ModuleList(_upscaler(config, level) for level in outwards)
+        self.up_upscalers = nn.ModuleList(_scaler(config, level, up=True) for level in outwards)
         self.clf = nn.Sequential(
             ChannelNorm(width),
             nn.Conv2d(width, config.out_channels * patch_area, kernel_size=1),
@@ -132,20 +137,11 @@ def _fitted(x: Tensor, skip: Tensor) -> Tensor:
     return resize(x.to(torch.promote_types(x.dtype, torch.float32)), skip).to(x.dtype)
 
 
-def _down_blocks(config: UNetConfig, level: int) -> nn.ModuleList:
-    return _blocks(config, level, config.down_num_layers_per_block[level], skip_channels=0)
-
-
-def _up_blocks(config: UNetConfig, level: int) -> nn.ModuleList:
-    layers = config.up_num_layers_per_block[config.levels - 1 - level]
-    deepest = level == config.levels - 1
-    return _blocks(config, level, layers, skip_channels=0 if deepest else config.block_out_channels[level])
-
-
-def _blocks(config: UNetConfig, level: int, layers: int, skip_channels: int) -> nn.ModuleList:
+def _blocks(config: UNetConfig, level: int, layers: int, *, has_skip: bool = False) -> nn.ModuleList:
     """The level's block kinds, `layers` times over; the very first block takes the skip."""
     kinds = config.block_types_per_layer[level] * layers
-    return nn.ModuleList(_block(config, level, kind, skip_channels if i == 0 else 0) for i, kind in enumerate(kinds))
+    skip_channels = config.block_out_channels[level] if has_skip else 0
+    return nn.ModuleList(_block(config, level, kind, 0 if i else skip_channels) for i, kind in enumerate(kinds))
 
 
 def _block(config: UNetConfig, level: int, kind: Block, skip_channels: int) -> nn.Module:
@@ -166,21 +162,13 @@ def _repeat_mappers(widths: tuple[int, ...], passes: tuple[int, ...]) -> nn.Modu
     )
 
 
-def _downscaler(config: UNetConfig, level: int) -> nn.Module:
-    """The module between the next outer level and `level`."""
+def _scaler(config: UNetConfig, level: int, *, up: bool) -> nn.Module:
+    """The module between `level` and the next outer level: it leads inwards, or outwards with `up`."""
     if level == 0:
         return nn.Identity()
-    outer, width = config.block_out_channels[level - 1 : level + 1]
-    if config.switch_level is None:
-        return nn.Sequential(ChannelNorm(outer), nn.Conv2d(outer, width, kernel_size=2, stride=2))
-    return nn.Sequential(ChannelNorm(outer), SizeKeepingSwitch(outer, width, index=0))
-
-
-def _upscaler(config: UNetConfig, level: int) -> nn.Module:
-    """The module between `level` and the next outer level."""
-    if level == 0:
-        return nn.Identity()
-    outer, width = config.block_out_channels[level - 1 : level + 1]
-    if config.switch_level is None:
-        return nn.Sequential(ChannelNorm(width), nn.ConvTranspose2d(width, outer, kernel_size=2, stride=2))
-    return nn.Sequential(ChannelNorm(width), SizeKeepingSwitch(width, outer, index=1))
+    widths = config.block_out_channels[level - 1 : level + 1]
+    source, target = widths[::-1] if up else widths
+    if config.switch_level is not None:
+        return nn.Sequential(ChannelNorm(source), SizeKeepingSwitch(source, target, index=int(up)))
+    convolution = nn.ConvTranspose2d if up else nn.Conv2d
+    return nn.Sequential(ChannelNorm(source), convolution(source, target, kernel_size=2, stride=2))

@@ -75,7 +75,6 @@ class VQGANEncoder(nn.Module):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        self.config = config
         widths, factor = config.widths, config.up_down_scale_factor
         self.in_block = nn.Sequential(
             nn.PixelUnshuffle(factor), nn.Conv2d(config.in_channels * factor**2, widths[0], kernel_size=1)
