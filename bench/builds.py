@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..converters.export.export import export
-from ..converters.export.export_options import STORED_AS
 from ..converters.onnx import GraphOptions, write_graph
 from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
 from ..schemas.callbacks import Say
-from ..schemas.precision import Precision, Target
+from ..schemas.precision import STORED_AS, Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
 from ..schemas.tensors import expected_tensors

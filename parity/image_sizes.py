@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from ..schemas.manifest import Manifest, StageEntry
-from ..schemas.plan_entries import Backend, ImageSize, ProfileEntry
+from ..schemas.plan_entries import ImageSize, ProfileEntry
+from ..schemas.precision import BackendName
 from ..schemas.sizes import SIZE_STEP, SMALLEST_SIDE
 from ..schemas.stages import Stage
 from .sample_inputs import SampleSize, Size
@@ -54,7 +55,7 @@ def choose_sizes(
 
 
 def _runs_plans(engine: str) -> bool:
-    return engine in get_args(Backend)
+    return engine in get_args(BackendName)
 
 
 def _profiles(entry: StageEntry, engine: str) -> list[ProfileEntry]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..schemas.dtypes import DTYPES
 from ..schemas.manifest import StageEntry
-from ..schemas.precision import Precision
+from ..schemas.precision import STORED_AS, Precision
 from ..schemas.quantization import Quantization
 
 # What people need to know beside the PSNR of a quantised bundle's image.
@@ -36,9 +37,7 @@ QUANTIZED_FACTOR = 4.0  # tolerance divided by the floor of quantised stages
 MAX_QUANTIZED_TOLERANCE = 0.5  # relative L2 of a quantised stage, however large its floor is
 # The name that a reference knows each precision and quantisation by; floors are errors against "float64".
 COMPUTE_DTYPES: Mapping[Precision | Quantization, str] = {
-    Precision.FP32: "float32",
-    Precision.FP16: "float16",
-    Precision.BF16: "bfloat16",
+    **{precision: DTYPES[stored].torch for precision, stored in STORED_AS.items()},
     **{kind: str(kind) for kind in Quantization if kind is not Quantization.NONE},
 }
 # Floors for a reference that computes in one precision only: those of the tiny cascade's worst stage. Those of

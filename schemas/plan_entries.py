@@ -7,9 +7,8 @@ from pydantic import Field, model_validator
 from .json_models import Bytes, Capability, Dimension, FrozenModel, Sha256, Side
 from .limits import MAX_FILE_BYTES, MAX_SIDE
 from .paths import RelativePath
-from .precision import Precision
+from .precision import BackendName, Precision
 
-Backend = Literal["tensorrt-rtx", "tensorrt", "aotinductor"]
 PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 
 
@@ -66,7 +65,7 @@ class PlanEntry(FrozenModel):
     path: RelativePath
     bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
     sha256: Sha256
-    backend: Backend
+    backend: BackendName
     backend_version: str
     targets: tuple[Capability, ...] = ()
     device: DeviceEntry | None = None

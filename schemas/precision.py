@@ -1,6 +1,8 @@
 """The precision that a graph computes in, and the runtime that it is written for."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Literal
 
 
 class Precision(StrEnum):
@@ -11,6 +13,10 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+# The dtype of each precision as safetensors spells it; `schemas.dtypes.DTYPES` has its size and torch's name for it.
+STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
+
+
 class Target(StrEnum):
     """The runtime that a graph is written for: any of opset 20, ONNX Runtime with its own, TensorRT (opset 23)."""
 
@@ -18,6 +24,8 @@ class Target(StrEnum):
     ORT = "ort"
     TENSORRT = "tensorrt"
 
+
+BackendName = Literal["tensorrt-rtx", "tensorrt", "aotinductor"]  # a compiler of plans for GPUs, and of packages
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0  # of fp8 without infinities

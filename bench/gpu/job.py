@@ -17,6 +17,7 @@ from .phases import Phase
 Arrays = dict[str, NDArray[Any]]
 
 TOKENS, WORDS = 77, 20  # of a prompt
+OF_BUNDLES = ("build", "engine", "image")  # works that read a bundle
 RATIO = 0.5  # the timestep ratio at which outputs are compared
 
 
@@ -60,7 +61,7 @@ class GpuJob:
 
     def reads(self, phase: Phase) -> Path | None:
         """The folder that a phase cannot do without."""
-        if phase.work in ("build", "engine", "image"):
+        if phase.work in OF_BUNDLES:
             return self.bundle(phase)
         return self.model(phase) if phase.work in ("diffusers", "compile", "export") else None
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ....schemas.manifest import MAIN_GRAPH, StageEntry
-from ....schemas.plan_entries import Backend, PlanEntry, ProfileEntry
+from ....schemas.plan_entries import PlanEntry, ProfileEntry
+from ....schemas.precision import BackendName
 from ....schemas.stages import Stage
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
@@ -19,7 +20,7 @@ Shapes = Mapping[str, Shape]
 
 
 def build_command(
-    bundle: Bundle, stage: Stage, backend: Backend, targets: Sequence[str], graph: str | None = None
+    bundle: Bundle, stage: Stage, backend: BackendName, targets: Sequence[str], graph: str | None = None
 ) -> str:
     """The command that builds plans of `stage` for `targets`. It names `graph` if that is not built by default."""
     arch = f" --arch {','.join(targets)}" if backend == "tensorrt-rtx" else ""
