@@ -102,11 +102,11 @@ def bench_builds(
                 measured.append((network, built))
             shutil.rmtree(here)
     backend = {f"{built.plan.backend} {built.plan.backend_version}" for _, built in measured}
-    estimates = {key: each for network in expected for key, each in _expected(network, precision).items()}
+    estimates = {key: each for network in expected for key, each in _estimated(network, precision).items()}
     return BuildsReport(machine, ", ".join(backend), tuple(measured), estimates)
 
 
-def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estimate]:
+def _estimated(network: str, precision: Precision) -> dict[tuple[str, str], Estimate]:
     """The estimated cost of the builds of a network, from its graphs."""
     config = PRESETS[NETWORKS[network]]
     options = GraphOptions(precision=precision, target=Target.TENSORRT)

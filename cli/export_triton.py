@@ -63,8 +63,8 @@ def export_triton(bundle: Path, output: Path, dry_run: bool, as_json: bool, **ch
 
     Example: cascadekit export-triton bundle -o repository
     """
-    from ..converters.triton.repository import export_triton as run
     from ..converters.triton.triton_options import TritonOptions
+    from ..converters.triton.write_repository import export_triton as run
 
     options = TritonOptions(**chosen)
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:

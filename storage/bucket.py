@@ -63,7 +63,7 @@ class BucketPath(PosixPath):
 
         _asked(self, written)
 
-    def names(self) -> set[str]:
+    def file_names(self) -> set[str]:
         """The keys of all files in this folder. Raises UsageError for missing keys, and CascadeError when the bucket
         is not there or does not answer."""
         store = _store()

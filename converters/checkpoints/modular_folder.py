@@ -18,7 +18,7 @@ from ...schemas.errors import CheckpointError
 from ...schemas.folders import MODULAR_FILES
 from ...schemas.layouts import Layout
 from ...schemas.messages import listed
-from ...schemas.stages import Stage
+from ...schemas.stages import EVERY_IMAGE, Stage
 from .find_weights import read_json
 from .identify import FileContents
 from .model_folder import INDEX_ENTRIES, OPTIONAL, write_json
@@ -35,7 +35,6 @@ ENTRIES: Mapping[str, tuple[str, str]] = {
     "vqgan": ("diffusers.pipelines.deprecated.wuerstchen", "PaellaVQModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
-NEEDED = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _entry(name: str, variant: str) -> list[Any]:
 
 def notes_on_missing(stages: Collection[Stage]) -> Iterator[str]:
     """Yield a note when stages that the blocks need are not among `stages`."""
-    if missing := [str(stage) for stage in NEEDED if stage not in stages]:
+    if missing := [str(stage) for stage in EVERY_IMAGE if stage not in stages]:
         yield f"the pipeline also needs {listed(missing)}; load these with `pipe.update_components` (diffusers)"
 
 

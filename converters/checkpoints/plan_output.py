@@ -134,7 +134,7 @@ class OutputPlan:
         return sorted({path for file in self.files for path in file.sources})
 
     @property
-    def names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """The paths, below the output folder, of files that every run with this plan writes."""
         pipeline = PIPELINE_FILES.get(self.options.layout, ())
         return [*(file.path.as_posix() for file in self.files), *(path.as_posix() for path in self.indexes), *pipeline]

@@ -16,7 +16,7 @@ from ...schemas.stages import Stage
 WeightsMode = Literal["auto", "link", "copy"]
 Fp16Safe = Literal["auto", "off"] | int | None
 
-Kind = TypeVar("Kind", bound=StrEnum)
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 @known_fields
@@ -143,7 +143,7 @@ class ExportOptions:
             )
 
 
-def _one_of(kind: type[Kind], value: Any, name: str) -> Kind:
+def _one_of(kind: type[Choice], value: Any, name: str) -> Choice:
     try:
         return kind(value)
     except ValueError:

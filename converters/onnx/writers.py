@@ -28,11 +28,11 @@ from .vqgan import write_vqgan, write_vqgan_encoder
 
 MODEL, CONDITIONING, STEP, ENCODER = "model", "conditioning", "step", "encoder"
 
-Writer = Callable[[Graph, Any], onnx.ModelProto]
+GraphWriter = Callable[[Graph, Any], onnx.ModelProto]
 
 # The graphs of a stage by name. "model" is the whole network; "conditioning" and "step" are its two parts. The "model"
 # of the vqgan is its decoder.
-WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
+WRITERS: Mapping[Stage, Mapping[str, GraphWriter]] = {
     Stage.PRIOR: {MODEL: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
     Stage.DECODER: {MODEL: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
     Stage.VQGAN: {MODEL: write_vqgan, ENCODER: write_vqgan_encoder},

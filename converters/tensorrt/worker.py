@@ -21,7 +21,7 @@ from .worker_request import WorkerRequest
 
 PR_SET_PDEATHSIG = 1
 LARGE = 256 << 20  # bytes of weights from which their pages are released while TensorRT reads them
-Answer = Callable[..., None]  # called with the fields of a line of JSON
+SendAnswer = Callable[..., None]  # called with the fields of a line of JSON
 
 
 class BuildFailed(Exception):  # noqa: N818 (sent to the parent, never raised to a user)
@@ -33,7 +33,7 @@ def main() -> None:
     serve(lambda line, answer: build(WorkerRequest.from_line(line), answer))
 
 
-def serve(make: Callable[[str, Answer], dict[str, Any]]) -> None:
+def serve(make: Callable[[str, SendAnswer], dict[str, Any]]) -> None:
     """Call `make` with the line on standard input, answer what it returns or raises, and end the process."""
     _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -51,7 +51,7 @@ def serve(make: Callable[[str, Answer], dict[str, Any]]) -> None:
     os._exit(0)  # skip the destructors of a driver that may be absent
 
 
-def build(request: WorkerRequest, answer: Answer) -> dict[str, Any]:
+def build(request: WorkerRequest, answer: SendAnswer) -> dict[str, Any]:
     """Build the plan of `request` at its output, which must not exist. Returns the fields of a `BuildOutcome`.
 
     Raises BuildFailed, or any exception of TensorRT's bindings."""
@@ -159,14 +159,14 @@ def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: 
 def _stream(backend: Backend, output: _Output) -> Any:
     base: Any = backend.module.IStreamWriter
 
-    class Writer(base):  # type: ignore[misc]
+    class PlanWriter(base):  # type: ignore[misc]
         def write(self, data: Any) -> int:
             return output.write(data)
 
-    return Writer()
+    return PlanWriter()
 
 
-def _monitor(backend: Backend, answer: Answer) -> Any:
+def _monitor(backend: Backend, answer: SendAnswer) -> Any:
     """A progress monitor that reports the current phase; None when this TensorRT has no monitors."""
     base: Any = getattr(backend.module, "IProgressMonitor", None)
     if base is None:

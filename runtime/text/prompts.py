@@ -169,13 +169,13 @@ def split(tokens: Sequence[Token]) -> Iterator[slice]:
     anywhere. Here, as in ComfyUI, the cut never goes through a word that began at most 20 tokens before it."""
     start = 0
     while len(tokens) - start > ROOM:
-        stop = _cut(tokens, start + ROOM)
+        stop = _end_of_chunk(tokens, start + ROOM)
         yield slice(start, stop)
         start = stop
     yield slice(start, len(tokens))
 
 
-def _cut(tokens: Sequence[Token], full: int) -> int:
+def _end_of_chunk(tokens: Sequence[Token], full: int) -> int:
     if tokens[full].is_comma:  # a phrase ends right here
         return full
     places = range(full, full - BACK, -1)
