@@ -1,5 +1,6 @@
 """What the package is made of: its folders, its version, its public names."""
 
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -33,3 +34,12 @@ def test_dir_shows_the_public_names_and_each_can_be_had() -> None:
     assert set(cascadekit.__all__) == {name for name in dir(cascadekit) if not name.startswith("_")}
     for name in cascadekit.__all__:
         assert getattr(cascadekit, name).__doc__, name
+
+
+def test_each_public_function_and_value_has_an_example() -> None:
+    """A call in its docstring; errors, and what functions return, have none."""
+    returned = {"Forecast", "Report", "Stage"}
+    for name in cascadekit.__all__:
+        found = getattr(cascadekit, name)
+        if name not in returned and not (isinstance(found, type) and issubclass(found, Exception)):
+            assert re.search(rf"^ *(>>> )?.*\b{name}(\.open)?\(", str(found.__doc__), re.MULTILINE), name

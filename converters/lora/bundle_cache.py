@@ -51,7 +51,11 @@ def with_loras(
     `say` is called with each part of a LoRA that did not apply.
 
     Raises UsageError for a LoRA that is not found, for a strength that is not finite, and for a bundle that has LoRAs
-    merged in already; ConversionError when the cache cannot be written; and the errors of `apply_loras`."""
+    merged in already; ConversionError when the cache cannot be written; and the errors of `apply_loras`.
+
+    Examples:
+        >>> cascade = Cascade.open(with_loras("bundle", [("style.safetensors", 0.8)]))
+    """
     if not loras:
         return Path(bundle)
     opened = open_bundle(Path(bundle))
