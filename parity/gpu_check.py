@@ -136,7 +136,7 @@ def _check_all(recorder: CheckRecorder, files: TinyFiles, capability: str) -> No
             recorder.skip([*names.values()], lacking)
         else:
             recording = files.recording(tf32=name == TF32_PROVIDER)
-            recorder.do(names["parity"], partial(_parity, files.portable, name, recording))
+            recorder.do(names["parity"], partial(_parity, files.portable, name, recording), compares=True)
             recorder.do(names["timing"], partial(_timing, files.portable, name))
 
 
@@ -175,7 +175,7 @@ def _check_backend(
         assert isinstance(engine, TensorRTEngine)
         return engine
 
-    recorder.do(names["parity"], lambda: _parity(root, backend, files.recording(tf32=False)))
+    recorder.do(names["parity"], lambda: _parity(root, backend, files.recording(tf32=False)), compares=True)
     recorder.do(names["repeats"], lambda: _repeats(made()))
     recorder.do(names["memory"], lambda: _memory(made, root, FLOORS[precision] * FACTORS[""][precision]))
     recorder.do(names["timing"], lambda: _timing(root, backend))
