@@ -1,5 +1,6 @@
 """What the package is made of: its folders, its version, its public names."""
 
+import inspect
 import re
 import tomllib
 from importlib.metadata import version
@@ -42,4 +43,5 @@ def test_each_public_function_and_value_has_an_example() -> None:
     for name in cascadekit.__all__:
         found = getattr(cascadekit, name)
         if name not in returned and not (isinstance(found, type) and issubclass(found, Exception)):
-            assert re.search(rf"^ *(>>> )?.*\b{name}(\.open)?\(", str(found.__doc__), re.MULTILINE), name
+            code = r"^(    |```python\n(?:.*\n)*?).*"
+            assert re.search(rf"{code}\b{name}(\.open)?\(", str(inspect.getdoc(found)), re.MULTILINE), name

@@ -24,7 +24,9 @@ Choice = TypeVar("Choice", bound=StrEnum)
 class ExportOptions:
     """The options of `export`; names and defaults are those of the command line.
 
-    Strings are accepted in place of enums: ``ExportOptions(precision="fp16", stages=["prior"])``.
+    Strings are accepted in place of enums:
+
+        export("model", "bundle", ExportOptions(precision="fp16", stages=["prior"]))
 
     Attributes:
         stages: Stages to export; empty: every stage that the model has.

@@ -35,7 +35,8 @@ HALVES = 2  # super-resolution takes the latents of the picture at half its size
 class ControlPicture:
     """A ControlNet by its name in CONTROLS, the picture it follows, and the factor of its residuals.
 
-    cascade.generate("a castle", controls=[ControlPicture("canny", "photo.png", 0.8)])
+    Examples:
+        >>> cascade.generate("a castle", controls=[ControlPicture("canny", "photo.png", 0.8)])
     """
 
     name: str
