@@ -66,7 +66,7 @@ def test_folders_side_by_side_have_no_file_of_the_same_name() -> None:
 
 
 def test_no_table_is_written_twice() -> None:
-    """Of the tables at the top of modules: mappings, and tuples of texts."""
+    """Tables here are mappings and tuples of texts at the top of modules."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in FILES:
         for node in parsed(path).body:

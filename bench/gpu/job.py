@@ -1,4 +1,4 @@
-"""What a phase's process is given, the folders it works in, and the inputs of the stages."""
+"""The arguments of a phase's process, the folders it works in, and the inputs of the stages."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -34,7 +34,7 @@ REAL_JOB = {"side": 1024, "runs": 10, "prior_steps": 20, "decoder_steps": 10}
 
 @dataclass(frozen=True)
 class GpuBench:
-    """What to measure. `tiny` rehearses with the tiny cascade; `minutes` bounds the whole run.
+    """The phases to measure. `tiny` rehearses with the tiny cascade; `minutes` bounds the whole run.
 
     `names` are beginnings of the names of phases; empty: all. `again` measures also what the state has."""
 

@@ -221,7 +221,7 @@ def _templates() -> dict[str, Mask]:
 
 
 def outline(mask: Mask, box: tuple[int, int, int, int]) -> Mask:
-    """What `box` (left, top, right, bottom) holds of the mask, in a square of 32 pixels."""
+    """The part of the mask in `box` (left, top, right, bottom), in a square of 32 pixels."""
     return np.asarray(Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)).astype(bool)
 
 

@@ -39,7 +39,7 @@ ENTRIES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ModularFolder:
-    """What the index of a modular folder states: folders of stages that have other names than usual, and notes."""
+    """The facts in the index of a modular folder: folders of stages that have other names than usual, and notes."""
 
     folders: dict[Stage, Path]
     notes: tuple[str, ...]

@@ -182,7 +182,7 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
 
 
 def _modular(source: Path, without: Collection[Stage]) -> "ModularFolder | None":
-    """What a folder of diffusers' modular pipelines says; None for others, which need not wait for the import."""
+    """The facts of a folder of diffusers' modular pipelines; None for others, which need not wait for the import."""
     if not (source / MODULAR_INDEX).is_file():
         return None
     from .modular_folder import read_modular_folder

@@ -98,7 +98,7 @@ def find_lora(lora: str | Path) -> Path:
 def listed_loras(folders: Sequence[Path] = ()) -> dict[str, str]:
     """The LoRAs in `folders` and in those of $CASCADEKIT_LORAS, by name, and what `find_lora` takes for each.
 
-    A LoRA is a .safetensors file or the folder of a PEFT adapter. Of several with one name the first counts."""
+    A LoRA is a .safetensors file or the folder of a PEFT adapter. If several have one name, the first counts."""
     found: dict[str, str] = {}
     for path in (path for folder in folders for path in _loras_in(folder)):
         found.setdefault(path.stem, str(path))

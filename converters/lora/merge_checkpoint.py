@@ -150,7 +150,7 @@ def _merged_names(plan: LoraPlan, files: OutputTree) -> list[str]:
 
 
 def _forecast(plan: LoraPlan, files: OutputTree, output: Path, loras: Sequence[Path]) -> Forecast:
-    """What would be read and written: merged files are as large as their sources, and other files are copied."""
+    """The files that would be read and written. Merged files are as large as their sources; other files are copied."""
     touched = _touched(plan)
     copied = [path for path in files.others(touched) if not files.is_stale(path, touched)]
     writes = tuple(FileSize(files.relative(path).as_posix(), path.stat().st_size) for path in [*touched, *copied])
