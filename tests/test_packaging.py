@@ -1,4 +1,4 @@
-"""What the package is made of: its folders, its version, its public names."""
+"""The parts of the package: its folders, its version, its public names."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""What memory is predicted: weights counted as the networks and the graphs hold them, and how the rest goes with the
+"""The prediction of memory: weights counted as the networks and the graphs hold them, and how the rest goes with the
 size, the batch and the policy. tests/test_real_size.py measures it."""
 
 import math
