@@ -233,7 +233,7 @@ def test_every_condition_matters(whole: Whole) -> None:
 
 
 def test_latents_alone(whole: Whole) -> None:
-    """Each output runs the stages that it needs, and no more; the latents of a prior go on in a decoder of one's own."""
+    """Each output runs the stages that it needs, no more; the latents of a prior go on in a decoder of one's own."""
     case = Case(2, guidance=(4.0, 0.0))
     expected = theirs(whole, case, [], None, None)
     settings = Settings(128, 256, prior_steps=3, decoder_steps=3, size_policy=SizePolicy.DIFFUSERS)
