@@ -98,7 +98,7 @@ def _parse_fp16_safe(
 @click.option(
     "--calibration",
     type=PATH,
-    help="File of what the calibration run measured: used if it exists, else written. It is for the same weights only.",
+    help="File with the values of a calibration run: used if it exists, else written. It is for the same weights only.",
 )
 @choice_option(
     "--quantize",
