@@ -20,7 +20,7 @@ from .progress import byte_progress
 
 TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
 
-NO_PASSPORT = "Leave the passports out of the files, which then equal those of the safetensors library."
+NO_PASSPORT = "Write no passports into the files; they say what each file was made of."
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
