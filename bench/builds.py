@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..converters.export.export import export
+from ..converters.export.export_options import STORED_AS
 from ..converters.onnx import GraphOptions, write_graph
 from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate_model
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
 from ..schemas.callbacks import Say
-from ..schemas.precision import STORED_AS, Precision, Target
+from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
 from ..schemas.tensors import expected_tensors
@@ -102,11 +103,11 @@ def bench_builds(
                 measured.append((network, built))
             shutil.rmtree(here)
     backend = {f"{built.plan.backend} {built.plan.backend_version}" for _, built in measured}
-    estimates = {key: each for network in expected for key, each in _estimated(network, precision).items()}
+    estimates = {key: each for network in expected for key, each in _expected(network, precision).items()}
     return BuildsReport(machine, ", ".join(backend), tuple(measured), estimates)
 
 
-def _estimated(network: str, precision: Precision) -> dict[tuple[str, str], Estimate]:
+def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estimate]:
     """The estimated cost of the builds of a network, from its graphs."""
     config = PRESETS[NETWORKS[network]]
     options = GraphOptions(precision=precision, target=Target.TENSORRT)

@@ -101,7 +101,7 @@ class Remaining:
 
 
 def passes_of(manifest: "Manifest", settings: "Settings", images: int) -> Passes:
-    """The passes of each stage that generating `images` images together takes."""
+    """What generating `images` images together takes in each stage."""
     from ..schemas.config_json import from_json
     from ..schemas.operations import multiply_adds
     from ..schemas.sizes import latent_sizes

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schemas.dtypes import DTYPES
 from ..schemas.manifest import StageEntry
-from ..schemas.precision import STORED_AS, Precision
+from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 
-# Printed beside the PSNR of a quantised bundle's image.
+# What people need to know beside the PSNR of a quantised bundle's image.
 QUANTISED_IMAGE = (
     "Weights are quantised, so the image's PSNR is no measure of faults: small errors grow over the steps, and another "
     "picture of the same prompt may come out. Each forward pass is judged instead, on equal inputs, against the error "
@@ -37,7 +36,9 @@ QUANTIZED_FACTOR = 4.0  # tolerance divided by the floor of quantised stages
 MAX_QUANTIZED_TOLERANCE = 0.5  # relative L2 of a quantised stage, however large its floor is
 # The name that a reference knows each precision and quantisation by; floors are errors against "float64".
 COMPUTE_DTYPES: Mapping[Precision | Quantization, str] = {
-    **{precision: DTYPES[stored].torch for precision, stored in STORED_AS.items()},
+    Precision.FP32: "float32",
+    Precision.FP16: "float16",
+    Precision.BF16: "bfloat16",
     **{kind: str(kind) for kind in Quantization if kind is not Quantization.NONE},
 }
 # Floors for a reference that computes in one precision only: those of the tiny cascade's worst stage. Those of

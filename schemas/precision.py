@@ -1,6 +1,5 @@
 """The precision that a graph computes in, and the runtime that it is written for."""
 
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Literal
 
@@ -11,10 +10,6 @@ class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
-
-
-# The dtype of each precision as safetensors spells it; `schemas.dtypes.DTYPES` has its size and torch's name for it.
-STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
 class Target(StrEnum):

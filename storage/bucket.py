@@ -63,7 +63,7 @@ class BucketPath(PosixPath):
 
         _asked(self, written)
 
-    def file_names(self) -> set[str]:
+    def names(self) -> set[str]:
         """The keys of all files in this folder. Raises UsageError for missing keys, and CascadeError when the bucket
         is not there or does not answer."""
         store = _store()
@@ -95,7 +95,7 @@ def on_disk(paths: Iterable[Path]) -> list[Path]:
 
 
 def _asked(path: BucketPath, call: Callable[[], Found]) -> Found:
-    """The answer of the store to `call`. Its errors become CascadeError, except FileNotFoundError."""
+    """What the store answers to `call`. Its errors become CascadeError, except FileNotFoundError."""
     try:
         return call()
     except FileNotFoundError:

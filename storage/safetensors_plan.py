@@ -28,7 +28,7 @@ class CalculatedRange:
     sources: tuple[TensorRange, ...] = ()
 
 
-ValueRange = TensorRange | CalculatedRange
+Range = TensorRange | CalculatedRange
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorPlan:
 
     dtype: str
     shape: Shape
-    ranges: tuple[ValueRange, ...]
+    ranges: tuple[Range, ...]
 
     @property
     def source_ranges(self) -> tuple[TensorRange, ...]:
@@ -66,7 +66,7 @@ class TensorPlan:
         return sum(_nbytes_as(each, self.dtype) for each in self.ranges)
 
 
-def _nbytes_as(values: ValueRange, dtype: str) -> int:
+def _nbytes_as(values: Range, dtype: str) -> int:
     """Size of a range's values in `dtype`."""
     if isinstance(values, CalculatedRange) or values.dtype == dtype:
         return values.nbytes

@@ -18,7 +18,7 @@ from ...schemas.errors import CheckpointError
 from ...schemas.folders import MODULAR_FILES
 from ...schemas.layouts import Layout
 from ...schemas.messages import listed
-from ...schemas.stages import EVERY_IMAGE, Stage
+from ...schemas.stages import Stage
 from .find_weights import read_json
 from .identify import FileContents
 from .model_folder import INDEX_ENTRIES, OPTIONAL, write_json
@@ -35,11 +35,12 @@ ENTRIES: Mapping[str, tuple[str, str]] = {
     "vqgan": ("diffusers.pipelines.deprecated.wuerstchen", "PaellaVQModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
+NEEDED = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER)
 
 
 @dataclass(frozen=True)
 class ModularFolder:
-    """The facts in the index of a modular folder: folders of stages that have other names than usual, and notes."""
+    """What the index of a modular folder states: folders of stages that have other names than usual, and notes."""
 
     folders: dict[Stage, Path]
     notes: tuple[str, ...]
@@ -83,7 +84,7 @@ def _entry(name: str, variant: str) -> list[Any]:
 
 def notes_on_missing(stages: Collection[Stage]) -> Iterator[str]:
     """Yield a note when stages that the blocks need are not among `stages`."""
-    if missing := [str(stage) for stage in EVERY_IMAGE if stage not in stages]:
+    if missing := [str(stage) for stage in NEEDED if stage not in stages]:
         yield f"the pipeline also needs {listed(missing)}; load these with `pipe.update_components` (diffusers)"
 
 

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
-from ...schemas.folders import (
-    MODEL_INDEX,
-    MODULAR_INDEX,
-    ORIGINAL_NAMES,
-    PLACES,
-    TOKENIZER_FOLDERS,
-    preferred_variants,
-    read_weights_name,
-)
-from ...schemas.precision import STORED_AS
+from ...schemas.folders import MODULAR_INDEX, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
@@ -32,6 +23,7 @@ if TYPE_CHECKING:
 ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
 EMA_SUFFIX = "_ema"  # Stability's trainer saves averaged weights in a file of this suffix beside the trained ones
+PIPELINE_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     if source.is_file():
         return [_open_file(path, without=without) for path in (source, *_side_files(source))]
     modular = _modular(source, without)
-    is_pipeline = bool(modular) or (source / MODEL_INDEX).is_file()
+    is_pipeline = bool(modular) or (source / PIPELINE_INDEX).is_file()
     if not is_pipeline and _is_component_folder(source):
         contents, variant = open_component_folder(source, None, choice.variant, without)
         _require_variant(source, choice, [variant])
@@ -182,7 +174,7 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
 
 
 def _modular(source: Path, without: Collection[Stage]) -> "ModularFolder | None":
-    """The facts of a folder of diffusers' modular pipelines; None for others, which need not wait for the import."""
+    """What a folder of diffusers' modular pipelines says; None for others, which need not wait for the import."""
     if not (source / MODULAR_INDEX).is_file():
         return None
     from .modular_folder import read_modular_folder
@@ -249,8 +241,9 @@ def _choose_files(found: FileContents, choice: WeightsChoice, taken: Collection[
 def _preference(component: Component, choice: WeightsChoice) -> tuple[bool, bool, int]:
     """Return a key that is smallest for the file to take: by averaging, by size, then by precision."""
     averaged = component.path.stem.endswith(EMA_SUFFIX)
+    dtypes = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     (dtype, _), *_ = component.dtypes.most_common(1) or [("", 0)]
-    precision = {stored: str(name) for name, stored in STORED_AS.items()}.get(dtype, dtype)
+    precision = dtypes.get(dtype, dtype)
     order = preferred_variants([precision], choice.variant or None)
     return averaged != choice.ema, (component.variant is Variant.LITE) != choice.lite, order.index(precision)
 
@@ -304,9 +297,10 @@ def _require_exists(path: Path) -> None:
 
 def _notes_on_names(components: Iterable[Component]) -> list[str]:
     """Return a note for each file whose name belongs to another stage than its content."""
+    names = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
     return [
         f"{component.path} is named like {name} but holds the {component.stage}; the content counts"
         for component in components
-        for stage, name in ORIGINAL_NAMES.items()
+        for stage, name in names.items()
         if component.path.name.startswith(name) and component.stage is not stage
     ]

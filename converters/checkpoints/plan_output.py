@@ -86,7 +86,7 @@ class FilePlan:
 
     @property
     def described(self) -> str:
-        """How its tensors change, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
         kinds = Counter(map(_became, self.tensors.values()))
         header = "; the header of the file that the sources were made of" if self.restored else ""
         return f"{len(self.tensors)} tensors: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}{header}"
@@ -104,7 +104,7 @@ class FilePlan:
 
 
 def _became(plan: TensorPlan) -> str:
-    """How the values of a tensor change, in words."""
+    """What becomes of the values of a tensor."""
     if plan.calculated:
         return f"calculated ({plan.dtype})"
     others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})

@@ -9,14 +9,16 @@ from typing import Any, Literal, TypeVar, get_args
 from ...schemas.errors import UsageError
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.messages import changed_fields, known_fields
-from ...schemas.precision import STORED_AS, Precision, Target
+from ...schemas.precision import Precision, Target
 from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
 
 WeightsMode = Literal["auto", "link", "copy"]
 Fp16Safe = Literal["auto", "off"] | int | None
 
-Choice = TypeVar("Choice", bound=StrEnum)
+Kind = TypeVar("Kind", bound=StrEnum)
+
+STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
 @known_fields
@@ -145,7 +147,7 @@ class ExportOptions:
             )
 
 
-def _one_of(kind: type[Choice], value: Any, name: str) -> Choice:
+def _one_of(kind: type[Kind], value: Any, name: str) -> Kind:
     try:
         return kind(value)
     except ValueError:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...schemas.dtypes import FLOATS
 from ...schemas.errors import ConversionError
-from ...storage.safetensors_plan import CalculatedRange, TensorPlan, ValueRange
+from ...storage.safetensors_plan import CalculatedRange, Range, TensorPlan
 from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
 from .encoding import Array, Bytes, compute_type, decode, encode, spacing
@@ -142,7 +142,7 @@ def rewritten(header: Header, calculated: Mapping[TensorRange, CalculatedRange])
 
 def _ranges(
     tensor: TensorRange, inside: Sequence[TensorRange], calculated: Mapping[TensorRange, CalculatedRange]
-) -> Iterator[ValueRange]:
+) -> Iterator[Range]:
     """Yield the ranges of a tensor, with those `inside` it calculated and the others copied."""
     position, end = tensor.offset, tensor.offset + tensor.nbytes
     for old in inside:

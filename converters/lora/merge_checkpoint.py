@@ -89,7 +89,7 @@ def merge_loras(
     record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
     sources = [*model.sources, *map(Path, loras)]
     files = output_tree(source, apart, target)
-    check_output(target, force=force, sources=sources, files=_merged_names(plan, files))
+    check_output(target, force=force, sources=sources, files=_names(plan, files))
     if on_plan:
         on_plan(_forecast(plan, files, target, [Path(lora) for lora in loras]))
     sign = -1 if unmerge else 1
@@ -124,9 +124,7 @@ def _write(
         effects.append(effect)
     touched = {tensor.path for tensor in calculated}
     replaced: list[str] = []
-    with staged_output(
-        output, force=force, sources=sources, files=_merged_names(plan, files), say=replaced.append
-    ) as staged:
+    with staged_output(output, force=force, sources=sources, files=_names(plan, files), say=replaced.append) as staged:
         skipped = files.copy_others(staged, touched)
         for path in sorted(touched):
             place = files.place(staged, path)
@@ -144,13 +142,13 @@ def _touched(plan: LoraPlan) -> list[Path]:
     return sorted({plan.components[target.stage].require_sound().tensors[target.tensor].path for target in targets})
 
 
-def _merged_names(plan: LoraPlan, files: OutputTree) -> list[str]:
+def _names(plan: LoraPlan, files: OutputTree) -> list[str]:
     """The places of merged files below the output; none where the output is a single file."""
     return [name for path in _touched(plan) if (name := files.relative(path).as_posix()) != "."]
 
 
 def _forecast(plan: LoraPlan, files: OutputTree, output: Path, loras: Sequence[Path]) -> Forecast:
-    """The files that would be read and written. Merged files are as large as their sources; other files are copied."""
+    """What would be read and written: merged files are as large as their sources, and other files are copied."""
     touched = _touched(plan)
     copied = [path for path in files.others(touched) if not files.is_stale(path, touched)]
     writes = tuple(FileSize(files.relative(path).as_posix(), path.stat().st_size) for path in [*touched, *copied])

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...schemas.dtypes import DTYPES
-from ...schemas.precision import STORED_AS, Precision, Target
+from ...schemas.precision import Precision, Target
 from ...schemas.quantization import Quantization, Scheme
 
 OPSET = 20  # the first opset with Gelu; LayerNormalization and Split by parts are older
 BLOCKED_OPSET = 21  # the first opset with 4-bit types and with scales by block
 BF16_OPSET = 22  # the first opset with convolutions in bf16
 ATTENTION_OPSET = 23  # the first opset with Attention, for TensorRT
+
+BETWEEN_IN_ORT = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class GraphOptions:
     def between(self) -> str:
         """The dtype of keys and values between a conditioning and a step graph. ONNX Runtime keeps them on the GPU, so
         that graphs for it need no casts."""
-        return DTYPES[STORED_AS[self.precision]].torch if self.target is Target.ORT else "float32"
+        return BETWEEN_IN_ORT[self.precision] if self.target is Target.ORT else "float32"
 
     @property
     def modulation_rows(self) -> int | str:

@@ -89,7 +89,7 @@ def build(
 
 
 def _planned(bundle: Bundle, options: BuildOptions) -> list[PlanToBuild]:
-    """The plans or packages that `build` makes, by the compiler that `options` name."""
+    """What `build` makes, by the compiler that `options` name."""
     if options.backend == AOTINDUCTOR:
         from ..aotinductor.packages_to_build import packages_to_build
 
@@ -117,7 +117,7 @@ def require_machine(options: BuildOptions) -> tuple[Backend, DeviceEntry | None]
 
 
 def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:
-    """The files that would be read and written; plans that exist already are noted."""
+    """What would be read and written; plans that exist already are noted."""
     new = [planned for planned in to_build if planned.key in estimates]
     paths = dict.fromkeys(bundle.root / source.path for planned in new for source in planned.sources)
     writes = tuple(FileSize(_relative(planned), estimates[planned.key].plan, about=True) for planned in new)

@@ -14,10 +14,9 @@ from pathlib import Path
 import onnx
 
 from ...runtime.memory.free_memory import free_memory
-from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import CONDITIONING
-from ...schemas.precision import STORED_AS, Precision
+from ...schemas.precision import Precision
 from ..export.graph_files import DTYPES, load_graph
 
 MIB = 1 << 20
@@ -27,6 +26,7 @@ MEMORY_PER_WEIGHT_OF = {CONDITIONING: 2.2}
 SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.009, 6e-9
 # Kernels are compiled for each profile; the profiles share the weights.
 PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 18_000
+SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _bytes(tensor: onnx.TensorProto, precision: Precision) -> int:
     elements: int = math.prod(tensor.dims)
     stored = DTYPES.get(tensor.data_type)
     if stored in ("F32", "F16", "BF16"):
-        return elements * DTYPE_SIZES[STORED_AS[precision]]
+        return elements * SIZES[precision]
     return elements * (8 if tensor.data_type == onnx.TensorProto.INT64 else 1)
 
 

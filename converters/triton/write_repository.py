@@ -55,7 +55,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Repository:
-    """The repository that was written: the names of the models, and the files with their bytes."""
+    """What was written: the names of the models, and the files with their bytes."""
 
     output: Path
     backend: str
@@ -204,7 +204,7 @@ def _stage_model(bundle: Bundle, stage: Stage, options: TritonOptions, plans: St
 
 @dataclass(frozen=True)
 class _CascadeParts:
-    """All that `cascade` and `cascade_stream` share: at most `batch` images together, `rows` in a stage at once."""
+    """What `cascade` and `cascade_stream` share: at most `batch` images together, `rows` through a stage at once."""
 
     bundle: Bundle
     stages: list[Stage]

@@ -225,7 +225,7 @@ def output_states(jobs: Sequence[ImageJob]) -> list[OutputState]:
     buckets = [folder for folder in {job.path.parent for job in jobs} if isinstance(folder, BucketPath)]
     if not buckets:
         return [output_state(job) for job in jobs]
-    there = {name for folder in buckets for name in folder.file_names()}
+    there = {name for folder in buckets for name in folder.names()}
 
     def state(job: ImageJob) -> OutputState:
         assert isinstance(job.path, BucketPath)

@@ -10,11 +10,10 @@ from math import prod
 from pathlib import Path
 
 from ...schemas.config_json import from_json
-from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.hoisted import CONDITIONING, STEP, attention_ports
 from ...schemas.layer_tensors import inverted_residuals
 from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH, Manifest
-from ...schemas.precision import STORED_AS, Precision
+from ...schemas.precision import Precision
 from ...schemas.settings import Settings
 from ...schemas.sizes import ROW_AREA, latent_sizes
 from ...schemas.stages import (
@@ -30,7 +29,7 @@ from ...schemas.stages import (
 from ...schemas.tensors import expected_tensors, is_counter
 from .residency import RESIDENT, MemoryPolicy
 
-BYTES = {precision: DTYPE_SIZES[stored] for precision, stored in STORED_AS.items()}  # of a value
+BYTES = {precision: 4 if precision is Precision.FP32 else 2 for precision in Precision}  # of a value
 EFFNET_AREA = 32 * 32  # pixels of the effnet's input for each of the prior's latents
 VQGAN_ENCODER = ("in_block", "down_blocks", "vquantizer")  # tensors of the vqgan's encoder; the decoder has the others
 PROCESS = 115 << 20  # the interpreter, numpy and an engine's library

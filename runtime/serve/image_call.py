@@ -34,7 +34,7 @@ YES, NO = (True, "true", "True", "1"), (False, None, "", "false", "False", "0")
 
 @dataclass(frozen=True)
 class ImageCall:
-    """The request of a caller. `partials` previews of each image are sent while it is generated, if it is streamed."""
+    """What a caller asks for. `partials` previews of each image are sent while it is generated, if it is streamed."""
 
     requests: tuple[Request, ...]
     format: str = "png"
@@ -54,7 +54,7 @@ class ImageCall:
 
     @property
     def described(self) -> dict[str, str]:
-        """The fields of an answer that hold for all of its images."""
+        """What an answer says about all of its images."""
         return {"size": self.size, "quality": self.quality, "background": "opaque", "output_format": self.format}
 
 

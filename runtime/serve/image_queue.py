@@ -29,7 +29,7 @@ ENDING = "the server is ending; ask again when it is back"
 
 
 class QueueMetrics:
-    """The events that a queue reports, here to nobody; `metrics.Metrics` shows it to Prometheus."""
+    """What a queue reports, here to nobody; `metrics.Metrics` shows it to Prometheus."""
 
     def watch_queue(self, waiting: Callable[[], float]) -> None:
         """Report what `waiting` returns as the length of the queue."""

@@ -44,10 +44,9 @@ CACHED_ROWS = 256  # of 77 tokens each; a row takes 400 kB at the width of CLIP 
 class PromptEmbeds:
     """The embeddings of B prompts and their B negative prompts, all float32.
 
-    T is 77 times the number of chunks. The arrays may also come from another text encoder:
-
         cascade.generate(embeds=PromptEmbeds(clip_text, pooled, negative_clip_text, negative_pooled))
-    """
+
+    T is 77 times the number of chunks. The arrays may also come from another text encoder."""
 
     clip_text: F32  # (B, T, channels)
     pooled: F32  # (B, 1, channels)

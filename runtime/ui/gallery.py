@@ -15,7 +15,7 @@ from ..batch.picture_hashes import PICTURE_FIELDS
 from ..images.png_text import METADATA_KEY, read_png_text
 from .uploads import Uploads
 
-ImageFacts = dict[str, Any]
+Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
 
 SUFFIX = ".png"
@@ -32,10 +32,10 @@ class Gallery:
             raise UsageError(f"{folder}: expected a folder for the images")
         self.folder = folder
         self._pictures = pictures
-        self._known: dict[Known, ImageFacts | None] = {}
+        self._known: dict[Known, Described | None] = {}
         self._lock = Lock()  # held while `_known` changes; every request has its own thread
 
-    def newest(self, count: int, search: str = "") -> tuple[list[ImageFacts], bool]:
+    def newest(self, count: int, search: str = "") -> tuple[list[Described], bool]:
         """The `count` newest images, and whether there are more. With `search`, only images that have each of its words
         in their prompts, their name or their seed. Raises UsageError for a folder that cannot be read."""
         words = search.casefold().split()
@@ -43,7 +43,7 @@ class Gallery:
         present = set(files)
         with self._lock:  # forget the images that are gone
             self._known = {known: value for known, value in self._known.items() if known in present}
-        found: list[ImageFacts] = []
+        found: list[Described] = []
         for name, time in files:
             described = self._described(name, time)
             if described is None or not all(word in _searched(described) for word in words):
@@ -53,7 +53,7 @@ class Gallery:
             found.append(described)
         return found, False
 
-    def describe(self, path: Path) -> ImageFacts | None:
+    def describe(self, path: Path) -> Described | None:
         """Name, size, time in seconds and settings of an image; None when it carries no settings."""
         return self._described(path.name, path.stat().st_mtime_ns)
 
@@ -75,7 +75,7 @@ class Gallery:
         except OSError as error:
             raise UsageError(f"{self.folder}: the images cannot be listed: {error.strerror}") from error
 
-    def _described(self, name: str, time: int) -> ImageFacts | None:
+    def _described(self, name: str, time: int) -> Described | None:
         with self._lock:
             known = (name, time) in self._known
             found = self._known.get((name, time))
@@ -89,7 +89,7 @@ class Gallery:
         shown, url = encoded.decode("utf-8", "replace"), f"/images/{quote(encoded, safe='')}?{time}"
         return {**found, "name": shown, "url": url, "time": time // 10**9, "settings": self._by_ids(found["settings"])}
 
-    def _by_ids(self, settings: ImageFacts) -> ImageFacts:
+    def _by_ids(self, settings: Described) -> Described:
         """Settings with ids in place of paths."""
         return {name: self._by_id(value) if name in PICTURE_FIELDS else value for name, value in settings.items()}
 
@@ -101,7 +101,7 @@ class Gallery:
         return {**rest, "picture": value["sha256"] if here else None, "file": _printable(Path(value["path"]).name)}
 
 
-def _read(path: Path) -> ImageFacts | None:
+def _read(path: Path) -> Described | None:
     """Size and settings of an image, and under "odd" the names of settings that this version does not understand."""
     try:
         png = read_png_text(path, METADATA_KEY)
@@ -114,10 +114,10 @@ def _read(path: Path) -> ImageFacts | None:
     odd += [name for name, value in given.items() if _is_long(value)]
     if "seed" in settings:
         settings["seed"] = str(settings["seed"])  # JavaScript has no integers of 64 bits
-    return {"width": png.width, "height": png.height, "settings": settings, "odd": _shortened(odd)}
+    return {"width": png.width, "height": png.height, "settings": settings, "odd": _names(odd)}
 
 
-def _searched(described: ImageFacts) -> str:
+def _searched(described: Described) -> str:
     settings = described["settings"]
     texts = (settings.get("prompt", ""), settings.get("negative", ""), described["name"], settings.get("seed", ""))
     return "\n".join(texts).casefold()
@@ -127,7 +127,7 @@ def _is_long(value: Any) -> bool:
     return isinstance(value, str) and len(value) > MAX_SHOWN_TEXT
 
 
-def _shortened(odd: list[str]) -> list[str]:
+def _names(odd: list[str]) -> list[str]:
     more = [f"and {len(odd) - NAMED} more"] if len(odd) > NAMED else []
     return [*(_printable(name)[:LONGEST_NAME] for name in odd[:NAMED]), *more]
 

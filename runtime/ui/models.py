@@ -31,7 +31,7 @@ ChosenLora = tuple[str, float]  # a LoRA as `--lora` names it, and its strength
 
 @dataclass(frozen=True)
 class Choice:
-    """The model that a job runs on: a bundle by its name on the page, an engine, and LoRAs as `--lora` names them."""
+    """What a job runs on: a bundle by its name on the page, an engine, and LoRAs as `--lora` names them."""
 
     bundle: str
     engine: str = AUTO
@@ -105,14 +105,14 @@ class Models:
         Raises UsageError for a bundle, engine or LoRA that the page does not offer."""
         first = self.first
         found = first.bundle if bundle is None else bundle
-        if found not in self.bundle_names():
-            raise UsageError(f"bundle {shown(found)}: expected one of {', '.join(self.bundle_names())}")
+        if found not in self.names():
+            raise UsageError(f"bundle {shown(found)}: expected one of {', '.join(self.names())}")
         able = [first.engine, *self.engines(self.manifest(found))]
         if engine is not None and engine not in able:
             raise UsageError(f"engine {shown(engine)}: expected one of {', '.join(dict.fromkeys(able))}")
         return Choice(found, engine or first.engine, first.loras if loras is None else self._chosen(loras))
 
-    def bundle_names(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(bundles_at(self.path))
 
     def paths(self) -> list[Path]:

@@ -73,7 +73,7 @@ def _info(app: App, call: Call) -> Reply:
     first = app.models.first
     return json_reply(
         {
-            "bundles": app.models.bundle_names(),
+            "bundles": app.models.names(),
             "loras": app.models.lora_names(),
             "bundle": first.bundle,
             "engine": first.engine,
@@ -89,7 +89,7 @@ def _info(app: App, call: Call) -> Reply:
 
 def _bundle(app: App, call: Call) -> Reply:
     name = call.groups["name"]
-    if name not in app.models.bundle_names():
+    if name not in app.models.names():
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such bundle (any more)")
     manifest = app.models.manifest(name)
     return json_reply({"name": name, **describe(manifest), "engines": app.models.engines(manifest)})

@@ -79,7 +79,7 @@ def page(tmp_path: Path, run: Report, images: Images | None = None, **more: str)
     ],
 )
 def test_entries_say_where_a_comparison_belongs(made: Pass, name: str, kind: str, step: int | None) -> None:
-    """The subject of a comparison is data from the pass to the report; names are for people alone."""
+    """What a comparison is about is data from the pass to the report; names are for people alone."""
     entry = comparison_entry(comparison(made.subject("noise_pred", "")))
     assert (entry.name, entry.kind, entry.stage, entry.step) == (name, kind, made.stage, step)
     anything = comparison_entry(comparison(Subject("vqgan step 7", Kind.TRAJECTORY, made.stage, 3)))
