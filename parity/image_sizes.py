@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from ..schemas.manifest import Manifest, StageEntry
-from ..schemas.plan_entries import ImageSize, ProfileEntry
-from ..schemas.precision import BackendName
+from ..schemas.plan_entries import Backend, ImageSize, ProfileEntry
 from ..schemas.sizes import SIZE_STEP, SMALLEST_SIDE
 from ..schemas.stages import Stage
 from .sample_inputs import SampleSize, Size
@@ -55,7 +54,7 @@ def choose_sizes(
 
 
 def _runs_plans(engine: str) -> bool:
-    return engine in get_args(BackendName)
+    return engine in get_args(Backend)
 
 
 def _profiles(entry: StageEntry, engine: str) -> list[ProfileEntry]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..schemas.errors import EngineError
-from ..schemas.precision import BackendName
+from ..schemas.plan_entries import Backend
 from ..storage.install_hint import install_hint
 from .engines.engine_table import ENGINES, require_torch
 from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes
@@ -166,7 +166,7 @@ def _tried(name: str, device: str, version: str | None, find_problem: Callable[[
     return Finding(name, device, version, runs=not problem, lacking=problem)
 
 
-def _tensorrt(backend: BackendName, gpu: Gpu | None, gpu_problem: str) -> Finding:
+def _tensorrt(backend: Backend, gpu: Gpu | None, gpu_problem: str) -> Finding:
     try:
         trt = import_tensorrt(backend)
     except EngineError as error:

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from .json_models import Bytes, Capability, Dimension, FrozenModel, Sha256, Side
 from .limits import MAX_FILE_BYTES, MAX_SIDE
 from .paths import RelativePath
-from .precision import BackendName, Precision
+from .precision import Backend as Backend
+from .precision import Precision
 
 PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 
@@ -65,7 +66,7 @@ class PlanEntry(FrozenModel):
     path: RelativePath
     bytes: int = Field(ge=1, le=MAX_FILE_BYTES)
     sha256: Sha256
-    backend: BackendName
+    backend: Backend
     backend_version: str
     targets: tuple[Capability, ...] = ()
     device: DeviceEntry | None = None

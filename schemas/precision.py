@@ -20,7 +20,7 @@ class Target(StrEnum):
     TENSORRT = "tensorrt"
 
 
-BackendName = Literal["tensorrt-rtx", "tensorrt", "aotinductor"]  # a compiler of plans for GPUs, and of packages
+Backend = Literal["tensorrt-rtx", "tensorrt", "aotinductor"]  # a compiler of plans for GPUs, and of packages
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0  # of fp8 without infinities

@@ -30,13 +30,6 @@ def test_version_is_that_of_the_installed_package() -> None:
     assert cascadekit.__version__ == version("cascadekit")
 
 
-def test_dir_shows_the_public_names_and_each_can_be_had() -> None:
-    assert set(dir(cascadekit)) >= {"Cascade", "Settings", "convert", "export", "inspect", "__version__"}
-    assert set(cascadekit.__all__) == {name for name in dir(cascadekit) if not name.startswith("_")}
-    for name in cascadekit.__all__:
-        assert getattr(cascadekit, name).__doc__, name
-
-
 def test_each_public_function_and_value_has_an_example() -> None:
     """A call in its docstring; errors, and what functions return, have none."""
     returned = {"Forecast", "Report", "Stage"}
@@ -45,3 +38,10 @@ def test_each_public_function_and_value_has_an_example() -> None:
         if name not in returned and not (isinstance(found, type) and issubclass(found, Exception)):
             code = r"^(    |```python\n(?:.*\n)*?).*"
             assert re.search(rf"{code}\b{name}(\.open)?\(", str(inspect.getdoc(found)), re.MULTILINE), name
+
+
+def test_dir_shows_the_public_names_and_each_can_be_had() -> None:
+    assert set(dir(cascadekit)) >= {"Cascade", "Settings", "convert", "export", "inspect", "__version__"}
+    assert set(cascadekit.__all__) == {name for name in dir(cascadekit) if not name.startswith("_")}
+    for name in cascadekit.__all__:
+        assert getattr(cascadekit, name).__doc__, name

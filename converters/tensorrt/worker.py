@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from ...runtime.memory.free_memory import byte_fields
-from .backend import MESSAGES, Backend, find_backend, logger_of
+from .backend import MESSAGES, InstalledTensorRT, find_backend, logger_of
 from .process_memory import release_pages
 from .worker_request import WorkerRequest
 
@@ -93,7 +93,7 @@ def build(request: WorkerRequest, answer: SendAnswer) -> dict[str, Any]:
     }
 
 
-def _configure(backend: Backend, config: Any, request: WorkerRequest) -> None:
+def _configure(backend: InstalledTensorRT, config: Any, request: WorkerRequest) -> None:
     if request.targets:
         config.num_compute_capabilities = len(request.targets)
         for position, target in enumerate(request.targets):
@@ -143,7 +143,7 @@ class _Output:
         return len(data)
 
 
-def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: _Output) -> None:
+def _compile(backend: InstalledTensorRT, builder: Any, network: Any, config: Any, output: _Output) -> None:
     """Compile, and write the plan to `output`; as a stream if TensorRT can, which saves a copy in memory."""
     if hasattr(builder, "build_serialized_network_to_stream"):
         good = builder.build_serialized_network_to_stream(network, config, _stream(backend, output))
@@ -156,7 +156,7 @@ def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: 
         raise BuildFailed(f"{backend.name} cannot build it: {MESSAGES.reason}")
 
 
-def _stream(backend: Backend, output: _Output) -> Any:
+def _stream(backend: InstalledTensorRT, output: _Output) -> Any:
     base: Any = backend.module.IStreamWriter
 
     class PlanWriter(base):  # type: ignore[misc]
@@ -166,7 +166,7 @@ def _stream(backend: Backend, output: _Output) -> Any:
     return PlanWriter()
 
 
-def _monitor(backend: Backend, answer: SendAnswer) -> Any:
+def _monitor(backend: InstalledTensorRT, answer: SendAnswer) -> Any:
     """A progress monitor that reports the current phase; None when this TensorRT has no monitors."""
     base: Any = getattr(backend.module, "IProgressMonitor", None)
     if base is None:

@@ -1,4 +1,4 @@
-"""The types that the CPU can multiply, from the features that Linux lists; asking torch would take seconds."""
+"""What the CPU can multiply, from the features that Linux lists; asking torch would take seconds."""
 
 from pathlib import Path
 

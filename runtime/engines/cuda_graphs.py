@@ -1,6 +1,6 @@
 """Runs a session of ONNX Runtime on buffers at fixed addresses, and captures the runs as CUDA graphs.
 
-A captured graph launches the kernels of a whole run at once. This table has its conditions, and what follows from each:
+A captured graph launches the kernels of a whole run at once. What it needs, and what happens otherwise:
 
 | a captured graph                                       | therefore                                                 |
 |--------------------------------------------------------|-----------------------------------------------------------|

@@ -58,8 +58,8 @@ class Loan:
 class DeviceMemory:
     """Allocates arrays on a device, and lends sets of them at addresses that come back.
 
-    A CUDA graph reads the addresses that it was captured with. Arrays that one graph of a stage writes for
-    another must therefore lie at the same addresses for every image of one size."""
+    A CUDA graph reads the addresses that it was captured with. What one graph of a stage writes for another must
+    therefore lie at the same addresses for every image of one size."""
 
     def __init__(self, ort: Any, device: str = "cuda") -> None:
         """`ort` is the module onnxruntime; `device` is a name that its OrtValue takes."""

@@ -15,7 +15,7 @@ from ...storage.install_hint import install_hint
 from . import cpu_flags
 
 if TYPE_CHECKING:
-    from ...schemas.precision import BackendName
+    from ...schemas.plan_entries import Backend
     from ...storage.bundle import Bundle
     from .protocol import Engine
     from .tensorrt.tensorrt_engine import Refit
@@ -121,7 +121,7 @@ def _torch_is_installed() -> bool:
     return True
 
 
-def _tensorrt(backend: "BackendName") -> MakeEngine:
+def _tensorrt(backend: "Backend") -> MakeEngine:
     def make(bundle: "Bundle", given: EngineOptions) -> "Engine":
         from .tensorrt.tensorrt_engine import make_tensorrt
 
@@ -146,7 +146,7 @@ ENGINES: Mapping[str, EngineInfo] = {
 }
 
 
-def _has_plans(bundle: "Bundle", backend: "BackendName") -> bool:
+def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
     from .tensorrt.tensorrt_engine import has_plans
 
     return has_plans(bundle, backend)

@@ -45,7 +45,7 @@ class StageRunner(Protocol):
     def keep(self, inputs: Tensors, read: Collection[str]) -> Mapping[str, Any]:
         """Run the stage, and leave every output but `read` in the engine's own memory if it has one.
 
-        The result can be given to `bind` of another graph of the same stage and engine."""
+        What is returned can be given to `bind` of another graph of the same stage and engine."""
         return self(inputs)
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ VISION = 16  # of the image encoder, for each token of a picture and each channe
 
 @dataclass(frozen=True)
 class Extras:
-    """The parts of a request, besides its text, that take memory.
+    """What an image is generated from besides text, as far as it takes memory.
 
     `image_prompts` is the number of pictures. `controls` are the ControlNets. `masks` means inpainting. `previews` are
     made between the steps of the prior."""

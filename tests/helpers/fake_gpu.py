@@ -21,6 +21,7 @@ from cuda.bindings import runtime as real
 
 from cascadekit.schemas.manifest import to_text
 from cascadekit.schemas.plan_entries import (
+    Backend,
     DeviceEntry,
     ImageSize,
     PlanEntry,
@@ -28,7 +29,6 @@ from cascadekit.schemas.plan_entries import (
     PortShapes,
     ProfileEntry,
 )
-from cascadekit.schemas.precision import BackendName
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import Bundle, open_bundle
 
@@ -395,7 +395,7 @@ def add_plan(
     profiles: list[ProfileEntry],
     *,
     graph: str = "model",
-    backend: BackendName = "tensorrt-rtx",
+    backend: Backend = "tensorrt-rtx",
     version: str = "1.7.1.116",
     targets: tuple[str, ...] = ("sm89",),
     types: Mapping[str, str] = {},

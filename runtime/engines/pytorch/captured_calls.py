@@ -31,7 +31,7 @@ class _Captured:
 class CapturedCalls:
     """A function of tensors on a GPU that is captured once for each set of shapes, and replayed from then on.
 
-    Outputs are overwritten by the next call. Beyond MOST_GRAPHS graphs, the one that was used longest ago is
+    Outputs are overwritten by the next call. Of more than MOST_GRAPHS graphs, the one that was used longest ago is
     dropped. Graphs share a pool of memory, as they never run at the same time. One thread calls it."""
 
     def __init__(self, compute: Compute) -> None:

@@ -19,7 +19,7 @@ from .networks.unet import embed_ratio
 
 RATIO, TIME = "timestep_ratio", "time"  # a port, and the input of a network that takes the embedded ratio instead
 
-FedTensors = dict[str, torch.Tensor]
+Fed = dict[str, torch.Tensor]
 
 
 class TensorStage(StageRunner):
@@ -57,7 +57,7 @@ class TensorStage(StageRunner):
 
         return run
 
-    def _run(self, fed: FedTensors) -> dict[str, NDArray[Any]]:
+    def _run(self, fed: Fed) -> dict[str, NDArray[Any]]:
         if self._compute is None:
             raise EngineError(f"{self.stage}: closed already; load it again")
         try:
@@ -69,9 +69,9 @@ class TensorStage(StageRunner):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(f"{self.stage}: torch failed: {reason}") from error
 
-    def _fed(self, inputs: Tensors) -> FedTensors:
+    def _fed(self, inputs: Tensors) -> Fed:
         """Inputs as tensors on the device, the timestep embedded and zeros for a ControlNet left out."""
-        fed: FedTensors = {}
+        fed: Fed = {}
         for name, array in inputs.items():
             if is_control(name):
                 self._require_zero(name, array)

@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import Any
 
 from ....schemas.errors import EngineError, reraise_interrupt
-from ....schemas.precision import BackendName
+from ....schemas.plan_entries import Backend
 from ....storage.install_hint import install_hint
 from .cuda import Cuda, Device
 
-MODULES: Mapping[BackendName, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+MODULES: Mapping[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 KEPT_MESSAGES = 20
 
 
@@ -20,7 +20,7 @@ KEPT_MESSAGES = 20
 class Host:
     """A GPU and the TensorRT that runs on it. `trt` is the module, `messages` are its latest errors."""
 
-    backend: BackendName
+    backend: Backend
     trt: Any
     cuda: Cuda
     device: Device
@@ -36,14 +36,14 @@ class Host:
         return " ".join(self.messages[0].split()) if self.messages else "it gave no reason"
 
 
-def open_host(backend: BackendName) -> Host:
+def open_host(backend: Backend) -> Host:
     """The first GPU. Raises EngineError, which names what is missing: TensorRT, CUDA's bindings, a driver or a GPU."""
     trt = import_tensorrt(backend)
     cuda = Cuda()
     return Host(backend, trt, cuda, cuda.device(), _messages(backend))
 
 
-def import_tensorrt(backend: BackendName) -> Any:
+def import_tensorrt(backend: Backend) -> Any:
     """The module. Raises EngineError, which says what to install, when it is missing or cannot be loaded."""
     install = install_hint(backend)
     try:
@@ -62,12 +62,12 @@ def make_runtime(host: Host) -> Any:
 
 
 @cache
-def _messages(backend: BackendName) -> deque[str]:
+def _messages(backend: Backend) -> deque[str]:
     return deque(maxlen=KEPT_MESSAGES)
 
 
 @cache
-def _logger(trt: Any, backend: BackendName) -> Any:
+def _logger(trt: Any, backend: Backend) -> Any:
     """The logger of this process: TensorRT ignores a second one while the first is alive."""
 
     class ErrorLogger(trt.ILogger):  # type: ignore[misc]

@@ -8,19 +8,18 @@ from pathlib import Path
 from ....schemas.errors import EngineError, OutsideProfileError
 from ....schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ....schemas.manifest import MAIN_GRAPH, StageEntry
-from ....schemas.plan_entries import PlanEntry, ProfileEntry
-from ....schemas.precision import BackendName
+from ....schemas.plan_entries import Backend, PlanEntry, ProfileEntry
 from ....schemas.stages import Stage
-from ....schemas.tensors import Shape
 from ....storage.bundle import Bundle
 from ....storage.file_hashes import SHOWN_DIGITS, sha256_of
 from .host import Host
 
-InputShapes = Mapping[str, Shape]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
 def build_command(
-    bundle: Bundle, stage: Stage, backend: BackendName, targets: Sequence[str], graph: str | None = None
+    bundle: Bundle, stage: Stage, backend: Backend, targets: Sequence[str], graph: str | None = None
 ) -> str:
     """The command that builds plans of `stage` for `targets`. It names `graph` if that is not built by default."""
     arch = f" --arch {','.join(targets)}" if backend == "tensorrt-rtx" else ""
@@ -106,7 +105,7 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def choose(
-    bundle: Bundle, stage: Stage, plans: Sequence[PlanEntry], shapes: InputShapes, loaded: PlanEntry | None
+    bundle: Bundle, stage: Stage, plans: Sequence[PlanEntry], shapes: Shapes, loaded: PlanEntry | None
 ) -> tuple[PlanEntry, int]:
     """A plan and the number of its profile that takes inputs of `shapes`.
 
@@ -139,7 +138,7 @@ def _span(least: str, most: str) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _misfit(profile: ProfileEntry, shapes: InputShapes) -> str | None:
+def _misfit(profile: ProfileEntry, shapes: Shapes) -> str | None:
     """The first input that `profile` does not take, with the reason; None when it takes all."""
     for name, shape in shapes.items():
         ports = profile.ports.get(name)
@@ -152,7 +151,7 @@ def _misfit(profile: ProfileEntry, shapes: InputShapes) -> str | None:
     return None
 
 
-def _distance(profile: ProfileEntry, shapes: InputShapes) -> float:
+def _distance(profile: ProfileEntry, shapes: Shapes) -> float:
     """The distance of shapes from the optimal ones of a profile: the sum over all sides of |log(side / optimal)|."""
     return sum(
         abs(math.log(side / best))

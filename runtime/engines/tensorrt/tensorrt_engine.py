@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ....schemas.errors import EngineError
 from ....schemas.manifest import MAIN_GRAPH
-from ....schemas.plan_entries import PlanEntry
-from ....schemas.precision import BackendName, Precision
+from ....schemas.plan_entries import Backend, PlanEntry
+from ....schemas.precision import Precision
 from ....schemas.stages import EVERY_IMAGE, Stage
 from ....storage.bundle import Bundle
 from ....storage.user_cache import user_cache
@@ -220,13 +220,13 @@ class BoundStage:
 
 
 def make_tensorrt(
-    bundle: Bundle, backend: BackendName, memory_budget: int | None = None, refit: Refit | None = None
+    bundle: Bundle, backend: Backend, memory_budget: int | None = None, refit: Refit | None = None
 ) -> TensorRTEngine:
     """The engine on this machine's GPU. Raises EngineError when TensorRT, a driver or a GPU are missing."""
     return TensorRTEngine(bundle, open_host(backend), memory_budget=memory_budget, refit=refit)
 
 
-def has_plans(bundle: Bundle, backend: BackendName) -> bool:
+def has_plans(bundle: Bundle, backend: Backend) -> bool:
     """True if every stage that `generate` needs has plans of `backend` that can run here."""
     entries = [bundle.manifest.stages.get(stage) for stage in EVERY_IMAGE]
     if not all(entry and any(plan.backend == backend for plan in entry.plans) for entry in entries):
