@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bench_report import BenchReport as BenchReport
     from .builds import LITE_CASCADE as LITE_CASCADE
     from .builds import BuildsReport as BuildsReport
     from .builds import bench_builds as bench_builds
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .export import bench_export as bench_export
     from .generate import GenerateReport as GenerateReport
     from .generate import bench_generate as bench_generate
-    from .report import Report as Report
     from .standins import NETWORKS as NETWORKS
 
 _PUBLIC = {
@@ -28,7 +28,7 @@ _PUBLIC = {
     "BuildsReport": ".builds",
     "EnginesReport": ".engines",
     "GenerateReport": ".generate",
-    "Report": ".report",
+    "BenchReport": ".bench_report",
     "bench_builds": ".builds",
     "bench_convert": ".convert",
     "bench_engines": ".engines",

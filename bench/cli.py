@@ -14,7 +14,7 @@ from ..cli.options import PATH, parse_size
 from ..runtime.engines.engine_table import ENGINES as ENGINE_TABLE
 
 if TYPE_CHECKING:
-    from . import EnginesReport, Report
+    from . import BenchReport, EnginesReport
 
 UNETS = ("prior", "prior-lite", "decoder", "decoder-lite")
 NETWORKS = (*UNETS, "vqgan", "text-encoder")
@@ -117,7 +117,7 @@ def convert(
     report = bench_convert(
         work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, cold=cold, peer=peer, say=show_progress
     )
-    show(report, as_json, _print_cases)
+    show(report, as_json, _print_report)
 
 
 @bench.command()
@@ -137,7 +137,7 @@ def export(work: Path, network: str, dtype: str, source: Path | None, runs: int,
     from . import bench_export
 
     report = bench_export(work, network=network, dtype=DTYPES[dtype], source=source, runs=runs, say=show_progress)
-    show(report, as_json, _print_cases)
+    show(report, as_json, _print_report)
 
 
 @bench.command()
@@ -242,7 +242,7 @@ def show(report: Any, as_json: bool, show_tables: Callable[[Any], None]) -> None
         show_tables(report)
 
 
-def _print_cases(report: "Report") -> None:
+def _print_report(report: "BenchReport") -> None:
     content = report.to_json()
     for line in _surroundings(content):
         say(line)

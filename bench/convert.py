@@ -12,8 +12,8 @@ from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import UNetConfig
+from .bench_report import BenchReport, Case
 from .process import PACKAGE, bench_folder, floor_rss, measure_all
-from .report import Case, Report
 from .standins import describe, main_dtype, source_file
 
 CAST_TO = {"F32": "BF16", "BF16": "F32"}
@@ -55,7 +55,7 @@ def bench_convert(
     cold: bool = False,
     peer: bool = False,
     say: Say = lambda text: None,
-) -> Report:
+) -> BenchReport:
     """Measure conversions of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work`.
 
     The folder is removed at the end. `peer` measures diffusers too. `say` is called with a line for each step.
@@ -65,8 +65,8 @@ def bench_convert(
     with bench_folder(work, peer=peer) as (folder, machine):
         outputs = 1 if dtype == "F32" and source is None else 2
         component, file = source_file(folder, network, dtype, given=source, outputs=outputs, say=say)
-        cases = _cases(component, file, folder, cold=cold, peer=peer)
-        return Report(
+        cases = _measured_commands(component, file, folder, cold=cold, peer=peer)
+        return BenchReport(
             machine=machine,
             source=describe(component, file, generated=source is None),
             cases=cases,
@@ -76,7 +76,7 @@ def bench_convert(
         )
 
 
-def _cases(component: Component, file: Path, folder: Path, *, cold: bool, peer: bool) -> tuple[Case, ...]:
+def _measured_commands(component: Component, file: Path, folder: Path, *, cold: bool, peer: bool) -> tuple[Case, ...]:
     """Everything to measure, in the order of a round."""
     dtype = main_dtype(component)
     size, output = file.stat().st_size, str(folder / "output")

@@ -19,9 +19,9 @@ from ..schemas.operations import multiply_adds
 from ..schemas.ports import ports_of
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import NetworkConfig, Stage, TextEncoderConfig, UNetConfig
+from .bench_report import spread
 from .engine_worker import GEMM, LOADERS, EngineJob, save_arrays
 from .process import bench_folder
-from .report import spread
 from .standins import describe, source_file
 
 REFERENCE = "torch"  # in fp32
@@ -31,7 +31,7 @@ UNETS_ONLY = ("diffusers", "diffusers-bf16", "onnxruntime-hoisted", "openvino-bf
 
 
 @dataclass(frozen=True)
-class Measured:
+class EngineFigures:
     """The measurements of one engine: every forward of every round, and its processes."""
 
     version: str
@@ -55,7 +55,7 @@ class EnginesReport:
     threads: int
     multiply_adds: int
     gemm: dict[str, list[float]]  # multiply-adds per second, one a round, by library and dtype
-    engines: dict[str, Measured]
+    engines: dict[str, EngineFigures]
     missing: dict[str, str]  # engines that were not measured, and the reasons
 
     def fraction(self, engine: str) -> float:
@@ -218,8 +218,8 @@ def _reference_outputs(job: EngineJob, measured: Sequence[str], say: Say) -> Pat
     return _outputs(job, REFERENCE)
 
 
-def _measured(results: Sequence[Mapping[str, Any]], outputs: Path, reference: Path | None) -> Measured:
-    return Measured(
+def _measured(results: Sequence[Mapping[str, Any]], outputs: Path, reference: Path | None) -> EngineFigures:
+    return EngineFigures(
         version=results[0]["version"],
         seconds=[seconds for result in results for seconds in result["seconds"]],
         cpu_seconds=[seconds for result in results for seconds in result["cpu_seconds"]],

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ..schemas.callbacks import Say
+from .bench_report import BenchReport, Case
 from .convert import COPY
 from .process import PACKAGE, bench_folder, floor_rss, measure_all
-from .report import Case, Report
 from .standins import describe, source_file
 
 PAIRS = (("link", "cp"), ("copy", "cp"), ("link", "copy"))
@@ -19,7 +19,7 @@ def bench_export(
     source: Path | None = None,
     runs: int = 3,
     say: Say = lambda text: None,
-) -> Report:
+) -> BenchReport:
     """Measure exports of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work`.
 
     The folder is removed at the end. `say` is called with a line for each step.
@@ -27,8 +27,8 @@ def bench_export(
     with bench_folder(work) as (folder, machine):
         component, file = source_file(folder, network, dtype, given=source, outputs=1, say=say)
         output = folder / "output"
-        cases = _cases(file, output)
-        return Report(
+        cases = _measured_commands(file, output)
+        return BenchReport(
             machine=machine,
             source=describe(component, file, generated=source is None),
             cases=cases,
@@ -38,7 +38,7 @@ def bench_export(
         )
 
 
-def _cases(file: Path, output: Path) -> tuple[Case, ...]:
+def _measured_commands(file: Path, output: Path) -> tuple[Case, ...]:
     """Everything to measure, in the order of a round."""
     size, export = file.stat().st_size, (*PACKAGE, "export", str(file), "-o", str(output), "--no-hash", "--weights")
     return (

@@ -15,8 +15,8 @@ from typing import Any
 from ..schemas.callbacks import Say
 from ..schemas.errors import ConversionError, UsageError
 from ..storage.bundle import open_bundle
+from .bench_report import Case, Run
 from .machine import describe_machine
-from .report import Case, Run
 
 PACKAGE = (sys.executable, "-c", "from cascadekit.cli import main; main()")
 

@@ -12,7 +12,7 @@ from ..converters.export.export import export
 from ..runtime.cascade import Cascade
 from ..schemas.callbacks import Say
 from ..schemas.errors import EngineError, UsageError
-from .judge.judge import Verdict, has_style, judge
+from .judge.judge import Judgement, has_style, judge
 from .judge.prompts import HELD_OUT, SEEN, prompts_of, scenes_to_ask
 from .judge.scenes import Icon, Scene
 from .process import bench_folder
@@ -23,7 +23,7 @@ Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Variant:
+class QualityChoice:
     """One row of the table: the options of `export`, the engine, and the settings of `Cascade.generate`."""
 
     exported: Mapping[str, Any] = field(default_factory=dict)
@@ -31,29 +31,29 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _steps(prior: int, decoder: int) -> Variant:
-    return Variant(settings={"prior_steps": prior, "decoder_steps": decoder})
+def _steps(prior: int, decoder: int) -> QualityChoice:
+    return QualityChoice(settings={"prior_steps": prior, "decoder_steps": decoder})
 
 
-def _gdf(**settings: float) -> Variant:
-    return Variant(settings={"sampler": "gdf", **settings})
+def _gdf(**settings: float) -> QualityChoice:
+    return QualityChoice(settings={"sampler": "gdf", **settings})
 
 
 # ONNX Runtime has no bf16 kernels on CPUs, and OpenVINO computes bf16 graphs wrongly. PyTorch has bf16 anywhere.
-VARIANTS: Mapping[str, Mapping[str, Variant]] = {
+VARIANTS: Mapping[str, Mapping[str, QualityChoice]] = {
     "precision": {
-        "fp32": Variant(),
-        "fp16": Variant({"precision": "fp16"}),
-        "fp16, fp16-safe": Variant({"precision": "fp16", "fp16_safe": "auto"}),
-        "bf16": Variant(engine="torch-bf16"),
-        "int8": Variant({"quantize": "int8"}),
-        "int4": Variant({"quantize": "int4"}),
-        "int8-dynamic": Variant({"quantize": "int8-dynamic"}),
-        "fp8": Variant({"quantize": "fp8"}),
+        "fp32": QualityChoice(),
+        "fp16": QualityChoice({"precision": "fp16"}),
+        "fp16, fp16-safe": QualityChoice({"precision": "fp16", "fp16_safe": "auto"}),
+        "bf16": QualityChoice(engine="torch-bf16"),
+        "int8": QualityChoice({"quantize": "int8"}),
+        "int4": QualityChoice({"quantize": "int4"}),
+        "int8-dynamic": QualityChoice({"quantize": "int8-dynamic"}),
+        "fp8": QualityChoice({"quantize": "fp8"}),
     },
     "steps": {"20 + 10": _steps(20, 10), "10 + 5": _steps(10, 5), "6 + 4": _steps(6, 4), "4 + 2": _steps(4, 2)},
-    "sampler": {"ddpm-wuerstchen": Variant(), "gdf": _gdf()},
-    "guidance": {f"{value}": Variant(settings={"prior_guidance": float(value)}) for value in (1, 2, 3, 4, 6, 8)},
+    "sampler": {"ddpm-wuerstchen": QualityChoice(), "gdf": _gdf()},
+    "guidance": {f"{value}": QualityChoice(settings={"prior_guidance": float(value)}) for value in (1, 2, 3, 4, 6, 8)},
     "rescale": {
         f"gdf, guidance {guidance}, rescale {rescale}": _gdf(prior_guidance=float(guidance), rescale=rescale)
         for guidance in (4, 8)
@@ -136,7 +136,7 @@ class _Bundles:
         self.bundles: dict[str, Path] = {}
         self.shares: dict[str, Shares] = {}
 
-    def judged(self, variant: Variant, each: int) -> Shares:
+    def judged(self, variant: QualityChoice, each: int) -> Shares:
         key = repr(variant)
         if key not in self.shares:
             with Cascade.open(self._bundle(variant.exported), engine=variant.engine) as cascade:
@@ -165,7 +165,7 @@ def judge_cascade(cascade: Cascade, asked: Mapping[str, Sequence[Scene]], **sett
     return Shares(right, {kind: len(scenes) for kind, scenes in asked.items()}, styles, wrong)
 
 
-def _wrong(scene: Scene, verdict: Verdict) -> str:
+def _wrong(scene: Scene, verdict: Judgement) -> str:
     return f"asked: {prompts_of([scene])[0]}; seen: {verdict.seen}"
 
 

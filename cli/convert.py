@@ -20,7 +20,7 @@ from .progress import byte_progress
 
 TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
 
-NO_PASSPORT = "Leave out what each file was made of, as in files by the safetensors library."
+NO_PASSPORT = "Write no passports into the files; they say what each file was made of."
 
 
 def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -69,8 +69,8 @@ def convert(
 ) -> None:
     """Rewrite checkpoints in another layout.
 
-    Without --dtype, the weights stay the same bit for bit; what torchao, bitsandbytes or SDNQ quantised gets its
-    dtype back.
+    Without --dtype, the weights stay the same bit for bit. Weights that torchao, bitsandbytes or SDNQ quantised get
+    their dtype back.
 
     Example: cascadekit convert stage_a.safetensors stage_b.safetensors stage_c.safetensors
     --text-encoder CLIP-ViT-bigG-14 -o model --to diffusers

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from ..converters.export.export_options import WeightsMode
 from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
@@ -62,7 +63,7 @@ def _parse_fp16_safe(
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Export this stage only (repeatable).")
 @choice_option(
     "--weights",
-    ["auto", "link", "copy"],
+    list(get_args(WeightsMode)),
     "auto: clones of the model's files where the file system has them (Btrfs, XFS), else copies. copy: copies. "
     "link: hard links, which take no disk. No other program can open the graphs then (onnx.load refuses hard links), "
     "and the model's files must not change in place (replacing or deleting them is fine).",
@@ -97,7 +98,7 @@ def _parse_fp16_safe(
 @click.option(
     "--calibration",
     type=PATH,
-    help="File of what the calibration run measured: used if it exists, else written. It is for the same weights only.",
+    help="File with the values of a calibration run: used if it exists, else written. It is for the same weights only.",
 )
 @choice_option(
     "--quantize",

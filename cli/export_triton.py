@@ -1,10 +1,12 @@
 """The command `export-triton`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from ..converters.export.export_options import WeightsMode
+from ..converters.triton.triton_options import BACKENDS, KINDS
 from .console import finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
@@ -17,14 +19,14 @@ from .progress import byte_progress
 @click.option("-o", "--output", required=True, type=PATH, help="Folder of the repository to make.")
 @choice_option(
     "--backend",
-    ["onnxruntime", "tensorrt", "python"],
+    list(BACKENDS),
     "What runs the stages: a backend of Triton's, or ONNX Runtime in Python. tensorrt needs plans of whole "
     "graphs, which `build --graph model` makes.",
     default="onnxruntime",
 )
 @choice_option(
     "--device",
-    ["auto", "cpu", "cuda"],
+    list(KINDS),
     "Where the stages run; auto is each GPU that the server has, else the CPU.",
     default="auto",
 )
@@ -46,7 +48,7 @@ from .progress import byte_progress
 )
 @choice_option(
     "--weights",
-    ["auto", "link", "copy"],
+    list(get_args(WeightsMode)),
     "auto: clones of the bundle's files where the file system has them, else copies. link: hard links.",
     default="auto",
 )
@@ -61,8 +63,8 @@ def export_triton(bundle: Path, output: Path, dry_run: bool, as_json: bool, **ch
 
     Example: cascadekit export-triton bundle -o repository
     """
-    from ..converters.triton.repository import export_triton as run
     from ..converters.triton.triton_options import TritonOptions
+    from ..converters.triton.write_repository import export_triton as run
 
     options = TritonOptions(**chosen)
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:

@@ -17,7 +17,7 @@ RANGE = re.compile(rf";\s*{_RANGE}(?=\])|\s*\[{_RANGE}\]")
 BRACKETS = re.compile(r"\[default: \((.*?)\)(?=[\];])")
 OTHERS = "Options"
 
-Rows = list[tuple[str, str]]
+OptionRows = list[tuple[str, str]]
 
 
 class HelpfulCommand(click.Command):
@@ -38,7 +38,7 @@ class HelpfulCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their groups; those of no group come last."""
-        rows: dict[str, Rows] = {title: [] for title in (*self.groups, OTHERS)}
+        rows: dict[str, OptionRows] = {title: [] for title in (*self.groups, OTHERS)}
         of = {name: title for title, names in self.groups.items() for name in names}
         for param in self.get_params(ctx):
             if record := _record(param, ctx):

@@ -16,7 +16,7 @@ from .signals import stoppable
 @click.option(
     "--log",
     type=PATH,
-    help="Log as JSON lines; a second run leaves out what it has as done.  [default: COMMANDS with .log.jsonl]",
+    help="Log as JSON lines; a second run skips commands that it has as done.  [default: COMMANDS with .log.jsonl]",
 )
 @AS_JSON
 @volume_options

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def show_passports(states: "Iterable[PassportState]", root: Path) -> None:
     """Print for each file whether it is as written, who made it, how its values are stored, and its sources.
 
-    Files in the same state come together, the changed ones first. What their passports share is printed once."""
+    Files in the same state come together, the changed ones first. Facts that their passports share are printed once."""
     states = list(states)
     by_state: dict[tuple[bool, str], list[PassportState]] = defaultdict(list)
     for state in states:

@@ -37,7 +37,7 @@ FILES = (
 
 @known_keywords
 def make_demo(
-    output: Path,
+    output: str | Path = "demo",
     prompt: str = EXAMPLE_PROMPT,
     *,
     seed: int = 0,
@@ -54,9 +54,11 @@ def make_demo(
     nothing is compared. Raises UsageError when `output` exists and `force` is false, MissingPackageError when onnx is
     not installed.
 
-    >>> bool(make_demo(Path("demo"), "a red apple, flat style"))  # doctest: +SKIP
-    True
+    Examples:
+        >>> bool(make_demo("demo", "a red apple, flat style"))
+        True
     """
+    output = Path(output)
     _require_possible(prompt, seed)
     check_output(output, force=force, files=FILES)
     with staged_output(output, force=force, files=list(FILES), say=note) as folder:

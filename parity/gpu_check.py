@@ -104,11 +104,11 @@ def check_gpu(keep: Keep = lambda report: None, on_check: OnCheck = lambda check
 
 def _all_names() -> list[str]:
     """The names of all checks."""
-    backends = [_names(backend, precision) for backend in BACKENDS for precision in PRECISIONS]
+    backends = [_part_names(backend, precision) for backend in BACKENDS for precision in PRECISIONS]
     return [name for names in (*backends, *map(_provider_names, PROVIDERS)) for name in names.values()]
 
 
-def _names(backend: str, precision: Precision) -> dict[str, str]:
+def _part_names(backend: str, precision: Precision) -> dict[str, str]:
     return {part: f"{backend} {precision}: {part}" for part in BACKEND_PARTS}
 
 
@@ -126,7 +126,7 @@ def _check_all(recorder: CheckRecorder, files: TinyFiles, capability: str) -> No
             refused = refusal(backend, capability, precision, Quantization.NONE)
             lacking = finding.lacking or (refused.reason if refused else "")
             if lacking:
-                recorder.skip([*_names(backend, precision).values()], lacking)
+                recorder.skip([*_part_names(backend, precision).values()], lacking)
             else:
                 targets = (capability,) if backend == RTX else ()
                 _check_backend(recorder, files, backend, precision, targets)
@@ -136,7 +136,7 @@ def _check_all(recorder: CheckRecorder, files: TinyFiles, capability: str) -> No
             recorder.skip([*names.values()], lacking)
         else:
             recording = files.recording(tf32=name == TF32_PROVIDER)
-            recorder.do(names["parity"], partial(_parity, files.portable, name, recording))
+            recorder.do(names["parity"], partial(_parity, files.portable, name, recording), compares=True)
             recorder.do(names["timing"], partial(_timing, files.portable, name))
 
 
@@ -165,7 +165,7 @@ def _prepare(files: TinyFiles) -> dict[str, Any]:
 def _check_backend(
     recorder: CheckRecorder, files: TinyFiles, backend: str, precision: Precision, targets: tuple[str, ...]
 ) -> None:
-    names, root = _names(backend, precision), files.bundle(precision)
+    names, root = _part_names(backend, precision), files.bundle(precision)
     if not recorder.do(names["build"], lambda: _build(root, backend, targets)):
         recorder.skip([names[part] for part in BACKEND_PARTS[1:]], "there are no engines to run")
         return
@@ -175,7 +175,7 @@ def _check_backend(
         assert isinstance(engine, TensorRTEngine)
         return engine
 
-    recorder.do(names["parity"], lambda: _parity(root, backend, files.recording(tf32=False)))
+    recorder.do(names["parity"], lambda: _parity(root, backend, files.recording(tf32=False)), compares=True)
     recorder.do(names["repeats"], lambda: _repeats(made()))
     recorder.do(names["memory"], lambda: _memory(made, root, FLOORS[precision] * FACTORS[""][precision]))
     recorder.do(names["timing"], lambda: _timing(root, backend))

@@ -17,12 +17,15 @@ PASSED, FAILED, NOT_CHECKED = "passed", "failed", "not checked"
 
 @dataclass(frozen=True)
 class GpuCheck:
-    """The result of one check; `numbers` are its measurements, `trace` is the traceback of a failure."""
+    """The result of one check; `numbers` are its measurements, `trace` is the traceback of a failure.
+
+    `compares` is true when the check compares outputs of the GPU with those of the CPU."""
 
     name: str
     result: str
     seconds: float
     detail: str = ""
+    compares: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     trace: str = ""
 
@@ -42,7 +45,7 @@ class GpuReport:
     finished: bool
 
     def __bool__(self) -> bool:
-        compared = [check for check in self.checks if check.done and check.name.endswith("parity")]
+        compared = [check for check in self.checks if check.done and check.compares]
         return self.finished and bool(compared) and all(check.result != FAILED for check in self.checks)
 
     @property
@@ -83,7 +86,7 @@ class CheckRecorder:
         self._keep(report)
         return report
 
-    def do(self, name: str, work: Callable[[], dict[str, Any]]) -> bool:
+    def do(self, name: str, work: Callable[[], dict[str, Any]], *, compares: bool = False) -> bool:
         """Run the check `work`, which returns its measurements; returns whether it passed."""
         started = perf_counter()
         try:
@@ -91,8 +94,8 @@ class CheckRecorder:
         except Exception as error:  # the exceptions of GPU libraries belong in the report
             detail = str(error) if isinstance(error, CascadeError) else f"{type(error).__name__}: {error}"
             seconds = perf_counter() - started
-            return self._add(GpuCheck(name, FAILED, seconds, detail, trace=traceback.format_exc()))
-        return self._add(GpuCheck(name, PASSED, perf_counter() - started, numbers=numbers))
+            return self._add(GpuCheck(name, FAILED, seconds, detail, compares, trace=traceback.format_exc()))
+        return self._add(GpuCheck(name, PASSED, perf_counter() - started, compares=compares, numbers=numbers))
 
     def skip(self, names: Sequence[str], reason: str) -> None:
         for name in names:

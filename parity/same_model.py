@@ -5,6 +5,7 @@ another model. A cast or quantisation during export does not matter. A bundle wi
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..converters.checkpoints.component import Component
 from ..converters.checkpoints.open_model import Model
@@ -14,12 +15,21 @@ from ..schemas.stages import Stage, VQGANConfig
 from ..storage.file_hashes import fingerprint
 
 WIDTHS = {4: "32-bit", 2: "16-bit", 1: "8-bit"}  # bytes of a value
-SCALE, TO_WIDTH = "scale", "weights, these are"  # in lines about the VQGAN's scale, and about the width of values
 SLACK = 0.5  # headers may make a small file larger by this part; a file with other networks is larger still
 
 
-def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) -> list[str]:
-    """A line for each chosen stage that was exported from other files than those of `model`; empty when none was.
+@dataclass(frozen=True)
+class ModelDifference:
+    """How one stage of a model differs from the one that was exported: a line for people, and its parts as data."""
+
+    line: str
+    scale: bool = False  # of the VQGAN
+    files: bool = True  # other files than those it was exported from
+    width: bool = False  # of the values in the files
+
+
+def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) -> list[ModelDifference]:
+    """The chosen stages that were exported from other files than those of `model`, with what differs.
 
     Without `stages`, all stages of the bundle are looked at."""
     chosen = [stage for stage in stages or tuple(manifest.stages) if stage in model.components]
@@ -27,50 +37,59 @@ def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) 
     return [*filter(None, found), *_loras(manifest)]
 
 
-def cause(differs: Sequence[str]) -> str:
-    """What is not the bundle's, in words: the VQGAN scale alone, the dtype of the weights, or the whole model."""
-    scales = [line for line in differs if f"{Stage.VQGAN}: {SCALE}" in line]
-    widths = [line for line in differs if TO_WIDTH in line]
-    if len(scales) == len(differs) and not any("; " in line for line in scales):
+def cause(differs: Sequence[ModelDifference]) -> str:
+    """The difference to the bundle's model: the VQGAN scale alone, the dtype of the weights, or the whole model."""
+    if all(each.scale and not each.files for each in differs):
         return "another VQGAN scale"
-    if widths and all(line in (*scales, *widths) for line in differs):
+    if any(each.width for each in differs) and all(each.scale or each.width for each in differs):
         return "weights of another dtype"
     return "another model"
 
 
 def recording_differences(
     manifest: Manifest, sources: Mapping[Stage, Collection[str]], stages: Sequence[Stage] = ()
-) -> list[str]:
+) -> list[ModelDifference]:
     """`differences` for a recording, whose `sources` are the fingerprints of the files it was made from."""
     chosen = [stage for stage in stages or tuple(manifest.stages) if stage in sources]
     other = [stage for stage in chosen if not _known(manifest.stages[stage]).issuperset(sources[stage])]
-    found = [f"{stage}: recorded from other files than those the bundle was exported from" for stage in other]
-    return [*found, *_loras(manifest)]
+    text = "recorded from other files than those the bundle was exported from"
+    return [*(ModelDifference(f"{stage}: {text}") for stage in other), *_loras(manifest)]
 
 
 def _known(entry: StageEntry) -> set[str]:
     return {source.fingerprint for source in entry.sources}
 
 
-def _other(manifest: Manifest, component: Component, entry: StageEntry) -> str | None:
-    """A line about one stage; None when its files are those it was exported from."""
-    found = list(_scale(manifest, component))
+def _other(manifest: Manifest, component: Component, entry: StageEntry) -> ModelDifference | None:
+    """The difference of one stage; None when its files are those it was exported from."""
+    scale = list(_scale(manifest, component))
     files = source_files(component)
+    others, widths = list[str](), ""
     if _known(entry) != {fingerprint(path) for path in files}:
         exported = ", ".join(source.name for source in entry.sources)
-        found.append(f"exported from {exported}, this is {', '.join(path.name for path in files)}")
-        found += _details(component, entry, sum(path.stat().st_size for path in files))
-    return f"{component.stage}: {'; '.join(found)}" if found else None
+        widths = _widths(component, entry, sum(path.stat().st_size for path in files))
+        others = [f"exported from {exported}, this is {', '.join(path.name for path in files)}"]
+        others += _details(component, entry, widths)
+    if not scale and not others:
+        return None
+    line = f"{component.stage}: {'; '.join([*scale, *others])}"
+    return ModelDifference(line, scale=bool(scale), files=bool(others), width=bool(widths))
 
 
-def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str]:
+def _widths(component: Component, entry: StageEntry, size: int) -> str:
+    """The widths of the values in the bundle's source and in other files of `size` bytes; empty when they are equal."""
+    before, now = (_width(each, component.parameters) for each in (sum(s.bytes for s in entry.sources), size))
+    differ = component.variant == entry.variant and before and now and before != now
+    return f"{before} weights, these are {now}" if differ else ""
+
+
+def _details(component: Component, entry: StageEntry, widths: str) -> Iterable[str]:
     """How the other file differs, as far as its header and size tell; otherwise its weights differ."""
     layouts = {source.layout for source in entry.sources}
-    before, now = (_width(each, component.parameters) for each in (sum(s.bytes for s in entry.sources), size))
     if component.variant != entry.variant:
         yield f"the {entry.variant} variant, this is the {component.variant} one"
-    elif before and now and before != now:
-        yield f"{before} {TO_WIDTH} {now}"
+    elif widths:
+        yield widths
     elif layouts == {component.layout}:
         yield "other weights, or of another dtype"
     if layouts != {component.layout}:
@@ -79,7 +98,7 @@ def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str
 
 def _scale(manifest: Manifest, component: Component) -> Iterable[str]:
     if isinstance(component.config, VQGANConfig) and component.config.scale_factor != manifest.vqgan_scale:
-        yield f"{SCALE} {manifest.vqgan_scale:g}, this model's is {component.config.scale_factor:g}"
+        yield f"scale {manifest.vqgan_scale:g}, this model's is {component.config.scale_factor:g}"
 
 
 def _width(size: int, values: int) -> str | None:
@@ -87,6 +106,7 @@ def _width(size: int, values: int) -> str | None:
     return next((name for width, name in WIDTHS.items() if 0 <= size / (values * width) - 1 < SLACK), None)
 
 
-def _loras(manifest: Manifest) -> Iterable[str]:
+def _loras(manifest: Manifest) -> Iterable[ModelDifference]:
     if manifest.lora is not None:
-        yield f"LoRAs are merged into the bundle ({', '.join(lora.name for lora in manifest.lora.loras)})"
+        names = ", ".join(lora.name for lora in manifest.lora.loras)
+        yield ModelDifference(f"LoRAs are merged into the bundle ({names})")

@@ -26,7 +26,7 @@ from .reference_run import run_reference
 from .report.circumstances import circumstances_of
 from .report.write_report import build_report, check_report_names, write_report
 from .results import Report
-from .same_model import cause, differences, recording_differences
+from .same_model import ModelDifference, cause, differences, recording_differences
 from .verdict import make_verdict, record_verdict
 
 if TYPE_CHECKING:
@@ -109,9 +109,10 @@ def verify(
     whole = bool(paths) or not (bisect or ranges)
     engine_here = run.engine() if whole else None  # what cannot run here is refused before anything is compared
     inside = run.look_inside(bisect=bisect, ranges=ranges)
-    differs = run.differences()
-    if differs:
-        what = f"{cause(differs)} than {bundle} was exported from, so no verdict is recorded"
+    others = run.differences()
+    differs = tuple(other.line for other in others)
+    if others:
+        what = f"{cause(others)} than {bundle} was exported from, so no verdict is recorded"
         say(f"{what}: {'. '.join(differs)}")
     if engine_here is None:
         return replace(inside, differs=differs)
@@ -229,12 +230,12 @@ class _Verification:
     options: ComparisonOptions
     say: Say
 
-    def differences(self) -> tuple[str, ...]:
+    def differences(self) -> list[ModelDifference]:
         """A line for each stage in which the source is not the model that the bundle was exported from."""
         manifest, stages = self.bundle.manifest, self.options.stages
         if isinstance(self.source, Recording):
-            return tuple(recording_differences(manifest, self.source.sources, stages))
-        return tuple(differences(manifest, self.source, stages))
+            return recording_differences(manifest, self.source.sources, stages)
+        return differences(manifest, self.source, stages)
 
     def look_inside(self, *, bisect: bool, ranges: bool) -> Report:
         """A report with bisections and ranges alone; one stage is in memory at a time."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .errors import ExportError
-from .ports import Port, Range, control_port
+from .ports import Port, SizeRange, control_port
 from .stages import Block, UNetConfig
 from .unet_blocks import blocks_of
 
@@ -39,6 +39,6 @@ def control_ports(config: UNetConfig, numbers: Sequence[int]) -> tuple[Port, ...
     )
 
 
-def control_ranges(ports: Sequence[Port]) -> dict[str, Range]:
+def control_ranges(ports: Sequence[Port]) -> dict[str, SizeRange]:
     """The ranges of the heights and widths of ControlNet ports."""
-    return {dim: Range() for port in ports for dim in port.dims[2:] if isinstance(dim, str)}
+    return {dim: SizeRange() for port in ports for dim in port.dims[2:] if isinstance(dim, str)}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .stages import Stage
+from .stages import CONTROLNETS, Stage
 
 # The files that mark a model folder, whole or modular (of diffusers).
 MODEL_INDEX = "model_index.json"
@@ -37,6 +37,13 @@ PLACES: tuple[ComponentFolder, ...] = (
     ComponentFolder("prior_lite", Stage.PRIOR, lite=True),
     ComponentFolder("decoder_lite", Stage.DECODER, lite=True),
 )
+# Stability's names of the files of single stages, without "_lite" and the suffix.
+ORIGINAL_NAMES: Mapping[Stage, str] = {
+    Stage.PRIOR: "stage_c",
+    Stage.DECODER: "stage_b",
+    Stage.VQGAN: "stage_a",
+    **{stage: str(stage) for stage in (Stage.EFFNET_ENCODER, Stage.PREVIEWER, *CONTROLNETS)},
+}
 TOKENIZER_FOLDERS = ("tokenizer", "prior_tokenizer")
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' name for weights, transformers' name

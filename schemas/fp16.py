@@ -97,7 +97,7 @@ def fit_vqgan(ranges: Mapping[str, float], *, fixed: int | None = None) -> Fp16F
         if not 0 <= exponent <= MAX_EXPONENT or inside > limit:
             raise ExportError(
                 f"{Stage.VQGAN}: in its {stream} the image reaches {peak:.3g}, hidden values {inside:.3g}, "
-                "which do not fit into fp16; export it with --precision vqgan=fp32"
+                'which do not fit into fp16; set precisions={"vqgan": "fp32"}'
             )
         exponents |= {stream: exponent} if exponent else {}
         margins |= {name: _bits(value * (1 if name in hidden else 2.0**-exponent)) for name, value in own.items()}

@@ -34,7 +34,7 @@ class MappedTensor:
     rows: tuple[Rows, ...]
 
 
-Group = Mapping[str, Shape]  # the shapes of the source tensors that one application of a rule takes, by full name
+GroupShapes = Mapping[str, Shape]  # the shapes of the source tensors that one application of a rule takes, by full name
 
 
 class Rule(Protocol):
@@ -46,7 +46,7 @@ class Rule(Protocol):
     def targets(self) -> tuple[str, ...]: ...
     @property
     def inverse(self) -> "Rule": ...
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]: ...
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Rename:
     def inverse(self) -> "Rename":
         return Rename(self.target, self.source)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
         return {targets[0]: MappedTensor(shapes[sources[0]], (Rows(sources[0]),))}
 
 
@@ -87,7 +87,7 @@ class SplitRows:
     def inverse(self) -> "JoinRows":
         return JoinRows(self.targets, self.source)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
         shape = shapes[sources[0]]
         if not shape or not shape[0] or shape[0] % len(targets):
             raise LayoutError(f"{sources[0]}: shape {list(shape)} cannot be cut into {len(targets)} equal parts")
@@ -113,7 +113,7 @@ class JoinRows:
     def inverse(self) -> SplitRows:
         return SplitRows(self.target, self.sources)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
         missing = [name for name in sources if name not in shapes]
         if missing:
             raise LayoutError(f"{targets[0]} needs {', '.join(missing)}, which is missing")
@@ -133,7 +133,7 @@ class Transpose(Rename):
     def inverse(self) -> "Transpose":
         return Transpose(self.target, self.source)
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
         shape = shapes[sources[0]]
         if len(shape) != 2:
             raise LayoutError(f"{sources[0]}: expected a matrix, found shape {list(shape)}")
@@ -155,7 +155,7 @@ class Drop:
     def inverse(self) -> "Drop":
         return self
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
         return {}
 
 
@@ -190,7 +190,7 @@ class KeyMap:
                 mapped[target] = tensor
         return mapped
 
-    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[Group, dict[str, MappedTensor]]:
+    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[GroupShapes, dict[str, MappedTensor]]:
         """Return the sources that the rule for `name` takes, and the tensors it maps them to."""
         for pattern, rule in self._sources:
             if match := pattern.fullmatch(name):

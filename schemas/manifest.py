@@ -45,7 +45,7 @@ DOMAINS: Mapping[Target, tuple[str, ...]] = {
     Target.TENSORRT: ("",),
 }
 
-Scale = Annotated[float, Field(ge=VQGAN_SCALES[0], le=VQGAN_SCALES[1])]
+LatentScale = Annotated[float, Field(ge=VQGAN_SCALES[0], le=VQGAN_SCALES[1])]
 
 
 class FileEntry(FrozenModel):
@@ -215,7 +215,7 @@ class Manifest(FrozenModel):
     version: Literal[2] = 2
     created_by: str
     default_size: tuple[Side, Side]  # (width, height)
-    vqgan_scale: Scale | None  # the factor inside the vqgan graph; None without a vqgan
+    vqgan_scale: LatentScale | None  # the factor inside the vqgan graph; None without a vqgan
     tokenizer: RelativePath | None  # a tokenizer.json; None for the one that the package ships
     stages: dict[Stage, StageEntry]
     files: tuple[FileEntry, ...] = ()  # files that belong to no stage: the tokenizer; earlier versions list none

@@ -29,7 +29,7 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Range:
+class SizeRange:
     """The sizes of a symbolic dim: multiples of `step` from `minimum` on. The graphs set no upper bound."""
 
     minimum: int = 1
@@ -42,15 +42,15 @@ class StagePorts:
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    ranges: dict[str, Range]
+    ranges: dict[str, SizeRange]
 
 
 def stage_ports(
-    inputs: tuple[Port, ...], outputs: tuple[Port, ...], ranges: Mapping[str, Range] | None = None
+    inputs: tuple[Port, ...], outputs: tuple[Port, ...], ranges: Mapping[str, SizeRange] | None = None
 ) -> StagePorts:
     """The ports of a graph whose symbolic input dims may have any size, but for those in `ranges`."""
     names = dict.fromkeys(dim for port in inputs for dim in port.dims if isinstance(dim, str) and dim.isidentifier())
-    return StagePorts(inputs, outputs, {name: (ranges or {}).get(name, Range()) for name in names})
+    return StagePorts(inputs, outputs, {name: (ranges or {}).get(name, SizeRange()) for name in names})
 
 
 def ports_of(config: NetworkConfig) -> StagePorts:
@@ -94,7 +94,7 @@ def _prior(config: UNetConfig) -> StagePorts:
 
 def _decoder(config: UNetConfig) -> StagePorts:
     # Every level but the first halves the embedded size, rounding down, and must leave at least one pixel.
-    side = Range(minimum=config.patch_size * 2 ** (config.levels - 1), step=config.patch_size)
+    side = SizeRange(minimum=config.patch_size * 2 ** (config.levels - 1), step=config.patch_size)
     return stage_ports(
         (
             _floats("sample", config.in_channels, "height", "width"),
@@ -118,7 +118,7 @@ def _vqgan(config: VQGANConfig) -> StagePorts:
 def vqgan_encoder_ports(config: VQGANConfig) -> StagePorts:
     """Ports of the vqgan's encoder half: images in 0..1 to unscaled latents. Both halves share their weights' file."""
     factor = config.compression
-    side = Range(minimum=factor, step=factor)
+    side = SizeRange(minimum=factor, step=factor)
     return stage_ports(
         (_floats("images", config.in_channels, "height", "width"),),
         (_floats("latents", config.latent_channels, f"height//{factor}", f"width//{factor}"),),
@@ -157,7 +157,7 @@ def _previewer(config: PreviewerConfig) -> StagePorts:
 def _controlnet(config: ControlNetConfig) -> StagePorts:
     # The EfficientNet's first convolution is 3 wide, strided and, with other than three channels, not padded.
     is_effnet = config.bottleneck_mode is None
-    side = Range(minimum=3 if is_effnet else 1)
+    side = SizeRange(minimum=3 if is_effnet else 1)
     size = ("(height+29)//32", "(width+29)//32") if is_effnet else ("height", "width")
     return stage_ports(
         (_floats("control_image", config.c_in, "height", "width"),),

@@ -1,6 +1,7 @@
 """The precision that a graph computes in, and the runtime that it is written for."""
 
 from enum import StrEnum
+from typing import Literal
 
 
 class Precision(StrEnum):
@@ -18,6 +19,8 @@ class Target(StrEnum):
     ORT = "ort"
     TENSORRT = "tensorrt"
 
+
+Backend = Literal["tensorrt-rtx", "tensorrt", "aotinductor"]  # a compiler of plans for GPUs, and of packages
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0  # of fp8 without infinities

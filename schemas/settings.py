@@ -88,13 +88,13 @@ def _ratios(value: object) -> object:
 
 
 Ratios = Annotated[tuple[float, ...], BeforeValidator(_ratios)]
-Range = tuple[type[Real], float, float]  # the kind of number, its least and its greatest value
+NumberRange = tuple[type[Real], float, float]  # the kind of number, its least and its greatest value
 
 _SIDE, _STEPS = (Integral, 1, MAX_IMAGE_SIDE), (Integral, 1, MAX_STEPS)
 _WEIGHT, _SHIFT, _SHARE = (Real, -MAX_WEIGHT, MAX_WEIGHT), (Real, 0, MAX_WEIGHT), (Real, 0, 1)
 
 # The range of every number of the settings. NaN is in none of them.
-RANGES: Mapping[str, Range] = {
+RANGES: Mapping[str, NumberRange] = {
     "width": _SIDE,
     "height": _SIDE,
     "prior_steps": _STEPS,

@@ -15,12 +15,15 @@ from enum import StrEnum
 from .errors import UsageError
 from .limits import MAX_IMAGE_SIDE
 from .messages import shown
+from .stages import Stage
 
 PRIOR_COMPRESSION = 42.67
 DIFFUSERS_LATENT_SCALE = 10.67
 VQGAN_COMPRESSION = 4
 SIZE_STEP = 8
 SMALLEST_SIDE = 64  # stage B's four levels need 16 latent pixels
+# Pixels of latents that go through a stage at once by default: 8 rows of a 1024x1024 image.
+ROW_AREA = {Stage.PRIOR: 8 * 24 * 24, Stage.DECODER: 8 * 256 * 256}
 
 
 class SizePolicy(StrEnum):

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from .errors import UsageError
-from .precision import Precision
+from .precision import Backend, Precision
 from .quantization import Quantization
 
-RTX, PLAIN, AOTINDUCTOR = "tensorrt-rtx", "tensorrt", "aotinductor"
+RTX, PLAIN, AOTINDUCTOR = get_args(Backend)
 
 # The compute capabilities TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")

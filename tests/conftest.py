@@ -48,7 +48,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What modules and tests are made of stays, so the garbage collector would look through it in vain, for seconds."""
+    """Modules and tests stay in memory, so the garbage collector would look through them in vain, for seconds."""
     gc.disable()
     try:
         return (yield)
@@ -153,7 +153,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_outputs(tiny: Path) -> "ReferenceOutputs":
-    """What the reference gives for every stage of the tiny bundle and for its image, with the floors of every type."""
+    """The reference's outputs for every stage of the tiny bundle and for its image, with the floors of every type."""
     from cascadekit.converters.checkpoints.open_model import open_model
     from cascadekit.parity.reference.loading import reference_engine
     from cascadekit.parity.reference_run import run_reference

@@ -1,4 +1,4 @@
-"""What the pages say exists: their command lines, options, Python calls, files and links."""
+"""The pages name only what exists: their command lines, options, Python calls, files and links."""
 
 import ast
 import doctest

@@ -103,7 +103,7 @@ def survives(source: Path, to: str) -> None:
 
 
 def strict_json(text: str) -> None:
-    """What every JSON reader takes: Python's own writes and reads NaN and Infinity too."""
+    """JSON that every reader takes: Python's own writes and reads NaN and Infinity too."""
 
     def refuse(literal: str) -> None:
         raise AssertionError(f"{literal} is not JSON")

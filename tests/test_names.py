@@ -2,7 +2,7 @@
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("schemas", "storage", "runtime", "converters", "parity", "cli")
 FILES = sorted([*ROOT.glob("*.py"), *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))])
 MOST_POSITIONALS = 5  # of a call
-MOST_RETURNED = 3  # members of a returned tuple
+MOST_MEMBERS = 3  # of a tuple
 MOST_COMMAND_LINES = 200
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -28,14 +28,58 @@ def place(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
-def test_no_class_is_defined_twice() -> None:
-    assert len(FILES) > 150
+def classes(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """The places of classes by name."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in FILES:
+    for path in paths:
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(place(path, node))
-    assert not {name: places for name, places in found.items() if len(places) > 1}
+    return found
+
+
+def test_no_class_is_defined_twice() -> None:
+    assert len(FILES) > 150
+    everywhere = [*FILES, *(ROOT / "bench").rglob("*.py")]
+    assert not {name: places for name, places in classes(everywhere).items() if len(places) > 1}
+
+
+def test_no_type_alias_has_the_name_of_a_class() -> None:
+    known = classes(FILES)
+    for path in FILES:
+        for node in parsed(path).body:
+            if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
+                variable = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar"
+                assert variable or target.id not in known, f"{place(path, node)}: {target.id}, as {known[target.id]}"
+
+
+def test_folders_side_by_side_have_no_file_of_the_same_name() -> None:
+    """A command's file is named after its command, and so is the library's file that it calls."""
+    floors = {ROOT / floor for floor in (*FLOORS, "bench")}
+    for parent in (ROOT, *(folder for floor in floors for folder in (floor, *floor.rglob("*")) if folder.is_dir())):
+        found: dict[str, list[str]] = defaultdict(list)
+        for folder in parent.iterdir():
+            if folder.is_dir() and (parent != ROOT or folder in floors) and folder.name != "cli":
+                for path in folder.glob("*.py"):
+                    found[path.name].append(str(path.relative_to(ROOT)))
+        assert not {name: paths for name, paths in found.items() if len(paths) > 1 and name != "__init__.py"}
+
+
+def test_no_table_is_written_twice() -> None:
+    """Tables here are mappings and tuples of texts at the top of modules."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in FILES:
+        for node in parsed(path).body:
+            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            words = isinstance(value, ast.Tuple) and all(isinstance(each, ast.Constant) for each in value.elts)
+            if isinstance(value, ast.Dict) and len(value.keys) > 2:
+                pairs = zip(value.keys, value.values, strict=True)
+                found[str(sorted(f"{key and ast.unparse(key)}: {ast.unparse(each)}" for key, each in pairs))].append(
+                    place(path, node)
+                )
+            elif isinstance(value, ast.Tuple) and words and len(value.elts) > 2:
+                found[str(sorted(map(ast.unparse, value.elts)))].append(place(path, node))
+    assert not [places for places in found.values() if len(places) > 1]
 
 
 @dataclass(frozen=True)
@@ -140,17 +184,27 @@ def long_tuples(annotation: ast.expr) -> Iterator[str]:
     for node in ast.walk(annotation):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "tuple":
             members = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            if len(members) > MOST_RETURNED:
+            if len(members) > MOST_MEMBERS:
                 yield ast.unparse(node)
 
 
-def test_no_function_returns_a_tuple_of_more_than_three() -> None:
+def annotations(node: ast.AST) -> Iterator[ast.expr]:
+    """The types of a function's parameters and result, and the type that an alias stands for."""
+    if isinstance(node, Function):
+        given = node.args
+        yield from (each.annotation for each in (*given.posonlyargs, *given.args, *given.kwonlyargs) if each.annotation)
+        yield from [node.returns] if node.returns is not None else []
+    elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+        yield node.value
+
+
+def test_no_tuple_of_more_than_three_goes_between_functions() -> None:
     found = [
-        f"{place(path, node)} {node.name}: {text}"
+        f"{place(path, node)}: {text}"
         for path in FILES
         for node in ast.walk(parsed(path))
-        if isinstance(node, Function) and node.returns is not None
-        for text in long_tuples(node.returns)
+        for annotation in annotations(node)
+        for text in long_tuples(annotation)
     ]
     assert not found, "\n".join(found)
 

@@ -1,5 +1,7 @@
-"""What the package is made of: its folders, its version, its public names."""
+"""The parts of the package: its folders, its version, its public names."""
 
+import inspect
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,16 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 def test_version_is_that_of_the_installed_package() -> None:
     assert cascadekit.__version__ == version("cascadekit")
+
+
+def test_each_public_function_and_value_has_an_example() -> None:
+    """A call in its docstring; errors, and what functions return, have none."""
+    returned = {"Forecast", "Report", "Stage"}
+    for name in cascadekit.__all__:
+        found = getattr(cascadekit, name)
+        if name not in returned and not (isinstance(found, type) and issubclass(found, Exception)):
+            code = r"^(    |```python\n(?:.*\n)*?).*"
+            assert re.search(rf"{code}\b{name}(\.open)?\(", str(inspect.getdoc(found)), re.MULTILINE), name
 
 
 def test_dir_shows_the_public_names_and_each_can_be_had() -> None:

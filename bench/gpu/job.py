@@ -1,4 +1,4 @@
-"""What a phase's process is given, the folders it works in, and the inputs of the stages."""
+"""The arguments of a phase's process, the folders it works in, and the inputs of the stages."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ from .phases import Phase
 Arrays = dict[str, NDArray[Any]]
 
 TOKENS, WORDS = 77, 20  # of a prompt
+OF_BUNDLES = ("build", "engine", "image")  # works that read a bundle
 RATIO = 0.5  # the timestep ratio at which outputs are compared
 
 
@@ -60,7 +61,7 @@ class GpuJob:
 
     def reads(self, phase: Phase) -> Path | None:
         """The folder that a phase cannot do without."""
-        if phase.work in ("build", "engine", "image"):
+        if phase.work in OF_BUNDLES:
             return self.bundle(phase)
         return self.model(phase) if phase.work in ("diffusers", "compile", "export") else None
 

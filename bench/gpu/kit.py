@@ -26,7 +26,7 @@ INSTALLER = Path(__file__).with_name("install.py")
 INDEX = "kit.json"
 BLOCK = 1 << 20
 
-# What `generate`, `export` and the benchmark import. torch and its libraries for CUDA are expected there, if wanted.
+# Packages that the kit brings. torch and its libraries for CUDA are expected on the machine, if wanted.
 PACKAGES = ("onnx", "safetensors", "diffusers", "transformers")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
@@ -95,7 +95,7 @@ def download(folder: Path, python: str, onnxruntime: str, more: Sequence[str]) -
 
 @dataclass(frozen=True)
 class Kit:
-    """What a kit is for, and what goes into it.
+    """The machine that a kit is for, and the parts of the kit.
 
     Attributes:
         python: Version of Python on the machine with the GPU.

@@ -1,7 +1,7 @@
 """Makes the wheel of onnxruntime-gpu small, for a measurement on one known card.
 
 A CUDA library has the code of every GPU architecture. That of all but one becomes zeros, which compress to nothing. It
-keeps its place, so the library loads as before. What Python does not need is left out.
+keeps its place, so the library loads as before. Files that Python does not need are left out.
 """
 
 import re

@@ -70,7 +70,7 @@ class GpuBenchReport:
         return [str(stage) for stage in STAGES if stage in words]
 
     def _against(self, variant: str) -> str:
-        """What the distances of the engines are to: diffusers, or our own graph, in fp32."""
+        """The reference of the engines' distances: diffusers, or our own graph, in fp32."""
         names = [name for name in self._named("engine") if name.split()[1] == variant]
         kinds = sorted({kind for name in names if (kind := self._result(name).get("against"))})
         return f"relative L2 to {' and '.join(kinds) or 'fp32'}"

@@ -17,7 +17,7 @@ from ...schemas.errors import EngineError, UsageError
 from ...schemas.precision import Precision
 from ...schemas.stages import Variant
 from ..machine import describe_machine
-from .job import GpuJob
+from .job import OF_BUNDLES, GpuJob
 from .phases import ENGINE, SIZES, Phase, plan
 from .report import GpuBenchReport
 from .state import BenchState
@@ -25,7 +25,6 @@ from .state import BenchState
 CALL = f"from {__package__}.work import main; main()"
 PROBE = "from cascadekit.runtime.engines.provider_probe import why_not; print(why_not('cuda'))"
 PROBE_SECONDS = 120
-OF_BUNDLES = ("build", "engine", "image")  # works that read a bundle
 MEASURING = ("engine", "image", "compile")  # works that no other needs
 SHORTEST = 20  # seconds that must be left for a phase to start
 REASON_LENGTH = 500
@@ -35,7 +34,7 @@ REAL_JOB = {"side": 1024, "runs": 10, "prior_steps": 20, "decoder_steps": 10}
 
 @dataclass(frozen=True)
 class GpuBench:
-    """What to measure. `tiny` rehearses with the tiny cascade; `minutes` bounds the whole run.
+    """The phases to measure. `tiny` rehearses with the tiny cascade; `minutes` bounds the whole run.
 
     `names` are beginnings of the names of phases; empty: all. `again` measures also what the state has."""
 

@@ -1,6 +1,6 @@
 """The process of one phase: makes files, exports, or measures a stage or an image. It prints one line of JSON.
 
-What makes and exports is imported by these phases alone; the others start in a part of the time."""
+Only the phases that make files and export import the modules for it; the others start in a part of the time."""
 
 import json
 import shutil

@@ -35,7 +35,7 @@ SAME_SHAPE = 0.55  # least overlap with the shape it is taken for
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """Whether all is right, and each property by itself."""
 
     parts: dict[str, bool]
@@ -46,7 +46,7 @@ class Verdict:
         return all(self.parts.values())
 
 
-def judge(picture: U8, scene: Scene) -> Verdict:
+def judge(picture: U8, scene: Scene) -> Judgement:
     """Judge `picture` (h, w, 3)."""
     small = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.BOX))
     return _icon(small, scene) if isinstance(scene, Icon) else _shapes(small, scene)
@@ -82,11 +82,11 @@ def _lightness(levels: F32) -> F32:
     return made
 
 
-def _icon(picture: U8, scene: Icon) -> Verdict:
+def _icon(picture: U8, scene: Icon) -> Judgement:
     background = nearest_background(picture)
     name, style = nearest_icon(picture, background)
     parts = {"name": name == scene.name, "background": background == scene.background}
-    return Verdict(parts, f"{OBJECTS[name][0]}, {style} style on {background}")
+    return Judgement(parts, f"{OBJECTS[name][0]}, {style} style on {background}")
 
 
 @cache
@@ -139,7 +139,7 @@ def bounds(mask: Mask) -> tuple[int, int, int, int] | None:
     return int(left), int(top), int(right) + 1, int(bottom) + 1
 
 
-def _shapes(picture: U8, scene: Shapes) -> Verdict:
+def _shapes(picture: U8, scene: Shapes) -> Judgement:
     masks = colour_masks(picture)
     parts = {"background": nearest_background(picture) == scene.background}
     found = [masks.get(shape.colour) for shape in scene.shapes]
@@ -147,11 +147,11 @@ def _shapes(picture: U8, scene: Shapes) -> Verdict:
     parts["colours"] = asked <= masks.keys() and not any(is_solid(masks[colour]) for colour in masks.keys() - asked)
     seen = ", ".join(f"{colour} {shape_of(mask)}" for colour, mask in masks.items()) or "nothing"
     if any(mask is None for mask in found):
-        return Verdict({**parts, "shapes": False}, seen)
+        return Judgement({**parts, "shapes": False}, seen)
     whole = [mask for mask in found if mask is not None]
     parts["shapes"] = all(shape_of(mask) == shape.shape for mask, shape in zip(whole, scene.shapes, strict=True))
     parts["places"] = _placed(whole, scene)
-    return Verdict(parts, f"{seen} on {nearest_background(picture)}")
+    return Judgement(parts, f"{seen} on {nearest_background(picture)}")
 
 
 def _placed(masks: Sequence[Mask], scene: Shapes) -> bool:
@@ -221,7 +221,7 @@ def _templates() -> dict[str, Mask]:
 
 
 def outline(mask: Mask, box: tuple[int, int, int, int]) -> Mask:
-    """What `box` (left, top, right, bottom) holds of the mask, in a square of 32 pixels."""
+    """The part of the mask in `box` (left, top, right, bottom), in a square of 32 pixels."""
     return np.asarray(Image.fromarray(mask).crop(box).resize((32, 32), Image.Resampling.BOX)).astype(bool)
 
 

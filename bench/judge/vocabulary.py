@@ -121,7 +121,7 @@ OBJECTS = {
     icon: tuple(words.strip().split("|")) for icon, words in (line.split(":") for line in _OBJECTS.strip().splitlines())
 }
 
-# What captions call a style, and the npm package whose icons have it.
+# The word of captions for a style, and the npm package whose icons have it.
 STYLES = {"flat": "fluent-emoji-flat", "glossy": "fluent-emoji", "classic": "noto"}
 
 BACKGROUNDS = {

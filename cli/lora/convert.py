@@ -15,7 +15,7 @@ WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 
 
 @click.command(cls=HelpfulCommand)
-@click.argument("path", type=PATH)
+@click.argument("source", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="The .safetensors file to make; for peft, a folder.")
 @click.option("--to", required=True, type=click.Choice(WRITTEN), help="Format to write.")
 @against_option
@@ -25,14 +25,14 @@ WRITTEN = [kind.value for kind in LoraFormat if kind is not LoraFormat.LYCORIS]
 @force_option
 @AS_JSON
 @volume_options
-def convert(path: Path, output: Path, to: str, against: Path | None, as_json: bool, **options: Any) -> None:
+def convert(source: Path, output: Path, to: str, against: Path | None, as_json: bool, **options: Any) -> None:
     """Rewrite a LoRA in another format; its effect stays the same.
 
     Example: cascadekit lora convert stability.safetensors --to comfyui -o comfyui.safetensors
     """
     from ...converters.lora.convert_lora import convert_lora
 
-    done = convert_lora(path, output, to, against=against, **options, say=note)
+    done = convert_lora(source, output, to, against=against, **options, say=note)
     for text in done.details:
         detail(text)
     for text in done.notes:

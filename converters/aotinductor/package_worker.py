@@ -13,7 +13,7 @@ from ...schemas.manifest import ENCODER_GRAPH
 from ...schemas.precision import Precision
 from ...schemas.stages import Stage
 from ...schemas.tensors import is_counter
-from ..tensorrt.worker import Answer, BuildFailed, serve
+from ..tensorrt.worker import BuildFailed, SendAnswer, serve
 from .package_request import PackageRequest
 
 SUFFIX = ".pt2"  # which torch insists on
@@ -30,7 +30,7 @@ def main() -> None:
     serve(lambda line, answer: build(PackageRequest.from_line(line), answer))
 
 
-def build(request: PackageRequest, answer: Answer) -> dict[str, Any]:
+def build(request: PackageRequest, answer: SendAnswer) -> dict[str, Any]:
     """Build the package of `request` at its output, which must not exist. Returns the fields of a `BuildOutcome`.
 
     Raises BuildFailed, or any exception of torch's compiler."""

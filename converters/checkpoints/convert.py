@@ -146,7 +146,7 @@ def convert(
         notes += notes_on_missing(model.components)
     single = _is_single(output)
     inputs = [*model.sources, *plan.sources]
-    names = [] if single else [*plan.names, *(file.name for file in provenance)]
+    names = [] if single else [*plan.file_names, *(file.name for file in provenance)]
     if on_plan:
         check_output(output, force=force, sources=inputs, files=names)
         on_plan(_forecast(output, plan, notes))

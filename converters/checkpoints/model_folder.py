@@ -9,7 +9,7 @@ from typing import Any
 from ...runtime.text.tokenizer_file import LIST_NAMES, NAMES, WHOLE_NAME, TokenizerFile, save_tokenizer_folder
 from ...schemas.config_json import DIFFUSERS_VERSION, to_json
 from ...schemas.errors import CheckpointError, ConversionError
-from ...schemas.folders import COMBINED_FOLDERS, QUANTIZATION
+from ...schemas.folders import COMBINED_FOLDERS, MODEL_INDEX, QUANTIZATION
 from ...schemas.limits import MAX_TOKENIZER_BYTES
 from ...schemas.messages import listed
 from ...schemas.stages import NetworkConfig, Stage
@@ -84,7 +84,7 @@ def write_folder_files(
         write_json(folder / name / "preprocessor_config.json", FEATURE_EXTRACTOR)
     if index:
         write_pipeline_parts(folder, combined=combined)
-        write_json(folder / "model_index.json", model_index(configs, combined=combined))
+        write_json(folder / MODEL_INDEX, model_index(configs, combined=combined))
 
 
 def write_pipeline_parts(folder: Path, *, combined: bool = False) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from ...schemas.block_types import BLOCK_TYPES, WRITTEN
 from ...schemas.casts import target_dtype
 from ...schemas.errors import ConversionError, UsageError
-from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, shard_name, weights_names
+from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, ORIGINAL_NAMES, shard_name, weights_names
 from ...schemas.key_prefixes import COMFYUI_FILES, COMFYUI_PREFIXES
 from ...schemas.layouts import FOLDERS, Layout, to_diffusers
 from ...schemas.passport_keys import without_passport
 from ...schemas.sdnq_formats import SDNQ_CHOICES
-from ...schemas.stages import CONTROLNETS, Stage, Variant
+from ...schemas.stages import Stage, Variant
 from ...schemas.tensors import Shape
 from ...storage.safetensors_plan import TensorPlan, canonical_order
 from ...storage.safetensors_reader import TensorRange
@@ -36,12 +36,6 @@ from .open_model import ENCODERS
 if TYPE_CHECKING:  # numpy is not needed to plan copies
     from .comfyui_types import ScaledTypes
 
-ORIGINAL_NAMES: Mapping[Stage, str] = {
-    Stage.PRIOR: "stage_c",
-    Stage.DECODER: "stage_b",
-    Stage.VQGAN: "stage_a",
-    **{stage: str(stage) for stage in (Stage.EFFNET_ENCODER, Stage.PREVIEWER, *CONTROLNETS)},
-}
 COMFYUI_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stable_cascade_stage_c",
     Stage.DECODER: "stable_cascade_stage_b",
@@ -140,7 +134,7 @@ class OutputPlan:
         return sorted({path for file in self.files for path in file.sources})
 
     @property
-    def names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """The paths, below the output folder, of files that every run with this plan writes."""
         pipeline = PIPELINE_FILES.get(self.options.layout, ())
         return [*(file.path.as_posix() for file in self.files), *(path.as_posix() for path in self.indexes), *pipeline]

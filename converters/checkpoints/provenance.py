@@ -116,7 +116,7 @@ def _hub_repository(folder: Path) -> Path | None:
 def _copy(file: Path, folder: Path) -> Path:
     try:
         content = file.read_bytes()
-        for name in _names(file):
+        for name in _possible_names(file):
             target = folder / name
             try:
                 with target.open("xb") as out:
@@ -130,7 +130,7 @@ def _copy(file: Path, folder: Path) -> Path:
     raise AssertionError("names never end")
 
 
-def _names(file: Path) -> Iterator[str]:
+def _possible_names(file: Path) -> Iterator[str]:
     """Yield the file's own name, then names with its source's name, then names with numbers too."""
     yield file.name
     folder = file.absolute().parent

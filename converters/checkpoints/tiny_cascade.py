@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.folders import ORIGINAL_NAMES
 from ...schemas.layouts import Layout, to_diffusers
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, Variant
 from ...schemas.tensors import Shape, expected_tensors, is_counter
@@ -18,7 +19,7 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_writer import write_safetensors
 from .model_folder import write_folder_files
 
-TINY_FILES = {Stage.PRIOR: "stage_c", Stage.DECODER: "stage_b", Stage.VQGAN: "stage_a"}
+TINY_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 
 LATENTS_NEAR = np.float32(100)  # the size of latents after 20 + 10 steps of random networks
 
@@ -28,15 +29,15 @@ Tensors = dict[str, NDArray[np.float32]]
 def write_tiny_cascade(folder: Path, seed: int = 0) -> None:
     """Write stage_a, stage_b and stage_c .safetensors and text_encoder/ (Hugging Face layout) into `folder`, F32."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (stage, name) in enumerate(TINY_FILES.items()):
+    for number, stage in enumerate(TINY_STAGES):
         config = PRESETS[stage, Variant.TINY]
         tensors = _random_tensors(_original_shapes(config), np.random.default_rng([seed, number]))
         if stage is Stage.VQGAN:
             _center_on_grey(tensors)
-        _write(folder / f"{name}.safetensors", tensors)
+        _write(folder / f"{ORIGINAL_NAMES[stage]}.safetensors", tensors)
     text_encoder = PRESETS[Stage.TEXT_ENCODER, Variant.TINY]
     write_folder_files(folder, {Stage.TEXT_ENCODER: text_encoder}, index=False)
-    tensors = _random_tensors(expected_tensors(text_encoder), np.random.default_rng([seed, len(TINY_FILES)]))
+    tensors = _random_tensors(expected_tensors(text_encoder), np.random.default_rng([seed, len(TINY_STAGES)]))
     _write(folder / Stage.TEXT_ENCODER / "model.safetensors", tensors)
 
 

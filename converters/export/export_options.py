@@ -13,7 +13,7 @@ from ...schemas.precision import Precision, Target
 from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
 
-WeightsMode = Literal["auto", "copy", "link"]
+WeightsMode = Literal["auto", "link", "copy"]
 Fp16Safe = Literal["auto", "off"] | int | None
 
 Kind = TypeVar("Kind", bound=StrEnum)
@@ -26,7 +26,9 @@ STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F1
 class ExportOptions:
     """The options of `export`; names and defaults are those of the command line.
 
-    Strings are accepted in place of enums: ``ExportOptions(precision="fp16", stages=["prior"])``.
+    Strings are accepted in place of enums:
+
+        export("model", "bundle", ExportOptions(precision="fp16", stages=["prior"]))
 
     Attributes:
         stages: Stages to export; empty: every stage that the model has.

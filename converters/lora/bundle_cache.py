@@ -46,6 +46,8 @@ def with_loras(
 ) -> Path:
     """Return the path of a copy of `bundle` with `loras` merged in; `bundle` itself when there are no LoRAs.
 
+        cascade = Cascade.open(with_loras("bundle", [("style.safetensors", 0.8)]))
+
     Each LoRA is a path, or a name for `find_lora`, and its strength. The copy is made in the folder `cache` (None: see
     `user_cache`) unless it is there, whole and unchanged. If several processes ask for it, one of them makes it.
     `say` is called with each part of a LoRA that did not apply.

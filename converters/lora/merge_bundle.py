@@ -36,7 +36,7 @@ NOTHING_APPLIES = "Export the stage it is for, or give another LoRA"
 
 @known_keywords
 def apply_loras(
-    root: str | Path,
+    bundle: str | Path,
     loras: Sequence[str | Path],
     *,
     strengths: Sequence[float] = (),
@@ -45,7 +45,7 @@ def apply_loras(
     alpha: float | None = None,
     start_file: StartFile | None = None,
 ) -> Merge:
-    """Merge `loras` into the weights of the bundle at `root`, as `merge_loras` does. The graphs stay as they are.
+    """Merge `loras` into the weights of `bundle`, as `merge_loras` does. The graphs stay as they are.
 
     The disk needs room for a copy of each weights file that changes. The old file is kept for `undo_loras`.
 
@@ -57,11 +57,11 @@ def apply_loras(
         >>> undo_loras("bundle")
         ('style.safetensors',)
     """
-    with locked_bundle(Path(root)):
-        bundle = _open_plain(root)
+    with locked_bundle(Path(bundle)):
+        opened = _open_plain(bundle)
         plan = plan_loras(
-            bundle.root,
-            _components(bundle),
+            opened.root,
+            _components(opened),
             loras,
             strengths=strengths,
             text_encoder_strengths=text_encoder_strengths,
@@ -69,15 +69,15 @@ def apply_loras(
             alpha=alpha,
             advice=NOTHING_APPLIES,
         )
-        merge = _BundleMerge.of(bundle, plan)
-        _require_real_files(bundle.root)
+        merge = _BundleMerge.of(opened, plan)
+        _require_real_files(opened.root)
         for stage in merge.changes:
-            bundle.check(stage)
-        with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
-            link_others(bundle.root, staged, merge.replaced)
-            names = sorted(path.relative_to(bundle.root).as_posix() for path in merge.replaced)
-            kept = [_keep(bundle, staged, name) for name in names]
-            return merge.write(staged, bundle.root, kept=kept, start=start_file)
+            opened.check(stage)
+        with staged_output(opened.root.resolve(), force=True, complete=True) as staged:
+            link_others(opened.root, staged, merge.replaced)
+            names = sorted(path.relative_to(opened.root).as_posix() for path in merge.replaced)
+            kept = [_keep(opened, staged, name) for name in names]
+            return merge.write(staged, opened.root, kept=kept, start=start_file)
 
 
 def derive_bundle(
@@ -103,24 +103,29 @@ def derive_bundle(
         return merge.write(staged, output, placements=placements, start=start_file)
 
 
-def undo_loras(root: str | Path) -> tuple[str, ...]:
+def undo_loras(bundle: str | Path) -> tuple[str, ...]:
     """Put back every file that `apply_loras` replaced. Returns the names of the LoRAs that were merged in.
 
-    Raises UsageError when no LoRA can be taken out, and CheckpointError when a kept file is missing or changed."""
-    with locked_bundle(Path(root)):
-        bundle = open_bundle(Path(root))
-        state = bundle.manifest.lora
+    Raises UsageError when no LoRA can be taken out, and CheckpointError when a kept file is missing or changed.
+
+    Examples:
+        >>> undo_loras("bundle")
+        ('style.safetensors',)
+    """
+    with locked_bundle(Path(bundle)):
+        opened = open_bundle(Path(bundle))
+        state = opened.manifest.lora
         if state is None:
-            raise UsageError(f"{root}: no LoRA is merged into it; there is nothing to undo")
+            raise UsageError(f"{bundle}: no LoRA is merged into it; there is nothing to undo")
         if not state.kept:
-            raise UsageError(f"{root}: was exported with its LoRAs; export the model again without LoRAs")
+            raise UsageError(f"{bundle}: was exported with its LoRAs; export the model again without LoRAs")
         for file in state.kept:
-            problem = find_change(bundle.root / file.path, file)
+            problem = find_change(opened.root / file.path, file)
             if problem:
-                raise CheckpointError(f"{bundle.root / file.path}: {problem}; export the model again")
-        originals = {bundle.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
-        with staged_output(bundle.root.resolve(), force=True, complete=True) as staged:
-            link_others(bundle.root, staged, {*originals, *(bundle.root / name for name in originals.values())})
+                raise CheckpointError(f"{opened.root / file.path}: {problem}; export the model again")
+        originals = {opened.root / file.path: file.path.removesuffix(KEPT) for file in state.kept}
+        with staged_output(opened.root.resolve(), force=True, complete=True) as staged:
+            link_others(opened.root, staged, {*originals, *(opened.root / name for name in originals.values())})
             for path, name in originals.items():
                 link(path, staged / name)
         return tuple(lora.name for lora in state.loras)

@@ -167,7 +167,7 @@ def _adapters(
     if weight or not group.factors:
         joined = _weight_adapter(group, weight, _joined(shapes, targets), targets[0], source)
         scale = joined.scale
-        yield from zip(targets, _cut(joined, len(targets)), strict=True)
+        yield from zip(targets, _split_adapter(joined, len(targets)), strict=True)
     biases = [target._replace(parameter="bias") for target in targets]
     for name in BIAS_FACTORS & group.factors.keys():
         if biases[0] not in shapes:
@@ -175,7 +175,7 @@ def _adapters(
         factor = group.factors[name]
         change = {"diff": scaled(factor, scale) if name == "bias_up" else factor}
         joined = make_adapter(change, None, _joined(shapes, biases))
-        yield from zip(biases, _cut(joined, len(biases)), strict=True)
+        yield from zip(biases, _split_adapter(joined, len(biases)), strict=True)
 
 
 def _joined(shapes: Mapping[LoraTarget, Shape], targets: Sequence[LoraTarget]) -> Shape:
@@ -183,7 +183,7 @@ def _joined(shapes: Mapping[LoraTarget, Shape], targets: Sequence[LoraTarget]) -
     return (len(targets) * shape[0], *shape[1:])
 
 
-def _cut(adapter: Adapter, parts: int) -> list[Adapter]:
+def _split_adapter(adapter: Adapter, parts: int) -> list[Adapter]:
     return [adapter] if parts == 1 else split_rows(adapter, parts)
 
 

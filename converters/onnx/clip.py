@@ -32,7 +32,6 @@ def transformer_layer(graph: Graph, config: ClipConfig, name: str, rows: str, ma
         f"{name}.self_attn",
         normed,
         heads=config.num_attention_heads,
-        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         mask=mask,
     )
     rows = graph.node("Add", f"{name}/attended", rows, mixed)

@@ -111,7 +111,7 @@ class Computed(Conditions):
         return self._given[name]
 
 
-class Fed(Conditions):
+class FedConditions(Conditions):
     """Conditions that are inputs of the graph: the ports of ``schemas.hoisted``.
 
     For ONNX Runtime, all samples have one modulation, and the product of a residual block adds the block's input in

@@ -5,7 +5,7 @@ import onnx
 from ...schemas.errors import ExportError
 from ...schemas.hoisted import EFFNET_MAP, RATIOS
 from ...schemas.stages import UNetConfig
-from .conditions import Computed, Fed, clip_tokens, pooled_tokens, timestep_embedding, write_conditions
+from .conditions import Computed, FedConditions, clip_tokens, pooled_tokens, timestep_embedding, write_conditions
 from .graph import Graph
 from .layers import Image, normalised, pointwise, resized
 from .streams import NORM_EPS, Streams
@@ -41,7 +41,7 @@ def write_decoder_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     streams = _streams(graph, config)
     image = embed(graph, config, streams, "sample")
     image = _with_effnet(graph, image, EFFNET_MAP)
-    return _finish(Pyramid(graph, config, streams, Fed(graph, config, streams)), image, "decoder_step")
+    return _finish(Pyramid(graph, config, streams, FedConditions(graph, config, streams)), image, "decoder_step")
 
 
 def _streams(graph: Graph, config: UNetConfig) -> Streams:

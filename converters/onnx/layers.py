@@ -287,16 +287,15 @@ def self_attention(
     rows: str,
     *,
     heads: int,
-    projections: tuple[str, str, str, str],
     mask: str | None = None,
 ) -> str:
     """Multi-head attention of the tokens `rows` (B*n, width) to themselves, giving (B*n, width).
 
-    `projections` are the module names of q, k, v and the output; `mask` is that of `AttentionInputs`."""
-    query, key, value = graph.linears(name, projections[:3], rows)
-    width = graph.width(f"{name}.{projections[0]}")
+    `mask` is that of `AttentionInputs`."""
+    query, key, value = graph.linears(name, ("q_proj", "k_proj", "v_proj"), rows)
+    width = graph.width(f"{name}.q_proj")
     mixed = attend(graph, name, AttentionInputs((query, key, value), width, heads, mask))
-    return graph.linear(f"{name}.{projections[3]}", graph.rows(mixed, width))
+    return graph.linear(f"{name}.out_proj", graph.rows(mixed, width))
 
 
 def attend(graph: Graph, name: str, inputs: AttentionInputs) -> str:

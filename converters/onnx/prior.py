@@ -9,7 +9,7 @@ from ...schemas.stages import UNetConfig
 from .conditions import (
     Computed,
     Conditions,
-    Fed,
+    FedConditions,
     clip_tokens,
     pooled_tokens,
     timestep_embedding,
@@ -38,7 +38,7 @@ def write_prior_conditioning(graph: Graph, config: UNetConfig) -> onnx.ModelProt
 def write_prior_step(graph: Graph, config: UNetConfig) -> onnx.ModelProto:
     """The rest of the prior."""
     streams = _streams(graph, config)
-    return _finish(graph, config, streams, Fed(graph, config, streams), "prior_step")
+    return _finish(graph, config, streams, FedConditions(graph, config, streams), "prior_step")
 
 
 def _streams(graph: Graph, config: UNetConfig) -> Streams:

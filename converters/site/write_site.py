@@ -18,17 +18,17 @@ from ...schemas.errors import UsageError
 from ...schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, StageEntry, VerdictEntry, to_text
 from ...schemas.precision import Precision
 from ...schemas.quantization import Quantization
-from ...schemas.stages import Stage
+from ...schemas.stages import EVERY_IMAGE, Stage
 from ...storage.atomic_output import staged_output
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import describe_file, sha256_of
 from ..checkpoints.model_folder import TOKENIZER_FOLDER
 from .onnxruntime_web import NAME, read_onnxruntime_web
 
-STAGES = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
 MAX_FILE_BYTES = 2**31 - 1  # of an array in JavaScript, in every browser
 MAX_MEMORY = 2**32  # bytes that WebAssembly of 32 bits can address
-SMALLER = "use a lite model, or export with --quantize int4"
+EXPORT = "cascadekit export MODEL -o BUNDLE"
+SMALLER = f"use a lite model, or export it again: {EXPORT} --quantize int4"
 
 
 def write_site(
@@ -42,7 +42,7 @@ def write_site(
     Raises UsageError for a bundle that lacks a stage or has one that no browser can run, and as `staged_output` does.
     Raises CheckpointError when a file of the bundle is damaged."""
     opened, output = open_bundle(Path(bundle)), Path(output)
-    entries = {stage: _slimmed(opened, stage) for stage in STAGES}
+    entries = {stage: _slimmed(opened, stage) for stage in EVERY_IMAGE}
     tokenizer = _tokenizer(opened)
     page = {path.name: path.read_bytes() for path in files(__package__).joinpath("page").iterdir() if path.is_file()}
     page |= {f"{NAME}/{name}": content for name, content in read_onnxruntime_web(Path(onnxruntime_web)).items()}
@@ -78,8 +78,8 @@ def _slimmed(bundle: Bundle, stage: Stage) -> StageEntry:
     entry = bundle.entry(stage).with_main_graph_alone()
     if entry.precision is Precision.BF16:
         raise UsageError(
-            f"{bundle.root}: its {stage} computes in bf16, which {NAME} cannot; export it with --precision "
-            f"{stage}=fp32 --storage fp16"
+            f"{bundle.root}: its {stage} computes in bf16, which {NAME} cannot; export it again: "
+            f"{EXPORT} --precision {stage}=fp32 --storage fp16"
         )
     for file in entry.files:
         if file.bytes > MAX_FILE_BYTES:

@@ -39,7 +39,7 @@ class Messages:
 
 
 @dataclass(frozen=True)
-class Backend:
+class InstalledTensorRT:
     """An installed TensorRT: its name in `MODULES`, and its Python module."""
 
     name: str
@@ -68,7 +68,7 @@ MESSAGES = Messages()
 _loggers: dict[str, Any] = {}
 
 
-def find_backend(name: str) -> Backend:
+def find_backend(name: str) -> InstalledTensorRT:
     """The backend called "tensorrt-rtx" or "tensorrt".
 
     Raises UsageError for another name, EngineError when the backend is not installed or cannot be loaded."""
@@ -79,10 +79,10 @@ def find_backend(name: str) -> Backend:
     if not hasattr(module, "OnnxParser"):
         version = getattr(module, "__version__", "")
         raise EngineError(f"{name} {version}: has no ONNX parser; {install_hint(known)}")
-    return Backend(name, module)
+    return InstalledTensorRT(name, module)
 
 
-def logger_of(backend: Backend) -> Any:
+def logger_of(backend: InstalledTensorRT) -> Any:
     """The logger of this process, which fills MESSAGES. TensorRT ignores a second logger while one exists."""
     if backend.name not in _loggers:
         base: Any = backend.module.ILogger

@@ -23,7 +23,7 @@ from ...storage.bundle import Bundle, open_bundle, update_manifest
 from ...storage.file_sizes import sizes_of
 from ...storage.output_rules import require_writable
 from . import plan_cache as cache
-from .backend import Backend, find_backend
+from .backend import InstalledTensorRT, find_backend
 from .device import present_device
 from .estimate import Estimate, estimate, require_room
 from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
@@ -106,7 +106,7 @@ def _estimated(planned: PlanToBuild) -> Estimate:
     return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
 
 
-def require_machine(options: BuildOptions) -> tuple[Backend, DeviceEntry | None]:
+def require_machine(options: BuildOptions) -> tuple[InstalledTensorRT, DeviceEntry | None]:
     """TensorRT, and the GPU that it builds for if it builds for no other.
 
     Raises EngineError where one of them is lacking, UsageError for a cache that cannot be written."""

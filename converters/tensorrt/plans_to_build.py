@@ -32,6 +32,8 @@ PLANS = "plans"  # folder of a stage's plans
 class BuildOptions:
     """The options of `build`.
 
+        build("bundle", BuildOptions(targets=("sm89", "sm120"), cache="plans"))
+
     Attributes:
         backend: "tensorrt-rtx" needs no GPU; "tensorrt" builds for the GPU of this machine, "aotinductor" for `device`.
         targets: Compute capabilities such as "sm89"; for tensorrt-rtx only.

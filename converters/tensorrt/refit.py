@@ -12,10 +12,10 @@ import onnx
 from ...schemas.errors import EngineError
 from ...schemas.messages import listed
 from ..export.graph_files import load_graph
-from .backend import MESSAGES, Backend, logger_of
+from .backend import MESSAGES, InstalledTensorRT, logger_of
 
 
-def refit(backend: Backend, engine: Any, graph: Path) -> int:
+def refit(backend: InstalledTensorRT, engine: Any, graph: Path) -> int:
     """Give `engine` every weight of the ONNX file `graph`; returns the number of weights of the engine.
 
     Weights are replaced, so an earlier weights file gives the earlier engine again. Raises EngineError and leaves the

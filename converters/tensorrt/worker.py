@@ -15,13 +15,13 @@ from time import perf_counter
 from typing import Any
 
 from ...runtime.memory.free_memory import byte_fields
-from .backend import MESSAGES, Backend, find_backend, logger_of
+from .backend import MESSAGES, InstalledTensorRT, find_backend, logger_of
 from .process_memory import release_pages
 from .worker_request import WorkerRequest
 
 PR_SET_PDEATHSIG = 1
 LARGE = 256 << 20  # bytes of weights from which their pages are released while TensorRT reads them
-Answer = Callable[..., None]  # called with the fields of a line of JSON
+SendAnswer = Callable[..., None]  # called with the fields of a line of JSON
 
 
 class BuildFailed(Exception):  # noqa: N818 (sent to the parent, never raised to a user)
@@ -33,7 +33,7 @@ def main() -> None:
     serve(lambda line, answer: build(WorkerRequest.from_line(line), answer))
 
 
-def serve(make: Callable[[str, Answer], dict[str, Any]]) -> None:
+def serve(make: Callable[[str, SendAnswer], dict[str, Any]]) -> None:
     """Call `make` with the line on standard input, answer what it returns or raises, and end the process."""
     _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -51,7 +51,7 @@ def serve(make: Callable[[str, Answer], dict[str, Any]]) -> None:
     os._exit(0)  # skip the destructors of a driver that may be absent
 
 
-def build(request: WorkerRequest, answer: Answer) -> dict[str, Any]:
+def build(request: WorkerRequest, answer: SendAnswer) -> dict[str, Any]:
     """Build the plan of `request` at its output, which must not exist. Returns the fields of a `BuildOutcome`.
 
     Raises BuildFailed, or any exception of TensorRT's bindings."""
@@ -93,7 +93,7 @@ def build(request: WorkerRequest, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _configure(backend: Backend, config: Any, request: WorkerRequest) -> None:
+def _configure(backend: InstalledTensorRT, config: Any, request: WorkerRequest) -> None:
     if request.targets:
         config.num_compute_capabilities = len(request.targets)
         for position, target in enumerate(request.targets):
@@ -143,7 +143,7 @@ class _Output:
         return len(data)
 
 
-def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: _Output) -> None:
+def _compile(backend: InstalledTensorRT, builder: Any, network: Any, config: Any, output: _Output) -> None:
     """Compile, and write the plan to `output`; as a stream if TensorRT can, which saves a copy in memory."""
     if hasattr(builder, "build_serialized_network_to_stream"):
         good = builder.build_serialized_network_to_stream(network, config, _stream(backend, output))
@@ -156,17 +156,17 @@ def _compile(backend: Backend, builder: Any, network: Any, config: Any, output: 
         raise BuildFailed(f"{backend.name} cannot build it: {MESSAGES.reason}")
 
 
-def _stream(backend: Backend, output: _Output) -> Any:
+def _stream(backend: InstalledTensorRT, output: _Output) -> Any:
     base: Any = backend.module.IStreamWriter
 
-    class Writer(base):  # type: ignore[misc]
+    class PlanWriter(base):  # type: ignore[misc]
         def write(self, data: Any) -> int:
             return output.write(data)
 
-    return Writer()
+    return PlanWriter()
 
 
-def _monitor(backend: Backend, answer: Answer) -> Any:
+def _monitor(backend: InstalledTensorRT, answer: SendAnswer) -> Any:
     """A progress monitor that reports the current phase; None when this TensorRT has no monitors."""
     base: Any = getattr(backend.module, "IProgressMonitor", None)
     if base is None:

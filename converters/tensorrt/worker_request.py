@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt and max
+ProfileShapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt and max
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class WorkerRequest:
     graph: str  # absolute path
     output: str  # absolute path
     targets: tuple[str, ...]
-    profiles: tuple[Shapes, ...]  # with shapes for every input
+    profiles: tuple[ProfileShapes, ...]  # with shapes for every input
     refittable: bool = False
     weight_streaming: bool = False
     timing_cache: str | None = None  # absolute path; for TensorRT, which measures kernels on the GPU

@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 from ...schemas.errors import UsageError
 from ...schemas.messages import known_fields
+from ..export.export_options import WeightsMode
 
 TritonBackend = Literal["onnxruntime", "tensorrt", "python"]
 BACKENDS: tuple[str, ...] = get_args(TritonBackend)
 KINDS: Mapping[str, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}  # of instances of the stages
-PLACEMENTS = ("auto", "link", "copy")
 MOST_BATCH, MOST_INSTANCES = 64, 64
 
 
@@ -35,7 +35,7 @@ class TritonOptions:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that is none of those above."""
-        for name, allowed in (("backend", BACKENDS), ("device", tuple(KINDS)), ("weights", PLACEMENTS)):
+        for name, allowed in (("backend", BACKENDS), ("device", tuple(KINDS)), ("weights", get_args(WeightsMode))):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         for name, most in (("batch", MOST_BATCH), ("instances", MOST_INSTANCES)):

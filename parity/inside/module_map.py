@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ...schemas.fp16 import VQGAN_STREAM
 from ...schemas.stages import Block, NetworkConfig, UNetConfig
+from ...schemas.tensors import Shape
 from ...schemas.unet_blocks import blocks_of, stream_of
 
-Shape = tuple[int, ...]
 Dims = tuple[int | None, ...]
 
 # Graphs compute the decoder's black pixels, and the zero conditions of timestep blocks, for one row.

@@ -20,10 +20,10 @@ from .html import to_html
 from .junit import to_junit
 
 Images = tuple[NDArray[Any], NDArray[Any]]  # found and expected, (B, 3, height, width) in 0..1
-Writer = Callable[[ParityReport, Images | None], str]
+ReportWriter = Callable[[ParityReport, Images | None], str]
 
 # The functions that turn a report into text, by the suffix of its file.
-WRITERS: Mapping[str, Writer] = {
+WRITERS: Mapping[str, ReportWriter] = {
     ".html": to_html,
     ".json": lambda report, images: report.model_dump_json(indent=2) + "\n",
     ".xml": lambda report, images: to_junit(report),
@@ -81,7 +81,7 @@ def write_report(path: Path, report: ParityReport, images: Images | None = None)
         raise UsageError(f"{path}: the report cannot be written: {error.strerror}; choose another name") from error
 
 
-def _writer(path: Path) -> Writer:
+def _writer(path: Path) -> ReportWriter:
     suffix = path.suffix.lower()
     if suffix not in WRITERS:
         raise UsageError(f"{path}: a report is one of {', '.join(WRITERS)}; choose a name that ends so")

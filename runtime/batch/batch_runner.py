@@ -23,7 +23,7 @@ from ..images.png import save_bytes
 from .batch_log import BatchLog, read_log
 from .image_jobs import ImageJob, OutputState, output_state, output_states
 
-Kind = Literal["generated", "copied", "skipped", "failed"]
+OutcomeKind = Literal["generated", "copied", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Outcome:
     image was copied."""
 
     job: ImageJob
-    kind: Kind
+    kind: OutcomeKind
     seconds: Mapping[str, float] = field(default_factory=dict)
     together: int = 1
     of: ImageJob | None = None

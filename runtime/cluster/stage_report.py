@@ -1,4 +1,4 @@
-"""What each stage of a batch on a cluster did: images a second, actors, and the share of time that they worked."""
+"""The work of each stage of a batch on a cluster: images a second, actors, and the share of time that they worked."""
 
 from collections import defaultdict
 from collections.abc import Iterable

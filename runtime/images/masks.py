@@ -69,8 +69,8 @@ def _masked_in(stored: Image.Image) -> NDArray[np.bool_]:
 
 def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
     """Cut and resize a mask as `pictures.fit` does its picture. Raises UsageError when nothing of the mask is left."""
-    left, top, right, bottom = cover_box(mask.size, width, height)
-    columns, rows = _edges(right, width, left), _edges(bottom, height, top)
+    box = cover_box(mask.size, width, height)
+    columns, rows = _edges(box.right, width, box.left), _edges(box.bottom, height, box.top)
     masked = _touched(_masked(mask), rows, columns)
     if not masked.any():
         raise UsageError(

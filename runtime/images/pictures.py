@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,7 +32,15 @@ WHITE = (255, 255, 255, 255)
 STRIP_PIXELS = 1 << 20  # converted at a time, so that no second picture of more bytes is needed
 
 Picture = Image.Image | str | Path
-Box = tuple[Fraction, Fraction, Fraction, Fraction]
+
+
+class Box(NamedTuple):
+    """The part of a picture that is kept, in its pixels."""
+
+    left: Fraction
+    top: Fraction
+    right: Fraction
+    bottom: Fraction
 
 
 def as_picture(picture: Picture) -> Image.Image:
@@ -69,15 +78,16 @@ def clip_pixels(pictures: Sequence[Image.Image], size: int = 224) -> F32:
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
     """Cut out the middle of the picture with the proportions of `width` x `height`, and resize it (Lanczos)."""
-    left, top, right, bottom = (float(side) for side in cover_box(picture.size, width, height))
-    return picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    box = cover_box(picture.size, width, height)
+    edges = (float(box.left), float(box.top), float(box.right), float(box.bottom))
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box=edges)
 
 
 def cover_box(size: tuple[int, int], width: int, height: int) -> Box:
-    """The box that `fit` cuts out of a picture of `size` (width, height): left, top, right, bottom in its pixels."""
+    """The box that `fit` cuts out of a picture of `size` (width, height)."""
     scale = min(Fraction(size[0], width), Fraction(size[1], height))
     left, top = ((have - wanted * scale) / 2 for have, wanted in zip(size, (width, height), strict=True))
-    return left, top, size[0] - left, size[1] - top
+    return Box(left, top, size[0] - left, size[1] - top)
 
 
 def to_pixels(picture: Image.Image) -> F32:

@@ -30,7 +30,11 @@ MOST_DIGITS = 9  # of an image's number; a longer name is no number
 
 
 def to_images(pixels: F32) -> list[Image.Image]:
-    """(B, 3, height, width) float32, clipped to 0..1, to B 8-bit RGB images; rounds to nearest as diffusers does."""
+    """(B, 3, height, width) float32, clipped to 0..1, to B 8-bit RGB images; rounds to nearest as diffusers does.
+
+    Examples:
+        >>> to_images(cascade.pixels(latents))[0].save("image.png")
+    """
     rounded = ((one.clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8) for one in pixels)
     return [Image.fromarray(one) for one in rounded]
 

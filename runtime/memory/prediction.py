@@ -15,7 +15,7 @@ from ...schemas.layer_tensors import inverted_residuals
 from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH, Manifest
 from ...schemas.precision import Precision
 from ...schemas.settings import Settings
-from ...schemas.sizes import latent_sizes
+from ...schemas.sizes import ROW_AREA, latent_sizes
 from ...schemas.stages import (
     ControlNetConfig,
     EffnetEncoderConfig,
@@ -29,8 +29,7 @@ from ...schemas.stages import (
 from ...schemas.tensors import expected_tensors, is_counter
 from .residency import RESIDENT, MemoryPolicy
 
-BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
-ROW_AREA = {Stage.PRIOR: 8 * 24 * 24, Stage.DECODER: 8 * 256 * 256}  # as in `sampling.loop`: 8 rows of 1024x1024
+BYTES = {precision: 4 if precision is Precision.FP32 else 2 for precision in Precision}  # of a value
 EFFNET_AREA = 32 * 32  # pixels of the effnet's input for each of the prior's latents
 VQGAN_ENCODER = ("in_block", "down_blocks", "vquantizer")  # tensors of the vqgan's encoder; the decoder has the others
 PROCESS = 115 << 20  # the interpreter, numpy and an engine's library

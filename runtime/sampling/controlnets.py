@@ -33,7 +33,11 @@ HALVES = 2  # super-resolution takes the latents of the picture at half its size
 
 @dataclass(frozen=True)
 class ControlPicture:
-    """A ControlNet by its name in CONTROLS, the picture it follows, and the factor of its residuals."""
+    """A ControlNet by its name in CONTROLS, the picture it follows, and the factor of its residuals.
+
+    Examples:
+        >>> cascade.generate("a castle", controls=[ControlPicture("canny", "photo.png", 0.8)])
+    """
 
     name: str
     picture: Picture

@@ -8,15 +8,13 @@ from PIL import Image
 
 from ...schemas.errors import UsageError
 from ...schemas.settings import Sampling
+from ...schemas.sizes import ROW_AREA
 from ...schemas.stages import Stage
 from ..engines.protocol import F32, Tensors
 from ..networks import Networks, require_finite
 from .denoiser import Predict, denoiser
 from .noise import Noise
 from .samplers import Schedule, make_schedule
-
-# Pixels of latents that go through a stage at once by default: 8 rows of a 1024x1024 image.
-ROW_AREA = {Stage.PRIOR: 8 * 24 * 24, Stage.DECODER: 8 * 256 * 256}
 
 Show = Callable[[F32], list[Image.Image]]  # latents (B, c, h, w) to B small images
 

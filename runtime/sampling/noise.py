@@ -16,7 +16,10 @@ from .torch_generator import TorchGenerator
 class PlacedSeed:
     """The seed of one image that was image `index` of a `batch` from one generator.
 
-    The image comes out the same alone, with others, or in its batch."""
+    The image comes out the same alone, with others, or in its batch.
+
+        cascade.generate("a castle", seed=PlacedSeed(7, index=2, batch=4))  # the third image of num_images=4, seed=7
+    """
 
     seed: int
     index: int = 0

@@ -44,6 +44,8 @@ CACHED_ROWS = 256  # of 77 tokens each; a row takes 400 kB at the width of CLIP 
 class PromptEmbeds:
     """The embeddings of B prompts and their B negative prompts, all float32.
 
+        cascade.generate(embeds=PromptEmbeds(clip_text, pooled, negative_clip_text, negative_pooled))
+
     T is 77 times the number of chunks. The arrays may also come from another text encoder."""
 
     clip_text: F32  # (B, T, channels)
@@ -169,13 +171,13 @@ def split(tokens: Sequence[Token]) -> Iterator[slice]:
     anywhere. Here, as in ComfyUI, the cut never goes through a word that began at most 20 tokens before it."""
     start = 0
     while len(tokens) - start > ROOM:
-        stop = _cut(tokens, start + ROOM)
+        stop = _end_of_chunk(tokens, start + ROOM)
         yield slice(start, stop)
         start = stop
     yield slice(start, len(tokens))
 
 
-def _cut(tokens: Sequence[Token], full: int) -> int:
+def _end_of_chunk(tokens: Sequence[Token], full: int) -> int:
     if tokens[full].is_comma:  # a phrase ends right here
         return full
     places = range(full, full - BACK, -1)

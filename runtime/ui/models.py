@@ -1,4 +1,4 @@
-"""What the page can choose: bundles, engines and LoRAs by their names, and the one cascade that is open for a choice.
+"""The choices of the page: bundles, engines and LoRAs by their names, and the one cascade that is open for a choice.
 
 A request of the page names these; it never holds a path. Names are looked up in the folder of bundles and in the list
 of LoRAs that the server was started with.
@@ -26,7 +26,7 @@ from ..engines.engine_table import AUTO, ENGINES, EngineInfo
 MOST_BUNDLES = 200  # that are listed of a folder
 MOST_LORAS = 8  # at once
 
-Lora = tuple[str, float]  # a LoRA as `--lora` names it, and its strength
+ChosenLora = tuple[str, float]  # a LoRA as `--lora` names it, and its strength
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Choice:
 
     bundle: str
     engine: str = AUTO
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[ChosenLora, ...] = ()
 
 
-Opener = Callable[[Path, str, Sequence[Lora]], Cascade]
+Opener = Callable[[Path, str, Sequence[ChosenLora]], Cascade]
 """Opens a bundle on the engine of that name, with LoRAs merged into its weights."""
 
 
@@ -74,7 +74,7 @@ class Models:
     opener: Opener
     engine: str = AUTO
     device: str = "cpu"
-    first_loras: tuple[Lora, ...] = ()
+    first_loras: tuple[ChosenLora, ...] = ()
     loras: Callable[[], Mapping[str, str]] = dict
     stages: Mapping[Stage, Path] = field(default_factory=dict)
     _opened: tuple[Choice, Cascade] | None = None
@@ -138,19 +138,19 @@ class Models:
             raise UsageError(f"bundle {shown(name)}: expected one of {', '.join(found)}")
         return found[name]
 
-    def _chosen(self, loras: Any) -> tuple[Lora, ...]:
+    def _chosen(self, loras: Any) -> tuple[ChosenLora, ...]:
         if not isinstance(loras, list) or len(loras) > MOST_LORAS:
             raise UsageError(f"loras: expected a list of at most {MOST_LORAS}")
         return tuple(self._lora(each) for each in loras)
 
-    def _lora(self, given: Any) -> Lora:
+    def _lora(self, given: Any) -> ChosenLora:
         if not isinstance(given, dict) or not given.keys() <= {"name", "strength"}:
             raise UsageError("loras: expected each as {name, strength}")
         offered, name = self._offered(), given.get("name")
         if not isinstance(name, str) or name not in offered:
             raise UsageError(
                 f"loras: {shown(name)} is not offered here; expected one of {', '.join(offered) or 'none'}; "
-                "give --lora-folder, or list your folders of LoRAs in $CASCADEKIT_LORAS"
+                "name their folders in $CASCADEKIT_LORAS, or start: cascadekit ui BUNDLE --lora-folder FOLDER"
             )
         try:
             strength = float(given.get("strength", 1.0))

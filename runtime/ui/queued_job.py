@@ -28,7 +28,7 @@ class PageRequest:
 
 
 @dataclass(frozen=True)
-class Event:
+class JobEvent:
     """One event of a job. `version` counts the events of the job. A later event of the same name replaces this one."""
 
     version: int
@@ -47,7 +47,7 @@ class QueuedJob:
         self.images: list[dict[str, Any]] = []  # as the gallery describes them
         self.cancelled = False
         self._changed = Condition()
-        self._latest: dict[str, Event] = {}
+        self._latest: dict[str, JobEvent] = {}
         self._version = 0
 
     @property
@@ -62,10 +62,10 @@ class QueuedJob:
             self._version += 1
             if name in FINAL:
                 self._latest.pop(PREVIEW, None)
-            self._latest[name] = Event(self._version, name, data)
+            self._latest[name] = JobEvent(self._version, name, data)
             self._changed.notify_all()
 
-    def events(self, after: int = 0, beat: float = 15.0) -> Iterator[Event | None]:
+    def events(self, after: int = 0, beat: float = 15.0) -> Iterator[JobEvent | None]:
         """Yield the events since version `after` until the job is over, and None after `beat` seconds without any."""
         while True:
             with self._changed:

@@ -1,4 +1,4 @@
-"""The benchmark runs, and its report has every field. What it measures is nobody's business here.
+"""The benchmark runs, and its report has every field. The figures themselves are not tested.
 
 Workers import torch, diffusers and OpenVINO. Where many are started, they run in this process, except for one.
 """
@@ -300,7 +300,7 @@ def test_what_an_engine_is_fed() -> None:
 
 @pytest.mark.slow
 def test_mapped_weights_stay_in_their_file(tmp_path: Path) -> None:
-    """Of 16-bit weights, which ONNX Runtime otherwise casts for good, and of fp32 ones, which it rearranges."""
+    """16-bit weights, which ONNX Runtime otherwise casts for good, and fp32 weights, which it rearranges."""
     for dtype in "BF16", "F32":
         report = engines.bench_engines(
             tmp_path,

@@ -1,4 +1,4 @@
-"""Of all networks measured the worst ratio counts, and the command shows it."""
+"""The worst ratio of all measured networks counts, and the command shows it."""
 
 import json
 

@@ -172,7 +172,7 @@ def test_a_second_run_goes_on(done: GpuBench, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_phase_in_its_own_process(tmp_path: Path) -> None:
-    """What fails is noted with the end of its errors, and what takes too long is ended."""
+    """A phase that fails is noted with the end of its errors; one that takes too long is ended."""
     bench = GpuBench(tmp_path, "cpu", precisions=(FP32,), tiny=True)
     state = BenchState.open(bench.state_path, bench.job, {})
     phase = Phase("engine tiny fp32 onnxruntime prior", "engine", 60, Variant.TINY, Stage.PRIOR, FP32)
@@ -188,7 +188,7 @@ def test_a_phase_in_its_own_process(tmp_path: Path) -> None:
 
 
 def test_the_plan() -> None:
-    """What decides comes first: the first precision of both sizes."""
+    """The phases that decide most come first: the first precision of both sizes."""
     both, bf16, fp16 = (Variant.LITE, Variant.FULL), Precision.BF16, Precision.FP16
     names = [phase.name for phase in plan(both, (fp16, FP32, bf16), ("onnxruntime", "aotinductor"))]
     assert len(set(names)) == len(names)

@@ -54,7 +54,7 @@ def test_a_kit_in_whole_files(tmp_path: Path, wheels: list[Path]) -> None:
 
 
 def _install(kit: Path, site: Path) -> str:
-    """What `install.py` complains about, in a Python without packages."""
+    """The complaint of `install.py`, in a Python without packages."""
     return subprocess.run(
         [sys.executable, "-I", "-S", str(kit / "install.py"), str(site)], capture_output=True, text=True, check=False
     ).stderr
@@ -85,7 +85,7 @@ ORT = "onnxruntime_gpu-1.31.1-cp312-cp312-manylinux_2_28_x86_64.whl"
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip would download: onnxruntime-gpu, numpy and the wheel of this checkout."""
+    """The packages that pip would download: onnxruntime-gpu, numpy and the wheel of this checkout."""
 
     def download(folder: Path, python: str, onnxruntime: str, more: Sequence[str]) -> list[Path]:
         assert (python, onnxruntime, more) == ("3.12", "onnxruntime-gpu==1.31.1", ())

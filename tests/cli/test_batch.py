@@ -1,6 +1,6 @@
-"""`generate --prompts` as people meet it: fifty prompts and ten faults, and what is drawn, refused and told.
+"""`generate --prompts` as people meet it: fifty prompts and ten faults, and what is generated, refused and told.
 
-What came out is read with Pillow and json alone.
+The outputs are read with Pillow and json alone.
 """
 
 import io
@@ -92,7 +92,7 @@ def drawn(bundle: Path, prompts: Path, *more: object) -> Result:
 
 
 def events(log: Path) -> list[dict[str, Any]]:
-    """What of a log is JSON."""
+    """The lines of a log that are JSON."""
     found = []
     for line in log.read_text().splitlines():
         try:
@@ -109,7 +109,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells an image from one drawn again."""
+    """The identities of files, which tell an image from one that was generated again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.png")}
 
 

@@ -60,7 +60,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 
 
 def panic() -> BaseException:
-    """What a panic in a library written in Rust becomes: a class made at run time, below BaseException alone."""
+    """A panic in a library written in Rust, as Python sees it: a class made at run time, below BaseException alone."""
     return type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})("index out of bounds")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
+from cascadekit import UsageError, make_demo
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
 from cascadekit.runtime.images.png import read_settings
@@ -219,6 +220,8 @@ def test_demo(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "demo/parity.json").read_text())["passed"] is True
     assert f"cascadekit ui {tmp_path / 'demo' / 'bundle'}" in result.output
     refused(2, "exists already", "demo", "-o", tmp_path / "demo")
+    with pytest.raises(UsageError, match="exists already"):
+        make_demo(str(tmp_path / "demo"))
     found = owned(tmp_path / "demo", ["parity.json"])
     assert found is not None
     assert (found.marker, found.foreign) == ("parity.json", ())

@@ -1,4 +1,4 @@
-"""What a command prints on a terminal and in a pipe: one final line that stays, --quiet, --json and --dry-run."""
+"""The output of a command on a terminal and in a pipe: one final line that stays, --quiet, --json and --dry-run."""
 
 import json
 import os

@@ -17,7 +17,12 @@ from cascadekit.schemas.settings import Settings
 EMPTY: tuple[object, ...] = (None, (), [], {}, "")  # all of these say that nothing was given
 
 # Options whose argument has another name, or none: --profile has a default of its own, `output` is another thing.
-SAME = {("generate", "images"): "num_images", ("build", "profiles"): "", ("generate", "output"): ""}
+SAME = {
+    ("generate", "images"): "num_images",
+    ("generate", "prompts"): "prompt",
+    ("build", "profiles"): "",
+    ("generate", "output"): "",
+}
 
 # Options that a command has for itself: how it prints, and what the caller of a Python function does beside it.
 OWN = {
@@ -41,6 +46,7 @@ PYTHON: Mapping[str, dict[str, Any]] = {
     "build": defaults_of(cascadekit.build, cascadekit.BuildOptions),
     "verify": defaults_of(cascadekit.record_reference, cascadekit.verify),
     "validate": defaults_of(cascadekit.validate),
+    "demo": defaults_of(cascadekit.make_demo),
     "generate": defaults_of(Settings, cascadekit.Cascade.generate, cascadekit.Cascade.open),
     "lora merge": defaults_of(cascadekit.merge_loras),
     "lora apply": defaults_of(cascadekit.apply_loras),
@@ -60,17 +66,18 @@ def command_of(words: str) -> click.Command:
 
 
 @pytest.mark.parametrize("name", PYTHON)
-def test_defaults_are_those_of_python(name: str) -> None:
+def test_names_and_defaults_are_those_of_python(name: str) -> None:
     command, arguments, compared = command_of(name), PYTHON[name], 0
     context = click.Context(command)
     for option in command.params:
         assert option.name is not None
         argument = SAME.get((name, option.name), option.name)
         if not isinstance(option, click.Option) or argument not in arguments:
-            assert isinstance(option, click.Argument) or option.name in OWN or not option.expose_value, option.name
+            assert option.name in OWN or not option.expose_value or argument in arguments, option.name
             continue
         given, default = option.get_default(context), arguments[argument]
         given = None if repr(given).startswith("Sentinel") else given  # click's own None
+        given = str(given) if isinstance(given, Path) else given
         if given in EMPTY and name == "generate":
             compared += 1  # None: what is not given is left to Python
         else:

@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first work: a download, a conversion, a stage that is loaded, a LoRA merged.
+"""A command that cannot work is refused before any work: a download, a conversion, a stage, a LoRA merged.
 
 Each row is a command, its exit code, and words of the message. HF is a model on the Hub, whose download is work."""
 

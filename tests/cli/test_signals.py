@@ -37,7 +37,7 @@ def call(*arguments: object) -> Result:
 
 
 def raising(number: int, times: int = 1) -> Callable[..., None]:
-    """What sends a signal to this program, in place of the work."""
+    """A function that sends a signal to this program, in place of the work."""
 
     def send(*arguments: object, **options: object) -> None:
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""What `inspect` and `validate` show, and how little of it is repeated."""
+"""`inspect` and `validate` show what one looks for, and repeat little of it."""
 
 import json
 from pathlib import Path

@@ -41,7 +41,7 @@ def torchao_dequantised(network: Any) -> Any:
 
 
 def bitsandbytes_dequantised(network: Any) -> Any:
-    """What `network.dequantize()` of diffusers does, but for the moves to a GPU and back."""
+    """The work of diffusers' `network.dequantize()`, but for the moves to a GPU and back."""
     return dequantize_and_replace(
         network, network.hf_quantizer.modules_to_not_convert, network.hf_quantizer.quantization_config
     )

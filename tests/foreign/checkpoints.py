@@ -30,7 +30,7 @@ PICTURE = {"image_size": 28, "patch_size": 14}
 
 @dataclass
 class Saved:
-    """What a program left on disk, and what is in it: `truth` by stage and diffusers names.
+    """The files that a program left on disk, and their values: `truth` by stage and diffusers names.
 
     `said` are patterns that the notes, or the refusal of a row without truth, must have."""
 

@@ -1,4 +1,4 @@
-"""What each program that makes LoRAs writes: one table, and for every row what the program's own formula makes of it.
+"""The files of each program that makes LoRAs: one table, with the result of the program's own formula for every row.
 
 Keys, shapes and formulas are those of the sources named in each row, written out in float64; nothing of cascadekit is
 used. Weights go by diffusers names. A row is a function from a base model to a file and what must come of it.

@@ -89,7 +89,7 @@ def holds_something(lora: Path, output: Path, to: str, base: Path) -> bool:
 
 
 def require_same_changes(output: Path, row: Written, weights: Arrays) -> None:
-    """What a converted file has does to the weights what the program's own file does."""
+    """A converted file changes the weights as the program's own file does."""
     for target, adapter in open_lora(output).adapters.items():
         rows = weights[target.tensor].reshape(len(weights[target.tensor]), -1)
         found = applied(lambda start, stop, rows=rows: rows[start:stop], adapter, 1.0, np.float32)(0, len(rows))  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """The memory that every format takes, at real size: a process of its own writes it, another reads it back.
 
-The weights are a stage B's. Its layers have the size of the lite one's, and the few of them make 0.74 GB. What is read
-alone has all layers. Nearly all weights are holes in the file, which read as zeros."""
+The weights are a stage B's. Its layers have the size of the lite one's, and the few of them make 0.74 GB. A file that
+is only read has all layers. Nearly all weights are holes in the file, which read as zeros."""
 
 import json
 import subprocess

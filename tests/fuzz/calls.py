@@ -1,4 +1,4 @@
-"""What an input is given to, and what may come of it."""
+"""The calls that an input is given to, and the ends that they may have."""
 
 from collections.abc import Callable
 from pathlib import Path

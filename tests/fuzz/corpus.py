@@ -49,7 +49,7 @@ class Corpus:
 
     @cached_property
     def bundle(self) -> Path:
-        """Of two stages, which are checked in half the time: what is to be found wrong is the same in all."""
+        """A bundle of two stages, which are checked in half the time: the same faults are found in all."""
         stages = (Stage.VQGAN, Stage.TEXT_ENCODER)
         export(self.root / "model", self.scratch / "bundle", stages=stages, weights="copy")
         return self.scratch / "bundle"

@@ -68,7 +68,7 @@ class Fuzzer:
                 yield Finding(kind, seed, answer["what"], answer["error"], answer["where"])
 
     def run(self, kind: str, seed: int) -> dict[str, Any]:
-        """What came of one input."""
+        """The result of one input."""
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None

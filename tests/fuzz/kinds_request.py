@@ -1,4 +1,4 @@
-"""What asks for images: settings in PNGs, files of prompts, command lines."""
+"""Inputs that ask for images: settings in PNGs, files of prompts, command lines."""
 
 import csv
 import io
@@ -138,7 +138,7 @@ VALUES = (
 
 
 def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
-    """A command's arguments with odd ones among them. What would draw, or serve, is left out."""
+    """A command's arguments with odd ones among them. Options that would generate or serve are left out."""
     path = rng.choice(sorted(COMMANDS))
     known = {
         "model": corpus.root / "model",
@@ -168,7 +168,7 @@ def options(rng: Random, corpus: Corpus, folder: Path) -> Call:
 
 
 def _values(option: click.Option, rng: Random) -> list[str]:
-    """What the option takes, mostly: one of its choices, a number, or any odd text."""
+    """Values that the option mostly takes: one of its choices, a number, or any odd text."""
     if rng.random() < 0.1:
         return rng.choice(([], [rng.choice(VALUES)], [rng.choice(VALUES), rng.choice(VALUES)]))
     if option.is_flag:

@@ -1,1 +1,1 @@
-"""What several tests share: stand-ins, small models, planted faults."""
+"""Helpers that several tests share: stand-ins, small models, planted faults."""

@@ -118,7 +118,7 @@ def wait_for_text(page: Any, where: str, text: str) -> None:
 
 
 def too_wide(page: Any) -> list[str]:
-    """What reaches beyond the right edge of the window; nothing does when the page cannot be scrolled sideways."""
+    """The elements beyond the right edge of the window; there are none when the page cannot be scrolled sideways."""
     return page.evaluate("""() => {
         const {scrollWidth, clientWidth} = document.documentElement;
         const wide = [...document.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > clientWidth);

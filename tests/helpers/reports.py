@@ -47,7 +47,7 @@ def forced(stage: str, step: int) -> Subject:
 def comparison(
     subject: Subject | str, error: float = 1e-6, tolerance: float = 1e-4, ulp: Precision | None = None
 ) -> Comparison:
-    """Of 300 values whose relative L2 is about `error`; infinite values for an infinite one."""
+    """A comparison of 300 values whose relative L2 is about `error`; infinite values for an infinite one."""
     name = subject if isinstance(subject, str) else subject.name
     rng = np.random.default_rng(sum(map(ord, name)))
     reference = rng.standard_normal((3, 100))

@@ -29,7 +29,7 @@ class CosineSchedule:
 
 
 def noise_condition(log_snr: torch.Tensor) -> torch.Tensor:
-    """What the network is told: the inverse of the cosine schedule."""
+    """The noise condition of the network: the inverse of the cosine schedule."""
     s = torch.tensor([0.008])
     min_var = torch.cos(s / (1 + s) * torch.pi * 0.5) ** 2
     t = ((log_snr.sigmoid() * min_var) ** 0.5).acos() / (torch.pi * 0.5) * (1 + s) - s

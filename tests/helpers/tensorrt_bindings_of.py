@@ -82,7 +82,7 @@ print(json.dumps({
 
 
 def look(bindings: Path, version: str, names: Iterable[str]) -> dict[str, Any]:
-    """What of `names` the bindings of `version` lack. In a process of its own: there can be one TensorRT in each."""
+    """The `names` that the bindings of `version` lack. It runs apart: a process can have one TensorRT."""
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(bindings / version.split(".")[0]),

@@ -1,6 +1,6 @@
 """Mixed calls of the images API over plain sockets: good, slow, malformed, oversized, and left in the middle.
 
-Every call checks its own answer. What a good call returns must be the file of a run without the server, byte for byte.
+Every call checks its own answer. The answer to a good call must be the file of a run without the server, byte for byte.
 """
 
 import base64
@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a run without the server generates."""
+    """The files that a run without the server generates."""
 
     calls: Sequence[Wanted]
     picture: bytes  # that edits upload

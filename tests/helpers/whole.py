@@ -235,7 +235,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @dataclass
 class Loads:
-    """What an engine loaded and freed, in order: ("+" or "-", stage, graph)."""
+    """The graphs that an engine loaded and freed, in order: ("+" or "-", stage, graph)."""
 
     events: list[tuple[str, Stage, str]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""What the example model generates, through ONNX Runtime, as the judge sees it.
+"""The pictures of the example model, through ONNX Runtime, as the judge sees them.
 
 docs/example-model.md has the shares over many more pictures. The limits here lie about three standard deviations below
 them.

@@ -16,14 +16,18 @@ from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.compare import compare
 from cascadekit.parity.comparison import Subject
 from cascadekit.parity.results import Report
-from cascadekit.parity.same_model import cause, differences
+from cascadekit.parity.same_model import ModelDifference, cause, differences
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
 
 
-def found(bundle: Path, model: Path, *stages: Stage) -> list[str]:
+def differing(bundle: Path, model: Path, *stages: Stage) -> list[ModelDifference]:
     return differences(open_bundle(bundle).manifest, open_model([model]), stages)
+
+
+def found(bundle: Path, model: Path, *stages: Stage) -> list[str]:
+    return [each.line for each in differing(bundle, model, *stages)]
 
 
 @pytest.fixture
@@ -96,10 +100,10 @@ def test_the_cause_is_in_the_first_line(tiny: Path, tmp_path: Path) -> None:
         f"note: another VQGAN scale than {tmp_path / 'scaled'} was exported from, so no verdict is recorded: "
         "vqgan: scale 0.43, this model's is 0.3764"
     )
-    assert cause(found(tiny / "bundle", tiny / "original")) == "another model"
+    assert cause(differing(tiny / "bundle", tiny / "original")) == "another model"
     bf16 = tmp_path / "bf16"
     convert(tiny / "model", bf16, "diffusers", dtype="bf16")
-    assert cause(found(tiny / "bundle", bf16)) == "weights of another dtype"
+    assert cause(differing(tiny / "bundle", bf16)) == "weights of another dtype"
 
 
 def test_a_failure_says_what_to_run_next() -> None:

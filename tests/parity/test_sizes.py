@@ -1,4 +1,4 @@
-"""What verify compares: sizes at, between and off the points of plans' profiles, and the prior as images are drawn."""
+"""`verify` compares sizes at, between and off the points of plans' profiles, and the prior as in a generation."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ def names(report: dict[str, Any]) -> list[str]:
 
 
 def shown(bundle: Bundle, engine: str, **wishes: Any) -> list[str]:
-    """Of the prior, in short."""
+    """The prior's sizes, in short."""
     sizes = choose_sizes(bundle.manifest, engine, **wishes).by_stage[Stage.PRIOR]
     return [str(size).removesuffix(" of its profile").removesuffix(" its profile").strip() for size in sizes]
 

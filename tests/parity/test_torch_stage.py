@@ -82,7 +82,7 @@ def test_quantised_is_rounding_the_linears(tiny: Path, stage: Stage) -> None:
 
 
 def test_given_values_replace_what_modules_give(tiny: Path) -> None:
-    """Of a repeated level's first pass and of another block; the modules' own results are seen all the same."""
+    """Values of a repeated level's first pass and of another block; the modules' own results are seen all the same."""
     runner, network, inputs = loaded(tiny, Stage.DECODER)
     shapes = runner.shapes(inputs)
     assert shapes["up_blocks.0.0@1"] == shapes["up_blocks.0.0"]

@@ -51,7 +51,7 @@ def recording(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def expected(tiny_outputs: ReferenceOutputs) -> ReferenceOutputs:
-    """What the recording should hold, by the reference in this process."""
+    """The content that the recording should have, by the reference in this process."""
     return tiny_outputs
 
 

@@ -67,7 +67,7 @@ def entry(inputs: tuple[Port, ...], outputs: tuple[Port, ...], name: str, contro
 def manifest(
     blocks: tuple[int, ...] = BLOCKS, stages: tuple[Stage, ...] = tuple(CONTROLNETS), **more: dict[str, Any]
 ) -> Manifest:
-    """Of a prior that takes residuals at `blocks`, and ControlNets."""
+    """The manifest of a prior that takes residuals at `blocks`, and of ControlNets."""
     prior = ports_of(PRIOR)
     made = {Stage.PRIOR: entry((*prior.inputs, *control_ports(PRIOR, blocks)), prior.outputs, "prior", blocks)}
     for stage in stages:

@@ -1,6 +1,6 @@
 """CUDA graphs of ONNX Runtime, on a stand-in that has their traps: see `helpers.fake_ort_cuda`.
 
-What a graph computes is compared with ONNX Runtime's CPU sessions on the same inputs, bit for bit.
+The results of a graph are compared with ONNX Runtime's CPU sessions on the same inputs, bit for bit.
 """
 
 import re
@@ -57,7 +57,7 @@ def decoder_inputs(size: tuple[int, int], seed: int, batch: int = 1) -> dict[str
 
 
 def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is bound, and what changes in every step."""
+    """The inputs that are bound, and those that change in every step."""
     changing = ("sample", "timestep_ratio")
     return {n: v for n, v in inputs.items() if n not in changing}, {n: inputs[n] for n in changing}
 

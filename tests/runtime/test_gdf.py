@@ -103,7 +103,7 @@ def test_what_networks_are_told_and_the_scales(steps: int, shift: float, t_start
 
 
 def test_golden_numbers() -> None:
-    """Of the original at 20 steps: what the network is told, plain and shifted."""
+    """The original's noise conditions at 20 steps, plain and shifted."""
     plain, shifted = gdf_schedule(timesteps(20)), gdf_schedule(timesteps(20), 2.0)
     assert plain.ratios[0] == pytest.approx(0.99358, abs=5e-6)
     assert plain.ratios[-1] == pytest.approx(0.00226, abs=5e-6)

@@ -1,4 +1,4 @@
-"""What is said of CPUs on which ONNX Runtime's 8-bit products saturate, against what it computes here."""
+"""The note for CPUs on which ONNX Runtime's 8-bit products saturate, against its results here."""
 
 from pathlib import Path
 

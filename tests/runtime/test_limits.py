@@ -1,4 +1,4 @@
-"""What is beyond the limits is refused before any work, and what is within them takes no more memory for being many."""
+"""Input beyond the limits is refused before any work; much input within them takes no more memory than little."""
 
 import json
 import time
@@ -80,7 +80,7 @@ def test_the_library_refuses_too(tiny: Path) -> None:
 
 
 def test_the_longest_prompts_take_no_time() -> None:
-    """Of any kind that could be slow: nested, unspaced, or all punctuation."""
+    """Prompts of every kind that could be slow: nested, unspaced, or all punctuation."""
     tokenizer = ClipTokenizer.open()
     kinds = ["((a", "[", "a", ":1", ": ", "(a:1.0)", "\\(", "é", "\U0001f600"]
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""What memory is predicted: weights counted as the networks and the graphs hold them, and how the rest goes with the
+"""The prediction of memory: weights counted as the networks and the graphs hold them, and how the rest goes with the
 size, the batch and the policy. tests/test_real_size.py measures it."""
 
 import math
@@ -13,7 +13,6 @@ from cascadekit.runtime.memory import choose_policy, free_memory, prediction
 from cascadekit.runtime.memory.choose_policy import chosen_policy
 from cascadekit.runtime.memory.prediction import OUTPUT, PROCESS, Peak, _kept, loaded_bytes, predict_peak
 from cascadekit.runtime.memory.residency import AUTO, RESIDENT, STAGED, MemoryPolicy
-from cascadekit.runtime.sampling import loop
 from cascadekit.schemas.config_json import from_json, to_json
 from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
@@ -92,10 +91,6 @@ def test_how_a_peak_goes(bundle: Bundle) -> None:
     two, four = (peak(bundle, images=images) for images in (2, 4))
     assert four.stage is Stage.VQGAN  # which decodes one image at a time; the pixels of all stay
     assert four.nbytes - two.nbytes == 2 * OUTPUT * pixels
-
-
-def test_the_rows_of_a_batch_are_bounded_as_in_the_loop() -> None:
-    assert prediction.ROW_AREA == loop.ROW_AREA
 
 
 def of_real_size(bundle: Bundle, variant: Variant, precision: Precision) -> Manifest:

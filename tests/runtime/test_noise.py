@@ -123,7 +123,7 @@ def untempered(outputs: Any) -> Any:
 
 
 def torch_normals(torch: ModuleType, uniforms: Any) -> Any:
-    """What torch makes of chosen 24-bit uniforms, by generators set to yield them; both (n, CRAFTED)."""
+    """Torch's normals from chosen 24-bit uniforms, by generators set to yield them; both (n, CRAFTED)."""
     generator = torch.Generator("cpu")
     state = generator.get_state().numpy().copy()
     state[8:12].view(np.int32)[0] = STATE_WORDS  # left
@@ -146,7 +146,7 @@ def test_every_uniform(torch: ModuleType, walked: str, one_of: int) -> None:
     By default a quarter of them.
 
     Angle 0 leaves the radius as it is; the other way round 14506667 gives radius 2, which leaves sine and cosine
-    exact. What remains of Box-Muller is one multiplication.
+    exact. The rest of Box-Muller is one multiplication.
     """
     held, at = (0, 0) if walked == "radius" else (14506667, 1)
     per_part = 5000 * CRAFTED // 2

@@ -75,13 +75,13 @@ CASES = {
 
 
 def edited(latents: Any, index: int) -> Any:
-    """What both callbacks make of latents, at every step but the second."""
+    """The latents as both callbacks change them, at every step but the second."""
     return latents if index == 1 else latents * 0.75 + 0.5
 
 
 @dataclass
 class Side:
-    """What one side made."""
+    """The results of one side."""
 
     tape: Tape
     prior: F32
@@ -233,7 +233,7 @@ def test_every_condition_matters(whole: Whole) -> None:
 
 
 def test_latents_alone(whole: Whole) -> None:
-    """What each output asks for is run, and no more; the latents of a prior go on in a decoder of one's own."""
+    """Each output runs the stages that it needs, no more; the latents of a prior go on in a decoder of one's own."""
     case = Case(2, guidance=(4.0, 0.0))
     expected = theirs(whole, case, [], None, None)
     settings = Settings(128, 256, prior_steps=3, decoder_steps=3, size_policy=SizePolicy.DIFFUSERS)

@@ -1,4 +1,4 @@
-"""What a picture of any kind takes in memory before it is scaled, measured in a process of its own."""
+"""The memory that a picture of any kind takes before it is scaled, measured in a process of its own."""
 
 import os
 import struct

@@ -68,7 +68,7 @@ def test_prior_and_decode_by_hand_equal_generate(cascade: Cascade) -> None:
 
 
 def test_long_lists_go_through_in_parts_that_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn does not depend on the parts; nine prompts with guidance are batches of 18."""
+    """The images do not depend on the parts; nine prompts with guidance are batches of 18."""
     batches: dict[Stage, list[int]] = {Stage.PRIOR: [], Stage.DECODER: []}
     run = OnnxRuntimeStage.__call__
 

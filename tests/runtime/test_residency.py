@@ -1,4 +1,4 @@
-"""What is loaded when, and freed: every memory policy, over whole generations."""
+"""When stages are loaded and freed: every memory policy, over whole generations."""
 
 from collections.abc import Callable
 from pathlib import Path

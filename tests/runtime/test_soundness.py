@@ -1,4 +1,4 @@
-"""What is no image is an error that names stage, step and image, instead of a black PNG."""
+"""An output that is no image is an error that names stage, step and image, instead of a black PNG."""
 
 import shutil
 from collections.abc import Callable, Mapping

@@ -55,7 +55,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 
 def alpha_bar(t: torch.Tensor) -> torch.Tensor:
-    """Of DDPMWuerstchenScheduler."""
+    """The schedule of DDPMWuerstchenScheduler."""
     s = torch.tensor([0.008])
     bar = torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** 2 / torch.cos(s / (1 + s) * math.pi * 0.5) ** 2
     return bar.clamp(0.0001, 0.9999)
@@ -289,7 +289,7 @@ def _diffused(x_0: torch.Tensor, noise: torch.Tensor, t: float, sampler: str, st
 
 
 def test_predictions_and_previews(whole: Whole) -> None:
-    """What a step says is the noiseless image, by the formula and diffusers' networks; and its pictures."""
+    """The noiseless image of a step, by the formula and diffusers' networks; and its pictures."""
     conditions = Conditions.of(whole, ["a", "b"])
     cascade = opened(whole)
     size = {"height": 96, "width": 168, "seed": 5, "steps": 3}

@@ -26,7 +26,7 @@ SMALL = ["--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "--eng
 
 
 def alone(home: Path, code: str, *arguments: str) -> list[str]:
-    """What a process of its own leaves in an empty home folder; cut off from the network where that can be done."""
+    """The files that a process leaves in an empty home folder; cut off from the network where that can be done."""
     cut_off = ["unshare", "-n"] if os.getuid() == 0 and shutil.which("unshare") else []
     if cut_off and subprocess.run([*cut_off, "true"], capture_output=True, check=False).returncode:
         cut_off = []

@@ -46,7 +46,7 @@ def off(found: Any, expected: Any) -> float:
 
 
 def test_blocks_that_repeat_are_compiled_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling is left out: it takes minutes. What is handed to torch.compile is counted, and computes the same."""
+    """Compiling takes minutes and is left out. The blocks handed to torch.compile are counted, and compute the same."""
     compiled: list[Any] = []
 
     def compile_module(module: torch.nn.Module, **how: Any) -> None:

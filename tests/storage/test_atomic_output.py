@@ -1,4 +1,4 @@
-"""What outputs replace: files go beside what a folder has, and nothing of others or of the sources is ever lost."""
+"""Outputs go beside the files that a folder has; nothing of others or of the sources is ever lost."""
 
 import fcntl
 import json

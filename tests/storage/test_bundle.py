@@ -1,4 +1,4 @@
-"""What loading a bundle notices: files missing, cut short, replaced, changed; and what it lets pass."""
+"""Loading a bundle notices files that are missing, cut short, replaced or changed, and lets others pass."""
 
 import json
 import os

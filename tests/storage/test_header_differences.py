@@ -1,6 +1,6 @@
 """Our reader of headers against the safetensors library's, on hand-made and on mutated headers.
 
-What the library accepts is accepted, what it refuses is refused, with the differences in KEPT."""
+Headers that the library accepts are accepted, others are refused, with the differences in KEPT."""
 
 import json
 import random

@@ -297,7 +297,7 @@ def test_licences_go_along(original: Path, tmp_path: Path) -> None:
 
 
 def test_a_completed_file_is_not_written_again(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed run completed is found again by the same work, and thrown away by other work."""
+    """Files that a killed run completed are found again by the same work, and thrown away by other work."""
     scratch = tmp_path / ".out.partial"
     write = checkpoint.write_safetensors
     written: list[str] = []

@@ -185,7 +185,7 @@ def test_killed_before_anything_it_does_to_files(
 
 
 def test_killed_just_after_old_and_new_changed_places(server: ForkServerContext, outputs: Path, tmp_path: Path) -> None:
-    """What then lies in the scratch folder is the old output, not work to go on with."""
+    """The scratch folder then holds the old output, not work to go on with."""
     place = Place(tmp_path, outputs, force=True)
     output = place.prepare(0)
     start(server, place.command(output), "event == 'shutil.rmtree' and 'ctypes.dlsym' in seen").join()
@@ -220,7 +220,7 @@ def test_the_next_run_keeps_nothing_of_other_work(
 
 
 def identities(folder: Path) -> set[tuple[int, int]]:
-    """What tells the weights below `folder` from copies of them; a number alone is soon given to another file."""
+    """The identities of the weights below `folder`, which no copy has; a number alone is soon given to another file."""
     found = (path.stat() for path in folder.rglob("*.safetensors"))
     return {(status.st_ino, status.st_mtime_ns) for status in found}
 

@@ -277,7 +277,7 @@ def test_side_files_of_fine_tunes(whole: Path, tmp_path: Path, suffix: str) -> N
 
 @pytest.mark.parametrize("stage", [Stage.EFFNET_ENCODER, Stage.CONTROLNET_CANNY])
 def test_components_of_real_size(catalog_folder: Path, tmp_path: Path, stage: Stage) -> None:
-    """What diffusers has no class for goes into a folder and back with every value."""
+    """Components for which diffusers has no class go into a folder and back with every value."""
     source = tmp_path / "x.safetensors"
     write_stand_in(catalog_folder / f"{ORIGINALS[stage]}.json", source, "BF16")
     convert([source], tmp_path / "model", "diffusers")

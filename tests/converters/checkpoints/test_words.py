@@ -1,4 +1,4 @@
-"""What is said of a file that does not hold what a network has: what kind it is, and "damaged" of none of them."""
+"""Messages about files that do not hold what a network has: each names the kind, and none says "damaged"."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

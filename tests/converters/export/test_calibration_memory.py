@@ -1,6 +1,6 @@
 """Calibration takes little memory beside the weights, which stay in their file.
 
-Of the weights, only those whose product is due are in memory in fp32; of the probed values, only those of one block.
+Weights are in memory in fp32 only while their product is due, and probed values only while their block runs.
 The quick test holds a proportion: each of the two would break it. The slow one holds the bound for the full prior."""
 
 import threading

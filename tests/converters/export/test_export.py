@@ -30,7 +30,7 @@ def draw(bundle: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def plain(tiny: Path) -> np.ndarray:
-    """What the tiny bundle draws."""
+    """The image of the tiny bundle."""
     return draw(tiny / "bundle")
 
 

@@ -1,4 +1,4 @@
-"""What export says of fp16 without a plan: by formulas written anew in torch, and by what a prior then gives."""
+"""The note of export on fp16 without exponents: by formulas written anew in torch, and by what a prior then gives."""
 
 import shutil
 from pathlib import Path

@@ -144,7 +144,7 @@ def test_hidden_values_have_no_exponent() -> None:
     assert not fit_vqgan({"down_blocks.3.0": 10000.0}).exponents  # the encoder's last product
     with pytest.raises(ExportError, match="in its down_blocks the image reaches 10, hidden values 6e"):
         fit_vqgan({"down_blocks.2": 10.0, "down_blocks.3.0": 60000.0})
-    with pytest.raises(ExportError, match="--precision vqgan=fp32"):
+    with pytest.raises(ExportError, match=r'set precisions=\{"vqgan": "fp32"\}'):
         fit_vqgan({"up_blocks.1": 10.0, "up_blocks.1.channelwise.1": 60000.0})
     with pytest.raises(ExportError, match="infinite"):
         fit_vqgan({"up_blocks.1": float("nan")})

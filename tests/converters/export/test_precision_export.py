@@ -31,7 +31,7 @@ FP16 = ExportOptions(precision=Precision.FP16)
 
 @pytest.fixture(scope="module")
 def plain_image(tiny: Path) -> np.ndarray:
-    """What the tiny bundle in fp32 draws."""
+    """The image of the tiny bundle in fp32."""
     return draw(tiny / "bundle")
 
 

@@ -308,7 +308,7 @@ def test_error_of_a_product() -> None:
 
 @pytest.mark.parametrize("stage", [Stage.PRIOR, Stage.DECODER, Stage.TEXT_ENCODER])
 def test_every_matrix_product_has_a_rule(stage: Stage) -> None:
-    """Of the full network: all 2-D weights and 1x1 convolutions are named, embeddings of words apart."""
+    """In the full network, all 2-D weights and 1x1 convolutions are named, embeddings of words apart."""
     config = PRESETS[stage, Variant.FULL]
     expected = expected_tensors(config)
     named = {module for module, _, _ in linears(stage, expected)}

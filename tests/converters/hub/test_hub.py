@@ -59,7 +59,7 @@ def safetensors(values: int = 2000, name: str = "x") -> bytes:
 
 @dataclass
 class Hub:
-    """What the server holds and how it behaves; what it was asked for."""
+    """The files of the server, its faults, and the requests that it got."""
 
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # name, commit, file
     refs: dict[str, str] = field(default_factory=lambda: {"main": MAIN, "v2": OTHER, "a/b": OTHER})
@@ -559,7 +559,7 @@ def test_a_partial_file_that_is_too_long(repo: Hub) -> None:
 
 
 def test_a_server_that_sends_no_end(repo: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes is cut to the size that was listed, and then its digest does not fit."""
+    """The answer is cut to the size that was listed, and then its digest does not fit."""
     monkeypatch.setattr(Handler, "send_file", lambda self, data, headers: self.answer(200, bytes(10**6), headers))
     with pytest.raises(CheckpointError, match="the bytes differ from those the Hub lists"):
         fetch(WEIGHTS)

@@ -1,4 +1,4 @@
-"""What cannot be read or merged is one clear error: file, key, expected, found, what to try next."""
+"""A LoRA that cannot be read or merged is one clear error: file, key, expected, found, what to try next."""
 
 import contextlib
 import json

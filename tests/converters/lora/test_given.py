@@ -1,4 +1,4 @@
-"""What is given as a LoRA or a checkpoint, and is the other; files and folders of every kind that hold one."""
+"""A LoRA that is given as a checkpoint, and the reverse; files and folders of every kind that hold one."""
 
 import json
 import struct
@@ -122,7 +122,7 @@ def test_factors_of_other_dtypes_are_named(bench: Any, numbers: Any, dtype: torc
 
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_comfyui_takes_other_norms_of_dora(bench: Any, numbers: Any, tmp_path: Path, axis: str) -> None:
-    """Of the old weight, where there is a magnitude for each output (comfy/weight_adapter/base.py)."""
+    """Those of the old weight, where there is a magnitude for each output (comfy/weight_adapter/base.py)."""
     scale = {f"{KEY}.dora_scale": numbers(3, *((64, 1) if axis == "output" else (1, 64))) + 2}
     lora = bench.lora({**factors(numbers), **scale})
     done = convert_lora(lora, tmp_path / "comfyui.safetensors", "comfyui")

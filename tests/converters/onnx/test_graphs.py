@@ -1,4 +1,4 @@
-"""What all graphs have in common: ports, names, weights by reference, and that nothing is overlooked."""
+"""All graphs have in common: ports, names, weights by reference, and that nothing is overlooked."""
 
 import math
 import subprocess

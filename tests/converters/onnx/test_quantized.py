@@ -179,7 +179,7 @@ def test_dynamic_activations_are_rounded_as_onnx_says(
     modules: tuple[str, ...],
     target: Target,
 ) -> None:
-    """Of modules that follow one another: a value that lies close to half a step may fall either way, and then
+    """In modules that follow one another, a value close to half a step may fall either way, and then
     moves many in the next. The tolerance is a hundredth of what rounding changes."""
     made = quantise(config, GraphOptions(quantization=DYNAMIC, target=target), frozenset(modules))
     tensors = dict(made.graph.tensors)
@@ -389,7 +389,7 @@ def test_tensorrt_builds_engines(
 
 
 def test_tensorrt_keeps_the_weights_small(quantise: Callable[..., Quantised], build: Callable[..., int]) -> None:
-    """Of a network wide enough for weights to count beside kernels: 16 bits, 8, 8, and 4 a weight."""
+    """The network is wide enough for weights to count beside kernels: 16 bits, 8, 8, and 4 a weight."""
     wide = prior_config((256, 256), (1, 1), (1, 1), text=8, pooled=12)
     sizes = []
     for kind in (INT8, FP8, INT4):

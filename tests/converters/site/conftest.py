@@ -10,7 +10,7 @@ from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 
 @pytest.fixture(scope="session")
 def site_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the example model, with all its stages, its weights in fp16; read only."""
+    """The bundle of the example model, with all its stages, its weights in fp16; read only."""
     folder = tmp_path_factory.mktemp("site") / "bundle"
     export(EXAMPLE_MODEL, folder, storage="fp16")
     return folder

@@ -64,5 +64,5 @@ def test_tensorrt_rtx_has_it_all() -> None:
 
 @pytest.mark.parametrize("version", BINDINGS)
 def test_tensorrt_has_it_all(bindings: Path, version: str) -> None:
-    """Of the builder's calls; a plain TensorRT has no targets to be named."""
+    """Every call of the builder exists; a plain TensorRT has no targets to be named."""
     assert look(bindings, version, used() - OF_RTX)["missing"] == []

@@ -1,4 +1,4 @@
-"""What `bench build` measures and foretells."""
+"""`bench build` measures builds and estimates larger ones."""
 
 import json
 import math
@@ -18,7 +18,7 @@ FILES = {"prior": "original_stage_c", "decoder": "original_stage_b"}
 
 
 def parameters(catalog: Path) -> int:
-    """Of a released file."""
+    """The number of values in a released file."""
     tensors = json.loads(catalog.read_text())["tensors"].values()
     return sum(math.prod(tensor["shape"]) for tensor in tensors)
 

@@ -83,7 +83,7 @@ def test_an_interrupted_build(bundle: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_whole_command_ends(bundle: Path, number: signal.Signals) -> None:
-    """Its worker ends with it. What a kill leaves behind, the next build throws away. Ctrl-C is tested above."""
+    """Its worker ends with it. The next build throws away what a kill leaves behind. Ctrl-C is tested above."""
     command = (sys.executable, "-c", "from cascadekit.cli import main; main()")
     arguments = ("build", str(bundle), "--arch", "sm89", "--stage", "decoder")
     before = files(bundle)

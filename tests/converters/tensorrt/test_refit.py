@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from cascadekit.converters.tensorrt import BuildOptions, build, refit
-from cascadekit.converters.tensorrt.backend import Backend
+from cascadekit.converters.tensorrt.backend import InstalledTensorRT
 from cascadekit.schemas.errors import EngineError, UsageError
 
 
@@ -59,12 +59,12 @@ class OnnxParserRefitter:
 
 
 @pytest.fixture
-def backend() -> Backend:
+def backend() -> InstalledTensorRT:
     module = SimpleNamespace(ILogger=Logger, Refitter=Refitter, OnnxParserRefitter=OnnxParserRefitter)
-    return Backend("refit-stand-in", module)
+    return InstalledTensorRT("refit-stand-in", module)
 
 
-def test_there_and_back(bundle: Path, backend: Backend) -> None:
+def test_there_and_back(bundle: Path, backend: InstalledTensorRT) -> None:
     graph, weights = bundle / "vqgan/model.onnx", bundle / "vqgan/weights.safetensors"
     engine = Engine(graph)
     names = {tensor.name for tensor in onnx.load(graph, load_external_data=False).graph.initializer}
@@ -80,7 +80,7 @@ def test_there_and_back(bundle: Path, backend: Backend) -> None:
     assert engine.weights == first
 
 
-def test_what_does_not_fit(bundle: Path, backend: Backend) -> None:
+def test_what_does_not_fit(bundle: Path, backend: InstalledTensorRT) -> None:
     graph = bundle / "vqgan/model.onnx"
     engine = Engine(bundle / "text_encoder/model.onnx")
     before = dict(engine.weights)

@@ -1,4 +1,4 @@
-"""What cannot be built is refused before anything is started, with the words that help."""
+"""A build that cannot work is refused before anything is started, with the words that help."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is called of plain TensorRT, against the types that tensorrt-stubs has of 10.13: names, arguments, results.
+"""The calls of plain TensorRT, against the types that tensorrt-stubs has of 10.13: names, arguments, results.
 
 Our own sources know no types of TensorRT, as it may be any of three. mypy is given copies in which `Any` is the class
 that a name stands for, and the module is the one of the stubs.

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 import pytest
 
-from cascadekit.converters.triton.repository import export_triton
 from cascadekit.converters.triton.triton_options import TritonOptions
+from cascadekit.converters.triton.write_repository import export_triton
 from cascadekit.schemas.config_json import from_json
 from cascadekit.schemas.errors import EngineError, ExportError
 from cascadekit.schemas.manifest import MAIN_GRAPH, Manifest, StageEntry

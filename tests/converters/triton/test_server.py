@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cascadekit import Cascade
-from cascadekit.converters.triton.repository import export_triton
 from cascadekit.converters.triton.triton_options import TritonOptions
+from cascadekit.converters.triton.write_repository import export_triton
 from helpers.format_pictures import PROMPTS as JUDGED
 from helpers.format_pictures import SEED, one_by_one, pixels, record_pictures
 from helpers.matrix import Matrix

@@ -60,7 +60,7 @@ def tokens(*lengths: int) -> dict[str, Any]:
 
 
 def encode(theirs: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the pipelines of diffusers take from the model, under the names of our ports."""
+    """The outputs that the pipelines of diffusers take from the model, under the names of our ports."""
     with torch.no_grad():
         out = theirs(**inputs, output_hidden_states=True)
     return {"prompt_embeds": out.hidden_states[-1], "pooled": out.text_embeds[:, None]}

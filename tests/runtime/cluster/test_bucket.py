@@ -186,7 +186,7 @@ def test_what_cannot_be_reached(
 def test_a_bucket_that_is_lost_in_the_middle(
     tiny: Path, prompts: Path, store: Any, environment: pytest.MonkeyPatch
 ) -> None:
-    """What was put is kept; the message is the store's, once."""
+    """Files that were put are kept; the message is the store's, once."""
     put = BucketPath.put
 
     def until_two(path: BucketPath, content: bytes) -> None:

@@ -32,7 +32,7 @@ def command(bundle: Path, prompts: Path, output: Path, *more: str) -> list[str]:
 
 
 def waits_for(ready: Callable[[], Any]) -> Any:
-    """What `ready` gives, once that is something."""
+    """The answer of `ready`, once there is one."""
     end = time.monotonic() + PATIENCE
     while not (found := ready()):
         assert time.monotonic() < end

@@ -22,7 +22,7 @@ UNSEEN_FOCUS = """() => {
 
 
 def faults(page: Any) -> list[str]:
-    """What axe-core finds in the page as it stands."""
+    """The faults that axe-core finds in the page as it stands."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]

@@ -1,4 +1,4 @@
-"""What the page offers, and that a job runs on what it chose."""
+"""The choices that the page offers; a job runs on those that it made."""
 
 from collections.abc import Sequence
 from pathlib import Path

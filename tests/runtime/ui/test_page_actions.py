@@ -1,4 +1,4 @@
-"""What the page does around an image: presets, choices, actions, gallery, time left; in a browser."""
+"""The actions of the page around an image: presets, choices, actions, gallery, time left; in a browser."""
 
 from collections.abc import Sequence
 from pathlib import Path

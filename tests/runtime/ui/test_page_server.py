@@ -83,7 +83,7 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"images": 2, "index": 1, "batch": 4}, "leave them out"),
         ({"previews": ["vqgan"]}, "expected prior and decoder"),
         ({"previews": "prior"}, "expected a list"),
-        ({"loras": [{"name": "x"}]}, "'x' is not offered here; expected one of none; give --lora-folder"),
+        ({"loras": [{"name": "x"}]}, "'x' is not offered here; expected one of none; name their folders in"),
         ({"loras": [{"name": "/etc/passwd"}]}, "is not offered here"),
         ({"loras": ["x"]}, "expected each as {name, strength}"),
         ({"loras": [{}] * 9}, "expected a list of at most 8"),

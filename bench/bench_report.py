@@ -30,7 +30,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """The runs of every case in order, with the source and the machine."""
 
     machine: dict[str, Any]
