@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import codes, group_factors, overall_factor, tiled, worth
 from ...storage.threads import CAST_THREADS, run_in_order
-from .comfyui_copy import can_copy
+from .comfyui_copy import can_copy, copied
 from .component import Component
 from .constant_values import constant, constant_text
 from .gguf_types import RECOGNISED_BY
@@ -45,6 +45,7 @@ class ScaledTypes:
     worst: float
     tolerated: float
     copies: frozenset[str] = frozenset()
+    settings: ClassVar[dict[str, Any]] = {}  # of config.json, which ComfyUI's files do not need
 
     @classmethod
     def of(cls, component: Component, choice: str) -> "ScaledTypes":
@@ -77,8 +78,13 @@ class ScaledTypes:
             copies=frozenset(copies),
         )
 
-    def plan(self, name: str, module: str, matrix: TensorRange) -> dict[str, TensorPlan]:
-        """Plan the tensors of a module that is quantised; `name` is that of its weight in the file."""
+    def plan(self, name: str, weight: str, matrix: TensorRange) -> dict[str, TensorPlan]:
+        """Plan the tensors of the `weight` that is called `name` in the file; none when it is not quantised."""
+        module = weight.removesuffix(WEIGHT)
+        if module in self.copies:
+            return copied(name, matrix)
+        if module not in self.factors:
+            return {}
         form, overall, layer = FORMATS[self.kind], self.factors[module], name.removesuffix(WEIGHT)
         rows, columns = matrix.shape[:2]
         width = columns // 2 if form.dtype == "FP4" else columns

@@ -219,8 +219,10 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
         component.require_sound()
     is_gguf = options.layout is Layout.GGUF
     _require_layout_of_type(options)
-    if options.combined and options.layout is Layout.MODULAR:
-        raise UsageError('combined=True: the modular layout has no such folders; leave it out, or take to="diffusers"')
+    if options.combined and options.layout is not Layout.DIFFUSERS:
+        raise UsageError(
+            f'combined=True: the {options.layout} layout has no such folders; leave it out, or take to="diffusers"'
+        )
     if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
         raise UsageError(f"{output}: a name in {output.suffix} does not fit to={str(options.layout)!r}; give another")
     plan = plan_output(model.components, options)
