@@ -28,11 +28,6 @@ class FileContents:
     notes: tuple[str, ...] = ()
 
 
-def identify(header: Header) -> Component:
-    """Return the first component of a file. Raises LayoutError as `identify_all` does."""
-    return identify_all(header).components[0]
-
-
 def identify_all(
     header: Header,
     read_config: ReadConfig = lambda stage, shapes: None,
