@@ -217,20 +217,20 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
         raise UsageError(f"nothing to convert: no component found in {where}; give other sources")
     for component in model.components.values():
         component.require_sound()
-    is_gguf = options.layout is Layout.GGUF
     _require_layout_of_type(options)
     if options.combined and options.layout is not Layout.DIFFUSERS:
         raise UsageError(
             f'combined=True: the {options.layout} layout has no such folders; leave it out, or take to="diffusers"'
         )
-    if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
+    single = _is_single(output)
+    if single and (output.suffix.lower() == GGUF) != (options.layout is Layout.GGUF):
         raise UsageError(f"{output}: a name in {output.suffix} does not fit to={str(options.layout)!r}; give another")
     plan = plan_output(model.components, options)
-    if _is_single(output) and (len(plan.files) > 1 or options.layout in FOLDERS):
+    if not single:
+        return plan
+    if len(plan.files) > 1 or options.layout in FOLDERS:
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
-    if _is_single(output):
-        plan = replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
-    return plan
+    return replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
 
 
 def _require_layout_of_type(options: OutputOptions) -> None:
