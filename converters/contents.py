@@ -257,7 +257,7 @@ def _model_contents(path: Path, say: Say, *, hash: bool) -> CheckpointContents |
 
 
 def _passports(path: Path, components: "Iterable[Component]", *, hash: bool) -> "tuple[PassportState, ...]":
-    """The passports of the files of `components`. Of files on the Hub, only headers are here to look at."""
+    """The passports of the files of `components`. For files on the Hub, only headers are looked at."""
     from .passport_check import check_folder, check_passport, check_passports
 
     files = sorted({tensor.path for component in components for tensor in component.tensors.values()})

@@ -42,7 +42,7 @@ def check_passports(files: Iterable[Path], *, hash: bool) -> tuple[PassportState
 
 
 def check_passport(path: Path, text: str | None, *, hash: bool) -> PassportState:
-    """Return the state of a file whose passport is `text`. Of a file elsewhere, nothing is compared."""
+    """Return the state of a file whose passport is `text`. A file that is not on this machine is not compared."""
     if text is None:
         return PassportState(path, None, not hash, "it has no passport to compare its bytes with")
     from ..storage.file_hashes import WHOLE_BELOW

@@ -21,7 +21,7 @@ def attach_quantised(header: Header) -> tuple[Header, list[str]]:
     """Give each quantised weight its scales, and remove the tensors that only describe them.
 
     Returns the header and notes for the user. Raises LayoutError for a format that is not read and for scales that are
-    missing or do not fit, CheckpointError for a description that cannot be read."""
+    missing or do not fit. Raises CheckpointError for a description that cannot be read."""
     settings = _settings(header)
     method = settings.get("quant_method")
     if settings and method not in METHODS:

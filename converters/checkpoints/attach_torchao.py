@@ -32,8 +32,8 @@ ADVICE = "save what `weight.dequantize()` of torchao gives"
 def attach_torchao(header: Header) -> Header:
     """Return the header with each quantised weight under its own name.
 
-    Raises LayoutError for a class that is not read and for tensors that are missing or do not fit, CheckpointError for
-    metadata that is no JSON."""
+    Raises LayoutError for a class that is not read and for tensors that are missing or do not fit. Raises
+    CheckpointError for metadata that is no JSON."""
     entries = _entries(header)
     metadata = {key: text for key, text in header.metadata.items() if key not in entries.keys() | {NAMES}}
     return replace(with_weights(header, _weights(header, entries)), metadata=metadata)

@@ -178,7 +178,7 @@ def _detail(file: FilePlan) -> str:
 
 
 def _forecast(output: Path, plan: OutputPlan, notes: Sequence[str]) -> Forecast:
-    """What would be read and written. Headers, configs and tokenizers are left out: they are small."""
+    """Return what would be read and written. Headers, configs and tokenizers are left out: they are small."""
     single = _is_single(output)
     writes = tuple(FileSize("." if single else file.path.as_posix(), file.nbytes) for file in plan.files)
     return Forecast(output, sizes_of(plan.sources), writes, notes=tuple(notes))

@@ -93,7 +93,7 @@ class FilePlan:
 
     @property
     def described(self) -> str:
-        """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        """A line on how its tensors are made, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
         kinds = Counter(map(_became, self.tensors.values()))
         header = "; the header of the file that the sources were made of" if self.restored else ""
         return f"{len(self.tensors)} tensors: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}{header}"
@@ -111,7 +111,7 @@ class FilePlan:
 
 
 def _became(plan: TensorPlan) -> str:
-    """What becomes of the values of a tensor."""
+    """Return how the values of a tensor are made, as in "F16 to BF16"."""
     if plan.calculated:
         return f"calculated ({plan.dtype})"
     others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})
