@@ -82,7 +82,7 @@ def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> tuple[
             continue
         subfolder, source = _place(path, name, entry)
         place = folder / subfolder
-        if place.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+        if _is_folder_in(place, folder):
             if name in [*Stage] and subfolder != name:
                 folders[Stage(name)] = place
         elif source is not None:
@@ -90,6 +90,13 @@ def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> tuple[
         else:
             raise CheckpointError(f"{path}: the {name} is to be in {place}, which is no folder; download it again")
     return folders, [*notes, *_notes_on_code(folder)]
+
+
+def _is_folder_in(place: Path, folder: Path) -> bool:
+    try:
+        return place.is_dir() and place.resolve().is_relative_to(folder.resolve())
+    except OSError:  # the name is too long
+        return False
 
 
 def _place(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
