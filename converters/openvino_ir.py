@@ -80,7 +80,7 @@ def _write(openvino: Any, bundle: Bundle, stage: Stage, graph: str, path: Path) 
 
 
 def _facts(manifest: Manifest, stage: Stage) -> dict[str, str]:
-    """Return what the stage was made of. OpenVINO itself keeps the metadata of the ONNX graph, in the section "framework"."""
+    """Return what the stage was made of. The metadata of the ONNX graph are kept by OpenVINO, in "framework"."""
     facts = {
         "default_size": manifest.default_size,
         "vqgan_scale": manifest.vqgan_scale,
