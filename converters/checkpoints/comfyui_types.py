@@ -36,14 +36,14 @@ BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays
 @dataclass(frozen=True)
 class ScaledTypes:
     """The decision on every candidate of a component: the factor of all values of each module that is quantised, and
-    why each other module stays float. `worst` is the largest error among those quantised, `tolerated` its limit.
-    `copies` are modules that have the format already."""
+    why each other module stays float.
+
+    `worst` is the largest error among those quantised. `copies` are modules that have the format already."""
 
     kind: str
     factors: dict[str, np.float32]
     floats: dict[str, str]
-    worst: float
-    tolerated: float
+    worst: SampledError
     copies: frozenset[str] = frozenset()
     settings: ClassVar[dict[str, Any]] = {}  # of config.json, which ComfyUI's files do not need
 
@@ -68,13 +68,11 @@ class ScaledTypes:
             found = dict(run_in_order(pool, tasks))
         floats |= {module: str(each.error) for module, each in found.items() if not each.error.tolerated}
         kept = {module: each for module, each in found.items() if module not in floats}
-        worst, tolerated = max((each.error for each in kept.values()), default=SampledError(0.0, 0.0))
         return cls(
             kind,
             factors={module: each.overall for module, each in kept.items()},
             floats={module: floats[module] for module in linears if module in floats},
-            worst=worst,
-            tolerated=tolerated,
+            worst=max((each.error for each in kept.values()), default=SampledError(0.0, 0.0)),
             copies=frozenset(copies),
         )
 
@@ -88,14 +86,13 @@ class ScaledTypes:
         form, overall, layer = FORMATS[self.kind], self.factors[module], name.removesuffix(WEIGHT)
         rows, columns = matrix.shape[:2]
         width = columns // 2 if form.dtype == "FP4" else columns
-        planned = {name: _calculated(form.stored, (rows, width), matrix, _Codes(matrix, self.kind, overall))}
+        planned = {name: _calculated(form.stored, (rows, width), _Codes(matrix, self.kind, overall))}
         single = TensorPlan("F32", (), (constant(np.array(overall, "<f4")),))
         if form.group:
             shape = tuple(
                 -(-size // step) * step for size, step in zip((rows, columns // form.group), TILE, strict=True)
             )
-            blocks = _Factors(matrix, self.kind, overall)
-            planned[layer + SCALE] = _calculated(form.scales[0], shape, matrix, blocks)
+            planned[layer + SCALE] = _calculated(form.scales[0], shape, _Factors(matrix, self.kind, overall))
         if not form.group or self.kind == "nvfp4":
             planned[layer + (OVERALL if form.group else SCALE)] = single
         return planned | {layer + QUANT: constant_text(json.dumps({"format": self.kind}))}
@@ -103,7 +100,7 @@ class ScaledTypes:
     def note(self, component: Component) -> str:
         """Return a line on how many modules are quantised, the worst error, and why others stay float."""
         total = len(self.factors) + len(self.floats) + len(self.copies)
-        error = f", worst error {self.worst:.1%} of {self.tolerated:.1%} tolerated" if self.factors else ""
+        error = f", worst {self.worst}" if self.factors else ""
         copies = f" and {len(self.copies)} copied" if self.copies else ""
         quantised = f"{len(self.factors)} of {total} Linears in {self.kind}{copies}{error}"
         return f"{component.stage}: {quantised}{in_float(self.floats)}"
@@ -182,5 +179,5 @@ class _Factors(_Codes):
             yield tiled(group_factors(rows, self.kind, self.overall))
 
 
-def _calculated(dtype: str, shape: Shape, matrix: TensorRange, blocks: _Codes) -> TensorPlan:
-    return TensorPlan(dtype, shape, (CalculatedRange(int(np.prod(shape)), blocks, (matrix,)),))
+def _calculated(dtype: str, shape: Shape, blocks: _Codes) -> TensorPlan:
+    return TensorPlan(dtype, shape, (CalculatedRange(int(np.prod(shape)), blocks, (blocks.matrix,)),))

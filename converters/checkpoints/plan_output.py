@@ -346,10 +346,10 @@ def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) ->
         kind = options.quantize or main_type(tensors)
         path = Path(f"{title}-{kind}.gguf")
         files.append(FilePlan(path, tensors, file_metadata(component, title), file_numbers(kind)))
-    notes: tuple[str, ...] = (f"no place in GGUF files for {', '.join(others)}; left out",) if others else ()
+    notes = [f"no place in GGUF files for {', '.join(others)}; left out"] if others else []
     if options.quantize:
-        notes += tuple(_note_on_types(file, options.quantize) for file in files)
-    return OutputPlan(options, tuple(files), {}, notes)
+        notes += [_note_on_types(file, options.quantize) for file in files]
+    return OutputPlan(options, tuple(files), {}, tuple(notes))
 
 
 def _note_on_types(file: FilePlan, quantize: str) -> str:
