@@ -6,7 +6,7 @@ shards become one header. Every file that is not read gets a note.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def weights_sets(folder: Path) -> WeightsSets:
 
 
 def open_component_folder(
-    folder: Path, expected: Stage | None = None, variant: str | None = None, without: Iterable[Stage] = ()
+    folder: Path, expected: Stage | None = None, variant: str | None = None, without: Collection[Stage] = ()
 ) -> tuple[FileContents, str]:
     """Return the component in a folder, and the variant of the weights that were read ("" for the plain ones).
 
@@ -95,7 +95,7 @@ def open_component_folder(
         taken, weights = "", WeightsRead(header, (header.path,))
     else:
         taken, weights = chosen[0], _read_set(folder, sets[chosen])
-    contents = identify_all(weights.header, _config_reader(folder), only=expected, without=tuple(without))
+    contents = identify_all(weights.header, _config_reader(folder), only=expected, without=without)
     offered = [*_weights_files(folder), *(found.index for found in sets.values() if found.index)]
     others = [path.name for path in offered if path not in weights.files]
     left_out = (f"{folder}: left out {listed(others)}, for {weights.files[0].name} was taken",) if others else ()
@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
 
 
-def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[FileContents, CascadeError | None]:
+def open_single_files(folder: Path, without: Collection[Stage] = ()) -> tuple[FileContents, CascadeError | None]:
     """Read the headers of all weights files in `folder` and in its controlnet/.
 
     Returns the components, with notes on all other files, and the error of the first file without a component. Raises
@@ -207,7 +207,7 @@ def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[File
             notes.append(f"{path}: left out, {kind}")
         elif path.suffix.lower() in WEIGHTS_SUFFIXES:
             try:
-                found = identify_all(read_weights(path), without=tuple(without))
+                found = identify_all(read_weights(path), without=without)
                 components += found.components
                 notes += found.notes
             except (ForeignError, CheckpointError) as error:

@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from .headers import remote_headers
 from .hub_errors import explaining, reason, unreachable
 from .repository import from_cache, list_files
@@ -28,7 +28,7 @@ def fetch(source: str | Path, say: Say | None = None, *, variant: str | None = N
     with a line for each download; progress bars are shown on a terminal.
 
     Raises UsageError when there is no such repository, revision or file, CheckpointError when the download fails."""
-    wanted, say = parse(source), say or (lambda line: None)
+    wanted, say = parse(source), say or ignored
     with explaining(wanted):
         from huggingface_hub import constants, snapshot_download
 

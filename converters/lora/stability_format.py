@@ -148,14 +148,14 @@ def stability_tensors(
     if not fit:
         return {}, refused
     blocks = [[fit.get(module) for module in entry.modules] for entry in entries]
-    downs = [_downs(adapters) for adapters in blocks]
+    downs = [_downs(parts) for parts in blocks]
     rank = max(sum(down.shape[0] for down in each) for each in downs)
     tensors: dict[str, Factor] = {}
     for index, (rows, columns) in enumerate(entry.shape[:2] for entry in entries):
-        adapters, no_change = blocks[index], F.zeros((rows // len(blocks[index]), 0))
+        parts, no_change = blocks[index], F.zeros((rows // len(blocks[index]), 0))
         down = F.stacked(downs[index]) if downs[index] else F.zeros((0, columns))
-        ups = [F.scaled(_matrix(a, "lora_up"), a.scale * rank) if a else no_change for a in adapters]
-        shared = all(adapters) and len(downs[index]) == 1
+        ups = [F.scaled(_matrix(a, "lora_up"), a.scale * rank) if a else no_change for a in parts]
+        shared = all(parts) and len(downs[index]) == 1
         up = F.stacked(ups) if shared else F.block_diagonal(ups)
         tensors[f"weights.{index}.lora_down"] = F.padded(down, (rank, columns))
         tensors[f"weights.{index}.lora_up"] = F.padded(up, (rows, rank))
