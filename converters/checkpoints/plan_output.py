@@ -105,16 +105,20 @@ class FilePlan:
 
     @property
     def is_copied(self) -> bool:
-        """True when every value is copied without a cast."""
-        ranges = [(plan.dtype, each) for plan in self.tensors.values() for each in plan.ranges]
-        return all(isinstance(each, TensorRange) and each.dtype == dtype for dtype, each in ranges)
+        """True when every value is copied, neither cast nor multiplied by a scale."""
+        return all(
+            isinstance(each, TensorRange) and each.dtype == plan.dtype and not each.scale
+            for plan in self.tensors.values()
+            for each in plan.ranges
+        )
 
 
 def _became(plan: TensorPlan) -> str:
     """Return how the values of a tensor are made, as in "F16 to BF16"."""
     if plan.calculated:
         return f"calculated ({plan.dtype})"
-    others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})
+    stored = {f"{each.dtype} with scales" if each.scale else each.dtype for each in plan.source_ranges}
+    others = sorted(stored - {plan.dtype})
     return f"{' and '.join(others)} to {plan.dtype}" if others else f"copied ({plan.dtype})"
 
 
