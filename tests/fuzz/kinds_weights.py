@@ -190,6 +190,9 @@ def gguf(rng: Random, corpus: Corpus, folder: Path) -> Call:
     return several(look, command("convert", source, "-o", folder / "out", "--to", to, "--dtype", "fp32"))
 
 
+SDNQ_TABLES = {"modules_dtype_dict": {"uint4": ["clip"]}, "modules_quant_config": {"clip": {"group_size": 0}}}
+
+
 def quantised(rng: Random, corpus: Corpus, folder: Path) -> Call:
     """Weights by another program, with something odd in a text that describes them: settings, metadata or tensors."""
     source = linked(rng.choice(corpus.quantised), folder / "odd")
@@ -200,7 +203,8 @@ def quantised(rng: Random, corpus: Corpus, folder: Path) -> Call:
     described = [key for key, text in metadata.items() if text[:1] in ("{", "[")]
     states = [name for name in header if "quant_state." in name or name.endswith(".comfy_quant")]
     if "quantization_config" in config and rng.random() < 0.8:
-        odd = odd_json(config["quantization_config"], rng).decode("utf-8", "replace")
+        settings = {key: config["quantization_config"].get(key) for key in ("quant_method", "weights_dtype")}
+        odd = odd_json(settings | SDNQ_TABLES, rng).decode("utf-8", "replace")
         text = json.dumps(config | {"quantization_config": "<odd>"}).replace('"<odd>"', odd)
         replaced(source / "config.json", text.encode())
         return _inspect_and_convert(source, rng)
