@@ -82,5 +82,5 @@ def test_inputs_are_the_same_in_every_process(fuzzer: Fuzzer, tiny: Path, tmp_pa
 def test_a_bug_that_the_command_line_reports_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It exits with 1 and in words, as a refusal does."""
     monkeypatch.setattr("cascadekit.converters.contents.contents_of", lambda *_, **__: {}["planted"])
-    with pytest.raises(WrongError, match="this is a bug of cascadekit.*KeyError: 'planted'"):
+    with pytest.raises(WrongError, match=r"this is a bug of cascadekit.*KeyError: 'planted'"):
         command("inspect", tmp_path)()
