@@ -152,10 +152,10 @@ def _read_indexed(folder: Path, index: Path) -> WeightsRead:
     weight_map: Any = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names")
+        raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names; download it again")
     outside = [name for name in names if not PLAIN_NAME.fullmatch(name)]
     if outside:
-        raise CheckpointError(f"{index}: refers to {outside[0]!r}, which is not a file beside it")
+        raise CheckpointError(f"{index}: refers to {outside[0]!r}, which is not a file beside it; download it again")
     shards = {name: read_weights(folder / name) for name in sorted(set(weight_map.values()))}
     lost = [name for name, file in weight_map.items() if name not in shards[file].tensors]
     if lost:
@@ -190,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return load_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        raise CheckpointError(f"{path}: not readable as JSON: {error}; download or save it again") from error
 
 
 def open_single_files(folder: Path, without: Collection[Stage] = ()) -> tuple[FileContents, CascadeError | None]:

@@ -108,7 +108,7 @@ def _place(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
             return subfolder, source
     raise CheckpointError(
         f"{path}: damaged: {name}: expected [library, class, {{pretrained_model_name_or_path, subfolder, ...}}], "
-        f"found {str(entry)[:80]}"
+        f"found {str(entry)[:80]}; download it again"
     )
 
 
@@ -121,7 +121,8 @@ def _notes_on_code(folder: Path) -> Iterator[str]:
     auto_map = read_json(folder / CONFIG).get("auto_map")
     target = auto_map.get(LOADER) if isinstance(auto_map, dict) else None
     if not isinstance(target, str) or "." not in target:
-        raise CheckpointError(f'{folder / CONFIG}: damaged: expected an auto_map with "{LOADER}": "block.CLASS"')
+        form = f'an auto_map with "{LOADER}": "block.CLASS"'
+        raise CheckpointError(f"{folder / CONFIG}: damaged: expected {form}; download it again")
     code = folder / f"{target.partition('.')[0]}.py"
     if not code.is_file():
         yield f"{code}: missing, diffusers cannot load the pipeline without it; {remedy}"
