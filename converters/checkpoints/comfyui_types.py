@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,13 +66,13 @@ class ScaledTypes:
         with ThreadPoolExecutor(CAST_THREADS) as pool:
             tasks = ((module, partial(_measured, matrix, module, kind)) for module, matrix in to_measure.items())
             found = dict(run_in_order(pool, tasks))
-        floats |= {module: str(each.error) for module, each in found.items() if not each.error.tolerated}
+        floats |= {module: str(error) for module, (_, error) in found.items() if not error.tolerated}
         kept = {module: each for module, each in found.items() if module not in floats}
         return cls(
             kind,
-            factors={module: each.overall for module, each in kept.items()},
+            factors={module: overall for module, (overall, _) in kept.items()},
             floats={module: floats[module] for module in linears if module in floats},
-            worst=max((each.error for each in kept.values()), default=SampledError(0.0, 0.0)),
+            worst=max((error for _, error in kept.values()), default=SampledError(0.0, 0.0)),
             copies=frozenset(copies),
         )
 
@@ -106,17 +106,11 @@ class ScaledTypes:
         return f"{component.stage}: {quantised}{in_float(self.floats)}"
 
 
-class Measured(NamedTuple):
-    """The factor of all values of a matrix, and what its codes lose."""
-
-    overall: np.float32
-    error: SampledError
-
-
-def _measured(matrix: TensorRange, module: str, kind: str) -> Measured:
+def _measured(matrix: TensorRange, module: str, kind: str) -> tuple[np.float32, SampledError]:
+    """Return the factor of all values of a matrix, and what its codes lose."""
     overall = overall_factor(kind, _largest(matrix, module))
     as_stored = partial(_as_stored, kind=kind, overall=overall)
-    return Measured(overall, sampled_error(matrix, as_stored, normal_error(kind, matrix.shape[1])))
+    return overall, sampled_error(matrix, as_stored, normal_error(kind, matrix.shape[1]))
 
 
 def _unfit(stage: Stage, module: str, shape: Shape, matrix: TensorRange, kind: str) -> str | None:

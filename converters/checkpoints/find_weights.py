@@ -53,15 +53,7 @@ class WeightsSet:
 
 
 WeightsSets = dict[tuple[str, str], WeightsSet]  # by variant and format
-
-
-@dataclass(frozen=True)
-class WeightsRead:
-    """The header of a set of weights, the files it was read from, and notes for the user."""
-
-    header: Header
-    files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
+WeightsRead = tuple[Header, tuple[Path, ...], tuple[str, ...]]  # with the files that were read, and notes for the user
 
 
 def weights_sets(folder: Path) -> WeightsSets:
@@ -92,14 +84,15 @@ def open_component_folder(
     chosen = _choose_set(sets, variant)
     if chosen is None:
         header = _read_only_file(folder)
-        taken, weights = "", WeightsRead(header, (header.path,))
+        taken, files, notes = "", (header.path,), ()
     else:
-        taken, weights = chosen[0], _read_set(folder, sets[chosen])
-    contents = identify_all(weights.header, _config_reader(folder), only=expected, without=without)
+        taken = chosen[0]
+        header, files, notes = _read_set(folder, sets[chosen])
+    contents = identify_all(header, _config_reader(folder), only=expected, without=without)
     offered = [*_weights_files(folder), *(found.index for found in sets.values() if found.index)]
-    others = [path.name for path in offered if path not in weights.files]
-    left_out = (f"{folder}: left out {listed(others)}, for {weights.files[0].name} was taken",) if others else ()
-    return replace(contents, notes=(*contents.notes, *weights.notes, *left_out)), taken
+    others = [path.name for path in offered if path not in files]
+    left_out = (f"{folder}: left out {listed(others)}, for {files[0].name} was taken",) if others else ()
+    return replace(contents, notes=(*contents.notes, *notes, *left_out)), taken
 
 
 def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | None:
@@ -129,7 +122,7 @@ def _weights_files(folder: Path) -> list[Path]:
 
 def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
     if found.single is not None:
-        return WeightsRead(read_weights(found.single), (found.single,))
+        return read_weights(found.single), (found.single,), ()
     if found.index is not None:
         return _read_indexed(folder, found.index)
     if len(found.shards) > 1:
@@ -145,7 +138,7 @@ def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
     tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     if len(tensors) < sum(len(shard.tensors) for shard in shards):
         raise CheckpointError(f"{folder}: two shards hold the same tensor; keep the shards of one save")
-    return WeightsRead(replace(shards[0], tensors=tensors), tuple(shard.path for shard in shards))
+    return replace(shards[0], tensors=tensors), tuple(shard.path for shard in shards), ()
 
 
 def _read_indexed(folder: Path, index: Path) -> WeightsRead:
@@ -166,7 +159,7 @@ def _read_indexed(folder: Path, index: Path) -> WeightsRead:
     header = replace(next(iter(shards.values())), path=index, tensors=tensors)
     surplus = [name for shard in shards.values() for name in shard.tensors if name not in weight_map]
     notes = (f"{index}: does not list {len(surplus)} of the shards' tensors ({listed(surplus)}); they are left out",)
-    return WeightsRead(header, (index, *(folder / name for name in shards)), notes if surplus else ())
+    return header, (index, *(folder / name for name in shards)), notes if surplus else ()
 
 
 def _config_reader(folder: Path) -> ReadConfig:
