@@ -195,7 +195,9 @@ def open_single_files(folder: Path, without: Collection[Stage] = ()) -> tuple[Fi
     components: list[Component] = []
     notes: list[str] = []
     refused: CascadeError | None = None
-    for path in _entries(folder):
+    for path in (*_sorted_entries(folder), *_sorted_entries(folder / CONTROLNETS)):
+        if path.is_dir():
+            continue
         if kind := _stray_kind(path):
             notes.append(f"{path}: left out, {kind}")
         elif path.suffix.lower() in WEIGHTS_SUFFIXES:
@@ -209,12 +211,6 @@ def open_single_files(folder: Path, without: Collection[Stage] = ()) -> tuple[Fi
                 refused = refused or error
                 notes.append(f"left out: {error}")
     return FileContents(tuple(components), (*notes, *_notes_on_other_folders(folder))), refused
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    """Yield everything in the folder and in its controlnet/ that is not a folder."""
-    for place in (folder, folder / CONTROLNETS):
-        yield from (path for path in _sorted_entries(place) if not path.is_dir())
 
 
 def _sorted_entries(folder: Path) -> list[Path]:
