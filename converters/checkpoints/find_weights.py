@@ -82,17 +82,12 @@ def open_component_folder(
     the caller adds a note. Raises CheckpointError when there are no weights or shards are missing."""
     sets = weights_sets(folder)
     chosen = _choose_set(sets, variant)
-    if chosen is None:
-        header = _read_only_file(folder)
-        taken, files, notes = "", (header.path,), ()
-    else:
-        taken = chosen[0]
-        header, files, notes = _read_set(folder, sets[chosen])
+    header, files, notes = _read_only_file(folder) if chosen is None else _read_set(folder, sets[chosen])
     contents = identify_all(header, _config_reader(folder), only=expected, without=without)
     offered = [*_weights_files(folder), *(found.index for found in sets.values() if found.index)]
     others = [path.name for path in offered if path not in files]
     left_out = (f"{folder}: left out {listed(others)}, for {files[0].name} was taken",) if others else ()
-    return replace(contents, notes=(*contents.notes, *notes, *left_out)), taken
+    return replace(contents, notes=(*contents.notes, *notes, *left_out)), chosen[0] if chosen else ""
 
 
 def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | None:
@@ -101,11 +96,11 @@ def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | Non
     return next(((name, kind) for name in wanted for kind in FORMATS if (name, kind) in sets), None)
 
 
-def _read_only_file(folder: Path) -> Header:
+def _read_only_file(folder: Path) -> WeightsRead:
     """Read the only weights file of a folder, whose name neither diffusers nor transformers would give."""
     files = _weights_files(folder)
     if len(files) == 1:
-        return read_weights(files[0])
+        return read_weights(files[0]), (files[0],), ()
     names = f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors"
     have = f"; it has {', '.join(path.name for path in files)}: name one of them" if files else ""
     raise CheckpointError(f"{folder}: no weights; expected {names}{have}")
