@@ -28,7 +28,7 @@ from .comfyui_copy import can_copy, copied
 from .component import Component
 from .constant_values import constant, constant_text
 from .gguf_types import RECOGNISED_BY
-from .sampled_error import Floats, SampledError, in_float, normal_numbers, relative_error, sampled_error
+from .sampled_error import Floats, SampledError, error_of_normal_numbers, in_float, sampled_error
 
 BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays of them
 
@@ -147,9 +147,10 @@ def _as_stored(rows: Floats, kind: str, overall: np.float32) -> Floats:
 
 @cache
 def normal_error(kind: str, columns: int) -> float:
-    """The relative L2 error of normal numbers, which have no outliers."""
-    rows = normal_numbers(columns)
-    return relative_error(rows, _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max())))
+    """Return the relative L2 error of normal numbers in the format `kind`."""
+    return error_of_normal_numbers(
+        columns, lambda rows: _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max()))
+    )
 
 
 @dataclass(frozen=True)

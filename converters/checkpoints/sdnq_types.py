@@ -21,7 +21,7 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import rounded
 from .component import Component
-from .sampled_error import Floats, in_float, normal_numbers, relative_error, sampled_error
+from .sampled_error import Floats, error_of_normal_numbers, in_float, sampled_error
 
 BLOCK_VALUES = 1 << 16  # of rows at a time, so that the scratch space of a step stays in a core's cache
 
@@ -80,9 +80,8 @@ def _unfit(matrix: TensorRange, shape: Shape, form: SdnqFormat) -> str | None:
 
 @cache
 def normal_error(form: SdnqFormat, columns: int) -> float:
-    """The relative L2 error of normal numbers, which have no outliers."""
-    rows = normal_numbers(columns)
-    return relative_error(rows, as_stored(rows, form))
+    """Return the relative L2 error of normal numbers in the format `form`."""
+    return error_of_normal_numbers(columns, lambda rows: as_stored(rows, form))
 
 
 def _planned(dtype: str, shape: Shape, part: "_Part") -> TensorPlan:
