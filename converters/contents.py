@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.layouts import can_become
@@ -135,7 +135,7 @@ Contents = BundleContents | CheckpointContents | GraphContents | ImageContents |
 PICTURES = {b"\x89PNG\r\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP"}
 
 
-def contents_of(path: str | Path, say: Say = lambda text: None, *, hash: bool = False) -> Contents:
+def contents_of(path: str | Path, say: Say = ignored, *, hash: bool = False) -> Contents:
     """Find out what `path` holds: a bundle, a LoRA, a generated image, an ONNX graph, or components of the cascade, on
     disk or as ``hf://...``.
 
@@ -257,7 +257,7 @@ def _model_contents(path: Path, say: Say, *, hash: bool) -> CheckpointContents |
 
 
 def _passports(path: Path, components: "Iterable[Component]", *, hash: bool) -> "tuple[PassportState, ...]":
-    """The passports of the files of `components`. Of files on the Hub, only headers are here to look at."""
+    """The passports of the files of `components`. For files on the Hub, only headers are looked at."""
     from .passport_check import check_folder, check_passport, check_passports
 
     files = sorted({tensor.path for component in components for tensor in component.tensors.values()})

@@ -36,8 +36,8 @@ def write_openvino_ir(
     The graphs "conditioning" and "step" are left out. The rt_info of each .xml file says what it was made of. Returns
     the size of each file by its path.
 
-    Raises UsageError and ConversionError as `staged_output` does, CheckpointError when a file of the bundle is damaged,
-    and EngineError when OpenVINO is not installed, or cannot read a graph or computes it wrongly."""
+    Raises UsageError and ConversionError as `staged_output` does, and CheckpointError when a file of the bundle is
+    damaged. Raises EngineError when OpenVINO is not installed, cannot read a graph, or computes it wrongly."""
     opened, output = open_bundle(Path(bundle)), Path(output)
     openvino = import_openvino()
     graphs = dict(_graphs(opened))
@@ -81,7 +81,7 @@ def _write(openvino: Any, bundle: Bundle, stage: Stage, graph: str, path: Path) 
 
 
 def _facts(manifest: Manifest, stage: Stage) -> dict[str, str]:
-    """What the stage was made of. OpenVINO itself keeps the metadata of the ONNX graph, in the section "framework"."""
+    """Return what the stage was made of. The metadata of the ONNX graph are kept by OpenVINO, in "framework"."""
     facts = {
         "default_size": manifest.default_size,
         "vqgan_scale": manifest.vqgan_scale,

@@ -3,7 +3,7 @@
 Most files that are inspected have no passport, so the modules that hash are imported when one is found."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,14 @@ def check_passports(files: Iterable[Path], *, hash: bool) -> tuple[PassportState
     return tuple(check_passport(path, text, hash=hash) for path, text in texts if hash or text is not None)
 
 
-def check_passport(path: Path, text: str | None, *, hash: bool) -> PassportState:
-    """Return the state of a file whose passport is `text`. Of a file elsewhere, nothing is compared."""
-    if text is None:
+def check_passport(path: Path, found: str | dict[str, Any] | None, *, hash: bool) -> PassportState:
+    """Return the state of a file whose passport is `found`. A file that is not on this machine is not compared."""
+    if found is None:
         return PassportState(path, None, not hash, "it has no passport to compare its bytes with")
     from ..storage.file_hashes import WHOLE_BELOW
 
     try:
-        passport = load_passport(text)
+        passport = load_passport(found)
     except ValueError as error:
         return PassportState(path, None, False, f"changed: {error}")
     if unknown := _unknown_digest(passport):
@@ -67,18 +67,14 @@ def check_folder(folder: Path, *, hash: bool) -> tuple[PassportState, ...]:
     if index is None:
         return ()
     try:
-        values = load_object(index.read_bytes())
-        found = values.get(FOLDER_KEY)
-        passport = None if found is None else load_passport(found)
+        found = load_object(index.read_bytes()).get(FOLDER_KEY)
     except ValueError as error:
         return (PassportState(index, None, False, f"changed: {error}"),)
-    if passport is None:
-        return (check_passport(index, None, hash=hash),) if hash else ()
-    if unknown := _unknown_digest(passport):
-        return (PassportState(index, passport, not hash, unknown),)
-    problem = _changed(index, passport)
-    problems = [problem] if problem else [*_changed_files(folder, passport)]
-    return (PassportState(index, passport, not problems, "; ".join(problems) or SAME),)
+    if found is None and not hash:
+        return ()
+    state = check_passport(index, found, hash=hash)
+    problems = [*_changed_files(folder, state.passport)] if state.passport and state.text == SAME else []
+    return (replace(state, good=False, text="; ".join(problems)) if problems else state,)
 
 
 def _changed_files(folder: Path, passport: dict[str, Any]) -> Iterator[str]:

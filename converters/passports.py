@@ -1,7 +1,7 @@
 """Makes the passports of outputs out of their sources. A conversion back to a source gives the source's own header."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..schemas.callbacks import Say
@@ -52,14 +52,14 @@ def _source(path: Path, say: Say) -> PassportSource:
         bytes=path.stat().st_size,
         fingerprint=fingerprint(path),
         header=header_sha256(path),
-        passport=next(_passport_in(path, say), None),
+        passport=_passport_in(path, say),
     )
 
 
-def _passport_in(path: Path, say: Say) -> Iterator[Passport]:
+def _passport_in(path: Path, say: Say) -> Passport | None:
     text = None if is_pickle(path) else read_weights(path).metadata.get(KEY)
-    if text is not None:
-        try:
-            yield parse_passport(text, str(path))
-        except CheckpointError as error:
-            say(f"{error}; it is left out")
+    try:
+        return None if text is None else parse_passport(text, str(path))
+    except CheckpointError as error:
+        say(f"{error}; it is left out")
+        return None

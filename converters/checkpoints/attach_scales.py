@@ -6,7 +6,6 @@ A layer X is quantised in one of FORMATS, which is named in the header's metadat
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from ...schemas.json_text import load_object
 from ...schemas.messages import listed
 from ...schemas.scale_tiles import tiled_size
 from ...storage.safetensors_reader import Header, Scale, TensorRange
+from .layer_parts import content
 
 MARKER = "scaled_fp8"  # a tensor of at most two values
 OLD_SCALE = ".scale_weight"
@@ -34,22 +34,16 @@ def attach_scales(header: Header) -> tuple[Header, list[str]]:
     missing or do not fit, each by its name."""
     tensors = dict(header.tensors)
     formats = _formats(header)
-    counts: Counter[str] = Counter()
     used = [name for name in tensors if name.endswith(QUANT) or _is_marker(name, tensors[name])]
     for name in [name for name in tensors if name.endswith((SCALE, OLD_SCALE))]:
         layer = name.rpartition(".")[0]
         if layer + WEIGHT in tensors and layer not in formats:
             formats[layer] = {"format": _guessed(tensors, layer)}
     for layer, settings in formats.items():
-        kind, weight, taken = _scaled(header, layer, settings)
-        tensors[layer + WEIGHT] = _with_parts(header, layer, weight, settings, taken)
-        used += taken
-        counts[kind] += 1
+        tensors[layer + WEIGHT], scales = _scaled(header, layer, settings)
+        used += scales
     inputs = [name for name in tensors if name.endswith(INPUTS) and name.rpartition(".")[0] in formats]
     notes = []
-    if counts:
-        shown = " and ".join(f"{count} weights in {kind}" for kind, count in counts.items())
-        notes.append(f"{header.path}: quantised by ComfyUI: {shown} have scales, which a cast multiplies in")
     if inputs:
         kind = inputs[0].rpartition(".")[2]
         notes.append(
@@ -93,13 +87,13 @@ def _formats(header: Header) -> dict[str, dict[str, Any]]:
 def _settings(name: str, tensor: TensorRange) -> dict[str, Any]:
     if tensor.dtype != "U8" or tensor.nbytes > MAX_JSON_BYTES:
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected the bytes of JSON")
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return load_object(file.read(tensor.nbytes).decode("utf-8"))
+    return load_object(content(tensor).decode("utf-8"))
 
 
-def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[str, TensorRange, list[str]]:
-    """Return the format of a layer, its weight with its scales, and the names of the scales."""
+def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[TensorRange, list[str]]:
+    """Return the weight of a layer with its scales, and the names of the scales.
+
+    The scale also has what a file in the same format has beside the weight, under the names of newer files."""
     tensors, kind = header.tensors, settings.get("format")
     form = FORMATS.get(kind) if isinstance(kind, str) else None
     if form is None or _is_rotated(settings) or f"{layer}.pre_quant_scale" in tensors:
@@ -121,29 +115,19 @@ def _scaled(header: Header, layer: str, settings: Mapping[str, Any]) -> tuple[st
     if missing:
         raise LayoutError(f"{header.path}: {listed(missing)} is missing, the scale of {layer}{WEIGHT}; {OTHER_DTYPES}")
     shape = (*weight.shape[:-1], weight.shape[-1] * (2 if form.dtype == "FP4" else 1))
+    parts = dict(zip((SCALE, OVERALL), (tensors[name] for name in names), strict=False))
+    for name in (layer + each for each in INPUTS if layer + each in tensors):
+        parts[INPUT] = tensors[name]
     scale = _scale(names, tensors, shape, form)
+    scale = replace(scale, kind=str(kind), parts=tuple(parts.items()), settings=json.dumps(settings))
     dtype = form.dtype if weight.dtype == form.stored else weight.dtype
-    return str(kind), replace(weight, dtype=dtype, shape=shape, scale=scale), names
+    return replace(weight, dtype=dtype, shape=shape, scale=scale), names
 
 
 def _is_rotated(settings: Mapping[str, Any]) -> bool:
     """Whether the columns of a weight were mixed before rounding; ComfyUI looks in two places."""
     nested = settings.get("params")
     return bool(settings.get("convrot") or (isinstance(nested, dict) and nested.get("convrot")))
-
-
-def _with_parts(
-    header: Header, layer: str, weight: TensorRange, settings: Mapping[str, Any], names: list[str]
-) -> TensorRange:
-    """Return the weight with what a file in the same format has beside it, under the names of newer files."""
-    parts = dict(zip((SCALE, OVERALL), (header.tensors[name] for name in names), strict=False))
-    for name in (layer + each for each in INPUTS):
-        if name in header.tensors:
-            parts[INPUT] = header.tensors[name]
-    scale = weight.scale and replace(
-        weight.scale, kind=settings["format"], parts=tuple(parts.items()), settings=json.dumps(settings)
-    )
-    return replace(weight, scale=scale)
 
 
 def _scale(names: list[str], tensors: Mapping[str, TensorRange], shape: tuple[int, ...], form: ComfyFormat) -> Scale:

@@ -5,15 +5,16 @@ is in the `quantization_config` of config.json beside the weights, or in quantiz
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ...schemas.block_types import SCALED_TYPES
 from ...schemas.dtypes import DTYPES, FLOATS, FP8
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header, Scale, TensorRange
-from .layer_parts import LayerParts
+from .layer_parts import LayerParts, with_weights
 
 PROGRAM = "SDNQ"
 WEIGHT, SCALE = ".weight", ".scale"
@@ -49,28 +50,24 @@ UNREAD_SETTINGS: Mapping[str, str] = {"use_hadamard": "rotated weights", "use_co
 ADVICE = "save what `sdnq.dequantizer.dequantize_sdnq_model` gives"
 
 
-def attach_sdnq(header: Header, settings: Mapping[str, Any] | None) -> tuple[Header, dict[str, str]]:
-    """Return the header with the scale of each quantised weight, without the tensors of scales; and their types.
+def attach_sdnq(header: Header, settings: Mapping[str, Any]) -> Header:
+    """Return the header with the scale of each quantised weight, without the tensors of scales.
 
-    `settings` is the `quantization_config`, None where there is none. Raises LayoutError for types that are not read
+    `settings` is the `quantization_config`, empty where there is none. Raises LayoutError for types that are not read
     and for tensors that are missing or do not fit."""
-    tensors = dict(header.tensors)
-    kinds: dict[str, str] = {}
-    used: list[str] = []
+    return with_weights(header, _weights(header, settings))
+
+
+def _weights(header: Header, settings: Mapping[str, Any]) -> Iterator[tuple[LayerParts, TensorRange]]:
     for layer in _layers(header, settings):
-        name = layer + WEIGHT
         names = {part: f"{layer}.{part}" for part in ("weight", "scale", "zero_point", "bias", *UNREAD_PARTS)}
-        parts = LayerParts(header, PROGRAM, name, names)
-        if settings is None:
+        parts = LayerParts(header, PROGRAM, layer + WEIGHT, names)
+        if not settings:
             raise parts.error("what its codes are is in config.json", "put config.json beside the file")
-        kinds[name] = _type(parts, settings)
-        tensors[name] = _weight(parts, kinds[name])
-        used += parts.used
-    left = {key: tensor for key, tensor in tensors.items() if key in kinds or key not in used}
-    return (replace(header, tensors=left) if kinds else header), kinds
+        yield parts, _weight(parts, _type(parts, settings))
 
 
-def _layers(header: Header, settings: Mapping[str, Any] | None) -> list[str]:
+def _layers(header: Header, settings: Mapping[str, Any]) -> list[str]:
     """Return the layers whose weight is no float; and those of floats that have a scale, where settings name SDNQ."""
     weights = {name.removesuffix(WEIGHT): tensor for name, tensor in header.tensors.items() if name.endswith(WEIGHT)}
     scaled = {layer for layer in weights if layer + SCALE in header.tensors}
@@ -80,15 +77,16 @@ def _layers(header: Header, settings: Mapping[str, Any] | None) -> list[str]:
 
 def _type(parts: LayerParts, settings: Mapping[str, Any]) -> str:
     """Return SDNQ's name of the layer's codes. Raises LayoutError for one that is not read."""
-    own = settings.get("modules_quant_config") or {}
-    dtypes = settings.get("modules_dtype_dict") or {}
+    own = _table(parts, settings, "modules_quant_config", dict)
+    dtypes = _table(parts, settings, "modules_dtype_dict", list)
     match = next((key for key in own if _named(parts.name, [key])), None)
     chosen: Mapping[str, Any] = {**settings, **(own[match] if match else {})}
     unread = [what for key, what in UNREAD_SETTINGS.items() if chosen.get(key)]
     unread += [what for part, what in UNREAD_PARTS.items() if parts.has(part)]
     if unread:
         raise parts.error(f"it has {unread[0]}, which is not supported", ADVICE)
-    name = next((key for key, modules in dtypes.items() if _named(parts.name, modules)), chosen.get("weights_dtype"))
+    named = (key for key, modules in dtypes.items() if _named(parts.name, modules))
+    name = next(named, chosen.get("weights_dtype"))
     full = SHORT.get(str(name).lower(), str(name).lower())
     if full not in PLAIN and full.upper() not in SCALED_TYPES:
         raise parts.error(
@@ -97,14 +95,22 @@ def _type(parts: LayerParts, settings: Mapping[str, Any]) -> str:
     return full
 
 
-def _named(name: str, patterns: Iterable[str]) -> bool:
+def _table(parts: LayerParts, settings: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
+    """Return a table of the settings, whose values are of `kind`. Raises LayoutError for anything else."""
+    found = settings.get(name) or {}
+    if isinstance(found, dict) and all(isinstance(value, kind) for value in found.values()):
+        return found
+    raise parts.error(f"{name} in its settings is {str(found)[:80]}, expected a table of {kind.__name__}s", ADVICE)
+
+
+def _named(name: str, patterns: Iterable[Any]) -> bool:
     """Return whether a pattern of SDNQ fits the name: a beginning after a dot, a part between dots, or one with `*`."""
     return any(
         name.startswith(pattern[1:])
         if pattern.startswith(".")
         else pattern in (name, *name.split("."))
-        or ("*" in pattern and re.match(".*".join(map(re.escape, pattern.split("*"))), name) is not None)
-        for pattern in patterns
+        or ("*" in pattern and fnmatchcase(name, re.sub(r"([?[])", r"[\1]", pattern) + "*"))
+        for pattern in map(str, patterns)
     )
 
 
@@ -139,14 +145,12 @@ def _shape(parts: LayerParts, codes: TensorRange, factors: TensorRange, dtype: s
         raise parts.error(f"{parts.names['scale']} has shape {list(grouped)}, expected factors of rows", ADVICE)
     if grouped[0] == 1 and math.prod(grouped) > 1:
         raise parts.error("it is stored transposed (use_quantized_matmul), which is not supported", ADVICE)
-    rows = grouped[0] if math.prod(grouped) > 1 else _rows_of_single(parts, codes, packed=packed)
+    with_rows = factors
+    if math.prod(grouped) == 1:  # packed codes have one axis, but the bias beside them has a value for each row
+        with_rows = parts.find("bias", DTYPES) if packed else codes
+    rows = (*with_rows.shape, 0)[0]
+    if not rows:
+        raise parts.error("the number of its rows is unknown: its scale, its codes or its bias have none", ADVICE)
     block = SCALED_TYPES.get(dtype)
     count = codes.nbytes // block.nbytes * block.values if block else codes.nbytes
     return rows, count // rows
-
-
-def _rows_of_single(parts: LayerParts, codes: TensorRange, *, packed: bool) -> int:
-    """Return the rows of a weight with one factor: those of the tensor, or of the bias beside packed codes."""
-    if not packed:
-        return codes.shape[0]
-    return parts.take("bias", DTYPES).shape[0]

@@ -4,16 +4,16 @@ torchao describes each tensor in the header's metadata by JSON: its class, its a
 of. A weight X.weight of the class Int8Tensor is stored as `X._weight_qdata`, `X._weight_scale` and others."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...schemas.dtypes import DTYPES, FLOATS, FP8
+from ...schemas.dtypes import FLOATS, FP8
 from ...schemas.errors import CheckpointError
 from ...schemas.json_text import load_object, load_strings
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header, Scale, TensorRange
-from .layer_parts import LayerParts, is_shape
+from .layer_parts import ROUNDED, LayerParts, is_shape, with_weights
 
 NAMES = "tensor_names"
 PROGRAM, PLAIN = "torchao", "Tensor"
@@ -28,30 +28,24 @@ PARTS = ("qdata", "scale", "zero_point", "act_pre_scale")
 INPUTS = ("act_quant_scale", "act_quant_zero_point")  # for products with rounded inputs only
 ADVICE = "save what `weight.dequantize()` of torchao gives"
 
-_FLOATS_OF_TORCH = {DTYPES[dtype].torch: dtype for dtype in FLOATS}
 
+def attach_torchao(header: Header) -> Header:
+    """Return the header with each quantised weight under its own name.
 
-def attach_torchao(header: Header) -> tuple[Header, dict[str, str]]:
-    """Return the header with each quantised weight under its own name, and the class of each.
-
-    Raises LayoutError for a class that is not read and for tensors that are missing or do not fit, CheckpointError for
-    metadata that is no JSON."""
+    Raises LayoutError for a class that is not read and for tensors that are missing or do not fit. Raises
+    CheckpointError for metadata that is no JSON."""
     entries = _entries(header)
-    tensors = dict(header.tensors)
-    kinds: dict[str, str] = {}
+    metadata = {key: text for key, text in header.metadata.items() if key not in entries.keys() | {NAMES}}
+    return replace(with_weights(header, _weights(header, entries)), metadata=metadata)
+
+
+def _weights(header: Header, entries: Mapping[str, dict[str, Any]]) -> Iterator[tuple[LayerParts, TensorRange]]:
     for name, entry in entries.items():
-        if entry.get("_type") == PLAIN:
-            continue
-        module, _, parameter = name.rpartition(".")
-        names = {part: f"{module}._{parameter}_{part}" for part in (*PARTS, *INPUTS)}
-        parts = LayerParts(header, PROGRAM, name, names)
-        weight = _weight(parts, entry)
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in names.values()} | {name: weight}
-        kinds[name] = str(entry["_type"])
-    if not entries:
-        return header, {}
-    metadata = {key: text for key, text in header.metadata.items() if key not in (NAMES, *entries)}
-    return replace(header, tensors=tensors, metadata=metadata), kinds
+        if entry.get("_type") != PLAIN:
+            module, _, parameter = name.rpartition(".")
+            names = {part: f"{module}._{parameter}_{part}" for part in (*PARTS, *INPUTS)}
+            parts = LayerParts(header, PROGRAM, name, names, [*names.values()])
+            yield parts, _weight(parts, entry)
 
 
 def _entries(header: Header) -> dict[str, dict[str, Any]]:
@@ -99,7 +93,7 @@ def _group(parts: LayerParts, block: Any, shape: Shape) -> int:
 
 def _rounded(parts: LayerParts, dtype: Any) -> str:
     """Return the dtype in which torchao gives the values."""
-    found = dtype.get("_data") if isinstance(dtype, dict) else None
-    if found not in _FLOATS_OF_TORCH:
-        raise parts.error(f"its dtype is {found}, expected one of {', '.join(_FLOATS_OF_TORCH)}", ADVICE)
-    return "" if found == "float32" else _FLOATS_OF_TORCH[found]
+    found = str(dtype.get("_data")) if isinstance(dtype, dict) else ""
+    if found not in ROUNDED:
+        raise parts.error(f"its dtype is {found or 'not stated'}, expected one of {', '.join(ROUNDED)}", ADVICE)
+    return ROUNDED[found]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,11 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import codes, group_factors, overall_factor, tiled, worth
 from ...storage.threads import CAST_THREADS, run_in_order
-from .comfyui_copy import can_copy
+from .comfyui_copy import can_copy, copied
 from .component import Component
 from .constant_values import constant, constant_text
 from .gguf_types import RECOGNISED_BY
-from .sampled_error import Floats, SampledError, in_float, normal_numbers, relative_error, sampled_error
+from .sampled_error import Floats, SampledError, error_of_normal_numbers, in_float, sampled_error
 
 BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays of them
 
@@ -36,15 +36,16 @@ BLOCK_VALUES = 1 << 20  # of rows that are in memory at a time, about ten arrays
 @dataclass(frozen=True)
 class ScaledTypes:
     """The decision on every candidate of a component: the factor of all values of each module that is quantised, and
-    why each other module stays float. `worst` is the largest error among those quantised, `tolerated` its limit.
-    `copies` are modules that have the format already."""
+    why each other module stays float.
+
+    `worst` is the largest error among those quantised. `copies` are modules that have the format already."""
 
     kind: str
     factors: dict[str, np.float32]
     floats: dict[str, str]
-    worst: float
-    tolerated: float
+    worst: SampledError
     copies: frozenset[str] = frozenset()
+    settings: ClassVar[dict[str, Any]] = {}  # of config.json, which ComfyUI's files do not need
 
     @classmethod
     def of(cls, component: Component, choice: str) -> "ScaledTypes":
@@ -65,31 +66,33 @@ class ScaledTypes:
         with ThreadPoolExecutor(CAST_THREADS) as pool:
             tasks = ((module, partial(_measured, matrix, module, kind)) for module, matrix in to_measure.items())
             found = dict(run_in_order(pool, tasks))
-        floats |= {module: str(each.error) for module, each in found.items() if not each.error.tolerated}
+        floats |= {module: str(error) for module, (_, error) in found.items() if not error.tolerated}
         kept = {module: each for module, each in found.items() if module not in floats}
-        worst, tolerated = max((each.error for each in kept.values()), default=SampledError(0.0, 0.0))
         return cls(
             kind,
-            factors={module: each.overall for module, each in kept.items()},
+            factors={module: overall for module, (overall, _) in kept.items()},
             floats={module: floats[module] for module in linears if module in floats},
-            worst=worst,
-            tolerated=tolerated,
+            worst=max((error for _, error in kept.values()), default=SampledError(0.0, 0.0)),
             copies=frozenset(copies),
         )
 
-    def plan(self, name: str, module: str, matrix: TensorRange) -> dict[str, TensorPlan]:
-        """Plan the tensors of a module that is quantised; `name` is that of its weight in the file."""
+    def plan(self, name: str, weight: str, matrix: TensorRange) -> dict[str, TensorPlan]:
+        """Plan the tensors of the `weight` that is called `name` in the file; none when it is not quantised."""
+        module = weight.removesuffix(WEIGHT)
+        if module in self.copies:
+            return copied(name, matrix)
+        if module not in self.factors:
+            return {}
         form, overall, layer = FORMATS[self.kind], self.factors[module], name.removesuffix(WEIGHT)
         rows, columns = matrix.shape[:2]
         width = columns // 2 if form.dtype == "FP4" else columns
-        planned = {name: _calculated(form.stored, (rows, width), matrix, _Codes(matrix, self.kind, overall))}
+        planned = {name: _calculated(form.stored, (rows, width), _Codes(matrix, self.kind, overall))}
         single = TensorPlan("F32", (), (constant(np.array(overall, "<f4")),))
         if form.group:
             shape = tuple(
                 -(-size // step) * step for size, step in zip((rows, columns // form.group), TILE, strict=True)
             )
-            blocks = _Factors(matrix, self.kind, overall)
-            planned[layer + SCALE] = _calculated(form.scales[0], shape, matrix, blocks)
+            planned[layer + SCALE] = _calculated(form.scales[0], shape, _Factors(matrix, self.kind, overall))
         if not form.group or self.kind == "nvfp4":
             planned[layer + (OVERALL if form.group else SCALE)] = single
         return planned | {layer + QUANT: constant_text(json.dumps({"format": self.kind}))}
@@ -97,23 +100,17 @@ class ScaledTypes:
     def note(self, component: Component) -> str:
         """Return a line on how many modules are quantised, the worst error, and why others stay float."""
         total = len(self.factors) + len(self.floats) + len(self.copies)
-        error = f", worst error {self.worst:.1%} of {self.tolerated:.1%} tolerated" if self.factors else ""
+        error = f", worst {self.worst}" if self.factors else ""
         copies = f" and {len(self.copies)} copied" if self.copies else ""
         quantised = f"{len(self.factors)} of {total} Linears in {self.kind}{copies}{error}"
         return f"{component.stage}: {quantised}{in_float(self.floats)}"
 
 
-class Measured(NamedTuple):
-    """The factor of all values of a matrix, and what its codes lose."""
-
-    overall: np.float32
-    error: SampledError
-
-
-def _measured(matrix: TensorRange, module: str, kind: str) -> Measured:
+def _measured(matrix: TensorRange, module: str, kind: str) -> tuple[np.float32, SampledError]:
+    """Return the factor of all values of a matrix, and what its codes lose."""
     overall = overall_factor(kind, _largest(matrix, module))
     as_stored = partial(_as_stored, kind=kind, overall=overall)
-    return Measured(overall, sampled_error(matrix, as_stored, normal_error(kind, matrix.shape[1])))
+    return overall, sampled_error(matrix, as_stored, normal_error(kind, matrix.shape[1]))
 
 
 def _unfit(stage: Stage, module: str, shape: Shape, matrix: TensorRange, kind: str) -> str | None:
@@ -150,9 +147,10 @@ def _as_stored(rows: Floats, kind: str, overall: np.float32) -> Floats:
 
 @cache
 def normal_error(kind: str, columns: int) -> float:
-    """The relative L2 error of normal numbers, which have no outliers."""
-    rows = normal_numbers(columns)
-    return relative_error(rows, _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max())))
+    """Return the relative L2 error of normal numbers in the format `kind`."""
+    return error_of_normal_numbers(
+        columns, lambda rows: _as_stored(rows, kind, overall_factor(kind, np.abs(rows).max()))
+    )
 
 
 @dataclass(frozen=True)
@@ -176,5 +174,5 @@ class _Factors(_Codes):
             yield tiled(group_factors(rows, self.kind, self.overall))
 
 
-def _calculated(dtype: str, shape: Shape, matrix: TensorRange, blocks: _Codes) -> TensorPlan:
-    return TensorPlan(dtype, shape, (CalculatedRange(int(np.prod(shape)), blocks, (matrix,)),))
+def _calculated(dtype: str, shape: Shape, blocks: _Codes) -> TensorPlan:
+    return TensorPlan(dtype, shape, (CalculatedRange(int(np.prod(shape)), blocks, (blocks.matrix,)),))

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from ...schemas.block_types import QUANTISED
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8
@@ -26,15 +25,6 @@ _QUANTISED = re.compile(
     r"|qweight|qzeros|\.scb|\._data|zero_point)",
     re.IGNORECASE,
 )
-
-
-class Tensor(Protocol):
-    """A tensor as a header describes it."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,7 @@ def _bits(tensors: Iterable[TensorRange]) -> float:
     return 8 * stored / max(1, sum(math.prod(tensor.shape) for tensor in tensors))
 
 
-def find_problems(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> Problems:
+def find_problems(config: NetworkConfig, tensors: Mapping[str, TensorRange]) -> Problems:
     """Compare `tensors` (diffusers names) with those of the network that `config` describes.
 
     A missing step counter of a BatchNorm is no problem: nothing computes with it, and PyTorch sets it to 0."""

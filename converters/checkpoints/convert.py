@@ -29,6 +29,7 @@ from ...storage.file_sizes import sizes_of
 from ...storage.safetensors_writer import write_gguf, write_safetensors
 from ..hub import local_path
 from .component import Component
+from .gguf_types import STAGES
 from .model_folder import OwnTokenizer, check_tokenizer, copy_tokenizer, write_folder_files, write_pipeline_parts
 from .modular_folder import notes_on_missing, write_modular_files
 from .open_model import ENCODERS, Model, open_model
@@ -127,6 +128,7 @@ def convert(
         canonical=canonical,
         quantize=_parse_type(quantize),
     )
+    _require_fit(output, options)
     check_output(output, force=force)
     given = [sources] if isinstance(sources, str | Path) else sources
     model = open_model(
@@ -178,7 +180,7 @@ def _detail(file: FilePlan) -> str:
 
 
 def _forecast(output: Path, plan: OutputPlan, notes: Sequence[str]) -> Forecast:
-    """What would be read and written. Headers, configs and tokenizers are left out: they are small."""
+    """Return what would be read and written. Headers, configs and tokenizers are left out: they are small."""
     single = _is_single(output)
     writes = tuple(FileSize("." if single else file.path.as_posix(), file.nbytes) for file in plan.files)
     return Forecast(output, sizes_of(plan.sources), writes, notes=tuple(notes))
@@ -201,13 +203,34 @@ def _parse_shard_size(size: int | str | None) -> int | None:
 def _parse_type(quantize: str | None) -> str | None:
     known = (*WRITTEN, *CHOICES, *SDNQ_CHOICES)
     if quantize is not None and quantize.upper() not in known:
-        raise UsageError(f"quantize={quantize!r}: expected one of {', '.join(known)}")
+        raise UsageError(f'quantize="{quantize}": expected one of {", ".join(known)}')
     return quantize and quantize.upper()
 
 
 def _is_single(output: Path) -> bool:
     """Return whether the output is one file instead of a folder."""
     return output.suffix.lower() in (".safetensors", GGUF)
+
+
+def _require_fit(output: Path, options: OutputOptions) -> None:
+    """Raise UsageError for options and a name of the output that the layout does not have."""
+    layout, quantize = options.layout, f'quantize="{options.quantize}"'
+    rules = (
+        (options.combined, "combined=True", "such folders", (Layout.DIFFUSERS,)),
+        (options.shard_size is not None, "shard_size=...", "shards", FOLDERS),
+        (options.canonical, "canonical=True", "such order", [each for each in Layout if each is not Layout.GGUF]),
+        (options.quantize in WRITTEN, quantize, "such type", (Layout.GGUF,)),
+        (options.quantize in SDNQ_CHOICES, quantize, "such type", (Layout.DIFFUSERS,)),
+        (options.quantize in CHOICES, quantize, "such type", (Layout.COMFYUI, Layout.SPLIT)),
+    )
+    for given, option, what, layouts in rules:
+        if given and layout not in layouts:
+            places = " or ".join(f'to="{each}"' for each in layouts)
+            raise UsageError(f"{option}: the {layout} layout has no {what}; leave it out, or take {places}")
+    if _is_single(output) and (output.suffix.lower() == GGUF) != (layout is Layout.GGUF):
+        raise UsageError(f'{output}: a name in {output.suffix} does not fit to="{layout}"; give another')
+    if _is_single(output) and layout in FOLDERS:
+        raise UsageError(f"{output}: one file cannot hold the {layout} layout; give a folder instead")
 
 
 def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
@@ -217,27 +240,17 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
         raise UsageError(f"nothing to convert: no component found in {where}; give other sources")
     for component in model.components.values():
         component.require_sound()
-    is_gguf = options.layout is Layout.GGUF
-    _require_layout_of_type(options)
-    if options.combined and options.layout is Layout.MODULAR:
-        raise UsageError('combined=True: the modular layout has no such folders; leave it out, or take to="diffusers"')
-    if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
-        raise UsageError(f"{output}: a name in {output.suffix} does not fit to={str(options.layout)!r}; give another")
     plan = plan_output(model.components, options)
-    if _is_single(output) and (len(plan.files) > 1 or options.layout in FOLDERS):
-        raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
-    if _is_single(output):
-        plan = replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
-    return plan
-
-
-def _require_layout_of_type(options: OutputOptions) -> None:
-    """Raise UsageError when the layout does not have the type to quantise to."""
-    kinds = ((WRITTEN, (Layout.GGUF,)), (SDNQ_CHOICES, (Layout.DIFFUSERS,)), (CHOICES, (Layout.COMFYUI, Layout.SPLIT)))
-    layouts = next((layouts for names, layouts in kinds if options.quantize in names), ())
-    if options.quantize and options.layout not in layouts:
-        places = " and ".join(f'to="{layout}"' for layout in layouts)
-        raise UsageError(f'quantize="{options.quantize}": only {places} has this type, not to="{options.layout}"')
+    found = ", ".join(model.components)
+    if options.quantize and not model.components.keys() & {*STAGES}:
+        raise UsageError(
+            f'quantize="{options.quantize}": only {" and ".join(STAGES)} are quantised, found {found}; leave it out'
+        )
+    if not _is_single(output):
+        return plan
+    if len(plan.files) > 1:
+        raise UsageError(f"{output}: one file cannot hold all of {found}; give a folder instead")
+    return replace(plan, files=(replace(plan.files[0], path=Path(output.name)),))
 
 
 def _require_space(output: Path, plan: OutputPlan) -> None:

@@ -16,8 +16,8 @@ EXACT = "F32"  # holds the values of every kind
 def dtype_before(weight: TensorRange, component: Component) -> str | None:
     """Return the dtype of a weight before it was quantised; None for weights of other programs.
 
-    Where the weight does not state it, that is the dtype of all other floats of the component. Where these differ, it
-    is float32, which loses nothing."""
+    A weight that does not state it had the dtype of all other floats of the component. If these differ, the dtype is
+    float32, which loses nothing."""
     scale = weight.scale
     if scale is None or not scale.kind.startswith((*STATED, *UNSTATED)):
         return None

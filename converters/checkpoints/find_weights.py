@@ -6,7 +6,7 @@ shards become one header. Every file that is not read gets a note.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,7 @@ class WeightsSet:
 
 
 WeightsSets = dict[tuple[str, str], WeightsSet]  # by variant and format
-
-
-@dataclass(frozen=True)
-class WeightsRead:
-    """The header of a set of weights, the files it was read from, and notes for the user."""
-
-    header: Header
-    files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
+WeightsRead = tuple[Header, tuple[Path, ...], tuple[str, ...]]  # with the files that were read, and notes for the user
 
 
 def weights_sets(folder: Path) -> WeightsSets:
@@ -82,7 +74,7 @@ def weights_sets(folder: Path) -> WeightsSets:
 
 
 def open_component_folder(
-    folder: Path, expected: Stage | None = None, variant: str | None = None, without: Iterable[Stage] = ()
+    folder: Path, expected: Stage | None = None, variant: str | None = None, without: Collection[Stage] = ()
 ) -> tuple[FileContents, str]:
     """Return the component in a folder, and the variant of the weights that were read ("" for the plain ones).
 
@@ -90,16 +82,12 @@ def open_component_folder(
     the caller adds a note. Raises CheckpointError when there are no weights or shards are missing."""
     sets = weights_sets(folder)
     chosen = _choose_set(sets, variant)
-    if chosen is None:
-        header = _read_only_file(folder)
-        taken, weights = "", WeightsRead(header, (header.path,))
-    else:
-        taken, weights = chosen[0], _read_set(folder, sets[chosen])
-    contents = identify_all(weights.header, _config_reader(folder), only=expected, without=tuple(without))
+    header, files, notes = _read_only_file(folder) if chosen is None else _read_set(folder, sets[chosen])
+    contents = identify_all(header, _config_reader(folder), only=expected, without=without)
     offered = [*_weights_files(folder), *(found.index for found in sets.values() if found.index)]
-    others = [path.name for path in offered if path not in weights.files]
-    left_out = (f"{folder}: left out {listed(others)}, for {weights.files[0].name} was taken",) if others else ()
-    return replace(contents, notes=(*contents.notes, *weights.notes, *left_out)), taken
+    others = [path.name for path in offered if path not in files]
+    left_out = (f"{folder}: left out {listed(others)}, for {files[0].name} was taken",) if others else ()
+    return replace(contents, notes=(*contents.notes, *notes, *left_out)), chosen[0] if chosen else ""
 
 
 def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | None:
@@ -108,11 +96,11 @@ def _choose_set(sets: WeightsSets, variant: str | None) -> tuple[str, str] | Non
     return next(((name, kind) for name in wanted for kind in FORMATS if (name, kind) in sets), None)
 
 
-def _read_only_file(folder: Path) -> Header:
+def _read_only_file(folder: Path) -> WeightsRead:
     """Read the only weights file of a folder, whose name neither diffusers nor transformers would give."""
     files = _weights_files(folder)
     if len(files) == 1:
-        return read_weights(files[0])
+        return read_weights(files[0]), (files[0],), ()
     names = f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors"
     have = f"; it has {', '.join(path.name for path in files)}: name one of them" if files else ""
     raise CheckpointError(f"{folder}: no weights; expected {names}{have}")
@@ -129,7 +117,7 @@ def _weights_files(folder: Path) -> list[Path]:
 
 def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
     if found.single is not None:
-        return WeightsRead(read_weights(found.single), (found.single,))
+        return read_weights(found.single), (found.single,), ()
     if found.index is not None:
         return _read_indexed(folder, found.index)
     if len(found.shards) > 1:
@@ -145,17 +133,17 @@ def _read_set(folder: Path, found: WeightsSet) -> WeightsRead:
     tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     if len(tensors) < sum(len(shard.tensors) for shard in shards):
         raise CheckpointError(f"{folder}: two shards hold the same tensor; keep the shards of one save")
-    return WeightsRead(replace(shards[0], tensors=tensors), tuple(shard.path for shard in shards))
+    return replace(shards[0], tensors=tensors), tuple(shard.path for shard in shards), ()
 
 
 def _read_indexed(folder: Path, index: Path) -> WeightsRead:
     weight_map: Any = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names")
+        raise CheckpointError(f"{index}: damaged: expected a weight_map from tensors to file names; download it again")
     outside = [name for name in names if not PLAIN_NAME.fullmatch(name)]
     if outside:
-        raise CheckpointError(f"{index}: refers to {outside[0]!r}, which is not a file beside it")
+        raise CheckpointError(f"{index}: refers to {outside[0]!r}, which is not a file beside it; download it again")
     shards = {name: read_weights(folder / name) for name in sorted(set(weight_map.values()))}
     lost = [name for name, file in weight_map.items() if name not in shards[file].tensors]
     if lost:
@@ -166,7 +154,7 @@ def _read_indexed(folder: Path, index: Path) -> WeightsRead:
     header = replace(next(iter(shards.values())), path=index, tensors=tensors)
     surplus = [name for shard in shards.values() for name in shard.tensors if name not in weight_map]
     notes = (f"{index}: does not list {len(surplus)} of the shards' tensors ({listed(surplus)}); they are left out",)
-    return WeightsRead(header, (index, *(folder / name for name in shards)), notes if surplus else ())
+    return header, (index, *(folder / name for name in shards)), notes if surplus else ()
 
 
 def _config_reader(folder: Path) -> ReadConfig:
@@ -190,10 +178,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return load_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        raise CheckpointError(f"{path}: not readable as JSON: {error}; download or save it again") from error
 
 
-def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[FileContents, CascadeError | None]:
+def open_single_files(folder: Path, without: Collection[Stage] = ()) -> tuple[FileContents, CascadeError | None]:
     """Read the headers of all weights files in `folder` and in its controlnet/.
 
     Returns the components, with notes on all other files, and the error of the first file without a component. Raises
@@ -202,12 +190,14 @@ def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[File
     components: list[Component] = []
     notes: list[str] = []
     refused: CascadeError | None = None
-    for path in _entries(folder):
+    for path in (*_sorted_entries(folder), *_sorted_entries(folder / CONTROLNETS)):
+        if path.is_dir():
+            continue
         if kind := _stray_kind(path):
             notes.append(f"{path}: left out, {kind}")
         elif path.suffix.lower() in WEIGHTS_SUFFIXES:
             try:
-                found = identify_all(read_weights(path), without=tuple(without))
+                found = identify_all(read_weights(path), without=without)
                 components += found.components
                 notes += found.notes
             except (ForeignError, CheckpointError) as error:
@@ -216,12 +206,6 @@ def open_single_files(folder: Path, without: Iterable[Stage] = ()) -> tuple[File
                 refused = refused or error
                 notes.append(f"left out: {error}")
     return FileContents(tuple(components), (*notes, *_notes_on_other_folders(folder))), refused
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    """Yield everything in the folder and in its controlnet/ that is not a folder."""
-    for place in (folder, folder / CONTROLNETS):
-        yield from (path for path in _sorted_entries(place) if not path.is_dir())
 
 
 def _sorted_entries(folder: Path) -> list[Path]:

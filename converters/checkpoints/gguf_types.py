@@ -74,7 +74,7 @@ def file_numbers(kind: str) -> dict[str, int]:
 
 
 def main_type(tensors: Mapping[str, TensorPlan]) -> str:
-    """Return the type that takes most bytes of a file, such as Q8_0. Where there are blocks, floats do not count."""
+    """Return the type that takes most bytes of a file, such as Q8_0. Beside blocks, floats do not count."""
     sizes: Counter[str] = Counter()
     blocks = {plan.dtype for plan in tensors.values()} & {*BLOCK_TYPES}
     for plan in tensors.values():

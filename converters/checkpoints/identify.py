@@ -28,11 +28,6 @@ class FileContents:
     notes: tuple[str, ...] = ()
 
 
-def identify(header: Header) -> Component:
-    """Return the first component of a file. Raises LayoutError as `identify_all` does."""
-    return identify_all(header).components[0]
-
-
 def identify_all(
     header: Header,
     read_config: ReadConfig = lambda stage, shapes: None,
@@ -152,12 +147,12 @@ def _foreign(header: Header) -> ForeignError:
     )
 
 
-def nearest_known(shapes: Mapping[str, Shape], min_share: float = 0.05) -> str | None:
+def nearest_known(shapes: Mapping[str, Shape]) -> str | None:
     """Describe the released file that shares most tensors (name and shape) with `shapes`.
 
-    For example: "82% of the prior (lite, original layout); the first tensor that differs is clf.1.bias". None when the
-    share of equal tensors is not above `min_share`."""
-    best: tuple[float, str] = (min_share, "")
+    For example: "82% of the prior (lite, original layout); the first tensor that differs is clf.1.bias". None when at
+    most 5% of the tensors are equal."""
+    best = (0.05, "")
     for what, known in _released_files().items():
         differing = [name for name, shape in known.items() if shapes.get(name) != shape]
         share = 1 - len(differing) / len(known)

@@ -14,8 +14,8 @@ from .open_model import Model, open_model
 def inspect(path: str | Path) -> Model:
     """Return the stages, layouts, configs, dtypes and problems of a checkpoint, from its headers alone.
 
-    `path` is a weights file, a model folder, a folder of single files, or a source on the Hub (hf://owner/repo[/path]),
-    of which only headers are transferred. Problems are listed in each component and raise no error.
+    `path` is a weights file, a model folder, a folder of single files, or a source on the Hub (hf://owner/repo[/path]).
+    Only headers are transferred from the Hub. Problems are listed in each component and raise no error.
 
     Raises UsageError when there is nothing at `path`, ForeignError (a LayoutError) for a file without a component, and
     CheckpointError for a damaged file.

@@ -1,14 +1,17 @@
 """The tensors that make one quantised weight, and the errors for those that are missing or do not fit."""
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+from ...schemas.dtypes import DTYPES, FLOATS
 from ...schemas.errors import LayoutError
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header, TensorRange
 
 AS_FLOATS = "get the checkpoint in bf16, fp16 or fp32"
+# torch's name of a float -> the dtype that values are rounded to; "" for float32, in which they are calculated.
+ROUNDED: Mapping[str, str] = {DTYPES[dtype].torch: "" if dtype == "F32" else dtype for dtype in FLOATS}
 
 
 @dataclass
@@ -27,6 +30,11 @@ class LayerParts:
         return self.names[part] in self.header.tensors
 
     def take(self, part: str, dtypes: Collection[str], count: int | None = None) -> TensorRange:
+        """Return a tensor and note that it is used. Raises LayoutError as `find` does."""
+        self.used.append(self.names[part])
+        return self.find(part, dtypes, count)
+
+    def find(self, part: str, dtypes: Collection[str], count: int | None = None) -> TensorRange:
         """Return a tensor. Raises LayoutError unless it is there, of one of `dtypes`, with `count` values."""
         name = self.names[part]
         tensor = self.header.tensors.get(name)
@@ -36,7 +44,6 @@ class LayerParts:
             raise self.error(f"{name} is {tensor.dtype}, expected {' or '.join(dtypes)}")
         if count is not None and math.prod(tensor.shape) != count:
             raise self.error(f"{name} has shape {list(tensor.shape)}, expected {count} numbers")
-        self.used.append(name)
         return tensor
 
     def require_bytes(self, tensor: TensorRange, nbytes: int, shape: Shape) -> None:
@@ -46,6 +53,24 @@ class LayerParts:
 
     def error(self, problem: str, advice: str = AS_FLOATS) -> LayoutError:
         return LayoutError(f"{self.header.path}: {self.name}, quantised by {self.program}: {problem}; {advice}")
+
+
+def with_weights(header: Header, found: Iterable[tuple[LayerParts, TensorRange]]) -> Header:
+    """Return the header with each weight that was found, and without all tensors that make these weights."""
+    weights: dict[str, TensorRange] = {}
+    used: set[str] = set()
+    for parts, weight in found:
+        weights[parts.name] = weight
+        used.update(parts.used)
+    kept = {name: tensor for name, tensor in header.tensors.items() if name in weights or name not in used}
+    return replace(header, tensors=kept | weights)
+
+
+def content(tensor: TensorRange) -> bytes:
+    """Return the bytes of a small tensor."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return file.read(tensor.nbytes)
 
 
 def is_shape(value: object) -> bool:

@@ -154,7 +154,9 @@ def check_tokenizer(folder: Path | None, rows: int | None) -> OwnTokenizer | Non
                 "the file itself there"
             )
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise CheckpointError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, it has {path.stat().st_size}")
+            raise CheckpointError(
+                f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, it has {path.stat().st_size}; give CLIP's own"
+            )
     from ...runtime.text.tokenizer import read_checked  # imports numpy and tokenizers
 
     content = read_checked(folder, rows)

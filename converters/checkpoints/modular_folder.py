@@ -10,17 +10,14 @@ diffusers runs block.py when a user loads the folder with `trust_remote_code=Tru
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import CheckpointError
 from ...schemas.folders import MODULAR_FILES
-from ...schemas.layouts import Layout
 from ...schemas.messages import listed
 from ...schemas.stages import Stage
 from .find_weights import read_json
-from .identify import FileContents
 from .model_folder import INDEX_ENTRIES, OPTIONAL, write_json
 
 INDEX, CONFIG, BLOCK = MODULAR_FILES
@@ -36,22 +33,6 @@ ENTRIES: Mapping[str, tuple[str, str]] = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
 NEEDED = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN, Stage.TEXT_ENCODER)
-
-
-@dataclass(frozen=True)
-class ModularFolder:
-    """What the index of a modular folder states: folders of stages that have other names than usual, and notes."""
-
-    folders: dict[Stage, Path]
-    notes: tuple[str, ...]
-
-    def named(self, contents: FileContents) -> FileContents:
-        """Return `contents` with the layout modular for components of the layout diffusers."""
-        components = (
-            replace(component, layout=Layout.MODULAR) if component.layout is Layout.DIFFUSERS else component
-            for component in contents.components
-        )
-        return replace(contents, components=tuple(components))
 
 
 def write_modular_files(folder: Path, stages: Collection[Stage], variant: str) -> None:
@@ -88,10 +69,11 @@ def notes_on_missing(stages: Collection[Stage]) -> Iterator[str]:
         yield f"the pipeline also needs {listed(missing)}; load these with `pipe.update_components` (diffusers)"
 
 
-def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> ModularFolder:
+def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> tuple[dict[Stage, Path], list[str]]:
     """Read the index and the config of a modular folder, except for stages `without`.
 
-    Raises CheckpointError for wrong JSON, and for a component of the cascade whose folder is missing."""
+    Returns the folders of stages that have other names than usual, and notes. Raises CheckpointError for wrong JSON,
+    and for a component of the cascade whose folder is missing."""
     path = folder / INDEX
     folders: dict[Stage, Path] = {}
     notes = []
@@ -100,14 +82,21 @@ def read_modular_folder(folder: Path, without: Collection[Stage] = ()) -> Modula
             continue
         subfolder, source = _place(path, name, entry)
         place = folder / subfolder
-        if place.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+        if _is_folder_in(place, folder):
             if name in [*Stage] and subfolder != name:
                 folders[Stage(name)] = place
         elif source is not None:
             notes.append(f"{path}: the {name} is loaded from {source}, which is not read here")
         else:
             raise CheckpointError(f"{path}: the {name} is to be in {place}, which is no folder; download it again")
-    return ModularFolder(folders, (*notes, *_notes_on_code(folder)))
+    return folders, [*notes, *_notes_on_code(folder)]
+
+
+def _is_folder_in(place: Path, folder: Path) -> bool:
+    try:
+        return place.is_dir() and place.resolve().is_relative_to(folder.resolve())
+    except OSError:  # the name is too long
+        return False
 
 
 def _place(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
@@ -119,7 +108,7 @@ def _place(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
             return subfolder, source
     raise CheckpointError(
         f"{path}: damaged: {name}: expected [library, class, {{pretrained_model_name_or_path, subfolder, ...}}], "
-        f"found {str(entry)[:80]}"
+        f"found {str(entry)[:80]}; download it again"
     )
 
 
@@ -132,7 +121,8 @@ def _notes_on_code(folder: Path) -> Iterator[str]:
     auto_map = read_json(folder / CONFIG).get("auto_map")
     target = auto_map.get(LOADER) if isinstance(auto_map, dict) else None
     if not isinstance(target, str) or "." not in target:
-        raise CheckpointError(f'{folder / CONFIG}: damaged: expected an auto_map with "{LOADER}": "block.CLASS"')
+        form = f'an auto_map with "{LOADER}": "block.CLASS"'
+        raise CheckpointError(f"{folder / CONFIG}: damaged: expected {form}; download it again")
     code = folder / f"{target.partition('.')[0]}.py"
     if not code.is_file():
         yield f"{code}: missing, diffusers cannot load the pipeline without it; {remedy}"

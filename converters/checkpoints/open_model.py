@@ -6,24 +6,27 @@ A path may be a weights file, a folder of Stability's single files, a model fold
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
-from ...schemas.folders import MODULAR_INDEX, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
+from ...schemas.folders import (
+    MODEL_INDEX,
+    MODULAR_INDEX,
+    PLACES,
+    TOKENIZER_FOLDERS,
+    preferred_variants,
+    read_weights_name,
+)
+from ...schemas.layouts import Layout
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
 from .find_weights import open_component_folder, open_single_files, weights_sets
 from .identify import FileContents, identify_all
 
-if TYPE_CHECKING:
-    from .modular_folder import ModularFolder
-
 ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
 EMA_SUFFIX = "_ema"  # Stability's trainer saves averaged weights in a file of this suffix beside the trained ones
-PIPELINE_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -149,19 +152,22 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     _require_exists(source)
     if source.is_file():
         return [_open_file(path, without=without) for path in (source, *_side_files(source))]
-    modular = _modular(source, without)
-    is_pipeline = bool(modular) or (source / PIPELINE_INDEX).is_file()
+    modular = (source / MODULAR_INDEX).is_file()
+    is_pipeline = modular or (source / MODEL_INDEX).is_file()
     if not is_pipeline and _is_component_folder(source):
         contents, variant = open_component_folder(source, None, choice.variant, without)
         _require_variant(source, choice, [variant])
         return [contents]
     folders, notes = _choose_folders(source, choice)
     if modular:
-        folders |= modular.folders
-        notes += modular.notes
+        from .modular_folder import read_modular_folder  # which most folders need not wait for
+
+        named, said = read_modular_folder(source, without)
+        folders |= named
+        notes += said
     opened = _open_folders(source, folders, choice, without)
     if modular:
-        opened = [modular.named(contents) for contents in opened]
+        opened = [replace(each, components=tuple(map(_as_modular, each.components))) for each in opened]
     single, refused = open_single_files(source, without)
     if not folders and not single.components:
         raise refused or UsageError(
@@ -173,13 +179,8 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     return [_choose_files(single, choice, taken), *opened, FileContents((), tuple(notes))]
 
 
-def _modular(source: Path, without: Collection[Stage]) -> "ModularFolder | None":
-    """What a folder of diffusers' modular pipelines says; None for others, which need not wait for the import."""
-    if not (source / MODULAR_INDEX).is_file():
-        return None
-    from .modular_folder import read_modular_folder
-
-    return read_modular_folder(source, without)
+def _as_modular(component: Component) -> Component:
+    return replace(component, layout=Layout.MODULAR) if component.layout is Layout.DIFFUSERS else component
 
 
 def _open_folders(

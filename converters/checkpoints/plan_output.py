@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.block_types import BLOCK_TYPES, WRITTEN
+from ...schemas.block_types import BLOCK_TYPES, QUANTISED, WRITTEN
 from ...schemas.casts import target_dtype
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import MODEL_INDEX, MODULAR_FILES, ORIGINAL_NAMES, shard_name, weights_names
@@ -35,6 +35,7 @@ from .open_model import ENCODERS
 
 if TYPE_CHECKING:  # numpy is not needed to plan copies
     from .comfyui_types import ScaledTypes
+    from .sdnq_types import SdnqTypes
 
 COMFYUI_NAMES: Mapping[Stage, str] = {
     Stage.PRIOR: "stable_cascade_stage_c",
@@ -86,7 +87,7 @@ class FilePlan:
 
     @property
     def described(self) -> str:
-        """What becomes of its tensors, for people, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        """A line on how its tensors are made, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
         kinds = Counter(map(_became, self.tensors.values()))
         header = "; the header of the file that the sources were made of" if self.restored else ""
         return f"{len(self.tensors)} tensors: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}{header}"
@@ -98,16 +99,20 @@ class FilePlan:
 
     @property
     def is_copied(self) -> bool:
-        """True when every value is copied without a cast."""
-        ranges = [(plan.dtype, each) for plan in self.tensors.values() for each in plan.ranges]
-        return all(isinstance(each, TensorRange) and each.dtype == dtype for dtype, each in ranges)
+        """True when every value is copied, neither cast nor multiplied by a scale."""
+        return all(
+            isinstance(each, TensorRange) and each.dtype == plan.dtype and not each.scale
+            for plan in self.tensors.values()
+            for each in plan.ranges
+        )
 
 
 def _became(plan: TensorPlan) -> str:
-    """What becomes of the values of a tensor."""
+    """Return how the values of a tensor are made, as in "F16 to BF16"."""
     if plan.calculated:
         return f"calculated ({plan.dtype})"
-    others = sorted({source.dtype for source in plan.source_ranges} - {plan.dtype})
+    stored = {f"{each.dtype} with scales" if each.scale else each.dtype for each in plan.source_ranges}
+    others = sorted(stored - {plan.dtype})
     return f"{' and '.join(others)} to {plan.dtype}" if others else f"copied ({plan.dtype})"
 
 
@@ -155,7 +160,8 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
 
     Raises UsageError when the layout has no place for any of them, ConversionError for tensors that cannot be
     joined."""
-    plan = _plan(components, options)
+    planners = {Layout.COMFYUI: _plan_comfyui, Layout.GGUF: _plan_gguf}
+    plan = planners.get(options.layout, _plan_each)(components, options)
     if options.dtype is not None:
         return plan
     tensors = [each for file in plan.files for each in file.tensors.values()]
@@ -163,26 +169,18 @@ def plan_output(components: Mapping[Stage, Component], options: OutputOptions) -
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _plan(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
-    if options.layout is Layout.COMFYUI:
-        return _plan_comfyui(components, options)
-    if options.layout is Layout.SPLIT and options.quantize:
-        return _plan_scaled(components, options)
-    if options.layout is Layout.GGUF:
-        return _plan_gguf(components, options)
+def _plan_each(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
+    """Plan files of one component each, for all layouts that have these."""
     files: list[FilePlan] = []
     indexes: dict[Path, dict[str, Any]] = {}
     quantization: dict[Stage, dict[str, Any]] = {}
-    notes = []
+    notes: list[str] = []
     for component in components.values():
-        tensors = plan_tensors(component, options)
-        if options.quantize and options.quantize in SDNQ_CHOICES and component.stage in STAGES:
-            from .sdnq_types import SdnqTypes
-
-            types = SdnqTypes.of(component, options.quantize)
-            tensors = types.quantised(tensors, component)
-            quantization[component.stage] = types.settings
+        types = _types(component, options)
+        tensors = plan_tensors(component, options, types=types)
+        if types:
             notes.append(types.note(component))
+            quantization[component.stage] = types.settings
         for path in _paths(component, options):
             shards = list(_cut_into_shards(_file(path, tensors, component.metadata, options), options))
             files += shards
@@ -192,35 +190,47 @@ def _plan(components: Mapping[Stage, Component], options: OutputOptions) -> Outp
     return OutputPlan(options, tuple(files), indexes, tuple(notes), quantization)
 
 
+def _types(component: Component, options: OutputOptions) -> "ScaledTypes | SdnqTypes | None":
+    """Choose the weights to quantise for ComfyUI or as SDNQ does; None when all stay as they are."""
+    if not options.quantize or component.stage not in STAGES:
+        return None
+    if options.quantize in SDNQ_CHOICES:
+        from .sdnq_types import SdnqTypes
+
+        return SdnqTypes.of(component, options.quantize)
+    from .comfyui_types import ScaledTypes
+
+    return ScaledTypes.of(component, options.quantize)
+
+
 def plan_tensors(
-    component: Component, options: OutputOptions, prefix: str = "", scaled: "ScaledTypes | None" = None
+    component: Component, options: OutputOptions, prefix: str = "", types: "ScaledTypes | SdnqTypes | None" = None
 ) -> dict[str, TensorPlan]:
     """Plan each tensor of `component` under its name in the output, in the order of the source.
 
-    The modules that `scaled` quantises get codes and factors. Their names are those of the split layout, in which each
-    of q, k and v is a matrix.
+    The weights that `types` quantises become codes and factors. Files for ComfyUI have them under the names of the
+    split layout, in which each of q, k and v is a matrix.
 
     Raises ConversionError when tensors of different dtypes become one and the dtypes are to be kept."""
     shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in component.tensors.items()}
     plans: dict[str, TensorPlan] = {}
-    types = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
+    blocks = GGUFTypes.of(component, options.quantize) if options.layout is Layout.GGUF else None
     keeps = keeps_codes(component, options.layout, options.dtype)
-    spelling = Layout.SPLIT if scaled or keeps else options.layout
-    for name, mapped in to_diffusers(component.stage, spelling).inverse.apply(shapes).items():
+    is_split = options.layout is Layout.COMFYUI and (types or keeps)
+    rules = to_diffusers(component.stage, Layout.SPLIT if is_split else options.layout).inverse
+    for name, mapped in rules.apply(shapes).items():
         # No rule from the diffusers names cuts a tensor, so that all rows of each source are taken.
         ranges = tuple(component.tensors[rows.name] for rows in mapped.rows)
-        module, _, part = mapped.rows[0].name.rpartition(".")
-        if scaled and part == "weight" and module in scaled.factors:
-            plans |= scaled.plan(prefix + name, module, ranges[0])
+        if types and (quantised := types.plan(prefix + name, mapped.rows[0].name, ranges[0])):
+            plans |= quantised
             continue
-        if (keeps or (scaled and module in scaled.copies)) and can_copy(ranges[0]):
+        if keeps and can_copy(ranges[0]):
             plans |= copied(prefix + name, ranges[0])
             continue
-        if types:
-            dtypes = types.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
+        if blocks:
+            dtypes = blocks.stored_as(mapped.rows[0].name, mapped.shape, ranges, options.dtype)
         else:
-            wanted = options.dtype
-            dtypes = {target_dtype(each.dtype, wanted or dtype_before(each, component)) for each in ranges}
+            dtypes = {target_dtype(each.dtype, options.dtype or dtype_before(each, component)) for each in ranges}
             _require_floats(component, name, dtypes)
         if len(dtypes) > 1:
             raise ConversionError(
@@ -232,9 +242,9 @@ def plan_tensors(
 
 
 def _require_floats(component: Component, name: str, dtypes: set[str]) -> None:
-    if found := dtypes & {*BLOCK_TYPES}:
+    if found := dtypes & {*QUANTISED}:
         raise ConversionError(
-            f"{component.path}: {name} is quantised ({', '.join(found)}), which only the layout gguf keeps; choose the "
+            f"{component.path}: {name} is quantised ({', '.join(found)}), which this layout does not keep; choose the "
             'dtype of the weights, such as dtype="bf16"'
         )
 
@@ -288,7 +298,7 @@ def _index(shards: list[FilePlan]) -> dict[str, Any]:
 def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
     """Plan the all-in-one files of the stages there are. ControlNets stay files of their own."""
     files: list[FilePlan] = []
-    notes = []
+    notes: list[str] = []
     planned: set[Stage] = set()
     for head, stages in COMFYUI_FILES.items():
         if head not in components:
@@ -296,13 +306,12 @@ def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions)
         present = [stage for stage in stages if stage in components]
         absent = [str(stage) for stage in stages if stage not in components]
         path = Path(f"{COMFYUI_NAMES[head]}{_lite(components[head])}.safetensors")
-        file, lines = _plan_scaled_file(path, components[head], options, COMFYUI_PREFIXES[head])
-        tensors = dict(file.tensors)
+        tensors: dict[str, TensorPlan] = {}
         for stage in present:
-            if stage is not head:
-                tensors |= plan_tensors(components[stage], options, COMFYUI_PREFIXES[stage])
-        files.append(_file(path, tensors, file.metadata, options))
-        notes += lines
+            types = _types(components[stage], options)
+            notes += [types.note(components[stage])] if types else []
+            tensors |= plan_tensors(components[stage], options, COMFYUI_PREFIXES[stage], types)
+        files.append(_file(path, tensors, components[head].metadata, options))
         planned.update(present)
         if absent:
             notes.append(f"{path}: without {', '.join(absent)}, which ComfyUI's own file has")
@@ -322,31 +331,6 @@ def _plan_comfyui(components: Mapping[Stage, Component], options: OutputOptions)
     return OutputPlan(options, tuple(files), {}, tuple(notes))
 
 
-def _plan_scaled(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
-    """Plan files of the split layout, of which prior and decoder are quantised."""
-    files, notes = [], []
-    for component in components.values():
-        (path,) = _paths(component, options)
-        file, lines = _plan_scaled_file(path, component, options)
-        files.append(file)
-        notes += lines
-    return OutputPlan(options, tuple(files), {}, tuple(notes))
-
-
-def _plan_scaled_file(
-    path: Path, component: Component, options: OutputOptions, prefix: str = ""
-) -> tuple[FilePlan, list[str]]:
-    """Plan the file of a component, quantised if `options` ask for it and it is a prior or decoder; and notes."""
-    if not options.quantize or component.stage not in STAGES:
-        tensors = plan_tensors(component, options, prefix)
-        return _file(path, tensors, component.metadata, options), []
-    from .comfyui_types import ScaledTypes
-
-    scaled = ScaledTypes.of(component, options.quantize)
-    tensors = plan_tensors(component, options, prefix, scaled)
-    return _file(path, tensors, component.metadata, options), [scaled.note(component)]
-
-
 def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) -> OutputPlan:
     """Plan a GGUF file for each of the prior and the decoder."""
     present = [components[stage] for stage in STAGES if stage in components]
@@ -360,10 +344,10 @@ def _plan_gguf(components: Mapping[Stage, Component], options: OutputOptions) ->
         kind = options.quantize or main_type(tensors)
         path = Path(f"{title}-{kind}.gguf")
         files.append(FilePlan(path, tensors, file_metadata(component, title), file_numbers(kind)))
-    notes: tuple[str, ...] = (f"no place in GGUF files for {', '.join(others)}; left out",) if others else ()
+    notes = [f"no place in GGUF files for {', '.join(others)}; left out"] if others else []
     if options.quantize:
-        notes += tuple(_note_on_types(file, options.quantize) for file in files)
-    return OutputPlan(options, tuple(files), {}, notes)
+        notes += [_note_on_types(file, options.quantize) for file in files]
+    return OutputPlan(options, tuple(files), {}, tuple(notes))
 
 
 def _note_on_types(file: FilePlan, quantize: str) -> str:

@@ -53,10 +53,7 @@ def in_float(floats: Mapping[str, str]) -> str:
     return f"; in float: {listed(kept, 4)}" if kept else ""
 
 
-def normal_numbers(columns: int) -> Floats:
-    """Rows of normal numbers, which have no outliers."""
-    return np.random.default_rng(0).standard_normal((64, columns), np.float32)
-
-
-def relative_error(rows: Floats, stored: Floats) -> float:
-    return float(np.sqrt(np.square(rows - stored).sum() / np.square(rows).sum()))
+def error_of_normal_numbers(columns: int, as_stored: AsStored) -> float:
+    """Return the relative L2 error of normal numbers, which have no outliers."""
+    rows = np.random.default_rng(0).standard_normal((64, columns), np.float32)
+    return float(np.sqrt(np.square(rows - as_stored(rows)).sum() / np.square(rows).sum()))

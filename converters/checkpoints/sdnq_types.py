@@ -21,7 +21,7 @@ from ...storage.safetensors_plan import CalculatedRange, TensorPlan
 from ...storage.safetensors_reader import TensorRange
 from ...storage.scaled_codes import rounded
 from .component import Component
-from .sampled_error import Floats, in_float, normal_numbers, relative_error, sampled_error
+from .sampled_error import Floats, error_of_normal_numbers, in_float, sampled_error
 
 BLOCK_VALUES = 1 << 16  # of rows at a time, so that the scratch space of a step stays in a core's cache
 
@@ -45,23 +45,10 @@ class SdnqTypes:
         others = (name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight"))
         return cls(form, modules, settings_of(form, (module for module in others if module not in modules)), floats)
 
-    def quantised(self, plans: Mapping[str, TensorPlan], component: Component) -> dict[str, TensorPlan]:
-        """Return the plans of a file of `component` in the diffusers layout with the modules that are quantised."""
-        changed: dict[str, TensorPlan] = {}
-        for name, plan in plans.items():
-            module, _, part = name.rpartition(".")
-            quantise = part == "weight" and module in self.modules
-            changed |= self._plan(name, component.tensors[name]) if quantise else {name: plan}
-        return changed
-
-    def note(self, component: Component) -> str:
-        """Return a line on how many modules are quantised, and why others stay float."""
-        total = len(self.modules) + len(self.floats)
-        quantised = f"{len(self.modules)} of {total} Linears in SDNQ's {self.form.name}"
-        return f"{component.stage}: {quantised}{in_float(self.floats)}"
-
-    def _plan(self, name: str, matrix: TensorRange) -> dict[str, TensorPlan]:
-        """Plan the tensors of a weight that is quantised."""
+    def plan(self, name: str, weight: str, matrix: TensorRange) -> dict[str, TensorPlan]:
+        """Plan the tensors of the `weight` that is called `name` in the file; none when it is not quantised."""
+        if weight.removesuffix(".weight") not in self.modules:
+            return {}
         form, (rows, columns) = self.form, matrix.shape
         group, layer = group_of(form, columns), name.removesuffix("weight")
         groups = columns // group
@@ -73,6 +60,12 @@ class SdnqTypes:
         for part in ("scale", "zero_point") if form.zero else ("scale",):
             plans[layer + part] = _planned("F32", factors, _Part(matrix, form, part))
         return plans
+
+    def note(self, component: Component) -> str:
+        """Return a line on how many modules are quantised, and why others stay float."""
+        total = len(self.modules) + len(self.floats)
+        quantised = f"{len(self.modules)} of {total} Linears in SDNQ's {self.form.name}"
+        return f"{component.stage}: {quantised}{in_float(self.floats)}"
 
 
 def _unfit(matrix: TensorRange, shape: Shape, form: SdnqFormat) -> str | None:
@@ -87,9 +80,8 @@ def _unfit(matrix: TensorRange, shape: Shape, form: SdnqFormat) -> str | None:
 
 @cache
 def normal_error(form: SdnqFormat, columns: int) -> float:
-    """The relative L2 error of normal numbers, which have no outliers."""
-    rows = normal_numbers(columns)
-    return relative_error(rows, as_stored(rows, form))
+    """Return the relative L2 error of normal numbers in the format `form`."""
+    return error_of_normal_numbers(columns, lambda rows: as_stored(rows, form))
 
 
 def _planned(dtype: str, shape: Shape, part: "_Part") -> TensorPlan:

@@ -15,8 +15,9 @@ from ...schemas.folders import ORIGINAL_NAMES
 from ...schemas.layouts import Layout, to_diffusers
 from ...schemas.stages import PRESETS, NetworkConfig, Stage, Variant
 from ...schemas.tensors import Shape, expected_tensors, is_counter
-from ...storage.safetensors_plan import CalculatedRange, TensorPlan
+from ...storage.safetensors_plan import TensorPlan
 from ...storage.safetensors_writer import write_safetensors
+from .constant_values import constant
 from .model_folder import write_folder_files
 
 TINY_STAGES = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
@@ -80,5 +81,6 @@ def _write(path: Path, tensors: Tensors) -> None:
 
 
 def _plan(name: str, tensor: NDArray[np.float32]) -> TensorPlan:
-    dtype, values = ("I64", np.full(tensor.shape, 1000, "<i8")) if is_counter(name) else ("F32", tensor.astype("<f4"))
-    return TensorPlan(dtype, tensor.shape, (CalculatedRange(values.nbytes, lambda: [values]),))
+    if is_counter(name):
+        return TensorPlan("I64", tensor.shape, (constant(np.full(tensor.shape, 1000, "<i8")),))
+    return TensorPlan("F32", tensor.shape, (constant(tensor.astype("<f4")),))

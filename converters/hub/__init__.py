@@ -3,25 +3,15 @@
 import glob
 from pathlib import Path
 
-from ...schemas.callbacks import Say
-from .headers import remote_header, remote_headers
+from ...schemas.callbacks import Say, ignored
+from .headers import remote_headers
 from .hub_errors import explaining, reason, unreachable
 from .repository import from_cache, list_files
 from .select import select
-from .source import HubPath, HubSource, is_hub, is_weights, parse
+from .source import is_hub, is_weights, parse
 from .transfer import fetch_weights, progress_bars
 
-__all__ = [
-    "HubPath",
-    "HubSource",
-    "fetch",
-    "is_hub",
-    "local_path",
-    "parse",
-    "remote_header",
-    "remote_headers",
-    "select",
-]
+__all__ = ["fetch", "local_path", "remote_headers"]
 
 
 def local_path(source: str | Path, say: Say | None = None, *, variant: str | None = None, lite: bool = False) -> Path:
@@ -38,7 +28,7 @@ def fetch(source: str | Path, say: Say | None = None, *, variant: str | None = N
     with a line for each download; progress bars are shown on a terminal.
 
     Raises UsageError when there is no such repository, revision or file, CheckpointError when the download fails."""
-    wanted, say = parse(source), say or (lambda line: None)
+    wanted, say = parse(source), say or ignored
     with explaining(wanted):
         from huggingface_hub import constants, snapshot_download
 

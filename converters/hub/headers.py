@@ -9,7 +9,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
-from ...schemas.errors import CheckpointError, UsageError
+from ...schemas.errors import CheckpointError
 from ...schemas.limits import MAX_HEADER_BYTES
 from ...storage.gguf_file import MAGIC, gguf_header_in
 from ...storage.safetensors_reader import Header, header_in
@@ -17,7 +17,7 @@ from ...storage.weights_file import read_weights
 from .hub_errors import explaining, unreachable
 from .repository import from_cache, list_files
 from .select import weights_below
-from .source import WEIGHTS, HubPath, HubSource, is_weights, parse
+from .source import HubPath, HubSource, is_weights, parse
 from .transfer import ask, blocks
 
 FIRST_BYTES = 64  # the header's length, and enough bytes to recognise a file of another format
@@ -25,21 +25,12 @@ GGUF_BYTES = 1 << 17  # of the header of a GGUF file, which does not state its l
 MAX_SIZE = 1 << 63  # bytes; a larger file does not exist
 
 
-def remote_header(source: str | Path) -> Header:
-    """Return the header of one safetensors or GGUF file on the Hub, checked as strictly as a local one.
-
-    Only the bytes of the header are transferred. Without a connection, the file in the cache is read. Raises UsageError
-    when there is no such file, CheckpointError when it cannot be read or is damaged."""
-    wanted = parse(source)
-    if not wanted.is_file:
-        raise UsageError(f"{wanted}: expected one {WEIGHTS} file")
-    return remote_headers(source)[0]
-
-
 def remote_headers(source: str | Path) -> tuple[Header, ...]:
     """Return the headers of all safetensors and GGUF files at a source on the Hub, in the order of their names.
 
-    Raises UsageError when there is none or there are more than MAX_HEADERS, CheckpointError as `remote_header` does."""
+    Only the bytes of headers are transferred. They are checked as strictly as those of local files. Without a
+    connection, the files in the cache are read. Raises UsageError when there is no such file or there are more than
+    MAX_HEADERS, CheckpointError for a file that cannot be read or is damaged."""
     wanted = parse(source)
     with explaining(wanted):
         try:

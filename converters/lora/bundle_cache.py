@@ -52,8 +52,8 @@ def with_loras(
     `user_cache`) unless it is there, whole and unchanged. If several processes ask for it, one of them makes it.
     `say` is called with each part of a LoRA that did not apply.
 
-    Raises UsageError for a LoRA that is not found, for a strength that is not finite, and for a bundle that has LoRAs
-    merged in already; ConversionError when the cache cannot be written; and the errors of `apply_loras`."""
+    Raises UsageError for a LoRA that is not found, for a strength that is not finite, and for a bundle with LoRAs in it
+    already; ConversionError when the cache cannot be written; and the errors of `apply_loras`."""
     if not loras:
         return Path(bundle)
     opened = open_bundle(Path(bundle))
@@ -96,7 +96,7 @@ def find_lora(lora: str | Path) -> Path:
 def listed_loras(folders: Sequence[Path] = ()) -> dict[str, str]:
     """The LoRAs in `folders` and in those of $CASCADEKIT_LORAS, by name, and what `find_lora` takes for each.
 
-    A LoRA is a .safetensors file or the folder of a PEFT adapter. Of several with one name the first counts."""
+    A LoRA is a .safetensors file or the folder of a PEFT adapter. The first of several with one name counts."""
     found: dict[str, str] = {}
     for path in (path for folder in folders for path in _loras_in(folder)):
         found.setdefault(path.stem, str(path))

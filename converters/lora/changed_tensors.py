@@ -62,12 +62,12 @@ def changed(name: str, tensor: TensorRange, changes: Sequence[Change]) -> tuple[
     """Return a range of the bytes of `tensor` with `changes` applied in their order, and a record of their effect.
 
     The record is complete when the range has been calculated: in float32 (float64 for F64), rounded once to nearest,
-    ties to even. Raises ConversionError for a dtype that is no float, and during the calculation when a finite value
-    becomes infinite or NaN."""
-    if tensor.dtype not in FLOATS:
+    ties to even. Raises ConversionError for values that are no floats or have scales, and during the calculation when
+    a finite value becomes infinite or NaN."""
+    if tensor.dtype not in FLOATS or tensor.scale:
+        found = f"{tensor.dtype} with scales" if tensor.scale else tensor.dtype
         raise ConversionError(
-            f"{tensor.path}: {name}: expected a dtype of {', '.join(FLOATS)}, found {tensor.dtype}; "
-            "cast the checkpoint first"
+            f"{tensor.path}: {name}: expected a dtype of {', '.join(FLOATS)}, found {found}; cast the checkpoint first"
         )
     effect = Effect(name, tensor.dtype, len(changes))
     return CalculatedRange(tensor.nbytes, lambda: _encoded(tensor, changes, effect)), effect

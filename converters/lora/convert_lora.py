@@ -85,8 +85,7 @@ def convert_lora(
         raise UsageError(f"{output}: expected a name ending in .safetensors")
     check_output(output, force=force)
     source = local_path(source, say)
-    networks = networks_of(None if against is None else local_path(against, say))
-    lora = open_lora(source, networks, module_filters=module_filters, alpha=alpha)
+    lora = open_lora(source, networks_of(against, say), module_filters=module_filters, alpha=alpha)
     tensors, lost = _tensors(lora, to, module_filters)
     if lost and (not drop or not tensors):
         raise ConversionError(
@@ -128,11 +127,11 @@ def _norm_notes(lora: Lora, to: LoraFormat) -> Iterator[str]:
         )
 
 
-def networks_of(checkpoint: str | Path | None) -> list[NetworkConfig]:
+def networks_of(checkpoint: str | Path | None, say: Say | None) -> list[NetworkConfig]:
     """Return the configs of the UNets and the text encoder in a checkpoint; none without a checkpoint."""
     if checkpoint is None:
         return []
-    configs = [component.config for component in open_model([checkpoint]).components.values()]
+    configs = [component.config for component in open_model([local_path(checkpoint, say)]).components.values()]
     return [config for config in configs if isinstance(config, UNetConfig | TextEncoderConfig)]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -104,24 +105,17 @@ def rows(factor: Factor, start: int, stop: int) -> Factor:
 
 def stacked(factors: Sequence[Factor]) -> Factor:
     """Return the factors one below the other, without rounding."""
+    if len(factors) == 1:
+        return factors[0]
     shape = (sum(factor.shape[0] for factor in factors), *factors[0].shape[1:])
     return Factor(common_dtype(factors), shape, lambda: np.concatenate([factor.load() for factor in factors]))
 
 
 def block_diagonal(factors: Sequence[Factor]) -> Factor:
     """Return a matrix with the factors along its diagonal and zeros elsewhere."""
-    shape = (sum(factor.shape[0] for factor in factors), sum(factor.shape[1] for factor in factors))
-
-    def load() -> Array:
-        blocks = [factor.load() for factor in factors]
-        result = np.zeros(shape, np.result_type(*blocks))
-        row = column = 0
-        for block in blocks:
-            result[row : row + block.shape[0], column : column + block.shape[1]] = block
-            row, column = row + block.shape[0], column + block.shape[1]
-        return result
-
-    return Factor(common_dtype(factors), shape, load)
+    *starts, width = accumulate((factor.shape[1] for factor in factors), initial=0)
+    wide = (padded(f, (f.shape[0], width), left=start) for f, start in zip(factors, starts, strict=True))
+    return stacked([*wide])
 
 
 def scaled(factor: Factor, scale: float) -> Factor:
@@ -132,16 +126,17 @@ def scaled(factor: Factor, scale: float) -> Factor:
     return Factor(dtype, factor.shape, lambda: (factor.load().astype(np.float64) * scale).astype(compute_type(dtype)))
 
 
-def padded(factor: Factor, shape: Shape) -> Factor:
-    """Return the factor with zeros behind its rows and columns."""
+def padded(factor: Factor, shape: Shape, *, left: int = 0) -> Factor:
+    """Return a matrix with zeros below it, beside it and, for `left` columns, before it."""
     if shape == factor.shape:
         return factor
-    widths = [(0, new - old) for old, new in zip(factor.shape, shape, strict=True)]
+    rows, columns = factor.shape
+    widths = [(0, shape[0] - rows), (left, shape[1] - columns - left)]
     return Factor(factor.dtype, shape, lambda: np.pad(factor.load(), widths))
 
 
-def zeros(shape: Shape, dtype: str) -> Factor:
-    return Factor(dtype, shape, lambda: np.zeros(shape, np.float32))
+def zeros(shape: Shape) -> Factor:
+    return Factor("F32", shape, lambda: np.zeros(shape, np.float32))
 
 
 def scalar(value: float) -> Factor:

@@ -83,7 +83,7 @@ def _whole(values: dict[str, Array], name: str) -> Array:
 
 
 def _kronecker(w1: Array, w2: Array, shape: tuple[int, ...], scale: np.floating) -> RowReader:
-    """Return a reader of rows of w1 ⊗ w2, whose row i is row i // h of w1 times row i % h of w2."""
+    """Return a reader of rows of w1 ⊗ w2. Row i is row i // height of w1 times row i % height of w2."""
     height = w2.shape[0]
     kernel = math.prod(shape[2:])
     w2 = w2.reshape(height, -1, kernel)

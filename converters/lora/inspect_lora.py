@@ -45,7 +45,7 @@ def inspect_lora(
         >>> inspect_lora("style.safetensors")["network"]
         'prior (full)'
     """
-    networks = networks_of(None if against is None else local_path(against, say))
+    networks = networks_of(against, say)
     return summary(open_lora(local_path(path, say), networks, module_filters=module_filters, alpha=alpha))
 
 

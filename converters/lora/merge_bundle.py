@@ -180,8 +180,6 @@ class _BundleMerge:
         }
         for stage, changes in self.changes.items():
             effects += self._rewrite(stage, changes, staged, start)
-            for path in self._stale_biases(stage):
-                self._fold_again(stage, staged, path)
             stages[stage] = self._with_new_files(stages[stage], staged)
         state = LoraState(loras=tuple(self.plan.entries), kept=tuple(kept))
         manifest = self.bundle.manifest.model_copy(update={"stages": stages, "lora": state})
@@ -189,25 +187,20 @@ class _BundleMerge:
         return Merge(output, tuple(effects), tuple(self.plan.unapplied), tuple(self.plan.notes))
 
     def _rewrite(self, stage: Stage, changes: Changes, staged: Path, start: StartFile | None) -> list[Effect]:
-        """Copy the files of the tensors to change, then change the tensors in the copies."""
-        tensors = {}
-        for name in changes:
-            tensor = self.plan.components[stage].tensors[name]
-            path = staged / tensor.path.relative_to(self.bundle.root)
-            tensors[name] = replace(tensor, path=path)
-            if not path.exists():
-                label = f"{stage}/{path.name}"
-                copy(tensor.path, path, start(label, tensor.path.stat().st_size) if start else None)
-        return overwrite(tensors, changes)
-
-    def _fold_again(self, stage: Stage, staged: Path, biases: Path) -> None:
-        """Write the biases of a stage from its weights in `staged`."""
+        """Change the tensors in copies of their files, then compute the biases again that depend on them."""
         root, component = self.bundle.root, self.plan.components[stage]
-        here = {
+        tensors = {
             name: replace(tensor, path=staged / tensor.path.relative_to(root))
             for name, tensor in component.tensors.items()
         }
-        fold_biases(component.config, here, staged / biases.relative_to(root))
+        for name in changes:
+            source, path = component.tensors[name].path, tensors[name].path
+            if not path.exists():
+                copy(source, path, start(f"{stage}/{path.name}", source.stat().st_size) if start else None)
+        effects = overwrite(tensors, changes)
+        for biases in self._stale_biases(stage):
+            fold_biases(component.config, tensors, staged / biases.relative_to(root))
+        return effects
 
     def _with_new_files(self, entry: StageEntry, staged: Path) -> StageEntry:
         """Return the stage's entry with the sizes and hashes of the files that changed."""

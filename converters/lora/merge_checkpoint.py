@@ -3,6 +3,7 @@
 from __future__ import annotations  # help() shows the types as they are written here
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ...schemas.callbacks import Say, StartFile
 from ...schemas.created_by import created_by
 from ...schemas.errors import UsageError
 from ...schemas.forecast import FileSize, Forecast, OnPlan
+from ...schemas.json_models import LoraEntry
 from ...schemas.messages import known_keywords
 from ...schemas.passport import Passport, of_generations, passport_text
 from ...schemas.passport_keys import KEY
@@ -22,9 +24,9 @@ from ...storage.weights_file import is_pickle, read_weights
 from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from ..passports import made_of
-from .changed_tensors import Effect, changed, rewritten
-from .merge_plan import LoraPlan, Merge, check_numbers, plan_loras
-from .merged_files import OutputTree, output_tree
+from .changed_tensors import changed, rewritten
+from .merge_plan import Merge, check_numbers, plan_loras
+from .merged_files import output_tree
 from .read_formats import holds_lora
 from .stability_format import DEFAULT_FILTERS
 
@@ -67,11 +69,11 @@ def merge_loras(
         >>> done = merge_loras("stage_c.safetensors", ["style.safetensors"], "merged.safetensors", strengths=[0.8])
         >>> print(f"{len(done.effects)} tensors changed, by {done.largest_change:.3g} at most")
     """
-    target = Path(output)
-    check_output(target, force=force)
+    output = Path(output)
+    check_output(output, force=force)
     check_numbers(loras, strengths, text_encoder_strengths, alpha)
     source = local_path(checkpoint, say)
-    loras = [local_path(lora, say) for lora in loras]
+    paths = [local_path(lora, say) for lora in loras]
     apart = local_path(text_encoder, say) if text_encoder is not None else None
     if source.is_file() and holds_lora(source):
         raise UsageError(f"{source}: expected a checkpoint, found a LoRA; give the checkpoint first, then its LoRAs")
@@ -79,102 +81,64 @@ def merge_loras(
     plan = plan_loras(
         source,
         model.components,
-        loras,
+        paths,
         strengths=strengths,
         text_encoder_strengths=text_encoder_strengths,
         module_filters=module_filters,
         alpha=alpha,
         unmerge=unmerge,
     )
-    record = None if unmerge else [[e.name, e.strength, e.text_encoder_strength] for e in plan.entries]
-    sources = [*model.sources, *map(Path, loras)]
-    files = output_tree(source, apart, target)
-    check_output(target, force=force, sources=sources, files=_names(plan, files))
+    tensors = {at: plan.components[at.stage].require_sound().tensors[at.tensor] for at in plan.changes}
+    touched = sorted({tensor.path for tensor in tensors.values()})
+    files = output_tree(source, apart, output)
+    copied, stale = files.others(touched)
+    places = {path: files.merged(path) for path in touched} | {path: files.relative(path) for path in copied}
+    sources = [*model.sources, *paths]
+    names = [places[path].as_posix() for path in touched if places[path].name]
+    check_output(output, force=force, sources=sources, files=names)
     if on_plan:
-        on_plan(_forecast(plan, files, target, [Path(lora) for lora in loras]))
-    sign = -1 if unmerge else 1
-    merged = tuple(
-        e.model_copy(update={"strength": sign * e.strength, "text_encoder_strength": sign * e.text_encoder_strength})
-        for e in plan.entries
-    )
-    passport = Passport(created_by=created_by(), values="calculated", loras=merged)
-    effects, skipped = _write(
-        plan, files, target, sources=sources, record=record, passport=passport, force=force, start_file=start_file
-    )
-    return Merge(target, tuple(effects), tuple(plan.unapplied), (*model.notes, *plan.notes, *skipped))
+        unapplied = (f"not applied: {part}" for part in plan.unapplied)
+        writes = tuple(FileSize(place.as_posix(), path.stat().st_size) for path, place in places.items())
+        said = (*plan.notes, *unapplied, f"{len(plan.changes)} tensors change")
+        on_plan(Forecast(output, sizes_of([*paths, *places]), writes, notes=said))
+    merged = [changed(f"{at.stage}: {at.name}", tensors[at], changes) for at, changes in plan.changes.items()]
+    calculated = {old: new for old, (new, _) in zip(tensors.values(), merged, strict=True)}
+    notes: list[str] = []
+    with staged_output(output, force=force, sources=sources, files=names, say=notes.append) as staged:
+        for path, place in places.items():
+            target = staged / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path in copied:
+                shutil.copyfile(path, target)
+                continue
+            metadata = _metadata(path, plan.entries, notes.append, record=not unmerge)
+            _rewrite(path, target, calculated, metadata, start_file)
+    notes += [f"{path}: left out, its weights are not the merged ones" for path in stale]
+    effects = tuple(effect for _, effect in merged)
+    return Merge(output, effects, tuple(plan.unapplied), (*model.notes, *plan.notes, *notes))
 
 
-def _write(
-    plan: LoraPlan,
-    files: OutputTree,
-    output: Path,
-    *,
-    sources: Sequence[Path],
-    record: list[list[object]] | None,
-    passport: Passport,
-    force: bool,
-    start_file: StartFile | None,
-) -> tuple[list[Effect], list[str]]:
-    calculated: dict[TensorRange, CalculatedRange] = {}
-    effects = []
-    for target, changes in plan.changes.items():
-        component = plan.components[target.stage].require_sound()
-        tensor = component.tensors[target.tensor]
-        calculated[tensor], effect = changed(f"{target.stage}: {target.name}", tensor, changes)
-        effects.append(effect)
-    touched = {tensor.path for tensor in calculated}
-    replaced: list[str] = []
-    with staged_output(output, force=force, sources=sources, files=_names(plan, files), say=replaced.append) as staged:
-        skipped = files.copy_others(staged, touched)
-        for path in sorted(touched):
-            place = files.place(staged, path)
-            if place != staged and is_pickle(path):
-                place = place.with_suffix(".safetensors")
-            made = tuple(made_of([path], replaced.append).values())
-            text = passport_text(of_generations(passport.model_copy(update={"sources": made})))
-            _rewrite(path, place, calculated, _metadata(path, record, text), start_file)
-    return effects, [*replaced, *skipped]
-
-
-def _touched(plan: LoraPlan) -> list[Path]:
-    """The checkpoint's files that hold changed tensors, sorted."""
-    targets = plan.changes
-    return sorted({plan.components[target.stage].require_sound().tensors[target.tensor].path for target in targets})
-
-
-def _names(plan: LoraPlan, files: OutputTree) -> list[str]:
-    """The places of merged files below the output; none where the output is a single file."""
-    return [name for path in _touched(plan) if (name := files.relative(path).as_posix()) != "."]
-
-
-def _forecast(plan: LoraPlan, files: OutputTree, output: Path, loras: Sequence[Path]) -> Forecast:
-    """What would be read and written: merged files are as large as their sources, and other files are copied."""
-    touched = _touched(plan)
-    copied = [path for path in files.others(touched) if not files.is_stale(path, touched)]
-    writes = tuple(FileSize(files.relative(path).as_posix(), path.stat().st_size) for path in [*touched, *copied])
-    notes = (*plan.notes, *(f"not applied: {part}" for part in plan.unapplied), f"{len(plan.changes)} tensors change")
-    return Forecast(output, sizes_of([*loras, *touched, *copied]), writes, notes=notes)
-
-
-def _metadata(source: Path, record: list[list[object]] | None, passport: str) -> dict[str, str]:
-    """Return the metadata of the merged file, which is the source's and `record`, with a `passport` of its own."""
+def _metadata(source: Path, loras: Sequence[LoraEntry], say: Say, *, record: bool) -> dict[str, str]:
+    """Return the metadata of the merged file: the source's, with a passport; with `record`, the LoRAs are added."""
     stale = (*STALE_METADATA, KEY)
     metadata = {key: text for key, text in read_weights(source).metadata.items() if key not in stale}
-    if record is not None:
+    if record:
         earlier = f"{metadata[MERGED_KEY]} " if MERGED_KEY in metadata else ""
-        metadata[MERGED_KEY] = earlier + json.dumps(record)
-    return {"format": "pt", **metadata, KEY: passport}
+        metadata[MERGED_KEY] = earlier + json.dumps([[e.name, e.strength, e.text_encoder_strength] for e in loras])
+    made = tuple(made_of([source], say).values())
+    passport = Passport(created_by=created_by(), values="calculated", loras=tuple(loras), sources=made)
+    return {"format": "pt", **metadata, KEY: passport_text(of_generations(passport))}
 
 
 def _rewrite(
     source: Path,
-    place: Path,
-    calculated: dict[TensorRange, CalculatedRange],
+    target: Path,
+    calculated: Mapping[TensorRange, CalculatedRange],
     metadata: Mapping[str, str],
     start_file: StartFile | None,
 ) -> None:
     plans = rewritten(read_weights(source), calculated)
     if is_pickle(source):  # a pickle nests dictionaries, safetensors has names only
         plans = {name.removeprefix(PICKLED_PREFIX): plan for name, plan in plans.items()}
-    progress = start_file(place.name, sum(plan.nbytes for plan in plans.values())) if start_file else None
-    write_safetensors(place, plans, metadata, progress)
+    progress = start_file(target.name, sum(plan.nbytes for plan in plans.values())) if start_file else None
+    write_safetensors(target, plans, metadata, progress)

@@ -90,20 +90,19 @@ def plan_loras(
         raise UsageError(f"{source}: expected a prior (stage C), a decoder (stage B) or a text encoder to merge into")
     configs = [component.config for component in plan.components.values()]
     sign = -1.0 if unmerge else 1.0
-    for path, (strength, text_strength) in zip(
-        loras, _strengths(loras, strengths, text_encoder_strengths), strict=True
-    ):
+    plain = strengths or [1.0] * len(loras)
+    for path, strength, for_text in zip(loras, plain, text_encoder_strengths or plain, strict=True):
         lora = open_lora(path, configs, module_filters=module_filters, alpha=alpha)
-        _require_linear(lora, unmerge)
-        _place(plan, lora, sign * strength, sign * text_strength)
-        plan.entries.append(
-            LoraEntry(
-                name=Path(path).name,
-                fingerprint=fingerprint(lora.path),
-                strength=strength,
-                text_encoder_strength=text_strength,
-            )
+        if unmerge:
+            _require_linear(lora)
+        entry = LoraEntry(
+            name=Path(path).name,
+            fingerprint=fingerprint(lora.path),
+            strength=sign * strength,
+            text_encoder_strength=sign * for_text,
         )
+        _place(plan, lora, entry)
+        plan.entries.append(entry)
     if not plan.changes:
         raise ConversionError(
             f"{source}: nothing in {', '.join(map(str, loras))} applies to it:{listed_below(plan.unapplied)}\n{advice}"
@@ -124,31 +123,26 @@ def check_numbers(
         raise UsageError(f"alpha {alpha}: expected a finite number, such as 16")
 
 
-def _strengths(
-    loras: Sequence[str | Path], strengths: Sequence[float], for_text: Sequence[float]
-) -> list[tuple[float, float]]:
-    plain = list(strengths) or [1.0] * len(loras)
-    return list(zip(plain, for_text or plain, strict=True))
-
-
-def _require_linear(lora: Lora, unmerge: bool) -> None:
+def _require_linear(lora: Lora) -> None:
     dora = [target.module for target, adapter in lora.adapters.items() if adapter.magnitude is not None]
-    if unmerge and dora:
+    if dora:
         raise ConversionError(
             f"{lora.path}: DoRA in {len(dora)} modules ({dora[0]}, ...) cannot be taken out again: it replaced the "
             "norms of the original weights, which are lost; use the original checkpoint"
         )
 
 
-def _place(plan: LoraPlan, lora: Lora, strength: float, text_strength: float) -> None:
+def _place(plan: LoraPlan, lora: Lora, entry: LoraEntry) -> None:
+    """Add the changes of a LoRA to the plan, with the strengths of its entry."""
     plan.notes.extend(lora.notes)
     for target, adapter in lora.adapters.items():
         if target.stage in plan.components:
             of_text = target.stage is Stage.TEXT_ENCODER
-            plan.changes[target].append(adapter_change(adapter, text_strength if of_text else strength))
+            strength = entry.text_encoder_strength if of_text else entry.strength
+            plan.changes[target].append(adapter_change(adapter, strength))
         else:
             plan.unapplied.append(f"{lora.path}: {target.stage}: {target.name}")
-    _place_embeddings(plan, lora, text_strength)
+    _place_embeddings(plan, lora, entry.text_encoder_strength)
 
 
 def _place_embeddings(plan: LoraPlan, lora: Lora, strength: float) -> None:

@@ -1,11 +1,11 @@
 """The files of a merged checkpoint: where each is written, and which files of the source are copied unchanged."""
 
-import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas.errors import UsageError
+from ...storage.weights_file import is_pickle
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack")
 INDEX_MARK = ".safetensors.index"
@@ -17,12 +17,6 @@ class OutputTree:
 
     places: dict[Path, str]
 
-    def place(self, staged: Path, source: Path) -> Path:
-        """Return where the counterpart of the file `source` is written, and make that folder."""
-        path = staged / self.relative(source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     def relative(self, source: Path) -> Path:
         """Return the path of the counterpart below the output; "." where `source` becomes the output itself."""
         for root, place in self.places.items():
@@ -30,45 +24,35 @@ class OutputTree:
                 return Path(place) / source.relative_to(root)
         raise UsageError(f"{source}: is outside of the checkpoint; give the folder that holds all its files")
 
-    def copy_others(self, staged: Path, touched: Collection[Path]) -> list[str]:
-        """Copy all files except `touched` and other weights in their folders.
+    def merged(self, source: Path) -> Path:
+        """Return the path of merged weights below the output. A pickle becomes a .safetensors file."""
+        place = self.relative(source)
+        return place.with_suffix(".safetensors") if place.name and is_pickle(source) else place
 
-        Other variants and formats of merged weights hold the old values. Returns a note for each file left out."""
-        notes = []
-        for path in self.others(touched):
-            if self.is_stale(path, touched):
-                notes.append(f"{path}: left out, its weights are not the merged ones")
-            else:
-                shutil.copyfile(path, self.place(staged, path))
-        return notes
+    def others(self, touched: Collection[Path]) -> tuple[list[Path], list[Path]]:
+        """Return the files of the checkpoint to copy, and files of weights to leave out.
 
-    def others(self, touched: Collection[Path]) -> Iterator[Path]:
-        """Yield all files of the checkpoint except `touched` and hidden ones."""
+        `touched` are the files that hold merged weights. Other variants and formats of these hold the old values.
+        Hidden files are left out too."""
+        copied: list[Path] = []
+        stale: list[Path] = []
         for root in self.places:
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
-                if path not in touched and path.is_file() and not _hidden(path, root):
-                    yield path
-
-    def is_stale(self, path: Path, touched: Collection[Path]) -> bool:
-        """True for weights beside merged ones, which hold the old values."""
-        return path not in self.places and _stale(path, touched)
+                hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+                if path not in touched and path.is_file() and not hidden:
+                    (stale if path != root and _is_stale(path, touched) else copied).append(path)
+        return copied, stale
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _stale(path: Path, touched: Collection[Path]) -> bool:
+def _is_stale(path: Path, touched: Collection[Path]) -> bool:
     """Return whether a file holds old weights of a component's folder in which other weights were merged."""
-    folder = path.parent
-    is_weights = path.suffix in WEIGHT_SUFFIXES or (INDEX_MARK in path.name and not _lists(path, touched))
-    return is_weights and (folder / "config.json").is_file() and any(file.parent == folder for file in touched)
-
-
-def _lists(index: Path, touched: Collection[Path]) -> bool:
-    """Return whether a shard index names the files that were merged."""
-    text = index.read_text(encoding="utf-8", errors="replace")
-    return any(f'"{file.name}"' in text for file in touched if file.parent == index.parent)
+    names = [file.name for file in touched if file.parent == path.parent]
+    if not names or not (path.parent / "config.json").is_file():
+        return False
+    if INDEX_MARK not in path.name:
+        return path.suffix in WEIGHT_SUFFIXES
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return not any(f'"{name}"' in text for name in names)  # the index of shards that were merged still holds
 
 
 def output_tree(checkpoint: Path, text_encoder: Path | None, output: Path) -> OutputTree:
@@ -88,10 +72,7 @@ def output_tree(checkpoint: Path, text_encoder: Path | None, output: Path) -> Ou
         raise UsageError(
             f"{checkpoint}: has a text encoder of its own; give {checkpoint / 'prior'}, or no text_encoder"
         )
-    inside = OutputTree({})
-    inside.places[text_encoder] = text_encoder.name if text_encoder.is_file() else "text_encoder"
+    place = text_encoder.name if text_encoder.is_file() else "text_encoder"
     if checkpoint.is_file():
-        inside.places[checkpoint] = checkpoint.name
-    else:
-        inside.places[checkpoint] = "prior" if (checkpoint / "config.json").is_file() else ""
-    return inside
+        return OutputTree({text_encoder: place, checkpoint: checkpoint.name})
+    return OutputTree({text_encoder: place, checkpoint: "prior" if (checkpoint / "config.json").is_file() else ""})

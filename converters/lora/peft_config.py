@@ -81,7 +81,7 @@ def _by_stage(values: dict[str, Any]) -> dict[Stage | None, dict[str, Any]]:
 
 
 def _config(where: str, values: dict[str, Any]) -> PeftConfig:
-    kind = values.get("peft_type") or "LORA"
+    kind = str(values.get("peft_type") or "LORA")
     if kind not in ALPHA_FIELDS:
         raise LayoutError(
             f"{where}: peft_type: expected {', '.join(ALPHA_FIELDS)}, found {kind}, which is not supported; "

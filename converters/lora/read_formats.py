@@ -18,7 +18,7 @@ from .adapters import Adapter, make_adapter, split_rows
 from .factors import Factor, scaled
 from .lora_file import Lora, candidates, describe
 from .peft_config import Configs, find_configs
-from .read_keys import Group, Keys, NameTable, format_of, group_keys, is_factor_key
+from .read_keys import Group, NameTable, format_of, group_keys, is_factor_key
 from .stability_format import DEFAULT_FILTERS, is_stability, read_stability
 
 # Names of a LoRA's file in a folder: those of PEFT, of diffusers, and of OneTrainer's backups.
@@ -52,14 +52,23 @@ def open_lora(
         return read_stability(header, networks, module_filters)
     states_alpha = any(key.endswith(".alpha") for key in header.tensors)
     settings = {} if states_alpha else find_configs(header.path, header.metadata)
-    keys = group_keys(header)
-    if not keys.groups and not keys.embeddings:
+    groups, embeddings = group_keys(header)
+    if not groups and not embeddings:
         raise LayoutError(f"{header.path}: holds no tensors; expected a LoRA")
-    source = Source(header, keys, settings, alpha)
+    source = Source(header, groups, settings, alpha)
     attempt = _best(source, networks)
     if attempt.problems:
         raise LayoutError(_refusal(source, attempt, networks))
-    return _lora(header, keys, attempt)
+    kind = format_of(attempt.prefixes, groups)
+    return Lora(
+        path=header.path,
+        format=kind,
+        adapters=attempt.adapters,
+        unet=attempt.unet if any(target.stage is attempt.unet.stage for target in attempt.adapters) else None,
+        embeddings=embeddings,
+        metadata=header.metadata,
+        notes=tuple(_notes(header, kind, list(attempt.adapters.values()))),
+    )
 
 
 def holds_lora(path: Path) -> bool:
@@ -99,7 +108,7 @@ class Source:
     """A LoRA file: its keys by module, its settings, and the alpha to use when the file states none."""
 
     header: Header
-    keys: Keys
+    groups: dict[str, Group]
     settings: Configs
     alpha: float | None
 
@@ -130,7 +139,7 @@ def _attempt(source: Source, unet: UNetConfig, text_encoder: TextEncoderConfig) 
     shapes = {**_shapes(unet), **_shapes(text_encoder)}
     result, network = Attempt(unet), describe(unet)
     claimed: dict[LoraTarget, str] = {}
-    for name, group in source.keys.groups.items():
+    for name, group in source.groups.items():
         found = names.find(name)
         if found is None:
             result.unnamed += 1
@@ -207,20 +216,6 @@ def _weight_adapter(
     return adapter
 
 
-def _lora(header: Header, keys: Keys, attempt: Attempt) -> Lora:
-    stages = {target.stage for target in attempt.adapters}
-    kind = format_of(attempt.prefixes, keys.groups)
-    return Lora(
-        path=header.path,
-        format=kind,
-        adapters=attempt.adapters,
-        unet=attempt.unet if attempt.unet.stage in stages else None,
-        embeddings=keys.embeddings,
-        metadata=header.metadata,
-        notes=tuple(_notes(header, kind, list(attempt.adapters.values()))),
-    )
-
-
 def _notes(header: Header, kind: LoraFormat, adapters: Sequence[Adapter]) -> Iterator[str]:
     if kind is LoraFormat.PEFT and any(adapter.rank and adapter.alpha is None for adapter in adapters):
         yield (
@@ -238,11 +233,11 @@ def _notes(header: Header, kind: LoraFormat, adapters: Sequence[Adapter]) -> Ite
 
 def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]) -> str:
     """Return why a file cannot be read as a LoRA for these networks, and the network that it seems to be for."""
-    header, keys = source.header, source.keys
-    if attempt.unnamed == len(keys.groups):
-        names = listed(list(keys.groups))
+    path, groups = source.header.path, source.groups
+    if attempt.unnamed == len(groups):
+        names = listed(list(groups))
         return (
-            f"{header.path}: not a LoRA for Stable Cascade; none of its {len(keys.groups)} modules is one of "
+            f"{path}: not a LoRA for Stable Cascade; none of its {len(groups)} modules is one of "
             f"{describe(attempt.unet)} or of the text encoder ({names}). Is it for another model?"
         )
     elsewhere = _best(source, ()) if networks else attempt
@@ -251,5 +246,5 @@ def _refusal(source: Source, attempt: Attempt, networks: Sequence[NetworkConfig]
     else:
         fits = describe(elsewhere.unet)
         advice = f"It fits {fits}: give a checkpoint of that, or get the LoRA made for {describe(attempt.unet)}."
-    count = f"{len(attempt.problems)} of {len(keys.groups)} modules"
-    return f"{header.path}: not for {describe(attempt.unet)}: {count}:{listed_below(attempt.problems)}\n{advice}"
+    count = f"{len(attempt.problems)} of {len(groups)} modules"
+    return f"{path}: not for {describe(attempt.unet)}: {count}:{listed_below(attempt.problems)}\n{advice}"

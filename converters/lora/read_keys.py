@@ -41,17 +41,10 @@ class Group:
     keys: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Keys:
-    """A file's groups by the module's name in the file, and the embeddings beside them."""
+def group_keys(header: Header) -> tuple[dict[str, Group], tuple[Embedding, ...]]:
+    """Return the groups of a file by the module's name in the file, and the embeddings beside them.
 
-    groups: dict[str, Group]
-    embeddings: tuple[Embedding, ...]
-
-
-def group_keys(header: Header) -> Keys:
-    """Sort a file's tensors by module. Raises LayoutError for keys that belong to no known algorithm, UsageError for a
-    checkpoint."""
+    Raises LayoutError for keys that belong to no known algorithm, UsageError for a checkpoint."""
     if len(header.tensors) > MAX_LORA_TENSORS:
         raise LayoutError(
             f"{header.path}: not a LoRA for Stable Cascade: it has {len(header.tensors)} tensors, and a LoRA for these "
@@ -71,7 +64,7 @@ def group_keys(header: Header) -> Keys:
             _add(groups.setdefault(module, Group()), suffix, key, header)
     if unknown:
         raise LayoutError(_unknown_keys(header, unknown))
-    return Keys(groups, tuple(embeddings))
+    return groups, tuple(embeddings)
 
 
 def is_factor_key(key: str) -> bool:

@@ -5,19 +5,17 @@ Its scale is 1 / rank with one rank for the whole file (https://github.com/Stabi
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ...schemas.errors import LayoutError
-from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights, lora_modules
+from ...schemas.lora_keys import Algorithm, ListEntry, LoraFormat, LoraTarget, listed_weights
 from ...schemas.messages import listed_below
 from ...schemas.stages import NetworkConfig, UNetConfig
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
 from . import factors as F
 from .adapters import Adapter, make_adapter, split_rows
-from .encoding import Array
 from .factors import Factor
 from .lora_file import Embedding, Lora, candidates, describe
 
@@ -109,13 +107,8 @@ def _over_kernel(down: Factor, shape: Shape) -> Factor:
     kernel = shape[2:]
     if all(size == 1 for size in kernel):
         return down
-    repeated = (*down.shape, *kernel)
-
-    def load() -> Array:
-        values = down.load().reshape(*down.shape, *(1 for _ in kernel))
-        return np.broadcast_to(values, repeated).copy()
-
-    return Factor(down.dtype, repeated, load)
+    single, repeated = (*down.shape, *(1 for _ in kernel)), (*down.shape, *kernel)
+    return Factor(down.dtype, repeated, lambda: np.broadcast_to(down.load().reshape(single), repeated).copy())
 
 
 def _embeddings(header: Header) -> Iterator[Embedding]:
@@ -145,7 +138,6 @@ def stability_tensors(
     q, k and v become one pair: side by side in the rank, or of one rank if their lora_down is the same. The trainer's
     loader has one rank for all entries, so smaller factors are filled up with zeros. Modules that the filters select
     but the LoRA does not change get zeros."""
-    shapes = lora_modules(unet)
     reasons = {module: _unfit(adapter) for module, adapter in adapters.items()}
     entries = listed_weights(unet, filters)
     selected = {module for entry in entries for module in entry.modules}
@@ -155,12 +147,18 @@ def stability_tensors(
     refused = [f"{module}: {reason}" for module, reason in reasons.items() if reason]
     if not fit:
         return {}, refused
-    joints = [_joint([fit.get(module) for module in entry.modules], shapes[entry.modules[0]]) for entry in entries]
-    rank = max(joint.rank for joint in joints)
+    blocks = [[fit.get(module) for module in entry.modules] for entry in entries]
+    downs = [_downs(parts) for parts in blocks]
+    rank = max(sum(down.shape[0] for down in each) for each in downs)
     tensors: dict[str, Factor] = {}
-    for index, (joint, entry) in enumerate(zip(joints, entries, strict=True)):
-        tensors[f"weights.{index}.lora_down"] = F.padded(joint.down(entry.shape[1]), (rank, entry.shape[1]))
-        tensors[f"weights.{index}.lora_up"] = F.padded(joint.up(rank), (entry.shape[0], rank))
+    for index, (rows, columns) in enumerate(entry.shape[:2] for entry in entries):
+        parts, no_change = blocks[index], F.zeros((rows // len(blocks[index]), 0))
+        down = F.stacked(downs[index]) if downs[index] else F.zeros((0, columns))
+        ups = [F.scaled(_matrix(a, "lora_up"), a.scale * rank) if a else no_change for a in parts]
+        shared = all(parts) and len(downs[index]) == 1
+        up = F.stacked(ups) if shared else F.block_diagonal(ups)
+        tensors[f"weights.{index}.lora_down"] = F.padded(down, (rank, columns))
+        tensors[f"weights.{index}.lora_up"] = F.padded(up, (rows, rank))
     return tensors, refused
 
 
@@ -172,42 +170,11 @@ def _unfit(adapter: Adapter) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Joint:
-    """Blocks of rows that become one entry: each block's up (None: no change), its scale and its down."""
-
-    ups: tuple[Factor | None, ...]
-    scales: tuple[float, ...]
-    downs: tuple[Factor, ...]
-    height: int  # rows of one block
-    shared: bool  # all blocks have the same down
-
-    @property
-    def rank(self) -> int:
-        return sum(down.shape[0] for down in self.downs)
-
-    def down(self, columns: int) -> Factor:
-        if len(self.downs) == 1:
-            return self.downs[0]
-        return F.stacked(self.downs) if self.downs else F.zeros((0, columns), "F32")
-
-    def up(self, divisor: float) -> Factor:
-        """Return lora_up for a reader that divides by `divisor`."""
-        empty = F.zeros((self.height, 0), "F32")
-        blocks = zip(self.ups, self.scales, strict=True)
-        scaled = [empty if up is None else F.scaled(up, scale * divisor) for up, scale in blocks]
-        if len(scaled) == 1:
-            return scaled[0]
-        return F.stacked(scaled) if self.shared else F.block_diagonal(scaled)
-
-
-def _joint(parts: Sequence[Adapter | None], shape: Shape) -> Joint:
-    """Join the blocks of one entry; `shape` is the shape of each block's weight."""
-    downs = [_matrix(part, "lora_down") for part in parts if part is not None]
-    shared = len(downs) == len(parts) and all(_equal(downs[0], down) for down in downs[1:])
-    ups = tuple(None if part is None else _matrix(part, "lora_up") for part in parts)
-    scales = tuple(1.0 if part is None else part.scale for part in parts)
-    return Joint(ups, scales, tuple(downs[:1] if shared else downs), shape[0], shared)
+def _downs(adapters: Sequence[Adapter | None]) -> list[Factor]:
+    """Return the lora_down of the blocks of one entry: one for all when they have the same, else those there are."""
+    downs = [_matrix(adapter, "lora_down") for adapter in adapters if adapter is not None]
+    shared = len(downs) == len(adapters) and all(_equal(downs[0], down) for down in downs[1:])
+    return downs[:1] if shared else downs
 
 
 def _matrix(adapter: Adapter, name: str) -> Factor:

@@ -29,6 +29,9 @@ VERIFY = "verify {bundle} --against {model} --no-verdict"
 ROWS = [
     (f"convert {HF} --to original -o file/x", 2, "file/x: {here}/file is no folder"),
     (f"convert {HF} --to original -o there.safetensors", 2, "there.safetensors: exists already"),
+    (f"convert {HF} --to split -o x --quantize q8_0", 2, "leave it out, or take --to gguf"),
+    (f"convert {HF} --to split -o x --combined", 2, "--combined: the split layout has no such folders"),
+    (f"convert {HF} --to gguf -o x.safetensors", 2, "a name in .safetensors does not fit --to gguf"),
     (f"export {HF} -o file/x", 2, "file/x: {here}/file is no folder"),
     (f"export {HF} -o {{bundle}}", 2, "exists already, with"),
     (f"export {HF} -o x --stage vqgan --fp16-safe auto", 2, "--fp16-safe auto is for a prior or decoder in fp16"),

@@ -90,6 +90,19 @@ class Corpus:
         return files
 
     @cached_property
+    def quantised(self) -> list[Path]:
+        """Folders of the prior with weights by each program, and how they are described."""
+        from helpers.quantised import folder  # imports torch
+
+        names = ("torchao_int8", "bitsandbytes_nf4_nested", "bitsandbytes_int8", "sdnq_uint4", "sdnq_mixed")
+        for name in names:
+            folder(name, self.scratch / name)
+        comfyui = self.scratch / "comfyui"
+        convert(self.root / "original" / "stage_c.safetensors", comfyui, "split", quantize="nvfp4")
+        (comfyui / "stage_c.safetensors").rename(comfyui / "diffusion_pytorch_model.safetensors")
+        return [comfyui, *(self.scratch / name for name in names)]
+
+    @cached_property
     def tokenizer(self) -> tuple[Any, dict[str, str]]:
         """A tokenizer.json with marks in place of its long lists, and the texts of these."""
         document = read_json(self.root / "model" / "tokenizer" / "tokenizer.json")

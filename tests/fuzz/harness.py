@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 KINDS = (
-    "safetensors", "config", "index", "manifest", "graph", "tokenizer", "lora", "pickle", "gguf", "png", "prompts",
-    "options",
+    "safetensors", "config", "index", "manifest", "graph", "tokenizer", "lora", "pickle", "gguf", "quantised", "png",
+    "prompts", "options",
 )  # fmt: skip
 SECONDS = 30.0  # for one input; they take milliseconds, and a machine may be busy
 SPARE = 60.0  # after which a worker that did not end itself is ended

@@ -12,7 +12,7 @@ from typing import Any
 
 from .calls import Call, Kind, command, several
 from .corpus import PEFT, Corpus, linked, read_json, replaced
-from .mutate import odd_bytes, odd_json, safetensors
+from .mutate import odd_bytes, odd_json, safetensors, split_safetensors
 
 LAYOUTS = ("diffusers", "original", "comfyui")
 LENGTHS = (0, 1, 7, 8, 99, 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1)
@@ -190,6 +190,47 @@ def gguf(rng: Random, corpus: Corpus, folder: Path) -> Call:
     return several(look, command("convert", source, "-o", folder / "out", "--to", to, "--dtype", "fp32"))
 
 
+SDNQ_TABLES = {"modules_dtype_dict": {"uint4": ["clip"]}, "modules_quant_config": {"clip": {"group_size": 0}}}
+
+
+def quantised(rng: Random, corpus: Corpus, folder: Path) -> Call:
+    """Weights by another program, with something odd in a text that describes them: settings, metadata or tensors."""
+    source = linked(rng.choice(corpus.quantised), folder / "odd")
+    path = source / "diffusion_pytorch_model.safetensors"
+    header, data = split_safetensors(path.read_bytes())
+    config = read_json(source / "config.json") if (source / "config.json").exists() else {}
+    metadata = header.pop("__metadata__", {})
+    described = [key for key, text in metadata.items() if text[:1] in ("{", "[")]
+    states = [name for name in header if "quant_state." in name or name.endswith(".comfy_quant")]
+    if "quantization_config" in config and rng.random() < 0.8:
+        settings = {key: config["quantization_config"].get(key) for key in ("quant_method", "weights_dtype")}
+        odd = odd_json(settings | SDNQ_TABLES, rng).decode("utf-8", "replace")
+        text = json.dumps(config | {"quantization_config": "<odd>"}).replace('"<odd>"', odd)
+        replaced(source / "config.json", text.encode())
+        return _inspect_and_convert(source, rng)
+    if described and (not states or rng.random() < 0.5):
+        key = rng.choice(described)
+        metadata[key] = odd_json(json.loads(metadata[key]), rng).decode("utf-8", "replace")
+    elif states:
+        header, data = _with_odd_state(header, data, rng.choice(states), rng)
+    replaced(path, safetensors(json.dumps({"__metadata__": metadata, **header}).encode(), data))
+    return _inspect_and_convert(source, rng)
+
+
+def _with_odd_state(header: dict[str, Any], data: bytes, name: str, rng: Random) -> tuple[dict[str, Any], bytes]:
+    """A file in which the JSON in a tensor is odd, of whatever length."""
+    pieces: list[bytes] = []
+    found, at = {}, 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        piece = odd_json(json.loads(data[start:end]), rng) if key == name else data[start:end]
+        shape = [len(piece)] if key == name else entry["shape"]
+        found[key] = entry | {"shape": shape, "data_offsets": [at, at + len(piece)]}
+        pieces.append(piece)
+        at += len(piece)
+    return found, b"".join(pieces)
+
+
 KINDS: dict[str, Kind] = {
     "safetensors": weights,
     "config": config,
@@ -197,4 +238,5 @@ KINDS: dict[str, Kind] = {
     "lora": lora,
     "pickle": pickled,
     "gguf": gguf,
+    "quantised": quantised,
 }

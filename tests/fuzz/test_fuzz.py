@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.calls import WrongError, command
 from fuzz.harness import KINDS, Fuzzer
 
 SOME, ALL = 360, 20_000  # inputs of all kinds together; ALL are those of `make fuzz`
@@ -76,3 +77,10 @@ def test_inputs_are_the_same_in_every_process(fuzzer: Fuzzer, tiny: Path, tmp_pa
             assert [fuzzer.run(kind, seed)["what"] for seed in range(3)] == [
                 other.run(kind, seed)["what"] for seed in range(3)
             ]
+
+
+def test_a_bug_that_the_command_line_reports_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It exits with 1 and in words, as a refusal does."""
+    monkeypatch.setattr("cascadekit.converters.contents.contents_of", lambda *_, **__: {}["planted"])
+    with pytest.raises(WrongError, match=r"this is a bug of cascadekit.*KeyError: 'planted'"):
+        command("inspect", tmp_path)()

@@ -131,6 +131,31 @@ def test_one_stage_to_one_file(tiny: Path, tmp_path: Path, original: Path) -> No
         convert([tiny / "model"], tmp_path / "all.safetensors", "original")
 
 
+UNFIT: dict[str, dict[str, Any]] = {
+    "combined=True: the split layout has no such folders; leave it out, or take to=.diffusers.": {
+        "to": "split",
+        "combined": True,
+        "quantize": "fp8",
+    },
+    "shard_size=...: the original layout has no shards; .* to=.diffusers. or to=.modular.": {
+        "to": "original",
+        "shard_size": "1GB",
+    },
+    "canonical=True: the gguf layout has no such order": {"to": "gguf", "canonical": True},
+    "quantize=.INT8.: only prior and decoder are quantised, found vqgan; leave it out": {
+        "to": "split",
+        "quantize": "int8",
+    },
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_options_without_an_effect_are_refused(original: Path, tmp_path: Path, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        convert(original / "stage_a.safetensors", tmp_path / "out", **UNFIT[message])
+    assert not (tmp_path / "out").exists()
+
+
 def test_encoders_given_apart(original: Path, tmp_path: Path) -> None:
     files = [original / f"{stage}.safetensors" for stage in STAGES]
     assert Stage.TEXT_ENCODER not in inspect(files[0]).components

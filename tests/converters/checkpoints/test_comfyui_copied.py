@@ -74,7 +74,7 @@ def test_the_format_it_has_already_is_copied_and_the_rest_quantised(original: Pa
 @pytest.mark.parametrize("to", ["original", "diffusers"])
 def test_other_layouts_need_a_dtype(original: Path, tmp_path: Path, to: str) -> None:
     nvfp4(original, tmp_path / SPLIT)
-    with pytest.raises(
-        ConversionError, match=r'FP4 .* cannot be stored in this layout; choose a float dtype, such as dtype="bf16"'
-    ):
-        convert(tmp_path / SPLIT, tmp_path / "out", to)
+    message = r'is quantised \(FP4\), which this layout does not keep; choose the dtype .* such as dtype="bf16"'
+    for canonical in (False, True):
+        with pytest.raises(ConversionError, match=message):
+            convert(tmp_path / SPLIT, tmp_path / "out", to, canonical=canonical)

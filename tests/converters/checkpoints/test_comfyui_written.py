@@ -159,9 +159,9 @@ def test_what_does_not_fit_is_refused(original: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=f"nan.safetensors: {name} holds NaN or infinities"):
         convert(tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "split", quantize="fp8")
     for layout, quantize in (("original", "fp8"), ("gguf", "nvfp4"), ("diffusers", "int8")):
-        with pytest.raises(UsageError, match='only to="comfyui" and to="split" has this type'):
+        with pytest.raises(UsageError, match='has no such type; leave it out, or take to="comfyui" or to="split"'):
             convert(original, tmp_path / "x", layout, quantize=quantize)
-    with pytest.raises(UsageError, match='only to="gguf" has this type'):
+    with pytest.raises(UsageError, match='the comfyui layout has no such type; leave it out, or take to="gguf"'):
         convert(original, tmp_path / "x", "comfyui", quantize="q8_0")
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
 

@@ -1,5 +1,6 @@
 """fp8 checkpoints, plain and scaled as ComfyUI writes them: read, kept, cast, compared and exported; torch judges."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from cascadekit.parity.checkpoints.compare_tensors import compare_checkpoints
 from cascadekit.parity.reference.loading import read_tensor
 from cascadekit.schemas.dtypes import FLOATS, FP8
 from cascadekit.schemas.errors import CascadeError, ConversionError, LayoutError
+from cascadekit.schemas.passport_keys import KEY
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.cast import cast_counted
@@ -120,6 +122,18 @@ def test_a_scaled_file_is_cast(original: Path, tmp_path: Path, dtype: str, marke
     same(load_file(tmp_path / "out.safetensors"), {name: tensor.to(TORCH[dtype]) for name, tensor in worth.items()})
     assert any("weights in float8_e4m3fn have scales" in note for note in done.notes)
     assert any("scale_input" in note for note in done.notes)
+
+
+def test_a_float_with_a_scale_is_not_called_a_copy(original: Path, tmp_path: Path) -> None:
+    """ComfyUI multiplies by a scale whatever the dtype; the product is written, and the passport says so."""
+    tensors = weights(original)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2 and name.endswith(".weight"))
+    save_file(tensors | {f"{name.removesuffix('weight')}scale_weight": torch.tensor(2.0)}, tmp_path / "c.safetensors")
+    (line,) = convert(tmp_path / "c.safetensors", tmp_path / "out.safetensors", "original").details
+    assert ", 1 F32 with scales to F32" in line
+    same(load_file(tmp_path / "out.safetensors"), tensors | {name: tensors[name] * 2})
+    passport = inspect(tmp_path / "out.safetensors").components[Stage.PRIOR].metadata[KEY]
+    assert json.loads(passport)["values"] == "calculated"
 
 
 def test_a_scaled_file_without_a_dtype_is_refused_by_name(original: Path, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_a_bundle_holds_what_the_file_is_worth(original: Path, tmp_path: Path) -
 def test_what_does_not_fit_is_refused(original: Path, tmp_path: Path) -> None:
     source = original / "stage_c.safetensors"
     calls: dict[str, Callable[[], Any]] = {
-        'only to="gguf"': lambda: convert(source, tmp_path / "x", "original", quantize="q8_0"),
+        'take to="gguf"': lambda: convert(source, tmp_path / "x", "original", quantize="q8_0"),
         "expected one of": lambda: convert(source, tmp_path / "x", "gguf", quantize="q3"),
         "does not fit": lambda: convert(source, tmp_path / "x.safetensors", "gguf"),
         "a place for prior": lambda: convert(original / "stage_a.safetensors", tmp_path / "x", "gguf"),

@@ -226,6 +226,7 @@ WRONG = {
         '{"prior": [null, null, {"subfolder": 3}]}': "damaged: prior: expected",
         '{"prior": [null, null, {"subfolder": "gone"}]}': "the prior is to be in .*gone, which is no folder",
         '{"vqgan": [null, null, {"subfolder": "../model/vqgan"}]}': "which is no folder",
+        f'{{"vqgan": [null, null, {{"subfolder": "{"x" * 300}"}}]}}': "which is no folder",
     },
     "modular_config.json": {
         "[]": "not readable as JSON",

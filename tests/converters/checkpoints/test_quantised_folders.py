@@ -84,6 +84,11 @@ def described(metadata: dict[str, str], **values: Any) -> None:
     metadata["clip_txt_mapper.weight"] = json.dumps(entry)
 
 
+def stated(tensors: Tensors, **values: Any) -> None:
+    """Change what bitsandbytes' state says of one weight."""
+    tensors[STATE] = text(json.dumps(json.loads(bytes(tensors[STATE].numpy())) | values))
+
+
 def config(place: Path, **settings: Any) -> None:
     values = json.loads((place / "config.json").read_text())
     values["quantization_config"] = values.get("quantization_config", {}) | settings
@@ -107,11 +112,16 @@ BAD: dict[str, tuple[str, Callable[[Tensors, dict[str, str]], object]]] = {
         lambda t, m: described(m, block_size=[1, 5]),
     ),
     r"block_size \[3, 13\] is not supported": ("torchao_int4", lambda t, m: described(m, block_size=[3, 13])),
+    r"its dtype is \[\], expected one of": ("torchao_int8", lambda t, m: described(m, dtype={"_data": []})),
     "the metadata by torchao cannot be read": ("torchao_int8", lambda t, m: m.update(tensor_names="[")),
     "absmax is missing": ("bitsandbytes_nf4", lambda t, m: t.pop(f"{LAYER}.weight.absmax")),
     r"absmax has shape \[3\], expected 13 numbers": (
         "bitsandbytes_nf4",
         lambda t, m: t.update({f"{LAYER}.weight.absmax": ZEROS}),
+    ),
+    r"blocksize 64 and dtype \{\}, which are not supported": (
+        "bitsandbytes_nf4",
+        lambda t, m: stated(t, dtype={}),
     ),
     "is no JSON": ("bitsandbytes_nf4", lambda t, m: t.update({STATE: text("{")})),
     "the codes have 410 bytes, expected 2": (
@@ -125,6 +135,10 @@ BAD: dict[str, tuple[str, Callable[[Tensors, dict[str, str]], object]]] = {
     "SCB has shape": ("bitsandbytes_int8", lambda t, m: t.update({f"{LAYER}.SCB": ZEROS})),
     f"{POOLED}.scale is missing": ("sdnq_int8", lambda t, m: t.pop(f"{POOLED}.scale")),
     f"{POOLED}.zero_point is missing": ("sdnq_uint4", lambda t, m: t.pop(f"{POOLED}.zero_point")),
+    "the number of its rows is unknown": (
+        "sdnq_uint4",
+        lambda t, m: t.update({f"{POOLED}.scale": torch.ones(1, 1), f"{POOLED}.bias": torch.tensor(1.0)}),
+    ),
     "zero_point has shape": ("sdnq_uint4", lambda t, m: t.update({f"{POOLED}.zero_point": ZEROS})),
     r"a part of low rank \(use_svd\), which is not supported": (
         "sdnq_uint4",
@@ -157,6 +171,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "the codes have": {"weights_dtype": "uint6"},
     "rotated weights, which is not supported; save what `sdnq": {"use_hadamard": True},
     "a codebook of values": {"modules_quant_config": {POOLED: {"use_codebook": True}}},
+    r"quantised by \['quanto'\], which is not supported": {"quant_method": ["quanto"]},
+    r"modules_quant_config in its settings is \['x'\], expected a table of dicts": {"modules_quant_config": ["x"]},
+    "modules_dtype_dict in its settings is .*, expected a table of lists": {"modules_dtype_dict": {"uint4": 3}},
+    "its type uint13 is not supported": {"weights_dtype": "uint13", "modules_dtype_dict": {"uint4": [3]}},
+    # This pattern would keep a matcher that tries every split busy for ever.
+    "its type uint14 is not supported": {
+        "weights_dtype": "uint14",
+        "modules_dtype_dict": {"uint4": ["*" * 40 + "!"]},
+    },
 }
 
 
@@ -165,6 +188,18 @@ def test_bad_settings_get_one_clear_line(tmp_path: Path, message: str) -> None:
     folder("sdnq_uint4", tmp_path / "model")
     config(tmp_path / "model", **SETTINGS[message])
     refused(tmp_path / "model", message)
+
+
+def test_a_packed_weight_with_one_factor_has_the_rows_of_its_bias(tmp_path: Path) -> None:
+    """SDNQ packs codes into one axis. Here, one factor and one zero point stand for all of them."""
+    values = folder("sdnq_uint4", tmp_path / "model")
+    one = {f"{POOLED}.scale": torch.full((1, 1), 0.25), f"{POOLED}.zero_point": torch.full((1, 1), -2.0)}
+    codes = load_file(tmp_path / "model" / WEIGHTS)[f"{POOLED}.weight"]
+    change(tmp_path / "model", lambda tensors, _: tensors.update(one))
+    prior = inspect(tmp_path / "model").components[Stage.PRIOR].require_sound()
+    assert torch.equal(read_tensor(prior.tensors[f"{POOLED}.bias"]), values[f"{POOLED}.bias"])
+    expected = torch.stack([codes & 15, codes >> 4], dim=1).reshape(84, 10) * 0.25 - 2
+    assert torch.equal(read_tensor(prior.tensors[f"{POOLED}.weight"]).float(), expected)
 
 
 def test_sdnq_without_its_config_is_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cascadekit.schemas.tensors import expected_tensors
 from helpers.quantised import SHAPES, linears, recorded
 
 STAGES = (Stage.PRIOR, Stage.DECODER)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(("choice", "name"), [("SDNQ_INT8", "sdnq_int8"), ("SDNQ_FP8", "sdnq_float8")])
@@ -75,7 +76,7 @@ def test_a_matrix_with_outliers_stays_float(original: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_is_named(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match='only to="diffusers" has this type'):
+    with pytest.raises(UsageError, match='has no such type; leave it out, or take to="diffusers"'):
         convert(original, tmp_path / "out", "split", quantize="sdnq_int8")
     tensors = load_file(original / "stage_c.safetensors")
     name = next(name for name in tensors if name.endswith("channelwise.4.weight"))
@@ -84,6 +85,16 @@ def test_what_cannot_be_written_is_named(original: Path, tmp_path: Path) -> None
     with pytest.raises(ConversionError, match=r"holds NaN or infinities, .*; write it as float"):
         convert(tmp_path / "c.safetensors", tmp_path / "out", "diffusers", quantize="sdnq_int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_becomes_codes_of_its_values(original: Path, tmp_path: Path) -> None:
+    convert(original / "stage_c.safetensors", tmp_path / "c.gguf", "gguf", quantize="q8_0")
+    convert(tmp_path / "c.gguf", tmp_path / "plain.safetensors", "split", dtype="fp32")
+    for source in ("c.gguf", "plain.safetensors"):
+        convert(tmp_path / source, tmp_path / source[0], "diffusers", quantize="sdnq_int8")
+    found, expected = (load_file(tmp_path / folder / "prior" / WEIGHTS) for folder in "cp")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow

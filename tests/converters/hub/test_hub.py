@@ -28,20 +28,12 @@ from huggingface_hub import constants
 from cascadekit import convert, inspect
 from cascadekit.cli import main
 from cascadekit.converters import hub as hub_module
-from cascadekit.converters.checkpoints.identify import identify
+from cascadekit.converters.checkpoints.identify import identify_all
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.converters.hub import (
-    HubPath,
-    HubSource,
-    fetch,
-    is_hub,
-    parse,
-    remote_header,
-    remote_headers,
-    select,
-    transfer,
-)
+from cascadekit.converters.hub import fetch, remote_headers, transfer
 from cascadekit.converters.hub import headers as headers_module
+from cascadekit.converters.hub.select import select
+from cascadekit.converters.hub.source import HubPath, HubSource, is_hub, parse
 from cascadekit.schemas.errors import CheckpointError, UsageError
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.gguf_file import read_gguf
@@ -489,7 +481,7 @@ def test_what_a_model_is_read_from(hub: Hub, original: Path) -> None:
     model = open_model([fetch("hf://owner/repo")])
     assert model.components.keys() == open_model([original]).components.keys()
     sent = hub.sent
-    found = {identify(header).stage for header in remote_headers("hf://owner/repo")}
+    found = {identify_all(header).components[0].stage for header in remote_headers("hf://owner/repo")}
     assert found == model.components.keys()
     assert hub.sent - sent < sum(path.stat().st_size for path in original.rglob("*.safetensors")) / 20
 
@@ -748,7 +740,7 @@ def test_the_cache_stands_in(lose: Any, repo: Hub) -> None:
     assert fetch(WEIGHTS, told.append).is_file()
     assert len(told) == 2
     assert all(re.search(why, line) and line.endswith("taken from the cache") for line in told)
-    assert remote_header(WEIGHTS).shapes == headers[0].shapes
+    assert remote_headers(WEIGHTS)[0].shapes == headers[0].shapes
     assert [header.shapes for header in remote_headers("hf://owner/repo")] == [headers[0].shapes]
 
 
@@ -783,7 +775,7 @@ def test_half_of_it_in_the_cache(lose: Any, repo: Hub) -> None:
 
 def test_only_the_header_is_transferred(hub: Hub) -> None:
     hub.add("large.safetensors", safetensors(1_000_000))
-    header = remote_header("hf://owner/repo/large.safetensors")
+    header = remote_headers("hf://owner/repo/large.safetensors")[0]
     assert header.shapes == {"x": (1_000_000,)}
     assert str(header.path) == str(header.tensors["x"].path) == "hf://owner/repo/large.safetensors"
     assert header.tensors["x"].offset == len(safetensors(1_000_000)) - 1_000_000
@@ -794,12 +786,12 @@ def test_only_the_header_is_transferred(hub: Hub) -> None:
 def test_a_server_that_knows_no_ranges(hub: Hub) -> None:
     hub.add("large.safetensors", safetensors(1_000_000))
     hub.ranges = False
-    assert remote_header("hf://owner/repo/large.safetensors").shapes == {"x": (1_000_000,)}
+    assert remote_headers("hf://owner/repo/large.safetensors")[0].shapes == {"x": (1_000_000,)}
 
 
 def test_a_small_file_without_redirect(hub: Hub) -> None:
     hub.add("a.safetensors", b"\x02\0\0\0\0\0\0\0{}")
-    assert remote_header("hf://owner/repo@main/a.safetensors").shapes == {}
+    assert remote_headers("hf://owner/repo@main/a.safetensors")[0].shapes == {}
 
 
 def test_headers_of_a_repository(repo: Hub) -> None:
@@ -810,11 +802,6 @@ def test_headers_of_a_repository(repo: Hub) -> None:
     ]
     (header,) = remote_headers("hf://owner/repo@v2")
     assert str(header.path) == "hf://owner/repo@v2/stage_c.safetensors"
-
-
-def test_one_header_needs_a_file() -> None:
-    with pytest.raises(UsageError, match="expected one"):
-        remote_header("hf://owner/repo/prior")
 
 
 def test_too_many_headers(hub: Hub) -> None:
@@ -849,7 +836,7 @@ def test_hostile_headers(hub: Hub, tmp_path: Path, content: bytes, message: str)
     hub.add("bad.safetensors", content)
     source = "hf://owner/repo/bad.safetensors"
     with pytest.raises(CheckpointError, match=f"^{source}: .*{message}") as remote:
-        remote_header(source)
+        remote_headers(source)
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError) as local:
         read_header(tmp_path / "bad.safetensors")
@@ -870,10 +857,10 @@ def test_lying_servers(hub: Hub, lies: dict[str, str], message: str | None) -> N
     hub.add("a.safetensors", GOOD)
     hub.lies = lies
     if message is None:
-        assert remote_header("hf://owner/repo/a.safetensors").shapes == {"x": (10_000,)}
+        assert remote_headers("hf://owner/repo/a.safetensors")[0].shapes == {"x": (10_000,)}
     else:
         with pytest.raises(CheckpointError, match=message):
-            remote_header("hf://owner/repo/a.safetensors")
+            remote_headers("hf://owner/repo/a.safetensors")
 
 
 def test_a_header_cut_off(hub: Hub) -> None:
@@ -883,8 +870,8 @@ def test_a_header_cut_off(hub: Hub) -> None:
     hub.add("a.safetensors", struct.pack("<Q", len(text)) + text)
     hub.cut_after = [5000]
     with pytest.raises(CheckpointError, match=r"the connection to .* failed"):
-        remote_header("hf://owner/repo/a.safetensors")
-    assert len(remote_header("hf://owner/repo/a.safetensors").tensors) == 200
+        remote_headers("hf://owner/repo/a.safetensors")
+    assert len(remote_headers("hf://owner/repo/a.safetensors")[0].tensors) == 200
 
 
 # The command line
@@ -917,7 +904,7 @@ def test_gguf_files_are_read_by_their_headers(hub: Hub, original: Path, tmp_path
     source = "hf://owner/repo/stage_c-q8_0.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(headers_module, "GGUF_BYTES", 1000)
-        header = remote_header(source)
+        header = remote_headers(source)[0]
     local = read_gguf(tmp_path / "q8_0.gguf")
     assert header.gguf
     assert (header.shapes, header.metadata) == (local.shapes, local.metadata)
@@ -931,11 +918,11 @@ def test_gguf_files_are_read_by_their_headers(hub: Hub, original: Path, tmp_path
     with pytest.raises(UsageError, match=r"stage_c-q4_k.gguf, stage_c-q8_0.gguf are all the same stage"):
         convert("hf://owner/repo", tmp_path / "x", "split", dtype="bf16")
     unplug()
-    assert remote_header(source).shapes == local.shapes
+    assert remote_headers(source)[0].shapes == local.shapes
 
 
 def test_a_truncated_gguf_file_on_the_hub(hub: Hub, original: Path, tmp_path: Path) -> None:
     convert(original / "stage_c.safetensors", tmp_path / "c.gguf", "gguf")
     hub.add("c.gguf", (tmp_path / "c.gguf").read_bytes()[:-5000])
     with pytest.raises(CheckpointError, match=r"hf://owner/repo/c.gguf: damaged GGUF file: truncated"):
-        remote_header("hf://owner/repo/c.gguf")
+        remote_headers("hf://owner/repo/c.gguf")

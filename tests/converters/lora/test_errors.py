@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from cascadekit.converters.lora.convert_lora import convert_lora
 from cascadekit.converters.lora.merge_checkpoint import merge_loras
 from cascadekit.converters.lora.read_formats import open_lora
-from cascadekit.schemas.errors import CascadeError, CheckpointError, LayoutError, UsageError
+from cascadekit.schemas.errors import CascadeError, CheckpointError, ConversionError, LayoutError, UsageError
 from helpers.standins import write_stand_in
 
 KEY = "lora_unet_down_blocks_0_2_attention_attn_to_q"
@@ -180,3 +181,15 @@ def test_any_keys_and_shapes_end_well_or_in_our_error(tmp_path: Path, data: st.D
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(position))
     with contextlib.suppress(CascadeError):
         open_lora(path)
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.float16, "F16")])
+def test_weights_with_scales_are_not_merged_into(bench: Any, dtype: torch.dtype, found: str) -> None:
+    """ComfyUI multiplies a stored weight by the scale beside it, whatever its dtype."""
+    name = "down_blocks.0.0.channelwise.0"
+    checkpoint = bench.checkpoint("split", weights=bench.weights | {f"{name}.scale_weight": torch.tensor(2.0)})
+    tensors = load_file(checkpoint)
+    save_file(tensors | {f"{name}.weight": tensors[f"{name}.weight"].to(dtype)}, checkpoint)
+    lora = bench.lora({f"base_model.model.{name}.diff": torch.ones(bench.weights[f"{name}.weight"].shape)})
+    with pytest.raises(ConversionError, match=f"found {found} with scales; cast the checkpoint first"):
+        merge_loras(checkpoint, [lora], bench.path("merged"))

@@ -87,11 +87,12 @@ def test_pickled_base_in_a_folder(tiny: Path, bench: Any, numbers: Any, tmp_path
     torch.save(weights, tmp_path / "prior" / "diffusion_pytorch_model.bin")
     config = (tiny / "model" / "prior" / "config.json").read_text()
     (tmp_path / "prior" / "config.json").write_text(config)
-    merge_loras(tmp_path / "prior", [bench.lora(factors(numbers))], tmp_path / "merged")
-    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-    ]
+    lora, forecasts = bench.lora(factors(numbers)), []
+    for force in (False, True):
+        merge_loras(tmp_path / "prior", [lora], tmp_path / "merged", force=force, on_plan=forecasts.append)
+        names = sorted(path.name for path in (tmp_path / "merged").iterdir())
+        assert names == ["config.json", "diffusion_pytorch_model.safetensors"]
+        assert sorted(file.path for file in forecasts[-1].writes) == names
     merged = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
     change = numbers(2, 64, 2) @ numbers(1, 2, 64)
     torch.testing.assert_close(merged[f"{Q}.weight"], weights[f"{Q}.weight"] + change)

@@ -62,6 +62,12 @@ def test_several_are_refused_together(adapter: Any) -> None:
         open_lora(adapter({"init_lora_weights": "pissa", "bias": "all", "tomorrow": [1]}))
 
 
+@pytest.mark.parametrize("kind", ["VERA", ["LORA"], {"a": 1}], ids=str)
+def test_another_kind_of_adapter_is_named(adapter: Any, kind: object) -> None:
+    with pytest.raises(LayoutError, match=r"peft_type: expected LORA, .* which is not supported; merge it with PEFT"):
+        open_lora(adapter({"peft_type": kind}))
+
+
 def test_dora_without_magnitudes(adapter: Any, bench: Any) -> None:
     with pytest.raises(LayoutError, match="lora_magnitude_vector"):
         bench.merge(bench.checkpoint(), [adapter({"lora_alpha": 4, "use_dora": True})])
