@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import secrets
 import socket
@@ -30,7 +29,7 @@ from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_BACKLOG, MAX_CONNECTIONS, MAX_HEAD
 from ..batch.picture_hashes import PICTURE_FIELDS
 from ..cascade import Cascade
-from ..images.png import Sign, write_image
+from ..images.png import Sign, image_bytes
 from ..images.provenance import MEDIA
 from ..server_address import address_family, cannot_listen, server_url
 from .connections import SilentConnections
@@ -257,9 +256,7 @@ async def _saved(upload: UploadFile, folder: str) -> Path:
 
 def _encoded(call: ImageCall, image: Image.Image, metadata: Mapping[str, Any], sign: Sign | None = None) -> bytes:
     """The image file, with its settings, in which pictures have no paths: those of the server are nobody's business."""
-    content = io.BytesIO()
-    write_image(content, Path(f"image{call.suffix}"), image, _without_paths(metadata), sign)
-    return content.getvalue()
+    return image_bytes(Path(f"image{call.suffix}"), image, _without_paths(metadata), sign)
 
 
 def _without_paths(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from cascadekit import Cascade
-from cascadekit.runtime.images.png import write_image
+from cascadekit.runtime.images.png import image_bytes
 from cascadekit.runtime.serve.api_server import EDITS, GENERATIONS
 from cascadekit.runtime.serve.guard import MOST_BODY, MOST_JSON
 
@@ -75,9 +75,7 @@ def expected(cascade: Cascade) -> Expected:
 
 
 def _file(suffix: str, image: Image.Image, settings: Mapping[str, Any]) -> bytes:
-    content = io.BytesIO()
-    write_image(content, Path(f"image{suffix}"), image, settings)
-    return content.getvalue()
+    return image_bytes(Path(f"image{suffix}"), image, settings)
 
 
 @dataclass(frozen=True)
