@@ -1,14 +1,14 @@
 """Generates the images of requests, and describes their pictures and LoRAs in the metadata."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from PIL import Image
 
-from ...schemas.errors import UnsoundError
+from ...schemas.errors import CascadeError, UnsoundError
 from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ..cascade import Cascade
@@ -113,10 +113,13 @@ def images_together(settings: Settings) -> int:
 
 
 def text_length(cascade: Cascade, request: Request) -> int:
-    """The number of rows of the prompt's embeddings. A longer prompt in the same batch would pad them with empty
-    chunks, and the image would differ."""
+    """The number of rows of the prompt's embeddings, 0 for a prompt that cannot be encoded.
+
+    A longer prompt in the same batch would pad them with empty chunks, and the image would differ."""
     if not request.settings.long_prompts:
         return LENGTH
-    weighted = request.settings.weighted
-    found = cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
-    return int(found.clip_text.shape[1])
+    with suppress(CascadeError):  # reported when the image is generated
+        weighted = request.settings.weighted
+        found = cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
+        return int(found.clip_text.shape[1])
+    return 0

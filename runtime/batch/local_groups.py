@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.messages import one_line
-from ...schemas.request import Request
 from ...schemas.stages import Stage
 from ..cascade import Cascade
 from ..images.png import Sign, image_bytes
@@ -60,7 +60,7 @@ class LocalGroups:
         for window in windows(jobs):
             clock = Stopwatch()
             self._encode(window)  # all of them first: the text encoder is loaded once
-            groups = list(job_groups(window, self.together, self._tokens))
+            groups = list(job_groups(window, self.together, partial(text_length, self.cascade)))
             clock.lap(Stage.TEXT_ENCODER)
             for group in groups:
                 self.check()
@@ -79,11 +79,6 @@ class LocalGroups:
                 prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
                 with suppress(UsageError):  # reported with the image
                     self.cascade.encode_prompt(prompts, negatives, weighted=weighted, long_prompts=long)
-
-    def _tokens(self, request: Request) -> int:
-        with suppress(UsageError):  # reported when the image is generated
-            return text_length(self.cascade, request)
-        return 0
 
     def _generated(self, group: Sequence[ImageJob], clock: Stopwatch) -> Iterator[GeneratedGroup]:
         """Yield the images of a group. If the group fails, yield the images or the error of each of its jobs alone."""

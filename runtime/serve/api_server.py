@@ -35,7 +35,7 @@ from ..server_address import address_family, cannot_listen, server_url
 from .connections import SilentConnections
 from .guard import DESCRIBED, EXPECTED, OPEN, ApiError, Guard, error_reply, reply_to
 from .image_call import ImageCall, edited_pictures, parse_image_call
-from .image_queue import FailedImage, FinishedImage, ImageQueue, Order, PartialImage
+from .image_queue import Event, FailedImage, FinishedImage, ImageQueue, Order, PartialImage
 from .metrics import TYPE, Metrics
 
 KEPT_FILES = 64  # images that callers asked for as url; older ones are forgotten
@@ -53,7 +53,6 @@ NO_USAGE = {  # clients of other languages expect the field
 }
 
 NOTHING = nullcontext()
-Event = PartialImage | FinishedImage | FailedImage
 
 
 @dataclass

@@ -9,8 +9,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Self
@@ -75,6 +75,9 @@ class FailedImage:
     expected: bool = True
 
 
+Event = PartialImage | FinishedImage | FailedImage
+
+
 @dataclass(eq=False)
 class Order:
     """The images of one caller. `publish` is called in the queue's thread, with one final event for each image.
@@ -83,7 +86,7 @@ class Order:
     `has_left`, which is asked before every batch and after every step."""
 
     requests: tuple[Request, ...]
-    publish: Callable[[PartialImage | FinishedImage | FailedImage], object]
+    publish: Callable[[Event], object]
     partials: int = 0
     cancelled: bool = False
     has_left: Callable[[], bool] = lambda: False
@@ -168,7 +171,8 @@ class ImageQueue:
             _notice_who_left(self._waiting)
             waiting = [image for image in self._waiting if not image.order.cancelled]
         alike = [image for image in waiting if image.request.group == waiting[0].request.group]
-        groups = request_groups([image.request for image in alike], self._together, self._text_length)
+        length = partial(text_length, self._cascade)
+        groups = request_groups([image.request for image in alike], self._together, length)
         taken = alike[: len(next(groups, []))]
         with self._changed:
             gone = set(taken)
@@ -177,11 +181,6 @@ class ImageQueue:
                     self._metrics.image("cancelled")
             self._waiting = deque(image for image in self._waiting if image not in gone and not image.order.cancelled)
         return taken
-
-    def _text_length(self, request: Request) -> int:
-        with suppress(CascadeError):  # reported when the image is generated
-            return text_length(self._cascade, request)
-        return 0
 
     def _generate(self, images: Sequence[OrderedImage]) -> None:
         """Generate images together, and each alone if that fails; an error becomes the event of its image."""
