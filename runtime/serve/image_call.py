@@ -1,6 +1,5 @@
 """Parses the body of a call of OpenAI's images API into requests for images."""
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from PIL import Image
 from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
 from ...schemas.messages import shown
-from ...schemas.request import INFORMATION, Request, parse_request
+from ...schemas.request import INFORMATION, Request
 from ...schemas.settings import DECODER_SAMPLING, PRIOR_SAMPLING
-from ...schemas.sizes import latent_sizes
-from ..batch.image_jobs import check_request
 from ..batch.picture_hashes import PICTURE_FIELDS
+from ..batch.prompt_requests import counted_requests
 from ..images.pictures import open_picture
 from .image_queue import require_served
 
@@ -79,14 +77,8 @@ def parse_image_call(
     for name, usual in (("prior_steps", PRIOR_SAMPLING.steps), ("decoder_steps", DECODER_SAMPLING.steps)):
         fields.setdefault(name, max(1, round(usual * QUALITIES[quality])))
     fields |= _size(fields.pop("size", "auto"))
-    fields.setdefault("seed", secrets.randbelow(1 << 32))
-    first = parse_request({**fields, **(pictures or {})}, manifest.default_size)
-    check_request(first, manifest)
-    require_served(first, pixels=MOST_PIXELS, steps=MOST_STEPS)
-    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)
-    if first.seed + count > 2**64:
-        raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
-    requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
+    requests = counted_requests({**fields, **(pictures or {})}, count, manifest)
+    require_served(requests[0], pixels=MOST_PIXELS, steps=MOST_STEPS)
     return ImageCall(
         requests,
         format=format,
