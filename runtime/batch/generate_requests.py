@@ -83,10 +83,17 @@ def _shared(shared: Request, requests: Sequence[Request]) -> dict[str, Any]:
     return {
         "seed": [PlacedSeed(request.seed, request.index, request.batch) for request in requests],
         "settings": shared.settings,
-        "image_prompts": [picture.path for picture in shared.image_prompts],
-        "init_image": shared.init_image.path if shared.init_image else None,
-        "mask": shared.mask.path if shared.mask else None,
-        "controls": [ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
+        **given_pictures(shared),
+    }
+
+
+def given_pictures(request: Request) -> dict[str, Any]:
+    """The pictures of a request as arguments of `Cascade.generate`."""
+    return {
+        "image_prompts": [picture.path for picture in request.image_prompts],
+        "init_image": request.init_image.path if request.init_image else None,
+        "mask": request.mask.path if request.mask else None,
+        "controls": [ControlPicture(each.name, each.path, each.strength) for each in request.controls],
     }
 
 

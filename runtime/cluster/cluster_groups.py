@@ -54,7 +54,7 @@ class ClusterGroups:
                 continue
             left.difference_update(job.number for job in piece.jobs)
             self.report.add(piece.busy, perf_counter() - began)
-            yield GeneratedGroup(piece.jobs, piece.files, piece.seconds, piece.error)
+            yield piece
             self.check()
         if left:
             raise EngineError(f"Ray returned no result for {len(left)} images; run the same command again")

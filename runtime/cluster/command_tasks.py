@@ -27,19 +27,12 @@ MIB = 1 << 20
 COMMENT = "#"
 
 
-@dataclass(frozen=True)
-class MemoryHint:
-    """The memory of a command: `base` bytes, and `share` of the bytes of the files that it names."""
-
-    base: int
-    share: float = 0.0
-
-
-# Measured peaks are in docs/memory.md (convert and export) and in converters/tensorrt/estimate.py (build).
-HINTS: Mapping[str, MemoryHint] = {
-    "convert": MemoryHint(256 * MIB),
-    "export": MemoryHint(256 * MIB),
-    "build": MemoryHint(512 * MIB, share=1.33),
+# The memory of a command: bytes, and a share of the bytes of the files that it names. Measured peaks are in
+# docs/memory.md (convert and export) and in converters/tensorrt/estimate.py (build).
+HINTS: Mapping[str, tuple[int, float]] = {
+    "convert": (256 * MIB, 0),
+    "export": (256 * MIB, 0),
+    "build": (512 * MIB, 1.33),
 }
 
 
@@ -101,9 +94,9 @@ def _task(number: int, words: Sequence[str]) -> CommandTask:
     words = words[1:] if words[:1] == ["cascadekit"] else words
     if not words or words[0] not in HINTS:
         raise ValueError(f"expected {', '.join(HINTS)}, found {words[0] if words else 'nothing'}")
-    hint = HINTS[words[0]]
-    nbytes = sum(_bytes(Path(word)) for word in words[1:]) if hint.share else 0
-    return CommandTask(number, tuple(words), hint.base + int(nbytes * hint.share))
+    base, share = HINTS[words[0]]
+    nbytes = sum(_bytes(Path(word)) for word in words[1:]) if share else 0
+    return CommandTask(number, tuple(words), base + int(nbytes * share))
 
 
 def _bytes(path: Path) -> int:

@@ -132,7 +132,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, JPEG or WebP, or its settings are no
     JSON."""
-    return (read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY)).settings()
+    return (read_photo_text(path) if is_photo(path) else read_png_text(path)).settings()
 
 
 def require_settings(path: Path) -> dict[str, Any]:

@@ -38,11 +38,11 @@ class ImageText:
         return found if isinstance(found, dict) else None
 
 
-def read_png_text(path: Path, keyword: str) -> ImageText:
-    """The last text with that keyword before the pixels.
+def read_png_text(path: Path) -> ImageText:
+    """The size, and the last text with the keyword METADATA_KEY before the pixels.
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, or the text is damaged or too long."""
-    key = keyword.encode("latin-1")
+    key = METADATA_KEY.encode()
     size: tuple[int, int] | None = None
     text = None
     with path.open("rb") as file:

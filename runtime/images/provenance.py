@@ -70,9 +70,6 @@ class ManifestFacts:
     signer: str | None = None
     problems: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return {"state": self.state, "signer": self.signer, "problems": list(self.problems)}
-
 
 def open_signer(path: Path) -> ManifestSigner:
     """A signer with the certificate chain and the private key in the PEM file at `path`.

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
@@ -12,13 +12,14 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
 from ..batch.picture_hashes import PICTURE_FIELDS
-from ..images.png_text import METADATA_KEY, read_png_text
+from ..images.png_text import read_png_text
 from .uploads import Uploads
 
 Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
 
 SUFFIX = ".png"
+REMEMBERED = 1 << 16  # images that are not read again as long as they have the same time
 NAMED = 20  # settings that are not understood and are listed by name
 LONGEST_NAME = 60  # characters of such a setting's name
 
@@ -32,17 +33,12 @@ class Gallery:
             raise UsageError(f"{folder}: expected a folder for the images")
         self.folder = folder
         self._pictures = pictures
-        self._known: dict[Known, Described | None] = {}
-        self._lock = Lock()  # held while `_known` changes; every request has its own thread
 
     def newest(self, count: int, search: str = "") -> tuple[list[Described], bool]:
         """The `count` newest images, and whether there are more. With `search`, only images that have each of its words
         in their prompts, their name or their seed. Raises UsageError for a folder that cannot be read."""
         words = search.casefold().split()
         files = sorted(self._files(), key=lambda known: (known[1], known[0]), reverse=True)
-        present = set(files)
-        with self._lock:  # forget the images that are gone
-            self._known = {known: value for known, value in self._known.items() if known in present}
         found: list[Described] = []
         for name, time in files:
             described = self._described(name, time)
@@ -76,13 +72,7 @@ class Gallery:
             raise UsageError(f"{self.folder}: the images cannot be listed: {error.strerror}") from error
 
     def _described(self, name: str, time: int) -> Described | None:
-        with self._lock:
-            known = (name, time) in self._known
-            found = self._known.get((name, time))
-        if not known:
-            found = _read(self.folder / name)
-            with self._lock:
-                self._known[name, time] = found
+        found = _read(self.folder / name, time)
         if found is None:
             return None
         encoded = os.fsencode(name)  # which may be no UTF-8
@@ -101,10 +91,13 @@ class Gallery:
         return {**rest, "picture": value["sha256"] if here else None, "file": _printable(Path(value["path"]).name)}
 
 
-def _read(path: Path) -> Described | None:
-    """Size and settings of an image, and under "odd" the names of settings that this version does not understand."""
+@lru_cache(REMEMBERED)
+def _read(path: Path, time: int) -> Described | None:
+    """Size and settings of an image, and under "odd" the names of settings that this version does not understand.
+
+    The image is read again when its `time` has changed."""
     try:
-        png = read_png_text(path, METADATA_KEY)
+        png = read_png_text(path)
         given = png.settings()
     except (OSError, ValueError):
         return None  # no image of ours
