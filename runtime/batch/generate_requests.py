@@ -17,7 +17,7 @@ from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep
 from ..sampling.noise import PlacedSeed
 from ..text.prompts import PromptEmbeds
-from ..text.tokenizer import LENGTH
+from ..text.tokenizer_file import LENGTH
 from .picture_hashes import PICTURE_FIELDS, with_hashes
 
 MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given

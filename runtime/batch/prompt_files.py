@@ -127,22 +127,19 @@ def _csv(content: bytes) -> Iterator[PromptEntry]:
     reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
     header: list[str] | None = None
     begins = FIRST_LINE
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield PromptEntry(begins, problem=f"not CSV from here on: {error}")
-            return
-        if cells is None:
-            return
-        if header is None and any(cells):
-            header = [cell.strip() for cell in cells]
-            if "" in header or len(set(header)) < len(header):
-                yield PromptEntry(begins, problem=f"expected a header of different names, found {', '.join(header)}")
-                return
-        elif header is not None and cells:
-            yield _row(begins, header, cells)
-        begins = reader.line_num + 1
+    try:
+        for cells in reader:
+            if header is None and any(cells):
+                header = [cell.strip() for cell in cells]
+                if "" in header or len(set(header)) < len(header):
+                    found = ", ".join(header)
+                    yield PromptEntry(begins, problem=f"expected a header of different names, found {found}")
+                    return
+            elif header is not None and cells:
+                yield _row(begins, header, cells)
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        yield PromptEntry(begins, problem=f"not CSV from here on: {error}")
 
 
 def _row(line: int, header: list[str], cells: list[str]) -> PromptEntry:

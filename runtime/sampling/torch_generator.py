@@ -18,7 +18,7 @@ Builds by other compilers (Windows, macOS) have not been compared.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,19 +124,15 @@ class TorchGenerator:
         return (self._words(count) & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
 
 
-def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
+def _ranges(rows: Sequence[int], width: int) -> list[tuple[int, int]]:
     """The blocks that `rows` of `width` values reach into: (first, one after the last), touching ranges joined."""
-    begun: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     for row in sorted(set(rows)):
         start, stop = row * width // BLOCK, -(-(row + 1) * width // BLOCK)
-        if begun is not None and start <= begun[1]:
-            begun = begun[0], max(stop, begun[1])
-            continue
-        if begun is not None:
-            yield begun
-        begun = start, stop
-    if begun is not None:
-        yield begun
+        if found and start <= found[-1][1]:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:

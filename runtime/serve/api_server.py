@@ -27,7 +27,7 @@ from starlette.routing import Route
 from ...schemas.callbacks import Say, ignored
 from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_BACKLOG, MAX_CONNECTIONS, MAX_HEAD
-from ..batch.picture_hashes import PICTURE_FIELDS
+from ..batch.picture_hashes import with_pictures
 from ..cascade import Cascade
 from ..images.png import Sign, image_bytes
 from ..images.provenance import MEDIA
@@ -255,14 +255,8 @@ async def _saved(upload: UploadFile, folder: str) -> Path:
 
 def _encoded(call: ImageCall, image: Image.Image, metadata: Mapping[str, Any], sign: Sign | None = None) -> bytes:
     """The image file, with its settings, in which pictures have no paths: those of the server are nobody's business."""
-    return image_bytes(Path(f"image{call.suffix}"), image, _without_paths(metadata), sign)
-
-
-def _without_paths(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return {**value, "path": "uploaded"} if isinstance(value, Mapping) else [plain(each) for each in value]
-
-    return {name: plain(value) if name in PICTURE_FIELDS and value else value for name, value in metadata.items()}
+    shown = with_pictures(metadata, lambda picture: {**picture, "path": "uploaded"})
+    return image_bytes(Path(f"image{call.suffix}"), image, shown, sign)
 
 
 def _failed(request: HttpRequest, error: Exception) -> Response:

@@ -169,17 +169,17 @@ class ImageQueue:
         """Take the first image out of the queue, and those that can be computed with it. Drops what was cancelled."""
         with self._changed:
             _notice_who_left(self._waiting)
-            waiting = [image for image in self._waiting if not image.order.cancelled]
+            for _ in [image for image in self._waiting if image.order.cancelled]:
+                self._metrics.image("cancelled")
+            self._waiting = deque(image for image in self._waiting if not image.order.cancelled)
+            waiting = list(self._waiting)
         alike = [image for image in waiting if image.request.group == waiting[0].request.group]
         length = partial(text_length, self._cascade)
         groups = request_groups([image.request for image in alike], self._together, length)
         taken = alike[: len(next(groups, []))]
         with self._changed:
-            gone = set(taken)
-            for image in self._waiting:
-                if image.order.cancelled and image not in gone:
-                    self._metrics.image("cancelled")
-            self._waiting = deque(image for image in self._waiting if image not in gone and not image.order.cancelled)
+            for image in taken:
+                self._waiting.remove(image)
         return taken
 
     def _generate(self, images: Sequence[OrderedImage]) -> None:

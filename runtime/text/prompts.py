@@ -31,7 +31,8 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
 from ..engines.protocol import F32, Run, Tensors
 from .prompt_weights import WeightedText, check_length, parse_weights
-from .tokenizer import LENGTH, ClipTokenizer, Token, token_rows
+from .tokenizer import ClipTokenizer, Token, token_rows
+from .tokenizer_file import LENGTH
 
 Encode = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
@@ -143,23 +144,17 @@ class CachedTextEncoder:
             ids.tobytes() + mask.tobytes()
             for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
-        places = {key: place for place, key in enumerate(keys)}
-        new = [place for key, place in places.items() if key not in self._rows]
-        found = {key: self._rows[key] for key in places if key in self._rows}
-        found |= {keys[place]: row for place, row in zip(new, self._encode(inputs, new), strict=True)}
+        new = {key: place for place, key in enumerate(keys) if key not in self._rows}
+        if new:
+            with self._use() as encode:
+                outputs = encode({name: value[list(new.values())] for name, value in inputs.items()})
+            self._rows |= {key: {name: value[row] for name, value in outputs.items()} for row, key in enumerate(new)}
         for key in keys:
-            self._rows[key] = found[key]
             self._rows.move_to_end(key)
+        found = {name: np.stack([self._rows[key][name] for key in keys]) for name in self._rows[keys[0]]}
         while len(self._rows) > CACHED_ROWS:
             self._rows.popitem(last=False)
-        return {name: np.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
-
-    def _encode(self, inputs: Tensors, places: list[int]) -> list[dict[str, NDArray[Any]]]:
-        if not places:
-            return []
-        with self._use() as encode:
-            outputs = encode({name: value[places] for name, value in inputs.items()})
-        return [{name: value[row] for name, value in outputs.items()} for row in range(len(places))]
+        return found
 
 
 def split(tokens: Sequence[Token]) -> Iterator[slice]:

@@ -38,21 +38,8 @@ from .tokenizer_file import (
     name_of,
     read_tokenizer,
     require_rows,
-    save_tokenizer_folder,
     shipped,
 )
-
-__all__ = [
-    "END",
-    "LENGTH",
-    "START",
-    "ClipTokenizer",
-    "Token",
-    "Tokens",
-    "read_checked",
-    "save_tokenizer_folder",
-    "token_rows",
-]
 
 PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
 _NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."

@@ -1,7 +1,7 @@
 """The finished images in a folder, newest first, with the settings that made them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from urllib.parse import quote
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
-from ..batch.picture_hashes import PICTURE_FIELDS
+from ..batch.picture_hashes import with_pictures
 from ..images.png_text import read_png_text
 from .uploads import Uploads
 
@@ -77,18 +77,14 @@ class Gallery:
             return None
         encoded = os.fsencode(name)  # which may be no UTF-8
         shown, url = encoded.decode("utf-8", "replace"), f"/images/{quote(encoded, safe='')}?{time}"
-        return {**found, "name": shown, "url": url, "time": time // 10**9, "settings": self._by_ids(found["settings"])}
+        settings = with_pictures(found["settings"], self._by_id)
+        return {**found, "name": shown, "url": url, "time": time // 10**9, "settings": settings}
 
-    def _by_ids(self, settings: Described) -> Described:
-        """Settings with ids in place of paths."""
-        return {name: self._by_id(value) if name in PICTURE_FIELDS else value for name, value in settings.items()}
-
-    def _by_id(self, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return [self._by_id(each) for each in value]
-        rest = {name: value[name] for name in ("name", "strength") if name in value}
-        here = self._pictures.find(value["sha256"])
-        return {**rest, "picture": value["sha256"] if here else None, "file": _printable(Path(value["path"]).name)}
+    def _by_id(self, picture: Mapping[str, Any]) -> Described:
+        """A picture of an image's settings with its id in place of its path."""
+        rest = {name: picture[name] for name in ("name", "strength") if name in picture}
+        here = self._pictures.find(picture["sha256"])
+        return {**rest, "picture": picture["sha256"] if here else None, "file": _printable(Path(picture["path"]).name)}
 
 
 @lru_cache(REMEMBERED)

@@ -7,7 +7,7 @@ import traceback
 from collections import OrderedDict, deque
 from threading import Condition, Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from PIL import Image
 
@@ -157,14 +157,12 @@ class JobQueue:
         _leave_if_cancelled(job)
         requests = job.request.requests
         texts = [] if requests[0].settings.long_prompts else [requests[0].prompt, requests[0].negative]
-        cut = [text.strip() for text in cascade.tokenizer(texts).truncated if text] if texts else []
-        if cut:
+        if cut := [text for text in cascade.tokenizer(texts).truncated if text]:
             job.publish(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
         began, done = time.monotonic(), 0
         for group in request_groups(requests, self._batch):
-            place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
-            on_step = _on_step(job, place)
-            for generated in generate_requests(cascade, group, on_step):
+            place = {"first": done + 1, "last": done + len(group), "of": len(requests)}
+            for generated in generate_requests(cascade, group, _on_step(job, place, began)):
                 _leave_if_cancelled(job)
                 self._save(job, generated)
             done += len(group)
@@ -178,9 +176,8 @@ class JobQueue:
         self._say(f"wrote {path} ({generated.image.width}x{generated.image.height}, seed {generated.request.seed})")
 
 
-def _on_step(job: QueuedJob, place: dict[str, Any]) -> OnStep:
+def _on_step(job: QueuedJob, place: dict[str, int], began: float) -> OnStep:
     """A function that publishes each step and its previews, and raises _CancelledError for a cancelled job."""
-    began = place.pop("began")
 
     def on_step(stage: Stage, step: Step) -> None:
         _leave_if_cancelled(job)

@@ -22,7 +22,8 @@ from cascadekit import Cascade
 from cascadekit.runtime.cascade import PromptEmbeds
 from cascadekit.runtime.text.prompt_weights import parse_weights
 from cascadekit.runtime.text.prompts import EncodedTexts, encode_texts, split
-from cascadekit.runtime.text.tokenizer import END, START, ClipTokenizer, Token
+from cascadekit.runtime.text.tokenizer import ClipTokenizer, Token
+from cascadekit.runtime.text.tokenizer_file import END, START
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
 
