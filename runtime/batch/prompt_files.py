@@ -90,8 +90,8 @@ def _checked(entry: PromptEntry) -> PromptEntry:
     return entry
 
 
-def _lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers.
+def text_lines(content: bytes) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers; a byte order mark before the first is left out.
 
     Lines end as in an editor; Python's splitlines() would also end them at other characters."""
     for number, line in enumerate(io.StringIO(_text(content), newline=None), FIRST_LINE):
@@ -100,13 +100,13 @@ def _lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _txt(content: bytes) -> Iterator[PromptEntry]:
-    for number, line in _lines(content):
+    for number, line in text_lines(content):
         if not line.startswith(COMMENT):
             yield PromptEntry(number, {"prompt": line})
 
 
 def _jsonl(content: bytes) -> Iterator[PromptEntry]:
-    for number, line in _lines(content):
+    for number, line in text_lines(content):
         if len(line) > MAX_PROMPT_LINE:
             yield PromptEntry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
             continue
