@@ -82,7 +82,7 @@ class BucketLog(BatchLog):
         try:
             self._place.put(self.path.read_bytes())
         except CascadeError:
-            if error is None:  # what ended the batch is said before what became of its log
+            if error is None:  # the error that ended the batch says more than one of its log
                 raise
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -209,7 +209,7 @@ def output_state(job: ImageJob) -> OutputState:
     try:
         png = read_png_text(job.path)
         settings = png.settings()
-    except OSError:  # what cannot be read may be whole
+    except OSError:  # a file that cannot be read may be whole
         return OutputState.OTHER
     except ValueError:
         return OutputState.DAMAGED

@@ -120,7 +120,7 @@ class StageActor:
         else:
             yield timed(done, str(self.stage), began)
             return
-        fresh = BatchPiece.unpack(packed)  # what was begun may have changed the noise
+        fresh = BatchPiece.unpack(packed)  # the attempt may have changed the noise of the piece
         for number in range(len(fresh.jobs)):
             yield from self._done(fresh.alone(number).pack())
 

@@ -62,7 +62,7 @@ class ManifestSigner:
 
 @dataclass(frozen=True)
 class ManifestFacts:
-    """What is known of the manifest in an image.
+    """The facts of the manifest in an image.
 
     `state` is "Valid", "Trusted" or "Invalid", as C2PA's own library says, or "not checked" without it."""
 

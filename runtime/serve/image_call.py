@@ -32,7 +32,7 @@ YES, NO = (True, "true", "True", "1"), (False, None, "", "false", "False", "0")
 
 @dataclass(frozen=True)
 class ImageCall:
-    """What a caller asks for. `partials` previews of each image are sent while it is generated, if it is streamed."""
+    """The requests of a caller, and the form of the answer. A streamed answer has `partials` previews of each image."""
 
     requests: tuple[Request, ...]
     format: str = "png"
@@ -52,7 +52,7 @@ class ImageCall:
 
     @property
     def described(self) -> dict[str, str]:
-        """What an answer says about all of its images."""
+        """The fields of an answer that hold for all of its images."""
         return {"size": self.size, "quality": self.quality, "background": "opaque", "output_format": self.format}
 
 

@@ -29,7 +29,7 @@ ENDING = "the server is ending; ask again when it is back"
 
 
 class QueueMetrics:
-    """What a queue reports, here to nobody; `metrics.Metrics` shows it to Prometheus."""
+    """The reports of a queue. This class ignores them; `metrics.Metrics` shows them to Prometheus."""
 
     def watch_queue(self, waiting: Callable[[], float]) -> None:
         """Report what `waiting` returns as the length of the queue."""

@@ -13,7 +13,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics(QueueMetrics):
-    """What one server has done. Every method may be called from any thread."""
+    """The counters of one server. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

@@ -26,7 +26,7 @@ class RowTensor:
     optional: bool = True
 
 
-# The names are those of a request's fields. What is not given has the default of `generate`; a seed is random.
+# The names are those of a request's fields. An input that is not given has the default of `generate`; a seed is random.
 INPUTS: Mapping[str, RowTensor] = {
     "prompt": RowTensor("STRING", optional=False),
     "negative": RowTensor("STRING"),

@@ -1,4 +1,4 @@
-"""What the page can choose: bundles, engines and LoRAs by their names, and the one cascade that is open for a choice.
+"""The choices of the page: bundles, engines and LoRAs by their names, and the one cascade that is open for a choice.
 
 A request of the page names these; it never holds a path. Names are looked up in the folder of bundles and in the list
 of LoRAs that the server was started with.
@@ -31,7 +31,7 @@ Lora = tuple[str, float]  # a LoRA as `--lora` names it, and its strength
 
 @dataclass(frozen=True)
 class Choice:
-    """What a job runs on: a bundle by its name on the page, an engine, and LoRAs as `--lora` names them."""
+    """The bundle, engine and LoRAs of a job: the bundle by its name on the page, LoRAs as `--lora` names them."""
 
     bundle: str
     engine: str = AUTO
