@@ -17,7 +17,7 @@ from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
 from .engines.protocol import F32, Engine, Tensors
 from .images.masks import as_mask
-from .images.pictures import Picture, as_picture, clip_pixels, effnet_input, vqgan_input
+from .images.pictures import Picture, as_picture, clip_pixels, effnet_input, fitted_pixels
 from .images.png import to_images
 from .memory.residency import RESIDENT, MemoryPolicy
 from .networks import Networks
@@ -111,7 +111,7 @@ class CascadeStages:
 
         Raises UsageError when the bundle's vqgan has no encoder."""
         with self.networks.use(Stage.VQGAN, ENCODER_GRAPH) as encode:
-            latents = encode({"images": vqgan_input(as_picture(picture), height, width)})["latents"]
+            latents = encode({"images": fitted_pixels(as_picture(picture), height, width)})["latents"]
         assert self.manifest.vqgan_scale is not None  # every manifest with a vqgan has one
         return np.asarray(latents / self.manifest.vqgan_scale, np.float32)
 

@@ -80,12 +80,6 @@ def cover_box(size: tuple[int, int], width: int, height: int) -> Box:
     return left, top, size[0] - left, size[1] - top
 
 
-def to_pixels(picture: Image.Image) -> F32:
-    """An 8-bit picture to (1, channels, height, width) float32 in 0..1."""
-    pixels = np.atleast_3d(np.asarray(picture)).astype(np.float32) / 255
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
-
-
 def effnet_pixels(images: F32) -> F32:
     """(B, 3, height, width) float32 in 0..1 to the effnet encoder's `pixels`, of the same shape."""
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -97,12 +91,13 @@ def effnet_input(picture: Image.Image, prior_size: tuple[int, int]) -> F32:
 
     The encoder makes a map of (h, w) of these. A 1024x1024 image has 24x24 prior latents and 768x768 pixels here."""
     height, width = (EFFNET_COMPRESSION * side for side in prior_size)
-    return effnet_pixels(to_pixels(fit(picture, width, height)))
+    return effnet_pixels(fitted_pixels(picture, height, width))
 
 
-def vqgan_input(picture: Image.Image, height: int, width: int) -> F32:
-    """The picture as the `images` of the vqgan's encoder: (1, 3, height, width) float32 in 0..1."""
-    return to_pixels(fit(picture, width, height))
+def fitted_pixels(picture: Image.Image, height: int, width: int) -> F32:
+    """An 8-bit picture, fitted, to (1, channels, height, width) float32 in 0..1, as the vqgan's encoder takes it."""
+    pixels = np.atleast_3d(np.asarray(fit(picture, width, height))).astype(np.float32) / 255
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
 
 def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:

@@ -19,7 +19,7 @@ from ...schemas.stages import Stage
 from ...storage.install_hint import install_hint
 from ..engines.protocol import F32
 from ..images.masks import fit_mask, mask_pixels
-from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fit, to_pixels
+from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fitted_pixels
 from ..images.resample import bilinear
 
 Size = tuple[int, int]  # (height, width)
@@ -77,8 +77,7 @@ def canny(given: FilterInputs) -> F32:
 
 def edges(given: FilterInputs) -> F32:
     """A picture that shows edges already, white on black: (1, 1, H, W) float32 in 0..1."""
-    height, width = given.size
-    return to_pixels(fit(given.picture.convert("L"), width, height))
+    return fitted_pixels(given.picture.convert("L"), *given.size)
 
 
 def inpainting(given: FilterInputs) -> F32:
@@ -165,8 +164,7 @@ def summed(residuals: Iterable[Mapping[str, F32]], prior_size: Size) -> dict[str
 
 
 def _pixels(given: FilterInputs) -> F32:
-    height, width = given.size
-    return to_pixels(fit(given.picture, width, height))
+    return fitted_pixels(given.picture, *given.size)
 
 
 def _opencv() -> Any:

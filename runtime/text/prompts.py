@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
 from ..engines.protocol import F32, Run, Tensors
-from .prompt_weights import WeightedText, check_length, parse_weights
+from .prompt_weights import WeightedText, parse_weights
 from .tokenizer import ClipTokenizer, Token, token_rows
 from .tokenizer_file import LENGTH
 
@@ -184,8 +184,6 @@ def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long
 
     Pieces of different weight are tokenized separately, as in every user interface: a weight that starts within a word
     makes two words of it."""
-    if isinstance(text, str):
-        check_length(text)
     parts = parse_weights(text) if weighted and isinstance(text, str) else (WeightedText(text, 1.0),)
     pairs = [(token, index) for index, part in enumerate(parts) for token in tokenizer.split(part.text, name)]
     tokens = [token for token, _ in pairs]

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ...schemas.errors import CheckpointError, UsageError
-from ...schemas.limits import MAX_PROMPT_CHARACTERS
+from .prompt_weights import check_length
 from .tokenizer_file import (
     END,
     LENGTH,
@@ -113,8 +113,8 @@ class ClipTokenizer:
         ]
 
     def _encode(self, text: str, name: str) -> Encoding:
-        if isinstance(text, str) and len(text) > MAX_PROMPT_CHARACTERS:
-            raise UsageError(f"{name}: {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}")
+        if isinstance(text, str):
+            check_length(text)
         try:
             return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:
