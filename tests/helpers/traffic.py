@@ -26,8 +26,8 @@ from PIL import Image
 
 from cascadekit import Cascade
 from cascadekit.runtime.images.png import image_bytes
-from cascadekit.runtime.serve.api_server import EDITS, GENERATIONS
 from cascadekit.runtime.serve.guard import MOST_BODY, MOST_JSON
+from cascadekit.runtime.serve.images_api import EDITS, GENERATIONS
 
 PROMPTS = ("a red circle", "ein Fuchs, flächig", "a blue star")
 SEEDS = (5, 1 << 40)  # of the first image of a call; each call has up to two
