@@ -50,6 +50,8 @@ class CascadeStages:
         `rows` bounds the batch that goes through prior or decoder at once (guidance doubles the batch), and so the
         memory of activations. By default it is 8 rows of a 1024x1024 image, and more rows of smaller images. Images do
         not depend on it, except for rounding: with `rows=1`, an image has the same bytes alone and in any batch."""
+        if rows is not None and rows < 1:
+            raise UsageError(f"rows={rows}: expected at least 1, or None for the default")
         self.engine = engine
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -74,9 +76,11 @@ class CascadeStages:
         see `text.prompts`. Raises UsageError for another number of negative prompts, and for a prompt that is no
         text or too long."""
         prompts, negatives = as_texts(prompt), as_texts(negative)
+        if not prompts:
+            raise UsageError("prompt: expected at least one, found none")
         if len(negatives) == 1:
             negatives *= len(prompts)
-        if not prompts or len(negatives) != len(prompts):
+        if len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         texts = encode_texts(
             [*prompts, *negatives],

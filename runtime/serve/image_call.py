@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
 from ...schemas.messages import shown
@@ -14,7 +12,7 @@ from ...schemas.request import INFORMATION, Request
 from ...schemas.settings import DECODER_SAMPLING, PRIOR_SAMPLING
 from ..batch.picture_hashes import PICTURE_FIELDS
 from ..batch.prompt_requests import counted_requests
-from ..images.pictures import open_picture
+from ..images.pictures import decode, has_alpha, open_picture
 from .image_queue import require_served
 
 MOST_IMAGES, MOST_PARTIALS = 10, 3  # of a call, as at OpenAI
@@ -107,10 +105,10 @@ def edited_pictures(images: Sequence[Path], mask: Path | None) -> dict[str, Any]
 
 def _as_white(mask: Path) -> Path:
     """The path of a mask that is white where `mask` is transparent."""
-    with Image.open(mask) as picture:
-        if not picture.has_transparency_data:
-            return mask
-        alpha = picture.convert("RGBA").getchannel("A")
+    picture = decode(mask)
+    if not has_alpha(picture):
+        return mask
+    alpha = picture.convert("RGBA").getchannel("A")
     white = mask.with_name("white.png")
     alpha.point([255 if value < OPAQUE else 0 for value in range(256)]).save(white)
     return white

@@ -100,10 +100,8 @@ def encode_texts(
     `encode` is the text encoder, from input_ids and attention_mask (n, 77) int64 to prompt_embeds (n, 77, channels) and
     pooled (n, 1, channels) float32. It is called with at most `batch` rows at a time, and once for equal rows.
 
-    Raises UsageError when there are no texts, when one of them is no text, and as `parse_weights` does.
+    Raises UsageError when one of them is no text, and as `parse_weights` does.
     """
-    if isinstance(texts, str) or not texts or batch < 1:
-        raise UsageError(f"expected a list of prompts and a batch of at least 1, found {texts!r:.60}, {batch}")
     chunked, truncated = [], []
     for index, text in enumerate(texts):
         chunks, rest = _chunks(text, f"prompt {index}", tokenizer, weighted, long)

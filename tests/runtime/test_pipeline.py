@@ -96,6 +96,12 @@ def test_long_lists_go_through_in_parts_that_fit(tiny: Path, monkeypatch: pytest
     assert max(batches[Stage.DECODER]) == 3
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_batch_of_no_rows_is_refused(tiny: Path, rows: int) -> None:
+    with pytest.raises(UsageError, match=f"rows={rows}: expected at least 1"):
+        Cascade.open(tiny / "bundle", rows=rows)
+
+
 def test_image_embeddings_change_the_result(cascade: Cascade) -> None:
     embeds = cascade.encode_prompt("x")
     results = [
@@ -133,6 +139,11 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         cascade.generate("x", **{"settings": QUICK, "seed": 0, **call})
+
+
+def test_no_prompt_at_all(cascade: Cascade) -> None:
+    with pytest.raises(UsageError, match="prompt: expected at least one, found none"):
+        cascade.generate([], seed=0, settings=QUICK)
 
 
 def test_latents_of_another_shape(cascade: Cascade) -> None:

@@ -318,12 +318,6 @@ def test_what_is_not_text_is_refused(tokenizer: ClipTokenizer, text: Any, weight
         encode_texts(["a", text], tokenizer, Recorder(), weighted=weighted)
 
 
-@pytest.mark.parametrize(("texts", "batch"), [("bare", 16), ([], 16), (["a"], 0)])
-def test_wrong_calls_are_refused(tokenizer: ClipTokenizer, texts: Any, batch: int) -> None:
-    with pytest.raises(UsageError, match="expected a list of prompts and a batch of at least 1"):
-        encode_texts(texts, tokenizer, Recorder(), batch=batch)
-
-
 # The text encoder.
 
 
