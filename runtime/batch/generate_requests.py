@@ -126,7 +126,12 @@ def text_length(cascade: Cascade, request: Request) -> int:
     if not request.settings.long_prompts:
         return LENGTH
     with suppress(CascadeError):  # reported when the image is generated
-        weighted = request.settings.weighted
-        found = cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
-        return int(found.clip_text.shape[1])
+        return int(encode_requests(cascade, [request]).clip_text.shape[1])
     return 0
+
+
+def encode_requests(cascade: Cascade, requests: Sequence[Request]) -> PromptEmbeds:
+    """The embeddings of requests whose prompts are read in the same way. Raises what `Cascade.encode_prompt` raises."""
+    how = requests[0].settings
+    prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
+    return cascade.encode_prompt(prompts, negatives, weighted=how.weighted, long_prompts=how.long_prompts)

@@ -18,7 +18,7 @@ from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.messages import one_line
 from ...schemas.stages import Stage
 from ..batch.batch_runner import GeneratedGroup
-from ..batch.generate_requests import GeneratedImage, generate_prior, generate_requests
+from ..batch.generate_requests import GeneratedImage, encode_requests, generate_prior, generate_requests
 from ..batch.image_jobs import bundle_identity
 from ..batch.local_groups import Stopwatch, png_files
 from ..cascade import Cascade
@@ -137,10 +137,8 @@ class TextActor(StageActor):
     stage = Stage.TEXT_ENCODER
 
     def work(self, piece: BatchPiece) -> BatchPiece:
-        clock, requests = Stopwatch(), [job.request for job in piece.jobs]
-        how = requests[0].settings
-        prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
-        embeds = self.cascade.encode_prompt(prompts, negatives, weighted=how.weighted, long_prompts=how.long_prompts)
+        clock = Stopwatch()
+        embeds = encode_requests(self.cascade, [job.request for job in piece.jobs])
         clock.lap(Stage.TEXT_ENCODER)
         return replace(piece, made=embeds, seconds=clock.rounded())
 
