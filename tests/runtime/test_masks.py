@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.runtime.images.masks import composite, feathered, fit_mask, latent_mask, mask_pixels, open_mask
+from cascadekit.runtime.images.masks import as_mask, composite, feathered, fit_mask, latent_mask, mask_pixels
 from cascadekit.runtime.images.pictures import fit
 from cascadekit.schemas.errors import UsageError
 
@@ -78,8 +78,9 @@ def test_opening_masks(tmp_path: Path) -> None:
 
     def opened(picture: Image.Image, size: tuple[int, int] = (8, 6)) -> Array:
         picture.save(path)
-        mask = open_mask(path, size)
+        mask = as_mask(path, size)
         assert mask.mode == "L"
+        assert mask.tobytes() == as_mask(picture, size).tobytes()  # a PIL image is read as its file is
         return np.asarray(mask)
 
     expected = np.where(grey >= 128, 255, 0)
@@ -96,7 +97,9 @@ def test_opening_masks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="masks nothing; paint the part to be generated anew white"):
         opened(Image.new("L", (8, 6), 100))
     with pytest.raises(UsageError, match="no such file"):
-        open_mask(tmp_path / "absent.png", (8, 6))
+        as_mask(tmp_path / "absent.png", (8, 6))
+    with pytest.raises(UsageError, match="mask: a mask of 8x6 for a picture of 8x8"):
+        as_mask(Image.fromarray(grey), (8, 8))
 
 
 @pytest.mark.parametrize("feather", [0, 1, 3])
