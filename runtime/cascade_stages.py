@@ -98,7 +98,9 @@ class CascadeStages:
     def encode_images(self, pictures: Sequence[Picture]) -> F32:
         """Embed n image prompts for `prior`, which follows them together: (1, n, 768) float32.
 
-        Raises UsageError when the bundle has no image encoder."""
+        Raises UsageError for no pictures, and when the bundle has no image encoder."""
+        if not pictures:
+            raise UsageError("pictures: expected at least one, found none")
         side = self.networks.size_of(Stage.IMAGE_ENCODER, "pixel_values", axis=2)
         with self.networks.use(Stage.IMAGE_ENCODER) as encode:
             pixels = clip_pixels([as_picture(picture) for picture in pictures], side)

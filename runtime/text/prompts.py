@@ -45,13 +45,23 @@ CACHED_ROWS = 256  # of 77 tokens each; a row takes 400 kB at the width of CLIP 
 class PromptEmbeds:
     """The embeddings of B prompts and their B negative prompts, all float32.
 
-    T is 77 times the number of chunks. The arrays may also come from another text encoder."""
+    T is 77 times the number of chunks. The arrays may also come from another text encoder. Raises UsageError for arrays
+    whose shapes do not fit together."""
 
     clip_text: F32  # (B, T, channels)
     pooled: F32  # (B, 1, channels)
     negative_clip_text: F32  # (B, T, channels)
     negative_pooled: F32  # (B, 1, channels)
     truncated: tuple[str, ...] = ()  # the text that did not fit, of each prompt and then of each negative prompt
+
+    def __post_init__(self) -> None:
+        text, pooled = self.clip_text.shape, self.pooled.shape
+        negative = self.negative_clip_text.shape, self.negative_pooled.shape
+        if (text, pooled) != negative or text[:1] != pooled[:1]:
+            raise UsageError(
+                "embeddings: expected a row for each prompt, and negative ones of the same shapes; "
+                f"found clip_text {text} and pooled {pooled}, negative {negative[0]} and {negative[1]}"
+            )
 
     def __len__(self) -> int:
         return len(self.clip_text)
