@@ -38,10 +38,7 @@ def as_picture(picture: Picture) -> Image.Image:
     """The picture as 8-bit RGB: a path is opened, a PIL image of another mode is converted in the same way.
 
     Raises UsageError as `open_picture` does."""
-    if not isinstance(picture, Image.Image):
-        return open_picture(Path(picture))
-    _require_meaning("picture", picture)
-    return _rgb(eight_bits(picture, "picture"))
+    return _rgb(eight_bits(picture, "picture")) if isinstance(picture, Image.Image) else open_picture(Path(picture))
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -115,7 +112,6 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
             with Image.open(path, formats=_known_formats()) as picture:
                 _require_size(path, picture)
                 check(*picture.size)
-                _require_meaning(str(path), picture)
                 picture.draft(None, _enough(picture.size))  # only JPEGs can; the others ignore it
                 picture.load()
                 ImageOps.exif_transpose(picture, in_place=True)
@@ -172,13 +168,6 @@ def _too_large(path: Path, most: int) -> UsageError:
     return UsageError(f"{path}: expected a picture of at most {most // 10**6} megapixels; make it smaller")
 
 
-def _require_meaning(name: str, picture: Image.Image) -> None:
-    """Raise UsageError for pixels without a fixed colour: floats and L*a*b*."""
-    if picture.mode in ("F", "LAB"):
-        kind = "floats" if picture.mode == "F" else "L*a*b* colours"
-        raise UsageError(f"{name}: a picture of {kind}, which screens show in different ways; save it as a PNG")
-
-
 def _enough(size: tuple[int, int]) -> tuple[int, int]:
     """The smallest size at which a JPEG may be decoded: its own, or halved until it has at most JPEG_PIXELS."""
     width, height = size
@@ -201,7 +190,12 @@ def _converted(picture: Image.Image, mode: str, convert: Callable[[Image.Image],
 
 
 def eight_bits(picture: Image.Image, name: str) -> Image.Image:
-    """A grey picture of 16 bits as one of 8 bits; Pillow may hold the 16 bits as 32."""
+    """A grey picture of 16 bits as one of 8 bits; Pillow may hold the 16 bits as 32.
+
+    Raises UsageError for pixels without a fixed colour: floats, L*a*b* and 32 bits."""
+    if picture.mode in ("F", "LAB"):
+        kind = "floats" if picture.mode == "F" else "L*a*b* colours"
+        raise UsageError(f"{name}: a picture of {kind}, which screens show in different ways; save it as a PNG")
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
 

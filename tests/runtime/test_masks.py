@@ -100,6 +100,8 @@ def test_opening_masks(tmp_path: Path) -> None:
         as_mask(tmp_path / "absent.png", (8, 6))
     with pytest.raises(UsageError, match="mask: a mask of 8x6 for a picture of 8x8"):
         as_mask(Image.fromarray(grey), (8, 8))
+    with pytest.raises(UsageError, match="mask: a picture of floats"):
+        as_mask(Image.fromarray(grey.astype(np.float32)), (8, 6))
 
 
 @pytest.mark.parametrize("feather", [0, 1, 3])
