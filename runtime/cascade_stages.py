@@ -21,7 +21,7 @@ from .images.pictures import Picture, as_picture, clip_pixels, effnet_input, fit
 from .images.png import to_images
 from .memory.residency import RESIDENT, MemoryPolicy
 from .networks import Networks
-from .sampling.controlnets import ControlPicture, control_image, require_control, summed
+from .sampling.controlnets import CONTROLS, ControlPicture, FilterInputs, require_control, summed
 from .sampling.loop import StageConditions, StageSampling, Start, Step, sample_stage
 from .sampling.noise import Noise, Seeds
 from .text.prompts import CachedTextEncoder, PromptEmbeds, as_texts, encode_texts
@@ -225,7 +225,7 @@ class CascadeStages:
         stage = require_control(self.manifest, control.name)[0]
         picture = as_picture(control.picture)
         masked = None if mask is None else as_mask(mask, picture.size)
-        image = control_image(control.name, picture, size, mask=masked, encode=self._effnet)
+        image = CONTROLS[control.name].filter(FilterInputs(picture, size, masked, self._effnet))
         with self.networks.use(stage) as run:
             residuals = run({"control_image": image})
         return {port: residual * np.float32(control.strength) for port, residual in residuals.items()}

@@ -42,14 +42,20 @@ class ControlPicture:
 
 @dataclass(frozen=True)
 class FilterInputs:
-    """The inputs of a filter: an RGB picture, its mask or None, and the effnet encoder or None.
+    """The inputs of a filter: an RGB picture, its mask or None, and the effnet encoder.
 
     `encode` takes `pixels` (B, 3, 32h, 32w) to (B, 16, h, w) float32."""
 
     picture: Image.Image
-    size: Size  # of the control image, in pixels
+    prior_size: Size  # of the prior's latents
     mask: Image.Image | None
-    encode: Callable[[F32], F32] | None
+    encode: Callable[[F32], F32]
+
+    @property
+    def size(self) -> Size:
+        """The size of the control image, in pixels."""
+        height, width = self.prior_size
+        return EFFNET_COMPRESSION * height, EFFNET_COMPRESSION * width
 
 
 Filter = Callable[[FilterInputs], F32]
@@ -57,7 +63,10 @@ Filter = Callable[[FilterInputs], F32]
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet's stage, the filter that makes its control image, and the other stages that the filter runs."""
+    """A ControlNet's stage, the filter that makes its control image, and the other stages that the filter runs.
+
+    A filter returns a batch of one, float32. It raises UsageError without a mask that it needs, and MissingPackageError
+    without OpenCV."""
 
     stage: Stage
     filter: Filter
@@ -91,8 +100,6 @@ def inpainting(given: FilterInputs) -> F32:
 
 def super_resolution(given: FilterInputs) -> F32:
     """Effnet latents of every second pixel, each repeated twice across and down: (1, 16, h, w) float32."""
-    if given.encode is None:
-        raise UsageError("the super_resolution ControlNet takes effnet latents; export the effnet_encoder too")
     half = effnet_pixels(np.ascontiguousarray(_pixels(given)[..., ::HALVES, ::HALVES]))
     return given.encode(half).repeat(HALVES, axis=-2).repeat(HALVES, axis=-1)
 
@@ -131,23 +138,6 @@ def require_control(manifest: Manifest, name: str) -> tuple[Stage, ...]:
             f"ControlNets need the full prior, exported with `{EXPORT_COMMAND}`"
         )
     return needed
-
-
-def control_image(
-    name: str,
-    picture: Image.Image,
-    prior_size: Size,
-    *,
-    mask: Image.Image | None = None,
-    encode: Callable[[F32], F32] | None = None,
-) -> F32:
-    """The `control_image` for the ControlNet called `name`: a batch of one, float32.
-
-    `picture` is RGB; `prior_size` is the (h, w) of the prior's latents. "inpainting" needs `mask`, of the picture's
-    size. "super_resolution" needs `encode`, the effnet encoder. Raises UsageError when one of these is missing, and for
-    "canny" without OpenCV."""
-    height, width = (EFFNET_COMPRESSION * side for side in prior_size)
-    return CONTROLS[name].filter(FilterInputs(picture, (height, width), mask, encode))
 
 
 def summed(residuals: Iterable[Mapping[str, F32]], prior_size: Size) -> dict[str, F32]:

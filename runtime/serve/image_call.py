@@ -16,7 +16,6 @@ from ..images.pictures import decode, has_alpha, open_picture
 from .image_queue import require_served
 
 MOST_IMAGES, MOST_PARTIALS = 10, 3  # of a call, as at OpenAI
-MOST_PIXELS, MOST_STEPS = 4 << 20, 100  # of an image
 
 FORMATS: Mapping[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 QUALITIES: Mapping[str, float] = {"low": 0.5, "standard": 1, "medium": 1, "auto": 1, "hd": 2, "high": 2}  # times steps
@@ -76,7 +75,7 @@ def parse_image_call(
         fields.setdefault(name, max(1, round(usual * QUALITIES[quality])))
     fields |= _size(fields.pop("size", "auto"))
     requests = counted_requests({**fields, **(pictures or {})}, count, manifest)
-    require_served(requests[0], pixels=MOST_PIXELS, steps=MOST_STEPS)
+    require_served(requests[0])
     return ImageCall(
         requests,
         format=format,

@@ -24,6 +24,7 @@ from ..batch.generate_requests import GeneratedImage, generate_requests, request
 from ..cascade import Cascade
 from ..sampling.loop import Step
 
+MOST_PIXELS, MOST_STEPS = 4 << 20, 100  # of an image of one caller
 RECENT = 0.2  # weight of the last batch in the mean time of an image
 ENDING = "the server is ending; ask again when it is back"
 
@@ -241,12 +242,12 @@ def partial_number(partials: int, step: Step) -> int | None:
     return ends.index(step.index + 1) if step.index + 1 in ends else None
 
 
-def require_served(request: Request, *, pixels: int, steps: int) -> None:
-    """Raise UsageError for an image of more `pixels`, or more `steps` of a stage, than one caller may ask for."""
+def require_served(request: Request) -> None:
+    """Raise UsageError for an image of more pixels, or more steps of a stage, than one caller may ask for."""
     settings = request.settings
-    if settings.width * settings.height > pixels:
-        raise UsageError(f"size: {settings.width}x{settings.height}: expected at most {pixels} pixels")
+    if settings.width * settings.height > MOST_PIXELS:
+        raise UsageError(f"size: {settings.width}x{settings.height}: expected at most {MOST_PIXELS} pixels")
     asked = max(settings.prior_steps, settings.decoder_steps)
     asked = max(asked, len(settings.prior_timesteps) - 1, len(settings.decoder_timesteps) - 1)
-    if asked > steps:
-        raise UsageError(f"steps: {asked}: expected at most {steps}")
+    if asked > MOST_STEPS:
+        raise UsageError(f"steps: {asked}: expected at most {MOST_STEPS}")

@@ -28,7 +28,6 @@ class Metrics(QueueMetrics):
         self._waiting = Gauge("waiting_images", "Images in the queue.", **here)
 
     def watch_queue(self, waiting: Callable[[], float]) -> None:
-        """Report what `waiting` returns as the length of the queue."""
         self._waiting.set_function(waiting)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -36,7 +35,6 @@ class Metrics(QueueMetrics):
         self._seconds.labels(route).observe(seconds)
 
     def computed(self, images: int, seconds: float) -> None:
-        """`images` were computed together in `seconds`."""
         self._batches.observe(images)
         self._image_seconds.inc(seconds)
 

@@ -13,7 +13,7 @@ from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
 from ...schemas.request import Request
 from ..batch.prompt_requests import counted_requests
-from ..serve.image_call import MOST_PARTIALS, MOST_PIXELS, MOST_STEPS
+from ..serve.image_call import MOST_PARTIALS
 from ..serve.image_queue import require_served
 
 
@@ -83,7 +83,7 @@ def parse_previews(tensors: Mapping[str, NDArray[Any]]) -> int:
 def _parse_row(given: Mapping[str, Any], manifest: Manifest) -> Request:
     fields = {name: _plain(name, value) for name, value in given.items()}
     (request,) = counted_requests(fields, 1, manifest)
-    require_served(request, pixels=MOST_PIXELS, steps=MOST_STEPS)
+    require_served(request)
     return request
 
 
