@@ -126,7 +126,8 @@ def _choice(fields: dict[str, Any], name: str, allowed: Sequence[Any]) -> Any:
     """Take one of the `allowed` values out of `fields`; the first one without it."""
     given = fields.pop(name, allowed[0])
     if given not in allowed:
-        raise UsageError(f"{name}: {shown(given)}: expected {' or '.join(str(each) for each in allowed)}")
+        words = dict.fromkeys(str(each).lower() for each in allowed if each not in (None, ""))
+        raise UsageError(f"{name}: {shown(given)}: expected {' or '.join(words)}")
     return given
 
 

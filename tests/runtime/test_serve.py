@@ -188,6 +188,8 @@ def test_models_and_health(served: Served) -> None:
         ({"prompt": "a", "prior_steps": 1000}, 400, "at most 100"),
         ({"prompt": "a", "model": "dall-e-3"}, 404, "expected 'example'"),
         ({"prompt": "a", "background": "transparent"}, 400, "background"),
+        ({"prompt": "a", "stream": "yes"}, 400, "stream: 'yes': expected false or 0 or true or 1"),
+        ({"prompt": "a", "quality": "best"}, 400, "expected auto or low or standard or medium or hd or high"),
         ({"prompt": "a", "prior_step": 3}, 400, "prior_steps"),
         ({"prompt": "a", "init_image": "/etc/passwd"}, 400, "cannot be given here"),
         ({"prompt": "\ud800"}, 400, "surrogate"),
