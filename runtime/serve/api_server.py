@@ -93,7 +93,7 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
 
     Raises UsageError when it cannot listen at `options.host` and `options.port`."""
     metrics = Metrics()
-    queue = ImageQueue(cascade, metrics, most_waiting=options.queue, together=options.together)
+    queue = ImageQueue(cascade, options.queue, options.together, metrics)
     api = ImagesApi(cascade, model, queue, metrics, log_prompts=options.log_prompts, sign=options.sign)
     routes = api.routes()
 

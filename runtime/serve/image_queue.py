@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Thread
 from types import TracebackType
@@ -109,30 +109,26 @@ class _NobodyWaitsError(Exception):
     """Raised in the sampling loop when all callers of a batch have left."""
 
 
+@dataclass(eq=False)
 class ImageQueue:
-    """Generates the images of orders in the order of their arrival, as long as the queue's context lasts."""
+    """Generates the images of orders in the order of their arrival, as long as the queue's context lasts.
 
-    def __init__(
-        self,
-        cascade: Cascade,
-        metrics: QueueMetrics | None = None,
-        *,
-        most_waiting: int,
-        together: int | None = None,
-    ) -> None:
-        """At most `most_waiting` images wait; `together` are computed at once (None: as `images_together` returns)."""
-        self._cascade = cascade
-        self._metrics = metrics or QueueMetrics()
-        self._most_waiting = most_waiting
-        self._together = together
-        self._changed = Condition()
-        self._waiting: deque[OrderedImage] = deque()
-        self._seconds = 1.0  # of an image, recently
-        self._closing = False
-        self._thread = Thread(target=self._run, name="images", daemon=True)
-        self._metrics.watch_queue(lambda: float(len(self._waiting)))
+    At most `most_waiting` images wait; `together` are computed at once (None: as `images_together` returns)."""
+
+    cascade: Cascade
+    most_waiting: int
+    together: int | None = None
+    metrics: QueueMetrics = field(default_factory=QueueMetrics)
+    _changed: Condition = field(default_factory=Condition)
+    _waiting: deque[OrderedImage] = field(default_factory=deque)
+    _seconds: float = 1.0  # of an image, recently
+    _closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics.watch_queue(lambda: float(len(self._waiting)))
 
     def __enter__(self) -> Self:
+        self._thread = Thread(target=self._run, name="images", daemon=True)
         self._thread.start()
         return self
 
@@ -146,7 +142,7 @@ class ImageQueue:
     def submit(self, order: Order) -> None:
         """Queue an order. Raises QueueFullError when too many images wait, and when the server ends."""
         with self._changed:
-            if self._closing or len(self._waiting) + len(order.requests) > self._most_waiting:
+            if self._closing or len(self._waiting) + len(order.requests) > self.most_waiting:
                 raise QueueFullError(max(1, math.ceil(len(self._waiting) * self._seconds)))
             self._waiting += [OrderedImage(order, index) for index in range(len(order.requests))]
             self._changed.notify_all()
@@ -171,12 +167,12 @@ class ImageQueue:
         with self._changed:
             _notice_who_left(self._waiting)
             for _ in [image for image in self._waiting if image.order.cancelled]:
-                self._metrics.image("cancelled")
+                self.metrics.image("cancelled")
             self._waiting = deque(image for image in self._waiting if not image.order.cancelled)
             waiting = list(self._waiting)
         alike = [image for image in waiting if image.request.group == waiting[0].request.group]
-        length = partial(text_length, self._cascade)
-        groups = request_groups([image.request for image in alike], self._together, length)
+        length = partial(text_length, self.cascade)
+        groups = request_groups([image.request for image in alike], self.together, length)
         taken = alike[: len(next(groups, []))]
         with self._changed:
             for image in taken:
@@ -190,7 +186,7 @@ class ImageQueue:
         began = time.monotonic()
         try:
             found = generate_requests(
-                self._cascade, [image.request for image in images], lambda stage, step: self._step(images, stage, step)
+                self.cascade, [image.request for image in images], lambda stage, step: self._step(images, stage, step)
             )
         except _NobodyWaitsError:
             for image in images:
@@ -208,13 +204,13 @@ class ImageQueue:
         else:
             seconds = time.monotonic() - began
             self._seconds += RECENT * (seconds / len(images) - self._seconds)
-            self._metrics.computed(len(images), seconds)
+            self.metrics.computed(len(images), seconds)
             for image, generated in zip(images, found, strict=True):
-                self._metrics.image("cancelled" if image.order.cancelled else "done")
+                self.metrics.image("cancelled" if image.order.cancelled else "done")
                 image.order.publish(FinishedImage(image.index, generated))
 
     def _fail(self, image: OrderedImage, message: str, *, expected: bool = True) -> None:
-        self._metrics.image("cancelled" if image.order.cancelled else "failed")
+        self.metrics.image("cancelled" if image.order.cancelled else "failed")
         image.order.publish(FailedImage(image.index, message, expected))
 
     def _step(self, images: Sequence[OrderedImage], stage: Stage, step: Step) -> None:
@@ -222,7 +218,7 @@ class ImageQueue:
         _notice_who_left(images)
         if self._closing or all(image.order.cancelled for image in images):
             raise _NobodyWaitsError
-        shown_stage = Stage.PRIOR if Stage.PREVIEWER in self._cascade.manifest.stages else Stage.DECODER
+        shown_stage = Stage.PRIOR if Stage.PREVIEWER in self.cascade.manifest.stages else Stage.DECODER
         numbers = [partial_number(image.order.partials, step) for image in images]
         if stage is not shown_stage or all(number is None for number in numbers):
             return

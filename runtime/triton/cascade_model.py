@@ -33,7 +33,7 @@ class CascadeModel:
         self._streams: bool = pb_utils.using_decoupled_model_transaction_policy(config)
         folder = Path(args["model_repository"]) / args["model_version"]
         self._cascade = open_cascade(folder, infer, rows=int(config["parameters"]["rows"]["string_value"]))
-        self._queue = ImageQueue(self._cascade, most_waiting=MAX_IMAGES)
+        self._queue = ImageQueue(self._cascade, MAX_IMAGES)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         answers = [(StreamedAnswer if self._streams else CollectedAnswer)(request) for request in requests]
