@@ -85,7 +85,7 @@ def _checked(entry: PromptEntry) -> PromptEntry:
         json.dumps(entry.given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return PromptEntry(entry.line, problem="its text is not UTF-8; save the file in that encoding")
-    except TypeError:  # a column of a table may hold dates or bytes
+    except TypeError:  # the column of a table may hold dates or bytes
         return PromptEntry(entry.line, problem="expected text, numbers and lists; leave other columns out")
     return entry
 

@@ -29,7 +29,7 @@ DESCRIBED = "cascadekit"  # key of the scope under which a route leaves words fo
 LEFT = 499  # the status that the log shows when the client left before the answer, as nginx does
 
 
-# Raised in routes, and no reason for a traceback.
+# Errors of routes that are no reason for a traceback.
 EXPECTED = (ClientDisconnect, ConnectionError, HTTPException, QueueFullError, CascadeError)
 
 
@@ -81,7 +81,7 @@ class Guard:
             self._require_allowed(scope)
             await self.app(scope, _Body(receive, Headers(scope=scope), most), sending)
         except Exception as error:
-            if status == LEFT:  # else the application has answered, and reported the error
+            if status == LEFT:  # otherwise the application has answered, and reported the error
                 await reply_to(error)(scope, receive, sending)
         finally:
             self._record(scope, status, time.monotonic() - began)

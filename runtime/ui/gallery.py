@@ -122,5 +122,5 @@ def _names(odd: list[str]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """The text with a mark in place of bytes that are no text, and of halves of surrogate pairs."""
+    """The text with a mark for each byte that is no text, and for each half of a surrogate pair."""
     return text.encode("utf-8", "replace").decode()

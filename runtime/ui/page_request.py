@@ -17,7 +17,7 @@ from .models import Models
 from .queued_job import PageRequest
 from .uploads import Uploads
 
-MOST_IMAGES = 64  # in one submission, against typing errors
+MOST_IMAGES = 64  # of one submission; more are a typing error
 
 PICTURED = frozenset({"image_prompts", "init_image", "mask"})
 PREVIEWED = (Stage.PRIOR, Stage.DECODER)
@@ -120,4 +120,4 @@ def _can(manifest: Manifest, name: str) -> bool:
         require_control(manifest, name)
     except UsageError:
         return False
-    return name != "canny" or find_spec("cv2") is not None  # without OpenCV there is "edges"
+    return name != "canny" or find_spec("cv2") is not None  # without OpenCV, "edges" takes its place
