@@ -76,11 +76,9 @@ class CascadeStages:
         see `text.prompts`. Raises UsageError for another number of negative prompts, and for a prompt that is no
         text or too long."""
         prompts, negatives = as_texts(prompt), as_texts(negative)
-        if not prompts:
-            raise UsageError("prompt: expected at least one, found none")
         if len(negatives) == 1:
             negatives *= len(prompts)
-        if len(negatives) != len(prompts):
+        if not prompts or len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         texts = encode_texts(
             [*prompts, *negatives],
@@ -98,9 +96,7 @@ class CascadeStages:
     def encode_images(self, pictures: Sequence[Picture]) -> F32:
         """Embed n image prompts for `prior`, which follows them together: (1, n, 768) float32.
 
-        Raises UsageError for no pictures, and when the bundle has no image encoder."""
-        if not pictures:
-            raise UsageError("pictures: expected at least one, found none")
+        Raises UsageError when the bundle has no image encoder."""
         side = self.networks.size_of(Stage.IMAGE_ENCODER, "pixel_values", axis=2)
         with self.networks.use(Stage.IMAGE_ENCODER) as encode:
             pixels = clip_pixels([as_picture(picture) for picture in pictures], side)

@@ -155,11 +155,6 @@ def test_settings_and_what_overrides_them_are_read_alike(cascade: Cascade) -> No
     json.dumps(found)
 
 
-def test_no_prompt_at_all(cascade: Cascade) -> None:
-    with pytest.raises(UsageError, match="prompt: expected at least one, found none"):
-        cascade.generate([], seed=0, settings=QUICK)
-
-
 @pytest.mark.parametrize("change", [
     lambda e: {"pooled": e.pooled[:1]},
     lambda e: {"pooled": e.pooled[:, 0]},
