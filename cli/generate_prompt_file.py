@@ -124,7 +124,7 @@ def _line(outcome: Outcome) -> str | None:
     if outcome.kind == "failed":
         return f"failed: line {job.line}: {in_options(str(outcome.error))}"
     size = f"{job.request.settings.width}x{job.request.settings.height}"
-    copied = f", the same as line {outcome.of.line}" if outcome.of else ""
+    copied = f", the same as line {outcome.source.line}" if outcome.source else ""
     took = f", {sum(outcome.seconds.values()) / outcome.together:.1f} s" if outcome.seconds else ""
     return f"wrote {job.path} ({size}, seed {job.request.seed}{took}{copied})"
 

@@ -62,7 +62,7 @@ def ui(
 
     with _models(bundle, lora_folders, options) as models:
         require_writable(output)
-        require_apart(output / "0000.png", models.paths())
+        require_apart(output / "0000.png", models.bundles.values())
         seen = is_loopback(host) and has_screen()
         show = partial(show_folder, output.absolute()) if seen else None
         shown: dict[str, Any] = {"batch": batch, "open_folder": show, "sign": c2pa, "say": say}

@@ -1,7 +1,7 @@
 """Reads the headers at a path and describes its contents: checkpoints, a LoRA, a bundle, or a generated image."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ class ImageContents:
     def to_json(self) -> dict[str, Any]:
         """The size, the settings and the manifest, as plain values."""
         size = {"path": str(self.path), "width": self.width, "height": self.height}
-        return {**size, "settings": self.settings, "c2pa": self.c2pa and self.c2pa.to_json()}
+        return {**size, "settings": self.settings, "c2pa": self.c2pa and asdict(self.c2pa)}
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ def _picture_kind(path: Path) -> str | None:
 
 def _image_contents(path: Path, kind: str) -> ImageContents:
     """The image at `path`. Raises LayoutError for one without settings of cascadekit."""
-    from ..runtime.images.png_text import METADATA_KEY, read_png_text
+    from ..runtime.images.png_text import read_png_text
     from ..runtime.images.provenance import read_manifest
 
     try:
-        found = read_png_text(path, METADATA_KEY) if kind == "PNG" else _photo_text(path)
+        found = read_png_text(path) if kind == "PNG" else _photo_text(path)
         settings = found.settings()
     except ValueError as error:
         raise LayoutError(f"{path}: a {kind} file that cannot be read: {error}; give another file") from error

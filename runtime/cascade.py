@@ -8,12 +8,11 @@ from __future__ import annotations  # help() shows the types as they are written
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, get_args
 
 from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import UsageError
@@ -177,6 +176,8 @@ class Cascade(CascadeStages):
         check_settings(chosen, varies=init_image is not None)
         if num_images < 1:
             raise UsageError(f"num_images={num_images}: expected at least 1")
+        if output not in get_args(Output):
+            raise UsageError(f"output {output!r}: expected images, latents or prior")
         if after is not None:
             embeds, num_images = after.embeds, 1
         elif (prompt is None) == (embeds is None):
@@ -238,9 +239,8 @@ class Cascade(CascadeStages):
 
     def _settings(self, settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
         require_known("generate", overrides, SETTINGS | signature(Cascade.generate).parameters.keys())
-        if settings is None:
-            return parse_settings(overrides, self.manifest.default_size)
-        return replace(settings, **overrides)
+        given = {} if settings is None else vars(settings)
+        return parse_settings({**given, **overrides}, self.manifest.default_size)
 
     def _starts(
         self, pictures: OpenedPictures, chosen: Settings, *, prior: bool, decoder: bool

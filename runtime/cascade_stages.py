@@ -17,11 +17,11 @@ from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
 from .engines.protocol import F32, Engine, Tensors
 from .images.masks import as_mask
-from .images.pictures import Picture, as_picture, clip_pixels, effnet_input, vqgan_input
+from .images.pictures import Picture, as_picture, clip_pixels, effnet_input, fitted_pixels
 from .images.png import to_images
 from .memory.residency import RESIDENT, MemoryPolicy
 from .networks import Networks
-from .sampling.controlnets import ControlPicture, control_image, require_control, summed
+from .sampling.controlnets import CONTROLS, ControlPicture, FilterInputs, require_control, summed
 from .sampling.loop import StageConditions, StageSampling, Start, Step, sample_stage
 from .sampling.noise import Noise, Seeds
 from .text.prompts import CachedTextEncoder, PromptEmbeds, as_texts, encode_texts
@@ -50,6 +50,8 @@ class CascadeStages:
         `rows` bounds the batch that goes through prior or decoder at once (guidance doubles the batch), and so the
         memory of activations. By default it is 8 rows of a 1024x1024 image, and more rows of smaller images. Images do
         not depend on it, except for rounding: with `rows=1`, an image has the same bytes alone and in any batch."""
+        if rows is not None and rows < 1:
+            raise UsageError(f"rows={rows}: expected at least 1, or None for the default")
         self.engine = engine
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -111,7 +113,7 @@ class CascadeStages:
 
         Raises UsageError when the bundle's vqgan has no encoder."""
         with self.networks.use(Stage.VQGAN, ENCODER_GRAPH) as encode:
-            latents = encode({"images": vqgan_input(as_picture(picture), height, width)})["latents"]
+            latents = encode({"images": fitted_pixels(as_picture(picture), height, width)})["latents"]
         assert self.manifest.vqgan_scale is not None  # every manifest with a vqgan has one
         return np.asarray(latents / self.manifest.vqgan_scale, np.float32)
 
@@ -219,7 +221,7 @@ class CascadeStages:
         stage = require_control(self.manifest, control.name)[0]
         picture = as_picture(control.picture)
         masked = None if mask is None else as_mask(mask, picture.size)
-        image = control_image(control.name, picture, size, mask=masked, encode=self._effnet)
+        image = CONTROLS[control.name].filter(FilterInputs(picture, size, masked, self._effnet))
         with self.networks.use(stage) as run:
             residuals = run({"control_image": image})
         return {port: residual * np.float32(control.strength) for port, residual in residuals.items()}

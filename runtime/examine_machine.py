@@ -101,12 +101,8 @@ def examine() -> Findings:
 def _examine_engines(gpu: Gpu | None, gpu_problem: str) -> Iterator[Finding]:
     for name, engine in ENGINES.items():
         for device in engine.devices if engine.probed else ():
-            if engine.library == "onnxruntime":
-                yield _onnxruntime(name, device)
-            elif engine.library == "openvino":
-                yield _openvino(name, device)
-            elif engine.library == "torch":
-                yield _torch(name, device)
+            if engine.library in PROBES:
+                yield _examine_engine(name, device, engine.library)
             else:
                 yield _tensorrt("tensorrt" if name == "tensorrt" else "tensorrt-rtx", gpu, gpu_problem)
 
@@ -130,40 +126,39 @@ def _seen_by_nvidia_smi() -> Gpu | None:
         return None
 
 
-def _onnxruntime(name: str, device: str) -> Finding:
-    provider = "tensorrt" if name.endswith("tensorrt") else device
-    try:  # the version of the module: of two installs only one is there, whatever their metadata say
-        version = str(import_onnxruntime("cpu").__version__)
-    except EngineError as error:
-        return Finding(name, device, lacking=str(error))
-    return _tried(name, device, version, lambda: why_not(provider))
-
-
-def _openvino(name: str, device: str) -> Finding:
-    def find_problem() -> str:
-        import_openvino().Core()
-        slow = name.endswith("bf16") and not multiplies_bf16()
-        return "this CPU does not multiply bf16: it would be slow" if slow else ""
-
-    return _tried(name, device, installed("openvino"), find_problem)
-
-
-def _torch(name: str, device: str) -> Finding:
-    def find_problem() -> str:
-        require_torch()
-        from .engines.pytorch.device import gpu_problem
-
-        return gpu_problem(device) or ""
-
-    return _tried(name, device, installed("torch"), find_problem)
-
-
-def _tried(name: str, device: str, version: str | None, find_problem: Callable[[], str]) -> Finding:
-    try:
-        problem = find_problem()
+def _examine_engine(name: str, device: str, library: str) -> Finding:
+    version = None
+    try:  # ONNX Runtime's version is that of the module: of two installs only one is there, whatever their metadata say
+        version = str(import_onnxruntime("cpu").__version__) if library == "onnxruntime" else installed(library)
+        problem = PROBES[library](name, device)
     except EngineError as error:
         problem = str(error)
     return Finding(name, device, version, runs=not problem, lacking=problem)
+
+
+def _onnxruntime_problem(name: str, device: str) -> str:
+    return why_not("tensorrt" if name.endswith("tensorrt") else device)
+
+
+def _openvino_problem(name: str, device: str) -> str:
+    import_openvino().Core()
+    slow = name.endswith("bf16") and not multiplies_bf16()
+    return "this CPU does not multiply bf16: it would be slow" if slow else ""
+
+
+def _torch_problem(name: str, device: str) -> str:
+    require_torch()
+    from .engines.pytorch.device import gpu_problem
+
+    return gpu_problem(device) or ""
+
+
+# By library: the reason why an engine cannot run on a device, or "". Each raises EngineError without its library.
+PROBES: Mapping[str, Callable[[str, str], str]] = {
+    "onnxruntime": _onnxruntime_problem,
+    "openvino": _openvino_problem,
+    "torch": _torch_problem,
+}
 
 
 def _tensorrt(backend: Backend, gpu: Gpu | None, gpu_problem: str) -> Finding:

@@ -33,10 +33,14 @@ def check_settings(settings: Settings, *, varies: bool) -> None:
 
 def require_room(images: int, settings: Settings) -> None:
     """Raise UsageError for more `images` than one call may keep in memory."""
-    height, width = latent_sizes(settings.height, settings.width, settings.size_policy).image
-    most = max(1, MAX_PIXELS_TOGETHER // (height * width))
-    if images > most:
-        raise UsageError(f"{images} images of {width}x{height} at once: expected at most {most}; use several calls")
+    if images > (most := most_images(settings)):
+        size = f"{settings.width}x{settings.height}"
+        raise UsageError(f"{images} images of {size} at once: expected at most {most}; use several calls")
+
+
+def most_images(settings: Settings) -> int:
+    """The most images that one call may keep in memory."""
+    return max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
 
 
 def open_pictures(

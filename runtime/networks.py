@@ -70,9 +70,25 @@ class Networks:
     def require_sound(
         self, stage: Stage, rows: NDArray[Any], where: str, *, images: int = 0, varied: bool = True
     ) -> None:
-        """Call `require_sound` below with the bundle's entry of the stage, unless checks are off."""
-        if self.checked:
-            require_sound(stage, self.manifest.stages.get(stage), rows, where, images=images, varied=varied)
+        """Raise UnsoundError when a row of the batch (B, ...) holds NaN or infinity, or, with `varied`, one value only.
+
+        The message names the stage, what was computed (`where`), the images concerned, and the remedy for the precision
+        of the stage. Row `n` belongs to image `n` modulo `images`. Nothing is raised where checks are off."""
+        if not self.checked or not rows.size:
+            return
+        flat = rows.reshape(len(rows), -1)
+        with np.errstate(invalid="ignore"):
+            low, high = flat.min(axis=1), flat.max(axis=1)  # NaN where a row holds any
+        infinite = ~(np.isfinite(low) & np.isfinite(high))
+        constant = (low == high) & varied & (flat.shape[1] > 1)
+        if not (infinite | constant).any():
+            return
+        kind = infinite if infinite.any() else constant
+        found = "NaN or infinity" if infinite.any() else f"{low[np.argmax(constant)]:g} in every place"
+        bad = tuple(sorted({int(row) % images for row in np.flatnonzero(kind)})) if images else ()
+        of = f" for image {', '.join(str(number + 1) for number in bad)} of {images}" if images > 1 else ""
+        remedy = advice(stage, self.manifest.stages.get(stage))
+        raise UnsoundError(f"{stage}{where and ', ' + where}: gave {found}{of}; {remedy}", bad)
 
     def size_of(self, stage: Stage, port: str, axis: int = 1) -> int:
         """The fixed size of an axis of an input port.
@@ -83,29 +99,6 @@ class Networks:
         if axis >= len(dims) or not isinstance(size := dims[axis], int):
             raise EngineError(f"the bundle has no {stage} with an input {port}; export the model again")
         return size
-
-
-def require_sound(
-    stage: Stage, entry: StageEntry | None, rows: NDArray[Any], where: str = "", *, images: int = 0, varied: bool = True
-) -> None:
-    """Raise UnsoundError when a row of the batch (B, ...) holds NaN or infinity, or, with `varied`, one value only.
-
-    The message names the stage, what was computed (`where`), the images concerned, and the remedy for the precision of
-    the stage's `entry`. Row `n` belongs to image `n` modulo `images`."""
-    if not rows.size:
-        return
-    flat = rows.reshape(len(rows), -1)
-    with np.errstate(invalid="ignore"):
-        low, high = flat.min(axis=1), flat.max(axis=1)  # NaN where a row holds any
-    infinite = ~(np.isfinite(low) & np.isfinite(high))
-    constant = (low == high) & varied & (flat.shape[1] > 1)
-    if not (infinite | constant).any():
-        return
-    kind = infinite if infinite.any() else constant
-    found = "NaN or infinity" if infinite.any() else f"{low[np.argmax(constant)]:g} in every place"
-    bad = tuple(sorted({int(row) % images for row in np.flatnonzero(kind)})) if images else ()
-    of = f" for image {', '.join(str(number + 1) for number in bad)} of {images}" if images > 1 else ""
-    raise UnsoundError(f"{stage}{where and ', ' + where}: gave {found}{of}; {advice(stage, entry)}", bad)
 
 
 def require_finite(what: str, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -65,10 +65,11 @@ class BucketLog(BatchLog):
 
     def __init__(self, place: BucketPath) -> None:
         """Continue the log at `place`, or begin it. Raises CascadeError when the bucket does not give it."""
-        self._place, self._due = place, 0.0
-        self._folder = Path(tempfile.mkdtemp(prefix="cascadekit-log-"))
+        self._place, self._due, content = place, 0.0, b""
         with suppress(FileNotFoundError):
-            (self._folder / place.name).write_bytes(place.read_bytes())
+            content = place.read_bytes()
+        self._folder = Path(tempfile.mkdtemp(prefix="cascadekit-log-"))
+        (self._folder / place.name).write_bytes(content)
         super().__init__(self._folder / place.name)
 
     def write(self, event: str, *fields: Mapping[str, Any]) -> None:
@@ -82,7 +83,7 @@ class BucketLog(BatchLog):
         try:
             self._place.put(self.path.read_bytes())
         except CascadeError:
-            if error is None:  # what ended the batch is said before what became of its log
+            if error is None:  # the error that ended the batch says more than one of its log
                 raise
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -28,14 +28,15 @@ OutcomeKind = Literal["generated", "copied", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. `seconds` by stage cover all `together` images that were computed at once. `of` is the job whose
-    image was copied."""
+    """How a job ended. `seconds` by stage cover all `together` images that were computed at once.
+
+    `source` is the job whose image was copied."""
 
     job: ImageJob
     kind: OutcomeKind
     seconds: Mapping[str, float] = field(default_factory=dict)
     together: int = 1
-    of: ImageJob | None = None
+    source: ImageJob | None = None
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Outcome:
             "key": job.key,
             "path": str(job.path),
             "seed": job.request.seed,
-            "of": self.of and self.of.number,
+            "of": self.source and self.source.number,
             "error": self.error,
         }
         timed = {"seconds": self.seconds, "together": self.together} if self.seconds else {}
@@ -121,7 +122,7 @@ class BatchRunner:
     def _copies(self, source: ImageJob, jobs: Sequence[ImageJob], content: bytes) -> Iterator[Outcome]:
         for job in jobs:
             self._save(job, content)
-            yield from self._logged("copied", [Outcome(job, "copied", of=source)])
+            yield from self._logged("copied", [Outcome(job, "copied", source=source)])
 
     def _save(self, job: ImageJob, content: bytes) -> None:
         try:
@@ -134,7 +135,7 @@ class BatchRunner:
                 save_bytes(job.path, content, force=self.force or found is not OutputState.NOTHING)
         except CascadeError as error:
             failed = Outcome(job, "failed", error=str(error))
-            with suppress(CascadeError):  # the log is perhaps on the same disk
+            with suppress(CascadeError):  # the log may be on the same full disk
                 self.log.write("failed", failed.to_json())
             raise CascadeError(f"stopped: {error}, or make room, and run the same command again to continue") from error
 

@@ -178,7 +178,7 @@ def draft_batch(manifest: Manifest, settings: BatchSettings, defaults: Mapping[s
 
 def _require_folder(output: Path) -> None:
     if isinstance(output, BucketPath):
-        output.names()  # keys, bucket and store are there
+        output.names()  # raises without keys, bucket or store
         return
     if output.suffix.lower() in (".png", *FORMATS, *OTHERS) and not output.is_dir():
         raise UsageError(f"{output}: expected a folder for the images; choose another output")

@@ -1,14 +1,14 @@
 """Generates the images of requests, and describes their pictures and LoRAs in the metadata."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from PIL import Image
 
-from ...schemas.errors import UnsoundError
+from ...schemas.errors import CascadeError, UnsoundError
 from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ..cascade import Cascade
@@ -17,7 +17,7 @@ from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep
 from ..sampling.noise import PlacedSeed
 from ..text.prompts import PromptEmbeds
-from ..text.tokenizer import LENGTH
+from ..text.tokenizer_file import LENGTH
 from .picture_hashes import PICTURE_FIELDS, with_hashes
 
 MOST_PIXELS = 4 << 20  # of all images computed together, unless a number is given
@@ -83,10 +83,17 @@ def _shared(shared: Request, requests: Sequence[Request]) -> dict[str, Any]:
     return {
         "seed": [PlacedSeed(request.seed, request.index, request.batch) for request in requests],
         "settings": shared.settings,
-        "image_prompts": [picture.path for picture in shared.image_prompts],
-        "init_image": shared.init_image.path if shared.init_image else None,
-        "mask": shared.mask.path if shared.mask else None,
-        "controls": [ControlPicture(each.name, each.path, each.strength) for each in shared.controls],
+        **given_pictures(shared),
+    }
+
+
+def given_pictures(request: Request) -> dict[str, Any]:
+    """The pictures of a request as arguments of `Cascade.generate`."""
+    return {
+        "image_prompts": [picture.path for picture in request.image_prompts],
+        "init_image": request.init_image.path if request.init_image else None,
+        "mask": request.mask.path if request.mask else None,
+        "controls": [ControlPicture(each.name, each.path, each.strength) for each in request.controls],
     }
 
 
@@ -113,10 +120,18 @@ def images_together(settings: Settings) -> int:
 
 
 def text_length(cascade: Cascade, request: Request) -> int:
-    """The number of rows of the prompt's embeddings. A longer prompt in the same batch would pad them with empty
-    chunks, and the image would differ."""
+    """The number of rows of the prompt's embeddings, 0 for a prompt that cannot be encoded.
+
+    A longer prompt in the same batch would pad them with empty chunks, and the image would differ."""
     if not request.settings.long_prompts:
         return LENGTH
-    weighted = request.settings.weighted
-    found = cascade.encode_prompt(request.prompt, request.negative, weighted=weighted, long_prompts=True)
-    return int(found.clip_text.shape[1])
+    with suppress(CascadeError):  # reported when the image is generated
+        return int(encode_requests(cascade, [request]).clip_text.shape[1])
+    return 0
+
+
+def encode_requests(cascade: Cascade, requests: Sequence[Request]) -> PromptEmbeds:
+    """The embeddings of requests whose prompts are read in the same way. Raises what `Cascade.encode_prompt` raises."""
+    how = requests[0].settings
+    prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
+    return cascade.encode_prompt(prompts, negatives, weighted=how.weighted, long_prompts=how.long_prompts)

@@ -7,17 +7,22 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from ...schemas.limits import MAX_PIXELS_TOGETHER
 from ...schemas.request import Request
 from ...schemas.settings import Settings
 from ...schemas.stages import Stage
 from ..cascade import Cascade
-from ..generate_inputs import check_settings, open_pictures
+from ..generate_inputs import check_settings, most_images, open_pictures
 from ..images.pictures import as_picture
 from ..images.png import Sign, image_paths, remove_preview, require_free_previews, save_numbered, save_png, save_preview
-from ..sampling.controlnets import ControlPicture
 from ..sampling.loop import OnStep, Step
-from .generate_requests import GeneratedImage, generate_requests, images_together, request_groups, text_length
+from .generate_requests import (
+    GeneratedImage,
+    generate_requests,
+    given_pictures,
+    images_together,
+    request_groups,
+    text_length,
+)
 from .picture_hashes import pictures_of
 
 
@@ -80,20 +85,15 @@ def require_possible(
     request = requests[0]
     check_settings(request.settings, varies=request.init_image is not None)
     image_paths(output, len(requests), force=force, sources=[*sources, *pictures_of(requests)])
-    for picture in request.image_prompts:
-        as_picture(picture.path)
-    open_pictures(
-        request.settings,
-        init_image=request.init_image.path if request.init_image else None,
-        mask=request.mask.path if request.mask else None,
-        controls=[ControlPicture(each.name, each.path, each.strength) for each in request.controls],
-    )
+    given = given_pictures(request)
+    for path in given.pop("image_prompts"):
+        as_picture(path)
+    open_pictures(request.settings, **given)
 
 
 def most_together(settings: Settings, batch: int | None = None) -> int:
     """The most images of one size that are generated together: `batch`, or four of 1024x1024."""
-    room = max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
-    return min(batch or images_together(settings), room)
+    return min(batch or images_together(settings), most_images(settings))
 
 
 def with_previews(on_step: OnStep, paths: Sequence[Path], every: int | None) -> OnStep:

@@ -21,7 +21,7 @@ from ...schemas.request import Request, parse_request
 from ...schemas.stages import EVERY_IMAGE, Stage
 from ...storage.bucket import BucketPath
 from ..generate_inputs import check_settings
-from ..images.png_text import BEGINS, METADATA_KEY, read_png_text
+from ..images.png_text import BEGINS, read_png_text
 from ..sampling.controlnets import INPAINTING, require_control
 from ..text.prompt_weights import check_length, parse_weights
 from .file_names import NameTemplate
@@ -207,9 +207,9 @@ def output_state(job: ImageJob) -> OutputState:
     if any(begins) and not BEGINS.startswith(begins):
         return OutputState.OTHER
     try:
-        png = read_png_text(job.path, METADATA_KEY)
+        png = read_png_text(job.path)
         settings = png.settings()
-    except OSError:  # what cannot be read may be whole
+    except OSError:  # a file that cannot be read may be whole
         return OutputState.OTHER
     except ValueError:
         return OutputState.DAMAGED

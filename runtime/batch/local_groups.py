@@ -5,17 +5,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.messages import one_line
-from ...schemas.request import Request
 from ...schemas.stages import Stage
 from ..cascade import Cascade
 from ..images.png import Sign, image_bytes
 from ..sampling.loop import Step
 from .batch_runner import GeneratedGroup
-from .generate_requests import GeneratedImage, generate_requests, text_length
+from .generate_requests import GeneratedImage, encode_requests, generate_requests, text_length
 from .image_jobs import KEY, ImageJob
 from .job_groups import job_groups, windows
 
@@ -60,7 +60,7 @@ class LocalGroups:
         for window in windows(jobs):
             clock = Stopwatch()
             self._encode(window)  # all of them first: the text encoder is loaded once
-            groups = list(job_groups(window, self.together, self._tokens))
+            groups = list(job_groups(window, self.together, partial(text_length, self.cascade)))
             clock.lap(Stage.TEXT_ENCODER)
             for group in groups:
                 self.check()
@@ -71,19 +71,12 @@ class LocalGroups:
         def how(job: ImageJob) -> tuple[bool, bool]:
             return job.request.settings.weighted, job.request.settings.long_prompts
 
-        for (weighted, long), alike in groupby(sorted(jobs, key=how), key=how):
+        for _, alike in groupby(sorted(jobs, key=how), key=how):
             members = list(alike)
             for start in range(0, len(members), PROMPTS_AT_ONCE):
                 self.check()
-                requests = [job.request for job in members[start : start + PROMPTS_AT_ONCE]]
-                prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
                 with suppress(UsageError):  # reported with the image
-                    self.cascade.encode_prompt(prompts, negatives, weighted=weighted, long_prompts=long)
-
-    def _tokens(self, request: Request) -> int:
-        with suppress(UsageError):  # reported when the image is generated
-            return text_length(self.cascade, request)
-        return 0
+                    encode_requests(self.cascade, [job.request for job in members[start : start + PROMPTS_AT_ONCE]])
 
     def _generated(self, group: Sequence[ImageJob], clock: Stopwatch) -> Iterator[GeneratedGroup]:
         """Yield the images of a group. If the group fails, yield the images or the error of each of its jobs alone."""

@@ -1,8 +1,8 @@
 """The pictures of requests and their SHA-256, which shows later whether a picture is still the same."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...schemas.errors import UsageError
 from ...schemas.request import PictureRef, Request
@@ -26,6 +26,16 @@ def with_hashes(request: Request, folder: Path = Path(), relative: Collection[st
             hashed = tuple(_hashed(ref, base) for ref in value) if isinstance(value, tuple) else _hashed(value, base)
             changes[name] = hashed
     return request.model_copy(update=changes)
+
+
+def with_pictures(metadata: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
+    """An image's metadata with what `change` makes of each picture in it."""
+    given = {name: metadata[name] for name in PICTURE_FIELDS if metadata.get(name)}
+    changed = {
+        name: change(value) if isinstance(value, Mapping) else [change(each) for each in value]
+        for name, value in given.items()
+    }
+    return {**metadata, **changed}
 
 
 def pictures_of(requests: Iterable[Request]) -> list[str]:

@@ -85,13 +85,13 @@ def _checked(entry: PromptEntry) -> PromptEntry:
         json.dumps(entry.given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return PromptEntry(entry.line, problem="its text is not UTF-8; save the file in that encoding")
-    except TypeError:  # a column of a table may hold dates or bytes
+    except TypeError:  # the column of a table may hold dates or bytes
         return PromptEntry(entry.line, problem="expected text, numbers and lists; leave other columns out")
     return entry
 
 
-def _lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers.
+def text_lines(content: bytes) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers; a byte order mark before the first is left out.
 
     Lines end as in an editor; Python's splitlines() would also end them at other characters."""
     for number, line in enumerate(io.StringIO(_text(content), newline=None), FIRST_LINE):
@@ -100,13 +100,13 @@ def _lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _txt(content: bytes) -> Iterator[PromptEntry]:
-    for number, line in _lines(content):
+    for number, line in text_lines(content):
         if not line.startswith(COMMENT):
             yield PromptEntry(number, {"prompt": line})
 
 
 def _jsonl(content: bytes) -> Iterator[PromptEntry]:
-    for number, line in _lines(content):
+    for number, line in text_lines(content):
         if len(line) > MAX_PROMPT_LINE:
             yield PromptEntry(number, problem=f"a line of {len(line)} characters; expected at most {MAX_PROMPT_LINE}")
             continue
@@ -127,22 +127,19 @@ def _csv(content: bytes) -> Iterator[PromptEntry]:
     reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
     header: list[str] | None = None
     begins = FIRST_LINE
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield PromptEntry(begins, problem=f"not CSV from here on: {error}")
-            return
-        if cells is None:
-            return
-        if header is None and any(cells):
-            header = [cell.strip() for cell in cells]
-            if "" in header or len(set(header)) < len(header):
-                yield PromptEntry(begins, problem=f"expected a header of different names, found {', '.join(header)}")
-                return
-        elif header is not None and cells:
-            yield _row(begins, header, cells)
-        begins = reader.line_num + 1
+    try:
+        for cells in reader:
+            if header is None and any(cells):
+                header = [cell.strip() for cell in cells]
+                if "" in header or len(set(header)) < len(header):
+                    found = ", ".join(header)
+                    yield PromptEntry(begins, problem=f"expected a header of different names, found {found}")
+                    return
+            elif header is not None and cells:
+                yield _row(begins, header, cells)
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        yield PromptEntry(begins, problem=f"not CSV from here on: {error}")
 
 
 def _row(line: int, header: list[str], cells: list[str]) -> PromptEntry:

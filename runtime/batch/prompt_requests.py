@@ -37,6 +37,19 @@ def prompt_requests(
     return [of_prompt[number // images].model_copy(update=place) for number, place in enumerate(places)]
 
 
+def counted_requests(fields: Mapping[str, Any], count: int, manifest: Manifest) -> tuple[Request, ...]:
+    """Return `count` requests of the same fields, whose seeds count on from the first; that is random if not given.
+
+    Raises UsageError for a request that the bundle cannot generate, and for a seed beyond 64 bits."""
+    first = parse_request({"seed": secrets.randbelow(1 << 32), **fields}, manifest.default_size)
+    if count > 1 and first.batch > 1:
+        raise UsageError("index and batch describe one image; leave them out to generate several")
+    if first.seed + count > 2**64:
+        raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
+    check_request(first, manifest)
+    return tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
+
+
 def _places(seeds: Sequence[int], count: int, fields: Mapping[str, Any]) -> list[dict[str, int]]:
     """Seed, index and batch for each image."""
     if len(seeds) > 1:

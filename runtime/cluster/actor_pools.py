@@ -64,10 +64,10 @@ def fitted_pools(
     fitted = {
         stage: replace(pool, gpus=shares[stage] if pool.gpus is None else pool.gpus) for stage, pool in pools.items()
     }
-    needed = {"CPU": 0.0, "GPU": 0.0}
-    for pool in fitted.values():
-        needed["CPU"] += (pool.size or 1) * pool.cpus
-        needed["GPU"] += (pool.size or 1) * (pool.gpus or 0.0)
+    needed = {
+        "CPU": sum((pool.size or 1) * pool.cpus for pool in fitted.values()),
+        "GPU": sum((pool.size or 1) * (pool.gpus or 0.0) for pool in fitted.values()),
+    }
     for name, number in needed.items():
         if number > cluster.get(name, 0.0) + 1e-6:
             raise UsageError(

@@ -54,7 +54,7 @@ class ClusterGroups:
                 continue
             left.difference_update(job.number for job in piece.jobs)
             self.report.add(piece.busy, perf_counter() - began)
-            yield GeneratedGroup(piece.jobs, piece.files, piece.seconds, piece.error)
+            yield piece
             self.check()
         if left:
             raise EngineError(f"Ray returned no result for {len(left)} images; run the same command again")
@@ -95,8 +95,8 @@ def _length(numbers: "count[int]") -> Callable[[Request], int]:
 
 
 def _reason(error: BaseException) -> CascadeError:
-    """The error of ours that ended the work, or what Ray says."""
-    cause = getattr(error, "cause", None)  # what an actor raised; Ray's error is one of its class with a traceback
+    """The error of cascadekit that ended the work, or Ray's words."""
+    cause = getattr(error, "cause", None)  # the error of an actor; Ray's own is one of its class with a traceback
     if isinstance(cause, CascadeError):
         return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -5,6 +5,7 @@ not at all, as always.
 """
 
 import hashlib
+import os
 import shlex
 import socket
 import subprocess
@@ -18,28 +19,21 @@ from typing import Any, Literal
 from ...schemas.errors import UsageError
 from ...schemas.messages import listed_below
 from ..batch.batch_log import BatchLog, read_log
+from ..batch.prompt_files import COMMENT, text_lines
 
 Ending = Literal["done", "failed", "skipped"]
 
 SHOWN = 20  # problems that a message lists
 FAILED_LINES = 3  # of standard error that are kept of a failed command
 MIB = 1 << 20
-COMMENT = "#"
 
 
-@dataclass(frozen=True)
-class MemoryHint:
-    """The memory of a command: `base` bytes, and `share` of the bytes of the files that it names."""
-
-    base: int
-    share: float = 0.0
-
-
-# Measured peaks are in docs/memory.md (convert and export) and in converters/tensorrt/estimate.py (build).
-HINTS: Mapping[str, MemoryHint] = {
-    "convert": MemoryHint(256 * MIB),
-    "export": MemoryHint(256 * MIB),
-    "build": MemoryHint(512 * MIB, share=1.33),
+# The memory of a command: bytes, and a share of the bytes of the files that it names. Measured peaks are in
+# docs/memory.md (convert and export) and in converters/tensorrt/estimate.py (build).
+HINTS: Mapping[str, tuple[int, float]] = {
+    "convert": (256 * MIB, 0),
+    "export": (256 * MIB, 0),
+    "build": (512 * MIB, 1.33),
 }
 
 
@@ -54,7 +48,7 @@ class CommandTask:
     @property
     def key(self) -> str:
         """The key by which the log knows the command."""
-        return hashlib.sha256("\0".join(self.words).encode()).hexdigest()
+        return hashlib.sha256(os.fsencode("\0".join(self.words))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,12 +72,12 @@ def read_commands(path: Path) -> list[CommandTask]:
 
     Raises UsageError for a file that cannot be read, and for all lines that are no convert, export or build."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UsageError(f"{path}: the commands cannot be read: {error}; give a text file, a command a line") from error
     tasks, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith(COMMENT):
+    for number, line in text_lines(content):
+        if line.startswith(COMMENT):
             continue
         try:
             tasks.append(_task(number, shlex.split(line)))
@@ -101,9 +95,9 @@ def _task(number: int, words: Sequence[str]) -> CommandTask:
     words = words[1:] if words[:1] == ["cascadekit"] else words
     if not words or words[0] not in HINTS:
         raise ValueError(f"expected {', '.join(HINTS)}, found {words[0] if words else 'nothing'}")
-    hint = HINTS[words[0]]
-    nbytes = sum(_bytes(Path(word)) for word in words[1:]) if hint.share else 0
-    return CommandTask(number, tuple(words), hint.base + int(nbytes * hint.share))
+    base, share = HINTS[words[0]]
+    nbytes = sum(_bytes(Path(word)) for word in words[1:]) if share else 0
+    return CommandTask(number, tuple(words), base + int(nbytes * share))
 
 
 def _bytes(path: Path) -> int:

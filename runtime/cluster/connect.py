@@ -22,10 +22,10 @@ LOCAL = "local"
 PATIENCE = 5.0  # seconds for a first connection to the address
 TOKEN_PLACES = "into $RAY_AUTH_TOKEN, or into ~/.ray/auth_token"
 STDERR = 2  # its file descriptor
-LEAST_CPUS = 2  # that a cluster of our own says it has: an actor of each stage must find room
-STORE_BYTES, LEAST_STORE_BYTES = 1 << 30, 80 << 20  # of the object store of a cluster of our own
+LEAST_CPUS = 2  # that a cluster started here says it has: an actor of each stage must find room
+STORE_BYTES, LEAST_STORE_BYTES = 1 << 30, 80 << 20  # of the object store of a cluster started here
 LONGEST = 300  # characters of a message
-STORE_SHARE = 4  # of the free memory one part in so many
+STORE_SHARE = 4  # the object store takes one part in so many of the free memory
 # Ray's C++ parts write lines about themselves to standard error, unless only fatal ones are asked for.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
@@ -69,8 +69,8 @@ def connected(address: str, say: Say = ignored) -> Iterator[Any]:
         ray.shutdown()
         raise _refusal(ray, address, error) from error
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises, with tracebacks
-    # It warns of batches with fewer images than actors or tasks, and advises an option of its own.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # ray.data logs what it raises, with tracebacks
+    # Ray warns of batches with fewer images than actors or tasks, and advises an option of its own.
     warnings.filterwarnings("ignore", "The (min|max)imum number of concurrent", UserWarning, r"ray\.data\.")
     try:
         yield ray
@@ -96,7 +96,7 @@ def _prepare_to_join(ray: Any, address: str) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Ray's C++ parts write lines about their log and each try to connect; what ends a connection is raised."""
+    """Hide the lines that Ray's C++ parts write about their log and each try to connect. Failures are raised anyway."""
     kept, nothing = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, STDERR)
     try:
@@ -122,7 +122,7 @@ def _pass_on_messages(ray: Any, say: Say) -> None:
 
 
 def store_bytes() -> int:
-    """The size of the object store of a cluster that is started here: what is on its way between the stages."""
+    """The size of the object store of a cluster started here. It holds what is on its way between the stages."""
     free = free_memory()
     return STORE_BYTES if free is None else max(LEAST_STORE_BYTES, min(STORE_BYTES, free // STORE_SHARE))
 

@@ -8,7 +8,7 @@ import os
 import pickle
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.messages import one_line
 from ...schemas.stages import Stage
-from ..batch.generate_requests import GeneratedImage, generate_prior, generate_requests
-from ..batch.image_jobs import ImageJob, bundle_identity
+from ..batch.batch_runner import GeneratedGroup
+from ..batch.generate_requests import GeneratedImage, encode_requests, generate_prior, generate_requests
+from ..batch.image_jobs import bundle_identity
 from ..batch.local_groups import Stopwatch, png_files
 from ..cascade import Cascade
 from ..result import Result
@@ -49,16 +50,12 @@ class ClusterBundle:
 
 
 @dataclass(frozen=True)
-class BatchPiece:
-    """Jobs whose images are computed together, and what the last stage made of them, or their error."""
+class BatchPiece(GeneratedGroup):
+    """A group in work: what the last stage made of its jobs, and the time that each stage worked for it."""
 
-    jobs: Sequence[ImageJob]
     made: PromptEmbeds | Result | None = None
     images: Sequence[GeneratedImage] = ()
-    files: Sequence[bytes] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
     busy: tuple[BusyTime, ...] = ()
-    error: str | None = None
 
     def alone(self, number: int) -> "BatchPiece":
         """The piece for job `number` alone."""
@@ -123,7 +120,7 @@ class StageActor:
         else:
             yield timed(done, str(self.stage), began)
             return
-        fresh = BatchPiece.unpack(packed)  # what was begun may have changed the noise
+        fresh = BatchPiece.unpack(packed)  # the attempt may have changed the noise of the piece
         for number in range(len(fresh.jobs)):
             yield from self._done(fresh.alone(number).pack())
 
@@ -140,10 +137,8 @@ class TextActor(StageActor):
     stage = Stage.TEXT_ENCODER
 
     def work(self, piece: BatchPiece) -> BatchPiece:
-        clock, requests = Stopwatch(), [job.request for job in piece.jobs]
-        how = requests[0].settings
-        prompts, negatives = [each.prompt for each in requests], [each.negative for each in requests]
-        embeds = self.cascade.encode_prompt(prompts, negatives, weighted=how.weighted, long_prompts=how.long_prompts)
+        clock = Stopwatch()
+        embeds = encode_requests(self.cascade, [job.request for job in piece.jobs])
         clock.lap(Stage.TEXT_ENCODER)
         return replace(piece, made=embeds, seconds=clock.rounded())
 

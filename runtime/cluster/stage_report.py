@@ -31,8 +31,9 @@ class StageReport:
             self._images[each.stage] += each.images
 
     def to_json(self) -> dict[str, dict[str, float]]:
-        """By stage: its images, workers, their busy seconds together, images a second while busy, and utilisation,
-        which is the busy share of the time of all workers, their start included."""
+        """By stage: images, workers, the sum of their busy seconds, images a busy second, and utilisation.
+
+        Utilisation is the busy share of the time of all workers, their start included."""
         return {
             stage: {
                 "images": self._images[stage],

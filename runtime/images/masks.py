@@ -16,7 +16,7 @@ from PIL import Image
 
 from ...schemas.errors import UsageError
 from ..engines.protocol import F32
-from .pictures import Picture, cover_box, decode, has_alpha, strips
+from .pictures import Picture, cover_box, decode, eight_bits, has_alpha, strips
 
 HALF = 128  # the darkest grey that is masked
 SAME_SHAPE = 0.01  # how far the proportions of mask and picture may differ
@@ -25,32 +25,31 @@ Edges = list[Fraction]
 
 
 def as_mask(mask: Picture, size: tuple[int, int]) -> Image.Image:
-    """The mask in mode L: a path is opened with `open_mask` for a picture of `size`, a PIL image is converted."""
-    return mask.convert("L") if isinstance(mask, Image.Image) else open_mask(Path(mask), size)
+    """The mask for a picture of `size` (width, height): mode L, 255 where the image is generated anew.
 
+    In a mask with transparent pixels, pixels that are at least half opaque are masked, whatever their colour. In any
+    other mask, pixels that are at least half white are masked. The mask is scaled to `size`.
 
-def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The mask in a file, for a picture of `size` (width, height): mode L, 255 where the image is generated anew.
-
-    In a file with transparent pixels, pixels that are at least half opaque are masked, whatever their colour. In any
-    other file, pixels that are at least half white are masked. The mask is scaled to `size`.
-
-    Raises UsageError for a file that `open_picture` refuses, for other proportions than the picture's, and for an empty
+    Raises UsageError for a mask that `as_picture` refuses, for other proportions than the picture's, and for an empty
     mask."""
-    stored = decode(path, lambda *found: _require_shape(path, size, found, found[::-1]))  # EXIF may turn it
-    _require_shape(path, size, stored.size)
+    if isinstance(mask, Image.Image):
+        name, stored = "mask", eight_bits(mask, "mask")
+    else:
+        name = str(mask)
+        stored = decode(Path(mask), lambda *found: _require_shape(name, size, found, found[::-1]))  # EXIF may turn it
+    _require_shape(name, size, stored.size)
     masked = _masked_in(stored)
     if not masked.any():
-        raise UsageError(f"{path}: masks nothing; paint the part to be generated anew white, and the rest black")
+        raise UsageError(f"{name}: masks nothing; paint the part to be generated anew white, and the rest black")
     edges = [_edges(side, cells) for side, cells in zip(stored.size, size, strict=True)]
     return _to_mask(_touched(masked, edges[1], edges[0]))
 
 
-def _require_shape(path: Path, size: tuple[int, int], *found: tuple[int, int]) -> None:
+def _require_shape(name: str, size: tuple[int, int], *found: tuple[int, int]) -> None:
     """Raise UsageError unless one of the sizes found has the proportions of `size`."""
     if not any(abs(math.log(width / height * size[1] / size[0])) <= SAME_SHAPE for width, height in found):
         raise UsageError(
-            f"{path}: a mask of {found[0][0]}x{found[0][1]} for a picture of {size[0]}x{size[1]}; "
+            f"{name}: a mask of {found[0][0]}x{found[0][1]} for a picture of {size[0]}x{size[1]}; "
             "make it of the picture's size"
         )
 
@@ -95,10 +94,7 @@ def composite(original: Image.Image, generated: Image.Image, mask: Image.Image, 
     """Put `generated` into `original` where the mask is; all three have one size, the first two are RGB.
 
     At 2 * `feather` pixels from the mask and beyond, the result equals `original` bit for bit; nearer, the two are
-    blended. Raises UsageError for different sizes."""
-    if not original.size == generated.size == mask.size:
-        sizes = ", ".join(f"{each.width}x{each.height}" for each in (original, generated, mask))
-        raise UsageError(f"original, generated image and mask of {sizes}: expected one size")
+    blended."""
     share = feathered(mask, feather)[..., None]
     old, new = (np.asarray(picture, np.float32) for picture in (original, generated))
     return Image.fromarray((old + (new - old) * share).round().astype(np.uint8))

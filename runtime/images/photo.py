@@ -1,5 +1,6 @@
 """Images as JPEG and WebP, with the settings that generated them as a comment in their EXIF data."""
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from warnings import catch_warnings
 from PIL import ExifTags, Image
 
 from ...schemas.errors import UsageError
-from ...schemas.json_text import dump_json
 from ...schemas.limits import MAX_SETTINGS
 from .png_text import ImageText
 
@@ -33,7 +33,7 @@ def write_photo(file: IO[bytes], path: Path, image: Image.Image, settings: Mappi
     """Write `image` into `file` in the format of the name of `path`. Raises UsageError for too long settings."""
     kind, options = FORMATS[path.suffix.lower()]
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] = ASCII + MARK + _ascii(dump_json(settings))
+    exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] = ASCII + MARK + json.dumps(settings).encode("ascii")
     content = exif.tobytes()
     if len(content) > MOST_EXIF_BYTES:
         raise UsageError(
@@ -67,13 +67,3 @@ def read_photo_text(path: Path) -> ImageText:
     if len(content) > MAX_SETTINGS:
         raise ValueError(f"settings of {len(content)} bytes; expected at most {MAX_SETTINGS}")
     return ImageText(*size, content[len(ASCII + MARK) :].decode("ascii"))
-
-
-def _ascii(text: str) -> bytes:
-    r"""JSON text with every other character as \uXXXX, in UTF-16 as JSON has it."""
-    return "".join(char if char.isascii() else _escaped(char) for char in text).encode("ascii")
-
-
-def _escaped(char: str) -> str:
-    units = struct.unpack(f">{len(char.encode('utf-16-be')) // 2}H", char.encode("utf-16-be"))
-    return "".join(f"\\u{unit:04x}" for unit in units)

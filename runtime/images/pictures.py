@@ -47,7 +47,7 @@ def as_picture(picture: Picture) -> Image.Image:
     """The picture as 8-bit RGB: a path is opened, a PIL image of another mode is converted in the same way.
 
     Raises UsageError as `open_picture` does."""
-    return _rgb(_eight_bits(picture, "picture")) if isinstance(picture, Image.Image) else open_picture(Path(picture))
+    return _rgb(eight_bits(picture, "picture")) if isinstance(picture, Image.Image) else open_picture(Path(picture))
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -90,12 +90,6 @@ def cover_box(size: tuple[int, int], width: int, height: int) -> Box:
     return Box(left, top, size[0] - left, size[1] - top)
 
 
-def to_pixels(picture: Image.Image) -> F32:
-    """An 8-bit picture to (1, channels, height, width) float32 in 0..1."""
-    pixels = np.atleast_3d(np.asarray(picture)).astype(np.float32) / 255
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
-
-
 def effnet_pixels(images: F32) -> F32:
     """(B, 3, height, width) float32 in 0..1 to the effnet encoder's `pixels`, of the same shape."""
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -107,12 +101,13 @@ def effnet_input(picture: Image.Image, prior_size: tuple[int, int]) -> F32:
 
     The encoder makes a map of (h, w) of these. A 1024x1024 image has 24x24 prior latents and 768x768 pixels here."""
     height, width = (EFFNET_COMPRESSION * side for side in prior_size)
-    return effnet_pixels(to_pixels(fit(picture, width, height)))
+    return effnet_pixels(fitted_pixels(picture, height, width))
 
 
-def vqgan_input(picture: Image.Image, height: int, width: int) -> F32:
-    """The picture as the `images` of the vqgan's encoder: (1, 3, height, width) float32 in 0..1."""
-    return to_pixels(fit(picture, width, height))
+def fitted_pixels(picture: Image.Image, height: int, width: int) -> F32:
+    """An 8-bit picture, fitted, to (1, channels, height, width) float32 in 0..1, as the vqgan's encoder takes it."""
+    pixels = np.atleast_3d(np.asarray(fit(picture, width, height))).astype(np.float32) / 255
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
 
 def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:
@@ -127,7 +122,6 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
             with Image.open(path, formats=_known_formats()) as picture:
                 _require_size(path, picture)
                 check(*picture.size)
-                _require_meaning(path, picture)
                 picture.draft(None, _enough(picture.size))  # only JPEGs can; the others ignore it
                 picture.load()
                 ImageOps.exif_transpose(picture, in_place=True)
@@ -140,7 +134,7 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
     except Exception as error:  # decoders raise any exception on damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: the picture cannot be decoded: {reason}; save it again, or give another") from error
-    return _eight_bits(picture, str(path))
+    return eight_bits(picture, str(path))
 
 
 def require_picture_file(path: Path) -> None:
@@ -184,13 +178,6 @@ def _too_large(path: Path, most: int) -> UsageError:
     return UsageError(f"{path}: expected a picture of at most {most // 10**6} megapixels; make it smaller")
 
 
-def _require_meaning(path: Path, picture: Image.Image) -> None:
-    """Raise UsageError for pixels without a fixed colour: floats and L*a*b*."""
-    if picture.mode in ("F", "LAB"):
-        kind = "floats" if picture.mode == "F" else "L*a*b* colours"
-        raise UsageError(f"{path}: a picture of {kind}, which screens show in different ways; save it as a PNG")
-
-
 def _enough(size: tuple[int, int]) -> tuple[int, int]:
     """The smallest size at which a JPEG may be decoded: its own, or halved until it has at most JPEG_PIXELS."""
     width, height = size
@@ -212,8 +199,13 @@ def _converted(picture: Image.Image, mode: str, convert: Callable[[Image.Image],
     return made
 
 
-def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
-    """A grey picture of 16 bits as one of 8 bits; Pillow may hold the 16 bits as 32."""
+def eight_bits(picture: Image.Image, name: str) -> Image.Image:
+    """A grey picture of 16 bits as one of 8 bits; Pillow may hold the 16 bits as 32.
+
+    Raises UsageError for pixels without a fixed colour: floats, L*a*b* and 32 bits."""
+    if picture.mode in ("F", "LAB"):
+        kind = "floats" if picture.mode == "F" else "L*a*b* colours"
+        raise UsageError(f"{name}: a picture of {kind}, which screens show in different ways; save it as a PNG")
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
 

@@ -8,7 +8,6 @@ from __future__ import annotations  # help() shows the types as they are written
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -42,45 +41,39 @@ def to_images(pixels: F32) -> list[Image.Image]:
 def save_png(
     path: Path, image: Image.Image, settings: Mapping[str, Any], *, force: bool = True, sign: Sign | None = None
 ) -> None:
-    """Write `image` with `settings` as JSON in its text chunk "cascadekit"; `photo.write_photo` writes other formats.
-
-    `sign` signs the file, see `provenance`. Without `force` no file is replaced, even one that has just appeared.
-    Raises UsageError when the file cannot be written, or exists without `force`."""
-    _save(path, partial(write_image, path=path, image=image, settings=settings, sign=sign), force=force)
+    """Write the bytes of `image_bytes` as `save_bytes` does."""
+    save_bytes(path, image_bytes(path, image, settings, sign), force=force)
 
 
 def save_bytes(path: Path, content: bytes, *, force: bool = True) -> None:
-    """Write the bytes of an image, as `image_bytes` makes them, on the terms of `save_png`."""
-    _save(path, lambda file: file.write(content), force=force)
+    """Write the bytes of an image. Without `force` no file is replaced, even one that has just appeared.
+
+    Raises UsageError when the file cannot be written, or exists without `force`."""
+    with _unplaced(path, content) as scratch:
+        if force:
+            scratch.replace(path)
+        elif not claim(scratch, path):
+            raise UsageError(f"{path}: exists, another process has just written it; choose another output")
 
 
 def image_bytes(path: Path, image: Image.Image, settings: Mapping[str, Any], sign: Sign | None = None) -> bytes:
-    """The bytes that `save_png` writes to `path`."""
+    """The bytes of a file with `image` and its settings, in the format that the name of `path` ends in.
+
+    A PNG has the settings as JSON in its text chunk "cascadekit"; see `photo.write_photo` for the others. `sign` signs
+    the file, see `provenance`."""
     file = BytesIO()
-    write_image(file, path, image, settings, sign)
-    return file.getvalue()
-
-
-def write_image(
-    file: IO[bytes], path: Path, image: Image.Image, settings: Mapping[str, Any], sign: Sign | None = None
-) -> None:
-    """Write `image` with `settings` into `file`, in the format that the name of `path` ends in; `sign` signs it."""
-    if sign is not None:
-        file.write(sign(image_bytes(path, image, settings), path, settings))
-        return
     if path.suffix.lower() in FORMATS:
         write_photo(file, path, image, settings)
-        return
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(METADATA_KEY, dump_json(settings))
-    image.save(file, format="PNG", pnginfo=info)
+    else:
+        _write_png(file, image, METADATA_KEY, dump_json(settings))
+    return file.getvalue() if sign is None else sign(file.getvalue(), path, settings)
 
 
 def save_numbered(path: Path, image: Image.Image, settings: Mapping[str, Any], *, sign: Sign | None = None) -> Path:
     """Write `image` as `save_png` does, and return its path: `path`, or the next free number if that one was taken.
 
     Raises UsageError when the file cannot be written."""
-    with _unplaced(path, partial(write_image, path=path, image=image, settings=settings, sign=sign)) as scratch:
+    with _unplaced(path, image_bytes(path, image, settings, sign)) as scratch:
         while not claim(scratch, path):
             path = path.with_name(f"{int(path.stem) + 1:04d}.png")
     return path
@@ -93,11 +86,9 @@ def preview_path(path: Path) -> Path:
 
 def save_preview(path: Path, image: Image.Image) -> None:
     """Write `image` as a preview of the image that will be at `path`. Raises OSError when it cannot be written."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PREVIEW_KEY, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(preview_path(path)) as file:
-        image.save(file, format="PNG", pnginfo=info)
+        _write_png(file, image, PREVIEW_KEY, path.name)
 
 
 def remove_preview(path: Path) -> None:
@@ -121,21 +112,19 @@ def _is_preview(path: Path) -> bool:
         return False
 
 
-def _save(path: Path, write: Callable[[IO[bytes]], object], *, force: bool) -> None:
-    with _unplaced(path, write) as scratch:
-        if force:
-            scratch.replace(path)
-        elif not claim(scratch, path):
-            raise UsageError(f"{path}: exists, another process has just written it; choose another output")
+def _write_png(file: IO[bytes], image: Image.Image, key: str, text: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(key, text)
+    image.save(file, format="PNG", pnginfo=info)
 
 
 @contextmanager
-def _unplaced(path: Path, write: Callable[[IO[bytes]], object]) -> Iterator[Path]:
+def _unplaced(path: Path, content: bytes) -> Iterator[Path]:
     """Write an image to a hidden file beside `path`; the caller gives that file its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unplaced_file(path) as (file, scratch):
-            write(file)
+            file.write(content)
             finish(file)
             yield scratch
     except OSError as error:
@@ -147,7 +136,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, JPEG or WebP, or its settings are no
     JSON."""
-    return (read_photo_text(path) if is_photo(path) else read_png_text(path, METADATA_KEY)).settings()
+    return (read_photo_text(path) if is_photo(path) else read_png_text(path)).settings()
 
 
 def require_settings(path: Path) -> dict[str, Any]:

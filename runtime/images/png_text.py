@@ -16,8 +16,6 @@ from ...schemas.limits import MAX_SETTINGS
 BEGINS, ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 MOST_CHUNKS = 1000  # before the pixels; programs write about ten
 HEADER, PIXELS, PLAIN, DEFLATED, INTERNATIONAL = b"IHDR", b"IDAT", b"tEXt", b"zTXt", b"iTXt"
-
-
 METADATA_KEY = "cascadekit"  # of the text with the settings that generated an image
 
 
@@ -38,11 +36,11 @@ class ImageText:
         return found if isinstance(found, dict) else None
 
 
-def read_png_text(path: Path, keyword: str) -> ImageText:
-    """The last text with that keyword before the pixels.
+def read_png_text(path: Path) -> ImageText:
+    """The size, and the last text with the keyword METADATA_KEY before the pixels.
 
     Raises OSError when the file cannot be read, ValueError when it is no PNG, or the text is damaged or too long."""
-    key = keyword.encode("latin-1")
+    key = METADATA_KEY.encode()
     size: tuple[int, int] | None = None
     text = None
     with path.open("rb") as file:
@@ -107,21 +105,12 @@ def _inflated(content: bytes) -> bytes:
     return found
 
 
-def _deflated(content: bytes) -> str:
-    return _inflated(content[1:]).decode("latin-1")
-
-
 def _international(content: bytes) -> str:
     """An iTXt chunk: compression flag and method, language, the keyword's translation, then the text in UTF-8."""
-    packed, (_, _, text) = content[:1], _three(content[2:])
-    return (_inflated(text) if packed == b"\1" else text).decode("utf-8")
-
-
-def _three(content: bytes) -> list[bytes]:
-    parts = content.split(b"\0", 2)
+    packed, parts = content[:1], content[2:].split(b"\0", 2)
     if len(parts) < 3:
         raise ValueError("its text is cut short")
-    return parts
+    return (_inflated(parts[2]) if packed == b"\1" else parts[2]).decode("utf-8")
 
 
 def _ends(file: BinaryIO) -> bool:
@@ -129,8 +118,8 @@ def _ends(file: BinaryIO) -> bool:
     return file.read() == ENDS
 
 
-def _plain(content: bytes) -> str:
-    return content.decode("latin-1")
-
-
-READERS: Mapping[bytes, Callable[[bytes], str]] = {PLAIN: _plain, DEFLATED: _deflated, INTERNATIONAL: _international}
+READERS: Mapping[bytes, Callable[[bytes], str]] = {
+    PLAIN: lambda content: content.decode("latin-1"),
+    DEFLATED: lambda content: _inflated(content[1:]).decode("latin-1"),
+    INTERNATIONAL: _international,
+}

@@ -70,9 +70,6 @@ class ManifestFacts:
     signer: str | None = None
     problems: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return {"state": self.state, "signer": self.signer, "problems": list(self.problems)}
-
 
 def open_signer(path: Path) -> ManifestSigner:
     """A signer with the certificate chain and the private key in the PEM file at `path`.
@@ -81,7 +78,7 @@ def open_signer(path: Path) -> ManifestSigner:
     MissingPackageError without c2pa-python."""
     try:
         import c2pa  # noqa: F401
-        from cryptography.hazmat.primitives.serialization import Encoding
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
         from PIL import Image
     except ImportError as error:
         reraise_interrupt(error)
@@ -95,7 +92,8 @@ def open_signer(path: Path) -> ManifestSigner:
     if certificates[0].public_key() != key.public_key():
         raise UsageError(f"{path}: the key is not that of its first certificate; put the signer's certificate first")
     chain = b"".join(each.public_bytes(Encoding.PEM) for each in certificates)
-    signer = ManifestSigner(chain, _pem(key), _algorithm(path, key))
+    private = bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    signer = ManifestSigner(chain, private, _algorithm(path, key))
     trial = io.BytesIO()
     Image.new("RGB", (8, 8)).save(trial, "PNG")
     try:
@@ -164,12 +162,6 @@ def _key(path: Path, text: bytes) -> Any:
         raise UsageError(f"{path}: its key has a password; give a file whose key has none") from error
     except ValueError as error:
         raise UsageError(f"{path}: no private key in PEM form: {error}; expected it after the certificates") from error
-
-
-def _pem(key: Any) -> bytes:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    return bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def _algorithm(path: Path, key: Any) -> str:

@@ -19,7 +19,7 @@ from ...schemas.stages import Stage
 from ...storage.install_hint import install_hint
 from ..engines.protocol import F32
 from ..images.masks import fit_mask, mask_pixels
-from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fit, to_pixels
+from ..images.pictures import EFFNET_COMPRESSION, Picture, effnet_pixels, fitted_pixels
 from ..images.resample import bilinear
 
 Size = tuple[int, int]  # (height, width)
@@ -46,14 +46,20 @@ class ControlPicture:
 
 @dataclass(frozen=True)
 class FilterInputs:
-    """The inputs of a filter: an RGB picture, its mask or None, and the effnet encoder or None.
+    """The inputs of a filter: an RGB picture, its mask or None, and the effnet encoder.
 
     `encode` takes `pixels` (B, 3, 32h, 32w) to (B, 16, h, w) float32."""
 
     picture: Image.Image
-    size: Size  # of the control image, in pixels
+    prior_size: Size  # of the prior's latents
     mask: Image.Image | None
-    encode: Callable[[F32], F32] | None
+    encode: Callable[[F32], F32]
+
+    @property
+    def size(self) -> Size:
+        """The size of the control image, in pixels."""
+        height, width = self.prior_size
+        return EFFNET_COMPRESSION * height, EFFNET_COMPRESSION * width
 
 
 Filter = Callable[[FilterInputs], F32]
@@ -61,7 +67,10 @@ Filter = Callable[[FilterInputs], F32]
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet's stage, the filter that makes its control image, and the other stages that the filter runs."""
+    """A ControlNet's stage, the filter that makes its control image, and the other stages that the filter runs.
+
+    A filter returns a batch of one, float32. It raises UsageError without a mask that it needs, and MissingPackageError
+    without OpenCV."""
 
     stage: Stage
     filter: Filter
@@ -81,8 +90,7 @@ def canny(given: FilterInputs) -> F32:
 
 def edges(given: FilterInputs) -> F32:
     """A picture that shows edges already, white on black: (1, 1, H, W) float32 in 0..1."""
-    height, width = given.size
-    return to_pixels(fit(given.picture.convert("L"), width, height))
+    return fitted_pixels(given.picture.convert("L"), *given.size)
 
 
 def inpainting(given: FilterInputs) -> F32:
@@ -96,8 +104,6 @@ def inpainting(given: FilterInputs) -> F32:
 
 def super_resolution(given: FilterInputs) -> F32:
     """Effnet latents of every second pixel, each repeated twice across and down: (1, 16, h, w) float32."""
-    if given.encode is None:
-        raise UsageError("the super_resolution ControlNet takes effnet latents; export the effnet_encoder too")
     half = effnet_pixels(np.ascontiguousarray(_pixels(given)[..., ::HALVES, ::HALVES]))
     return given.encode(half).repeat(HALVES, axis=-2).repeat(HALVES, axis=-1)
 
@@ -138,23 +144,6 @@ def require_control(manifest: Manifest, name: str) -> tuple[Stage, ...]:
     return needed
 
 
-def control_image(
-    name: str,
-    picture: Image.Image,
-    prior_size: Size,
-    *,
-    mask: Image.Image | None = None,
-    encode: Callable[[F32], F32] | None = None,
-) -> F32:
-    """The `control_image` for the ControlNet called `name`: a batch of one, float32.
-
-    `picture` is RGB; `prior_size` is the (h, w) of the prior's latents. "inpainting" needs `mask`, of the picture's
-    size. "super_resolution" needs `encode`, the effnet encoder. Raises UsageError when one of these is missing, and for
-    "canny" without OpenCV."""
-    height, width = (EFFNET_COMPRESSION * side for side in prior_size)
-    return CONTROLS[name].filter(FilterInputs(picture, (height, width), mask, encode))
-
-
 def summed(residuals: Iterable[Mapping[str, F32]], prior_size: Size) -> dict[str, F32]:
     """The sum of several ControlNets' residuals, by port.
 
@@ -169,8 +158,7 @@ def summed(residuals: Iterable[Mapping[str, F32]], prior_size: Size) -> dict[str
 
 
 def _pixels(given: FilterInputs) -> F32:
-    height, width = given.size
-    return to_pixels(fit(given.picture, width, height))
+    return fitted_pixels(given.picture, *given.size)
 
 
 def _opencv() -> Any:

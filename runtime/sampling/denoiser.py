@@ -113,5 +113,5 @@ def prepare(conditioning: StageRunner, stage: Stage, sample: F32, conditions: Te
 
 def is_hoisted(engine: Engine, stage: Stage) -> bool:
     """True if the stage runs as two graphs: the engine has both, and they are faster than one."""
-    in_parts = getattr(engine, "in_parts", FASTER_IN_PARTS)  # what an engine does not say is as on a CPU
+    in_parts = getattr(engine, "in_parts", FASTER_IN_PARTS)  # an engine without the attribute is as on a CPU
     return stage in in_parts and {CONDITIONING, STEP} <= set(engine.graphs(stage))

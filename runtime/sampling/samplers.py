@@ -5,9 +5,9 @@ multiplies a last-bit difference in a timestep by 10,000, so the order of roundi
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,27 +22,36 @@ OFFSET = np.float32(0.008)  # s of the cosine schedule (Nichol & Dhariwal 2021, 
 MIN_VARIANCE = np.cos(OFFSET / (ONE + OFFSET) * HALF_PI) ** 2
 
 
-class Schedule(Protocol):
+@dataclass(frozen=True)
+class Schedule(ABC):
     """A sampler on given points in time. Step `index` leads from point `index` to the next; all arrays are float32."""
 
-    @property
-    def ratios(self) -> F32:
-        """The timestep ratio at each point, as the network is given it: (steps + 1,)."""
+    ratios: F32  # (steps + 1,): the timestep ratio at each point, as the network is given it
 
-    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
-        """Add `noise` to noiseless latents, at the noise level of point `index`."""
+    @abstractmethod
+    def scales(self, index: int) -> tuple[np.float32, np.float32]:
+        """The factors of signal and noise at point `index`; their squares sum to one."""
 
-    def begin(self, x_0: F32, noise: F32) -> F32:
-        """Add `noise` to noiseless latents from which sampling starts, at point 0."""
-
-    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
-        """The noiseless latents that follow from the noise `eps` predicted at point `index`."""
-
+    @abstractmethod
     def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
         """Latents at point `index` + 1, from those at `index`, the predicted noise and fresh noise `z`."""
 
+    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
+        """Add `noise` to noiseless latents, at the noise level of point `index`."""
+        return _diffused(x_0, noise, self.scales(index))
+
+    def begin(self, x_0: F32, noise: F32) -> F32:
+        """Add `noise` to noiseless latents from which sampling starts, at point 0."""
+        return self.diffuse(x_0, noise, 0)
+
+    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
+        """The noiseless latents that follow from the noise `eps` predicted at point `index`."""
+        signal, noise = self.scales(index)
+        return np.asarray((x_t - noise * eps) / signal, np.float32)
+
     def guide(self, prediction: F32, guidance: float) -> F32:
         """Apply classifier-free guidance to a batch [conditional, unconditional]; half as many rows come out."""
+        return guided(prediction, guidance)
 
 
 def make_schedule(sampling: Sampling, strength: float = 1.0) -> Schedule:
@@ -119,29 +128,14 @@ def _fused(a: np.float32, b: F32, c: float) -> F32:
 
 
 @dataclass(frozen=True)
-class Wuerstchen:
+class Wuerstchen(Schedule):
     """diffusers' DDPMWuerstchenScheduler on given timestep ratios (steps + 1,)."""
 
-    ratios: F32
-
-    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
-        bar = alpha_bar(self.ratios[index])
-        x_t: F32 = np.sqrt(bar) * x_0 + np.sqrt(ONE - bar) * noise
-        return x_t
-
-    def begin(self, x_0: F32, noise: F32) -> F32:
-        return self.diffuse(x_0, noise, 0)
-
-    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
-        bar = alpha_bar(self.ratios[index])
-        x_0: F32 = (x_t - np.sqrt(ONE - bar) * eps) / np.sqrt(bar)
-        return x_0
+    def scales(self, index: int) -> tuple[np.float32, np.float32]:
+        return _scales(alpha_bar(self.ratios[index]))
 
     def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
         return ddpm_step(x_t, eps, z, self.ratios[index], self.ratios[index + 1])
-
-    def guide(self, prediction: F32, guidance: float) -> F32:
-        return guided(prediction, guidance)
 
 
 def alpha_bar(t: F32 | np.float32) -> F32:
@@ -177,7 +171,7 @@ def guided(prediction: F32, guidance: float) -> F32:
 
 
 @dataclass(frozen=True)
-class Gdf:
+class Gdf(Schedule):
     """Stability's sampler, the DDPM of their "gdf" (generalised diffusion framework).
 
     It has the cosine schedule of DDPM-Würstchen, written in log signal-to-noise ratios, which may be shifted to another
@@ -186,31 +180,26 @@ class Gdf:
     """
 
     log_snr: F32  # (steps + 1,)
-    ratios: F32  # (steps + 1,)
     rescale: float  # from 0, plain guidance, to 1, the full deviation of the conditional prediction
     first: np.float32  # log signal-to-noise ratio of the first point, before any shift
 
-    def diffuse(self, x_0: F32, noise: F32, index: int) -> F32:
-        return _diffused(x_0, noise, self.log_snr[index])
+    def scales(self, index: int) -> tuple[np.float32, np.float32]:
+        return _scales(_sigmoid(self.log_snr[index]))
 
     def begin(self, x_0: F32, noise: F32) -> F32:
         """Stability's notebooks shift the sampling, but not the noise that a picture begins with: they call GDF.diffuse
         without a shift."""
-        return _diffused(x_0, noise, self.first)
-
-    def predicted(self, x_t: F32, eps: F32, index: int) -> F32:
-        a, b = _scales(self.log_snr[index])
-        return np.asarray((x_t - eps * b) / a, np.float32)
+        return _diffused(x_0, noise, _scales(_sigmoid(self.first)))
 
     def step(self, x_t: F32, eps: F32, z: F32, index: int) -> F32:
-        (a, b), (a_prev, b_prev) = (_scales(self.log_snr[point]) for point in (index, index + 1))
+        (a, b), (a_prev, b_prev) = self.scales(index), self.scales(index + 1)
         sigma = np.sqrt(b_prev**2 / b**2) * np.sqrt(ONE - a**2 / a_prev**2)
         x_prev: F32 = a_prev * self.predicted(x_t, eps, index) + np.sqrt(b_prev**2 - sigma**2) * eps + sigma * z
         return x_prev
 
     def guide(self, prediction: F32, guidance: float) -> F32:
         """As in the original, one deviation is taken over all samples of the batch."""
-        found = guided(prediction, guidance)
+        found = super().guide(prediction, guidance)
         if not self.rescale:
             return found
         share, cond = np.float32(self.rescale), prediction[: len(found)]
@@ -230,7 +219,7 @@ def gdf_schedule(points: F32, shift: float = 1.0, rescale: float = 0.0) -> Sched
     if shift != 1:
         limits = _log_snr(np.array([1, 0], np.float32))
         log_snr = np.clip(log_snr + np.float32(2 * math.log(1 / shift)), *limits)
-    return Gdf(log_snr, _ratios_of(log_snr), rescale, plain[0])
+    return Gdf(_ratios_of(log_snr), log_snr, rescale, plain[0])
 
 
 def _log_snr(t: F32) -> F32:
@@ -246,14 +235,12 @@ def _ratios_of(log_snr: F32) -> F32:
     return found
 
 
-def _diffused(x_0: F32, noise: F32, log_snr: np.float32) -> F32:
-    a, b = _scales(log_snr)
-    return np.asarray(a * x_0 + b * noise, np.float32)
+def _diffused(x_0: F32, noise: F32, scales: tuple[np.float32, np.float32]) -> F32:
+    return np.asarray(scales[0] * x_0 + scales[1] * noise, np.float32)
 
 
-def _scales(log_snr: np.float32) -> tuple[np.float32, np.float32]:
-    """The factors of signal and noise; their squares sum to one."""
-    variance = _sigmoid(log_snr)
+def _scales(variance: F32 | np.float32) -> tuple[np.float32, np.float32]:
+    """The factors of signal and noise where the signal has this share of the variance."""
     return np.float32(np.sqrt(variance)), np.float32(np.sqrt(ONE - variance))
 
 

@@ -6,22 +6,19 @@ diffusers' ``randn_tensor`` with CPU generators: ``torch.randn`` in float32.
 The code follows ``normal_`` of torch's x86-64 Linux builds on CPUs with AVX2 or AVX-512, which share one kernel. It was
 compared with torch 2.13.
 
-* 16 values or more are 24-bit uniforms that Box-Muller turns into normals in blocks of 16.
-  Logarithm, sine and cosine are the Cephes polynomials of ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to
-  fused multiply-adds. Each polynomial takes one of 2**24 uniforms, and the tests compare all of them.
-  The arithmetic here is IEEE only, so the result is the same on every machine.
-* Fewer than 16 values are computed one at a time in double precision.
-  torch calls the C library's ``log1p``, ``sin`` and ``cos``, and so does :mod:`math`. The values are equal where Python
-  and torch share that library. Another library may round the double differently, which rarely survives the rounding to
-  float32.
+The values are 24-bit uniforms that Box-Muller turns into normals in blocks of 16. Logarithm, sine and cosine are the
+Cephes polynomials of ``avx_mathfun.h``, in which GCC contracts ``a * b + c`` to fused multiply-adds. Each polynomial
+takes one of 2**24 uniforms, and the tests compare all of them. The arithmetic here is IEEE only, so the result is the
+same on every machine.
 
-With ``ATEN_CPU_CAPABILITY=default``, and on CPUs without AVX2, torch uses libm for 16 values or more too. Two in five
-of 2**25 such values differed from those here, all by less than 3e-6. Builds by other compilers (Windows, macOS) have
-not been compared. Noise in bfloat16 or float16 is left out: releases of torch consume the generator differently for it.
+Three kinds of noise are left out. torch computes fewer than 16 values in another way, and no latents have so few.
+Releases of torch consume the generator differently for bfloat16 and float16. With ``ATEN_CPU_CAPABILITY=default``, and
+on CPUs without AVX2, torch uses libm. Two in five of 2**25 such values differed from those here, all by less than 3e-6.
+Builds by other compilers (Windows, macOS) have not been compared.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +64,8 @@ TWO_PI = np.float32(2 * math.pi)
 class TorchGenerator:
     """Replaces ``torch.Generator("cpu").manual_seed(seed)``: the same values, and the same state after every draw.
 
+    The code is normal_fill of ATen/native/cpu/DistributionTemplates.h.
+
     ``seed`` is an integer from -2**63 to 2**64 - 1; anything else raises UsageError. Seeds that are equal modulo 2**32
     give the same noise, as torch's CPU engine uses the lower 32 bits (two's complement).
     """
@@ -78,29 +77,22 @@ class TorchGenerator:
             raise UsageError(f"seed {seed}: expected -2**63 to 2**64 - 1")
         # torch's mt19937_engine and numpy's legacy seeding are both the init_genrand of Matsumoto and Nishimura.
         self._engine = np.random.RandomState(int(seed) & 0xFFFFFFFF)
-        self._pending: float | None = None  # the sine half of the last scalar pair, not yet handed out
 
     def randn(self, shape: tuple[int, ...]) -> F32:
-        """``torch.randn(shape, generator=self)``: a new float32 array of ``shape``; () draws one value.
-
-        Raises UsageError if a dimension is negative.
-        """
-        if any(size < 0 for size in shape):
-            raise UsageError(f"shape {tuple(shape)}: expected no negative dimensions")
-        count = math.prod(shape)
-        values = self._vector(count) if count >= BLOCK else self._scalar(count)
-        return values.reshape(shape)
+        """``torch.randn(shape, generator=self)``: a new float32 array of ``shape``. Raises as ``randn_rows`` does."""
+        return self.randn_rows(shape, range(shape[0]))
 
     def randn_rows(self, shape: tuple[int, ...], rows: Sequence[int]) -> F32:
         """``randn(shape)[rows]``, in the memory of these rows alone; the values of other rows are skipped.
 
-        The generator is then in the same state as after ``randn``. Raises UsageError for a row that ``shape`` lacks.
+        The generator is then in the same state as after ``randn``. Raises UsageError for a row that ``shape`` lacks,
+        and for a shape of fewer than 16 values.
         """
         if not all(0 <= row < shape[0] for row in rows):
             raise UsageError(f"rows {list(rows)}: expected rows of noise of shape {tuple(shape)}")
         count = math.prod(shape)
         if count < BLOCK:
-            return self._scalar(count).reshape(shape)[list(rows)]
+            raise UsageError(f"noise of shape {tuple(shape)}: expected at least {BLOCK} values")
         width = count // shape[0]
         kept = np.empty((len(rows), width), np.float32)
         blocks = count // BLOCK
@@ -113,7 +105,7 @@ class TorchGenerator:
             _keep(kept, rows, values, start * BLOCK)
             done = whole
         self._pass_over(count - done)
-        if count % BLOCK:  # as in _vector
+        if count % BLOCK:  # torch overwrites the last 16 values with new ones
             values = self._uniforms(BLOCK)
             _box_muller(values)
             _keep(kept, rows, values, count - BLOCK)
@@ -123,31 +115,6 @@ class TorchGenerator:
         for start in range(0, words, PASSED):
             self._words(min(PASSED, words - start))
 
-    def _vector(self, count: int) -> F32:
-        """normal_fill of ATen/native/cpu/DistributionTemplates.h."""
-        values = self._uniforms(count)
-        _box_muller(values[: count - count % BLOCK])
-        if count % BLOCK:  # torch overwrites the last 16 values with new ones
-            values[-BLOCK:] = self._uniforms(BLOCK)
-            _box_muller(values[-BLOCK:])
-        return values
-
-    def _scalar(self, count: int) -> F32:
-        """normal_distribution<double> of ATen/core/DistributionsHelper.h, ``count`` times.
-
-        Values come in pairs. A value left over stays pending for the next short draw; long draws do not use it.
-        """
-        values = np.empty(count, np.float32)
-        for i in range(count):
-            if self._pending is None:
-                angle, tail = self._double(), self._double()
-                radius = math.sqrt(-2.0 * math.log1p(-tail))
-                angle *= 2.0 * math.pi
-                values[i], self._pending = radius * math.cos(angle), radius * math.sin(angle)
-            else:
-                values[i], self._pending = self._pending, None
-        return values + np.float32(0)  # torch adds the mean, which makes -0 a +0
-
     def _words(self, count: int) -> NDArray[np.uint32]:
         """Raw outputs of the engine; over the full range randint returns them unchanged."""
         return self._engine.randint(0, 2**32, count, np.uint32)
@@ -156,25 +123,16 @@ class TorchGenerator:
         """uniform_real_distribution<float>: the lower 24 bits of a word each, in [0, 1)."""
         return (self._words(count) & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
 
-    def _double(self) -> float:
-        """uniform_real_distribution<double>: the lower 53 bits of two words, the first being the upper half."""
-        high, low = (int(word) for word in self._words(2))
-        return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
-
-def _ranges(rows: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
+def _ranges(rows: Sequence[int], width: int) -> list[tuple[int, int]]:
     """The blocks that `rows` of `width` values reach into: (first, one after the last), touching ranges joined."""
-    begun: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     for row in sorted(set(rows)):
         start, stop = row * width // BLOCK, -(-(row + 1) * width // BLOCK)
-        if begun is not None and start <= begun[1]:
-            begun = begun[0], max(stop, begun[1])
-            continue
-        if begun is not None:
-            yield begun
-        begun = start, stop
-    if begun is not None:
-        yield begun
+        if found and start <= found[-1][1]:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 def _keep(kept: F32, rows: Sequence[int], values: F32, at: int) -> None:

@@ -8,6 +8,7 @@ import hmac
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -28,7 +29,7 @@ DESCRIBED = "cascadekit"  # key of the scope under which a route leaves words fo
 LEFT = 499  # the status that the log shows when the client left before the answer, as nginx does
 
 
-# Raised in routes, and no reason for a traceback.
+# Errors of routes that are no reason for a traceback.
 EXPECTED = (ClientDisconnect, ConnectionError, HTTPException, QueueFullError, CascadeError)
 
 
@@ -47,33 +48,28 @@ def error_reply(status: int, message: str, code: str | None = None, seconds: int
     return JSONResponse({"error": error}, status, {} if seconds is None else {"Retry-After": str(seconds)})
 
 
+@dataclass
 class Guard:
-    """An ASGI application around another one."""
+    """An ASGI application around another one, for the server at `host`.
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        metrics: Metrics,
-        host: str,
-        key: str | None,
-        routes: Sequence[str],
-        forms: Sequence[str],
-        free: Sequence[str],
-        say: Say,
-    ) -> None:
-        """`routes` are the paths that metrics name, those in `forms` take large bodies, and those that begin like one
-        of `free` need no key. `say` is called with a line for each request."""
-        self._app, self._metrics, self._key, self._say = app, metrics, key, say
-        self._routes, self._forms, self._free = routes, forms, tuple(free)
-        self._names = own_names(host)
+    `routes` are the paths that metrics name. Those in `forms` take large bodies. Paths that begin like one of `free`
+    need no `key`. `say` is called with a line for each request."""
+
+    app: ASGIApp
+    metrics: Metrics
+    host: str
+    key: str | None
+    routes: Sequence[str]
+    forms: Sequence[str]
+    free: Sequence[str]
+    say: Say
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         began, status = time.monotonic(), LEFT
-        most = MOST_BODY if scope["path"] in self._forms else MOST_JSON
+        most = MOST_BODY if scope["path"] in self.forms else MOST_JSON
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -83,37 +79,37 @@ class Guard:
 
         try:
             self._require_allowed(scope)
-            await self._app(scope, _Body(receive, Headers(scope=scope), most), sending)
+            await self.app(scope, _Body(receive, Headers(scope=scope), most), sending)
         except Exception as error:
-            if status == LEFT:  # else the application has answered, and reported the error
+            if status == LEFT:  # otherwise the application has answered, and reported the error
                 await reply_to(error)(scope, receive, sending)
         finally:
             self._record(scope, status, time.monotonic() - began)
 
     def _require_allowed(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if scope["path"].startswith(self._free):
+        if scope["path"].startswith(tuple(self.free)):
             return
-        if self._key is not None:
+        if self.key is not None:
             given = headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
                 raise ApiError(
                     401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "invalid_api_key"
                 )
             return
         host = headers.get("Host", "")
-        if not is_for_server(host, self._names):
+        if not is_for_server(host, own_names(self.host)):
             raise ApiError(403, "unknown host; ask by the address or as localhost, or start the server with an API key")
         if is_other_site(headers.get("Origin"), host):
             raise ApiError(403, "requests from other web sites are refused")
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
-        route = next((route for route in self._routes if path == route or path.startswith(f"{route}/")), "other")
-        self._metrics.answered(route, status, seconds)
+        route = next((route for route in self.routes if path == route or path.startswith(f"{route}/")), "other")
+        self.metrics.answered(route, status, seconds)
         if route == "other" or scope["method"] == "POST":
             shown = path[:100].encode("ascii", "backslashreplace").decode()
-            self._say(" ".join([scope["method"], shown, str(status), f"{seconds:.2f}s", *scope.get(DESCRIBED, [])]))
+            self.say(" ".join([scope["method"], shown, str(status), f"{seconds:.2f}s", *scope.get(DESCRIBED, [])]))
 
 
 class _Body:

@@ -1,26 +1,21 @@
 """Parses the body of a call of OpenAI's images API into requests for images."""
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
 from ...schemas.messages import shown
-from ...schemas.request import INFORMATION, Request, parse_request
+from ...schemas.request import INFORMATION, Request
 from ...schemas.settings import DECODER_SAMPLING, PRIOR_SAMPLING
-from ...schemas.sizes import latent_sizes
-from ..batch.image_jobs import check_request
 from ..batch.picture_hashes import PICTURE_FIELDS
-from ..images.pictures import open_picture
+from ..batch.prompt_requests import counted_requests
+from ..images.pictures import decode, has_alpha, open_picture
 from .image_queue import require_served
 
 MOST_IMAGES, MOST_PARTIALS = 10, 3  # of a call, as at OpenAI
-MOST_PIXELS, MOST_STEPS = 4 << 20, 100  # of an image
 
 FORMATS: Mapping[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 QUALITIES: Mapping[str, float] = {"low": 0.5, "standard": 1, "medium": 1, "auto": 1, "hd": 2, "high": 2}  # times steps
@@ -34,7 +29,7 @@ YES, NO = (True, "true", "True", "1"), (False, None, "", "false", "False", "0")
 
 @dataclass(frozen=True)
 class ImageCall:
-    """What a caller asks for. `partials` previews of each image are sent while it is generated, if it is streamed."""
+    """The requests of a caller, and the form of the answer. A streamed answer has `partials` previews of each image."""
 
     requests: tuple[Request, ...]
     format: str = "png"
@@ -54,7 +49,7 @@ class ImageCall:
 
     @property
     def described(self) -> dict[str, str]:
-        """What an answer says about all of its images."""
+        """The fields of an answer that hold for all of its images."""
         return {"size": self.size, "quality": self.quality, "background": "opaque", "output_format": self.format}
 
 
@@ -79,14 +74,8 @@ def parse_image_call(
     for name, usual in (("prior_steps", PRIOR_SAMPLING.steps), ("decoder_steps", DECODER_SAMPLING.steps)):
         fields.setdefault(name, max(1, round(usual * QUALITIES[quality])))
     fields |= _size(fields.pop("size", "auto"))
-    fields.setdefault("seed", secrets.randbelow(1 << 32))
-    first = parse_request({**fields, **(pictures or {})}, manifest.default_size)
-    check_request(first, manifest)
-    require_served(first, pixels=MOST_PIXELS, steps=MOST_STEPS)
-    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)
-    if first.seed + count > 2**64:
-        raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
-    requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
+    requests = counted_requests({**fields, **(pictures or {})}, count, manifest)
+    require_served(requests[0])
     return ImageCall(
         requests,
         format=format,
@@ -115,10 +104,10 @@ def edited_pictures(images: Sequence[Path], mask: Path | None) -> dict[str, Any]
 
 def _as_white(mask: Path) -> Path:
     """The path of a mask that is white where `mask` is transparent."""
-    with Image.open(mask) as picture:
-        if not picture.has_transparency_data:
-            return mask
-        alpha = picture.convert("RGBA").getchannel("A")
+    picture = decode(mask)
+    if not has_alpha(picture):
+        return mask
+    alpha = picture.convert("RGBA").getchannel("A")
     white = mask.with_name("white.png")
     alpha.point([255 if value < OPAQUE else 0 for value in range(256)]).save(white)
     return white
@@ -137,7 +126,8 @@ def _choice(fields: dict[str, Any], name: str, allowed: Sequence[Any]) -> Any:
     """Take one of the `allowed` values out of `fields`; the first one without it."""
     given = fields.pop(name, allowed[0])
     if given not in allowed:
-        raise UsageError(f"{name}: {shown(given)}: expected {' or '.join(str(each) for each in allowed)}")
+        words = dict.fromkeys(str(each).lower() for each in allowed if each not in (None, ""))
+        raise UsageError(f"{name}: {shown(given)}: expected {' or '.join(words)}")
     return given
 
 

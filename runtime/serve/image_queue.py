@@ -9,8 +9,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Self
@@ -24,12 +24,13 @@ from ..batch.generate_requests import GeneratedImage, generate_requests, request
 from ..cascade import Cascade
 from ..sampling.loop import Step
 
+MOST_PIXELS, MOST_STEPS = 4 << 20, 100  # of an image of one caller
 RECENT = 0.2  # weight of the last batch in the mean time of an image
 ENDING = "the server is ending; ask again when it is back"
 
 
 class QueueMetrics:
-    """What a queue reports, here to nobody; `metrics.Metrics` shows it to Prometheus."""
+    """The reports of a queue. This class ignores them; `metrics.Metrics` shows them to Prometheus."""
 
     def watch_queue(self, waiting: Callable[[], float]) -> None:
         """Report what `waiting` returns as the length of the queue."""
@@ -75,6 +76,9 @@ class FailedImage:
     expected: bool = True
 
 
+Event = PartialImage | FinishedImage | FailedImage
+
+
 @dataclass(eq=False)
 class Order:
     """The images of one caller. `publish` is called in the queue's thread, with one final event for each image.
@@ -83,7 +87,7 @@ class Order:
     `has_left`, which is asked before every batch and after every step."""
 
     requests: tuple[Request, ...]
-    publish: Callable[[PartialImage | FinishedImage | FailedImage], object]
+    publish: Callable[[Event], object]
     partials: int = 0
     cancelled: bool = False
     has_left: Callable[[], bool] = lambda: False
@@ -105,30 +109,26 @@ class _NobodyWaitsError(Exception):
     """Raised in the sampling loop when all callers of a batch have left."""
 
 
+@dataclass(eq=False)
 class ImageQueue:
-    """Generates the images of orders in the order of their arrival, as long as the queue's context lasts."""
+    """Generates the images of orders in the order of their arrival, as long as the queue's context lasts.
 
-    def __init__(
-        self,
-        cascade: Cascade,
-        metrics: QueueMetrics | None = None,
-        *,
-        most_waiting: int,
-        together: int | None = None,
-    ) -> None:
-        """At most `most_waiting` images wait; `together` are computed at once (None: as `images_together` returns)."""
-        self._cascade = cascade
-        self._metrics = metrics or QueueMetrics()
-        self._most_waiting = most_waiting
-        self._together = together
-        self._changed = Condition()
-        self._waiting: deque[OrderedImage] = deque()
-        self._seconds = 1.0  # of an image, recently
-        self._closing = False
-        self._thread = Thread(target=self._run, name="images", daemon=True)
-        self._metrics.watch_queue(lambda: float(len(self._waiting)))
+    At most `most_waiting` images wait; `together` are computed at once (None: as `images_together` returns)."""
+
+    cascade: Cascade
+    most_waiting: int
+    together: int | None = None
+    metrics: QueueMetrics = field(default_factory=QueueMetrics)
+    _changed: Condition = field(default_factory=Condition)
+    _waiting: deque[OrderedImage] = field(default_factory=deque)
+    _seconds: float = 1.0  # of an image, recently
+    _closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics.watch_queue(lambda: float(len(self._waiting)))
 
     def __enter__(self) -> Self:
+        self._thread = Thread(target=self._run, name="images", daemon=True)
         self._thread.start()
         return self
 
@@ -142,7 +142,7 @@ class ImageQueue:
     def submit(self, order: Order) -> None:
         """Queue an order. Raises QueueFullError when too many images wait, and when the server ends."""
         with self._changed:
-            if self._closing or len(self._waiting) + len(order.requests) > self._most_waiting:
+            if self._closing or len(self._waiting) + len(order.requests) > self.most_waiting:
                 raise QueueFullError(max(1, math.ceil(len(self._waiting) * self._seconds)))
             self._waiting += [OrderedImage(order, index) for index in range(len(order.requests))]
             self._changed.notify_all()
@@ -166,22 +166,18 @@ class ImageQueue:
         """Take the first image out of the queue, and those that can be computed with it. Drops what was cancelled."""
         with self._changed:
             _notice_who_left(self._waiting)
-            waiting = [image for image in self._waiting if not image.order.cancelled]
+            for _ in [image for image in self._waiting if image.order.cancelled]:
+                self.metrics.image("cancelled")
+            self._waiting = deque(image for image in self._waiting if not image.order.cancelled)
+            waiting = list(self._waiting)
         alike = [image for image in waiting if image.request.group == waiting[0].request.group]
-        groups = request_groups([image.request for image in alike], self._together, self._text_length)
+        length = partial(text_length, self.cascade)
+        groups = request_groups([image.request for image in alike], self.together, length)
         taken = alike[: len(next(groups, []))]
         with self._changed:
-            gone = set(taken)
-            for image in self._waiting:
-                if image.order.cancelled and image not in gone:
-                    self._metrics.image("cancelled")
-            self._waiting = deque(image for image in self._waiting if image not in gone and not image.order.cancelled)
+            for image in taken:
+                self._waiting.remove(image)
         return taken
-
-    def _text_length(self, request: Request) -> int:
-        with suppress(CascadeError):  # reported when the image is generated
-            return text_length(self._cascade, request)
-        return 0
 
     def _generate(self, images: Sequence[OrderedImage]) -> None:
         """Generate images together, and each alone if that fails; an error becomes the event of its image."""
@@ -190,7 +186,7 @@ class ImageQueue:
         began = time.monotonic()
         try:
             found = generate_requests(
-                self._cascade, [image.request for image in images], lambda stage, step: self._step(images, stage, step)
+                self.cascade, [image.request for image in images], lambda stage, step: self._step(images, stage, step)
             )
         except _NobodyWaitsError:
             for image in images:
@@ -208,13 +204,13 @@ class ImageQueue:
         else:
             seconds = time.monotonic() - began
             self._seconds += RECENT * (seconds / len(images) - self._seconds)
-            self._metrics.computed(len(images), seconds)
+            self.metrics.computed(len(images), seconds)
             for image, generated in zip(images, found, strict=True):
-                self._metrics.image("cancelled" if image.order.cancelled else "done")
+                self.metrics.image("cancelled" if image.order.cancelled else "done")
                 image.order.publish(FinishedImage(image.index, generated))
 
     def _fail(self, image: OrderedImage, message: str, *, expected: bool = True) -> None:
-        self._metrics.image("cancelled" if image.order.cancelled else "failed")
+        self.metrics.image("cancelled" if image.order.cancelled else "failed")
         image.order.publish(FailedImage(image.index, message, expected))
 
     def _step(self, images: Sequence[OrderedImage], stage: Stage, step: Step) -> None:
@@ -222,7 +218,7 @@ class ImageQueue:
         _notice_who_left(images)
         if self._closing or all(image.order.cancelled for image in images):
             raise _NobodyWaitsError
-        shown_stage = Stage.PRIOR if Stage.PREVIEWER in self._cascade.manifest.stages else Stage.DECODER
+        shown_stage = Stage.PRIOR if Stage.PREVIEWER in self.cascade.manifest.stages else Stage.DECODER
         numbers = [partial_number(image.order.partials, step) for image in images]
         if stage is not shown_stage or all(number is None for number in numbers):
             return
@@ -242,12 +238,12 @@ def partial_number(partials: int, step: Step) -> int | None:
     return ends.index(step.index + 1) if step.index + 1 in ends else None
 
 
-def require_served(request: Request, *, pixels: int, steps: int) -> None:
-    """Raise UsageError for an image of more `pixels`, or more `steps` of a stage, than one caller may ask for."""
+def require_served(request: Request) -> None:
+    """Raise UsageError for an image of more pixels, or more steps of a stage, than one caller may ask for."""
     settings = request.settings
-    if settings.width * settings.height > pixels:
-        raise UsageError(f"size: {settings.width}x{settings.height}: expected at most {pixels} pixels")
+    if settings.width * settings.height > MOST_PIXELS:
+        raise UsageError(f"size: {settings.width}x{settings.height}: expected at most {MOST_PIXELS} pixels")
     asked = max(settings.prior_steps, settings.decoder_steps)
     asked = max(asked, len(settings.prior_timesteps) - 1, len(settings.decoder_timesteps) - 1)
-    if asked > steps:
-        raise UsageError(f"steps: {asked}: expected at most {steps}")
+    if asked > MOST_STEPS:
+        raise UsageError(f"steps: {asked}: expected at most {MOST_STEPS}")

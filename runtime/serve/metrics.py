@@ -13,7 +13,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics(QueueMetrics):
-    """What one server has done. Every method may be called from any thread."""
+    """The counters of one server. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -28,7 +28,6 @@ class Metrics(QueueMetrics):
         self._waiting = Gauge("waiting_images", "Images in the queue.", **here)
 
     def watch_queue(self, waiting: Callable[[], float]) -> None:
-        """Report what `waiting` returns as the length of the queue."""
         self._waiting.set_function(waiting)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -36,7 +35,6 @@ class Metrics(QueueMetrics):
         self._seconds.labels(route).observe(seconds)
 
     def computed(self, images: int, seconds: float) -> None:
-        """`images` were computed together in `seconds`."""
         self._batches.observe(images)
         self._image_seconds.inc(seconds)
 

@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
 from ..engines.protocol import F32, Run, Tensors
-from .prompt_weights import WeightedText, check_length, parse_weights
-from .tokenizer import LENGTH, ClipTokenizer, Token, token_rows
+from .prompt_weights import WeightedText, parse_weights
+from .tokenizer import ClipTokenizer, Token, token_rows
+from .tokenizer_file import LENGTH
 
 Encode = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
@@ -46,13 +47,23 @@ class PromptEmbeds:
 
         cascade.generate(embeds=PromptEmbeds(clip_text, pooled, negative_clip_text, negative_pooled))
 
-    T is 77 times the number of chunks. The arrays may also come from another text encoder."""
+    T is 77 times the number of chunks. The arrays may also come from another text encoder. Raises UsageError for arrays
+    whose shapes do not fit together."""
 
     clip_text: F32  # (B, T, channels)
     pooled: F32  # (B, 1, channels)
     negative_clip_text: F32  # (B, T, channels)
     negative_pooled: F32  # (B, 1, channels)
     truncated: tuple[str, ...] = ()  # the text that did not fit, of each prompt and then of each negative prompt
+
+    def __post_init__(self) -> None:
+        text, pooled = self.clip_text.shape, self.pooled.shape
+        negative = self.negative_clip_text.shape, self.negative_pooled.shape
+        if (text, pooled) != negative or text[:1] != pooled[:1]:
+            raise UsageError(
+                "embeddings: expected a row for each prompt, and negative ones of the same shapes; "
+                f"found clip_text {text} and pooled {pooled}, negative {negative[0]} and {negative[1]}"
+            )
 
     def __len__(self) -> int:
         return len(self.clip_text)
@@ -101,10 +112,8 @@ def encode_texts(
     `encode` is the text encoder, from input_ids and attention_mask (n, 77) int64 to prompt_embeds (n, 77, channels) and
     pooled (n, 1, channels) float32. It is called with at most `batch` rows at a time, and once for equal rows.
 
-    Raises UsageError when there are no texts, when one of them is no text, and as `parse_weights` does.
+    Raises UsageError when one of them is no text, and as `parse_weights` does.
     """
-    if isinstance(texts, str) or not texts or batch < 1:
-        raise UsageError(f"expected a list of prompts and a batch of at least 1, found {texts!r:.60}, {batch}")
     chunked, truncated = [], []
     for index, text in enumerate(texts):
         chunks, rest = _chunks(text, f"prompt {index}", tokenizer, weighted, long)
@@ -145,23 +154,17 @@ class CachedTextEncoder:
             ids.tobytes() + mask.tobytes()
             for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
-        places = {key: place for place, key in enumerate(keys)}
-        new = [place for key, place in places.items() if key not in self._rows]
-        found = {key: self._rows[key] for key in places if key in self._rows}
-        found |= {keys[place]: row for place, row in zip(new, self._encode(inputs, new), strict=True)}
+        new = {key: place for place, key in enumerate(keys) if key not in self._rows}
+        if new:
+            with self._use() as encode:
+                outputs = encode({name: value[list(new.values())] for name, value in inputs.items()})
+            self._rows |= {key: {name: value[row] for name, value in outputs.items()} for row, key in enumerate(new)}
         for key in keys:
-            self._rows[key] = found[key]
             self._rows.move_to_end(key)
+        found = {name: np.stack([self._rows[key][name] for key in keys]) for name in self._rows[keys[0]]}
         while len(self._rows) > CACHED_ROWS:
             self._rows.popitem(last=False)
-        return {name: np.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
-
-    def _encode(self, inputs: Tensors, places: list[int]) -> list[dict[str, NDArray[Any]]]:
-        if not places:
-            return []
-        with self._use() as encode:
-            outputs = encode({name: value[places] for name, value in inputs.items()})
-        return [{name: value[row] for name, value in outputs.items()} for row in range(len(places))]
+        return found
 
 
 def split(tokens: Sequence[Token]) -> Iterator[slice]:
@@ -191,8 +194,6 @@ def _chunks(text: str, name: str, tokenizer: ClipTokenizer, weighted: bool, long
 
     Pieces of different weight are tokenized separately, as in every user interface: a weight that starts within a word
     makes two words of it."""
-    if isinstance(text, str):
-        check_length(text)
     parts = parse_weights(text) if weighted and isinstance(text, str) else (WeightedText(text, 1.0),)
     pairs = [(token, index) for index, part in enumerate(parts) for token in tokenizer.split(part.text, name)]
     tokens = [token for token, _ in pairs]

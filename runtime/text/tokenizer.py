@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ...schemas.errors import CheckpointError, UsageError
-from ...schemas.limits import MAX_PROMPT_CHARACTERS
+from .prompt_weights import check_length
 from .tokenizer_file import (
     END,
     LENGTH,
@@ -38,21 +38,8 @@ from .tokenizer_file import (
     name_of,
     read_tokenizer,
     require_rows,
-    save_tokenizer_folder,
     shipped,
 )
-
-__all__ = [
-    "END",
-    "LENGTH",
-    "START",
-    "ClipTokenizer",
-    "Token",
-    "Tokens",
-    "read_checked",
-    "save_tokenizer_folder",
-    "token_rows",
-]
 
 PANIC = "PanicException"  # the library raises it on failure; it is no subclass of Exception, and no module exports it
 _NEXT = "Use the tokenizer folder of a Stable Cascade repository, or give no path to use the shipped tokenizer."
@@ -126,8 +113,8 @@ class ClipTokenizer:
         ]
 
     def _encode(self, text: str, name: str) -> Encoding:
-        if isinstance(text, str) and len(text) > MAX_PROMPT_CHARACTERS:
-            raise UsageError(f"{name}: {len(text)} characters; expected at most {MAX_PROMPT_CHARACTERS}")
+        if isinstance(text, str):
+            check_length(text)
         try:
             return _guarded(lambda: self._tokenizer.encode(text))
         except TypeError as error:

@@ -18,11 +18,9 @@ from ...schemas.errors import CascadeError, EngineError
 from ...schemas.limits import MAX_IMAGES
 from ...schemas.manifest import Manifest
 from ..engines.protocol import Tensors
-from ..serve.image_queue import FailedImage, FinishedImage, ImageQueue, Order, PartialImage
-from .request_tensors import INPUTS, STREAM_INPUTS, parse_previews, parse_rows
+from ..serve.image_queue import Event, FailedImage, FinishedImage, ImageQueue, Order, PartialImage
+from .request_tensors import STREAM_INPUTS, parse_previews, parse_rows
 from .triton_engine import open_cascade
-
-Event = PartialImage | FinishedImage | FailedImage
 
 
 class CascadeModel:
@@ -35,7 +33,7 @@ class CascadeModel:
         self._streams: bool = pb_utils.using_decoupled_model_transaction_policy(config)
         folder = Path(args["model_repository"]) / args["model_version"]
         self._cascade = open_cascade(folder, infer, rows=int(config["parameters"]["rows"]["string_value"]))
-        self._queue = ImageQueue(self._cascade, most_waiting=MAX_IMAGES)
+        self._queue = ImageQueue(self._cascade, MAX_IMAGES)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         answers = [(StreamedAnswer if self._streams else CollectedAnswer)(request) for request in requests]
@@ -53,8 +51,6 @@ class CascadeModel:
 class Answer:
     """The answer to one call. A call that is wrong, fails or is cancelled gets an error, and others go on."""
 
-    inputs: Mapping[str, Any] = INPUTS
-
     def __init__(self, request: Any) -> None:
         self._request = request
         self._error: Any = None
@@ -63,7 +59,7 @@ class Answer:
     def order(self, manifest: Manifest) -> Order | None:
         """The images that the call asks for; None when it is wrong."""
         try:
-            tensors = read_tensors(self._request, self.inputs)
+            tensors = read_tensors(self._request, STREAM_INPUTS)
             requests, previews = parse_rows(tensors, manifest), parse_previews(tensors)
         except CascadeError as error:
             self._fail(str(error), pb_utils.TritonError.INVALID_ARG)
@@ -124,8 +120,6 @@ class CollectedAnswer(Answer):
 
 class StreamedAnswer(Answer):
     """A response for each preview and each image of a call, as soon as it is there."""
-
-    inputs = STREAM_INPUTS
 
     def __init__(self, request: Any) -> None:
         super().__init__(request)

@@ -3,7 +3,6 @@
 Each row of a request is one image. Types have Triton's names; the shapes are those of one row.
 """
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
-from ...schemas.request import Request, parse_request
-from ..batch.image_jobs import check_request
-from ..serve.image_call import MOST_PARTIALS, MOST_PIXELS, MOST_STEPS
+from ...schemas.request import Request
+from ..batch.prompt_requests import counted_requests
+from ..serve.image_call import MOST_PARTIALS
 from ..serve.image_queue import require_served
 
 
@@ -27,7 +26,7 @@ class RowTensor:
     optional: bool = True
 
 
-# The names are those of a request's fields. What is not given has the default of `generate`; a seed is random.
+# The names are those of a request's fields. An input that is not given has the default of `generate`; a seed is random.
 INPUTS: Mapping[str, RowTensor] = {
     "prompt": RowTensor("STRING", optional=False),
     "negative": RowTensor("STRING"),
@@ -83,10 +82,8 @@ def parse_previews(tensors: Mapping[str, NDArray[Any]]) -> int:
 
 def _parse_row(given: Mapping[str, Any], manifest: Manifest) -> Request:
     fields = {name: _plain(name, value) for name, value in given.items()}
-    fields.setdefault("seed", secrets.randbelow(1 << 32))
-    request = parse_request(fields, manifest.default_size)
-    check_request(request, manifest)
-    require_served(request, pixels=MOST_PIXELS, steps=MOST_STEPS)
+    (request,) = counted_requests(fields, 1, manifest)
+    require_served(request)
     return request
 
 

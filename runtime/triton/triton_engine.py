@@ -24,11 +24,11 @@ class TritonEngine:
 
     The stages run as whole graphs. Two graphs would exchange the keys and values of every attention in each step."""
 
+    name = "triton"
+    precision: Precision | None = None
     in_parts: tuple[Stage, ...] = ()
 
     def __init__(self, bundle: Bundle, infer: Infer) -> None:
-        self.name = "triton"
-        self.precision: Precision | None = None
         self.bundle = bundle
         self._infer = infer
 

@@ -1,24 +1,25 @@
 """The finished images in a folder, newest first, with the settings that made them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_SHOWN_PIXELS, MAX_SHOWN_TEXT
 from ...schemas.request import understood
-from ..batch.picture_hashes import PICTURE_FIELDS
-from ..images.png_text import METADATA_KEY, read_png_text
+from ..batch.picture_hashes import with_pictures
+from ..images.png_text import read_png_text
 from .uploads import Uploads
 
 Described = dict[str, Any]
 Known = tuple[str, int]  # an image by its name and its time in nanoseconds
 
 SUFFIX = ".png"
+REMEMBERED = 1 << 16  # images that are not read again as long as they have the same time
 NAMED = 20  # settings that are not understood and are listed by name
 LONGEST_NAME = 60  # characters of such a setting's name
 
@@ -32,17 +33,12 @@ class Gallery:
             raise UsageError(f"{folder}: expected a folder for the images")
         self.folder = folder
         self._pictures = pictures
-        self._known: dict[Known, Described | None] = {}
-        self._lock = Lock()  # held while `_known` changes; every request has its own thread
 
     def newest(self, count: int, search: str = "") -> tuple[list[Described], bool]:
         """The `count` newest images, and whether there are more. With `search`, only images that have each of its words
         in their prompts, their name or their seed. Raises UsageError for a folder that cannot be read."""
         words = search.casefold().split()
         files = sorted(self._files(), key=lambda known: (known[1], known[0]), reverse=True)
-        present = set(files)
-        with self._lock:  # forget the images that are gone
-            self._known = {known: value for known, value in self._known.items() if known in present}
         found: list[Described] = []
         for name, time in files:
             described = self._described(name, time)
@@ -76,35 +72,28 @@ class Gallery:
             raise UsageError(f"{self.folder}: the images cannot be listed: {error.strerror}") from error
 
     def _described(self, name: str, time: int) -> Described | None:
-        with self._lock:
-            known = (name, time) in self._known
-            found = self._known.get((name, time))
-        if not known:
-            found = _read(self.folder / name)
-            with self._lock:
-                self._known[name, time] = found
+        found = _read(self.folder / name, time)
         if found is None:
             return None
         encoded = os.fsencode(name)  # which may be no UTF-8
         shown, url = encoded.decode("utf-8", "replace"), f"/images/{quote(encoded, safe='')}?{time}"
-        return {**found, "name": shown, "url": url, "time": time // 10**9, "settings": self._by_ids(found["settings"])}
+        settings = with_pictures(found["settings"], self._by_id)
+        return {**found, "name": shown, "url": url, "time": time // 10**9, "settings": settings}
 
-    def _by_ids(self, settings: Described) -> Described:
-        """Settings with ids in place of paths."""
-        return {name: self._by_id(value) if name in PICTURE_FIELDS else value for name, value in settings.items()}
-
-    def _by_id(self, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return [self._by_id(each) for each in value]
-        rest = {name: value[name] for name in ("name", "strength") if name in value}
-        here = self._pictures.find(value["sha256"])
-        return {**rest, "picture": value["sha256"] if here else None, "file": _printable(Path(value["path"]).name)}
+    def _by_id(self, picture: Mapping[str, Any]) -> Described:
+        """A picture of an image's settings with its id in place of its path."""
+        rest = {name: picture[name] for name in ("name", "strength") if name in picture}
+        here = self._pictures.find(picture["sha256"])
+        return {**rest, "picture": picture["sha256"] if here else None, "file": _printable(Path(picture["path"]).name)}
 
 
-def _read(path: Path) -> Described | None:
-    """Size and settings of an image, and under "odd" the names of settings that this version does not understand."""
+@lru_cache(REMEMBERED)
+def _read(path: Path, time: int) -> Described | None:
+    """Size and settings of an image, and under "odd" the names of settings that this version does not understand.
+
+    The image is read again when its `time` has changed."""
     try:
-        png = read_png_text(path, METADATA_KEY)
+        png = read_png_text(path)
         given = png.settings()
     except (OSError, ValueError):
         return None  # no image of ours
@@ -133,5 +122,5 @@ def _names(odd: list[str]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """The text with a mark in place of bytes that are no text, and of halves of surrogate pairs."""
+    """The text with a mark for each byte that is no text, and for each half of a surrogate pair."""
     return text.encode("utf-8", "replace").decode()

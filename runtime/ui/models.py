@@ -31,7 +31,7 @@ ChosenLora = tuple[str, float]  # a LoRA as `--lora` names it, and its strength
 
 @dataclass(frozen=True)
 class Choice:
-    """What a job runs on: a bundle by its name on the page, an engine, and LoRAs as `--lora` names them."""
+    """The bundle, engine and LoRAs of a job: the bundle by its name on the page, LoRAs as `--lora` names them."""
 
     bundle: str
     engine: str = AUTO
@@ -80,9 +80,14 @@ class Models:
     _opened: tuple[Choice, Cascade] | None = None
 
     @property
+    def bundles(self) -> dict[str, Path]:
+        """The bundles of the page, by name."""
+        return bundles_at(self.path)
+
+    @property
     def first(self) -> Choice:
         """The choice that the page begins with."""
-        return Choice(next(iter(bundles_at(self.path))), self.engine, self.first_loras)
+        return Choice(next(iter(self.bundles)), self.engine, self.first_loras)
 
     def manifest(self, bundle: str) -> Manifest:
         """The manifest of a bundle, with the stages that come from others. Raises UsageError for an unknown name."""
@@ -105,36 +110,21 @@ class Models:
         Raises UsageError for a bundle, engine or LoRA that the page does not offer."""
         first = self.first
         found = first.bundle if bundle is None else bundle
-        if found not in self.names():
-            raise UsageError(f"bundle {shown(found)}: expected one of {', '.join(self.names())}")
+        self._bundle(found)
         able = [first.engine, *self.engines(self.manifest(found))]
         if engine is not None and engine not in able:
             raise UsageError(f"engine {shown(engine)}: expected one of {', '.join(dict.fromkeys(able))}")
         return Choice(found, engine or first.engine, first.loras if loras is None else self._chosen(loras))
 
-    def names(self) -> list[str]:
-        return list(bundles_at(self.path))
-
-    def paths(self) -> list[Path]:
-        """The paths of all bundles."""
-        return list(bundles_at(self.path).values())
-
-    def lora_names(self) -> list[str]:
-        """The names of the LoRAs on the page."""
-        return [*self._offered()]
-
-    def shown_lora(self, given: str) -> str:
-        """The name on the page of a LoRA as `--lora` takes it."""
-        return next((name for name, path in self._offered().items() if path == given), given)
-
-    def _offered(self) -> dict[str, str]:
+    def offered_loras(self) -> dict[str, str]:
+        """The LoRAs as `--lora` takes them, by their names on the page."""
         listed = self.loras()
         taken = set(listed.values())
         return {**listed, **{lora: lora for lora, _ in self.first_loras if lora not in taken}}
 
-    def _bundle(self, name: str) -> Path:
-        found = bundles_at(self.path)
-        if name not in found:
+    def _bundle(self, name: Any) -> Path:
+        found = self.bundles
+        if not isinstance(name, str) or name not in found:
             raise UsageError(f"bundle {shown(name)}: expected one of {', '.join(found)}")
         return found[name]
 
@@ -146,7 +136,7 @@ class Models:
     def _lora(self, given: Any) -> ChosenLora:
         if not isinstance(given, dict) or not given.keys() <= {"name", "strength"}:
             raise UsageError("loras: expected each as {name, strength}")
-        offered, name = self._offered(), given.get("name")
+        offered, name = self.offered_loras(), given.get("name")
         if not isinstance(name, str) or name not in offered:
             raise UsageError(
                 f"loras: {shown(name)} is not offered here; expected one of {', '.join(offered) or 'none'}; "

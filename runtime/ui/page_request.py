@@ -1,6 +1,5 @@
 """Parses the flat JSON that the page submits into requests, and describes to the page the requests it may make."""
 
-import secrets
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -9,16 +8,16 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_IMAGE_SIDE, MAX_STEPS
 from ...schemas.manifest import ENCODER_GRAPH, Manifest
 from ...schemas.messages import shown as shown_value
-from ...schemas.request import parse_request
 from ...schemas.settings import Sampler, parse_settings
-from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy, latent_sizes
+from ...schemas.sizes import SIZE_STEP, SMALLEST_SIDE, SizePolicy
 from ...schemas.stages import Stage
+from ..batch.prompt_requests import counted_requests
 from ..sampling.controlnets import CONTROLS, INPAINTING, require_control
 from .models import Models
 from .queued_job import PageRequest
 from .uploads import Uploads
 
-MOST_IMAGES = 64  # in one submission, against typing errors
+MOST_IMAGES = 64  # of one submission; more are a typing error
 
 PICTURED = frozenset({"image_prompts", "init_image", "mask"})
 PREVIEWED = (Stage.PRIOR, Stage.DECODER)
@@ -66,29 +65,19 @@ def parse_page_request(given: Mapping[str, Any], models: Models, pictures: Uploa
     count, shown = _count(fields.pop("images", 1)), _stages(fields.pop("previews", []))
     choice = models.choice(fields.pop("bundle", None), fields.pop("engine", None), fields.pop("loras", None))
     manifest = models.manifest(choice.bundle)
-    able = features(manifest)
     fields = {name: value for name, value in fields.items() if value or name not in PICTURED}
-    for name in sorted(PICTURED & fields.keys()):
-        if not able[name]:
-            raise UsageError(f"{name}: the bundle lacks the stages for it; export the model with its encoders")
     for name in PICTURED & fields.keys():
         value = fields[name]
         fields[name] = (
             [_picture(each, pictures) for each in value] if isinstance(value, list) else _picture(value, pictures)
         )
     if fields.get("controls"):
-        fields["controls"] = [_control(each, manifest, pictures) for each in _list("controls", fields["controls"])]
+        fields["controls"] = [_control(each, pictures) for each in _list("controls", fields["controls"])]
     fields["loras"] = [{"name": name, "strength": strength} for name, strength in choice.loras]
     if fields.get("seed") in (None, ""):
-        fields["seed"] = secrets.randbelow(1 << 32)
-    first = parse_request(fields, manifest.default_size)
-    if count > 1 and first.batch > 1:
-        raise UsageError("index and batch describe one image; leave them out to generate several")
-    latent_sizes(first.settings.height, first.settings.width, first.settings.size_policy)  # refuse before it waits
-    if first.seed + count > 2**64:
-        raise UsageError(f"seed {first.seed}: too large for {count} images, whose seeds count on from it")
-    requests = tuple(first.model_copy(update={"seed": first.seed + number}) for number in range(count))
-    return PageRequest(choice, requests, shown & frozenset(able["previews"]))
+        fields.pop("seed", None)
+    requests = counted_requests(fields, count, manifest)
+    return PageRequest(choice, requests, shown & frozenset(features(manifest)["previews"]))
 
 
 def _count(value: Any) -> int:
@@ -119,12 +108,11 @@ def _picture(value: Any, pictures: Uploads) -> dict[str, str]:
     return {"path": str(pictures.path(value)), "sha256": value}
 
 
-def _control(value: Any, manifest: Manifest, pictures: Uploads) -> dict[str, Any]:
+def _control(value: Any, pictures: Uploads) -> dict[str, Any]:
     if not isinstance(value, dict) or not value.keys() <= {"name", "picture", "strength"}:
         raise UsageError("controls: expected each as {name, picture, strength}")
-    require_control(manifest, str(value.get("name")))
     strength = {"strength": value["strength"]} if value.get("strength") not in (None, "") else {}
-    return {"name": value["name"], **_picture(value.get("picture"), pictures), **strength}
+    return {"name": value.get("name"), **_picture(value.get("picture"), pictures), **strength}
 
 
 def _can(manifest: Manifest, name: str) -> bool:
@@ -132,4 +120,4 @@ def _can(manifest: Manifest, name: str) -> bool:
         require_control(manifest, name)
     except UsageError:
         return False
-    return name != "canny" or find_spec("cv2") is not None  # without OpenCV there is "edges"
+    return name != "canny" or find_spec("cv2") is not None  # without OpenCV, "edges" takes its place

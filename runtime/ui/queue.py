@@ -5,13 +5,14 @@ import io
 import time
 import traceback
 from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 from threading import Condition, Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from PIL import Image
 
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import CascadeError, UsageError
 from ...schemas.stages import Stage
 from ..batch.generate_requests import GeneratedImage, generate_requests, request_groups
@@ -44,34 +45,26 @@ class _CancelledError(Exception):
     """Raised in the sampling loop of a job that was cancelled."""
 
 
+@dataclass(eq=False)
 class JobQueue:
-    """Generates the images of jobs, one job after the other, in a thread that runs as long as the queue's context."""
+    """Generates the images of jobs, one job after the other, in a thread that runs as long as the queue's context.
 
-    def __init__(
-        self,
-        models: Models,
-        gallery: Gallery,
-        pictures: Uploads,
-        *,
-        batch: int | None = None,
-        sign: Sign | None = None,
-        say: Say = lambda text: None,
-    ) -> None:
-        """`batch` images are computed together (None: as many as `images_together` returns). `sign` signs each file.
-        `say` is called with a line for each saved image."""
-        self._models = models
-        self._gallery = gallery
-        self._pictures = pictures
-        self._batch = batch
-        self._sign = sign
-        self._say = say
-        self._changed = Condition()
-        self._waiting: deque[QueuedJob] = deque()
-        self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()  # the newest last
-        self._closing = False
-        self._thread = Thread(target=self._run_jobs, name="queue", daemon=True)
+    `batch` images are computed together (None: as many as `images_together` returns). `sign` signs each file. `say` is
+    called with a line for each saved image."""
+
+    models: Models
+    gallery: Gallery
+    pictures: Uploads
+    batch: int | None = None
+    sign: Sign | None = None
+    say: Say = ignored
+    _changed: Condition = field(default_factory=Condition)
+    _waiting: deque[QueuedJob] = field(default_factory=deque)
+    _jobs: OrderedDict[str, QueuedJob] = field(default_factory=OrderedDict)  # the newest last
+    _closing: bool = False
 
     def __enter__(self) -> Self:
+        self._thread = Thread(target=self._run_jobs, name="queue", daemon=True)
         self._thread.start()
         return self
 
@@ -135,9 +128,9 @@ class JobQueue:
     def _run(self, job: QueuedJob) -> None:
         """Generate the images of a job; an error becomes its last event."""
         try:
-            if not self._models.is_open(job.request.choice):
+            if not self.models.is_open(job.request.choice):
                 job.publish(OPENING, loras=len(job.request.choice.loras))
-            cascade = self._models.cascade(job.request.choice)
+            cascade = self.models.cascade(job.request.choice)
             job.publish(STARTED)
             self._generate(job, cascade)
         except _CancelledError:
@@ -157,30 +150,27 @@ class JobQueue:
         _leave_if_cancelled(job)
         requests = job.request.requests
         texts = [] if requests[0].settings.long_prompts else [requests[0].prompt, requests[0].negative]
-        cut = [text.strip() for text in cascade.tokenizer(texts).truncated if text] if texts else []
-        if cut:
+        if cut := [text for text in cascade.tokenizer(texts).truncated if text]:
             job.publish(NOTES, messages=[f"CLIP reads 77 tokens; not read: {text}" for text in cut])
         began, done = time.monotonic(), 0
-        for group in request_groups(requests, self._batch):
-            place = {"first": done + 1, "last": done + len(group), "of": len(requests), "began": began}
-            on_step = _on_step(job, place)
-            for generated in generate_requests(cascade, group, on_step):
+        for group in request_groups(requests, self.batch):
+            place = {"first": done + 1, "last": done + len(group), "of": len(requests)}
+            for generated in generate_requests(cascade, group, _on_step(job, place, began)):
                 _leave_if_cancelled(job)
                 self._save(job, generated)
             done += len(group)
 
     def _save(self, job: QueuedJob, generated: GeneratedImage) -> None:
-        (path,) = image_paths(self._gallery.folder, 1)
-        path = save_numbered(path, generated.image, self._pictures.keep(generated.metadata), sign=self._sign)
-        described = self._gallery.describe(path)
+        (path,) = image_paths(self.gallery.folder, 1)
+        path = save_numbered(path, generated.image, self.pictures.keep(generated.metadata), sign=self.sign)
+        described = self.gallery.describe(path)
         assert described is not None
         job.images.append(described)
-        self._say(f"wrote {path} ({generated.image.width}x{generated.image.height}, seed {generated.request.seed})")
+        self.say(f"wrote {path} ({generated.image.width}x{generated.image.height}, seed {generated.request.seed})")
 
 
-def _on_step(job: QueuedJob, place: dict[str, Any]) -> OnStep:
+def _on_step(job: QueuedJob, place: dict[str, int], began: float) -> OnStep:
     """A function that publishes each step and its previews, and raises _CancelledError for a cancelled job."""
-    began = place.pop("began")
 
     def on_step(stage: Stage, step: Step) -> None:
         _leave_if_cancelled(job)

@@ -70,16 +70,15 @@ def _page(app: App, call: Call) -> Reply:
 
 
 def _info(app: App, call: Call) -> Reply:
-    first = app.models.first
+    first, loras = app.models.first, app.models.offered_loras()
+    names = {given: name for name, given in loras.items()}
     return json_reply(
         {
-            "bundles": app.models.names(),
-            "loras": app.models.lora_names(),
+            "bundles": list(app.models.bundles),
+            "loras": list(loras),
             "bundle": first.bundle,
             "engine": first.engine,
-            "chosen_loras": [
-                {"name": app.models.shown_lora(lora), "strength": strength} for lora, strength in first.loras
-            ],
+            "chosen_loras": [{"name": names[lora], "strength": strength} for lora, strength in first.loras],
             "output": str(app.gallery.folder),
             "opens_folder": app.open_folder is not None,
             "picture_bytes": MOST_PICTURE,
@@ -89,7 +88,7 @@ def _info(app: App, call: Call) -> Reply:
 
 def _bundle(app: App, call: Call) -> Reply:
     name = call.groups["name"]
-    if name not in app.models.names():
+    if name not in app.models.bundles:
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such bundle (any more)")
     manifest = app.models.manifest(name)
     return json_reply({"name": name, **describe(manifest), "engines": app.models.engines(manifest)})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...schemas.errors import UsageError
 from ...storage.atomic_file import whole_file
-from ..batch.picture_hashes import PICTURE_FIELDS
+from ..batch.picture_hashes import with_pictures
 from ..images.pictures import open_picture
 
 ID = re.compile(r"[0-9a-f]{64}")
@@ -77,15 +77,12 @@ class Uploads:
         """Copy the pictures of `metadata` to the folder `kept`, and return the metadata with the paths of the copies.
 
         Raises OSError when a copy cannot be written."""
-        kept = {name: self._keep(metadata[name]) for name in PICTURE_FIELDS if metadata.get(name)}
-        return {**metadata, **kept}
+        return with_pictures(metadata, self._keep)
 
-    def _keep(self, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return [self._keep(each) for each in value]
-        target = self._kept / Path(value["path"]).name
+    def _keep(self, picture: Mapping[str, Any]) -> dict[str, Any]:
+        target = self._kept / Path(picture["path"]).name
         if not target.exists():
             self._kept.mkdir(parents=True, exist_ok=True)
-            with Path(value["path"]).open("rb") as source, whole_file(target) as copy:
+            with Path(picture["path"]).open("rb") as source, whole_file(target) as copy:
                 shutil.copyfileobj(source, copy)
-        return {**value, "path": str(target)}
+        return {**picture, "path": str(target)}

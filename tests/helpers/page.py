@@ -7,9 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.ui.http_server import PageServer
@@ -99,6 +102,14 @@ def call(
     if answer.status >= 400:
         assert set(answer.json) == {"error"}
     return answer
+
+
+def add_picture(server: PageServer, picture: Image.Image) -> str:
+    """The id of a picture that is uploaded."""
+    content = BytesIO()
+    picture.save(content, "PNG")
+    answer = call(server, "POST", "/api/pictures", content.getvalue(), Content_Type="application/octet-stream")
+    return str(answer.json["id"])
 
 
 def events(server: PageServer, job: str, last: str = "") -> list[tuple[str, Any]]:

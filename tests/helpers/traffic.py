@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from cascadekit import Cascade
-from cascadekit.runtime.images.png import write_image
-from cascadekit.runtime.serve.api_server import EDITS, GENERATIONS
+from cascadekit.runtime.images.png import image_bytes
 from cascadekit.runtime.serve.guard import MOST_BODY, MOST_JSON
+from cascadekit.runtime.serve.images_api import EDITS, GENERATIONS
 
 PROMPTS = ("a red circle", "ein Fuchs, flächig", "a blue star")
 SEEDS = (5, 1 << 40)  # of the first image of a call; each call has up to two
@@ -75,9 +75,7 @@ def expected(cascade: Cascade) -> Expected:
 
 
 def _file(suffix: str, image: Image.Image, settings: Mapping[str, Any]) -> bytes:
-    content = io.BytesIO()
-    write_image(content, Path(f"image{suffix}"), image, settings)
-    return content.getvalue()
+    return image_bytes(Path(f"image{suffix}"), image, settings)
 
 
 @dataclass(frozen=True)

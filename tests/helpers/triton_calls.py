@@ -74,7 +74,10 @@ def concurrent(web: str, remote: str, folder: Path) -> dict[str, Any]:
     good = [fields_of(number) for number in range(len(PROMPTS))]
     before = counts(web, "cascade")
     first = together(web, good)
-    after = counts(web, "cascade")
+    after, until = counts(web, "cascade"), time.monotonic() + 20
+    while after[0] < before[0] + len(good) and time.monotonic() < until:  # the server counts after it has answered
+        time.sleep(0.05)
+        after = counts(web, "cascade")
     second = together(web, [*MALFORMED.values(), *good])
     bad, again = second[: len(MALFORMED)], second[len(MALFORMED) :]
     np.savez(folder / "images.npz", first=np.concatenate(first), again=np.concatenate(again))

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from cascadekit import Cascade, convert, export
 from cascadekit.converters.checkpoints.model_folder import check_tokenizer
 from cascadekit.runtime.text.prompts import encode_texts
-from cascadekit.runtime.text.tokenizer import LENGTH, ClipTokenizer, save_tokenizer_folder
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
+from cascadekit.runtime.text.tokenizer_file import LENGTH, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.stages import Stage
 

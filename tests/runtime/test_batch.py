@@ -5,6 +5,7 @@ import io
 import json
 import os
 import string
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from cascadekit import Cascade
-from cascadekit.runtime.batch.batch_log import BatchLog, read_log
+from cascadekit.runtime.batch.batch_log import BatchLog, BucketLog, read_log
 from cascadekit.runtime.batch.batch_runner import BatchRunner, last_seed
 from cascadekit.runtime.batch.file_names import NameTemplate, slug
 from cascadekit.runtime.batch.image_jobs import (
@@ -31,8 +32,9 @@ from cascadekit.runtime.batch.job_groups import windows
 from cascadekit.runtime.batch.local_groups import LocalGroups
 from cascadekit.runtime.batch.prompt_files import PromptFile, read_prompt_file
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cascadekit.schemas.errors import EngineError, UsageError
+from cascadekit.schemas.errors import CascadeError, EngineError, UsageError
 from cascadekit.schemas.stages import Stage
+from cascadekit.storage.bucket import BucketPath
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"), max_size=30)
@@ -381,3 +383,15 @@ class TestRun:
                 list(BatchRunner(LocalGroups(cascade, 2), log_file).run(made.jobs))
         one, other = (np.asarray(Image.open(made.jobs[-1].path), np.int16) for made in (together, alone))
         assert abs(one - other).max() <= 1
+
+
+def test_a_bucket_that_does_not_answer_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    class Silent(BucketPath):
+        def read_bytes(self) -> bytes:
+            raise CascadeError("the store does not answer")
+
+    with pytest.raises(CascadeError, match="does not answer"):
+        BucketLog(Silent("s3:/images/log.jsonl"))
+    assert not list(tmp_path.iterdir())

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cascadekit import convert, export
-from cascadekit.runtime.text.tokenizer import ClipTokenizer, save_tokenizer_folder
-from cascadekit.runtime.text.tokenizer_file import MAX_TOKENIZER_BYTES
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
+from cascadekit.runtime.text.tokenizer_file import MAX_TOKENIZER_BYTES, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError
 
 Json = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.runtime.images.masks import open_mask
+from cascadekit.runtime.images.masks import as_mask
 from cascadekit.runtime.images.pictures import open_picture
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.limits import PICTURE_BYTES
@@ -23,13 +23,13 @@ START = 60 << 20  # more than the interpreter had taken, for imports and strips
 CODE = """
 import resource, sys
 from pathlib import Path
-from cascadekit.runtime.images.masks import open_mask
+from cascadekit.runtime.images.masks import as_mask
 from cascadekit.runtime.images.pictures import open_picture
 from PIL import Image
 Image.init()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sides = [int(side) for side in sys.argv[2:]]
-open_mask(Path(sys.argv[1]), tuple(sides)) if sides else open_picture(Path(sys.argv[1]))
+as_mask(Path(sys.argv[1]), tuple(sides)) if sides else open_picture(Path(sys.argv[1]))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -155,14 +155,14 @@ def test_thin_masks(tmp_path: Path) -> None:
     long = 65_535
     cv2.imwrite(str(tmp_path / "m.png"), np.full((1, long), 255, np.uint8))
     start = time.monotonic()
-    assert open_mask(tmp_path / "m.png", (long, 1)).size == (long, 1)
+    assert as_mask(tmp_path / "m.png", (long, 1)).size == (long, 1)
     assert time.monotonic() - start < 10
     with pytest.raises(UsageError, match="a mask of 65535x1 for a picture of 64x64"):
-        open_mask(tmp_path / "m.png", (64, 64))
+        as_mask(tmp_path / "m.png", (64, 64))
 
 
 def test_a_mask_of_another_shape_is_not_decoded(tmp_path: Path) -> None:
     path = png(tmp_path / "m.png", 8000, 6000, 8, 6)
     path.write_bytes(path.read_bytes()[:200])  # its pixels are missing, which does not matter
     with pytest.raises(UsageError, match="a mask of 8000x6000 for a picture of 100x100"):
-        open_mask(path, (100, 100))
+        as_mask(path, (100, 100))

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from cascadekit.parity.reference import load_reference
-from cascadekit.runtime.images.pictures import clip_pixels, effnet_input, fit, open_picture, vqgan_input
+from cascadekit.runtime.images.pictures import as_picture, clip_pixels, effnet_input, fit, fitted_pixels, open_picture
 from cascadekit.schemas.errors import UsageError
 from helpers.efficientnets import narrow_effnet
 from helpers.graphs import random_tensors
@@ -118,6 +118,8 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     refused("hollow.png", "cannot be decoded", png_of(20, 20))
     floats = Image.fromarray(np.ones((4, 4), np.float32))
     refused("floats.tiff", "a picture of floats", saved(floats, tmp_path / "f.tiff").read_bytes())
+    with pytest.raises(UsageError, match="picture: a picture of floats"):
+        as_picture(floats)
     wide = Image.fromarray(np.full((4, 4), 70_000, np.int32))
     refused("wide.tiff", "32-bit integers", saved(wide, tmp_path / "w.tiff").read_bytes())
 
@@ -173,7 +175,7 @@ def test_the_effnet_map_has_the_size_of_the_priors_latents() -> None:
 
 def test_the_vqgan_takes_pixels_from_0_to_1() -> None:
     exact = noise(24, 16)
-    found = vqgan_input(Image.fromarray(exact), 16, 24)
+    found = fitted_pixels(Image.fromarray(exact), 16, 24)
     assert found.dtype == np.float32
     assert np.array_equal(found, torch.from_numpy(exact).permute(2, 0, 1)[None].float().div(255).numpy())
-    assert vqgan_input(Image.fromarray(exact), 40, 8).shape == (1, 3, 40, 8)
+    assert fitted_pixels(Image.fromarray(exact), 40, 8).shape == (1, 3, 40, 8)

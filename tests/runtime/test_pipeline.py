@@ -96,6 +96,12 @@ def test_long_lists_go_through_in_parts_that_fit(tiny: Path, monkeypatch: pytest
     assert max(batches[Stage.DECODER]) == 3
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_batch_of_no_rows_is_refused(tiny: Path, rows: int) -> None:
+    with pytest.raises(UsageError, match=f"rows={rows}: expected at least 1"):
+        Cascade.open(tiny / "bundle", rows=rows)
+
+
 def test_image_embeddings_change_the_result(cascade: Cascade) -> None:
     embeds = cascade.encode_prompt("x")
     results = [
@@ -128,11 +134,37 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"negative_prompt": "x"}, "negative_prompt: unknown, did you mean negative?"),
         ({"image": "x.png"}, "image: unknown, did you mean init_image or image_prompts?"),
         ({"prior_steps": 0}, "prior_steps=0: expected 1 to 1000"),
+        ({"size_policy": "x"}, "size_policy: Input should be 'exact' or 'diffusers'"),
+        ({"output": "pixels"}, "output 'pixels': expected images, latents or prior"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         cascade.generate("x", **{"settings": QUICK, "seed": 0, **call})
+
+
+def test_settings_and_what_overrides_them_are_read_alike(cascade: Cascade) -> None:
+    """As words and as numbers of numpy, with settings and without."""
+    words: dict[str, Any] = {"size_policy": "exact", "sampler": "gdf", "prior_guidance": "3"}
+    (found,) = cascade.generate("x", seed=0, settings=Settings(np.int64(64), 64, prior_steps=1), **words).settings
+    (same,) = cascade.generate("x", seed=0, width=64, height=64, prior_steps=1, **words).settings
+    of_gdf = ("prior_shift", "decoder_guidance", "rescale")  # without settings, the sampler chooses them
+    assert {name: value for name, value in found.items() if name not in of_gdf} == {
+        name: value for name, value in same.items() if name not in of_gdf
+    }
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("change", [
+    lambda e: {"pooled": e.pooled[:1]},
+    lambda e: {"pooled": e.pooled[:, 0]},
+    lambda e: {"negative_clip_text": e.negative_clip_text[:, :9]},
+    lambda e: {"negative_clip_text": e.negative_clip_text[:1], "negative_pooled": e.negative_pooled[:1]},
+])  # fmt: skip
+def test_embeddings_that_do_not_fit_together(cascade: Cascade, change: Any) -> None:
+    embeds = cascade.encode_prompt(["a", "b"])
+    with pytest.raises(UsageError, match=r"embeddings: expected .* found clip_text"):
+        replace(embeds, **change(embeds))
 
 
 def test_latents_of_another_shape(cascade: Cascade) -> None:

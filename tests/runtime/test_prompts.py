@@ -22,7 +22,8 @@ from cascadekit import Cascade
 from cascadekit.runtime.cascade import PromptEmbeds
 from cascadekit.runtime.text.prompt_weights import parse_weights
 from cascadekit.runtime.text.prompts import EncodedTexts, encode_texts, split
-from cascadekit.runtime.text.tokenizer import END, START, ClipTokenizer, Token
+from cascadekit.runtime.text.tokenizer import ClipTokenizer, Token
+from cascadekit.runtime.text.tokenizer_file import END, START
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.stages import Stage
 
@@ -315,12 +316,6 @@ def test_cut_text_is_reported_without_syntax(tokenizer: ClipTokenizer) -> None:
 def test_what_is_not_text_is_refused(tokenizer: ClipTokenizer, text: Any, weighted: bool) -> None:
     with pytest.raises(UsageError, match="prompt 1: expected text"):
         encode_texts(["a", text], tokenizer, Recorder(), weighted=weighted)
-
-
-@pytest.mark.parametrize(("texts", "batch"), [("bare", 16), ([], 16), (["a"], 0)])
-def test_wrong_calls_are_refused(tokenizer: ClipTokenizer, texts: Any, batch: int) -> None:
-    with pytest.raises(UsageError, match="expected a list of prompts and a batch of at least 1"):
-        encode_texts(texts, tokenizer, Recorder(), batch=batch)
 
 
 # The text encoder.

@@ -25,7 +25,8 @@ c2pa = pytest.importorskip("c2pa")
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa  # noqa: E402
 
 pytest.importorskip("starlette")
-from cascadekit.runtime.serve.api_server import GENERATIONS, ServeOptions, api_server  # noqa: E402
+from cascadekit.runtime.serve.api_server import ServeOptions, api_server  # noqa: E402
+from cascadekit.runtime.serve.images_api import GENERATIONS  # noqa: E402
 from helpers import page  # noqa: E402
 from helpers.certificates import chain, key_pem  # noqa: E402
 from helpers.traffic import Traffic, completed, decoded, message  # noqa: E402

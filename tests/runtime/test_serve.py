@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from cascadekit import Cascade
 from cascadekit.cli import main
@@ -28,6 +28,7 @@ from cascadekit.cli import main
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 from cascadekit.runtime.serve.guard import MOST_JSON  # noqa: E402
+from cascadekit.runtime.serve.image_call import edited_pictures  # noqa: E402
 from cascadekit.storage.install_hint import install_hint  # noqa: E402
 from helpers.page import Gate  # noqa: E402
 from helpers.serve import Served, serving, wait_for  # noqa: E402
@@ -150,6 +151,17 @@ def test_edits_vary_a_picture_and_keep_it_outside_the_mask(cascade: Cascade, ser
         assert not [link for link in Path("/proc/self/fd").iterdir() if "picture-" in os.path.realpath(link)]
 
 
+def test_a_mask_that_its_exif_data_turn_is_turned_with_its_picture(tmp_path: Path) -> None:
+    mask, exif = Image.new("RGBA", (60, 40), (0, 0, 0, 255)), Image.Exif()
+    mask.paste((0, 0, 0, 0), (0, 0, 20, 10))
+    exif[ExifTags.Base.Orientation] = 6
+    mask.save(tmp_path / "mask.png", exif=exif)
+    with Image.open(tmp_path / "mask.png") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))[..., 3] == 0
+    with Image.open(edited_pictures([tmp_path / "mask.png"], tmp_path / "mask.png")["mask"]) as white:
+        assert np.array_equal(np.asarray(white) == 255, expected)
+
+
 def png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
@@ -176,6 +188,8 @@ def test_models_and_health(served: Served) -> None:
         ({"prompt": "a", "prior_steps": 1000}, 400, "at most 100"),
         ({"prompt": "a", "model": "dall-e-3"}, 404, "expected 'example'"),
         ({"prompt": "a", "background": "transparent"}, 400, "background"),
+        ({"prompt": "a", "stream": "yes"}, 400, "stream: 'yes': expected false or 0 or true or 1"),
+        ({"prompt": "a", "quality": "best"}, 400, "expected auto or low or standard or medium or hd or high"),
         ({"prompt": "a", "prior_step": 3}, 400, "prior_steps"),
         ({"prompt": "a", "init_image": "/etc/passwd"}, 400, "cannot be given here"),
         ({"prompt": "\ud800"}, 400, "surrogate"),

@@ -13,8 +13,8 @@ from cascadekit import Cascade
 
 pytest.importorskip("openai")
 pytest.importorskip("starlette")
-from cascadekit.runtime.serve import api_server, connections, guard
-from cascadekit.runtime.serve.api_server import GENERATIONS
+from cascadekit.runtime.serve import api_server, guard, images_api
+from cascadekit.runtime.serve.images_api import GENERATIONS
 from helpers.serve import Served, serving, wait_for
 from helpers.traffic import message, reply_of
 
@@ -31,7 +31,7 @@ def cascade(example: Path) -> Iterator[Cascade]:
 @pytest.fixture
 def impatient(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(guard, "PATIENCE", PATIENCE)
-    monkeypatch.setattr(connections, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(api_server, "PATIENCE", PATIENCE)
     with serving(cascade) as served:
         yield served
 
@@ -81,7 +81,7 @@ def test_a_body_that_never_ends_is_refused(impatient: Served) -> None:
 
 def test_a_client_that_reads_nothing_loses_its_connection(impatient: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     large = bytes(24 << 20)  # more than the system keeps for a socket
-    monkeypatch.setattr(api_server, "_encoded", lambda *given: large)
+    monkeypatch.setattr(images_api, "_encoded", lambda *given: large)
     for more in ({}, {"stream": True}):
         with connect(impatient, receive_buffer=4096) as connection:
             connection.sendall(message(GENERATIONS, json.dumps({**CALL, **more}).encode()))
@@ -101,7 +101,7 @@ def test_clients_that_wait_or_read_slowly_are_not_cut_off(
         return generate(*arguments, **options)
 
     monkeypatch.setattr(cascade, "generate", slowly)
-    monkeypatch.setattr(api_server, "_encoded", lambda *given: large)
+    monkeypatch.setattr(images_api, "_encoded", lambda *given: large)
     with connect(impatient, receive_buffer=1 << 18) as connection:
         connection.sendall(message(GENERATIONS, json.dumps(CALL).encode()))
         found, began = 0, time.monotonic()
@@ -118,7 +118,7 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_terminal(
     def broken(*given: Any) -> bytes:
         raise ZeroDivisionError("in the middle")
 
-    monkeypatch.setattr(api_server, "_encoded", broken)
+    monkeypatch.setattr(images_api, "_encoded", broken)
     with serving(cascade) as served, connect(served) as connection:
         connection.sendall(message(GENERATIONS, json.dumps({**CALL, "stream": True}).encode()))
         answer = b""

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from cascadekit import Cascade, export
 from cascadekit.cli import main
-from cascadekit.runtime.networks import require_sound
 from cascadekit.runtime.sampling.controlnets import ControlPicture
 from cascadekit.schemas.errors import UnsoundError, UsageError
 from cascadekit.schemas.precision import Precision
@@ -170,8 +169,10 @@ def test_latents_of_ones_own_are_looked_at(whole: Whole) -> None:
             list(cascade.decode(bad, embeds, height=64, width=64, steps=2))
 
 
-def test_what_may_be_all_one_value() -> None:
+def test_what_may_be_all_one_value(tiny: Path) -> None:
     """A ControlNet's zeros, say."""
-    require_sound(Stage.CONTROLNET_CANNY, None, np.zeros((1, 8, 2, 2), np.float32), varied=False)
-    require_sound(Stage.PRIOR, None, np.zeros((1, 1, 1, 1), np.float32))
-    require_sound(Stage.PRIOR, None, np.zeros((0, 1, 1, 1), np.float32))
+    with Cascade.open(tiny / "bundle", threads=1) as cascade:
+        require_sound = cascade.networks.require_sound
+        require_sound(Stage.CONTROLNET_CANNY, np.zeros((1, 8, 2, 2), np.float32), "", varied=False)
+        require_sound(Stage.PRIOR, np.zeros((1, 1, 1, 1), np.float32), "")
+        require_sound(Stage.PRIOR, np.zeros((0, 1, 1, 1), np.float32), "")

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascadekit.runtime.text import tokenizer_file
-from cascadekit.runtime.text.tokenizer import END, LENGTH, START, ClipTokenizer, save_tokenizer_folder
+from cascadekit.runtime.text.tokenizer import ClipTokenizer
+from cascadekit.runtime.text.tokenizer_file import END, LENGTH, START, save_tokenizer_folder
 from cascadekit.schemas.errors import CheckpointError, UsageError
 
 COUNT, SOME = 10_000, 1_200  # different strings; `make test-slow` takes them all

@@ -24,7 +24,7 @@ from cascadekit.converters.checkpoints.example_model import EXAMPLE_MODEL
 from cascadekit.converters.site.write_site import write_site
 from cascadekit.parity.image_metrics import psnr
 from cascadekit.runtime.sampling.samplers import ddpm_step, guided, timesteps
-from cascadekit.runtime.text.tokenizer import save_tokenizer_folder
+from cascadekit.runtime.text.tokenizer_file import save_tokenizer_folder
 from helpers.format_pictures import PROMPTS as JUDGED
 from helpers.format_pictures import SEED, one_by_one, pixels, record_pictures
 from helpers.matrix import Matrix

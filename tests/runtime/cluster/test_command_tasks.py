@@ -1,6 +1,7 @@
 """Many commands: what is read, what a command gives, and what a second run leaves out. The cluster is a stand-in."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,18 @@ def test_a_file_of_commands(tmp_path: Path) -> None:
         (5, ("export", f"{tmp_path}/model")),
     ]
     assert [task.memory // MIB for task in tasks] == [256, 512 + 133, 256]
+
+
+def test_a_file_as_other_editors_write_it(tmp_path: Path) -> None:
+    """With a byte order mark, and with names that are no UTF-8 or hold a line separator of Unicode."""
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfconvert a -o b\r\nconvert 'a\xe2\x80\xa8b' -o \xff\r\n")
+    first, second = read_commands(tmp_path / "c.txt")
+    assert (first.words, second.line, second.words) == (
+        ("convert", "a", "-o", "b"),
+        2,
+        ("convert", "a\u2028b", "-o", os.fsdecode(b"\xff")),
+    )
+    assert first.key != second.key
 
 
 def test_lines_that_are_none(tmp_path: Path) -> None:

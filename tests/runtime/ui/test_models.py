@@ -93,8 +93,7 @@ def test_loras_of_the_command_are_chosen_first(folder: Path) -> None:
     models = Models(
         folder, never, first_loras=(("/x/own.safetensors", 0.8), ("style", 1.0)), loras=lambda: {"s": "style"}
     )
-    assert models.lora_names() == ["s", "/x/own.safetensors"]
-    assert models.shown_lora("style") == "s"
+    assert models.offered_loras() == {"s": "style", "/x/own.safetensors": "/x/own.safetensors"}
     assert models.choice(None, None, None) == Choice("a", "auto", models.first_loras)
     assert models.choice("b", None, []).loras == ()
 

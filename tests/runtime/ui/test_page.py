@@ -15,7 +15,7 @@ from cascadekit.runtime.cascade import Cascade
 from cascadekit.runtime.images.png import read_settings, save_png
 from cascadekit.runtime.ui.http_server import PageServer
 from cascadekit.schemas.request import parse_request
-from helpers.page import DESKTOP, ID, PHONE, QUICK, Gate, Visit, call, fill, serving, too_wide, wait_for_text
+from helpers.page import DESKTOP, PHONE, QUICK, Gate, Visit, add_picture, call, fill, serving, too_wide, wait_for_text
 from helpers.whole import picture
 
 
@@ -262,5 +262,7 @@ def test_a_bundle_without_a_previewer_says_so(tiny: Path, visit: Visit, tmp_path
         page.click("#generate")
         page.wait_for_selector("#shown button")
         assert "CLIP reads 77 tokens" in page.inner_text("#notes")
-        answer = call(server, "POST", "/api/jobs", {"prompt": "x", "image_prompts": [ID]})
-        assert answer.json["error"].startswith("image_prompts: the bundle lacks the stages for it")
+        answer = call(
+            server, "POST", "/api/jobs", {"prompt": "x", "image_prompts": [add_picture(server, picture(8, 8))]}
+        )
+        assert answer.json["error"] == "the bundle has no image_encoder; export the model with it"

@@ -22,7 +22,7 @@ from cascadekit.runtime.images.png import read_settings
 from cascadekit.runtime.sampling.controlnets import ControlPicture
 from cascadekit.runtime.ui import routes
 from cascadekit.runtime.ui.http_server import PageServer
-from helpers.page import ID, QUICK, Gate, call, events, serving
+from helpers.page import ID, QUICK, Gate, add_picture, call, events, serving
 from helpers.whole import picture
 
 
@@ -73,6 +73,9 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"images": 10**400}, "images a number of hundreds of digits: expected 1 to 64"),
         ({"prior_guidance": 1e30}, "prior_guidance=1e+30: expected -1000 to 1000"),
         ({"prior_timesteps": ["1", "inf"]}, "prior_timesteps.1: Input should be a finite number"),
+        ({"prior_timesteps": [0.5, 0.7]}, "timesteps 0.5, 0.7: expected two or more that fall"),
+        ({"prior_shift": 2}, "shift and rescale: ddpm-wuerstchen has neither"),
+        ({"prompt": "x" * 200_000}, "a prompt of 200000 characters"),
         ({"sampler": "euler"}, "sampler 'euler': expected ddpm-wuerstchen or gdf"),
         ({"speed": 2}, "speed: unknown"),
         ({"prompt": ["a"]}, "prompt: Input should be a valid string"),
@@ -95,7 +98,6 @@ def test_a_job_over_http(served: PageServer, cascade: Cascade, tmp_path: Path) -
         ({"init_image": ID}, "is not on this server"),
         ({"image_prompts": [ID]}, "is not on this server"),
         ({"controls": [{"name": "canny", "picture": ID}]}, "is not on this server"),
-        ({"controls": [{"name": "identity", "picture": ID}]}, "control 'identity': expected one of canny"),
         ({"controls": [{"name": "canny", "picture": [ID]}]}, "is not on this server"),
         ({"init_image": [[ID]]}, "is not on this server"),
         ({"prior_timesteps": [1 - number / 2000 for number in range(1002)]}, "timesteps: expected at most 1001"),
@@ -107,6 +109,16 @@ def test_requests_that_are_refused_in_words(served: PageServer, request_: dict[s
     assert answer.status == 400
     assert words in answer.json["error"]
     assert call(served, "GET", "/api/jobs").json == {"jobs": []}
+
+
+def test_a_control_that_is_none_and_a_mask_of_no_picture(served: PageServer) -> None:
+    found = add_picture(served, picture(8, 8))
+    for request, words in (
+        ({"controls": [{"name": "identity", "picture": found}]}, "control 'identity': expected one of canny"),
+        ({"mask": found}, "the mask needs a picture"),
+    ):
+        answer = call(served, "POST", "/api/jobs", {"prompt": "x", **QUICK, **request})
+        assert (answer.status, words in answer.json["error"]) == (400, True)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"\xff", b'{"seed": NaN}', b"[" * 200_000])
