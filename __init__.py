@@ -12,6 +12,7 @@ from .runtime.engines.telemetry import switch_off_telemetry
 if TYPE_CHECKING:  # for type checkers and editors; `_PUBLIC` says the same at run time
     from .converters.checkpoints.convert import convert as convert
     from .converters.checkpoints.inspect_checkpoint import inspect as inspect
+    from .converters.contents import contents_of as contents_of
     from .converters.export.export import export as export
     from .converters.export.export_options import ExportOptions as ExportOptions
     from .converters.export.validate import validate as validate
@@ -78,6 +79,7 @@ _PUBLIC = {
     "apply_loras": ".converters.lora.merge_bundle",
     "build": ".converters.tensorrt.builder",
     "compare_checkpoints": ".parity.checkpoints.compare_tensors",
+    "contents_of": ".converters.contents",
     "convert": ".converters.checkpoints.convert",
     "convert_lora": ".converters.lora.convert_lora",
     "export": ".converters.export.export",

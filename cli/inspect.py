@@ -46,7 +46,7 @@ def inspect(path: Path, hash: bool, as_json: bool) -> None:
     """
     from ..converters.contents import BundleContents, GraphContents, ImageContents, LoraContents, contents_of
 
-    found = contents_of(path, note, hash=hash)
+    found = contents_of(path, hash=hash, say=note)
     if as_json:
         say_json(found.to_json())
     elif isinstance(found, BundleContents):

@@ -1,5 +1,7 @@
 """Reads the headers at a path and describes its contents: checkpoints, a LoRA, a bundle, or a generated image."""
 
+from __future__ import annotations  # help() shows the types as they are written here
+
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,8 +28,8 @@ class CheckpointContents:
     """The components found, and the passports of their files. True when none has missing, unexpected or wrongly shaped
     tensors, and no file differs from its passport."""
 
-    components: "tuple[Component, ...]"
-    passports: "tuple[PassportState, ...]" = ()
+    components: tuple[Component, ...]
+    passports: tuple[PassportState, ...] = ()
 
     def __bool__(self) -> bool:
         sound = not any(component.problems for component in self.components)
@@ -40,7 +42,7 @@ class CheckpointContents:
             for component in self.components
         ]
 
-    def passports_of(self, component: "Component") -> "list[PassportState]":
+    def passports_of(self, component: Component) -> list[PassportState]:
         """The passports of the component's files, and of the folder that it is in."""
         files = {tensor.path for tensor in component.tensors.values()}
         parents = {*component.path.parents}
@@ -56,7 +58,7 @@ class LoraContents:
     """The facts of a LoRA, those of `converters.lora.inspect_lora`. True when its file is as its passport says."""
 
     facts: dict[str, Any]
-    passports: "tuple[PassportState, ...]" = ()
+    passports: tuple[PassportState, ...] = ()
 
     def __bool__(self) -> bool:
         return all(state.good for state in self.passports)
@@ -71,7 +73,7 @@ class GraphContents:
     """An ONNX graph: its facts as plain values, and its passport. True when the file is as its passport says."""
 
     facts: dict[str, Any]
-    passport: "PassportState"
+    passport: PassportState
 
     def __bool__(self) -> bool:
         return self.passport.good
@@ -91,7 +93,7 @@ class ImageContents:
     width: int
     height: int
     settings: dict[str, Any]
-    c2pa: "ManifestFacts | None" = None
+    c2pa: ManifestFacts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The size, the settings and the manifest, as plain values."""
@@ -113,7 +115,7 @@ class BundleContents:
 
     True when all files agree with the manifest."""
 
-    manifest: "Manifest"
+    manifest: Manifest
     plan_states: Mapping[str, PlanState]
     changed: Mapping[str, str] = field(default_factory=dict)
 
@@ -135,14 +137,19 @@ Contents = BundleContents | CheckpointContents | GraphContents | ImageContents |
 PICTURES = {b"\x89PNG\r\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP"}
 
 
-def contents_of(path: str | Path, say: Say = ignored, *, hash: bool = False) -> Contents:
+def contents_of(path: str | Path, *, hash: bool = False, say: Say = ignored) -> Contents:
     """Find out what `path` holds: a bundle, a LoRA, a generated image, an ONNX graph, or components of the cascade, on
-    disk or as ``hf://...``.
+    disk or as ``hf://...``. The command ``inspect`` prints the result, which has `to_json`.
 
     `say` is called with each line that the user should know, such as files that were passed over. With `hash`, every
     byte is compared with the passports of files, or with the manifest of a bundle.
     Raises CheckpointError for a damaged file or manifest, LayoutError when no component is found, UsageError when
-    there is nothing at `path`."""
+    there is nothing at `path`.
+
+    Examples:
+        >>> sorted(contents_of("bundle").to_json()["stages"])
+        ['decoder', 'prior', 'text_encoder', 'vqgan']
+    """
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
         return _bundle_contents(path, hash=hash)
@@ -155,7 +162,7 @@ def contents_of(path: str | Path, say: Say = ignored, *, hash: bool = False) -> 
     return _model_contents(path, say, hash=hash)
 
 
-def component_facts(component: "Component") -> dict[str, Any]:
+def component_facts(component: Component) -> dict[str, Any]:
     """The facts of one component, as plain values."""
     from ..schemas.config_json import to_json
     from .checkpoints.provenance import licence_fields
@@ -205,7 +212,7 @@ def _image_contents(path: Path, kind: str) -> ImageContents:
     return ImageContents(path, found.width, found.height, settings, read_manifest(path))
 
 
-def _photo_text(path: Path) -> "ImageText":
+def _photo_text(path: Path) -> ImageText:
     """The size and the settings of a JPEG or WebP. Raises ValueError for a damaged one, OSError as the system does."""
     from ..runtime.images.photo import read_photo_text
 
@@ -229,7 +236,7 @@ def _bundle_contents(path: Path, *, hash: bool) -> BundleContents:
     return BundleContents(bundle.manifest, plans, {name: text for name, text in changes.items() if text})
 
 
-def _plan_state(bundle: "Bundle", entry: "StageEntry", plan: "PlanEntry") -> PlanState:
+def _plan_state(bundle: Bundle, entry: StageEntry, plan: PlanEntry) -> PlanState:
     from ..runtime.engines.tensorrt.plan_header import find_contradiction
 
     problem = find_contradiction(bundle.root / plan.path, plan)
@@ -256,7 +263,7 @@ def _model_contents(path: Path, say: Say, *, hash: bool) -> CheckpointContents |
     return CheckpointContents(components, _passports(path, components, hash=hash))
 
 
-def _passports(path: Path, components: "Iterable[Component]", *, hash: bool) -> "tuple[PassportState, ...]":
+def _passports(path: Path, components: Iterable[Component], *, hash: bool) -> tuple[PassportState, ...]:
     """The passports of the files of `components`. For files on the Hub, only headers are looked at."""
     from .passport_check import check_folder, check_passport, check_passports
 

@@ -15,7 +15,8 @@ def inspect(path: str | Path) -> Model:
     """Return the stages, layouts, configs, dtypes and problems of a checkpoint, from its headers alone.
 
     `path` is a weights file, a model folder, a folder of single files, or a source on the Hub (hf://owner/repo[/path]).
-    Only headers are transferred from the Hub. Problems are listed in each component and raise no error.
+    Only headers are transferred from the Hub. Problems are listed in each component and raise no error. `contents_of`
+    also opens bundles, LoRAs, graphs and images, as the command ``inspect`` does.
 
     Raises UsageError when there is nothing at `path`, ForeignError (a LayoutError) for a file without a component, and
     CheckpointError for a damaged file.
