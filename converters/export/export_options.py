@@ -10,7 +10,7 @@ from ...schemas.errors import UsageError
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.messages import changed_fields, known_fields
 from ...schemas.precision import Precision, Target
-from ...schemas.quantization import BUNDLE_SCHEMES, Quantization, Scheme, bundle_scheme
+from ...schemas.quantization import BUNDLE_SCHEMES, RULES, Quantization, Scheme, bundle_scheme
 from ...schemas.stages import Stage
 
 WeightsMode = Literal["auto", "copy", "link"]
@@ -115,6 +115,10 @@ class ExportOptions:
     def precision_of(self, stage: Stage) -> Precision:
         """The type that the graphs of `stage` compute in."""
         return self.precisions.get(stage, self.precision)
+
+    def quantizes(self, stage: Stage) -> bool:
+        """True when Linears of `stage` may be stored in 8 or 4 bits."""
+        return self.quantize is not Quantization.NONE and stage in RULES
 
     def storage_of(self, stage: Stage) -> str | None:
         """The safetensors dtype (F32, BF16, F16) to store the weights of `stage` in; None: as the model has them."""
