@@ -12,10 +12,10 @@ from ..schemas.errors import OutsideProfileError, UsageError
 from ..schemas.manifest import Manifest
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
+from ..schemas.report import Comparison
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle
-from .compare import compare
-from .comparison import Comparison, Kind, Subject
+from .compare import Kind, Subject, compare
 from .image_metrics import psnr
 from .image_sizes import SizeChoice
 from .reference_run import ReferenceOutputs, Trajectory, generate_image, reproduce_noise, run_reference

@@ -118,12 +118,6 @@ def run_reference(
     return ReferenceOutputs(reference.name, tuple(inputs), tuple(outputs), floors, trajectory)
 
 
-def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖found - expected‖ / ‖expected‖; infinite when a value is not finite."""
-    value = relative_l2(found, expected)
-    return value if np.isfinite(value) else float("inf")
-
-
 def _floors(
     runner: Any, inputs: Sequence[Tensors], outputs: Sequence[Outputs], kinds: Collection[Precision | Quantization]
 ) -> Floors:
@@ -138,7 +132,7 @@ def _floors(
     given = list(zip(inputs, outputs, strict=True))
     return {
         kind: max(
-            relative(found, expected[name])
+            relative_l2(found, expected[name])
             for values, expected in (given if isinstance(kind, Quantization) else exact)
             for name, found in versatile(values, COMPUTE_DTYPES[kind]).items()
         )
@@ -165,8 +159,8 @@ def _trajectory(reference: Engine, bundle: Bundle, size: Size, say: Say) -> Traj
     latents, image = generate_image(_WrappedEngine(reference, _recorder(calls)), bundle, size)
     say("trajectory with a small error in every pass")
     nudged, nudged_image = generate_image(_WrappedEngine(reference, _nudge), bundle, size)
-    gains = {key: relative(nudged[key], value) / NUDGE for key, value in latents.items()}
-    return Trajectory(tuple(calls), latents, image, gains, image_gain=relative(nudged_image, image) / NUDGE)
+    gains = {key: relative_l2(nudged[key], value) / NUDGE for key, value in latents.items()}
+    return Trajectory(tuple(calls), latents, image, gains, image_gain=relative_l2(nudged_image, image) / NUDGE)
 
 
 def generate_image(

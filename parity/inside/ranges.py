@@ -19,7 +19,8 @@ from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage, UNetConfig
 from ...storage.bundle import Bundle
-from ..reference_run import embed_prompts, relative
+from ..compare import relative_l2
+from ..reference_run import embed_prompts
 from ..sample_inputs import StageInput, make_inputs_at
 from ..tolerances import COMPUTE_DTYPES, ROUNDOFF
 from .module_map import PASS, block_of
@@ -233,9 +234,9 @@ def _errors(runner: "TorchStage", inputs: Tensors) -> dict[str, PrecisionError]:
     for kind in (*Precision, Quantization.FP8):
         dtype = COMPUTE_DTYPES[kind]
         outputs = runner(inputs, dtype)
-        stages[kind] = max(relative(outputs[name], exact_outputs[name]) for name in exact_outputs)
+        stages[kind] = max(relative_l2(outputs[name], exact_outputs[name]) for name in exact_outputs)
         found = runner.watch(inputs, blocks, exact, dtype)
-        own[kind] = {name: relative(found[name], exact[name]) for name in exact}
+        own[kind] = {name: relative_l2(found[name], exact[name]) for name in exact}
     return {kind: _error(kind, stages, own) for kind in FORMATS}
 
 

@@ -17,12 +17,15 @@ from cascadekit.cli.verify_print import export_options
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.inside.ranges import FORMATS, BlockRange, RangeAdvice, advise, export_arguments
 from cascadekit.parity.reference.loading import load_component, reference_engine
-from cascadekit.parity.report.entries import range_entries
+from cascadekit.parity.report.circumstances import Circumstances
+from cascadekit.parity.report.write_report import build_report
+from cascadekit.parity.results import Report
 from cascadekit.parity.sample_inputs import make_inputs
 from cascadekit.runtime.text.tokenizer import ClipTokenizer
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
+from helpers.reports import empty_manifest
 
 TOKENIZER = ClipTokenizer.open(None)
 ALL = (Stage.TEXT_ENCODER, Stage.PRIOR, Stage.DECODER, Stage.VQGAN)
@@ -102,7 +105,8 @@ def test_predictions_come_true(tiny: Path, stage: Stage) -> None:
     assert advice.precision is Precision.FP16
     assert export_arguments([advice]) == {"precisions": {stage: Precision.FP16}}
     assert export_options([advice]) == [f"--precision {stage}=fp16"]
-    assert {entry.name for entry in range_entries(advice)} == {block.name for block in advice.blocks}
+    written = build_report(Report("", "torch", ranges=(advice,)), empty_manifest(), Circumstances("", "", {})).ranges
+    assert {entry.name for entry in written} == {block.name for block in advice.blocks}
     for kind in ("fp16", "bf16"):
         error = advice.errors[kind]
         assert error.measured is not None
