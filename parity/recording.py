@@ -21,8 +21,9 @@ from ..schemas.json_text import load_json
 from ..schemas.stages import Stage
 from ..storage.atomic_output import staged_output
 from ..storage.file_hashes import fingerprint
+from ..storage.safetensors_plan import CalculatedRange, TensorPlan
 from ..storage.safetensors_reader import TensorRange, read_header
-from ..storage.safetensors_writer import encode_header
+from ..storage.safetensors_writer import write_safetensors
 from .reference_run import ReferenceOutputs, StageCall, StepKey, Trajectory, reproduce_noise
 from .sample_inputs import StageInput
 from .tolerances import COMPUTE_DTYPES
@@ -46,23 +47,6 @@ class Recording:
     sources: Mapping[Stage, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class _Array:
-    values: Array
-
-    @property
-    def dtype(self) -> str:
-        return NAMES[self.values.dtype]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-
 def write_recording(
     outputs: ReferenceOutputs, components: Mapping[Stage, Component], path: Path, *, force: bool = False
 ) -> None:
@@ -72,14 +56,16 @@ def write_recording(
     if outputs.trajectory is not None:
         noise = reproduce_noise(outputs.trajectory)
         outputs = replace(outputs, trajectory=replace(outputs.trajectory, noise=noise))
-    tensors = {name: _Array(np.ascontiguousarray(values)) for name, values in _tensors(outputs)}
+    tensors = {name: _plan(np.ascontiguousarray(values)) for name, values in _tensors(outputs)}
     sources = {stage: [fingerprint(file) for file in source_files(components[stage])] for stage in outputs.stages}
-    header = encode_header(tensors, {KEY: json.dumps({**_described(outputs), "sources": sources})})
+    metadata = {KEY: json.dumps({**_described(outputs), "sources": sources})}
     files = [file for component in components.values() for file in source_files(component)]
-    with staged_output(path, force=force, sources=files, files=()) as staged, staged.open("wb") as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(tensor.values.tobytes())
+    with staged_output(path, force=force, sources=files, files=()) as staged:
+        write_safetensors(staged, tensors, metadata)
+
+
+def _plan(values: Array) -> TensorPlan:
+    return TensorPlan(NAMES[values.dtype], values.shape, (CalculatedRange(values.nbytes, lambda: [values]),))
 
 
 # The names that the file has for the latents after a step, and for an array of noise.
