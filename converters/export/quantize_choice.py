@@ -106,7 +106,7 @@ def _unfit(scheme: Scheme, columns: int) -> str | None:
 
 
 def _both_forms(module: str, part: TensorRange, scheme: Scheme) -> Iterator[tuple[Floats, Floats]]:
-    for _, rows in row_blocks(part):
+    for rows in row_blocks(part):
         yield rows, dequantize(quantize_rows(module, part, rows, scheme), scheme)
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ...schemas.callbacks import Progress
-from ...schemas.dtypes import DTYPE_SIZES, FLOATS
+from ...schemas.dtypes import FLOATS
 from ...schemas.errors import ConversionError, ExportError
 from ...schemas.quantization import Quantization, Scheme, StoredTensor, quantized_name, scale_name, stored_tensors
-from ...storage.cast import cast_block
-from ...storage.file_ranges import read_exactly, read_lines
+from ...storage.float_rows import float_rows
 from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import NewSafetensors, new_safetensors
 from .quantize_values import Floats, Quantized, pack, quantize
@@ -54,20 +53,9 @@ def matrix_of(tensors: Mapping[str, TensorRange], module: str) -> TensorRange:
     return part
 
 
-def row_blocks(part: TensorRange) -> Iterator[tuple[int, Floats]]:
-    """The first row and the values (n, columns) float32 of each block of rows."""
-    rows, columns = part.shape[:2]
-    step = max(1, BLOCK_VALUES // columns)
-    with part.path.open("rb", buffering=0) as file:
-        size = DTYPE_SIZES[part.dtype]
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            if part.transposed:  # a line of the file is a column
-                data = read_lines(file, part.offset + start * size, rows * size, columns, count * size)
-                yield start, cast_block(data, part.dtype, "F32")[0].reshape(columns, count).T
-            else:
-                data = read_exactly(file, part.offset + start * columns * size, count * columns * size)
-                yield start, cast_block(data, part.dtype, "F32")[0].reshape(count, columns)
+def row_blocks(part: TensorRange) -> Iterator[Floats]:
+    """The values (n, columns) float32 of each block of rows."""
+    return float_rows(part, max(1, BLOCK_VALUES // part.shape[1]))
 
 
 def quantize_rows(module: str, part: TensorRange, rows: Floats, scheme: Scheme) -> Quantized:
@@ -84,7 +72,8 @@ def _write_module(
     """Write the values and the scales of one module, a block of rows after the other."""
     described = stored_tensors(scheme, module, *part.shape[:2])
     values, scale = described[quantized_name(module)], described[scale_name(module)]
-    for start, rows in row_blocks(part):
+    start = 0
+    for rows in row_blocks(part):
         quantized = quantize_rows(module, part, rows, scheme)
         packed = pack(quantized, scheme)
         if scheme.kind is Quantization.INT8_DYNAMIC:  # stored transposed: the values of a column are adjacent
@@ -93,5 +82,6 @@ def _write_module(
             out.write(quantized_name(module), packed, start * (values.nbytes // values.shape[0]))
         little = np.ascontiguousarray(quantized.scale, "<f4")
         out.write(scale_name(module), little, start * (scale.nbytes // scale.shape[0]))
+        start += len(rows)
         if progress:
             progress(packed.nbytes + little.nbytes)

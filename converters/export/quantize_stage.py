@@ -72,7 +72,7 @@ def quantize_stage(
 def _without(path: Path, tensors: Mapping[str, TensorRange], modules: frozenset[str]) -> dict[str, TensorRange]:
     """Rewrite the file at `path` without the weights of `modules`; returns its tensors."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in modules}
-    plans = {name: TensorPlan(t.dtype, t.shape, (replace(t, transposed=False),)) for name, t in kept.items()}
+    plans = {name: TensorPlan(t.dtype, t.shape, (t,)) for name, t in kept.items()}
     partial = path.with_name(f"{path.name}.partial")
     write_safetensors(partial, plans, read_header(path).metadata)
     partial.replace(path)

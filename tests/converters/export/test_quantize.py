@@ -178,19 +178,16 @@ def test_nan_and_infinity_are_refused(scheme: Scheme, bad: float) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> dict[str, TensorRange]:
-    """Matrices in three dtypes, one as a 1x1 convolution, one that lies transposed."""
+    """Matrices in three dtypes, one as a 1x1 convolution."""
     tensors = {
         "a.weight": torch.from_numpy(matrix(40, 64)),
         "b.weight": torch.from_numpy(matrix(33, 128, 1)).bfloat16()[:, :, None, None],
         "c.weight": torch.from_numpy(matrix(21, 64, 2)).half(),
-        "d.weight": torch.from_numpy(matrix(25, 192, 3)).T.contiguous(),
+        "d.weight": torch.from_numpy(matrix(25, 192, 3)),
         "d.bias": torch.randn(25),
     }
     save_file(tensors, tmp_path / "source.safetensors")
-    ranges = dict(read_header(tmp_path / "source.safetensors").tensors)
-    part = ranges["d.weight"]
-    ranges["d.weight"] = TensorRange(part.path, part.dtype, (25, 192), part.offset, part.nbytes, transposed=True)
-    return ranges
+    return dict(read_header(tmp_path / "source.safetensors").tensors)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
@@ -212,7 +209,6 @@ def test_a_file_holds_what_whole_matrices_give(
     floats = load_file(tmp_path / "source.safetensors")
     for module in "abcd":
         whole = floats[f"{module}.weight"].float().squeeze()
-        whole = whole.T if module == "d" else whole
         expected = quantize(whole.contiguous().numpy(), scheme)
         values = stored[f"{module}.weight_quantized"].view(torch.uint8).numpy()
         np.testing.assert_array_equal(values, pack(expected, scheme).view(np.uint8))
