@@ -18,11 +18,11 @@ from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...runtime.sampling.torch_generator import TorchGenerator
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
+from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH
 from ...schemas.messages import one_line
 from ...schemas.stages import Stage, UNetConfig, VQGANConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions, write_graph
-from ..onnx.writers import ENCODER, MODEL
 
 STEPS = 8
 GUIDANCE = {Stage.PRIOR: 4.0, Stage.DECODER: 1.5}
@@ -86,8 +86,9 @@ def _measured(
         return dict(probed.ranges)
 
     if isinstance(config, UNetConfig):
-        return run(MODEL, lambda predict: _sample(config, predict, _conditions(config, embeddings)))
-    return run(MODEL, lambda predict: _decode(config, predict)) | run(ENCODER, lambda predict: _encode(config, predict))
+        return run(MAIN_GRAPH, lambda predict: _sample(config, predict, _conditions(config, embeddings)))
+    ranges = run(MAIN_GRAPH, lambda predict: _decode(config, predict))
+    return ranges | run(ENCODER_GRAPH, lambda predict: _encode(config, predict))
 
 
 class Probed:
