@@ -149,10 +149,10 @@ def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None
         there = cache.find(folder, planned.path.name, planned.key) if folder else None
         if isinstance(there, str):
             say(f"{there}; it is built again")
-        elif there is not None and options.backend == AOTINDUCTOR and not is_built_here(there.plan.sha256):
-            say(f"{there.path}: was not built by you on this machine; it is built again")
+        elif there is not None and options.backend == AOTINDUCTOR and not is_built_here(there.sha256):
+            say(f"{folder}/{planned.path.name}: was not built by you on this machine; it is built again")
         elif there is not None:
-            return Built(planned.stage, _at_home(planned, there.plan), how)
+            return Built(planned.stage, _at_home(planned, there), how)
     return None
 
 

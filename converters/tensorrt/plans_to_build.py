@@ -176,7 +176,7 @@ def _plans_of_stage(
     for graph in graphs_to_build(stage, entry, options.graphs):
         path = bundle.root / entry.graphs[graph].path
         model = load_graph(path)
-        sources = tuple(_source(bundle, entry, file) for file in _files(bundle, entry, path, model))
+        sources = tuple(plan_source(bundle, entry, file) for file in _files(bundle, entry, path, model))
         profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in options.profiles)
         shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
         for targets in group_targets(options.targets) or [()]:
@@ -217,7 +217,7 @@ def _files(bundle: Bundle, entry: StageEntry, graph: Path, model: onnx.ModelProt
     return [files[path] for path in paths]
 
 
-def _source(bundle: Bundle, entry: StageEntry, file: FileEntry) -> PlanSource:
+def plan_source(bundle: Bundle, entry: StageEntry, file: FileEntry) -> PlanSource:
     """A file with its SHA-256: from the manifest, from a plan that was built from the same file, or computed now."""
     known = (
         source.sha256
