@@ -85,10 +85,9 @@ class StageExporter:
         weights = self._weights(component, folder)
         for text in weights.notes:
             self.say(text)
-        derived = derive_graph_options(
+        options, fit = derive_graph_options(
             component.config, weights.tensors, self.root, self.options, control=self.control, say=self.say
         )
-        options = derived.options
         if self.options.quantizes(component.stage):
             quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)
             weights, options = StageWeights("copy", quantized.tensors, quantized.files), quantized.options
@@ -108,7 +107,7 @@ class StageExporter:
         for path in graphs:
             self.hashes.start(path)
         files = (*graphs, *weights.files)
-        margins = derived.fp16.margins if derived.fp16 else {}
+        margins = fit.margins if fit else {}
         entry = StageEntry(
             variant=component.variant,
             config=to_json(component.config),
