@@ -17,7 +17,7 @@ from ..schemas.manifest import StageEntry
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 
-# What people need to know beside the PSNR of a quantised bundle's image.
+# A note for people beside the PSNR of a quantised bundle's image.
 QUANTISED_IMAGE = (
     "Weights are quantised, so the image's PSNR is no measure of faults: small errors grow over the steps, and another "
     "picture of the same prompt may come out. Each forward pass is judged instead, on equal inputs, against the error "

@@ -126,7 +126,7 @@ class StageExporter:
         return ExportedStage(files, entry)
 
     def _passport(self, component: Component, options: GraphOptions, sources: tuple[PassportSource, ...]) -> str:
-        """What the stage's graphs are made of; the digest of each is filled in when its file is written."""
+        """The passport of the stage's graphs; the digest of each is filled in when its file is written."""
         merged = self.loras is not None and bool(self.loras.of(component.stage))
         passport = Passport(
             created_by=created_by(),

@@ -19,7 +19,7 @@ from .export_options import ExportOptions
 def forecast_export(
     components: Iterable[Component], output: Path, options: ExportOptions, changed: Collection[Stage]
 ) -> Forecast:
-    """What `export` would read and write. `changed` are the stages whose weights LoRAs change.
+    """The files that `export` would read and write. `changed` are the stages whose weights LoRAs change.
 
     The graphs' sizes are known once they are written; they are left out, as are the manifest and the tokenizer."""
     components = tuple(components)

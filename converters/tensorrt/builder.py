@@ -89,7 +89,7 @@ def build(
 
 
 def _planned(bundle: Bundle, options: BuildOptions) -> list[PlanToBuild]:
-    """What `build` makes, by the compiler that `options` name."""
+    """The plans that `build` makes, by the compiler that `options` name."""
     if options.backend == AOTINDUCTOR:
         from ..aotinductor.packages_to_build import packages_to_build
 
@@ -128,7 +128,7 @@ def present_device() -> DeviceEntry:
 
 
 def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:
-    """What would be read and written; plans that exist already are noted."""
+    """The files that would be read and written; plans that exist already are noted."""
     new = [planned for planned in to_build if planned.key in estimates]
     paths = dict.fromkeys(bundle.root / source.path for planned in new for source in planned.sources)
     writes = tuple(FileSize(_relative(planned), estimates[planned.key].plan, about=True) for planned in new)

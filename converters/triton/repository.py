@@ -55,7 +55,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Repository:
-    """What was written: the names of the models, and the files with their bytes."""
+    """A repository on disk: the names of the models, and the files with their bytes."""
 
     output: Path
     backend: str
@@ -78,8 +78,8 @@ def export_triton(
 ) -> Repository:
     """Write the repository of `bundle` at `output`. `on_plan` is called with a Forecast once everything was checked.
 
-    Raises a CascadeError, and leaves nothing behind, when a stage or a plan is missing or damaged, a stage cannot run
-    where the options say, or the output cannot be written."""
+    Raises a CascadeError, and leaves nothing behind, when a stage or a plan is missing or damaged. It also does when a
+    stage cannot run where the options say, or when the output cannot be written."""
     output = Path(output)
     require_utf8(output)
     check_output(output, force=options.force, files=[TRITON_INDEX])
