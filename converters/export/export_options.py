@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
+from ...schemas.choices import one_of, require_one_of, stages_of
 from ...schemas.errors import UsageError
+from ...schemas.fp16 import MAX_EXPONENT
 from ...schemas.limits import VQGAN_SCALES
 from ...schemas.messages import changed_fields, known_fields
 from ...schemas.precision import Precision, Target
@@ -15,8 +16,6 @@ from ...schemas.stages import Stage
 
 WeightsMode = Literal["auto", "copy", "link"]
 Fp16Safe = Literal["auto", "off"] | int | None
-
-Kind = TypeVar("Kind", bound=StrEnum)
 
 STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
@@ -73,19 +72,23 @@ class ExportOptions:
         return changed_fields(self)
 
     def __post_init__(self) -> None:
-        by_stage = {_one_of(Stage, key, "precisions"): value for key, value in self.precisions.items()}
+        by_stage = {one_of(Stage, key, "precisions"): value for key, value in self.precisions.items()}
         parsed = {
-            "stages": tuple(_one_of(Stage, stage, "stages") for stage in self.stages),
-            "precision": _one_of(Precision, self.precision, "precision"),
-            "precisions": {stage: _one_of(Precision, value, "precisions") for stage, value in by_stage.items()},
-            "target": _one_of(Target, self.target, "target"),
-            "storage": self.storage if self.storage is None else _one_of(Precision, self.storage, "storage"),
-            "quantize": _one_of(Quantization, self.quantize, "quantize"),
+            "stages": stages_of(self.stages),
+            "precision": one_of(Precision, self.precision, "precision"),
+            "precisions": {stage: one_of(Precision, value, "precisions") for stage, value in by_stage.items()},
+            "target": one_of(Target, self.target, "target"),
+            "storage": self.storage if self.storage is None else one_of(Precision, self.storage, "storage"),
+            "quantize": one_of(Quantization, self.quantize, "quantize"),
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
-        if self.weights not in get_args(WeightsMode):
-            raise UsageError(f"weights={self.weights!r}: expected one of {', '.join(get_args(WeightsMode))}")
+        require_one_of(get_args(WeightsMode), self.weights, "weights")
+        if self.fp16_safe not in (None, "auto", "off", *range(MAX_EXPONENT + 1)):
+            raise UsageError(f'fp16_safe={self.fp16_safe!r}: expected "auto", "off", or 0 to {MAX_EXPONENT}')
+        for lora in self.loras:
+            if isinstance(lora, str | Path) or len(lora) != 2:
+                raise UsageError(f'loras={lora!r}: expected a file and a strength, as in ("style.safetensors", 1.0)')
         self._require_quantization()
         least, most = VQGAN_SCALES
         if self.vqgan_scale is not None and not least <= self.vqgan_scale <= most:
@@ -101,6 +104,8 @@ class ExportOptions:
                     f"set quantize too, to one of {', '.join(BUNDLE_SCHEMES)}"
                 )
             return
+        if self.quantize_threshold is not None and not self.quantize_threshold > 0:
+            raise UsageError(f"quantize_threshold={self.quantize_threshold:g}: expected a number above 0, such as 0.05")
         if self.weights == "link":
             raise UsageError(
                 'weights="link" keeps the weights of the model, and quantising changes them; use weights="auto"'
@@ -147,10 +152,3 @@ class ExportOptions:
             raise UsageError(
                 f"a precision is given for the {absent[0]}, which is not exported; exported are {', '.join(stages)}"
             )
-
-
-def _one_of(kind: type[Kind], value: Any, name: str) -> Kind:
-    try:
-        return kind(value)
-    except ValueError:
-        raise UsageError(f"{name}={value!r}: expected one of {', '.join(kind)}") from None

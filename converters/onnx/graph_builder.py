@@ -136,8 +136,8 @@ class GraphBuilder:
         self._suffix = outside
 
     def _append(self, op: str, name: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
-        inner = [[self._inner.get(value, value) for value in values] for values in (inputs, outputs)]
-        self._nodes.append(helper.make_node(op, *inner, name, **attributes))
+        taken, given = ([self._inner.get(value, value) for value in values] for values in (inputs, outputs))
+        self._nodes.append(helper.make_node(op, taken, given, name, **attributes))
 
     # Precision
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from ...schemas.choices import stages_of
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
@@ -60,6 +61,14 @@ class BuildOptions:
 
     def __repr__(self) -> str:
         return changed_fields(self)
+
+    def __post_init__(self) -> None:
+        """Take stages by name, and a single target without a list. Raises UsageError for other values."""
+        object.__setattr__(self, "stages", stages_of(self.stages))
+        object.__setattr__(self, "targets", (self.targets,) if isinstance(self.targets, str) else tuple(self.targets))
+        for profile in self.profiles:
+            if not isinstance(profile, Bounds):
+                raise UsageError(f"profiles={profile!r}: expected the sizes of an image as `schemas.profiles.Bounds`")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model, open_model
 from ...schemas.block_types import nbytes_of
 from ...schemas.callbacks import Progress, StartFile
+from ...schemas.choices import stages_of
 from ...schemas.errors import UsageError
 from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage
@@ -136,7 +137,7 @@ def compare_checkpoints(
     Raises UsageError when the checkpoints share no stage or lack a chosen one, CheckpointError when a file cannot be
     read."""
     models = [model if isinstance(model, Model) else open_model([model]) for model in (found, expected)]
-    chosen = [Stage(stage) for stage in stages] or [s for s in models[0].components if s in models[1].components]
+    chosen = list(stages_of(stages)) or [s for s in models[0].components if s in models[1].components]
     if not chosen:
         has = " and ".join(", ".join(model.components) or "nothing" for model in models)
         raise UsageError(f"the two checkpoints have no stage in common; they have {has}")

@@ -1,0 +1,28 @@
+"""Arguments that take one of a few values, given as the value itself or by its name."""
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from .errors import UsageError
+from .stages import Stage
+
+Kind = TypeVar("Kind", bound=StrEnum)
+
+
+def one_of(kind: type[Kind], value: Any, name: str) -> Kind:
+    """The member of `kind` that `value` names. Raises UsageError for any other value of the argument `name`."""
+    require_one_of(kind, value, name)
+    return kind(value)
+
+
+def stages_of(stages: Stage | str | Sequence[Stage | str]) -> tuple[Stage, ...]:
+    """The stages that are named; a single one may come without a list. Raises UsageError for other names."""
+    return tuple(one_of(Stage, stage, "stages") for stage in ([stages] if isinstance(stages, str) else stages))
+
+
+def require_one_of(known: Iterable[str], value: Any, name: str) -> None:
+    """Raise UsageError unless the argument `name` has one of the values `known`."""
+    known = tuple(known)
+    if value not in known:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(known)}")
