@@ -36,9 +36,7 @@ QUANTIZED_FACTOR = 4.0  # tolerance divided by the floor of quantised stages
 MAX_QUANTIZED_TOLERANCE = 0.5  # relative L2 of a quantised stage, however large its floor is
 # The name that a reference knows each precision and quantisation by; floors are errors against "float64".
 COMPUTE_DTYPES: Mapping[Precision | Quantization, str] = {
-    Precision.FP32: "float32",
-    Precision.FP16: "float16",
-    Precision.BF16: "bfloat16",
+    **{precision: precision.dtype for precision in Precision},
     **{kind: str(kind) for kind in Quantization if kind is not Quantization.NONE},
 }
 # Floors for a reference that computes in one precision only: those of the tiny cascade's worst stage. Those of

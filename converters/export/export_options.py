@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ...schemas.choices import one_of, require_one_of, stages_of
+from ...schemas.dtypes import DTYPE_OPTIONS
 from ...schemas.errors import UsageError
 from ...schemas.fp16 import MAX_EXPONENT
 from ...schemas.limits import VQGAN_SCALES
@@ -16,8 +17,6 @@ from ...schemas.stages import Stage
 
 WeightsMode = Literal["auto", "copy", "link"]
 Fp16Safe = Literal["auto", "off"] | int | None
-
-STORED_AS: Mapping[Precision, str] = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
 @known_fields
@@ -127,10 +126,8 @@ class ExportOptions:
 
     def storage_of(self, stage: Stage) -> str | None:
         """The safetensors dtype (F32, BF16, F16) to store the weights of `stage` in; None: as the model has them."""
-        if self.storage is not None:
-            return STORED_AS[self.storage]
         precision = self.precision_of(stage)
-        return None if precision is Precision.FP32 else STORED_AS[precision]
+        return DTYPE_OPTIONS[self.storage or ("keep" if precision is Precision.FP32 else precision)]
 
     def require_stages(self, stages: Sequence[Stage]) -> None:
         """Raises UsageError for an option that applies to none of `stages`, the stages that are exported."""

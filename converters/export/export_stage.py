@@ -89,9 +89,10 @@ class StageExporter:
             component.config, weights.tensors, self.root, self.options, control=self.control, say=self.say
         )
         if self.options.quantizes(component.stage):
-            quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)
-            weights, options = StageWeights("copy", quantized.tensors, quantized.files), quantized.options
-            self.on_quantized(component.stage, quantized.choice)
+            weights, options, choice = quantize_stage(
+                component.config, weights.tensors, options, self.options, self.start_file
+            )
+            self.on_quantized(component.stage, choice)
         if options.target is Target.ORT:
             weights = _with_biases(component, weights, options, folder)
         if self.options.hash:

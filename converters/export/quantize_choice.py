@@ -26,7 +26,7 @@ from ...schemas.tensors import expected_tensors
 from ...storage.install_hint import install_hint
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import write_graph
-from .quantize_file import matrix_of, quantize_rows, row_blocks
+from .quantize_file import quantize_rows, row_blocks
 from .quantize_values import Floats, dequantize, quantize
 
 MAX_ROWS = 512  # rows of activations that a product is measured on
@@ -86,7 +86,7 @@ def choose_layers(
         before = tensors[f"{module}.weight"].nbytes
         after = sum(tensor.nbytes for tensor in stored_tensors(scheme, module, *shape).values())
         if module in rows:
-            error = product_error(rows[module], _both_forms(module, matrix_of(tensors, module), scheme), scheme)
+            error = product_error(rows[module], _both_forms(module, tensors[f"{module}.weight"], scheme), scheme)
             limit = threshold if threshold is not None else TOLERATED * normal_error(scheme, shape[1])
             if not error <= limit:
                 reason = f"error {error:.2%}, tolerated {limit:.2%}"

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ...schemas.callbacks import Progress
-from ...schemas.dtypes import FLOATS
-from ...schemas.errors import ConversionError, ExportError
+from ...schemas.errors import ConversionError
 from ...schemas.quantization import Quantization, Scheme, StoredTensor, quantized_name, scale_name, stored_tensors
 from ...storage.float_rows import float_rows
 from ...storage.safetensors_reader import TensorRange, read_header
@@ -30,9 +29,9 @@ def quantize_weights(
     disk (fsync) when this returns. It takes about 100 MB of memory for matrices of any size, unless a row has over 2
     million values. `progress` counts bytes of the output's tensors.
 
-    Raises ExportError for modules without a float matrix. Raises ConversionError for NaN and infinities, when the disk
+    Raises ConversionError for NaN and infinities, when the disk
     is full and when a source cannot be read; the caller then removes the file."""
-    matrices = {module: matrix_of(tensors, module) for module in sorted(chosen)}
+    matrices = {module: tensors[f"{module}.weight"] for module in sorted(chosen)}
     flat: dict[str, StoredTensor] = {}
     for module, part in matrices.items():
         flat |= stored_tensors(scheme, module, *part.shape[:2])
@@ -40,17 +39,6 @@ def quantize_weights(
         for module, matrix in matrices.items():
             _write_module(module, matrix, scheme, out, progress)
     return read_header(path).tensors
-
-
-def matrix_of(tensors: Mapping[str, TensorRange], module: str) -> TensorRange:
-    """The range of a module's weight, a float matrix or a 1x1 convolution. Raises ExportError for any other."""
-    part = tensors.get(f"{module}.weight")
-    if part is None:
-        raise ExportError(f"{module}: has no weight to quantise")
-    if part.dtype not in FLOATS or len(part.shape) < 2:
-        found = f"{part.dtype} {list(part.shape)}"
-        raise ExportError(f"{part.path}: {module}.weight: expected a float matrix to quantise, found {found}")
-    return part
 
 
 def row_blocks(part: TensorRange) -> Iterator[Floats]:

@@ -29,11 +29,6 @@ PORT_TYPES: Mapping[str, int] = {
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
 }
-COMPUTE_TYPES: Mapping[Precision, int] = {
-    Precision.FP32: TensorProto.FLOAT,
-    Precision.FP16: TensorProto.FLOAT16,
-    Precision.BF16: TensorProto.BFLOAT16,
-}
 TYPE_NAMES: Mapping[int, str] = {
     TensorProto.FLOAT: "float",
     TensorProto.FLOAT16: "half",
@@ -67,7 +62,7 @@ class GraphBuilder:
         options: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.options = options
-        self.type = COMPUTE_TYPES[options.precision]  # of the values written now
+        self.type = PORT_TYPES[options.precision.dtype]  # of the values written now
         self._ports = ports
         self._expected = expected
         self._weights = weights
@@ -159,7 +154,7 @@ class GraphBuilder:
 
     def to_compute(self, value: str) -> str:
         """An fp32 `value` in the compute type."""
-        to = COMPUTE_TYPES[self.options.precision]
+        to = PORT_TYPES[self.options.precision.dtype]
         return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
 
     def float_output(self, op: str, port: str, value: str, *constants: float, **attributes: Any) -> str:

@@ -7,12 +7,10 @@ from typing import Any
 import onnx
 
 from ...schemas.control import control_ports, control_ranges
-from ...schemas.errors import UsageError
 from ...schemas.folded_biases import folded_shapes
 from ...schemas.hoisted import CONDITIONING, STEP, conditioning_ports, step_ports
 from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH
 from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
-from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
 from ...storage.safetensors_reader import TensorRange
@@ -54,9 +52,8 @@ def write_graph(
     folder of the weights.
 
     Raises ExportError naming all weights that are missing or differ from the config, and for configs that no graph can
-    be written for; UsageError for options that exclude each other."""
+    be written for."""
     writer = WRITERS[config.stage][name]
-    _check_quantized(config, options)
     expected = expected_tensors(config) | folded_shapes(config)
     return writer(Graph(graph_ports(config, options, name), expected, weights, options), config)
 
@@ -80,20 +77,3 @@ def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: st
         return ports
     control = control_ports(config, options.control)
     return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **control_ranges(control)})
-
-
-def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:
-    """Raises UsageError for modules that cannot be quantised, or not in the scheme of the options."""
-    scheme = options.scheme
-    if options.quantized and scheme.kind is Quantization.NONE:
-        raise UsageError(f"{config.stage}: modules are to be quantised, but quantization is {scheme.kind}")
-    shapes = candidates(config.stage, expected_tensors(config))
-    unknown = sorted(options.quantized - shapes.keys())
-    if unknown:
-        raise UsageError(f"{config.stage}: cannot be quantised: {', '.join(unknown)}")
-    odd = sorted(module for module in options.quantized if not scheme.fits(shapes[module][1]))
-    if odd:
-        raise UsageError(
-            f"{config.stage}: {', '.join(odd)}: columns are no multiple of the block size {scheme.block_size}; "
-            "leave these in float, or use target ort"
-        )

@@ -26,7 +26,6 @@ MEMORY_PER_WEIGHT_OF = {CONDITIONING: 2.2}
 SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.009, 6e-9
 # Kernels are compiled for each profile; the profiles share the weights.
 PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 18_000
-SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def _bytes(tensor: onnx.TensorProto, precision: Precision) -> int:
     elements: int = math.prod(tensor.dims)
     stored = DTYPES.get(tensor.data_type)
     if stored in ("F32", "F16", "BF16"):
-        return elements * SIZES[precision]
+        return elements * (4 if precision is Precision.FP32 else 2)
     return elements * (8 if tensor.data_type == onnx.TensorProto.INT64 else 1)
 
 
