@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from cascadekit.parity.compare import Kind, Subject, compare
-from cascadekit.parity.compare_engine import _Pass as Pass
+from cascadekit.parity.reference_run import ReferencePass
 from cascadekit.parity.report.figures import figure
 from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.svg import decade
@@ -71,12 +71,17 @@ def page(tmp_path: Path, run: Report, images: Images | None = None, **more: str)
 @pytest.mark.parametrize(
     ("made", "name", "kind", "step"),
     [
-        (Pass(Stage.PRIOR, {}, {}, "batch 1"), "prior: noise_pred (batch 1)", "stage", None),
-        (Pass(Stage.CONTROLNET_CANNY, {}, {}, "t 1"), "controlnet/canny: noise_pred (t 1)", "stage", None),
-        (Pass(Stage.DECODER, {}, {}, step=12), "teacher-forced: decoder pass 12, noise_pred", "teacher-forced", 12),
+        (ReferencePass(Stage.PRIOR, {}, {}, "batch 1"), "prior: noise_pred (batch 1)", "stage", None),
+        (ReferencePass(Stage.CONTROLNET_CANNY, {}, {}, "t 1"), "controlnet/canny: noise_pred (t 1)", "stage", None),
+        (
+            ReferencePass(Stage.DECODER, {}, {}, step=12),
+            "teacher-forced: decoder pass 12, noise_pred",
+            "teacher-forced",
+            12,
+        ),
     ],
 )
-def test_entries_say_where_a_comparison_belongs(made: Pass, name: str, kind: str, step: int | None) -> None:
+def test_entries_say_where_a_comparison_belongs(made: ReferencePass, name: str, kind: str, step: int | None) -> None:
     """What a comparison is about is data from the pass to the report; names are for people alone."""
     entry = comparison(made.subject("noise_pred", ""))
     assert (entry.name, entry.kind, entry.stage, entry.step) == (name, kind, made.stage, step)
