@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -215,17 +217,15 @@ def _differences(pairs: Mapping[int, Pair], progress: Progress | None) -> Iterat
     with MappedFiles() as files, ThreadPoolExecutor(THREADS) as pool:
         blocks = [(index, pair, span) for index, pair in pairs.items() for span in blocks_of(pair)]
         results = pool.map(lambda block: differences(files, block[1], block[2]), blocks)
-        current: tuple[int, Difference] | None = None
-        for (index, pair, span), difference in zip(blocks, results, strict=True):
-            if current is not None and current[0] == index:
-                difference = current[1].joined(difference)
-            elif current is not None:
-                yield current
-            current = (index, difference)
-            if progress:
-                progress(sum(nbytes_of(tensor.dtype, len(span)) for tensor in (pair.found, pair.expected)))
-        if current is not None:
-            yield current
+
+        def found() -> Iterator[tuple[int, Difference]]:
+            for (index, pair, span), difference in zip(blocks, results, strict=True):
+                if progress:
+                    progress(sum(nbytes_of(tensor.dtype, len(span)) for tensor in (pair.found, pair.expected)))
+                yield index, difference
+
+        for index, parts in groupby(found(), key=lambda item: item[0]):
+            yield index, reduce(Difference.joined, (difference for _, difference in parts))
 
 
 def _judged(match: TensorMatch, difference: Difference) -> TensorMatch:
