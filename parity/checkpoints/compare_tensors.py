@@ -214,7 +214,8 @@ def _location(tensor: TensorRange, known: list[tuple[int, str, TensorRange]], na
 
 def _differences(pairs: Mapping[int, Pair], progress: Progress | None) -> Iterator[tuple[int, Difference]]:
     """The difference of each pair, in order."""
-    with MappedFiles() as files, ThreadPoolExecutor(THREADS) as pool:
+    files = MappedFiles()
+    with ThreadPoolExecutor(THREADS) as pool:
         blocks = [(index, pair, span) for index, pair in pairs.items() for span in blocks_of(pair)]
         results = pool.map(lambda block: differences(files, block[1], block[2]), blocks)
 
