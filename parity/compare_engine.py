@@ -53,7 +53,7 @@ def compare_engine(
             f'stages=["{reference.stages[0]}"]'
         )
     tolerances = {
-        stage: stage_tolerance(manifest.stages[stage], engine.name, engine.precision, reference.floors.get(stage, {}))
+        stage: stage_tolerance(manifest.stages[stage], engine.precision, reference.floors.get(stage, {}))
         for stage in chosen
     }
     calls = reference.trajectory.calls if reference.trajectory and not stages else ()

@@ -28,10 +28,8 @@ COARSENESS = (Precision.FP32, Precision.FP16, Precision.BF16)
 # Half the distance between neighbouring numbers of a type, relative to the numbers.
 ROUNDOFF: Mapping[Precision, float] = {Precision.FP32: 2.0**-24, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}
 
-# Tolerance divided by floor, by engine and precision; "" stands for every engine that is not listed.
-FACTORS: Mapping[str, Mapping[Precision, float]] = {
-    "": {Precision.FP32: 4.0, Precision.FP16: 3.0, Precision.BF16: 3.0},
-}
+# Tolerance divided by floor; every engine has the same.
+FACTORS: Mapping[Precision, float] = {Precision.FP32: 4.0, Precision.FP16: 3.0, Precision.BF16: 3.0}
 QUANTIZED_FACTOR = 4.0  # tolerance divided by the floor of quantised stages
 MAX_QUANTIZED_TOLERANCE = 0.5  # relative L2 of a quantised stage, however large its floor is
 # The name that a reference knows each precision and quantisation by; floors are errors against "float64".
@@ -75,7 +73,7 @@ def coarser(precision: Precision, other: Precision | None) -> Precision:
     return max(precision, other or precision, key=COARSENESS.index)
 
 
-def stage_tolerance(entry: StageEntry, engine: str, computes: Precision | None, floors: Floors) -> StageTolerance:
+def stage_tolerance(entry: StageEntry, computes: Precision | None, floors: Floors) -> StageTolerance:
     """The tolerance for a stage of a bundle.
 
     `computes` is the precision that the engine computes in whatever the graph says, or None. `floors` are the measured
@@ -84,10 +82,9 @@ def stage_tolerance(entry: StageEntry, engine: str, computes: Precision | None, 
     floor = floors.get(precision, DEFAULT_FLOORS[precision])
     if not math.isfinite(floor):  # the reference overflows in fp16: a graph that does not is as exact as one in bf16
         floor = floors.get(Precision.BF16, DEFAULT_FLOORS[Precision.BF16])
-    factors = FACTORS.get(engine, FACTORS[""])
     quantized = floors.get(entry.quantization, DEFAULT_FLOORS[entry.quantization])
     return StageTolerance(
-        precision, entry.quantization, max(floor, ROUNDOFF[precision]), factors[precision], quantized_floor=quantized
+        precision, entry.quantization, max(floor, ROUNDOFF[precision]), FACTORS[precision], quantized_floor=quantized
     )
 
 

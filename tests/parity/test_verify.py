@@ -145,23 +145,23 @@ def test_the_floor_of_a_quantisation_is_that_of_the_worst_input(example: Path) -
 
 def test_tolerances_are_floors_times_factors(tiny: Path) -> None:
     entry = open_bundle(tiny / "bundle").entry(Stage.PRIOR)
-    fine = stage_tolerance(entry, "onnxruntime", None, {Precision.FP32: 1e-6})
+    fine = stage_tolerance(entry, None, {Precision.FP32: 1e-6})
     assert fine.tolerance == pytest.approx(fine.factor * 1e-6)
-    coarse = stage_tolerance(entry, "openvino-bf16", Precision.BF16, {Precision.FP32: 1e-6, Precision.BF16: 1e-2})
+    coarse = stage_tolerance(entry, Precision.BF16, {Precision.FP32: 1e-6, Precision.BF16: 1e-2})
     assert coarse.tolerance == pytest.approx(coarse.factor * 1e-2)
-    none = stage_tolerance(entry, "onnxruntime", None, {Precision.FP32: 0.0})
+    none = stage_tolerance(entry, None, {Precision.FP32: 0.0})
     assert none.tolerance == pytest.approx(none.factor * ROUNDOFF[Precision.FP32])
     fp16 = entry.model_copy(update={"precision": Precision.FP16})
-    overflowed = stage_tolerance(fp16, "onnxruntime", None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
+    overflowed = stage_tolerance(fp16, None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
     assert overflowed.tolerance == pytest.approx(overflowed.factor * 1e-2)
     int4 = entry.model_copy(update={"quantization": Quantization.INT4})
     floors = {Precision.FP32: 1e-6, Quantization.INT4: 0.06, Quantization.INT8: 0.01}
-    assert stage_tolerance(int4, "onnxruntime", None, floors).tolerance == QUANTIZED_FACTOR * 0.06
+    assert stage_tolerance(int4, None, floors).tolerance == QUANTIZED_FACTOR * 0.06
     hopeless = {**floors, Quantization.INT4: float("inf")}
-    assert stage_tolerance(int4, "onnxruntime", None, hopeless).tolerance == MAX_QUANTIZED_TOLERANCE
+    assert stage_tolerance(int4, None, hopeless).tolerance == MAX_QUANTIZED_TOLERANCE
     fp8 = entry.model_copy(update={"quantization": Quantization.FP8})
-    assert stage_tolerance(fp8, "x", None, floors).tolerance == pytest.approx(0.1)
-    assert stage_tolerance(int4, "x", None, {}).tolerance == pytest.approx(0.5)
+    assert stage_tolerance(fp8, None, floors).tolerance == pytest.approx(0.1)
+    assert stage_tolerance(int4, None, {}).tolerance == pytest.approx(0.5)
 
 
 def test_gains_foresee_how_errors_grow(tiny: Path, expected: ReferenceOutputs) -> None:
