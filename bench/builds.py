@@ -10,7 +10,7 @@ from typing import Any
 from ..converters.export.export import export
 from ..converters.onnx import GraphOptions, write_graph
 from ..converters.tensorrt import BuildOptions, Built, build
-from ..converters.tensorrt.estimate import Estimate, estimate_model
+from ..converters.tensorrt.estimate import Estimate, estimate
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
 from ..schemas.callbacks import Say
@@ -119,6 +119,5 @@ def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estim
         end += nbytes
     names = graphs_of(config.stage)
     return {
-        (network, name): estimate_model(write_graph(config, weights, options, name), name, precision, 1)
-        for name in names
+        (network, name): estimate(write_graph(config, weights, options, name), name, precision, 1) for name in names
     }

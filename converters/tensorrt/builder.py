@@ -23,6 +23,7 @@ from ...storage.atomic_output import BUILDING, scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
 from ...storage.file_sizes import sizes_of
 from ...storage.output_rules import require_writable
+from ..export.graph_files import load_graph
 from . import plan_cache as cache
 from .backend import Backend, find_backend
 from .estimate import Estimate, estimate, require_room
@@ -103,7 +104,8 @@ def _estimated(planned: PlanToBuild) -> Estimate:
         from ..aotinductor.packages_to_build import estimate_package
 
         return estimate_package(planned)
-    return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+    graph = load_graph(Path(planned.request.graph))
+    return estimate(graph, planned.graph, planned.precision, len(planned.profiles))
 
 
 def require_machine(options: BuildOptions) -> tuple[Backend, DeviceEntry | None]:

@@ -17,7 +17,7 @@ from ...runtime.memory.free_memory import free_memory
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import CONDITIONING
 from ...schemas.precision import Precision
-from ..export.graph_files import DTYPES, load_graph
+from ..export.graph_files import DTYPES
 
 MIB = 1 << 20
 MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 130 * MIB, 0.34 * MIB, 1.33
@@ -39,12 +39,7 @@ class Estimate:
     weights: int  # bytes, in the type that the graph computes in
 
 
-def estimate(graph: Path, precision: Precision, profiles: int) -> Estimate:
-    """The cost of building the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
-    return estimate_model(load_graph(graph), graph.stem, precision, profiles)
-
-
-def estimate_model(model: onnx.ModelProto, name: str, precision: Precision, profiles: int) -> Estimate:
+def estimate(model: onnx.ModelProto, name: str, precision: Precision, profiles: int) -> Estimate:
     """The cost of building the loaded graph `name` of a stage with so many profiles."""
     nodes = len(model.graph.node)
     weights = sum(_bytes(tensor, precision) for tensor in model.graph.initializer)
