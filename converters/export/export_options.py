@@ -33,8 +33,8 @@ class ExportOptions:
         precisions: The precision of single stages, in place of `precision`.
         target: The runtime whose operators the graphs may use.
         storage: The precision that weights are stored in; None: unchanged for fp32 graphs, else as the graph computes.
-        fp16_safe: Exponents of prior and decoder in fp16: "auto" measures them, a number is used for all streams, "off"
-            is without any. None is "auto" where ONNX Runtime is installed, else "off".
+        fp16_safe: Exponents of prior, decoder and vqgan in fp16: "auto" measures them, a number is used for all
+            streams, "off" is without any. None is "auto" where ONNX Runtime is installed, else "off".
         calibration: A file of what "auto" measured; it is used if it exists, else written.
         quantize: How Linears are stored in 8 or 4 bits, if their error stays small.
         quantize_threshold: Largest relative error of a quantised Linear; None: twice the error of normal numbers.
@@ -131,15 +131,16 @@ class ExportOptions:
 
     def require_stages(self, stages: Sequence[Stage]) -> None:
         """Raises UsageError for an option that applies to none of `stages`, the stages that are exported."""
-        fp16 = [stage for stage in (Stage.PRIOR, Stage.DECODER) if self.precision_of(stage) is Precision.FP16]
-        if self.fp16_safe is not None and not set(fp16) & set(stages):
+        measured = {Stage.PRIOR, Stage.DECODER, Stage.VQGAN} & set(stages)
+        in_fp16 = any(self.precision_of(stage) is Precision.FP16 for stage in measured)
+        if self.fp16_safe is not None and not in_fp16:
             safe = f'"{self.fp16_safe}"' if isinstance(self.fp16_safe, str) else self.fp16_safe
             raise UsageError(
-                f'fp16_safe={safe} is for a prior or decoder in fp16; add precision="fp16", or leave it out'
+                f'fp16_safe={safe} is for a prior, decoder or vqgan in fp16; add precision="fp16", or leave it out'
             )
-        if self.calibration is not None and (not set(fp16) & set(stages) or self.fp16_safe == "off"):
+        if self.calibration is not None and (not in_fp16 or self.fp16_safe == "off"):
             raise UsageError(
-                f"calibration={str(self.calibration)!r} is for a prior or decoder in fp16 within its range; "
+                f"calibration={str(self.calibration)!r} is for a prior, decoder or vqgan in fp16 within its range; "
                 'add precision="fp16" without fp16_safe="off", or leave it out'
             )
         if self.controlnet and Stage.PRIOR not in stages:
