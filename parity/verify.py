@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say, ignored
-from ..schemas.choices import stages_of
+from ..schemas.choices import several, stages_of
 from ..schemas.created_by import created_by
 from ..schemas.errors import CascadeError, MissingPackageError, UsageError, reraise_interrupt
 from ..schemas.messages import known_keywords
@@ -102,7 +102,7 @@ def verify(
         size=size,
         sizes=sizes,
     )
-    paths = tuple(map(Path, reports))
+    paths = tuple(map(Path, several(reports)))
     check_report_names(paths, force=force, sources=_sources(bundle, options))
     check_options(options, bisect=bisect, ranges=ranges)
     _require_device(options.reference_device)

@@ -57,4 +57,11 @@ def test_of_two_checkpoints(tiny: Path) -> None:
 def test_one_value_needs_no_list() -> None:
     assert stages_of("prior") == stages_of(Stage.PRIOR) == stages_of(["prior"]) == (Stage.PRIOR,)
     assert ExportOptions(stages="prior").stages == (Stage.PRIOR,)
-    assert BuildOptions(targets="sm89").targets == ("sm89",)
+    options = BuildOptions(targets="sm89", graphs="model", cache="plans")
+    assert (options.targets, options.graphs, options.cache) == (("sm89",), ("model",), Path("plans"))
+
+
+def test_a_single_report_needs_no_list(tiny: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert verify(tiny / "bundle", tiny / "model", stages="vqgan", reports=str(report), verdict=False)
+    assert report.is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from ...schemas.choices import stages_of
+from ...schemas.choices import several, stages_of
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
@@ -63,9 +63,11 @@ class BuildOptions:
         return changed_fields(self)
 
     def __post_init__(self) -> None:
-        """Take stages by name, and a single target without a list. Raises UsageError for other values."""
+        """Take stages by name, single values without a list, and a path as text. Raises UsageError for other values."""
         object.__setattr__(self, "stages", stages_of(self.stages))
-        object.__setattr__(self, "targets", (self.targets,) if isinstance(self.targets, str) else tuple(self.targets))
+        object.__setattr__(self, "targets", several(self.targets))
+        object.__setattr__(self, "graphs", several(self.graphs))
+        object.__setattr__(self, "cache", self.cache and Path(self.cache))
         for profile in self.profiles:
             if not isinstance(profile, Bounds):
                 raise UsageError(f"profiles={profile!r}: expected the sizes of an image as `schemas.profiles.Bounds`")
