@@ -145,6 +145,12 @@ class ExportOptions:
             )
         if self.controlnet and Stage.PRIOR not in stages:
             raise UsageError("controlnet=True is for the prior, which is not exported here; export it too")
+        if self.vqgan_scale is not None and Stage.VQGAN not in stages:
+            raise UsageError(f"vqgan_scale={self.vqgan_scale:g} is for the vqgan, which is not exported; export it too")
+        if self.quantize is not Quantization.NONE and not any(map(self.quantizes, stages)):
+            raise UsageError(
+                f'quantize="{self.quantize}" is for {", ".join(RULES)}, and none of them is exported here; leave it out'
+            )
         absent = [stage for stage in self.precisions if stage not in stages]
         if absent:
             raise UsageError(

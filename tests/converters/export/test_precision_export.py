@@ -172,6 +172,8 @@ def test_bf16_is_refused_where_nothing_computes_it(tiny: Path, tmp_path: Path) -
         (ExportOptions(calibration="x.json"), (), "for a prior, decoder or vqgan in fp16"),
         (ExportOptions(precision=Precision.FP16, fp16_safe="off", calibration="x.json"), (), "without fp16_safe"),
         (ExportOptions(controlnet=True), (Stage.VQGAN,), "for the prior"),
+        (ExportOptions(vqgan_scale=0.43), (Stage.PRIOR,), "vqgan_scale=0.43 is for the vqgan, which is not exported"),
+        (ExportOptions(quantize="int8"), (Stage.VQGAN,), 'quantize="int8" is for prior, decoder'),
         (
             ExportOptions(precisions={Stage.PRIOR: Precision.BF16}),
             (Stage.VQGAN,),
