@@ -157,13 +157,11 @@ class GraphBuilder:
         to = PORT_TYPES[self.options.precision.dtype]
         return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
 
-    def float_output(self, op: str, port: str, value: str, *constants: float, **attributes: Any) -> str:
-        """Write the output `port` with an operator in fp32, applied to `value` of the compute type.
-
-        Without it an output is computed in the compute type, and cast."""
-        self._inner.pop(port, None)
+    def write_images(self, value: str) -> None:
+        """Write the output `images`: `value` of the compute type, clipped to 0..1 in fp32."""
+        self._inner.pop("images", None)
         with self.island():
-            return self.node(op, port, self.to_float(value), *map(self.scalar, constants), **attributes)
+            self.node("Clip", "images", self.to_float(value), self.scalar(0.0), self.scalar(1.0))
 
     def probe(self, value: str) -> None:
         """Add the output ``value/max``, the largest magnitude of the fp32 `value`, if the options ask for probes."""

@@ -44,7 +44,7 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
             index += 1
     pixels = pointwise(graph, "out_block.0", image, alpha=2.0**k)
     decoded = pixel_shuffle(graph, "out_block.1", pixels, config.up_down_scale_factor)
-    graph.float_output("Clip", "images", decoded, 0.0, 1.0)
+    graph.write_images(decoded)
     return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
 
 
