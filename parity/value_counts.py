@@ -18,11 +18,11 @@ LOWEST, HIGHEST = -12, 4  # decades of the histogram
 BINS = (HIGHEST - LOWEST) * BINS_PER_DECADE
 # log10 of the bins' edges, lower ones included.
 HISTOGRAM_EDGES = tuple(LOWEST + index / BINS_PER_DECADE for index in range(BINS + 1))
-# The numpy type of each precision, and a signed integer of its size.
-TYPES: Mapping[Precision, tuple[Any, Any]] = {
-    Precision.FP32: (np.float32, np.int32),
-    Precision.FP16: (np.float16, np.int16),
-    Precision.BF16: (bfloat16, np.int16),
+# The numpy type of each precision, a signed integer of its size, and one that holds differences of these.
+TYPES: Mapping[Precision, tuple[Any, Any, Any]] = {
+    Precision.FP32: (np.float32, np.int32, np.int64),
+    Precision.FP16: (np.float16, np.int16, np.int32),
+    Precision.BF16: (bfloat16, np.int16, np.int32),
 }
 
 
@@ -51,7 +51,7 @@ def histogram_of(error: Array, unit: float) -> HistogramEntry:
 
 
 def ulp_distance(x: Array, r: Array, precision: Precision) -> Array:
-    """How many neighbouring values of `precision` lie between finite `x` and `r`, as int64.
+    """How many neighbouring values of `precision` lie between finite `x` and `r`, as integers.
 
     Both are rounded to `precision` first, through float32 as torch does. A value that overflows counts as the one
     after the largest; the two zeros count as one. Method: the bits of a float, read as sign and magnitude, are its
@@ -60,7 +60,7 @@ def ulp_distance(x: Array, r: Array, precision: Precision) -> Array:
 
 
 def _places(values: Array, precision: Precision) -> Array:
-    kind, signed = TYPES[precision]
+    kind, signed, wider = TYPES[precision]
     with np.errstate(over="ignore", under="ignore"):
-        bits = values.astype(np.float32).astype(kind).view(signed).astype(np.int64)
+        bits = values.astype(np.float32).astype(kind).view(signed).astype(wider)
     return np.asarray(np.where(bits < 0, np.iinfo(signed).min - bits, bits))
