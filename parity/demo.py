@@ -37,7 +37,7 @@ FILES = (
 
 @known_keywords
 def make_demo(
-    output: str | Path,
+    output: Path,
     prompt: str = EXAMPLE_PROMPT,
     *,
     seed: int = 0,
@@ -57,7 +57,6 @@ def make_demo(
     >>> bool(make_demo(Path("demo"), "a red apple, flat style"))  # doctest: +SKIP
     True
     """
-    output = Path(output)
     _require_possible(prompt, seed)
     check_output(output, force=force, files=FILES)
     with staged_output(output, force=force, files=list(FILES), say=note) as folder:

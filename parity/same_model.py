@@ -28,7 +28,7 @@ def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) 
 
 
 def cause(differs: Sequence[str]) -> str:
-    """The difference in words: the VQGAN scale alone, the dtype of the weights, or the whole model."""
+    """What is not the bundle's, in words: the VQGAN scale alone, the dtype of the weights, or the whole model."""
     scales = [line for line in differs if f"{Stage.VQGAN}: {SCALE}" in line]
     widths = [line for line in differs if TO_WIDTH in line]
     if len(scales) == len(differs) and not any("; " in line for line in scales):

@@ -8,7 +8,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-from ...runtime.engines.nvidia_driver import first_gpu
 from ...runtime.engines.pytorch.built_here import is_built_here, remember_built
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say, ignored
@@ -26,6 +25,7 @@ from ...storage.output_rules import require_writable
 from ..export.graph_files import load_graph
 from . import plan_cache as cache
 from .backend import Backend, find_backend
+from .device import present_device
 from .estimate import Estimate, estimate, require_room
 from .plans_to_build import PLANS, BuildOptions, PlanToBuild, plans_to_build
 from .worker_process import BuildOutcome, OnProgress, run_build
@@ -116,17 +116,6 @@ def require_machine(options: BuildOptions) -> tuple[Backend, DeviceEntry | None]
         require_writable(Path(options.cache))
     backend = find_backend(options.backend)
     return backend, None if backend.builds_for_others else present_device()
-
-
-def present_device() -> DeviceEntry:
-    """The first GPU of this machine. Raises EngineError when there is none."""
-    gpu = first_gpu()
-    if isinstance(gpu, str):
-        raise EngineError(
-            f'TensorRT builds for the GPU of the machine it runs on, and {gpu}; backend="tensorrt-rtx" builds without '
-            "a GPU"
-        )
-    return DeviceEntry(name=gpu.name, capability=gpu.capability)
 
 
 def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.converters.tensorrt import BuildOptions, build, builder
+from cascadekit.converters.tensorrt import BuildOptions, build, builder, device
 from cascadekit.runtime.engines.nvidia_driver import DriverGpu
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.plan_entries import DeviceEntry
@@ -232,8 +232,8 @@ def test_targets_are_for_rtx(bundle: Path, installed: Any) -> None:
 
 def test_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tests/runtime/test_devices.py` has the calls of the driver."""
-    monkeypatch.setattr(builder, "first_gpu", lambda: DriverGpu("NVIDIA GeForce RTX 5090", 32 << 30, "sm120"))
-    assert builder.present_device() == DeviceEntry(name="NVIDIA GeForce RTX 5090", capability="sm120")
-    monkeypatch.setattr(builder, "first_gpu", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr(device, "first_gpu", lambda: DriverGpu("NVIDIA GeForce RTX 5090", 32 << 30, "sm120"))
+    assert device.present_device() == DeviceEntry(name="NVIDIA GeForce RTX 5090", capability="sm120")
+    monkeypatch.setattr(device, "first_gpu", lambda: "there is no NVIDIA driver")
     with pytest.raises(EngineError, match='there is no NVIDIA driver; backend="tensorrt-rtx" builds without a GPU'):
-        builder.present_device()
+        device.present_device()
