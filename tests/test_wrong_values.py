@@ -39,7 +39,7 @@ def test_of_verify(tiny: Path, argument: dict[str, Any], expected: str) -> None:
             lambda: ExportOptions(quantize="int8", quantize_threshold=0),
             "quantize_threshold=0: expected a number",
         ),
-        (lambda: ExportOptions(weights="move"), "weights='move': expected one of auto, copy, link"),
+        (lambda: ExportOptions(weights="move"), "weights='move': expected one of auto"),
         (lambda: BuildOptions(stages=("vae",)), "stages='vae': expected one of text_encoder"),
         (lambda: BuildOptions(profiles=("64x64",)), "profiles='64x64': expected the sizes of an image"),
     ],
