@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..converters.export.export import export
-from ..converters.export.export_options import STORED_AS
 from ..converters.onnx import GraphOptions, write_graph
 from ..converters.tensorrt import BuildOptions, Built, build
-from ..converters.tensorrt.estimate import Estimate, estimate_model
+from ..converters.tensorrt.estimate import Estimate, estimate
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
 from ..schemas.callbacks import Say
+from ..schemas.dtypes import parse_dtype
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
 from ..schemas.stages import PRESETS
@@ -115,10 +115,9 @@ def _expected(network: str, precision: Precision) -> dict[tuple[str, str], Estim
     end = 0
     for name, shape in expected_tensors(config).items():
         nbytes = math.prod(shape) * (4 if precision is Precision.FP32 else 2)
-        weights[name] = TensorRange(Path("weights"), STORED_AS[precision], shape, end, nbytes)
+        weights[name] = TensorRange(Path("weights"), str(parse_dtype(precision)), shape, end, nbytes)
         end += nbytes
     names = graphs_of(config.stage)
     return {
-        (network, name): estimate_model(write_graph(config, weights, options, name), name, precision, 1)
-        for name in names
+        (network, name): estimate(write_graph(config, weights, options, name), name, precision, 1) for name in names
     }

@@ -13,8 +13,8 @@ from ..converters.checkpoints.convert import convert
 from ..converters.checkpoints.open_model import open_model
 from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
+from ..parity.compare import Kind
 from ..parity.compare_engine import compare_engine
-from ..parity.comparison import Kind
 from ..parity.inside.bisect import bisect_stage
 from ..parity.inside.bisection import Bisection
 from ..parity.reference.loading import reference_engine

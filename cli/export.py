@@ -92,8 +92,8 @@ def _parse_fp16_safe(
     "--fp16-safe",
     metavar="auto|off|K",
     callback=_parse_fp16_safe,
-    help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or (auto) by the scale that a "
-    "short calibration run finds necessary.  [default: auto]",
+    help="Keep the sums of prior, decoder and vqgan within the range of fp16: scaled by 2^-K, or (auto) by the scale "
+    "that a short calibration run finds necessary.  [default: auto]",
 )
 @click.option(
     "--calibration",

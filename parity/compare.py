@@ -1,25 +1,42 @@
 """Compares an array with its reference: error figures, and whether they are within a tolerance.
 
-Arrays are read in slices, so the memory that a comparison takes does not grow with them. Every sum is in float64, in
-which squares of float32 values neither overflow nor vanish.
+Every sum is in float64, in which squares of float32 values neither overflow nor vanish.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import ParityError
-from ..schemas.precision import Precision
-from .comparison import Comparison, Subject
-from .value_counts import Histogram, Largest, SpecialCounts, ulp_distance
-
-SLICE = 1 << 13  # values at a time: scratch arrays that stay in a core's cache; larger ones are paged in anew each time
+from ..schemas.precision import FP16_MAX, Precision
+from ..schemas.report import Comparison
+from ..schemas.stages import Stage
+from .value_counts import count_values, histogram_of, index_in, ulp_distance
 
 Array = NDArray[Any]
+
+
+class Kind(StrEnum):
+    """The run of a stage that an array comes from."""
+
+    STAGE = "stage"  # one forward pass on sample inputs
+    TEACHER_FORCED = "teacher-forced"  # one forward pass on what the reference saw at a step of its trajectory
+    TRAJECTORY = "trajectory"  # a step of sampling in which the errors of earlier steps are included
+    NOISE = "noise"  # the random numbers that sampling starts from and adds
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The array that is compared: its name for people, and the same facts as data."""
+
+    name: str
+    kind: Kind = Kind.STAGE
+    stage: Stage | None = None  # None for the final image, and for arrays of no stage
+    step: int | None = None  # counted from 1; None outside of sampling
 
 
 def compare(
@@ -34,170 +51,125 @@ def compare(
     """
     if isinstance(subject, str):
         subject = Subject(subject)
-    if found.shape != reference.shape:
+    shape = found.shape
+    if shape != reference.shape:
         raise ParityError(
-            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(found.shape)}; "
+            f"{subject.name}: expected shape {list(reference.shape)} as the reference, found {list(shape)}; "
             "export the bundle again"
         )
-    extent = _extent(found, reference)
-    sums = _Sums(found.size, extent.rms, ulp_of)
-    specials = SpecialCounts()
-    for start, x, r in _slices(found, reference):
-        specials.add(start, x, r)
-        sums.add(start, x, r)
-    return _comparison(subject, found.shape, tolerance, sums, specials, extent=extent)
-
-
-def relative_l2(found: Array, reference: Array) -> float:
-    """‖x - r‖ / ‖r‖ alone, which takes a tenth of the time of `compare`; NaN when any value is NaN.
-
-    Shapes must be equal."""
-    error = norm = 0.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        for _, x, r in _slices(found, reference):
-            norm += float(r @ r)
-            r -= x
-            error += float(r @ r)
-    return _ratio(math.sqrt(error), math.sqrt(norm))
-
-
-@dataclass(frozen=True)
-class _Extent:
-    """The largest magnitudes of two arrays, and the root mean square of the reference, over values finite in both."""
-
-    found_max: float
-    reference_max: float
-    rms: float
-    constant: bool  # only the found array is
-
-
-def _extent(found: Array, reference: Array) -> _Extent:
-    peaks, equal = [0.0, 0.0], [found.size > 1, found.size > 1]
-    firsts = [array.flat[0] if array.size else 0.0 for array in (found, reference)]
-    squares, count = 0.0, 0
-    for _, *pair in _slices(found, reference):
-        for index, values in enumerate(pair):
-            equal[index] = equal[index] and bool((values == firsts[index]).all())
-        finite_x, finite_r = _finite_pair(*pair)
-        squares, count = squares + float(finite_r @ finite_r), count + finite_r.size
-        peaks = [max(peak, _peak(values)) for peak, values in zip(peaks, (finite_x, finite_r), strict=True)]
-    rms = math.sqrt(squares / max(count, 1))
-    return _Extent(found_max=peaks[0], reference_max=peaks[1], rms=rms, constant=equal[0] and not equal[1])
-
-
-def _peak(values: Array) -> float:
-    return float(max(values.max(initial=0), -values.min(initial=0)))
-
-
-class _Sums:
-    """Figures that add up over slices. `worst` is the largest error and its flat index."""
-
-    def __init__(self, size: int, rms: float, ulp_of: Precision | None) -> None:
-        self.unit, self.ulp_of = rms or 1.0, ulp_of
-        self.count = self.count_rel = self.off_zero = 0
-        self.squares_x = self.squares_r = self.squares_error = self.dot = 0.0
-        self.total_abs = self.total_rel = self.max_rel = 0.0
-        self.worst: tuple[float, int | None] = (-1.0, None)
-        self.largest_abs, self.largest_rel = Largest(size), Largest(size)
-        self.ulp_max, self.ulp_total = 0, 0
-        self.histogram = Histogram()
-
-    def add(self, start: int, x: Array, r: Array) -> None:
-        """`x` and `r` are of equal size, float64, and start at the flat index `start`."""
-        finite = np.isfinite(x) & np.isfinite(r)
-        places = None if finite.all() else np.flatnonzero(finite)
-        if places is not None:
-            x, r = x[places], r[places]
-        if not x.size:
-            return
-        error = np.abs(x - r)
-        self.squares_x += float(x @ x)
-        self.squares_r += float(r @ r)
-        self.dot += float(x @ r)
-        self.squares_error += float(error @ error)
-        self.total_abs += float(error.sum())
-        self.largest_abs.add(error)
-        peak = int(error.argmax())
-        if error[peak] > self.worst[0]:
-            self.worst = (float(error[peak]), start + (peak if places is None else int(places[peak])))
-        self._relative(x, r, error)
-        self.histogram = self.histogram.added(error, self.unit)
-        if self.ulp_of is not None:
-            distance = ulp_distance(x, r, self.ulp_of)
-            self.ulp_max = max(self.ulp_max, int(distance.max()))
-            self.ulp_total += int(distance.sum())
-        self.count += x.size
-
-    def _relative(self, x: Array, r: Array, error: Array) -> None:
-        size = np.abs(r)
-        if not size.all():
-            zero = size == 0
-            self.off_zero += int(np.count_nonzero(x[zero]))
-            size, error = size[~zero], error[~zero]
-        with np.errstate(over="ignore"):
-            relative = error / size
-        self.total_rel += float(relative.sum())
-        self.max_rel = max(self.max_rel, float(relative.max(initial=0)))
-        self.largest_rel.add(relative)
-        self.count_rel += relative.size
-
-
-def _comparison(
-    subject: Subject, shape: tuple[int, ...], tolerance: float, sums: _Sums, specials: SpecialCounts, *, extent: _Extent
-) -> Comparison:
-    norm_x, norm_r = math.sqrt(sums.squares_x), math.sqrt(sums.squares_r)
-    relative = _ratio(math.sqrt(sums.squares_error), norm_r)
-    ulp = sums.ulp_of is not None
+    x, r = _flat(found), _flat(reference)
+    counts = _special_values(x, r, shape)
+    nonfinite = sum(counts[name].count for name in ("nan", "positive_infinity", "negative_infinity"))
+    bad = counts["reference_nonfinite"].count
+    constant = x.size > 1 and bool((x == x[0]).all()) and not (r == r[0]).all()
+    places = None
+    if nonfinite or bad:
+        places = np.flatnonzero(np.isfinite(x) & np.isfinite(r))
+        x, r = x[places], r[places]
+    error = np.abs(x - r)
+    worst = int(error.argmax()) if error.size else None
+    figures = _figures(x, r, error)
+    failures = {
+        f"{nonfinite} values are NaN or infinite": nonfinite > 0,
+        f"{bad} values of the reference are NaN or infinite": bad > 0,
+        "the output is constant": constant,
+        f"relative L2 {figures['relative_l2']:.1e} above {tolerance:.0e}": not figures["relative_l2"] <= tolerance,
+    }
     return Comparison(
         **vars(subject),
+        **counts,
+        **figures,
+        **_relative_errors(x, r, error),
+        **_ulps(x, r, ulp_of),
         shape=shape,
-        max_abs=max(sums.worst[0], 0.0),
-        mean_abs=sums.total_abs / max(sums.count, 1),
-        relative_l2=relative,
-        cosine=sums.dot / (norm_x * norm_r) if norm_x * norm_r else float(norm_x == norm_r),
-        nonfinite=specials.nan.count + specials.positive.count + specials.negative.count,
-        constant=extent.constant,
+        passed=not any(failures.values()),
+        failures=tuple(reason for reason, failed in failures.items() if failed),
         tolerance=tolerance,
-        p999_abs=sums.largest_abs.quantile(sums.count),
-        max_rel=sums.max_rel,
-        mean_rel=sums.total_rel / max(sums.count_rel, 1),
-        p999_rel=sums.largest_rel.quantile(sums.count_rel),
-        off_zero=sums.off_zero,
-        snr_db=_decibels(relative),
-        ulp_max=sums.ulp_max if ulp else None,
-        ulp_mean=sums.ulp_total / max(sums.count, 1) if ulp else None,
-        ulp_of=sums.ulp_of,
-        reference_rms=extent.rms,
-        reference_max=extent.reference_max,
-        found_max=extent.found_max,
-        nan=specials.nan.at(shape),
-        positive_infinity=specials.positive.at(shape),
-        negative_infinity=specials.negative.at(shape),
-        beyond_fp16=specials.beyond_fp16.at(shape),
-        reference_nonfinite=specials.reference.at(shape),
-        worst=None if sums.worst[1] is None else tuple(map(int, np.unravel_index(sums.worst[1], shape))),
-        histogram=sums.histogram,
+        constant=constant,
+        nonfinite=nonfinite,
+        worst=None if worst is None else index_in(shape, worst if places is None else int(places[worst])),
     )
 
 
-def _slices(found: Array, reference: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Yield for each slice the flat index of its first value, and float64 copies of the values of both arrays."""
-    # numpy's flat iterator walks any strides without a copy of the whole array.
-    sources = [array.reshape(-1) if array.flags.c_contiguous else array.flat for array in (found, reference)]
-    for start in range(0, found.size, SLICE):
-        x, r = (np.array(source[start : start + SLICE], np.float64) for source in sources)
-        yield start, x, r
+def relative_l2(found: Array, reference: Array) -> float:
+    """‖x - r‖ / ‖r‖ alone; infinite when a value is not finite. Shapes must be equal."""
+    x, r = _flat(found), _flat(reference)
+    with np.errstate(invalid="ignore"):
+        value = _ratio(_norm(x - r), _norm(r))
+    return value if math.isfinite(value) else math.inf
 
 
-def _finite_pair(x: Array, r: Array) -> tuple[Array, Array]:
-    finite = np.isfinite(x) & np.isfinite(r)
-    return (x, r) if finite.all() else (x[finite], r[finite])
+def _special_values(x: Array, r: Array, shape: tuple[int, ...]) -> dict[str, Any]:
+    hits = {
+        "nan": np.isnan(x),
+        "positive_infinity": x == np.inf,
+        "negative_infinity": x == -np.inf,
+        "beyond_fp16": np.isfinite(x) & (np.abs(x) > FP16_MAX),
+        "reference_nonfinite": ~np.isfinite(r),
+    }
+    return {name: count_values(found, shape) for name, found in hits.items()}
+
+
+def _figures(x: Array, r: Array, error: Array) -> dict[str, Any]:
+    norm_x, norm_r = _norm(x), _norm(r)
+    relative = _ratio(_norm(error), norm_r)
+    rms = norm_r / math.sqrt(max(r.size, 1))
+    return {
+        "max_abs": _peak(error),
+        "mean_abs": _mean(error),
+        "p999_abs": _p999(error),
+        "relative_l2": relative,
+        "cosine": float(x @ r) / (norm_x * norm_r) if norm_x * norm_r else float(norm_x == norm_r),
+        "snr_db": _decibels(relative),
+        "reference_rms": rms,
+        "reference_max": _peak(r),
+        "found_max": _peak(x),
+        "histogram": histogram_of(error, rms or 1.0),
+    }
+
+
+def _relative_errors(x: Array, r: Array, error: Array) -> dict[str, Any]:
+    with np.errstate(over="ignore"):
+        relative = error[r != 0] / np.abs(r[r != 0])
+    return {
+        "max_rel": _peak(relative),
+        "mean_rel": _mean(relative),
+        "p999_rel": _p999(relative),
+        "off_zero": int(np.count_nonzero(x[r == 0])),
+    }
+
+
+def _ulps(x: Array, r: Array, precision: Precision | None) -> dict[str, Any]:
+    if precision is None:
+        return {"ulp_of": None, "ulp_max": None, "ulp_mean": None}
+    steps = ulp_distance(x, r, precision)
+    return {"ulp_of": precision, "ulp_max": int(_peak(steps)), "ulp_mean": _mean(steps)}
+
+
+def _flat(array: Array) -> Array:
+    return np.asarray(array, np.float64).reshape(-1)
+
+
+def _norm(values: Array) -> float:
+    return math.sqrt(values @ values)
+
+
+def _peak(values: Array) -> float:
+    """The largest magnitude; 0 without values."""
+    return float(max(values.max(initial=0), -values.min(initial=0)))
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if values.size else 0.0
+
+
+def _p999(values: Array) -> float:
+    """The 99.9th percentile, interpolated linearly; 0 without values."""
+    return float(np.quantile(values, 0.999)) if values.size else 0.0
 
 
 def _decibels(relative: float) -> float:
-    if math.isnan(relative):
-        return math.nan
-    return math.inf if relative == 0 else -math.inf if math.isinf(relative) else -20 * math.log10(relative)
+    return math.inf if relative == 0 else -math.inf if relative == math.inf else -20 * math.log10(relative)
 
 
 def _ratio(value: float, norm: float) -> float:

@@ -1,24 +1,21 @@
 """Compares an engine with a reference: stage by stage, step by step, and the final image."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
-from numpy.typing import NDArray
-
-from ..runtime.engines.protocol import Engine, StageRunner, Tensors
+from ..runtime.engines.protocol import Engine, StageRunner
 from ..schemas.callbacks import Say
 from ..schemas.errors import OutsideProfileError, UsageError
 from ..schemas.manifest import Manifest
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
+from ..schemas.report import Comparison
 from ..schemas.stages import Stage
 from ..storage.bundle import Bundle
-from .compare import compare
-from .comparison import Comparison, Kind, Subject
+from .compare import Kind, Subject, compare
 from .image_metrics import psnr
 from .image_sizes import SizeChoice
-from .reference_run import ReferenceOutputs, Trajectory, generate_image, reproduce_noise, run_reference
+from .reference_run import ReferenceOutputs, ReferencePass, Trajectory, generate_image, reproduce_noise, run_reference
 from .results import Report
 from .sample_inputs import SITUATIONS
 from .stage_parts import stage_loaders
@@ -56,14 +53,15 @@ def compare_engine(
             f'stages=["{reference.stages[0]}"]'
         )
     tolerances = {
-        stage: stage_tolerance(manifest.stages[stage], engine.name, engine.precision, reference.floors.get(stage, {}))
+        stage: stage_tolerance(manifest.stages[stage], engine.precision, reference.floors.get(stage, {}))
         for stage in chosen
     }
+    calls = reference.trajectory.calls if reference.trajectory and not stages else ()
     comparisons: list[Comparison] = []
     left_out: list[str] = []
     for stage in chosen:
         say(f"{stage} on {engine.name}")
-        passes = _passes(stage, reference, trajectory=not stages)
+        passes = [each for each in (*reference.passes, *calls) if each.stage is stage]
         comparisons += _compare_stage(stage, engine, passes, tolerances[stage], left_out)
     report = Report(
         engine.name, reference.reference, tuple(comparisons), tolerances=tolerances, left_out=tuple(left_out)
@@ -123,47 +121,12 @@ def _compare_noise(expected: Trajectory) -> Iterator[Comparison]:
         yield compare(Subject(f"noise: {stage} draw {number}", Kind.NOISE), found[stage, number], wanted, 0.0)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """A forward pass of the reference: a sample input, described by `label`, or a pass of its trajectory."""
-
-    stage: Stage
-    inputs: Tensors
-    outputs: Mapping[str, NDArray[Any]]
-    label: str = ""
-    step: int | None = None  # counted from 1; None for a sample input
-
-    def subject(self, port: str, part: str) -> Subject:
-        """The subject of a comparison of the output `port`, computed by the stage loaded as `part`."""
-        kind = Kind.STAGE if self.step is None else Kind.TEACHER_FORCED
-        return Subject(self.described(port, part), kind, self.stage, self.step)
-
-    def described(self, port: str, part: str) -> str:
-        """A name for people. Without a port it names the whole pass."""
-        if self.step is None:
-            before, separator, after = f"{self.stage}", ": ", f"({self.label})"
-        else:
-            before, separator, after = f"{Kind.TEACHER_FORCED}: {self.stage} pass {self.step}", ", ", ""
-        head = f"{before}{separator}{port}" if port else before
-        return " ".join(filter(None, (head, part, after)))
-
-
-def _passes(stage: Stage, expected: ReferenceOutputs, *, trajectory: bool) -> list[_Pass]:
-    """The stage's sample inputs, small ones first, then its passes along the reference's trajectory."""
-    samples = zip(expected.inputs, expected.outputs, strict=True)
-    calls = expected.trajectory.calls if trajectory and expected.trajectory else ()
-    return [
-        *(_Pass(stage, each.inputs, outputs, each.label) for each, outputs in samples if each.stage is stage),
-        *(_Pass(stage, call.inputs, call.outputs, step=call.number + 1) for call in calls if call.stage is stage),
-    ]
-
-
 def _compare_stage(
-    stage: Stage, engine: Engine, passes: Sequence[_Pass], tolerance: StageTolerance, left_out: list[str]
+    stage: Stage, engine: Engine, passes: Sequence[ReferencePass], tolerance: StageTolerance, left_out: list[str]
 ) -> Iterator[Comparison]:
     """Compare the stage in each way the engine loads it: the first way in all passes, another in the small ones.
 
-    The small passes are enough to find a fault in a graph."""
+    The small passes come first, and are enough to find a fault in a graph."""
     for number, loader in enumerate(stage_loaders(engine, stage)):
         with loader.load() as runner:
             chosen = passes if number == 0 else passes[: len(SITUATIONS[stage])]
@@ -171,7 +134,7 @@ def _compare_stage(
 
 
 def _compare_passes(
-    runner: StageRunner, part: str, passes: Sequence[_Pass], tolerance: StageTolerance, left_out: list[str]
+    runner: StageRunner, part: str, passes: Sequence[ReferencePass], tolerance: StageTolerance, left_out: list[str]
 ) -> Iterator[Comparison]:
     """Raises OutsideProfileError when the runner accepts none of `passes`."""
     half = tolerance.precision if tolerance.precision is not Precision.FP32 else None

@@ -1,9 +1,11 @@
 """The options of a comparison, and which of them go together."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.engines.engine_table import ENGINES
+from ..schemas.choices import require_one_of
 from ..schemas.errors import UsageError
 from ..schemas.sizes import latent_sizes
 from ..schemas.stages import Stage
@@ -11,6 +13,13 @@ from ..schemas.stages import Stage
 # The dtype a reference computes in, by the name people choose it by; None is that of its weights, float32.
 REFERENCE_DTYPES = {"fp64": "float64", "fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 REFERENCES = ("cascadekit", "diffusers")
+KNOWN: Mapping[str, Collection[str]] = {  # the values of options
+    "engine": ENGINES,
+    "reference": REFERENCES,
+    "reference_precision": REFERENCE_DTYPES,
+    "reference_device": ("cpu", "cuda"),
+    "sizes": ("small", "all"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ def check_options(
     options: ComparisonOptions, *, record: bool = False, bisect: bool = False, ranges: bool = False
 ) -> None:
     """Raise UsageError for options that do not go together. `record` is true when the reference is to be recorded."""
+    for name, known in KNOWN.items():
+        require_one_of(known, getattr(options, name), name)
     if (options.against is None) == (options.recorded is None):
         raise UsageError("give against=... as the model, or recorded=... as a file that was recorded from it")
     on_gpu = options.reference_device != "cpu"
@@ -49,13 +60,11 @@ def check_options(
         raise UsageError(f"{' and '.join(chosen)} cannot be given together; run one after the other")
     if options.reference != REFERENCES[0] and (bisect or ranges):
         raise UsageError(f"{chosen[0]} looks into cascadekit's own modules: leave reference=... away")
-    if options.engine not in ENGINES:
-        raise UsageError(f"engine {options.engine!r}: expected {', '.join(ENGINES)}")
     able = ENGINES[options.engine].devices
     if not record and options.device != "cpu" and options.device not in able:  # TensorRT has the GPU without being told
         raise UsageError(f"device {options.device!r}: {options.engine} runs on {' and '.join(able)}")
-    if options.reference_precision not in REFERENCE_DTYPES:
-        raise UsageError(f"reference_precision {options.reference_precision!r}: expected {', '.join(REFERENCE_DTYPES)}")
     if options.size is not None:
+        if len(options.size) != 2:
+            raise UsageError(f"size={options.size!r}: expected (width, height) in pixels")
         width, height = options.size
         latent_sizes(height, width)

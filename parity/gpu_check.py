@@ -177,7 +177,7 @@ def _check_backend(
 
     recorder.do(names["parity"], lambda: _parity(root, backend, files.recording(tf32=False)), compares=True)
     recorder.do(names["repeats"], lambda: _repeats(made()))
-    recorder.do(names["memory"], lambda: _memory(made, root, FLOORS[precision] * FACTORS[""][precision]))
+    recorder.do(names["memory"], lambda: _memory(made, root, FLOORS[precision] * FACTORS[precision]))
     recorder.do(names["timing"], lambda: _timing(root, backend))
 
 

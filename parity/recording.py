@@ -21,10 +21,10 @@ from ..schemas.json_text import load_json
 from ..schemas.stages import Stage
 from ..storage.atomic_output import staged_output
 from ..storage.file_hashes import fingerprint
+from ..storage.safetensors_plan import CalculatedRange, TensorPlan
 from ..storage.safetensors_reader import TensorRange, read_header
-from ..storage.safetensors_writer import encode_header
-from .reference_run import ReferenceOutputs, StageCall, StepKey, Trajectory, reproduce_noise
-from .sample_inputs import StageInput
+from ..storage.safetensors_writer import write_safetensors
+from .reference_run import ReferenceOutputs, ReferencePass, StepKey, Trajectory, reproduce_noise
 from .tolerances import COMPUTE_DTYPES
 
 KEY = "cascadekit_recording"
@@ -46,23 +46,6 @@ class Recording:
     sources: Mapping[Stage, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class _Array:
-    values: Array
-
-    @property
-    def dtype(self) -> str:
-        return NAMES[self.values.dtype]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-
 def write_recording(
     outputs: ReferenceOutputs, components: Mapping[Stage, Component], path: Path, *, force: bool = False
 ) -> None:
@@ -72,14 +55,16 @@ def write_recording(
     if outputs.trajectory is not None:
         noise = reproduce_noise(outputs.trajectory)
         outputs = replace(outputs, trajectory=replace(outputs.trajectory, noise=noise))
-    tensors = {name: _Array(np.ascontiguousarray(values)) for name, values in _tensors(outputs)}
+    tensors = {name: _plan(np.ascontiguousarray(values)) for name, values in _tensors(outputs)}
     sources = {stage: [fingerprint(file) for file in source_files(components[stage])] for stage in outputs.stages}
-    header = encode_header(tensors, {KEY: json.dumps({**_described(outputs), "sources": sources})})
+    metadata = {KEY: json.dumps({**_described(outputs), "sources": sources})}
     files = [file for component in components.values() for file in source_files(component)]
-    with staged_output(path, force=force, sources=files, files=()) as staged, staged.open("wb") as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(tensor.values.tobytes())
+    with staged_output(path, force=force, sources=files, files=()) as staged:
+        write_safetensors(staged, tensors, metadata)
+
+
+def _plan(values: Array) -> TensorPlan:
+    return TensorPlan(NAMES[values.dtype], values.shape, (CalculatedRange(values.nbytes, lambda: [values]),))
 
 
 # The names that the file has for the latents after a step, and for an array of noise.
@@ -87,14 +72,13 @@ _step_name, _noise_name = "{0[0]} step {0[1]}".format, "{0[0]} draw {0[1]}".form
 
 
 def _tensors(outputs: ReferenceOutputs) -> Iterator[tuple[str, Array]]:
-    for number, (each, given) in enumerate(zip(outputs.inputs, outputs.outputs, strict=True)):
-        yield from _named(f"case/{number}/in", each.inputs)
-        yield from _named(f"case/{number}/out", given)
-    if (trajectory := outputs.trajectory) is None:
+    trajectory = outputs.trajectory
+    for group, passes in (("case", outputs.passes), ("call", trajectory.calls if trajectory else ())):
+        for number, each in enumerate(passes):
+            yield from _named(f"{group}/{number}/in", each.inputs)
+            yield from _named(f"{group}/{number}/out", each.outputs)
+    if trajectory is None:
         return
-    for number, call in enumerate(trajectory.calls):
-        yield from _named(f"call/{number}/in", call.inputs)
-        yield from _named(f"call/{number}/out", call.outputs)
     yield from _named("latents", {_step_name(key): values for key, values in trajectory.latents.items()})
     yield from _named("noise", {_noise_name(key): values for key, values in trajectory.noise.items()})
     yield "image/image", trajectory.image
@@ -110,14 +94,14 @@ def _described(outputs: ReferenceOutputs) -> dict[str, Any]:
     about = {
         "version": VERSION,
         "reference": outputs.reference,
-        "cases": [[str(each.stage), each.label, each.t] for each in outputs.inputs],
+        "cases": [[str(each.stage), each.label, each.t] for each in outputs.passes],
         "floors": floors,
         "calls": None,
         "gains": None,
     }
     if (trajectory := outputs.trajectory) is not None:
         gains = {_step_name(key): _number(gain) for key, gain in trajectory.gains.items()}
-        about["calls"] = [[str(call.stage), call.number] for call in trajectory.calls]
+        about["calls"] = [[str(call.stage), (call.step or 1) - 1] for call in trajectory.calls]
         about["gains"] = {**gains, IMAGE_GAIN: _number(trajectory.image_gain)}
     return about
 
@@ -141,26 +125,25 @@ def read_recording(path: Path) -> Recording:
         if about["version"] != VERSION:
             raise UsageError(f"{path}: a recording of version {about['version']}, expected {VERSION}; record it again")
         groups = _grouped(path, header.tensors)
-        inputs = [
-            StageInput(Stage(stage), label, groups[f"case/{number}/in"], t)
+        passes = tuple(
+            ReferencePass(Stage(stage), groups[f"case/{number}/in"], groups[f"case/{number}/out"], label, t)
             for number, (stage, label, t) in enumerate(about["cases"])
-        ]
-        outputs = tuple(groups[f"case/{number}/out"] for number in range(len(inputs)))
+        )
         floors = {
             Stage(stage): {KINDS[kind]: np.inf if f is None else f for kind, f in floors.items()}
             for stage, floors in about["floors"].items()
         }
         trajectory = _trajectory(about, groups) if about["calls"] else None
         sources = {Stage(stage): tuple(found) for stage, found in about["sources"].items()}
+        return Recording(ReferenceOutputs(str(about["reference"]), passes, floors, trajectory), sources)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: a damaged recording: {error!r}; record it again") from error
-    return Recording(ReferenceOutputs(about["reference"], tuple(inputs), outputs, floors, trajectory), sources)
 
 
 def _trajectory(about: Mapping[str, Any], groups: Mapping[str, dict[str, Array]]) -> Trajectory:
     calls = tuple(
-        StageCall(Stage(stage), in_stage, groups[f"call/{number}/in"], groups[f"call/{number}/out"])
-        for number, (stage, in_stage) in enumerate(about["calls"])
+        ReferencePass(Stage(stage), groups[f"call/{number}/in"], groups[f"call/{number}/out"], step=before + 1)
+        for number, (stage, before) in enumerate(about["calls"])  # how many calls of the stage were before
     )
     latents, noise = groups["latents"], groups["noise"]
     gains = {name: np.inf if gain is None else gain for name, gain in about["gains"].items()}

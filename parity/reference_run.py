@@ -25,9 +25,9 @@ from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 from ..schemas.stages import EVERY_IMAGE, Stage
 from ..storage.bundle import Bundle
-from .compare import relative_l2
+from .compare import Kind, Subject, relative_l2
 from .image_sizes import IMAGE, SizeChoice
-from .sample_inputs import NEGATIVE, PROMPT, PROMPTS, EmbeddedPrompts, Size, StageInput, embed, make_inputs
+from .sample_inputs import NEGATIVE, PROMPT, PROMPTS, EmbeddedPrompts, Size, embed, make_inputs
 from .tolerances import COMPUTE_DTYPES, Floors
 
 if TYPE_CHECKING:
@@ -42,13 +42,29 @@ NUDGE = 1e-3  # relative size of the error that is added to every output to see 
 
 
 @dataclass(frozen=True)
-class StageCall:
-    """A forward pass that sampling made: the `number`-th of its stage, counted from 0."""
+class ReferencePass:
+    """A forward pass of the reference: on a sample input, described by `label`, or in a step of its trajectory."""
 
     stage: Stage
-    number: int
     inputs: Tensors
     outputs: Mapping[str, NDArray[Any]]
+    label: str = ""
+    t: float | None = None  # the timestep ratio of a sample input, if its stage has timesteps
+    step: int | None = None  # counted from 1; None for a sample input
+
+    def subject(self, port: str, part: str) -> Subject:
+        """The subject of a comparison of the output `port`, computed by the stage loaded as `part`."""
+        kind = Kind.STAGE if self.step is None else Kind.TEACHER_FORCED
+        return Subject(self.described(port, part), kind, self.stage, self.step)
+
+    def described(self, port: str, part: str) -> str:
+        """A name for people. Without a port it names the whole pass."""
+        if self.step is None:
+            before, separator, after = f"{self.stage}", ": ", f"({self.label})"
+        else:
+            before, separator, after = f"{Kind.TEACHER_FORCED}: {self.stage} pass {self.step}", ", ", ""
+        head = f"{before}{separator}{port}" if port else before
+        return " ".join(filter(None, (head, part, after)))
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ class Trajectory:
     each forward pass. `noise` is the random numbers that sampling used, where they are kept: another machine has to
     generate the same numbers."""
 
-    calls: tuple[StageCall, ...]
+    calls: tuple[ReferencePass, ...]
     latents: Mapping[StepKey, NDArray[np.float32]]  # after each step
     image: NDArray[np.float32]  # (1, 3, h, w) in 0..1
     gains: Mapping[StepKey, float]
@@ -69,20 +85,19 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """The outputs of a reference that an engine is compared with.
+    """The outputs of a reference that an engine is compared with; `passes` are those on sample inputs.
 
     `floors` are the errors of the reference in each precision, against float64, and in each quantisation, against
-    `outputs`: relative L2 of the worst output of each stage."""
+    its outputs: relative L2 of the worst output of each stage."""
 
     reference: str
-    inputs: tuple[StageInput, ...]
-    outputs: tuple[Mapping[str, NDArray[Any]], ...]  # one for each of `inputs`
+    passes: tuple[ReferencePass, ...]
     floors: Mapping[Stage, Floors] = field(default_factory=dict)
     trajectory: Trajectory | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return tuple(dict.fromkeys(each.stage for each in self.inputs))
+        return tuple(dict.fromkeys(each.stage for each in self.passes))
 
 
 def run_reference(
@@ -102,43 +117,35 @@ def run_reference(
     sizes = sizes or SizeChoice()
     manifest, tokenizer = bundle.manifest, ClipTokenizer.open(bundle.tokenizer)
     embedded = embed_prompts(reference, tokenizer)
-    inputs: list[StageInput] = []
-    outputs: list[Outputs] = []
+    passes: list[ReferencePass] = []
     floors: dict[Stage, Floors] = {}
     for stage in stages or tuple(manifest.stages):
         say(f"{stage} on {reference.name}")
         found = make_inputs(stage, manifest.stages[stage], tokenizer, embedded, sizes.by_stage.get(stage, ()))
         with reference.load(stage) as runner:
-            inputs += found
-            outputs += [dict(runner(each.inputs)) for each in found]
-            floors[stage] = _floors(runner, [each.inputs for each in found], outputs[-len(found) :], kinds)
+            made = [ReferencePass(stage, one.inputs, dict(runner(one.inputs)), one.label, one.t) for one in found]
+            floors[stage] = _floors(runner, made, kinds)
+        passes += made
     trajectory = None
     if not stages and set(EVERY_IMAGE) <= set(manifest.stages):
         trajectory = _trajectory(reference, bundle, sizes.image, say)
-    return ReferenceOutputs(reference.name, tuple(inputs), tuple(outputs), floors, trajectory)
+    return ReferenceOutputs(reference.name, tuple(passes), floors, trajectory)
 
 
-def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖found - expected‖ / ‖expected‖; infinite when a value is not finite."""
-    value = relative_l2(found, expected)
-    return value if np.isfinite(value) else float("inf")
-
-
-def _floors(
-    runner: Any, inputs: Sequence[Tensors], outputs: Sequence[Outputs], kinds: Collection[Precision | Quantization]
-) -> Floors:
+def _floors(runner: Any, passes: Sequence[ReferencePass], kinds: Collection[Precision | Quantization]) -> Floors:
     """Errors in each of `kinds`; empty for a reference that computes in one precision only.
 
-    The error of a precision is against float64, on the first of `inputs`. That of a quantisation is against `outputs`,
-    the largest on all inputs: a decoder in 4 bits has ten times the error in its last step that it has in its first."""
+    The error of a precision is against float64, on the first of `passes`. That of a quantisation is against their
+    outputs, the largest of all: a decoder in 4 bits has ten times the error in its last step that it has in its first.
+    """
     if not hasattr(runner, "compute"):
         return {}
     versatile: TorchStage = runner
-    exact = [(inputs[0], versatile(inputs[0], "float64"))]
-    given = list(zip(inputs, outputs, strict=True))
+    exact = [(passes[0].inputs, versatile(passes[0].inputs, "float64"))]
+    given = [(each.inputs, each.outputs) for each in passes]
     return {
         kind: max(
-            relative(found, expected[name])
+            relative_l2(found, expected[name])
             for values, expected in (given if isinstance(kind, Quantization) else exact)
             for name, found in versatile(values, COMPUTE_DTYPES[kind]).items()
         )
@@ -161,12 +168,12 @@ def embed_prompts(reference: Engine, tokenizer: ClipTokenizer) -> EmbeddedPrompt
 
 def _trajectory(reference: Engine, bundle: Bundle, size: Size, say: Say) -> Trajectory:
     say(f"trajectory on {reference.name}")
-    calls: list[StageCall] = []
+    calls: list[ReferencePass] = []
     latents, image = generate_image(_WrappedEngine(reference, _recorder(calls)), bundle, size)
     say("trajectory with a small error in every pass")
     nudged, nudged_image = generate_image(_WrappedEngine(reference, _nudge), bundle, size)
-    gains = {key: relative(nudged[key], value) / NUDGE for key, value in latents.items()}
-    return Trajectory(tuple(calls), latents, image, gains, image_gain=relative(nudged_image, image) / NUDGE)
+    gains = {key: relative_l2(nudged[key], value) / NUDGE for key, value in latents.items()}
+    return Trajectory(tuple(calls), latents, image, gains, image_gain=relative_l2(nudged_image, image) / NUDGE)
 
 
 def generate_image(
@@ -229,12 +236,12 @@ class _WrappedStage(HostRunner):
         self.runner.close()
 
 
-def _recorder(calls: list[StageCall]) -> After:
+def _recorder(calls: list[ReferencePass]) -> After:
     """Append the inputs and outputs of every forward pass to `calls`."""
 
     def after(stage: Stage, inputs: Tensors, outputs: Outputs) -> Outputs:
-        number = sum(call.stage is stage for call in calls)
-        calls.append(StageCall(stage, number, dict(inputs), dict(outputs)))
+        step = 1 + sum(call.stage is stage for call in calls)
+        calls.append(ReferencePass(stage, dict(inputs), dict(outputs), step=step))
         return outputs
 
     return after

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.quantization import Quantization
+from ..schemas.report import Comparison
 from ..schemas.stages import Stage
-from .comparison import Comparison
-from .report.entries import comparison_entry
 from .tolerances import QUANTISED_IMAGE, StageTolerance
 
 if TYPE_CHECKING:
@@ -80,5 +79,5 @@ class Report:
             "image_note": self.image_note,
             "presets": {stage: {**asdict(t), "tolerance": t.tolerance} for stage, t in self.tolerances.items()},
             "left_out": list(self.left_out),
-            "comparisons": [comparison_entry(comparison).model_dump(mode="json") for comparison in self.comparisons],
+            "comparisons": [comparison.model_dump(mode="json") for comparison in self.comparisons],
         }

@@ -17,7 +17,7 @@ from ..schemas.manifest import StageEntry
 from ..schemas.precision import Precision
 from ..schemas.quantization import Quantization
 
-# What people need to know beside the PSNR of a quantised bundle's image.
+# A note for people beside the PSNR of a quantised bundle's image.
 QUANTISED_IMAGE = (
     "Weights are quantised, so the image's PSNR is no measure of faults: small errors grow over the steps, and another "
     "picture of the same prompt may come out. Each forward pass is judged instead, on equal inputs, against the error "
@@ -28,17 +28,13 @@ COARSENESS = (Precision.FP32, Precision.FP16, Precision.BF16)
 # Half the distance between neighbouring numbers of a type, relative to the numbers.
 ROUNDOFF: Mapping[Precision, float] = {Precision.FP32: 2.0**-24, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}
 
-# Tolerance divided by floor, by engine and precision; "" stands for every engine that is not listed.
-FACTORS: Mapping[str, Mapping[Precision, float]] = {
-    "": {Precision.FP32: 4.0, Precision.FP16: 3.0, Precision.BF16: 3.0},
-}
+# Tolerance divided by floor; every engine has the same.
+FACTORS: Mapping[Precision, float] = {Precision.FP32: 4.0, Precision.FP16: 3.0, Precision.BF16: 3.0}
 QUANTIZED_FACTOR = 4.0  # tolerance divided by the floor of quantised stages
 MAX_QUANTIZED_TOLERANCE = 0.5  # relative L2 of a quantised stage, however large its floor is
 # The name that a reference knows each precision and quantisation by; floors are errors against "float64".
 COMPUTE_DTYPES: Mapping[Precision | Quantization, str] = {
-    Precision.FP32: "float32",
-    Precision.FP16: "float16",
-    Precision.BF16: "bfloat16",
+    **{precision: precision.dtype for precision in Precision},
     **{kind: str(kind) for kind in Quantization if kind is not Quantization.NONE},
 }
 # Floors for a reference that computes in one precision only: those of the tiny cascade's worst stage. Those of
@@ -77,7 +73,7 @@ def coarser(precision: Precision, other: Precision | None) -> Precision:
     return max(precision, other or precision, key=COARSENESS.index)
 
 
-def stage_tolerance(entry: StageEntry, engine: str, computes: Precision | None, floors: Floors) -> StageTolerance:
+def stage_tolerance(entry: StageEntry, computes: Precision | None, floors: Floors) -> StageTolerance:
     """The tolerance for a stage of a bundle.
 
     `computes` is the precision that the engine computes in whatever the graph says, or None. `floors` are the measured
@@ -86,10 +82,9 @@ def stage_tolerance(entry: StageEntry, engine: str, computes: Precision | None, 
     floor = floors.get(precision, DEFAULT_FLOORS[precision])
     if not math.isfinite(floor):  # the reference overflows in fp16: a graph that does not is as exact as one in bf16
         floor = floors.get(Precision.BF16, DEFAULT_FLOORS[Precision.BF16])
-    factors = FACTORS.get(engine, FACTORS[""])
     quantized = floors.get(entry.quantization, DEFAULT_FLOORS[entry.quantization])
     return StageTolerance(
-        precision, entry.quantization, max(floor, ROUNDOFF[precision]), factors[precision], quantized_floor=quantized
+        precision, entry.quantization, max(floor, ROUNDOFF[precision]), FACTORS[precision], quantized_floor=quantized
     )
 
 

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.manifest import Manifest, StageVerdict, VerdictEntry
+from ..schemas.report import Comparison
 from ..schemas.stages import Stage
 from ..schemas.verdicts import Verdict, files_of, verdict_of
 from ..storage.bundle import Bundle, update_manifest
-from .comparison import Comparison
 from .results import Report
 
 KEPT = 16  # the most verdicts in a manifest; the oldest are removed first

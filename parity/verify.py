@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..converters.checkpoints.open_model import Model, open_model
 from ..runtime.engines.engine_table import make_engine
 from ..schemas.callbacks import Say, ignored
+from ..schemas.choices import several, stages_of
 from ..schemas.created_by import created_by
 from ..schemas.errors import CascadeError, MissingPackageError, UsageError, reraise_interrupt
 from ..schemas.messages import known_keywords
@@ -101,7 +102,7 @@ def verify(
         size=size,
         sizes=sizes,
     )
-    paths = tuple(map(Path, reports))
+    paths = tuple(map(Path, several(reports)))
     check_report_names(paths, force=force, sources=_sources(bundle, options))
     check_options(options, bisect=bisect, ranges=ranges)
     _require_device(options.reference_device)
@@ -174,7 +175,7 @@ def record_reference(
 def _options(stages: Sequence[Stage | str], **given: Any) -> ComparisonOptions:
     """The arguments of a call as options: stages by name and paths as text become values."""
     paths = {name: Path(given[name]) for name in ("against", "recorded", "text_encoder") if given.get(name) is not None}
-    return ComparisonOptions(stages=tuple(map(Stage, stages)), **{**given, **paths})
+    return ComparisonOptions(stages=stages_of(stages), **{**given, **paths})
 
 
 @contextmanager

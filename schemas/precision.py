@@ -11,6 +11,11 @@ class Precision(StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
 
+    @property
+    def dtype(self) -> str:
+        """The name that numpy and torch have for the type."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self]
+
 
 class Target(StrEnum):
     """The runtime that a graph is written for: any of opset 20, ONNX Runtime with its own, TensorRT (opset 23)."""

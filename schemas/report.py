@@ -40,8 +40,14 @@ class HistogramEntry(FrozenModel):
     above: int
 
 
-class ComparisonEntry(FrozenModel):
-    """One array compared with its reference; the figures are those of `parity.comparison.Comparison`.
+class Comparison(FrozenModel):
+    """One array x compared with its reference r; true when it passed.
+
+    A comparison fails when the relative L2 error is above `tolerance`, or when either array holds NaN or infinity. It
+    also fails when x is constant although r is not: a black image is wrong at any tolerance.
+
+    Errors are taken over the values that are finite in both arrays. A relative error is |x - r| / |r|. It is not
+    defined where r is zero; `off_zero` counts the x that are not zero there.
 
     | kind | compared |
     |---|---|
@@ -57,34 +63,49 @@ class ComparisonEntry(FrozenModel):
     stage: Stage | None  # None for the final image and for noise
     step: int | None
     passed: bool
-    failures: tuple[Text, ...]
+    failures: tuple[Text, ...]  # why it failed, in a few words each; empty when it passed
     shape: tuple[int, ...]
     tolerance: Number
-    relative_l2: Number
-    max_abs: Number
-    mean_abs: Number
-    p999_abs: Number
+    relative_l2: Number  # ‖x - r‖ / ‖r‖: the tolerance it would have needed
+    max_abs: Number  # max |x - r|
+    mean_abs: Number  # mean |x - r|
+    p999_abs: Number  # 99.9% of |x - r| are no larger, between two values linearly interpolated
     max_rel: Number
     mean_rel: Number
     p999_rel: Number
     off_zero: int
-    cosine: Number
-    snr_db: Number
+    cosine: Number  # <x, r> / (‖x‖ ‖r‖)
+    snr_db: Number  # 10·log10(‖r‖² / ‖x - r‖²), infinite when equal
     ulp_of: Precision | None
-    ulp_max: int | None
+    ulp_max: int | None  # distance in representable values of `ulp_of`; None without `ulp_of`
     ulp_mean: Number | None
-    constant: bool
-    nonfinite: int
+    constant: bool  # all values equal, though the reference's are not
+    nonfinite: int  # values that are NaN or infinite
     nan: ValueCountEntry
     positive_infinity: ValueCountEntry
     negative_infinity: ValueCountEntry
-    beyond_fp16: ValueCountEntry
+    beyond_fp16: ValueCountEntry  # finite, but above 65504 in magnitude
     reference_nonfinite: ValueCountEntry
     reference_rms: Number
-    reference_max: Number
-    found_max: Number
-    worst: tuple[int, ...] | None
+    reference_max: Number  # max |r|
+    found_max: Number  # max |x| of finite values
+    worst: tuple[int, ...] | None  # where |x - r| is largest
     histogram: HistogramEntry
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        verdict = "; ".join(self.failures) or "ok"
+        return (
+            f"{self.name} {list(self.shape)}: needs a tolerance of {self.needed:.1e}, has {self.tolerance:.1e}; "
+            f"max abs {self.max_abs:.1e}, cosine {self.cosine:.8f}, SNR {self.snr_db:.1f} dB: {verdict}"
+        )
+
+    @property
+    def needed(self) -> float:
+        """The tolerance it would have needed to pass, if all values are finite."""
+        return self.relative_l2
 
 
 class StageFacts(FrozenModel):
@@ -150,7 +171,7 @@ class ParityReport(FrozenModel):
     command: Text
     environment: dict[str, Text]
     stages: dict[Stage, StageFacts]
-    comparisons: tuple[ComparisonEntry, ...]
+    comparisons: tuple[Comparison, ...]
     image: ImageEntry | None
     depth: tuple[DepthEntry, ...] = ()
     ranges: tuple[RangeEntry, ...] = ()

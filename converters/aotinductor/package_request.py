@@ -1,9 +1,8 @@
 """The description of one package that is sent to the worker process."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..tensorrt.worker_request import WorkerRequest
 
@@ -20,5 +19,4 @@ class PackageRequest(WorkerRequest):
     dims: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)  # of each input
     steps: Mapping[str, int] = field(default_factory=dict)  # by dim
 
-    def command(self) -> tuple[str, ...]:
-        return (sys.executable, "-c", "from cascadekit.converters.aotinductor.package_worker import main; main()")
+    worker: ClassVar[str] = "cascadekit.converters.aotinductor.package_worker"

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,17 +11,15 @@ from ...runtime.engines.engine_table import require_torch
 from ...schemas.config_json import from_json
 from ...schemas.control import is_control
 from ...schemas.errors import EngineError, UsageError
-from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH, PortEntry, StageEntry
-from ...schemas.plan_entries import DeviceEntry, PlanSource, ProfileEntry
-from ...schemas.ports import ports_of, vqgan_encoder_ports
-from ...schemas.precision import Precision
-from ...schemas.profiles import profile_for
-from ...schemas.stages import NetworkConfig, Stage, VQGANConfig
+from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH
+from ...schemas.plan_entries import DeviceEntry
+from ...schemas.profiles import Bounds, profile_for
+from ...schemas.stages import Stage
 from ...storage.bundle import Bundle
-from ...storage.file_hashes import sha256_of
+from ..onnx import graph_ports
 from ..tensorrt.estimate import MIB, Estimate
 from ..tensorrt.plan_cache import file_name, key_of
-from ..tensorrt.plans_to_build import PLANS, BuildOptions, PlanToBuild
+from ..tensorrt.plans_to_build import PLANS, BuildOptions, PlanToBuild, plan_source
 from .package_request import PackageRequest
 
 GRAPHS = (MAIN_GRAPH, ENCODER_GRAPH)
@@ -48,8 +45,15 @@ def packages_to_build(bundle: Bundle, options: BuildOptions) -> list[PlanToBuild
         raise EngineError(
             f"AOTInductor needs a C++ compiler, and {compiler} is not here; install g++, or name another in {COMPILER}"
         )
-    stages = options.stages or tuple(bundle.manifest.stages)
-    return [planned for stage in stages for planned in _packages_of_stage(bundle, stage, options, device)]
+    packages = []
+    for stage in options.stages or tuple(bundle.manifest.stages):
+        bundle.check(stage)
+        entry = bundle.entry(stage)
+        for graph in [each for each in options.graphs or (MAIN_GRAPH,) if each in entry.graphs]:
+            packages += [
+                _package(bundle, stage, graph, options, bounds=each, device=device) for each in options.profiles
+            ]
+    return packages
 
 
 def _require_options(options: BuildOptions) -> None:
@@ -65,81 +69,46 @@ def _require_options(options: BuildOptions) -> None:
         raise UsageError(f"AOTInductor builds the graphs {' and '.join(GRAPHS)}, not {', '.join(unknown)}")
 
 
-def _packages_of_stage(
-    bundle: Bundle, stage: Stage, options: BuildOptions, device: DeviceEntry
-) -> Iterator[PlanToBuild]:
+def _package(
+    bundle: Bundle, stage: Stage, graph: str, options: BuildOptions, *, bounds: Bounds, device: DeviceEntry
+) -> PlanToBuild:
+    """The package of one graph for the images of `bounds`."""
     from ...runtime.engines.pytorch.torch_engine import computed_precision
 
-    bundle.check(stage)
     entry = bundle.entry(stage)
-    precision = computed_precision(stage, entry, None)
-    config = from_json(stage, entry.config)
-    for name in [each for each in options.graphs or (MAIN_GRAPH,) if each in entry.graphs]:
-        for bounds in options.profiles:
-            inputs = [port for port in entry.graphs[name].inputs if not is_control(port.name)]
-            profile = profile_for(config, name, inputs, bounds)
-            request = _request(bundle, stage, name, inputs, profile, options=options, precision=precision)
-            yield _planned(bundle, stage, request, profile, device)
-
-
-def _request(
-    bundle: Bundle,
-    stage: Stage,
-    name: str,
-    inputs: Sequence[PortEntry],
-    profile: ProfileEntry,
-    *,
-    options: BuildOptions,
-    precision: Precision,
-) -> PackageRequest:
-    entry = bundle.entry(stage)
-    return PackageRequest(
+    config, precision = from_json(stage, entry.config), computed_precision(stage, entry, None)
+    path, inputs = entry.graphs[graph].path, entry.graphs[graph].inputs
+    inputs = tuple(port for port in inputs if not is_control(port.name))
+    profile = profile_for(config, graph, inputs, bounds)
+    request = PackageRequest(
         backend=options.backend,
-        graph=str((bundle.root / entry.graphs[name].path).absolute()),
+        graph=str((bundle.root / path).absolute()),
         output="",
         targets=(),
         profiles=({port: shapes.model_dump() for port, shapes in profile.ports.items()},),
         stage=stage,
-        name=name,
+        name=graph,
         config=entry.config,
         precision=precision,
         runs_on=options.device,
         dims={port.name: port.dims for port in inputs},
-        steps=_steps(from_json(stage, entry.config), name),
+        steps={dim: sizes.step for dim, sizes in graph_ports(config, name=graph).ranges.items() if sizes.step > 1},
     )
-
-
-def _steps(config: NetworkConfig, graph: str) -> dict[str, int]:
-    is_encoder = graph == ENCODER_GRAPH
-    ports = vqgan_encoder_ports(config) if is_encoder and isinstance(config, VQGANConfig) else ports_of(config)
-    return {dim: sizes.step for dim, sizes in ports.ranges.items() if sizes.step > 1}
-
-
-def _planned(
-    bundle: Bundle, stage: Stage, request: PackageRequest, profile: ProfileEntry, device: DeviceEntry
-) -> PlanToBuild:
-    """The weights are no source of a package: it computes with any weights of its graph."""
-    entry = bundle.entry(stage)
-    source = _graph_source(bundle, entry, request.name)
+    # The weights are no source of a package: it computes with any weights of its graph.
+    source = plan_source(bundle, entry, next(file for file in entry.files if file.path == path))
     made_by = f"torch {version('torch')}, networks {_networks_digest()}"
     key = key_of(request, made_by, [str(source.sha256)], f"{device.name} {device.capability}")
     return PlanToBuild(
         stage=stage,
-        graph=request.name,
-        precision=Precision(request.precision),
+        graph=graph,
+        precision=precision,
         device=device,
         profiles=(profile,),
         sources=(source,),
         request=request,
         key=key,
-        path=bundle.root / stage / PLANS / file_name(request, request.name, request.precision, key),
+        path=bundle.root / stage / PLANS / file_name(request, graph, precision, key),
     )
-
-
-def _graph_source(bundle: Bundle, entry: StageEntry, name: str) -> PlanSource:
-    path = entry.graphs[name].path
-    file = next(file for file in entry.files if file.path == path)
-    return PlanSource(path=path, fingerprint=file.fingerprint, sha256=file.sha256 or sha256_of(bundle.root / path))
 
 
 @cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from ...schemas.block_types import QUANTISED
 from ...schemas.callbacks import StartFile
 from ...schemas.casts import target_dtype
+from ...schemas.dtypes import FP8
 from ...schemas.errors import ExportError
 from ...schemas.manifest import Placement
 from ...schemas.passport_keys import without_passport
@@ -20,7 +21,7 @@ from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import write_safetensors
 from ...storage.weights_file import is_pickle
 from ..checkpoints.component import Component
-from .export_options import WeightsMode
+from .export_options import ExportOptions, WeightsMode
 
 WEIGHTS_NAME = "weights.safetensors"
 OVERFLOW_ADVICE = 'export it with precision="bf16", which reaches as far as float32, or store it with storage="bf16"'
@@ -64,7 +65,7 @@ def add_weights(
     Raises ExportError when "link" is impossible, with the reason, and ConversionError for values that `dtype` cannot
     hold."""
     if mode != "copy":
-        reason = _why_not_as_is(component, dtype)
+        reason = why_not_as_is(component, dtype)
         try:
             if reason is None and (how := _share(component, folder, links=mode == "link")):
                 files = tuple(folder / source.name for source in source_files(component))
@@ -79,7 +80,20 @@ def add_weights(
     return copy_weights(component, folder, start_file, dtype=dtype)
 
 
-def _why_not_as_is(component: Component, dtype: str | None) -> str | None:
+def stored_dtype(component: Component, options: ExportOptions) -> str | None:
+    """The dtype to store the weights in; None: as the model has them. Links keep the model's dtype unless `storage` is
+    given. Graphs read neither fp8 nor GGUF's blocks: these become the narrowest dtype that holds every value exactly.
+    """
+    is_linked = options.weights == "link" and options.storage is None
+    asked = None if is_linked else options.storage_of(component.stage)
+    if asked is not None or not set(component.dtypes) & {*FP8, *QUANTISED}:
+        return asked
+    exact = {*FP8, "BF16"}  # what BF16 holds exactly; GGUF's blocks need the digits of scale times code
+    tensors = component.tensors.values()
+    return "BF16" if all(tensor.dtype in exact and not tensor.scale for tensor in tensors) else "F32"
+
+
+def why_not_as_is(component: Component, dtype: str | None) -> str | None:
     """Why a graph cannot refer to the model's files without a copy; None when it can."""
     for name, tensor in component.tensors.items():
         if tensor.transposed:

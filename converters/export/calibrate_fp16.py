@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...runtime.sampling.torch_generator import TorchGenerator
 from ...schemas.callbacks import Say
 from ...schemas.errors import EngineError
+from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH
 from ...schemas.messages import one_line
+from ...schemas.ports import ports_of
 from ...schemas.stages import Stage, UNetConfig, VQGANConfig
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import GraphOptions, write_graph
-from ..onnx.writers import ENCODER, MODEL
 
 STEPS = 8
 GUIDANCE = {Stage.PRIOR: 4.0, Stage.DECODER: 1.5}
 SIDES = {Stage.PRIOR: 24, Stage.DECODER: 64}  # of the latents; the decoder's ranges hardly depend on the size
-TOKENS = 77
+SIZES = {"batch": 2, "tokens": 77, "images": 1, "effnet_height": 6, "effnet_width": 6}  # of conditions
 PASS = re.compile(r"@\d+")  # the suffix of values of a further pass over the same blocks
 
 # Latents of the VQGAN that are the same everywhere, beside normal noise: large areas reach the largest sums.
@@ -86,8 +87,9 @@ def _measured(
         return dict(probed.ranges)
 
     if isinstance(config, UNetConfig):
-        return run(MODEL, lambda predict: _sample(config, predict, _conditions(config, embeddings)))
-    return run(MODEL, lambda predict: _decode(config, predict)) | run(ENCODER, lambda predict: _encode(config, predict))
+        return run(MAIN_GRAPH, lambda predict: _sample(config, predict, _conditions(config, embeddings)))
+    ranges = run(MAIN_GRAPH, lambda predict: _decode(config, predict))
+    return ranges | run(ENCODER_GRAPH, lambda predict: _encode(config, predict))
 
 
 class Probed:
@@ -139,18 +141,10 @@ def _encode(config: VQGANConfig, predict: Predict) -> None:
 
 def _conditions(config: UNetConfig, embeddings: Inputs | None) -> dict[str, F32]:
     generator = TorchGenerator(1)
-    made = {name: generator.randn(shape) for name, shape in _shapes(config)}
+    ports = [port for port in ports_of(config).inputs if port.name not in ("sample", "timestep_ratio")]
+    shapes = {port.name: tuple(SIZES[dim] if isinstance(dim, str) else dim for dim in port.dims) for port in ports}
+    made = {name: generator.randn(shape) for name, shape in shapes.items()}
     for name in ("clip_img", "effnet"):  # zeros as without an image, and as effnet has for the unconditional half
         if name in made:
             made[name][1 if name == "effnet" else 0 :] = 0
     return {**made, **{name: value for name, value in (embeddings or {}).items() if name in made}}
-
-
-def _shapes(config: UNetConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "clip_text_pooled", (2, 1, config.clip_text_pooled_in_channels)
-    if config.clip_text_in_channels is not None:
-        yield "clip_text", (2, TOKENS, config.clip_text_in_channels)
-    if config.clip_image_in_channels is not None:
-        yield "clip_img", (2, 1, config.clip_image_in_channels)
-    if config.effnet_in_channels is not None:
-        yield "effnet", (2, config.effnet_in_channels, 6, 6)

@@ -1,7 +1,7 @@
 """Derives the options of a stage's graphs from the options of the export; measures ranges where fp16 needs them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,14 +24,6 @@ from .fp16_overflow import overflow_warning
 CALIBRATION_PROMPTS = ("an image of a shiba inu, donning a spacesuit and helmet", "blurry, low quality")
 
 
-@dataclass(frozen=True)
-class DerivedOptions:
-    """Options of a stage's graphs. `fp16` is the measured fit of the stage into fp16; None when it was not measured."""
-
-    options: GraphOptions
-    fp16: Fp16Fit | None = None
-
-
 def derive_graph_options(
     config: NetworkConfig,
     tensors: Mapping[str, TensorRange],
@@ -40,25 +32,27 @@ def derive_graph_options(
     *,
     control: Sequence[int],
     say: Say,
-) -> DerivedOptions:
-    """The options for the graphs of one network, without quantisation. `tensors` are its weights in `bundle`.
-    `control` are the blocks of the prior that ControlNets feed, if `options` ask for them.
+) -> tuple[GraphOptions, Fp16Fit | None]:
+    """The options for the graphs of one network, without quantisation, and its measured fit into fp16, if any.
+
+    `tensors` are its weights in `bundle`. `control` are the blocks of the prior that ControlNets feed, if `options` ask
+    for them.
 
     Raises ExportError when the network does not fit into fp16, or takes no ControlNet."""
     stage = config.stage
     derived = GraphOptions(options.precision_of(stage), options.target)
     if not isinstance(config, UNetConfig | VQGANConfig):
-        return DerivedOptions(derived)
+        return derived, None
     if options.controlnet and isinstance(config, UNetConfig) and stage is Stage.PRIOR:
         controlled_blocks(config, control)
         derived = replace(derived, control=tuple(control))
     if derived.precision is not Precision.FP16:
-        return DerivedOptions(derived)
+        return derived, None
     safe = options.fp16_safe
     if safe == "off" or (safe is None and options.calibration is None and find_spec("onnxruntime") is None):
         if isinstance(config, UNetConfig):
             say(overflow_warning(stage, tensors))
-        return DerivedOptions(derived)
+        return derived, None
 
     def measure() -> dict[str, float]:
         say(f"{stage}: measuring how large its values grow")
@@ -70,7 +64,7 @@ def derive_graph_options(
     fit = fit_fp16(config, ranges, fixed=fixed) if isinstance(config, UNetConfig) else fit_vqgan(ranges, fixed=fixed)
     for line in describe_fit(stage, fit):
         say(line)
-    return DerivedOptions(replace(derived, exponents=fit.exponents, fp32_blocks=fit.fp32_blocks), fit)
+    return replace(derived, exponents=fit.exponents, fp32_blocks=fit.fp32_blocks), fit
 
 
 def describe_fit(stage: Stage, fit: Fp16Fit) -> list[str]:

@@ -33,7 +33,7 @@ from ..checkpoints.component import Component, find_problems
 from ..checkpoints.model_folder import check_tokenizer, write_tokenizer
 from ..checkpoints.open_model import Model, open_model
 from ..hub import local_path
-from .bundle_weights import source_files
+from .bundle_weights import source_files, stored_dtype, why_not_as_is
 from .export_options import ExportOptions
 from .export_stage import OnQuantized, StageExporter
 from .forecast_export import forecast_export
@@ -151,6 +151,9 @@ def _components(model: Model, options: ExportOptions) -> dict[Stage, Component]:
     for component in components.values():
         for path in source_files(component):
             require_utf8(path.relative_to(path.parent))  # graphs refer to the weights by the model's file names
+        reason = why_not_as_is(component, stored_dtype(component, options)) if options.weights == "link" else None
+        if reason:
+            raise ExportError(f'{reason}; use weights="copy"')
     return components
 
 

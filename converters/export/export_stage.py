@@ -19,14 +19,14 @@ from ...schemas.folded_biases import BIASES_NAME
 from ...schemas.manifest import FileEntry, GraphEntry, SourceEntry, StageEntry
 from ...schemas.passport import Passport, PassportSource, of_generations, passport_text
 from ...schemas.precision import Target
-from ...schemas.quantization import RULES, Quantization
+from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage
 from ...storage.content_digest import fill_in_digest
 from ...storage.file_hashes import Hashing, describe_file
 from ..checkpoints.component import Component
 from ..onnx import GraphOptions, write_graphs
 from ..passports import in_order, made_of
-from .bundle_weights import StageWeights, add_weights, copy_weights, source_files
+from .bundle_weights import StageWeights, add_weights, copy_weights, source_files, stored_dtype
 from .derive_graph_options import derive_graph_options
 from .export_options import ExportOptions
 from .fold_biases import fold_biases
@@ -85,14 +85,14 @@ class StageExporter:
         weights = self._weights(component, folder)
         for text in weights.notes:
             self.say(text)
-        derived = derive_graph_options(
+        options, fit = derive_graph_options(
             component.config, weights.tensors, self.root, self.options, control=self.control, say=self.say
         )
-        options = derived.options
-        if self.options.quantize is not Quantization.NONE and component.stage in RULES:
-            quantized = quantize_stage(component.config, weights.tensors, options, self.options, self.start_file)
-            weights, options = StageWeights("copy", quantized.tensors, quantized.files), quantized.options
-            self.on_quantized(component.stage, quantized.choice)
+        if self.options.quantizes(component.stage):
+            weights, options, choice = quantize_stage(
+                component.config, weights.tensors, options, self.options, self.start_file
+            )
+            self.on_quantized(component.stage, choice)
         if options.target is Target.ORT:
             weights = _with_biases(component, weights, options, folder)
         if self.options.hash:
@@ -108,7 +108,7 @@ class StageExporter:
         for path in graphs:
             self.hashes.start(path)
         files = (*graphs, *weights.files)
-        margins = derived.fp16.margins if derived.fp16 else {}
+        margins = fit.margins if fit else {}
         entry = StageEntry(
             variant=component.variant,
             config=to_json(component.config),
@@ -143,28 +143,15 @@ class StageExporter:
     def _weights(self, component: Component, folder: Path) -> StageWeights:
         """Bring the weights into `folder`, with the LoRAs merged; weights that will change are copied."""
         changes = self.loras.of(component.stage) if self.loras else {}
-        dtype = self._stored_as(component)
+        dtype = stored_dtype(component, self.options)
         if not changes:
-            is_quantized = self.options.quantize is not Quantization.NONE and component.stage in RULES
-            mode = "copy" if is_quantized else self.options.weights
+            mode = "copy" if self.options.quantizes(component.stage) else self.options.weights
             return add_weights(component, folder, mode, dtype=dtype, start_file=self.start_file)
         from ..lora.changed_tensors import overwrite
 
         weights = copy_weights(component, folder, self.start_file, dtype=dtype)
         overwrite(weights.tensors, changes)
         return weights
-
-    def _stored_as(self, component: Component) -> str | None:
-        """The dtype to store the weights in; None: as the model has them. Links keep the model's dtype unless
-        `storage` is given. Graphs read neither fp8 nor GGUF's blocks: these become the narrowest dtype that holds every
-        value exactly."""
-        is_linked = self.options.weights == "link" and self.options.storage is None
-        asked = None if is_linked else self.options.storage_of(component.stage)
-        if asked is not None or not set(component.dtypes) & {*FP8, *QUANTISED}:
-            return asked
-        exact = {*FP8, "BF16"}  # what BF16 holds exactly; GGUF's blocks need the digits of scale times code
-        tensors = component.tensors.values()
-        return "BF16" if all(tensor.dtype in exact and not tensor.scale for tensor in tensors) else "F32"
 
 
 def _with_biases(component: Component, weights: StageWeights, options: GraphOptions, folder: Path) -> StageWeights:

@@ -9,11 +9,10 @@ from ...schemas.casts import target_dtype
 from ...schemas.folded_biases import BIASES_NAME, folded_biases
 from ...schemas.forecast import FileSize, Forecast
 from ...schemas.precision import Target
-from ...schemas.quantization import RULES, Quantization
 from ...schemas.stages import Stage
 from ...storage.file_sizes import sizes_of
 from ..checkpoints.component import Component
-from .bundle_weights import WEIGHTS_NAME, source_files
+from .bundle_weights import WEIGHTS_NAME, source_files, stored_dtype, why_not_as_is
 from .export_options import ExportOptions
 
 
@@ -28,16 +27,15 @@ def forecast_export(
     notes = ["graphs are not counted: some megabytes a stage"]
     unchanged: list[str] = []
     for component in components:
-        quantized = options.quantize is not Quantization.NONE and component.stage in RULES
-        shared = options.weights != "copy" and not quantized and component.stage not in changed
-        nbytes = _bytes(component, _stored_as(component, options))
+        dtype = stored_dtype(component, options)
+        nbytes = sum(nbytes_of(target_dtype(t.dtype, dtype), math.prod(t.shape)) for t in component.tensors.values())
         writes.append(FileSize(f"{component.stage}/{WEIGHTS_NAME}", nbytes, about=True))
         widths = [folded.width for folded in folded_biases(component.config)]
         if widths and options.target is Target.ORT:
             writes.append(FileSize(f"{component.stage}/{BIASES_NAME}", 4 * sum(widths), about=True))
-        if quantized:
+        if options.quantizes(component.stage):
             notes.append(f"{component.stage}: at most; Linears become smaller where their error is small enough")
-        elif shared and nbytes == _bytes(component, None):
+        elif options.weights != "copy" and component.stage not in changed and not why_not_as_is(component, dtype):
             unchanged.append(str(component.stage))
     if unchanged:
         how = "hard links" if options.weights == "link" else "clones where the file system has them, else copies"
@@ -45,16 +43,3 @@ def forecast_export(
     reads = [path for component in components for path in source_files(component)]
     reads += [Path(path) for path, _ in options.loras]
     return Forecast(output, sizes_of(reads), tuple(writes), notes=tuple(notes))
-
-
-def _bytes(component: Component, dtype: str | None) -> int:
-    """Bytes of the weights once they are stored as `dtype`; None keeps each tensor's own."""
-    return sum(
-        nbytes_of(target_dtype(tensor.dtype, dtype), math.prod(tensor.shape)) for tensor in component.tensors.values()
-    )
-
-
-def _stored_as(component: Component, options: ExportOptions) -> str | None:
-    """The dtype that the weights are stored in; hard links keep the model's."""
-    is_linked = options.weights == "link" and options.storage is None
-    return None if is_linked else options.storage_of(component.stage)

@@ -1,5 +1,6 @@
 """ONNX files and their weights: the place of each initialiser's bytes, and onnx's own checks."""
 
+import math
 import os
 import re
 import shutil
@@ -10,22 +11,23 @@ from pathlib import Path
 
 import onnx
 
+from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.manifest import VERSION, PortEntry
+from ..onnx.graph_builder import PORT_TYPES
 
+INT4 = "INT4"
 DTYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "F32",
     onnx.TensorProto.FLOAT16: "F16",
     onnx.TensorProto.BFLOAT16: "BF16",
     onnx.TensorProto.DOUBLE: "F64",
+    onnx.TensorProto.INT8: "I8",
+    onnx.TensorProto.UINT8: "U8",
+    onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3",
+    onnx.TensorProto.INT4: INT4,
 }
 TOGETHER = re.compile(r"(.*)\.([^.]+(?:\+[^.]+)+)\.(weight|bias)")
-PORT_DTYPES: Mapping[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.INT64: "int64",
-    onnx.TensorProto.INT32: "int32",
-}
+PORT_DTYPES = {number: name for name, number in PORT_TYPES.items()} | {onnx.TensorProto.INT32: "int32"}
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,17 @@ class ExternalTensor:
     """The place of an initialiser's bytes: a file relative to the graph's folder, and a range of that file."""
 
     name: str
-    dtype: str  # in safetensors' spelling; "" for a type that safetensors does not have
+    dtype: str  # in safetensors' spelling, or INT4 for two values a byte; "" for a type that no export writes
     dims: tuple[int, ...]
     location: str
     offset: int
     length: int
+
+    @property
+    def needed(self) -> int:
+        """The bytes that so many values of the dtype take."""
+        values = math.prod(self.dims)
+        return -(-values // 2) if self.dtype == INT4 else values * DTYPE_SIZES.get(self.dtype, 0)
 
 
 def external_data(model: onnx.ModelProto) -> Iterator[ExternalTensor]:

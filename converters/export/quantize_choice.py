@@ -17,23 +17,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ...runtime.engines.onnxruntime import import_onnxruntime, keep_mapped, quiet_options
+from ...runtime.engines.onnxruntime import open_session
 from ...schemas.errors import EngineError, ExportError
 from ...schemas.ports import ports_of
 from ...schemas.quantization import TOLERATED, Quantization, Scheme, linears, stored_tensors
 from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import expected_tensors
-from ...storage.install_hint import install_hint
 from ...storage.safetensors_reader import TensorRange
 from ..onnx import write_graph
-from .quantize_file import matrix_of, quantize_rows, row_blocks
+from .quantize_file import quantize_rows, row_blocks
 from .quantize_values import Floats, dequantize, quantize
 
 MAX_ROWS = 512  # rows of activations that a product is measured on
-SEEDS = (0,)
 GRAPH_NAME = ".calibration.onnx"
-
-Inputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -66,27 +62,25 @@ def choose_layers(
     scheme: Scheme,
     *,
     threshold: float | None = None,
-    inputs: Sequence[Inputs] = (),
 ) -> QuantizationChoice:
     """Measure every Linear that may be quantised, and choose those whose error is at most `threshold` (relative L2).
 
     The default threshold is TOLERATED times the error of rounding normal numbers in as many columns. `tensors` are in
-    files of one folder; the float graph is written into that folder and removed after the run. `inputs` are port
-    values of the network; by default seeded noise of a small size, and random words for a text encoder.
+    files of one folder; the float graph is written into that folder and removed after the run.
 
     Needs onnxruntime, and memory for the activations. Weights in fp32 stay mapped while the graph runs; weights in 16
-    bits may be held in fp32. Raises ExportError for weights that cannot be used, and without onnxruntime."""
+    bits may be held in fp32. Raises ExportError for weights that cannot be used, EngineError without onnxruntime."""
     expected = expected_tensors(config)
     described = list(linears(config.stage, expected))
     measured = [m for m, shape, reason in described if reason is None and _unfit(scheme, shape[1]) is None]
-    rows = _rows_into(config, tensors, measured, inputs or [seeded_inputs(config, seed) for seed in SEEDS])
+    rows = _rows_into(config, tensors, measured)
     layers = []
     for module, shape, reason in described:
         error = limit = None
         before = tensors[f"{module}.weight"].nbytes
         after = sum(tensor.nbytes for tensor in stored_tensors(scheme, module, *shape).values())
         if module in rows:
-            error = product_error(rows[module], _both_forms(module, matrix_of(tensors, module), scheme), scheme)
+            error = product_error(rows[module], _both_forms(module, tensors[f"{module}.weight"], scheme), scheme)
             limit = threshold if threshold is not None else TOLERATED * normal_error(scheme, shape[1])
             if not error <= limit:
                 reason = f"error {error:.2%}, tolerated {limit:.2%}"
@@ -106,7 +100,7 @@ def _unfit(scheme: Scheme, columns: int) -> str | None:
 
 
 def _both_forms(module: str, part: TensorRange, scheme: Scheme) -> Iterator[tuple[Floats, Floats]]:
-    for _, rows in row_blocks(part):
+    for rows in row_blocks(part):
         yield rows, dequantize(quantize_rows(module, part, rows, scheme), scheme)
 
 
@@ -153,11 +147,11 @@ def normal_error(scheme: Scheme, columns: int) -> float:
     return product_error(activations, [(weight, dequantize(quantize(weight, scheme), scheme))], scheme)
 
 
-def seeded_inputs(config: NetworkConfig, seed: int) -> dict[str, NDArray[Any]]:
+def seeded_inputs(config: NetworkConfig) -> dict[str, NDArray[Any]]:
     """Seeded values for the network's ports, a batch of two at a small size; timesteps are 0.9 and 0.3.
 
     Ports get normal noise. Text is random words before the end token, in two lengths."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if isinstance(config, TextEncoderConfig):
         length = config.max_position_embeddings
         ids = rng.integers(0, min(config.vocab_size, config.eos_token_id), (2, length))
@@ -182,9 +176,7 @@ def _small_sizes(config: NetworkConfig) -> dict[str, int]:
     return {"batch": 2, "height": side, "width": side, "tokens": 77, "images": 1, "effnet_height": 4, "effnet_width": 4}
 
 
-def _rows_into(
-    config: NetworkConfig, tensors: Mapping[str, TensorRange], modules: Sequence[str], inputs: Sequence[Inputs]
-) -> dict[str, Floats]:
+def _rows_into(config: NetworkConfig, tensors: Mapping[str, TensorRange], modules: Sequence[str]) -> dict[str, Floats]:
     """The input of each module, (n, columns): at most MAX_ROWS rows, evenly spread over all rows."""
     if not modules:
         return {}
@@ -193,8 +185,7 @@ def _rows_into(
     values = list(dict.fromkeys(source[module] for module in modules))
     model.graph.output.extend(helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in values)
     folder = next(iter(tensors.values())).path.parent
-    runs = [_run(model, folder, values, given) for given in inputs]
-    found = {value: np.concatenate([run[value] for run in runs]) for value in values}
+    found = _run(model, folder, values, seeded_inputs(config))
     return {module: _thinned(found[source[module]]) for module in modules}
 
 
@@ -206,21 +197,15 @@ def _modules_of(node: onnx.NodeProto) -> list[str]:
     return [f"{prefix}.{part}" for part in parts.split("+")]
 
 
-def _run(model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: Inputs) -> dict[str, Floats]:
-    try:
-        onnxruntime = import_onnxruntime("cpu")
-    except EngineError as error:
-        raise ExportError(f"the error of quantisation is measured with ONNX Runtime: {install_hint('cpu')}") from error
-    options = quiet_options(onnxruntime)
-    disabled = keep_mapped(options)
-    options.enable_mem_pattern = False  # freed memory goes back to the system
+def _run(
+    model: onnx.ModelProto, folder: Path, values: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+) -> dict[str, Floats]:
     path = folder / GRAPH_NAME
     try:
         onnx.save_model(model, path)
-        session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-        )
-        return dict(zip(values, session.run(list(values), dict(inputs)), strict=True))
+        return dict(zip(values, open_session(path).run(list(values), dict(inputs)), strict=True))
+    except EngineError:
+        raise
     except Exception as error:  # onnxruntime has a class of its own for each status code
         raise ExportError(f"{folder}: the float graph cannot be run to measure quantisation: {error}") from error
     finally:

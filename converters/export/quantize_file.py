@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ...schemas.callbacks import Progress
-from ...schemas.dtypes import DTYPE_SIZES, FLOATS
-from ...schemas.errors import ConversionError, ExportError
+from ...schemas.errors import ConversionError
 from ...schemas.quantization import Quantization, Scheme, StoredTensor, quantized_name, scale_name, stored_tensors
-from ...storage.cast import cast_block
-from ...storage.file_ranges import read_exactly, read_lines
+from ...storage.float_rows import float_rows
 from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import NewSafetensors, new_safetensors
 from .quantize_values import Floats, Quantized, pack, quantize
@@ -31,9 +29,9 @@ def quantize_weights(
     disk (fsync) when this returns. It takes about 100 MB of memory for matrices of any size, unless a row has over 2
     million values. `progress` counts bytes of the output's tensors.
 
-    Raises ExportError for modules without a float matrix. Raises ConversionError for NaN and infinities, when the disk
+    Raises ConversionError for NaN and infinities, when the disk
     is full and when a source cannot be read; the caller then removes the file."""
-    matrices = {module: matrix_of(tensors, module) for module in sorted(chosen)}
+    matrices = {module: tensors[f"{module}.weight"] for module in sorted(chosen)}
     flat: dict[str, StoredTensor] = {}
     for module, part in matrices.items():
         flat |= stored_tensors(scheme, module, *part.shape[:2])
@@ -43,31 +41,9 @@ def quantize_weights(
     return read_header(path).tensors
 
 
-def matrix_of(tensors: Mapping[str, TensorRange], module: str) -> TensorRange:
-    """The range of a module's weight, a float matrix or a 1x1 convolution. Raises ExportError for any other."""
-    part = tensors.get(f"{module}.weight")
-    if part is None:
-        raise ExportError(f"{module}: has no weight to quantise")
-    if part.dtype not in FLOATS or len(part.shape) < 2:
-        found = f"{part.dtype} {list(part.shape)}"
-        raise ExportError(f"{part.path}: {module}.weight: expected a float matrix to quantise, found {found}")
-    return part
-
-
-def row_blocks(part: TensorRange) -> Iterator[tuple[int, Floats]]:
-    """The first row and the values (n, columns) float32 of each block of rows."""
-    rows, columns = part.shape[:2]
-    step = max(1, BLOCK_VALUES // columns)
-    with part.path.open("rb", buffering=0) as file:
-        size = DTYPE_SIZES[part.dtype]
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            if part.transposed:  # a line of the file is a column
-                data = read_lines(file, part.offset + start * size, rows * size, columns, count * size)
-                yield start, cast_block(data, part.dtype, "F32")[0].reshape(columns, count).T
-            else:
-                data = read_exactly(file, part.offset + start * columns * size, count * columns * size)
-                yield start, cast_block(data, part.dtype, "F32")[0].reshape(count, columns)
+def row_blocks(part: TensorRange) -> Iterator[Floats]:
+    """The values (n, columns) float32 of each block of rows."""
+    return float_rows(part, max(1, BLOCK_VALUES // part.shape[1]))
 
 
 def quantize_rows(module: str, part: TensorRange, rows: Floats, scheme: Scheme) -> Quantized:
@@ -84,7 +60,8 @@ def _write_module(
     """Write the values and the scales of one module, a block of rows after the other."""
     described = stored_tensors(scheme, module, *part.shape[:2])
     values, scale = described[quantized_name(module)], described[scale_name(module)]
-    for start, rows in row_blocks(part):
+    start = 0
+    for rows in row_blocks(part):
         quantized = quantize_rows(module, part, rows, scheme)
         packed = pack(quantized, scheme)
         if scheme.kind is Quantization.INT8_DYNAMIC:  # stored transposed: the values of a column are adjacent
@@ -93,5 +70,6 @@ def _write_module(
             out.write(quantized_name(module), packed, start * (values.nbytes // values.shape[0]))
         little = np.ascontiguousarray(quantized.scale, "<f4")
         out.write(scale_name(module), little, start * (scale.nbytes // scale.shape[0]))
+        start += len(rows)
         if progress:
             progress(packed.nbytes + little.nbytes)

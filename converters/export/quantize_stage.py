@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +12,7 @@ from ...storage.safetensors_plan import TensorPlan
 from ...storage.safetensors_reader import TensorRange, read_header
 from ...storage.safetensors_writer import write_safetensors
 from ..onnx import GraphOptions
+from .bundle_weights import StageWeights
 from .export_options import ExportOptions
 from .quantize_choice import QuantizationChoice, choose_layers
 from .quantize_file import quantize_weights
@@ -22,41 +23,29 @@ COLUMNS = ("Linear", "quantised", "error (median)", "error (worst)", "tolerated"
 IN_EVERY_BLOCK = r"^\w+_blocks\.\d+\.\d+\.|^.*\.layers\.\d+\."
 
 
-@dataclass(frozen=True)
-class QuantizedStage:
-    """A stage after quantisation: the byte ranges of all its tensors, the options of its graphs, and the choice."""
-
-    tensors: dict[str, TensorRange]
-    options: GraphOptions
-    choice: QuantizationChoice
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold `tensors`, sorted."""
-        return tuple(sorted({tensor.path for tensor in self.tensors.values()}))
-
-
 def quantize_stage(
     config: NetworkConfig,
     tensors: Mapping[str, TensorRange],
     graph_options: GraphOptions,
     options: ExportOptions,
     start_file: StartFile | None = None,
-) -> QuantizedStage:
+) -> tuple[StageWeights, GraphOptions, QuantizationChoice]:
     """Quantise the Linears among `tensors` whose error stays below the threshold of `options`.
 
     The float weights `tensors` are in one file of the bundle. The quantised weights are written to a second file
     beside it, and the first file is rewritten without them. `graph_options` are those of the float graphs.
+    Returns all weights of the stage, the options of its graphs, and the choice.
 
     Raises ExportError when the weights cannot be used, ConversionError when they cannot be read or written."""
     scheme = options.scheme
     choice = choose_layers(config, tensors, scheme, threshold=options.quantize_threshold)
-    if not choice.chosen:
-        return QuantizedStage(dict(tensors), graph_options, choice)
     (path,) = {tensor.path for tensor in tensors.values()}
+    if not choice.chosen:
+        return StageWeights("copy", dict(tensors), (path,)), graph_options, choice
     total = sum(layer.bytes_after for layer in choice.layers if layer.reason is None)
     progress = start_file(f"{config.stage}/{QUANTIZED_NAME}", total) if start_file else None
-    quantized = quantize_weights(tensors, choice.chosen, scheme, path.with_name(QUANTIZED_NAME), progress)
+    new_path = path.with_name(QUANTIZED_NAME)
+    quantized = quantize_weights(tensors, choice.chosen, scheme, new_path, progress)
     floats = _without(path, tensors, choice.chosen)
     graph_options = replace(
         graph_options,
@@ -66,13 +55,13 @@ def quantize_stage(
         block_size=scheme.block_size,
         int8_products=scheme.int8_products,
     )
-    return QuantizedStage({**floats, **quantized}, graph_options, choice)
+    return StageWeights("copy", {**floats, **quantized}, (new_path, path)), graph_options, choice
 
 
 def _without(path: Path, tensors: Mapping[str, TensorRange], modules: frozenset[str]) -> dict[str, TensorRange]:
     """Rewrite the file at `path` without the weights of `modules`; returns its tensors."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in modules}
-    plans = {name: TensorPlan(t.dtype, t.shape, (replace(t, transposed=False),)) for name, t in kept.items()}
+    plans = {name: TensorPlan(t.dtype, t.shape, (t,)) for name, t in kept.items()}
     partial = path.with_name(f"{path.name}.partial")
     write_safetensors(partial, plans, read_header(path).metadata)
     partial.replace(path)

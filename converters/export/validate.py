@@ -6,7 +6,6 @@ the one that the manifest describes.
 
 from __future__ import annotations  # help() shows the types as they are written here
 
-import math
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import onnx
 
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say, ignored
-from ...schemas.dtypes import DTYPE_SIZES
 from ...schemas.manifest import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
 from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage
@@ -238,13 +236,12 @@ def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
             if data.location not in sizes:
                 sizes[data.location] = _size_beside(path, data.location)
             size = sizes[data.location]
-            needed = math.prod(data.dims) * DTYPE_SIZES.get(data.dtype, 0)
             if size is None:
                 yield f"{data.name}: its bytes are in {data.location!r}, which is not a file beside the graph"
             elif data.offset < 0 or data.length < 0 or data.offset + data.length > size:
                 yield f"{data.name}: bytes {data.offset} to {data.offset + data.length} of a file of {size}"
-            elif data.length != needed:
-                yield f"{data.name}: {data.length} bytes, expected {needed} for {data.dtype} {list(data.dims)}"
+            elif data.length != data.needed:
+                yield f"{data.name}: {data.length} bytes, expected {data.needed} for {data.dtype} {list(data.dims)}"
     except ValueError as error:
         yield f"the offset or length of an initialiser is no number: {error}"
 

@@ -75,14 +75,10 @@ class Computed(Conditions):
         graph = self._graph
         with graph.island():  # constants: ONNX Runtime folds them in fp32 only
             bias = graph.weight(f"{name}.mapper.bias")
-            for condition in self._config.timestep_conditioning_type:  # always 0, so its term is constant
-                constant = graph.linear(
-                    f"{name}.mapper_{condition}", zero_embedding(self._graph, self._config)
-                )  # (1, 2c)
+            for condition in self._config.timestep_conditioning_type:  # always 0, so its term (1, 2c) is constant
+                constant = graph.linear(f"{name}.mapper_{condition}", zero_embedding(graph, self._config))
                 bias = graph.node("Add", f"{name}/with_{condition}", bias, constant)
-        bias = (
-            graph.to_compute(bias) if self._config.timestep_conditioning_type else graph.weight(f"{name}.mapper.bias")
-        )
+        bias = graph.to_compute(bias)
         mapped = graph.gemm(f"{name}.mapper", self._timestep, graph.weight(f"{name}.mapper.weight"), bias)
         a, b = graph.split(f"{name}/ab", mapped, axis=1, parts=2)
         exponent = self._streams.of_block(name)

@@ -29,11 +29,6 @@ PORT_TYPES: Mapping[str, int] = {
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
 }
-COMPUTE_TYPES: Mapping[Precision, int] = {
-    Precision.FP32: TensorProto.FLOAT,
-    Precision.FP16: TensorProto.FLOAT16,
-    Precision.BF16: TensorProto.BFLOAT16,
-}
 TYPE_NAMES: Mapping[int, str] = {
     TensorProto.FLOAT: "float",
     TensorProto.FLOAT16: "half",
@@ -67,7 +62,7 @@ class GraphBuilder:
         options: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.options = options
-        self.type = COMPUTE_TYPES[options.precision]  # of the values written now
+        self.type = PORT_TYPES[options.precision.dtype]  # of the values written now
         self._ports = ports
         self._expected = expected
         self._weights = weights
@@ -87,20 +82,19 @@ class GraphBuilder:
 
     def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Append a node with one output; returns the output's name, which is the node's: `name`."""
-        return self._append(op, name + self._suffix, inputs, **attributes)
+        return self.nodes(op, [name], *inputs, **attributes)[0]
 
     def nodes(self, op: str, names: Sequence[str], *inputs: str, **attributes: Any) -> list[str]:
         """Append a node with the outputs `names`, called like the first. An output with an empty name is left out."""
         outputs = [name and name + self._suffix for name in names]
-        inner = [self._inner.get(i, i) for i in inputs]
-        self._nodes.append(helper.make_node(op, inner, outputs, outputs[0], **attributes))
+        self._append(op, outputs[0], inputs, outputs, **attributes)
         return outputs
 
     def once(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Like `node`, for a value that passes and callers share: a second call with the same name adds nothing."""
         if name not in self._written:
             self._written.add(name)
-            self._append(op, name, inputs, **attributes)
+            self._append(op, name, inputs, [name], **attributes)
         return name
 
     def split(self, name: str, value: str, axis: int, parts: int) -> list[str]:
@@ -109,27 +103,24 @@ class GraphBuilder:
 
     def split_equally(self, name: str, value: str, axis: int, outputs: Sequence[str]) -> list[str]:
         """Equal slices of `value` along `axis`, called `outputs`."""
-        return self._split([value], name, [output + self._suffix for output in outputs], axis, num_outputs=len(outputs))
+        found = [output + self._suffix for output in outputs]
+        self._append("Split", name + self._suffix, [value], found, axis=axis, num_outputs=len(outputs))
+        return found
 
     def split_widths(
         self, name: str, value: str, axis: int, widths: Sequence[int], outputs: Sequence[str]
     ) -> list[str]:
         """Slices of `value` along `axis` of the given widths, called `outputs`."""
-        inputs = [value, self.integers(*widths)]
-        return self._split(inputs, name, [output + self._suffix for output in outputs], axis)
-
-    def _split(self, inputs: Sequence[str], name: str, outputs: list[str], axis: int, **attributes: Any) -> list[str]:
-        inner = [self._inner.get(i, i) for i in inputs]
-        self._nodes.append(helper.make_node("Split", inner, outputs, name + self._suffix, axis=axis, **attributes))
-        return outputs
+        found = [output + self._suffix for output in outputs]
+        self._append("Split", name + self._suffix, [value, self.integers(*widths)], found, axis=axis)
+        return found
 
     def quantized_rows(self, value: str) -> list[str]:
         """The fp32 `value` as uint8, its scale and its zero point; a second call adds nothing."""
         outputs = [f"{value}/{part}" for part in ("quantized", "scale", "zero_point")]
         if outputs[0] not in self._written:
             self._written.add(outputs[0])
-            inputs = [self._inner.get(value, value)]
-            self._nodes.append(helper.make_node("DynamicQuantizeLinear", inputs, outputs, outputs[0]))
+            self._append("DynamicQuantizeLinear", outputs[0], [value], outputs)
         return outputs
 
     @contextmanager
@@ -139,10 +130,9 @@ class GraphBuilder:
         yield
         self._suffix = outside
 
-    def _append(self, op: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
-        inner = [self._inner.get(i, i) for i in inputs]
-        self._nodes.append(helper.make_node(op, inner, [self._inner.get(name, name)], name, **attributes))
-        return name
+    def _append(self, op: str, name: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
+        taken, given = ([self._inner.get(value, value) for value in values] for values in (inputs, outputs))
+        self._nodes.append(helper.make_node(op, taken, given, name, **attributes))
 
     # Precision
 
@@ -164,16 +154,14 @@ class GraphBuilder:
 
     def to_compute(self, value: str) -> str:
         """An fp32 `value` in the compute type."""
-        to = COMPUTE_TYPES[self.options.precision]
+        to = PORT_TYPES[self.options.precision.dtype]
         return self.once("Cast", f"{value}/{TYPE_NAMES[to]}", value, to=to) if self.halved else value
 
-    def float_output(self, op: str, port: str, value: str, *constants: float, **attributes: Any) -> str:
-        """Write the output `port` with an operator in fp32, applied to `value` of the compute type.
-
-        Without it an output is computed in the compute type, and cast."""
-        self._inner.pop(port, None)
+    def write_images(self, value: str) -> None:
+        """Write the output `images`: `value` of the compute type, clipped to 0..1 in fp32."""
+        self._inner.pop("images", None)
         with self.island():
-            return self.node(op, port, self.to_float(value), *map(self.scalar, constants), **attributes)
+            self.node("Clip", "images", self.to_float(value), self.scalar(0.0), self.scalar(1.0))
 
     def probe(self, value: str) -> None:
         """Add the output ``value/max``, the largest magnitude of the fp32 `value`, if the options ask for probes."""
@@ -276,10 +264,6 @@ class GraphBuilder:
         """rows (n, in) times weight (out, in) transposed, plus the bias (out,)."""
         attributes = {"alpha": alpha} if alpha != 1 else {}
         return self.node("Gemm", name, rows, weight, *bias, transB=1, **attributes)
-
-    def gemm_once(self, name: str, rows: str, weight: str, *bias: str) -> str:
-        """Like `gemm`, for constants that passes share: a second call with the same name adds nothing."""
-        return self.once("Gemm", name, rows, weight, *bias, transB=1)
 
     # Constants: small, inside the protobuf, each written once
 

@@ -11,8 +11,6 @@ BLOCKED_OPSET = 21  # the first opset with 4-bit types and with scales by block
 BF16_OPSET = 22  # the first opset with convolutions in bf16
 ATTENTION_OPSET = 23  # the first opset with Attention, for TensorRT
 
-BETWEEN_IN_ORT = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
-
 
 @dataclass(frozen=True)
 class GraphOptions:
@@ -58,7 +56,7 @@ class GraphOptions:
     def between(self) -> str:
         """The dtype of keys and values between a conditioning and a step graph. ONNX Runtime keeps them on the GPU, so
         that graphs for it need no casts."""
-        return BETWEEN_IN_ORT[self.precision] if self.target is Target.ORT else "float32"
+        return self.precision.dtype if self.target is Target.ORT else "float32"
 
     @property
     def modulation_rows(self) -> int | str:

@@ -125,13 +125,11 @@ def transposed_convolution(
     return Image(graph, channels, first=graph.node("ConvTranspose", name, image.first, weight, bias, **attributes))
 
 
-def normalised(
-    graph: Graph, name: str, image: Image, eps: float = NORM_EPS, *, exponent: int = 0, out: int = 0
-) -> Image:
+def normalised(graph: Graph, name: str, image: Image, *, exponent: int = 0, out: int = 0) -> Image:
     """Affine-free LayerNorm over the channels. The image holds 2^-`exponent` of its values, so epsilon is multiplied by
     4^-`exponent`. The result is 2^-`out` of the norm."""
-    scale = graph.full(image.channels, 2.0**-out)
-    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps * 4.0**-exponent, scale=scale))
+    scale, eps = graph.full(image.channels, 2.0**-out), NORM_EPS * 4.0**-exponent
+    return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps, scale=scale))
 
 
 def normalised_convolution(

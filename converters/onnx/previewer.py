@@ -22,7 +22,7 @@ def write_previewer(graph: Graph, config: PreviewerConfig) -> onnx.ModelProto:
         image = convolution(graph, f"blocks.{smoothing}", image.first, width, pads=[1] * 4)
         image = _activated(graph, smoothing, image)
     pixels = convolution(graph, f"blocks.{6 * len(config.widths)}", image.first, config.c_out)
-    graph.float_output("Clip", "images", pixels.first, 0.0, 1.0)
+    graph.write_images(pixels.first)
     return graph.model("previewer", "Stable Cascade previewer: latents of stage C to small images in 0..1")
 
 

@@ -109,7 +109,7 @@ def _bias_with_beta(graph: Graph, norm: str, linear: str, width: int, exponent: 
     with graph.island():
         beta = graph.weight(f"{norm}.beta", (1, width))
         weight = graph.weight(f"{linear}.weight", graph.shape_of(f"{linear}.weight")[:2])
-        bias = graph.gemm_once(f"{linear}/bias", beta, weight, graph.weight(f"{linear}.bias"))
+        bias = graph.once("Gemm", f"{linear}/bias", beta, weight, graph.weight(f"{linear}.bias"), transB=1)
         if exponent:
             bias = graph.once("Mul", f"{linear}/small_bias", bias, graph.scalar(2.0**-exponent))
     return bias if inside == TensorProto.FLOAT else graph.to_compute(bias)

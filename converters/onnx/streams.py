@@ -6,30 +6,24 @@ fp16 ends at 65504, and the values of the prior stay below that only with expone
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ...schemas.errors import UsageError
 from ...schemas.stages import UNetConfig
-from ...schemas.unet_blocks import stream_of, streams_of
+from ...schemas.unet_blocks import stream_of
 
 NORM_EPS = 1e-6  # of the LayerNorms and of the response normalisation's quotient
 
 
+@dataclass(frozen=True)
 class Streams:
-    """The exponent of each stream of a network; 0 where none is given.
+    """The exponent of each stream of a network; 0 where none is given."""
 
-    Raises UsageError for streams that the network does not have."""
-
-    def __init__(self, config: UNetConfig, exponents: Mapping[str, int]) -> None:
-        self._config = config
-        self._exponents = exponents
-        unknown = [name for name in exponents if name not in streams_of(config)]
-        if unknown:
-            have = ", ".join(streams_of(config))
-            raise UsageError(f"{config.stage}: no stream called {', '.join(unknown)}; there are {have}")
+    config: UNetConfig
+    exponents: Mapping[str, int]
 
     def of(self, blocks: str) -> int:
         """The exponent of the stream that the blocks called `blocks`, such as "up_blocks.1", write to."""
-        return self._exponents.get(stream_of(self._config, blocks), 0)
+        return self.exponents.get(stream_of(self.config, blocks), 0)
 
     def of_block(self, name: str) -> int:
         """The same for one block, such as "up_blocks.1.5"."""

@@ -44,7 +44,7 @@ def write_vqgan(graph: Graph, config: VQGANConfig) -> onnx.ModelProto:
             index += 1
     pixels = pointwise(graph, "out_block.0", image, alpha=2.0**k)
     decoded = pixel_shuffle(graph, "out_block.1", pixels, config.up_down_scale_factor)
-    graph.float_output("Clip", "images", decoded, 0.0, 1.0)
+    graph.write_images(decoded)
     return graph.model("vqgan", "Stable Cascade stage A (VQGAN decoder): latents to images in 0..1")
 
 
@@ -120,10 +120,8 @@ def _modulated(graph: Graph, name: str, image: Image, gammas: tuple[str, str], k
     with graph.island():
         ones = graph.full(image.channels)
         one_more = graph.node("Add", f"{name}/one_more", gain, graph.scalar(1.0))
-        scale, shift = (
-            graph.node("Mul", f"{name}/scale", ones, one_more),
-            graph.node("Mul", f"{name}/shift", ones, shift),
-        )
+        scale = graph.node("Mul", f"{name}/scale", ones, one_more)
+        shift = graph.node("Mul", f"{name}/shift", ones, shift)
     scale, shift = graph.to_compute(scale), graph.to_compute(shift)
     eps = NORM_EPS * 4.0**-k
     return image.with_last(graph.layer_norm(name, image.last, image.channels, eps=eps, scale=scale, shift=shift))

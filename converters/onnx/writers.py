@@ -7,11 +7,10 @@ from typing import Any
 import onnx
 
 from ...schemas.control import control_ports, control_ranges
-from ...schemas.errors import UsageError
 from ...schemas.folded_biases import folded_shapes
-from ...schemas.hoisted import conditioning_ports, step_ports
+from ...schemas.hoisted import CONDITIONING, STEP, conditioning_ports, step_ports
+from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH
 from ...schemas.ports import StagePorts, ports_of, vqgan_encoder_ports
-from ...schemas.quantization import Quantization, candidates
 from ...schemas.stages import CONTROLNETS, NetworkConfig, Stage, UNetConfig
 from ...schemas.tensors import expected_tensors
 from ...storage.safetensors_reader import TensorRange
@@ -26,34 +25,25 @@ from .prior import write_prior, write_prior_conditioning, write_prior_step
 from .text_encoder import write_text_encoder
 from .vqgan import write_vqgan, write_vqgan_encoder
 
-MODEL, CONDITIONING, STEP, ENCODER = "model", "conditioning", "step", "encoder"
-
 Writer = Callable[[Graph, Any], onnx.ModelProto]
 
-# The graphs of a stage by name. "model" is the whole network; "conditioning" and "step" are its two parts. The "model"
-# of the vqgan is its decoder.
+# The graphs of a stage by name. The main graph is the whole network; CONDITIONING and STEP are its two parts. The main
+# graph of the vqgan is its decoder.
 WRITERS: Mapping[Stage, Mapping[str, Writer]] = {
-    Stage.PRIOR: {MODEL: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
-    Stage.DECODER: {MODEL: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
-    Stage.VQGAN: {MODEL: write_vqgan, ENCODER: write_vqgan_encoder},
-    Stage.TEXT_ENCODER: {MODEL: write_text_encoder},
-    Stage.IMAGE_ENCODER: {MODEL: write_image_encoder},
-    Stage.EFFNET_ENCODER: {MODEL: write_effnet_encoder},
-    Stage.PREVIEWER: {MODEL: write_previewer},
-    **{kind: {MODEL: write_controlnet} for kind in CONTROLNETS},
+    Stage.PRIOR: {MAIN_GRAPH: write_prior, CONDITIONING: write_prior_conditioning, STEP: write_prior_step},
+    Stage.DECODER: {MAIN_GRAPH: write_decoder, CONDITIONING: write_decoder_conditioning, STEP: write_decoder_step},
+    Stage.VQGAN: {MAIN_GRAPH: write_vqgan, ENCODER_GRAPH: write_vqgan_encoder},
+    Stage.TEXT_ENCODER: {MAIN_GRAPH: write_text_encoder},
+    Stage.IMAGE_ENCODER: {MAIN_GRAPH: write_image_encoder},
+    Stage.EFFNET_ENCODER: {MAIN_GRAPH: write_effnet_encoder},
+    Stage.PREVIEWER: {MAIN_GRAPH: write_previewer},
+    **{kind: {MAIN_GRAPH: write_controlnet} for kind in CONTROLNETS},
 }
-PORTS: Mapping[str, Callable[..., StagePorts]] = {
-    MODEL: ports_of,
-    CONDITIONING: conditioning_ports,
-    STEP: step_ports,
-    ENCODER: vqgan_encoder_ports,
-}
-
 DEFAULT = GraphOptions()
 
 
 def write_graph(
-    config: NetworkConfig, weights: Mapping[str, TensorRange], options: GraphOptions = DEFAULT, name: str = MODEL
+    config: NetworkConfig, weights: Mapping[str, TensorRange], options: GraphOptions = DEFAULT, name: str = MAIN_GRAPH
 ) -> onnx.ModelProto:
     """The graph `name` of the network that `config` describes, with the ports of ``graph_ports``.
 
@@ -62,9 +52,8 @@ def write_graph(
     folder of the weights.
 
     Raises ExportError naming all weights that are missing or differ from the config, and for configs that no graph can
-    be written for; UsageError for options that exclude each other."""
+    be written for."""
     writer = WRITERS[config.stage][name]
-    _check_quantized(config, options)
     expected = expected_tensors(config) | folded_shapes(config)
     return writer(Graph(graph_ports(config, options, name), expected, weights, options), config)
 
@@ -76,33 +65,15 @@ def write_graphs(
     return {name: write_graph(config, weights, options, name) for name in WRITERS[config.stage]}
 
 
-def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MODEL) -> StagePorts:
+def graph_ports(config: NetworkConfig, options: GraphOptions = DEFAULT, name: str = MAIN_GRAPH) -> StagePorts:
     """Inputs and outputs of the graph `name`."""
-    ports = _plain_ports(config, options, name)
-    if not isinstance(config, UNetConfig) or not options.control or name == CONDITIONING:
+    network: Any = config  # the other graphs belong to one kind of network each
+    if name == CONDITIONING:
+        return conditioning_ports(network, options.between)
+    if name == ENCODER_GRAPH:
+        return vqgan_encoder_ports(network)
+    ports = step_ports(network, options.between, options.modulation_rows) if name == STEP else ports_of(config)
+    if not isinstance(config, UNetConfig) or not options.control:
         return ports
     control = control_ports(config, options.control)
     return replace(ports, inputs=(*ports.inputs, *control), ranges={**ports.ranges, **control_ranges(control)})
-
-
-def _plain_ports(config: NetworkConfig, options: GraphOptions, name: str) -> StagePorts:
-    if name == STEP:
-        return PORTS[name](config, options.between, options.modulation_rows)
-    return PORTS[name](config, options.between) if name == CONDITIONING else PORTS[name](config)
-
-
-def _check_quantized(config: NetworkConfig, options: GraphOptions) -> None:
-    """Raises UsageError for modules that cannot be quantised, or not in the scheme of the options."""
-    scheme = options.scheme
-    if options.quantized and scheme.kind is Quantization.NONE:
-        raise UsageError(f"{config.stage}: modules are to be quantised, but quantization is {scheme.kind}")
-    shapes = candidates(config.stage, expected_tensors(config))
-    unknown = sorted(options.quantized - shapes.keys())
-    if unknown:
-        raise UsageError(f"{config.stage}: cannot be quantised: {', '.join(unknown)}")
-    odd = sorted(module for module in options.quantized if not scheme.fits(shapes[module][1]))
-    if odd:
-        raise UsageError(
-            f"{config.stage}: {', '.join(odd)}: columns are no multiple of the block size {scheme.block_size}; "
-            "leave these in float, or use target ort"
-        )

@@ -18,19 +18,17 @@ DRIVERLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to 
 
 
 class Messages:
-    """TensorRT's log messages, errors and warnings apart, without messages about a missing driver."""
+    """TensorRT's errors, without those about a missing driver."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.warnings: list[str] = []
 
     def clear(self) -> None:
         self.errors.clear()
-        self.warnings.clear()
 
-    def add(self, text: str, *, is_error: bool) -> None:
+    def add(self, text: str) -> None:
         if not any(noise in text for noise in DRIVERLESS):
-            (self.errors if is_error else self.warnings).append(text)
+            self.errors.append(text)
 
     @property
     def reason(self) -> str:
@@ -90,9 +88,7 @@ def logger_of(backend: InstalledTensorRT) -> Any:
         class Logger(base):  # type: ignore[misc]
             def log(self, severity: Any, text: str) -> None:
                 if severity <= base.ERROR:
-                    MESSAGES.add(text, is_error=True)
-                elif severity == base.WARNING:
-                    MESSAGES.add(text, is_error=False)
+                    MESSAGES.add(text)
 
         _loggers[backend.name] = Logger()
     return _loggers[backend.name]

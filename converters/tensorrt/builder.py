@@ -22,6 +22,7 @@ from ...storage.atomic_output import BUILDING, scratch_folder
 from ...storage.bundle import Bundle, open_bundle, update_manifest
 from ...storage.file_sizes import sizes_of
 from ...storage.output_rules import require_writable
+from ..export.graph_files import load_graph
 from . import plan_cache as cache
 from .backend import InstalledTensorRT, find_backend
 from .device import present_device
@@ -89,7 +90,7 @@ def build(
 
 
 def _planned(bundle: Bundle, options: BuildOptions) -> list[PlanToBuild]:
-    """What `build` makes, by the compiler that `options` name."""
+    """The plans that `build` makes, by the compiler that `options` name."""
     if options.backend == AOTINDUCTOR:
         from ..aotinductor.packages_to_build import packages_to_build
 
@@ -103,7 +104,8 @@ def _estimated(planned: PlanToBuild) -> Estimate:
         from ..aotinductor.packages_to_build import estimate_package
 
         return estimate_package(planned)
-    return estimate(Path(planned.request.graph), planned.precision, len(planned.profiles))
+    graph = load_graph(Path(planned.request.graph))
+    return estimate(graph, planned.graph, planned.precision, len(planned.profiles))
 
 
 def require_machine(options: BuildOptions) -> tuple[InstalledTensorRT, DeviceEntry | None]:
@@ -117,7 +119,7 @@ def require_machine(options: BuildOptions) -> tuple[InstalledTensorRT, DeviceEnt
 
 
 def _forecast(bundle: Bundle, to_build: Sequence[PlanToBuild], estimates: Mapping[str, Estimate]) -> Forecast:
-    """What would be read and written; plans that exist already are noted."""
+    """The files that would be read and written; plans that exist already are noted."""
     new = [planned for planned in to_build if planned.key in estimates]
     paths = dict.fromkeys(bundle.root / source.path for planned in new for source in planned.sources)
     writes = tuple(FileSize(_relative(planned), estimates[planned.key].plan, about=True) for planned in new)
@@ -138,10 +140,10 @@ def _find(planned: PlanToBuild, options: BuildOptions, say: Say) -> Built | None
         there = cache.find(folder, planned.path.name, planned.key) if folder else None
         if isinstance(there, str):
             say(f"{there}; it is built again")
-        elif there is not None and options.backend == AOTINDUCTOR and not is_built_here(there.plan.sha256):
-            say(f"{there.path}: was not built by you on this machine; it is built again")
+        elif there is not None and options.backend == AOTINDUCTOR and not is_built_here(there.sha256):
+            say(f"{folder}/{planned.path.name}: was not built by you on this machine; it is built again")
         elif there is not None:
-            return Built(planned.stage, _at_home(planned, there.plan), how)
+            return Built(planned.stage, _at_home(planned, there), how)
     return None
 
 

@@ -17,7 +17,7 @@ from ...runtime.memory.free_memory import free_memory
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import CONDITIONING
 from ...schemas.precision import Precision
-from ..export.graph_files import DTYPES, load_graph
+from ..export.graph_files import DTYPES
 
 MIB = 1 << 20
 MEMORY_BASE, MEMORY_PER_NODE, MEMORY_PER_WEIGHT = 130 * MIB, 0.34 * MIB, 1.33
@@ -26,7 +26,6 @@ MEMORY_PER_WEIGHT_OF = {CONDITIONING: 2.2}
 SECONDS_BASE, SECONDS_PER_NODE, SECONDS_PER_BYTE = 0.4, 0.009, 6e-9
 # Kernels are compiled for each profile; the profiles share the weights.
 PLAN_BASE, PLAN_PER_NODE = 2 * MIB, 18_000
-SIZES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,7 @@ class Estimate:
     weights: int  # bytes, in the type that the graph computes in
 
 
-def estimate(graph: Path, precision: Precision, profiles: int) -> Estimate:
-    """The cost of building the ONNX file `graph` with so many profiles. Reads the graph without its weights."""
-    return estimate_model(load_graph(graph), graph.stem, precision, profiles)
-
-
-def estimate_model(model: onnx.ModelProto, name: str, precision: Precision, profiles: int) -> Estimate:
+def estimate(model: onnx.ModelProto, name: str, precision: Precision, profiles: int) -> Estimate:
     """The cost of building the loaded graph `name` of a stage with so many profiles."""
     nodes = len(model.graph.node)
     weights = sum(_bytes(tensor, precision) for tensor in model.graph.initializer)
@@ -64,7 +58,7 @@ def _bytes(tensor: onnx.TensorProto, precision: Precision) -> int:
     elements: int = math.prod(tensor.dims)
     stored = DTYPES.get(tensor.data_type)
     if stored in ("F32", "F16", "BF16"):
-        return elements * SIZES[precision]
+        return elements * (4 if precision is Precision.FP32 else 2)
     return elements * (8 if tensor.data_type == onnx.TensorProto.INT64 else 1)
 
 

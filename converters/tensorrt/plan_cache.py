@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,6 @@ from .worker_request import WorkerRequest
 FORMAT = 1  # of the key; with another format no existing plan is found
 KEY_DIGITS = 16  # digits of the key in file names
 SUFFIX = ".plan"
-
-
-@dataclass(frozen=True)
-class CachedPlan:
-    """A complete plan on disk whose content agrees with its note."""
-
-    path: Path
-    plan: PlanEntry
 
 
 def key_of(request: WorkerRequest, version: str, sources: Iterable[str], device: str | None) -> str:
@@ -52,8 +44,8 @@ def file_name(request: WorkerRequest, graph: str, precision: str, key: str) -> s
     return "-".join((graph, precision, *(request.targets or (request.backend,)), key[:KEY_DIGITS])) + SUFFIX
 
 
-def find(folder: Path, name: str, key: str) -> CachedPlan | str | None:
-    """The plan called `name` in `folder`; None when there is none, a description of the damage when it is damaged."""
+def find(folder: Path, name: str, key: str) -> PlanEntry | str | None:
+    """The entry of the plan called `name` in `folder`; None when there is none, a description of any damage."""
     path = folder / name
     try:
         content: dict[str, Any] = load_json(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -65,7 +57,7 @@ def find(folder: Path, name: str, key: str) -> CachedPlan | str | None:
     if content.get("key") != key:
         return f"{path}: its note has another key than its file name"
     problem = find_contradiction(path, plan) or _changed_content(path, plan)
-    return f"{path}: {problem}" if problem else CachedPlan(path, plan)
+    return f"{path}: {problem}" if problem else plan
 
 
 def _changed_content(path: Path, plan: PlanEntry) -> str | None:

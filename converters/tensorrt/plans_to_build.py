@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from ...schemas.choices import several, stages_of
 from ...schemas.config_json import from_json
 from ...schemas.errors import CheckpointError, UsageError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
@@ -62,6 +63,16 @@ class BuildOptions:
 
     def __repr__(self) -> str:
         return changed_fields(self)
+
+    def __post_init__(self) -> None:
+        """Take stages by name, single values without a list, and a path as text. Raises UsageError for other values."""
+        object.__setattr__(self, "stages", stages_of(self.stages))
+        object.__setattr__(self, "targets", several(self.targets))
+        object.__setattr__(self, "graphs", several(self.graphs))
+        object.__setattr__(self, "cache", self.cache and Path(self.cache))
+        for profile in self.profiles:
+            if not isinstance(profile, Bounds):
+                raise UsageError(f"profiles={profile!r}: expected the sizes of an image as `schemas.profiles.Bounds`")
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ def _plans_of_stage(
     for graph in graphs_to_build(stage, entry, options.graphs):
         path = bundle.root / entry.graphs[graph].path
         model = load_graph(path)
-        sources = tuple(_source(bundle, entry, file) for file in _files(bundle, entry, path, model))
+        sources = tuple(plan_source(bundle, entry, file) for file in _files(bundle, entry, path, model))
         profiles = tuple(profile_for(config, graph, entry.graphs[graph].inputs, each) for each in options.profiles)
         shapes = tuple({name: port.model_dump() for name, port in profile.ports.items()} for profile in profiles)
         for targets in group_targets(options.targets) or [()]:
@@ -219,7 +230,7 @@ def _files(bundle: Bundle, entry: StageEntry, graph: Path, model: onnx.ModelProt
     return [files[path] for path in paths]
 
 
-def _source(bundle: Bundle, entry: StageEntry, file: FileEntry) -> PlanSource:
+def plan_source(bundle: Bundle, entry: StageEntry, file: FileEntry) -> PlanSource:
     """A file with its SHA-256: from the manifest, from a plan that was built from the same file, or computed now."""
     known = (
         source.sha256

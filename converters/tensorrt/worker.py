@@ -174,7 +174,7 @@ def _monitor(backend: InstalledTensorRT, answer: SendAnswer) -> Any:
 
     class Monitor(base):  # type: ignore[misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            answer(phase=phase_name, steps=num_steps)
+            answer(phase=phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             return True

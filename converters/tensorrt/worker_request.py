@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 ProfileShapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by port, then min, opt and max
 
@@ -22,10 +22,12 @@ class WorkerRequest:
     weight_streaming: bool = False
     timing_cache: str | None = None  # absolute path; for TensorRT, which measures kernels on the GPU
 
+    worker: ClassVar[str] = "cascadekit.converters.tensorrt.worker"
+
     def command(self) -> tuple[str, ...]:
         """The command line of the worker. The request itself goes to standard input, because profiles may exceed the
         longest command line."""
-        return (sys.executable, "-c", "from cascadekit.converters.tensorrt.worker import main; main()")
+        return (sys.executable, "-c", f"from {self.worker} import main; main()")
 
     def to_line(self) -> str:
         return json.dumps(asdict(self))

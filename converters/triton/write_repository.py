@@ -55,7 +55,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Repository:
-    """What was written: the names of the models, and the files with their bytes."""
+    """A repository on disk: the names of the models, and the files with their bytes."""
 
     output: Path
     backend: str
@@ -78,8 +78,8 @@ def export_triton(
 ) -> Repository:
     """Write the repository of `bundle` at `output`. `on_plan` is called with a Forecast once everything was checked.
 
-    Raises a CascadeError, and leaves nothing behind, when a stage or a plan is missing or damaged, a stage cannot run
-    where the options say, or the output cannot be written."""
+    Raises a CascadeError, and leaves nothing behind, when a stage or a plan is missing or damaged. It also does when a
+    stage cannot run where the options say, or when the output cannot be written."""
     output = Path(output)
     require_utf8(output)
     check_output(output, force=options.force, files=[TRITON_INDEX])
@@ -142,11 +142,9 @@ def _models(bundle: Bundle, options: TritonOptions, say: Say) -> list[ModelFolde
     if plans:
         rows = _rows(plans, options)
         batch = min([batch, *(found.most for stage, found in plans.items() if stage is Stage.PREVIEWER)])
-    shared = _CascadeParts(bundle, stages, rows=rows, batch=batch, instances=options.instances)
     return [
         *(_stage_model(bundle, stage, options, plans.get(stage)) for stage in stages),
-        _cascade_model(shared, streams=False),
-        _cascade_model(shared, streams=True),
+        *_cascade_models(bundle, stages, rows, batch, options.instances),
     ]
 
 
@@ -202,44 +200,36 @@ def _stage_model(bundle: Bundle, stage: Stage, options: TritonOptions, plans: St
     )
 
 
-@dataclass(frozen=True)
-class _CascadeParts:
-    """What `cascade` and `cascade_stream` share: at most `batch` images together, `rows` through a stage at once."""
-
-    bundle: Bundle
-    stages: list[Stage]
-    rows: int
-    batch: int
-    instances: int
-
-
-def _cascade_model(shared: _CascadeParts, *, streams: bool) -> ModelFolder:
-    bundle = shared.bundle
-    config: dict[str, Any] = {
-        "name": "cascade_stream" if streams else "cascade",
-        "backend": "python",
-        "max_batch_size": shared.batch,
-        "input": row_tensors(STREAM_INPUTS if streams else INPUTS, inputs=True),
-        "output": row_tensors(STREAM_OUTPUTS if streams else OUTPUTS, inputs=False),
-        "instance_group": {"count": shared.instances, "kind": Word("KIND_CPU")},
-        "dynamic_batching": {
-            "max_queue_delay_microseconds": GATHERING,
-            "default_queue_policy": {"max_queue_size": MOST_WAITING},
-        },
-        "parameters": string_map({"rows": str(shared.rows)}, "string_value"),
-    }
-    if streams:
-        config["model_transaction_policy"] = {"decoupled": True}
-    entries = {stage: entry for stage, entry in bundle.manifest.stages.items() if stage in shared.stages}
+def _cascade_models(
+    bundle: Bundle, stages: list[Stage], rows: int, batch: int, instances: int
+) -> Iterator[ModelFolder]:
+    """`cascade` and `cascade_stream`: at most `batch` images together, `rows` of them through a stage at once."""
+    entries = {stage: entry for stage, entry in bundle.manifest.stages.items() if stage in stages}
     manifest = bundle.manifest.model_copy(update={"stages": entries})
-    about = "Images of prompts, with previews." if streams else "Images of prompts."
-    content: dict[str, str | Path] = {
-        "model.py": MODEL_PY.format(about=about, module="cascade_model", name="CascadeModel"),
-        MANIFEST_NAME: to_text(_without_history(manifest)),
-    }
+    files: dict[str, str | Path] = {MANIFEST_NAME: to_text(_without_history(manifest))}
     if manifest.tokenizer and bundle.tokenizer:
-        content[manifest.tokenizer] = bundle.tokenizer
-    return ModelFolder(config, content)
+        files[manifest.tokenizer] = bundle.tokenizer
+    for name, inputs, outputs, about in (
+        ("cascade", INPUTS, OUTPUTS, "Images of prompts."),
+        ("cascade_stream", STREAM_INPUTS, STREAM_OUTPUTS, "Images of prompts, with previews."),
+    ):
+        config: dict[str, Any] = {
+            "name": name,
+            "backend": "python",
+            "max_batch_size": batch,
+            "input": row_tensors(inputs, inputs=True),
+            "output": row_tensors(outputs, inputs=False),
+            "instance_group": {"count": instances, "kind": Word("KIND_CPU")},
+            "dynamic_batching": {
+                "max_queue_delay_microseconds": GATHERING,
+                "default_queue_policy": {"max_queue_size": MOST_WAITING},
+            },
+            "parameters": string_map({"rows": str(rows)}, "string_value"),
+        }
+        if outputs is STREAM_OUTPUTS:
+            config["model_transaction_policy"] = {"decoupled": True}
+        code = MODEL_PY.format(about=about, module="cascade_model", name="CascadeModel")
+        yield ModelFolder(config, {"model.py": code, **files})
 
 
 def _without_history(manifest: Manifest) -> Manifest:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ...converters.checkpoints.component import Component
 from ...converters.checkpoints.open_model import Model, open_model
 from ...schemas.block_types import nbytes_of
 from ...schemas.callbacks import Progress, StartFile
+from ...schemas.choices import stages_of
 from ...schemas.errors import UsageError
 from ...schemas.messages import known_keywords
 from ...schemas.stages import Stage
@@ -136,7 +139,7 @@ def compare_checkpoints(
     Raises UsageError when the checkpoints share no stage or lack a chosen one, CheckpointError when a file cannot be
     read."""
     models = [model if isinstance(model, Model) else open_model([model]) for model in (found, expected)]
-    chosen = [Stage(stage) for stage in stages] or [s for s in models[0].components if s in models[1].components]
+    chosen = list(stages_of(stages)) or [s for s in models[0].components if s in models[1].components]
     if not chosen:
         has = " and ".join(", ".join(model.components) or "nothing" for model in models)
         raise UsageError(f"the two checkpoints have no stage in common; they have {has}")
@@ -211,20 +214,19 @@ def _location(tensor: TensorRange, known: list[tuple[int, str, TensorRange]], na
 
 def _differences(pairs: Mapping[int, Pair], progress: Progress | None) -> Iterator[tuple[int, Difference]]:
     """The difference of each pair, in order."""
-    with MappedFiles() as files, ThreadPoolExecutor(THREADS) as pool:
+    files = MappedFiles()
+    with ThreadPoolExecutor(THREADS) as pool:
         blocks = [(index, pair, span) for index, pair in pairs.items() for span in blocks_of(pair)]
         results = pool.map(lambda block: differences(files, block[1], block[2]), blocks)
-        current: tuple[int, Difference] | None = None
-        for (index, pair, span), difference in zip(blocks, results, strict=True):
-            if current is not None and current[0] == index:
-                difference = current[1].joined(difference)
-            elif current is not None:
-                yield current
-            current = (index, difference)
-            if progress:
-                progress(sum(nbytes_of(tensor.dtype, len(span)) for tensor in (pair.found, pair.expected)))
-        if current is not None:
-            yield current
+
+        def found() -> Iterator[tuple[int, Difference]]:
+            for (index, pair, span), difference in zip(blocks, results, strict=True):
+                if progress:
+                    progress(sum(nbytes_of(tensor.dtype, len(span)) for tensor in (pair.found, pair.expected)))
+                yield index, difference
+
+        for index, parts in groupby(found(), key=lambda item: item[0]):
+            yield index, reduce(Difference.joined, (difference for _, difference in parts))
 
 
 def _judged(match: TensorMatch, difference: Difference) -> TensorMatch:

@@ -3,11 +3,10 @@
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,19 +53,11 @@ class Difference:
 
 
 class MappedFiles:
-    """A context manager that maps each file into memory once and unmaps all at its end."""
+    """Maps each file into memory once; the maps close when this object and all arrays of its bytes are gone."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, Array] = {}
         self._lock = Lock()
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._maps.clear()
-        self._stack.close()
 
     def bytes_of(self, path: Path) -> Array:
         with self._lock:

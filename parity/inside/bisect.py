@@ -18,7 +18,6 @@ from onnx import TensorProto
 from ...runtime.engines.onnxruntime import open_proto
 from ...runtime.engines.protocol import Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
-from ...schemas.callbacks import Say
 from ...schemas.config_json import from_json
 from ...schemas.manifest import MAIN_GRAPH, StageEntry
 from ...schemas.precision import Precision
@@ -42,12 +41,7 @@ SLICE_BYTES = 1 << 30
 
 
 def bisect_stage(
-    bundle: Bundle,
-    stage: Stage,
-    reference: "TorchEngine",
-    *,
-    slice_bytes: int = SLICE_BYTES,
-    say: Say = lambda text: None,
+    bundle: Bundle, stage: Stage, reference: "TorchEngine", *, slice_bytes: int = SLICE_BYTES
 ) -> Bisection:
     """`bisect` on the hardest sample input of the stage. `reference` is a `TorchEngine` of cascadekit's modules.
 
@@ -56,17 +50,11 @@ def bisect_stage(
     embedded = embed_prompts(reference, tokenizer)
     sample = hardest_input(make_inputs(stage, bundle.entry(stage), tokenizer, embedded))
     with reference.load(stage) as runner:
-        return bisect(bundle, stage, runner, sample.inputs, slice_bytes=slice_bytes, say=say)
+        return bisect(bundle, stage, runner, sample.inputs, slice_bytes=slice_bytes)
 
 
 def bisect(
-    bundle: Bundle,
-    stage: Stage,
-    reference: "TorchStage",
-    inputs: Tensors,
-    *,
-    slice_bytes: int = SLICE_BYTES,
-    say: Say = lambda text: None,
+    bundle: Bundle, stage: Stage, reference: "TorchStage", inputs: Tensors, *, slice_bytes: int = SLICE_BYTES
 ) -> Bisection:
     """Compare the stage's graph "model" with `reference` part by part, on `inputs`.
 
@@ -78,10 +66,7 @@ def bisect(
     path = bundle.graph(stage, MAIN_GRAPH)
     run = _Run(CutGraph(path), reference, inputs, path.parent, entry=entry, stage=stage)
     slices = list(run.slices(slice_bytes))
-    parts: list[PartError] = []
-    for number, part in enumerate(slices):
-        say(f"{stage}: part {number + 1} of {len(slices)}")
-        parts += run.compare(part)
+    parts = [error for part in slices for error in run.compare(part)]
     depth = run.depth(slice_bytes)
     note = "the graph computes in bf16: run in fp32, rounded to bf16 after every operation" if run.graph.rounded else ""
     measured = tuple(replace(part, accumulated=depth.get(part.name)) for part in parts)

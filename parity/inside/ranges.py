@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from ml_dtypes import bfloat16, finfo, float8_e4m3fn
+
 from ...runtime.engines.protocol import Tensors
 from ...runtime.text.tokenizer import ClipTokenizer
 from ...schemas.config_json import from_json
@@ -15,11 +18,12 @@ from ...schemas.errors import ExportError
 from ...schemas.fp16 import MARGIN_BITS, Fp16Fit, fit_fp16
 from ...schemas.manifest import StageEntry
 from ...schemas.messages import listed
-from ...schemas.precision import E4M3_MAX, FP16_MAX, Precision
+from ...schemas.precision import FP16_MAX, Precision
 from ...schemas.quantization import Quantization
 from ...schemas.stages import Stage, UNetConfig
 from ...storage.bundle import Bundle
-from ..reference_run import embed_prompts, relative
+from ..compare import relative_l2
+from ..reference_run import embed_prompts
 from ..sample_inputs import StageInput, make_inputs_at
 from ..tolerances import COMPUTE_DTYPES, ROUNDOFF
 from .module_map import PASS, block_of
@@ -30,33 +34,17 @@ if TYPE_CHECKING:
 TIMESTEPS = (0.99, 0.75, 0.5, 0.25, 0.01)
 LOST_BITS = 1.0  # a block is named when its usual values lose more bits
 INFINITE = float("inf")
-
+FP8 = str(Quantization.FP8)  # E4M3
 
 # The precisions that a type's error is predicted from; the first with a finite error is used.
 PREDICTED_FROM: Mapping[str, tuple[Precision, ...]] = {
     "fp16": (Precision.BF16,),
     "bf16": (Precision.FP16, Precision.FP32),
-    "fp8": (Precision.BF16,),
+    FP8: (Precision.BF16,),
 }
-
-
-@dataclass(frozen=True)
-class Format:
-    """A floating-point type. `roundoff` is half the relative distance between its neighbouring numbers.
-
-    With `scaled`, as for fp8, values are first multiplied by `largest` over their own largest magnitude."""
-
-    largest: float
-    smallest_normal: float
-    roundoff: float
-    scaled: bool = False
-
-
-FORMATS: Mapping[str, Format] = {
-    "fp16": Format(FP16_MAX, 2.0**-14, ROUNDOFF[Precision.FP16]),
-    "bf16": Format(3.39e38, 2.0**-126, ROUNDOFF[Precision.BF16]),
-    "fp8": Format(E4M3_MAX, 2.0**-6, 2.0**-4, scaled=True),  # E4M3
-}
+# The floating-point types. Values of fp8 are first multiplied by its largest number over their own largest magnitude.
+TYPES = {"fp16": np.float16, "bf16": bfloat16, FP8: float8_e4m3fn}
+FORMATS: Mapping[str, Any] = {name: finfo(kind) for name, kind in TYPES.items()}  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -78,13 +66,13 @@ class BlockRange:
         return math.log2(FP16_MAX / self.max_abs) if self.max_abs else INFINITE
 
     def overflows(self, kind: str) -> bool:
-        return not FORMATS[kind].scaled and not self.max_abs <= FORMATS[kind].largest
+        return kind != FP8 and not self.max_abs <= float(FORMATS[kind].max)
 
     def lost(self, kind: str) -> float:
         """Bits that the usual value of the module with the smallest values loses as a subnormal number."""
         form = FORMATS[kind]
-        usual = self.usual * (form.largest / self.usual_max if form.scaled and self.usual_max else 1.0)
-        return max(0.0, math.log2(form.smallest_normal / usual)) if usual > 0 else 0.0
+        usual = self.usual * (float(form.max) / self.usual_max if kind == FP8 and self.usual_max else 1.0)
+        return max(0.0, math.log2(float(form.smallest_normal) / usual)) if usual > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -233,15 +221,15 @@ def _errors(runner: "TorchStage", inputs: Tensors) -> dict[str, PrecisionError]:
     for kind in (*Precision, Quantization.FP8):
         dtype = COMPUTE_DTYPES[kind]
         outputs = runner(inputs, dtype)
-        stages[kind] = max(relative(outputs[name], exact_outputs[name]) for name in exact_outputs)
+        stages[kind] = max(relative_l2(outputs[name], exact_outputs[name]) for name in exact_outputs)
         found = runner.watch(inputs, blocks, exact, dtype)
-        own[kind] = {name: relative(found[name], exact[name]) for name in exact}
+        own[kind] = {name: relative_l2(found[name], exact[name]) for name in exact}
     return {kind: _error(kind, stages, own) for kind in FORMATS}
 
 
 def _error(kind: str, stages: Mapping[str, float], own: Mapping[str, Mapping[str, float]]) -> PrecisionError:
     source = next(other for other in PREDICTED_FROM[kind] if math.isfinite(stages[other]))
-    coarser = FORMATS[kind].roundoff / ROUNDOFF[source]
+    coarser = float(FORMATS[kind].eps) / 2 / ROUNDOFF[source]
     worst = max(own[kind], key=lambda name: own[kind][name])
     return PrecisionError(
         predicted=stages[source] * coarser,

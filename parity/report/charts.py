@@ -1,7 +1,7 @@
 """The charts of a parity report, each with a summary in words."""
 
 from ...schemas.precision import E4M3_MAX, FP16_MAX
-from ...schemas.report import ComparisonEntry, DepthEntry, ParityReport
+from ...schemas.report import Comparison, DepthEntry, ParityReport
 from ...schemas.stages import Stage
 from .figures import figure, spaced
 from .svg import Chart, ChartPoint, Level, Series
@@ -15,7 +15,7 @@ def step_charts(report: ParityReport) -> list[Chart]:
     charts = []
     for stage in _stages(report):
         entries = [e for e in report.comparisons if e.stage is stage and e.step is not None]
-        series: dict[str, list[ComparisonEntry]] = {}
+        series: dict[str, list[Comparison]] = {}
         for entry in entries:
             series.setdefault(entry.kind, []).append(entry)
         if not entries:
@@ -33,12 +33,12 @@ def step_charts(report: ParityReport) -> list[Chart]:
     return charts
 
 
-def _step(entry: ComparisonEntry) -> ChartPoint:
+def _step(entry: Comparison) -> ChartPoint:
     assert entry.step is not None
     return ChartPoint(entry.step, entry.relative_l2, f"step {entry.step}", odd=not entry.passed)
 
 
-def _tolerances(entries: list[ComparisonEntry]) -> tuple[Level, ...]:
+def _tolerances(entries: list[Comparison]) -> tuple[Level, ...]:
     """The smallest and the largest tolerance, where there are several."""
     found = [entry.tolerance for entry in entries]
     return tuple(Level(t, f"tolerance {figure(t)}") for t in sorted({min(found), max(found)}))
@@ -77,7 +77,7 @@ def histograms(report: ParityReport) -> list[Chart]:
     return charts
 
 
-def _histogram(title: str, entries: list[ComparisonEntry]) -> Chart:
+def _histogram(title: str, entries: list[Comparison]) -> Chart:
     edges = entries[0].histogram.edges
     counts = [sum(column) for column in zip(*(e.histogram.counts for e in entries), strict=True)]
     exact = sum(e.histogram.exact for e in entries)

@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from ...schemas.report import ComparisonEntry, ParityReport
+from ...schemas.report import Comparison, ParityReport
 from ...schemas.stages import Stage
 from ..tolerances import QUANTISED_IMAGE
 from . import svg
@@ -130,7 +130,7 @@ def _facts(report: ParityReport) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _strain(entry: ComparisonEntry) -> float:
+def _strain(entry: Comparison) -> float:
     """How much of its tolerance a comparison needs; infinite for outputs that no tolerance makes good."""
     if _hopeless(entry):
         return math.inf
@@ -139,7 +139,7 @@ def _strain(entry: ComparisonEntry) -> float:
     return entry.relative_l2 / entry.tolerance if entry.tolerance and entry.relative_l2 < math.inf else math.inf
 
 
-def _hopeless(entry: ComparisonEntry) -> str:
+def _hopeless(entry: Comparison) -> str:
     """Why no tolerance makes the output good; empty when one may."""
     if entry.nonfinite or entry.reference_nonfinite.count:
         return "not finite"
@@ -147,13 +147,13 @@ def _hopeless(entry: ComparisonEntry) -> str:
 
 
 def _stage_rows(report: ParityReport) -> list[tuple[str, ...]]:
-    groups: dict[Stage | None, list[ComparisonEntry]] = {}
+    groups: dict[Stage | None, list[Comparison]] = {}
     for entry in report.comparisons:
         groups.setdefault(entry.stage, []).append(entry)
     return [_stage_row(report, stage, entries) for stage, entries in groups.items()]
 
 
-def _stage_row(report: ParityReport, stage: Stage | None, entries: list[ComparisonEntry]) -> tuple[str, ...]:
+def _stage_row(report: ParityReport, stage: Stage | None, entries: list[Comparison]) -> tuple[str, ...]:
     worst = max(entries, key=_strain)
     facts = report.stages.get(stage) if stage else None
     kinds = [] if facts is None else [facts.precision, *([facts.quantization] if facts.quantization != "none" else [])]
@@ -172,7 +172,7 @@ def _stage_row(report: ParityReport, stage: Stage | None, entries: list[Comparis
     )
 
 
-def _meter(entry: ComparisonEntry) -> Markup:
+def _meter(entry: Comparison) -> Markup:
     """The needed tolerance as a bar over decades, with a mark at the one allowed."""
     strain = _strain(entry)
     decades = math.log10(strain) if 0 < strain < math.inf else (math.inf if strain else -math.inf)
@@ -182,7 +182,7 @@ def _meter(entry: ComparisonEntry) -> Markup:
     return METER.format(text=text, filled=filled, mark=mark, look="fill over" if strain > 1 else "fill")
 
 
-def _comparison_row(e: ComparisonEntry) -> tuple[str, ...]:
+def _comparison_row(e: Comparison) -> tuple[str, ...]:
     return (
         f"{e.name} {list(e.shape)}",
         _hopeless(e) or figure(e.relative_l2),

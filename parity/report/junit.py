@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from ...schemas.report import ComparisonEntry, ParityReport
+from ...schemas.report import Comparison, ParityReport
 
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML 1.0
 
 
 def to_junit(report: ParityReport) -> str:
     """The report as text. There are no times, as a comparison has none of its own."""
-    suites: dict[str, list[ComparisonEntry]] = defaultdict(list)
+    suites: dict[str, list[Comparison]] = defaultdict(list)
     for entry in report.comparisons:
         suites[str(entry.stage or "image")].append(entry)
     root = ElementTree.Element("testsuites", _counted(report.comparisons, report), name="cascadekit parity")
@@ -42,7 +42,7 @@ def to_junit(report: ParityReport) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _counted(entries: Sequence[ComparisonEntry], report: ParityReport | None = None) -> dict[str, str]:
+def _counted(entries: Sequence[Comparison], report: ParityReport | None = None) -> dict[str, str]:
     image = report.image if report else None
     skipped = len(report.left_out) if report else 0
     failures = sum(not entry.passed for entry in entries) + (image is not None and not image.passed)
@@ -57,7 +57,7 @@ def _case(suite: ElementTree.Element, group: str, name: str, failure: str, figur
     ElementTree.SubElement(case, "system-out").text = _clean(figures)
 
 
-def _figures(entry: ComparisonEntry) -> str:
+def _figures(entry: Comparison) -> str:
     return (
         f"needs a tolerance of {entry.relative_l2:.3e}, has {entry.tolerance:.3e}; max abs {entry.max_abs:.3e}, "
         f"mean abs {entry.mean_abs:.3e}, cosine {entry.cosine:.8f}, SNR {entry.snr_db:.1f} dB"

@@ -3,21 +3,24 @@
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.manifest import Manifest
-from ...schemas.report import ImageEntry, ParityReport, StageFacts
+from ...schemas.report import DepthEntry, ImageEntry, ParityReport, RangeEntry, StageFacts
+from ...schemas.stages import Stage
 from ...storage.atomic_file import whole_file
 from ...storage.output_rules import require_apart, require_free, require_writable
 from ..image_metrics import ssim, window
 from ..results import Report
 from .circumstances import Circumstances
-from .entries import comparison_entry, depth_entries, range_entries
 from .html import to_html
 from .junit import to_junit
+
+if TYPE_CHECKING:
+    from ..inside.bisection import PartError
 
 Images = tuple[NDArray[Any], NDArray[Any]]  # found and expected, (B, 3, height, width) in 0..1
 ReportWriter = Callable[[ParityReport, Images | None], str]
@@ -32,8 +35,7 @@ WRITERS: Mapping[str, ReportWriter] = {
 
 def build_report(report: Report, manifest: Manifest, circumstances: Circumstances) -> ParityReport:
     """Everything of one run as plain values."""
-    comparisons = tuple(comparison_entry(comparison) for comparison in report.comparisons)
-    compared = {entry.stage for entry in comparisons} - {None}
+    compared = {comparison.stage for comparison in report.comparisons}
     return ParityReport(
         passed=report.comparisons_passed,
         engine=report.engine,
@@ -47,10 +49,14 @@ def build_report(report: Report, manifest: Manifest, circumstances: Circumstance
             for stage, entry in manifest.stages.items()
             if stage in compared
         },
-        comparisons=comparisons,
+        comparisons=report.comparisons,
         image=_image(report),
-        depth=tuple(entry for bisection in report.bisections for entry in depth_entries(bisection)),
-        ranges=tuple(entry for advice in report.ranges for entry in range_entries(advice)),
+        depth=tuple(_depth_entry(found.stage, part) for found in report.bisections for part in found.parts),
+        ranges=tuple(
+            RangeEntry(stage=advice.stage, name=block.name, max_abs=block.max_abs, precision=advice.computed)
+            for advice in report.ranges
+            for block in advice.blocks
+        ),
         left_out=report.left_out,
         files=circumstances.files,
     )
@@ -86,6 +92,17 @@ def _writer(path: Path) -> ReportWriter:
     if suffix not in WRITERS:
         raise UsageError(f"{path}: a report is one of {', '.join(WRITERS)}; choose a name that ends so")
     return WRITERS[suffix]
+
+
+def _depth_entry(stage: Stage, part: "PartError") -> DepthEntry:
+    return DepthEntry(
+        stage=stage,
+        name=part.label,
+        own=part.relative_l2,
+        floor=part.floor,
+        accumulated=part.accumulated,
+        faulty=part.faulty,
+    )
 
 
 def _image(report: Report) -> ImageEntry | None:

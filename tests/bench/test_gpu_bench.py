@@ -251,7 +251,7 @@ def test_without_a_gpu_nothing_is_started(done: GpuBench, tmp_path: Path, monkey
     monkeypatch.setattr(run, "run_phase", lambda *given: pytest.fail("a phase was started"))
     with pytest.raises(EngineError, match="there is no NVIDIA driver; --tiny --device cpu rehearses"):
         bench_gpu(GpuBench(tmp_path, tiny=True))
-    monkeypatch.setattr(run, "first_gpu", lambda: DriverGpu("NVIDIA H200", 1 << 37))
+    monkeypatch.setattr(run, "first_gpu", lambda: DriverGpu("NVIDIA H200", 1 << 37, "sm90"))
     with pytest.raises(EngineError, match="onnxruntime cannot use the GPU: this ONNX Runtime has no CUDAExecution"):
         bench_gpu(GpuBench(tmp_path, tiny=True))
     kept: list[str] = []

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
+from cascadekit import convert
 from cascadekit.cli import main
 from cascadekit.cli.lazy import LazyGroup
 from cascadekit.cli.remaining import Remaining, StagePass
@@ -162,14 +163,16 @@ def test_quiet_completion_is_json_alone() -> None:
 
 def test_dry_runs_write_nothing_and_know_the_sizes(tiny: Path, tmp_path: Path) -> None:
     """Names and sizes are compared with those of the weights that the real run writes, less their headers."""
+    convert(tiny / "original" / "stage_c.safetensors", tmp_path / "blocks.gguf", "gguf", quantize="q8_0")
     for command in (
+        ("export", tmp_path / "blocks.gguf", "-o", tmp_path / "wide"),
         ("convert", tiny / "original", "-o", tmp_path / "model", "--to", "diffusers", "--dtype", "bf16"),
         ("export", tiny / "model", "-o", tmp_path / "bundle", "--precision", "fp16"),
         ("export", tiny / "model", "-o", tmp_path / "ort", "--target", "ort", "--weights", "copy"),
     ):
         plan = json.loads(call(*command, "--dry-run", "--json").stdout)
         assert not list(tmp_path.glob(f"{Path(plan['output']).name}*"))
-        assert sum(file["bytes"] for file in plan["reads"]) > 5e6
+        assert sum(file["bytes"] for file in plan["reads"]) > (1e6 if "blocks" in str(command) else 5e6)
         assert call(*command).exit_code == 0
         for file in plan["writes"]:
             written = (Path(plan["output"]) / file["path"]).stat().st_size

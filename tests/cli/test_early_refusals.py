@@ -34,7 +34,7 @@ ROWS = [
     (f"convert {HF} --to gguf -o x.safetensors", 2, "a name in .safetensors does not fit --to gguf"),
     (f"export {HF} -o file/x", 2, "file/x: {here}/file is no folder"),
     (f"export {HF} -o {{bundle}}", 2, "exists already, with"),
-    (f"export {HF} -o x --stage vqgan --fp16-safe auto", 2, "--fp16-safe auto is for a prior or decoder in fp16"),
+    (f"export {HF} -o x --stage vqgan --fp16-safe auto", 2, "--fp16-safe auto is for a prior, decoder or vqgan"),
     (f"export {HF} -o x --stage vqgan --controlnet", 2, "--controlnet is for the prior"),
     (f"export {HF} -o x --precision fp16 --calibration file/c", 2, "file/c: {here}/file is no folder"),
     (f"build {HF} -o x --arch sm89", 1, "tensorrt-rtx is not installed"),

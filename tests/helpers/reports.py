@@ -5,14 +5,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadekit.parity.compare import compare
-from cascadekit.parity.comparison import Comparison, Kind, Subject
+from cascadekit.parity.compare import Kind, Subject, compare
 from cascadekit.parity.report.circumstances import Circumstances
 from cascadekit.parity.report.write_report import build_report
 from cascadekit.parity.results import Report
 from cascadekit.schemas.manifest import Manifest
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.report import ComparedFile, DepthEntry, ParityReport, RangeEntry
+from cascadekit.schemas.report import ComparedFile, Comparison, DepthEntry, ParityReport, RangeEntry
 from cascadekit.schemas.stages import Stage
 
 Images = tuple[NDArray[np.float32], NDArray[np.float32]]

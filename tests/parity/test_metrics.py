@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cascadekit.parity import compare as metrics
-from cascadekit.parity import value_counts
 from cascadekit.parity.compare import compare, relative_l2
 from cascadekit.parity.image_metrics import psnr, ssim
-from cascadekit.parity.value_counts import HISTOGRAM_EDGES, ValueCount, ulp_distance
+from cascadekit.parity.value_counts import HISTOGRAM_EDGES, ulp_distance
 from cascadekit.schemas.errors import ParityError
 from cascadekit.schemas.precision import Precision
+from cascadekit.schemas.report import ValueCountEntry
 
 RNG = np.random.default_rng(0)
 NUMPY = {Precision.FP16: np.float16, Precision.BF16: ml_dtypes.bfloat16, Precision.FP32: np.float32}
@@ -27,14 +26,10 @@ def pair(shape: tuple[int, ...], scale: float, error: float, dtype: type = np.fl
     return (reference * (1 + error * RNG.standard_normal(shape))).astype(dtype), reference.astype(dtype)
 
 
-@pytest.fixture(params=[7, 1 << 13])
-def small_slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few values at a time, so that tensors of a test span many slices; and the real size."""
-    monkeypatch.setattr(metrics, "SLICE", request.param)
-    monkeypatch.setattr(value_counts, "SPARE", request.param)
+def counted(count: int, *first: int) -> ValueCountEntry:
+    return ValueCountEntry(count=count, first=first)
 
 
-@pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1.0, 1e30])  # the first: subnormals of float32
 def test_errors_are_numpys_and_torchs(scale: float) -> None:
     found, reference = pair((3, 5, 201), scale, 1e-3)
@@ -73,14 +68,12 @@ def test_arrays_of_unlike_sizes_and_signs() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001, 5003])
-@pytest.mark.usefixtures("small_slices")
 def test_percentiles_of_few_and_of_many_values(count: int) -> None:
     found, reference = RNG.random(count), np.ones(count)
     expected = np.percentile(np.abs(found - reference), 99.9)
     assert compare("x", found, reference, 1.0).p999_abs == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.usefixtures("small_slices")
 def test_special_values_are_counted_and_placed() -> None:
     found, reference = pair((4, 5, 6), 1.0, 1e-3)
     found[1, 2, 3] = found[3, 0, 0] = np.nan
@@ -91,11 +84,11 @@ def test_special_values_are_counted_and_placed() -> None:
     reference[2, 0, 1:3] = found[2, 0, 1:3]
     reference[3, 4, 5] = np.nan
     c = compare("x", found, reference, 1.0)
-    assert c.nan == ValueCount(2, (1, 2, 3))
-    assert c.positive_infinity == ValueCount(1, (2, 4, 5))
-    assert c.negative_infinity == ValueCount(3, (0, 1, 2))
-    assert c.beyond_fp16 == ValueCount(1, (2, 0, 1))
-    assert c.reference_nonfinite == ValueCount(1, (3, 4, 5))
+    assert c.nan == counted(2, 1, 2, 3)
+    assert c.positive_infinity == counted(1, 2, 4, 5)
+    assert c.negative_infinity == counted(3, 0, 1, 2)
+    assert c.beyond_fp16 == counted(1, 2, 0, 1)
+    assert c.reference_nonfinite == counted(1, 3, 4, 5)
     assert c.nonfinite == 6
     assert c.failures == ("6 values are NaN or infinite", "1 values of the reference are NaN or infinite")
     finite = np.isfinite(found) & np.isfinite(reference)
@@ -103,14 +96,14 @@ def test_special_values_are_counted_and_placed() -> None:
     assert c.relative_l2 == pytest.approx(np.linalg.norm(x - r) / np.linalg.norm(r))
     assert c.p999_abs == pytest.approx(np.percentile(np.abs(x - r), 99.9))
     assert c.worst == np.unravel_index(np.where(finite, np.abs(found - reference), -1).argmax(), found.shape)
-    assert math.isnan(relative_l2(found, reference))
+    assert relative_l2(found, reference) == math.inf
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nothing_but_special_values(bad: float) -> None:
     c = compare("x", np.full(5, bad, np.float32), RNG.random(5, np.float32), 1.0)
     assert not c
-    assert (c.nonfinite, c.max_abs, c.worst, c.histogram.total) == (5, 0, None, 0)
+    assert (c.nonfinite, c.max_abs, c.worst, sum(c.histogram.counts)) == (5, 0, None, 0)
 
 
 def test_constant_and_empty() -> None:
@@ -168,7 +161,6 @@ def test_ulp_distance_rounds_as_torch(precision: Precision) -> None:
     assert not ulp_distance(values.astype(np.float64), rounded, precision).any()
 
 
-@pytest.mark.usefixtures("small_slices")
 def test_ulp_in_a_comparison() -> None:
     found, reference = pair((50,), 1.0, 1e-2)
     bits = [a.astype(ml_dtypes.bfloat16).view(np.int16).astype(int) for a in (found, reference)]
@@ -179,7 +171,6 @@ def test_ulp_in_a_comparison() -> None:
     assert compare("x", found, reference, 1.0).ulp_max is None
 
 
-@pytest.mark.usefixtures("small_slices")
 def test_histogram_is_numpys() -> None:
     found, reference = pair((3000,), 20.0, 1e-4)
     found[:7] = reference[:7]
@@ -192,7 +183,7 @@ def test_histogram_is_numpys() -> None:
     assert c.histogram.counts == tuple(counts)
     outside = (c.histogram.exact, c.histogram.below, c.histogram.above)
     assert outside == (np.count_nonzero(error == 0), np.count_nonzero((error < 1e-12) & (error > 0)), 1)
-    assert c.histogram.total == 3000
+    assert sum(c.histogram.counts) + sum(outside) == 3000
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -212,15 +203,15 @@ def test_it_prints_the_tolerance_it_needs() -> None:
     assert not compare("x", found, reference, np.nextafter(c.needed, 0))
 
 
-def test_a_large_tensor_takes_little_beside_itself() -> None:
-    reference = RNG.standard_normal((4, 16, 256, 256), dtype=np.float32)  # 17 MB
+def test_a_large_tensor_takes_a_few_times_its_size() -> None:
+    reference = RNG.standard_normal((4, 16, 256, 256), dtype=np.float32)
     found = reference + np.float32(1e-4)
     tracemalloc.start()
     compare("x", found, reference, 1.0, Precision.FP16)
     compare("x", found.transpose(0, 2, 3, 1), reference.transpose(0, 2, 3, 1), 1.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2_000_000
+    assert peak < 16 * reference.nbytes
 
 
 @pytest.mark.parametrize("size", [(11, 11), (11, 40), (32, 32), (67, 101), (128, 96)])

@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascadekit.parity.compare import compare
-from cascadekit.parity.compare_engine import _Pass as Pass
-from cascadekit.parity.comparison import Kind, Subject
-from cascadekit.parity.report.entries import comparison_entry
+from cascadekit.parity.compare import Kind, Subject, compare
+from cascadekit.parity.reference_run import ReferencePass
 from cascadekit.parity.report.figures import figure
 from cascadekit.parity.report.image_slider import amplification
 from cascadekit.parity.report.svg import decade
@@ -73,18 +71,23 @@ def page(tmp_path: Path, run: Report, images: Images | None = None, **more: str)
 @pytest.mark.parametrize(
     ("made", "name", "kind", "step"),
     [
-        (Pass(Stage.PRIOR, {}, {}, "batch 1"), "prior: noise_pred (batch 1)", "stage", None),
-        (Pass(Stage.CONTROLNET_CANNY, {}, {}, "t 1"), "controlnet/canny: noise_pred (t 1)", "stage", None),
-        (Pass(Stage.DECODER, {}, {}, step=12), "teacher-forced: decoder pass 12, noise_pred", "teacher-forced", 12),
+        (ReferencePass(Stage.PRIOR, {}, {}, "batch 1"), "prior: noise_pred (batch 1)", "stage", None),
+        (ReferencePass(Stage.CONTROLNET_CANNY, {}, {}, "t 1"), "controlnet/canny: noise_pred (t 1)", "stage", None),
+        (
+            ReferencePass(Stage.DECODER, {}, {}, step=12),
+            "teacher-forced: decoder pass 12, noise_pred",
+            "teacher-forced",
+            12,
+        ),
     ],
 )
-def test_entries_say_where_a_comparison_belongs(made: Pass, name: str, kind: str, step: int | None) -> None:
+def test_entries_say_where_a_comparison_belongs(made: ReferencePass, name: str, kind: str, step: int | None) -> None:
     """What a comparison is about is data from the pass to the report; names are for people alone."""
-    entry = comparison_entry(comparison(made.subject("noise_pred", "")))
+    entry = comparison(made.subject("noise_pred", ""))
     assert (entry.name, entry.kind, entry.stage, entry.step) == (name, kind, made.stage, step)
-    anything = comparison_entry(comparison(Subject("vqgan step 7", Kind.TRAJECTORY, made.stage, 3)))
+    anything = comparison(Subject("vqgan step 7", Kind.TRAJECTORY, made.stage, 3))
     assert (anything.kind, anything.stage, anything.step) == ("trajectory", made.stage, 3)
-    assert comparison_entry(comparison(IMAGE)).stage is None
+    assert comparison(IMAGE).stage is None
 
 
 def test_the_published_schema_is_that_of_the_models() -> None:
@@ -118,7 +121,7 @@ def test_a_comparison_keeps_all_its_figures() -> None:
     reference = rng.standard_normal(50)
     found = reference + 1e-3
     found[7] = np.nan
-    entry = comparison_entry(compare(alone("prior", "y"), found, reference, 1.0))
+    entry = compare(alone("prior", "y"), found, reference, 1.0)
     assert entry.nan.count == 1
     assert entry.nan.first == (7,)
     assert entry.max_abs == pytest.approx(1e-3)

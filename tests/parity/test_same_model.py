@@ -13,8 +13,7 @@ from cascadekit import convert, export
 from cascadekit.cli import main
 from cascadekit.cli.verify_print import next_steps
 from cascadekit.converters.checkpoints.open_model import open_model
-from cascadekit.parity.compare import compare
-from cascadekit.parity.comparison import Subject
+from cascadekit.parity.compare import Subject, compare
 from cascadekit.parity.results import Report
 from cascadekit.parity.same_model import ModelDifference, cause, differences
 from cascadekit.schemas.precision import Precision

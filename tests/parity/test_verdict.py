@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.parity.comparison import Comparison
 from cascadekit.parity.results import Report
 from cascadekit.parity.verdict import KEPT, make_verdict, record_verdict, warning
 from cascadekit.schemas.errors import CheckpointError
 from cascadekit.schemas.manifest import MANIFEST_NAME, parse_manifest, to_text
+from cascadekit.schemas.report import Comparison
 from cascadekit.schemas.stages import Stage
 from cascadekit.schemas.verdicts import Verdict, verdict_of
 from cascadekit.storage.bundle import Bundle, open_bundle

@@ -120,7 +120,7 @@ def test_floors_are_the_errors_of_the_reference_itself(tiny: Path) -> None:
     model = open_model([tiny / "model"])
     bundle = open_bundle(tiny / "bundle")
     expected = run_reference(reference_engine(model, ALL), bundle, [Stage.VQGAN])
-    inputs = expected.inputs[0].inputs
+    inputs = expected.passes[0].inputs
     exact, *rough = (
         reference_engine(model, ALL, dtype=dtype).load(Stage.VQGAN)(inputs)["images"].astype(np.float64)
         for dtype in ("F64", "F32", "F16", "BF16")
@@ -136,8 +136,8 @@ def test_the_floor_of_a_quantisation_is_that_of_the_worst_input(example: Path) -
     engine, kind = reference_engine(open_model([EXAMPLE_MODEL]), ALL), Quantization.INT4
     expected = run_reference(engine, open_bundle(example), [Stage.DECODER], kinds=[kind])
     with engine.load(Stage.DECODER) as runner:
-        rough = [runner(each.inputs, kind)["noise_pred"] for each in expected.inputs]
-    exact = [output["noise_pred"] for output in expected.outputs]
+        rough = [runner(each.inputs, kind)["noise_pred"] for each in expected.passes]
+    exact = [each.outputs["noise_pred"] for each in expected.passes]
     errors = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(rough, exact, strict=True)]
     assert max(errors) > 5 * errors[0]
     assert expected.floors[Stage.DECODER][kind] == pytest.approx(max(errors), rel=1e-4)
@@ -145,23 +145,23 @@ def test_the_floor_of_a_quantisation_is_that_of_the_worst_input(example: Path) -
 
 def test_tolerances_are_floors_times_factors(tiny: Path) -> None:
     entry = open_bundle(tiny / "bundle").entry(Stage.PRIOR)
-    fine = stage_tolerance(entry, "onnxruntime", None, {Precision.FP32: 1e-6})
+    fine = stage_tolerance(entry, None, {Precision.FP32: 1e-6})
     assert fine.tolerance == pytest.approx(fine.factor * 1e-6)
-    coarse = stage_tolerance(entry, "openvino-bf16", Precision.BF16, {Precision.FP32: 1e-6, Precision.BF16: 1e-2})
+    coarse = stage_tolerance(entry, Precision.BF16, {Precision.FP32: 1e-6, Precision.BF16: 1e-2})
     assert coarse.tolerance == pytest.approx(coarse.factor * 1e-2)
-    none = stage_tolerance(entry, "onnxruntime", None, {Precision.FP32: 0.0})
+    none = stage_tolerance(entry, None, {Precision.FP32: 0.0})
     assert none.tolerance == pytest.approx(none.factor * ROUNDOFF[Precision.FP32])
     fp16 = entry.model_copy(update={"precision": Precision.FP16})
-    overflowed = stage_tolerance(fp16, "onnxruntime", None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
+    overflowed = stage_tolerance(fp16, None, {Precision.FP16: float("inf"), Precision.BF16: 1e-2})
     assert overflowed.tolerance == pytest.approx(overflowed.factor * 1e-2)
     int4 = entry.model_copy(update={"quantization": Quantization.INT4})
     floors = {Precision.FP32: 1e-6, Quantization.INT4: 0.06, Quantization.INT8: 0.01}
-    assert stage_tolerance(int4, "onnxruntime", None, floors).tolerance == QUANTIZED_FACTOR * 0.06
+    assert stage_tolerance(int4, None, floors).tolerance == QUANTIZED_FACTOR * 0.06
     hopeless = {**floors, Quantization.INT4: float("inf")}
-    assert stage_tolerance(int4, "onnxruntime", None, hopeless).tolerance == MAX_QUANTIZED_TOLERANCE
+    assert stage_tolerance(int4, None, hopeless).tolerance == MAX_QUANTIZED_TOLERANCE
     fp8 = entry.model_copy(update={"quantization": Quantization.FP8})
-    assert stage_tolerance(fp8, "x", None, floors).tolerance == pytest.approx(0.1)
-    assert stage_tolerance(int4, "x", None, {}).tolerance == pytest.approx(0.5)
+    assert stage_tolerance(fp8, None, floors).tolerance == pytest.approx(0.1)
+    assert stage_tolerance(int4, None, {}).tolerance == pytest.approx(0.5)
 
 
 def test_gains_foresee_how_errors_grow(tiny: Path, expected: ReferenceOutputs) -> None:
@@ -209,17 +209,18 @@ def test_the_reference_computes_in_what_is_asked_for(tiny: Path, precision: str)
 
 def test_a_recording_is_what_was_expected(expected: ReferenceOutputs, recording: Path) -> None:
     loaded = read_recording(recording).outputs
-    assert [(c.stage, c.label, c.t) for c in loaded.inputs] == [(c.stage, c.label, c.t) for c in expected.inputs]
-    for one, other in zip(loaded.outputs, expected.outputs, strict=True):
-        assert {name: value.tobytes() for name, value in one.items()} == {
-            name: value.tobytes() for name, value in other.items()
+    assert [(c.stage, c.label, c.t) for c in loaded.passes] == [(c.stage, c.label, c.t) for c in expected.passes]
+    for one, other in zip(loaded.passes, expected.passes, strict=True):
+        assert {name: value.tobytes() for name, value in one.outputs.items()} == {
+            name: value.tobytes() for name, value in other.outputs.items()
         }
     assert loaded.trajectory is not None
     assert expected.trajectory is not None
     assert loaded.floors == expected.floors
     assert loaded.trajectory.gains == expected.trajectory.gains
     assert loaded.trajectory.image_gain == expected.trajectory.image_gain
-    assert len(loaded.trajectory.calls) == len(expected.trajectory.calls)
+    steps = [(call.stage, call.step) for call in expected.trajectory.calls]
+    assert [(call.stage, call.step) for call in loaded.trajectory.calls] == steps
     tape = reproduce_noise(expected.trajectory)
     assert tape.keys() == loaded.trajectory.noise.keys()
     with safe_open(recording, "np") as file:  # as another library reads it
@@ -277,10 +278,11 @@ def test_what_is_no_recording_is_said_so(tiny: Path, recording: Path, tmp_path: 
         file.truncate(100_000)
     with pytest.raises(CheckpointError):
         read_recording(tmp_path / "cut")
-    damaged = recording.read_bytes().replace(b'\\"calls\\": [', b'\\"calms\\": [', 1)
-    (tmp_path / "damaged").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match="a damaged recording"):
-        read_recording(tmp_path / "damaged")
+    for key in (b"calls", b"reference"):
+        damaged = recording.read_bytes().replace(b'\\"' + key + b'\\":', b'\\"' + key[:-1] + b'X\\":', 1)
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="a damaged recording"):
+            read_recording(tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(

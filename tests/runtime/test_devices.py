@@ -17,7 +17,7 @@ from cascadekit.schemas.errors import UsageError
 from cascadekit.storage.bundle import open_bundle
 from helpers.fake_ort_cuda import CPU, CUDA, TENSORRT, FakeOrtCuda
 
-GPU = DriverGpu("NVIDIA Fake 4090", 24 << 30)
+GPU = DriverGpu("NVIDIA Fake 4090", 24 << 30, "sm89")
 
 
 def found(monkeypatch: pytest.MonkeyPatch, gpu: DriverGpu | str, **ort: Any) -> FakeOrtCuda:
@@ -85,9 +85,10 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         cuDeviceGet=lambda device, number: set_value(device, 3),
         cuDeviceGetName=name,
         cuDeviceTotalMem_v2=lambda memory, device: set_value(memory, 150 << 30),
+        cuDeviceGetAttribute=lambda value, attribute, device: set_value(value, {75: 9, 76: 0}[attribute]),  # of cuda.h
     )
     monkeypatch.setattr(ctypes, "CDLL", lambda library: driver)
-    assert first_gpu() == DriverGpu("NVIDIA H200", 150 << 30)
+    assert first_gpu() == DriverGpu("NVIDIA H200", 150 << 30, "sm90")
     driver.cuInit = lambda flags: 100
     assert first_gpu() == "the NVIDIA driver offers no GPU (cuInit failed with 100)"
 

@@ -168,10 +168,12 @@ def test_bf16_is_refused_where_nothing_computes_it(tiny: Path, tmp_path: Path) -
     ("wishes", "stages", "words"),
     [
         (ExportOptions(fp16_safe="auto"), (), 'add precision="fp16"'),
-        (ExportOptions(precision=Precision.FP16, fp16_safe=3), (Stage.VQGAN,), "for a prior or decoder"),
-        (ExportOptions(calibration="x.json"), (), "for a prior or decoder in fp16"),
+        (ExportOptions(precision=Precision.FP16, fp16_safe=3), (Stage.TEXT_ENCODER,), "for a prior, decoder or"),
+        (ExportOptions(calibration="x.json"), (), "for a prior, decoder or vqgan in fp16"),
         (ExportOptions(precision=Precision.FP16, fp16_safe="off", calibration="x.json"), (), "without fp16_safe"),
         (ExportOptions(controlnet=True), (Stage.VQGAN,), "for the prior"),
+        (ExportOptions(vqgan_scale=0.43), (Stage.PRIOR,), "vqgan_scale=0.43 is for the vqgan, which is not exported"),
+        (ExportOptions(quantize="int8"), (Stage.VQGAN,), 'quantize="int8" is for prior, decoder'),
         (
             ExportOptions(precisions={Stage.PRIOR: Precision.BF16}),
             (Stage.VQGAN,),
@@ -185,6 +187,15 @@ def test_wishes_that_make_no_sense_are_refused(
     with pytest.raises(UsageError, match=words):
         export(tiny / "model", tmp_path / "out", stages=stages, options=wishes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vqgan_alone_is_measured_too(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    measured = export(tiny / "model", tmp_path / "1", stages=["vqgan"], precision="fp16", calibration=file)
+    assert file.is_file()
+    given = export(tiny / "model", tmp_path / "2", stages=["vqgan"], precision="fp16", fp16_safe=3)
+    assert measured.stages[Stage.VQGAN].exponents == {}
+    assert set(given.stages[Stage.VQGAN].exponents.values()) == {3}
 
 
 def run(*arguments: object, code: int = 0) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
@@ -270,6 +271,22 @@ def test_weights_that_lie_elsewhere(bundle: Path, key: str, value: str, message:
         next(entry for entry in tensor.external_data if entry.key == key).value = value
 
     assert message in changed(bundle, move)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("int8", "ort"), ("int4", "tensorrt"), ("fp8", "portable")])
+def test_weights_in_8_and_4_bits(tiny: Path, tmp_path: Path, kind: str, target: str) -> None:
+    bundle = tmp_path / "bundle"
+    export(tiny / "model", bundle, stages=["prior"], weights="copy", quantize=kind, target=target)
+    assert found(bundle)["valid"]
+    path = bundle / "prior/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name.endswith(".weight_quantized"))
+    length = next(entry for entry in tensor.external_data if entry.key == "length")
+    values = {"int8": 1, "int4": 2, "fp8": 1}[kind] * int(length.value)
+    assert values == np.prod(tensor.dims)
+    length.value = str(int(length.value) - 1)
+    onnx.save(model, path)
+    assert f"expected {int(length.value) + 1} for" in " ".join(problems(found(bundle)))
 
 
 def test_weights_behind_a_symbolic_link(bundle: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ TEXT = TextEncoderConfig(64, 96, 2, 2, 24, vocab_size=50, eos_token_id=49)
 def test_each_layer_is_measured_on_what_goes_into_it(export: Callable[..., Exported], config: NetworkConfig) -> None:
     """Against hooks on the PyTorch reference with the same inputs."""
     graph, scheme = export(config), Scheme(INT4, ORT)
-    inputs = seeded_inputs(config, 0)
+    inputs = seeded_inputs(config)
     choice = choose_layers(config, read_header(graph.path.with_name("weights.safetensors")).tensors, scheme)
     measured = {layer.module: layer.error for layer in choice.layers if layer.error is not None}
     assert set(measured) == set(candidates(config.stage, expected_tensors(config)))

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto
 
 from cascadekit.converters.onnx import GraphOptions, write_graph
-from cascadekit.converters.onnx.writers import MODEL, WRITERS
+from cascadekit.converters.onnx.writers import WRITERS
+from cascadekit.schemas.manifest import MAIN_GRAPH
 from cascadekit.schemas.precision import Precision, Target
 from cascadekit.schemas.stages import PRESETS, NetworkConfig, Stage, UNetConfig, Variant
 from cascadekit.schemas.unet_blocks import streams_of
@@ -47,7 +48,7 @@ def folded(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str]]:
 def test_no_large_weight_goes_through_the_host(config: NetworkConfig, precision: Precision) -> None:
     """Except the transposed convolutions of bf16, which CUDA computes in fp32."""
     options = GraphOptions(precision, Target.ORT, exponents=exponents_of(config, precision))
-    for name in [name for name in WRITERS[config.stage] if name != MODEL or not isinstance(config, UNetConfig)]:
+    for name in [name for name in WRITERS[config.stage] if name != MAIN_GRAPH or not isinstance(config, UNetConfig)]:
         model = write_graph(config, places_of(config, STORED[precision], biases=True), options, name)
         sizes = {tensor.name: prod(tensor.dims) for tensor in model.graph.initializer}
         readers = {each: node.op_type for node in model.graph.node for each in node.input}

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from cascadekit.cli import main
-from cascadekit.converters.tensorrt import BuildOptions, build, builder
-from cascadekit.converters.tensorrt import device as devices
+from cascadekit.converters.tensorrt import BuildOptions, build, builder, device
+from cascadekit.runtime.engines.nvidia_driver import DriverGpu
 from cascadekit.schemas.errors import EngineError
 from cascadekit.schemas.plan_entries import DeviceEntry
 from cascadekit.schemas.profiles import Bounds, parse_image_size
@@ -230,44 +230,10 @@ def test_targets_are_for_rtx(bundle: Path, installed: Any) -> None:
     assert "TensorRT builds for the GPU it runs on; --arch is for --backend tensorrt-rtx" in result.stderr
 
 
-class Driver:
-    """CUDA's driver, as far as it is asked."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return 0 if self.count else 100
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = self.count
-        return 0
-
-    def cuDeviceGet(self, handle: Any, number: int) -> int:  # noqa: N802
-        handle._obj.value = number
-        return 0
-
-    def cuDeviceGetName(self, name: Any, size: int, handle: Any) -> int:  # noqa: N802
-        name.value = b"NVIDIA GeForce RTX 5090"
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, handle: Any) -> int:  # noqa: N802
-        value._obj.value = {75: 12, 76: 0}[attribute]  # as cuda.h numbers them
-        return 0
-
-
 def test_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(1))
-    assert devices.present_device() == DeviceEntry(name="NVIDIA GeForce RTX 5090", capability="sm120")
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(0))
-    with pytest.raises(EngineError, match='the driver finds none; backend="tensorrt-rtx" builds without a GPU'):
-        devices.present_device()
-
-    def missing(name: str) -> Any:
-        raise OSError(name)
-
-    monkeypatch.setattr(devices.ctypes, "CDLL", missing)
-    with pytest.raises(
-        EngineError, match='there is no NVIDIA driver here; backend="tensorrt-rtx" builds without a GPU'
-    ):
-        devices.present_device()
+    """`tests/runtime/test_devices.py` has the calls of the driver."""
+    monkeypatch.setattr(device, "first_gpu", lambda: DriverGpu("NVIDIA GeForce RTX 5090", 32 << 30, "sm120"))
+    assert device.present_device() == DeviceEntry(name="NVIDIA GeForce RTX 5090", capability="sm120")
+    monkeypatch.setattr(device, "first_gpu", lambda: "there is no NVIDIA driver")
+    with pytest.raises(EngineError, match='there is no NVIDIA driver; backend="tensorrt-rtx" builds without a GPU'):
+        device.present_device()
