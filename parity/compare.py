@@ -129,13 +129,16 @@ def _figures(x: Array, r: Array, error: Array) -> dict[str, Any]:
 
 
 def _relative_errors(x: Array, r: Array, error: Array) -> dict[str, Any]:
+    known, size = r != 0, np.abs(r)
+    if not known.all():
+        error, size = error[known], size[known]
     with np.errstate(over="ignore"):
-        relative = error[r != 0] / np.abs(r[r != 0])
+        relative = np.divide(error, size, out=size)  # in place: arrays may be large
     return {
         "max_rel": _peak(relative),
         "mean_rel": _mean(relative),
         "p999_rel": _p999(relative),
-        "off_zero": int(np.count_nonzero(x[r == 0])),
+        "off_zero": int(np.count_nonzero(x[~known])),
     }
 
 

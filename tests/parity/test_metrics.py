@@ -203,7 +203,7 @@ def test_it_prints_the_tolerance_it_needs() -> None:
     assert not compare("x", found, reference, np.nextafter(c.needed, 0))
 
 
-def test_a_large_tensor_takes_a_few_times_its_size() -> None:
+def test_a_large_tensor_takes_eleven_times_its_size_at_most() -> None:
     reference = RNG.standard_normal((4, 16, 256, 256), dtype=np.float32)
     found = reference + np.float32(1e-4)
     tracemalloc.start()
@@ -211,7 +211,7 @@ def test_a_large_tensor_takes_a_few_times_its_size() -> None:
     compare("x", found.transpose(0, 2, 3, 1), reference.transpose(0, 2, 3, 1), 1.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 16 * reference.nbytes
+    assert peak < 11 * reference.nbytes
 
 
 @pytest.mark.parametrize("size", [(11, 11), (11, 40), (32, 32), (67, 101), (128, 96)])
