@@ -93,8 +93,8 @@ MACHINERY: Sequence[Option] = (
         "--engine",
         [AUTO, *ENGINES],
         "auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU "
-        "that multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime. Images in bf16 differ "
-        "slightly from those in fp32, the precision of all others; -mapped needs little memory.",
+        "that multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime, as for small networks. "
+        "Images in bf16 differ slightly from those in fp32, the precision of all others; -mapped needs little memory.",
         default=AUTO,
     ),
     click.option(

@@ -152,11 +152,22 @@ def _has_plans(bundle: "Bundle", backend: "Backend") -> bool:
     return has_plans(bundle, backend)
 
 
+# Multiply-adds of an image from which a bf16 engine is worth its start: compiling every graph, or importing torch.
+# docs/gpu.md has the measurement. The lite cascade needs seventy times as many at 1024x1024.
+WORTH_A_START = 5e11
+
+
+def _is_worth_a_start(bundle: "Bundle") -> bool:
+    from ...schemas.passes import usual_work
+
+    return usual_work(bundle.manifest) >= WORTH_A_START
+
+
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
     """True if the CPU multiplies bf16, the graphs are not in bf16, and their weights are files beside them.
 
-    OpenVINO knows what its kernels can do, but importing it takes half a second."""
-    if not cpu_flags.may_compute_bf16():
+    False for small networks. OpenVINO knows what its kernels can do, but importing it takes half a second."""
+    if not cpu_flags.may_compute_bf16() or not _is_worth_a_start(bundle):
         return False
     from ...schemas.manifest import MAIN_GRAPH
     from ...schemas.precision import Precision
@@ -184,11 +195,12 @@ def _has_packages(bundle: "Bundle", device: str) -> bool:
 def _torch_computes_bf16(bundle: "Bundle") -> bool:
     """True if the CPU multiplies bf16, no stage is quantised, and torch is installed.
 
-    torch comes last, because importing it takes seconds."""
+    False for small networks. torch comes last, because importing it takes seconds."""
     from ...schemas.quantization import Quantization
 
     quantised = any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values())
-    return cpu_flags.multiplies_bf16() and not quantised and _torch_is_installed()
+    wanted = cpu_flags.multiplies_bf16() and not quantised and _is_worth_a_start(bundle)
+    return wanted and _torch_is_installed()
 
 
 @dataclass(frozen=True)
