@@ -121,6 +121,7 @@ def test_openvino_refuses_bf16_graphs(
 ) -> None:
     """OpenVINO 2026.4 would load them and return noise: a relative error of 0.6 in the VQGAN, on any CPU."""
     export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], precision="bf16")
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     bundle = open_bundle(tmp_path / "bundle")
     monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: has_bf16)
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: has_bf16)
@@ -185,6 +186,7 @@ def test_auto_asks_torch_for_nothing_where_the_cpu_has_no_bf16(
 ) -> None:
     """Importing torch took three of the four seconds of a small image."""
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(cpu_flags, "CPUINFO", tiny / "missing")
     monkeypatch.setattr(engine_table, "require_torch", lambda: pytest.fail("torch was imported"))
@@ -229,6 +231,7 @@ def test_auto_does_without_openvino(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
     assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
