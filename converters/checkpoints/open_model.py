@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
-from ...schemas.folders import MODULAR_INDEX, PLACES, TOKENIZER_FOLDERS, preferred_variants, read_weights_name
+from ...schemas.folders import (
+    MANIFEST_NAME,
+    MODEL_INDEXES,
+    MODULAR_INDEX,
+    PLACES,
+    TOKENIZER_FOLDERS,
+    preferred_variants,
+    read_weights_name,
+)
+from ...schemas.messages import listed
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
@@ -24,6 +33,7 @@ ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
 EMA_SUFFIX = "_ema"  # Stability's trainer saves averaged weights in a file of this suffix beside the trained ones
 PIPELINE_INDEX = "model_index.json"
+MODEL_MARKS = (*MODEL_INDEXES, MANIFEST_NAME, "stage_[abc]*")  # files in folders of models and bundles
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,7 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     if not folders and not single.components:
         raise refused or UsageError(
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
-            "or stage_a, stage_b and stage_c .safetensors files"
+            f"or stage_a, stage_b and stage_c .safetensors files{_models_below(source)}"
         )
     # A download of a whole repository has the folders of a pipeline and the same weights as single files beside them.
     taken = {component.stage for contents in opened for component in contents.components} if is_pipeline else set()
@@ -288,6 +298,12 @@ def _is_other_tower(component: Component, components: dict[Stage, Component]) ->
     """Return whether the encoder's file also holds the other tower, which the user may have given the file for."""
     others = (components[stage] for stage in ENCODERS if stage in components and stage is not component.stage)
     return any(other.path == component.path for other in others)
+
+
+def _models_below(folder: Path) -> str:
+    """The subfolders that look like models, for a message; "" without any."""
+    found = sorted({str(path.parent) for pattern in MODEL_MARKS for path in folder.glob(f"*/{pattern}")})
+    return f"; did you mean {listed(found, 3)}?" if found else ""
 
 
 def _require_exists(path: Path) -> None:
