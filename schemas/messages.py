@@ -102,6 +102,11 @@ def listed_below(items: Sequence[str], most: int = 6) -> str:
     return "".join(f"\n  {item}" for item in (*items[:most], *more))
 
 
+def shown_bytes(nbytes: float) -> str:
+    """A size in gigabytes, or below one in megabytes: "4.9 GB", "20.1 MB"."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def shown(value: object) -> str:
     """A wrong value of any type, shortened to LONG characters."""
     if isinstance(value, list | tuple | dict):

@@ -21,7 +21,7 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.layouts import FOLDERS, Layout
-from ...schemas.messages import known_keywords, listed
+from ...schemas.messages import known_keywords, listed, shown_bytes
 from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import check_output, staged_output
@@ -246,7 +246,7 @@ def _require_space(output: Path, plan: OutputPlan) -> None:
     free = shutil.disk_usage(existing).free
     if plan.nbytes > free:
         raise ConversionError(
-            f"{output}: needs {plan.nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; choose another disk"
+            f"{output}: needs {shown_bytes(plan.nbytes)}, {shown_bytes(free)} are free there; choose another disk"
         )
 
 
