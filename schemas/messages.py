@@ -17,6 +17,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
+PYDANTIC_WORDS = "Value error, "  # which pydantic puts before the message of a validator of ours
 
 # Names here -> words of diffusers, ComfyUI, AUTOMATIC1111 and of habit for the same. A name is that of an argument in
 # Python, an option of the command line, or both. A function or command has some of the names in a row.
@@ -153,7 +154,7 @@ def wrong_fields(error: "ValidationError", known: Collection[str] = ()) -> str:
     return "; ".join(
         _unknown(_dotted(e["loc"]), known)
         if known and e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg']}"
+        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg'].removeprefix(PYDANTIC_WORDS)}"
         for e in error.errors()[:5]
     )
 
