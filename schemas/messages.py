@@ -80,6 +80,16 @@ def changed_fields(value: Any) -> str:
     return f"{type(value).__name__}({', '.join(changed)})"
 
 
+def with_shapes(value: Any) -> str:
+    """A dataclass as text, with the dtypes and shapes of arrays in place of values: `Step(latents=float32 (1, 4))`."""
+    shown = []
+    for name in (field.name for field in fields(value) if field.repr):
+        found = getattr(value, name)
+        text = f"{found.dtype} {found.shape}" if hasattr(found, "dtype") else repr(found)
+        shown.append(f"{name}={text}")
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
 def listed(items: Sequence[str], most: int = 6) -> str:
     """Return the first `most` of `items` in one line, and how many more there are.
 
