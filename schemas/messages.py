@@ -107,6 +107,11 @@ def one_line(error: object, most: int | None = None) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; of an OSError without its number and file, which a message names itself."""
+    return one_line(error.strerror if isinstance(error, OSError) and error.strerror else error)
+
+
 def listed_below(items: Sequence[str], most: int = 6) -> str:
     """Return the first `most` of `items`, each on an indented line, and how many more there are."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []

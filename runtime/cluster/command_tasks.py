@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from ...schemas.errors import UsageError
-from ...schemas.messages import listed_below
+from ...schemas.messages import listed_below, reason
 from ..batch.batch_log import BatchLog, read_log
 
 Ending = Literal["done", "failed", "skipped"]
@@ -80,7 +80,9 @@ def read_commands(path: Path) -> list[CommandTask]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the commands cannot be read: {error}; give a text file, a command a line") from error
+        raise UsageError(
+            f"{path}: the commands cannot be read: {reason(error)}; give a text file, a command a line"
+        ) from error
     tasks, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith(COMMENT):

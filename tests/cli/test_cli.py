@@ -244,6 +244,20 @@ def test_demo_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class TestWrongInputs:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("generate", "BUNDLE", "--like", "none"),
+            ("site", "BUNDLE", "-o", "site", "--onnxruntime-web", "none"),
+            ("many", "none"),
+        ],
+    )
+    def test_a_missing_file_without_its_number(self, tiny: Path, words: tuple[str, ...]) -> None:
+        """Messages ended with "[Errno 2] No such file or directory: 'none'"."""
+        result = call(*(tiny / "bundle" if word == "BUNDLE" else word for word in words))
+        assert result.exit_code == 2
+        assert re.search(r"none: .*cannot be read.*: No such file or directory; ", result.stderr)
+
     def test_truncated_file(self, original: Path, tmp_path: Path) -> None:
         cut = tmp_path / "stage_c.safetensors"
         cut.write_bytes((original / "stage_c.safetensors").read_bytes()[:-100])
