@@ -10,7 +10,7 @@ from ..runtime.engines.engine_table import AUTO, ENGINES
 from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .options import choice_option, parse_loras, parse_size
+from .options import PATH, GivenPath, choice_option, parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -146,7 +146,7 @@ BATCH: Sequence[Option] = (
     click.option(
         "--prompts",
         "prompt_file",
-        type=click.Path(path_type=Path, allow_dash=True),
+        type=GivenPath(path_type=Path, allow_dash=True),
         metavar="FILE",
         help=".txt with a prompt a line, - for standard input; .jsonl with a request a line; .csv or .parquet. Other "
         "options fill in the fields that lines leave out. A second run goes on with the images that are not finished.",
@@ -159,7 +159,7 @@ BATCH: Sequence[Option] = (
     ),
     click.option(
         "--log",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="Log of --prompts, as JSON lines.  [default: log.jsonl in the folder]",
     ),
     click.option(

@@ -1,6 +1,7 @@
 """Slips on the command line of `generate` are answered, not taken in silence; and images in other formats than PNG."""
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -129,3 +130,13 @@ def test_notes_on_brackets(
     assert "opened" in said
     assert ("note:" in said) == (words is not None)
     assert words is None or words in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["inspect ''", "convert x --to split -o ''", "export '' -o x", "generate x y --prompts ''", "demo -o ''"]
+)
+def test_an_empty_path_is_refused(words: str) -> None:
+    """That of a variable that is not set: it stood for the current folder, which an output was then written to."""
+    result = CliRunner().invoke(main, shlex.split(words))
+    assert result.exit_code == 2
+    assert "expected a path, found an empty text; the current folder is ." in result.stderr
