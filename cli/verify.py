@@ -18,7 +18,7 @@ from .verify_print import next_steps, print_report, report_json
 
 # The options of a bundle that do not concern `record_reference`.
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
-OF_CHECKPOINTS = ("bundle", "against", "stages", "mapping", "force", "as_json")  # all that two checkpoints need
+OF_CHECKPOINTS = ("stages", "verdict", "force")  # options that two checkpoints can be compared with
 
 
 @click.command(cls=HelpfulCommand)
@@ -101,7 +101,7 @@ def verify(
     elif mapping:
         raise UsageError(f"{bundle}: is a bundle, and --mapping lists the tensors of two checkpoints; leave it out")
     elif record is not None:
-        _refuse(NOT_RECORDED, "--record runs the reference alone,")
+        _refuse({*NOT_RECORDED} - {"verdict"}, "--record runs the reference alone,")
         assert against is not None
         passed = True
         recorded = {name: value for name, value in options.items() if name not in NOT_RECORDED}

@@ -72,7 +72,7 @@ def _details(component: Component, entry: StageEntry, size: int) -> Iterable[str
     elif before and now and before != now:
         yield f"{before} {TO_WIDTH} {now}"
     elif layouts == {component.layout}:
-        yield "other weights, or of another dtype"
+        yield "other weights, dtypes or metadata"
     if layouts != {component.layout}:
         yield f"layout {', '.join(sorted(layouts))}, this is {component.layout}"
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from cascadekit import convert
 from cascadekit.cli import main
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.runtime.images.png import save_png
 from cascadekit.schemas.errors import CascadeError
@@ -71,3 +73,12 @@ def test_never_verified_is_said_once(tiny: Path, tmp_path: Path, monkeypatch: py
     quick = ("x", "--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "-o", tmp_path / "images")
     said = ["never verified" in call("generate", tmp_path / "bundle", *quick).stderr for _ in range(2)]
     assert said == [True, False]
+
+
+def test_metadata_of_a_lora_is_not_taken_for_its_facts(tmp_path: Path) -> None:
+    """A table had two rows called "format": kohya, and the "pt" that safetensors writes into every file."""
+    path = tmp_path / "lora.safetensors"
+    weights = load_file(EXAMPLE_LORA.with_name("cyanotype_kohya.safetensors"))
+    save_file(weights, path, {"format": "pt", "title": "mine"})
+    rows = dict(line.split(None, 1) for line in call("lora", "inspect", path).stdout.splitlines() if " " in line)
+    assert (rows["format"], rows["metadata:"].split(), rows["title"]) == ("kohya", ["format", "pt"], "mine")

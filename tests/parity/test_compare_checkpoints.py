@@ -242,7 +242,7 @@ def test_options_that_would_do_nothing_are_refused(original: Path, tiny: Path, t
     bundle = tiny / "bundle"
     for words, said in (
         ((original, "--report", report), f"{original}: is no bundle, .* without --report; leave it out"),
-        ((original, "--engine", "openvino", "--no-verdict"), "without --engine, --no-verdict; leave them out"),
+        ((original, "--engine", "openvino", "--bisect"), "without --engine, --bisect; leave them out"),
         ((original, "--record", record), "without --record"),
         ((bundle, "--mapping"), f"{bundle}: is a bundle, and --mapping lists .* of two checkpoints"),
         ((bundle, "--record", record, "--report", report), "--record runs the reference alone, without --report"),

@@ -48,7 +48,7 @@ def test_what_differs_is_named(tiny: Path, model: Path, tmp_path: Path) -> None:
     tensors["clf.1.weight"] *= 2
     save_file(tensors, file, {"format": "pt"})
     (line,) = found(tiny / "bundle", model)
-    assert line == f"prior: exported from {file.name}, this is {file.name}; other weights, or of another dtype"
+    assert line == f"prior: exported from {file.name}, this is {file.name}; other weights, dtypes or metadata"
     cast = ["convert", str(tiny / "model"), "-o", str(tmp_path / "bf16"), "--to", "diffusers", "--dtype", "bf16"]
     assert CliRunner().invoke(main, cast).exit_code == 0
     lines = found(tiny / "bundle", tmp_path / "bf16")
