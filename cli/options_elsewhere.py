@@ -39,7 +39,7 @@ _COMMANDS: Mapping[str, str] = {
     "web gui webui browser": "`cascadekit ui BUNDLE`",
     "server api": "`cascadekit serve BUNDLE`",
     "download": "any command with hf://OWNER/NAME, such as `cascadekit convert`",
-    "bench benchmark": "in a checkout, `python -m cascadekit bench`",
+    "bench benchmark": "`python -m cascadekit bench` in a checkout",
 }
 COMMANDS_ELSEWHERE = {word: here for words, here in _COMMANDS.items() for word in words.split()}
 
