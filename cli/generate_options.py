@@ -69,10 +69,12 @@ LOOKS: Sequence[Option] = (
         callback=_parse_ratios,
         help="Timestep ratios in place of a number of steps.",
     ),
-    click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
-    _setting("--init-image", help="A picture to vary; with --mask, to inpaint."),
+    click.option(
+        "--image-prompt", "image_prompts", multiple=True, metavar="PICTURE", help="A picture to follow (repeatable)."
+    ),
+    _setting("--init-image", metavar="PICTURE", help="A picture to vary; with --mask, to inpaint."),
     _setting("--strength", type=float, default="0.8", help="How much of --init-image changes: 0 to 1."),
-    _setting("--mask", help="A picture that is white where --init-image is replaced."),
+    _setting("--mask", metavar="PICTURE", help="A picture that is white where --init-image is replaced."),
     click.option(
         "--control",
         "controls",
