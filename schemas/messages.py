@@ -11,6 +11,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -169,9 +170,15 @@ def wrong_fields(error: "ValidationError", known: Collection[str] = ()) -> str:
     return "; ".join(
         _unknown(_dotted(e["loc"]), known)
         if known and e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg'].removeprefix(PYDANTIC_WORDS)}"
+        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg'].removeprefix(PYDANTIC_WORDS)}{_found(e)}"
         for e in error.errors()[:5]
     )
+
+
+def _found(error: "ErrorDetails") -> str:
+    """The wrong value, where a message of pydantic's own leaves it out."""
+    said = error["msg"].startswith(PYDANTIC_WORDS) or not isinstance(error["input"], str | int | float)
+    return "" if said else f", found {shown(error['input'])}"
 
 
 def _dotted(place: Sequence[int | str]) -> str:

@@ -92,7 +92,7 @@ def read_commands(path: Path) -> list[CommandTask]:
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:
-        raise UsageError(f"{len(problems)} wrong lines in the file of commands:{listed_below(problems, SHOWN)}")
+        raise UsageError(f"wrong lines in the file of commands: {len(problems)}{listed_below(problems, SHOWN)}")
     if not tasks:
         raise UsageError(f"{path}: holds no commands; write one a line, as in: convert SRC -o OUT --to diffusers")
     return tasks

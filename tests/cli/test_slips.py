@@ -140,3 +140,22 @@ def test_an_empty_path_is_refused(words: str) -> None:
     result = CliRunner().invoke(main, shlex.split(words))
     assert result.exit_code == 2
     assert "expected a path, found an empty text; the current folder is ." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompt", "words"),
+    [
+        ("p.txt", "a fox\n", ["a dog"], "--prompts: each line is a prompt; leave PROMPT out."),
+        ("p.csv", "prompt,seed\na fox,x\n", [], "p.csv:2: request: seed: Input should be a valid integer"),
+        ("p.csv", "prompt,seed\na fox,x\n", [], ", found 'x'"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}\n', [], ", found 1.5"),
+    ],
+)
+def test_slips_in_files_of_prompts(
+    tiny: Path, tmp_path: Path, name: str, text: str, prompt: list[str], words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    result = generate(tiny, *prompt, "--prompts", tmp_path / name, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -57,7 +57,8 @@ def test_refused_before_anything_is_opened(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
 ) -> None:
     monkeypatch.setattr("cascadekit.runtime.cascade.Cascade.open", None)  # opening would fail
-    called = ["generate", str(tiny / "bundle"), "x", "-o", str(tmp_path / "x"), "--engine", "onnxruntime", *options]
+    prompt = [] if "--prompts" in options else ["x"]
+    called = ["generate", str(tiny / "bundle"), *prompt, "-o", str(tmp_path / "x"), "--engine", "onnxruntime", *options]
     done = CliRunner().invoke(main, called)
     assert done.exit_code in (1, 2)
     assert isinstance(done.exception, SystemExit)
