@@ -109,3 +109,6 @@ def test_a_failure_says_what_to_run_next() -> None:
     assert steps[0].endswith("cascadekit validate 'my bundle' --hash")
     assert steps[1].endswith("cascadekit verify 'my bundle' --against model --stage prior --bisect")
     assert not list(next_steps(Report("onnxruntime", "cascadekit"), Path("b"), Path("m")))
+    differs = ("vqgan: other weights, dtypes or metadata", "prior: layout original, this is diffusers")
+    report = Report("onnxruntime", "cascadekit", (failed,), differs=differs)
+    assert next(next_steps(report, Path("b"), Path("m"))).endswith(differs[1])  # of the stage that failed
