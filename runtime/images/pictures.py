@@ -47,8 +47,9 @@ def as_picture(picture: Picture) -> Image.Image:
 
 def as_pictures(pictures: Picture | Sequence[Picture]) -> list[Image.Image]:
     """One picture or several as a list of 8-bit RGB pictures, see `as_picture`."""
-    alone = isinstance(pictures, Picture)
-    return [as_picture(picture) for picture in ([pictures] if alone else pictures)]
+    if isinstance(pictures, Image.Image | str | Path):
+        return [as_picture(pictures)]
+    return [as_picture(picture) for picture in pictures]
 
 
 def open_picture(path: Path) -> Image.Image:
