@@ -60,6 +60,9 @@ class Model:
     sources: tuple[Path, ...] = ()
     alternatives: tuple[Component, ...] = ()
 
+    def __repr__(self) -> str:  # a component has a thousand tensors
+        return f"Model({', '.join(self.components)})"
+
     def component(self, stage: Stage) -> Component:
         """Return the component of `stage`. Raises UsageError when there is none, LayoutError when it has problems."""
         if stage not in self.components:

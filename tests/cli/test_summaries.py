@@ -1,6 +1,7 @@
 """What `inspect` and `validate` show, and how little of it is repeated."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import cascadekit
 from cascadekit import convert
 from cascadekit.cli import main
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA
 from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.parity.results import Report
 from cascadekit.runtime.images.png import save_png
 from cascadekit.schemas.errors import CascadeError
 
@@ -82,3 +85,12 @@ def test_metadata_of_a_lora_is_not_taken_for_its_facts(tmp_path: Path) -> None:
     save_file(weights, path, {"format": "pt", "title": "mine"})
     rows = dict(line.split(None, 1) for line in call("lora", "inspect", path).stdout.splitlines() if " " in line)
     assert (rows["format"], rows["metadata:"].split(), rows["title"]) == ("kohya", ["format", "pt"], "mine")
+
+
+def test_results_in_python_are_shown_in_a_line(tiny: Path) -> None:
+    """Thousands of tensors stood below a call in a notebook."""
+    model = cascadekit.inspect(tiny / "model")
+    assert repr(model) == "Model(text_encoder, prior, decoder, vqgan)"
+    same = repr(cascadekit.compare_checkpoints(tiny / "original", model))
+    assert re.fullmatch(r"CheckpointComparison\(passed=True, counts=\{'equal': \d+\}\)", same)
+    assert len(repr(Report("onnxruntime", "torch"))) < 200
