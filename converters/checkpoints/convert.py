@@ -127,6 +127,7 @@ def convert(
         canonical=canonical,
         quantize=_parse_type(quantize),
     )
+    _require_layout_of_options(options)
     check_output(output, force=force)
     given = [sources] if isinstance(sources, str | Path) else sources
     model = open_model(
@@ -218,11 +219,8 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     for component in model.components.values():
         component.require_sound()
     is_gguf = options.layout is Layout.GGUF
-    _require_layout_of_type(options)
-    if options.combined and options.layout is Layout.MODULAR:
-        raise UsageError('combined=True: the modular layout has no such folders; leave it out, or take to="diffusers"')
     if _is_single(output) and (output.suffix.lower() == GGUF) != is_gguf:
-        raise UsageError(f"{output}: a name in {output.suffix} does not fit to={str(options.layout)!r}; give another")
+        raise UsageError(f'{output}: a name in {output.suffix} does not fit to="{options.layout}"; give another')
     plan = plan_output(model.components, options)
     if _is_single(output) and (len(plan.files) > 1 or options.layout in FOLDERS):
         raise UsageError(f"{output}: one file cannot hold all of {', '.join(model.components)}; give a folder instead")
@@ -231,13 +229,28 @@ def _plan(model: Model, output: Path, options: OutputOptions) -> OutputPlan:
     return plan
 
 
+def _require_layout_of_options(options: OutputOptions) -> None:
+    """Raise UsageError for options that the layout does not have: these would do nothing."""
+    given = {
+        f"shard_size={options.shard_size}": (options.shard_size is not None, FOLDERS),
+        f'as_variant="{options.variant}"': (bool(options.variant), FOLDERS),
+        "combined=True": (options.combined, (Layout.DIFFUSERS,)),
+    }
+    for option, (wanted, layouts) in given.items():
+        if wanted and options.layout not in layouts:
+            raise UsageError(f'{option}: to="{options.layout}" has no such files; leave it out, or take to="diffusers"')
+    _require_layout_of_type(options)
+
+
 def _require_layout_of_type(options: OutputOptions) -> None:
     """Raise UsageError when the layout does not have the type to quantise to."""
     kinds = ((WRITTEN, (Layout.GGUF,)), (SDNQ_CHOICES, (Layout.DIFFUSERS,)), (CHOICES, (Layout.COMFYUI, Layout.SPLIT)))
     layouts = next((layouts for names, layouts in kinds if options.quantize in names), ())
     if options.quantize and options.layout not in layouts:
         places = " and ".join(f'to="{layout}"' for layout in layouts)
-        raise UsageError(f'quantize="{options.quantize}": only {places} has this type, not to="{options.layout}"')
+        raise UsageError(
+            f'quantize="{options.quantize.lower()}": only {places} has this type, not to="{options.layout}"'
+        )
 
 
 def _require_space(output: Path, plan: OutputPlan) -> None:

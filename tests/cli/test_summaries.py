@@ -94,3 +94,23 @@ def test_results_in_python_are_shown_in_a_line(tiny: Path) -> None:
     same = repr(cascadekit.compare_checkpoints(tiny / "original", model))
     assert re.fullmatch(r"CheckpointComparison\(passed=True, counts=\{'equal': \d+\}\)", same)
     assert len(repr(Report("onnxruntime", "torch"))) < 200
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("original --shard-size 1MB", "--shard-size 1000000: --to original has no such files"),
+        (
+            "gguf --as-variant bf16",
+            "--as-variant bf16: --to gguf has no such files; leave it out, or take --to diffusers",
+        ),
+        ("original --combined", "--combined: --to original has no such files"),
+        ("modular --combined", "--combined: --to modular has no such files"),
+        ("gguf --quantize fp8", "--quantize fp8: only --to comfyui and --to split has this type, not --to gguf"),
+    ],
+)
+def test_convert_refuses_options_that_the_layout_does_not_have(tmp_path: Path, words: str, said: str) -> None:
+    """They did nothing, or wrote a second text encoder; and nothing is read before."""
+    result = call("convert", tmp_path / "none", "-o", tmp_path / "out", "--to", *words.split())
+    assert result.exit_code == 2
+    assert said in result.stderr
