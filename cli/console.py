@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_USAGE = 1, 2
 _VOLUME = "cascadekit.volume"  # the key of `click.Context.meta` for how much a command writes
-WIDTH = 100  # columns of a line of the result; on a narrower terminal it is broken once more
+WIDTH = 100  # columns of a line of prose on a terminal; a narrower one has its own
 
 
 class Volume(IntEnum):
@@ -133,10 +133,11 @@ def say(text: str) -> None:
 
 
 def say_wrapped(text: str) -> None:
-    """Write a line of the result in lines of at most WIDTH columns."""
+    """Write a line of the result; a terminal gets it in lines of at most WIDTH columns, a pipe whole."""
     from .wrap import wrapped
 
-    for line in wrapped(visible_line(text), WIDTH):
+    text = visible_line(text)
+    for line in wrapped(text, min(WIDTH, out.console.width)) if out.is_terminal else [text]:
         say(line)
 
 

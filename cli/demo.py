@@ -43,7 +43,8 @@ def demo(prompt: str, output: Path, seed: int, force: bool, as_json: bool) -> No
     else:
         if report is not None:
             print_report(report)
-        say(f"wrote {output}: original files, LoRA, model, bundle, image.png, prompts.png, report.html, parity.json")
+        page = "report.html, " if report is not None else ""
+        say(f"wrote {output}: original files, LoRA, model, bundle, image.png, prompts.png, {page}parity.json")
         for line in NEXT:
             say(line.format(demo=output))
     if report is not None and not report:

@@ -90,6 +90,8 @@ def generate(
 
         if len(prompts) > 1 or len(seeds) > 1:
             raise click.UsageError("--prompts: give one PROMPT and one --seed at most; lines may have their own.")
+        if prompts and prompt_file.suffix.lower() in ("", ".txt"):  # lines of other files may have none
+            raise click.UsageError("--prompts: each line is a prompt; leave PROMPT out.")
         fields |= dict(zip(["prompt"], prompts, strict=False)) | dict(zip(["seed"], seeds, strict=False))
         files["output"], log = output_folder(files["output"]), log and output_folder(log)
         batch: dict[str, Any] = {"name": name, "log": log, "keep_going": keep_going, "bundle": bundle}

@@ -10,7 +10,7 @@ from ..runtime.engines.engine_table import AUTO, ENGINES
 from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .options import choice_option, parse_loras, parse_size
+from .options import PATH, GivenPath, choice_option, parse_loras, parse_size
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -69,10 +69,12 @@ LOOKS: Sequence[Option] = (
         callback=_parse_ratios,
         help="Timestep ratios in place of a number of steps.",
     ),
-    click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
-    _setting("--init-image", help="A picture to vary; with --mask, to inpaint."),
+    click.option(
+        "--image-prompt", "image_prompts", multiple=True, metavar="PICTURE", help="A picture to follow (repeatable)."
+    ),
+    _setting("--init-image", metavar="PICTURE", help="A picture to vary; with --mask, to inpaint."),
     _setting("--strength", type=float, default="0.8", help="How much of --init-image changes: 0 to 1."),
-    _setting("--mask", help="A picture that is white where --init-image is replaced."),
+    _setting("--mask", metavar="PICTURE", help="A picture that is white where --init-image is replaced."),
     click.option(
         "--control",
         "controls",
@@ -93,8 +95,8 @@ MACHINERY: Sequence[Option] = (
         "--engine",
         [AUTO, *ENGINES],
         "auto is the fastest that is installed: on a GPU TensorRT or AOTInductor if they were built, on a CPU "
-        "that multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime. Images in bf16 differ "
-        "slightly from those in fp32, the precision of all others; -mapped needs little memory.",
+        "that multiplies bf16 openvino-bf16, aotinductor or torch-bf16, else onnxruntime, as for small networks. "
+        "Images in bf16 differ slightly from those in fp32, the precision of all others; -mapped needs little memory.",
         default=AUTO,
     ),
     click.option(
@@ -146,7 +148,7 @@ BATCH: Sequence[Option] = (
     click.option(
         "--prompts",
         "prompt_file",
-        type=click.Path(path_type=Path, allow_dash=True),
+        type=GivenPath(path_type=Path, allow_dash=True),
         metavar="FILE",
         help=".txt with a prompt a line, - for standard input; .jsonl with a request a line; .csv or .parquet. Other "
         "options fill in the fields that lines leave out. A second run goes on with the images that are not finished.",
@@ -159,7 +161,7 @@ BATCH: Sequence[Option] = (
     ),
     click.option(
         "--log",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="Log of --prompts, as JSON lines.  [default: log.jsonl in the folder]",
     ),
     click.option(

@@ -15,6 +15,7 @@ from ..runtime.batch.generate_requests import images_together
 from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
+from ..schemas.messages import shown_bytes
 from ..schemas.stages import Stage
 from ..storage.bucket import BucketPath
 from .console import FAILED, detail, finish, note, say
@@ -143,5 +144,5 @@ def _note_disk(jobs: Sequence[ImageJob], settings: BatchSettings) -> None:
     needed = sum(PIXEL_BYTES * size.width * size.height for size in sizes)
     free = shutil.disk_usage(settings.output).free
     if needed > free:
-        text = f"up to {needed / 1e9:.1f} GB are needed for {len(jobs)} images, {free / 1e9:.1f} GB are free"
+        text = f"up to {shown_bytes(needed)} are needed for {len(jobs)} images, {shown_bytes(free)} are free"
         note(f"{settings.output}: {text}")

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..schemas.passes import passes_of
 from .console import detail, note, say, say_json
 from .generate_common import manifest_of, note_brackets, note_cut_prompts, note_memory, open_cascade, require_previewer
 from .progress import run_progress
-from .remaining import passes_of
 
 if TYPE_CHECKING:
     from ..runtime.batch.image_files import ImageFile

@@ -34,7 +34,7 @@ HASH_DIGITS, HASH_SHOWN = 64, 12
 def inspect(path: Path, hash: bool, as_json: bool) -> None:
     """Show what a file or folder holds.
 
-    Only headers are read, also on the Hub: cascadekit inspect hf://stabilityai/stable-cascade
+    Only headers are read, also of a PATH on the Hub, such as hf://stabilityai/stable-cascade.
     A bundle is shown with its GPU engines, a LoRA as `cascadekit lora inspect` shows it.
     An image by cascadekit (PNG, JPEG, WebP) is shown with the prompt, the seed and all settings that made it. Its C2PA
     manifest is checked, if it has one.

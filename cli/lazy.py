@@ -53,7 +53,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that `args` call. Error messages are written in this command's options from here on."""
+        """The command that `args` call. Error messages are written in this command's options from here on.
+
+        Raises UsageError for an unknown command, with the one that was probably meant."""
+        if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            from .options_elsewhere import command_meant
+
+            meant = command_meant(args[0], self.list_commands(ctx), root=ctx.parent is None)
+            ctx.fail(f"No such command {args[0]!r}{meant}")
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None:
             remember_command(ctx, command)

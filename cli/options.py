@@ -11,7 +11,17 @@ from .console import Volume, note, set_volume
 
 Command = Callable[..., Any]
 
-PATH = click.Path(path_type=Path)
+
+class GivenPath(click.Path):
+    """A path. An empty one is refused: it would be the current folder, and comes from an unset variable of a shell."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("expected a path, found an empty text; the current folder is .", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = GivenPath(path_type=Path)
 SEED = click.IntRange(-(2**63), 2**64 - 1)
 STAGES = click.Choice([str(stage) for stage in Stage])
 WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bundle's weights, in words

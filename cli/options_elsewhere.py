@@ -1,6 +1,7 @@
-"""Options that people bring along from other programs, and what the same is called here."""
+"""Commands and options that people bring along from other programs, and what the same is called here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 import click
 
@@ -20,6 +21,37 @@ ARGUMENTS_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     "bundle": ("bundle",),
     "lora": ("loras",),
 }
+
+# Words that people try as commands -> what does it here. Words close to the name of a command need no entry.
+_COMMANDS: Mapping[str, str] = {
+    "help": "`cascadekit --help`, or `cascadekit COMMAND --help`",
+    "version": "`cascadekit --version`",
+    "diff compare": "`cascadekit verify CHECKPOINT --against CHECKPOINT`",
+    "info show list": "`cascadekit inspect PATH`",
+    "check test": "`cascadekit validate BUNDLE`, or `cascadekit verify BUNDLE --against MODEL`",
+    "quantize quantise": "`cascadekit convert` and `cascadekit export` with --quantize",
+    "merge apply": "`cascadekit lora merge`, or `cascadekit lora apply`",
+    "onnx": "`cascadekit export MODEL -o BUNDLE`",
+    "tensorrt compile engine": "`cascadekit build BUNDLE`",
+    "openvino": "`cascadekit ir BUNDLE -o FOLDER`",
+    "triton": "`cascadekit export-triton BUNDLE -o FOLDER`",
+    "run image txt2img img2img infer sample batch": "`cascadekit generate BUNDLE PROMPT`",
+    "web gui webui browser": "`cascadekit ui BUNDLE`",
+    "server api": "`cascadekit serve BUNDLE`",
+    "download": "any command with hf://OWNER/NAME, such as `cascadekit convert`",
+    "bench benchmark": "`python -m cascadekit bench` in a checkout",
+}
+COMMANDS_ELSEWHERE = {word: here for words, here in _COMMANDS.items() for word in words.split()}
+
+
+def command_meant(word: str, known: Sequence[str], *, root: bool) -> str:
+    """What to do in place of the unknown command `word`, for the end of a message; "" when nothing is near.
+
+    `known` are the commands of the group; `root` is true for that of `cascadekit` itself."""
+    if near := get_close_matches(word.lower(), known, 2):
+        return f": did you mean {' or '.join(near)}?"
+    here = COMMANDS_ELSEWHERE.get(word.lower()) if root else None
+    return f": take {here}." if here else "."
 
 
 def meant_instead(error: click.NoSuchOption) -> click.UsageError | None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from ..schemas.passes import Passes
 from ..schemas.stages import Stage
 from .console import Volume, err, inform, volume
 from .escape import visible_line
-from .remaining import Passes, Remaining
+from .remaining import Remaining
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn

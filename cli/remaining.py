@@ -1,28 +1,13 @@
 """Estimates how long a run of `generate` still takes: prior, decoder and vqgan of all its images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING
 
+from ..schemas.passes import Passes, StagePass
 from ..schemas.stages import Stage
 
-if TYPE_CHECKING:
-    from ..schemas.manifest import Manifest
-    from ..schemas.settings import Settings
-
 SAMPLED = (Stage.PRIOR, Stage.DECODER, Stage.VQGAN)  # in the order they run
-
-
-@dataclass(frozen=True)
-class StagePass:
-    """The part of one stage in one group of images: its steps, and the multiply-adds of a step."""
-
-    steps: int
-    work: float
-
-
-Passes = Mapping[Stage, StagePass]  # one group of images that are generated together
 
 
 @dataclass
@@ -98,24 +83,3 @@ class Remaining:
         if pace.step is None or not pace.work:
             return planned.steps * self._per_step(stage, planned)
         return pace.of_pass(planned.steps) * planned.work / pace.work
-
-
-def passes_of(manifest: "Manifest", settings: "Settings", images: int) -> Passes:
-    """What generating `images` images together takes in each stage."""
-    from ..schemas.config_json import from_json
-    from ..schemas.operations import multiply_adds
-    from ..schemas.sizes import latent_sizes
-
-    sizes = latent_sizes(settings.height, settings.width, settings.size_policy)
-    found = {}
-    for stage, sampling, (height, width) in (
-        (Stage.PRIOR, settings.prior, sizes.prior),
-        (Stage.DECODER, settings.decoder, sizes.decoder),
-        (Stage.VQGAN, None, sizes.decoder),
-    ):
-        if stage in manifest.stages:
-            rows = images * (2 if sampling and sampling.guides else 1)
-            dims = {"batch": rows, "height": height, "width": width, "tokens": 77, "images": 1}
-            steps = (len(sampling.timesteps) - 1 if sampling.timesteps else sampling.steps) if sampling else 1
-            found[stage] = StagePass(steps, multiply_adds(from_json(stage, manifest.stages[stage].config), dims))
-    return found

@@ -1,12 +1,15 @@
 """The command that compares a bundle's engines with a reference, or two checkpoints with each other."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
+from ..schemas.errors import UsageError
 from .console import FAILED, finish, note, say, say_json
 from .help import HelpfulCommand
 from .options import AS_JSON, PATH, STAGES, choice_option, parse_size, volume_options
@@ -15,6 +18,7 @@ from .verify_print import next_steps, print_report, report_json
 
 # The options of a bundle that do not concern `record_reference`.
 NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
+OF_CHECKPOINTS = ("stages", "verdict", "force")  # options that two checkpoints can be compared with
 
 
 @click.command(cls=HelpfulCommand)
@@ -91,9 +95,13 @@ def verify(
 
     _check_options(bundle, against, record, options)
     if not is_bundle(bundle):
-        expected = against or options["recorded"]
-        passed = verify_checkpoints(bundle, expected, options["stages"], as_json=as_json, mapping=mapping)
+        _refuse({*options, "record"} - {*OF_CHECKPOINTS}, f"{bundle}: is no bundle, and verify compares checkpoints")
+        assert against is not None
+        passed = verify_checkpoints(bundle, against, options["stages"], as_json=as_json, mapping=mapping)
+    elif mapping:
+        raise UsageError(f"{bundle}: is a bundle, and --mapping lists the tensors of two checkpoints; leave it out")
     elif record is not None:
+        _refuse({*NOT_RECORDED} - {"verdict"}, "--record runs the reference alone,")
         assert against is not None
         passed = True
         recorded = {name: value for name, value in options.items() if name not in NOT_RECORDED}
@@ -102,6 +110,18 @@ def verify(
         passed = _verify(bundle, against, options, as_json=as_json)
     if not passed:
         raise SystemExit(FAILED)
+
+
+def _refuse(names: Collection[str], why: str) -> None:
+    """Raise UsageError for options of these names on the command line, where they would do nothing."""
+    ctx = click.get_current_context()
+    given = [
+        max(param.opts + param.secondary_opts, key=len)
+        for param in ctx.command.params
+        if param.name in names and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UsageError(f"{why} without {', '.join(given)}; leave {'them' if given[1:] else 'it'} out")
 
 
 def _check_options(bundle: Path, against: Path | None, record: Path | None, options: dict[str, Any]) -> None:

@@ -48,11 +48,12 @@ def next_steps(report: "Report", bundle: Path, against: Path | None) -> Iterator
         return
     model = "MODEL" if against is None else shlex.quote(str(against))
     quoted = shlex.quote(str(bundle))
+    stages = dict.fromkeys(str(each.stage) for each in report.comparisons if not each and each.stage)
     if report.differs:
-        yield f"the cause may be that the model is not the bundle's: {report.differs[0]}"
+        guilty = [line for line in report.differs if line.partition(":")[0] in stages]
+        yield f"the cause may be that the model is not the bundle's: {(guilty or report.differs)[0]}"
         yield f"next: compare with the bundle's own model, or export this one: cascadekit export {model} -o NEW_BUNDLE"
         return
-    stages = dict.fromkeys(str(each.stage) for each in report.comparisons if not each and each.stage)
     chosen = "".join(f" --stage {stage}" for stage in stages)
     yield f"next: are its files as exported? cascadekit validate {quoted} --hash"
     yield f"next: which part of a graph differs? cascadekit verify {quoted} --against {model}{chosen} --bisect"

@@ -11,6 +11,7 @@ from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.layouts import can_become
+from ..schemas.messages import reason
 from ..schemas.passport_keys import KEY, without_passport
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _image_contents(path: Path, kind: str) -> ImageContents:
         found = read_png_text(path) if kind == "PNG" else _photo_text(path)
         settings = found.settings()
     except ValueError as error:
-        raise LayoutError(f"{path}: a {kind} file that cannot be read: {error}; give another file") from error
+        raise LayoutError(f"{path}: a {kind} file that cannot be read: {reason(error)}; give another file") from error
     if settings is None:
         raise LayoutError(
             f"{path}: a {kind} file without settings of cascadekit; editors and messengers drop them, give the file as "

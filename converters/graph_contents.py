@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schemas.errors import CheckpointError, MissingPackageError
+from ..schemas.messages import reason
 from ..schemas.passport_keys import KEY
 from ..storage.install_hint import install_hint
 from .passport_check import PassportState, check_passport
@@ -25,7 +26,7 @@ def graph_facts(path: Path, *, hash: bool) -> tuple[dict[str, Any], PassportStat
     try:
         model = load_graph(path)
     except Exception as error:  # protobuf has errors of its own, and raises others by version
-        raise CheckpointError(f"{path}: not a readable ONNX graph: {error}; export it again") from error
+        raise CheckpointError(f"{path}: not a readable ONNX graph: {reason(error)}; export it again") from error
     found = {entry.key: entry.value for entry in model.metadata_props}
     facts = {
         "path": str(path),

@@ -95,7 +95,10 @@ def _unknown_digest(passport: dict[str, Any]) -> str | None:
     algorithm = str(passport["content"]).partition(":")[0]
     if algorithm == ALGORITHM:
         return None
-    return f"its digest is of the kind {algorithm}, which this version of cascadekit does not calculate"
+    return (
+        f"its digest is of the kind {algorithm}, which this version of cascadekit does not calculate; inspect the file "
+        "with the version that wrote it, or write it again for a new passport"
+    )
 
 
 def _changed(path: Path, passport: dict[str, Any]) -> str | None:

@@ -41,6 +41,11 @@ class Report:
         found = self.comparisons or self.bisections or self.ranges
         return bool(found) and all(self.comparisons) and all(self.bisections) and not self.image_failed
 
+    def __repr__(self) -> str:  # there are hundreds of comparisons, and images
+        counts = f"comparisons={len(self.comparisons)}, bisections={len(self.bisections)}, ranges={len(self.ranges)}"
+        run = f"engine={self.engine!r}, reference={self.reference!r}, image_psnr={self.image_psnr}"
+        return f"Report(passed={bool(self)}, {run}, {counts})"
+
     @property
     def comparisons_passed(self) -> bool:
         """True when every comparison and the final image passed; bisections and ranges do not count."""

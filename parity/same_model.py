@@ -91,7 +91,7 @@ def _details(component: Component, entry: StageEntry, widths: str) -> Iterable[s
     elif widths:
         yield widths
     elif layouts == {component.layout}:
-        yield "other weights, or of another dtype"
+        yield "other weights, dtypes or metadata"
     if layouts != {component.layout}:
         yield f"layout {', '.join(sorted(layouts))}, this is {component.layout}"
 

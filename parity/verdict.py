@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from ..runtime.engines.engine_table import DEFAULT, ENGINES
 from ..schemas.errors import CheckpointError, ConversionError
 from ..schemas.manifest import Manifest, StageVerdict, VerdictEntry
 from ..schemas.report import Comparison
@@ -46,7 +47,8 @@ def record_verdict(bundle: Bundle, verdict: VerdictEntry) -> Manifest:
 def warning(manifest: Manifest, engine: str | None = None) -> str | None:
     """A line to show before a bundle is used; None when the bundle was verified and passed."""
     on = f" on {engine}" if engine else ""
-    todo = "compare it with its model: cascadekit verify BUNDLE --against MODEL"
+    chosen = f" --engine {engine}" if engine in ENGINES and engine != DEFAULT else ""
+    todo = f"compare it with its model: cascadekit verify BUNDLE --against MODEL{chosen}"
     match verdict_of(manifest, engine):
         case Verdict.FAILED:
             return f"this bundle failed its parity check{on}: images may be wrong; {todo} --report report.html"

@@ -142,7 +142,7 @@ class Cascade(CascadeStages):
         num_images: int = 1,
         seed: Seeds | None = None,
         settings: Settings | None = None,
-        image_prompts: Sequence[Picture] = (),
+        image_prompts: Picture | Sequence[Picture] = (),
         image_embeds: F32 | None = None,
         init_image: Picture | None = None,
         mask: Picture | None = None,

@@ -17,7 +17,7 @@ from ..schemas.sizes import SizePolicy, latent_sizes
 from ..schemas.stages import Stage
 from .engines.protocol import F32, Engine, Tensors
 from .images.masks import as_mask
-from .images.pictures import Picture, as_picture, clip_pixels, effnet_input, fitted_pixels
+from .images.pictures import Picture, as_picture, as_pictures, clip_pixels, effnet_input, fitted_pixels
 from .images.png import to_images
 from .memory.residency import RESIDENT, MemoryPolicy
 from .networks import Networks
@@ -78,7 +78,9 @@ class CascadeStages:
         prompts, negatives = as_texts(prompt), as_texts(negative)
         if len(negatives) == 1:
             negatives *= len(prompts)
-        if not prompts or len(negatives) != len(prompts):
+        if not prompts:
+            raise UsageError("no prompts; give a text, or a list of texts")
+        if len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         texts = encode_texts(
             [*prompts, *negatives],
@@ -93,14 +95,14 @@ class CascadeStages:
         )
         return PromptEmbeds(text, pooled, negative_text, negative_pooled, texts.truncated)
 
-    def encode_images(self, pictures: Sequence[Picture]) -> F32:
+    def encode_images(self, pictures: Picture | Sequence[Picture]) -> F32:
         """Embed n image prompts for `prior`, which follows them together: (1, n, 768) float32.
 
         Raises UsageError when the bundle has no image encoder."""
+        opened = as_pictures(pictures)
         side = self.networks.size_of(Stage.IMAGE_ENCODER, "pixel_values", axis=2)
         with self.networks.use(Stage.IMAGE_ENCODER) as encode:
-            pixels = clip_pixels([as_picture(picture) for picture in pictures], side)
-            return encode({"pixel_values": pixels})["image_embeds"][None]
+            return encode({"pixel_values": clip_pixels(opened, side)})["image_embeds"][None]
 
     def encode_picture(self, picture: Picture, *, height: int, width: int) -> F32:
         """The prior's latents (1, 16, h, w) float32 of an image of `height` x `width` that looks like `picture`.

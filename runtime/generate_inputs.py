@@ -7,6 +7,7 @@ from PIL import Image
 
 from ..schemas.errors import UsageError
 from ..schemas.limits import MAX_PIXELS_TOGETHER
+from ..schemas.messages import shown
 from ..schemas.settings import Settings
 from ..schemas.sizes import latent_sizes
 from .images.masks import as_mask, fit_mask
@@ -43,6 +44,15 @@ def most_images(settings: Settings) -> int:
     return max(1, MAX_PIXELS_TOGETHER // (settings.width * settings.height))
 
 
+def _checked(controls: ControlPicture | Sequence[ControlPicture]) -> Sequence[ControlPicture]:
+    """Raise UsageError for controls of another type; one alone becomes a list."""
+    controls = [controls] if isinstance(controls, str | ControlPicture) else controls
+    for control in controls:
+        if not isinstance(control, ControlPicture):
+            raise UsageError(f'controls: expected ControlPicture("canny", picture), found {shown(control)}')
+    return controls
+
+
 def open_pictures(
     settings: Settings,
     *,
@@ -52,7 +62,7 @@ def open_pictures(
 ) -> OpenedPictures:
     """Open the pictures that `generate` is given. Raises UsageError for one that cannot be read."""
     init = None if init_image is None else as_picture(init_image)
-    opened = [replace(control, picture=as_picture(control.picture)) for control in controls]
+    opened = [replace(control, picture=as_picture(control.picture)) for control in _checked(controls)]
     if mask is None:
         return OpenedPictures(init, None, opened, None)
     masked = [*([] if init is None else [init]), *(each.picture for each in opened if each.name == INPAINTING)]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from ..schemas.errors import UsageError
+from ..schemas.messages import with_shapes
 from .engines.protocol import F32
 from .images.masks import composite
 from .images.png import to_images
@@ -26,10 +27,13 @@ class Result:
     prior_latents: F32  # (B, 16, h, w)
     decoder_latents: F32 | None  # (B, 4, h, w)
     pixels: F32 | None  # (B, 3, height, width) in 0..1
-    settings: list[dict[str, Any]]
-    embeds: PromptEmbeds  # of the B images, as `generate` takes them
+    settings: list[dict[str, Any]] = field(repr=False)
+    embeds: PromptEmbeds = field(repr=False)  # of the B images, as `generate` takes them
     _noise: Noise | None = field(default=None, repr=False)  # as the prior left it, when only its latents were asked for
-    _kept: tuple[Image.Image, Image.Image] | None = None  # picture and mask: outside the mask the picture stays
+    # Picture and mask: outside the mask the picture stays.
+    _kept: tuple[Image.Image, Image.Image] | None = field(default=None, repr=False)
+
+    __repr__ = with_shapes
 
     @property
     def truncated(self) -> tuple[str, ...]:

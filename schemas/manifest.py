@@ -277,7 +277,8 @@ def parse_manifest(text: str, where: str) -> Manifest:
             raise CheckpointError(
                 f"{where}: a bundle of version {other}, expected version {VERSION}; {todo}"
             ) from error
-        raise CheckpointError(f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong_fields(error)}") from error
+        said = f"{where}: not a manifest of format {FORMAT} {VERSION}: {wrong_fields(error)}"
+        raise CheckpointError(f"{said}; put the file back, or export the model again") from error
 
 
 def _other_version(text: str) -> int | None:

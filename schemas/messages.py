@@ -11,12 +11,14 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 LONG, LONG_BITS = 60, 512  # characters of a value in a message, bits of a number that is written out
+PYDANTIC_WORDS = "Value error, "  # which pydantic puts before the message of a validator of ours
 
 # Names here -> words of diffusers, ComfyUI, AUTOMATIC1111 and of habit for the same. A name is that of an argument in
 # Python, an option of the command line, or both. A function or command has some of the names in a row.
@@ -79,6 +81,16 @@ def changed_fields(value: Any) -> str:
     return f"{type(value).__name__}({', '.join(changed)})"
 
 
+def with_shapes(value: Any) -> str:
+    """A dataclass as text, with the dtypes and shapes of arrays in place of values: `Step(latents=float32 (1, 4))`."""
+    shown = []
+    for name in (field.name for field in fields(value) if field.repr):
+        found = getattr(value, name)
+        text = f"{found.dtype} {found.shape}" if hasattr(found, "dtype") else repr(found)
+        shown.append(f"{name}={text}")
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
 def listed(items: Sequence[str], most: int = 6) -> str:
     """Return the first `most` of `items` in one line, and how many more there are.
 
@@ -96,10 +108,20 @@ def one_line(error: object, most: int | None = None) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; of an OSError without its number and file, which a message names itself."""
+    return one_line(error.strerror if isinstance(error, OSError) and error.strerror else error)
+
+
 def listed_below(items: Sequence[str], most: int = 6) -> str:
     """Return the first `most` of `items`, each on an indented line, and how many more there are."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return "".join(f"\n  {item}" for item in (*items[:most], *more))
+
+
+def shown_bytes(nbytes: float) -> str:
+    """A size in gigabytes, or below one in megabytes: "4.9 GB", "20.1 MB"."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def shown(value: object) -> str:
@@ -148,9 +170,15 @@ def wrong_fields(error: "ValidationError", known: Collection[str] = ()) -> str:
     return "; ".join(
         _unknown(_dotted(e["loc"]), known)
         if known and e["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg']}"
+        else f"{_dotted(e['loc']) or 'all of it'}: {e['msg'].removeprefix(PYDANTIC_WORDS)}{_found(e)}"
         for e in error.errors()[:5]
     )
+
+
+def _found(error: "ErrorDetails") -> str:
+    """The wrong value, where a message of pydantic's own leaves it out."""
+    said = error["msg"].startswith(PYDANTIC_WORDS) or not isinstance(error["input"], str | int | float)
+    return "" if said else f", found {shown(error['input'])}"
 
 
 def _dotted(place: Sequence[int | str]) -> str:

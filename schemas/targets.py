@@ -13,6 +13,7 @@ RTX, PLAIN, AOTINDUCTOR = get_args(Backend)
 
 # The compute capabilities TensorRT-RTX compiles for; tensorrt.ComputeCapability has the same names in capitals.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+OLDEST = 75  # NVIDIA's release notes: TensorRT 10.5 left out sm70, which was the last one before
 # NVIDIA's guide to TensorRT-RTX: no plan serves both Turing and later GPUs.
 ALONE = "sm75"
 
@@ -71,10 +72,9 @@ def require_rtx_targets(targets: Iterable[str]) -> None:
         raise UsageError('say which GPUs to build for, such as targets=["sm89"] or targets=["rtx 4090"]')
     wrong = [target for target in targets if target not in RTX_TARGETS]
     if wrong:
-        raise UsageError(
-            f"{', '.join(wrong)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} alone; "
-            'on the GPU itself use backend="tensorrt"'
-        )
+        too_old = any(number_of(target) < OLDEST for target in wrong)
+        advice = f"TensorRT needs sm{OLDEST} or later, too" if too_old else 'on the GPU itself use backend="tensorrt"'
+        raise UsageError(f"{', '.join(wrong)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} alone; {advice}")
 
 
 def group_targets(targets: Iterable[str]) -> list[tuple[str, ...]]:

@@ -22,6 +22,11 @@ TAIL = ".partial"
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}" + re.escape(TAIL), re.DOTALL)
 
 
+def room_advice(error: OSError) -> str:
+    """What to do about a full disk, for the end of a message; "" for another error."""
+    return "; make room, or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+
+
 @contextmanager
 def whole_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
     """A file to write. It replaces `path` when the context ends, and is on disk then; after an exception it is gone.

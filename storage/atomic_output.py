@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..schemas.callbacks import Say
-from ..schemas.errors import ConversionError, UsageError
+from ..schemas.errors import CascadeError, ConversionError, UsageError
 from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.messages import listed
-from .atomic_file import hidden_name
+from .atomic_file import hidden_name, room_advice
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
 from .bundle_lock import is_bundle, locked_bundle
 from .locks import holder_of, locked
@@ -79,8 +79,13 @@ def staged_output(
             if replacement.gone:
                 say(f"{target}: replaced {listed(replacement.gone)}")
         except OSError as error:
-            where = error.filename2 or error.filename or target
-            raise ConversionError(f"{where}: cannot be written: {error.strerror or error}") from error
+            where = str(error.filename2 or error.filename or target).replace(str(staged), str(target))
+            said = f"{where}: cannot be written: {error.strerror or error}{room_advice(error)}"
+            raise ConversionError(said) from error
+        except CascadeError as error:  # the user knows the output, and not the place where it is made
+            names = str(staged), str(target)
+            error.args = tuple(part.replace(*names) if isinstance(part, str) else part for part in error.args)
+            raise
         finally:
             if not (scratch / JOURNAL).exists():  # it exists while there is something to undo
                 shutil.rmtree(scratch, ignore_errors=True)

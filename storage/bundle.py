@@ -16,6 +16,7 @@ from ..schemas.manifest import (
     parse_manifest,
     to_text,
 )
+from ..schemas.messages import reason
 from ..schemas.stages import Stage
 from .atomic_file import whole_file
 from .bundle_lock import locked_bundle, require_manifest
@@ -103,7 +104,7 @@ def open_bundle(root: Path) -> Bundle:
             raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, it has {path.stat().st_size}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     return Bundle(root, parse_manifest(text, str(path)))
 
 

@@ -34,7 +34,11 @@ STARTS: Mapping[bytes, str] = {
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
     b"<": "a web page or XML, not weights; download the file itself",
     b"{": "JSON text, not weights; give the weights file it belongs to",
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"), "a picture, not weights; give a weights file"),
+    b"\x08": "an ONNX graph or a file like one, not weights; give the weights file beside it",
 }
+
+TEXT = (*b"\t\n\r", *range(ord(" "), ord("~") + 1))
 
 
 @dataclass(frozen=True)
@@ -173,9 +177,11 @@ def _what_instead(start: bytes, length: int, size: int) -> str:
             return meaning
     if 2 <= length <= MAX_HEADER_BYTES:
         return f"truncated: the header alone ends at byte {8 + length}, the file at {size}; download it again"
+    if all(byte in TEXT for byte in start):
+        return "text, not a safetensors file; give a weights file"
     return (
         f"not a safetensors file: the first 8 bytes announce a header of {length} bytes "
-        f"(expected 2 to {MAX_HEADER_BYTES})"
+        f"(expected 2 to {MAX_HEADER_BYTES}); give a weights file, or download this one again"
     )
 
 

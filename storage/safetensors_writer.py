@@ -25,6 +25,7 @@ from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
+from .atomic_file import room_advice
 from .content_digest import EMPTY, PieceDigests
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .gguf_file import encode_gguf
@@ -263,7 +264,7 @@ def what_failed(path: Path, total: int, error: OSError) -> str:
     """Return the message for an error while `total` bytes were to be written to `path`."""
     if error.filename not in (None, str(path)):
         return f"{error.filename}: cannot be read: {error.strerror}"
-    return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
+    return f"{path}: cannot be written ({total} bytes needed): {error.strerror}{room_advice(error)}"
 
 
 def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str], advice: str) -> str:

@@ -51,7 +51,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for embedding in facts["embeddings"]:
         where = f" for rows {embedding['indices']}" if embedding["indices"] else ""
         rows.append(("embedding", f"{embedding['name']} {embedding['shape']}{where}"))
-    rows += [(key, _shortened(text)) for key, text in facts["metadata"].items()]
+    taken = {name for name, _ in rows}  # a file has a "format", too, which says "pt"
+    rows += [(f"metadata: {key}" if key in taken else key, _shortened(text)) for key, text in facts["metadata"].items()]
     return rows
 
 

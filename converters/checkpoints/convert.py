@@ -21,7 +21,7 @@ from ...schemas.errors import ConversionError, UsageError
 from ...schemas.folders import parse_size
 from ...schemas.forecast import FileSize, Forecast, OnPlan
 from ...schemas.layouts import FOLDERS, Layout
-from ...schemas.messages import known_keywords, listed
+from ...schemas.messages import known_keywords, listed, shown_bytes
 from ...schemas.sdnq_formats import SDNQ_CHOICES
 from ...schemas.stages import NetworkConfig, Stage, TextEncoderConfig, VQGANConfig
 from ...storage.atomic_output import check_output, staged_output
@@ -218,6 +218,7 @@ def _require_fit(output: Path, options: OutputOptions) -> None:
     rules = (
         (options.combined, "combined=True", "such folders", (Layout.DIFFUSERS,)),
         (options.shard_size is not None, "shard_size=...", "shards", FOLDERS),
+        (bool(options.variant), f'as_variant="{options.variant}"', "such names", FOLDERS),
         (options.canonical, "canonical=True", "such order", [each for each in Layout if each is not Layout.GGUF]),
         (options.quantize in WRITTEN, quantize, "such type", (Layout.GGUF,)),
         (options.quantize in SDNQ_CHOICES, quantize, "such type", (Layout.DIFFUSERS,)),
@@ -259,7 +260,7 @@ def _require_space(output: Path, plan: OutputPlan) -> None:
     free = shutil.disk_usage(existing).free
     if plan.nbytes > free:
         raise ConversionError(
-            f"{output}: needs {plan.nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; choose another disk"
+            f"{output}: needs {shown_bytes(plan.nbytes)}, {shown_bytes(free)} are free there; choose another disk"
         )
 
 

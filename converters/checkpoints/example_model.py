@@ -25,5 +25,8 @@ EXAMPLE_PROMPTS = (
 
 def copy_example_model(model: Path, loras: Path) -> None:
     """Copy the files of the example model into `model`, and its LoRAs into `loras`. Both must not exist."""
-    shutil.copytree(EXAMPLE_MODEL, model, copy_function=shutil.copyfile)
-    shutil.copytree(EXAMPLE_LORA.parent, loras, copy_function=shutil.copyfile)
+    for source, target in ((EXAMPLE_MODEL, model), (EXAMPLE_LORA.parent, loras)):
+        for path in filter(Path.is_file, source.rglob("*")):  # `copytree` goes on when the disk is full
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)

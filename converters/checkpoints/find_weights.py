@@ -26,7 +26,7 @@ from ...schemas.folders import (
 )
 from ...schemas.json_text import load_object
 from ...schemas.limits import MAX_FOLDER_ENTRIES
-from ...schemas.messages import listed
+from ...schemas.messages import listed, reason
 from ...schemas.stages import NetworkConfig, Stage
 from ...schemas.tensors import Shape
 from ...storage.safetensors_reader import Header
@@ -178,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return load_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}; download or save it again") from error
+        raise CheckpointError(f"{path}: not readable as JSON: {reason(error)}; download or save it again") from error
 
 
 def open_single_files(folder: Path, without: Collection[Stage] = ()) -> tuple[FileContents, CascadeError | None]:

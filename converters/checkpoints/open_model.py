@@ -10,7 +10,9 @@ from pathlib import Path
 from ...schemas.clips import misfit
 from ...schemas.errors import CheckpointError, LayoutError, UsageError
 from ...schemas.folders import (
+    MANIFEST_NAME,
     MODEL_INDEX,
+    MODEL_INDEXES,
     MODULAR_INDEX,
     PLACES,
     TOKENIZER_FOLDERS,
@@ -18,6 +20,7 @@ from ...schemas.folders import (
     read_weights_name,
 )
 from ...schemas.layouts import Layout
+from ...schemas.messages import listed
 from ...schemas.stages import Stage, Variant
 from ...storage.weights_file import read_weights
 from .component import Component
@@ -27,6 +30,7 @@ from .identify import FileContents, identify_all
 ENCODERS = (Stage.TEXT_ENCODER, Stage.IMAGE_ENCODER)
 SIDE_SUFFIXES = ("_text_model", "_text_encoder")
 EMA_SUFFIX = "_ema"  # Stability's trainer saves averaged weights in a file of this suffix beside the trained ones
+MODEL_MARKS = (*MODEL_INDEXES, MANIFEST_NAME, "stage_[abc]*")  # files in folders of models and bundles
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Model:
     notes: tuple[str, ...] = ()
     sources: tuple[Path, ...] = ()
     alternatives: tuple[Component, ...] = ()
+
+    def __repr__(self) -> str:  # a component has a thousand tensors
+        return f"Model({', '.join(self.components)})"
 
     def component(self, stage: Stage) -> Component:
         """Return the component of `stage`. Raises UsageError when there is none, LayoutError when it has problems."""
@@ -172,7 +179,7 @@ def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]
     if not folders and not single.components:
         raise refused or UsageError(
             f"{source}: no model here; expected folders such as prior/ and decoder/, "
-            "or stage_a, stage_b and stage_c .safetensors files"
+            f"or stage_a, stage_b and stage_c .safetensors files{_models_below(source)}"
         )
     # A download of a whole repository has the folders of a pipeline and the same weights as single files beside them.
     taken = {component.stage for contents in opened for component in contents.components} if is_pipeline else set()
@@ -289,6 +296,12 @@ def _is_other_tower(component: Component, components: dict[Stage, Component]) ->
     """Return whether the encoder's file also holds the other tower, which the user may have given the file for."""
     others = (components[stage] for stage in ENCODERS if stage in components and stage is not component.stage)
     return any(other.path == component.path for other in others)
+
+
+def _models_below(folder: Path) -> str:
+    """The subfolders that look like models, for a message; "" without any."""
+    found = sorted({str(path.parent) for pattern in MODEL_MARKS for path in folder.glob(f"*/{pattern}")})
+    return f"; did you mean {listed(found, 3)}?" if found else ""
 
 
 def _require_exists(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...schemas.errors import ExportError
 from ...schemas.json_text import dump_json, load_object
+from ...schemas.messages import reason
 from ...schemas.stages import Stage, UNetConfig, VQGANConfig
 from ...schemas.unet_blocks import blocks_of
 from ...storage.atomic_file import whole_file
@@ -41,7 +42,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = load_object(path.read_bytes(), strict=True)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read as a calibration: {error}; name another file") from error
+        raise ExportError(f"{path}: cannot be read as a calibration: {reason(error)}; name another file") from error
     stages = found.get("stages")
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION) or not isinstance(stages, dict):
         raise ExportError(

@@ -22,7 +22,7 @@ import onnx
 from ...runtime.engines.tensorrt.plan_header import find_contradiction
 from ...schemas.callbacks import Say, ignored
 from ...schemas.manifest import DOMAINS, MANIFEST_NAME, FileEntry, GraphEntry, PortEntry, StageEntry
-from ...schemas.messages import known_keywords
+from ...schemas.messages import known_keywords, listed
 from ...schemas.stages import Stage
 from ...storage.bundle import PUT_BACK, Bundle, open_bundle
 from ...storage.file_hashes import WHOLE_BELOW, find_change, sha256_of
@@ -42,6 +42,7 @@ from .graph_files import (
 POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"
 POLYGRAPHY_TIMEOUT = 300  # seconds
 NOT_INSTALLED = "not installed"
+SHOWN = 3  # initialisers with the same problem that are named
 
 
 @dataclass
@@ -231,19 +232,27 @@ def _foreign_operators(operators: Iterable[tuple[str, str]], entry: StageEntry) 
 def _misplaced_weights(model: onnx.ModelProto, path: Path) -> Iterator[str]:
     """Find initialisers whose bytes are not in the graph's folder, not inside their file, or not as many as needed."""
     sizes: dict[str, int | None] = {}
+    homeless: dict[str, list[str]] = {}
+    wrong: list[str] = []
     try:
         for data in external_data(model):
             if data.location not in sizes:
                 sizes[data.location] = _size_beside(path, data.location)
             size = sizes[data.location]
             if size is None:
-                yield f"{data.name}: its bytes are in {data.location!r}, which is not a file beside the graph"
+                homeless.setdefault(data.location, []).append(data.name)
             elif data.offset < 0 or data.length < 0 or data.offset + data.length > size:
-                yield f"{data.name}: bytes {data.offset} to {data.offset + data.length} of a file of {size}"
+                wrong.append(f"{data.name}: bytes {data.offset} to {data.offset + data.length} of a file of {size}")
             elif data.length != data.needed:
-                yield f"{data.name}: {data.length} bytes, expected {data.needed} for {data.dtype} {list(data.dims)}"
+                expected = f"expected {data.needed} for {data.dtype} {list(data.dims)}"
+                wrong.append(f"{data.name}: {data.length} bytes, {expected}")
     except ValueError as error:
         yield f"the offset or length of an initialiser is no number: {error}"
+    for location, names in homeless.items():
+        yield f"{listed(names, SHOWN)}: have their bytes in {location!r}, which is not a file beside the graph"
+    yield from wrong[:SHOWN]
+    if len(wrong) > SHOWN:
+        yield f"and {len(wrong) - SHOWN} more initialisers like these"
 
 
 def _size_beside(path: Path, location: str) -> int | None:
@@ -260,7 +269,7 @@ def _onnx_problems(path: Path) -> Iterator[str]:
         try:
             check(path)
         except Exception as error:  # onnx raises classes of its own and, from C++, plain RuntimeError and others
-            yield f"{name}: {first_line(error)}"
+            yield f"{name}: {first_line(error)}".replace(f"{path.parent}/", "")
 
 
 def _polygraphy(path: Path) -> tuple[str, list[str]]:

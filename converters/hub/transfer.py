@@ -17,6 +17,7 @@ from typing import Any
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import CheckpointError
+from ...schemas.messages import shown_bytes
 from .hub_errors import http_error
 from .repository import HubFile
 from .source import HubSource
@@ -51,7 +52,7 @@ def _require_space(wanted: HubSource, missing: list[tuple[HubFile, Path]]) -> No
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{wanted}: {needed / 1e9:.1f} GB are to be downloaded, {free / 1e9:.1f} GB are free at {folder}; "
+            f"{wanted}: {shown_bytes(needed)} are to be downloaded, {shown_bytes(free)} are free at {folder}; "
             "make room, or set HF_HOME to a folder on another disk"
         )
 

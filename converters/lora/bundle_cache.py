@@ -38,7 +38,7 @@ KEY_DIGITS = 20  # digits of the SHA-256 that names a folder in the cache
 @known_keywords
 def with_loras(
     bundle: str | Path,
-    loras: Sequence[tuple[str | Path, float]],
+    loras: str | Path | Sequence[tuple[str | Path, float] | str | Path],
     cache: Path | None = None,
     *,
     start_file: StartFile | None = None,
@@ -48,19 +48,21 @@ def with_loras(
 
         cascade = Cascade.open(with_loras("bundle", [("style.safetensors", 0.8)]))
 
-    Each LoRA is a path, or a name for `find_lora`, and its strength. The copy is made in the folder `cache` (None: see
-    `user_cache`) unless it is there, whole and unchanged. If several processes ask for it, one of them makes it.
-    `say` is called with each part of a LoRA that did not apply.
+    Each LoRA is a path, or a name for `find_lora`, and its strength (1 for a path alone). The copy is made in the
+    folder `cache` (None: see `user_cache`) unless it is there, whole and unchanged. If several processes ask for it,
+    one of them makes it. `say` is called with each part of a LoRA that did not apply.
 
     Raises UsageError for a LoRA that is not found, for a strength that is not finite, and for a bundle with LoRAs in it
     already; ConversionError when the cache cannot be written; and the errors of `apply_loras`."""
     if not loras:
         return Path(bundle)
     opened = open_bundle(Path(bundle))
-    strengths = [strength for _, strength in loras]
+    several = [loras] if isinstance(loras, str | Path) else loras
+    given = [(lora, 1.0) if isinstance(lora, str | Path) else lora for lora in several]
+    strengths = [strength for _, strength in given]
     if not all(map(math.isfinite, strengths)):
         raise UsageError(f"LoRA strengths {', '.join(map(str, strengths))}: expected finite numbers, such as 0.8")
-    paths = [find_lora(lora) for lora, _ in loras]
+    paths = [find_lora(lora) for lora, _ in given]
     target = (cache or user_cache("loras")) / _key(opened, paths, strengths)
     with _alone(target):
         if not _is_whole(target):

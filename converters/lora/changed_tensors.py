@@ -10,6 +10,7 @@ import numpy as np
 
 from ...schemas.dtypes import FLOATS
 from ...schemas.errors import ConversionError
+from ...storage.atomic_file import room_advice
 from ...storage.safetensors_plan import CalculatedRange, Range, TensorPlan
 from ...storage.safetensors_reader import Header, TensorRange
 from .adapters import Adapter
@@ -170,7 +171,7 @@ def overwrite(tensors: Mapping[str, TensorRange], changes: Changes) -> list[Effe
                 for block in calculated.blocks():
                     file.write(block.data)
         except OSError as error:
-            raise ConversionError(f"{tensor.path}: cannot be written: {error.strerror}") from error
+            raise ConversionError(f"{tensor.path}: cannot be written: {error.strerror}{room_advice(error)}") from error
         effects.append(effect)
     for path in {tensors[name].path for name in changes}:
         with path.open("rb") as file:

@@ -27,7 +27,7 @@ from ..export.fold_biases import depends_on, fold_biases
 from .bundle_components import bundle_component
 from .bundle_files import copy, link, link_others, share_others
 from .changed_tensors import Changes, Effect, overwrite
-from .merge_plan import MERGED_STAGES, LoraPlan, Merge, plan_loras
+from .merge_plan import MERGED_STAGES, LoraPlan, Merge, as_loras, plan_loras
 from .stability_format import DEFAULT_FILTERS
 
 KEPT = ".before-lora"  # the suffix of files that were replaced
@@ -37,7 +37,7 @@ NOTHING_APPLIES = "Export the stage it is for, or give another LoRA"
 @known_keywords
 def apply_loras(
     bundle: str | Path,
-    loras: Sequence[str | Path],
+    loras: str | Path | Sequence[str | Path],
     *,
     strengths: Sequence[float] = (),
     text_encoder_strengths: Sequence[float] = (),
@@ -62,7 +62,7 @@ def apply_loras(
         plan = plan_loras(
             opened.root,
             _components(opened),
-            loras,
+            as_loras(loras),
             strengths=strengths,
             text_encoder_strengths=text_encoder_strengths,
             module_filters=module_filters,

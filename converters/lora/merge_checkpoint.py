@@ -25,7 +25,7 @@ from ..checkpoints.open_model import open_model
 from ..hub import local_path
 from ..passports import made_of
 from .changed_tensors import changed, rewritten
-from .merge_plan import Merge, check_numbers, plan_loras
+from .merge_plan import Merge, as_loras, check_numbers, plan_loras
 from .merged_files import output_tree
 from .read_formats import holds_lora
 from .stability_format import DEFAULT_FILTERS
@@ -38,7 +38,7 @@ PICKLED_PREFIX = "state_dict."  # the dictionary in which trainers pickle a chec
 @known_keywords
 def merge_loras(
     checkpoint: str | Path,
-    loras: Sequence[str | Path],
+    loras: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     strengths: Sequence[float] = (),
@@ -71,6 +71,7 @@ def merge_loras(
     """
     output = Path(output)
     check_output(output, force=force)
+    loras = as_loras(loras)
     check_numbers(loras, strengths, text_encoder_strengths, alpha)
     source = local_path(checkpoint, say)
     paths = [local_path(lora, say) for lora in loras]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...schemas.errors import ConversionError, UsageError
 from ...schemas.json_models import LoraEntry
 from ...schemas.lora_keys import LoraTarget
-from ...schemas.messages import listed_below
+from ...schemas.messages import listed_below, shown
 from ...schemas.stages import Stage
 from ...storage.file_hashes import fingerprint
 from ..checkpoints.component import Component
@@ -108,6 +108,15 @@ def plan_loras(
             f"{source}: nothing in {', '.join(map(str, loras))} applies to it:{listed_below(plan.unapplied)}\n{advice}"
         )
     return plan
+
+
+def as_loras(loras: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """One LoRA or several as a list. Raises UsageError for pairs of a path and a strength, and for other objects."""
+    found = [loras] if isinstance(loras, str | Path) else list(loras)
+    for lora in found:
+        if not isinstance(lora, str | Path):
+            raise UsageError(f"loras: expected paths, found {shown(lora)}; strengths are given as strengths=[0.8]")
+    return found
 
 
 def check_numbers(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.json_text import load_object
+from ...schemas.messages import reason
 from ...schemas.peft_settings import ALPHA_FIELDS, HARMLESS, LIMITED, OFF, UNDERSTOOD
 from ...schemas.stages import Stage
 from .peft_patterns import Patterns
@@ -60,7 +61,7 @@ def find_configs(weights: Path, metadata: Mapping[str, str]) -> Configs:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     return _parse(str(path), text)
 
 

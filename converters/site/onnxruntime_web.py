@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 from ...schemas.errors import UsageError
+from ...schemas.messages import reason
 
 NAME = "onnxruntime-web"
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # of the package's folder dist
@@ -19,7 +20,9 @@ def read_onnxruntime_web(package: Path) -> dict[str, bytes]:
     try:
         read = _from_folder(package) if package.is_dir() else _from_archive(package)
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise UsageError(f"{package}: cannot be read as {NAME}: {error}; get its archive with `{HOW}`") from error
+        raise UsageError(
+            f"{package}: cannot be read as {NAME}: {reason(error)}; get its archive with `{HOW}`"
+        ) from error
     try:
         found = json.loads(read.pop("package.json", b"{}"))
     except ValueError:

@@ -16,6 +16,7 @@ import onnx
 from ...runtime.memory.free_memory import free_memory
 from ...schemas.errors import EngineError
 from ...schemas.hoisted import CONDITIONING
+from ...schemas.messages import shown_bytes
 from ...schemas.precision import Precision
 from ..export.graph_files import DTYPES
 
@@ -71,11 +72,11 @@ def require_room(what: str, needed: Iterable[Estimate], folder: Path, *, memory:
     free = free_memory()
     if memory and free is not None and most > free:
         raise EngineError(
-            f"{what}: building takes about {most / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free here; close "
+            f"{what}: building takes about {shown_bytes(most)} of memory, {shown_bytes(free)} are free here; close "
             "other programs, build on a larger machine (plans can be moved), or try it with check_memory=False"
         )
     room, on_disk = sum(each.plan for each in needed), shutil.disk_usage(folder).free
     if room > on_disk:
         raise EngineError(
-            f"{folder}: the plans take about {room / 1e9:.1f} GB of disk, {on_disk / 1e9:.1f} GB are free; make room"
+            f"{folder}: the plans take about {shown_bytes(room)} of disk, {shown_bytes(on_disk)} are free; make room"
         )

@@ -99,6 +99,10 @@ class CheckpointComparison:
     def __bool__(self) -> bool:
         return bool(self.tensors) and all(self.tensors) and not self.unmatched
 
+    def __repr__(self) -> str:  # there are thousands of tensors
+        counts = {str(status): count for status, count in self.counts.items() if count}
+        return f"CheckpointComparison(passed={bool(self)}, counts={counts})"
+
     @property
     def counts(self) -> dict[Status, int]:
         found = Counter(tensor.status for tensor in self.tensors)

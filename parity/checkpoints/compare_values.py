@@ -15,6 +15,7 @@ from ...schemas.block_types import BLOCK_TYPES, nbytes_of
 from ...schemas.casts import castable
 from ...schemas.dtypes import DTYPE_SIZES, FLOATS, FP8, INTEGERS
 from ...schemas.errors import CheckpointError
+from ...schemas.messages import reason
 from ...storage.cast import cast_block
 from ...storage.read_scale import Factors, cast_scaled, read_scale
 from ...storage.safetensors_reader import TensorRange
@@ -66,7 +67,7 @@ class MappedFiles:
                     with path.open("rb") as file:
                         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:
-                    raise CheckpointError(f"{path}: cannot be read: {error}; check the file") from error
+                    raise CheckpointError(f"{path}: cannot be read: {reason(error)}; check the file") from error
                 mapped.madvise(mmap.MADV_SEQUENTIAL)
                 self._maps[path] = np.frombuffer(mapped, np.uint8)  # the array keeps the map open as long as it lives
             return self._maps[path]

@@ -196,7 +196,7 @@ def _drafted(
     if plan.problems and not settings.keep_going:
         todo = "nothing was generated; correct the lines, or generate the others with keep_going=True"
         raise UsageError(
-            f"{len(plan.problems)} wrong lines in the file of prompts; {todo}:{listed_below(plan.problems, SHOWN)}"
+            f"wrong lines in the file of prompts: {len(plan.problems)}; {todo}:{listed_below(plan.problems, SHOWN)}"
         )
     _require_outputs_apart(plan.jobs, settings)
     return BatchDraft(file, seed, manifest, plan)

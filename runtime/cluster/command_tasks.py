@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from ...schemas.errors import UsageError
-from ...schemas.messages import listed_below
+from ...schemas.messages import listed_below, reason
 from ..batch.batch_log import BatchLog, read_log
 from ..batch.prompt_files import COMMENT, text_lines
 
@@ -74,7 +74,9 @@ def read_commands(path: Path) -> list[CommandTask]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: the commands cannot be read: {error}; give a text file, a command a line") from error
+        raise UsageError(
+            f"{path}: the commands cannot be read: {reason(error)}; give a text file, a command a line"
+        ) from error
     tasks, problems = [], []
     for number, line in text_lines(content):
         if line.startswith(COMMENT):
@@ -84,7 +86,7 @@ def read_commands(path: Path) -> list[CommandTask]:
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:
-        raise UsageError(f"{len(problems)} wrong lines in the file of commands:{listed_below(problems, SHOWN)}")
+        raise UsageError(f"wrong lines in the file of commands: {len(problems)}{listed_below(problems, SHOWN)}")
     if not tasks:
         raise UsageError(f"{path}: holds no commands; write one a line, as in: convert SRC -o OUT --to diffusers")
     return tasks

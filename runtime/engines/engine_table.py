@@ -147,11 +147,22 @@ def _has_plans(bundle: "Bundle", backend: "Backend", device: str = "cuda") -> bo
         return False
 
 
+# Multiply-adds of an image from which a bf16 engine is worth its start: compiling every graph, or importing torch.
+# docs/gpu.md has the measurement. The lite cascade needs seventy times as many at 1024x1024.
+WORTH_A_START = 5e11
+
+
+def _is_worth_a_start(bundle: "Bundle") -> bool:
+    from ...schemas.passes import usual_work
+
+    return usual_work(bundle.manifest) >= WORTH_A_START
+
+
 def _openvino_computes_bf16(bundle: "Bundle") -> bool:
     """True if the CPU multiplies bf16, the graphs are not in bf16, and their weights are files beside them.
 
-    OpenVINO knows what its kernels can do, but importing it takes half a second."""
-    if not cpu_flags.may_compute_bf16():
+    False for small networks. OpenVINO knows what its kernels can do, but importing it takes half a second."""
+    if not cpu_flags.may_compute_bf16() or not _is_worth_a_start(bundle):
         return False
     from ...schemas.manifest import MAIN_GRAPH
     from ...storage.hub_cache_links import can_do_without
@@ -167,10 +178,10 @@ def _openvino_computes_bf16(bundle: "Bundle") -> bool:
 def _torch_computes_bf16(bundle: "Bundle") -> bool:
     """True if the CPU multiplies bf16, no stage is quantised, and torch is installed.
 
-    torch comes last, because importing it takes seconds."""
+    False for small networks. torch comes last, because importing it takes seconds."""
     from ...schemas.quantization import Quantization
 
-    if not cpu_flags.multiplies_bf16():
+    if not cpu_flags.multiplies_bf16() or not _is_worth_a_start(bundle):
         return False
     if any(entry.quantization is not Quantization.NONE for entry in bundle.manifest.stages.values()):
         return False

@@ -46,8 +46,19 @@ class Box(NamedTuple):
 def as_picture(picture: Picture) -> Image.Image:
     """The picture as 8-bit RGB: a path is opened, a PIL image of another mode is converted in the same way.
 
-    Raises UsageError as `open_picture` does."""
-    return _rgb(eight_bits(picture, "picture")) if isinstance(picture, Image.Image) else open_picture(Path(picture))
+    Raises UsageError as `open_picture` does, and for an object of another type."""
+    if isinstance(picture, str | Path):
+        return open_picture(Path(picture))
+    if not isinstance(picture, Image.Image):
+        raise UsageError(f"expected a picture as a path or a PIL image, found {type(picture).__name__}")
+    return _rgb(eight_bits(picture, "picture"))
+
+
+def as_pictures(pictures: Picture | Sequence[Picture]) -> list[Image.Image]:
+    """One picture or several as a list of 8-bit RGB pictures, see `as_picture`."""
+    if isinstance(pictures, Image.Image | str | Path):
+        return [as_picture(pictures)]
+    return [as_picture(picture) for picture in pictures]
 
 
 def open_picture(path: Path) -> Image.Image:

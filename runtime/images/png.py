@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from ...schemas.errors import UsageError
 from ...schemas.json_text import dump_json
+from ...schemas.messages import reason
 from ...storage.atomic_file import claim, finish, remove_leftovers, unplaced_file, whole_file
 from ...storage.output_rules import locate, require_apart, require_free, require_writable
 from ..engines.protocol import F32
@@ -144,7 +145,9 @@ def require_settings(path: Path) -> dict[str, Any]:
     try:
         settings = read_settings(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as an image of cascadekit: {error}; give another file") from error
+        raise UsageError(
+            f"{path}: cannot be read as an image of cascadekit: {reason(error)}; give another file"
+        ) from error
     if not isinstance(settings, dict):
         raise UsageError(
             f"{path}: has no settings of cascadekit; image editors drop them, give the file as it was written"

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ...schemas.errors import UsageError
+from ...schemas.messages import with_shapes
 from ...schemas.settings import Sampling
 from ...schemas.sizes import ROW_AREA
 from ...schemas.stages import Stage
@@ -33,6 +34,8 @@ class Step:
     latents: F32  # (B, c, h, w)
     predicted: F32  # (B, c, h, w): the noiseless latents as the network predicts them at this step
     _show: Show = field(default=_no_show, repr=False)
+
+    __repr__ = with_shapes
 
     def preview(self) -> list[Image.Image]:
         """`predicted` as B images, computed when asked for: by the previewer for the prior, else by the vqgan.

@@ -72,7 +72,7 @@ def make_schedule(sampling: Sampling, strength: float = 1.0) -> Schedule:
     if sampling.sampler == Sampler.GDF:
         return gdf_schedule(points, sampling.shift, sampling.rescale)
     if sampling.shift != 1 or sampling.rescale:
-        raise UsageError(f"shift and rescale: {Sampler.DDPM_WUERSTCHEN} has neither; take sampler {Sampler.GDF}")
+        raise UsageError(f'shift and rescale: {Sampler.DDPM_WUERSTCHEN} has neither; take sampler="{Sampler.GDF}"')
     return Wuerstchen(points)
 
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import UsageError
 from ...schemas.limits import MAX_PROMPT_CHUNKS
+from ...schemas.messages import shown, with_shapes
 from ..engines.protocol import F32, Run, Tensors
 from .prompt_weights import WeightedText, parse_weights
 from .tokenizer import ClipTokenizer, Token, token_rows
@@ -55,6 +56,8 @@ class PromptEmbeds:
     negative_clip_text: F32  # (B, T, channels)
     negative_pooled: F32  # (B, 1, channels)
     truncated: tuple[str, ...] = ()  # the text that did not fit, of each prompt and then of each negative prompt
+
+    __repr__ = with_shapes
 
     def __post_init__(self) -> None:
         text, pooled = self.clip_text.shape, self.pooled.shape
@@ -136,7 +139,9 @@ def encode_texts(
 
 
 def as_texts(text: str | Sequence[str]) -> list[str]:
-    """One text or several texts as a list."""
+    """One text or several texts as a list. Raises UsageError for what is neither."""
+    if not isinstance(text, str | Sequence):
+        raise UsageError(f"prompt {shown(text)}: expected a text, or a list of texts")
     return [text] if isinstance(text, str) else list(text)
 
 

@@ -227,7 +227,40 @@ def test_demo(tmp_path: Path) -> None:
     assert (found.marker, found.foreign) == ("parity.json", ())
 
 
+def test_demo_without_torch_names_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascadekit.parity.demo.make_demo", lambda *given, **options: None)
+    assert "image.png, prompts.png, parity.json\n" in call("demo").stdout
+
+
+def test_demo_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file of the example model was tried, and all were listed in a message of a page."""
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    result = call("demo", "-o", tmp_path / "demo")
+    assert result.exit_code == 1
+    advice = "cannot be written: No space left on device; make room, or choose another disk"
+    assert re.fullmatch(f"error: {tmp_path}/demo/original/\\S+: {advice}", result.stderr.splitlines()[-1])
+    assert not [*tmp_path.iterdir()]
+
+
 class TestWrongInputs:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("generate", "BUNDLE", "--like", "none"),
+            ("site", "BUNDLE", "-o", "site", "--onnxruntime-web", "none"),
+            ("many", "none"),
+        ],
+    )
+    def test_a_missing_file_without_its_number(self, tiny: Path, words: tuple[str, ...]) -> None:
+        """Messages ended with "[Errno 2] No such file or directory: 'none'"."""
+        result = call(*(tiny / "bundle" if word == "BUNDLE" else word for word in words))
+        assert result.exit_code == 2
+        assert re.search(r"none: .*cannot be read.*: No such file or directory; ", result.stderr)
+
     def test_truncated_file(self, original: Path, tmp_path: Path) -> None:
         cut = tmp_path / "stage_c.safetensors"
         cut.write_bytes((original / "stage_c.safetensors").read_bytes()[:-100])

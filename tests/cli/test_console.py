@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from cascadekit import convert
 from cascadekit.cli import main
 from cascadekit.cli.lazy import LazyGroup
-from cascadekit.cli.remaining import Remaining, StagePass
+from cascadekit.cli.remaining import Remaining
 from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA, EXAMPLE_MODEL
+from cascadekit.schemas.passes import StagePass
 from cascadekit.schemas.stages import Stage
 
 QUICK = ["--size", "64x64", "--prior-steps", "2", "--decoder-steps", "1"]

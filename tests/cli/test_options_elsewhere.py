@@ -1,6 +1,7 @@
 """Words that people bring along from other programs are answered with those of this one."""
 
 import inspect
+import re
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 
 import cascadekit
 from cascadekit.cli import main
-from cascadekit.cli.options_elsewhere import ARGUMENTS_ELSEWHERE, IMAGE_OPTIONS
+from cascadekit.cli.options_elsewhere import ARGUMENTS_ELSEWHERE, COMMANDS_ELSEWHERE, IMAGE_OPTIONS
 from cascadekit.schemas.errors import UsageError
 from cascadekit.schemas.messages import NAMES_ELSEWHERE
 
@@ -39,6 +40,29 @@ def test_every_word_of_the_tables_leads_somewhere() -> None:
             word
         )
     assert {name for names in ARGUMENTS_ELSEWHERE.values() for name in names} <= arguments
+    commands = main.list_commands(click.Context(main))
+    for here in COMMANDS_ELSEWHERE.values():
+        for name in re.findall(r"cascadekit ([a-z][a-z-]*)", here):
+            assert name in commands
+    assert not COMMANDS_ELSEWHERE.keys() & {*commands} - {"bench"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("genrate b x", "No such command 'genrate': did you mean generate?"),
+        ("Inspect x", "did you mean inspect?"),
+        ("lora megre a b", "No such command 'megre': did you mean merge?"),
+        ("diff a b", "No such command 'diff': take `cascadekit verify CHECKPOINT --against CHECKPOINT`."),
+        ("help generate", "take `cascadekit --help`, or `cascadekit COMMAND --help`."),
+        ("frobnicate", "No such command 'frobnicate'."),
+        ("lora help", "No such command 'help'."),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_that_was_meant(words: str, said: str) -> None:
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`inspect` prints passports for people: a line each, 100 columns, what files share once; --json keeps everything."""
+"""`inspect` prints passports for people: a line each, what files share once; --json keeps everything."""
 
 import json
 import shutil
@@ -48,7 +48,6 @@ def test_a_folder(model: Path) -> None:
         name, source = line.strip().split(" from ")
         (known,) = facts[name]["passport"]["sources"]
         assert source == f"{known['name']} ({known['fingerprint'][:12]})"
-    assert max(map(len, [first, shared, index, *others])) <= 100
 
 
 def all_facts(path: Path) -> list[dict[str, object]]:
@@ -68,7 +67,6 @@ def test_a_changed_file_comes_first(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_with_all_facts(tmp_path: Path) -> None:
-    """Long lines go on below, indented; nothing that the file says moves the cursor or begins a line."""
     path = tmp_path / "c.safetensors"
     convert(EXAMPLE_MODEL / "stage_c.safetensors", path, "split", quantize="fp8")
     first, *more = passports(path)
@@ -76,7 +74,6 @@ def test_a_file_with_all_facts(tmp_path: Path) -> None:
     text = " ".join(" ".join(more).split())
     for fact in (f"by {created_by()}", "layout split", "quantized to FP8", "F8_E4M3", "calculated from stage_c"):
         assert fact in text
-    assert max(map(len, more)) <= 100
 
 
 def test_nothing_in_a_passport_moves_the_cursor_or_begins_a_line(tmp_path: Path) -> None:

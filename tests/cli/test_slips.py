@@ -1,6 +1,7 @@
 """Slips on the command line of `generate` are answered, not taken in silence; and images in other formats than PNG."""
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -129,3 +130,32 @@ def test_notes_on_brackets(
     assert "opened" in said
     assert ("note:" in said) == (words is not None)
     assert words is None or words in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["inspect ''", "convert x --to split -o ''", "export '' -o x", "generate x y --prompts ''", "demo -o ''"]
+)
+def test_an_empty_path_is_refused(words: str) -> None:
+    """That of a variable that is not set: it stood for the current folder, which an output was then written to."""
+    result = CliRunner().invoke(main, shlex.split(words))
+    assert result.exit_code == 2
+    assert "expected a path, found an empty text; the current folder is ." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompt", "words"),
+    [
+        ("p.txt", "a fox\n", ["a dog"], "--prompts: each line is a prompt; leave PROMPT out."),
+        ("p.csv", "prompt,seed\na fox,x\n", [], "p.csv:2: request: seed: Input should be a valid integer"),
+        ("p.csv", "prompt,seed\na fox,x\n", [], ", found 'x'"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}\n', [], ", found 1.5"),
+    ],
+)
+def test_slips_in_files_of_prompts(
+    tiny: Path, tmp_path: Path, name: str, text: str, prompt: list[str], words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    result = generate(tiny, *prompt, "--prompts", tmp_path / name, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out").exists()

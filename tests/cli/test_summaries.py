@@ -1,15 +1,20 @@
 """`inspect` and `validate` show what one looks for, and repeat little of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
+import cascadekit
 from cascadekit import convert
 from cascadekit.cli import main
+from cascadekit.converters.checkpoints.example_model import EXAMPLE_LORA
 from cascadekit.converters.checkpoints.open_model import open_model
+from cascadekit.parity.results import Report
 from cascadekit.runtime.images.png import save_png
 from cascadekit.schemas.errors import CascadeError
 
@@ -43,7 +48,6 @@ def test_tables_fit_80_columns(tiny: Path) -> None:
         lines = call("inspect", path).stdout.splitlines()
         table = next(number for number, line in enumerate(lines) if "can become" in line or "no GPU engines" in line)
         assert max(map(len, lines[:table])) <= 80, lines
-        assert max(map(len, lines)) <= 100, lines
     assert call("inspect", tiny / "model").stdout.startswith("all: layout diffusers, variant tiny, dtype F32\n")
 
 
@@ -72,3 +76,41 @@ def test_never_verified_is_said_once(tiny: Path, tmp_path: Path, monkeypatch: py
     quick = ("x", "--size", "64x64", "--prior-steps", "1", "--decoder-steps", "1", "-o", tmp_path / "images")
     said = ["never verified" in call("generate", tmp_path / "bundle", *quick).stderr for _ in range(2)]
     assert said == [True, False]
+
+
+def test_metadata_of_a_lora_is_not_taken_for_its_facts(tmp_path: Path) -> None:
+    """A table had two rows called "format": kohya, and the "pt" that safetensors writes into every file."""
+    path = tmp_path / "lora.safetensors"
+    weights = load_file(EXAMPLE_LORA.with_name("cyanotype_kohya.safetensors"))
+    save_file(weights, path, {"format": "pt", "title": "mine"})
+    rows = dict(line.split(None, 1) for line in call("lora", "inspect", path).stdout.splitlines() if " " in line)
+    assert (rows["format"], rows["metadata:"].split(), rows["title"]) == ("kohya", ["format", "pt"], "mine")
+
+
+def test_results_in_python_are_shown_in_a_line(tiny: Path) -> None:
+    """Thousands of tensors stood below a call in a notebook."""
+    model = cascadekit.inspect(tiny / "model")
+    assert repr(model) == "Model(text_encoder, prior, decoder, vqgan)"
+    same = repr(cascadekit.compare_checkpoints(tiny / "original", model))
+    assert re.fullmatch(r"CheckpointComparison\(passed=True, counts=\{'equal': \d+\}\)", same)
+    assert len(repr(Report("onnxruntime", "torch"))) < 200
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("original --shard-size 1MB", "--shard-size 1000000: --to original has no such files"),
+        (
+            "gguf --as-variant bf16",
+            "--as-variant bf16: --to gguf has no such files; leave it out, or take --to diffusers",
+        ),
+        ("original --combined", "--combined: --to original has no such files"),
+        ("modular --combined", "--combined: --to modular has no such files"),
+        ("gguf --quantize fp8", "--quantize fp8: only --to comfyui and --to split has this type, not --to gguf"),
+    ],
+)
+def test_convert_refuses_options_that_the_layout_does_not_have(tmp_path: Path, words: str, said: str) -> None:
+    """They did nothing, or wrote a second text encoder; and nothing is read before."""
+    result = call("convert", tmp_path / "none", "-o", tmp_path / "out", "--to", *words.split())
+    assert result.exit_code == 2
+    assert said in result.stderr

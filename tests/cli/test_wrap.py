@@ -68,3 +68,25 @@ def test_a_table_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) ->
     sentence = [line for line in screen.lines() if "sentence" in line]
     assert all(len(line) <= columns and line.endswith(("words,", "sentence", "with", "a", "some")) for line in sentence)
     assert any(number in screen.broken for number, line in enumerate(screen.lines()) if "long" in line)  # JSON is whole
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_prose_on_a_terminal_is_broken_once(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of 100 columns were broken again where the terminal ended: a word or two stood alone between long lines."""
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    text = ", ".join(f"effnet_encoder_{number}" for number in range(16))
+    console._console.cache_clear()
+    with terminal(columns) as screen:
+        console.say_wrapped(text)
+    console._console.cache_clear()
+    lines = [line.rstrip() for line in screen.lines() if line.strip()]
+    widest = min(columns, 100)
+    assert " ".join(line.strip() for line in lines) == text
+    assert all(widest - 20 < len(line) <= widest for line in lines[:-1])
+
+
+def test_prose_in_a_pipe_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say_wrapped("word " * 60)
+    assert capsys.readouterr().out == "word " * 60 + "\n"

@@ -2,6 +2,7 @@
 torch's own casts as the truth."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -233,3 +234,20 @@ def test_the_command(original: Path, model: Path, copied: Path) -> None:
     assert code == 1
     assert "clf.1.bias" in text
     assert text.splitlines()[-1] == "NOT equal"
+
+
+def test_options_that_would_do_nothing_are_refused(original: Path, tiny: Path, tmp_path: Path) -> None:
+    """A report that was asked for was not written, and the exit code was 0."""
+    report, record = tmp_path / "report.html", tmp_path / "recorded"
+    bundle = tiny / "bundle"
+    for words, said in (
+        ((original, "--report", report), f"{original}: is no bundle, .* without --report; leave it out"),
+        ((original, "--engine", "openvino", "--bisect"), "without --engine, --bisect; leave them out"),
+        ((original, "--record", record), "without --record"),
+        ((bundle, "--mapping"), f"{bundle}: is a bundle, and --mapping lists .* of two checkpoints"),
+        ((bundle, "--record", record, "--report", report), "--record runs the reference alone, without --report"),
+    ):
+        result = CliRunner().invoke(main, ["verify", *map(str, words), "--against", str(original)])
+        assert result.exit_code == 2, result.output
+        assert re.search(said, result.stderr), result.stderr
+    assert not [*tmp_path.iterdir()]

@@ -51,7 +51,7 @@ def test_what_differs_is_named(tiny: Path, model: Path, tmp_path: Path) -> None:
     tensors["clf.1.weight"] *= 2
     save_file(tensors, file, {"format": "pt"})
     (line,) = found(tiny / "bundle", model)
-    assert line == f"prior: exported from {file.name}, this is {file.name}; other weights, or of another dtype"
+    assert line == f"prior: exported from {file.name}, this is {file.name}; other weights, dtypes or metadata"
     cast = ["convert", str(tiny / "model"), "-o", str(tmp_path / "bf16"), "--to", "diffusers", "--dtype", "bf16"]
     assert CliRunner().invoke(main, cast).exit_code == 0
     lines = found(tiny / "bundle", tmp_path / "bf16")
@@ -112,3 +112,6 @@ def test_a_failure_says_what_to_run_next() -> None:
     assert steps[0].endswith("cascadekit validate 'my bundle' --hash")
     assert steps[1].endswith("cascadekit verify 'my bundle' --against model --stage prior --bisect")
     assert not list(next_steps(Report("onnxruntime", "cascadekit"), Path("b"), Path("m")))
+    differs = ("vqgan: other weights, dtypes or metadata", "prior: layout original, this is diffusers")
+    report = Report("onnxruntime", "cascadekit", (failed,), differs=differs)
+    assert next(next_steps(report, Path("b"), Path("m"))).endswith(differs[1])  # of the stage that failed

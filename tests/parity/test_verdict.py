@@ -48,6 +48,13 @@ def test_a_manifest_without_verdicts_is_of_a_bundle_never_verified(bundle: Bundl
     old = parse_manifest(json.dumps(content), "old")
     assert verdict_of(old) is Verdict.NEVER
     assert "never verified" in (warning(old) or "")
+    command = "cascadekit verify BUNDLE --against MODEL"
+    for engine, said in (
+        (None, command),
+        ("onnxruntime", command),
+        ("openvino-bf16", f"{command} --engine openvino-bf16"),
+    ):
+        assert (warning(old, engine) or "").endswith(said)
     assert old == bundle.manifest
 
 

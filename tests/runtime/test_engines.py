@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from cascadekit.runtime.engines import cpu_flags, engine_table, openvino
 from cascadekit.runtime.engines.engine_table import ENGINES, EngineChoice, make_engine
 from cascadekit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
+from cascadekit.schemas.config_json import to_json
 from cascadekit.schemas.errors import EngineError, UsageError
 from cascadekit.schemas.precision import Precision
-from cascadekit.schemas.stages import Stage
+from cascadekit.schemas.stages import PRESETS, Stage, Variant
 from cascadekit.storage.bundle import open_bundle
 from cascadekit.storage.install_hint import install_hint
 from helpers.standins import accept_changes
@@ -119,6 +121,7 @@ def test_openvino_refuses_bf16_graphs(
 ) -> None:
     """OpenVINO 2026.4 would load them and return noise: a relative error of 0.6 in the VQGAN, on any CPU."""
     export(tiny / "model", tmp_path / "bundle", stages=[Stage.VQGAN], precision="bf16")
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     bundle = open_bundle(tmp_path / "bundle")
     monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: has_bf16)
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: has_bf16)
@@ -132,6 +135,7 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     bundle = open_bundle(tiny / "bundle")
     monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: True)
@@ -143,11 +147,46 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
         make_engine("auto", bundle, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("variant", "size", "name"),
+    [
+        (Variant.TINY, (1024, 1024), "onnxruntime"),
+        (Variant.ICONS, (128, 128), "onnxruntime"),
+        (Variant.LITE, (512, 512), "openvino-bf16"),
+        (Variant.FULL, (1024, 1024), "openvino-bf16"),
+    ],
+)
+def test_auto_takes_bf16_where_it_is_worth_its_start(
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: tuple[EngineChoice, ...],
+    variant: Variant,
+    size: tuple[int, int],
+    name: str,
+) -> None:
+    """Compiling the example model's graphs takes seconds, and one image of ONNX Runtime a fifth of a second."""
+    monkeypatch.setattr(engine_table, "CHOICES", choices)
+    for module in (cpu_flags, openvino):
+        monkeypatch.setattr(module, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: True)
+    monkeypatch.setattr(engine_table, "require_torch", lambda: None)
+    bundle = open_bundle(tiny / "bundle")
+    configs = {
+        stage: entry.model_copy(update={"config": to_json(PRESETS[stage, variant])})
+        for stage, entry in bundle.manifest.stages.items()
+        if stage in (Stage.PRIOR, Stage.DECODER)
+    }
+    stages = {**bundle.manifest.stages, **configs}
+    manifest = bundle.manifest.model_copy(update={"stages": stages, "default_size": size})
+    assert make_engine("auto", replace(bundle, manifest=manifest)).name == name
+
+
 def test_auto_asks_torch_for_nothing_where_the_cpu_has_no_bf16(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     """Importing torch took three of the four seconds of a small image."""
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(cpu_flags, "CPUINFO", tiny / "missing")
     monkeypatch.setattr(engine_table, "require_torch", lambda: pytest.fail("torch was imported"))
@@ -173,6 +212,7 @@ def test_auto_imports_openvino_only_for_a_cpu_that_may_have_bf16(
     asked: bool,
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(cpu_flags, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
@@ -191,6 +231,7 @@ def test_auto_does_without_openvino(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)
     assert make_engine("auto", open_bundle(tiny / "bundle")).name == "onnxruntime"
@@ -232,7 +273,7 @@ from pathlib import Path
 socket.socket.connect = socket.create_connection = lambda *args: sys.exit("connected")
 from cascadekit.storage.bundle import open_bundle
 from cascadekit.runtime.engines.openvino import OpenVinoEngine
-from cascadekit.schemas.stages import Stage
+from cascadekit.schemas.stages import PRESETS, Stage, Variant
 OpenVinoEngine(open_bundle(Path(sys.argv[1]))).load(Stage.VQGAN).close()
 assert "openvino" in sys.modules
 found = [name for name in sys.modules if name.startswith("openvino_telemetry")]

@@ -39,7 +39,7 @@ from cascadekit.schemas.limits import MAX_PROMPT_CHARACTERS, MAX_PROMPT_FILE_BYT
         (["--lora", "none.safetensors:0.5"], "none.safetensors: no such LoRA file"),
         (["--from", "decoder=none"], "none: not a bundle"),
         (["--image-prompt", "none.png"], "the bundle has no image_encoder"),
-        (["--control", "canny"], "expected NAME=PICTURE"),
+        (["--control", "canny"], "controls.0: 'canny': expected NAME=PICTURE"),
         (["--preview-every", "2"], "the bundle has no previewer"),
         (["--weighted", "--negative", "(a:11)"], "expected weights from 0 to 10"),
         (["-o", "/dev/null/x.png"], "/dev/null"),
@@ -57,7 +57,8 @@ def test_refused_before_anything_is_opened(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
 ) -> None:
     monkeypatch.setattr("cascadekit.runtime.cascade.Cascade.open", None)  # opening would fail
-    called = ["generate", str(tiny / "bundle"), "x", "-o", str(tmp_path / "x"), "--engine", "onnxruntime", *options]
+    prompt = [] if "--prompts" in options else ["x"]
+    called = ["generate", str(tiny / "bundle"), *prompt, "-o", str(tmp_path / "x"), "--engine", "onnxruntime", *options]
     done = CliRunner().invoke(main, called)
     assert done.exit_code in (1, 2)
     assert isinstance(done.exception, SystemExit)

@@ -102,6 +102,7 @@ def test_a_folder_of_real_files_is_made_where_one_can_be(
         assert path == graph
     assert not can_do_without(graph)
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setattr(cpu_flags, "may_compute_bf16", lambda: True)
     monkeypatch.setattr(cpu_flags, "multiplies_bf16", lambda: False)  # torch-bf16 reads weights behind links
     monkeypatch.setattr(openvino, "multiplies_bf16", lambda: True)

@@ -136,11 +136,29 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"prior_steps": 0}, "prior_steps=0: expected 1 to 1000"),
         ({"size_policy": "x"}, "size_policy: Input should be 'exact' or 'diffusers'"),
         ({"output": "pixels"}, "output 'pixels': expected images, latents or prior"),
+        ({"prompt": 5}, "prompt 5: expected a text, or a list of texts"),
+        ({"prompt": []}, "no prompts; give a text, or a list of texts"),
+        ({"controls": ["canny"]}, r"controls: expected ControlPicture\(\"canny\", picture\), found 'canny'"),
+        ({"controls": "canny"}, "controls: expected ControlPicture"),
+        ({"image_prompts": "none.png"}, "^none.png: expected a picture, found no such file"),  # one path is no list
+        ({"init_image": np.zeros((8, 8, 3))}, "expected a picture as a path or a PIL image, found ndarray"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        cascade.generate("x", **{"settings": QUICK, "seed": 0, **call})
+        cascade.generate(**{"prompt": "x", "settings": QUICK, "seed": 0, **call})
+
+
+def test_a_result_is_shown_by_its_shapes(cascade: Cascade) -> None:
+    """Hundreds of lines of numbers stood below a call in a notebook."""
+    result = cascade.generate("x", seed=0, settings=QUICK)
+    assert repr(result) == (
+        "Result(prior_latents=float32 (1, 16, 2, 3), decoder_latents=float32 (1, 4, 16, 32), "
+        "pixels=float32 (1, 3, 64, 128))"
+    )
+    assert repr(result.embeds).startswith("PromptEmbeds(clip_text=float32 (1, 77, 8), pooled=float32 (1, 1, 12), ")
+    for step in cascade.prior(result.embeds, height=64, width=64, steps=1):
+        assert repr(step).startswith("Step(index=0, steps=1, timestep_ratio=0.0, latents=float32 (1, 16, 2, 2), ")
 
 
 def test_settings_and_what_overrides_them_are_read_alike(cascade: Cascade) -> None:

@@ -153,6 +153,7 @@ def test_auto_takes_torch_in_bf16_where_openvino_is_missing(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, choices: tuple[EngineChoice, ...]
 ) -> None:
     monkeypatch.setattr(engine_table, "CHOICES", choices)
+    monkeypatch.setattr(engine_table, "WORTH_A_START", 0)
     monkeypatch.setitem(sys.modules, "openvino", None)
     bundle = open_bundle(tiny / "bundle")
     for has, name in ((True, "torch-bf16"), (False, "onnxruntime")):

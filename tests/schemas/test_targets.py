@@ -61,6 +61,8 @@ def test_what_rtx_builds_for() -> None:
         require_rtx_targets(())
     with pytest.raises(UsageError, match=r"sm90: .* on the GPU itself use backend=\"tensorrt\""):
         require_rtx_targets(("sm89", "sm90"))
+    with pytest.raises(UsageError, match=r"sm61: TensorRT-RTX builds for .* alone; TensorRT needs sm75 or later, too"):
+        require_rtx_targets(parse_targets(["gtx 1080"]))
 
 
 # What TensorRT-RTX 1.7.1 refused to build, and what has operators it does not know (int8-dynamic).

@@ -200,6 +200,19 @@ def test_a_failure_between_two_renames_changes_nothing(tmp_path: Path, monkeypat
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_message_names_the_output_and_not_the_place_where_it_is_made(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    advice = "cannot be written: No space left on device; make room, or choose another disk"
+    for fail in (
+        lambda path: OSError(28, "No space left on device", "source", None, str(path)),
+        lambda path: ConversionError(f"{path}: {advice}"),
+    ):
+        with pytest.raises(ConversionError) as raised, staged_output(out, files=["a"]) as staged:
+            raise fail(staged / "a")
+        assert str(raised.value) == f"{out / 'a'}: {advice}"
+        assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     out = fill(tmp_path / "out", {"thesis.txt": "precious"})
     with pytest.raises(UsageError, match="exists already"), staged_output(out) as staged:

@@ -249,6 +249,10 @@ def test_what_is_no_safetensors_file_is_named(tmp_path: Path) -> None:
         b"GGUF\x03\0\0\0\0\0": "GGUF",
         b"\x89HDF\r\n\x1a\n" + bytes(9): "HDF5",
         b"\x1f\x8b\x08\0" + bytes(20): "gzip",
+        b"\x89PNG\r\n\x1a\n" + bytes(20): "a picture, not weights",
+        b"\x08\x0a\x12\x10cascadekit 0.1.0": "an ONNX graph",
+        b"a fox\na rocket, flat style\n": "text, not a safetensors file; give a weights file",
+        b"\x7fELF\x02\x01\x01" + bytes(20): "announce a header of .*; give a weights file, or download",
     }
     for start, meaning in kinds.items():
         (tmp_path / "x").write_bytes(start)

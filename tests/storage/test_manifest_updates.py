@@ -1,5 +1,6 @@
 """Updates of a bundle's manifest by several processes and threads: none is lost, and none is half written."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -105,6 +106,18 @@ def test_an_equal_manifest_is_not_written(bundle: Path) -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    for root in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UsageError, match=r"not a bundle, it has no cascade\.json"):
+    with pytest.raises(UsageError, match=r"not a bundle, it has no cascade\.json; make one with"):
+        update_manifest(tmp_path, lambda old: old)
+
+
+def test_the_bundle_that_was_meant_is_named(bundle: Path) -> None:
+    (bundle / "prior").mkdir()
+    for root, said in (
+        (bundle.with_name("absent"), "nothing is there; check the path"),
+        (bundle.parent, f"it has no {MANIFEST_NAME}; give {bundle}"),
+        (bundle / "prior", f"but a part of one; give {bundle}"),
+        (bundle / MANIFEST_NAME, f"but a part of one; give {bundle}"),
+        (Path(__file__), "it is a file; give the folder"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"{root}: not a bundle, {said}")):
             update_manifest(root, lambda old: old)

@@ -300,7 +300,12 @@ def test_a_failure_half_way_leaves_the_old_output(
 
 def test_sources_that_hold_nothing(tmp_path: Path) -> None:
     refused(UsageError, "no such file or folder", tmp_path / "nowhere", output=tmp_path / "out")
-    refused(UsageError, "no model here; expected folders", tmp_path, output=tmp_path / "out")
+    refused(UsageError, "no model here; expected folders .* files$", tmp_path, output=tmp_path / "out")
+    for name in ("b/stage_c.safetensors", "a/model_index.json", "c/readme.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    meant = f"; did you mean {tmp_path / 'a'}, {tmp_path / 'b'}\\?$"
+    refused(UsageError, meant, tmp_path, output=tmp_path / "out")
     for name, match in (
         ("model.bin", "not a safetensors file"),
         ("model.safetensors.index.json", "not readable as JSON"),

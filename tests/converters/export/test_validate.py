@@ -289,6 +289,15 @@ def test_weights_in_8_and_4_bits(tiny: Path, tmp_path: Path, kind: str, target: 
     assert f"expected {int(length.value) + 1} for" in " ".join(problems(found(bundle)))
 
 
+def test_a_lost_file_of_weights_is_said_once(bundle: Path) -> None:
+    """Each of its tensors was listed, and the name of a scratch folder told."""
+    (bundle / "vqgan/weights.safetensors").unlink()
+    said = problems(found(bundle))
+    assert sum("not a file beside the graph" in text for text in said) == 2  # a graph each
+    assert max(map(len, said)) < 250
+    assert not any("/tmp" in text.replace(str(bundle), "") for text in said)
+
+
 def test_weights_behind_a_symbolic_link(bundle: Path, tmp_path: Path) -> None:
     path = bundle / "vqgan/weights.safetensors"
     shutil.move(path, tmp_path / "away")

@@ -679,7 +679,7 @@ def test_a_page_instead_of_a_file(repo: Hub, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_room(repo: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"0.0 GB are free at .*; make room, or set HF_HOME"):
+    with pytest.raises(CheckpointError, match=r"0.0 MB are free at .*; make room, or set HF_HOME"):
         fetch("hf://owner/repo")
     assert not repo.bodies()
 

@@ -259,6 +259,8 @@ def test_what_cannot_be_merged(plain: Path, tmp_path: Path, monkeypatch: pytest.
         assert not left
 
     refused(UsageError, "strengths nan: expected finite numbers", (lora, float("nan")))
+    with pytest.raises(UsageError, match="none: no such LoRA file"):  # a path alone is no list of letters
+        with_loras(plain, "none")
     refused(LayoutError, "foreign", (foreign, 1.0))
     refused(UsageError, "not a bundle", (lora, 1.0), root=tmp_path)
     damage(plain / "vqgan/weights.safetensors")

@@ -49,6 +49,9 @@ def test_several_loras_with_their_strengths(bench: Any, numbers: Any) -> None:
     assert torch.equal(merged[name], bench.weights[name] + 2 * change_3)
     with pytest.raises(UsageError, match="one strength for each LoRA"):
         bench.merge(bench.checkpoint(), [one, two, three], strengths=[0.5])
+    with pytest.raises(UsageError, match=r"loras: expected paths, found a list of 2; .* strengths=\[0.8\]"):
+        bench.merge(bench.checkpoint(), [(one, 0.5)])
+    assert torch.equal(bench.merge(bench.checkpoint(), three)[name], bench.weights[name] + change_3)  # one alone
 
 
 def test_equal_weights_from_either_layout_of_checkpoint(bench: Any, numbers: Any) -> None:

@@ -102,7 +102,7 @@ def test_nothing_is_exported_for_targets_that_cannot_be(original: Path, tmp_path
 def test_too_little_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "free_memory", lambda: 10_000_000)
     words = refused(1, bundle, "--arch", "sm89")
-    assert "building takes about 0.4 GB of memory, 0.0 GB are free here" in words
+    assert " MB of memory, 10.0 MB are free here" in words
     assert "try it with --no-memory-check" in words
 
 
@@ -110,7 +110,7 @@ def test_too_little_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(bundle)._replace(free=1_000_000)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage)
     words = refused(1, bundle, "--arch", "sm89", "--no-memory-check")
-    assert "the plans take about 0.0 GB of disk, 0.0 GB are free" in words
+    assert " MB of disk, 1.0 MB are free; make room" in words
 
 
 def test_weights_that_moved(bundle: Path) -> None:
