@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..parity.comparison_options import REFERENCE_DTYPES, REFERENCES
 from ..runtime.engines.engine_table import ENGINES
+from ..schemas.errors import UsageError
 from .console import FAILED, finish, note, say, say_json
 from .help import HelpfulCommand
-from .options import AS_JSON, PATH, STAGES, choice_option, parse_size, volume_options
+from .options import AS_JSON, PATH, SIZE, STAGES, choice_option, volume_options
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import next_steps, print_report, report_json
 
-# The options of a bundle that do not concern `record_reference`.
-NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
+FOR_CHECKPOINTS = ("bundle", "against", "stages", "mapping", "as_json")  # parameters of a comparison of checkpoints
+NOT_RECORDED = ("recorded", "bisect", "ranges", "reports")  # options that cannot be given together with --record
+WITHOUT_ENGINE = (*NOT_RECORDED, "device", "verdict")  # options that are no arguments of `record_reference`
 
 
 @click.command(cls=HelpfulCommand)
@@ -39,7 +42,7 @@ NOT_RECORDED = ("recorded", "device", "bisect", "ranges", "reports", "verdict")
     "--reference-precision", list(REFERENCE_DTYPES), "Precision that the reference computes in.", default="fp32"
 )
 @choice_option("--reference-device", ["cpu", "cuda"], "Device that the reference computes on.", default="cpu")
-@click.option("--size", metavar="WxH", callback=parse_size, help="Also compare at the latents of images of this size.")
+@click.option("--size", metavar="WxH", type=SIZE, help="Also compare at the latents of images of this size.")
 @choice_option(
     "--sizes",
     ["small", "all"],
@@ -89,14 +92,22 @@ def verify(
     """
     from ..storage.bundle_lock import is_bundle
 
-    _check_options(bundle, against, record, options)
+    given = _given()
     if not is_bundle(bundle):
-        expected = against or options["recorded"]
-        passed = verify_checkpoints(bundle, expected, options["stages"], as_json=as_json, mapping=mapping)
+        if others := [flag for name, flag in given.items() if name not in FOR_CHECKPOINTS]:
+            raise UsageError(
+                f"{', '.join(others)}: for bundles, and {bundle} is none; make one with `cascadekit export`"
+            )
+        if against is None:
+            raise UsageError("give against=... as the checkpoint that should be equal")
+        passed = verify_checkpoints(bundle, against, options["stages"], as_json=as_json, mapping=mapping)
+    elif mapping:
+        raise UsageError("mapping=True is for two checkpoints; leave it out for a bundle")
     elif record is not None:
-        assert against is not None
+        if others := [flag for name, flag in given.items() if name in NOT_RECORDED]:
+            raise UsageError(f"--record and {', '.join(others)} cannot be given together; run one after the other")
         passed = True
-        recorded = {name: value for name, value in options.items() if name not in NOT_RECORDED}
+        recorded = {name: value for name, value in options.items() if name not in WITHOUT_ENGINE}
         _record(bundle, against, record, recorded, as_json=as_json)
     else:
         passed = _verify(bundle, against, options, as_json=as_json)
@@ -104,22 +115,18 @@ def verify(
         raise SystemExit(FAILED)
 
 
-def _check_options(bundle: Path, against: Path | None, record: Path | None, options: dict[str, Any]) -> None:
-    """Raise UsageError before anything is read."""
-    from ..parity.comparison_options import ComparisonOptions, check_options
-    from ..parity.report.write_report import check_report_names
-
-    recorded = options["recorded"]
-    sources = [path for path in (bundle, against, recorded) if path is not None]
-    check_report_names(options["reports"], force=options["force"], sources=sources)
-    names = ("reference", "reference_device", "reference_precision", "engine", "device", "size")
-    compared = ComparisonOptions(against=against, recorded=recorded, **{name: options[name] for name in names})
-    check_options(compared, record=record is not None, bisect=options["bisect"], ranges=options["ranges"])
+def _given() -> dict[str, str]:
+    """The parameters that are on the command line: the names of each, as a user writes them, by its own."""
+    ctx = click.get_current_context()
+    names = {param.name: "/".join((*param.opts, *param.secondary_opts)) for param in ctx.command.params if param.name}
+    return {name: names[name] for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def _record(bundle: Path, against: Path, record: Path, options: dict[str, Any], *, as_json: bool) -> None:
+def _record(bundle: Path, against: Path | None, record: Path, options: dict[str, Any], *, as_json: bool) -> None:
     from ..parity.verify import record_reference
 
+    if against is None:
+        raise UsageError("record=... needs the model: give against=...")
     record_reference(bundle, against, record, **options, say=note)
     finish(f"wrote {record}", {"output": str(record)}, as_json=as_json)
 

@@ -233,3 +233,23 @@ def test_the_command(original: Path, model: Path, copied: Path) -> None:
     assert code == 1
     assert "clf.1.bias" in text
     assert text.splitlines()[-1] == "NOT equal"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--report r.html --bisect --quiet", "--report, --bisect: for bundles"),
+        ("--recorded r.safetensors", "--recorded: for bundles"),
+        ("--no-verdict", "--verdict/--no-verdict: for bundles"),
+    ],
+)
+def test_options_for_bundles_are_refused_for_checkpoints(original: Path, options: str, message: str) -> None:
+    result = CliRunner().invoke(main, ["verify", str(original), "--against", str(original), *options.split()])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_checkpoint_is_compared_with_another(original: Path) -> None:
+    result = CliRunner().invoke(main, ["verify", str(original)])
+    assert result.exit_code == 2
+    assert "give --against as the checkpoint that should be equal" in result.stderr
