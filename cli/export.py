@@ -2,10 +2,11 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..schemas.errors import UsageError
 from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
@@ -13,16 +14,7 @@ from ..schemas.stages import Stage
 from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import (
-    AS_JSON,
-    DRY_RUN,
-    PATH,
-    STAGES,
-    WEIGHTS,
-    choice_option,
-    parse_loras,
-    volume_options,
-)
+from .options import AS_JSON, DRY_RUN, LORA, PATH, STAGES, WEIGHTS, Parsed, choice_option, volume_options
 from .progress import byte_progress
 from .quantize_print import show_choices
 
@@ -30,30 +22,23 @@ if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
 
 
-def _parse_precisions(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> dict[Stage | None, Precision]:
-    """Each value is [STAGE=]PRECISION; the one without a stage is for all other stages."""
-    found: dict[Stage | None, Precision] = {}
-    for value in values:
-        stage, _, precision = value.rpartition("=")
-        try:
-            found[Stage(stage) if stage else None] = Precision(precision)
-        except ValueError:
-            raise click.BadParameter(
-                f"{value!r}: expected {', '.join(Precision)}, or a stage and one of these as in prior=bf16"
-            ) from None
-    return found
+def _stage_and_precision(text: str) -> tuple[Stage | None, Precision]:
+    """The parts of [STAGE=]PRECISION; without a stage it is for all other stages."""
+    stage, _, precision = text.rpartition("=")
+    try:
+        return Stage(stage) if stage else None, Precision(precision)
+    except ValueError:
+        raise UsageError(
+            f"{text!r}: expected {', '.join(Precision)}, or a stage and one of these as in prior=bf16"
+        ) from None
 
 
-def _parse_fp16_safe(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> Literal["auto", "off"] | int | None:
-    if value is None or value in ("auto", "off"):
-        return value  # type: ignore[return-value]
-    if not value.isdecimal() or len(value) > 2 or int(value) > MAX_EXPONENT:
-        raise click.BadParameter(f"{value!r}: expected auto, off, or a number from 0 to {MAX_EXPONENT}")
-    return int(value)
+def _fp16_safe(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or len(text) > 2 or int(text) > MAX_EXPONENT:
+        raise UsageError(f"{text!r}: expected auto, off, or a number from 0 to {MAX_EXPONENT}")
+    return int(text)
 
 
 @click.command(cls=HelpfulCommand)
@@ -73,7 +58,7 @@ def _parse_fp16_safe(
     "precisions",
     metavar="[STAGE=]fp32|bf16|fp16",
     multiple=True,
-    callback=_parse_precisions,
+    type=Parsed(_stage_and_precision),
     help="Precision that graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
 )
 @choice_option(
@@ -90,7 +75,7 @@ def _parse_fp16_safe(
 @click.option(
     "--fp16-safe",
     metavar="auto|off|K",
-    callback=_parse_fp16_safe,
+    type=Parsed(_fp16_safe),
     help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or (auto) by the scale that a "
     "short calibration run finds necessary.  [default: auto]",
 )
@@ -122,7 +107,7 @@ def _parse_fp16_safe(
     "loras",
     metavar="FILE[:STRENGTH]",
     multiple=True,
-    callback=parse_loras,
+    type=LORA,
     help="Merge a LoRA into the weights (repeatable); the changed weights are copied.",
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")
@@ -134,13 +119,7 @@ def _parse_fp16_safe(
 def export(
     model: Path,
     output: Path,
-    stages: tuple[str, ...],
-    precisions: dict[Stage | None, Precision],
-    target: str,
-    storage: str | None,
-    quantize: str,
-    loras: list[tuple[str, float]],
-    text_encoder: Path | None,
+    precisions: tuple[tuple[Stage | None, Precision], ...],
     dry_run: bool,
     as_json: bool,
     **chosen: Any,
@@ -155,27 +134,16 @@ def export(
     from ..converters.export.export_options import ExportOptions
 
     start = perf_counter()
+    by_stage = dict(precisions)
     options = ExportOptions(
-        stages=[Stage(stage) for stage in stages],
-        precision=precisions.get(None, Precision.FP32),
-        precisions={stage: precision for stage, precision in precisions.items() if stage is not None},
-        target=Target(target),
-        storage=Precision(storage) if storage else None,
-        quantize=Quantization(quantize),
-        loras=[(Path(name), strength) for name, strength in loras],
-        text_encoder=text_encoder,
+        precision=by_stage.pop(None, Precision.FP32),
+        precisions={stage: precision for stage, precision in by_stage.items() if stage},
         **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         manifest = run(
-            model,
-            output,
-            options,
-            start_file=start_file,
-            say=note,
-            on_quantized=choices.__setitem__,
-            on_plan=on_plan,
+            model, output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__, on_plan=on_plan
         )
     if not as_json:
         show_choices(choices)
