@@ -109,7 +109,11 @@ MACHINERY: Sequence[Option] = (
         "they fit into half of the free memory.",
     ),
     click.option(
-        "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
+        "--vram",
+        type=click.IntRange(1, 1 << 40),
+        metavar="MB",
+        callback=lambda ctx, param, given: given and given << 20,
+        help="GPU memory TensorRT may take.  [default: free]",
     ),
     click.option("--allow-cpu", is_flag=True, help="Let the CPU run what ONNX Runtime cannot run on the GPU."),
     click.option(

@@ -101,7 +101,7 @@ class Remaining:
 
 
 def passes_of(manifest: "Manifest", settings: "Settings", images: int) -> Passes:
-    """What generating `images` images together takes in each stage."""
+    """The steps of each stage, and their arithmetic, for `images` images that are generated together."""
     from ..schemas.config_json import from_json
     from ..schemas.operations import multiply_adds
     from ..schemas.sizes import latent_sizes

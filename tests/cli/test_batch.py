@@ -435,8 +435,8 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "err", SimpleNamespace(is_terminal=True, console=console))
     with progress.batch_progress(30) as bars:
         for images in range(3):
-            for step in range(1, 6):
-                bars.step("prior", step, 5)
+            for step in range(5):
+                bars.step(Stage.PRIOR, SimpleNamespace(index=step, steps=5))
             bars.image(images + 1)
     lines = shown.getvalue().splitlines()
     assert any("images" in line and "3/30" in line and "0:00:00" in line for line in lines)
