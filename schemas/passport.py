@@ -92,9 +92,3 @@ def of_generations(passport: Passport, count: int = GENERATIONS) -> Passport:
         for each in passport.sources
     )
     return passport.model_copy(update={"sources": tuple(kept)})
-
-
-def passport_schema() -> str:
-    """The JSON schema of a passport, as JSON text."""
-    schema: dict[str, Any] = Passport.model_json_schema(mode="serialization")
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
